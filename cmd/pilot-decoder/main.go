@@ -1,0 +1,111 @@
+// Command pilot-decoder is a stream processor for containerd: it decrypts one
+// layer of an image, from standard input to standard output.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containers/ocicrypt/config"
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/version"
+)
+
+// unwrapWithin bounds the wait for the payload and for the layer key.
+const unwrapWithin = 40 * time.Second
+
+func main() {
+	// First of all: later the descriptor's number might be taken.
+	payload, payloadErr := processor.PayloadFile()
+
+	app := &cli.App{
+		Name:    "pilot-decoder",
+		Usage:   "decrypt an image layer for containerd",
+		Version: version.Version,
+		Description: `containerd runs this program for each encrypted layer that it unpacks, when its
+configuration has an entry such as
+
+   [stream_processors.'io.containerd.ocicrypt.decoder.v1.tar.gzip']
+     accepts = ['application/vnd.oci.image.layer.v1.tar+gzip+encrypted']
+     returns = 'application/vnd.oci.image.layer.v1.tar+gzip'
+     path = '/usr/local/bin/pilot-decoder'
+     env = ['OCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf']
+
+It reads the layer from standard input, what tells it how to decrypt from file
+descriptor 3, and writes the plain layer to standard output.`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{
+				Name:  "decryption-keys-path",
+				Usage: "directory of private keys to try, besides the key providers",
+			},
+		},
+		HideHelpCommand: true,
+		Action: func(c *cli.Context) error {
+			if payloadErr != nil {
+				return payloadErr
+			}
+			var keys *config.DecryptConfig
+			if dir := c.String("decryption-keys-path"); dir != "" {
+				var err error
+				if keys, err = processor.KeysIn(dir); err != nil {
+					return fmt.Errorf("--decryption-keys-path: %w", err)
+				}
+			}
+			return decrypt(c.Context, payload, keys)
+		},
+		ExitErrHandler: func(*cli.Context, error) {},
+	}
+	if err := app.Run(os.Args); err != nil {
+		fmt.Fprintf(os.Stderr, "pilot-decoder: %s\n", oneLine(err))
+		os.Exit(1)
+	}
+}
+
+// decrypt decrypts the layer on standard input.
+func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) error {
+	unwrapCtx, cancel := context.WithTimeout(ctx, unwrapWithin)
+	defer cancel()
+	p, err := processor.ReadPayload(unwrapCtx, payload)
+	if err != nil {
+		return err
+	}
+	payload.Close()
+
+	layer := fmt.Sprintf("layer %s", p.Descriptor.Digest)
+	dc := config.CombineCryptoConfigs([]config.CryptoConfig{{DecryptConfig: keys}, {DecryptConfig: &p.DecryptConfig}}).DecryptConfig
+	key, err := processor.Unwrap(unwrapCtx, dc, p.Descriptor)
+	if err != nil {
+		return fmt.Errorf("%s: %w", layer, err)
+	}
+	defer key.Clear()
+	d, err := processor.NewDecrypter(os.Stdin, key)
+	if err != nil {
+		return fmt.Errorf("%s: %w", layer, err)
+	}
+	if _, err := d.WriteTo(os.Stdout); err != nil {
+		return fmt.Errorf("%s: %w", layer, err)
+	}
+	return nil
+}
+
+// oneLine returns the message of err in one line, with what to do about it
+// where that is not said in err.
+func oneLine(err error) string {
+	msg := strings.Join(strings.Fields(err.Error()), " ")
+	if errors.Is(err, processor.ErrNoPayload) {
+		msg += ": its client has to pass one, which CRI does with image_decryption.key_model = \"node\" and use_local_image_pull = true, and ctr-pilot does"
+	}
+	return msg
+}
+
+func init() {
+	// ocicrypt logs a key provider configuration that it can't read.
+	logrus.SetOutput(os.Stderr)
+}

@@ -1,0 +1,110 @@
+package processor
+
+import (
+	"crypto/aes"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/containers/ocicrypt/blockcipher"
+	"github.com/opencontainers/go-digest"
+)
+
+// KeySize is the size of a layer key in bytes.
+const KeySize = 32
+
+// AnnotationPrefix begins the key of each annotation that says how a layer is
+// encrypted. They are removed from a layer's descriptor when it is decrypted.
+const AnnotationPrefix = "org.opencontainers.image.enc."
+
+const (
+	annotationPubOpts    = AnnotationPrefix + "pubopts"
+	annotationKeysPrefix = AnnotationPrefix + "keys."
+)
+
+// LayerKey is all it takes to decrypt one layer and to tell that nobody
+// changed it. ocicrypt keeps it in two parts: the public options, readable in
+// the layer's descriptor, and the private ones, wrapped for each recipient.
+type LayerKey struct {
+	// Digest is the digest that the plain layer had, as whoever encrypted it
+	// said. It is empty when they did not say, and that of the layer before
+	// it was compressed when a tool compressed and encrypted in one step.
+	Digest digest.Digest
+
+	key   []byte // KeySize bytes
+	nonce []byte // aes.BlockSize bytes
+	mac   []byte // sha256.Size bytes, of the ciphertext
+}
+
+// Clear overwrites the key. The LayerKey is of no use afterwards.
+func (k *LayerKey) Clear() {
+	clear(k.key)
+}
+
+// private returns ocicrypt's private options, the secret that gets wrapped.
+func (k *LayerKey) private() ([]byte, error) {
+	return json.Marshal(blockcipher.PrivateLayerBlockCipherOptions{
+		SymmetricKey:  k.key,
+		Digest:        k.Digest,
+		CipherOptions: map[string][]byte{"nonce": k.nonce},
+	})
+}
+
+// public returns the value of the annotation with ocicrypt's public options.
+func (k *LayerKey) public() (string, error) {
+	b, err := json.Marshal(blockcipher.PublicLayerBlockCipherOptions{
+		CipherType:    blockcipher.AES256CTR,
+		Hmac:          k.mac,
+		CipherOptions: map[string][]byte{},
+	})
+	if err != nil {
+		return "", err
+	}
+	return base64.StdEncoding.EncodeToString(b), nil
+}
+
+// newLayerKey joins the unwrapped private options with the value of the
+// annotation that holds the public ones.
+func newLayerKey(private []byte, public string) (*LayerKey, error) {
+	if public == "" {
+		return nil, fmt.Errorf("annotation %s is missing: the layer's cipher and HMAC are not known", annotationPubOpts)
+	}
+	b, err := base64.StdEncoding.DecodeString(public)
+	if err != nil {
+		return nil, fmt.Errorf("annotation %s: %w", annotationPubOpts, err)
+	}
+	var pub blockcipher.PublicLayerBlockCipherOptions
+	if err := json.Unmarshal(b, &pub); err != nil {
+		return nil, fmt.Errorf("annotation %s: %w", annotationPubOpts, err)
+	}
+	if pub.CipherType != blockcipher.AES256CTR {
+		return nil, fmt.Errorf("annotation %s: cipher %.40q is not supported, only %s", annotationPubOpts, pub.CipherType, blockcipher.AES256CTR)
+	}
+	if len(pub.Hmac) != sha256.Size {
+		return nil, fmt.Errorf("annotation %s: HMAC of %d bytes, not %d", annotationPubOpts, len(pub.Hmac), sha256.Size)
+	}
+
+	var priv blockcipher.PrivateLayerBlockCipherOptions
+	if err := json.Unmarshal(private, &priv); err != nil {
+		// The error of encoding/json may quote its input, which is secret.
+		return nil, errors.New("the unwrapped layer key is not ocicrypt's JSON")
+	}
+	if len(priv.SymmetricKey) != KeySize {
+		return nil, fmt.Errorf("the unwrapped layer key has %d bytes, not %d", len(priv.SymmetricKey), KeySize)
+	}
+	// The HMAC does not cover the nonce, so it has to come from the wrapped
+	// part, where it can't be changed. Every known tool puts it there.
+	nonce := priv.CipherOptions["nonce"]
+	if len(nonce) != aes.BlockSize {
+		return nil, fmt.Errorf("the unwrapped layer key has a nonce of %d bytes, not %d", len(nonce), aes.BlockSize)
+	}
+	if _, ok := pub.CipherOptions["nonce"]; ok {
+		return nil, fmt.Errorf("annotation %s holds a nonce, which belongs in the wrapped part: it was tampered with", annotationPubOpts)
+	}
+	if priv.Digest != "" && priv.Digest.Validate() != nil {
+		return nil, errors.New("the unwrapped layer key names an invalid digest")
+	}
+	return &LayerKey{Digest: priv.Digest, key: priv.SymmetricKey, nonce: nonce, mac: pub.Hmac}, nil
+}

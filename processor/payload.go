@@ -1,0 +1,86 @@
+package processor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"github.com/containers/ocicrypt/config"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// ErrNoPayload is the error of a stream processor that containerd started
+// without a payload, which is where a layer's descriptor would be.
+var ErrNoPayload = errors.New("containerd passed no decryption payload")
+
+// payloadFD is the file descriptor on which containerd passes a payload.
+const payloadFD = 3
+
+// payloadType is the type URL of imgcrypt's payload.
+const payloadType = "io.containerd.ocicrypt.v1.Payload"
+
+// maxPayload bounds a payload, in bytes. It holds a descriptor and keys.
+const maxPayload = 16 << 20
+
+// Payload tells a stream processor how to decrypt a layer. Its JSON is that of
+// imgcrypt's type of this name.
+type Payload struct {
+	// DecryptConfig holds the keys that the client passed, if any.
+	DecryptConfig config.DecryptConfig
+	// Descriptor is the encrypted layer's.
+	Descriptor ocispec.Descriptor
+}
+
+// PayloadFile returns the file from which to read the payload. It has to be
+// called before the process opens any file or socket, since the number of an
+// absent descriptor is taken by the next one that is opened. The error is
+// [ErrNoPayload] if containerd passed none.
+func PayloadFile() (*os.File, error) {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(payloadFD, &st); err != nil {
+		return nil, ErrNoPayload
+	}
+	switch st.Mode & syscall.S_IFMT {
+	case syscall.S_IFIFO, syscall.S_IFREG, syscall.S_IFSOCK:
+		return os.NewFile(payloadFD, "payload"), nil
+	}
+	// Go's own event queue, say.
+	return nil, ErrNoPayload
+}
+
+// ReadPayload reads a protobuf Any that holds imgcrypt's payload, of at most
+// 16 MiB, and gives up when ctx is done.
+func ReadPayload(ctx context.Context, r io.Reader) (*Payload, error) {
+	data, err := await(ctx, func() ([]byte, error) { return io.ReadAll(io.LimitReader(r, maxPayload+1)) })
+	if err != nil {
+		return nil, fmt.Errorf("read the decryption payload: %w", err)
+	}
+	if len(data) == 0 {
+		return nil, ErrNoPayload
+	}
+	if len(data) > maxPayload {
+		return nil, fmt.Errorf("the decryption payload has more than %d bytes", maxPayload)
+	}
+	var any anypb.Any
+	if err := proto.Unmarshal(data, &any); err != nil {
+		return nil, errors.New("the decryption payload is not a protobuf Any")
+	}
+	if any.TypeUrl != payloadType {
+		return nil, fmt.Errorf("the decryption payload is of type %.80q, not %s", any.TypeUrl, payloadType)
+	}
+	var p Payload
+	if err := json.Unmarshal(any.Value, &p); err != nil {
+		// The error of encoding/json may quote its input, which holds keys.
+		return nil, fmt.Errorf("the decryption payload is not the JSON of %s", payloadType)
+	}
+	if p.Descriptor.Digest == "" {
+		return nil, errors.New("the decryption payload names no layer")
+	}
+	return &p, nil
+}

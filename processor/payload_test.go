@@ -1,0 +1,168 @@
+package processor
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/imgcrypt/v2"
+	"github.com/containerd/typeurl/v2"
+	"github.com/containers/ocicrypt/config"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// TestReadPayload reads what imgcrypt's own client code writes.
+func TestReadPayload(t *testing.T) {
+	in := imgcrypt.Payload{
+		DecryptConfig: config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {[]byte("secret")}}},
+		Descriptor: ocispec.Descriptor{
+			Digest:      digest.FromString("layer"),
+			Annotations: map[string]string{"a": "b"},
+		},
+	}
+	a, err := typeurl.MarshalAnyToProto(&in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := proto.Marshal(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := ReadPayload(t.Context(), bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, _ := json.Marshal(p)
+	want, _ := json.Marshal(in)
+	if !bytes.Equal(got, want) {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestReadPayloadErrors(t *testing.T) {
+	message := func(url, value string) string {
+		b, err := proto.Marshal(&anypb.Any{TypeUrl: url, Value: []byte(value)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	for _, test := range []struct{ name, in, want string }{
+		{"empty", "", "no decryption payload"},
+		{"garbage", "\xff\xff\xff garbage", "not a protobuf Any"},
+		{"another type", message("types.example.com/other", "{}"), `is of type "types.example.com/other"`},
+		{"not JSON", message(payloadType, `{"DecryptConfig": "SECRET`), "is not the JSON"},
+		{"no layer", message(payloadType, "{}"), "names no layer"},
+		{"huge", strings.Repeat("x", maxPayload+1), "more than 16777216 bytes"},
+	} {
+		_, err := ReadPayload(t.Context(), strings.NewReader(test.in))
+		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "SECRET") {
+			t.Errorf("%s: %v, want %q", test.name, err, test.want)
+		}
+	}
+
+	r, w := io.Pipe()
+	defer w.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := ReadPayload(ctx, r); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a payload that does not end: %v", err)
+	}
+}
+
+func TestKeysIn(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := KeysIn(dir); err == nil {
+		t.Error("an empty directory gives no error")
+	}
+	alice := newPair(t)
+	if err := os.MkdirAll(dir+"/..data", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/..data/odd:name.pem", alice.private, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("..data/odd:name.pem", dir+"/key.pem"); err != nil {
+		t.Fatal(err)
+	}
+	dc, err := KeysIn(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, k := encrypt(t, []byte("layer"))
+	annotations, err := k.Wrap(t.Context(), alice.encrypt(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Unwrap(t.Context(), dc, ocispec.Descriptor{Annotations: annotations}); err != nil {
+		t.Errorf("with the keys of the directory: %v", err)
+	}
+	if err := os.WriteFile(dir+"/notes.txt", []byte("hello"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := KeysIn(dir); err == nil || !strings.Contains(err.Error(), "notes.txt") {
+		t.Errorf("a file that is no key: %v", err)
+	}
+}
+
+func TestMediaTypes(t *testing.T) {
+	for plain, encrypted := range map[string]string{
+		"application/vnd.oci.image.layer.v1.tar":            "application/vnd.oci.image.layer.v1.tar+encrypted",
+		"application/vnd.oci.image.layer.v1.tar+gzip":       "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
+		"application/vnd.oci.image.layer.v1.tar+zstd":       "application/vnd.oci.image.layer.v1.tar+zstd+encrypted",
+		"application/vnd.docker.image.rootfs.diff.tar.gzip": "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
+		"application/vnd.wasm.content.layer.v1+wasm":        "application/vnd.wasm.content.layer.v1+wasm+encrypted",
+	} {
+		got, ok := EncryptedMediaType(plain)
+		if !ok || got != encrypted || !IsEncrypted(got) {
+			t.Errorf("%s becomes %s, want %s", plain, got, encrypted)
+		}
+		back, ok := PlainMediaType(got)
+		if want := encryptable[plain]; !ok || back != want {
+			t.Errorf("%s goes back to %s, want %s", got, back, want)
+		}
+		if _, ok := EncryptedMediaType(got); ok {
+			t.Errorf("%s would be encrypted twice", got)
+		}
+	}
+	for _, mt := range []string{
+		"", "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+		"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "application/vnd.in-toto+json",
+		"application/vnd.oci.image.config.v1+json",
+	} {
+		if got, ok := EncryptedMediaType(mt); ok {
+			t.Errorf("%q would become %q", mt, got)
+		}
+	}
+	if got, ok := PlainMediaType("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd+encrypted"); !ok || got != "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd" {
+		t.Errorf("nondistributable: %q", got)
+	}
+	if IsEncrypted("application/evil+encrypted") {
+		t.Error("an unknown type counts as a layer")
+	}
+}
+
+func writeScript(t *testing.T, name, body string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte("#!/bin/sh\n"+body+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readFile(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}

@@ -1,0 +1,248 @@
+package processor
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/containers/ocicrypt"
+	"github.com/containers/ocicrypt/config"
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+	"github.com/containers/ocicrypt/keywrap"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/status"
+)
+
+// ErrNoKey is the error of a layer whose key could not be unwrapped: it is
+// wrapped for somebody else, or no key or key provider was given.
+var ErrNoKey = errors.New("no key unwraps the layer key")
+
+// schemes are ocicrypt's ways to wrap a key for a recipient, other than asking
+// a key provider, with the parameters that each of them wraps for.
+var schemes = []struct{ name, parameter string }{
+	{"jwe", "pubkeys"},
+	{"pkcs7", "x509s"},
+	{"pgp", "gpg-recipients"},
+	{"pkcs11", "pkcs11-pubkeys"},
+	{"pkcs11", "pkcs11-yamls"},
+}
+
+// notRecipients are the parameters of an encryption that name no recipient.
+var notRecipients = []string{"gpg-pubkeyringfile", "pkcs11-config"}
+
+const providerScheme = "provider."
+
+// Wrap wraps the layer key for each recipient in ec and returns the
+// annotations that the layer's descriptor needs. annotations are those that
+// the descriptor has: its recipients are kept and the new ones come after them.
+//
+// A key provider is told the parameters meant for it and no others, so no
+// private key in ec reaches it.
+func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotations map[string]string) (map[string]string, error) {
+	private, err := k.private()
+	if err != nil {
+		return nil, err
+	}
+	defer clear(private)
+
+	out := make(map[string]string)
+	add := func(scheme string, ec *config.EncryptConfig) error {
+		w := ocicrypt.GetKeyWrapper(scheme)
+		if w == nil {
+			return noSuchProvider(scheme)
+		}
+		wrapped, err := await(ctx, func() ([]byte, error) { return w.WrapKeys(ec, private) })
+		if err != nil {
+			return fmt.Errorf("wrap the layer key with %s: %w", scheme, late(err))
+		}
+		if len(wrapped) == 0 {
+			return fmt.Errorf("wrap the layer key with %s: it returned nothing", scheme)
+		}
+		id := annotationKeysPrefix + scheme
+		out[id] = base64.StdEncoding.EncodeToString(wrapped)
+		if had := annotations[id]; had != "" {
+			out[id] = had + "," + out[id]
+		}
+		return nil
+	}
+
+	recipients := maps.Clone(ec.Parameters)
+	for _, s := range schemes {
+		params, ok := recipients[s.parameter]
+		delete(recipients, s.parameter)
+		if !ok || len(params) == 0 || out[annotationKeysPrefix+s.name] != "" {
+			continue
+		}
+		if err := add(s.name, ec); err != nil {
+			return nil, err
+		}
+	}
+	for _, p := range notRecipients {
+		delete(recipients, p)
+	}
+	for _, provider := range slices.Sorted(maps.Keys(recipients)) {
+		own := &config.EncryptConfig{Parameters: map[string][][]byte{provider: recipients[provider]}}
+		if err := add(providerScheme+provider, own); err != nil {
+			return nil, err
+		}
+	}
+	if len(out) == 0 {
+		return nil, errors.New("no recipient to wrap the layer key for")
+	}
+	for id, v := range annotations {
+		if _, ok := out[id]; !ok && strings.HasPrefix(id, annotationKeysPrefix) {
+			out[id] = v
+		}
+	}
+	out[annotationPubOpts], err = k.public()
+	return out, err
+}
+
+// Unwrap returns the key of the encrypted layer that desc describes. It tries
+// each recipient that the layer has, those that a key in dc may serve before
+// those for which a key provider has to be asked. It gives up when ctx is done;
+// ocicrypt's call to a key provider can't be stopped and is left behind then.
+//
+// The error wraps [ErrNoKey] when none of them gave the key, and says why each
+// did not.
+func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
+	public := desc.Annotations[annotationPubOpts]
+	var reasons []error
+	for _, scheme := range wrappedWith(desc) {
+		w := ocicrypt.GetKeyWrapper(scheme)
+		if w == nil {
+			reasons = append(reasons, noSuchProvider(scheme))
+			continue
+		}
+		own := dc
+		if provider, ok := strings.CutPrefix(scheme, providerScheme); ok {
+			own = &config.DecryptConfig{}
+			if params := dc.Parameters[provider]; len(params) > 0 {
+				own.Parameters = map[string][][]byte{provider: params}
+			}
+		} else if w.NoPossibleKeys(dc.Parameters) {
+			reasons = append(reasons, fmt.Errorf("%s: no private key was given", scheme))
+			continue
+		}
+		private, err := unwrapOne(ctx, w, own, desc.Annotations[annotationKeysPrefix+scheme])
+		if err == nil {
+			defer clear(private)
+			return newLayerKey(private, public)
+		}
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("unwrap the layer key with %s: %w", scheme, late(err))
+		}
+		reasons = append(reasons, fmt.Errorf("%s: %w", scheme, err))
+	}
+	if len(reasons) == 0 {
+		return nil, fmt.Errorf("%w: the layer has no recipients (no annotation %s…)", ErrNoKey, annotationKeysPrefix)
+	}
+	return nil, fmt.Errorf("%w: %w", ErrNoKey, joined(reasons))
+}
+
+// unwrapOne tries the recipients of one scheme, which annotation holds as
+// comma-separated base64.
+func unwrapOne(ctx context.Context, w keywrap.KeyWrapper, dc *config.DecryptConfig, annotation string) ([]byte, error) {
+	var reasons []error
+	for wrapped := range strings.SplitSeq(annotation, ",") {
+		b, err := base64.StdEncoding.DecodeString(wrapped)
+		if err != nil {
+			reasons = append(reasons, fmt.Errorf("annotation is not base64: %w", err))
+			continue
+		}
+		private, err := await(ctx, func() ([]byte, error) { return w.UnwrapKey(dc, b) })
+		if err == nil && len(private) > 0 {
+			return private, nil
+		}
+		if err == nil {
+			err = errors.New("it returned no layer key")
+		}
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		reasons = append(reasons, err)
+	}
+	return nil, joined(reasons)
+}
+
+// wrappedWith returns the schemes that desc's layer key is wrapped with, key
+// providers last.
+func wrappedWith(desc ocispec.Descriptor) []string {
+	var local, providers []string
+	for id, v := range desc.Annotations {
+		scheme, ok := strings.CutPrefix(id, annotationKeysPrefix)
+		switch {
+		case !ok || v == "":
+		case strings.HasPrefix(scheme, providerScheme):
+			providers = append(providers, scheme)
+		default:
+			local = append(local, scheme)
+		}
+	}
+	slices.Sort(local)
+	slices.Sort(providers)
+	return append(local, providers...)
+}
+
+func noSuchProvider(scheme string) error {
+	provider, ok := strings.CutPrefix(scheme, providerScheme)
+	if !ok {
+		return fmt.Errorf("%.60q is not a way to wrap keys that is known here", scheme)
+	}
+	return fmt.Errorf("key provider %.60q is not configured: name it in the file that $%s points to", provider, keyproviderconfig.ENVVARNAME)
+}
+
+// await returns what f returns, or ctx's error if that is done first.
+// ocicrypt's key wrappers take no context, and wait for ever on a key provider
+// that does not answer.
+func await(ctx context.Context, f func() ([]byte, error)) ([]byte, error) {
+	type result struct {
+		b   []byte
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		b, err := f()
+		done <- result{b, err}
+	}()
+	select {
+	case r := <-done:
+		return r.b, plain(r.err)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// late says what it means that a deadline has passed.
+func late(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the key provider did not answer in time: %w", err)
+	}
+	return err
+}
+
+// plain returns the message that a key provider sent over gRPC, without what
+// ocicrypt and gRPC put around it.
+func plain(err error) error {
+	var s interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &s) {
+		return errors.New(s.GRPCStatus().Message())
+	}
+	return err
+}
+
+// joined makes one line of several errors.
+func joined(errs []error) error {
+	if len(errs) == 1 {
+		return errs[0]
+	}
+	lines := make([]string, len(errs))
+	for i, err := range errs {
+		lines[i] = err.Error()
+	}
+	return errors.New(strings.Join(lines, "; "))
+}
