@@ -1,0 +1,62 @@
+# pilot: encrypted container images for containerd.
+#
+#   make build    the programs, into bin/        (PKCS11=1: with HSM support in all)
+#   make install  into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
+#   make demo     encrypt, push, pull and run an image, in private directories
+#   make test     all tests; installs what they need first
+#   make check    formatting, vet, staticcheck, govulncheck
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+# Where make test and make demo keep the programs that they run with.
+PILOT_TOOLS ?= $(CURDIR)/.cache/tools
+export PILOT_TOOLS
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GOFLAGS_BUILD := -trimpath -buildvcs=false -ldflags '-s -w -X github.com/ctrlplane/pilot/version.Version=$(VERSION)'
+
+# pilot and pilot-decoder run on every node, so they depend on no library there.
+# ocicrypt talks to PKCS#11 modules through cgo.
+ifeq ($(PKCS11),1)
+NODE_CGO := 1
+else
+NODE_CGO := 0
+endif
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+.PHONY: build install demo test test-unit check tools clean
+
+build:
+	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
+	CGO_ENABLED=1 go build $(GOFLAGS_BUILD) -o bin/ ./cmd/copilot ./ctr-pilot
+
+install: build
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 bin/pilot bin/pilot-decoder bin/copilot bin/ctr-pilot $(DESTDIR)$(PREFIX)/bin/
+
+tools:
+	scripts/install-tools.sh $(PILOT_TOOLS)
+
+demo: build tools
+	scripts/demo.sh
+
+test: tools
+	go test -buildvcs=false -timeout 20m ./...
+
+# The tests that need neither root nor other programs.
+test-unit:
+	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
+
+check:
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
+	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
+	go vet -buildvcs=false ./...
+	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
+	@if timeout 20 go run $(GOVULNCHECK) -version >/dev/null 2>&1 && timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
+		GOFLAGS=-buildvcs=false go run $(GOVULNCHECK) ./...; \
+	else echo "govulncheck: its database can't be reached from here; not run"; fi
+
+clean:
+	rm -rf bin

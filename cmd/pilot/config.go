@@ -1,0 +1,234 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// defaultConfigFile is read if it exists; another has to exist.
+const defaultConfigFile = "/etc/pilot/pilot.toml"
+
+// configuration is what pilot.toml holds. Each setting is also a flag and a
+// PILOT_… variable: see settings.
+type configuration struct {
+	Listen           address            `toml:"listen"`
+	InsecureLoopback boolean            `toml:"insecure-loopback"`
+	TLSCert          text               `toml:"tls-cert"`
+	TLSKey           text               `toml:"tls-key"`
+	TLSClientCA      text               `toml:"tls-client-ca"`
+	Broker           text               `toml:"broker"`
+	BrokerCA         text               `toml:"broker-ca"`
+	BrokerCert       text               `toml:"broker-cert"`
+	BrokerKey        text               `toml:"broker-key"`
+	BrokerTimeout    duration           `toml:"broker-timeout"`
+	ProviderName     text               `toml:"provider-name"`
+	AnnotationFormat keyprovider.Format `toml:"annotation-format"`
+	DefaultKEKs      []string           `toml:"default-keks"`
+	KEKCacheTTL      duration           `toml:"kek-cache-ttl"`
+	KEKCacheIdle     duration           `toml:"kek-cache-idle"`
+	KEKCacheSize     count              `toml:"kek-cache-size"`
+	LogLevel         logLevel           `toml:"log-level"`
+}
+
+// defaults are the settings of a pilot that is told nothing.
+func defaults() configuration {
+	return configuration{
+		Listen:           "unix:///run/pilot/keyprovider.sock",
+		Broker:           "unix:///run/copilot/copilot.sock",
+		BrokerTimeout:    duration(10 * time.Second),
+		ProviderName:     "pilot",
+		AnnotationFormat: keyprovider.FormatA256GCMKW,
+		KEKCacheTTL:      duration(5 * time.Minute),
+		KEKCacheSize:     1024,
+		LogLevel:         logLevel(logrus.InfoLevel),
+	}
+}
+
+// setting is a value of the configuration that can be given by name.
+type setting struct {
+	name, usage string
+	value       func(*configuration) any
+}
+
+// value is a setting that reads itself from text. go-toml reads with it too
+// and so knows the line of a value that can't be.
+type value interface {
+	UnmarshalText([]byte) error
+}
+
+var settings = []setting{
+	{"listen", "where to answer: unix:///PATH (mode 0600) or HOST:PORT", func(c *configuration) any { return &c.Listen }},
+	{"insecure-loopback", "answer without TLS on a loopback address", func(c *configuration) any { return &c.InsecureLoopback }},
+	{"tls-cert", "certificate to answer TLS with", func(c *configuration) any { return &c.TLSCert }},
+	{"tls-key", "private key of tls-cert", func(c *configuration) any { return &c.TLSKey }},
+	{"tls-client-ca", "CA of the clients that may ask", func(c *configuration) any { return &c.TLSClientCA }},
+	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key", func(c *configuration) any { return &c.Broker }},
+	{"broker-ca", "CA of the broker's certificate (default: the system's)", func(c *configuration) any { return &c.BrokerCA }},
+	{"broker-cert", "client certificate to show the broker", func(c *configuration) any { return &c.BrokerCert }},
+	{"broker-key", "private key of broker-cert", func(c *configuration) any { return &c.BrokerKey }},
+	{"broker-timeout", "how long to try to get an answer from the broker, such as 10s", func(c *configuration) any { return &c.BrokerTimeout }},
+	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) any { return &c.ProviderName }},
+	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) any { return &c.AnnotationFormat }},
+	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) any { return &c.DefaultKEKs }},
+	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) any { return &c.KEKCacheTTL }},
+	{"kek-cache-idle", "how long to keep a KEK after its last use; 0s: as kek-cache-ttl says", func(c *configuration) any { return &c.KEKCacheIdle }},
+	{"kek-cache-size", "how many KEKs to keep; 0: none", func(c *configuration) any { return &c.KEKCacheSize }},
+	{"log-level", "debug, info, warning or error", func(c *configuration) any { return &c.LogLevel }},
+}
+
+func (s setting) env() string {
+	return "PILOT_" + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))
+}
+
+// set sets the setting from a flag or a variable.
+func (s setting) set(conf *configuration, v string) error {
+	switch to := s.value(conf).(type) {
+	case *[]string:
+		*to = strings.FieldsFunc(v, func(r rune) bool { return r == ',' || r == ' ' })
+		return nil
+	case value:
+		return to.UnmarshalText([]byte(v))
+	default:
+		panic("setting " + s.name + " can't be set from text")
+	}
+}
+
+// configFlags returns the flags that loadConfiguration reads.
+func configFlags() []cli.Flag {
+	flags := []cli.Flag{
+		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", EnvVars: []string{"PILOT_CONFIG"}},
+		&cli.BoolFlag{Name: "original-defaults", Usage: "answer as the original pilot did: on 127.0.0.1:50051, with its variables and defaults"},
+	}
+	for _, s := range settings {
+		env := []string{s.env()}
+		if _, ok := s.value(&configuration{}).(*boolean); ok {
+			flags = append(flags, &cli.BoolFlag{Name: s.name, Usage: s.usage, EnvVars: env})
+		} else {
+			flags = append(flags, &cli.StringFlag{Name: s.name, Usage: s.usage, EnvVars: env})
+		}
+	}
+	return flags
+}
+
+// loadConfiguration returns the configuration: the defaults, changed by the
+// file, changed by variables, changed by flags.
+func loadConfiguration(c *cli.Context) (configuration, error) {
+	conf := defaults()
+	if c.Bool("original-defaults") {
+		if err := originalDefaults(&conf, os.Getenv); err != nil {
+			return conf, usageError{err}
+		}
+	}
+	file := c.String("config")
+	if err := readConfigFile(&conf, file); err != nil {
+		return conf, usageError{err}
+	}
+	for _, s := range settings {
+		if !c.IsSet(s.name) {
+			continue
+		}
+		if err := s.set(&conf, fmt.Sprint(c.Value(s.name))); err != nil {
+			return conf, usageError{fmt.Errorf("--%s (%s): %w", s.name, s.env(), err)}
+		}
+	}
+	if err := conf.check(); err != nil {
+		return conf, usageError{err}
+	}
+	logrus.SetLevel(logrus.Level(conf.LogLevel))
+	return conf, nil
+}
+
+// readConfigFile reads a file over conf. Errors name the file, the line and
+// the key.
+func readConfigFile(conf *configuration, name string) error {
+	required := name != ""
+	if !required {
+		name = defaultConfigFile
+	}
+	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) && !required {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+
+	err = toml.NewDecoder(f).DisallowUnknownFields().Decode(conf)
+	var unknown *toml.StrictMissingError
+	var bad *toml.DecodeError
+	switch {
+	case errors.As(err, &unknown) && len(unknown.Errors) > 0:
+		e := unknown.Errors[0]
+		line, _ := e.Position()
+		return fmt.Errorf("%s:%d: %s: there is no such setting", name, line, strings.Join(e.Key(), "."))
+	case errors.As(err, &bad):
+		line, column := bad.Position()
+		if key := strings.Join(bad.Key(), "."); key != "" {
+			return fmt.Errorf("%s:%d: %s: %s", name, line, key, strings.TrimPrefix(bad.Error(), "toml: "))
+		}
+		return fmt.Errorf("%s:%d:%d: %s", name, line, column, strings.TrimPrefix(bad.Error(), "toml: "))
+	case err != nil:
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// check refuses settings that can't work together.
+func (c *configuration) check() error {
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		return errors.New("tls-cert and tls-key go together")
+	}
+	if (c.BrokerCert == "") != (c.BrokerKey == "") {
+		return errors.New("broker-cert and broker-key go together")
+	}
+	if c.ProviderName == "" {
+		return errors.New("provider-name is empty")
+	}
+	if _, isUnix := c.Listen.unix(); isUnix {
+		if c.TLSCert != "" {
+			return errors.New("tls-cert is for a TCP address, and listen is a unix socket")
+		}
+		return nil
+	}
+	if c.TLSCert != "" && c.TLSClientCA == "" {
+		return errors.New("tls-client-ca is missing: over TCP only clients with a certificate may ask")
+	}
+	if c.TLSCert == "" && !(bool(c.InsecureLoopback) && c.Listen.loopback()) {
+		return fmt.Errorf("listen = %q needs tls-cert, tls-key and tls-client-ca, or insecure-loopback on a loopback address; a unix socket needs none", c.Listen)
+	}
+	return nil
+}
+
+// provider returns the key provider that the configuration describes.
+func (c *configuration) provider() (*keyprovider.Provider, error) {
+	broker, err := copilot.New(copilot.Config{
+		URL:      string(c.Broker),
+		CAFile:   string(c.BrokerCA),
+		CertFile: string(c.BrokerCert),
+		KeyFile:  string(c.BrokerKey),
+		Timeout:  time.Duration(c.BrokerTimeout),
+	})
+	if err != nil {
+		return nil, usageError{fmt.Errorf("broker: %w", err)}
+	}
+	return keyprovider.New(broker, keyprovider.Config{
+		Name:        string(c.ProviderName),
+		Format:      c.AnnotationFormat,
+		DefaultKEKs: c.DefaultKEKs,
+		CacheTTL:    time.Duration(c.KEKCacheTTL),
+		CacheIdle:   time.Duration(c.KEKCacheIdle),
+		CacheSize:   int(c.KEKCacheSize),
+	}), nil
+}

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+)
+
+var keyproviderCommand = &cli.Command{
+	Name:  "keyprovider",
+	Usage: "answer one request on standard input, as an ocicrypt key provider executable",
+	Description: `Reads one request of ocicrypt's key provider protocol from standard input and
+writes the answer to standard output. It asks the broker itself, or with
+--daemon a running "pilot serve", which has the KEKs cached.
+
+Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
+   {"key-providers": {"pilot": {"cmd": {"path": "/usr/local/bin/pilot",
+      "args": ["keyprovider", "--broker", "unix:///run/copilot/copilot.sock"]}}}}`,
+	Flags: append(configFlags(),
+		&cli.StringFlag{Name: "daemon", Usage: "unix socket of a running pilot serve to go through, as unix:///`PATH`"}),
+	Action: func(c *cli.Context) error {
+		if c.NArg() > 0 {
+			return usageError{fmt.Errorf("keyprovider takes no argument, and got %q", c.Args().First())}
+		}
+		conf, err := loadConfiguration(c)
+		if err != nil {
+			return err
+		}
+		// What failed is said once, on standard error, and success not at all.
+		if logrus.GetLevel() == logrus.InfoLevel {
+			logrus.SetLevel(logrus.WarnLevel)
+		}
+		if daemon := c.String("daemon"); daemon != "" {
+			return forward(c, address(daemon))
+		}
+		provider, err := conf.provider()
+		if err != nil {
+			return err
+		}
+		return keyprovider.Exec(c.Context, provider, os.Stdin, os.Stdout)
+	},
+}
+
+func forward(c *cli.Context, daemon address) error {
+	if path, ok := daemon.unix(); !ok || path == "" {
+		return usageError{fmt.Errorf("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)}
+	}
+	conn, err := grpc.NewClient(string(daemon), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return usageError{fmt.Errorf("--daemon: %w", err)}
+	}
+	defer conn.Close()
+	return keyprovider.Forward(c.Context, conn, os.Stdin, os.Stdout)
+}

@@ -1,0 +1,56 @@
+// Command pilot is the key provider of a node or of a CI machine: ocicrypt's
+// tools ask it to wrap and unwrap the keys of image layers.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/version"
+)
+
+func main() {
+	os.Exit(run())
+}
+
+// run runs the command line and returns the exit status.
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	logrus.SetOutput(os.Stderr)
+	app := &cli.App{
+		Name:    "pilot",
+		Usage:   "wrap and unwrap the keys of encrypted container images",
+		Version: version.Version,
+		Description: `pilot answers ocicrypt's key provider protocol with keys from a key broker.
+A tool finds it by a file such as
+
+   {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
+
+that OCICRYPT_KEYPROVIDER_CONFIG names.`,
+		Commands:             []*cli.Command{serveCommand, keyproviderCommand},
+		EnableBashCompletion: true,
+		ExitErrHandler:       func(*cli.Context, error) {},
+	}
+	err := app.RunContext(ctx, os.Args)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(os.Stderr, "pilot: %s\n", err)
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	return 1
+}
+
+// usageError is the error of a configuration that can't work: exit status 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }

@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+	"time"
+)
+
+// originalDefaults sets conf to what the original pilot did when its
+// variables, which getenv reads, say no more: port 50051, a broker at
+// http://localhost:8080/api/v1/key, and a KEK kept for 10 seconds after its
+// last use. The original answered to the whole network in plain text; this
+// answers to its own machine only.
+func originalDefaults(conf *configuration, getenv func(string) string) error {
+	variable := func(name, unset string) string {
+		if v := getenv(name); v != "" {
+			return v
+		}
+		return unset
+	}
+	if err := conf.Listen.UnmarshalText([]byte("127.0.0.1:" + variable("GRPC_PORT", "50051"))); err != nil {
+		return fmt.Errorf("GRPC_PORT: %w", err)
+	}
+	conf.InsecureLoopback = true
+	conf.Broker = text(variable("KEYREQUEST_BASEURL", "http://localhost:8080/api/v1/key"))
+	conf.AnnotationFormat = "original"
+	conf.KEKCacheTTL = 0
+
+	timeout := variable("KEYREQUEST_CACHE_TIMEOUT", "10")
+	n, err := strconv.ParseInt(timeout, 10, 32)
+	if err != nil || n < 0 {
+		return fmt.Errorf("KEYREQUEST_CACHE_TIMEOUT: %q is not a number from 0", timeout)
+	}
+	units := variable("KEYREQUEST_CACHE_UNITS", "SECONDS")
+	unit, ok := javaTimeUnits[units]
+	if !ok {
+		return fmt.Errorf("KEYREQUEST_CACHE_UNITS: %q is not a time unit such as SECONDS or MINUTES", units)
+	}
+	conf.KEKCacheIdle = duration(time.Duration(n) * unit)
+	if n == 0 {
+		conf.KEKCacheSize = 0 // expires at once
+	}
+	return nil
+}
+
+// javaTimeUnits are the names of java.util.concurrent.TimeUnit.
+var javaTimeUnits = map[string]time.Duration{
+	"NANOSECONDS":  time.Nanosecond,
+	"MICROSECONDS": time.Microsecond,
+	"MILLISECONDS": time.Millisecond,
+	"SECONDS":      time.Second,
+	"MINUTES":      time.Minute,
+	"HOURS":        time.Hour,
+	"DAYS":         24 * time.Hour,
+}

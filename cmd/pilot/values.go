@@ -1,0 +1,108 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+// The types of the settings. Each reads itself from text and refuses what
+// can't be.
+
+type text string
+
+func (t *text) UnmarshalText(b []byte) error {
+	*t = text(b)
+	return nil
+}
+
+type boolean bool
+
+func (v *boolean) UnmarshalText(b []byte) error {
+	switch string(b) {
+	case "true":
+		*v = true
+	case "false":
+		*v = false
+	default:
+		return fmt.Errorf("%q is neither true nor false", b)
+	}
+	return nil
+}
+
+type duration time.Duration
+
+func (d *duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil {
+		return fmt.Errorf("%q is not a duration such as 10s or 5m", b)
+	}
+	if v < 0 {
+		return fmt.Errorf("%s is negative", v)
+	}
+	*d = duration(v)
+	return nil
+}
+
+type count int
+
+func (n *count) UnmarshalText(b []byte) error {
+	v, err := strconv.Atoi(string(b))
+	if err != nil || v < 0 {
+		return fmt.Errorf("%q is not a number from 0", b)
+	}
+	*n = count(v)
+	return nil
+}
+
+type logLevel logrus.Level
+
+func (l *logLevel) UnmarshalText(b []byte) error {
+	v, err := logrus.ParseLevel(string(b))
+	if err != nil {
+		return fmt.Errorf("%q is not a log level: use debug, info, warning or error", b)
+	}
+	*l = logLevel(v)
+	return nil
+}
+
+// address is where to listen: unix:///PATH or HOST:PORT.
+type address string
+
+func (a *address) UnmarshalText(b []byte) error {
+	v := address(b)
+	if path, ok := v.unix(); ok {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("%q: a unix socket has an absolute path, as in unix:///run/pilot/keyprovider.sock", b)
+		}
+	} else if strings.Contains(string(b), "://") {
+		return fmt.Errorf("%q is neither unix:///PATH nor HOST:PORT", b)
+	} else if _, port, err := net.SplitHostPort(string(b)); err != nil {
+		return fmt.Errorf("%q is neither unix:///PATH nor HOST:PORT", b)
+	} else if n, err := strconv.Atoi(port); err != nil || n < 0 || n > 65535 {
+		return errors.New("the port is not a number from 0 to 65535")
+	}
+	*a = v
+	return nil
+}
+
+// unix returns the path of a unix socket.
+func (a address) unix() (path string, ok bool) {
+	return strings.CutPrefix(string(a), "unix://")
+}
+
+// loopback reports whether nobody outside this machine reaches the address.
+func (a address) loopback() bool {
+	host, _, err := net.SplitHostPort(string(a))
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}

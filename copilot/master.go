@@ -1,0 +1,98 @@
+package copilot
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+const (
+	masterFile = "master.key"
+	// masterCredential is the name under which systemd hands over the
+	// master key (LoadCredential=copilot-master-key:…).
+	masterCredential = "copilot-master-key"
+	masterSize       = 32 // bytes
+)
+
+// masterKey returns the master key. It makes the file in dir if there is none
+// and mayMake says that no KEK is sealed yet.
+func masterKey(dir string, mayMake bool) ([]byte, error) {
+	if credentials := os.Getenv("CREDENTIALS_DIRECTORY"); credentials != "" {
+		// systemd sees to it that only the service reads it.
+		key, err := readMaster(filepath.Join(credentials, masterCredential), 0)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return key, err
+		}
+	}
+	name := filepath.Join(dir, masterFile)
+	key, err := readMaster(name, 0o077)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return key, err
+	}
+	if !mayMake {
+		return nil, fmt.Errorf("the master key is missing: put %s back, or hand it over as the credential %s", name, masterCredential)
+	}
+	return makeMaster(name)
+}
+
+// readMaster reads a master key from a file that has none of the mode bits in
+// forbidden.
+func readMaster(name string, forbidden fs.FileMode) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode().Perm()&forbidden != 0 {
+		return nil, fmt.Errorf("%s can be read by others (mode %04o): chmod 0600 it, and if others could have read it, import the KEKs into a new store", name, info.Mode().Perm())
+	}
+	if info.Size() != masterSize {
+		return nil, fmt.Errorf("%s has %d bytes, not %d: it is no master key", name, info.Size(), masterSize)
+	}
+	key := make([]byte, masterSize)
+	if _, err := io.ReadFull(f, key); err != nil {
+		return nil, err
+	}
+	return key, nil
+}
+
+// makeMaster makes a master key that is whole on disk or not there at all.
+func makeMaster(name string) ([]byte, error) {
+	key := make([]byte, masterSize)
+	rand.Read(key) // never fails
+	f, err := os.CreateTemp(filepath.Dir(name), masterFile+".*")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(f.Name()) // fails once it is renamed
+	_, err = f.Write(key)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(name))
+	}
+	if err != nil {
+		clear(key)
+		return nil, fmt.Errorf("make %s: %w", name, err)
+	}
+	return key, nil
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,209 @@
+// Package copilot is a key broker: it keeps key encryption keys (KEKs), hands
+// them out over HTTP or wraps and unwraps with them, and writes down each
+// request in an audit log.
+package copilot
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ctrlplane/pilot/unixsocket"
+)
+
+// adminSocket is the name of the socket in the store's directory on which a
+// server takes the commands of whoever may read the store.
+const adminSocket = "admin.sock"
+
+// stopWithin is how long requests under way may take when a server stops.
+const stopWithin = 10 * time.Second
+
+// Config says where a server keeps things and where it answers.
+type Config struct {
+	// Dir holds the store, the audit log and the admin socket.
+	Dir string
+	// Listen are addresses: unix:///PATH, of mode 0600, or HOST:PORT.
+	Listen []string
+	// TLSCert, TLSKey and TLSClientCA are PEM files. An address that is
+	// neither a unix socket nor loopback needs them, and clients there need
+	// a certificate from TLSClientCA.
+	TLSCert, TLSKey, TLSClientCA string
+	// InsecureLoopback allows a loopback address without TLS.
+	InsecureLoopback bool
+	// AuditLog is a file, or "-" for standard output. Default: audit.log
+	// in Dir.
+	AuditLog string
+}
+
+// Serve answers requests until ctx is done, then finishes those under way.
+func Serve(ctx context.Context, conf Config) error {
+	tlsConfig, err := conf.tls()
+	if err != nil {
+		return err
+	}
+	if err := conf.check(tlsConfig != nil); err != nil {
+		return err
+	}
+	store, err := OpenStore(conf.Dir)
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	audit, err := OpenAuditLog(conf.auditLog())
+	if err != nil {
+		return err
+	}
+	defer audit.Close()
+
+	admin, err := unixsocket.Listen(filepath.Join(conf.Dir, adminSocket))
+	if err != nil {
+		return fmt.Errorf("admin socket: %w", err)
+	}
+	listeners := []net.Listener{admin}
+	defer func() {
+		for _, l := range listeners {
+			l.Close()
+		}
+	}()
+	for _, address := range conf.Listen {
+		l, err := listen(address, tlsConfig)
+		if err != nil {
+			return fmt.Errorf("listen on %s: %w", address, err)
+		}
+		listeners = append(listeners, l)
+		_, isTCP := l.Addr().(*net.TCPAddr)
+		logrus.WithFields(logrus.Fields{"listen": l.Addr().String(), "tls": isTCP && tlsConfig != nil, "dir": conf.Dir}).Info("copilot serves")
+		if isTCP && tlsConfig == nil {
+			logrus.WithField("listen", l.Addr().String()).Warn("EVERY USER OF THIS MACHINE CAN READ EVERY KEK: there is no TLS (--insecure-loopback)")
+		}
+	}
+
+	errorLog := logrus.StandardLogger().WriterLevel(logrus.WarnLevel)
+	defer errorLog.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	handler := newAdminAPI(store, audit)
+	for _, l := range listeners {
+		serve(ctx, g, l, handler, log.New(errorLog, "", 0))
+		handler = newAPI(store, audit) // for all but the first
+	}
+	return g.Wait()
+}
+
+func (c Config) auditLog() string {
+	if c.AuditLog != "" {
+		return c.AuditLog
+	}
+	return filepath.Join(c.Dir, "audit.log")
+}
+
+// tls returns the TLS that the configuration asks for, or nil.
+func (c Config) tls() (*tls.Config, error) {
+	if c.TLSCert == "" && c.TLSKey == "" && c.TLSClientCA == "" {
+		return nil, nil
+	}
+	if c.TLSCert == "" || c.TLSKey == "" || c.TLSClientCA == "" {
+		return nil, errors.New("--tls-cert, --tls-key and --tls-client-ca go together")
+	}
+	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		cert, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
+		return &cert, err
+	}
+	if _, err := load(nil); err != nil {
+		return nil, fmt.Errorf("--tls-cert: %w", err)
+	}
+	pem, err := os.ReadFile(c.TLSClientCA)
+	if err != nil {
+		return nil, fmt.Errorf("--tls-client-ca: %w", err)
+	}
+	clients := x509.NewCertPool()
+	if !clients.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("--tls-client-ca: %s holds no certificate", c.TLSClientCA)
+	}
+	return &tls.Config{
+		GetCertificate: load, // anew, so that the files can be replaced
+		ClientCAs:      clients,
+		ClientAuth:     tls.RequireAndVerifyClientCert,
+		MinVersion:     tls.VersionTLS12,
+	}, nil
+}
+
+// check refuses addresses at which KEKs would be there for everybody.
+func (c Config) check(hasTLS bool) error {
+	if len(c.Listen) == 0 {
+		return errors.New("nowhere to listen: give --listen, as in --listen unix:///run/copilot/copilot.sock")
+	}
+	for _, address := range c.Listen {
+		if path, ok := strings.CutPrefix(address, "unix://"); ok {
+			if !filepath.IsAbs(path) {
+				return fmt.Errorf("--listen %s: a unix socket has an absolute path, as in unix:///run/copilot/copilot.sock", address)
+			}
+			continue
+		}
+		host, _, err := net.SplitHostPort(address)
+		if err != nil {
+			return fmt.Errorf("--listen %s: it is neither unix:///PATH nor HOST:PORT", address)
+		}
+		ip := net.ParseIP(host)
+		loopback := host == "localhost" || ip != nil && ip.IsLoopback()
+		switch {
+		case hasTLS:
+		case !loopback:
+			return fmt.Errorf("--listen %s: other machines reach this, so it needs --tls-cert, --tls-key and --tls-client-ca", address)
+		case !c.InsecureLoopback:
+			return fmt.Errorf("--listen %s: every user of this machine would get every KEK: use a unix socket, TLS, or --insecure-loopback", address)
+		}
+	}
+	return nil
+}
+
+func listen(address string, tlsConfig *tls.Config) (net.Listener, error) {
+	if path, ok := strings.CutPrefix(address, "unix://"); ok {
+		return unixsocket.Listen(path)
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil || tlsConfig == nil {
+		return l, err
+	}
+	return tls.NewListener(l, tlsConfig), nil
+}
+
+// serve adds to g a server that answers on l until ctx is done.
+func serve(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler, errorLog *log.Logger) {
+	s := &http.Server{
+		Handler:           h,
+		ConnContext:       withPeer,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       20 * time.Second,
+		WriteTimeout:      20 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          errorLog,
+	}
+	g.Go(func() error {
+		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopWithin)
+		defer cancel()
+		if err := s.Shutdown(stop); err != nil {
+			return s.Close()
+		}
+		return nil
+	})
+}

@@ -1,0 +1,178 @@
+package keyprovider
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// TestOriginalVectors unwraps what a JVM wrapped, with the original's code.
+func TestOriginalVectors(t *testing.T) {
+	f, err := os.Open("testdata/aes-gcm-annotations.jsonl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	n := 0
+	for lines := bufio.NewScanner(f); lines.Scan(); n++ {
+		var v struct{ KEK, Optsdata, Annotation []byte }
+		if err := json.Unmarshal(lines.Bytes(), &v); err != nil {
+			t.Fatal(err)
+		}
+		list, err := ParseAnnotation(v.Annotation)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := unwrap(copilot.KEK{Key: v.KEK}, list[0])
+		if err != nil || !bytes.Equal(got, v.Optsdata) {
+			t.Errorf("vector %d: got %q, %v", n, got, err)
+		}
+	}
+	if n != 4 {
+		t.Errorf("%d vectors were read, not 4", n)
+	}
+}
+
+func TestWrapUnwrap(t *testing.T) {
+	secret := []byte(`{"symkey":"…"}`)
+	for _, test := range []struct {
+		format Format
+		size   int
+		ok     bool
+	}{
+		{FormatA256GCMKW, 32, true}, {FormatA256GCMKW, 16, false}, {FormatA256GCMKW, 24, false}, {FormatA256GCMKW, 0, false},
+		{FormatOriginal, 16, true}, {FormatOriginal, 24, true}, {FormatOriginal, 32, true}, {FormatOriginal, 31, false},
+	} {
+		kek := copilot.KEK{ID: "team-a", Version: 3, Key: bytes.Repeat([]byte{7}, test.size)}
+		a, err := wrap(kek, test.format, secret)
+		if (err == nil) != test.ok {
+			t.Errorf("%s with %d bytes: %v", test.format, test.size, err)
+		}
+		if err != nil {
+			if !strings.Contains(err.Error(), "team-a") {
+				t.Errorf("the error does not name the KEK: %v", err)
+			}
+			continue
+		}
+		b, err := json.Marshal(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := ParseAnnotation(b)
+		if err != nil {
+			t.Fatalf("%s: %v", b, err)
+		}
+		if got, err := unwrap(kek, list[0]); err != nil || !bytes.Equal(got, secret) {
+			t.Errorf("%s: %q, %v", b, got, err)
+		}
+	}
+}
+
+// TestOriginalFields checks that the original, which refuses unknown fields,
+// gets no others than its own.
+func TestOriginalFields(t *testing.T) {
+	a, err := wrap(copilot.KEK{ID: "team-a", Version: 2, Key: make([]byte, 32)}, FormatOriginal, []byte("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fields map[string]string
+	if err := json.Unmarshal(b, &fields); err != nil {
+		t.Fatal(err)
+	}
+	iv, err := base64.StdEncoding.DecodeString(fields["iv"])
+	if len(fields) != 3 || fields["method"] != "AES-GCM" || err != nil || len(iv) != 16 || fields["wrappedKey"] == "" {
+		t.Errorf("annotation %s", b)
+	}
+}
+
+// TestBound checks that nothing that an annotation says can be changed.
+func TestBound(t *testing.T) {
+	kek := copilot.KEK{ID: "team-a", Version: 3, Key: make([]byte, 32)}
+	for name, change := range map[string]func(*Annotation){
+		"KEK":         func(a *Annotation) { a.KEKID = "team-b" },
+		"version":     func(a *Annotation) { a.KEKVersion = 2 },
+		"no version":  func(a *Annotation) { a.KEKVersion = 0 },
+		"method":      func(a *Annotation) { a.Method = methodAESGCM },
+		"IV":          func(a *Annotation) { a.IV[0] ^= 1 },
+		"wrapped key": func(a *Annotation) { a.WrappedKey[0] ^= 1 },
+		"tag":         func(a *Annotation) { a.WrappedKey[len(a.WrappedKey)-1] ^= 1 },
+		"cut":         func(a *Annotation) { a.WrappedKey = a.WrappedKey[:len(a.WrappedKey)-1] },
+	} {
+		a, err := wrap(kek, FormatA256GCMKW, []byte("secret"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(&a)
+		if got, err := unwrap(kek, a); err == nil {
+			t.Errorf("with another %s it unwraps to %q", name, got)
+		}
+	}
+}
+
+func TestAdditionalDataIsCanonical(t *testing.T) {
+	a := Annotation{Method: methodA256GCMKW, KEKID: `a"\/é`, KEKVersion: 12}
+	if got, want := string(a.additionalData()), `{"kekId":"a\"\\/é","kekVersion":12,"method":"A256GCMKW"}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestParseAnnotationErrors(t *testing.T) {
+	iv12, iv16, key := "AAAAAAAAAAAAAAAA", "AAAAAAAAAAAAAAAAAAAAAA==", "AAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	for _, test := range []struct{ in, want string }{
+		{``, "not pilot's"},
+		{`null`, "no method"},
+		{`"x"`, "not pilot's"},
+		{`[]`, "0 recipients"},
+		{`{}`, "no method"},
+		{`{"method":"ROT13"}`, `method "ROT13" is not known`},
+		{`{"method":"AES-GCM","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "IV of 12 bytes, not 16"},
+		{`{"method":"AES-GCM","iv":"` + iv16 + `","wrappedKey":"AAAA"}`, "too short"},
+		{`{"method":"AES-GCM","kekId":"x","iv":"` + iv16 + `","wrappedKey":"` + key + `"}`, "does not name a KEK"},
+		{`{"method":"A256GCMKW","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "no KEK is named"},
+		{`{"method":"A256GCMKW","kekId":"a b","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "not allowed"},
+		{`{"method":"A256GCMKW","kekId":"a","kekVersion":-1,"iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "negative"},
+		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv16 + `","wrappedKey":"` + key + `"}`, "IV of 16 bytes, not 12"},
+		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","wrappedKey":"` + key + `","more":1}`, "more"},
+		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","wrappedKey":"` + key + `"} {}`, "follows"},
+		{`{"method":"A256GCMKW","kekId":"` + strings.Repeat("a", 2049) + `"}`, "longer than 2048"},
+		{strings.Repeat(" ", maxAnnotation+1), "more than 1048576 bytes"},
+	} {
+		_, err := ParseAnnotation([]byte(test.in))
+		if err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%.80s: %v, want %q", test.in, err, test.want)
+		}
+	}
+}
+
+func FuzzParseAnnotation(f *testing.F) {
+	f.Add([]byte(`{"method":"A256GCMKW","kekId":"a","kekVersion":1,"iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}`))
+	f.Add([]byte(`[{"method":"AES-GCM","iv":"AAAAAAAAAAAAAAAAAAAAAA==","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}]`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		list, err := ParseAnnotation(b)
+		if err != nil {
+			return
+		}
+		for _, a := range list {
+			if _, err := unwrap(copilot.KEK{Key: make([]byte, 32)}, a); err == nil {
+				t.Fatalf("%s unwraps with a KEK of zeros", b)
+			}
+		}
+		again, err := json.Marshal(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ParseAnnotation(again); err != nil {
+			t.Fatalf("%s was accepted, %s is not: %v", b, again, err)
+		}
+	})
+}

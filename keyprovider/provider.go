@@ -1,0 +1,287 @@
+// Package keyprovider wraps and unwraps layer keys with AES-256-GCM under key
+// encryption keys (KEKs) that it gets from a key broker, and answers ocicrypt's
+// key provider protocol, as a gRPC service and as an executable. That is how
+// skopeo, buildah, podman, containerd, CRI-O, imgcrypt and nerdctl reach it.
+//
+// The protocol is described at
+// https://github.com/containers/ocicrypt/blob/main/docs/keyprovider.md.
+package keyprovider
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
+	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// ErrInput is the error of a request that no broker could serve: it is not
+// the protocol's JSON, names no KEK, or holds an annotation that is not pilot's.
+var ErrInput = errors.New("bad request")
+
+// ErrWrongKEK is the error of a layer key that the KEKs at hand do not unwrap.
+var ErrWrongKEK = errors.New("layer key not unwrapped")
+
+// originalVersions is how many older versions of a KEK are tried on an
+// annotation in the original's format, which does not say which it takes.
+const originalVersions = 16
+
+// Config says how a [Provider] works.
+type Config struct {
+	// Name is the key provider's name in ocicrypt.conf, under which
+	// ocicrypt passes its parameters. Default: pilot.
+	Name string
+	// Format is how wrapped keys are written. Default: FormatA256GCMKW.
+	Format Format
+	// DefaultKEKs are tried in order on an annotation that does not name
+	// its KEK, when the caller names none either.
+	DefaultKEKs []string
+	// CacheTTL is how long a KEK is kept after it was fetched; 0: for ever.
+	CacheTTL time.Duration
+	// CacheIdle is how long a KEK is kept after its last use; 0: for ever.
+	CacheIdle time.Duration
+	// CacheSize is how many KEKs are kept at most; 0: none.
+	CacheSize int
+}
+
+// Provider wraps and unwraps layer keys. It is safe for concurrent use.
+type Provider struct {
+	conf Config
+	keks cache
+}
+
+// New returns a Provider that gets its KEKs from broker.
+func New(broker *copilot.Client, conf Config) *Provider {
+	if conf.Name == "" {
+		conf.Name = "pilot"
+	}
+	if conf.Format == "" {
+		conf.Format = FormatA256GCMKW
+	}
+	return &Provider{conf: conf, keks: cache{
+		fetch: broker.KEK,
+		ttl:   conf.CacheTTL,
+		idle:  conf.CacheIdle,
+		size:  conf.CacheSize,
+		now:   time.Now,
+	}}
+}
+
+// WrapKey answers a keywrap request of the key provider protocol, given and
+// answered in its JSON. It wraps for each KEK that the recipient's parameters
+// name; those of `--recipient provider:pilot:team-a` name team-a.
+func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(in.KeyWrapParams.OptsData)
+	if in.KeyWrapParams.Ec == nil || len(in.KeyWrapParams.OptsData) == 0 {
+		return nil, fmt.Errorf("%w: keywrapparams lack ec or optsdata", ErrInput)
+	}
+	ids, err := p.parameters(in.KeyWrapParams.Ec.Parameters)
+	if err != nil {
+		return nil, err
+	}
+	if len(ids) == 0 {
+		return nil, fmt.Errorf("%w: no KEK is named: use the recipient provider:%s:KEK", ErrInput, p.conf.Name)
+	}
+	if len(ids) > 1 && p.conf.Format == FormatOriginal {
+		return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
+	}
+	if len(ids) > maxRecipients {
+		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, len(ids), maxRecipients)
+	}
+
+	annotations := make([]Annotation, len(ids))
+	for i, id := range ids {
+		start := time.Now()
+		kek, err := p.keks.get(ctx, id, 0)
+		if err != nil {
+			return nil, err
+		}
+		if annotations[i], err = wrap(kek, p.conf.Format, in.KeyWrapParams.OptsData); err != nil {
+			return nil, err
+		}
+		logrus.WithFields(logrus.Fields{
+			"kek": id, "version": kek.Version, "method": annotations[i].Method, "took": time.Since(start),
+		}).Info("layer key wrapped")
+	}
+	var b []byte
+	if len(annotations) == 1 {
+		b, err = json.Marshal(annotations[0])
+	} else {
+		b, err = json.Marshal(annotations)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
+		KeyWrapResults: ocicrypt.KeyWrapResults{Annotation: b},
+	})
+}
+
+// UnwrapKey answers a keyunwrap request of the key provider protocol. The
+// annotation says which KEK it takes; if the caller names KEKs too, only those
+// are used.
+func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)
+	if err != nil {
+		return nil, err
+	}
+	annotations, err := ParseAnnotation(in.KeyUnwrapParams.Annotation)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInput, err)
+	}
+	var allowed []string
+	if in.KeyUnwrapParams.Dc != nil {
+		if allowed, err = p.parameters(in.KeyUnwrapParams.Dc.Parameters); err != nil {
+			return nil, err
+		}
+	}
+
+	var errs []error
+	for _, a := range annotations {
+		start := time.Now()
+		optsdata, kek, err := p.unwrap(ctx, a, allowed)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		defer clear(optsdata)
+		logrus.WithFields(logrus.Fields{
+			"kek": kek.ID, "version": kek.Version, "method": a.Method, "took": time.Since(start),
+		}).Info("layer key unwrapped")
+		return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
+			KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: optsdata},
+		})
+	}
+	return nil, oneLine(errs)
+}
+
+// unwrap tries the KEKs that may open a.
+func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
+	if a.Method == methodAESGCM {
+		return p.unwrapOriginal(ctx, a, allowed)
+	}
+	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
+		return nil, copilot.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
+	}
+	kek, err := p.keks.get(ctx, a.KEKID, a.KEKVersion)
+	if err != nil {
+		return nil, copilot.KEK{}, err
+	}
+	optsdata, err := unwrap(kek, a)
+	if err != nil {
+		return nil, copilot.KEK{}, fmt.Errorf("%w: KEK %q version %d %w", ErrWrongKEK, a.KEKID, a.KEKVersion, err)
+	}
+	return optsdata, kek, nil
+}
+
+// unwrapOriginal tries each KEK that is named, or else the default ones, on an
+// annotation that does not say which it takes, newest version first.
+func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
+	ids := allowed
+	if len(ids) == 0 {
+		ids = p.conf.DefaultKEKs
+	}
+	if len(ids) == 0 {
+		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Name)
+	}
+	var errs []error
+	for _, id := range ids {
+		for version, left := 0, originalVersions; left > 0; left-- {
+			kek, err := p.keks.get(ctx, id, version)
+			if err != nil {
+				errs = append(errs, err)
+				break
+			}
+			optsdata, err := unwrap(kek, a)
+			if err == nil {
+				return optsdata, kek, nil
+			}
+			if version == 0 {
+				errs = append(errs, fmt.Errorf("%w: KEK %q %w", ErrWrongKEK, id, err))
+			}
+			if version = kek.Version - 1; version < 1 {
+				break
+			}
+		}
+	}
+	return nil, copilot.KEK{}, oneLine(errs)
+}
+
+// parameters returns the KEK ids among the parameters that ocicrypt passes.
+func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
+	var ids []string
+	for _, b := range params[p.conf.Name] {
+		id := string(b)
+		// ocicrypt passes this for a recipient without a parameter.
+		if id == "" || id == "Enabled" {
+			continue
+		}
+		if err := validateKEKID(id); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrInput, err)
+		}
+		if !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// sweepEvery is how often KEKs that have expired are dropped from memory.
+const sweepEvery = time.Minute
+
+// Sweep drops expired KEKs from memory, now and then, until ctx is done.
+func (p *Provider) Sweep(ctx context.Context) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			p.keks.sweep()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func decodeInput(b []byte, want ocicrypt.KeyProviderKeyWrapProtocolOperation) (*ocicrypt.KeyProviderKeyWrapProtocolInput, error) {
+	var in ocicrypt.KeyProviderKeyWrapProtocolInput
+	if err := json.Unmarshal(b, &in); err != nil {
+		// The error of encoding/json may quote its input, which holds keys.
+		return nil, fmt.Errorf("%w: it is not the JSON of ocicrypt's key provider protocol", ErrInput)
+	}
+	if in.Operation != want {
+		return nil, fmt.Errorf("%w: op is %.40q, not %q", ErrInput, in.Operation, want)
+	}
+	return &in, nil
+}
+
+// oneLine joins errors with semicolons; errors.Is finds each of them.
+func oneLine(errs []error) error {
+	if len(errs) == 1 {
+		return errs[0]
+	}
+	return lineOfErrors(errs)
+}
+
+type lineOfErrors []error
+
+func (l lineOfErrors) Unwrap() []error { return l }
+
+func (l lineOfErrors) Error() string {
+	lines := make([]string, len(l))
+	for i, err := range l {
+		lines[i] = err.Error()
+	}
+	return strings.Join(lines, "; ")
+}

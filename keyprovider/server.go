@@ -1,0 +1,70 @@
+package keyprovider
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// answerWithin bounds the time that a request takes, since ocicrypt's callers
+// set no deadline of their own.
+const answerWithin = 30 * time.Second
+
+// Register makes s answer keyprovider.KeyProviderService with p.
+func Register(s grpc.ServiceRegistrar, p *Provider) {
+	ocicryptpb.RegisterKeyProviderServiceServer(s, service{provider: p})
+}
+
+type service struct {
+	ocicryptpb.UnimplementedKeyProviderServiceServer
+	provider *Provider
+}
+
+func (s service) WrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
+	return answer(ctx, in, s.provider.WrapKey)
+}
+
+func (s service) UnWrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
+	return answer(ctx, in, s.provider.UnwrapKey)
+}
+
+func answer(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput, op func(context.Context, []byte) ([]byte, error)) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	out, err := op(ctx, in.GetKeyProviderKeyWrapProtocolInput())
+	if err != nil {
+		// The caller may be a runtime that tells nobody, so say it here too.
+		logrus.WithError(err).Warn("request failed")
+		return nil, status.Error(code(err), err.Error())
+	}
+	return &ocicryptpb.KeyProviderKeyWrapProtocolOutput{KeyProviderKeyWrapProtocolOutput: out}, nil
+}
+
+// code returns the gRPC status code that says what err means to a caller.
+func code(err error) codes.Code {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return codes.Canceled
+	case errors.Is(err, copilot.ErrUnavailable):
+		return codes.Unavailable
+	case errors.Is(err, context.DeadlineExceeded):
+		return codes.DeadlineExceeded
+	case errors.Is(err, copilot.ErrForbidden):
+		return codes.PermissionDenied
+	case errors.Is(err, copilot.ErrNotFound):
+		return codes.NotFound
+	case errors.Is(err, ErrInput):
+		return codes.InvalidArgument
+	case errors.Is(err, ErrWrongKEK):
+		return codes.FailedPrecondition
+	}
+	return codes.Unknown
+}

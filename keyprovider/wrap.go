@@ -1,0 +1,62 @@
+package keyprovider
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"errors"
+	"fmt"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+const (
+	tagSize        = 16 // of AES-GCM, in bytes
+	originalIVSize = 16 // in bytes
+	kekSize        = 32 // of A256GCMKW, in bytes
+)
+
+// errWrongKEK says that a KEK does not open an annotation.
+var errWrongKEK = errors.New("does not unwrap this layer key: the KEK was replaced by another of that name, or the annotation was changed")
+
+// wrap wraps optsdata, the layer key in ocicrypt's JSON, with kek.
+func wrap(kek copilot.KEK, format Format, optsdata []byte) (Annotation, error) {
+	a := Annotation{Method: methodAESGCM, IV: make([]byte, originalIVSize)}
+	if format == FormatA256GCMKW {
+		if len(kek.Key) != kekSize {
+			return Annotation{}, fmt.Errorf("KEK %q has %d bytes, and %s takes %d: create a KEK of that size, or write the original's format", kek.ID, len(kek.Key), FormatA256GCMKW, kekSize)
+		}
+		a = Annotation{Method: methodA256GCMKW, KEKID: kek.ID, KEKVersion: kek.Version, IV: make([]byte, 12)}
+	}
+	aead, err := newGCM(kek.Key, len(a.IV))
+	if err != nil {
+		return Annotation{}, fmt.Errorf("KEK %q: %w", kek.ID, err)
+	}
+	rand.Read(a.IV) // never fails
+	a.WrappedKey = aead.Seal(nil, a.IV, optsdata, a.additionalData())
+	return a, nil
+}
+
+// unwrap returns the optsdata that a holds, or errWrongKEK.
+func unwrap(kek copilot.KEK, a Annotation) ([]byte, error) {
+	if a.Method == methodA256GCMKW && len(kek.Key) != kekSize {
+		return nil, fmt.Errorf("has %d bytes, and %s takes %d", len(kek.Key), a.Method, kekSize)
+	}
+	aead, err := newGCM(kek.Key, len(a.IV))
+	if err != nil {
+		return nil, err
+	}
+	optsdata, err := aead.Open(nil, a.IV, a.WrappedKey, a.additionalData())
+	if err != nil {
+		return nil, errWrongKEK
+	}
+	return optsdata, nil
+}
+
+func newGCM(key []byte, ivSize int) (cipher.AEAD, error) {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, fmt.Errorf("has %d bytes, not 16, 24 or 32", len(key))
+	}
+	return cipher.NewGCMWithNonceSize(block, ivSize)
+}
