@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
@@ -22,23 +24,23 @@ const defaultConfigFile = "/etc/pilot/pilot.toml"
 // configuration is what pilot.toml holds. Each setting is also a flag and a
 // PILOT_… variable: see settings.
 type configuration struct {
-	Listen           address            `toml:"listen"`
-	InsecureLoopback boolean            `toml:"insecure-loopback"`
-	TLSCert          text               `toml:"tls-cert"`
-	TLSKey           text               `toml:"tls-key"`
-	TLSClientCA      text               `toml:"tls-client-ca"`
-	Broker           text               `toml:"broker"`
-	BrokerCA         text               `toml:"broker-ca"`
-	BrokerCert       text               `toml:"broker-cert"`
-	BrokerKey        text               `toml:"broker-key"`
-	BrokerTimeout    duration           `toml:"broker-timeout"`
-	ProviderName     text               `toml:"provider-name"`
-	AnnotationFormat keyprovider.Format `toml:"annotation-format"`
-	DefaultKEKs      []string           `toml:"default-keks"`
-	KEKCacheTTL      duration           `toml:"kek-cache-ttl"`
-	KEKCacheIdle     duration           `toml:"kek-cache-idle"`
-	KEKCacheSize     count              `toml:"kek-cache-size"`
-	LogLevel         logLevel           `toml:"log-level"`
+	Listen           address
+	InsecureLoopback boolean
+	TLSCert          text
+	TLSKey           text
+	TLSClientCA      text
+	Broker           text
+	BrokerCA         text
+	BrokerCert       text
+	BrokerKey        text
+	BrokerTimeout    duration
+	ProviderName     text
+	AnnotationFormat keyprovider.Format
+	DefaultKEKs      []string
+	KEKCacheTTL      duration
+	KEKCacheIdle     duration
+	KEKCacheSize     count
+	LogLevel         logLevel
 }
 
 // defaults are the settings of a pilot that is told nothing.
@@ -61,8 +63,7 @@ type setting struct {
 	value       func(*configuration) any
 }
 
-// value is a setting that reads itself from text. go-toml reads with it too
-// and so knows the line of a value that can't be.
+// value is a setting that reads itself from text.
 type value interface {
 	UnmarshalText([]byte) error
 }
@@ -91,7 +92,7 @@ func (s setting) env() string {
 	return "PILOT_" + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))
 }
 
-// set sets the setting from a flag or a variable.
+// set sets the setting from text: a flag, a variable, or a line of the file.
 func (s setting) set(conf *configuration, v string) error {
 	switch to := s.value(conf).(type) {
 	case *[]string:
@@ -156,33 +157,72 @@ func readConfigFile(conf *configuration, name string) error {
 	if !required {
 		name = defaultConfigFile
 	}
-	f, err := os.Open(name)
+	b, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) && !required {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-
-	err = toml.NewDecoder(f).DisallowUnknownFields().Decode(conf)
-	var unknown *toml.StrictMissingError
 	var bad *toml.DecodeError
-	switch {
-	case errors.As(err, &unknown) && len(unknown.Errors) > 0:
-		e := unknown.Errors[0]
-		line, _ := e.Position()
-		return fmt.Errorf("%s:%d: %s: there is no such setting", name, line, strings.Join(e.Key(), "."))
-	case errors.As(err, &bad):
+	if err := toml.Unmarshal(b, new(map[string]any)); errors.As(err, &bad) {
 		line, column := bad.Position()
-		if key := strings.Join(bad.Key(), "."); key != "" {
-			return fmt.Errorf("%s:%d: %s: %s", name, line, key, strings.TrimPrefix(bad.Error(), "toml: "))
-		}
 		return fmt.Errorf("%s:%d:%d: %s", name, line, column, strings.TrimPrefix(bad.Error(), "toml: "))
-	case err != nil:
+	} else if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	return nil
+
+	// It is TOML. Walk it with the parser, which knows the lines.
+	var p unstable.Parser
+	p.Reset(b)
+	for p.NextExpression() {
+		key, line := keyOf(&p, p.Expression())
+		i := slices.IndexFunc(settings, func(s setting) bool { return s.name == key })
+		if i < 0 || p.Expression().Kind != unstable.KeyValue {
+			return fmt.Errorf("%s:%d: %s: there is no such setting", name, line, key)
+		}
+		v, err := textOf(p.Expression().Value())
+		if err == nil {
+			err = settings[i].set(conf, v)
+		}
+		if err != nil {
+			return fmt.Errorf("%s:%d: %s: %w", name, line, key, err)
+		}
+	}
+	return p.Error()
+}
+
+// keyOf returns the dotted key of an expression and its line.
+func keyOf(p *unstable.Parser, e *unstable.Node) (key string, line int) {
+	var names []string
+	for it := e.Key(); it.Next(); {
+		if line == 0 {
+			line = p.Shape(it.Node().Raw).Start.Line
+		}
+		names = append(names, string(it.Node().Data))
+	}
+	return strings.Join(names, "."), line
+}
+
+// textOf returns a scalar as text, and an array of strings as words.
+func textOf(v *unstable.Node) (string, error) {
+	switch v.Kind {
+	case unstable.String, unstable.Bool, unstable.Integer:
+		return string(v.Data), nil
+	case unstable.Array:
+		var words []string
+		for it := v.Children(); it.Next(); {
+			if it.Node().Kind == unstable.Comment {
+				continue
+			}
+			if it.Node().Kind != unstable.String {
+				return "", errors.New("the array holds something other than strings")
+			}
+			words = append(words, string(it.Node().Data))
+		}
+		return strings.Join(words, " "), nil
+	}
+	return "", fmt.Errorf("a value of kind %s is not possible here", v.Kind)
 }
 
 // check refuses settings that can't work together.
