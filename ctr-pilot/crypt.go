@@ -1,0 +1,230 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/cmd/ctr/commands"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+)
+
+// selectionFlags choose layers of an image.
+func selectionFlags(verb string) []cli.Flag {
+	return []cli.Flag{
+		&cli.IntSliceFlag{
+			Name:  "layer",
+			Usage: "`LAYER` to " + verb + ", counted from 0, or from -1 downwards for the topmost; by default all",
+		},
+		&cli.StringSliceFlag{
+			Name:  "platform",
+			Usage: "`PLATFORM` to " + verb + ", such as linux/amd64; by default all",
+		},
+		&cli.BoolFlag{
+			Name:  "all-platforms",
+			Usage: verb + " all platforms; this is the default",
+		},
+	}
+}
+
+var encryptCommand = &cli.Command{
+	Name:      "encrypt",
+	Usage:     "encrypt an image",
+	ArgsUsage: "[flags] <image> [<new name>]",
+	Description: `Encrypts the layers of an image for recipients, and gives the result the new
+name, or the image's own. A layer that is encrypted already is not touched: the
+recipients are added to those that it has.
+
+Recipients:
+   provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
+   jwe:FILE                  a public key
+   pkcs7:FILE                an X.509 certificate
+   pgp:NAME                  a name or mail address in gpg's keyring
+   pkcs11:FILE               a public key, or a YAML file of a key in an HSM
+
+Example:
+   ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted`,
+	Flags: append(append([]cli.Flag{
+		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
+	}, selectionFlags("encrypt")...), keyFlags()...),
+	DisableSliceFlagSeparator: true,
+	Action: func(ctx context.Context, cmd *cli.Command) error {
+		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+			layers, err := layerDescriptors(ctx, client, target, opts)
+			if err != nil {
+				return image.Result{}, err
+			}
+			ec, err := encryptConfig(cmd, layers)
+			if err != nil {
+				return image.Result{}, err
+			}
+			return image.Encrypt(ctx, client.ContentStore(), target, ec, opts)
+		})
+	},
+}
+
+var decryptCommand = &cli.Command{
+	Name:      "decrypt",
+	Usage:     "decrypt an image",
+	ArgsUsage: "[flags] <image> [<new name>]",
+	Description: `Decrypts the layers of an image with the keys given, gpg's keyring, and key
+providers, and gives the result the new name, or the image's own. An image that
+was encrypted with ctr-pilot becomes what it was, byte for byte.
+
+Example:
+   ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1`,
+	Flags:                     append(selectionFlags("decrypt"), keyFlags()...),
+	DisableSliceFlagSeparator: true,
+	Action: func(ctx context.Context, cmd *cli.Command) error {
+		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+			layers, err := layerDescriptors(ctx, client, target, opts)
+			if err != nil {
+				return image.Result{}, err
+			}
+			dc, err := decryptConfig(cmd, layers)
+			if err != nil {
+				return image.Result{}, err
+			}
+			return image.Decrypt(ctx, client.ContentStore(), target, dc, opts)
+		})
+	},
+}
+
+type cryptFunc func(context.Context, *containerd.Client, ocispec.Descriptor, image.Options) (image.Result, error)
+
+// crypt does do to the image that the command names.
+func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) error {
+	name, newName := cmd.Args().First(), cmd.Args().Get(1)
+	if name == "" || cmd.NArg() > 2 {
+		return fmt.Errorf("%s takes the name of an image and a new name, after the flags, and got %d arguments", verb, cmd.NArg())
+	}
+	if newName == "" {
+		newName = name
+	}
+	opts, err := selection(cmd)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	img, err := client.ImageService().Get(ctx, name)
+	if err != nil {
+		return err
+	}
+
+	ctx, release, err := withLease(ctx, client)
+	if err != nil {
+		return err
+	}
+	defer func() { release(err) }()
+	progress := newProgress(verb)
+	opts.Progress = progress.add
+	result, err := do(ctx, client, img.Target, opts)
+	progress.stop()
+	if err == nil && ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", verb, name, err)
+	}
+	for _, s := range result.Skipped {
+		platform := "of no platform"
+		if s.Platform != nil {
+			platform = "of " + platforms.FormatAll(*s.Platform)
+		}
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: %s stays as it is: its content is not here (pull it with --all-platforms)\n", "manifest "+s.Digest.String()+" "+platform)
+	}
+	if result.Layers == 0 {
+		if verb == "encrypt" {
+			err = fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
+			return err
+		}
+		fmt.Printf("%s has no encrypted layers\n", name)
+	}
+	img.Name, img.Target = newName, result.Target
+	if err = putImage(ctx, client.ImageService(), img); err != nil {
+		return fmt.Errorf("%s %s: %w", verb, name, err)
+	}
+	fmt.Printf("%s %s (%d layers %sed)\n", newName, img.Target.Digest, result.Layers, verb)
+	return nil
+}
+
+// putImage creates the image, or makes the one of that name point to its target.
+func putImage(ctx context.Context, store images.Store, img images.Image) error {
+	_, err := store.Create(ctx, img)
+	if errdefs.IsAlreadyExists(err) {
+		_, err = store.Update(ctx, img, "target")
+	}
+	return err
+}
+
+// leaseFor bounds how long containerd keeps what a killed command left behind.
+const leaseFor = 6 * time.Hour
+
+// withLease returns a context under whose lease content is kept, and a
+// function that ends that. If the work failed it waits until what it wrote is
+// gone.
+func withLease(ctx context.Context, client *containerd.Client) (context.Context, func(error), error) {
+	service := client.LeasesService()
+	l, err := service.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseFor))
+	if err != nil {
+		return nil, nil, err
+	}
+	leased := leases.WithLease(ctx, l.ID)
+	return leased, func(err error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		defer cancel()
+		var opts []leases.DeleteOpt
+		if err != nil {
+			opts = append(opts, leases.SynchronousDelete)
+		}
+		if err := service.Delete(ctx, l, opts...); err != nil && !errdefs.IsNotFound(err) {
+			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: delete lease %s: %v\n", l.ID, err)
+		}
+	}, nil
+}
+
+// selection returns what --layer and --platform choose.
+func selection(cmd *cli.Command) (image.Options, error) {
+	opts := image.Options{Layers: cmd.IntSlice("layer")}
+	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
+		return image.Options{}, errors.New("--platform and --all-platforms exclude each other")
+	}
+	for _, s := range cmd.StringSlice("platform") {
+		p, err := platforms.Parse(s)
+		if err != nil {
+			return image.Options{}, fmt.Errorf("--platform %s: %w", s, err)
+		}
+		opts.Platforms = append(opts.Platforms, p)
+	}
+	return opts, nil
+}
+
+func layerDescriptors(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
+	layers, err := image.Layers(ctx, client.ContentStore(), target, opts)
+	if err != nil {
+		return nil, err
+	}
+	descs := make([]ocispec.Descriptor, len(layers))
+	for i, l := range layers {
+		descs[i] = l.Descriptor
+	}
+	return descs, nil
+}

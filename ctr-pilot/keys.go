@@ -1,0 +1,132 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
+	"github.com/containers/ocicrypt"
+	"github.com/containers/ocicrypt/config"
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+	"github.com/containers/ocicrypt/keywrap/keyprovider"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// defaultKeyProviders names the key providers when no variable does.
+const defaultKeyProviders = "/etc/pilot/ocicrypt.conf"
+
+// registerKeyProviders does for the default file what ocicrypt does for the
+// one that its variable names.
+func registerKeyProviders() error {
+	if name := os.Getenv(keyproviderconfig.ENVVARNAME); name != "" {
+		if _, err := os.Stat(name); err != nil {
+			return fmt.Errorf("%s: %w", keyproviderconfig.ENVVARNAME, err)
+		}
+		return nil
+	}
+	b, err := os.ReadFile(defaultKeyProviders)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var conf keyproviderconfig.OcicryptConfig
+	if err := json.Unmarshal(b, &conf); err != nil {
+		return fmt.Errorf("%s: %w", defaultKeyProviders, err)
+	}
+	for name, attrs := range conf.KeyProviderConfig {
+		ocicrypt.RegisterKeyWrapper("provider."+name, keyprovider.NewKeyWrapper(name, attrs))
+	}
+	return nil
+}
+
+// keyFlags are imgcrypt's flags for whatever decrypts.
+func keyFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringSliceFlag{
+			Name:  "key",
+			Usage: "`KEY` to decrypt with: a file, FILE:PASSWORD, FILE:pass=PASSWORD, FILE:file=FILE or FILE:fd=NUMBER, or provider:NAME:PARAMETER",
+		},
+		&cli.StringSliceFlag{
+			Name:  "dec-recipient",
+			Usage: "recipient to decrypt as, `pkcs7:FILE` with its certificate",
+		},
+		&cli.StringFlag{
+			Name:  "gpg-homedir",
+			Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)",
+		},
+		&cli.StringFlag{
+			Name:  "gpg-version",
+			Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)",
+		},
+		&cli.BoolFlag{
+			Name:  "skip-decrypt-auth",
+			Usage: "do not check that the keys given here decrypt the image, as when the node has them",
+		},
+	}
+}
+
+func keyArguments(cmd *cli.Command) parsehelpers.EncArgs {
+	return parsehelpers.EncArgs{
+		GPGHomedir:   cmd.String("gpg-homedir"),
+		GPGVersion:   cmd.String("gpg-version"),
+		Key:          cmd.StringSlice("key"),
+		Recipient:    cmd.StringSlice("recipient"),
+		DecRecipient: cmd.StringSlice("dec-recipient"),
+	}
+}
+
+// decryptConfig returns the keys that the flags name. gpg's keyring is asked
+// for those of layers only if one of them has a pgp recipient.
+func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.DecryptConfig, error) {
+	if !slices.ContainsFunc(layers, hasPGP) {
+		layers = nil
+	}
+	cc, err := parsehelpers.CreateDecryptCryptoConfig(keyArguments(cmd), layers)
+	if err != nil {
+		return nil, fmt.Errorf("keys: %w", err)
+	}
+	if cc.DecryptConfig == nil {
+		return &config.DecryptConfig{}, nil
+	}
+	return cc.DecryptConfig, nil
+}
+
+// encryptConfig returns the recipients that the flags name, and the keys to
+// add them to layers that are encrypted already.
+func encryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.EncryptConfig, error) {
+	args := keyArguments(cmd)
+	if len(args.Recipient) == 0 {
+		return nil, errors.New("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
+	}
+	for _, r := range args.Recipient {
+		if !strings.HasPrefix(r, "pgp:") {
+			continue
+		}
+		// imgcrypt leaves such a recipient out if it finds no gpg.
+		if _, err := parsehelpers.CreateGPGClient(args); err != nil {
+			return nil, fmt.Errorf("recipient %s: %w", r, err)
+		}
+	}
+	if !slices.ContainsFunc(layers, hasPGP) {
+		layers = nil
+	}
+	cc, err := parsehelpers.CreateCryptoConfig(args, layers)
+	if err != nil {
+		return nil, fmt.Errorf("recipients: %w", err)
+	}
+	return cc.EncryptConfig, nil
+}
+
+func hasPGP(l ocispec.Descriptor) bool {
+	return l.Annotations[processor.AnnotationPrefix+"keys.pgp"] != ""
+}

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/containerd/containerd/v2/cmd/ctr/commands"
+	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
+	"github.com/containerd/platforms"
+	"github.com/containers/ocicrypt"
+	"github.com/opencontainers/go-digest"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+var layerinfoCommand = &cli.Command{
+	Name:      "layerinfo",
+	Usage:     "show how an image's layers are encrypted, and for whom",
+	ArgsUsage: "[flags] <image>",
+	Description: `Lists the layers of an image with the ways in which their keys are wrapped, and
+for whom as far as that can be told without a key.
+
+Example:
+   ctr-pilot images layerinfo --json app:encrypted`,
+	Flags: append(selectionFlags("show"),
+		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+		&cli.StringFlag{Name: "gpg-homedir", Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)"},
+		&cli.StringFlag{Name: "gpg-version", Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)"},
+		&cli.BoolFlag{Name: "n", Usage: "show the key IDs of pgp recipients, not their names"},
+	),
+	DisableSliceFlagSeparator: true,
+	Action: func(ctx context.Context, cmd *cli.Command) error {
+		if cmd.NArg() != 1 {
+			return errors.New("layerinfo takes the name of one image, after the flags")
+		}
+		opts, err := selection(cmd)
+		if err != nil {
+			return err
+		}
+		client, ctx, cancel, err := commands.NewClient(ctx, cmd)
+		if err != nil {
+			return err
+		}
+		defer cancel()
+		img, err := client.ImageService().Get(ctx, cmd.Args().First())
+		if err != nil {
+			return err
+		}
+		layers, err := image.Layers(ctx, client.ContentStore(), img.Target, opts)
+		if err != nil {
+			return err
+		}
+		var gpg ocicrypt.GPGClient
+		if !cmd.Bool("n") {
+			// Without gpg, key IDs are shown.
+			gpg, _ = parsehelpers.CreateGPGClient(keyArguments(cmd))
+		}
+		rows := make([]layerInfo, len(layers))
+		for i, l := range layers {
+			rows[i] = newLayerInfo(l, gpg)
+		}
+		if cmd.Bool("json") {
+			e := json.NewEncoder(os.Stdout)
+			e.SetIndent("", "  ")
+			return e.Encode(rows)
+		}
+		w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
+		fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS")
+		for _, r := range rows {
+			fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, r.Digest, r.Platform, r.Size, strings.Join(r.Encryption, ","), strings.Join(r.Recipients, ", "))
+		}
+		return w.Flush()
+	},
+}
+
+// layerInfo is a row of layerinfo, and its JSON.
+type layerInfo struct {
+	Layer      int           `json:"layer"` // from 0
+	Digest     digest.Digest `json:"digest"`
+	MediaType  string        `json:"mediaType"`
+	Platform   string        `json:"platform,omitempty"`
+	Size       int64         `json:"size"`
+	Encrypted  bool          `json:"encrypted"`
+	Encryption []string      `json:"encryption"` // ways in which the layer key is wrapped
+	Recipients []string      `json:"recipients"`
+}
+
+func newLayerInfo(l image.Layer, gpg ocicrypt.GPGClient) layerInfo {
+	info := layerInfo{
+		Layer: l.Index, Digest: l.Descriptor.Digest, MediaType: l.Descriptor.MediaType, Size: l.Descriptor.Size,
+		Encrypted: processor.IsEncrypted(l.Descriptor.MediaType), Encryption: []string{}, Recipients: []string{},
+	}
+	if l.Platform != nil {
+		info.Platform = platforms.FormatAll(*l.Platform)
+	}
+	for key, value := range l.Descriptor.Annotations {
+		if scheme, ok := strings.CutPrefix(key, processor.AnnotationPrefix+"keys."); ok {
+			info.Encryption = append(info.Encryption, scheme)
+			info.Recipients = append(info.Recipients, recipients(scheme, value, gpg)...)
+		}
+	}
+	slices.Sort(info.Encryption)
+	slices.Sort(info.Recipients)
+	return info
+}
+
+// recipients tells the recipients in an annotation as well as it can.
+func recipients(scheme, annotation string, gpg ocicrypt.GPGClient) []string {
+	if strings.HasPrefix(scheme, "provider.") {
+		var list []string
+		for wrapped := range strings.SplitSeq(annotation, ",") {
+			list = append(list, providerRecipients(scheme, wrapped)...)
+		}
+		return list
+	}
+	unknown := []string{"[" + scheme + "]"}
+	w := ocicrypt.GetKeyWrapper(scheme)
+	if w == nil {
+		return unknown
+	}
+	list, err := w.GetRecipients(annotation)
+	if err != nil || len(list) == 0 {
+		return unknown
+	}
+	if scheme == "pgp" && gpg != nil {
+		list = gpg.ResolveRecipients(list)
+	}
+	return list
+}
+
+// providerRecipients reads pilot's annotations; other key providers' are their
+// own.
+func providerRecipients(scheme, wrapped string) []string {
+	unknown := []string{"[" + scheme + "]"}
+	b, err := base64.StdEncoding.DecodeString(wrapped)
+	if err != nil {
+		return unknown
+	}
+	annotations, err := keyprovider.ParseAnnotation(b)
+	if err != nil {
+		return unknown
+	}
+	var list []string
+	for _, a := range annotations {
+		switch {
+		case a.KEKID == "":
+			list = append(list, "[KEK not named]")
+		case a.KEKVersion == 0:
+			list = append(list, a.KEKID)
+		default:
+			list = append(list, fmt.Sprintf("%s@%d", a.KEKID, a.KEKVersion))
+		}
+	}
+	return list
+}

@@ -1,0 +1,66 @@
+// Command ctr-pilot is containerd's ctr with image encryption.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/containerd/containerd/v2/cmd/ctr/app"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/version"
+)
+
+func main() {
+	os.Exit(run())
+}
+
+// run runs the command line and returns the exit status.
+func run() int {
+	if err := registerKeyProviders(); err != nil {
+		fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
+		return 1
+	}
+	if err := newApp().Run(context.Background(), os.Args); err != nil {
+		fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
+		return 1
+	}
+	return 0
+}
+
+// newApp returns ctr's application with what pilot adds to it.
+func newApp() *cli.Command {
+	a := app.New()
+	a.Name = "ctr-pilot"
+	a.Usage = "containerd's ctr, with image encryption"
+	a.Version = version.Version
+	a.Description = `All of ctr's commands, and those of "images" for encrypted images:
+
+   ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
+   ctr-pilot images layerinfo app:encrypted
+   ctr-pilot images pull registry.example.com/app:encrypted
+
+Key providers are found in the file that OCICRYPT_KEYPROVIDER_CONFIG names, or
+in ` + defaultKeyProviders + `.`
+	images := subcommand(a, "images")
+	wrapPull(subcommand(images, "pull"))
+	wrapImport(subcommand(images, "import"))
+	wrapRun(subcommand(a, "run"))
+	images.Commands = append(images.Commands, encryptCommand, decryptCommand, layerinfoCommand)
+	// ctr has these only below images.
+	for _, name := range []string{"pull", "push", "import", "export"} {
+		a.Commands = append(a.Commands, subcommand(images, name))
+	}
+	return a
+}
+
+// subcommand returns one of ctr's own commands.
+func subcommand(c *cli.Command, name string) *cli.Command {
+	i := slices.IndexFunc(c.Commands, func(c *cli.Command) bool { return c.Name == name })
+	if i < 0 {
+		panic("ctr has no command " + c.Name + " " + name)
+	}
+	return c.Commands[i]
+}

@@ -1,0 +1,279 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/cmd/ctr/commands"
+	"github.com/containerd/containerd/v2/cmd/ctr/commands/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/imgcrypt/v2"
+	"github.com/containerd/platforms"
+	"github.com/containerd/typeurl/v2"
+	"github.com/containers/ocicrypt/config"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// payloadIDs are the stream processors that get the keys: imgcrypt's, which
+// has none for zstd, and one for that.
+var payloadIDs = append(slices.Clone(imgcrypt.PayloadToolIDs), "io.containerd.ocicrypt.decoder.v1.tar.zstd")
+
+// withPayload hands a layer's descriptor and the keys to the stream processor
+// that decrypts the layer.
+func withPayload(dc *config.DecryptConfig) diff.ApplyOpt {
+	return func(_ context.Context, desc ocispec.Descriptor, c *diff.ApplyConfig) error {
+		if !processor.IsEncrypted(desc.MediaType) {
+			return nil
+		}
+		payload, err := typeurl.MarshalAny(&imgcrypt.Payload{DecryptConfig: *dc, Descriptor: desc})
+		if err != nil {
+			return err
+		}
+		if c.ProcessorPayloads == nil {
+			c.ProcessorPayloads = make(map[string]typeurl.Any)
+		}
+		for _, id := range payloadIDs {
+			c.ProcessorPayloads[id] = payload
+		}
+		return nil
+	}
+}
+
+// unpack unpacks an image for a platform, decrypting it.
+func unpack(ctx context.Context, cmd *cli.Command, client *containerd.Client, img images.Image, p platforms.MatchComparer) (containerd.Image, error) {
+	i := containerd.NewImageWithPlatform(client, img, p)
+	encrypted, err := encryptedLayers(ctx, client, img.Target, p)
+	if err != nil {
+		return nil, err
+	}
+	dc, err := decryptConfig(cmd, encrypted)
+	if err != nil {
+		return nil, err
+	}
+	err = i.Unpack(ctx, cmd.String("snapshotter"), containerd.WithUnpackApplyOpts(withPayload(dc), diff.WithSyncFs(cmd.Bool("sync-fs"))))
+	if err != nil && len(encrypted) > 0 && !strings.Contains(err.Error(), "pilot") {
+		err = fmt.Errorf("%w (the image is encrypted: is there a stream processor for %s in containerd's configuration? \"pilot-decoder --help\" shows one)", err, encrypted[0].MediaType)
+	}
+	return i, err
+}
+
+// encryptedLayers returns the encrypted layers of an image for a platform.
+func encryptedLayers(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, p platforms.MatchComparer) ([]ocispec.Descriptor, error) {
+	manifest, err := images.Manifest(ctx, client.ContentStore(), target, p)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(slices.Clone(manifest.Layers), func(l ocispec.Descriptor) bool {
+		return !processor.IsEncrypted(l.MediaType)
+	}), nil
+}
+
+// wrapPull makes ctr's pull fetch images itself, as its --local does, and
+// unpack encrypted ones.
+func wrapPull(c *cli.Command) {
+	c.Flags = append(c.Flags, keyFlags()...)
+	c.Description += `
+Encrypted images are decrypted while they are unpacked, by containerd, with the
+keys given here or those of the node. Images are fetched as with --local.
+
+Example:
+   ctr-pilot images pull registry.example.com/app:encrypted
+`
+	c.Action = pull
+}
+
+func pull(ctx context.Context, cmd *cli.Command) error {
+	ref := cmd.Args().First()
+	if ref == "" || cmd.NArg() > 1 {
+		return errors.New("pull takes one image reference, after the flags")
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	ctx, release, err := withLease(ctx, client)
+	if err != nil {
+		return err
+	}
+	defer func() { release(err) }()
+
+	conf, err := content.NewFetchConfig(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	if n := cmd.Int("max-concurrent-downloads"); n > 0 {
+		conf.RemoteOpts = append(conf.RemoteOpts, containerd.WithMaxConcurrentDownloads(n))
+	}
+	img, err := content.Fetch(ctx, client, ref, conf)
+	if err != nil {
+		return err
+	}
+	wanted, err := wantedPlatforms(ctx, cmd, client, img.Target)
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	for _, p := range wanted {
+		fmt.Printf("unpacking %s %s...\n", platforms.FormatAll(p), img.Target.Digest)
+		var i containerd.Image
+		if i, err = unpack(ctx, cmd, client, img, platforms.Only(p)); err != nil {
+			return err
+		}
+		if cmd.Bool("print-chainid") {
+			diffIDs, err := i.RootFS(ctx)
+			if err != nil {
+				return err
+			}
+			fmt.Printf("image chain ID: %s\n", identity.ChainID(diffIDs))
+		}
+	}
+	fmt.Printf("done: %s\n", time.Since(start).Round(time.Millisecond))
+	return nil
+}
+
+// wantedPlatforms returns the platforms to unpack an image for.
+func wantedPlatforms(ctx context.Context, cmd *cli.Command, client *containerd.Client, target ocispec.Descriptor) ([]ocispec.Platform, error) {
+	if cmd.Bool("all-platforms") {
+		all, err := images.Platforms(ctx, client.ContentStore(), target)
+		return slices.DeleteFunc(all, func(p ocispec.Platform) bool { return p.OS == "unknown" }), err
+	}
+	wanted, err := platforms.ParseAll(cmd.StringSlice("platform"))
+	if len(wanted) == 0 {
+		wanted = []ocispec.Platform{platforms.DefaultSpec()}
+	}
+	return wanted, err
+}
+
+// wrapImport makes ctr's import unpack encrypted images.
+func wrapImport(c *cli.Command) {
+	c.Flags = append(c.Flags, keyFlags()...)
+	stock := c.Action
+	c.Action = func(ctx context.Context, cmd *cli.Command) error {
+		if cmd.Bool("no-unpack") || cmd.Bool("discard-unpacked-layers") {
+			return stock(ctx, cmd)
+		}
+		client, listCtx, cancel, err := commands.NewClient(ctx, cmd)
+		if err != nil {
+			return err
+		}
+		defer cancel()
+		before, err := updated(listCtx, client)
+		if err != nil {
+			return err
+		}
+		if err := cmd.Set("no-unpack", "true"); err != nil {
+			return err
+		}
+		if err := stock(ctx, cmd); err != nil {
+			return err
+		}
+		list, err := client.ImageService().List(listCtx)
+		if err != nil {
+			return err
+		}
+		p := platforms.Default()
+		if s := cmd.String("platform"); s != "" {
+			spec, err := platforms.Parse(s)
+			if err != nil {
+				return err
+			}
+			p = platforms.Only(spec)
+		}
+		for _, img := range list {
+			if before[img.Name].Equal(img.UpdatedAt) {
+				continue
+			}
+			fmt.Printf("unpacking %s %s...\n", img.Name, img.Target.Digest)
+			if _, err := unpack(listCtx, cmd, client, img, p); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// updated tells when each image was last changed.
+func updated(ctx context.Context, client *containerd.Client) (map[string]time.Time, error) {
+	list, err := client.ImageService().List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	times := make(map[string]time.Time, len(list))
+	for _, img := range list {
+		times[img.Name] = img.UpdatedAt
+	}
+	return times, nil
+}
+
+// wrapRun makes ctr's run check that the caller may decrypt the image, and
+// unpack it if it is not unpacked yet.
+func wrapRun(c *cli.Command) {
+	c.Flags = append(c.Flags, keyFlags()...)
+	stock := c.Action
+	c.Action = func(ctx context.Context, cmd *cli.Command) error {
+		if !cmd.Bool("rootfs") && !cmd.IsSet("config") && cmd.Args().First() != "" {
+			if err := prepareRun(ctx, cmd); err != nil {
+				return err
+			}
+		}
+		return stock(ctx, cmd)
+	}
+}
+
+func prepareRun(ctx context.Context, cmd *cli.Command) error {
+	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	img, err := client.ImageService().Get(ctx, cmd.Args().First())
+	if err != nil {
+		return err
+	}
+	p := platforms.Default()
+	if s := cmd.String("platform"); s != "" {
+		spec, err := platforms.Parse(s)
+		if err != nil {
+			return err
+		}
+		p = platforms.Only(spec)
+	}
+	encrypted, err := encryptedLayers(ctx, client, img.Target, p)
+	if err != nil || len(encrypted) == 0 {
+		return err
+	}
+	if !cmd.Bool("skip-decrypt-auth") {
+		dc, err := decryptConfig(cmd, encrypted)
+		if err != nil {
+			return err
+		}
+		check, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		if err := image.CheckAccess(check, client.ContentStore(), img.Target, dc, p); err != nil {
+			return fmt.Errorf("you are not authorized to use %s (--skip-decrypt-auth leaves that to the node): %w", img.Name, err)
+		}
+	}
+	unpacked, err := containerd.NewImageWithPlatform(client, img, p).IsUnpacked(ctx, cmd.String("snapshotter"))
+	if err != nil || unpacked {
+		return err
+	}
+	_, err = unpack(ctx, cmd, client, img, p)
+	return err
+}

@@ -1,0 +1,333 @@
+// Package image encrypts and decrypts the layers of a container image in a
+// content store: an index, its manifests, and their layers.
+//
+// What it does not have to change stays as it is, byte for byte, so decrypting
+// an image gives back the very image that was encrypted. The caller holds a
+// lease, without which containerd may collect what is written before the
+// image that refers to it exists.
+package image
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/containers/ocicrypt/config"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+const (
+	// maxManifest bounds a manifest or an index, in bytes; registries
+	// refuse larger ones than 4 MiB.
+	maxManifest = 8 << 20
+	// maxDepth bounds how deep indexes stand in each other.
+	maxDepth = 8
+	// layersAtOnce is how many layers are encrypted or decrypted at once.
+	layersAtOnce = 4
+)
+
+// Options select layers and report progress. The zero value selects all.
+type Options struct {
+	// Layers are indexes into the layers of each manifest, from 0, or from
+	// -1 downwards to count from the topmost.
+	Layers []int
+	// Platforms are those to work on.
+	Platforms []ocispec.Platform
+	// Progress, if not nil, is told how many bytes of a layer were read,
+	// each time some were. It is called from several goroutines.
+	Progress func(layer ocispec.Descriptor, n int)
+}
+
+// Result is what became of an image.
+type Result struct {
+	// Target describes the new image; what was given if nothing changed.
+	Target ocispec.Descriptor
+	// Layers is how many layers were changed.
+	Layers int
+	// Skipped are the manifests that stay as they are because their
+	// content is not in the store, as with platforms that were not pulled.
+	Skipped []ocispec.Descriptor
+}
+
+// Encrypt encrypts the layers of the image target for the recipients in ec.
+// Layers that are encrypted already are not touched: ec's recipients are added
+// to theirs, for which ec.DecryptConfig has to hold a key, or a key provider
+// has to unwrap.
+//
+// Foreign (nondistributable) layers and what is not a layer stay as they are.
+// A Docker image becomes an OCI image, since only those can have encrypted
+// layers, with a note that lets [Decrypt] undo that.
+func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, ec *config.EncryptConfig, opts Options) (Result, error) {
+	return run(ctx, cs, target, opts, &encryption{ec: ec})
+}
+
+// Decrypt decrypts the layers of the image target with the keys in dc or with
+// key providers.
+func Decrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, dc *config.DecryptConfig, opts Options) (Result, error) {
+	return run(ctx, cs, target, opts, &decryption{dc: dc})
+}
+
+// operation is what is done to each layer: an encryption or a decryption.
+type operation interface {
+	decrypts() bool
+	// wants reports whether a layer of this media type is to be changed.
+	wants(mediaType string) bool
+	// layer changes a layer and says how its descriptor changes.
+	layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error)
+}
+
+// work is one image being worked on.
+type work struct {
+	content.Store
+	Options
+	op      operation
+	blobs   blobs // by op
+	skipped []ocispec.Descriptor
+	changed int          // layers
+	matched map[int]bool // by index into Options.Platforms
+	inRange map[int]bool // the Layers that some manifest has
+}
+
+func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
+	w := &work{Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{}}
+	out, err := w.any(ctx, target, 0)
+	if err != nil {
+		return Result{}, err
+	}
+	if err := w.checkSelection(); err != nil {
+		return Result{}, err
+	}
+	if w.changed == 0 && len(w.skipped) > 0 {
+		return Result{}, fmt.Errorf("no layers of this image are here: pull it with its content first (%w)", errdefs.ErrNotFound)
+	}
+	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
+	out.desc.Platform = target.Platform
+	if w.changed == 0 {
+		out.desc = target
+	}
+	return Result{Target: out.desc, Layers: w.changed, Skipped: w.skipped}, nil
+}
+
+// checkSelection refuses a selection of what the image does not have.
+func (w *work) checkSelection() error {
+	for i, p := range w.Platforms {
+		if !w.matched[i] {
+			return fmt.Errorf("the image has no platform %s", platforms.FormatAll(p))
+		}
+	}
+	for _, n := range w.Layers {
+		if !w.inRange[n] {
+			return fmt.Errorf("the image has no layer %d", n)
+		}
+	}
+	return nil
+}
+
+// outcome is what became of a manifest or an index.
+type outcome struct {
+	desc      ocispec.Descriptor // MediaType, Digest and Size
+	changed   bool
+	encrypted bool // it holds encrypted layers, as far as can be seen
+	was       bool // it held encrypted layers before
+}
+
+// errAbsent is the error of a manifest whose content is not in the store.
+var errAbsent = errors.New("its content is not here")
+
+func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+	switch {
+	case images.IsIndexType(desc.MediaType):
+		return w.index(ctx, desc, depth)
+	case images.IsManifestType(desc.MediaType):
+		return w.manifest(ctx, desc, depth == 0)
+	case desc.MediaType == images.MediaTypeDockerSchema1Manifest:
+		return outcome{}, fmt.Errorf("%s is a Docker image of schema 1, which can't be encrypted: convert it first, as with \"skopeo copy --format oci\"", desc.Digest)
+	}
+	return outcome{}, fmt.Errorf("%s is no image but of type %q", desc.Digest, desc.MediaType)
+}
+
+func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+	if depth >= maxDepth {
+		return outcome{}, fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+	}
+	doc, err := w.document(ctx, desc)
+	if err != nil {
+		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(doc, &index); err != nil {
+		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
+	}
+	out := outcome{desc: desc}
+	children := slices.Clone(index.Manifests)
+	e := &edit{list: "manifests", changes: make(map[int]change), renamed: make(map[digest.Digest]digest.Digest), decrypting: w.op.decrypts()}
+	for i, child := range index.Manifests {
+		if !images.IsIndexType(child.MediaType) && !images.IsManifestType(child.MediaType) {
+			continue
+		}
+		c, err := w.any(ctx, child, depth+1)
+		if errors.Is(err, errAbsent) {
+			if len(w.Platforms) == 0 {
+				w.skipped = append(w.skipped, child)
+			}
+			// An image that is not here may be encrypted, unless its media
+			// type says that it is Docker's.
+			out.encrypted = out.encrypted || dockerTypes[child.MediaType] == ""
+			continue
+		}
+		if err != nil {
+			return outcome{}, err
+		}
+		out.encrypted, out.was = out.encrypted || c.encrypted, out.was || c.was
+		if c.changed {
+			out.changed = true
+			children[i].MediaType, children[i].Digest, children[i].Size = c.desc.MediaType, c.desc.Digest, c.desc.Size
+			e.changes[i] = change{desc: children[i]}
+			e.renamed[child.Digest] = c.desc.Digest
+		}
+	}
+	if !out.changed {
+		return out, nil
+	}
+	e.done, e.fresh = !out.encrypted, !out.was
+	out.desc, err = w.rewrite(ctx, desc, doc, e, children)
+	return out, err
+}
+
+func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) (outcome, error) {
+	out := outcome{desc: desc}
+	doc, err := w.document(ctx, desc)
+	if errdefs.IsNotFound(err) && !top {
+		if w.platform(desc.Platform) && len(w.Platforms) > 0 {
+			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: pull it first", platforms.FormatAll(*desc.Platform), desc.Digest)
+		}
+		return outcome{}, errAbsent
+	}
+	if err != nil {
+		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+	}
+	var manifest ocispec.Manifest
+	if err := json.Unmarshal(doc, &manifest); err != nil {
+		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+	}
+	platform := w.platformOf(ctx, desc, manifest)
+	selected := w.platform(platform)
+
+	var chosen []int
+	for i, l := range manifest.Layers {
+		if selected && isLayer(l.MediaType) && w.layer(i, len(manifest.Layers)) && w.op.wants(l.MediaType) {
+			chosen = append(chosen, i)
+		}
+	}
+	for _, i := range chosen {
+		switch _, err := w.Info(ctx, manifest.Layers[i].Digest); {
+		case errdefs.IsNotFound(err) && !top && len(w.Platforms) == 0:
+			return outcome{}, errAbsent
+		case errdefs.IsNotFound(err):
+			return outcome{}, fmt.Errorf("layer %s%s is not here: pull the image with its content first: %w", manifest.Layers[i].Digest, ofPlatform(platform), err)
+		case err != nil:
+			return outcome{}, fmt.Errorf("layer %s: %w", manifest.Layers[i].Digest, err)
+		}
+	}
+
+	changes, err := w.change(ctx, manifest.Layers, chosen)
+	if err != nil {
+		return outcome{}, fmt.Errorf("%w%s", err, ofPlatform(platform))
+	}
+	layers := slices.Clone(manifest.Layers)
+	for i, c := range changes {
+		layers[i] = c.desc
+	}
+	isEncrypted := func(l ocispec.Descriptor) bool { return processor.IsEncrypted(l.MediaType) }
+	out.encrypted, out.was = slices.ContainsFunc(layers, isEncrypted), slices.ContainsFunc(manifest.Layers, isEncrypted)
+	if len(changes) == 0 {
+		return out, nil
+	}
+	w.changed += len(changes)
+	out.changed = true
+	e := &edit{list: "layers", changes: changes, decrypting: w.op.decrypts(), done: !out.encrypted, fresh: !out.was}
+	out.desc, err = w.rewrite(ctx, desc, doc, e, append([]ocispec.Descriptor{manifest.Config}, layers...))
+	return out, err
+}
+
+// rewrite writes the edited document and returns what describes it.
+func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte, e *edit, children []ocispec.Descriptor) (ocispec.Descriptor, error) {
+	doc, mediaType, err := e.apply(doc, desc.MediaType)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("rewrite %s: %w", desc.Digest, err)
+	}
+	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
+	if _, _, err := w.ingest(ctx, "manifest-"+out.Digest.Encoded(), bytes.NewReader(doc), out.Size, gcLabels(children)); err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("write %s: %w", out.Digest, err)
+	}
+	return out, nil
+}
+
+// document reads a manifest or an index.
+func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	if desc.Size > maxManifest {
+		return nil, fmt.Errorf("it has %d bytes, more than %d", desc.Size, maxManifest)
+	}
+	return content.ReadBlob(ctx, w.Store, desc)
+}
+
+// platformOf returns the platform that the index says, or else the image's
+// configuration, or nil if neither does.
+func (w *work) platformOf(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) *ocispec.Platform {
+	if desc.Platform != nil {
+		return desc.Platform
+	}
+	if !images.IsConfigType(m.Config.MediaType) {
+		return nil
+	}
+	p, err := images.ConfigPlatform(ctx, w.Store, m.Config)
+	if err != nil || p.OS == "" {
+		return nil
+	}
+	return &p
+}
+
+// platform reports whether a manifest for p is selected.
+func (w *work) platform(p *ocispec.Platform) bool {
+	if len(w.Platforms) == 0 {
+		return true
+	}
+	if p == nil {
+		return false
+	}
+	found := false
+	for i, want := range w.Platforms {
+		if platforms.NewMatcher(want).Match(*p) {
+			w.matched[i], found = true, true
+		}
+	}
+	return found
+}
+
+// layer reports whether layer i of n is selected.
+func (w *work) layer(i, n int) bool {
+	found := len(w.Layers) == 0
+	for _, l := range w.Layers {
+		if l == i || l == i-n {
+			w.inRange[l], found = true, true
+		}
+	}
+	return found
+}
+
+func ofPlatform(p *ocispec.Platform) string {
+	if p == nil {
+		return ""
+	}
+	return " of platform " + platforms.FormatAll(*p)
+}

@@ -1,0 +1,175 @@
+package image
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// This file edits JSON documents in place, so that whatever an image's author
+// wrote into a manifest stays as it is, white space and unknown fields too.
+
+// member is one member of a JSON object, by its offsets in the object's text.
+type member struct {
+	key        string
+	start      int // of the key's opening quote
+	value, end int // of the value
+}
+
+// ourKeys are the keys that this package goes by. encoding/json, with which
+// containerd and registries read them, takes any capitalisation of them.
+var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data"}
+
+// members finds the members of the object that doc is, white space around it
+// aside. Two keys that encoding/json would take for one are an error: readers
+// may not agree on which of them counts.
+func members(doc []byte) ([]member, error) {
+	d := json.NewDecoder(bytes.NewReader(doc))
+	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+		return nil, errors.New("not a JSON object")
+	}
+	var list []member
+	for d.More() {
+		from := int(d.InputOffset())
+		t, err := d.Token()
+		if err != nil {
+			return nil, err
+		}
+		m := member{key: t.(string), start: from + bytes.IndexByte(doc[from:], '"')}
+		var v json.RawMessage
+		if err := d.Decode(&v); err != nil {
+			return nil, err
+		}
+		m.end = int(d.InputOffset())
+		m.value = m.end - len(v)
+		for _, k := range ourKeys {
+			if m.key != k && strings.EqualFold(m.key, k) {
+				return nil, fmt.Errorf("key %q can be taken for %q", m.key, k)
+			}
+		}
+		list = append(list, m)
+	}
+	seen := make(map[string]bool, len(list))
+	for _, m := range list {
+		if seen[m.key] {
+			return nil, fmt.Errorf("key %q stands there twice", m.key)
+		}
+		seen[m.key] = true
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("something follows the JSON object")
+	}
+	return list, nil
+}
+
+// get returns the text of the value at key, or nil.
+func get(doc []byte, key string) ([]byte, error) {
+	list, err := members(doc)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range list {
+		if m.key == key {
+			return doc[m.value:m.end], nil
+		}
+	}
+	return nil, nil
+}
+
+// set returns doc with the value at key replaced, or added as the last member.
+func set(doc []byte, key string, value []byte) ([]byte, error) {
+	list, err := members(doc)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range list {
+		if m.key == key {
+			return splice(doc, m.value, m.end, value), nil
+		}
+	}
+	added := append(append(quote(key), ':'), value...)
+	at := bytes.IndexByte(doc, '{') + 1
+	if len(list) > 0 {
+		added = append([]byte{','}, added...)
+		at = list[len(list)-1].end
+	}
+	return splice(doc, at, at, added), nil
+}
+
+// remove returns doc without the members that drop names. It undoes set: a
+// member that was added leaves no trace.
+func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
+	list, err := members(doc)
+	if err != nil {
+		return nil, err
+	}
+	for i := len(list) - 1; i >= 0; i-- {
+		if !drop(list[i].key) {
+			continue
+		}
+		from, to := list[i].start, list[i].end
+		if i > 0 {
+			from = list[i-1].end
+		} else if len(list) > 1 {
+			to = list[1].start
+		}
+		doc = splice(doc, from, to, nil)
+		list = append(list[:i:i], list[i+1:]...)
+		for j := i; j < len(list); j++ {
+			list[j].start, list[j].end = list[j].start-(to-from), list[j].end-(to-from)
+		}
+	}
+	return doc, nil
+}
+
+// mapElements returns the array doc with each element replaced by what f
+// returns for it.
+func mapElements(doc []byte, f func(i int, element []byte) ([]byte, error)) ([]byte, error) {
+	d := json.NewDecoder(bytes.NewReader(doc))
+	if t, err := d.Token(); err != nil || t != json.Delim('[') {
+		return nil, errors.New("not a JSON array")
+	}
+	var out bytes.Buffer
+	copied := 0
+	for i := 0; d.More(); i++ {
+		var v json.RawMessage
+		if err := d.Decode(&v); err != nil {
+			return nil, err
+		}
+		end := int(d.InputOffset())
+		edited, err := f(i, v)
+		if err != nil {
+			return nil, err
+		}
+		out.Write(doc[copied : end-len(v)])
+		out.Write(edited)
+		copied = end
+	}
+	out.Write(doc[copied:])
+	return out.Bytes(), nil
+}
+
+// splice returns doc with the bytes from one offset to another replaced.
+func splice(doc []byte, from, to int, by []byte) []byte {
+	out := make([]byte, 0, len(doc)-(to-from)+len(by))
+	out = append(out, doc[:from]...)
+	out = append(out, by...)
+	return append(out, doc[to:]...)
+}
+
+// quote returns s as a JSON string, with no more escapes than JSON needs.
+func quote(s string) []byte {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(s); err != nil {
+		panic(err) // a string
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
