@@ -22,6 +22,10 @@ import (
 const unwrapWithin = 40 * time.Second
 
 func main() {
+	if os.Getenv(lingerVariable) != "" {
+		linger()
+		return
+	}
 	// First of all: later the descriptor's number might be taken.
 	payload, payloadErr := processor.PayloadFile()
 
@@ -63,7 +67,12 @@ descriptor 3, and writes the plain layer to standard output.`,
 		ExitErrHandler: func(*cli.Context, error) {},
 	}
 	if err := app.Run(os.Args); err != nil {
-		fmt.Fprintf(os.Stderr, "pilot-decoder: %s\n", oneLine(err))
+		end := "\n"
+		if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice == 0 {
+			end = "" // containerd quotes it all
+			keepOutputOpen()
+		}
+		fmt.Fprintf(os.Stderr, "pilot-decoder: %s%s", oneLine(err), end)
 		os.Exit(1)
 	}
 }

@@ -1,0 +1,286 @@
+// Package integration tests pilot with the real programs that it works with.
+package integration
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// repo and tools are where the project and the programs of
+// scripts/install-tools.sh are; bin is where ours are built to.
+var repo, tools, bin string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		if err := setUp(); err != nil {
+			fmt.Fprintln(os.Stderr, "integration:", err)
+			return 1
+		}
+		defer os.RemoveAll(bin)
+		return m.Run()
+	}())
+}
+
+func setUp() error {
+	if os.Getuid() != 0 {
+		return errors.New("these tests run containers and so need root; \"make test-unit\" runs those that do not")
+	}
+	_, file, _, _ := runtime.Caller(0)
+	repo = filepath.Dir(filepath.Dir(file))
+	if tools = os.Getenv("PILOT_TOOLS"); tools == "" {
+		tools = filepath.Join(repo, ".cache", "tools")
+	}
+	for _, name := range []string{"bin/containerd", "bin/containerd-shim-runc-v2", "bin/crictl", "trixie/usr/bin/skopeo"} {
+		if _, err := os.Stat(filepath.Join(tools, name)); err != nil {
+			return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", filepath.Join(tools, name), tools)
+		}
+	}
+	for _, name := range []string{"/usr/bin/containerd", "runc", "docker-registry", "softhsm2-util", "gpg", "openssl"} {
+		if _, err := exec.LookPath(name); err != nil {
+			return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
+		}
+	}
+	var err error
+	if bin, err = os.MkdirTemp("", "pilot-bin-"); err != nil {
+		return err
+	}
+	for cgo, packages := range map[string][]string{
+		"0": {"./cmd/pilot", "./cmd/pilot-decoder", "./integration/testdata/hello"},
+		"1": {"./cmd/copilot", "./ctr-pilot"},
+	} {
+		build := exec.Command("go", append([]string{"build", "-buildvcs=false", "-o", bin + "/"}, packages...)...)
+		build.Dir, build.Env = repo, append(os.Environ(), "CGO_ENABLED="+cgo)
+		if out, err := build.CombinedOutput(); err != nil {
+			return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
+		}
+	}
+	// containerd looks for its shim in PATH.
+	return os.Setenv("PATH", filepath.Join(tools, "bin")+":"+bin+":"+os.Getenv("PATH"))
+}
+
+// tempDir returns a directory whose path is short enough for unix sockets.
+func tempDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "pilot-it-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		mounts, err := os.ReadFile("/proc/self/mounts")
+		if err != nil {
+			t.Error(err)
+		}
+		for line := range strings.Lines(string(mounts)) {
+			if target := strings.Fields(line)[1]; strings.HasPrefix(target, dir+"/") {
+				t.Errorf("left mounted: %s", target)
+				syscall.Unmount(target, syscall.MNT_DETACH)
+			}
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// process is a program in the background.
+type process struct {
+	cmd  *exec.Cmd
+	log  string
+	done chan struct{}
+}
+
+// start starts a program and stops it at the end of the test. Its output is
+// shown if the test failed.
+func start(t *testing.T, dir, name string, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{cmd: cmd, log: filepath.Join(dir, name+".log"), done: make(chan struct{})}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		cmd.Wait()
+		close(p.done)
+	}()
+	t.Cleanup(func() {
+		p.stop(t)
+		if t.Failed() {
+			out, _ := os.ReadFile(p.log)
+			lines := strings.Split(string(out), "\n")
+			t.Logf("%s:\n%s", name, strings.Join(lines[max(0, len(lines)-15):], "\n"))
+		}
+	})
+	return p
+}
+
+// stop stops the program as a service manager would.
+func (p *process) stop(t *testing.T) {
+	t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(20 * time.Second):
+		t.Errorf("%s does not stop", p.cmd.Args[0])
+		p.kill()
+	}
+}
+
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	<-p.done
+}
+
+// await waits until f succeeds.
+func await(t *testing.T, what string, f func() error) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if err = f(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("%s: %v", what, err)
+}
+
+func answers(socket string) func() error {
+	return func() error {
+		conn, err := net.Dial("unix", socket)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	}
+}
+
+// command returns a command that is killed with the test, or after a minute.
+func command(t *testing.T, name string, args ...string) *exec.Cmd {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	t.Cleanup(cancel)
+	return exec.CommandContext(ctx, name, args...)
+}
+
+// output runs a command that has to succeed and returns its output.
+func output(t *testing.T, cmd *exec.Cmd) string {
+	t.Helper()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s%s", strings.Join(cmd.Args, " "), err, out, stderr.Bytes())
+	}
+	return string(out)
+}
+
+// fails runs a command that has to fail and say each of want.
+func fails(t *testing.T, cmd *exec.Cmd, want ...string) string {
+	t.Helper()
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		t.Errorf("%s succeeded:\n%s", strings.Join(cmd.Args, " "), out)
+	}
+	for _, w := range want {
+		if !strings.Contains(string(out), w) {
+			t.Errorf("%s: want %q in\n%s", strings.Join(cmd.Args, " "), w, out)
+		}
+	}
+	return string(out)
+}
+
+func write(t *testing.T, name, content string) string {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// broker starts a copilot in dir with the KEKs given and returns its socket's
+// address. KEKs of one name are the same key in all brokers.
+func broker(t *testing.T, dir string, keks ...string) (*process, string) {
+	t.Helper()
+	socket := filepath.Join(dir, "copilot.sock")
+	for _, kek := range keks {
+		key := sha256.Sum256([]byte(kek))
+		file := write(t, filepath.Join(dir, "key"), string(key[:]))
+		output(t, command(t, "copilot", "keys", "import", "--dir", dir, "--file", file, kek))
+	}
+	p := start(t, dir, "copilot", exec.Command("copilot", "serve", "--dir", dir, "--listen", "unix://"+socket))
+	await(t, "copilot", answers(socket))
+	return p, "unix://" + socket
+}
+
+// pilot starts a key provider in dir and returns the ocicrypt.conf that tells
+// of it.
+func pilot(t *testing.T, dir, broker string, args ...string) (*process, string) {
+	t.Helper()
+	socket := filepath.Join(dir, "keyprovider.sock")
+	p := start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--listen", "unix://" + socket, "--broker", broker}, args...)...))
+	await(t, "pilot", answers(socket))
+	return p, write(t, filepath.Join(dir, "ocicrypt.conf"), `{"key-providers": {"pilot": {"grpc": "unix://`+socket+`"}}}`)
+}
+
+// registry starts a registry and returns its address and its storage.
+func registry(t *testing.T, dir string) (address, storage string) {
+	t.Helper()
+	storage = filepath.Join(dir, "registry")
+	for range 10 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		address = l.Addr().String()
+		l.Close()
+		conf := write(t, filepath.Join(dir, "registry.yml"), fmt.Sprintf(
+			"version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: '%s'}\n", storage, address))
+		p := start(t, dir, "registry", exec.Command("docker-registry", "serve", conf))
+		for range 100 {
+			conn, err := net.Dial("tcp", address)
+			if err == nil {
+				conn.Close()
+				return address, storage
+			}
+			select {
+			case <-p.done: // somebody else took the port
+			case <-time.After(50 * time.Millisecond):
+				continue
+			}
+			break
+		}
+	}
+	t.Fatal("the registry does not start")
+	return "", ""
+}

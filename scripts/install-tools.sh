@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# install-tools.sh DIR: installs what the tests and the demo run with. It takes
+# Debian's packages where they will do, builds the rest into DIR/bin, and makes
+# DIR/trixie, a root of Debian 13, for the tools that are too old in Debian 12.
+# It is quick when all is there.
+set -euo pipefail
+dir=${1:?usage: install-tools.sh DIR}
+mkdir -p "$dir/bin"
+dir=$(cd "$dir" && pwd)
+
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps)
+missing=()
+for p in "${packages[@]}"; do
+	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+	echo "installing ${missing[*]}"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get -qq -o Acquire::Retries=3 update
+	apt-get -qq -o Acquire::Retries=3 install --no-install-recommends "${missing[@]}" >"$dir/apt.log" 2>&1 || { cat "$dir/apt.log"; exit 1; }
+fi
+
+# build PACKAGE VERSION: go install, unless that version is there.
+build() {
+	local name=${1##*/}
+	[ "$(cat "$dir/bin/.$name" 2>/dev/null)" = "$2" ] && return
+	echo "building $name $2"
+	(cd / && GOFLAGS=-buildvcs=false GOBIN=$dir/bin go install "$1@$2")
+	echo "$2" >"$dir/bin/.$name"
+}
+containerd=v2.4.2
+build github.com/containerd/containerd/v2/cmd/containerd $containerd
+build github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 $containerd
+build github.com/containerd/containerd/v2/cmd/ctr $containerd
+build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
+
+if [ ! -e "$dir/trixie/usr/bin/skopeo" ]; then
+	echo "making a root of Debian 13"
+	rm -rf --one-file-system "$dir/trixie.part"
+	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,ca-certificates \
+		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
+		{ cat "$dir/mmdebstrap.log"; exit 1; }
+	mv "$dir/trixie.part" "$dir/trixie"
+fi
