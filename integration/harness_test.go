@@ -200,8 +200,9 @@ func fails(t *testing.T, cmd *exec.Cmd, want ...string) string {
 	if err == nil {
 		t.Errorf("%s succeeded:\n%s", strings.Join(cmd.Args, " "), out)
 	}
+	said := strings.ReplaceAll(string(out), `\"`, `"`) // crictl quotes what it is told
 	for _, w := range want {
-		if !strings.Contains(string(out), w) {
+		if !strings.Contains(said, w) {
 			t.Errorf("%s: want %q in\n%s", strings.Join(cmd.Args, " "), w, out)
 		}
 	}

@@ -168,3 +168,17 @@ func contains(t *testing.T, dir, text string) bool {
 	}
 	return found
 }
+
+const goarch = runtime.GOARCH
+
+// keyPair makes a private key in a directory of its own, and its public key.
+func keyPair(t *testing.T, dir string) (private, public string) {
+	t.Helper()
+	private, public = filepath.Join(dir, "private", "key.pem"), filepath.Join(dir, "public.pem")
+	if err := os.MkdirAll(filepath.Dir(private), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	output(t, command(t, "openssl", "genrsa", "-out", private, "2048"))
+	output(t, command(t, "openssl", "rsa", "-in", private, "-pubout", "-out", public))
+	return private, public
+}

@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"syscall"
 
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 )
@@ -37,21 +37,17 @@ type Payload struct {
 	Descriptor ocispec.Descriptor
 }
 
-// PayloadFile returns the file from which to read the payload. It has to be
-// called before the process opens any file or socket, since the number of an
-// absent descriptor is taken by the next one that is opened. The error is
+// PayloadFile returns the file from which to read the payload. The error is
 // [ErrNoPayload] if containerd passed none.
 func PayloadFile() (*os.File, error) {
-	var st syscall.Stat_t
-	if err := syscall.Fstat(payloadFD, &st); err != nil {
+	// If nothing was passed, the number goes to the first file that this
+	// process opens, which may be Go's runtime. What this process opens is
+	// not for its children, and what it was given is.
+	flags, err := unix.FcntlInt(payloadFD, unix.F_GETFD, 0)
+	if err != nil || flags&unix.FD_CLOEXEC != 0 {
 		return nil, ErrNoPayload
 	}
-	switch st.Mode & syscall.S_IFMT {
-	case syscall.S_IFIFO, syscall.S_IFREG, syscall.S_IFSOCK:
-		return os.NewFile(payloadFD, "payload"), nil
-	}
-	// Go's own event queue, say.
-	return nil, ErrNoPayload
+	return os.NewFile(payloadFD, "payload"), nil
 }
 
 // ReadPayload reads a protobuf Any that holds imgcrypt's payload, of at most

@@ -26,7 +26,6 @@ func main() {
 		linger()
 		return
 	}
-	// First of all: later the descriptor's number might be taken.
 	payload, payloadErr := processor.PayloadFile()
 
 	app := &cli.App{
