@@ -63,7 +63,10 @@ func newNode(t *testing.T, dir string, v version, ocicrypt, keys string) *node {
 			id, strings.Join(accepts, ", "), types[0], bin, ocicrypt, args)
 	}
 	file := write(t, filepath.Join(dir, "config.toml"), conf)
-	n.process = start(t, dir, "containerd-"+v.name, exec.Command(v.command[0], append(v.command[1:], "--config", file)...))
+	cmd := exec.Command(v.command[0], append(v.command[1:], "--config", file)...)
+	// Each finds the shim beside itself.
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(v.command[0])+":/usr/sbin:/usr/bin:/sbin:/bin")
+	n.process = start(t, dir, "containerd-"+v.name, cmd)
 	await(t, "containerd "+v.name, func() error {
 		return exec.Command(filepath.Join(tools, "bin/ctr"), "--address", n.socket, "version").Run()
 	})
