@@ -1,0 +1,143 @@
+package copilot
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+const goodAnswer = `{"id":"a","version":1,"key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}`
+
+// TestHostileBroker asks brokers that answer badly or not at all.
+func TestHostileBroker(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		serve func(try int32, w http.ResponseWriter)
+		tries int32
+		is    error
+		want  string
+	}{
+		{"good", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, goodAnswer) }, 1, nil, ""},
+		{"unavailable at first", func(try int32, w http.ResponseWriter) {
+			if try < 3 {
+				w.WriteHeader(503)
+				return
+			}
+			fmt.Fprint(w, goodAnswer)
+		}, 3, nil, ""},
+		{"unavailable", func(_ int32, w http.ResponseWriter) { w.WriteHeader(503) }, 3, ErrUnavailable, "503"},
+		{"come back in an hour", func(_ int32, w http.ResponseWriter) { w.Header().Set("Retry-After", "3600"); w.WriteHeader(429) }, 1, ErrUnavailable, "429"},
+		{"not found", func(_ int32, w http.ResponseWriter) { w.WriteHeader(404) }, 1, ErrNotFound, "copilot keys create"},
+		{"forbidden", func(_ int32, w http.ResponseWriter) {
+			w.WriteHeader(403)
+			fmt.Fprint(w, `{"detail":"not you\n\u001b[31m"}`)
+		}, 1, ErrForbidden, "not you"},
+		{"its fault", func(_ int32, w http.ResponseWriter) { w.WriteHeader(500) }, 1, nil, "500"},
+		{"redirect", func(_ int32, w http.ResponseWriter) { w.Header().Set("Location", "http://evil"); w.WriteHeader(302) }, 1, nil, "302"},
+		{"web page", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, "<html>SECRET") }, 1, nil, "is something else at that address"},
+		{"huge", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, strings.Repeat("x", maxAnswer+1)) }, 1, nil, "more than 65536 bytes"},
+		{"another KEK", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, strings.Replace(goodAnswer, `"a"`, `"b"`, 1)) }, 1, nil, `KEK "b"`},
+		{"no version", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, strings.Replace(goodAnswer, `1`, `0`, 1)) }, 1, nil, "version 0"},
+		{"short key", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, `{"id":"a","version":1,"key":"U0VDUkVU"}`) }, 1, nil, "6 bytes"},
+		{"cut", func(_ int32, w http.ResponseWriter) { w.Header().Set("Content-Length", "900"); fmt.Fprint(w, "{") }, 3, ErrUnavailable, "breaks off"},
+		{"slow", func(_ int32, w http.ResponseWriter) { time.Sleep(700 * time.Millisecond); fmt.Fprint(w, goodAnswer) }, 0, ErrUnavailable, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			var tries atomic.Int32
+			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { test.serve(tries.Add(1), w) }))
+			defer s.Close()
+			c, err := New(Config{URL: s.URL, Timeout: 600 * time.Millisecond})
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.try = 500 * time.Millisecond
+			start := time.Now()
+			_, err = c.KEK(t.Context(), "a", 0)
+			if took := time.Since(start); took > time.Second {
+				t.Errorf("it took %s", took)
+			}
+			if test.want == "" && test.is == nil && err != nil || test.is != nil && !errors.Is(err, test.is) ||
+				test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), `KEK "a": copilot at http://127.0.0.1`)) {
+				t.Errorf("got %v", err)
+			}
+			if err != nil && (strings.Contains(err.Error(), "SECRET") || strings.ContainsAny(err.Error(), "\n\x1b")) {
+				t.Errorf("the error repeats too much: %q", err)
+			}
+			if got := tries.Load(); test.tries != 0 && got != test.tries {
+				t.Errorf("%d tries, want %d", got, test.tries)
+			}
+		})
+	}
+}
+
+// TestOriginalBroker asks one that speaks the original's API.
+func TestOriginalBroker(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.EscapedPath() {
+		case "/api/v1/key/a%2Fb+=":
+			fmt.Fprint(w, strings.Repeat("k", 24))
+		case "/api/v1/key/short":
+			fmt.Fprint(w, "SECRET")
+		default:
+			w.WriteHeader(404)
+		}
+	}))
+	defer s.Close()
+	c, err := New(Config{URL: s.URL + "/api/v1/key"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kek, err := c.KEK(t.Context(), "a/b+=", 7); err != nil || len(kek.Key) != 24 || kek.Version != 0 {
+		t.Errorf("got %d bytes of version %d, %v", len(kek.Key), kek.Version, err)
+	}
+	if _, err := c.KEK(t.Context(), "short", 0); err == nil || strings.Contains(err.Error(), "SECRET") {
+		t.Errorf("a short key: %v", err)
+	}
+	if _, err := c.KEK(t.Context(), "nobody", 0); !errors.Is(err, ErrNotFound) {
+		t.Errorf("no key: %v", err)
+	}
+	if _, _, err := c.Wrap(t.Context(), "a", nil); err == nil {
+		t.Error("it wraps")
+	}
+}
+
+func TestRefusedConfig(t *testing.T) {
+	for _, test := range []struct {
+		conf Config
+		want string
+	}{
+		{Config{URL: ""}, "neither"},
+		{Config{URL: "ftp://x"}, "neither"},
+		{Config{URL: "http://192.0.2.1:80"}, "in plain"},
+		{Config{URL: "http://copilot.example.com"}, "in plain"},
+		{Config{URL: "unix://relative"}, "absolute path"},
+		{Config{URL: "https://user:SECRET@x"}, "has a user"},
+		{Config{URL: "https://x", CAFile: "/nonexistent"}, "CA: "},
+		{Config{URL: "https://x", CAFile: "/dev/null"}, "holds no certificate"},
+		{Config{URL: "https://x", CertFile: "x"}, "go together"},
+		{Config{URL: "unix:///x", CAFile: "x"}, "certificates are for https"},
+		{Config{URL: "https://"}, "names no host"},
+	} {
+		if _, err := New(test.conf); err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "SECRET") {
+			t.Errorf("%+v: %v, want %q", test.conf, err, test.want)
+		}
+	}
+}
+
+func TestNobodyThere(t *testing.T) {
+	for _, url := range []string{"unix:///nonexistent/socket", "http://127.0.0.1:1"} {
+		c, err := New(Config{URL: url, Timeout: time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.KEK(t.Context(), "a", 0); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("%s: %v", url, err)
+		}
+	}
+}
