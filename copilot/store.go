@@ -15,6 +15,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // Errors of the store that a caller may decide by.
@@ -84,7 +85,7 @@ func OpenStore(dir string) (*Store, error) {
 	}
 	name := filepath.Join(dir, storeFile)
 	db, err := bolt.Open(name, 0o600, &bolt.Options{Timeout: lockWait})
-	if errors.Is(err, bolt.ErrTimeout) {
+	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s is in use by another copilot", name)
 	}
 	if err != nil {

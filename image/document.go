@@ -35,8 +35,8 @@ var dockerTypes = map[string]string{
 	images.MediaTypeDockerSchema2Layer:            ocispec.MediaTypeImageLayer,
 	images.MediaTypeDockerSchema2LayerGzip:        ocispec.MediaTypeImageLayerGzip,
 	images.MediaTypeDockerSchema2LayerZstd:        ocispec.MediaTypeImageLayerZstd,
-	images.MediaTypeDockerSchema2LayerForeign:     ocispec.MediaTypeImageLayerNonDistributable,     //nolint:staticcheck // deprecated, but images have it
-	images.MediaTypeDockerSchema2LayerForeignGzip: ocispec.MediaTypeImageLayerNonDistributableGzip, //nolint:staticcheck
+	images.MediaTypeDockerSchema2LayerForeign:     "application/vnd.oci.image.layer.nondistributable.v1.tar",
+	images.MediaTypeDockerSchema2LayerForeignGzip: "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
 }
 
 // edit is how a manifest or an index changes.

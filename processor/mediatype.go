@@ -47,9 +47,10 @@ func PlainMediaType(mt string) (string, bool) {
 	}
 	switch plain {
 	case ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayerZstd, mediaTypeWasm,
-		ocispec.MediaTypeImageLayerNonDistributable,     //nolint:staticcheck // deprecated, but images have it
-		ocispec.MediaTypeImageLayerNonDistributableGzip, //nolint:staticcheck
-		ocispec.MediaTypeImageLayerNonDistributableZstd: //nolint:staticcheck
+		// Deprecated, but images have them.
+		"application/vnd.oci.image.layer.nondistributable.v1.tar",
+		"application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+		"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd":
 		return plain, true
 	}
 	return "", false

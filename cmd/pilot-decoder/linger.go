@@ -6,6 +6,8 @@ import (
 	"os/exec"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // lingerVariable makes this program do nothing but linger.
@@ -22,22 +24,21 @@ const lingerFor = 500 * time.Millisecond
 // output comes first, it takes the layer for whole and what is on standard
 // error is lost.
 func keepOutputOpen() {
-	r, w, err := os.Pipe()
-	if err != nil {
+	// A descriptor and no os.File, so that it stays open until this process
+	// ends, which the other one waits for.
+	var pipe [2]int
+	if unix.Pipe2(pipe[:], unix.O_CLOEXEC) != nil {
 		return
 	}
+	r := os.NewFile(uintptr(pipe[0]), "parent")
+	defer r.Close()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = []string{lingerVariable + "=1"}
 	cmd.Stdout = os.Stdout
 	cmd.ExtraFiles = []*os.File{r}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if cmd.Start() == nil {
-		r.Close()
-		leftOpen = w // until this process ends, which the other one waits for
-	}
+	_ = cmd.Start() // if it can't, containerd may miss the message
 }
-
-var leftOpen *os.File
 
 // linger waits until whoever started this process has exited, and then some.
 func linger() {

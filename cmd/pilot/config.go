@@ -92,6 +92,16 @@ func (s setting) env() string {
 	return "PILOT_" + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))
 }
 
+// unsetEmptyVariables makes a variable that is empty one that is not there, as
+// whoever leaves it empty in a unit or a manifest means it.
+func unsetEmptyVariables() {
+	for _, s := range settings {
+		if os.Getenv(s.env()) == "" {
+			os.Unsetenv(s.env())
+		}
+	}
+}
+
 // set sets the setting from text: a flag, a variable, or a line of the file.
 func (s setting) set(conf *configuration, v string) error {
 	switch to := s.value(conf).(type) {

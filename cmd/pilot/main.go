@@ -25,6 +25,7 @@ func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	logrus.SetOutput(os.Stderr)
+	unsetEmptyVariables()
 	app := &cli.App{
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
