@@ -51,23 +51,25 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 		return change{}, fmt.Errorf("media type %s can't be encrypted", desc.MediaType)
 	}
 	c.desc.MediaType = mediaType
-	err := w.read(ctx, desc, func(r io.Reader) error {
-		encrypter, err := processor.NewEncrypter(r, desc.Digest)
+	key := processor.NewLayerKey(desc.Digest)
+	defer key.Clear()
+	var err error
+	if c.annotations, err = key.Wrap(ctx, e.ec, nil); err != nil {
+		return change{}, err
+	}
+	err = w.read(ctx, desc, func(r io.Reader) error {
+		encrypter, err := processor.NewEncrypter(r, key)
 		if err != nil {
 			return err
 		}
 		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "encrypt-"+desc.Digest.Encoded(), encrypter, desc.Size, nil)
-		if err != nil {
-			return err
-		}
-		key, err := encrypter.LayerKey()
-		if err != nil {
-			return err
-		}
-		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, e.ec, nil)
 		return err
 	})
+	if err != nil {
+		return change{}, err
+	}
+	name, value, err := key.PublicOptions()
+	c.annotations[name] = value
 	return c, err
 }
 

@@ -4,14 +4,11 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // ErrTampered is the error of a layer whose HMAC does not match: it was
@@ -41,12 +38,12 @@ type Encrypter struct {
 }
 
 // NewEncrypter returns a reader of the ciphertext of the layer that r reads,
-// of equal length, under a new random layer key. plain is the digest of the
-// plain layer, or empty when it is not known; it gets wrapped with the key.
-func NewEncrypter(r io.Reader, plain digest.Digest) (*Encrypter, error) {
-	secret := make([]byte, KeySize+aes.BlockSize)
-	rand.Read(secret) // never fails
-	k := &LayerKey{Digest: plain, key: secret[:KeySize], nonce: secret[KeySize:]}
+// of equal length, under k, which has to be new: see [NewLayerKey]. When it
+// reports [io.EOF], k is complete.
+func NewEncrypter(r io.Reader, k *LayerKey) (*Encrypter, error) {
+	if k.mac != nil {
+		return nil, errors.New("the layer key has encrypted a layer already")
+	}
 	s, err := newStream(r, k)
 	if err != nil {
 		return nil, err
@@ -62,18 +59,11 @@ func (e *Encrypter) Read(p []byte) (int, error) {
 	n, err := e.src.Read(p)
 	e.ctr.XORKeyStream(p[:n], p[:n])
 	e.mac.Write(p[:n])
+	if err == io.EOF {
+		e.key.mac = e.mac.Sum(nil)
+	}
 	e.err = err
 	return n, err
-}
-
-// LayerKey returns the key that decrypts the layer. It is an error to ask for
-// it before Read has returned [io.EOF], since it holds the HMAC of the whole.
-func (e *Encrypter) LayerKey() (*LayerKey, error) {
-	if e.err != io.EOF {
-		return nil, errors.New("the layer has not been read to its end")
-	}
-	e.key.mac = e.mac.Sum(nil)
-	return e.key, nil
 }
 
 // Decrypter decrypts a layer as it is read. It is not safe for concurrent use.

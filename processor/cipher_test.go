@@ -28,7 +28,8 @@ func randomBytes(n int) []byte {
 
 func encrypt(t testing.TB, plain []byte) ([]byte, *LayerKey) {
 	t.Helper()
-	e, err := NewEncrypter(bytes.NewReader(plain), digest.FromBytes(plain))
+	k := NewLayerKey(digest.FromBytes(plain))
+	e, err := NewEncrypter(bytes.NewReader(plain), k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,9 +37,8 @@ func encrypt(t testing.TB, plain []byte) ([]byte, *LayerKey) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := e.LayerKey()
-	if err != nil {
-		t.Fatal(err)
+	if _, err := NewEncrypter(bytes.NewReader(plain), k); err == nil {
+		t.Fatal("a layer key encrypts a second layer")
 	}
 	return ciphertext, k
 }
@@ -133,15 +133,16 @@ func TestReadError(t *testing.T) {
 		if _, err := io.ReadAll(d); !errors.Is(err, broken) {
 			t.Errorf("size %d: decrypting gives %v", size, err)
 		}
-		e, err := NewEncrypter(io.MultiReader(bytes.NewReader(ciphertext), iotest.ErrReader(broken)), "")
+		k = NewLayerKey("")
+		e, err := NewEncrypter(io.MultiReader(bytes.NewReader(ciphertext), iotest.ErrReader(broken)), k)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if _, err := io.ReadAll(e); !errors.Is(err, broken) {
 			t.Errorf("size %d: encrypting gives %v", size, err)
 		}
-		if _, err := e.LayerKey(); err == nil {
-			t.Errorf("size %d: a half-read layer has a key", size)
+		if _, _, err := k.PublicOptions(); err == nil {
+			t.Errorf("size %d: a half-read layer has an HMAC", size)
 		}
 	}
 }
@@ -164,7 +165,7 @@ func TestPeer(t *testing.T) {
 		if err := json.Unmarshal(private, &opts.Private); err != nil {
 			t.Fatal(err)
 		}
-		public, err := k.public()
+		_, public, err := k.PublicOptions()
 		if err != nil {
 			t.Fatal(err)
 		}

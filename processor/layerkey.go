@@ -2,6 +2,7 @@ package processor
 
 import (
 	"crypto/aes"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
@@ -35,7 +36,16 @@ type LayerKey struct {
 
 	key   []byte // KeySize bytes
 	nonce []byte // aes.BlockSize bytes
-	mac   []byte // sha256.Size bytes, of the ciphertext
+	mac   []byte // sha256.Size bytes, of the ciphertext; nil until there is one
+}
+
+// NewLayerKey returns a new random layer key, to encrypt one layer with. plain
+// is the digest of that layer, or empty when it is not known; it gets wrapped
+// with the key.
+func NewLayerKey(plain digest.Digest) *LayerKey {
+	secret := make([]byte, KeySize+aes.BlockSize)
+	rand.Read(secret) // never fails
+	return &LayerKey{Digest: plain, key: secret[:KeySize], nonce: secret[KeySize:]}
 }
 
 // Clear overwrites the key. The LayerKey is of no use afterwards.
@@ -52,17 +62,22 @@ func (k *LayerKey) private() ([]byte, error) {
 	})
 }
 
-// public returns the value of the annotation with ocicrypt's public options.
-func (k *LayerKey) public() (string, error) {
+// PublicOptions returns the annotation that a layer's descriptor needs besides
+// those of its recipients. It is an error to ask for it before the layer was
+// encrypted to its end, since it holds the HMAC of the whole.
+func (k *LayerKey) PublicOptions() (key, value string, err error) {
+	if k.mac == nil {
+		return "", "", errors.New("the layer has not been encrypted to its end")
+	}
 	b, err := json.Marshal(blockcipher.PublicLayerBlockCipherOptions{
 		CipherType:    blockcipher.AES256CTR,
 		Hmac:          k.mac,
 		CipherOptions: map[string][]byte{},
 	})
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	return base64.StdEncoding.EncodeToString(b), nil
+	return annotationPubOpts, base64.StdEncoding.EncodeToString(b), nil
 }
 
 // newLayerKey joins the unwrapped private options with the value of the

@@ -99,10 +99,7 @@ func TestKeysIn(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, k := encrypt(t, []byte("layer"))
-	annotations, err := k.Wrap(t.Context(), alice.encrypt(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	annotations := wrapped(t, k, alice.encrypt(), nil)
 	if _, err := Unwrap(t.Context(), dc, ocispec.Descriptor{Annotations: annotations}); err != nil {
 		t.Errorf("with the keys of the directory: %v", err)
 	}

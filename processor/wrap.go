@@ -37,8 +37,10 @@ var notRecipients = []string{"gpg-pubkeyringfile", "pkcs11-config"}
 const providerScheme = "provider."
 
 // Wrap wraps the layer key for each recipient in ec and returns the
-// annotations that the layer's descriptor needs. annotations are those that
-// the descriptor has: its recipients are kept and the new ones come after them.
+// annotations that hold it. annotations are those that the layer's descriptor
+// has: its recipients are kept and the new ones come after them. What is
+// wrapped does not depend on the layer, so this can be done before the layer is
+// encrypted, and fail early.
 //
 // A key provider is told the parameters meant for it and no others, so no
 // private key in ec reaches it.
@@ -98,8 +100,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 			out[id] = v
 		}
 	}
-	out[annotationPubOpts], err = k.public()
-	return out, err
+	return out, nil
 }
 
 // Unwrap returns the key of the encrypted layer that desc describes. It tries

@@ -44,28 +44,38 @@ func (p pair) decrypt() *config.DecryptConfig {
 	}}
 }
 
+// wrapped returns all the annotations of a layer that is wrapped for ec, those
+// that it had among them.
+func wrapped(t *testing.T, k *LayerKey, ec *config.EncryptConfig, had map[string]string) map[string]string {
+	t.Helper()
+	annotations, err := k.Wrap(t.Context(), ec, had)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, value, err := k.PublicOptions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	annotations[key] = value
+	return annotations
+}
+
 func TestWrapForSeveral(t *testing.T) {
 	ctx := t.Context()
 	alice, bob, mallory := newPair(t), newPair(t), newPair(t)
 	plain := randomBytes(1000)
 	ciphertext, k := encrypt(t, plain)
 
-	first, err := k.Wrap(ctx, alice.encrypt(), map[string]string{"unrelated": "kept by the caller"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	first := wrapped(t, k, alice.encrypt(), map[string]string{"unrelated": "kept by the caller"})
 	if _, ok := first["unrelated"]; ok {
 		t.Error("an annotation that is not ours came back")
 	}
 	// Bob is added later, by somebody who can unwrap.
-	k, err = Unwrap(ctx, alice.decrypt(), ocispec.Descriptor{Annotations: first})
+	k, err := Unwrap(ctx, alice.decrypt(), ocispec.Descriptor{Annotations: first})
 	if err != nil {
 		t.Fatal(err)
 	}
-	both, err := k.Wrap(ctx, bob.encrypt(), first)
-	if err != nil {
-		t.Fatal(err)
-	}
+	both := wrapped(t, k, bob.encrypt(), first)
 	if had, has := first["org.opencontainers.image.enc.keys.jwe"], both["org.opencontainers.image.enc.keys.jwe"]; !strings.HasPrefix(has, had+",") {
 		t.Error("the first recipient was not kept in front")
 	}

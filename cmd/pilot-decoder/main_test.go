@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/imgcrypt/v2"
+	"github.com/containerd/typeurl/v2"
+	"github.com/containers/ocicrypt/config"
+	"github.com/containers/ocicrypt/utils"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+func TestMain(m *testing.M) {
+	// The program itself, when a test runs it.
+	if os.Getenv("PILOT_DECODER_TEST") != "" || os.Getenv(lingerVariable) != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// run is one run of the program as containerd starts it.
+type run struct {
+	args, env []string
+	payload   []byte // nil: no file descriptor 3
+	layer     []byte
+}
+
+func (r run) do(t *testing.T) (stdout []byte, stderr string, ok bool) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], r.args...)
+	cmd.Env = append(r.env, "PILOT_DECODER_TEST=1")
+	cmd.Stdin = bytes.NewReader(r.layer)
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if r.payload != nil {
+		in, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		go func() {
+			w.Write(r.payload)
+			w.Close()
+		}()
+		cmd.ExtraFiles = []*os.File{in}
+	}
+	err := cmd.Run()
+	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return out.Bytes(), said.String(), err == nil
+}
+
+// payload is what imgcrypt's clients pass.
+func payload(t *testing.T, dc *config.DecryptConfig, desc ocispec.Descriptor) []byte {
+	t.Helper()
+	p, err := typeurl.MarshalAny(&imgcrypt.Payload{DecryptConfig: *dc, Descriptor: desc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := proto.Marshal(&anypb.Any{TypeUrl: p.GetTypeUrl(), Value: p.GetValue()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func rsaKey(t *testing.T) (public, private []byte) {
+	t.Helper()
+	public, private, err := utils.CreateRSATestKey(2048, nil, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return public, private
+}
+
+// encrypted returns a random layer, encrypted for a public key.
+func encrypted(t *testing.T, size int, public []byte) (plain, layer []byte, desc ocispec.Descriptor) {
+	t.Helper()
+	plain = make([]byte, size)
+	rand.Read(plain)
+	key := processor.NewLayerKey(digest.FromBytes(plain))
+	annotations, err := key.Wrap(t.Context(), &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := processor.NewEncrypter(bytes.NewReader(plain), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if _, err := out.ReadFrom(e); err != nil {
+		t.Fatal(err)
+	}
+	name, value, err := key.PublicOptions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	annotations[name] = value
+	return plain, out.Bytes(), ocispec.Descriptor{Digest: digest.FromBytes(out.Bytes()), Size: int64(size), Annotations: annotations}
+}
+
+func TestDecrypt(t *testing.T) {
+	public, private := rsaKey(t)
+	keys := filepath.Join(t.TempDir(), "keys")
+	if err := os.Mkdir(keys, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(keys, "key.pem"), private, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	passed := &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}}
+	for _, size := range []int{0, 1, 5 << 20} {
+		plain, layer, desc := encrypted(t, size, public)
+		for name, r := range map[string]run{
+			"a key that the client passed": {payload: payload(t, passed, desc), layer: layer},
+			"a key of the node":            {payload: payload(t, &config.DecryptConfig{}, desc), layer: layer, args: []string{"--decryption-keys-path", keys}},
+		} {
+			out, said, ok := r.do(t)
+			if !ok || said != "" || !bytes.Equal(out, plain) {
+				t.Errorf("%d bytes with %s: %d bytes came out, said %q", size, name, len(out), said)
+			}
+		}
+	}
+}
+
+func TestFailures(t *testing.T) {
+	public, private := rsaKey(t)
+	_, other := rsaKey(t)
+	with := func(private []byte) *config.DecryptConfig {
+		return &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}}
+	}
+	_, layer, desc := encrypted(t, 1<<20, public)
+	changed := bytes.Clone(layer)
+	changed[0] ^= 1
+	forProvider := desc
+	forProvider.Annotations = map[string]string{
+		"org.opencontainers.image.enc.pubopts":             desc.Annotations["org.opencontainers.image.enc.pubopts"],
+		"org.opencontainers.image.enc.keys.provider.pilot": "e30=",
+	}
+	socket := filepath.Join(t.TempDir(), "s")
+	silent, err := net.Listen("unix", socket) // it never says a word
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { silent.Close() })
+	conf := filepath.Join(t.TempDir(), "ocicrypt.conf")
+	if err := os.WriteFile(conf, []byte(`{"key-providers": {"pilot": {"grpc": "unix://`+socket+`"}}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := "layer " + desc.Digest.String() + ": "
+	for title, test := range map[string]struct {
+		run  run
+		want string
+	}{
+		"no payload":      {run{layer: layer}, `containerd passed no decryption payload: its client has to pass one, which CRI does with image_decryption.key_model = "node"`},
+		"empty payload":   {run{layer: layer, payload: []byte{}}, "containerd passed no decryption payload"},
+		"not a payload":   {run{layer: layer, payload: []byte("hello")}, "the decryption payload is not a protobuf Any"},
+		"wrong key":       {run{layer: layer, payload: payload(t, with(other), desc)}, name + "no key unwraps the layer key: jwe: "},
+		"no key":          {run{layer: layer, payload: payload(t, &config.DecryptConfig{}, desc)}, name + "no key unwraps the layer key: jwe: no private key was given"},
+		"no provider":     {run{layer: layer, payload: payload(t, with(private), forProvider)}, name + `no key unwraps the layer key: key provider "pilot" is not configured: name it in the file that $OCICRYPT_KEYPROVIDER_CONFIG points to`},
+		"silent provider": {run{layer: layer, payload: payload(t, with(private), forProvider), env: []string{"OCICRYPT_KEYPROVIDER_CONFIG=" + conf}}, name + "no key unwraps the layer key: provider.pilot: connection error"},
+		"no keys":         {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"--decryption-keys-path", "/nonexistent"}}, "--decryption-keys-path: lstat /nonexistent: no such file or directory"},
+		"changed":         {run{layer: changed, payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},
+		"cut short":       {run{layer: layer[:len(layer)-1], payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},
+		"longer":          {run{layer: append(bytes.Clone(layer), 0), payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},
+		"nothing":         {run{payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},
+	} {
+		t.Run(title, func(t *testing.T) {
+			t.Parallel() // the silent one takes its time
+			start := time.Now()
+			out, said, ok := test.run.do(t)
+			if ok || !strings.HasPrefix(said, "pilot-decoder: ") || !strings.Contains(said, test.want) || strings.Contains(said, "\n") {
+				t.Errorf("said %q, want one line with %q", said, test.want)
+			}
+			if len(out) > len(layer)-processor.BufferSize {
+				t.Errorf("%d bytes came out", len(out))
+			}
+			if took := time.Since(start); took > unwrapWithin+10*time.Second {
+				t.Errorf("took %s", took)
+			}
+		})
+	}
+}
