@@ -4,12 +4,16 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"path"
 	"strconv"
+	"strings"
 
 	"github.com/sirupsen/logrus"
 )
@@ -29,24 +33,22 @@ type api struct {
 // newAPI returns the API that everybody may use who reaches a listener.
 func newAPI(store *Store, audit *AuditLog) http.Handler {
 	a := &api{store, audit}
-	mux := http.NewServeMux()
-	a.serve(mux)
-	return mux
+	return a.strict(a.mux())
 }
 
 // newAdminAPI returns the API for whoever reaches the admin socket.
 func newAdminAPI(store *Store, audit *AuditLog) http.Handler {
 	a := &api{store, audit}
-	mux := http.NewServeMux()
-	a.serve(mux)
+	mux := a.mux()
 	mux.Handle("GET /api/v2/keks", a.audited("list", a.list))
 	mux.Handle("POST /api/v2/keks", a.audited("create", a.create))
 	mux.Handle("POST /api/v2/keks/{id}/rotate", a.audited("rotate", a.rotate))
 	mux.Handle("DELETE /api/v2/keks/{id}", a.audited("delete", a.delete))
-	return mux
+	return a.strict(mux)
 }
 
-func (a *api) serve(mux *http.ServeMux) {
+func (a *api) mux() *http.ServeMux {
+	mux := http.NewServeMux()
 	mux.Handle("GET /healthz", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusNoContent)
 	}))
@@ -55,10 +57,52 @@ func (a *api) serve(mux *http.ServeMux) {
 	mux.Handle("GET /api/v2/keks/{id}/key", a.audited("export", a.export))
 	mux.Handle("POST /api/v2/keks/{id}/wrap", a.audited("wrap", a.wrap))
 	mux.Handle("POST /api/v2/keks/{id}/unwrap", a.audited("unwrap", a.unwrap))
-	mux.Handle("/", a.audited("other", func(*http.Request, *Entry) (any, error) { return nil, errNoSuchPath }))
+	mux.Handle("/", a.audited("other", noSuchPath))
+	return mux
 }
 
-var errNoSuchPath = fmt.Errorf("%w: there is no such path, or not with this method", ErrInput)
+// strict returns h, without the answers that [http.ServeMux] gives by itself
+// to paths that are not clean, since those are in no audit log.
+func (a *api) strict(h http.Handler) http.Handler {
+	other := a.audited("other", noSuchPath)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if p := r.URL.EscapedPath(); !strings.HasPrefix(p, "/") || path.Clean(p) != p {
+			other.ServeHTTP(w, r)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+var (
+	errNoSuchPath = errors.New("there is no such path, or not with this method")
+	errHost       = errors.New("the request is for another host")
+)
+
+func noSuchPath(r *http.Request, _ *Entry) (any, error) {
+	return nil, fmt.Errorf("%w: %s %s", errNoSuchPath, r.Method, r.URL.EscapedPath())
+}
+
+// forLoopback returns h for requests whose Host is this machine. Without that,
+// a web page in a browser here could ask for KEKs by giving its own name the
+// address 127.0.0.1.
+func forLoopback(h http.Handler, audit *AuditLog) http.Handler {
+	a := &api{audit: audit}
+	other := a.audited("other", func(r *http.Request, _ *Entry) (any, error) {
+		return nil, fmt.Errorf("%w, %.80q", errHost, r.Host)
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = strings.Trim(r.Host, "[]")
+		}
+		if !isLoopback(host) {
+			other.ServeHTTP(w, r)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
 
 // raw is an answer that is no JSON: a key, in the original's API.
 type raw []byte
@@ -90,9 +134,11 @@ func (a *api) audited(action string, do func(*http.Request, *Entry) (any, error)
 		if key, ok := answer.(raw); ok {
 			defer clear(key)
 		}
-		if auditErr := a.audit.Write(e); auditErr != nil {
-			logrus.WithError(auditErr).WithField("request", e.Request).Error("request refused")
-			e.Status, err = http.StatusServiceUnavailable, errors.New("the request can't be audited")
+		if err != nil || !e.written {
+			if auditErr := a.audit.Write(e); auditErr != nil {
+				logrus.WithError(auditErr).WithField("request", e.Request).Error("request refused")
+				e.Status, err = http.StatusServiceUnavailable, errNoAudit
+			}
 		}
 		h := w.Header()
 		h.Set("X-Request-Id", e.Request)
@@ -123,8 +169,12 @@ func statusOf(err error) (int, string) {
 	switch tooLarge := new(http.MaxBytesError); {
 	case errors.As(err, &tooLarge):
 		return http.StatusRequestEntityTooLarge, verdictFailed
+	case errors.Is(err, errHost):
+		return http.StatusMisdirectedRequest, verdictDenied
 	case errors.Is(err, errNoSuchPath):
 		return http.StatusNotFound, verdictDenied
+	case errors.Is(err, errNoAudit):
+		return http.StatusServiceUnavailable, verdictFailed
 	case errors.Is(err, ErrNotFound):
 		return http.StatusNotFound, verdictDenied
 	case errors.Is(err, ErrExists):
@@ -150,10 +200,27 @@ func writeProblem(w http.ResponseWriter, e Entry, err error) {
 	w.Write(b)
 }
 
-func (a *api) exportOriginal(r *http.Request, e *Entry) (any, error) {
-	key, version, err := a.store.Key(e.KEK, 0)
+func (a *api) exportOriginal(_ *http.Request, e *Entry) (any, error) {
+	key, version, err := a.store.Key(originalID(e.KEK), 0)
 	e.Version = version
 	return raw(key), err
+}
+
+// originalID returns the KEK's name that an id of the original's holds if it is
+// the base64 of JSON and asks for the provider dev, the broker's own store.
+func originalID(id string) string {
+	b, err := base64.StdEncoding.DecodeString(id)
+	if err != nil {
+		return id
+	}
+	var v struct {
+		KEK      string `json:"kek_id"`
+		Provider string `json:"kms_provider"`
+	}
+	if json.Unmarshal(b, &v) != nil || v.Provider != "dev" {
+		return id
+	}
+	return v.KEK
 }
 
 func (a *api) info(_ *http.Request, e *Entry) (any, error) {
@@ -265,29 +332,26 @@ func (a *api) create(r *http.Request, e *Entry) (any, error) {
 	if err := decodeBody(r, &in); err != nil {
 		return nil, err
 	}
-	defer clear(in.Key)
 	e.KEK = in.ID
+	var key []byte
 	if in.Key != nil {
-		e.Action = "import"
+		e.Action, key = "import", *in.Key
+		defer clear(key)
 	}
-	info, err := a.store.Create(in.ID, in.Key)
-	e.Version = info.Version
-	return info, err
+	return a.store.Create(in.ID, key, a.audit.before(e))
 }
 
 type newKEK struct {
-	ID  string `json:"id"`
-	Key []byte `json:"key,omitempty"` // to import; absent: a new random one
+	ID  string  `json:"id"`
+	Key *[]byte `json:"key,omitempty"` // to import; absent: a new random one
 }
 
 func (a *api) rotate(_ *http.Request, e *Entry) (any, error) {
-	info, err := a.store.Rotate(e.KEK)
-	e.Version = info.Version
-	return info, err
+	return a.store.Rotate(e.KEK, a.audit.before(e))
 }
 
 func (a *api) delete(_ *http.Request, e *Entry) (any, error) {
-	return struct{}{}, a.store.Delete(e.KEK)
+	return struct{}{}, a.store.Delete(e.KEK, a.audit.before(e))
 }
 
 // decodeBody decodes one JSON value with no unknown fields.

@@ -2,6 +2,7 @@ package copilot
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -28,6 +29,25 @@ type Entry struct {
 	Verdict string    `json:"verdict"`
 	Status  int       `json:"status,omitempty"` // HTTP
 	Reason  string    `json:"reason,omitempty"`
+
+	written bool // as what was done, which may yet fail
+}
+
+// errNoAudit is the error of a request that is refused because it can't be
+// written down.
+var errNoAudit = errors.New("the request can't be audited")
+
+// before writes e down as done, with the version that there will be, right
+// before a change to the store is made.
+func (l *AuditLog) before(e *Entry) func(Info) error {
+	return func(info Info) error {
+		e.Version = info.Version
+		if err := l.Write(*e); err != nil {
+			return fmt.Errorf("%w: %w", errNoAudit, err)
+		}
+		e.written = true
+		return nil
+	}
 }
 
 // maxAuditText bounds what a caller can write into one field, in bytes.

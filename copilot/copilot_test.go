@@ -210,25 +210,25 @@ func TestStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, id := range []string{"", ".", "..", "/a", "a//b", "a/../b", "a b", "é", "-a", strings.Repeat("a", 129)} {
-		if _, err := s.Create(id, nil); !errors.Is(err, copilot.ErrInput) {
+		if _, err := s.Create(id, nil, nil); !errors.Is(err, copilot.ErrInput) {
 			t.Errorf("create %q: %v", id, err)
 		}
 	}
 	for _, size := range []int{0, 1, 15, 31, 33, 64} {
-		if _, err := s.Create("sized", make([]byte, size)); !errors.Is(err, copilot.ErrInput) {
+		if _, err := s.Create("sized", make([]byte, size), nil); !errors.Is(err, copilot.ErrInput) {
 			t.Errorf("import %d bytes: %v", size, err)
 		}
 	}
-	if _, err := s.Create("a", nil); err != nil {
+	if _, err := s.Create("a", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Create("a", nil); !errors.Is(err, copilot.ErrExists) {
+	if _, err := s.Create("a", nil, nil); !errors.Is(err, copilot.ErrExists) {
 		t.Errorf("create again: %v", err)
 	}
-	if _, err := s.Rotate("b"); !errors.Is(err, copilot.ErrNotFound) {
+	if _, err := s.Rotate("b", nil); !errors.Is(err, copilot.ErrNotFound) {
 		t.Errorf("rotate what is not there: %v", err)
 	}
-	if err := s.Delete("b"); !errors.Is(err, copilot.ErrNotFound) {
+	if err := s.Delete("b", nil); !errors.Is(err, copilot.ErrNotFound) {
 		t.Errorf("delete what is not there: %v", err)
 	}
 	key, _, err := s.Key("a", 0)

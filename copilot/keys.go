@@ -64,38 +64,45 @@ func (k *directKeys) Create(id string, key []byte) (Info, error) {
 	if key != nil {
 		action = "import"
 	}
-	return k.audited(action, id, func() (Info, error) { return k.store.Create(id, key) })
+	return k.audited(action, id, func(e *Entry) (Info, error) { return k.store.Create(id, key, k.audit.before(e)) })
 }
 
 func (k *directKeys) Rotate(id string) (Info, error) {
-	return k.audited("rotate", id, func() (Info, error) { return k.store.Rotate(id) })
+	return k.audited("rotate", id, func(e *Entry) (Info, error) { return k.store.Rotate(id, k.audit.before(e)) })
 }
 
 func (k *directKeys) Delete(id string) error {
-	_, err := k.audited("delete", id, func() (Info, error) { return Info{}, k.store.Delete(id) })
+	_, err := k.audited("delete", id, func(e *Entry) (Info, error) { return Info{}, k.store.Delete(id, k.audit.before(e)) })
 	return err
 }
 
 func (k *directKeys) Get(id string) (Info, error) {
-	return k.audited("info", id, func() (Info, error) { return k.store.Get(id) })
+	return k.audited("info", id, func(*Entry) (Info, error) { return k.store.Get(id) })
 }
 
 func (k *directKeys) List() (list []Info, err error) {
-	_, err = k.audited("list", "", func() (Info, error) {
+	_, err = k.audited("list", "", func(*Entry) (Info, error) {
 		list, err = k.store.List()
 		return Info{}, err
 	})
 	return list, err
 }
 
-func (k *directKeys) audited(action, id string, do func() (Info, error)) (Info, error) {
-	info, err := do()
-	e := Entry{Action: action, KEK: id, Version: info.Version, Who: fmt.Sprintf("uid:%d", os.Getuid()), From: "command line", Verdict: verdictAllowed}
+func (k *directKeys) audited(action, id string, do func(*Entry) (Info, error)) (Info, error) {
+	e := Entry{Action: action, KEK: id, Who: fmt.Sprintf("uid:%d", os.Getuid()), From: "command line", Verdict: verdictAllowed}
+	info, err := do(&e)
 	if err != nil {
 		_, e.Verdict = statusOf(err)
 		e.Reason = err.Error()
+	} else if e.written {
+		return info, nil
+	} else {
+		e.Version = info.Version
 	}
-	return info, errors.Join(err, k.audit.Write(e))
+	if auditErr := k.audit.Write(e); auditErr != nil && !errors.Is(err, errNoAudit) {
+		err = errors.Join(err, fmt.Errorf("%w: %w", errNoAudit, auditErr))
+	}
+	return info, err
 }
 
 // adminClient asks the server that has the store open.
@@ -116,7 +123,11 @@ func (c *adminClient) Close() error {
 }
 
 func (c *adminClient) Create(id string, key []byte) (info Info, err error) {
-	return info, c.call(http.MethodPost, "", newKEK{id, key}, &info)
+	in := newKEK{ID: id}
+	if key != nil {
+		in.Key = &key
+	}
+	return info, c.call(http.MethodPost, "", in, &info)
 }
 
 func (c *adminClient) List() (list []Info, err error) {

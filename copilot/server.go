@@ -90,15 +90,35 @@ func Serve(ctx context.Context, conf Config) error {
 		}
 	}
 
-	errorLog := logrus.StandardLogger().WriterLevel(logrus.WarnLevel)
-	defer errorLog.Close()
 	g, ctx := errgroup.WithContext(ctx)
-	handler := newAdminAPI(store, audit)
-	for _, l := range listeners {
-		serve(ctx, g, l, handler, log.New(errorLog, "", 0))
-		handler = newAPI(store, audit) // for all but the first
+	errorLog := log.New(serverLog{audit}, "", 0)
+	serve(ctx, g, admin, newAdminAPI(store, audit), errorLog)
+	for _, l := range listeners[1:] {
+		handler := newAPI(store, audit)
+		if _, isTCP := l.(*net.TCPListener); isTCP {
+			handler = forLoopback(handler, audit) // there is no TLS
+		}
+		serve(ctx, g, l, handler, errorLog)
 	}
 	return g.Wait()
+}
+
+// serverLog takes the lines that [http.Server] logs: to the log and, those on
+// connections that were refused for their certificate, to the audit log.
+type serverLog struct{ audit *AuditLog }
+
+func (l serverLog) Write(b []byte) (int, error) {
+	line := strings.TrimSpace(string(b))
+	logrus.Warn(line)
+	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
+	from, reason, _ := strings.Cut(refused, ": ")
+	if ok && reason != "EOF" { // a probe that said nothing
+		err := l.audit.Write(Entry{Action: "connect", Who: "anonymous", From: from, Verdict: verdictDenied, Reason: reason})
+		if err != nil {
+			logrus.WithError(err).Error("refused connection not audited")
+		}
+	}
+	return len(b), nil
 }
 
 func (c Config) auditLog() string {
@@ -155,17 +175,21 @@ func (c Config) check(hasTLS bool) error {
 		if err != nil {
 			return fmt.Errorf("--listen %s: it is neither unix:///PATH nor HOST:PORT", address)
 		}
-		ip := net.ParseIP(host)
-		loopback := host == "localhost" || ip != nil && ip.IsLoopback()
 		switch {
 		case hasTLS:
-		case !loopback:
+		case !isLoopback(host):
 			return fmt.Errorf("--listen %s: other machines reach this, so it needs --tls-cert, --tls-key and --tls-client-ca", address)
 		case !c.InsecureLoopback:
 			return fmt.Errorf("--listen %s: every user of this machine would get every KEK: use a unix socket, TLS, or --insecure-loopback", address)
 		}
 	}
 	return nil
+}
+
+// isLoopback reports whether host is this machine.
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 func listen(address string, tlsConfig *tls.Config) (net.Listener, error) {
@@ -190,6 +214,8 @@ func serve(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handle
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          errorLog,
+
+		DisableGeneralOptionsHandler: true,
 	}
 	g.Go(func() error {
 		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {

@@ -172,24 +172,23 @@ func checkID(id string) error {
 }
 
 // Create makes a KEK named id with version 1, a new random key of 32 bytes, or
-// key, of 16, 24 or 32 bytes, if that is not nil.
-func (s *Store) Create(id string, key []byte) (Info, error) {
+// key, of 16, 24 or 32 bytes, if that is not nil. Like each change, it is made
+// only if log, which is told of it right before, returns nil.
+func (s *Store) Create(id string, key []byte, log func(Info) error) (Info, error) {
 	if err := checkID(id); err != nil {
 		return Info{}, err
 	}
-	switch len(key) {
-	case 16, 24, KeySize:
-	case 0:
-		if key != nil {
-			return Info{}, fmt.Errorf("%w: the key to import is empty", ErrInput)
-		}
+	if key == nil {
 		key = make([]byte, KeySize)
 		rand.Read(key) // never fails
 		defer clear(key)
+	}
+	switch len(key) {
+	case 16, 24, KeySize:
 	default:
 		return Info{}, fmt.Errorf("%w: the key to import has %d bytes, not 32 (or 16 or 24, for the original's format only)", ErrInput, len(key))
 	}
-	return s.update(id, func(r *record) error {
+	return s.update(id, log, func(r *record) error {
 		if len(r.Versions) > 0 {
 			return ErrExists
 		}
@@ -200,11 +199,11 @@ func (s *Store) Create(id string, key []byte) (Info, error) {
 
 // Rotate gives the KEK a new version, of 32 random bytes, to wrap with. What
 // was wrapped with older ones still unwraps.
-func (s *Store) Rotate(id string) (Info, error) {
+func (s *Store) Rotate(id string, log func(Info) error) (Info, error) {
 	key := make([]byte, KeySize)
 	rand.Read(key) // never fails
 	defer clear(key)
-	return s.update(id, func(r *record) error {
+	return s.update(id, log, func(r *record) error {
 		if len(r.Versions) == 0 {
 			return ErrNotFound
 		}
@@ -215,14 +214,15 @@ func (s *Store) Rotate(id string) (Info, error) {
 
 // Delete forgets a KEK with all its versions. What was wrapped with it can
 // never be unwrapped again.
-func (s *Store) Delete(id string) error {
-	return s.db.Update(func(tx *bolt.Tx) error {
-		keks := tx.Bucket(bucketKEKs)
-		if keks.Get([]byte(id)) == nil {
+func (s *Store) Delete(id string, log func(Info) error) error {
+	_, err := s.update(id, log, func(r *record) error {
+		if len(r.Versions) == 0 {
 			return ErrNotFound
 		}
-		return keks.Delete([]byte(id))
+		r.Versions = nil
+		return nil
 	})
+	return err
 }
 
 // Get describes a KEK.
@@ -269,8 +269,9 @@ func (s *Store) Key(id string, version int) ([]byte, int, error) {
 	return nil, 0, fmt.Errorf("%w version %d", ErrNotFound, version)
 }
 
-// update changes a record in a transaction; one that fails changes nothing.
-func (s *Store) update(id string, change func(*record) error) (info Info, err error) {
+// update changes a record in a transaction; one that fails changes nothing. A
+// record without versions is removed.
+func (s *Store) update(id string, log func(Info) error, change func(*record) error) (info Info, err error) {
 	err = s.db.Update(func(tx *bolt.Tx) error {
 		keks := tx.Bucket(bucketKEKs)
 		var r record
@@ -283,11 +284,19 @@ func (s *Store) update(id string, change func(*record) error) (info Info, err er
 		if err := change(&r); err != nil {
 			return err
 		}
+		info = r.info(id)
+		if log != nil {
+			if err := log(info); err != nil {
+				return err
+			}
+		}
+		if len(r.Versions) == 0 {
+			return keks.Delete([]byte(id))
+		}
 		b, err := json.Marshal(r)
 		if err != nil {
 			return err
 		}
-		info = r.info(id)
 		return keks.Put([]byte(id), b)
 	})
 	return info, err

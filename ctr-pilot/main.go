@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/v2/cmd/ctr/app"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/version"
 )
 
@@ -19,7 +20,13 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	if err := registerKeyProviders(); err != nil {
+	err := coredump.Disable()
+	if err != nil {
+		err = fmt.Errorf("core dumps can't be disabled: %w", err)
+	} else {
+		err = registerKeyProviders()
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
 		return 1
 	}

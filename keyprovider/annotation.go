@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"strings"
 )
 
 // Format is a way to write down a wrapped layer key.
@@ -18,6 +20,8 @@ const (
 	// nodes that still run it. It does not say which KEK it takes.
 	FormatOriginal Format = "original"
 )
+
+func (f *Format) String() string { return string(*f) }
 
 // UnmarshalText sets f to one of the formats above.
 func (f *Format) UnmarshalText(b []byte) error {
@@ -52,10 +56,9 @@ type Annotation struct {
 	WrappedKey []byte `json:"wrappedKey"`
 }
 
-// maxAnnotation bounds an annotation in bytes, and with it maxRecipients.
 const (
-	maxAnnotation = 1 << 20
-	maxRecipients = 64
+	maxAnnotation = 1 << 20 // bytes
+	maxRecipients = 64      // KEKs that can be named at once
 )
 
 // ParseAnnotation reads one annotation or a JSON array of them, as a layer has
@@ -67,7 +70,7 @@ func ParseAnnotation(b []byte) ([]Annotation, error) {
 	var list []Annotation
 	if b = bytes.TrimSpace(b); len(b) > 0 && b[0] == '[' {
 		if err := decodeStrict(b, &list); err != nil {
-			return nil, fmt.Errorf("annotation is not pilot's: %w", err)
+			return nil, fmt.Errorf("annotation is not pilot's: %.200s", err)
 		}
 		if len(list) == 0 || len(list) > maxRecipients {
 			return nil, fmt.Errorf("annotation has %d recipients, not 1 to %d", len(list), maxRecipients)
@@ -75,7 +78,7 @@ func ParseAnnotation(b []byte) ([]Annotation, error) {
 	} else {
 		var a Annotation
 		if err := decodeStrict(b, &a); err != nil {
-			return nil, fmt.Errorf("annotation is not pilot's: %w", err)
+			return nil, fmt.Errorf("annotation is not pilot's: %.200s", err)
 		}
 		list = []Annotation{a}
 	}
@@ -91,7 +94,7 @@ func (a *Annotation) validate() error {
 	ivSize := 12
 	switch a.Method {
 	case methodA256GCMKW:
-		if err := validateKEKID(a.KEKID); err != nil {
+		if err := ValidateKEKID(a.KEKID); err != nil {
 			return fmt.Errorf("annotation: %w", err)
 		}
 		if a.KEKVersion < 0 {
@@ -133,12 +136,13 @@ func (a *Annotation) additionalData() []byte {
 	return b
 }
 
-// maxKEKID bounds a KEK's name in bytes. The original's are the base64 of JSON.
+// maxKEKID bounds a KEK's id, in bytes. The original's are the base64 of JSON.
 const maxKEKID = 2048
 
-// validateKEKID accepts printable ASCII without spaces and without the three
+// ValidateKEKID refuses what can't be a KEK's name, in an annotation or as a
+// recipient. It accepts printable ASCII without spaces and without the three
 // characters that encoding/json would escape where RFC 8785 does not.
-func validateKEKID(id string) error {
+func ValidateKEKID(id string) error {
 	if id == "" {
 		return errors.New("no KEK is named")
 	}
@@ -148,6 +152,12 @@ func validateKEKID(id string) error {
 	for _, c := range []byte(id) {
 		if c <= ' ' || c > '~' || c == '<' || c == '>' || c == '&' {
 			return fmt.Errorf("KEK id %.60q has a character that is not allowed: use printable ASCII without spaces, <, > and &", id)
+		}
+	}
+	// It becomes part of the path of a URL.
+	for element := range strings.SplitSeq(id, "/") {
+		if element == "." || element == ".." {
+			return fmt.Errorf("KEK id %.60q has a part that is only dots", id)
 		}
 	}
 	return nil
@@ -160,7 +170,7 @@ func decodeStrict(b []byte, v any) error {
 	if err := d.Decode(v); err != nil {
 		return err
 	}
-	if d.More() {
+	if _, err := d.Token(); err != io.EOF {
 		return errors.New("something follows the JSON value")
 	}
 	return nil

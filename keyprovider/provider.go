@@ -29,9 +29,10 @@ var ErrInput = errors.New("bad request")
 // ErrWrongKEK is the error of a layer key that the KEKs at hand do not unwrap.
 var ErrWrongKEK = errors.New("layer key not unwrapped")
 
-// originalVersions is how many older versions of a KEK are tried on an
-// annotation in the original's format, which does not say which it takes.
-const originalVersions = 16
+// maxVersions is how many versions of a KEK are tried, newest first, on an
+// annotation that does not say which it takes: one in the original's format,
+// or one written when the broker had no versions.
+const maxVersions = 16
 
 // Config says how a [Provider] works.
 type Config struct {
@@ -96,9 +97,6 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	if len(ids) > 1 && p.conf.Format == FormatOriginal {
 		return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
 	}
-	if len(ids) > maxRecipients {
-		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, len(ids), maxRecipients)
-	}
 
 	annotations := make([]Annotation, len(ids))
 	for i, id := range ids {
@@ -107,7 +105,9 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if annotations[i], err = wrap(kek, p.conf.Format, in.KeyWrapParams.OptsData); err != nil {
+		annotations[i], err = wrap(kek, p.conf.Format, in.KeyWrapParams.OptsData)
+		clear(kek.Key)
+		if err != nil {
 			return nil, err
 		}
 		logrus.WithFields(logrus.Fields{
@@ -153,6 +153,9 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) 
 		optsdata, kek, err := p.unwrap(ctx, a, allowed)
 		if err != nil {
 			errs = append(errs, err)
+			if ctx.Err() != nil {
+				break
+			}
 			continue
 		}
 		defer clear(optsdata)
@@ -174,19 +177,11 @@ func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) (
 	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
 		return nil, copilot.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
 	}
-	kek, err := p.keks.get(ctx, a.KEKID, a.KEKVersion)
-	if err != nil {
-		return nil, copilot.KEK{}, err
-	}
-	optsdata, err := unwrap(kek, a)
-	if err != nil {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: KEK %q version %d %w", ErrWrongKEK, a.KEKID, a.KEKVersion, err)
-	}
-	return optsdata, kek, nil
+	return p.unwrapWith(ctx, a, a.KEKID)
 }
 
 // unwrapOriginal tries each KEK that is named, or else the default ones, on an
-// annotation that does not say which it takes, newest version first.
+// annotation that does not say which it takes.
 func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
 	ids := allowed
 	if len(ids) == 0 {
@@ -197,29 +192,56 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 	}
 	var errs []error
 	for _, id := range ids {
-		for version, left := 0, originalVersions; left > 0; left-- {
-			kek, err := p.keks.get(ctx, id, version)
-			if err != nil {
-				errs = append(errs, err)
-				break
-			}
-			optsdata, err := unwrap(kek, a)
-			if err == nil {
-				return optsdata, kek, nil
-			}
-			if version == 0 {
-				errs = append(errs, fmt.Errorf("%w: KEK %q %w", ErrWrongKEK, id, err))
-			}
-			if version = kek.Version - 1; version < 1 {
-				break
-			}
+		optsdata, kek, err := p.unwrapWith(ctx, a, id)
+		if err == nil {
+			return optsdata, kek, nil
 		}
+		if ctx.Err() != nil {
+			return nil, copilot.KEK{}, err
+		}
+		errs = append(errs, err)
 	}
 	return nil, copilot.KEK{}, oneLine(errs)
 }
 
+// unwrapWith unwraps a with the version of the KEK that it names, or else with
+// any. It returns the KEK without its key.
+func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
+	var first error
+	version := a.KEKVersion
+	for range maxVersions {
+		kek, err := p.keks.get(ctx, id, version)
+		if err != nil {
+			if first == nil || ctx.Err() != nil {
+				first = err
+			}
+			break
+		}
+		optsdata, err := unwrap(kek, a)
+		clear(kek.Key)
+		kek.Key = nil
+		if err == nil {
+			return optsdata, kek, nil
+		}
+		if first == nil {
+			name := fmt.Sprintf("KEK %q", id)
+			if kek.Version != 0 {
+				name += fmt.Sprintf(" version %d", kek.Version)
+			}
+			first = fmt.Errorf("%w: %s %w", ErrWrongKEK, name, err)
+		}
+		if version = kek.Version - 1; version < 1 || a.KEKVersion != 0 {
+			break
+		}
+	}
+	return nil, copilot.KEK{}, first
+}
+
 // parameters returns the KEK ids among the parameters that ocicrypt passes.
 func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
+	if n := len(params[p.conf.Name]); n > maxRecipients {
+		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, n, maxRecipients)
+	}
 	var ids []string
 	for _, b := range params[p.conf.Name] {
 		id := string(b)
@@ -227,7 +249,7 @@ func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
 		if id == "" || id == "Enabled" {
 			continue
 		}
-		if err := validateKEKID(id); err != nil {
+		if err := ValidateKEKID(id); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrInput, err)
 		}
 		if !slices.Contains(ids, id) {

@@ -24,7 +24,7 @@ func wrap(kek copilot.KEK, format Format, optsdata []byte) (Annotation, error) {
 	a := Annotation{Method: methodAESGCM, IV: make([]byte, originalIVSize)}
 	if format == FormatA256GCMKW {
 		if len(kek.Key) != kekSize {
-			return Annotation{}, fmt.Errorf("KEK %q has %d bytes, and %s takes %d: create a KEK of that size, or write the original's format", kek.ID, len(kek.Key), FormatA256GCMKW, kekSize)
+			return Annotation{}, fmt.Errorf("%w: KEK %q has %d bytes, and %s takes %d: create a KEK of that size, or write the original's format", ErrInput, kek.ID, len(kek.Key), FormatA256GCMKW, kekSize)
 		}
 		a = Annotation{Method: methodA256GCMKW, KEKID: kek.ID, KEKVersion: kek.Version, IV: make([]byte, 12)}
 	}

@@ -43,14 +43,17 @@ Example:
 				&cli.BoolFlag{Name: "hex", Usage: "the file holds hexadecimal digits, not raw bytes"},
 				&cli.BoolFlag{Name: "base64", Usage: "the file holds standard base64, not raw bytes"},
 			),
-			Action: onKEK(func(c *cli.Context, keys copilot.Keys, id string) error {
+			Action: func(c *cli.Context) error {
+				// Reading may wait for somebody. The store is not locked yet.
 				key, err := readKey(c)
 				if err != nil {
-					return err
+					return fmt.Errorf("keys import: %w", err)
 				}
 				defer clear(key)
-				return done(keys.Create(id, key))("imported")
-			}),
+				return onKEK(func(_ *cli.Context, keys copilot.Keys, id string) error {
+					return done(keys.Create(id, key))("imported")
+				})(c)
+			},
 		},
 		{
 			Name: "rotate", Usage: "make a new version to wrap with; older ones still unwrap", ArgsUsage: "ID", Flags: keysFlags(),

@@ -2,7 +2,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"os/signal"
@@ -11,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/version"
 )
 
@@ -20,8 +20,10 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	if err := coredump.Disable(); err != nil {
+		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
+		return 1
+	}
 	app := &cli.App{
 		Name:                 "copilot",
 		Usage:                "keep key encryption keys (KEKs) and hand them to pilot",
@@ -30,7 +32,7 @@ func run() int {
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
-	if err := app.RunContext(ctx, os.Args); err != nil {
+	if err := app.Run(os.Args); err != nil {
 		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
 		return 1
 	}
@@ -66,7 +68,9 @@ Example:
 		if err := noArguments(c); err != nil {
 			return err
 		}
-		return copilot.Serve(c.Context, copilot.Config{
+		ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		return copilot.Serve(ctx, copilot.Config{
 			Dir:              c.String("dir"),
 			Listen:           c.StringSlice("listen"),
 			TLSCert:          c.String("tls-cert"),

@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/version"
 )
@@ -27,6 +28,7 @@ func main() {
 		return
 	}
 	payload, payloadErr := processor.PayloadFile()
+	dumpErr := coredump.Disable()
 
 	app := &cli.App{
 		Name:    "pilot-decoder",
@@ -53,6 +55,9 @@ descriptor 3, and writes the plain layer to standard output.`,
 		Action: func(c *cli.Context) error {
 			if payloadErr != nil {
 				return payloadErr
+			}
+			if dumpErr != nil {
+				return fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
 			}
 			var keys *config.DecryptConfig
 			if dir := c.String("decryption-keys-path"); dir != "" {

@@ -36,7 +36,7 @@ type configuration struct {
 	BrokerTimeout    duration
 	ProviderName     text
 	AnnotationFormat keyprovider.Format
-	DefaultKEKs      []string
+	DefaultKEKs      kekIDs
 	KEKCacheTTL      duration
 	KEKCacheIdle     duration
 	KEKCacheSize     count
@@ -60,32 +60,33 @@ func defaults() configuration {
 // setting is a value of the configuration that can be given by name.
 type setting struct {
 	name, usage string
-	value       func(*configuration) any
+	value       func(*configuration) value
 }
 
 // value is a setting that reads itself from text.
 type value interface {
 	UnmarshalText([]byte) error
+	String() string
 }
 
 var settings = []setting{
-	{"listen", "where to answer: unix:///PATH (mode 0600) or HOST:PORT", func(c *configuration) any { return &c.Listen }},
-	{"insecure-loopback", "answer without TLS on a loopback address", func(c *configuration) any { return &c.InsecureLoopback }},
-	{"tls-cert", "certificate to answer TLS with", func(c *configuration) any { return &c.TLSCert }},
-	{"tls-key", "private key of tls-cert", func(c *configuration) any { return &c.TLSKey }},
-	{"tls-client-ca", "CA of the clients that may ask", func(c *configuration) any { return &c.TLSClientCA }},
-	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key", func(c *configuration) any { return &c.Broker }},
-	{"broker-ca", "CA of the broker's certificate (default: the system's)", func(c *configuration) any { return &c.BrokerCA }},
-	{"broker-cert", "client certificate to show the broker", func(c *configuration) any { return &c.BrokerCert }},
-	{"broker-key", "private key of broker-cert", func(c *configuration) any { return &c.BrokerKey }},
-	{"broker-timeout", "how long to try to get an answer from the broker, such as 10s", func(c *configuration) any { return &c.BrokerTimeout }},
-	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) any { return &c.ProviderName }},
-	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) any { return &c.AnnotationFormat }},
-	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) any { return &c.DefaultKEKs }},
-	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) any { return &c.KEKCacheTTL }},
-	{"kek-cache-idle", "how long to keep a KEK after its last use; 0s: as kek-cache-ttl says", func(c *configuration) any { return &c.KEKCacheIdle }},
-	{"kek-cache-size", "how many KEKs to keep; 0: none", func(c *configuration) any { return &c.KEKCacheSize }},
-	{"log-level", "debug, info, warning or error", func(c *configuration) any { return &c.LogLevel }},
+	{"listen", "where to answer: unix:///PATH (mode 0600) or HOST:PORT", func(c *configuration) value { return &c.Listen }},
+	{"insecure-loopback", "answer without TLS on a loopback address", func(c *configuration) value { return &c.InsecureLoopback }},
+	{"tls-cert", "certificate to answer TLS with", func(c *configuration) value { return &c.TLSCert }},
+	{"tls-key", "private key of tls-cert", func(c *configuration) value { return &c.TLSKey }},
+	{"tls-client-ca", "CA of the clients that may ask", func(c *configuration) value { return &c.TLSClientCA }},
+	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key", func(c *configuration) value { return &c.Broker }},
+	{"broker-ca", "CA of the broker's certificate (default: the system's)", func(c *configuration) value { return &c.BrokerCA }},
+	{"broker-cert", "client certificate to show the broker", func(c *configuration) value { return &c.BrokerCert }},
+	{"broker-key", "private key of broker-cert", func(c *configuration) value { return &c.BrokerKey }},
+	{"broker-timeout", "how long to try to get an answer from the broker, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
+	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) value { return &c.ProviderName }},
+	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) value { return &c.AnnotationFormat }},
+	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) value { return &c.DefaultKEKs }},
+	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) value { return &c.KEKCacheTTL }},
+	{"kek-cache-idle", "how long to keep a KEK after its last use; 0s: as kek-cache-ttl says", func(c *configuration) value { return &c.KEKCacheIdle }},
+	{"kek-cache-size", "how many KEKs to keep; 0: none", func(c *configuration) value { return &c.KEKCacheSize }},
+	{"log-level", "debug, info, warning or error", func(c *configuration) value { return &c.LogLevel }},
 }
 
 func (s setting) env() string {
@@ -104,15 +105,7 @@ func unsetEmptyVariables() {
 
 // set sets the setting from text: a flag, a variable, or a line of the file.
 func (s setting) set(conf *configuration, v string) error {
-	switch to := s.value(conf).(type) {
-	case *[]string:
-		*to = strings.FieldsFunc(v, func(r rune) bool { return r == ',' || r == ' ' })
-		return nil
-	case value:
-		return to.UnmarshalText([]byte(v))
-	default:
-		panic("setting " + s.name + " can't be set from text")
-	}
+	return s.value(conf).UnmarshalText([]byte(v))
 }
 
 // configFlags returns the flags that loadConfiguration reads.
@@ -123,10 +116,11 @@ func configFlags() []cli.Flag {
 	}
 	for _, s := range settings {
 		env := []string{s.env()}
-		if _, ok := s.value(&configuration{}).(*boolean); ok {
+		conf := defaults()
+		if _, ok := s.value(&conf).(*boolean); ok {
 			flags = append(flags, &cli.BoolFlag{Name: s.name, Usage: s.usage, EnvVars: env})
 		} else {
-			flags = append(flags, &cli.StringFlag{Name: s.name, Usage: s.usage, EnvVars: env})
+			flags = append(flags, &cli.StringFlag{Name: s.name, Usage: s.usage, EnvVars: env, DefaultText: s.value(&conf).String()})
 		}
 	}
 	return flags
@@ -214,7 +208,8 @@ func keyOf(p *unstable.Parser, e *unstable.Node) (key string, line int) {
 	return strings.Join(names, "."), line
 }
 
-// textOf returns a scalar as text, and an array of strings as words.
+// textOf returns a scalar as text, and an array of strings with commas between
+// them.
 func textOf(v *unstable.Node) (string, error) {
 	switch v.Kind {
 	case unstable.String, unstable.Bool, unstable.Integer:
@@ -230,18 +225,21 @@ func textOf(v *unstable.Node) (string, error) {
 			}
 			words = append(words, string(it.Node().Data))
 		}
-		return strings.Join(words, " "), nil
+		return strings.Join(words, ","), nil
 	}
 	return "", fmt.Errorf("a value of kind %s is not possible here", v.Kind)
 }
 
 // check refuses settings that can't work together.
 func (c *configuration) check() error {
-	if (c.TLSCert == "") != (c.TLSKey == "") {
-		return errors.New("tls-cert and tls-key go together")
+	if (c.TLSCert == "") != (c.TLSKey == "") || (c.TLSCert == "") != (c.TLSClientCA == "") {
+		return errors.New("tls-cert, tls-key and tls-client-ca go together: over TCP only clients with a certificate may ask")
 	}
 	if (c.BrokerCert == "") != (c.BrokerKey == "") {
 		return errors.New("broker-cert and broker-key go together")
+	}
+	if c.BrokerTimeout == 0 {
+		return errors.New("broker-timeout is 0: the broker would never be asked")
 	}
 	if c.ProviderName == "" {
 		return errors.New("provider-name is empty")
@@ -251,9 +249,6 @@ func (c *configuration) check() error {
 			return errors.New("tls-cert is for a TCP address, and listen is a unix socket")
 		}
 		return nil
-	}
-	if c.TLSCert != "" && c.TLSClientCA == "" {
-		return errors.New("tls-client-ca is missing: over TCP only clients with a certificate may ask")
 	}
 	if c.TLSCert == "" && !(bool(c.InsecureLoopback) && c.Listen.loopback()) {
 		return fmt.Errorf("listen = %q needs tls-cert, tls-key and tls-client-ca, or insecure-loopback on a loopback address; a unix socket needs none", c.Listen)

@@ -3,16 +3,14 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/version"
 )
 
@@ -22,8 +20,10 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	if err := coredump.Disable(); err != nil {
+		fmt.Fprintf(os.Stderr, "pilot: core dumps can't be disabled: %s\n", err)
+		return 1
+	}
 	logrus.SetOutput(os.Stderr)
 	unsetEmptyVariables()
 	app := &cli.App{
@@ -40,7 +40,7 @@ that OCICRYPT_KEYPROVIDER_CONFIG names.`,
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
-	err := app.RunContext(ctx, os.Args)
+	err := app.Run(os.Args)
 	if err == nil {
 		return 0
 	}

@@ -1,12 +1,13 @@
 package main
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -54,8 +55,8 @@ func serve(c *cli.Context) error {
 		return err
 	}
 
-	ctx, cancel := context.WithCancel(c.Context)
-	defer cancel()
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	go provider.Sweep(ctx)
 	server := grpc.NewServer(options...)
 	keyprovider.Register(server, provider)

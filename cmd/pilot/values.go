@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/keyprovider"
 )
 
 // The types of the settings. Each reads itself from text and refuses what
@@ -17,12 +19,16 @@ import (
 
 type text string
 
+func (t *text) String() string { return string(*t) }
+
 func (t *text) UnmarshalText(b []byte) error {
 	*t = text(b)
 	return nil
 }
 
 type boolean bool
+
+func (v *boolean) String() string { return strconv.FormatBool(bool(*v)) }
 
 func (v *boolean) UnmarshalText(b []byte) error {
 	switch string(b) {
@@ -38,6 +44,14 @@ func (v *boolean) UnmarshalText(b []byte) error {
 
 type duration time.Duration
 
+func (d *duration) String() string {
+	s := time.Duration(*d).String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	return s
+}
+
 func (d *duration) UnmarshalText(b []byte) error {
 	v, err := time.ParseDuration(string(b))
 	if err != nil {
@@ -50,7 +64,26 @@ func (d *duration) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// kekIDs are KEKs' names with commas between them.
+type kekIDs []string
+
+func (k *kekIDs) String() string { return strings.Join(*k, ",") }
+
+func (k *kekIDs) UnmarshalText(b []byte) error {
+	*k = nil
+	for id := range strings.SplitSeq(string(b), ",") {
+		id = strings.TrimSpace(id)
+		if err := keyprovider.ValidateKEKID(id); err != nil {
+			return err
+		}
+		*k = append(*k, id)
+	}
+	return nil
+}
+
 type count int
+
+func (n *count) String() string { return strconv.Itoa(int(*n)) }
 
 func (n *count) UnmarshalText(b []byte) error {
 	v, err := strconv.Atoi(string(b))
@@ -63,6 +96,8 @@ func (n *count) UnmarshalText(b []byte) error {
 
 type logLevel logrus.Level
 
+func (l *logLevel) String() string { return logrus.Level(*l).String() }
+
 func (l *logLevel) UnmarshalText(b []byte) error {
 	v, err := logrus.ParseLevel(string(b))
 	if err != nil {
@@ -74,6 +109,8 @@ func (l *logLevel) UnmarshalText(b []byte) error {
 
 // address is where to listen: unix:///PATH or HOST:PORT.
 type address string
+
+func (a *address) String() string { return string(*a) }
 
 func (a *address) UnmarshalText(b []byte) error {
 	v := address(b)

@@ -23,8 +23,9 @@ var (
 	ErrNotFound = errors.New("no such KEK")
 	// ErrForbidden: the broker does not let us use the KEK.
 	ErrForbidden = errors.New("not allowed")
-	// ErrUnavailable: the broker gave no usable answer in time.
-	ErrUnavailable = errors.New("the broker gives no answer")
+	// ErrUnavailable: the broker gave no answer in time, or none that can be
+	// used.
+	ErrUnavailable = errors.New("the broker gives no usable answer")
 )
 
 // KEK is a key encryption key.
@@ -39,12 +40,10 @@ type KEK struct {
 
 const (
 	originalPath    = "/api/v1/key" // what the original's base URL ends in
-	maxAnswer       = 64 << 10      // bytes of an answer that are read
+	maxAnswer       = 128 << 10     // bytes of an answer that are read: 64 KiB in base64, and more
 	defaultTimeout  = 10 * time.Second
-	defaultTry      = 3 * time.Second
-	maxTries        = 3
-	firstBackOff    = 100 * time.Millisecond
-	maxErrorMessage = 300 // bytes of a broker's error message that are repeated
+	leastTry        = 3 * time.Second // for one try, if the whole timeout is that long
+	maxErrorMessage = 300             // bytes of a broker's error message that are repeated
 )
 
 // Client asks one broker. It is safe for concurrent use.
@@ -69,7 +68,6 @@ func New(conf Config) (*Client, error) {
 		base:     base,
 		original: strings.HasSuffix(base.Path, originalPath),
 		timeout:  conf.Timeout,
-		try:      defaultTry,
 		http: &http.Client{
 			Transport: transport,
 			CheckRedirect: func(*http.Request, []*http.Request) error {
@@ -80,6 +78,7 @@ func New(conf Config) (*Client, error) {
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}
+	c.try = max(leastTry, c.timeout/3)
 	return c, nil
 }
 
@@ -121,7 +120,7 @@ func (c *Client) kek(ctx context.Context, id string, version int) (KEK, error) {
 		return KEK{}, err
 	}
 	if answer.ID != id || answer.Version < 1 || version != 0 && answer.Version != version {
-		return KEK{}, fmt.Errorf("it answered with KEK %.60q version %d, and was asked for version %d", answer.ID, answer.Version, version)
+		return KEK{}, fmt.Errorf("%w: it answered with KEK %.60q version %d, and was asked for version %d", ErrUnavailable, answer.ID, answer.Version, version)
 	}
 	if err := checkSize(answer.Key); err != nil {
 		return KEK{}, err
@@ -138,7 +137,7 @@ func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (version
 	}
 	err = c.callJSON(ctx, http.MethodPost, id, "wrap", nil, map[string]any{"plaintext": plaintext}, &answer)
 	if err == nil && (answer.Version < 1 || len(answer.WrappedKey) == 0) {
-		err = errors.New("it answered without a wrapped key")
+		err = fmt.Errorf("%w: it answered without a wrapped key", ErrUnavailable)
 	}
 	if err != nil {
 		return 0, nil, fmt.Errorf("wrap with KEK %q: %s: %w", id, c, err)
@@ -154,7 +153,7 @@ func (c *Client) Unwrap(ctx context.Context, id string, version int, wrapped []b
 	body := map[string]any{"version": version, "wrappedKey": wrapped}
 	err := c.callJSON(ctx, http.MethodPost, id, "unwrap", nil, body, &answer)
 	if err == nil && len(answer.Plaintext) == 0 {
-		err = errors.New("it answered without a key")
+		err = fmt.Errorf("%w: it answered without a key", ErrUnavailable)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("unwrap with KEK %q version %d: %s: %w", id, version, c, err)
@@ -181,7 +180,7 @@ func (c *Client) callJSON(ctx context.Context, method, id, verb string, query ur
 	}
 	defer clear(out)
 	if json.Unmarshal(out, answer) != nil {
-		return errors.New("its answer is not the JSON that copilot sends: is something else at that address?")
+		return fmt.Errorf("%w: it is not the JSON that copilot sends: is something else at that address?", ErrUnavailable)
 	}
 	return nil
 }
@@ -191,7 +190,7 @@ func checkSize(key []byte) error {
 	case 16, 24, 32:
 		return nil
 	}
-	return fmt.Errorf("its answer is no AES key: %d bytes, not 16, 24 or 32", len(key))
+	return fmt.Errorf("%w: it is no AES key: %d bytes, not 16, 24 or 32", ErrUnavailable, len(key))
 }
 
 // call makes a request, again if that may help, and returns the answer's body.
@@ -212,7 +211,10 @@ func (c *Client) call(ctx context.Context, method string, path []string, query u
 			return answer, err
 		}
 		if !tries.wait(ctx, retry.after) {
-			return nil, fmt.Errorf("%w, tried %d times: %w", ErrUnavailable, tries.made, err)
+			if !errors.Is(err, ErrUnavailable) {
+				err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+			}
+			return nil, fmt.Errorf("%w (tried %d times)", err, tries.made)
 		}
 	}
 }
@@ -240,8 +242,8 @@ func (c *Client) once(ctx context.Context, method, u string, body []byte) ([]byt
 		if errors.As(err, &e) {
 			err = e.Err // without the URL, which the caller has said
 		}
-		if permanent(err) {
-			return nil, retry{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		if kind := permanent(err); kind != nil {
+			return nil, retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
 			err = fmt.Errorf("nothing came within %s: %w", c.try, err)
@@ -254,7 +256,7 @@ func (c *Client) once(ctx context.Context, method, u string, body []byte) ([]byt
 	case err != nil:
 		return nil, retry{possible: true}, fmt.Errorf("its answer breaks off: %w", err)
 	case len(answer) > maxAnswer:
-		return nil, retry{}, fmt.Errorf("its answer has more than %d bytes", maxAnswer)
+		return nil, retry{}, fmt.Errorf("%w: it has more than %d bytes", ErrUnavailable, maxAnswer)
 	case resp.StatusCode == http.StatusOK:
 		return answer, retry{}, nil
 	}
@@ -282,7 +284,7 @@ func statusError(resp *http.Response, body []byte) error {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return fmt.Errorf("%w (%s)", ErrForbidden, said)
 	}
-	return errors.New("it answered " + said)
+	return fmt.Errorf("%w: it answered %s", ErrUnavailable, said)
 }
 
 // printable bounds what somebody else says and keeps it in one line.

@@ -44,7 +44,6 @@ func (c Config) transport() (*url.URL, *http.Transport, error) {
 		MaxIdleConns:           16,
 		MaxIdleConnsPerHost:    16,
 		IdleConnTimeout:        time.Minute,
-		TLSHandshakeTimeout:    defaultTry,
 		ForceAttemptHTTP2:      true,
 		MaxResponseHeaderBytes: 16 << 10,
 	}

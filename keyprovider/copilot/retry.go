@@ -5,22 +5,30 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"io/fs"
+	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
 
+const (
+	maxTries     = 6
+	firstBackOff = 100 * time.Millisecond
+)
+
 // backOff waits between the tries of one call: a random time of up to 100 ms,
-// doubled each time, so that many nodes do not come back all at once.
+// doubled each time, so that many nodes do not come back all at once. The tries
+// last for some 1.5 seconds, in which a broker may be restarted.
 type backOff struct {
 	made int // tries so far
 }
 
 // wait waits before another try, at least for after. It reports false if there
-// is to be none: three were made, or ctx will not last.
+// is to be none: six were made, or ctx will not last.
 func (b *backOff) wait(ctx context.Context, after time.Duration) bool {
 	b.made++
 	if b.made >= maxTries {
@@ -52,17 +60,27 @@ func retryOf(resp *http.Response) retry {
 	return r
 }
 
-// permanent reports whether a connection failed for a reason that will still
-// hold in a moment: certificates, or a socket that is not there.
-func permanent(err error) bool {
+// permanent returns nil unless a connection failed for a reason that will still
+// hold in a moment, and then the error that says what it means: a certificate
+// that one side does not accept, or something that is no TLS.
+func permanent(err error) error {
 	var (
 		verification *tls.CertificateVerificationError
 		authority    x509.UnknownAuthorityError
 		hostname     x509.HostnameError
-		alert        tls.AlertError
 		record       tls.RecordHeaderError
+		alert        *net.OpError
 	)
-	return errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
-		errors.As(err, &alert) || errors.As(err, &record) ||
-		errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.EACCES)
+	if errors.As(err, &alert) && alert.Op == "remote error" {
+		// crypto/tls keeps the type of a peer's alert to itself.
+		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
+			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrForbidden)
+		}
+		return ErrUnavailable
+	}
+	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
+		errors.As(err, &record) || errors.Is(err, syscall.EACCES) {
+		return ErrUnavailable
+	}
+	return nil
 }
