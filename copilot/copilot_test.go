@@ -18,11 +18,13 @@ import (
 	client "github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
-// serve runs a broker on a store and returns its address and how to stop it.
+// serve runs a broker on a store, until the test ends, and returns the address
+// of its socket.
 func serve(t *testing.T, dir string, conf copilot.Config) string {
 	t.Helper()
 	socket := filepath.Join(dir, "s")
-	conf.Dir, conf.Listen = dir, []string{"unix://" + socket}
+	// It is opened last: once it answers, the others in conf do too.
+	conf.Dir, conf.Listen = dir, append(conf.Listen, "unix://"+socket)
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- copilot.Serve(ctx, conf) }()

@@ -201,11 +201,13 @@ func withLease(ctx context.Context, client *containerd.Client) (context.Context,
 	}, nil
 }
 
+var errBothPlatforms = errors.New("--platform and --all-platforms exclude each other")
+
 // selection returns what --layer and --platform choose.
 func selection(cmd *cli.Command) (image.Options, error) {
 	opts := image.Options{Layers: cmd.IntSlice("layer")}
 	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
-		return image.Options{}, errors.New("--platform and --all-platforms exclude each other")
+		return image.Options{}, errBothPlatforms
 	}
 	for _, s := range cmd.StringSlice("platform") {
 		p, err := platforms.Parse(s)

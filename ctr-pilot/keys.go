@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
 	"github.com/containers/ocicrypt"
@@ -25,7 +26,7 @@ const defaultKeyProviders = "/etc/pilot/ocicrypt.conf"
 
 // registerKeyProviders does for the default file what ocicrypt does for the
 // one that its variable names.
-func registerKeyProviders() error {
+var registerKeyProviders = sync.OnceValue(func() error {
 	if name := os.Getenv(keyproviderconfig.ENVVARNAME); name != "" {
 		if _, err := os.Stat(name); err != nil {
 			return fmt.Errorf("%s: %w", keyproviderconfig.ENVVARNAME, err)
@@ -47,7 +48,7 @@ func registerKeyProviders() error {
 		ocicrypt.RegisterKeyWrapper("provider."+name, keyprovider.NewKeyWrapper(name, attrs))
 	}
 	return nil
-}
+})
 
 // keyFlags are imgcrypt's flags for whatever decrypts.
 func keyFlags() []cli.Flag {
@@ -85,13 +86,22 @@ func keyArguments(cmd *cli.Command) parsehelpers.EncArgs {
 	}
 }
 
-// decryptConfig returns the keys that the flags name. gpg's keyring is asked
-// for those of layers only if one of them has a pgp recipient.
+// decryptConfig returns the keys that the flags name. If they name none, gpg's
+// keyring is asked for those of layers that have a pgp recipient.
 func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.DecryptConfig, error) {
-	if !slices.ContainsFunc(layers, hasPGP) {
-		layers = nil
+	if err := registerKeyProviders(); err != nil {
+		return nil, err
 	}
-	cc, err := parsehelpers.CreateDecryptCryptoConfig(keyArguments(cmd), layers)
+	args, withPGP := keyArguments(cmd), layers
+	if !slices.ContainsFunc(layers, hasPGP) {
+		withPGP = nil
+	}
+	cc, err := parsehelpers.CreateDecryptCryptoConfig(args, withPGP)
+	if err != nil && withPGP != nil && !slices.ContainsFunc(layers, onlyPGP) {
+		// gpg has no key for it, or can't ask for its password; some other
+		// recipient may do.
+		cc, err = parsehelpers.CreateDecryptCryptoConfig(args, nil)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("keys: %w", err)
 	}
@@ -107,6 +117,9 @@ func encryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Encry
 	args := keyArguments(cmd)
 	if len(args.Recipient) == 0 {
 		return nil, errors.New("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
+	}
+	if err := registerKeyProviders(); err != nil {
+		return nil, err
 	}
 	for _, r := range args.Recipient {
 		if !strings.HasPrefix(r, "pgp:") {
@@ -129,4 +142,14 @@ func encryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Encry
 
 func hasPGP(l ocispec.Descriptor) bool {
 	return l.Annotations[processor.AnnotationPrefix+"keys.pgp"] != ""
+}
+
+// onlyPGP reports whether a layer has pgp recipients and no others.
+func onlyPGP(l ocispec.Descriptor) bool {
+	for key := range l.Annotations {
+		if strings.HasPrefix(key, processor.AnnotationPrefix+"keys.") && !strings.HasSuffix(key, ".pgp") {
+			return false
+		}
+	}
+	return hasPGP(l)
 }

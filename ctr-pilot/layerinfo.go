@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 
@@ -77,10 +78,18 @@ Example:
 		w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
 		fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS")
 		for _, r := range rows {
-			fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, r.Digest, r.Platform, r.Size, strings.Join(r.Encryption, ","), strings.Join(r.Recipients, ", "))
+			fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
+				shown(strings.Join(r.Encryption, ",")), shown(strings.Join(r.Recipients, ", ")))
 		}
 		return w.Flush()
 	},
+}
+
+// shown returns what an image's author wrote as it can be shown in a table on a
+// terminal.
+func shown(s string) string {
+	q := strconv.Quote(s)
+	return q[1 : len(q)-1]
 }
 
 // layerInfo is a row of layerinfo, and its JSON.

@@ -20,14 +20,8 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	err := coredump.Disable()
-	if err != nil {
-		err = fmt.Errorf("core dumps can't be disabled: %w", err)
-	} else {
-		err = registerKeyProviders()
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
+	if err := coredump.Disable(); err != nil {
+		fmt.Fprintln(os.Stderr, "ctr-pilot: core dumps can't be disabled:", err)
 		return 1
 	}
 	if err := newApp().Run(context.Background(), os.Args); err != nil {
@@ -54,7 +48,9 @@ in ` + defaultKeyProviders + `.`
 	images := subcommand(a, "images")
 	wrapPull(subcommand(images, "pull"))
 	wrapImport(subcommand(images, "import"))
-	wrapRun(subcommand(a, "run"))
+	wrapUse(subcommand(a, "run"))
+	wrapUse(subcommand(subcommand(a, "containers"), "create"))
+	wrapUse(subcommand(images, "mount"))
 	images.Commands = append(images.Commands, encryptCommand, decryptCommand, layerinfoCommand)
 	// ctr has these only below images.
 	for _, name := range []string{"pull", "push", "import", "export"} {

@@ -88,7 +88,8 @@ func wrapPull(c *cli.Command) {
 	c.Flags = append(c.Flags, keyFlags()...)
 	c.Description += `
 Encrypted images are decrypted while they are unpacked, by containerd, with the
-keys given here or those of the node. Images are fetched as with --local.
+keys given here or those of the node. All images are fetched as with --local, so
+what containerd's transfer service is told about registries does not count.
 
 Example:
    ctr-pilot images pull registry.example.com/app:encrypted
@@ -100,6 +101,9 @@ func pull(ctx context.Context, cmd *cli.Command) error {
 	ref := cmd.Args().First()
 	if ref == "" || cmd.NArg() > 1 {
 		return errors.New("pull takes one image reference, after the flags")
+	}
+	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
+		return errBothPlatforms
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -161,75 +165,27 @@ func wantedPlatforms(ctx context.Context, cmd *cli.Command, client *containerd.C
 	return wanted, err
 }
 
-// wrapImport makes ctr's import unpack encrypted images.
-func wrapImport(c *cli.Command) {
-	c.Flags = append(c.Flags, keyFlags()...)
-	stock := c.Action
-	c.Action = func(ctx context.Context, cmd *cli.Command) error {
-		if cmd.Bool("no-unpack") || cmd.Bool("discard-unpacked-layers") {
-			return stock(ctx, cmd)
-		}
-		client, listCtx, cancel, err := commands.NewClient(ctx, cmd)
-		if err != nil {
-			return err
-		}
-		defer cancel()
-		before, err := updated(listCtx, client)
-		if err != nil {
-			return err
-		}
-		if err := cmd.Set("no-unpack", "true"); err != nil {
-			return err
-		}
-		if err := stock(ctx, cmd); err != nil {
-			return err
-		}
-		list, err := client.ImageService().List(listCtx)
-		if err != nil {
-			return err
-		}
-		p := platforms.Default()
-		if s := cmd.String("platform"); s != "" {
-			spec, err := platforms.Parse(s)
-			if err != nil {
-				return err
-			}
-			p = platforms.Only(spec)
-		}
-		for _, img := range list {
-			if before[img.Name].Equal(img.UpdatedAt) {
-				continue
-			}
-			fmt.Printf("unpacking %s %s...\n", img.Name, img.Target.Digest)
-			if _, err := unpack(listCtx, cmd, client, img, p); err != nil {
-				return err
-			}
-		}
-		return nil
+// wantedPlatform returns the one that --platform names, or the machine's own.
+func wantedPlatform(cmd *cli.Command) (platforms.MatchComparer, error) {
+	s := cmd.String("platform")
+	if s == "" {
+		return platforms.Default(), nil
 	}
-}
-
-// updated tells when each image was last changed.
-func updated(ctx context.Context, client *containerd.Client) (map[string]time.Time, error) {
-	list, err := client.ImageService().List(ctx)
+	spec, err := platforms.Parse(s)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("--platform %s: %w", s, err)
 	}
-	times := make(map[string]time.Time, len(list))
-	for _, img := range list {
-		times[img.Name] = img.UpdatedAt
-	}
-	return times, nil
+	return platforms.Only(spec), nil
 }
 
-// wrapRun makes ctr's run check that the caller may decrypt the image, and
-// unpack it if it is not unpacked yet.
-func wrapRun(c *cli.Command) {
+// wrapUse makes one of ctr's commands that use an image check that the caller
+// may decrypt it, and unpack it if it is not unpacked yet.
+func wrapUse(c *cli.Command) {
 	c.Flags = append(c.Flags, keyFlags()...)
 	stock := c.Action
 	c.Action = func(ctx context.Context, cmd *cli.Command) error {
 		if !cmd.Bool("rootfs") && !cmd.IsSet("config") && cmd.Args().First() != "" {
-			if err := prepareRun(ctx, cmd); err != nil {
+			if err := prepareUse(ctx, cmd); err != nil {
 				return err
 			}
 		}
@@ -237,7 +193,7 @@ func wrapRun(c *cli.Command) {
 	}
 }
 
-func prepareRun(ctx context.Context, cmd *cli.Command) error {
+func prepareUse(ctx context.Context, cmd *cli.Command) error {
 	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
 	if err != nil {
 		return err
@@ -247,13 +203,9 @@ func prepareRun(ctx context.Context, cmd *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	p := platforms.Default()
-	if s := cmd.String("platform"); s != "" {
-		spec, err := platforms.Parse(s)
-		if err != nil {
-			return err
-		}
-		p = platforms.Only(spec)
+	p, err := wantedPlatform(cmd)
+	if err != nil {
+		return err
 	}
 	encrypted, err := encryptedLayers(ctx, client, img.Target, p)
 	if err != nil || len(encrypted) == 0 {

@@ -1,8 +1,8 @@
 package image
 
 import (
-	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -15,13 +15,6 @@ import (
 
 	"github.com/ctrlplane/pilot/processor"
 )
-
-// restoreAnnotation, on a manifest or an index, says what decrypting can't
-// derive of the document that was encrypted: a JSON object of JSON pointers
-// (RFC 6901) into it and the values that they had. A Docker image has its
-// media types there. It has the prefix of the encryption's other annotations
-// so that whatever removes those removes it.
-const restoreAnnotation = processor.AnnotationPrefix + "pilot.restore"
 
 // attestationAnnotation, on an entry of an index, holds the digest of the
 // manifest that the entry makes a statement about, as BuildKit writes it.
@@ -44,6 +37,7 @@ type edit struct {
 	list    string                          // the key of the array whose elements change: layers or manifests
 	changes map[int]change                  // by index into it
 	renamed map[digest.Digest]digest.Digest // what attestations refer to
+	plain   []string                        // digests of entries of an index that are known not to be encrypted
 	// decrypting removes the annotations of encryption from what changes;
 	// done says that no encrypted layer is left then, and fresh that there
 	// was none before.
@@ -59,15 +53,15 @@ type change struct {
 // apply returns doc edited and its new media type; mediaType is that which it
 // has.
 func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
-	restore, err := restoreOf(doc)
+	if err := unambiguous(doc); err != nil {
+		return nil, "", err
+	}
+	notes, err := restoreOf(doc)
 	if err != nil {
 		return nil, "", err
 	}
-	if !e.decrypting && e.fresh {
-		restore = nil // left over by a tool that does not know it
-	}
-	if restore == nil {
-		restore = make(map[string]json.RawMessage)
+	if !e.decrypting && e.fresh || notes == nil {
+		notes = make(restore) // there may be one of a tool that does not know it
 	}
 	array, err := get(doc, e.list)
 	if err != nil {
@@ -75,16 +69,11 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	}
 	array, err = mapElements(array, func(i int, element []byte) ([]byte, error) {
 		at := "/" + e.list + "/" + strconv.Itoa(i)
-		if c, ok := e.changes[i]; ok {
-			if element, err = e.descriptor(element, c, at, restore); err != nil {
-				return nil, fmt.Errorf("%s: %w", at, err)
-			}
-		} else if !e.decrypting && e.list == "layers" {
-			if element, err = convert(element, at, restore); err != nil {
-				return nil, fmt.Errorf("%s: %w", at, err)
-			}
+		edited, err := e.element(i, element, at, notes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", at, err)
 		}
-		return e.follow(element)
+		return edited, nil
 	})
 	if err != nil {
 		return nil, "", err
@@ -96,80 +85,134 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 		if !e.done {
 			return doc, mediaType, nil
 		}
-		return applyRestore(doc, mediaType, restore)
+		return notes.apply(doc, mediaType, e.list)
 	}
 
-	if doc, err = convert(doc, "", restore); err != nil {
+	if doc, err = convert(doc, "", notes); err != nil {
 		return nil, "", err
 	}
 	if oci, ok := dockerTypes[mediaType]; ok {
-		if restore["/mediaType"] == nil {
-			return nil, "", fmt.Errorf("a Docker manifest has a mediaType, and this has none")
+		if notes["/mediaType"] == "" {
+			return nil, "", errors.New("a Docker manifest has a mediaType, and this has none")
 		}
 		mediaType = oci
 	}
-	if c, err := get(doc, "config"); err != nil {
-		return nil, "", err
-	} else if c != nil {
-		if c, err = convert(c, "/config", restore); err != nil {
-			return nil, "", err
+	doc, err = edited(doc, "config", func(config []byte) ([]byte, error) {
+		if err := unambiguous(config); err != nil {
+			return nil, err
 		}
-		if doc, err = set(doc, "config", c); err != nil {
-			return nil, "", err
-		}
-	}
-	if doc, err = setRestore(doc, restore); err != nil {
+		return convert(config, "/config", notes)
+	})
+	if err != nil {
 		return nil, "", err
 	}
-	return doc, mediaType, nil
+	if len(notes) > 0 && len(e.plain) > 0 {
+		notes[plainKey] = strings.Join(e.plain, " ")
+	}
+	doc, err = notes.write(doc)
+	return doc, mediaType, err
 }
 
-// descriptor edits one descriptor, noting in restore what can't be derived.
-func (e *edit) descriptor(element []byte, c change, at string, restore map[string]json.RawMessage) ([]byte, error) {
+// element edits one element of the list.
+func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byte, err error) {
+	if err := unambiguous(element); err != nil {
+		return nil, err
+	}
+	c, changes := e.changes[i]
+	switch {
+	case changes && e.decrypting:
+		element, err = e.decrypted(element, c, at, notes)
+	case changes:
+		element, err = e.encrypted(element, c, at, notes)
+	case !e.decrypting && e.list == "layers":
+		element, err = convert(element, at, notes)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return e.follow(element)
+}
+
+// encrypted edits the descriptor of something that was encrypted, noting what
+// can't be derived of what it was.
+func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]byte, error) {
 	var had ocispec.Descriptor
 	if err := json.Unmarshal(element, &had); err != nil {
 		return nil, err
 	}
-	if !e.decrypting && e.list == "layers" {
-		if len(had.Data) > 0 {
-			return nil, fmt.Errorf("layer %s stands in the manifest itself (data), where it would stay readable: remove that first", had.Digest)
+	if len(had.Data) > 0 {
+		return nil, fmt.Errorf("%s stands in the document itself (data), where it would stay readable: remove that first", had.Digest)
+	}
+	for _, m := range []struct{ key, had string }{{"mediaType", had.MediaType}, {"digest", had.Digest.String()}} {
+		text, err := get(element, m.key)
+		if err != nil {
+			return nil, err
 		}
-		if dockerTypes[had.MediaType] != "" {
-			restore[at+"/mediaType"] = quote(had.MediaType)
+		if text != nil && (string(text) != string(quote(m.had)) || e.list == "layers" && dockerTypes[m.had] != "") {
+			notes.note(at+"/"+m.key, text)
 		}
 	}
-	var err error
-	for _, m := range []struct {
-		key      string
-		had, has string
-		text     []byte
-	}{
-		{"mediaType", had.MediaType, c.desc.MediaType, quote(c.desc.MediaType)},
-		{"digest", had.Digest.String(), c.desc.Digest.String(), quote(c.desc.Digest.String())},
-		{"size", strconv.FormatInt(had.Size, 10), strconv.FormatInt(c.desc.Size, 10), strconv.AppendInt(nil, c.desc.Size, 10)},
-	} {
-		if m.had == m.has {
-			continue
-		}
-		if element, err = set(element, m.key, m.text); err != nil {
+	element, err := setDescriptor(element, had, c.desc)
+	if err != nil || e.list != "layers" {
+		return element, err
+	}
+	if len(had.URLs) > 0 {
+		// There the layer is in plain, and containerd would look there first.
+		element, err = edited(element, "urls", func(text []byte) ([]byte, error) {
+			notes.note(at+"/urls", text)
+			return []byte("[]"), nil
+		})
+		if err != nil {
 			return nil, err
 		}
 	}
-	if e.list != "layers" {
-		return element, nil
-	}
-
 	annotations, err := get(element, "annotations")
 	if err != nil {
 		return nil, err
 	}
-	if e.decrypting {
-		return stripAnnotations(element, annotations, restore[at+"/annotations"] == nil)
-	}
-	if annotations != nil && len(had.Annotations) == 0 {
-		restore[at+"/annotations"] = bytes.Clone(annotations)
+	if annotations != nil && !processor.IsEncrypted(had.MediaType) {
+		left, err := remove(orEmpty(annotations), ofEncryption)
+		if err != nil {
+			return nil, err
+		}
+		if len(had.Annotations) == 0 || string(left) != string(annotations) {
+			// None, or some of an encryption that is no more.
+			notes.note(at+"/annotations", annotations)
+			annotations = left
+		}
 	}
 	return setAnnotations(element, annotations, c.annotations)
+}
+
+// decrypted edits the descriptor of something that was decrypted.
+func (e *edit) decrypted(element []byte, c change, at string, notes restore) ([]byte, error) {
+	var had ocispec.Descriptor
+	if err := json.Unmarshal(element, &had); err != nil {
+		return nil, err
+	}
+	element, err := setDescriptor(element, had, c.desc)
+	if err != nil || e.list != "layers" {
+		return element, err
+	}
+	return removeAnnotations(element, ofEncryption, notes[at+"/annotations"] == "")
+}
+
+// setDescriptor sets the media type, digest and size of doc where they change.
+func setDescriptor(doc []byte, had, desc ocispec.Descriptor) (_ []byte, err error) {
+	if had.MediaType != desc.MediaType {
+		if doc, err = set(doc, "mediaType", quote(desc.MediaType)); err != nil {
+			return nil, err
+		}
+	}
+	if had.Digest != desc.Digest {
+		if doc, err = set(doc, "digest", quote(desc.Digest.String())); err != nil {
+			return nil, err
+		}
+	}
+	if had.Size != desc.Size {
+		return set(doc, "size", strconv.AppendInt(nil, desc.Size, 10))
+	}
+	return doc, nil
 }
 
 // follow makes the entry of an attestation refer to the manifest that took the
@@ -193,15 +236,21 @@ func (e *edit) follow(element []byte) ([]byte, error) {
 	return setAnnotations(element, annotations, map[string]string{attestationAnnotation: to.String()})
 }
 
-// setAnnotations adds annotations to those that doc has.
-func setAnnotations(doc, had []byte, add map[string]string) ([]byte, error) {
-	if len(add) == 0 {
-		return doc, nil
-	}
+// ofEncryption reports whether an annotation is one of those that say how a
+// layer is encrypted.
+func ofEncryption(key string) bool { return strings.HasPrefix(key, processor.AnnotationPrefix) }
+
+// orEmpty returns the text of an object, an empty one where had is null or nil.
+func orEmpty(had []byte) []byte {
 	if had == nil || string(had) == "null" {
-		had = []byte("{}")
+		return []byte("{}")
 	}
-	var err error
+	return had
+}
+
+// setAnnotations adds annotations to those that doc has.
+func setAnnotations(doc, had []byte, add map[string]string) (_ []byte, err error) {
+	had = orEmpty(had)
 	for _, key := range slices.Sorted(maps.Keys(add)) {
 		if had, err = set(had, key, quote(add[key])); err != nil {
 			return nil, err
@@ -210,188 +259,35 @@ func setAnnotations(doc, had []byte, add map[string]string) ([]byte, error) {
 	return set(doc, "annotations", had)
 }
 
-// stripAnnotations removes what [processor.AnnotationPrefix] begins from had,
-// the annotations of doc, and all of them if none is left and whole says so.
-func stripAnnotations(doc, had []byte, whole bool) ([]byte, error) {
-	if had == nil || string(had) == "null" {
-		return doc, nil
+// removeAnnotations removes annotations of doc's, and the member that holds
+// them if none is left and whole says so.
+func removeAnnotations(doc []byte, drop func(key string) bool, whole bool) ([]byte, error) {
+	had, err := get(doc, "annotations")
+	if err != nil || had == nil || string(had) == "null" {
+		return doc, err
 	}
-	left, err := remove(had, func(key string) bool { return strings.HasPrefix(key, processor.AnnotationPrefix) })
+	left, err := remove(had, drop)
 	if err != nil {
 		return nil, err
 	}
-	if whole {
-		if list, err := members(left); err == nil && len(list) == 0 {
-			return remove(doc, func(key string) bool { return key == "annotations" })
-		}
+	if list, err := members(left); whole && err == nil && len(list) == 0 {
+		return remove(doc, func(key string) bool { return key == "annotations" })
 	}
 	return set(doc, "annotations", left)
 }
 
-// convert turns doc's mediaType from Docker's into the OCI's, noting the former
-// in restore.
-func convert(doc []byte, at string, restore map[string]json.RawMessage) ([]byte, error) {
+// convert turns doc's mediaType from Docker's into the OCI's, noting the former.
+func convert(doc []byte, at string, notes restore) ([]byte, error) {
 	text, err := get(doc, "mediaType")
 	if err != nil || text == nil {
 		return doc, err
 	}
-	var mediaType string
-	if err := json.Unmarshal(text, &mediaType); err != nil {
-		return nil, err
-	}
-	oci, ok := dockerTypes[mediaType]
+	oci, ok := dockerTypes[unquote(text)]
 	if !ok {
 		return doc, nil
 	}
-	restore[at+"/mediaType"] = bytes.Clone(text)
+	notes.note(at+"/mediaType", text)
 	return set(doc, "mediaType", quote(oci))
-}
-
-// restoreOf returns what doc's restore annotation says, as far as it may say
-// it: the annotation is anybody's input.
-func restoreOf(doc []byte) (map[string]json.RawMessage, error) {
-	annotations, err := get(doc, "annotations")
-	if err != nil || annotations == nil || string(annotations) == "null" {
-		return nil, err
-	}
-	text, err := get(annotations, restoreAnnotation)
-	if err != nil || text == nil {
-		return nil, err
-	}
-	var value string
-	var restore map[string]json.RawMessage
-	if json.Unmarshal(text, &value) != nil || json.Unmarshal([]byte(value), &restore) != nil {
-		return nil, fmt.Errorf("annotation %s is damaged", restoreAnnotation)
-	}
-	for at, v := range restore {
-		if !restorable(at, v) {
-			return nil, fmt.Errorf("annotation %s names %.80q, which it can't", restoreAnnotation, at)
-		}
-	}
-	return restore, nil
-}
-
-// restorable reports whether the restore annotation may give the place at the
-// value v: a media type of Docker's, or annotations that are empty.
-func restorable(at string, v json.RawMessage) bool {
-	parts := strings.Split(at, "/")
-	isLayer := len(parts) == 4 && parts[1] == "layers"
-	if isLayer {
-		if n, err := strconv.Atoi(parts[2]); err != nil || strconv.Itoa(n) != parts[2] || n < 0 {
-			return false
-		}
-	} else if at != "/mediaType" && at != "/config/mediaType" && at != "/annotations" {
-		return false
-	}
-	if parts[0] != "" {
-		return false
-	}
-	switch parts[len(parts)-1] {
-	case "mediaType":
-		var mediaType string
-		return json.Unmarshal(v, &mediaType) == nil && dockerTypes[mediaType] != ""
-	case "annotations":
-		var annotations map[string]string
-		return json.Unmarshal(v, &annotations) == nil && len(annotations) == 0
-	}
-	return false
-}
-
-// setRestore sets doc's restore annotation, or removes it if there is nothing
-// to say.
-func setRestore(doc []byte, restore map[string]json.RawMessage) ([]byte, error) {
-	annotations, err := get(doc, "annotations")
-	if err != nil {
-		return nil, err
-	}
-	if len(restore) == 0 {
-		return dropRestore(doc, annotations, true)
-	}
-	if annotations != nil {
-		var had map[string]string
-		if err := json.Unmarshal(annotations, &had); err != nil {
-			return nil, err
-		}
-		if len(had) == 0 {
-			restore["/annotations"] = bytes.Clone(annotations)
-		}
-	}
-	value, err := json.Marshal(restore)
-	if err != nil {
-		return nil, err
-	}
-	return setAnnotations(doc, annotations, map[string]string{restoreAnnotation: string(value)})
-}
-
-// dropRestore removes the restore annotation from doc's annotations, and all
-// of them if none is left and whole says so.
-func dropRestore(doc, annotations []byte, whole bool) ([]byte, error) {
-	if annotations == nil || string(annotations) == "null" {
-		return doc, nil
-	}
-	if text, err := get(annotations, restoreAnnotation); err != nil || text == nil {
-		return doc, err
-	}
-	return stripAnnotations(doc, annotations, whole)
-}
-
-// applyRestore undoes the conversion from Docker. It returns doc and its media
-// type.
-func applyRestore(doc []byte, mediaType string, restore map[string]json.RawMessage) ([]byte, string, error) {
-	annotations, err := get(doc, "annotations")
-	if err != nil {
-		return nil, "", err
-	}
-	if doc, err = dropRestore(doc, annotations, restore["/annotations"] == nil); err != nil {
-		return nil, "", err
-	}
-	if v := restore["/annotations"]; v != nil && string(v) == "null" {
-		if doc, err = set(doc, "annotations", v); err != nil {
-			return nil, "", err
-		}
-	}
-	if v := restore["/mediaType"]; v != nil {
-		if doc, err = set(doc, "mediaType", v); err != nil {
-			return nil, "", err
-		}
-		if err := json.Unmarshal(v, &mediaType); err != nil {
-			return nil, "", err
-		}
-	}
-	if v := restore["/config/mediaType"]; v != nil {
-		config, err := get(doc, "config")
-		if err != nil {
-			return nil, "", err
-		}
-		if config, err = set(config, "mediaType", v); err != nil {
-			return nil, "", err
-		}
-		if doc, err = set(doc, "config", config); err != nil {
-			return nil, "", err
-		}
-	}
-	layers, err := get(doc, "layers")
-	if err != nil || layers == nil {
-		return doc, mediaType, err
-	}
-	layers, err = mapElements(layers, func(i int, element []byte) ([]byte, error) {
-		at := "/layers/" + strconv.Itoa(i)
-		var err error
-		if v := restore[at+"/mediaType"]; v != nil {
-			if element, err = set(element, "mediaType", v); err != nil {
-				return nil, err
-			}
-		}
-		if v := restore[at+"/annotations"]; v != nil && string(v) == "null" {
-			return set(element, "annotations", v)
-		}
-		return element, nil
-	})
-	if err != nil {
-		return nil, "", err
-	}
-	doc, err = set(doc, "layers", layers)
-	return doc, mediaType, err
 }
 
 // gcLabels are the labels that keep containerd's garbage collector from what a

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -93,6 +94,7 @@ type work struct {
 	op      operation
 	blobs   blobs // by op
 	skipped []ocispec.Descriptor
+	seen    int          // manifests that are here, with what is needed of them
 	changed int          // layers
 	matched map[int]bool // by index into Options.Platforms
 	inRange map[int]bool // the Layers that some manifest has
@@ -107,7 +109,7 @@ func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts 
 	if err := w.checkSelection(); err != nil {
 		return Result{}, err
 	}
-	if w.changed == 0 && len(w.skipped) > 0 {
+	if w.seen == 0 && len(w.skipped) > 0 {
 		return Result{}, fmt.Errorf("no layers of this image are here: pull it with its content first (%w)", errdefs.ErrNotFound)
 	}
 	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
@@ -161,6 +163,9 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 		return outcome{}, fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
 	}
 	doc, err := w.document(ctx, desc)
+	if errdefs.IsNotFound(err) && depth > 0 {
+		return outcome{}, errAbsent
+	}
 	if err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
 	}
@@ -168,7 +173,13 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	if err := json.Unmarshal(doc, &index); err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
 	}
+	notes, err := restoreOf(doc)
+	if err != nil {
+		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
+	}
+	known := notes.plain() // not to be encrypted, even if absent
 	out := outcome{desc: desc}
+	var absent []string
 	children := slices.Clone(index.Manifests)
 	e := &edit{list: "manifests", changes: make(map[int]change), renamed: make(map[digest.Digest]digest.Digest), decrypting: w.op.decrypts()}
 	for i, child := range index.Manifests {
@@ -180,20 +191,29 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 			if len(w.Platforms) == 0 {
 				w.skipped = append(w.skipped, child)
 			}
-			// An image that is not here may be encrypted, unless its media
-			// type says that it is Docker's.
-			out.encrypted = out.encrypted || dockerTypes[child.MediaType] == ""
+			absent = append(absent, child.Digest.String())
 			continue
 		}
 		if err != nil {
 			return outcome{}, err
 		}
 		out.encrypted, out.was = out.encrypted || c.encrypted, out.was || c.was
+		if !c.encrypted {
+			e.plain = append(e.plain, c.desc.Digest.String())
+		}
 		if c.changed {
 			out.changed = true
 			children[i].MediaType, children[i].Digest, children[i].Size = c.desc.MediaType, c.desc.Digest, c.desc.Size
 			e.changes[i] = change{desc: children[i]}
 			e.renamed[child.Digest] = c.desc.Digest
+		}
+	}
+	// What is not here may be encrypted, unless nothing here ever was.
+	for _, d := range absent {
+		if slices.Contains(known, d) || !w.op.decrypts() && !out.was {
+			e.plain = append(e.plain, d)
+		} else {
+			out.encrypted = true
 		}
 	}
 	if !out.changed {
@@ -225,7 +245,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 
 	var chosen []int
 	for i, l := range manifest.Layers {
-		if selected && isLayer(l.MediaType) && w.layer(i, len(manifest.Layers)) && w.op.wants(l.MediaType) {
+		if selected && w.layer(i, len(manifest.Layers)) && isLayer(l.MediaType) && w.op.wants(l.MediaType) {
 			chosen = append(chosen, i)
 		}
 	}
@@ -240,6 +260,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		}
 	}
 
+	w.seen++
 	changes, err := w.change(ctx, manifest.Layers, chosen)
 	if err != nil {
 		return outcome{}, fmt.Errorf("%w%s", err, ofPlatform(platform))
@@ -273,12 +294,29 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	return out, nil
 }
 
-// document reads a manifest or an index.
+// document reads a manifest or an index. One that is both is an error: whoever
+// reads it as the other sees another image (CVE-2021-41190).
 func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
-	if desc.Size > maxManifest {
-		return nil, fmt.Errorf("it has %d bytes, more than %d", desc.Size, maxManifest)
+	ra, err := w.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, err
 	}
-	return content.ReadBlob(ctx, w.Store, desc)
+	defer ra.Close()
+	if size := max(ra.Size(), desc.Size); size > maxManifest {
+		return nil, fmt.Errorf("it has %d bytes, more than %d", size, maxManifest)
+	}
+	doc := make([]byte, ra.Size())
+	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {
+		return nil, err
+	}
+	var both struct{ Config, Layers, Manifests json.RawMessage }
+	if err := json.Unmarshal(doc, &both); err != nil {
+		return nil, err
+	}
+	if both.Manifests != nil && (both.Config != nil || both.Layers != nil) {
+		return nil, errors.New("it is an index and a manifest at once")
+	}
+	return doc, nil
 }
 
 // platformOf returns the platform that the index says, or else the image's

@@ -1,7 +1,6 @@
 package image
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,7 +14,6 @@ import (
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
-	"github.com/containerd/errdefs"
 	imgcrypt "github.com/containerd/imgcrypt/v2/images/encryption"
 	"github.com/containerd/platforms"
 	"github.com/containers/ocicrypt/config"
@@ -83,6 +81,15 @@ func (s *store) get(desc ocispec.Descriptor) string {
 		s.t.Fatal(err)
 	}
 	return string(b)
+}
+
+// blobs counts the blobs in the store.
+func (s *store) blobs() (n int) {
+	s.t.Helper()
+	if err := s.Walk(s.ctx, func(content.Info) error { n++; return nil }); err != nil {
+		s.t.Fatal(err)
+	}
+	return n
 }
 
 // noIngests checks that no work is left unfinished.
@@ -328,11 +335,14 @@ func TestErrors(t *testing.T) {
 	}{
 		{"twice", manifest(layer + `,"digest":"` + a.Digest.String() + `"}`), `key "digest" stands there twice`},
 		{"case", manifest(layer + `,"Digest":"` + a.Digest.String() + `"}`), `can be taken for "digest"`},
-		{"data", manifest(layer + `,"data":"bGF5ZXIgYQ=="}`), "stands in the manifest itself"},
+		{"data", manifest(layer + `,"data":"bGF5ZXIgYQ=="}`), "stands in the document itself"},
 		{"size", manifest(strings.Replace(layer, `"size":7`, `"size":8`, 1) + "}"), "has 7 bytes, and the manifest says 8"},
 		{"absent layer", manifest(`{"mediaType":"` + a.MediaType + `","digest":"` + digest.FromString("no").String() + `","size":2}`), "is not here"},
 		{"no JSON", s.put(ociManifest, `{"layers":`), "manifest sha256:"},
 		{"huge", ocispec.Descriptor{MediaType: ociManifest, Digest: a.Digest, Size: maxManifest + 1}, "more than"},
+		{"understated", ocispec.Descriptor{MediaType: ociManifest, Digest: s.put("", strings.Repeat(" ", maxManifest+1)).Digest, Size: 7}, "more than"},
+		{"both", s.put(ociManifest, `{"manifests":[],"layers":[]}`), "an index and a manifest at once"},
+		{"both", s.put(ociIndex, `{"manifests":[],"config":{}}`), "an index and a manifest at once"},
 		{"schema 1", ocispec.Descriptor{MediaType: "application/vnd.docker.distribution.manifest.v1+prettyjws", Digest: a.Digest}, "schema 1"},
 		{"no image", ocispec.Descriptor{MediaType: "text/plain", Digest: a.Digest}, "is no image"},
 	} {
@@ -344,11 +354,11 @@ func TestErrors(t *testing.T) {
 }
 
 func TestDecryptErrors(t *testing.T) {
-	s := newStore(t)
 	for _, change := range []func(string) string{
 		func(c string) string { return c[:len(c)-1] + string([]byte{c[len(c)-1] ^ 1}) },
 		func(c string) string { return string([]byte{c[0] ^ 1}) + c[1:] },
 	} {
+		s := newStore(t)
 		result, err := Encrypt(s.ctx, s, testImages(s)["plain"], s.ec, Options{})
 		if err != nil {
 			t.Fatal(err)
@@ -360,12 +370,7 @@ func TestDecryptErrors(t *testing.T) {
 		old := layers[0].Descriptor
 		tampered := s.put(old.MediaType, change(s.get(old)))
 		target := s.put(ociManifest, strings.Replace(s.get(result.Target), old.Digest.String(), tampered.Digest.String(), 1))
-		// The plain blob would be taken for granted.
-		for _, d := range []digest.Digest{digest.FromString("layer a")} {
-			if err := s.Delete(s.ctx, d); err != nil {
-				t.Fatal(err)
-			}
-		}
+		before := s.blobs()
 		_, err = Decrypt(s.ctx, s, target, s.dc, Options{})
 		if !errors.Is(err, processor.ErrTampered) || !strings.Contains(err.Error(), tampered.Digest.String()) {
 			t.Errorf("tampered: %v", err)
@@ -378,8 +383,8 @@ func TestDecryptErrors(t *testing.T) {
 		if _, err = Decrypt(s.ctx, s, result.Target, wrong, Options{}); !errors.Is(err, processor.ErrNoKey) {
 			t.Errorf("wrong key: %v", err)
 		}
-		if _, err := s.Info(s.ctx, digest.FromString("layer a")); !errdefs.IsNotFound(err) {
-			t.Errorf("a blob was committed: %v", err)
+		if after := s.blobs(); after != before {
+			t.Errorf("%d blobs were committed", after-before)
 		}
 		s.noIngests()
 	}
@@ -418,17 +423,3 @@ func (s fullStore) Writer(ctx context.Context, opts ...content.WriterOpt) (conte
 type fullWriter struct{ content.Writer }
 
 func (fullWriter) Write([]byte) (int, error) { return 0, errFull }
-
-func FuzzRestore(f *testing.F) {
-	f.Add(`{"annotations":{"org.opencontainers.image.enc.pilot.restore":"{\"/mediaType\":\"` + dockerManifest + `\"}"},"layers":[]}`)
-	f.Fuzz(func(t *testing.T, doc string) {
-		restore, err := restoreOf([]byte(doc))
-		if err != nil || restore == nil {
-			return
-		}
-		out, _, err := applyRestore([]byte(doc), ociManifest, restore)
-		if err == nil && !json.Valid(bytes.TrimSpace(out)) {
-			t.Fatalf("%q became %q", doc, out)
-		}
-	})
-}

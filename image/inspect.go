@@ -67,6 +67,7 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f func(l Layer, total int) error) error {
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
+		w.platform(desc.Platform) // it has that platform, even if not here
 		return nil
 	}
 	if err != nil {

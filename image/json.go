@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 )
 
@@ -21,11 +22,27 @@ type member struct {
 
 // ourKeys are the keys that this package goes by. encoding/json, with which
 // containerd and registries read them, takes any capitalisation of them.
-var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data"}
+var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data", "urls"}
+
+// unambiguous refuses a document or descriptor in which readers may not agree
+// on which member counts, since encoding/json would take two for one.
+func unambiguous(doc []byte) error {
+	list, err := members(doc)
+	if err != nil {
+		return err
+	}
+	for _, m := range list {
+		for _, k := range ourKeys {
+			if m.key != k && strings.EqualFold(m.key, k) {
+				return fmt.Errorf("key %q can be taken for %q", m.key, k)
+			}
+		}
+	}
+	return nil
+}
 
 // members finds the members of the object that doc is, white space around it
-// aside. Two keys that encoding/json would take for one are an error: readers
-// may not agree on which of them counts.
+// aside. Two of the same key are an error.
 func members(doc []byte) ([]member, error) {
 	d := json.NewDecoder(bytes.NewReader(doc))
 	if t, err := d.Token(); err != nil || t != json.Delim('{') {
@@ -45,11 +62,6 @@ func members(doc []byte) ([]member, error) {
 		}
 		m.end = int(d.InputOffset())
 		m.value = m.end - len(v)
-		for _, k := range ourKeys {
-			if m.key != k && strings.EqualFold(m.key, k) {
-				return nil, fmt.Errorf("key %q can be taken for %q", m.key, k)
-			}
-		}
 		list = append(list, m)
 	}
 	seen := make(map[string]bool, len(list))
@@ -102,6 +114,19 @@ func set(doc []byte, key string, value []byte) ([]byte, error) {
 	return splice(doc, at, at, added), nil
 }
 
+// edited returns doc with the value at key replaced by what f returns for it, if
+// there is one.
+func edited(doc []byte, key string, f func([]byte) ([]byte, error)) ([]byte, error) {
+	value, err := get(doc, key)
+	if err != nil || value == nil {
+		return doc, err
+	}
+	if value, err = f(value); err != nil {
+		return nil, err
+	}
+	return set(doc, key, value)
+}
+
 // remove returns doc without the members that drop names. It undoes set: a
 // member that was added leaves no trace.
 func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
@@ -109,23 +134,23 @@ func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	for i := len(list) - 1; i >= 0; i-- {
-		if !drop(list[i].key) {
-			continue
-		}
-		from, to := list[i].start, list[i].end
-		if i > 0 {
-			from = list[i-1].end
-		} else if len(list) > 1 {
-			to = list[1].start
-		}
-		doc = splice(doc, from, to, nil)
-		list = append(list[:i:i], list[i+1:]...)
-		for j := i; j < len(list); j++ {
-			list[j].start, list[j].end = list[j].start-(to-from), list[j].end-(to-from)
+	kept := slices.IndexFunc(list, func(m member) bool { return !drop(m.key) })
+	switch {
+	case len(list) == 0:
+		return doc, nil
+	case kept < 0:
+		return splice(doc, list[0].start, list[len(list)-1].end, nil), nil
+	}
+	// Commas go with the members that they stand before, but for the first.
+	out := append(make([]byte, 0, len(doc)), doc[:list[0].start]...)
+	from := list[kept].start
+	for i := kept + 1; i < len(list); i++ {
+		if drop(list[i].key) {
+			out = append(out, doc[from:list[i-1].end]...)
+			from = list[i].end
 		}
 	}
-	return doc, nil
+	return append(out, doc[from:]...), nil
 }
 
 // mapElements returns the array doc with each element replaced by what f
@@ -172,4 +197,13 @@ func quote(s string) []byte {
 		panic(err) // a string
 	}
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+// unquote returns the string that text is in JSON, or nothing if it is none.
+func unquote(text []byte) string {
+	var s string
+	if json.Unmarshal(text, &s) != nil {
+		return ""
+	}
+	return s
 }

@@ -58,8 +58,7 @@ func TestMembersErrors(t *testing.T) {
 		`{"mediatype":1}`:         `can be taken for "mediaType"`,
 		"{\"digeſt\":1}":          `can be taken for "digest"`,
 	} {
-		_, err := members([]byte(doc))
-		if err == nil || !strings.Contains(err.Error(), want) {
+		if err := unambiguous([]byte(doc)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", doc, err, want)
 		}
 	}

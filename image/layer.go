@@ -24,6 +24,10 @@ import (
 // at once. containerd takes a call for each.
 const copySize = 1 << 20
 
+// keyWithin bounds the wait for a layer's key, by whatever unwraps it, and for
+// its wrapping.
+const keyWithin = time.Minute
+
 // abortWithin bounds the clean-up after a failure.
 const abortWithin = 5 * time.Second
 
@@ -38,6 +42,8 @@ func (*encryption) wants(string) bool { return true }
 func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	c := change{desc: desc}
 	if processor.IsEncrypted(desc.MediaType) {
+		ctx, cancel := context.WithTimeout(ctx, keyWithin)
+		defer cancel()
 		key, err := processor.Unwrap(ctx, &e.ec.DecryptConfig, desc)
 		if err != nil {
 			return change{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
@@ -53,8 +59,10 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 	c.desc.MediaType = mediaType
 	key := processor.NewLayerKey(desc.Digest)
 	defer key.Clear()
+	wrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
+	defer cancel()
 	var err error
-	if c.annotations, err = key.Wrap(ctx, e.ec, nil); err != nil {
+	if c.annotations, err = key.Wrap(wrapCtx, e.ec, nil); err != nil {
 		return change{}, err
 	}
 	err = w.read(ctx, desc, func(r io.Reader) error {
@@ -87,17 +95,13 @@ func (d *decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 		return change{}, fmt.Errorf("media type %s is not that of an encrypted layer", desc.MediaType)
 	}
 	c.desc.MediaType = mediaType
-	key, err := processor.Unwrap(ctx, d.dc, desc)
+	unwrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
+	defer cancel()
+	key, err := processor.Unwrap(unwrapCtx, d.dc, desc)
 	if err != nil {
 		return change{}, err
 	}
 	defer key.Clear()
-	// The digest was authenticated with the key, and the store has checked
-	// the blob that it has under it.
-	if key.Digest != "" && w.has(ctx, ocispec.Descriptor{Digest: key.Digest, Size: desc.Size}) {
-		c.desc.Digest = key.Digest
-		return c, nil
-	}
 	err = w.read(ctx, desc, func(r io.Reader) error {
 		decrypter, err := processor.NewDecrypter(r, key)
 		if err != nil {
@@ -175,20 +179,6 @@ func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Read
 	return f(r)
 }
 
-// has reports whether the store has a blob, and if so keeps it for the lease.
-func (w *work) has(ctx context.Context, desc ocispec.Descriptor) bool {
-	if info, err := w.Info(ctx, desc.Digest); err != nil || info.Size != desc.Size {
-		return false
-	}
-	ref := fmt.Sprintf("pilot-has-%s-%016x", desc.Digest.Encoded(), rand.Uint64())
-	cw, err := w.Writer(ctx, content.WithRef(ref), content.WithDescriptor(desc))
-	if err == nil { // it went away in the meantime
-		cw.Close()
-		w.abort(ctx, ref)
-	}
-	return errdefs.IsAlreadyExists(err)
-}
-
 // abort removes an ingest, even if ctx is done.
 func (w *work) abort(ctx context.Context, ref string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortWithin)
@@ -240,6 +230,9 @@ func (w *work) ingest(ctx context.Context, name string, r io.Reader, size int64,
 		return "", 0, err
 	}
 	d := cw.Digest()
+	if n == 0 {
+		d = digest.FromBytes(nil) // a client of containerd learns it with the first write
+	}
 	var opts []content.Opt
 	if len(labels) > 0 {
 		opts = append(opts, content.WithLabels(labels))

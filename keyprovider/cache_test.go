@@ -116,6 +116,147 @@ func TestCacheErrors(t *testing.T) {
 	c.expect(t, "a", 1, 2)
 }
 
+// fail gets a KEK that can't be fetched and checks how many fetches there were
+// in all.
+func (c *counted) fail(t *testing.T, id string, version int, fetches int32) {
+	t.Helper()
+	if kek, err := c.get(t.Context(), id, version); !errors.Is(err, c.err) {
+		t.Errorf("got %+v, %v", kek, err)
+	}
+	if got := c.fetches.Load(); got != fetches {
+		t.Errorf("%s version %d: %d fetches, want %d", id, version, got, fetches)
+	}
+}
+
+// TestCacheErrorsAside checks that a failure takes no KEK's place.
+func TestCacheErrorsAside(t *testing.T) {
+	c := newCounted(10*time.Second, 0, 2)
+	c.expect(t, "a", 4, 1)
+	c.clock = c.clock.Add(5 * time.Second)
+	c.expect(t, "a", 0, 2)
+	c.clock = c.clock.Add(6 * time.Second)
+	c.err = errors.New("broker down")
+	c.fail(t, "a", 4, 3) // has expired
+	c.expect(t, "a", 0, 3)
+	c.expect(t, "a", 5, 3)
+
+	// Whoever names KEKs that do not exist pushes none out, and does not
+	// fill the memory.
+	for i := range int32(300) {
+		c.fail(t, fmt.Sprintf("nobody-%d", i), 0, 4+i)
+	}
+	c.fail(t, "nobody-299", 0, 303)
+	c.expect(t, "a", 0, 303)
+	if n := len(c.failed); n > maxErrors {
+		t.Errorf("%d failures are remembered", n)
+	}
+	c.clock = c.clock.Add(errorTTL)
+	c.sweep()
+	if n := len(c.failed); n != 0 {
+		t.Errorf("%d failures are remembered although they have expired", n)
+	}
+}
+
+// TestCacheLateError has a fetch fail after another one got the same KEK.
+func TestCacheLateError(t *testing.T) {
+	asked, fail := make(chan struct{}), make(chan struct{})
+	down := errors.New("broker down")
+	var fetches atomic.Int32
+	c := &cache{size: 10, now: time.Now, fetch: func(_ context.Context, id string, version int) (copilot.KEK, error) {
+		fetches.Add(1)
+		if version == 0 {
+			return copilot.KEK{ID: id, Version: 5, Key: []byte("key")}, nil
+		}
+		close(asked)
+		<-fail
+		return copilot.KEK{}, down
+	}}
+	late := make(chan error)
+	go func() {
+		_, err := c.get(t.Context(), "a", 5)
+		late <- err
+	}()
+	<-asked
+	if _, err := c.get(t.Context(), "a", 0); err != nil {
+		t.Error(err)
+	}
+	close(fail)
+	if err := <-late; !errors.Is(err, down) {
+		t.Errorf("the one that failed: %v", err)
+	}
+	for _, version := range []int{0, 5} {
+		if kek, err := c.get(t.Context(), "a", version); err != nil || string(kek.Key) != "key" {
+			t.Errorf("version %d: %+v, %v", version, kek, err)
+		}
+	}
+	if got := fetches.Load(); got != 2 {
+		t.Errorf("%d fetches, want 2", got)
+	}
+}
+
+func TestCacheOfNone(t *testing.T) {
+	c := newCounted(0, 0, 0)
+	c.err = errors.New("broker down")
+	c.fail(t, "a", 0, 1)
+	c.clock = c.clock.Add(errorTTL - 1)
+	c.fail(t, "a", 0, 1)
+	c.clock = c.clock.Add(1)
+	c.fail(t, "a", 0, 2)
+	c.err = nil
+	c.clock = c.clock.Add(errorTTL)
+	c.expect(t, "a", 0, 3)
+	c.expect(t, "a", 0, 4)
+	if len(c.entries) != 0 || c.recent.Len() != 0 {
+		t.Error("a KEK is kept")
+	}
+}
+
+// TestCacheCopies has callers clear the keys that they got, as they do, while
+// others use theirs and the cache drops its own.
+func TestCacheCopies(t *testing.T) {
+	for _, size := range []int{0, 1, 10} {
+		c := newCounted(0, 0, size)
+		var wg sync.WaitGroup
+		for i := range 50 {
+			wg.Go(func() {
+				for _, id := range []string{"a", "b"} {
+					kek, err := c.get(t.Context(), id, i%3)
+					if err != nil || string(kek.Key) != id {
+						t.Errorf("size %d: got %q for %s, %v", size, kek.Key, id, err)
+					}
+					clear(kek.Key)
+				}
+			})
+		}
+		wg.Wait()
+	}
+}
+
+// TestCacheClears checks that a KEK which is dropped is not left in memory.
+func TestCacheClears(t *testing.T) {
+	c := newCounted(0, 0, 1)
+	c.expect(t, "a", 1, 1)
+	kept := c.entries[cacheKey{"a", 1}].Value.(*cacheEntry).kek.Key
+	c.expect(t, "b", 1, 2)
+	if string(kept) != "\x00" {
+		t.Errorf("the key that was pushed out is still %q", kept)
+	}
+}
+
+func TestCacheDone(t *testing.T) {
+	c := newCounted(0, 0, 10)
+	done, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, version := range []int{0, 1} {
+		if _, err := c.get(done, "a", version); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if got := c.fetches.Load(); got != 0 {
+		t.Errorf("%d fetches for nobody", got)
+	}
+}
+
 // TestCacheOneFetch has many callers ask at once, the first of whom gives up.
 func TestCacheOneFetch(t *testing.T) {
 	asked, answer := make(chan struct{}), make(chan struct{})

@@ -77,8 +77,8 @@ type Decrypter struct {
 
 // NewDecrypter returns a reader of the plain layer whose ciphertext r reads.
 // It reports [io.EOF] only once the HMAC of the whole layer was verified, and
-// [ErrTampered] otherwise. What it hands out before is not yet authentic, but
-// it holds back the last [BufferSize] bytes until it is.
+// [ErrTampered] otherwise. What it hands out before is not yet authentic; the
+// last [BufferSize] bytes of what it reads it holds back until they are.
 func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
 	if len(k.mac) != sha256.Size {
 		return nil, errors.New("the layer key has no HMAC")

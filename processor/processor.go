@@ -13,6 +13,6 @@
 package processor
 
 // BufferSize is the size in bytes of the buffer that a stream works in. A
-// [Decrypter] never hands out the last BufferSize bytes of a layer, which is
-// the whole of a small one, before it has verified the layer's HMAC.
+// [Decrypter] never hands out the last BufferSize bytes of what it reads, which
+// is the whole of a small layer, before it has verified the layer's HMAC.
 const BufferSize = 256 << 10

@@ -131,8 +131,12 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 		}
 		private, err := unwrapOne(ctx, w, own, desc.Annotations[annotationKeysPrefix+scheme])
 		if err == nil {
-			defer clear(private)
-			return newLayerKey(private, public)
+			var key *LayerKey
+			key, err = newLayerKey(private, public)
+			clear(private)
+			if err == nil {
+				return key, nil
+			}
 		}
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("unwrap the layer key with %s: %w", scheme, late(err))

@@ -6,8 +6,11 @@ set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 tools=${PILOT_TOOLS:-$repo/.cache/tools}
 export PATH="$repo/bin:$tools/bin:$PATH"
+# Nothing that the machine is set up with shall count.
+unset "${!PILOT_@}" "${!COPILOT_@}" "${!OCICRYPT_@}"
 [ "$(id -u)" = 0 ] || { echo "the demo runs containers and so needs root" >&2; exit 1; }
 
+exec 3>&1 # where commands are shown, whatever becomes of their output
 start=$SECONDS
 dir=$(mktemp -d /tmp/pilot-demo.XXXXXX)
 pids=()
@@ -88,7 +91,7 @@ containerd_for() {
 ctr_of() {
 	local home=$dir/$1
 	shift
-	echo "\$ ctr-pilot $*"
+	echo "\$ ctr-pilot $*" >&3
 	OCICRYPT_KEYPROVIDER_CONFIG=$home/ocicrypt.conf ctr-pilot --address "$home/containerd.sock" "$@"
 }
 
@@ -103,14 +106,16 @@ step "Three machines, each with pilot and a containerd: ci, node, and stranger, 
 for name in ci node stranger; do
 	broker=copilot.sock
 	[ $name = stranger ] && broker=other.sock
-	background "$name-pilot" pilot serve --listen "unix://$dir/$name/keyprovider.sock" --broker "unix://$dir/$broker"
+	background "$name-pilot" pilot serve --config /dev/null --listen "unix://$dir/$name/keyprovider.sock" --broker "unix://$dir/$broker"
 	await "$name's pilot" test -S "$dir/$name/keyprovider.sock"
 	containerd_for $name
 done
 echo "ready"
 
 step "A registry"
+registry=
 for port in $(shuf -i 20000-40000 -n 20); do
+	(exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && continue # taken
 	cat >"$dir/registry.yml" <<-EOF
 		version: 0.1
 		log: {level: error}
@@ -118,10 +123,14 @@ for port in $(shuf -i 20000-40000 -n 20); do
 		http: {addr: '127.0.0.1:$port'}
 	EOF
 	background registry docker-registry serve "$dir/registry.yml"
-	await "the registry" bash -c "kill -0 ${pids[-1]} && exec 3<>/dev/tcp/127.0.0.1/$port" && break
+	if await "the registry" bash -c "kill -0 ${pids[-1]} && exec 3<>/dev/tcp/127.0.0.1/$port"; then
+		registry=127.0.0.1:$port
+		break
+	fi
 done
-image=127.0.0.1:$port/hello
-echo "on 127.0.0.1:$port"
+[ -n "$registry" ]
+image=$registry/hello
+echo "on $registry"
 
 step "An image: busybox and a program with a secret in it"
 secret="the recipe is $(date +%s%N)"
@@ -165,11 +174,14 @@ for tag in plain encrypted; do
 	head -c 64 "$file" | od -An -tx1z
 done
 [ "$(grep -ac "$secret" "$(blob plain)")" -gt 0 ]
-! grep -aq "$secret" "$(blob encrypted)"
+if grep -aq "$secret" "$(blob encrypted)"; then
+	echo "the registry can read the secret" >&2
+	exit 1
+fi
 
 step "The node pulls it, decrypting on the way, and runs it"
 ctr_of node images pull --plain-http "$image:encrypted" | tail -n 2
-output=$(ctr_of node run --rm "$image:encrypted" hello-$$ | tee /dev/stderr)
+output=$(ctr_of node run --rm "$image:encrypted" hello-$$ | tee >(cat >&2))
 grep -q "$secret" <<<"$output"
 
 step "The stranger pulls the same image and can't"

@@ -113,7 +113,7 @@ func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) 
 func oneLine(err error) string {
 	msg := strings.Join(strings.Fields(err.Error()), " ")
 	if errors.Is(err, processor.ErrNoPayload) {
-		msg += ": its client has to pass one, which CRI does with image_decryption.key_model = \"node\" and use_local_image_pull = true, and ctr-pilot does"
+		msg += ": its client has to pass one, which CRI does with image_decryption.key_model = \"node\" and use_local_image_pull = true, and ctr-pilot's pull, run and import do"
 	}
 	return msg
 }

@@ -1,0 +1,166 @@
+package image
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"strconv"
+	"strings"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// restoreAnnotation, on a manifest or an index, holds what decrypting can't
+// derive of the document that was encrypted. It has the prefix of the
+// encryption's other annotations so that whatever removes those removes it.
+const restoreAnnotation = processor.AnnotationPrefix + "pilot.restore"
+
+// restore is what restoreAnnotation holds, as a JSON object of strings: JSON
+// pointers (RFC 6901) into the document, and the JSON text that stood there: a
+// media type of Docker's or an unusual spelling of one or of a digest,
+// annotations that are empty or were of encryption, URLs.
+type restore map[string]string
+
+// plainKey is the key in restore of a list of digests, with spaces between
+// them: the entries of an index that were not encrypted when it was. One of
+// them that is not here later can't hold encrypted layers.
+const plainKey = "plain"
+
+// note keeps the text at a place, unless one is kept already: an image may be
+// encrypted in several steps.
+func (r restore) note(at string, text []byte) {
+	if r[at] == "" {
+		r[at] = string(text)
+	}
+}
+
+// restoreOf returns what doc's annotation says, or nil. The annotation is
+// anybody's input, but so is the whole document.
+func restoreOf(doc []byte) (restore, error) {
+	annotations, err := get(doc, "annotations")
+	if err != nil || annotations == nil || string(annotations) == "null" {
+		return nil, err
+	}
+	text, err := get(annotations, restoreAnnotation)
+	if err != nil || text == nil {
+		return nil, err
+	}
+	var r restore
+	if json.Unmarshal([]byte(unquote(text)), &r) != nil || r == nil {
+		return nil, fmt.Errorf("annotation %s is damaged", restoreAnnotation)
+	}
+	return r, nil
+}
+
+// plain returns the digests under plainKey.
+func (r restore) plain() []string { return strings.Fields(r[plainKey]) }
+
+// write sets doc's annotation, or removes it if there is nothing to say.
+func (r restore) write(doc []byte) ([]byte, error) {
+	if len(r) == 0 {
+		return dropRestore(doc, true)
+	}
+	annotations, err := get(doc, "annotations")
+	if err != nil {
+		return nil, err
+	}
+	if annotations != nil {
+		var had map[string]string
+		if err := json.Unmarshal(annotations, &had); err != nil {
+			return nil, err
+		}
+		if len(had) == 0 {
+			r.note("/annotations", annotations)
+		}
+	}
+	value, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	return setAnnotations(doc, annotations, map[string]string{restoreAnnotation: string(value)})
+}
+
+// dropRestore removes the annotation from doc's.
+func dropRestore(doc []byte, whole bool) ([]byte, error) {
+	annotations, err := get(doc, "annotations")
+	if err != nil || annotations == nil || string(annotations) == "null" {
+		return doc, err
+	}
+	if text, err := get(annotations, restoreAnnotation); err != nil || text == nil {
+		return doc, err
+	}
+	return removeAnnotations(doc, func(key string) bool { return key == restoreAnnotation }, whole)
+}
+
+// apply gives doc back what it had, where that still fits, and returns it with
+// its media type.
+func (r restore) apply(doc []byte, mediaType, list string) (_ []byte, _ string, err error) {
+	if doc, err = dropRestore(doc, r["/annotations"] == ""); err != nil {
+		return nil, "", err
+	}
+	if doc, err = r.replace(doc, "/annotations"); err != nil {
+		return nil, "", err
+	}
+	if doc, err = r.replace(doc, "/mediaType"); err != nil {
+		return nil, "", err
+	}
+	if text, err := get(doc, "mediaType"); err != nil {
+		return nil, "", err
+	} else if docker := unquote(text); dockerTypes[docker] == mediaType {
+		mediaType = docker
+	}
+	doc, err = edited(doc, "config", func(config []byte) ([]byte, error) { return r.replace(config, "/config/mediaType") })
+	if err != nil {
+		return nil, "", err
+	}
+	doc, err = edited(doc, list, func(array []byte) ([]byte, error) {
+		return mapElements(array, func(i int, element []byte) (_ []byte, err error) {
+			at := "/" + list + "/" + strconv.Itoa(i)
+			for _, key := range []string{"/mediaType", "/digest", "/annotations", "/urls"} {
+				if element, err = r.replace(element, at+key); err != nil {
+					return nil, fmt.Errorf("%s: %w", at, err)
+				}
+			}
+			return element, nil
+		})
+	})
+	return doc, mediaType, err
+}
+
+// replace puts back the text that stood at a place, which is a member of doc,
+// if it says the same as what is there now.
+func (r restore) replace(doc []byte, at string) ([]byte, error) {
+	text := r[at]
+	if text == "" || !json.Valid([]byte(text)) {
+		return doc, nil
+	}
+	key := at[strings.LastIndex(at, "/")+1:]
+	has, err := get(doc, key)
+	if err != nil || has == nil || !same(key, []byte(text), has) {
+		return doc, err
+	}
+	return set(doc, key, []byte(text))
+}
+
+// same reports whether the text that a member of a document or a descriptor had
+// and that which it has say the same, but for encryption.
+func same(key string, had, has []byte) bool {
+	switch key {
+	case "mediaType":
+		had := unquote(had)
+		return had != "" && (had == unquote(has) || dockerTypes[had] == unquote(has))
+	case "digest":
+		return unquote(had) != "" && unquote(had) == unquote(has)
+	case "urls":
+		var was, is []string
+		return json.Unmarshal(had, &was) == nil && json.Unmarshal(has, &is) == nil && len(is) == 0
+	case "annotations":
+		var was, is map[string]string
+		if json.Unmarshal(had, &was) != nil || json.Unmarshal(has, &is) != nil {
+			return false
+		}
+		maps.DeleteFunc(was, func(key, _ string) bool { return ofEncryption(key) })
+		return maps.Equal(was, is)
+	}
+	return false
+}

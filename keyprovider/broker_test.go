@@ -1,0 +1,168 @@
+package keyprovider
+
+import (
+	"context"
+	"encoding/json"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containers/ocicrypt/config"
+	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
+
+	broker "github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// testBroker is a real broker.
+type testBroker struct {
+	dir  string
+	url  string      // of its socket
+	keys broker.Keys // through its admin socket
+	tcp  string      // http://HOST:PORT, which the original's API needs
+}
+
+// startBroker runs a broker that has the KEKs given, nil ones new.
+func startBroker(t *testing.T, keks map[string][]byte) *testBroker {
+	t.Helper()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := free.Addr().String()
+	free.Close()
+	b := &testBroker{dir: t.TempDir(), tcp: "http://" + address}
+	// The socket is opened last, so once it answers the address does too.
+	socket := filepath.Join(b.dir, "s")
+	b.url = "unix://" + socket
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- broker.Serve(ctx, broker.Config{Dir: b.dir, Listen: []string{address, b.url}, InsecureLoopback: true})
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	for range 200 {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		conn.Close()
+		if b.keys, err = broker.OpenKeys(b.dir, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { b.keys.Close() })
+		for id, key := range keks {
+			if _, err := b.keys.Create(id, key); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return b
+	}
+	t.Fatal("the broker does not start")
+	return nil
+}
+
+// rotate gives a KEK so many new versions.
+func (b *testBroker) rotate(t *testing.T, id string, times int) {
+	t.Helper()
+	for range times {
+		if _, err := b.keys.Rotate(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// asked counts how often the broker was asked for a KEK.
+func (b *testBroker) asked(t *testing.T, id string) int {
+	t.Helper()
+	log, err := os.ReadFile(filepath.Join(b.dir, "audit.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(log), `"action":"export","kek":"`+id+`"`)
+}
+
+// newProvider returns a provider with nothing in its cache.
+func newProvider(t *testing.T, url string, conf Config) *Provider {
+	t.Helper()
+	c, err := copilot.New(copilot.Config{URL: url, Timeout: 2 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return New(c, conf)
+}
+
+const secret = `{"symkey":"…"}`
+
+// parameters are those of recipients or of keys provider:pilot:ID.
+func parameters(ids []string) map[string][][]byte {
+	list := [][]byte{}
+	for _, id := range ids {
+		list = append(list, []byte(id))
+	}
+	return map[string][][]byte{"pilot": list}
+}
+
+func wrapRequest(t *testing.T, ids ...string) []byte {
+	t.Helper()
+	return request(t, ocicrypt.KeyProviderKeyWrapProtocolInput{Operation: ocicrypt.OpKeyWrap, KeyWrapParams: ocicrypt.KeyWrapParams{
+		Ec: &config.EncryptConfig{Parameters: parameters(ids)}, OptsData: []byte(secret),
+	}})
+}
+
+func unwrapRequest(t *testing.T, annotation []byte, ids ...string) []byte {
+	t.Helper()
+	return request(t, ocicrypt.KeyProviderKeyWrapProtocolInput{Operation: ocicrypt.OpKeyUnwrap, KeyUnwrapParams: ocicrypt.KeyUnwrapParams{
+		Dc: &config.DecryptConfig{Parameters: parameters(ids)}, Annotation: annotation,
+	}})
+}
+
+func request(t *testing.T, in ocicrypt.KeyProviderKeyWrapProtocolInput) []byte {
+	t.Helper()
+	b, err := json.Marshal(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// wrapFor returns the annotation of the secret, wrapped for KEKs.
+func wrapFor(t *testing.T, p *Provider, ids ...string) []byte {
+	t.Helper()
+	b, err := p.WrapKey(t.Context(), wrapRequest(t, ids...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answerOf(t, b).KeyWrapResults.Annotation
+}
+
+// unwraps unwraps an annotation, with the KEKs that are named if any are. It
+// is an error of the test if what comes out is not the secret.
+func unwraps(t *testing.T, p *Provider, annotation []byte, ids ...string) error {
+	t.Helper()
+	b, err := p.UnwrapKey(t.Context(), unwrapRequest(t, annotation, ids...))
+	if err != nil {
+		return err
+	}
+	if got := answerOf(t, b).KeyUnwrapResults.OptsData; string(got) != secret {
+		t.Errorf("it unwraps to %q", got)
+	}
+	return nil
+}
+
+func answerOf(t *testing.T, b []byte) (out ocicrypt.KeyProviderKeyWrapProtocolOutput) {
+	t.Helper()
+	if err := json.Unmarshal(b, &out); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}

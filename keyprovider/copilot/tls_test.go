@@ -1,0 +1,221 @@
+package copilot
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	broker "github.com/ctrlplane/pilot/copilot"
+)
+
+// tlsBroker is a real broker that answers TLS on 127.0.0.1 and has the KEK
+// team-a.
+type tlsBroker struct{ url, auditLog string }
+
+func startTLSBroker(t *testing.T, server keyPair, clients *authority) tlsBroker {
+	t.Helper()
+	dir := t.TempDir()
+	keys, err := broker.OpenKeys(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.Create("team-a", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := keys.Close(); err != nil {
+		t.Fatal(err)
+	}
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := free.Addr().String()
+	free.Close()
+	// The socket is opened last, so once it answers the address does too.
+	socket := filepath.Join(dir, "s")
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- broker.Serve(ctx, broker.Config{
+			Dir: dir, Listen: []string{address, "unix://" + socket},
+			TLSCert: server.cert, TLSKey: server.key, TLSClientCA: clients.file,
+		})
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	for range 200 {
+		if conn, err := net.Dial("unix", socket); err == nil {
+			conn.Close()
+			return tlsBroker{"https://" + address, filepath.Join(dir, "audit.log")}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the broker does not start")
+	return tlsBroker{}
+}
+
+// audited returns the audit log's entries of an action.
+func (b tlsBroker) audited(t *testing.T, action string) []broker.Entry {
+	t.Helper()
+	log, err := os.ReadFile(b.auditLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []broker.Entry
+	for line := range bytes.Lines(log) {
+		var e broker.Entry
+		if err := json.Unmarshal(line, &e); err == nil && e.Action == action {
+			list = append(list, e)
+		}
+	}
+	return list
+}
+
+// newTLSClient returns a client and its transport.
+func newTLSClient(t *testing.T, conf Config) (*Client, *http.Transport) {
+	t.Helper()
+	conf.Timeout = 5 * time.Second
+	c, err := New(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.http.CloseIdleConnections)
+	return c, c.http.Transport.(*http.Transport)
+}
+
+func TestTLS(t *testing.T) {
+	t.Parallel()
+	ca, other := newAuthority(t), newAuthority(t)
+	b := startTLSBroker(t, ca.issue(t, named("broker")), ca)
+	right, wrong := ca.issue(t, named("node")), other.issue(t, named("node"))
+	expired := ca.issue(t, x509.Certificate{NotAfter: time.Now().Add(-time.Minute)})
+	for _, test := range []struct {
+		name         string
+		conf         Config
+		is           error // nil: it works
+		want, reason string
+	}{
+		{"right", Config{CAFile: ca.file, CertFile: right.cert, KeyFile: right.key}, nil, "", ""},
+		{"no certificate", Config{CAFile: ca.file}, ErrForbidden, "does not accept broker-cert", "didn't provide a certificate"},
+		{"another CA's certificate", Config{CAFile: ca.file, CertFile: wrong.cert, KeyFile: wrong.key}, ErrForbidden, "does not accept broker-cert", "unknown authority"},
+		{"an expired certificate", Config{CAFile: ca.file, CertFile: expired.cert, KeyFile: expired.key}, ErrForbidden, "does not accept broker-cert", "expired"},
+		{"a broker of another CA", Config{CAFile: other.file, CertFile: right.cert, KeyFile: right.key}, ErrUnavailable, "unknown authority", "bad certificate"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.conf.URL = b.url
+			c, transport := newTLSClient(t, test.conf)
+			var connections atomic.Int32
+			transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+				connections.Add(1)
+				return new(net.Dialer).DialContext(ctx, network, address)
+			}
+			before := len(b.audited(t, "connect"))
+			kek, err := c.KEK(t.Context(), "team-a", 0)
+			if got := connections.Load(); got != 1 {
+				t.Errorf("%d connections, want 1", got)
+			}
+			if test.is == nil {
+				if err != nil || len(kek.Key) != 32 {
+					t.Errorf("got %d bytes, %v", len(kek.Key), err)
+				}
+				return
+			}
+			if !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "tried") {
+				t.Errorf("got %v, want %v: %q", err, test.is, test.want)
+			}
+			// The broker notices when the client is gone already.
+			var lines []broker.Entry
+			for range 200 {
+				if lines = b.audited(t, "connect")[before:]; len(lines) > 0 {
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			if len(lines) != 1 || lines[0].Verdict != "denied" || !strings.Contains(lines[0].Reason, test.reason) || !strings.HasPrefix(lines[0].From, "127.0.0.1:") {
+				t.Errorf("audited: %+v, want one denied for %q", lines, test.reason)
+			}
+		})
+	}
+	if got := len(b.audited(t, "export")); got != 1 {
+		t.Errorf("%d KEKs were handed out, want 1", got)
+	}
+}
+
+// TestReplacedCertificates replaces the files of both sides while both run.
+func TestReplacedCertificates(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	server, node := ca.issue(t, named("first broker")), ca.issue(t, named("first node"))
+	b := startTLSBroker(t, server, ca)
+	c, transport := newTLSClient(t, Config{URL: b.url, CAFile: ca.file, CertFile: node.cert, KeyFile: node.key})
+	var answered atomic.Value
+	transport.TLSClientConfig.VerifyConnection = func(state tls.ConnectionState) error {
+		answered.Store(state.PeerCertificates[0].Subject.CommonName)
+		return nil
+	}
+	expect := func(which string) {
+		t.Helper()
+		c.http.CloseIdleConnections()
+		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := answered.Load(); got != which+" broker" {
+			t.Errorf("the certificate of %q answers, want the %s", got, which)
+		}
+		lines := b.audited(t, "export")
+		if got := lines[len(lines)-1].Who; got != "cn:"+which+" node" {
+			t.Errorf("%q asks, want the %s", got, which)
+		}
+	}
+	expect("first")
+	ca.reissue(t, server, named("second broker"))
+	ca.reissue(t, node, named("second node"))
+	expect("second")
+}
+
+// TestIdentity checks how the holder of a certificate stands in the audit log.
+func TestIdentity(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	b := startTLSBroker(t, ca.issue(t, named("broker")), ca)
+	subject := pkix.Name{CommonName: "node-7"}
+	names := []string{"node-7.example.com", "other.example.com"}
+	web := &url.URL{Scheme: "https", Host: "example.com"}
+	spiffe := &url.URL{Scheme: "spiffe", Host: "example.com", Path: "/node/7"}
+	for _, test := range []struct {
+		template x509.Certificate
+		want     string
+	}{
+		{x509.Certificate{Subject: subject, DNSNames: names, URIs: []*url.URL{web, spiffe}}, "spiffe://example.com/node/7"},
+		{x509.Certificate{Subject: subject, DNSNames: names, URIs: []*url.URL{web}}, "dns:node-7.example.com"},
+		{x509.Certificate{Subject: subject}, "cn:node-7"},
+	} {
+		files := ca.issue(t, test.template)
+		c, _ := newTLSClient(t, Config{URL: b.url, CAFile: ca.file, CertFile: files.cert, KeyFile: files.key})
+		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
+			t.Errorf("%s: %v", test.want, err)
+			continue
+		}
+		lines := b.audited(t, "export")
+		if got := lines[len(lines)-1].Who; got != test.want {
+			t.Errorf("audited as %q, want %q", got, test.want)
+		}
+	}
+}
