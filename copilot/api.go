@@ -201,7 +201,8 @@ func writeProblem(w http.ResponseWriter, e Entry, err error) {
 }
 
 func (a *api) exportOriginal(_ *http.Request, e *Entry) (any, error) {
-	key, version, err := a.store.Key(originalID(e.KEK), 0)
+	e.KEK = originalID(e.KEK)
+	key, version, err := a.store.Key(e.KEK, 0)
 	e.Version = version
 	return raw(key), err
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/unixsocket"
 )
 
@@ -113,7 +114,11 @@ func (l serverLog) Write(b []byte) (int, error) {
 	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
 	from, reason, _ := strings.Cut(refused, ": ")
 	if ok && reason != "EOF" { // a probe that said nothing
-		err := l.audit.Write(Entry{Action: "connect", Who: "anonymous", From: from, Verdict: verdictDenied, Reason: reason})
+		e := Entry{Action: "connect", Who: "anonymous", From: from, Verdict: verdictFailed, Reason: reason}
+		if strings.Contains(reason, "certificate") {
+			e.Verdict = verdictDenied
+		}
+		err := l.audit.Write(e)
 		if err != nil {
 			logrus.WithError(err).Error("refused connection not audited")
 		}
@@ -136,11 +141,8 @@ func (c Config) tls() (*tls.Config, error) {
 	if c.TLSCert == "" || c.TLSKey == "" || c.TLSClientCA == "" {
 		return nil, errors.New("--tls-cert, --tls-key and --tls-client-ca go together")
 	}
-	load := func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-		cert, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
-		return &cert, err
-	}
-	if _, err := load(nil); err != nil {
+	pair, err := certfile.Load(c.TLSCert, c.TLSKey)
+	if err != nil {
 		return nil, fmt.Errorf("--tls-cert: %w", err)
 	}
 	pem, err := os.ReadFile(c.TLSClientCA)
@@ -152,7 +154,7 @@ func (c Config) tls() (*tls.Config, error) {
 		return nil, fmt.Errorf("--tls-client-ca: %s holds no certificate", c.TLSClientCA)
 	}
 	return &tls.Config{
-		GetCertificate: load, // anew, so that the files can be replaced
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Certificate(), nil },
 		ClientCAs:      clients,
 		ClientAuth:     tls.RequireAndVerifyClientCert,
 		MinVersion:     tls.VersionTLS12,

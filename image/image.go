@@ -262,8 +262,11 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 
 	w.seen++
 	changes, err := w.change(ctx, manifest.Layers, chosen)
+	if err != nil && desc.Platform != nil {
+		err = fmt.Errorf("platform %s: %w", platforms.FormatAll(*desc.Platform), err)
+	}
 	if err != nil {
-		return outcome{}, fmt.Errorf("%w%s", err, ofPlatform(platform))
+		return outcome{}, err
 	}
 	layers := slices.Clone(manifest.Layers)
 	for i, c := range changes {

@@ -101,20 +101,31 @@ func TestInterrupted(t *testing.T) {
 	before := blobs()
 
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
-		cmd := c.ctrPilot("images", "encrypt", "--recipient", "jwe:"+public, "example.com/big:1", fmt.Sprintf("example.com/big:%d", signal))
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		await(t, "the encryption is under way", func() error {
-			if entries, _ := filepath.Glob(dir + "/ci/root/io.containerd.content.v1.content/ingest/*"); len(entries) == 0 {
-				return os.ErrNotExist
+		name := fmt.Sprintf("example.com/big:%d", signal)
+		interrupt := func() error {
+			cmd := c.ctrPilot("images", "encrypt", "--recipient", "jwe:"+public, "example.com/big:1", name)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
 			}
-			return nil
-		})
-		time.Sleep(20 * time.Millisecond)
-		cmd.Process.Signal(signal)
-		if err := cmd.Wait(); err == nil {
-			t.Fatalf("%s: it was done before it was stopped", signal)
+			done := make(chan error)
+			go func() { done <- cmd.Wait() }()
+			for {
+				if entries, _ := filepath.Glob(dir + "/ci/root/io.containerd.content.v1.content/ingest/*"); len(entries) > 0 {
+					cmd.Process.Signal(signal)
+					return <-done
+				}
+				select {
+				case err := <-done:
+					return err
+				case <-time.After(time.Millisecond):
+				}
+			}
+		}
+		for tries := 1; interrupt() == nil; tries++ {
+			if tries == 10 {
+				t.Fatalf("%s: it was always done before it was stopped", signal)
+			}
+			output(t, c.ctrPilot("images", "remove", "--sync", name))
 		}
 		if out := output(t, c.ctrPilot("images", "list", "-q")); strings.TrimSpace(out) != "example.com/big:1" {
 			t.Errorf("%s: images: %s", signal, out)

@@ -122,6 +122,19 @@ func (c *cache) lookup(key cacheKey) (_ copilot.KEK, _ error, ok bool) {
 	return copilot.KEK{}, nil, false
 }
 
+// forgetCurrent makes the next get of a KEK's current version ask which that is,
+// and reports whether this can change anything: not right after it was asked.
+func (c *cache) forgetCurrent(id string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	el, ok := c.current[id]
+	if !ok || c.now().Sub(el.Value.(*cacheEntry).isCurrent) < errorTTL {
+		return false
+	}
+	delete(c.current, id)
+	return true
+}
+
 func (c *cache) expired(e *cacheEntry, now time.Time) bool {
 	return c.ttl > 0 && now.Sub(e.fetched) >= c.ttl || c.idle > 0 && now.Sub(e.used) >= c.idle
 }

@@ -207,6 +207,16 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 // unwrapWith unwraps a with the version of the KEK that it names, or else with
 // any. It returns the KEK without its key.
 func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
+	optsdata, kek, err := p.tryVersions(ctx, a, id)
+	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.forgetCurrent(id) {
+		// It may have been wrapped with a version newer than what was
+		// current when that was fetched.
+		return p.tryVersions(ctx, a, id)
+	}
+	return optsdata, kek, err
+}
+
+func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
 	var first error
 	version := a.KEKVersion
 	for range maxVersions {

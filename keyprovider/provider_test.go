@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
@@ -101,6 +102,27 @@ func TestParameters(t *testing.T) {
 }
 
 // TestOriginalAcrossRotations unwraps what does not say which version it takes.
+// TestRotatedSince unwraps, with a KEK in the cache, what was wrapped with a
+// version that came after it.
+func TestRotatedSince(t *testing.T) {
+	b := startBroker(t, map[string][]byte{"a": nil})
+	for name, url := range map[string]string{"copilot": b.url, "original broker": b.tcp + "/api/v1/key"} {
+		conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"a"}, CacheSize: 10}
+		p := newProvider(t, url, conf)
+		now := time.Now()
+		p.keks.now = func() time.Time { return now }
+		if err := unwraps(t, p, wrapFor(t, newProvider(t, url, conf), "a")); err != nil {
+			t.Fatal(err)
+		}
+		b.rotate(t, "a", 1)
+		since := wrapFor(t, newProvider(t, url, conf), "a")
+		now = now.Add(errorTTL)
+		if err := unwraps(t, p, since); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestOriginalAcrossRotations(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil, "b": bytes.Repeat([]byte("b"), 16)})
 	conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"a", "b"}, CacheSize: 10}
@@ -121,14 +143,14 @@ func TestOriginalAcrossRotations(t *testing.T) {
 			t.Errorf("%s, named: %v", name, err)
 		}
 	}
-	// The one that it was wrapped with is still tried, and no older one is.
-	b.rotate(t, "a", maxVersions-4)
+	// The current version and 15 older ones are tried, and no more.
+	b.rotate(t, "a", 16-4)
 	if err := unwraps(t, newProvider(t, b.url, conf), annotations["a version 1"], "a"); err != nil {
-		t.Errorf("%d versions: %v", maxVersions, err)
+		t.Errorf("16 versions: %v", err)
 	}
 	b.rotate(t, "a", 1)
 	if err := unwraps(t, newProvider(t, b.url, conf), annotations["a version 1"], "a"); !errors.Is(err, ErrWrongKEK) {
-		t.Errorf("%d versions: %v", maxVersions+1, err)
+		t.Errorf("17 versions: %v", err)
 	}
 }
 

@@ -2,6 +2,7 @@ package keyprovider
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -166,12 +167,11 @@ func refused(t *testing.T, url string, timeout time.Duration, code codes.Code, w
 		t.Fatal(err)
 	}
 	c := serveGRPC(t, url, timeout)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
 	for name, call := range map[string]func() error{
-		"wrap": func() error { _, err := c.WrapKey(t.Context(), message(wrapRequest(t, "a"))); return err },
-		"unwrap": func() error {
-			_, err := c.UnWrapKey(t.Context(), message(unwrapRequest(t, annotation)))
-			return err
-		},
+		"wrap":   func() error { _, err := c.WrapKey(ctx, message(wrapRequest(t, "a"))); return err },
+		"unwrap": func() error { _, err := c.UnWrapKey(ctx, message(unwrapRequest(t, annotation))); return err },
 	} {
 		start := time.Now()
 		err := call()

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/unixsocket"
 )
@@ -85,7 +86,7 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	cert, err := tls.LoadX509KeyPair(string(c.TLSCert), string(c.TLSKey))
+	pair, err := certfile.Load(string(c.TLSCert), string(c.TLSKey))
 	if err != nil {
 		return nil, fmt.Errorf("tls-cert: %w", err)
 	}
@@ -98,10 +99,10 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 		return nil, fmt.Errorf("tls-client-ca: %s holds no certificate", c.TLSClientCA)
 	}
 	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(&tls.Config{
-		Certificates: []tls.Certificate{cert},
-		ClientCAs:    clients,
-		ClientAuth:   tls.RequireAndVerifyClientCert,
-		MinVersion:   tls.VersionTLS12,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Certificate(), nil },
+		ClientCAs:      clients,
+		ClientAuth:     tls.RequireAndVerifyClientCert,
+		MinVersion:     tls.VersionTLS12,
 	}))}, nil
 }
 

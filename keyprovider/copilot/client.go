@@ -78,7 +78,7 @@ func New(conf Config) (*Client, error) {
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}
-	c.try = max(leastTry, c.timeout/3)
+	c.try = min(c.timeout, max(leastTry, c.timeout/3))
 	return c, nil
 }
 
@@ -205,11 +205,16 @@ func (c *Client) call(ctx context.Context, method string, path []string, query u
 	u.RawQuery = query.Encode()
 
 	var tries backOff
+	var before error
 	for {
 		answer, retry, err := c.once(ctx, method, u.String(), body)
 		if err == nil || !retry.possible {
 			return answer, err
 		}
+		if ctx.Err() != nil && before != nil {
+			err = before // what it said tells more than that time ran out
+		}
+		before = err
 		if !tries.wait(ctx, retry.after) {
 			if !errors.Is(err, ErrUnavailable) {
 				err = fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -227,6 +232,7 @@ type retry struct {
 
 // once makes one request.
 func (c *Client) once(ctx context.Context, method, u string, body []byte) ([]byte, retry, error) {
+	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, c.try)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, u, bytes.NewReader(body))
@@ -246,7 +252,7 @@ func (c *Client) once(ctx context.Context, method, u string, body []byte) ([]byt
 			return nil, retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
-			err = fmt.Errorf("nothing came within %s: %w", c.try, err)
+			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
 		}
 		return nil, retry{possible: true}, err
 	}

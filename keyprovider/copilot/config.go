@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/ctrlplane/pilot/certfile"
 )
 
 // Config says where the broker is and how to reach it.
@@ -99,17 +101,11 @@ func (c Config) tls() (*tls.Config, error) {
 		return nil, errors.New("a client certificate and its private key go together")
 	}
 	if c.CertFile != "" {
-		load := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
-			if err != nil {
-				return nil, fmt.Errorf("client certificate: %w", err)
-			}
-			return &cert, nil
+		pair, err := certfile.Load(c.CertFile, c.KeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("client certificate: %w", err)
 		}
-		if _, err := load(nil); err != nil {
-			return nil, err
-		}
-		conf.GetClientCertificate = load
+		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair.Certificate(), nil }
 	}
 	return conf, nil
 }

@@ -76,10 +76,9 @@ func permanent(err error) error {
 		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
 			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrForbidden)
 		}
-		return ErrUnavailable
 	}
 	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
-		errors.As(err, &record) || errors.Is(err, syscall.EACCES) {
+		errors.As(err, &record) || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, syscall.EACCES) {
 		return ErrUnavailable
 	}
 	return nil

@@ -1,0 +1,44 @@
+// Package certfile holds a TLS certificate that may be replaced on disk while
+// it is in use, as short-lived ones are.
+package certfile
+
+import (
+	"crypto/tls"
+	"sync"
+
+	"github.com/sirupsen/logrus"
+)
+
+// Pair is a certificate and its private key, in PEM files. It is safe for
+// concurrent use.
+type Pair struct {
+	certFile, keyFile string
+
+	mu   sync.Mutex
+	last *tls.Certificate
+}
+
+// Load reads a pair for the first time.
+func Load(certFile, keyFile string) (*Pair, error) {
+	p := &Pair{certFile: certFile, keyFile: keyFile}
+	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err != nil {
+		return nil, err
+	}
+	p.last = &cert
+	return p, nil
+}
+
+// Certificate reads the files again. While one is replaced and the other is
+// not yet, it returns the certificate that they held before.
+func (p *Pair) Certificate() *tls.Certificate {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	cert, err := tls.LoadX509KeyPair(p.certFile, p.keyFile)
+	if err != nil {
+		logrus.WithError(err).WithField("certificate", p.certFile).Warn("certificate not read again: the one before is used")
+		return p.last
+	}
+	p.last = &cert
+	return p.last
+}

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	broker "github.com/ctrlplane/pilot/copilot"
+)
+
+// startBroker runs a broker that has the KEK team-a.
+func startBroker(t *testing.T) (url, auditLog string) {
+	t.Helper()
+	dir := t.TempDir()
+	keys, err := broker.OpenKeys(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.Create("team-a", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := keys.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	url = "unix://" + filepath.Join(dir, "s")
+	go func() { done <- broker.Serve(ctx, broker.Config{Dir: dir, Listen: []string{url}}) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	// pilot asks again until it answers.
+	return url, filepath.Join(dir, "audit.log")
+}
+
+// startServe runs "pilot serve" at an address until the test ends, when it has
+// to stop well.
+func startServe(t *testing.T, listen string, args ...string) {
+	t.Helper()
+	config := filepath.Join(t.TempDir(), "pilot.toml") // not this machine's
+	if err := os.WriteFile(config, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	cmd := exec.Command("pilot", append([]string{"serve", "--config", config, "--listen", listen}, args...)...)
+	cmd.Stderr = &said
+	// Under -race a program sleeps for a second before it exits.
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("pilot serve: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("pilot serve said: %s", said.Bytes())
+		}
+	})
+	network, address := "tcp", listen
+	if path, ok := strings.CutPrefix(listen, "unix://"); ok {
+		network, address = "unix", path
+	}
+	for range 500 {
+		if conn, err := net.Dial(network, address); err == nil {
+			conn.Close()
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("pilot serve does not start")
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// ask has a layer key wrapped.
+func ask(t *testing.T, address string, creds credentials.TransportCredentials) error {
+	t.Helper()
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(creds))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	input := []byte(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["dGVhbS1h"]}},"optsdata":"c2VjcmV0"}}`)
+	out, err := ocicryptpb.NewKeyProviderServiceClient(conn).WrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: input})
+	if err == nil && !strings.Contains(string(out.GetKeyProviderKeyWrapProtocolOutput()), "annotation") {
+		t.Errorf("answered %s", out.GetKeyProviderKeyWrapProtocolOutput())
+	}
+	return err
+}
+
+// TestServeTLS checks that over TCP only those are answered who have a
+// certificate.
+func TestServeTLS(t *testing.T) {
+	t.Parallel()
+	ca, other := newAuthority(t), newAuthority(t)
+	url, auditLog := startBroker(t)
+	address := freeAddress(t)
+	cert, key := ca.issue(t, "pilot")
+	startServe(t, address, "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", ca.file, "--broker", url, "--kek-cache-size", "0")
+
+	right := &tls.Config{RootCAs: ca.pool(), Certificates: []tls.Certificate{ca.client(t, "node")}}
+	if err := ask(t, address, credentials.NewTLS(right)); err != nil {
+		t.Fatalf("with a certificate: %v", err)
+	}
+	for name, creds := range map[string]credentials.TransportCredentials{
+		"without a certificate":          credentials.NewTLS(&tls.Config{RootCAs: ca.pool()}),
+		"with another CA's certificate":  credentials.NewTLS(&tls.Config{RootCAs: ca.pool(), Certificates: []tls.Certificate{other.client(t, "node")}}),
+		"with another CA for the server": credentials.NewTLS(&tls.Config{RootCAs: other.pool(), Certificates: right.Certificates}),
+		"without TLS":                    insecure.NewCredentials(),
+	} {
+		if err := ask(t, address, creds); err == nil {
+			t.Errorf("%s: it is answered", name)
+		}
+	}
+	log, err := os.ReadFile(auditLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(log), `"action":"export"`); n != 1 {
+		t.Errorf("the broker was asked %d times, want once, for the one with a certificate", n)
+	}
+}
+
+// TestServe checks the addresses that need no certificate.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	url, _ := startBroker(t)
+	socket := filepath.Join(t.TempDir(), "run", "s")
+	startServe(t, "unix://"+socket, "--broker", url)
+	if err := ask(t, "unix://"+socket, insecure.NewCredentials()); err != nil {
+		t.Errorf("on a socket: %v", err)
+	}
+	if info, err := os.Stat(socket); err != nil {
+		t.Error(err)
+	} else if info.Mode().Perm() != 0o600 {
+		t.Errorf("others may use the socket: mode %s", info.Mode())
+	}
+
+	address := freeAddress(t)
+	startServe(t, address, "--insecure-loopback", "--broker", url)
+	if err := ask(t, address, insecure.NewCredentials()); err != nil {
+		t.Errorf("on a loopback address: %v", err)
+	}
+}
