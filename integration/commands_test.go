@@ -46,7 +46,7 @@ func TestCommands(t *testing.T) {
 	})
 
 	t.Run("import", func(t *testing.T) {
-		n := newNode(t, tempDir(t), containerds()[0], conf, "")
+		n := newNode(t, tempDir(t), containerd2(), conf, "")
 		fails(t, n.ctrPilot("images", "import", "--key", other, dir+"/encrypted.tar"), "layer sha256:")
 		out := output(t, n.ctrPilot("images", "import", "--key", private, "--all-platforms", dir+"/encrypted.tar"))
 		if !strings.Contains(out, "unpacking "+ref+"encrypted") {
@@ -65,7 +65,7 @@ func TestCommands(t *testing.T) {
 	})
 
 	t.Run("use", func(t *testing.T) {
-		n := newNode(t, tempDir(t), containerds()[0], conf, "")
+		n := newNode(t, tempDir(t), containerd2(), conf, "")
 		fails(t, n.ctrPilot("images", "pull", "--plain-http", ref+"encrypted"), "no private key was given")
 		fails(t, n.ctrPilot("images", "pull", "--plain-http", "--key", other, ref+"encrypted"), "layer sha256:")
 		// It is fetched, but not unpacked. Each of these does.

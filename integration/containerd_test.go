@@ -15,6 +15,7 @@ type node struct {
 	dir      string
 	socket   string
 	ocicrypt string // the ocicrypt.conf that its stream processor and its users have
+	version
 	*process
 }
 
@@ -22,37 +23,42 @@ type node struct {
 type version struct {
 	name    string
 	command []string // that runs it
-	cri     string   // its configuration of CRI, as TOML
 	number  int      // of the configuration's format
+	images  string   // the CRI plugin that has images
 }
 
-// containerds returns the versions to test with. The newest is the first.
-func containerds() []version {
-	return []version{
-		{"2.4.2", []string{filepath.Join(tools, "bin/containerd")}, `
-[plugins.'io.containerd.cri.v1.images']
-  snapshotter = 'overlayfs'
-  use_local_image_pull = true
-[plugins.'io.containerd.cri.v1.images'.image_decryption]
-  key_model = 'node'
-`, 3},
-		{"1.6", []string{"/usr/bin/containerd"}, `
-[plugins.'io.containerd.grpc.v1.cri'.image_decryption]
-  key_model = 'node'
-`, 2},
+// containerd2, containerd17 and containerd16 are the versions to test with.
+func containerd2() version {
+	return version{"2.4.2", []string{filepath.Join(tools, "bin/containerd")}, 3, "io.containerd.cri.v1.images"}
+}
+
+// containerd17 is Debian 13's, with the libraries of that.
+func containerd17() version {
+	root := filepath.Join(tools, "trixie")
+	libraries, err := filepath.Glob(root + "/usr/lib/*-linux-gnu")
+	loader, loaderErr := filepath.Glob(root + "/usr/lib*/ld-linux-*")
+	if err != nil || loaderErr != nil || len(libraries) == 0 || len(loader) == 0 {
+		panic("no C library in " + root)
 	}
+	return version{"1.7", []string{loader[0], "--library-path", libraries[0], root + "/usr/bin/containerd"}, 2, "io.containerd.grpc.v1.cri"}
+}
+
+func containerd16() version {
+	return version{"1.6", []string{"/usr/bin/containerd"}, 2, "io.containerd.grpc.v1.cri"}
 }
 
 // newNode starts a containerd whose stream processors are pilot-decoder with
 // the key providers of ocicrypt and, if given, a directory of keys.
 func newNode(t *testing.T, dir string, v version, ocicrypt, keys string) *node {
 	t.Helper()
-	n := &node{t: t, dir: dir, socket: filepath.Join(dir, "containerd.sock"), ocicrypt: ocicrypt}
 	args := ""
 	if keys != "" {
 		args = fmt.Sprintf("  args = ['--decryption-keys-path', '%s']\n", keys)
 	}
-	conf := fmt.Sprintf("version = %d\nroot = '%s/root'\nstate = '%s/state'\n[grpc]\n  address = '%s'\n%s", v.number, dir, dir, n.socket, v.cri)
+	conf := fmt.Sprintf("[plugins.'%s'.image_decryption]\n  key_model = 'node'\n", v.images)
+	if v.number > 2 {
+		conf += fmt.Sprintf("[plugins.'%s']\n  use_local_image_pull = true\n", v.images)
+	}
 	// The README's configuration.
 	for id, types := range map[string][]string{"tar": {"tar"}, "tar.gzip": {"tar+gzip", "tar+zstd"}} {
 		var accepts []string
@@ -62,15 +68,66 @@ func newNode(t *testing.T, dir string, v version, ocicrypt, keys string) *node {
 		conf += fmt.Sprintf("[stream_processors.'io.containerd.ocicrypt.decoder.v1.%s']\n  accepts = [%s]\n  returns = 'application/vnd.oci.image.layer.v1.%s'\n  path = '%s/pilot-decoder'\n  env = ['OCICRYPT_KEYPROVIDER_CONFIG=%s']\n%s",
 			id, strings.Join(accepts, ", "), types[0], bin, ocicrypt, args)
 	}
-	file := write(t, filepath.Join(dir, "config.toml"), conf)
-	cmd := exec.Command(v.command[0], append(v.command[1:], "--config", file)...)
-	// Each finds the shim beside itself.
-	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(v.command[0])+":/usr/sbin:/usr/bin:/sbin:/bin")
-	n.process = start(t, dir, "containerd-"+v.name, cmd)
-	await(t, "containerd "+v.name, func() error {
+	return startNode(t, dir, v, ocicrypt, conf)
+}
+
+// differNode is how a containerd with pilot as its differ is set up.
+type differNode struct {
+	v           version
+	snapshotter string // default: overlayfs
+	sandbox     string // the image of pods' sandboxes
+	local       bool   // CRI pulls images itself, on containerd 2.x
+}
+
+// newDifferNode starts a containerd whose differ is the pilot of the same
+// directory. No client of it has a key provider of its own.
+func newDifferNode(t *testing.T, dir string, d differNode) *node {
+	t.Helper()
+	if d.snapshotter == "" {
+		d.snapshotter = "overlayfs"
+	}
+	conf := fmt.Sprintf("[proxy_plugins.pilot]\n  type = 'diff'\n  address = '%s/diff.sock'\n", dir)
+	conf += "[plugins.'io.containerd.service.v1.diff-service']\n  default = ['pilot', 'walking']\n"
+	if d.v.number > 2 {
+		conf += fmt.Sprintf("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/%s'\n  snapshotter = '%s'\n  differ = 'pilot'\n", goarch, d.snapshotter)
+		conf += fmt.Sprintf("[plugins.'%s']\n  snapshotter = '%s'\n  use_local_image_pull = %v\n", d.v.images, d.snapshotter, d.local)
+		// A machine that is a container itself may not lower OOM scores.
+		conf += "[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"
+		conf += fmt.Sprintf("[plugins.'%s'.pinned_images]\n  sandbox = '%s'\n", d.v.images, d.sandbox)
+	} else {
+		conf += fmt.Sprintf("[plugins.'%s']\n  sandbox_image = '%s'\n  restrict_oom_score_adj = true\n", d.v.images, d.sandbox)
+		conf += fmt.Sprintf("[plugins.'%s'.containerd]\n  snapshotter = '%s'\n", d.v.images, d.snapshotter)
+	}
+	return startNode(t, dir, d.v, "", conf)
+}
+
+// startNode starts a containerd with that configuration besides its
+// directories.
+func startNode(t *testing.T, dir string, v version, ocicrypt, conf string) *node {
+	t.Helper()
+	n := &node{t: t, dir: dir, socket: filepath.Join(dir, "containerd.sock"), ocicrypt: ocicrypt, version: v}
+	conf = fmt.Sprintf("version = %d\nroot = '%s/root'\nstate = '%s/state'\n[grpc]\n  address = '%s'\n", v.number, dir, dir, n.socket) + conf
+	write(t, filepath.Join(dir, "config.toml"), conf)
+	n.start(t)
+	return n
+}
+
+// start starts the node's containerd.
+func (n *node) start(t *testing.T) {
+	t.Helper()
+	cmd := exec.Command(n.command[0], append(n.command[1:], "--config", filepath.Join(n.dir, "config.toml"))...)
+	// The newest has its shim beside itself.
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(n.command[0])+":/usr/sbin:/usr/bin:/sbin:/bin")
+	n.process = start(t, n.dir, "containerd-"+n.name, cmd)
+	await(t, "containerd "+n.name, func() error {
 		return exec.Command(filepath.Join(tools, "bin/ctr"), "--address", n.socket, "version").Run()
 	})
-	return n
+}
+
+// ctr returns a command of containerd's own ctr on this node.
+func (n *node) ctr(args ...string) *exec.Cmd {
+	n.t.Helper()
+	return command(n.t, filepath.Join(tools, "bin/ctr"), append([]string{"--address", n.socket}, args...)...)
 }
 
 // ctrPilot returns a command of ctr-pilot on this node.

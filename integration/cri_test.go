@@ -21,7 +21,7 @@ type ci struct {
 
 func newCI(t *testing.T, dir, ocicrypt string) *ci {
 	t.Helper()
-	c := &ci{node: newNode(t, dir, containerds()[0], ocicrypt, ""), secrets: map[string]string{}}
+	c := &ci{node: newNode(t, dir, containerd2(), ocicrypt, ""), secrets: map[string]string{}}
 	c.registry, c.storage = registry(t, dir)
 	return c
 }
@@ -105,7 +105,7 @@ func TestCRI(t *testing.T) {
 	defer silent.Close()
 
 	all := t
-	for _, v := range containerds() {
+	for _, v := range []version{containerd2(), containerd16()} {
 		t.Run(v.name, func(t *testing.T) {
 			home := tempDir(t)
 			_, conf := pilot(t, home, brokerURL, "--kek-cache-size", "0")
@@ -128,7 +128,7 @@ func TestCRI(t *testing.T) {
 			}
 
 			// A client that passes no payload, as containerd's own pull does.
-			fails(t, command(t, filepath.Join(tools, "bin/ctr"), "--address", n.socket, "images", "pull", "--local", "--plain-http", forNode["tar"]),
+			fails(t, n.ctr("images", "pull", "--local", "--plain-http", forNode["tar"]),
 				"pilot-decoder: containerd passed no decryption payload")
 
 			brokerProcess.stop(t)
@@ -152,7 +152,7 @@ func TestDecoderErrorsReachTheUser(t *testing.T) {
 	c := newCI(t, dir+"/ci", ociConf)
 	image := c.image(kinds[1], "provider:pilot:team-a")
 	_, conf := pilot(t, dir+"/node", otherURL)
-	for _, v := range containerds() {
+	for _, v := range []version{containerd2(), containerd16()} {
 		n := newNode(t, filepath.Join(dir, v.name), v, conf, "")
 		for range 15 {
 			fails(t, n.crictl("pull", image), "pilot-decoder: layer sha256:", `KEK "team-a"`, "no such KEK")

@@ -16,7 +16,7 @@ func TestEncryptPushPullRun(t *testing.T) {
 	_, strangerURL := broker(t, dir+"/other", "team-b")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
 	_, strangerConf := pilot(t, dir+"/stranger", strangerURL)
-	latest := containerds()[0]
+	latest := containerd2()
 	ci := newNode(t, dir+"/ci", latest, ociConf, "")
 	receiver := newNode(t, dir+"/node", latest, ociConf, "")
 	stranger := newNode(t, dir+"/stranger", latest, strangerConf, "")

@@ -249,7 +249,8 @@ func broker(t *testing.T, dir string, keks ...string) (*process, string) {
 func pilot(t *testing.T, dir, broker string, args ...string) (*process, string) {
 	t.Helper()
 	socket := filepath.Join(dir, "keyprovider.sock")
-	p := start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--listen", "unix://" + socket, "--broker", broker}, args...)...))
+	p := start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + socket, "--broker", broker,
+		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock"}, args...)...))
 	await(t, "pilot", answers(socket))
 	return p, write(t, filepath.Join(dir, "ocicrypt.conf"), `{"key-providers": {"pilot": {"grpc": "unix://`+socket+`"}}}`)
 }

@@ -17,7 +17,7 @@ import (
 func TestRecipients(t *testing.T) {
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
-	c := newNode(t, dir+"/ci", containerds()[0], conf, "")
+	c := newNode(t, dir+"/ci", containerd2(), conf, "")
 	private, public := keyPair(t, dir+"/keys")
 	other, _ := keyPair(t, dir+"/other")
 	cert := dir + "/cert.pem"
@@ -86,7 +86,7 @@ func hsmKey(t *testing.T, dir, private string) string {
 func TestInterrupted(t *testing.T) {
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
-	c := newNode(t, dir+"/ci", containerds()[0], conf, "")
+	c := newNode(t, dir+"/ci", containerd2(), conf, "")
 	_, public := keyPair(t, dir+"/keys")
 	l := newLayout(t)
 	k := kinds[0]

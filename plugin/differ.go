@@ -1,6 +1,9 @@
 // Package plugin is pilot inside containerd: a differ that decrypts the layers
 // of an image while it unpacks them. containerd hands a differ the layer's
 // whole descriptor, so no client has to pass anything about decryption.
+//
+// It runs as a proxy plugin, in a process of its own (see [Register]), or
+// compiled into containerd (see package builtin below this one).
 package plugin
 
 import (
@@ -8,12 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/plugins/diff/erofs"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
@@ -26,39 +31,63 @@ import (
 // Config says how a [Differ] works.
 type Config struct {
 	// Layers is how many encrypted layers are unpacked at once at most.
-	// Each takes two buffers of [processor.BufferSize] bytes.
+	// Each takes two buffers of [processor.BufferSize] bytes. Default: 8.
 	Layers int
-	// UnwrapTimeout bounds the wait for a layer key.
+	// UnwrapTimeout bounds the wait for a layer key. Default: 40 seconds.
 	UnwrapTimeout time.Duration
-	// Keys are private keys to try, besides the key providers. May be nil.
+	// Keys are private keys to try, besides those that the client passes
+	// and the key providers. May be nil.
 	Keys *config.DecryptConfig
 }
+
+const (
+	defaultLayers        = 8
+	defaultUnwrapTimeout = 40 * time.Second
+)
 
 // Differ applies layers, decrypting those that are encrypted, and compares
 // snapshots. It is safe for concurrent use.
 type Differ struct {
 	diff.Comparer
-	applier diff.Applier
-	conf    Config
-	places  chan struct{}
+	store    content.Store
+	appliers []diff.Applier // the first that can deal with a snapshot's mounts does
+	conf     Config
+	places   chan struct{}
 }
 
 // New returns a Differ that reads layers from store. mounts may be nil.
 func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
+	if conf.Layers <= 0 {
+		conf.Layers = defaultLayers
+	}
+	if conf.UnwrapTimeout <= 0 {
+		conf.UnwrapTimeout = defaultUnwrapTimeout
+	}
+	// containerd asks the handler first that was registered last, and the
+	// stream processors of its configuration are registered before plugins
+	// are made.
+	registerDecryption()
 	return &Differ{
 		Comparer: walking.NewWalkingDiff(store),
-		applier:  apply.NewFileSystemApplierWithMountManager(store, mounts),
-		conf:     conf,
-		places:   make(chan struct{}, conf.Layers),
+		store:    store,
+		appliers: []diff.Applier{
+			erofs.NewErofsDiffer(store),
+			apply.NewFileSystemApplierWithMountManager(store, mounts),
+		},
+		conf:   conf,
+		places: make(chan struct{}, conf.Layers),
 	}
 }
 
 // Apply unpacks the layer that desc describes onto mounts, as containerd's own
-// applier does, decrypting it first if it is encrypted. The error of a layer
-// that can't be decrypted names the layer and is one of containerd's errdefs.
+// appliers do, decrypting it first if it is encrypted. The error of a layer
+// that can't be decrypted names the layer and is one of containerd's errdefs:
+// ErrFailedPrecondition if no key unwraps it, ErrUnavailable if a key provider
+// did not answer in time, ErrDataLoss if it was changed, ErrInvalidArgument if
+// what its descriptor says makes no sense.
 func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
 	if !processor.IsEncrypted(desc.MediaType) {
-		return d.applier.Apply(ctx, desc, mounts, opts...)
+		return d.apply(ctx, desc, mounts, opts...)
 	}
 	select {
 	case d.places <- struct{}{}:
@@ -66,29 +95,64 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	case <-ctx.Done():
 		return ocispec.Descriptor{}, ctx.Err()
 	}
-
-	key, err := d.unwrap(ctx, desc)
+	applied, err := d.decrypt(ctx, desc, mounts, opts...)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("pilot: layer %s: %w", desc.Digest, err)
 	}
+	return applied, nil
+}
+
+func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+	key, err := d.unwrap(ctx, desc, opts)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	defer key.Clear()
-	applied, err := d.applier.Apply(context.WithValue(ctx, layerKey{}, key), desc, mounts, opts...)
+	layer := &decryption{key: key}
+	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
+	if ctx.Err() == nil && !layer.isWhole() {
+		// What unpacks stopped early: because of what it read, which is
+		// wrong if the layer was changed, or because it needs no more.
+		if verdict := d.verify(ctx, desc, key); verdict != nil && (err == nil || errors.Is(verdict, processor.ErrTampered)) {
+			err = verdict
+		}
+	}
 	if errors.Is(err, processor.ErrTampered) {
-		err = fmt.Errorf("pilot: layer %s: %w: %w", desc.Digest, errdefs.ErrDataLoss, err)
+		err = fmt.Errorf("%w: %w", errdefs.ErrDataLoss, processor.ErrTampered)
+	}
+	return applied, err
+}
+
+// apply unpacks with the first applier that can.
+func (d *Differ) apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (applied ocispec.Descriptor, err error) {
+	for _, a := range d.appliers {
+		if applied, err = a.Apply(ctx, desc, mounts, opts...); !errdefs.IsNotImplemented(err) {
+			return applied, err
+		}
 	}
 	return applied, err
 }
 
 // unwrap gets the layer's key, from those that the client passed, as clients
 // of the stream processors do, those of the node, and the key providers.
-func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor) (*processor.LayerKey, error) {
+func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor, opts []diff.ApplyOpt) (*processor.LayerKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, d.conf.UnwrapTimeout)
 	defer cancel()
-	dc := d.conf.Keys
-	if dc == nil {
-		dc = &config.DecryptConfig{}
+	var passed diff.ApplyConfig
+	for _, o := range opts {
+		if err := o(ctx, desc, &passed); err != nil {
+			return nil, err
+		}
 	}
-	key, err := processor.Unwrap(ctx, dc, desc)
+	keys := []config.CryptoConfig{{DecryptConfig: &config.DecryptConfig{}}, {DecryptConfig: d.conf.Keys}}
+	for _, any := range passed.ProcessorPayloads {
+		// It may be for another stream processor.
+		if p, err := processor.ParsePayload(any.GetTypeUrl(), any.GetValue()); err == nil {
+			keys = append(keys, config.CryptoConfig{DecryptConfig: &p.DecryptConfig})
+			break // imgcrypt passes the same for each media type
+		}
+	}
+	key, err := processor.Unwrap(ctx, config.CombineCryptoConfigs(keys).DecryptConfig, desc)
 	switch {
 	case err == nil:
 		return key, nil
@@ -100,39 +164,80 @@ func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor) (*processo
 	return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 }
 
-// layerKey is the context key under which Apply hands the layer's key to the
-// stream processor that containerd's applier makes.
-type layerKey struct{}
-
-func init() {
-	diff.RegisterProcessor(func(ctx context.Context, mediaType string) (diff.StreamProcessorInit, bool) {
-		_, ok := ctx.Value(layerKey{}).(*processor.LayerKey)
-		return newDecryption, ok && processor.IsEncrypted(mediaType)
-	})
+// verify reads the whole layer for its HMAC.
+func (d *Differ) verify(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) error {
+	ra, err := d.store.ReaderAt(ctx, desc)
+	if err != nil {
+		return err
+	}
+	defer ra.Close()
+	r, err := processor.NewDecrypter(content.NewReader(ra), key)
+	if err != nil {
+		return err
+	}
+	_, err = r.WriteTo(io.Discard)
+	return err
 }
+
+// decryptionKey is the context key under which Apply hands the layer's
+// decryption to the stream processor that containerd's applier makes.
+type decryptionKey struct{}
+
+var registerDecryption = sync.OnceFunc(func() {
+	diff.RegisterProcessor(func(ctx context.Context, mediaType string) (diff.StreamProcessorInit, bool) {
+		_, ok := ctx.Value(decryptionKey{}).(*decryption)
+		return startDecryption, ok && processor.IsEncrypted(mediaType)
+	})
+})
 
 // decryption is a stream processor in this process.
 type decryption struct {
-	*processor.Decrypter
+	key       *processor.LayerKey
 	mediaType string
+
+	// What decompresses may read in a goroutine, and go on for a moment
+	// after it has all that it needs.
+	mu    sync.Mutex
+	layer *processor.Decrypter
+	whole bool // the layer was read to its end, and is authentic
 }
 
-func newDecryption(ctx context.Context, stream diff.StreamProcessor, _ map[string]typeurl.Any) (diff.StreamProcessor, error) {
-	d, err := processor.NewDecrypter(stream, ctx.Value(layerKey{}).(*processor.LayerKey))
+func startDecryption(ctx context.Context, stream diff.StreamProcessor, _ map[string]typeurl.Any) (diff.StreamProcessor, error) {
+	d := ctx.Value(decryptionKey{}).(*decryption)
+	layer, err := processor.NewDecrypter(stream, d.key)
 	if err != nil {
 		return nil, err
 	}
-	mediaType, _ := processor.PlainMediaType(stream.MediaType())
-	return &decryption{d, mediaType}, nil
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.layer, d.whole = layer, false
+	d.mediaType, _ = processor.PlainMediaType(stream.MediaType())
+	return d, nil
+}
+
+func (d *decryption) Read(p []byte) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n, err := d.layer.Read(p)
+	d.whole = d.whole || err == io.EOF
+	return n, err
+}
+
+// Err is what containerd's applier asks once it has unpacked everything.
+func (d *decryption) Err() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, err := d.layer.WriteTo(io.Discard)
+	d.whole = err == nil
+	return err
+}
+
+func (d *decryption) isWhole() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.whole
 }
 
 func (d *decryption) MediaType() string { return d.mediaType }
 
 func (d *decryption) Close() error { return nil }
-
-// Err is what containerd's applier asks once it has unpacked everything. What
-// unpacks may stop before the end of the stream, but the verdict is there.
-func (d *decryption) Err() error {
-	_, err := d.WriteTo(io.Discard)
-	return err
-}

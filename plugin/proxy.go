@@ -2,13 +2,37 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/ctrlplane/pilot/processor"
 )
+
+// Dial returns a client of the containerd that answers on the socket address,
+// such as /run/containerd/containerd.sock. It connects when it is used, so
+// containerd may be started later, and again.
+func Dial(address string) (*containerd.Client, error) {
+	conn, err := grpc.NewClient("unix://"+address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(
+			grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
+			grpc.MaxCallSendMsgSize(defaults.DefaultMaxSendMsgSize)))
+	if err != nil {
+		return nil, err
+	}
+	return containerd.NewWithConn(conn)
+}
 
 // Register makes s answer containerd's Diff service with d, as a proxy plugin
 // of type diff does. s has to be made with [Interceptor].
@@ -16,14 +40,46 @@ func Register(s grpc.ServiceRegistrar, d *Differ) {
 	diffapi.RegisterDiffServer(s, diffservice.FromApplierAndComparer(d, d))
 }
 
-// Interceptor makes what a request says of its namespace and lease hold for
-// the calls back to containerd that serve it.
-func Interceptor(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-	if namespace, ok := namespaces.Namespace(ctx); ok {
+// Interceptor returns what makes a request's namespace and lease hold for the
+// calls back to containerd, the server of client, that serve it.
+func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
+	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		namespace, ok := namespaces.Namespace(ctx)
+		if !ok {
+			var err error
+			if namespace, err = missingNamespace(ctx, client, req); err != nil {
+				return nil, errgrpc.ToGRPC(err)
+			}
+		}
 		ctx = namespaces.WithNamespace(ctx, namespace)
+		if lease, ok := leases.FromContext(ctx); ok {
+			ctx = leases.WithLease(ctx, lease)
+		}
+		return handle(ctx, req)
 	}
-	if lease, ok := leases.FromContext(ctx); ok {
-		ctx = leases.WithLease(ctx, lease)
+}
+
+// missingNamespace finds the namespace of a request that does not say it, as
+// those of Debian 13's containerd 1.7.24 don't that come from a client of the
+// diff service. What the built-in differ can do is left to it, which
+// ErrNotImplemented means to containerd.
+func missingNamespace(ctx context.Context, client *containerd.Client, req any) (string, error) {
+	apply, ok := req.(*diffapi.ApplyRequest)
+	if !ok || !processor.IsEncrypted(apply.GetDiff().GetMediaType()) {
+		return "", fmt.Errorf("pilot: containerd does not say in which namespace: %w", errdefs.ErrNotImplemented)
 	}
-	return handle(ctx, req)
+	list, err := client.NamespaceService().List(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, namespace := range list {
+		_, err := client.ContentStore().Info(namespaces.WithNamespace(ctx, namespace), digest.Digest(apply.Diff.Digest))
+		if err == nil {
+			return namespace, nil
+		}
+		if !errdefs.IsNotFound(err) {
+			return "", err
+		}
+	}
+	return "", fmt.Errorf("pilot: layer %s: no namespace has it: %w", apply.Diff.Digest, errdefs.ErrNotFound)
 }

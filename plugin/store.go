@@ -2,29 +2,34 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"sync"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 )
 
-// localStore is containerd's content store, with blobs read from its files.
-// Over the content API each read is a call, which makes a pull several times
-// slower.
-type localStore struct {
-	content.Store
-	blobs string // the directory with one directory for each digest algorithm
+// Store returns containerd's content store, with blobs read from its files
+// where containerd keeps them in files of this machine. Over the content API
+// each read is a call, which makes a pull several times slower.
+func Store(client *containerd.Client) content.Store {
+	return &localStore{Store: client.ContentStore(), client: client}
 }
 
-// LocalStore returns store, a client of the content API, reading blobs from
-// containerd's root directory, such as /var/lib/containerd, where it can: when
-// it may and containerd keeps its content there.
-func LocalStore(store content.Store, root string) content.Store {
-	return &localStore{store, filepath.Join(root, "io.containerd.content.v1.content", "blobs")}
+type localStore struct {
+	content.Store
+	client *containerd.Client
+
+	mu   sync.Mutex
+	root string // of the local content store, once containerd has told
 }
 
 // ReaderAt opens the blob's file after asking containerd that the blob is
@@ -37,17 +42,97 @@ func (s *localStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 	if err != nil {
 		return nil, err
 	}
-	name := filepath.Join(s.blobs, desc.Digest.Algorithm().String(), desc.Digest.Encoded())
-	ra, err := local.OpenReader(name)
-	if err == nil && ra.Size() == info.Size {
+	ra, err := s.open(ctx, info)
+	if err == nil {
 		return ra, nil
 	}
-	if err == nil {
+	logrus.WithError(err).WithField("digest", desc.Digest).Debug("blob is read over the content API")
+	if ra, err = s.Store.ReaderAt(ctx, desc); err != nil {
+		return nil, err
+	}
+	return &readAhead{ReaderAt: ra}, nil
+}
+
+// open opens the file of a blob.
+func (s *localStore) open(ctx context.Context, info content.Info) (content.ReaderAt, error) {
+	root, err := s.contentRoot(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ra, err := local.OpenReader(filepath.Join(root, "blobs", info.Digest.Algorithm().String(), info.Digest.Encoded()))
+	if err != nil {
+		s.forgetRoot() // containerd may have been started anew, with another
+		return nil, err
+	}
+	if ra.Size() != info.Size {
 		ra.Close()
-		err = fmt.Errorf("it has %d bytes, and containerd says %d", ra.Size(), info.Size)
+		return nil, fmt.Errorf("its file has %d bytes, and containerd says %d", ra.Size(), info.Size)
 	}
-	if !os.IsNotExist(err) {
-		logrus.WithError(err).WithField("digest", desc.Digest).Debug("blob is read over the content API")
+	return ra, nil
+}
+
+// contentRoot returns the directory of the content store, as containerd tells.
+func (s *localStore) contentRoot(ctx context.Context) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.root != "" {
+		return s.root, nil
 	}
-	return s.Store.ReaderAt(ctx, desc)
+	list, err := s.client.IntrospectionService().Plugins(ctx, "type=="+string(plugins.ContentPlugin))
+	if err != nil {
+		return "", err
+	}
+	for _, p := range list.Plugins {
+		if root := p.Exports["root"]; root != "" {
+			if _, err := os.Stat(filepath.Join(root, "blobs")); err != nil {
+				return "", err
+			}
+			s.root = root
+			return root, nil
+		}
+	}
+	return "", errors.New("containerd does not keep its content in a directory")
+}
+
+func (s *localStore) forgetRoot() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.root = ""
+}
+
+// readAheadSize is how many bytes are read over the content API at once.
+const readAheadSize = 1 << 20
+
+// readAhead reads a blob in large pieces for somebody who reads it from its
+// beginning to its end in small ones. It is not safe for concurrent use.
+type readAhead struct {
+	content.ReaderAt
+	at  int64  // the place of buf in the blob
+	buf []byte // of readAheadSize at most
+}
+
+func (r *readAhead) ReadAt(p []byte, off int64) (int, error) {
+	if len(p) >= readAheadSize {
+		return r.ReaderAt.ReadAt(p, off)
+	}
+	if off < r.at || off >= r.at+int64(len(r.buf)) {
+		if r.buf == nil {
+			r.buf = make([]byte, readAheadSize)
+		}
+		n, err := r.ReaderAt.ReadAt(r.buf[:readAheadSize], off)
+		r.at, r.buf = off, r.buf[:n]
+		if err == nil && n == 0 {
+			err = io.ErrNoProgress
+		}
+		if err != nil && (err != io.EOF || n == 0) {
+			return 0, err
+		}
+	}
+	n := copy(p, r.buf[off-r.at:])
+	if n == len(p) {
+		return n, nil
+	}
+	// What is left of p begins where the buffer ends.
+	m, err := r.ReadAt(p[n:], off+int64(n))
+	return n + m, err
 }

@@ -67,16 +67,23 @@ func ReadPayload(ctx context.Context, r io.Reader) (*Payload, error) {
 	if err := proto.Unmarshal(data, &any); err != nil {
 		return nil, errors.New("the decryption payload is not a protobuf Any")
 	}
-	if any.TypeUrl != payloadType {
-		return nil, fmt.Errorf("the decryption payload is of type %.80q, not %s", any.TypeUrl, payloadType)
+	p, err := ParsePayload(any.TypeUrl, any.Value)
+	if err == nil && p.Descriptor.Digest == "" {
+		err = errors.New("the decryption payload names no layer")
+	}
+	return p, err
+}
+
+// ParsePayload reads the value of a protobuf Any whose type is imgcrypt's
+// payload.
+func ParsePayload(typeURL string, value []byte) (*Payload, error) {
+	if typeURL != payloadType {
+		return nil, fmt.Errorf("the decryption payload is of type %.80q, not %s", typeURL, payloadType)
 	}
 	var p Payload
-	if err := json.Unmarshal(any.Value, &p); err != nil {
+	if err := json.Unmarshal(value, &p); err != nil {
 		// The error of encoding/json may quote its input, which holds keys.
 		return nil, fmt.Errorf("the decryption payload is not the JSON of %s", payloadType)
-	}
-	if p.Descriptor.Digest == "" {
-		return nil, errors.New("the decryption payload names no layer")
 	}
 	return &p, nil
 }

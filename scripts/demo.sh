@@ -106,7 +106,7 @@ step "Three machines, each with pilot and a containerd: ci, node, and stranger, 
 for name in ci node stranger; do
 	broker=copilot.sock
 	[ $name = stranger ] && broker=other.sock
-	background "$name-pilot" pilot serve --config /dev/null --listen "unix://$dir/$name/keyprovider.sock" --broker "unix://$dir/$broker"
+	background "$name-pilot" pilot serve --config /dev/null --diff-listen off --listen "unix://$dir/$name/keyprovider.sock" --broker "unix://$dir/$broker"
 	await "$name's pilot" test -S "$dir/$name/keyprovider.sock"
 	containerd_for $name
 done

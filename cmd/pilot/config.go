@@ -40,6 +40,10 @@ type configuration struct {
 	KEKCacheTTL      duration
 	KEKCacheIdle     duration
 	KEKCacheSize     count
+	DiffListen       diffAddress
+	Containerd       socketPath
+	LayersAtOnce     count
+	DecryptionKeys   text
 	LogLevel         logLevel
 }
 
@@ -53,6 +57,9 @@ func defaults() configuration {
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
 		KEKCacheTTL:      duration(5 * time.Minute),
 		KEKCacheSize:     1024,
+		DiffListen:       "unix:///run/pilot/diff.sock",
+		Containerd:       "/run/containerd/containerd.sock",
+		LayersAtOnce:     8,
 		LogLevel:         logLevel(logrus.InfoLevel),
 	}
 }
@@ -86,6 +93,10 @@ var settings = []setting{
 	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) value { return &c.KEKCacheTTL }},
 	{"kek-cache-idle", "how long to keep a KEK after its last use; 0s: as kek-cache-ttl says", func(c *configuration) value { return &c.KEKCacheIdle }},
 	{"kek-cache-size", "how many KEKs to keep; 0: none", func(c *configuration) value { return &c.KEKCacheSize }},
+	{"diff-listen", "where to answer as containerd's differ: unix:///PATH (mode 0600), or off", func(c *configuration) value { return &c.DiffListen }},
+	{"containerd", "containerd's socket, for the differ", func(c *configuration) value { return &c.Containerd }},
+	{"layers-at-once", "how many encrypted layers the differ unpacks at once", func(c *configuration) value { return &c.LayersAtOnce }},
+	{"decryption-keys-path", "directory of private keys for the differ to try, besides key providers", func(c *configuration) value { return &c.DecryptionKeys }},
 	{"log-level", "debug, info, warning or error", func(c *configuration) value { return &c.LogLevel }},
 }
 
@@ -240,6 +251,9 @@ func (c *configuration) check() error {
 	}
 	if c.BrokerTimeout == 0 {
 		return errors.New("broker-timeout is 0: the broker would never be asked")
+	}
+	if c.LayersAtOnce == 0 {
+		return errors.New("layers-at-once is 0: no encrypted layer would ever be unpacked")
 	}
 	if c.ProviderName == "" {
 		return errors.New("provider-name is empty")

@@ -1,32 +1,43 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containers/ocicrypt/config"
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/plugin"
+	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/unixsocket"
 )
 
-// stopWithin is how long requests under way may take when pilot is told to stop.
-const stopWithin = 10 * time.Second
+// stopWithin is how long requests under way may take when pilot is told to
+// stop: containerd may be unpacking a layer.
+const stopWithin = 30 * time.Second
 
 var serveCommand = &cli.Command{
 	Name:  "serve",
-	Usage: "run the key provider as a daemon",
-	Description: `Answers ocicrypt's key provider protocol over gRPC until it is told to stop.
+	Usage: "run the key provider and containerd's differ as a daemon",
+	Description: `Answers ocicrypt's key provider protocol, and containerd as a differ that
+decrypts layers, over gRPC until it is told to stop.
 
 Example:
    pilot serve --broker https://copilot.example.com:8443 --broker-ca ca.pem \
@@ -34,6 +45,12 @@ Example:
 	Flags:  configFlags(),
 	Action: serve,
 }
+
+// The names of the sockets that systemd may pass.
+const (
+	keyproviderSocket = "keyprovider"
+	diffSocket        = "diff"
+)
 
 func serve(c *cli.Context) error {
 	if c.NArg() > 0 {
@@ -51,34 +68,93 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return usageError{err}
 	}
-	l, err := listen(conf.Listen)
+	passed, err := activation.ListenersWithNames()
 	if err != nil {
-		return err
+		return fmt.Errorf("sockets from systemd: %w", err)
 	}
 
 	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	go provider.Sweep(ctx)
+	g, ctx := errgroup.WithContext(ctx)
+	l, err := listen(passed[keyproviderSocket], conf.Listen)
+	if err != nil {
+		return err
+	}
 	server := grpc.NewServer(options...)
 	keyprovider.Register(server, provider)
+	if conf.DiffListen != diffOff {
+		// First the socket: if another pilot has it, its mounts are its own.
+		diffListener, err := listen(passed[diffSocket], address(conf.DiffListen))
+		if err != nil {
+			return err
+		}
+		diffs, err := conf.diffServer(provider)
+		if err != nil {
+			return err
+		}
+		serveUntilDone(ctx, g, diffs, diffListener)
+	}
+	serveUntilDone(ctx, g, server, l)
+	go provider.Sweep(ctx)
+
 	logrus.WithFields(logrus.Fields{
-		"listen": conf.Listen, "broker": conf.Broker, "format": conf.AnnotationFormat,
+		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker, "format": conf.AnnotationFormat,
 	}).Info("pilot serves")
 	if _, isUnix := conf.Listen.unix(); !isUnix && conf.TLSCert == "" {
 		logrus.WithField("listen", conf.Listen).Warn("every user of this machine may ask for layer keys: there is no TLS (insecure-loopback)")
 	}
-
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
-	select {
-	case err := <-served:
-		return err
-	case <-ctx.Done():
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		logrus.WithError(err).Warn("systemd not told that pilot serves")
 	}
-	logrus.Info("pilot stops")
-	defer time.AfterFunc(stopWithin, server.Stop).Stop()
-	server.GracefulStop()
-	return <-served
+	return g.Wait()
+}
+
+// serveUntilDone adds to g a server that answers on l until ctx is done.
+func serveUntilDone(ctx context.Context, g *errgroup.Group, s *grpc.Server, l net.Listener) {
+	g.Go(func() error { return s.Serve(l) })
+	g.Go(func() error {
+		<-ctx.Done()
+		defer time.AfterFunc(stopWithin, s.Stop).Stop()
+		s.GracefulStop()
+		return nil
+	})
+}
+
+// diffServer returns a server that answers containerd as a differ.
+func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server, error) {
+	var keys *config.DecryptConfig
+	if c.DecryptionKeys != "" {
+		var err error
+		if keys, err = processor.KeysIn(string(c.DecryptionKeys)); err != nil {
+			return nil, usageError{fmt.Errorf("decryption-keys-path: %w", err)}
+		}
+	}
+	// A pilot that was killed while it unpacked a layer leaves a mount.
+	mounts := filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")
+	if err := os.MkdirAll(mounts, 0o700); err != nil {
+		return nil, fmt.Errorf("diff-listen: %w", err)
+	}
+	if err := mount.SetTempMountLocation(mounts); err != nil {
+		return nil, fmt.Errorf("diff-listen: %w", err)
+	}
+	if warnings, err := mount.CleanupTempMounts(0); err != nil {
+		logrus.WithError(err).Warn("mounts of an earlier pilot not removed")
+	} else {
+		for _, w := range warnings {
+			logrus.WithError(w).Warn("mount of an earlier pilot not removed")
+		}
+	}
+	client, err := plugin.Dial(string(c.Containerd))
+	if err != nil {
+		return nil, fmt.Errorf("containerd: %w", err)
+	}
+	keyprovider.RegisterInProcess(provider)
+	s := grpc.NewServer(grpc.UnaryInterceptor(plugin.Interceptor(client)))
+	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
+		Layers: int(c.LayersAtOnce),
+		Keys:   keys,
+	}))
+	return s, nil
 }
 
 // serverOptions returns the TLS that the configuration asks for.
@@ -106,7 +182,11 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	}))}, nil
 }
 
-func listen(a address) (net.Listener, error) {
+// listen returns the socket that systemd passed, or else listens on a.
+func listen(passed []net.Listener, a address) (net.Listener, error) {
+	if len(passed) > 0 {
+		return passed[0], nil
+	}
 	if path, ok := a.unix(); ok {
 		l, err := unixsocket.Listen(path)
 		if err != nil {

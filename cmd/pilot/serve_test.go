@@ -58,7 +58,7 @@ func startServe(t *testing.T, listen string, args ...string) {
 		t.Fatal(err)
 	}
 	var said bytes.Buffer
-	cmd := exec.Command("pilot", append([]string{"serve", "--config", config, "--listen", listen}, args...)...)
+	cmd := exec.Command("pilot", append([]string{"serve", "--config", config, "--listen", listen, "--diff-listen", "off"}, args...)...)
 	cmd.Stderr = &said
 	// Under -race a program sleeps for a second before it exits.
 	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")

@@ -129,6 +129,41 @@ func (a *address) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// diffAddress is where to answer containerd: unix:///PATH, or diffOff.
+type diffAddress string
+
+const diffOff diffAddress = "off"
+
+func (a *diffAddress) String() string { return string(*a) }
+
+func (a *diffAddress) UnmarshalText(b []byte) error {
+	v := diffAddress(b)
+	if v != diffOff && !filepath.IsAbs(v.path()) {
+		return fmt.Errorf("%q is neither unix:///PATH nor off", b)
+	}
+	*a = v
+	return nil
+}
+
+func (a diffAddress) path() string {
+	path, _ := address(a).unix()
+	return path
+}
+
+// socketPath is an absolute path, with or without unix://.
+type socketPath string
+
+func (p *socketPath) String() string { return string(*p) }
+
+func (p *socketPath) UnmarshalText(b []byte) error {
+	path := strings.TrimPrefix(string(b), "unix://")
+	if !filepath.IsAbs(path) {
+		return fmt.Errorf("%q is not the absolute path of a socket", b)
+	}
+	*p = socketPath(path)
+	return nil
+}
+
 // unix returns the path of a unix socket.
 func (a address) unix() (path string, ok bool) {
 	return strings.CutPrefix(string(a), "unix://")

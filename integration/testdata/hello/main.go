@@ -1,13 +1,21 @@
 // Command hello is what the test images run: it prints the file that is their
-// secret.
+// secret. With the argument pause it does nothing, for ever.
 package main
 
 import (
 	"fmt"
 	"os"
+	"os/signal"
+	"syscall"
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "pause" {
+		stop := make(chan os.Signal, 1)
+		signal.Notify(stop, syscall.SIGTERM)
+		<-stop
+		return
+	}
 	b, err := os.ReadFile("/secret")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -1,0 +1,347 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// noTraces checks that nothing is left of pulls that are over: no mount or
+// directory of pilot's, no snapshot being made, no ingest.
+func (n *node) noTraces(t *testing.T) {
+	t.Helper()
+	if entries, err := os.ReadDir(filepath.Join(n.dir, "mounts")); err != nil || len(entries) > 0 {
+		t.Errorf("left in pilot's directory for mounts: %v, %v", entries, err)
+	}
+	for _, namespace := range []string{"default", "k8s.io"} {
+		for _, snapshotter := range []string{"overlayfs", "native"} {
+			if out := output(t, n.ctr("--namespace", namespace, "snapshots", "--snapshotter", snapshotter, "list")); strings.Contains(out, "extract-") {
+				t.Errorf("left behind:\n%s", out)
+			}
+		}
+		if out := output(t, n.ctr("--namespace", namespace, "content", "active")); strings.Count(out, "\n") > 1 {
+			t.Errorf("left behind:\n%s", out)
+		}
+	}
+}
+
+// noSnapshots checks that there is no snapshot at all.
+func (n *node) noSnapshots(t *testing.T) {
+	t.Helper()
+	n.noTraces(t)
+	for _, namespace := range []string{"default", "k8s.io"} {
+		if out := output(t, n.ctr("--namespace", namespace, "snapshots", "list")); strings.Contains(out, "sha256:") {
+			t.Errorf("namespace %s has snapshots:\n%s", namespace, out)
+		}
+	}
+}
+
+// pod makes a sandbox and a container of an image that is there, as the kubelet
+// does, and returns what the container prints.
+func (n *node) pod(t *testing.T, image string) string {
+	t.Helper()
+	logs := filepath.Join(n.dir, "logs")
+	host := object{"namespace_options": object{"network": 2, "pid": 1}}
+	sandbox := object{"metadata": object{"name": "pod", "namespace": "test", "uid": "1", "attempt": 1}, "log_directory": logs, "linux": object{"security_context": host}}
+	container := object{"metadata": object{"name": "app"}, "image": object{"image": image}, "log_path": "app.log", "linux": object{"security_context": host}}
+	file := func(name string, o object) string {
+		b, err := json.Marshal(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return write(t, filepath.Join(n.dir, name), string(b))
+	}
+	id := strings.TrimSpace(output(t, n.crictl("run", "--no-pull", file("container.json", container), file("sandbox.json", sandbox))))
+	defer func() {
+		output(t, n.crictl("rmp", "-f", "-a"))
+		os.RemoveAll(logs)
+	}()
+	var said string
+	await(t, "the container's end", func() error {
+		if out := output(t, n.crictl("ps", "-a", "--id", id, "-o", "json")); !strings.Contains(out, "CONTAINER_EXITED") {
+			return fmt.Errorf("it has not: %s", out)
+		}
+		b, err := os.ReadFile(filepath.Join(logs, "app.log"))
+		said = string(b)
+		return err
+	})
+	return said
+}
+
+// pause puts the image of pods' sandboxes into the registry and returns its
+// name.
+func (c *ci) pause() string {
+	c.t.Helper()
+	name := c.registry + "/pause:1"
+	l := newLayout(c.t)
+	image := l.image(kinds[0], false, goarch, "")
+	manifest := string(l.files["blobs/sha256/"+strings.TrimPrefix(image["digest"].(string), "sha256:")])
+	_, rest, _ := strings.Cut(manifest, `"config": `)
+	var config struct{ Digest string }
+	if err := json.NewDecoder(strings.NewReader(rest)).Decode(&config); err != nil {
+		c.t.Fatal(err)
+	}
+	doc := strings.Replace(string(l.files["blobs/sha256/"+strings.TrimPrefix(config.Digest, "sha256:")]), `"/hello"`, `"/hello","pause"`, 1)
+	newConfig := l.blob("application/vnd.oci.image.config.v1+json", []byte(doc))
+	manifest = strings.Replace(manifest, config.Digest, newConfig["digest"].(string), 1)
+	manifest = strings.Replace(manifest, fmt.Sprintf(`"size": %d`, len(doc)-len(`,"pause"`)), fmt.Sprintf(`"size": %d`, len(doc)), 1)
+	output(c.t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name, l.blob(image["mediaType"].(string), []byte(manifest)))))
+	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
+	return name
+}
+
+// TestDiffer pulls and runs with each client, none of which knows of
+// encryption.
+func TestDiffer(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	images := map[string]string{}
+	for _, k := range kinds {
+		images[k.name] = c.image(k, "provider:pilot:team-a")
+		plain := images[k.name] + "-plain"
+		output(t, c.ctrPilot("images", "push", "--plain-http", plain))
+		images["plain "+k.name] = plain
+		c.secrets[plain] = c.secrets[images[k.name]]
+	}
+	secret := newSecret()
+	l := newLayout(t)
+	index := c.registry + "/index:1"
+	output(t, c.ctrPilot("images", "import", "--no-unpack", "--all-platforms", l.tar(dir+"/index.tar", index+"-plain", l.index(kinds[1], secret))))
+	output(t, c.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", index+"-plain", index))
+	output(t, c.ctrPilot("images", "push", "--plain-http", index))
+	images["index"], c.secrets[index] = index, secret
+
+	sandbox := c.pause()
+	for _, test := range []struct {
+		name        string
+		v           version
+		snapshotter string
+		local       bool // pulls by CRI itself
+	}{
+		{"2.4.2", containerd2(), "overlayfs", false},
+		{"2.4.2 native", containerd2(), "native", false},
+		{"2.4.2 local pull", containerd2(), "overlayfs", true},
+		{"1.7", containerd17(), "overlayfs", false},
+		{"1.7 native", containerd17(), "native", false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			home := tempDir(t)
+			// pilot is there first.
+			pilot(t, home, brokerURL)
+			n := newDifferNode(t, home, differNode{v: test.v, snapshotter: test.snapshotter, sandbox: sandbox, local: test.local})
+			for name, image := range images {
+				said := "hello, " + c.secrets[image]
+				output(t, n.crictl("pull", image))
+				if out := n.pod(t, image); !strings.Contains(out, said) {
+					t.Errorf("crictl, %s: %s", name, out)
+				}
+				output(t, n.crictl("rmi", image))
+
+				for client, pull := range map[string][]string{
+					"ctr":         {"images", "pull", "--plain-http", image},
+					"ctr --local": {"images", "pull", "--local", "--plain-http", image},
+				} {
+					if test.v.number < 3 && client == "ctr" {
+						continue // 1.7's transfer service unpacks with the built-in differ only
+					}
+					output(t, n.ctr(append(pull, "--snapshotter", test.snapshotter)...))
+					if out := output(t, n.ctr("run", "--rm", "--snapshotter", test.snapshotter, image, "c")); !strings.Contains(out, said) {
+						t.Errorf("%s, %s: %s", client, name, out)
+					}
+					output(t, n.ctr("images", "remove", "--sync", image))
+				}
+
+				output(t, n.ctrPilot("images", "pull", "--plain-http", "--snapshotter", test.snapshotter, image))
+				if out := output(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", "--snapshotter", test.snapshotter, image, "c")); !strings.Contains(out, said) {
+					t.Errorf("ctr-pilot, %s: %s", name, out)
+				}
+				output(t, n.ctrPilot("images", "remove", "--sync", image))
+			}
+			n.noTraces(t)
+		})
+	}
+}
+
+// TestDifferCommit has containerd compare snapshots with pilot.
+func TestDifferCommit(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	image := c.image(kinds[1], "provider:pilot:team-a")
+	home := tempDir(t)
+	pilot(t, home, brokerURL)
+	n := newDifferNode(t, home, differNode{v: containerd2()})
+	output(t, n.ctr("images", "pull", "--plain-http", image))
+	output(t, n.ctr("containers", "create", image, "c"))
+	out := output(t, n.ctr("snapshots", "diff", "c"))
+	if len(out) < 100 {
+		t.Errorf("the difference has %d bytes", len(out))
+	}
+	n.noTraces(t)
+}
+
+// TestDifferFails pulls what can't be decrypted.
+func TestDifferFails(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, otherURL := broker(t, dir+"/other")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	_, public := keyPair(t, dir+"/keys")
+	forKey := c.image(kinds[1], "jwe:"+public)
+	var tampered []string
+	for _, k := range kinds {
+		image := c.image(k, "provider:pilot:team-a")
+		tampered = append(tampered,
+			c.tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b }),
+			c.tamper(image+"", func(b []byte) []byte { return append(b, b...) }))
+	}
+	good := c.image(kinds[1], "provider:pilot:team-a")
+	wrong := c.wrongDiffID("provider:pilot:team-a")
+	for _, v := range []version{containerd2(), containerd17()} {
+		t.Run(v.name, func(t *testing.T) {
+			home := tempDir(t)
+			process, _ := pilot(t, home, brokerURL)
+			n := newDifferNode(t, home, differNode{v: v})
+			for _, image := range tampered {
+				fails(t, n.crictl("pull", image), "pilot: layer sha256:", "HMAC does not match")
+			}
+			fails(t, n.crictl("pull", wrong), "diff")
+			fails(t, n.crictl("pull", forKey), "pilot: layer sha256:", "no private key was given")
+			if out := output(t, n.crictl("images")); strings.Contains(out, c.registry) {
+				t.Errorf("images:\n%s", out)
+			}
+
+			process.stop(t)
+			fails(t, n.crictl("pull", good), home+"/diff.sock")
+			process, _ = pilot(t, home, otherURL)
+			fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "no such KEK", "copilot keys create")
+			process.stop(t)
+			process, _ = pilot(t, home, "unix://"+home+"/nobody.sock")
+			fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "copilot at unix://"+home+"/nobody.sock")
+			process.stop(t)
+			pilot(t, home, brokerURL)
+			output(t, n.crictl("pull", good))
+			output(t, n.crictl("rmi", good))
+			output(t, n.ctr("--namespace", "k8s.io", "content", "prune", "references"))
+			n.noTraces(t)
+		})
+	}
+}
+
+// wrongDiffID makes an encrypted image whose configuration names another diff
+// ID than its first layer has.
+func (c *ci) wrongDiffID(recipient string) string {
+	c.t.Helper()
+	name := c.registry + "/wrong:1"
+	l := newLayout(c.t)
+	layer, _ := l.layer(kinds[1], kinds[1].oci, map[string][]byte{"file": []byte("content")})
+	config := l.json("application/vnd.oci.image.config.v1+json", object{"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": []string{"sha256:" + strings.Repeat("0", 64)}}})
+	image := l.json("application/vnd.oci.image.manifest.v1+json", object{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": []object{layer}})
+	output(c.t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name+"-plain", image)))
+	output(c.t, c.ctrPilot("images", "encrypt", "--recipient", recipient, name+"-plain", name))
+	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
+	return name
+}
+
+// big makes an encrypted image of four large layers.
+func (c *ci) big(recipient string, size int) string {
+	c.t.Helper()
+	name := c.registry + "/big:1"
+	l := newLayout(c.t)
+	var layers []object
+	var ids []string
+	for i := range 4 {
+		content := make([]byte, size/4)
+		for j := range content {
+			content[j] = byte(i + j + j>>8 + j>>16)
+		}
+		layer, id := l.layer(kinds[0], kinds[0].oci, map[string][]byte{fmt.Sprintf("file%d", i): content})
+		layers, ids = append(layers, layer), append(ids, id)
+	}
+	config := l.json("application/vnd.oci.image.config.v1+json", object{"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": ids}})
+	image := l.json("application/vnd.oci.image.manifest.v1+json", object{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": layers})
+	output(c.t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name+"-plain", image)))
+	output(c.t, c.ctrPilot("images", "encrypt", "--recipient", recipient, name+"-plain", name))
+	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
+	return name
+}
+
+// TestDifferKilled kills pilot while it unpacks, and restarts both sides.
+func TestDifferKilled(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	image := c.big("provider:pilot:team-a", 400<<20)
+	for _, snapshotter := range []string{"overlayfs", "native"} {
+		t.Run(snapshotter, func(t *testing.T) {
+			home := tempDir(t)
+			process, _ := pilot(t, home, brokerURL)
+			n := newDifferNode(t, home, differNode{v: containerd2(), snapshotter: snapshotter})
+			killed := 0
+			for tries := 0; killed < 3 && tries < 20; tries++ {
+				pull := n.crictl("pull", image)
+				if err := pull.Start(); err != nil {
+					t.Fatal(err)
+				}
+				done := make(chan error, 1)
+				go func() { done <- pull.Wait() }()
+				// Kill it once a file of the image is there, but not whole.
+				partial := false
+				for !partial {
+					files, _ := filepath.Glob(home + "/root/io.containerd.snapshotter.v1." + snapshotter + "/snapshots/*/fs/file*")
+					if snapshotter == "native" {
+						files, _ = filepath.Glob(home + "/root/io.containerd.snapshotter.v1.native/snapshots/*/file*")
+					}
+					for _, f := range files {
+						if info, err := os.Stat(f); err == nil && info.Size() < 100<<20 {
+							partial = true
+						}
+					}
+					select {
+					case err := <-done:
+						if err != nil {
+							t.Fatal(err)
+						}
+						done <- nil
+						partial = true
+					default:
+					}
+				}
+				process.kill()
+				if err := <-done; err != nil {
+					killed++
+				} else {
+					output(t, n.crictl("rmi", image))
+				}
+				process, _ = pilot(t, home, brokerURL)
+			}
+			if killed < 3 {
+				t.Fatalf("pilot was killed in the middle of %d pulls only", killed)
+			}
+			output(t, n.crictl("pull", image))
+			n.noTraces(t)
+
+			// containerd and pilot are restarted in turn.
+			output(t, n.crictl("rmi", image))
+			n.stop(t)
+			n.start(t)
+			output(t, n.crictl("pull", image))
+			output(t, n.crictl("rmi", image))
+			process.stop(t)
+			pilot(t, home, brokerURL)
+			start := time.Now()
+			output(t, n.crictl("pull", image))
+			t.Logf("first pull after pilot's restart: %s", time.Since(start))
+			n.noTraces(t)
+		})
+	}
+}
