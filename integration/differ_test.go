@@ -1,8 +1,10 @@
 package integration
 
 import (
+	"compress/gzip"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -175,16 +177,26 @@ func TestDifferCommit(t *testing.T) {
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
 	c := newCI(t, dir+"/ci", ociConf)
 	image := c.image(kinds[1], "provider:pilot:team-a")
-	home := tempDir(t)
-	pilot(t, home, brokerURL)
-	n := newDifferNode(t, home, differNode{v: containerd2()})
-	output(t, n.ctr("images", "pull", "--plain-http", image))
-	output(t, n.ctr("containers", "create", image, "c"))
-	out := output(t, n.ctr("snapshots", "diff", "c"))
-	if len(out) < 100 {
-		t.Errorf("the difference has %d bytes", len(out))
+	for _, v := range []version{containerd2(), containerd17()} {
+		home := tempDir(t)
+		pilot(t, home, brokerURL)
+		n := newDifferNode(t, home, differNode{v: v})
+		output(t, n.ctr("images", "pull", "--local", "--plain-http", image))
+		output(t, n.ctr("containers", "create", image, "c"))
+		mounts := output(t, n.ctr("snapshots", "mounts", "/mnt", "c"))
+		_, upper, _ := strings.Cut(mounts, "upperdir=")
+		upper, _, _ = strings.Cut(upper, ",")
+		write(t, filepath.Join(upper, "added"), "something new")
+		z, err := gzip.NewReader(strings.NewReader(output(t, n.ctr("snapshots", "diff", "c"))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		diff, err := io.ReadAll(z)
+		if err != nil || !strings.Contains(string(diff), "something new") {
+			t.Errorf("%s: the difference has %d bytes, %v", v.name, len(diff), err)
+		}
+		n.noTraces(t)
 	}
-	n.noTraces(t)
 }
 
 // TestDifferFails pulls what can't be decrypted.
@@ -208,7 +220,7 @@ func TestDifferFails(t *testing.T) {
 	for _, v := range []version{containerd2(), containerd17()} {
 		t.Run(v.name, func(t *testing.T) {
 			home := tempDir(t)
-			process, _ := pilot(t, home, brokerURL)
+			process := activated(t, home, brokerURL)
 			n := newDifferNode(t, home, differNode{v: v})
 			for _, image := range tampered {
 				fails(t, n.crictl("pull", image), "pilot: layer sha256:", "HMAC does not match")
@@ -220,14 +232,13 @@ func TestDifferFails(t *testing.T) {
 			}
 
 			process.stop(t)
-			fails(t, n.crictl("pull", good), home+"/diff.sock")
-			process, _ = pilot(t, home, otherURL)
+			process = activated(t, home, otherURL)
 			fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "no such KEK", "copilot keys create")
 			process.stop(t)
-			process, _ = pilot(t, home, "unix://"+home+"/nobody.sock")
+			process = activated(t, home, "unix://"+home+"/nobody.sock")
 			fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "copilot at unix://"+home+"/nobody.sock")
 			process.stop(t)
-			pilot(t, home, brokerURL)
+			activated(t, home, brokerURL)
 			output(t, n.crictl("pull", good))
 			output(t, n.crictl("rmi", good))
 			output(t, n.ctr("--namespace", "k8s.io", "content", "prune", "references"))
@@ -274,6 +285,33 @@ func (c *ci) big(recipient string, size int) string {
 	return name
 }
 
+// unpacking waits until a file of the big image is there, but not whole. It
+// reports false if the pull is over before.
+func (n *node) unpacking(snapshotter string, done chan error) bool {
+	n.t.Helper()
+	pattern := n.dir + "/root/io.containerd.snapshotter.v1." + snapshotter + "/snapshots/*/"
+	if snapshotter == "overlayfs" {
+		pattern += "fs/"
+	}
+	for {
+		files, err := filepath.Glob(pattern + "file*")
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		for _, f := range files {
+			if info, err := os.Stat(f); err == nil && info.Size() < 100<<20 {
+				return true
+			}
+		}
+		select {
+		case err := <-done:
+			done <- err
+			return false
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
 // TestDifferKilled kills pilot while it unpacks, and restarts both sides.
 func TestDifferKilled(t *testing.T) {
 	dir := tempDir(t)
@@ -284,37 +322,24 @@ func TestDifferKilled(t *testing.T) {
 	for _, snapshotter := range []string{"overlayfs", "native"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			home := tempDir(t)
-			process, _ := pilot(t, home, brokerURL)
+			process := activated(t, home, brokerURL)
 			n := newDifferNode(t, home, differNode{v: containerd2(), snapshotter: snapshotter})
 			killed := 0
-			for tries := 0; killed < 3 && tries < 20; tries++ {
+			for tries := 0; killed < 3 && tries < 40; tries++ {
 				pull := n.crictl("pull", image)
 				if err := pull.Start(); err != nil {
 					t.Fatal(err)
 				}
 				done := make(chan error, 1)
 				go func() { done <- pull.Wait() }()
-				// Kill it once a file of the image is there, but not whole.
-				partial := false
-				for !partial {
-					files, _ := filepath.Glob(home + "/root/io.containerd.snapshotter.v1." + snapshotter + "/snapshots/*/fs/file*")
-					if snapshotter == "native" {
-						files, _ = filepath.Glob(home + "/root/io.containerd.snapshotter.v1.native/snapshots/*/file*")
+				if !n.unpacking(snapshotter, done) {
+					if err := <-done; err == nil {
+						output(t, n.crictl("rmi", image)) // it was faster
+					} else {
+						// containerd waits before it connects again.
+						time.Sleep(500 * time.Millisecond)
 					}
-					for _, f := range files {
-						if info, err := os.Stat(f); err == nil && info.Size() < 100<<20 {
-							partial = true
-						}
-					}
-					select {
-					case err := <-done:
-						if err != nil {
-							t.Fatal(err)
-						}
-						done <- nil
-						partial = true
-					default:
-					}
+					continue
 				}
 				process.kill()
 				if err := <-done; err != nil {
@@ -322,26 +347,67 @@ func TestDifferKilled(t *testing.T) {
 				} else {
 					output(t, n.crictl("rmi", image))
 				}
-				process, _ = pilot(t, home, brokerURL)
+				process = activated(t, home, brokerURL)
 			}
 			if killed < 3 {
 				t.Fatalf("pilot was killed in the middle of %d pulls only", killed)
 			}
-			output(t, n.crictl("pull", image))
-			n.noTraces(t)
+			pulls := func() {
+				t.Helper()
+				await(t, "a pull", func() error { return n.crictl("pull", image).Run() })
+				n.noTraces(t)
+			}
+			pulls()
 
 			// containerd and pilot are restarted in turn.
 			output(t, n.crictl("rmi", image))
 			n.stop(t)
 			n.start(t)
-			output(t, n.crictl("pull", image))
+			pulls()
 			output(t, n.crictl("rmi", image))
 			process.stop(t)
-			pilot(t, home, brokerURL)
-			start := time.Now()
-			output(t, n.crictl("pull", image))
-			t.Logf("first pull after pilot's restart: %s", time.Since(start))
-			n.noTraces(t)
+			activated(t, home, brokerURL)
+			pulls()
 		})
+	}
+}
+
+// TestDifferAway pulls while pilot is not there.
+func TestDifferAway(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	encrypted := c.image(kinds[1], "provider:pilot:team-a")
+	plain := encrypted + "-plain"
+	output(t, c.ctrPilot("images", "push", "--plain-http", plain))
+	for _, v := range []version{containerd2(), containerd17()} {
+		for _, image := range []string{plain, encrypted} {
+			// systemd holds the socket: a pull waits for pilot, about a second,
+			// which is what containerd gives a connection.
+			home := tempDir(t)
+			process := activated(t, home, brokerURL)
+			n := newDifferNode(t, home, differNode{v: v})
+			process.stop(t)
+			pull := n.crictl("pull", image)
+			if err := pull.Start(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(300 * time.Millisecond)
+			activated(t, home, brokerURL)
+			if err := pull.Wait(); err != nil {
+				t.Errorf("%s, %s: %v", v.name, image, err)
+			}
+
+			// Nobody does: it fails, and works again soon after pilot is back.
+			home = tempDir(t)
+			process, _ = pilot(t, home, brokerURL)
+			n = newDifferNode(t, home, differNode{v: v})
+			process.stop(t)
+			fails(t, n.crictl("pull", image), home+"/diff.sock")
+			pilot(t, home, brokerURL)
+			await(t, "a pull", func() error { return n.crictl("pull", image).Run() })
+			n.noTraces(t)
+		}
 	}
 }

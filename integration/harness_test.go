@@ -255,6 +255,36 @@ func pilot(t *testing.T, dir, broker string, args ...string) (*process, string) 
 	return p, write(t, filepath.Join(dir, "ocicrypt.conf"), `{"key-providers": {"pilot": {"grpc": "unix://`+socket+`"}}}`)
 }
 
+// activated starts pilot as systemd does, with the sockets of dir passed to it.
+// They stay open when it ends, until the test does.
+func activated(t *testing.T, dir, broker string) *process {
+	t.Helper()
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --broker "$1" --containerd "$2" --diff-listen "unix://$3"`,
+		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock")
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "LISTEN_FDNAMES=keyprovider:diff")
+	for _, name := range []string{"keyprovider.sock", "diff.sock"} {
+		l, ok := sockets[dir+"/"+name]
+		if !ok {
+			var err error
+			if l, err = net.ListenUnix("unix", &net.UnixAddr{Name: dir + "/" + name, Net: "unix"}); err != nil {
+				t.Fatal(err)
+			}
+			sockets[dir+"/"+name] = l
+			t.Cleanup(func() { l.Close() })
+		}
+		f, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		cmd.ExtraFiles = append(cmd.ExtraFiles, f)
+	}
+	return start(t, dir, "pilot", cmd)
+}
+
+// sockets are those that are passed to pilot, by their path.
+var sockets = map[string]*net.UnixListener{}
+
 // registry starts a registry and returns its address and its storage.
 func registry(t *testing.T, dir string) (address, storage string) {
 	t.Helper()
