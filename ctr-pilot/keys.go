@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,10 +10,8 @@ import (
 	"sync"
 
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
-	"github.com/containers/ocicrypt"
 	"github.com/containers/ocicrypt/config"
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	"github.com/containers/ocicrypt/keywrap/keyprovider"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
@@ -33,21 +30,11 @@ var registerKeyProviders = sync.OnceValue(func() error {
 		}
 		return nil
 	}
-	b, err := os.ReadFile(defaultKeyProviders)
+	err := processor.RegisterKeyProviders(defaultKeyProviders)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	var conf keyproviderconfig.OcicryptConfig
-	if err := json.Unmarshal(b, &conf); err != nil {
-		return fmt.Errorf("%s: %w", defaultKeyProviders, err)
-	}
-	for name, attrs := range conf.KeyProviderConfig {
-		ocicrypt.RegisterKeyWrapper("provider."+name, keyprovider.NewKeyWrapper(name, attrs))
-	}
-	return nil
+	return err
 })
 
 // keyFlags are imgcrypt's flags for whatever decrypts.

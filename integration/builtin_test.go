@@ -1,0 +1,58 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestBuiltin builds a containerd with pilot's differ in it and pulls.
+func TestBuiltin(t *testing.T) {
+	dir := tempDir(t)
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "bin", "containerd"), ".")
+	build.Dir = filepath.Join(repo, "integration/testdata/containerd")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", build.Args, err, out)
+	}
+	if err := os.Symlink(filepath.Join(tools, "bin/containerd-shim-runc-v2"), filepath.Join(dir, "bin/containerd-shim-runc-v2")); err != nil {
+		t.Fatal(err)
+	}
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	home := tempDir(t)
+	v := containerd2()
+	v.name, v.command = "2.4.2 with pilot", []string{filepath.Join(dir, "bin/containerd")}
+	n := startNode(t, home, v, "", fmt.Sprintf(`
+[plugins.'io.containerd.differ.v1.pilot']
+  key_providers = '%s'
+  layers_at_once = 2
+[plugins.'io.containerd.service.v1.diff-service']
+  default = ['pilot']
+[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+  platform = 'linux/%s'
+  snapshotter = 'overlayfs'
+  differ = 'pilot'
+# What is left of an earlier set-up does no harm.
+[stream_processors.'io.containerd.ocicrypt.decoder.v1.tar.gzip']
+  accepts = ['application/vnd.oci.image.layer.v1.tar+gzip+encrypted']
+  returns = 'application/vnd.oci.image.layer.v1.tar+gzip'
+  path = '/bin/false'
+`, ociConf, goarch))
+	for _, k := range kinds {
+		image := c.image(k, "provider:pilot:team-a")
+		output(t, n.crictl("pull", image))
+		output(t, n.crictl("rmi", image))
+		for _, args := range [][]string{{"--local"}, {}} {
+			output(t, n.ctr(append([]string{"images", "pull", "--plain-http", image}, args...)...))
+			if out := output(t, n.ctr("run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+				t.Errorf("%s: %s", k.name, out)
+			}
+			output(t, n.ctr("images", "remove", "--sync", image))
+		}
+		fails(t, n.crictl("pull", c.tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })), "pilot: layer sha256:", "HMAC does not match")
+	}
+}

@@ -1,0 +1,98 @@
+// Package builtin registers pilot's differ with a containerd that imports it,
+// as for one that is compiled with plugins of one's own:
+//
+//	import _ "github.com/ctrlplane/pilot/plugin/builtin"
+//
+// It is named pilot, like the proxy plugin, and decrypts in containerd's own
+// process. Layer keys are unwrapped by the key providers of an ocicrypt.conf,
+// such as a "pilot serve", and private keys. In containerd's configuration:
+//
+//	[plugins.'io.containerd.differ.v1.pilot']
+//	  key_providers = '/etc/pilot/ocicrypt.conf'
+//	[plugins.'io.containerd.service.v1.diff-service']
+//	  default = ['pilot']
+//	[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+//	  platform = 'linux/amd64'
+//	  snapshotter = 'overlayfs'
+//	  differ = 'pilot'
+package builtin
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/platforms"
+	containerdplugin "github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+
+	"github.com/ctrlplane/pilot/plugin"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// Config is the plugin's section of containerd's configuration.
+type Config struct {
+	// KeyProviders is an ocicrypt.conf. Default: /etc/pilot/ocicrypt.conf,
+	// if it exists.
+	KeyProviders string `toml:"key_providers"`
+	// DecryptionKeysPath is a directory of private keys to try. Default:
+	// none.
+	DecryptionKeysPath string `toml:"decryption_keys_path"`
+	// LayersAtOnce is how many encrypted layers are unpacked at once at
+	// most. Default: 8.
+	LayersAtOnce int `toml:"layers_at_once"`
+}
+
+const defaultKeyProviders = "/etc/pilot/ocicrypt.conf"
+
+func init() {
+	registry.Register(&containerdplugin.Registration{
+		Type: plugins.DiffPlugin,
+		ID:   "pilot",
+		Requires: []containerdplugin.Type{
+			plugins.MetadataPlugin,
+			plugins.MountManagerPlugin,
+		},
+		Config: &Config{},
+		InitFn: func(ic *containerdplugin.InitContext) (any, error) {
+			return newDiffer(ic, ic.Config.(*Config))
+		},
+	})
+}
+
+func newDiffer(ic *containerdplugin.InitContext, conf *Config) (interface {
+	diff.Applier
+	diff.Comparer
+}, error) {
+	md, err := ic.GetSingle(plugins.MetadataPlugin)
+	if err != nil {
+		return nil, err
+	}
+	var mounts mount.Manager
+	if m, err := ic.GetSingle(plugins.MountManagerPlugin); err == nil {
+		mounts = m.(mount.Manager)
+	} else if !errors.Is(err, containerdplugin.ErrPluginNotFound) {
+		return nil, err
+	}
+
+	name := conf.KeyProviders
+	if name == "" {
+		name = defaultKeyProviders
+	}
+	err = processor.RegisterKeyProviders(name)
+	if err != nil && (conf.KeyProviders != "" || !errors.Is(err, fs.ErrNotExist)) {
+		return nil, fmt.Errorf("key_providers: %w", err)
+	}
+	c := plugin.Config{Layers: conf.LayersAtOnce}
+	if conf.DecryptionKeysPath != "" {
+		if c.Keys, err = processor.KeysIn(conf.DecryptionKeysPath); err != nil {
+			return nil, fmt.Errorf("decryption_keys_path: %w", err)
+		}
+	}
+	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
+	return plugin.New(md.(*metadata.DB).ContentStore(), mounts, c), nil
+}
