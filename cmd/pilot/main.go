@@ -36,7 +36,7 @@ A tool finds it by a file such as
    {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
 
 that OCICRYPT_KEYPROVIDER_CONFIG names.`,
-		Commands:             []*cli.Command{serveCommand, keyproviderCommand},
+		Commands:             []*cli.Command{serveCommand, keyproviderCommand, nodeCommand},
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}

@@ -1,0 +1,175 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/plugin/node"
+)
+
+var nodeCommand = &cli.Command{
+	Name:  "node",
+	Usage: "set this machine's containerd up with pilot, and examine it",
+	Subcommands: []*cli.Command{
+		{
+			Name:  "install",
+			Usage: "make containerd decrypt images with pilot",
+			Description: `Looks at the machine's containerd and writes what is needed, and no more: a
+drop-in of containerd's configuration, pilot.toml, ocicrypt.conf and systemd's
+units. What exists is not overwritten: what is in the way is named. Doing it
+again changes nothing.
+
+Example:
+   pilot node install --now --broker https://copilot.example.com:8443 \
+      --broker-ca /etc/pilot/ca.pem --broker-cert /etc/pilot/node.pem --broker-key /etc/pilot/node-key.pem`,
+			Flags: append(nodeFlags(),
+				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
+				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
+				&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM`", Value: "containerd"},
+				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE`", Value: "/etc/containerd/config.toml"},
+				brokerFlag("broker"), brokerFlag("broker-ca"), brokerFlag("broker-cert"), brokerFlag("broker-key"),
+			),
+			Action: nodeInstall,
+		},
+		{
+			Name:  "uninstall",
+			Usage: "put everything back as it was before install",
+			Description: `Undoes what install did, byte for byte. Files that were changed since stay, and
+are named.
+
+Example:
+   pilot node uninstall --now`,
+			Flags:  nodeFlags(),
+			Action: nodeUninstall,
+		},
+	},
+}
+
+// nodeFlags are those of install and uninstall.
+func nodeFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "root", Usage: "root `DIRECTORY` of an unpacked node image, instead of this machine"},
+		&cli.BoolFlag{Name: "now", Usage: "start or stop pilot, and restart containerd if its configuration changes"},
+	}
+}
+
+// brokerFlag is a setting for pilot.toml.
+func brokerFlag(name string) cli.Flag {
+	for _, s := range settings {
+		if s.name == name {
+			return &cli.StringFlag{Name: name, Usage: s.usage + ", for pilot.toml"}
+		}
+	}
+	panic("there is no setting " + name)
+}
+
+func nodeInstall(c *cli.Context) error {
+	o := node.Options{
+		Root:             c.String("root"),
+		ContainerdBinary: c.String("containerd-binary"),
+		ContainerdConfig: c.String("containerd-config"),
+		PilotBinary:      c.String("pilot-binary"),
+		Settings:         map[string]string{},
+	}
+	if err := nodeArguments(c); err != nil {
+		return err
+	}
+	for _, s := range settings {
+		if c.IsSet(s.name) {
+			if err := s.set(new(configuration), c.String(s.name)); err != nil {
+				return usageError{fmt.Errorf("--%s: %w", s.name, err)}
+			}
+			o.Settings[s.name] = c.String(s.name)
+		}
+	}
+	plan, err := node.NewPlan(c.Context, o)
+	if err != nil {
+		return err
+	}
+	if c.Bool("dry-run") {
+		for _, change := range plan.Changes {
+			fmt.Print(change.Diff())
+		}
+		return nil
+	}
+	if err := plan.Install(c.Context); err != nil {
+		return err
+	}
+	for _, change := range plan.Changes {
+		fmt.Printf("wrote %s\n", change.Path)
+	}
+	if len(plan.Changes) == 0 {
+		fmt.Println("everything is as it should be")
+	}
+	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
+	if plan.RestartContainerd {
+		commands = append(commands, "systemctl restart containerd.service")
+	}
+	if len(plan.Changes) == 0 || o.Root != "" {
+		return nil
+	}
+	return runOrSay(c.Bool("now"), commands)
+}
+
+func nodeUninstall(c *cli.Context) error {
+	if err := nodeArguments(c); err != nil {
+		return err
+	}
+	o := node.Options{Root: c.String("root")}
+	installed, err := node.Installed(o)
+	if err != nil {
+		return err
+	}
+	if !installed {
+		fmt.Println("nothing is installed")
+		return nil
+	}
+	err = node.Uninstall(o)
+	if err == nil {
+		fmt.Println("everything is as it was before")
+	}
+	if o.Root != "" {
+		return err
+	}
+	// containerd first: it asks pilot until then.
+	if sayErr := runOrSay(c.Bool("now"), []string{
+		"systemctl restart containerd.service", "systemctl stop pilot.service pilot-keyprovider.socket pilot-diff.socket", "systemctl daemon-reload",
+	}); err == nil {
+		err = sayErr
+	}
+	return err
+}
+
+func nodeArguments(c *cli.Context) error {
+	if c.NArg() > 0 {
+		return usageError{fmt.Errorf("node %s takes no argument, and got %q", c.Command.Name, c.Args().First())}
+	}
+	if c.Bool("now") && c.String("root") != "" {
+		return usageError{fmt.Errorf("--now is for a machine that runs, and --root for one that does not")}
+	}
+	return nil
+}
+
+// runOrSay runs commands, or says that they are to be run.
+func runOrSay(run bool, commands []string) error {
+	if !run {
+		fmt.Println("now run:")
+	}
+	for _, command := range commands {
+		if !run {
+			fmt.Println("  " + command)
+			continue
+		}
+		words := strings.Fields(command)
+		cmd := exec.Command(words[0], words[1:]...)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("%s: %w", command, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,313 @@
+package integration
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// machine is the root of a machine of its own, in which its containerd and
+// pilot run by chroot.
+type machine struct {
+	t    *testing.T
+	root string
+	lib  string // its /var/lib/containerd
+}
+
+// newMachine makes a machine on top of a root directory.
+func newMachine(t *testing.T, lower string) *machine {
+	t.Helper()
+	dir := tempDir(t)
+	m := &machine{t, filepath.Join(dir, "root"), filepath.Join(dir, "lib")}
+	mount := func(source, target, kind string, flags uintptr, data string) {
+		target = filepath.Join(m.root, target)
+		if err := os.MkdirAll(target, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Mount(source, target, kind, flags, data); err != nil {
+			t.Fatalf("mount %s: %v", target, err)
+		}
+		t.Cleanup(func() {
+			if err := syscall.Unmount(target, syscall.MNT_DETACH); err != nil {
+				t.Errorf("unmount %s: %v", target, err)
+			}
+		})
+	}
+	for _, name := range []string{"upper", "work", "lib"} {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
+	mount("proc", "proc", "proc", 0, "")
+	mount("/dev", "dev", "", syscall.MS_BIND|syscall.MS_REC, "")
+	mount("/sys", "sys", "", syscall.MS_BIND|syscall.MS_REC, "")
+	mount("tmpfs", "run", "tmpfs", 0, "")
+	mount("tmpfs", "tmp", "tmpfs", 0, "")
+	mount(m.lib, "var/lib/containerd", "", syscall.MS_BIND, "")
+	for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
+		m.copy(filepath.Join(bin, name))
+	}
+	m.copy(filepath.Join(tools, "bin/ctr"))
+	return m
+}
+
+// copy puts a program into the machine's /usr/local/bin.
+func (m *machine) copy(file string) {
+	m.t.Helper()
+	output(m.t, command(m.t, "install", "-D", file, filepath.Join(m.root, "usr/local/bin", filepath.Base(file))))
+}
+
+// start starts a program of the machine's.
+func (m *machine) start(t *testing.T, name string, args ...string) *process {
+	t.Helper()
+	cmd := exec.Command("chroot", append([]string{m.root, name}, args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
+	return start(t, filepath.Dir(m.root), filepath.Base(name), cmd)
+}
+
+// run returns a command on the machine.
+func (m *machine) run(name string, args ...string) *exec.Cmd {
+	m.t.Helper()
+	cmd := command(m.t, "chroot", append([]string{m.root, name}, args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
+	return cmd
+}
+
+// pilot returns a command of pilot's on the machine from outside.
+func (m *machine) pilot(args ...string) *exec.Cmd {
+	m.t.Helper()
+	return command(m.t, "pilot", append(args, "--root", m.root)...)
+}
+
+// files returns the sums of the files below the machine's /etc and what
+// else an installation writes.
+func (m *machine) files() map[string]string {
+	m.t.Helper()
+	sums := map[string]string{}
+	for _, dir := range []string{"etc", "var/lib/pilot", "usr/lib/systemd"} {
+		err := filepath.WalkDir(filepath.Join(m.root, dir), func(path string, e fs.DirEntry, err error) error {
+			if os.IsNotExist(err) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			info, err := e.Info()
+			if err != nil {
+				return err
+			}
+			sums[path] = info.Mode().String()
+			if info.Mode().IsRegular() {
+				sums[path] += fmt.Sprintf(" %x", sha256.Sum256([]byte(read(m.t, path))))
+			}
+			return nil
+		})
+		if err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	return sums
+}
+
+// same checks that the files are as they were.
+func (m *machine) same(was map[string]string) {
+	m.t.Helper()
+	is := m.files()
+	for path, sum := range was {
+		if is[path] != sum {
+			m.t.Errorf("%s: %s, was %s", path, is[path], sum)
+		}
+	}
+	for path := range is {
+		if _, ok := was[path]; !ok {
+			m.t.Errorf("%s is left", path)
+		}
+	}
+}
+
+// machines are those to install on.
+func machines() map[string]func(t *testing.T) *machine {
+	debian12 := func(t *testing.T) *machine { return newMachine(t, "/") }
+	return map[string]func(t *testing.T) *machine{
+		"1.6": debian12,
+		"1.7": func(t *testing.T) *machine { return newMachine(t, filepath.Join(tools, "trixie")) },
+		"2.4.2": func(t *testing.T) *machine {
+			m := debian12(t)
+			for _, name := range []string{"containerd", "containerd-shim-runc-v2"} {
+				m.copy(filepath.Join(tools, "bin", name))
+			}
+			return m
+		},
+	}
+}
+
+// TestNodeInstall sets machines up with one command, pulls and runs with each
+// client, and puts them back.
+func TestNodeInstall(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	var images []string
+	for _, k := range kinds {
+		images = append(images, c.image(k, "provider:pilot:team-a"))
+	}
+	for version, make := range machines() {
+		t.Run(version, func(t *testing.T) {
+			m := make(t)
+			before := m.files()
+			// The broker's socket, inside.
+			if err := os.MkdirAll(m.root+"/run/copilot", 0o755); err != nil {
+				t.Fatal(err)
+			}
+			write(t, m.root+"/run/copilot/copilot.sock", "")
+			if err := syscall.Mount(strings.TrimPrefix(brokerURL, "unix://"), m.root+"/run/copilot/copilot.sock", "", syscall.MS_BIND, ""); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { syscall.Unmount(m.root+"/run/copilot/copilot.sock", syscall.MNT_DETACH) })
+
+			diff := output(t, m.pilot("node", "install", "--dry-run"))
+			if !strings.Contains(diff, "+++ /etc/containerd/conf.d/pilot.toml") {
+				t.Errorf("dry run: %s", diff)
+			}
+			m.same(before)
+			output(t, m.pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
+			after := m.files()
+			if out := output(t, m.pilot("node", "install")); !strings.Contains(out, "everything is as it should be") {
+				t.Errorf("a second time: %s", out)
+			}
+			m.same(after)
+			units := []string{"pilot.service", "pilot-keyprovider.socket"}
+			if version != "1.6" {
+				units = append(units, "pilot-diff.socket")
+			}
+			// What it says of other units is not our concern.
+			if version == "1.7" {
+				units = nil // there is no systemd on that machine
+			} else if out := said(t, command(t, "systemd-analyze", append([]string{"verify", "--man=no", "--root=" + m.root}, units...)...)); strings.Contains(out, "pilot") {
+				t.Errorf("systemd-analyze verify: %s", out)
+			}
+
+			m.start(t, "pilot", "serve")
+			await(t, "pilot", answers(m.root+"/run/pilot/keyprovider.sock"))
+			m.start(t, "containerd")
+			n := &node{t: t, dir: filepath.Dir(m.root), socket: m.root + "/run/containerd/containerd.sock"}
+			await(t, "containerd", func() error { return n.ctr("version").Run() })
+			for _, image := range images {
+				output(t, n.crictl("pull", image))
+				if out := output(t, m.run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+					t.Errorf("crictl, %s: %s", image, out)
+				}
+				output(t, n.crictl("rmi", image))
+				pulls := [][]string{{"ctr-pilot", "images", "pull", "--plain-http", image}}
+				if version != "1.6" {
+					pulls = append(pulls, []string{"ctr", "images", "pull", "--local", "--plain-http", image})
+				}
+				if version == "2.4.2" {
+					pulls = append(pulls, []string{"ctr", "images", "pull", "--plain-http", image})
+				}
+				for _, pull := range pulls {
+					output(t, m.run(pull[0], pull[1:]...))
+					if out := output(t, m.run("ctr", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+						t.Errorf("%s, %s: %s", pull, image, out)
+					}
+					output(t, m.run("ctr", "images", "remove", "--sync", image))
+				}
+			}
+
+			output(t, m.pilot("node", "uninstall"))
+			m.same(before)
+			if out := output(t, m.pilot("node", "uninstall")); !strings.Contains(out, "nothing is installed") {
+				t.Errorf("uninstalled twice: %s", out)
+			}
+		})
+	}
+}
+
+// said runs a command that may fail and returns what it says.
+func said(t *testing.T, cmd *exec.Cmd) string {
+	t.Helper()
+	out, _ := cmd.CombinedOutput()
+	return string(out)
+}
+
+// TestNodeConflicts installs on machines whose own settings are in the way, and
+// on some whose are not.
+func TestNodeConflicts(t *testing.T) {
+	const conf = "etc/containerd/config.toml"
+	for name, test := range map[string]struct {
+		version string
+		files   map[string]string
+		want    string // empty: it works
+	}{
+		"other proxy plugin": {"2.4.2", map[string]string{conf: "version = 3\n[proxy_plugins.pilot]\n  type = 'snapshot'\n  address = '/x.sock'\n"}, "/etc/containerd/config.toml: there is a proxy plugin pilot of type snapshot at /x.sock: remove it"},
+		"other differ":       {"2.4.2", map[string]string{conf: "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/" + goarch + "'\n  snapshotter = 'overlayfs'\n  differ = 'other'\n"}, "with the differ other"},
+		"own drop-in":        {"2.4.2", map[string]string{"etc/containerd/conf.d/pilot.toml": "version = 3\n"}, "/etc/containerd/conf.d/pilot.toml: it exists, and is not what was installed: move it away"},
+		"later drop-in":      {"2.4.2", map[string]string{conf: "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n", "etc/containerd/conf.d/z.toml": "version = 3\n[plugins.'io.containerd.service.v1.diff-service']\n  default = ['walking']\n"}, "is the plugin io.containerd.service.v1.diff-service configured by another of its files?"},
+		"ocicrypt.conf":      {"2.4.2", map[string]string{"etc/pilot/ocicrypt.conf": `{"key-providers": {}}`}, "/etc/pilot/ocicrypt.conf: it names no key provider pilot"},
+		"pilot.toml":         {"2.4.2", map[string]string{"etc/pilot/pilot.toml": "diff-listen = 'off'\n"}, `/etc/pilot/pilot.toml: diff-listen is "off": remove it`},
+		"unit":               {"2.4.2", map[string]string{"etc/systemd/system/pilot.service": "[Service]\nExecStart=/x\n"}, "/etc/systemd/system/pilot.service: it exists"},
+		"key model":          {"1.6", map[string]string{conf: "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.image_decryption]\n  key_model = ''\n"}, `image_decryption.key_model is "": make it "node"`},
+		"other decoder":      {"1.6", map[string]string{conf: "version = 2\n[stream_processors.mine]\n  accepts = ['application/vnd.oci.image.layer.v1.tar+encrypted']\n  returns = 'application/vnd.oci.image.layer.v1.tar'\n  path = '/x'\n"}, "the stream processor mine at /x takes encrypted layers: remove it"},
+		"broken":             {"2.4.2", map[string]string{conf: "version = \n"}, "containerd's configuration: "},
+
+		"no file":      {"2.4.2", map[string]string{conf: ""}, ""},
+		"imports":      {"2.4.2", map[string]string{conf: "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n"}, ""},
+		"other import": {"1.7", map[string]string{conf: "version = 2\nimports = ['/etc/containerd/mine.toml']\n", "etc/containerd/mine.toml": "version = 2\n"}, ""},
+		"sync_fs":      {"1.7", map[string]string{conf: "version = 2\n[plugins.'io.containerd.service.v1.diff-service']\n  default = ['walking']\n  sync_fs = true\n"}, ""},
+		"own settings": {"2.4.2", map[string]string{"etc/pilot/pilot.toml": "broker = 'https://copilot.example.com'\n", "etc/pilot/ocicrypt.conf": `{"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}, "other": {}}}`}, ""},
+		"snapshotters": {"2.4.2", map[string]string{conf: "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'native'\n"}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := machines()[test.version](t)
+			for file, text := range test.files {
+				if text == "" {
+					os.Remove(filepath.Join(m.root, file))
+				} else {
+					write(t, filepath.Join(m.root, file), text)
+				}
+			}
+			before := m.files()
+			if test.want != "" {
+				fails(t, m.pilot("node", "install"), test.want)
+				m.same(before)
+				return
+			}
+			output(t, m.pilot("node", "install"))
+			after := m.files()
+			output(t, m.pilot("node", "install"))
+			m.same(after)
+			output(t, m.pilot("node", "uninstall"))
+			m.same(before)
+		})
+	}
+}
+
+// TestNodeChanged uninstalls where files were changed since.
+func TestNodeChanged(t *testing.T) {
+	m := machines()["2.4.2"](t)
+	conf := m.root + "/etc/containerd/config.toml"
+	before := read(t, conf)
+	output(t, m.pilot("node", "install", "--broker", "https://copilot.example.com"))
+	write(t, conf, read(t, conf)+"# mine\n")
+	write(t, m.root+"/etc/pilot/pilot.toml", "broker = 'https://other.example.com'\n")
+	fails(t, m.pilot("node", "uninstall"), "/etc/pilot/pilot.toml was changed since it was installed, and stays")
+	if got := read(t, conf); got != before+"# mine\n" {
+		t.Errorf("containerd's configuration: %s", got)
+	}
+	if _, err := os.Stat(m.root + "/etc/containerd/conf.d/pilot.toml"); err == nil {
+		t.Error("the drop-in is left")
+	}
+	os.Remove(m.root + "/etc/pilot/pilot.toml")
+	output(t, m.pilot("node", "uninstall"))
+	if out := output(t, m.pilot("node", "uninstall")); !strings.Contains(out, "nothing is installed") {
+		t.Errorf("after that: %s", out)
+	}
+}

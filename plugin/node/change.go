@@ -1,0 +1,214 @@
+package node
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/rogpeppe/go-internal/diff"
+)
+
+// Change is a file or a symbolic link that is made, changed or removed.
+type Change struct {
+	Path string // inside the root
+	Old  []byte // what was there; nil: nothing
+	New  []byte // what shall be there; nil: nothing, or a link
+	Link string // what a symbolic link shall point to
+	Mode fs.FileMode
+}
+
+// Diff returns the change as a unified diff.
+func (c Change) Diff() string {
+	if c.Link != "" {
+		return fmt.Sprintf("link %s -> %s\n", c.Path, c.Link)
+	}
+	from, to := c.Path, c.Path
+	if c.Old == nil {
+		from = "/dev/null"
+	}
+	if c.New == nil {
+		to = "/dev/null"
+	}
+	return string(diff.Diff(from, c.Old, to, c.New))
+}
+
+// state is what a machine remembers of an installation, so that it can be
+// undone.
+type state struct {
+	Files []installed `json:"files"`
+	Dirs  []string    `json:"dirs,omitempty"` // that were made, the outermost first
+}
+
+// installed is a file as it is after the installation, and as it was before.
+type installed struct {
+	Path   string      `json:"path"`
+	Before []byte      `json:"before"` // null: there was none
+	Mode   fs.FileMode `json:"mode"`
+	SHA256 string      `json:"sha256,omitempty"`
+	Link   string      `json:"link,omitempty"`
+	// Inserted is what was inserted into a file that is somebody else's.
+	Inserted string `json:"inserted,omitempty"`
+}
+
+// stateFile is where the state is kept, inside the root, in stateDir.
+const (
+	stateDir  = "/var/lib/pilot"
+	stateFile = stateDir + "/node.json"
+)
+
+func (o Options) readState() (state, error) {
+	var s state
+	b, err := os.ReadFile(o.path(stateFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return s, err
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, fmt.Errorf("%s is damaged: %w", stateFile, err)
+	}
+	return s, nil
+}
+
+func (o Options) writeState(s state) error {
+	if len(s.Files) == 0 {
+		return ignoreNotExist(os.Remove(o.path(stateFile)))
+	}
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(o.path(stateFile)), 0o700); err != nil {
+		return err
+	}
+	return writeFile(o.path(stateFile), append(b, '\n'), 0o600)
+}
+
+// file returns the state of a file.
+func (s *state) file(path string) *installed {
+	i := slices.IndexFunc(s.Files, func(f installed) bool { return f.Path == path })
+	if i < 0 {
+		return nil
+	}
+	return &s.Files[i]
+}
+
+// note notes a change that is going to be made.
+func (s *state) note(o Options, c Change, inserted string) {
+	s.noteDir(o, filepath.Dir(c.Path))
+	f := s.file(c.Path)
+	if f == nil {
+		s.Files = append(s.Files, installed{Path: c.Path, Before: c.Old, Mode: c.Mode})
+		f = &s.Files[len(s.Files)-1]
+	}
+	f.Link, f.Inserted = c.Link, inserted
+	if c.Link == "" {
+		f.SHA256 = hash(c.New)
+	}
+}
+
+// noteDir notes a directory that is going to be made, with those above it that
+// are missing.
+func (s *state) noteDir(o Options, dir string) {
+	var missing []string
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(o.path(dir)); err == nil || slices.Contains(s.Dirs, dir) {
+			break
+		}
+		missing = append(missing, dir)
+	}
+	slices.Reverse(missing)
+	s.Dirs = append(s.Dirs, missing...)
+}
+
+// removeDirs removes directories that were made, unless something is in them.
+func (o Options) removeDirs(dirs []string) {
+	for _, dir := range slices.Backward(dirs) {
+		os.Remove(o.path(dir))
+	}
+}
+
+// make makes the change.
+func (c Change) make(o Options) error {
+	name := o.path(c.Path)
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	if c.Link != "" {
+		return os.Symlink(c.Link, name)
+	}
+	return writeFile(name, c.New, c.Mode)
+}
+
+// revert puts back what the change replaced.
+func (c Change) revert(o Options) error {
+	if c.Old != nil {
+		return writeFile(o.path(c.Path), c.Old, c.Mode)
+	}
+	return ignoreNotExist(os.Remove(o.path(c.Path)))
+}
+
+// undo puts a file back as it was. One that was changed in the meantime loses
+// what was inserted into it, or else stays: then undo reports why.
+func (s *state) undo(o Options, f installed) error {
+	name := o.path(f.Path)
+	if f.Link != "" {
+		if to, err := os.Readlink(name); err != nil || to != f.Link {
+			return ignoreNotExist(err)
+		}
+		return os.Remove(name)
+	}
+	has, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // somebody has removed it
+	}
+	if err != nil {
+		return err
+	}
+	switch {
+	case f.Before != nil && bytes.Equal(has, f.Before):
+		return nil
+	case hash(has) == f.SHA256 && f.Before == nil:
+		return os.Remove(name)
+	case hash(has) == f.SHA256:
+		return writeFile(name, f.Before, f.Mode)
+	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
+		return writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode)
+	}
+	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
+}
+
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// writeFile replaces a file as a whole.
+func writeFile(name string, b []byte, mode fs.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // fails once it is renamed
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), name)
+}
+
+func hash(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}

@@ -1,0 +1,515 @@
+package node
+
+import (
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/template"
+
+	"github.com/containerd/platforms"
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Options say what to install, and where.
+type Options struct {
+	// Root is the root directory of a machine that does not run, such as an
+	// unpacked node image; empty for this machine.
+	Root string
+	// ContainerdBinary is containerd's program, looked for in PATH.
+	// Default: containerd.
+	ContainerdBinary string
+	// ContainerdConfig is containerd's configuration file. Default:
+	// /etc/containerd/config.toml.
+	ContainerdConfig string
+	// PilotBinary is pilot's program on the machine. Default: this one, or
+	// with a Root what is in its usual directories.
+	PilotBinary string
+	// Settings are lines for a new pilot.toml, by their names.
+	Settings map[string]string
+}
+
+// Plan is what an installation would change.
+type Plan struct {
+	// Changes are what it would write; none if all is as it should be.
+	Changes []Change
+	// RestartContainerd reports that containerd's configuration changes.
+	RestartContainerd bool
+
+	options  Options
+	inserted map[string]string // by path, what is inserted into a file that is somebody else's
+	check    func(context.Context) error
+}
+
+// Conflict is the error of a setting of the machine's own that an installation
+// would have to overwrite, which it does not.
+type Conflict struct{ Where, What, Mend string }
+
+func (c *Conflict) Error() string { return fmt.Sprintf("%s: %s: %s", c.Where, c.What, c.Mend) }
+
+const (
+	keyProviders = "/etc/pilot/ocicrypt.conf"
+	pilotConfig  = "/etc/pilot/pilot.toml"
+	unitDir      = "/etc/systemd/system"
+	dropInName   = "pilot.toml"
+	diffSocket   = "/run/pilot/diff.sock"
+	keySocket    = "/run/pilot/keyprovider.sock"
+)
+
+//go:embed units
+var unitFiles embed.FS
+
+// cleanRoot makes the root an absolute path, or empty for this machine's.
+func (o *Options) cleanRoot() error {
+	if o.Root == "" {
+		return nil
+	}
+	root, err := filepath.Abs(o.Root)
+	if err != nil {
+		return err
+	}
+	if o.Root = root; root == "/" {
+		o.Root = ""
+	}
+	return nil
+}
+
+func (o *Options) defaults() error {
+	if err := o.cleanRoot(); err != nil {
+		return err
+	}
+	if o.ContainerdBinary == "" {
+		o.ContainerdBinary = "containerd"
+	}
+	if o.ContainerdConfig == "" {
+		o.ContainerdConfig = "/etc/containerd/config.toml"
+	}
+	if o.PilotBinary != "" {
+		return nil
+	}
+	if o.Root == "" {
+		var err error
+		o.PilotBinary, err = os.Executable()
+		return err
+	}
+	for _, name := range []string{"/usr/local/bin/pilot", "/usr/bin/pilot"} {
+		if _, err := os.Stat(o.path(name)); err == nil {
+			o.PilotBinary = name
+			return nil
+		}
+	}
+	return fmt.Errorf("there is no pilot in %s: put it into %s first", o.Root, o.path("/usr/local/bin"))
+}
+
+// NewPlan looks at a machine and plans an installation of pilot beside its
+// containerd. The error is a [*Conflict] if a setting of the machine's own is
+// in the way.
+func NewPlan(ctx context.Context, o Options) (*Plan, error) {
+	if err := o.defaults(); err != nil {
+		return nil, err
+	}
+	c, err := look(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	before, err := o.readState()
+	if err != nil {
+		return nil, err
+	}
+	p := &Plan{options: o, inserted: make(map[string]string)}
+	var conf []byte
+	if c.usesDiffer() {
+		conf, err = c.differConfig(o)
+	} else {
+		conf, err = c.processorConfig(o)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := p.containerdFiles(c, before, conf); err != nil {
+		return nil, err
+	}
+	p.RestartContainerd = len(p.Changes) > 0
+	p.check = func(ctx context.Context) error { return c.check(ctx, o) }
+
+	if err := p.own(before, pilotConfig, newPilotConfig(o.Settings, c.usesDiffer()), func(had []byte) error { return checkPilotConfig(had, o.Settings, c.usesDiffer()) }); err != nil {
+		return nil, err
+	}
+	if err := p.own(before, keyProviders, []byte(`{"key-providers": {"pilot": {"grpc": "unix://`+keySocket+`"}}}`+"\n"), checkKeyProviders); err != nil {
+		return nil, err
+	}
+	if o.hasSystemd() {
+		if err := p.units(before, c.usesDiffer()); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// differConfig returns containerd's configuration for pilot's differ.
+func (c *containerd) differConfig(o Options) ([]byte, error) {
+	if proxies, _ := c.dump["proxy_plugins"].(map[string]any); proxies["pilot"] != nil {
+		had, _ := proxies["pilot"].(map[string]any)
+		if had["type"] != "diff" || had["address"] != diffSocket {
+			return nil, &Conflict{c.main, fmt.Sprintf("there is a proxy plugin pilot of type %v at %v", had["type"], had["address"]), "remove it, or make it type diff at " + diffSocket}
+		}
+	}
+	order := []string{"pilot"}
+	for _, name := range stringsOf(c.plugin(diffService)["default"]) {
+		if name != "pilot" {
+			order = append(order, name)
+		}
+	}
+	service := map[string]any{"default": order}
+	if sync, _ := c.plugin(diffService)["sync_fs"].(bool); sync {
+		service["sync_fs"] = true // 1.7 takes the section of one file only
+	}
+	plugins := map[string]any{diffService: service}
+	if c.hasTransfer() {
+		platform, err := o.platform()
+		if err != nil {
+			return nil, err
+		}
+		entries, err := c.unpackConfigs(platform)
+		if err != nil {
+			return nil, err
+		}
+		found := false
+		for i := range entries {
+			e := &entries[i]
+			ours := e.Snapshotter == c.snapshotter() && e.Platform == platforms.Format(platform)
+			found = found || ours
+			switch e.Differ {
+			case "", "walking":
+				e.Differ = "pilot"
+			case "pilot":
+			default:
+				if ours {
+					return nil, &Conflict{c.main, fmt.Sprintf("the transfer service unpacks images of the kubelet, for snapshotter %s, with the differ %s", e.Snapshotter, e.Differ), "remove that entry of unpack_config, or make its differ pilot"}
+				}
+			}
+		}
+		if !found {
+			entries = append(entries, unpackConfig{Platform: platforms.Format(platform), Snapshotter: c.snapshotter(), Differ: "pilot"})
+		}
+		plugins[transferService] = map[string]any{"unpack_config": entries}
+	}
+	return c.render(map[string]any{
+		"proxy_plugins": map[string]any{"pilot": map[string]any{"type": "diff", "address": diffSocket}},
+		"plugins":       plugins,
+	})
+}
+
+// processorConfig returns containerd 1.6's configuration, for pilot-decoder.
+func (c *containerd) processorConfig(o Options) ([]byte, error) {
+	decryption, _ := c.plugin(criV1)["image_decryption"].(map[string]any)
+	if model, _ := decryption["key_model"].(string); model != "node" {
+		return nil, &Conflict{c.main, fmt.Sprintf("image_decryption.key_model is %q", model), `make it "node"`}
+	}
+	decoder := filepath.Join(filepath.Dir(o.PilotBinary), "pilot-decoder")
+	if _, err := os.Stat(o.path(decoder)); err != nil {
+		return nil, fmt.Errorf("containerd %d.%d needs pilot-decoder beside pilot: %w", c.major, c.minor, err)
+	}
+	const layer = "application/vnd.oci.image.layer.v1."
+	processors := make(map[string]any)
+	for id, accepts := range map[string][]string{
+		"tar": {layer + "tar+encrypted"},
+		// The kubelet's pulls name no third processor; containerd finds out
+		// by itself how a layer is compressed.
+		"tar.gzip": {layer + "tar+gzip+encrypted", layer + "tar+zstd+encrypted"},
+	} {
+		processors["io.containerd.ocicrypt.decoder.v1."+id] = map[string]any{
+			"accepts": accepts,
+			"returns": layer + strings.ReplaceAll(id, ".", "+"),
+			"path":    decoder,
+			"env":     []string{"OCICRYPT_KEYPROVIDER_CONFIG=" + keyProviders},
+		}
+	}
+	had, _ := c.dump["stream_processors"].(map[string]any)
+	for _, id := range slices.Sorted(maps.Keys(had)) {
+		section, _ := had[id].(map[string]any)
+		path, _ := section["path"].(string)
+		if path == decoder || path == "ctd-decoder" && processors[id] != nil {
+			continue // containerd's default has imgcrypt's decoder, there or not
+		}
+		for _, mt := range stringsOf(section["accepts"]) {
+			if strings.HasSuffix(mt, "+encrypted") {
+				return nil, &Conflict{c.main, fmt.Sprintf("the stream processor %s at %s takes encrypted layers", id, path), "remove it"}
+			}
+		}
+	}
+	return c.render(map[string]any{"stream_processors": processors})
+}
+
+func (c *containerd) render(conf map[string]any) ([]byte, error) {
+	b, err := toml.Marshal(conf)
+	if err != nil {
+		return nil, err
+	}
+	return append(fmt.Appendf(nil, "# Written by \"pilot node install\"; \"pilot node uninstall\" removes it.\nversion = %d\n\n", c.format()), b...), nil
+}
+
+// containerdFiles plans the drop-in, and the line that makes containerd read it
+// if it reads none.
+func (p *Plan) containerdFiles(c *containerd, before state, conf []byte) error {
+	dir, ok := c.dropInDir()
+	if !ok {
+		dir = filepath.Join(filepath.Dir(c.main), "conf.d")
+	}
+	dropIn := filepath.Join(dir, dropInName)
+	if err := p.own(before, dropIn, conf, nil); err != nil {
+		return err
+	}
+	if ok {
+		return nil
+	}
+	old, err := os.ReadFile(p.options.path(c.main))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if f := before.file(c.main); f != nil && strings.Contains(string(old), f.Inserted) {
+		return nil
+	}
+	mode := fs.FileMode(0o644)
+	if info, err := os.Stat(p.options.path(c.main)); err == nil {
+		mode = info.Mode().Perm()
+	}
+	if err != nil {
+		text := fmt.Sprintf("version = %d\nimports = ['%s']\n", c.format(), dropIn)
+		p.Changes = append(p.Changes, Change{Path: c.main, New: []byte(text), Mode: mode})
+		return nil
+	}
+	edited, inserted := insertImport(string(old), dropIn)
+	p.Changes = append(p.Changes, Change{Path: c.main, Old: old, New: []byte(edited), Mode: mode})
+	p.inserted[c.main] = inserted
+	return nil
+}
+
+// insertImport makes a configuration file import another, and returns what it
+// has inserted.
+func insertImport(text, file string) (edited, inserted string) {
+	lines := strings.SplitAfter(text, "\n")
+	at := 0 // where a line of the top level can stand: before the first table
+	for i, line := range lines {
+		trimmed := strings.TrimSpace(line)
+		if strings.HasPrefix(trimmed, "[") {
+			break
+		}
+		if rest, ok := strings.CutPrefix(trimmed, "imports"); ok && strings.HasPrefix(strings.TrimLeft(rest, " \t="), "[") {
+			inserted = "'" + file + "', "
+			if strings.HasPrefix(strings.TrimSpace(trimmed[strings.Index(trimmed, "[")+1:]), "]") {
+				inserted = "'" + file + "'"
+			}
+			bracket := strings.Index(line, "[") + 1
+			lines[i] = line[:bracket] + inserted + line[bracket:]
+			return strings.Join(lines, ""), inserted
+		}
+		if strings.HasPrefix(trimmed, "version") {
+			at = i + 1
+		}
+	}
+	inserted = "imports = ['" + file + "']\n"
+	if at > 0 && !strings.HasSuffix(lines[at-1], "\n") {
+		inserted = "\n" + inserted
+	}
+	return strings.Join(slices.Insert(lines, at, inserted), ""), inserted
+}
+
+// own plans a file of pilot's own. One that somebody else made stays, if keep
+// finds nothing wrong with it; nil means that it can't.
+func (p *Plan) own(before state, path string, text []byte, keep func([]byte) error) error {
+	old, err := os.ReadFile(p.options.path(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: 0o644})
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if string(old) == string(text) {
+		return nil
+	}
+	if keep != nil {
+		return keep(old)
+	}
+	if f := before.file(path); f == nil || f.SHA256 != hash(old) {
+		return &Conflict{path, "it exists, and is not what was installed", "move it away"}
+	}
+	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: 0o644})
+	return nil
+}
+
+// newPilotConfig returns a pilot.toml with settings.
+func newPilotConfig(settings map[string]string, differ bool) []byte {
+	var b strings.Builder
+	b.WriteString("# pilot's configuration: \"pilot serve --help\" tells all settings and their defaults.\n")
+	if settings["broker"] == "" {
+		b.WriteString("#broker = \"https://copilot.example.com:8443\"\n#broker-ca = \"/etc/pilot/ca.pem\"\n#broker-cert = \"/etc/pilot/node.pem\"\n#broker-key = \"/etc/pilot/node-key.pem\"\n")
+	}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		if v := settings[name]; v != "" {
+			fmt.Fprintf(&b, "%s = %q\n", name, v)
+		}
+	}
+	if !differ {
+		b.WriteString("# containerd 1.6 can't use it.\ndiff-listen = \"off\"\n")
+	}
+	return []byte(b.String())
+}
+
+// checkPilotConfig refuses a pilot.toml of the machine's own that does not do.
+func checkPilotConfig(had []byte, settings map[string]string, differ bool) error {
+	var conf map[string]any
+	if err := toml.Unmarshal(had, &conf); err != nil {
+		return fmt.Errorf("%s: %w", pilotConfig, err)
+	}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		if v := settings[name]; v != "" && conf[name] != v {
+			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v, not %q", name, shown(conf[name]), v), "change it there"}
+		}
+	}
+	for name, want := range map[string]string{"listen": "unix://" + keySocket, "diff-listen": "unix://" + diffSocket} {
+		if v, ok := conf[name]; ok && v != want && (name == "listen" || differ) {
+			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v", name, shown(v)), "remove it: containerd and the tools look for " + want}
+		}
+	}
+	return nil
+}
+
+func shown(v any) string {
+	if v == nil {
+		return "not set"
+	}
+	return fmt.Sprintf("%q", v)
+}
+
+// checkKeyProviders refuses an ocicrypt.conf of the machine's own without
+// pilot.
+func checkKeyProviders(had []byte) error {
+	if strings.Contains(string(had), `"pilot"`) {
+		return nil
+	}
+	return &Conflict{keyProviders, "it names no key provider pilot", `add "pilot": {"grpc": "unix://` + keySocket + `"}`}
+}
+
+// hasSystemd reports whether the machine is run by systemd.
+func (o Options) hasSystemd() bool {
+	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
+		if info, err := os.Stat(o.path(dir)); err == nil && info.IsDir() {
+			return true
+		}
+	}
+	return false
+}
+
+// units plans systemd's units and the links that enable them. Units of a
+// package are used as they are.
+func (p *Plan) units(before state, differ bool) error {
+	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
+	if differ {
+		names["pilot-diff.socket"] = "sockets.target.wants"
+	}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		path := filepath.Join(unitDir, name)
+		for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
+			if _, err := os.Stat(p.options.path(filepath.Join(dir, name))); err == nil {
+				path = filepath.Join(dir, name)
+			}
+		}
+		if strings.HasPrefix(path, unitDir) {
+			t, err := template.ParseFS(unitFiles, "units/"+name)
+			if err != nil {
+				return err
+			}
+			var text strings.Builder
+			if err := t.Execute(&text, map[string]any{"Pilot": p.options.PilotBinary, "Differ": differ}); err != nil {
+				return err
+			}
+			if err := p.own(before, path, []byte(text.String()), nil); err != nil {
+				return err
+			}
+		}
+		link := filepath.Join(unitDir, names[name], name)
+		if _, err := os.Lstat(p.options.path(link)); errors.Is(err, fs.ErrNotExist) {
+			p.Changes = append(p.Changes, Change{Path: link, Link: path})
+		}
+	}
+	return nil
+}
+
+// check checks that containerd's configuration comes to what it should.
+func (c *containerd) check(ctx context.Context, o Options) error {
+	if err := c.load(ctx, o); err != nil {
+		return err
+	}
+	if !c.usesDiffer() {
+		if processors, _ := c.dump["stream_processors"].(map[string]any); processors["io.containerd.ocicrypt.decoder.v1.tar"] == nil {
+			return errors.New("containerd does not read the new configuration")
+		}
+		return nil
+	}
+	if order := stringsOf(c.plugin(diffService)["default"]); len(order) == 0 || order[0] != "pilot" {
+		return fmt.Errorf("containerd's differs are %q all the same: is the plugin %s configured by another of its files?", order, diffService)
+	}
+	if !c.hasTransfer() {
+		return nil
+	}
+	platform, err := o.platform()
+	if err != nil {
+		return err
+	}
+	entries, err := c.unpackConfigs(platform)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Snapshotter == c.snapshotter() && e.Platform == platforms.Format(platform) && e.Differ == "pilot" {
+			return nil
+		}
+	}
+	return fmt.Errorf("containerd's transfer service does not unpack with pilot all the same: is the plugin %s configured by another of its files?", transferService)
+}
+
+// Install makes the plan's changes. If one fails, or containerd's configuration
+// does not come to what it should, all of them are put back.
+func (p *Plan) Install(ctx context.Context) error {
+	if len(p.Changes) == 0 {
+		return nil
+	}
+	before, err := p.options.readState()
+	if err != nil {
+		return err
+	}
+	s := state{Files: slices.Clone(before.Files), Dirs: slices.Clone(before.Dirs)}
+	s.noteDir(p.options, stateDir)
+	for _, c := range p.Changes {
+		s.note(p.options, c, p.inserted[c.Path])
+	}
+	// First the note, so that what was begun can be undone if this is killed.
+	if err := p.options.writeState(s); err != nil {
+		return err
+	}
+	for _, c := range p.Changes {
+		if err = c.make(p.options); err != nil {
+			err = fmt.Errorf("%s: %w", c.Path, err)
+			break
+		}
+	}
+	if err == nil {
+		if err = p.check(ctx); err == nil {
+			return nil
+		}
+	}
+	for _, c := range slices.Backward(p.Changes) {
+		err = errors.Join(err, c.revert(p.options))
+	}
+	err = errors.Join(err, p.options.writeState(before))
+	p.options.removeDirs(s.Dirs[len(before.Dirs):])
+	return err
+}

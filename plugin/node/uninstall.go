@@ -1,0 +1,43 @@
+package node
+
+import (
+	"errors"
+	"slices"
+)
+
+// Uninstall puts a machine back as it was before [Plan.Install], byte for
+// byte. Files of pilot's that somebody has changed since stay, and are named in
+// the error; what was inserted into containerd's configuration is removed even
+// if other lines of it were changed.
+func Uninstall(o Options) error {
+	if err := o.cleanRoot(); err != nil {
+		return err
+	}
+	s, err := o.readState()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	var left []installed
+	for _, f := range slices.Backward(s.Files) {
+		if err := s.undo(o, f); err != nil {
+			errs = append(errs, err)
+			left = append(left, f)
+		}
+	}
+	slices.Reverse(left)
+	if err := o.writeState(state{Files: left, Dirs: s.Dirs}); err != nil {
+		errs = append(errs, err)
+	}
+	o.removeDirs(s.Dirs)
+	return errors.Join(errs...)
+}
+
+// Installed reports whether a machine remembers an installation.
+func Installed(o Options) (bool, error) {
+	if err := o.cleanRoot(); err != nil {
+		return false, err
+	}
+	s, err := o.readState()
+	return len(s.Files) > 0, err
+}
