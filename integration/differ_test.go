@@ -262,15 +262,18 @@ func (c *ci) wrongDiffID(recipient string) string {
 	return name
 }
 
-// big makes an encrypted image of four large layers.
-func (c *ci) big(recipient string, size int) string {
+// bigLayer is the size of a layer of the big image, in bytes.
+const bigLayer = 60 << 20
+
+// big makes an encrypted image of four such layers.
+func (c *ci) big(recipient string) string {
 	c.t.Helper()
 	name := c.registry + "/big:1"
 	l := newLayout(c.t)
 	var layers []object
 	var ids []string
 	for i := range 4 {
-		content := make([]byte, size/4)
+		content := make([]byte, bigLayer)
 		for j := range content {
 			content[j] = byte(i + j + j>>8 + j>>16)
 		}
@@ -299,7 +302,7 @@ func (n *node) unpacking(snapshotter string, done chan error) bool {
 			n.t.Fatal(err)
 		}
 		for _, f := range files {
-			if info, err := os.Stat(f); err == nil && info.Size() < 100<<20 {
+			if info, err := os.Stat(f); err == nil && info.Size() < bigLayer {
 				return true
 			}
 		}
@@ -318,7 +321,7 @@ func TestDifferKilled(t *testing.T) {
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
 	c := newCI(t, dir+"/ci", ociConf)
-	image := c.big("provider:pilot:team-a", 400<<20)
+	image := c.big("provider:pilot:team-a")
 	for _, snapshotter := range []string{"overlayfs", "native"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			home := tempDir(t)
@@ -366,8 +369,11 @@ func TestDifferKilled(t *testing.T) {
 			pulls()
 			output(t, n.crictl("rmi", image))
 			process.stop(t)
-			activated(t, home, brokerURL)
+			process = activated(t, home, brokerURL)
 			pulls()
+			if peak := process.peak(t); peak > 64<<20 {
+				t.Errorf("pilot took %d MiB of memory for layers of %d MiB", peak>>20, bigLayer>>20)
+			}
 		})
 	}
 }

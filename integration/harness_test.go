@@ -151,6 +151,17 @@ func (p *process) kill() {
 	<-p.done
 }
 
+// peak returns the most memory that the program has had so far, in bytes.
+func (p *process) peak(t *testing.T) int {
+	t.Helper()
+	_, rest, _ := strings.Cut(read(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "VmHWM:")
+	var kib int
+	if _, err := fmt.Sscan(rest, &kib); err != nil {
+		t.Fatal(err)
+	}
+	return kib << 10
+}
+
 // await waits until f succeeds.
 func await(t *testing.T, what string, f func() error) {
 	t.Helper()

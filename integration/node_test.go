@@ -80,6 +80,28 @@ func (m *machine) run(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// brokerAt puts a broker's socket at copilot's usual place on the machine.
+func (m *machine) brokerAt(url string) {
+	m.t.Helper()
+	socket := m.root + "/run/copilot/copilot.sock"
+	write(m.t, socket, "")
+	if err := syscall.Mount(strings.TrimPrefix(url, "unix://"), socket, "", syscall.MS_BIND, ""); err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { syscall.Unmount(socket, syscall.MNT_DETACH) })
+}
+
+// up starts pilot and containerd as they are set up.
+func (m *machine) up(t *testing.T) *node {
+	t.Helper()
+	m.start(t, "pilot", "serve")
+	await(t, "pilot", answers(m.root+"/run/pilot/keyprovider.sock"))
+	m.start(t, "containerd")
+	n := &node{t: t, dir: filepath.Dir(m.root), socket: m.root + "/run/containerd/containerd.sock"}
+	await(t, "containerd", func() error { return n.ctr("version").Run() })
+	return n
+}
+
 // pilot returns a command of pilot's on the machine from outside.
 func (m *machine) pilot(args ...string) *exec.Cmd {
 	m.t.Helper()
@@ -163,15 +185,7 @@ func TestNodeInstall(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			m := make(t)
 			before := m.files()
-			// The broker's socket, inside.
-			if err := os.MkdirAll(m.root+"/run/copilot", 0o755); err != nil {
-				t.Fatal(err)
-			}
-			write(t, m.root+"/run/copilot/copilot.sock", "")
-			if err := syscall.Mount(strings.TrimPrefix(brokerURL, "unix://"), m.root+"/run/copilot/copilot.sock", "", syscall.MS_BIND, ""); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { syscall.Unmount(m.root+"/run/copilot/copilot.sock", syscall.MNT_DETACH) })
+			m.brokerAt(brokerURL)
 
 			diff := output(t, m.pilot("node", "install", "--dry-run"))
 			if !strings.Contains(diff, "+++ /etc/containerd/conf.d/pilot.toml") {
@@ -190,16 +204,12 @@ func TestNodeInstall(t *testing.T) {
 			}
 			// What it says of other units is not our concern.
 			if version == "1.7" {
-				units = nil // there is no systemd on that machine
+				t.Log("that machine has no systemd to verify the units with")
 			} else if out := said(t, command(t, "systemd-analyze", append([]string{"verify", "--man=no", "--root=" + m.root}, units...)...)); strings.Contains(out, "pilot") {
 				t.Errorf("systemd-analyze verify: %s", out)
 			}
 
-			m.start(t, "pilot", "serve")
-			await(t, "pilot", answers(m.root+"/run/pilot/keyprovider.sock"))
-			m.start(t, "containerd")
-			n := &node{t: t, dir: filepath.Dir(m.root), socket: m.root + "/run/containerd/containerd.sock"}
-			await(t, "containerd", func() error { return n.ctr("version").Run() })
+			n := m.up(t)
 			for _, image := range images {
 				output(t, n.crictl("pull", image))
 				if out := output(t, m.run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
@@ -228,6 +238,44 @@ func TestNodeInstall(t *testing.T) {
 				t.Errorf("uninstalled twice: %s", out)
 			}
 		})
+	}
+}
+
+// TestNodeErofs sets a machine up whose images are unpacked to EROFS.
+func TestNodeErofs(t *testing.T) {
+	if !strings.Contains(read(t, "/proc/filesystems"), "\terofs\n") {
+		t.Skip("this machine's kernel has no EROFS")
+	}
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	// Debian 13 has an mkfs.erofs that reads tar.
+	m := newMachine(t, filepath.Join(tools, "trixie"))
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2"} {
+		m.copy(filepath.Join(tools, "bin", name))
+	}
+	write(t, m.root+"/etc/containerd/config.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'erofs'\n")
+	m.brokerAt(brokerURL)
+	output(t, m.pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
+	n := m.up(t)
+	for _, k := range kinds {
+		image := c.image(k, "provider:pilot:team-a")
+		plain := image + "-plain"
+		output(t, c.ctrPilot("images", "push", "--plain-http", plain))
+		c.secrets[plain] = c.secrets[image]
+		for _, name := range []string{image, plain} {
+			output(t, n.crictl("pull", name))
+			output(t, n.crictl("rmi", name))
+			for _, pull := range [][]string{{"images", "pull", "--plain-http", name}, {"images", "pull", "--local", "--plain-http", name}} {
+				output(t, m.run("ctr", append(pull, "--snapshotter", "erofs")...))
+				if out := output(t, m.run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, c.secrets[name]) {
+					t.Errorf("%s, %s: %s", pull, name, out)
+				}
+				output(t, m.run("ctr", "images", "remove", "--sync", name))
+			}
+		}
+		fails(t, n.crictl("pull", c.tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })), "pilot: layer sha256:", "HMAC does not match")
 	}
 }
 

@@ -34,10 +34,10 @@ build github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 $container
 build github.com/containerd/containerd/v2/cmd/ctr $containerd
 build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
 
-if [ ! -e "$dir/trixie/usr/bin/skopeo" ]; then
+if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ]; then
 	echo "making a root of Debian 13"
-	rm -rf --one-file-system "$dir/trixie.part"
-	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,ca-certificates \
+	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
+	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,ca-certificates \
 		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
 		{ cat "$dir/mmdebstrap.log"; exit 1; }
 	mv "$dir/trixie.part" "$dir/trixie"

@@ -195,6 +195,24 @@ func (c *containerd) unpackConfigs(platform ocispec.Platform) ([]unpackConfig, e
 	return entries.List, err
 }
 
+// plainErofs reports whether containerd's erofs differ works as that in pilot
+// does: with no options.
+func (c *containerd) plainErofs() bool {
+	for _, v := range c.plugin("io.containerd.differ.v1.erofs") {
+		switch v := v.(type) {
+		case bool:
+			if v {
+				return false
+			}
+		case []any:
+			if len(v) > 0 {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // dropInDir returns a directory from which containerd reads all configuration
 // files, inside the root.
 func (c *containerd) dropInDir() (string, bool) {

@@ -185,10 +185,10 @@ func (c *containerd) differConfig(o Options) ([]byte, error) {
 			e := &entries[i]
 			ours := e.Snapshotter == c.snapshotter() && e.Platform == platforms.Format(platform)
 			found = found || ours
-			switch e.Differ {
-			case "", "walking":
+			switch {
+			case e.Differ == "" || e.Differ == "walking" || e.Differ == "erofs" && c.plainErofs():
 				e.Differ = "pilot"
-			case "pilot":
+			case e.Differ == "pilot":
 			default:
 				if ours {
 					return nil, &Conflict{c.main, fmt.Sprintf("the transfer service unpacks images of the kubelet, for snapshotter %s, with the differ %s", e.Snapshotter, e.Differ), "remove that entry of unpack_config, or make its differ pilot"}
