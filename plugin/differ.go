@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	"github.com/containers/ocicrypt/config"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -97,10 +98,40 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	}
 	applied, err := d.decrypt(ctx, desc, mounts, opts...)
 	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("pilot: layer %s: %w", desc.Digest, err)
+		return ocispec.Descriptor{}, &failure{desc.Digest, err}
 	}
 	return applied, nil
 }
+
+// failure is an error as it can go over gRPC, several times on its way to
+// whoever pulls: it wraps nothing but one of containerd's errors, since each
+// that is wrapped is told again at the other end.
+type failure struct {
+	layer digest.Digest
+	err   error
+}
+
+func (f *failure) Error() string { return fmt.Sprintf("pilot: layer %s: %s", f.layer, f.err) }
+
+func (f *failure) Unwrap() error {
+	switch err := f.err; {
+	case errors.Is(err, context.Canceled):
+		return context.Canceled
+	case errors.Is(err, processor.ErrTampered):
+		return errdefs.ErrDataLoss
+	case errors.Is(err, context.DeadlineExceeded):
+		return errdefs.ErrUnavailable
+	case errors.Is(err, processor.ErrNoKey):
+		return errdefs.ErrFailedPrecondition
+	case errors.Is(err, errUnwrap):
+		return errdefs.ErrInvalidArgument
+	default:
+		return errdefs.Resolve(err)
+	}
+}
+
+// errUnwrap is the error of a layer whose descriptor makes no sense.
+var errUnwrap = errors.New("layer key")
 
 func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
 	key, err := d.unwrap(ctx, desc, opts)
@@ -118,7 +149,7 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		}
 	}
 	if errors.Is(err, processor.ErrTampered) {
-		err = fmt.Errorf("%w: %w", errdefs.ErrDataLoss, processor.ErrTampered)
+		err = processor.ErrTampered // whatever that led to
 	}
 	return applied, err
 }
@@ -153,15 +184,10 @@ func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor, opts []dif
 		}
 	}
 	key, err := processor.Unwrap(ctx, config.CombineCryptoConfigs(keys).DecryptConfig, desc)
-	switch {
-	case err == nil:
-		return key, nil
-	case errors.Is(err, context.DeadlineExceeded):
-		return nil, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
-	case errors.Is(err, processor.ErrNoKey):
-		return nil, fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, err)
+	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, processor.ErrNoKey) {
+		err = fmt.Errorf("%w: %w", errUnwrap, err)
 	}
-	return nil, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	return key, err
 }
 
 // verify reads the whole layer for its HMAC.

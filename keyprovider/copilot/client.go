@@ -277,7 +277,9 @@ func statusError(resp *http.Response, body []byte) error {
 		Detail string `json:"detail"`
 	}
 	if json.Unmarshal(body, &problem) == nil {
-		if problem.Detail != "" {
+		if problem.Detail == ErrNotFound.Error() {
+			// It is said already.
+		} else if problem.Detail != "" {
 			said += ": " + problem.Detail
 		} else if problem.Title != "" {
 			said += ": " + problem.Title
