@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -377,6 +378,31 @@ func TestDifferKilled(t *testing.T) {
 				t.Errorf("pilot took %d MiB of memory for layers of %d MiB", peak>>20, bigLayer>>20)
 			}
 		})
+	}
+}
+
+// TestDifferOverAPI has a pilot that does not see the files of the content store
+// read blobs over containerd's API.
+func TestDifferOverAPI(t *testing.T) {
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	home := tempDir(t)
+	n := newDifferNode(t, home, differNode{v: containerd2()})
+	hidden := exec.Command("unshare", "--mount", "sh", "-ec", `mount -t tmpfs tmpfs "$1"; exec pilot serve --config /dev/null --broker "$2" --listen "unix://$3/k.sock" --diff-listen "unix://$3/diff.sock" --containerd "$3/containerd.sock" --log-level debug`,
+		"sh", home+"/root/io.containerd.content.v1.content", brokerURL, home)
+	start(t, home, "pilot", hidden)
+	await(t, "pilot", answers(home+"/diff.sock"))
+	for _, k := range kinds {
+		image := c.image(k, "provider:pilot:team-a")
+		output(t, n.crictl("pull", image))
+		if out := output(t, n.ctr("--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+			t.Errorf("%s: %s", k.name, out)
+		}
+	}
+	if log := read(t, home+"/pilot.log"); !strings.Contains(log, "blob is read over the content API") {
+		t.Errorf("the files were read after all:\n%s", log)
 	}
 }
 
