@@ -210,6 +210,9 @@ func TestNodeInstall(t *testing.T) {
 			}
 
 			n := m.up(t)
+			if out := output(t, m.run("pilot", "node", "doctor", "--kek", "team-a")); strings.Contains(out, "failed") || !strings.Contains(out, "ok       layer") {
+				t.Errorf("doctor: %s", out)
+			}
 			for _, image := range images {
 				output(t, n.crictl("pull", image))
 				if out := output(t, m.run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
@@ -259,6 +262,7 @@ func TestNodeErofs(t *testing.T) {
 	m.brokerAt(brokerURL)
 	output(t, m.pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
 	n := m.up(t)
+	output(t, m.run("pilot", "node", "doctor", "--kek", "team-a"))
 	for _, k := range kinds {
 		image := c.image(k, "provider:pilot:team-a")
 		plain := image + "-plain"

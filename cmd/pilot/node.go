@@ -46,6 +46,7 @@ Example:
 			Flags:  nodeFlags(),
 			Action: nodeUninstall,
 		},
+		doctorCommand,
 	},
 }
 

@@ -145,8 +145,12 @@ func (a *diffAddress) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// path returns the path of the socket, or nothing for diffOff.
 func (a diffAddress) path() string {
-	path, _ := address(a).unix()
+	path, ok := address(a).unix()
+	if !ok {
+		return ""
+	}
 	return path
 }
 

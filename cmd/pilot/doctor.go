@@ -1,0 +1,132 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/plugin/node"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+var doctorCommand = &cli.Command{
+	Name:  "doctor",
+	Usage: "check that this machine decrypts images, and say what mends it",
+	Description: `Checks the whole chain with real calls: pilot's configuration and sockets,
+containerd and its configuration, the broker, and a small encrypted layer that
+is unpacked and removed again. Run it as root, with the settings that pilot
+serves with. It takes a minute at most.
+
+The exit status is 0 if all is well, 1 if something is wrong, and 2 if pilot's
+configuration or an argument can't be used.
+
+Example:
+   pilot node doctor --kek team-a`,
+	Flags: append(configFlags(),
+		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
+		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
+		&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM`", Value: "containerd"},
+		&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE`", Value: "/etc/containerd/config.toml"},
+		&cli.BoolFlag{Name: "json", Usage: "print JSON"}),
+	Action: doctor,
+}
+
+func doctor(c *cli.Context) error {
+	if c.NArg() > 0 {
+		return usageError{fmt.Errorf("doctor takes no argument, and got %q", c.Args().First())}
+	}
+	if os.Geteuid() != 0 {
+		return usageError{errors.New("doctor uses sockets and mounts that only root may: sudo pilot node doctor")}
+	}
+	keks := c.StringSlice("kek")
+	for _, kek := range keks {
+		if err := keyprovider.ValidateKEKID(kek); err != nil {
+			return usageError{fmt.Errorf("--kek: %w", err)}
+		}
+	}
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	d := newDoctor(c)
+	if len(keks) > 0 {
+		d.KEKs = keks
+	}
+	// What fails is in the report.
+	logrus.SetLevel(logrus.ErrorLevel)
+
+	report := struct {
+		OK    bool        `json:"ok"`
+		Steps []node.Step `json:"steps"`
+	}{OK: true}
+	var wrong []string
+	for step := range d.Examine(ctx) {
+		report.Steps = append(report.Steps, step)
+		if step.Result == node.Failed {
+			report.OK = false
+			wrong = append(wrong, step.Name)
+		}
+		if !c.Bool("json") {
+			printStep(step)
+		}
+	}
+	report.OK = report.OK && ctx.Err() == nil
+	if c.Bool("json") {
+		out := json.NewEncoder(os.Stdout)
+		out.SetEscapeHTML(false)
+		out.SetIndent("", "  ")
+		if err := out.Encode(report); err != nil {
+			return err
+		}
+	}
+	switch {
+	case d.ConfigurationError != nil:
+		return usageError{errors.New("pilot's configuration can't be used")}
+	case ctx.Err() != nil:
+		return errors.New("interrupted")
+	case len(wrong) > 0:
+		return fmt.Errorf("not in order: %s", strings.Join(wrong, ", "))
+	}
+	return nil
+}
+
+// newDoctor returns a doctor for the machine that the configuration describes.
+func newDoctor(c *cli.Context) *node.Doctor {
+	d := &node.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
+	if d.Configuration == "" {
+		d.Configuration = defaultConfigFile
+	}
+	conf, err := loadConfiguration(c)
+	if err == nil {
+		d.Provider, err = conf.provider()
+	}
+	if err == nil {
+		_, err = conf.serverOptions()
+	}
+	if err == nil && conf.DecryptionKeys != "" {
+		_, err = processor.KeysIn(string(conf.DecryptionKeys))
+	}
+	d.ConfigurationError = err
+	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
+	d.ProviderName = string(conf.ProviderName)
+	d.KEKs = conf.DefaultKEKs
+	if conf.DiffListen != diffOff {
+		d.DiffSocket = conf.DiffListen.path()
+	}
+	d.Containerd = string(conf.Containerd)
+	return d
+}
+
+// printStep prints a step as lines of text.
+func printStep(s node.Step) {
+	fmt.Printf("%-8s %-18s %s\n", s.Result, s.Name, s.Detail)
+	for _, command := range s.Mend {
+		fmt.Printf("%-8s %-18s   mend: %s\n", "", "", command)
+	}
+}

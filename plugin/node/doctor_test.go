@@ -1,0 +1,103 @@
+package node
+
+import (
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/plugin"
+)
+
+func examine(t *testing.T, d *Doctor) map[string]Step {
+	t.Helper()
+	steps := map[string]Step{}
+	for s := range d.Examine(t.Context()) {
+		if s.Result == Failed && len(s.Mend) == 0 || s.Detail == "" {
+			t.Errorf("%s says too little: %+v", s.Name, s)
+		}
+		steps[s.Name] = s
+	}
+	if len(steps) != 8 {
+		t.Errorf("%d steps", len(steps))
+	}
+	return steps
+}
+
+func results(steps map[string]Step, result Result) (names []string) {
+	for name, s := range steps {
+		if s.Result == result {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func TestDoctorUnusableConfiguration(t *testing.T) {
+	steps := examine(t, &Doctor{Configuration: "pilot.toml", ConfigurationError: errors.New("line 1: no")})
+	if s := steps[StepConfiguration]; s.Result != Failed || !strings.Contains(s.Detail, "line 1: no") || s.Mend[0] != "correct pilot.toml" {
+		t.Errorf("%+v", s)
+	}
+	if n := len(results(steps, Skipped)); n != 7 {
+		t.Errorf("%d steps are skipped: %v", n, steps)
+	}
+}
+
+// serve answers on a socket until the test ends.
+func serve(t *testing.T, s *grpc.Server) (socket string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go s.Serve(l)
+	t.Cleanup(s.Stop)
+	return socket
+}
+
+// TestDoctorKnowsPilot looks at the sockets of a pilot that has neither a broker
+// nor a containerd.
+func TestDoctorKnowsPilot(t *testing.T) {
+	nobody := filepath.Join(t.TempDir(), "nobody.sock")
+	broker, err := copilot.New(copilot.Config{URL: "unix://" + nobody})
+	if err != nil {
+		t.Fatal(err)
+	}
+	containerd, err := plugin.Dial(nobody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer containerd.Close()
+	keys := grpc.NewServer()
+	keyprovider.Register(keys, keyprovider.New(broker, keyprovider.Config{}))
+	diffs := grpc.NewServer(grpc.UnaryInterceptor(plugin.Interceptor(containerd)))
+	plugin.Register(diffs, plugin.New(plugin.Store(containerd), nil, plugin.Config{}))
+
+	d := &Doctor{Configuration: os.DevNull, Listen: "unix://" + serve(t, keys), DiffSocket: serve(t, diffs), Containerd: nobody, ProviderName: "pilot"}
+	steps := examine(t, d)
+	if ok := results(steps, OK); !slices.Equal(ok, []string{StepConfiguration, StepDiffer, StepKeyProvider}) {
+		t.Errorf("in order: %v in %v", ok, steps)
+	}
+	if failed := results(steps, Failed); !slices.Equal(failed, []string{StepContainerd}) {
+		t.Errorf("failed: %v", failed)
+	}
+
+	// Something else that speaks gRPC.
+	other := serve(t, grpc.NewServer())
+	d.Listen, d.DiffSocket = "unix://"+other, other
+	steps = examine(t, d)
+	for _, name := range []string{StepKeyProvider, StepDiffer} {
+		if s := steps[name]; s.Result != Failed || !strings.Contains(s.Detail, "is not pilot's") {
+			t.Errorf("%+v", s)
+		}
+	}
+}
