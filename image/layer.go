@@ -70,6 +70,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 		if err != nil {
 			return err
 		}
+		defer encrypter.Close()
 		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "encrypt-"+desc.Digest.Encoded(), encrypter, desc.Size, nil)
 		return err
 	})
@@ -107,6 +108,7 @@ func (d *decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 		if err != nil {
 			return err
 		}
+		defer decrypter.Close()
 		// Whoever compressed and encrypted in one step named the digest of
 		// something else, so what counts is the one that comes out. The
 		// HMAC has authenticated it by then.

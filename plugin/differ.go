@@ -141,6 +141,7 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 	defer key.Clear()
 	layer := &decryption{key: key}
 	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
+	layer.end()
 	if ctx.Err() == nil && !layer.isWhole() {
 		// What unpacks stopped early: because of what it read, which is
 		// wrong if the layer was changed, or because it needs no more.
@@ -230,6 +231,7 @@ type decryption struct {
 
 func startDecryption(ctx context.Context, stream diff.StreamProcessor, _ map[string]typeurl.Any) (diff.StreamProcessor, error) {
 	d := ctx.Value(decryptionKey{}).(*decryption)
+	d.end() // that of an applier before, which could not
 	layer, err := processor.NewDecrypter(stream, d.key)
 	if err != nil {
 		return nil, err
@@ -262,6 +264,13 @@ func (d *decryption) isWhole() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.whole
+}
+
+// end ends the decryption, if it has begun.
+func (d *decryption) end() {
+	if d.layer != nil {
+		d.layer.Close()
+	}
 }
 
 func (d *decryption) MediaType() string { return d.mediaType }

@@ -9,37 +9,23 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"sync"
 )
 
 // ErrTampered is the error of a layer whose HMAC does not match: it was
 // changed or cut short after it was encrypted.
 var ErrTampered = errors.New("the layer's HMAC does not match: it was changed or cut short after it was encrypted")
 
-// stream is what both directions share: the cipher and the MAC, keyed alike.
-type stream struct {
-	src io.Reader
-	ctr cipher.Stream
-	mac hash.Hash
-	err error // once set, the stream has ended
-}
-
-func newStream(r io.Reader, k *LayerKey) (stream, error) {
-	block, err := aes.NewCipher(k.key)
-	if err != nil {
-		return stream{}, err
-	}
-	return stream{src: r, ctr: cipher.NewCTR(block, k.nonce), mac: hmac.New(sha256.New, k.key)}, nil
-}
-
 // Encrypter encrypts a layer as it is read. It is not safe for concurrent use.
 type Encrypter struct {
-	stream
-	key *LayerKey
+	*stream
+	ready chunk // to hand out
 }
 
 // NewEncrypter returns a reader of the ciphertext of the layer that r reads,
 // of equal length, under k, which has to be new: see [NewLayerKey]. When it
-// reports [io.EOF], k is complete.
+// reports [io.EOF], k is complete. Whoever does not read to the end or to an
+// error has to call Close.
 func NewEncrypter(r io.Reader, k *LayerKey) (*Encrypter, error) {
 	if k.mac != nil {
 		return nil, errors.New("the layer key has encrypted a layer already")
@@ -48,37 +34,61 @@ func NewEncrypter(r io.Reader, k *LayerKey) (*Encrypter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Encrypter{stream: s, key: k}, nil
+	s.prepare = func(b []byte) { s.ctr.XORKeyStream(b, b) }
+	s.end = func() error {
+		k.mac = s.mac.Sum(nil)
+		return io.EOF
+	}
+	return &Encrypter{stream: s}, nil
 }
 
-// Read reads and encrypts up to len(p) bytes.
+// Read reads up to len(p) bytes of the ciphertext.
 func (e *Encrypter) Read(p []byte) (int, error) {
-	if e.err != nil {
-		return 0, e.err
+	if err := e.next(); err != nil {
+		return 0, err
 	}
-	n, err := e.src.Read(p)
-	e.ctr.XORKeyStream(p[:n], p[:n])
-	e.mac.Write(p[:n])
-	if err == io.EOF {
-		e.key.mac = e.mac.Sum(nil)
+	n := copy(p, e.ready.b)
+	e.ready.b = e.ready.b[n:]
+	return n, nil
+}
+
+// WriteTo writes the ciphertext to w, in writes of up to [BufferSize] bytes,
+// and returns how many bytes it wrote.
+func (e *Encrypter) WriteTo(w io.Writer) (int64, error) {
+	return writeTo(w, func() ([]byte, error) {
+		err := e.next()
+		b := e.ready.b
+		e.ready.b = nil
+		return b, err
+	})
+}
+
+// next makes something ready to be handed out.
+func (e *Encrypter) next() error {
+	for len(e.ready.b) == 0 {
+		if err := e.ready.err; err != nil {
+			e.recycle(e.ready)
+			e.ready = chunk{err: err}
+			return err
+		}
+		e.release(e.ready)
+		e.ready = e.receive()
 	}
-	e.err = err
-	return n, err
+	return nil
 }
 
 // Decrypter decrypts a layer as it is read. It is not safe for concurrent use.
 type Decrypter struct {
-	stream
-	want  []byte    // the HMAC that the whole must have
-	bufs  [2][]byte // one to hand out from, one to read ahead into
-	ready []byte    // decrypted, not yet handed out
-	ahead []byte    // read and decrypted, held back
+	*stream
+	ready chunk // decrypted, to hand out
+	ahead chunk // held back
 }
 
 // NewDecrypter returns a reader of the plain layer whose ciphertext r reads.
 // It reports [io.EOF] only once the HMAC of the whole layer was verified, and
 // [ErrTampered] otherwise. What it hands out before is not yet authentic; the
 // last [BufferSize] bytes of what it reads it holds back until they are.
+// Whoever does not read to the end or to an error has to call Close.
 func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
 	if len(k.mac) != sha256.Size {
 		return nil, errors.New("the layer key has no HMAC")
@@ -87,18 +97,23 @@ func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Decrypter{stream: s, want: k.mac}, nil
+	want := k.mac // of the whole
+	s.end = func() error {
+		if hmac.Equal(s.mac.Sum(nil), want) {
+			return io.EOF
+		}
+		return ErrTampered
+	}
+	return &Decrypter{stream: s}, nil
 }
 
 // Read reads up to len(p) bytes of the plain layer.
 func (d *Decrypter) Read(p []byte) (int, error) {
-	if len(d.ready) == 0 {
-		if err := d.next(); err != nil {
-			return 0, err
-		}
+	if err := d.next(); err != nil {
+		return 0, err
 	}
-	n := copy(p, d.ready)
-	d.ready = d.ready[n:]
+	n := copy(p, d.ready.b)
+	d.ready.b = d.ready.b[n:]
 	return n, nil
 }
 
@@ -106,63 +121,211 @@ func (d *Decrypter) Read(p []byte) (int, error) {
 // and returns how many bytes it wrote. Its error is nil only for a whole and
 // authentic layer.
 func (d *Decrypter) WriteTo(w io.Writer) (int64, error) {
-	var total int64
-	for {
-		if len(d.ready) == 0 {
-			if err := d.next(); err == io.EOF {
-				return total, nil
-			} else if err != nil {
-				return total, err
+	return writeTo(w, func() ([]byte, error) {
+		err := d.next()
+		b := d.ready.b
+		d.ready.b = nil
+		return b, err
+	})
+}
+
+// next makes something ready to be handed out: what is held back, once it is
+// known that it is not the last or that all is authentic.
+func (d *Decrypter) next() error {
+	for len(d.ready.b) == 0 {
+		if err := d.ready.err; err != nil {
+			d.recycle(d.ready)
+			d.ready = chunk{err: err}
+			return err
+		}
+		d.release(d.ready)
+		d.ready, d.ahead = d.ahead, chunk{}
+		if d.ready.err == nil {
+			d.ahead = d.receive()
+			if err := d.ahead.err; err != nil && err != io.EOF {
+				d.release(d.ready)
+				d.ready, d.ahead = chunk{err: err, buffer: d.ahead.buffer}, chunk{}
 			}
 		}
-		n, err := w.Write(d.ready)
+		d.ctr.XORKeyStream(d.ready.b, d.ready.b)
+	}
+	return nil
+}
+
+// chunks is how many buffers of BufferSize bytes a stream has at most: one
+// that is read into, one that is authenticated, one that is held back and one
+// that is handed out.
+const chunks = 4
+
+// buffers are those that no stream uses now.
+var buffers = sync.Pool{New: func() any { return new([BufferSize]byte) }}
+
+// chunk is a piece of a layer.
+type chunk struct {
+	b      []byte
+	buffer *[BufferSize]byte // that b is in
+	err    error             // what comes after b: nil for more, io.EOF, or what went wrong
+}
+
+// stream is what both directions share: the cipher and the MAC, keyed alike,
+// and a pipeline of two goroutines, one of which reads and one computes the
+// MAC, which takes longest.
+type stream struct {
+	src     io.Reader
+	ctr     cipher.Stream
+	mac     hash.Hash
+	prepare func([]byte) // done to what was read before its MAC is computed; may be nil
+	end     func() error // what the end of the layer means
+
+	start sync.Once
+	out   chan chunk
+	free  chan *[BufferSize]byte // buffers to be used again
+	close sync.Once
+	stop  chan struct{}
+	done  sync.WaitGroup
+}
+
+func newStream(r io.Reader, k *LayerKey) (*stream, error) {
+	block, err := aes.NewCipher(k.key)
+	if err != nil {
+		return nil, err
+	}
+	return &stream{
+		src: r, ctr: cipher.NewCTR(block, k.nonce), mac: hmac.New(sha256.New, k.key),
+		out: make(chan chunk, chunks), free: make(chan *[BufferSize]byte, chunks), stop: make(chan struct{}),
+	}, nil
+}
+
+var errClosed = errors.New("the layer was closed")
+
+// receive returns the next chunk of ciphertext, whose MAC is computed.
+func (s *stream) receive() chunk {
+	s.start.Do(func() {
+		read := make(chan chunk, chunks)
+		s.done.Go(func() { s.read(read) })
+		s.done.Go(func() { s.authenticate(read) })
+	})
+	select {
+	case c := <-s.out:
+		return c
+	case <-s.stop:
+		return chunk{err: errClosed}
+	}
+}
+
+// release gives back the buffer of a chunk that was used.
+func (s *stream) release(c chunk) {
+	if c.buffer != nil {
+		s.free <- c.buffer
+	}
+}
+
+// recycle gives back all buffers of a stream that has ended, and that of c.
+func (s *stream) recycle(c chunk) {
+	if c.buffer != nil {
+		buffers.Put(c.buffer)
+	}
+	for {
+		select {
+		case b := <-s.free:
+			buffers.Put(b)
+		case c := <-s.out:
+			buffers.Put(c.buffer)
+		default:
+			return
+		}
+	}
+}
+
+// read fills buffers from the source.
+func (s *stream) read(to chan<- chunk) {
+	defer close(to)
+	for made := 0; ; {
+		var buffer *[BufferSize]byte
+		select {
+		case buffer = <-s.free:
+		default:
+			if made < chunks {
+				made++
+				buffer = buffers.Get().(*[BufferSize]byte)
+				break
+			}
+			select {
+			case buffer = <-s.free:
+			case <-s.stop:
+				return
+			}
+		}
+		n, err := readFull(s.src, buffer[:])
+		if s.prepare != nil {
+			s.prepare(buffer[:n])
+		}
+		select {
+		case to <- chunk{b: buffer[:n], buffer: buffer, err: err}:
+		case <-s.stop:
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// readFull is [io.ReadFull], but reports how the source ended: an unexpected end
+// is one of the source's own, such as of a file that is cut short.
+func readFull(r io.Reader, b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var m int
+		m, err = r.Read(b[n:])
+		n += m
+	}
+	return n, err
+}
+
+// authenticate computes the MAC of what was read.
+func (s *stream) authenticate(from <-chan chunk) {
+	for c := range from {
+		s.mac.Write(c.b)
+		switch c.err {
+		case nil:
+		case io.EOF:
+			c.err = s.end()
+		default:
+			c.err = fmt.Errorf("read the layer: %w", c.err)
+		}
+		select {
+		case s.out <- c:
+		case <-s.stop:
+			return
+		}
+	}
+}
+
+// Close ends the stream, if it has not ended by itself, and waits until nothing
+// reads from the source any more. It may be called while another goroutine
+// reads from the stream, which then gets an error.
+func (s *stream) Close() error {
+	s.start.Do(func() {}) // never, if it has not been
+	s.close.Do(func() { close(s.stop) })
+	s.done.Wait()
+	return nil
+}
+
+// writeTo writes what next returns until its error, which is nil in the end
+// for io.EOF.
+func writeTo(w io.Writer, next func() ([]byte, error)) (total int64, err error) {
+	for {
+		b, err := next()
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+		n, err := w.Write(b)
 		total += int64(n)
-		d.ready = d.ready[n:]
 		if err != nil {
 			return total, err
 		}
 	}
-}
-
-// next makes the bytes held back ready to be handed out, after reading on as
-// far as it takes to know that they are not the last or that all is authentic.
-func (d *Decrypter) next() error {
-	if d.bufs[0] == nil {
-		d.bufs[0], d.bufs[1] = make([]byte, BufferSize), make([]byte, BufferSize)
-		d.ahead = d.fill()
-	}
-	if len(d.ahead) == 0 {
-		return d.err // fill leaves a verdict whenever it returns nothing
-	}
-	held := d.ahead
-	d.bufs[0], d.bufs[1] = d.bufs[1], d.bufs[0]
-	d.ahead = d.fill()
-	if d.err != nil && d.err != io.EOF {
-		return d.err
-	}
-	d.ready = held
-	return nil
-}
-
-// fill reads, authenticates and decrypts up to BufferSize bytes into the first
-// buffer. At the end of the layer it leaves the verdict in d.err.
-func (d *Decrypter) fill() []byte {
-	if d.err != nil {
-		return nil
-	}
-	n, err := io.ReadFull(d.src, d.bufs[0])
-	b := d.bufs[0][:n]
-	d.mac.Write(b)
-	d.ctr.XORKeyStream(b, b)
-	switch err {
-	case nil:
-	case io.EOF, io.ErrUnexpectedEOF:
-		d.err = io.EOF
-		if !hmac.Equal(d.mac.Sum(nil), d.want) {
-			d.err = ErrTampered
-		}
-	default:
-		d.err = fmt.Errorf("read the encrypted layer: %w", err)
-	}
-	return b
 }

@@ -213,19 +213,3 @@ func TestPeer(t *testing.T) {
 		}
 	}
 }
-
-func BenchmarkDecrypt(b *testing.B) {
-	plain := randomBytes(64 << 20)
-	ciphertext, k := encrypt(b, plain)
-	b.SetBytes(int64(len(plain)))
-	b.ReportAllocs()
-	for b.Loop() {
-		d, err := NewDecrypter(bytes.NewReader(ciphertext), k)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if _, err := d.WriteTo(io.Discard); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
