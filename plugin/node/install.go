@@ -1,3 +1,5 @@
+// Package node sets pilot up on a machine with containerd, and examines the
+// result.
 package node
 
 import (
@@ -11,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"text/template"
 
 	"github.com/containerd/platforms"
 	"github.com/pelletier/go-toml/v2"
@@ -288,158 +289,6 @@ func (p *Plan) containerdFiles(c *containerd, before state, conf []byte) error {
 	edited, inserted := insertImport(string(old), dropIn)
 	p.Changes = append(p.Changes, Change{Path: c.main, Old: old, New: []byte(edited), Mode: mode})
 	p.inserted[c.main] = inserted
-	return nil
-}
-
-// insertImport makes a configuration file import another, and returns what it
-// has inserted.
-func insertImport(text, file string) (edited, inserted string) {
-	lines := strings.SplitAfter(text, "\n")
-	at := 0 // where a line of the top level can stand: before the first table
-	for i, line := range lines {
-		trimmed := strings.TrimSpace(line)
-		if strings.HasPrefix(trimmed, "[") {
-			break
-		}
-		if rest, ok := strings.CutPrefix(trimmed, "imports"); ok && strings.HasPrefix(strings.TrimLeft(rest, " \t="), "[") {
-			inserted = "'" + file + "', "
-			if strings.HasPrefix(strings.TrimSpace(trimmed[strings.Index(trimmed, "[")+1:]), "]") {
-				inserted = "'" + file + "'"
-			}
-			bracket := strings.Index(line, "[") + 1
-			lines[i] = line[:bracket] + inserted + line[bracket:]
-			return strings.Join(lines, ""), inserted
-		}
-		if strings.HasPrefix(trimmed, "version") {
-			at = i + 1
-		}
-	}
-	inserted = "imports = ['" + file + "']\n"
-	if at > 0 && !strings.HasSuffix(lines[at-1], "\n") {
-		inserted = "\n" + inserted
-	}
-	return strings.Join(slices.Insert(lines, at, inserted), ""), inserted
-}
-
-// own plans a file of pilot's own. One that somebody else made stays, if keep
-// finds nothing wrong with it; nil means that it can't.
-func (p *Plan) own(before state, path string, text []byte, keep func([]byte) error) error {
-	old, err := os.ReadFile(p.options.path(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: 0o644})
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if string(old) == string(text) {
-		return nil
-	}
-	if keep != nil {
-		return keep(old)
-	}
-	if f := before.file(path); f == nil || f.SHA256 != hash(old) {
-		return &Conflict{path, "it exists, and is not what was installed", "move it away"}
-	}
-	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: 0o644})
-	return nil
-}
-
-// newPilotConfig returns a pilot.toml with settings.
-func newPilotConfig(settings map[string]string, differ bool) []byte {
-	var b strings.Builder
-	b.WriteString("# pilot's configuration: \"pilot serve --help\" tells all settings and their defaults.\n")
-	if settings["broker"] == "" {
-		b.WriteString("#broker = \"https://copilot.example.com:8443\"\n#broker-ca = \"/etc/pilot/ca.pem\"\n#broker-cert = \"/etc/pilot/node.pem\"\n#broker-key = \"/etc/pilot/node-key.pem\"\n")
-	}
-	for _, name := range slices.Sorted(maps.Keys(settings)) {
-		if v := settings[name]; v != "" {
-			fmt.Fprintf(&b, "%s = %q\n", name, v)
-		}
-	}
-	if !differ {
-		b.WriteString("# containerd 1.6 can't use it.\ndiff-listen = \"off\"\n")
-	}
-	return []byte(b.String())
-}
-
-// checkPilotConfig refuses a pilot.toml of the machine's own that does not do.
-func checkPilotConfig(had []byte, settings map[string]string, differ bool) error {
-	var conf map[string]any
-	if err := toml.Unmarshal(had, &conf); err != nil {
-		return fmt.Errorf("%s: %w", pilotConfig, err)
-	}
-	for _, name := range slices.Sorted(maps.Keys(settings)) {
-		if v := settings[name]; v != "" && conf[name] != v {
-			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v, not %q", name, shown(conf[name]), v), "change it there"}
-		}
-	}
-	for name, want := range map[string]string{"listen": "unix://" + keySocket, "diff-listen": "unix://" + diffSocket} {
-		if v, ok := conf[name]; ok && v != want && (name == "listen" || differ) {
-			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v", name, shown(v)), "remove it: containerd and the tools look for " + want}
-		}
-	}
-	return nil
-}
-
-func shown(v any) string {
-	if v == nil {
-		return "not set"
-	}
-	return fmt.Sprintf("%q", v)
-}
-
-// checkKeyProviders refuses an ocicrypt.conf of the machine's own without
-// pilot.
-func checkKeyProviders(had []byte) error {
-	if strings.Contains(string(had), `"pilot"`) {
-		return nil
-	}
-	return &Conflict{keyProviders, "it names no key provider pilot", `add "pilot": {"grpc": "unix://` + keySocket + `"}`}
-}
-
-// hasSystemd reports whether the machine is run by systemd.
-func (o Options) hasSystemd() bool {
-	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
-		if info, err := os.Stat(o.path(dir)); err == nil && info.IsDir() {
-			return true
-		}
-	}
-	return false
-}
-
-// units plans systemd's units and the links that enable them. Units of a
-// package are used as they are.
-func (p *Plan) units(before state, differ bool) error {
-	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
-	if differ {
-		names["pilot-diff.socket"] = "sockets.target.wants"
-	}
-	for _, name := range slices.Sorted(maps.Keys(names)) {
-		path := filepath.Join(unitDir, name)
-		for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
-			if _, err := os.Stat(p.options.path(filepath.Join(dir, name))); err == nil {
-				path = filepath.Join(dir, name)
-			}
-		}
-		if strings.HasPrefix(path, unitDir) {
-			t, err := template.ParseFS(unitFiles, "units/"+name)
-			if err != nil {
-				return err
-			}
-			var text strings.Builder
-			if err := t.Execute(&text, map[string]any{"Pilot": p.options.PilotBinary, "Differ": differ}); err != nil {
-				return err
-			}
-			if err := p.own(before, path, []byte(text.String()), nil); err != nil {
-				return err
-			}
-		}
-		link := filepath.Join(unitDir, names[name], name)
-		if _, err := os.Lstat(p.options.path(link)); errors.Is(err, fs.ErrNotExist) {
-			p.Changes = append(p.Changes, Change{Path: link, Link: path})
-		}
-	}
 	return nil
 }
 

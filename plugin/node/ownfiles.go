@@ -1,0 +1,137 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/template"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// own plans a file of pilot's own. One that somebody else made stays, if keep
+// finds nothing wrong with it; nil means that it can't.
+func (p *Plan) own(before state, path string, text []byte, keep func([]byte) error) error {
+	old, err := os.ReadFile(p.options.path(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: 0o644})
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if string(old) == string(text) {
+		return nil
+	}
+	if keep != nil {
+		return keep(old)
+	}
+	if f := before.file(path); f == nil || f.SHA256 != hash(old) {
+		return &Conflict{path, "it exists, and is not what was installed", "move it away"}
+	}
+	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: 0o644})
+	return nil
+}
+
+// newPilotConfig returns a pilot.toml with settings.
+func newPilotConfig(settings map[string]string, differ bool) []byte {
+	var b strings.Builder
+	b.WriteString("# pilot's configuration: \"pilot serve --help\" tells all settings and their defaults.\n")
+	if settings["broker"] == "" {
+		b.WriteString("#broker = \"https://copilot.example.com:8443\"\n#broker-ca = \"/etc/pilot/ca.pem\"\n#broker-cert = \"/etc/pilot/node.pem\"\n#broker-key = \"/etc/pilot/node-key.pem\"\n")
+	}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		if v := settings[name]; v != "" {
+			fmt.Fprintf(&b, "%s = %q\n", name, v)
+		}
+	}
+	if !differ {
+		b.WriteString("# containerd 1.6 can't use it.\ndiff-listen = \"off\"\n")
+	}
+	return []byte(b.String())
+}
+
+// checkPilotConfig refuses a pilot.toml of the machine's own that does not do.
+func checkPilotConfig(had []byte, settings map[string]string, differ bool) error {
+	var conf map[string]any
+	if err := toml.Unmarshal(had, &conf); err != nil {
+		return fmt.Errorf("%s: %w", pilotConfig, err)
+	}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		if v := settings[name]; v != "" && conf[name] != v {
+			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v, not %q", name, shown(conf[name]), v), "change it there"}
+		}
+	}
+	for name, want := range map[string]string{"listen": "unix://" + keySocket, "diff-listen": "unix://" + diffSocket} {
+		if v, ok := conf[name]; ok && v != want && (name == "listen" || differ) {
+			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v", name, shown(v)), "remove it: containerd and the tools look for " + want}
+		}
+	}
+	return nil
+}
+
+func shown(v any) string {
+	if v == nil {
+		return "not set"
+	}
+	return fmt.Sprintf("%q", v)
+}
+
+// checkKeyProviders refuses an ocicrypt.conf of the machine's own without
+// pilot.
+func checkKeyProviders(had []byte) error {
+	if strings.Contains(string(had), `"pilot"`) {
+		return nil
+	}
+	return &Conflict{keyProviders, "it names no key provider pilot", `add "pilot": {"grpc": "unix://` + keySocket + `"}`}
+}
+
+// hasSystemd reports whether the machine is run by systemd.
+func (o Options) hasSystemd() bool {
+	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
+		if info, err := os.Stat(o.path(dir)); err == nil && info.IsDir() {
+			return true
+		}
+	}
+	return false
+}
+
+// units plans systemd's units and the links that enable them. Units of a
+// package are used as they are.
+func (p *Plan) units(before state, differ bool) error {
+	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
+	if differ {
+		names["pilot-diff.socket"] = "sockets.target.wants"
+	}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		path := filepath.Join(unitDir, name)
+		for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
+			if _, err := os.Stat(p.options.path(filepath.Join(dir, name))); err == nil {
+				path = filepath.Join(dir, name)
+			}
+		}
+		if strings.HasPrefix(path, unitDir) {
+			t, err := template.ParseFS(unitFiles, "units/"+name)
+			if err != nil {
+				return err
+			}
+			var text strings.Builder
+			if err := t.Execute(&text, map[string]any{"Pilot": p.options.PilotBinary, "Differ": differ}); err != nil {
+				return err
+			}
+			if err := p.own(before, path, []byte(text.String()), nil); err != nil {
+				return err
+			}
+		}
+		link := filepath.Join(unitDir, names[name], name)
+		if _, err := os.Lstat(p.options.path(link)); errors.Is(err, fs.ErrNotExist) {
+			p.Changes = append(p.Changes, Change{Path: link, Link: path})
+		}
+	}
+	return nil
+}
