@@ -19,6 +19,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/plugin"
 )
 
 // selectionFlags choose layers of an image.
@@ -70,7 +71,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Encrypt(ctx, client.ContentStore(), target, ec, opts)
+			return image.Encrypt(ctx, plugin.Store(client), target, ec, opts)
 		})
 	},
 }
@@ -97,7 +98,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Decrypt(ctx, client.ContentStore(), target, dc, opts)
+			return image.Decrypt(ctx, plugin.Store(client), target, dc, opts)
 		})
 	},
 }
