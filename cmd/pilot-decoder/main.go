@@ -13,6 +13,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/processor"
@@ -21,6 +22,10 @@ import (
 
 // unwrapWithin bounds the wait for the payload and for the layer key.
 const unwrapWithin = 40 * time.Second
+
+// pipeSize is what the pipes to and from containerd are enlarged to, in bytes:
+// what Linux lets everybody have.
+const pipeSize = 1 << 20
 
 func main() {
 	if os.Getenv(lingerVariable) != "" {
@@ -98,6 +103,11 @@ func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) 
 		return fmt.Errorf("%s: %w", layer, err)
 	}
 	defer key.Clear()
+	for _, f := range []*os.File{os.Stdin, os.Stdout} {
+		// Fewer switches between this and containerd. It may be no pipe, or
+		// the machine may allow no more.
+		unix.FcntlInt(f.Fd(), unix.F_SETPIPE_SZ, pipeSize)
+	}
 	d, err := processor.NewDecrypter(os.Stdin, key)
 	if err != nil {
 		return fmt.Errorf("%s: %w", layer, err)

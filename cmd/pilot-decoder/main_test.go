@@ -67,7 +67,7 @@ func (r run) do(t *testing.T) (stdout []byte, stderr string, ok bool) {
 }
 
 // payload is what imgcrypt's clients pass.
-func payload(t *testing.T, dc *config.DecryptConfig, desc ocispec.Descriptor) []byte {
+func payload(t testing.TB, dc *config.DecryptConfig, desc ocispec.Descriptor) []byte {
 	t.Helper()
 	p, err := typeurl.MarshalAny(&imgcrypt.Payload{DecryptConfig: *dc, Descriptor: desc})
 	if err != nil {
@@ -80,7 +80,7 @@ func payload(t *testing.T, dc *config.DecryptConfig, desc ocispec.Descriptor) []
 	return b
 }
 
-func rsaKey(t *testing.T) (public, private []byte) {
+func rsaKey(t testing.TB) (public, private []byte) {
 	t.Helper()
 	public, private, err := utils.CreateRSATestKey(2048, nil, true)
 	if err != nil {
@@ -90,7 +90,7 @@ func rsaKey(t *testing.T) (public, private []byte) {
 }
 
 // encrypted returns a random layer, encrypted for a public key.
-func encrypted(t *testing.T, size int, public []byte) (plain, layer []byte, desc ocispec.Descriptor) {
+func encrypted(t testing.TB, size int, public []byte) (plain, layer []byte, desc ocispec.Descriptor) {
 	t.Helper()
 	plain = make([]byte, size)
 	rand.Read(plain)
