@@ -244,6 +244,125 @@ func TestNodeInstall(t *testing.T) {
 	}
 }
 
+// loads checks that the machine's containerd can read its configuration, and
+// returns it.
+func (m *machine) loads() string {
+	m.t.Helper()
+	return output(m.t, m.run("containerd", "config", "dump"))
+}
+
+// TestNodeAgain installs, changes things as an admin or a newer containerd
+// would, and installs or uninstalls again.
+func TestNodeAgain(t *testing.T) {
+	const conf = "/etc/containerd/config.toml"
+	t.Run("rewritten", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		output(t, m.pilot("node", "install"))
+		write(t, m.root+conf, strings.ReplaceAll(read(t, m.root+conf), "'", `"`))
+		fails(t, m.pilot("node", "uninstall"), conf+" was changed since")
+		if strings.Contains(m.loads(), "diff.sock") {
+			t.Error("pilot is still configured")
+		}
+	})
+	t.Run("made, then added to", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		os.Remove(m.root + conf)
+		output(t, m.pilot("node", "install"))
+		write(t, m.root+conf, read(t, m.root+conf)+"oom_score = 1\n")
+		output(t, m.pilot("node", "uninstall"))
+		if got := read(t, m.root+conf); !strings.Contains(got, "oom_score = 1") || strings.Contains(got, "pilot") {
+			t.Errorf("left: %s", got)
+		}
+		m.loads()
+	})
+	t.Run("replaced between", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		output(t, m.pilot("node", "install"))
+		write(t, m.root+conf, "version = 3\noom_score = 7\n")
+		output(t, m.pilot("node", "install"))
+		if dump := m.loads(); !strings.Contains(dump, "diff.sock") {
+			t.Errorf("pilot is not configured: %s", dump)
+		}
+		output(t, m.pilot("node", "uninstall"))
+		if got := read(t, m.root+conf); got != "version = 3\noom_score = 7\n" {
+			t.Errorf("left: %s", got)
+		}
+	})
+	t.Run("other socket", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		write(t, m.root+conf, "version = 3\n[grpc]\n  address = '/run/other.sock'\n")
+		output(t, m.pilot("node", "install"))
+		if got := read(t, m.root+"/etc/pilot/pilot.toml"); !strings.Contains(got, `containerd = "/run/other.sock"`) {
+			t.Errorf("pilot.toml: %s", got)
+		}
+	})
+	t.Run("newer containerd", func(t *testing.T) {
+		m := machines()["1.6"](t)
+		before := m.files()
+		output(t, m.pilot("node", "install", "--broker", "https://copilot.example.com"))
+		for _, name := range []string{"containerd", "containerd-shim-runc-v2"} {
+			m.copy(filepath.Join(tools, "bin", name))
+		}
+		output(t, m.pilot("node", "install"))
+		if got := read(t, m.root+"/etc/pilot/pilot.toml"); strings.Contains(got, "off") || !strings.Contains(got, "copilot.example.com") {
+			t.Errorf("pilot.toml: %s", got)
+		}
+		output(t, m.pilot("node", "uninstall"))
+		m.same(before)
+	})
+	t.Run("links", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		outside := tempDir(t)
+		write(t, m.root+"/opt/cm/config.toml", read(t, m.root+conf))
+		os.Chown(m.root+"/opt/cm/config.toml", 1000, 33)
+		for link, to := range map[string]string{conf: "/opt/cm/config.toml", "/etc/pilot": outside} {
+			os.Remove(m.root + link)
+			if err := os.Symlink(to, m.root+link); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := m.files()
+		output(t, m.pilot("node", "install"))
+		if entries, err := os.ReadDir(outside); err != nil || len(entries) > 0 {
+			t.Errorf("it wrote outside of the root: %v, %v", entries, err)
+		}
+		if info, err := os.Stat(m.root + "/opt/cm/config.toml"); err != nil || info.Sys().(*syscall.Stat_t).Uid != 1000 {
+			t.Errorf("the file's owner has changed: %v", err)
+		}
+		m.loads()
+		output(t, m.pilot("node", "uninstall"))
+		m.same(before)
+	})
+	t.Run("unusable settings", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		before := m.files()
+		for _, args := range [][]string{{"--broker-ca", "ca.pem"}, {"--broker-cert", "/cert.pem"}, {"--pilot-binary", "./pilot"}, {"--containerd-config", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"}} {
+			fails(t, m.pilot(append([]string{"node", "install"}, args...)...))
+		}
+		m.same(before)
+	})
+	t.Run("two at once", func(t *testing.T) {
+		m := machines()["2.4.2"](t)
+		before := m.files()
+		first, second := m.pilot("node", "install"), m.pilot("node", "install")
+		for _, cmd := range []*exec.Cmd{first, second} {
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, cmd := range []*exec.Cmd{first, second} {
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+		}
+		if !strings.Contains(m.loads(), "diff.sock") {
+			t.Error("pilot is not configured")
+		}
+		output(t, m.pilot("node", "uninstall"))
+		m.same(before)
+	})
+}
+
 // TestNodeErofs sets a machine up whose images are unpacked to EROFS.
 func TestNodeErofs(t *testing.T) {
 	if !strings.Contains(read(t, "/proc/filesystems"), "\terofs\n") {

@@ -11,12 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/diff/apply"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/plugins/diff/erofs"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
@@ -32,7 +34,8 @@ import (
 // Config says how a [Differ] works.
 type Config struct {
 	// Layers is how many encrypted layers are unpacked at once at most.
-	// Each takes two buffers of [processor.BufferSize] bytes. Default: 8.
+	// Each takes four buffers of [processor.BufferSize] bytes, and what its
+	// decompression takes. Default: 8.
 	Layers int
 	// UnwrapTimeout bounds the wait for a layer key. Default: 40 seconds.
 	UnwrapTimeout time.Duration
@@ -88,13 +91,11 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 // what its descriptor says makes no sense.
 func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
 	if !processor.IsEncrypted(desc.MediaType) {
+		if _, err := images.DiffCompression(ctx, desc.MediaType); err != nil && !strings.Contains(desc.MediaType, ".erofs.") {
+			// It may be for a stream processor of containerd's.
+			return ocispec.Descriptor{}, fmt.Errorf("pilot: media type %s: %w", desc.MediaType, errdefs.ErrNotImplemented)
+		}
 		return d.apply(ctx, desc, mounts, opts...)
-	}
-	select {
-	case d.places <- struct{}{}:
-		defer func() { <-d.places }()
-	case <-ctx.Done():
-		return ocispec.Descriptor{}, ctx.Err()
 	}
 	applied, err := d.decrypt(ctx, desc, mounts, opts...)
 	if err != nil {
@@ -139,9 +140,19 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, err
 	}
 	defer key.Clear()
+	// Only now, so that nobody waits for those who wait for a broker.
+	select {
+	case d.places <- struct{}{}:
+		defer func() { <-d.places }()
+	case <-ctx.Done():
+		return ocispec.Descriptor{}, ctx.Err()
+	}
 	layer := &decryption{key: key}
 	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
 	layer.end()
+	if err == nil {
+		err = ctx.Err()
+	}
 	if ctx.Err() == nil && !layer.isWhole() {
 		// What unpacks stopped early: because of what it read, which is
 		// wrong if the layer was changed, or because it needs no more.
@@ -157,6 +168,10 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 
 // apply unpacks with the first applier that can.
 func (d *Differ) apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (applied ocispec.Descriptor, err error) {
+	if len(mounts) == 0 {
+		// Which those below do not expect.
+		return ocispec.Descriptor{}, fmt.Errorf("no mounts to unpack onto: %w", errdefs.ErrInvalidArgument)
+	}
 	for _, a := range d.appliers {
 		if applied, err = a.Apply(ctx, desc, mounts, opts...); !errdefs.IsNotImplemented(err) {
 			return applied, err

@@ -3,6 +3,8 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"runtime/debug"
+	"time"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	containerd "github.com/containerd/containerd/v2/client"
@@ -13,8 +15,12 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/go-digest"
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -23,8 +29,11 @@ import (
 // such as /run/containerd/containerd.sock. It connects when it is used, so
 // containerd may be started later, and again.
 func Dial(address string) (*containerd.Client, error) {
+	again := backoff.DefaultConfig
+	again.MaxDelay = 3 * time.Second // as containerd's own clients do
 	conn, err := grpc.NewClient("unix://"+address,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: again, MinConnectTimeout: 5 * time.Second}),
 		grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize),
 			grpc.MaxCallSendMsgSize(defaults.DefaultMaxSendMsgSize)))
@@ -43,10 +52,16 @@ func Register(s grpc.ServiceRegistrar, d *Differ) {
 // Interceptor returns what makes a request's namespace and lease hold for the
 // calls back to containerd, the server of client, that serve it.
 func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
-	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (_ any, err error) {
+		defer func() {
+			// What one request does must not end the others.
+			if p := recover(); p != nil {
+				logrus.WithField("panic", p).Error(string(debug.Stack()))
+				err = status.Errorf(codes.Internal, "pilot: this is a bug, see its log: %v", p)
+			}
+		}()
 		namespace, ok := namespaces.Namespace(ctx)
 		if !ok {
-			var err error
 			if namespace, err = missingNamespace(ctx, client, req); err != nil {
 				return nil, errgrpc.ToGRPC(err)
 			}

@@ -113,6 +113,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
 	public := desc.Annotations[annotationPubOpts]
 	var reasons []error
+	left := maxRecipients
 	for _, scheme := range wrappedWith(desc) {
 		w := ocicrypt.GetKeyWrapper(scheme)
 		if w == nil {
@@ -129,7 +130,7 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 			reasons = append(reasons, fmt.Errorf("%s: no private key was given", scheme))
 			continue
 		}
-		private, err := unwrapOne(ctx, w, own, desc.Annotations[annotationKeysPrefix+scheme])
+		private, err := unwrapOne(ctx, w, own, desc.Annotations[annotationKeysPrefix+scheme], &left)
 		if err == nil {
 			var key *LayerKey
 			key, err = newLayerKey(private, public)
@@ -139,7 +140,11 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 			}
 		}
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("unwrap the layer key with %s: %w", scheme, late(err))
+			err = fmt.Errorf("unwrap the layer key with %s: %w", scheme, late(ctx.Err()))
+			if len(reasons) > 0 {
+				err = fmt.Errorf("%w (before that, %w)", err, joined(reasons))
+			}
+			return nil, err
 		}
 		reasons = append(reasons, fmt.Errorf("%s: %w", scheme, err))
 	}
@@ -149,11 +154,19 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 	return nil, fmt.Errorf("%w: %w", ErrNoKey, joined(reasons))
 }
 
+// maxRecipients bounds the recipients of a layer that are tried, which anybody
+// can add to.
+const maxRecipients = 64
+
 // unwrapOne tries the recipients of one scheme, which annotation holds as
-// comma-separated base64.
-func unwrapOne(ctx context.Context, w keywrap.KeyWrapper, dc *config.DecryptConfig, annotation string) ([]byte, error) {
+// comma-separated base64, at most left of them.
+func unwrapOne(ctx context.Context, w keywrap.KeyWrapper, dc *config.DecryptConfig, annotation string, left *int) ([]byte, error) {
 	var reasons []error
 	for wrapped := range strings.SplitSeq(annotation, ",") {
+		if *left--; *left < 0 {
+			reasons = append(reasons, fmt.Errorf("the layer has more than %d recipients: the others are not tried", maxRecipients))
+			break
+		}
 		b, err := base64.StdEncoding.DecodeString(wrapped)
 		if err != nil {
 			reasons = append(reasons, fmt.Errorf("annotation is not base64: %w", err))
@@ -240,14 +253,28 @@ func plain(err error) error {
 	return err
 }
 
-// joined makes one line of several errors.
+// What joined says of each error at most, in bytes, and of how many.
+const (
+	maxReason  = 500
+	maxReasons = 4
+)
+
+// joined makes one line of several errors: of the first few.
 func joined(errs []error) error {
 	if len(errs) == 1 {
 		return errs[0]
 	}
-	lines := make([]string, len(errs))
+	var lines []string
 	for i, err := range errs {
-		lines[i] = err.Error()
+		if i == maxReasons {
+			lines = append(lines, fmt.Sprintf("and %d more", len(errs)-i))
+			break
+		}
+		line := err.Error()
+		if len(line) > maxReason {
+			line = strings.ToValidUTF8(line[:maxReason], "") + "…"
+		}
+		lines = append(lines, line)
 	}
 	return errors.New(strings.Join(lines, "; "))
 }

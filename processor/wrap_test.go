@@ -173,6 +173,21 @@ func TestUnwrapGivesUp(t *testing.T) {
 	}
 }
 
+// TestManyRecipients unwraps for a layer that somebody has given very many
+// recipients.
+func TestManyRecipients(t *testing.T) {
+	alice := newPair(t)
+	for name, annotation := range map[string]string{
+		"empty":     strings.Repeat("AA==,", 100000),
+		"no base64": strings.Repeat("!,", 100000),
+	} {
+		_, err := Unwrap(t.Context(), alice.decrypt(), ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.jwe": annotation}})
+		if !errors.Is(err, ErrNoKey) || len(err.Error()) > 4000 || !strings.Contains(err.Error(), "and 61 more") {
+			t.Errorf("%s: an error of %d bytes: %.200s", name, len(err.Error()), err)
+		}
+	}
+}
+
 func TestNewLayerKeyErrors(t *testing.T) {
 	good := func() (blockcipher.PrivateLayerBlockCipherOptions, blockcipher.PublicLayerBlockCipherOptions) {
 		return blockcipher.PrivateLayerBlockCipherOptions{

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -79,18 +80,34 @@ func nodeInstall(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
+	conf := defaults()
 	for _, s := range settings {
-		if c.IsSet(s.name) {
-			if err := s.set(new(configuration), c.String(s.name)); err != nil {
-				return usageError{fmt.Errorf("--%s: %w", s.name, err)}
-			}
-			o.Settings[s.name] = c.String(s.name)
+		if !c.IsSet(s.name) {
+			continue
+		}
+		v := c.String(s.name)
+		if strings.HasPrefix(s.name, "broker-") && !filepath.IsAbs(v) {
+			return usageError{fmt.Errorf("--%s %s: the daemon runs in another directory: give an absolute path", s.name, v)}
+		}
+		if err := s.set(&conf, v); err != nil {
+			return usageError{fmt.Errorf("--%s: %w", s.name, err)}
+		}
+		o.Settings[s.name] = v
+	}
+	if err := conf.check(); err != nil {
+		return usageError{err}
+	}
+	if o.Root == "" {
+		// On a node image the files may come later.
+		if _, err := conf.provider(); err != nil {
+			return err
 		}
 	}
 	plan, err := node.NewPlan(c.Context, o)
 	if err != nil {
 		return err
 	}
+	defer plan.Close()
 	if c.Bool("dry-run") {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())
@@ -110,7 +127,7 @@ func nodeInstall(c *cli.Context) error {
 	if plan.RestartContainerd {
 		commands = append(commands, "systemctl restart containerd.service")
 	}
-	if len(plan.Changes) == 0 || o.Root != "" {
+	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") {
 		return nil
 	}
 	return runOrSay(c.Bool("now"), commands)
@@ -121,7 +138,7 @@ func nodeUninstall(c *cli.Context) error {
 		return err
 	}
 	o := node.Options{Root: c.String("root")}
-	installed, err := node.Installed(o)
+	units, installed, err := node.Installed(o)
 	if err != nil {
 		return err
 	}
@@ -129,20 +146,19 @@ func nodeUninstall(c *cli.Context) error {
 		fmt.Println("nothing is installed")
 		return nil
 	}
-	err = node.Uninstall(o)
-	if err == nil {
-		fmt.Println("everything is as it was before")
-	}
-	if o.Root != "" {
+	if err := node.Uninstall(o); err != nil {
 		return err
 	}
-	// containerd first: it asks pilot until then.
-	if sayErr := runOrSay(c.Bool("now"), []string{
-		"systemctl restart containerd.service", "systemctl stop pilot.service pilot-keyprovider.socket pilot-diff.socket", "systemctl daemon-reload",
-	}); err == nil {
-		err = sayErr
+	fmt.Println("everything is as it was before")
+	if o.Root != "" {
+		return nil
 	}
-	return err
+	// containerd first: it asks pilot until then.
+	commands := []string{"systemctl restart containerd.service"}
+	if len(units) > 0 {
+		commands = append(commands, "systemctl stop "+strings.Join(units, " "), "systemctl daemon-reload")
+	}
+	return runOrSay(c.Bool("now"), commands)
 }
 
 func nodeArguments(c *cli.Context) error {

@@ -31,7 +31,7 @@ import (
 
 // stopWithin is how long requests under way may take when pilot is told to
 // stop: containerd may be unpacking a layer.
-const stopWithin = 30 * time.Second
+const stopWithin = 10 * time.Second
 
 var serveCommand = &cli.Command{
 	Name:  "serve",

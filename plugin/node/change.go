@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/rogpeppe/go-internal/diff"
 )
@@ -108,6 +109,8 @@ func (s *state) note(o Options, c Change, inserted string) {
 	if f == nil {
 		s.Files = append(s.Files, installed{Path: c.Path, Before: c.Old, Mode: c.Mode})
 		f = &s.Files[len(s.Files)-1]
+	} else if c.Link == "" && f.SHA256 != hash(c.Old) {
+		f.Before, f.Mode = c.Old, c.Mode // somebody has changed it since
 	}
 	f.Link, f.Inserted = c.Link, inserted
 	if c.Link == "" {
@@ -139,6 +142,9 @@ func (o Options) removeDirs(dirs []string) {
 // make makes the change.
 func (c Change) make(o Options) error {
 	name := o.path(c.Path)
+	if c.Link != "" {
+		name = o.linkPath(c.Path)
+	}
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		return err
 	}
@@ -153,7 +159,7 @@ func (c Change) revert(o Options) error {
 	if c.Old != nil {
 		return writeFile(o.path(c.Path), c.Old, c.Mode)
 	}
-	return ignoreNotExist(os.Remove(o.path(c.Path)))
+	return ignoreNotExist(os.Remove(o.linkPath(c.Path)))
 }
 
 // undo puts a file back as it was. One that was changed in the meantime loses
@@ -161,6 +167,7 @@ func (c Change) revert(o Options) error {
 func (s *state) undo(o Options, f installed) error {
 	name := o.path(f.Path)
 	if f.Link != "" {
+		name = o.linkPath(f.Path)
 		if to, err := os.Readlink(name); err != nil || to != f.Link {
 			return ignoreNotExist(err)
 		}
@@ -186,6 +193,19 @@ func (s *state) undo(o Options, f installed) error {
 	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
 }
 
+// lock keeps other installations on the machine away until it is released.
+func (o Options) lock() (release func(), err error) {
+	f, err := os.Open(o.path("/etc"))
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock /etc: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
 func ignoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -193,7 +213,7 @@ func ignoreNotExist(err error) error {
 	return err
 }
 
-// writeFile replaces a file as a whole.
+// writeFile replaces a file as a whole, keeping its owner.
 func writeFile(name string, b []byte, mode fs.FileMode) error {
 	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
 	if err != nil {
@@ -201,6 +221,10 @@ func writeFile(name string, b []byte, mode fs.FileMode) error {
 	}
 	defer os.Remove(f.Name()) // fails once it is renamed
 	_, err = f.Write(b)
+	if info, statErr := os.Stat(name); statErr == nil {
+		owner := info.Sys().(*syscall.Stat_t)
+		err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)))
+	}
 	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
 	if err != nil {
 		return err

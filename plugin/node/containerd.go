@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	continuity "github.com/containerd/continuity/fs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
@@ -116,8 +117,24 @@ func (o Options) run(ctx context.Context, args ...string) ([]byte, error) {
 	return out, nil
 }
 
-// path returns where a file of the machine is for this process.
-func (o Options) path(name string) string { return filepath.Join(o.Root, name) }
+// path returns where a file of the machine is for this process, after all
+// symbolic links, which lead to nowhere outside the machine's root.
+func (o Options) path(name string) string {
+	root := o.Root
+	if root == "" {
+		root = "/"
+	}
+	resolved, err := continuity.RootPath(root, name)
+	if err != nil {
+		return filepath.Join(root, name) // which fails as well
+	}
+	return resolved
+}
+
+// linkPath is path for what may be a symbolic link itself.
+func (o Options) linkPath(name string) string {
+	return filepath.Join(o.path(filepath.Dir(name)), filepath.Base(name))
+}
 
 // usesDiffer reports whether this containerd can have pilot as its differ.
 // 1.6 panics on a proxy plugin of that type.
@@ -178,7 +195,7 @@ func (c *containerd) unpackConfigs(platform ocispec.Platform) ([]unpackConfig, e
 	list, ok := c.plugin(transferService)["unpack_config"]
 	if !ok {
 		entries := []unpackConfig{{Platform: platforms.Format(platform), Snapshotter: "overlayfs", Differ: "walking"}}
-		if c.major > 2 || c.minor >= 4 {
+		if c.major > 2 || c.minor >= 3 {
 			platform.OSFeatures = []string{"erofs"}
 			entries = append(entries, unpackConfig{Platform: platforms.FormatAll(platform), Snapshotter: "erofs", Differ: "erofs", Optional: true})
 		}
@@ -234,8 +251,15 @@ func (o Options) platform() (ocispec.Platform, error) {
 	if o.Root == "" {
 		return p, nil
 	}
-	for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
-		f, err := elf.Open(o.path(filepath.Join(dir, o.ContainerdBinary)))
+	candidates := []string{o.ContainerdBinary}
+	if !filepath.IsAbs(o.ContainerdBinary) {
+		candidates = nil
+		for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
+			candidates = append(candidates, filepath.Join(dir, o.ContainerdBinary))
+		}
+	}
+	for _, name := range candidates {
+		f, err := elf.Open(o.path(name))
 		if err != nil {
 			continue
 		}
@@ -248,8 +272,23 @@ func (o Options) platform() (ocispec.Platform, error) {
 		}
 		return platforms.Normalize(ocispec.Platform{OS: "linux", Architecture: arch}), nil
 	}
-	return p, nil
+	return p, fmt.Errorf("containerd's program is not found in %s: name it with --containerd-binary", o.Root)
 }
+
+// address returns the path of containerd's socket.
+func (c *containerd) address() string {
+	grpc, _ := c.dump["grpc"].(map[string]any)
+	address, _ := grpc["address"].(string)
+	if address == "" {
+		address, _ = c.plugin("io.containerd.server.v1.grpc")["address"].(string)
+	}
+	if address == "" {
+		address = defaultAddress
+	}
+	return strings.TrimPrefix(address, "unix://")
+}
+
+const defaultAddress = "/run/containerd/containerd.sock"
 
 func stringsOf(v any) []string {
 	var list []string

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -179,6 +180,11 @@ var errNoUnpackConfig = errors.New("the transfer service imported the image with
 // there, whether it succeeds or not. Nothing of it may need to be removed
 // otherwise than by containerd's garbage collector.
 func (e *examination) inScratch(ctx context.Context, f func(context.Context) error) (err error) {
+	release, err := e.alone(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
 	ctx = namespaces.WithNamespace(ctx, scratchNamespace)
 	lease, err := e.newLease(ctx)
 	if err != nil {
@@ -190,6 +196,23 @@ func (e *examination) inScratch(ctx context.Context, f func(context.Context) err
 		}
 	}()
 	return f(leases.WithLease(ctx, lease.ID))
+}
+
+// alone waits until no other doctor has the scratch namespace.
+func (e *examination) alone(ctx context.Context) (release func(), err error) {
+	dir, err := os.Open(filepath.Dir(e.Containerd))
+	if err != nil {
+		return nil, err
+	}
+	for syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			dir.Close()
+			return nil, fmt.Errorf("another doctor is at work: %w", ctx.Err())
+		}
+	}
+	return func() { dir.Close() }, nil
 }
 
 // newLease makes a namespace and a lease in it. It does so even if ctx is done,
@@ -212,7 +235,7 @@ func (e *examination) cleanUp(ctx context.Context, lease leases.Lease) error {
 	}
 	others, err := e.client.LeasesService().List(ctx)
 	if err != nil || len(others) > 0 {
-		return err // another doctor is at work
+		return err // of a doctor that was killed just now: they expire
 	}
 	// A doctor that was killed may have left an image, which no lease holds.
 	left, err := e.client.ImageService().List(ctx)

@@ -46,7 +46,11 @@ type Plan struct {
 	options  Options
 	inserted map[string]string // by path, what is inserted into a file that is somebody else's
 	check    func(context.Context) error
+	release  func()
 }
+
+// Close lets others install.
+func (p *Plan) Close() { p.release() }
 
 // Conflict is the error of a setting of the machine's own that an installation
 // would have to overwrite, which it does not.
@@ -91,13 +95,14 @@ func (o *Options) defaults() error {
 	if o.ContainerdConfig == "" {
 		o.ContainerdConfig = "/etc/containerd/config.toml"
 	}
-	if o.PilotBinary != "" {
-		return nil
-	}
-	if o.Root == "" {
+	if o.PilotBinary == "" && o.Root == "" {
 		var err error
-		o.PilotBinary, err = os.Executable()
-		return err
+		if o.PilotBinary, err = os.Executable(); err != nil {
+			return err
+		}
+	}
+	if o.PilotBinary != "" {
+		return o.checkPilotBinary()
 	}
 	for _, name := range []string{"/usr/local/bin/pilot", "/usr/bin/pilot"} {
 		if _, err := os.Stat(o.path(name)); err == nil {
@@ -111,10 +116,25 @@ func (o *Options) defaults() error {
 // NewPlan looks at a machine and plans an installation of pilot beside its
 // containerd. The error is a [*Conflict] if a setting of the machine's own is
 // in the way.
-func NewPlan(ctx context.Context, o Options) (*Plan, error) {
+//
+// Close has to be called when the plan is not needed any more: until then no
+// other installation is made on the machine.
+func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	if err := o.defaults(); err != nil {
 		return nil, err
 	}
+	if strings.Contains(o.ContainerdConfig, "/rancher/") {
+		return nil, &Conflict{o.ContainerdConfig, "k3s and RKE2 write it anew", "put what docs/containerd.md shows into their template of it"}
+	}
+	release, err := o.lock()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
 	c, err := look(ctx, o)
 	if err != nil {
 		return nil, err
@@ -123,7 +143,7 @@ func NewPlan(ctx context.Context, o Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Plan{options: o, inserted: make(map[string]string)}
+	p := &Plan{options: o, inserted: make(map[string]string), release: release}
 	var conf []byte
 	if c.usesDiffer() {
 		conf, err = c.differConfig(o)
@@ -139,7 +159,7 @@ func NewPlan(ctx context.Context, o Options) (*Plan, error) {
 	p.RestartContainerd = len(p.Changes) > 0
 	p.check = func(ctx context.Context) error { return c.check(ctx, o) }
 
-	if err := p.own(before, pilotConfig, newPilotConfig(o.Settings, c.usesDiffer()), func(had []byte) error { return checkPilotConfig(had, o.Settings, c.usesDiffer()) }); err != nil {
+	if err := p.pilotConfig(c, before); err != nil {
 		return nil, err
 	}
 	if err := p.own(before, keyProviders, []byte(`{"key-providers": {"pilot": {"grpc": "unix://`+keySocket+`"}}}`+"\n"), checkKeyProviders); err != nil {
@@ -264,6 +284,8 @@ func (p *Plan) containerdFiles(c *containerd, before state, conf []byte) error {
 		dir = filepath.Join(filepath.Dir(c.main), "conf.d")
 	}
 	dropIn := filepath.Join(dir, dropInName)
+	// A pattern, since containerd starts if nothing matches it.
+	pattern := strings.TrimSuffix(dropIn, ".toml") + "*.toml"
 	if err := p.own(before, dropIn, conf, nil); err != nil {
 		return err
 	}
@@ -274,7 +296,7 @@ func (p *Plan) containerdFiles(c *containerd, before state, conf []byte) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if f := before.file(c.main); f != nil && strings.Contains(string(old), f.Inserted) {
+	if f := before.file(c.main); f != nil && f.Inserted != "" && strings.Contains(string(old), f.Inserted) {
 		return nil
 	}
 	mode := fs.FileMode(0o644)
@@ -282,11 +304,12 @@ func (p *Plan) containerdFiles(c *containerd, before state, conf []byte) error {
 		mode = info.Mode().Perm()
 	}
 	if err != nil {
-		text := fmt.Sprintf("version = %d\nimports = ['%s']\n", c.format(), dropIn)
+		text, inserted := insertImport(fmt.Sprintf("version = %d\n", c.format()), pattern)
 		p.Changes = append(p.Changes, Change{Path: c.main, New: []byte(text), Mode: mode})
+		p.inserted[c.main] = inserted
 		return nil
 	}
-	edited, inserted := insertImport(string(old), dropIn)
+	edited, inserted := insertImport(string(old), pattern)
 	p.Changes = append(p.Changes, Change{Path: c.main, Old: old, New: []byte(edited), Mode: mode})
 	p.inserted[c.main] = inserted
 	return nil
@@ -329,7 +352,7 @@ func (c *containerd) check(ctx context.Context, o Options) error {
 // does not come to what it should, all of them are put back.
 func (p *Plan) Install(ctx context.Context) error {
 	if len(p.Changes) == 0 {
-		return nil
+		return p.check(ctx)
 	}
 	before, err := p.options.readState()
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"text/template"
 
 	"github.com/pelletier/go-toml/v2"
@@ -28,14 +29,70 @@ func (p *Plan) own(before state, path string, text []byte, keep func([]byte) err
 	if string(old) == string(text) {
 		return nil
 	}
-	if keep != nil {
-		return keep(old)
-	}
 	if f := before.file(path); f == nil || f.SHA256 != hash(old) {
+		if keep != nil {
+			return keep(old)
+		}
 		return &Conflict{path, "it exists, and is not what was installed", "move it away"}
 	}
 	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: 0o644})
 	return nil
+}
+
+// imgcryptKeys is where containerd's default stream processors look for keys.
+const imgcryptKeys = "/etc/containerd/ocicrypt/keys"
+
+// pilotConfig plans pilot.toml.
+func (p *Plan) pilotConfig(c *containerd, before state) error {
+	settings := maps.Clone(p.options.Settings)
+	if settings == nil {
+		settings = make(map[string]string)
+	}
+	if a := c.address(); c.usesDiffer() && a != defaultAddress {
+		settings["containerd"] = a
+	}
+	if entries, err := os.ReadDir(p.options.path(imgcryptKeys)); c.usesDiffer() && err == nil && len(entries) > 0 {
+		settings["decryption-keys-path"] = imgcryptKeys
+	}
+	check := func(had []byte) error { return checkPilotConfig(had, settings, c.usesDiffer()) }
+	wanted := maps.Clone(settings)
+	// One that was installed keeps what it was told then.
+	if old, err := os.ReadFile(p.options.path(pilotConfig)); err == nil {
+		var had map[string]any
+		if err := toml.Unmarshal(old, &had); err != nil {
+			return fmt.Errorf("%s: %w", pilotConfig, err)
+		}
+		for name, v := range had {
+			if s, ok := v.(string); ok && wanted[name] == "" && name != "diff-listen" {
+				wanted[name] = s
+			}
+		}
+	}
+	return p.own(before, pilotConfig, newPilotConfig(wanted, c.usesDiffer()), check)
+}
+
+// checkPilotBinary refuses a program that systemd can't run as root, or should
+// not.
+func (o Options) checkPilotBinary() error {
+	name := o.PilotBinary
+	if !filepath.IsAbs(name) || strings.ContainsAny(name, " \t\n\"'%$\\") {
+		return fmt.Errorf("pilot at %q: its path has to be absolute, without spaces, quotes, %% and $", name)
+	}
+	if o.Root != "" {
+		return nil
+	}
+	for at := name; ; at = filepath.Dir(at) {
+		info, err := os.Stat(at)
+		if err != nil {
+			return err
+		}
+		if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 || info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
+			return fmt.Errorf("%s would be run as root, and others than root can change %s: install it first (make install)", name, at)
+		}
+		if at == "/" {
+			return nil
+		}
+	}
 }
 
 // newPilotConfig returns a pilot.toml with settings.

@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"path/filepath"
 	"slices"
 )
 
@@ -13,6 +14,11 @@ func Uninstall(o Options) error {
 	if err := o.cleanRoot(); err != nil {
 		return err
 	}
+	release, err := o.lock()
+	if err != nil {
+		return err
+	}
+	defer release()
 	s, err := o.readState()
 	if err != nil {
 		return err
@@ -33,11 +39,17 @@ func Uninstall(o Options) error {
 	return errors.Join(errs...)
 }
 
-// Installed reports whether a machine remembers an installation.
-func Installed(o Options) (bool, error) {
+// Installed returns the systemd units of an installation that a machine
+// remembers, and whether it remembers one.
+func Installed(o Options) (units []string, ok bool, err error) {
 	if err := o.cleanRoot(); err != nil {
-		return false, err
+		return nil, false, err
 	}
 	s, err := o.readState()
-	return len(s.Files) > 0, err
+	for _, f := range s.Files {
+		if f.Link != "" {
+			units = append(units, filepath.Base(f.Path))
+		}
+	}
+	return units, len(s.Files) > 0, err
 }
