@@ -24,33 +24,10 @@ type debian struct {
 
 func newDebian(t *testing.T, dir, ocicrypt string) *debian {
 	t.Helper()
-	root := filepath.Join(dir, "debian")
-	mount := func(source, target, kind string, flags uintptr, data string) {
-		target = filepath.Join(root, target)
-		if err := os.MkdirAll(target, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := syscall.Mount(source, target, kind, flags, data); err != nil {
-			t.Fatalf("mount %s: %v", target, err)
-		}
-		t.Cleanup(func() {
-			if err := syscall.Unmount(target, syscall.MNT_DETACH); err != nil {
-				t.Errorf("unmount %s: %v", target, err)
-			}
-		})
-	}
-	for _, name := range []string{"upper", "work"} {
-		if err := os.MkdirAll(filepath.Join(dir, "debian-"+name), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s-upper,workdir=%s-work", filepath.Join(tools, "trixie"), root, root))
-	mount("proc", "proc", "proc", 0, "")
-	mount("/dev", "dev", "", syscall.MS_BIND, "")
-	mount("/sys", "sys", "", syscall.MS_BIND|syscall.MS_REC, "")
-	mount("tmpfs", "var/tmp", "tmpfs", 0, "")
-	mount(dir, dir, "", syscall.MS_BIND, "")
-	mount(bin, bin, "", syscall.MS_BIND, "")
+	m := newMachine(t, filepath.Join(tools, "trixie"))
+	m.mount(dir, dir, "", syscall.MS_BIND, "")
+	m.mount(bin, bin, "", syscall.MS_BIND, "")
+	root := m.root
 	write(t, filepath.Join(root, "etc/containers/policy.json"), `{"default": [{"type": "insecureAcceptAnything"}]}`)
 	write(t, filepath.Join(root, "etc/containers/storage.conf"), "[storage]\ndriver = \"vfs\"\nrunroot = \"/run/containers\"\ngraphroot = \"/var/lib/containers\"\n")
 	return &debian{t, root, ocicrypt}

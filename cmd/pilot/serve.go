@@ -120,6 +120,35 @@ func serveUntilDone(ctx context.Context, g *errgroup.Group, s *grpc.Server, l ne
 	})
 }
 
+// cleanMounts has snapshots mounted below dir while layers are unpacked onto
+// them, and removes what a pilot left there that was killed meanwhile.
+func cleanMounts(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := mount.SetTempMountLocation(dir); err != nil {
+		return err
+	}
+	warnings, err := mount.CleanupTempMounts(0)
+	if err != nil {
+		return err
+	}
+	for _, w := range warnings {
+		logrus.WithError(w).Warn("mount of an earlier pilot not removed")
+	}
+	// It was killed right before it mounted, or after it unmounted.
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			logrus.WithError(err).Warn("directory of an earlier pilot not removed")
+		}
+	}
+	return nil
+}
+
 // diffServer returns a server that answers containerd as a differ.
 func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server, error) {
 	var keys *config.DecryptConfig
@@ -129,20 +158,8 @@ func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server
 			return nil, usageError{fmt.Errorf("decryption-keys-path: %w", err)}
 		}
 	}
-	// A pilot that was killed while it unpacked a layer leaves a mount.
-	mounts := filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")
-	if err := os.MkdirAll(mounts, 0o700); err != nil {
+	if err := cleanMounts(filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")); err != nil {
 		return nil, fmt.Errorf("diff-listen: %w", err)
-	}
-	if err := mount.SetTempMountLocation(mounts); err != nil {
-		return nil, fmt.Errorf("diff-listen: %w", err)
-	}
-	if warnings, err := mount.CleanupTempMounts(0); err != nil {
-		logrus.WithError(err).Warn("mounts of an earlier pilot not removed")
-	} else {
-		for _, w := range warnings {
-			logrus.WithError(w).Warn("mount of an earlier pilot not removed")
-		}
 	}
 	client, err := plugin.Dial(string(c.Containerd))
 	if err != nil {
