@@ -36,7 +36,8 @@ func (n *node) noTraces(t *testing.T) {
 // images that failed are collected.
 func (n *node) noSnapshots(t *testing.T) {
 	t.Helper()
-	output(t, n.ctr("--namespace", "k8s.io", "content", "prune", "references"))
+	lease := strings.TrimSpace(output(t, n.ctr("--namespace", "k8s.io", "leases", "create")))
+	output(t, n.ctr("--namespace", "k8s.io", "leases", "delete", "--sync", lease)) // which collects garbage
 	n.noTraces(t)
 	for _, namespace := range []string{"default", "k8s.io"} {
 		if out := output(t, n.ctr("--namespace", namespace, "snapshots", "list")); strings.Contains(out, "sha256:") {
