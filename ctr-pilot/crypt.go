@@ -118,53 +118,42 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-	if err != nil {
-		return err
-	}
-	defer cancel()
-	img, err := client.ImageService().Get(ctx, name)
-	if err != nil {
-		return err
-	}
-
-	ctx, release, err := withLease(ctx, client)
-	if err != nil {
-		return err
-	}
-	defer func() { release(err) }()
-	progress := newProgress(verb)
-	opts.Progress = progress.add
-	result, err := do(ctx, client, img.Target, opts)
-	progress.stop()
-	if err == nil && ctx.Err() != nil {
-		err = ctx.Err()
-	}
-	if err != nil {
-		return fmt.Errorf("%s %s: %w", verb, name, err)
-	}
-	for _, s := range result.Skipped {
-		platform := "of no platform"
-		if s.Platform != nil {
-			platform = "of " + platforms.FormatAll(*s.Platform)
-		}
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: %s stays as it is: its content is not here (pull it with --all-platforms)\n", "manifest "+s.Digest.String()+" "+platform)
-	}
-	if result.Layers == 0 {
-		if verb == "encrypt" {
-			err = fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
+	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
+		img, err := client.ImageService().Get(ctx, name)
+		if err != nil {
 			return err
 		}
-		fmt.Printf("%s has no encrypted layers\n", name)
-	}
-	img.Name, img.Target = newName, result.Target
-	if err = putImage(ctx, client.ImageService(), img); err != nil {
-		return fmt.Errorf("%s %s: %w", verb, name, err)
-	}
-	fmt.Printf("%s %s (%d layers %sed)\n", newName, img.Target.Digest, result.Layers, verb)
-	return nil
+
+		progress := newProgress(verb)
+		opts.Progress = progress.add
+		result, err := do(ctx, client, img.Target, opts)
+		progress.stop()
+		if err == nil && ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, err)
+		}
+		for _, s := range result.Skipped {
+			platform := "of no platform"
+			if s.Platform != nil {
+				platform = "of " + platforms.FormatAll(*s.Platform)
+			}
+			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: %s stays as it is: its content is not here (pull it with --all-platforms)\n", "manifest "+s.Digest.String()+" "+platform)
+		}
+		if result.Layers == 0 {
+			if verb == "encrypt" {
+				return fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
+			}
+			fmt.Printf("%s has no encrypted layers\n", name)
+		}
+		img.Name, img.Target = newName, result.Target
+		if err := putImage(ctx, client.ImageService(), img); err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, err)
+		}
+		fmt.Printf("%s %s (%d layers %sed)\n", newName, img.Target.Digest, result.Layers, verb)
+		return nil
+	})
 }
 
 // putImage creates the image, or makes the one of that name point to its target.
@@ -174,6 +163,24 @@ func putImage(ctx context.Context, store images.Store, img images.Image) error {
 		_, err = store.Update(ctx, img, "target")
 	}
 	return err
+}
+
+// withClient calls do with a client of the containerd that the command names,
+// under a lease and until a signal.
+func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, *containerd.Client) error) (err error) {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	ctx, release, err := withLease(ctx, client)
+	if err != nil {
+		return err
+	}
+	defer func() { release(err) }()
+	return do(ctx, client)
 }
 
 // leaseFor bounds how long containerd keeps what a killed command left behind.

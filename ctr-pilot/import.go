@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -29,7 +27,7 @@ keys given here or those of the node. Archives are read as with --local.
 	c.Action = importImages
 }
 
-func importImages(ctx context.Context, cmd *cli.Command) (err error) {
+func importImages(ctx context.Context, cmd *cli.Command) error {
 	if cmd.NArg() != 1 {
 		return errors.New("import takes one archive, or - for standard input, after the flags")
 	}
@@ -48,34 +46,23 @@ func importImages(ctx context.Context, cmd *cli.Command) (err error) {
 		}
 		defer in.Close()
 	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-	if err != nil {
-		return err
-	}
-	defer cancel()
-	ctx, release, err := withLease(ctx, client)
-	if err != nil {
-		return err
-	}
-	defer func() { release(err) }()
-
-	list, err := client.Import(ctx, untilDone(ctx, in), opts...)
-	if err != nil || cmd.Bool("no-unpack") {
-		return err
-	}
-	for _, img := range list {
-		if _, err := encryptedLayers(ctx, client, img.Target, p); errdefs.IsNotFound(err) {
-			fmt.Printf("%s %s is not for this platform: not unpacked\n", img.Name, img.Target.Digest)
-			continue
-		}
-		fmt.Printf("unpacking %s %s...\n", img.Name, img.Target.Digest)
-		if _, err = unpack(ctx, cmd, client, img, p); err != nil {
+	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
+		list, err := client.Import(ctx, untilDone(ctx, in), opts...)
+		if err != nil || cmd.Bool("no-unpack") {
 			return err
 		}
-	}
-	return nil
+		for _, img := range list {
+			if _, err := encryptedLayers(ctx, client, img.Target, p); errdefs.IsNotFound(err) {
+				fmt.Printf("%s %s is not for this platform: not unpacked\n", img.Name, img.Target.Digest)
+				continue
+			}
+			fmt.Printf("unpacking %s %s...\n", img.Name, img.Target.Digest)
+			if _, err := unpack(ctx, cmd, client, img, p); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // importOptions returns what ctr's flags mean.

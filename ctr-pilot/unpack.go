@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -105,51 +102,40 @@ func pull(ctx context.Context, cmd *cli.Command) error {
 	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
 		return errBothPlatforms
 	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-	if err != nil {
-		return err
-	}
-	defer cancel()
-	ctx, release, err := withLease(ctx, client)
-	if err != nil {
-		return err
-	}
-	defer func() { release(err) }()
-
-	conf, err := content.NewFetchConfig(ctx, cmd)
-	if err != nil {
-		return err
-	}
-	if n := cmd.Int("max-concurrent-downloads"); n > 0 {
-		conf.RemoteOpts = append(conf.RemoteOpts, containerd.WithMaxConcurrentDownloads(n))
-	}
-	img, err := content.Fetch(ctx, client, ref, conf)
-	if err != nil {
-		return err
-	}
-	wanted, err := wantedPlatforms(ctx, cmd, client, img.Target)
-	if err != nil {
-		return err
-	}
-	start := time.Now()
-	for _, p := range wanted {
-		fmt.Printf("unpacking %s %s...\n", platforms.FormatAll(p), img.Target.Digest)
-		var i containerd.Image
-		if i, err = unpack(ctx, cmd, client, img, platforms.Only(p)); err != nil {
+	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
+		conf, err := content.NewFetchConfig(ctx, cmd)
+		if err != nil {
 			return err
 		}
-		if cmd.Bool("print-chainid") {
-			diffIDs, err := i.RootFS(ctx)
+		if n := cmd.Int("max-concurrent-downloads"); n > 0 {
+			conf.RemoteOpts = append(conf.RemoteOpts, containerd.WithMaxConcurrentDownloads(n))
+		}
+		img, err := content.Fetch(ctx, client, ref, conf)
+		if err != nil {
+			return err
+		}
+		wanted, err := wantedPlatforms(ctx, cmd, client, img.Target)
+		if err != nil {
+			return err
+		}
+		start := time.Now()
+		for _, p := range wanted {
+			fmt.Printf("unpacking %s %s...\n", platforms.FormatAll(p), img.Target.Digest)
+			i, err := unpack(ctx, cmd, client, img, platforms.Only(p))
 			if err != nil {
 				return err
 			}
-			fmt.Printf("image chain ID: %s\n", identity.ChainID(diffIDs))
+			if cmd.Bool("print-chainid") {
+				diffIDs, err := i.RootFS(ctx)
+				if err != nil {
+					return err
+				}
+				fmt.Printf("image chain ID: %s\n", identity.ChainID(diffIDs))
+			}
 		}
-	}
-	fmt.Printf("done: %s\n", time.Since(start).Round(time.Millisecond))
-	return nil
+		fmt.Printf("done: %s\n", time.Since(start).Round(time.Millisecond))
+		return nil
+	})
 }
 
 // wantedPlatforms returns the platforms to unpack an image for.

@@ -17,10 +17,7 @@ import (
 var ErrTampered = errors.New("the layer's HMAC does not match: it was changed or cut short after it was encrypted")
 
 // Encrypter encrypts a layer as it is read. It is not safe for concurrent use.
-type Encrypter struct {
-	*stream
-	ready chunk // to hand out
-}
+type Encrypter struct{ *stream }
 
 // NewEncrypter returns a reader of the ciphertext of the layer that r reads,
 // of equal length, under k, which has to be new: see [NewLayerKey]. When it
@@ -39,54 +36,19 @@ func NewEncrypter(r io.Reader, k *LayerKey) (*Encrypter, error) {
 		k.mac = s.mac.Sum(nil)
 		return io.EOF
 	}
-	return &Encrypter{stream: s}, nil
-}
-
-// Read reads up to len(p) bytes of the ciphertext.
-func (e *Encrypter) Read(p []byte) (int, error) {
-	if err := e.next(); err != nil {
-		return 0, err
-	}
-	n := copy(p, e.ready.b)
-	e.ready.b = e.ready.b[n:]
-	return n, nil
-}
-
-// WriteTo writes the ciphertext to w, in writes of up to [BufferSize] bytes,
-// and returns how many bytes it wrote.
-func (e *Encrypter) WriteTo(w io.Writer) (int64, error) {
-	return writeTo(w, func() ([]byte, error) {
-		err := e.next()
-		b := e.ready.b
-		e.ready.b = nil
-		return b, err
-	})
-}
-
-// next makes something ready to be handed out.
-func (e *Encrypter) next() error {
-	for len(e.ready.b) == 0 {
-		if err := e.ready.err; err != nil {
-			e.recycle(e.ready)
-			e.ready = chunk{err: err}
-			return err
-		}
-		e.release(e.ready)
-		e.ready = e.receive()
-	}
-	return nil
+	s.next = s.receive
+	return &Encrypter{s}, nil
 }
 
 // Decrypter decrypts a layer as it is read. It is not safe for concurrent use.
 type Decrypter struct {
 	*stream
-	ready chunk // decrypted, to hand out
-	ahead chunk // held back
+	ahead chunk // ciphertext that is held back
 }
 
 // NewDecrypter returns a reader of the plain layer whose ciphertext r reads.
-// It reports [io.EOF] only once the HMAC of the whole layer was verified, and
-// [ErrTampered] otherwise. What it hands out before is not yet authentic; the
+// It reports [io.EOF], and WriteTo no error, only once the HMAC of the whole layer
+// was verified, and [ErrTampered] otherwise. What it hands out before is not yet authentic; the
 // last [BufferSize] bytes of what it reads it holds back until they are.
 // Whoever does not read to the end or to an error has to call Close.
 func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
@@ -104,52 +66,26 @@ func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
 		}
 		return ErrTampered
 	}
-	return &Decrypter{stream: s}, nil
+	d := &Decrypter{stream: s}
+	s.next = d.decrypted
+	return d, nil
 }
 
-// Read reads up to len(p) bytes of the plain layer.
-func (d *Decrypter) Read(p []byte) (int, error) {
-	if err := d.next(); err != nil {
-		return 0, err
-	}
-	n := copy(p, d.ready.b)
-	d.ready.b = d.ready.b[n:]
-	return n, nil
-}
-
-// WriteTo writes the plain layer to w, in writes of up to [BufferSize] bytes,
-// and returns how many bytes it wrote. Its error is nil only for a whole and
-// authentic layer.
-func (d *Decrypter) WriteTo(w io.Writer) (int64, error) {
-	return writeTo(w, func() ([]byte, error) {
-		err := d.next()
-		b := d.ready.b
-		d.ready.b = nil
-		return b, err
-	})
-}
-
-// next makes something ready to be handed out: what is held back, once it is
-// known that it is not the last or that all is authentic.
-func (d *Decrypter) next() error {
-	for len(d.ready.b) == 0 {
-		if err := d.ready.err; err != nil {
-			d.recycle(d.ready)
-			d.ready = chunk{err: err}
-			return err
+// decrypted returns what was held back, once it is known that it is not the last
+// or that all is authentic.
+func (d *Decrypter) decrypted() chunk {
+	c := d.ahead
+	d.ahead = chunk{}
+	if c.err == nil {
+		d.ahead = d.receive()
+		if err := d.ahead.err; err != nil && err != io.EOF {
+			d.release(c)
+			c = chunk{err: err, buffer: d.ahead.buffer}
+			d.ahead = chunk{}
 		}
-		d.release(d.ready)
-		d.ready, d.ahead = d.ahead, chunk{}
-		if d.ready.err == nil {
-			d.ahead = d.receive()
-			if err := d.ahead.err; err != nil && err != io.EOF {
-				d.release(d.ready)
-				d.ready, d.ahead = chunk{err: err, buffer: d.ahead.buffer}, chunk{}
-			}
-		}
-		d.ctr.XORKeyStream(d.ready.b, d.ready.b)
 	}
-	return nil
+	d.ctr.XORKeyStream(c.b, c.b)
+	return c
 }
 
 // chunks is how many buffers of BufferSize bytes a stream has at most: one
@@ -167,15 +103,17 @@ type chunk struct {
 	err    error             // what comes after b: nil for more, io.EOF, or what went wrong
 }
 
-// stream is what both directions share: the cipher and the MAC, keyed alike,
-// and a pipeline of two goroutines, one of which reads and one computes the
-// MAC, which takes longest.
+// stream is what both directions share: the cipher and the MAC, keyed alike, a
+// pipeline of two goroutines, one of which reads and one computes the MAC, which
+// takes longest, and how the result is handed out.
 type stream struct {
 	src     io.Reader
 	ctr     cipher.Stream
 	mac     hash.Hash
 	prepare func([]byte) // done to what was read before its MAC is computed; may be nil
 	end     func() error // what the end of the layer means
+	next    func() chunk // the next to hand out, made from what is received
+	ready   chunk        // handed out now
 
 	start sync.Once
 	out   chan chunk
@@ -197,6 +135,49 @@ func newStream(r io.Reader, k *LayerKey) (*stream, error) {
 }
 
 var errClosed = errors.New("the layer was closed")
+
+// Read reads up to len(p) bytes of the result.
+func (s *stream) Read(p []byte) (int, error) {
+	if err := s.fill(); err != nil {
+		return 0, err
+	}
+	n := copy(p, s.ready.b)
+	s.ready.b = s.ready.b[n:]
+	return n, nil
+}
+
+// WriteTo writes the result to w, in writes of up to [BufferSize] bytes, and
+// returns how many bytes it wrote. Its error is nil where that of Read is
+// [io.EOF].
+func (s *stream) WriteTo(w io.Writer) (total int64, err error) {
+	for {
+		if err := s.fill(); err == io.EOF {
+			return total, nil
+		} else if err != nil {
+			return total, err
+		}
+		n, err := w.Write(s.ready.b)
+		total += int64(n)
+		s.ready.b = nil
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// fill makes something ready to be handed out.
+func (s *stream) fill() error {
+	for len(s.ready.b) == 0 {
+		if err := s.ready.err; err != nil {
+			s.recycle(s.ready)
+			s.ready = chunk{err: err}
+			return err
+		}
+		s.release(s.ready)
+		s.ready = s.next()
+	}
+	return nil
+}
 
 // receive returns the next chunk of ciphertext, whose MAC is computed.
 func (s *stream) receive() chunk {
@@ -309,23 +290,4 @@ func (s *stream) Close() error {
 	s.close.Do(func() { close(s.stop) })
 	s.done.Wait()
 	return nil
-}
-
-// writeTo writes what next returns until its error, which is nil in the end
-// for io.EOF.
-func writeTo(w io.Writer, next func() ([]byte, error)) (total int64, err error) {
-	for {
-		b, err := next()
-		if err == io.EOF {
-			return total, nil
-		}
-		if err != nil {
-			return total, err
-		}
-		n, err := w.Write(b)
-		total += int64(n)
-		if err != nil {
-			return total, err
-		}
-	}
 }

@@ -125,9 +125,9 @@ func configFlags() []cli.Flag {
 		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", EnvVars: []string{"PILOT_CONFIG"}},
 		&cli.BoolFlag{Name: "original-defaults", Usage: "answer as the original pilot did: on 127.0.0.1:50051, with its variables and defaults"},
 	}
+	conf := defaults()
 	for _, s := range settings {
 		env := []string{s.env()}
-		conf := defaults()
 		if _, ok := s.value(&conf).(*boolean); ok {
 			flags = append(flags, &cli.BoolFlag{Name: s.name, Usage: s.usage, EnvVars: env})
 		} else {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -30,12 +31,11 @@ configuration or an argument can't be used.
 
 Example:
    pilot node doctor --kek team-a`,
-	Flags: append(configFlags(),
+	Flags: slices.Concat(configFlags(), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
-		&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM`", Value: "containerd"},
-		&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE`", Value: "/etc/containerd/config.toml"},
-		&cli.BoolFlag{Name: "json", Usage: "print JSON"}),
+		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+	}),
 	Action: doctor,
 }
 
@@ -116,9 +116,7 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderName = string(conf.ProviderName)
 	d.KEKs = conf.DefaultKEKs
-	if conf.DiffListen != diffOff {
-		d.DiffSocket = conf.DiffListen.path()
-	}
+	d.DiffSocket = conf.DiffListen.path()
 	d.Containerd = string(conf.Containerd)
 	return d
 }

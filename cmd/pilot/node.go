@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -27,13 +28,11 @@ again changes nothing.
 Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca /etc/pilot/ca.pem --broker-cert /etc/pilot/node.pem --broker-key /etc/pilot/node-key.pem`,
-			Flags: append(nodeFlags(),
+			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
-				&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM`", Value: "containerd"},
-				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE`", Value: "/etc/containerd/config.toml"},
 				brokerFlag("broker"), brokerFlag("broker-ca"), brokerFlag("broker-cert"), brokerFlag("broker-key"),
-			),
+			}),
 			Action: nodeInstall,
 		},
 		{
@@ -56,6 +55,14 @@ func nodeFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "root", Usage: "root `DIRECTORY` of an unpacked node image, instead of this machine"},
 		&cli.BoolFlag{Name: "now", Usage: "start or stop pilot, and restart containerd if its configuration changes"},
+	}
+}
+
+// containerdFlags are those of install and doctor.
+func containerdFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM`", Value: "containerd"},
+		&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE`", Value: "/etc/containerd/config.toml"},
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/ctrlplane/pilot/certfile/certtest"
 	broker "github.com/ctrlplane/pilot/copilot"
 )
 
@@ -120,20 +121,20 @@ func ask(t *testing.T, address string, creds credentials.TransportCredentials) e
 // certificate.
 func TestServeTLS(t *testing.T) {
 	t.Parallel()
-	ca, other := newAuthority(t), newAuthority(t)
+	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
 	url, auditLog := startBroker(t)
 	address := freeAddress(t)
-	cert, key := ca.issue(t, "pilot")
-	startServe(t, address, "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", ca.file, "--broker", url, "--kek-cache-size", "0")
+	server := ca.Issue(t, certtest.Named("pilot"))
+	startServe(t, address, "--tls-cert", server.Cert, "--tls-key", server.Key, "--tls-client-ca", ca.File, "--broker", url, "--kek-cache-size", "0")
 
-	right := &tls.Config{RootCAs: ca.pool(), Certificates: []tls.Certificate{ca.client(t, "node")}}
+	right := &tls.Config{RootCAs: ca.Pool(), Certificates: []tls.Certificate{clientOf(t, ca)}}
 	if err := ask(t, address, credentials.NewTLS(right)); err != nil {
 		t.Fatalf("with a certificate: %v", err)
 	}
 	for name, creds := range map[string]credentials.TransportCredentials{
-		"without a certificate":          credentials.NewTLS(&tls.Config{RootCAs: ca.pool()}),
-		"with another CA's certificate":  credentials.NewTLS(&tls.Config{RootCAs: ca.pool(), Certificates: []tls.Certificate{other.client(t, "node")}}),
-		"with another CA for the server": credentials.NewTLS(&tls.Config{RootCAs: other.pool(), Certificates: right.Certificates}),
+		"without a certificate":          credentials.NewTLS(&tls.Config{RootCAs: ca.Pool()}),
+		"with another CA's certificate":  credentials.NewTLS(&tls.Config{RootCAs: ca.Pool(), Certificates: []tls.Certificate{clientOf(t, other)}}),
+		"with another CA for the server": credentials.NewTLS(&tls.Config{RootCAs: other.Pool(), Certificates: right.Certificates}),
 		"without TLS":                    insecure.NewCredentials(),
 	} {
 		if err := ask(t, address, creds); err == nil {
@@ -169,4 +170,15 @@ func TestServe(t *testing.T) {
 	if err := ask(t, address, insecure.NewCredentials()); err != nil {
 		t.Errorf("on a loopback address: %v", err)
 	}
+}
+
+// clientOf returns a client's certificate.
+func clientOf(t *testing.T, ca *certtest.Authority) tls.Certificate {
+	t.Helper()
+	files := ca.Issue(t, certtest.Named("node"))
+	cert, err := tls.LoadX509KeyPair(files.Cert, files.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
 }

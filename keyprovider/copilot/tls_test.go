@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ctrlplane/pilot/certfile/certtest"
 	broker "github.com/ctrlplane/pilot/copilot"
 )
 
@@ -25,7 +26,7 @@ import (
 // team-a.
 type tlsBroker struct{ url, auditLog string }
 
-func startTLSBroker(t *testing.T, server keyPair, clients *authority) tlsBroker {
+func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Authority) tlsBroker {
 	t.Helper()
 	dir := t.TempDir()
 	keys, err := broker.OpenKeys(dir, "")
@@ -51,7 +52,7 @@ func startTLSBroker(t *testing.T, server keyPair, clients *authority) tlsBroker 
 	go func() {
 		done <- broker.Serve(ctx, broker.Config{
 			Dir: dir, Listen: []string{address, "unix://" + socket},
-			TLSCert: server.cert, TLSKey: server.key, TLSClientCA: clients.file,
+			TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File,
 		})
 	}()
 	t.Cleanup(func() {
@@ -102,21 +103,21 @@ func newTLSClient(t *testing.T, conf Config) (*Client, *http.Transport) {
 
 func TestTLS(t *testing.T) {
 	t.Parallel()
-	ca, other := newAuthority(t), newAuthority(t)
-	b := startTLSBroker(t, ca.issue(t, named("broker")), ca)
-	right, wrong := ca.issue(t, named("node")), other.issue(t, named("node"))
-	expired := ca.issue(t, x509.Certificate{NotAfter: time.Now().Add(-time.Minute)})
+	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
+	b := startTLSBroker(t, ca.Issue(t, certtest.Named("broker")), ca)
+	right, wrong := ca.Issue(t, certtest.Named("node")), other.Issue(t, certtest.Named("node"))
+	expired := ca.Issue(t, x509.Certificate{NotAfter: time.Now().Add(-time.Minute)})
 	for _, test := range []struct {
 		name         string
 		conf         Config
 		is           error // nil: it works
 		want, reason string
 	}{
-		{"right", Config{CAFile: ca.file, CertFile: right.cert, KeyFile: right.key}, nil, "", ""},
-		{"no certificate", Config{CAFile: ca.file}, ErrForbidden, "does not accept broker-cert", "didn't provide a certificate"},
-		{"another CA's certificate", Config{CAFile: ca.file, CertFile: wrong.cert, KeyFile: wrong.key}, ErrForbidden, "does not accept broker-cert", "unknown authority"},
-		{"an expired certificate", Config{CAFile: ca.file, CertFile: expired.cert, KeyFile: expired.key}, ErrForbidden, "does not accept broker-cert", "expired"},
-		{"a broker of another CA", Config{CAFile: other.file, CertFile: right.cert, KeyFile: right.key}, ErrUnavailable, "unknown authority", "bad certificate"},
+		{"right", Config{CAFile: ca.File, CertFile: right.Cert, KeyFile: right.Key}, nil, "", ""},
+		{"no certificate", Config{CAFile: ca.File}, ErrForbidden, "does not accept broker-cert", "didn't provide a certificate"},
+		{"another CA's certificate", Config{CAFile: ca.File, CertFile: wrong.Cert, KeyFile: wrong.Key}, ErrForbidden, "does not accept broker-cert", "unknown authority"},
+		{"an expired certificate", Config{CAFile: ca.File, CertFile: expired.Cert, KeyFile: expired.Key}, ErrForbidden, "does not accept broker-cert", "expired"},
+		{"a broker of another CA", Config{CAFile: other.File, CertFile: right.Cert, KeyFile: right.Key}, ErrUnavailable, "unknown authority", "bad certificate"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.conf.URL = b.url
@@ -161,10 +162,10 @@ func TestTLS(t *testing.T) {
 // TestReplacedCertificates replaces the files of both sides while both run.
 func TestReplacedCertificates(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
-	server, node := ca.issue(t, named("first broker")), ca.issue(t, named("first node"))
+	ca := certtest.NewAuthority(t)
+	server, node := ca.Issue(t, certtest.Named("first broker")), ca.Issue(t, certtest.Named("first node"))
 	b := startTLSBroker(t, server, ca)
-	c, transport := newTLSClient(t, Config{URL: b.url, CAFile: ca.file, CertFile: node.cert, KeyFile: node.key})
+	c, transport := newTLSClient(t, Config{URL: b.url, CAFile: ca.File, CertFile: node.Cert, KeyFile: node.Key})
 	var answered atomic.Value
 	transport.TLSClientConfig.VerifyConnection = func(state tls.ConnectionState) error {
 		answered.Store(state.PeerCertificates[0].Subject.CommonName)
@@ -185,16 +186,16 @@ func TestReplacedCertificates(t *testing.T) {
 		}
 	}
 	expect("first")
-	ca.reissue(t, server, named("second broker"))
-	ca.reissue(t, node, named("second node"))
+	ca.Reissue(t, server, certtest.Named("second broker"))
+	ca.Reissue(t, node, certtest.Named("second node"))
 	expect("second")
 }
 
 // TestIdentity checks how the holder of a certificate stands in the audit log.
 func TestIdentity(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
-	b := startTLSBroker(t, ca.issue(t, named("broker")), ca)
+	ca := certtest.NewAuthority(t)
+	b := startTLSBroker(t, ca.Issue(t, certtest.Named("broker")), ca)
 	subject := pkix.Name{CommonName: "node-7"}
 	names := []string{"node-7.example.com", "other.example.com"}
 	web := &url.URL{Scheme: "https", Host: "example.com"}
@@ -207,8 +208,8 @@ func TestIdentity(t *testing.T) {
 		{x509.Certificate{Subject: subject, DNSNames: names, URIs: []*url.URL{web}}, "dns:node-7.example.com"},
 		{x509.Certificate{Subject: subject}, "cn:node-7"},
 	} {
-		files := ca.issue(t, test.template)
-		c, _ := newTLSClient(t, Config{URL: b.url, CAFile: ca.file, CertFile: files.cert, KeyFile: files.key})
+		files := ca.Issue(t, test.template)
+		c, _ := newTLSClient(t, Config{URL: b.url, CAFile: ca.File, CertFile: files.Cert, KeyFile: files.Key})
 		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
 			t.Errorf("%s: %v", test.want, err)
 			continue

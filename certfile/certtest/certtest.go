@@ -1,4 +1,5 @@
-package copilot
+// Package certtest makes certificates for tests of TLS.
+package certtest
 
 import (
 	"crypto/ecdsa"
@@ -15,16 +16,17 @@ import (
 	"time"
 )
 
-// authority is a CA for one test. Its certificate is in file.
-type authority struct {
-	file string
+// Authority is a CA for one test. Its certificate is in File.
+type Authority struct {
+	File string
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 }
 
-func newAuthority(t *testing.T) *authority {
+// NewAuthority makes a CA.
+func NewAuthority(t *testing.T) *Authority {
 	t.Helper()
-	a := &authority{file: filepath.Join(t.TempDir(), "ca.pem")}
+	a := &Authority{File: filepath.Join(t.TempDir(), "ca.pem")}
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
 		Subject:               pkix.Name{CommonName: "CA of " + t.Name()},
@@ -45,25 +47,32 @@ func newAuthority(t *testing.T) *authority {
 	if a.cert, err = x509.ParseCertificate(der); err != nil {
 		t.Fatal(err)
 	}
-	writePEM(t, a.file, "CERTIFICATE", der)
+	writePEM(t, a.File, "CERTIFICATE", der)
 	return a
 }
 
-// keyPair is where a certificate and its private key are.
-type keyPair struct{ cert, key string }
+// Files are where a certificate and its private key are.
+type Files struct{ Cert, Key string }
 
-// issue makes a certificate for a server on 127.0.0.1 and for a client. What
+// Pool returns the CA as one that is trusted.
+func (a *Authority) Pool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(a.cert)
+	return pool
+}
+
+// Issue makes a certificate for a server on 127.0.0.1 and for a client. What
 // identifies it comes from template.
-func (a *authority) issue(t *testing.T, template x509.Certificate) keyPair {
+func (a *Authority) Issue(t *testing.T, template x509.Certificate) Files {
 	t.Helper()
 	dir := t.TempDir()
-	files := keyPair{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
-	a.reissue(t, files, template)
+	files := Files{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
+	a.Reissue(t, files, template)
 	return files
 }
 
-// reissue is issue over files that are there.
-func (a *authority) reissue(t *testing.T, files keyPair, template x509.Certificate) {
+// Reissue is Issue over files that are there.
+func (a *Authority) Reissue(t *testing.T, files Files, template x509.Certificate) {
 	t.Helper()
 	template.SerialNumber = big.NewInt(time.Now().UnixNano())
 	template.NotBefore = time.Now().Add(-time.Hour)
@@ -85,12 +94,12 @@ func (a *authority) reissue(t *testing.T, files keyPair, template x509.Certifica
 	if err != nil {
 		t.Fatal(err)
 	}
-	writePEM(t, files.cert, "CERTIFICATE", der)
-	writePEM(t, files.key, "PRIVATE KEY", pkcs8)
+	writePEM(t, files.Cert, "CERTIFICATE", der)
+	writePEM(t, files.Key, "PRIVATE KEY", pkcs8)
 }
 
-// named identifies a certificate by a common name alone.
-func named(name string) x509.Certificate {
+// Named identifies a certificate by a common name alone.
+func Named(name string) x509.Certificate {
 	return x509.Certificate{Subject: pkix.Name{CommonName: name}}
 }
 
