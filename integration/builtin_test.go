@@ -55,4 +55,8 @@ func TestBuiltin(t *testing.T) {
 		}
 		fails(t, n.crictl("pull", c.tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })), "pilot: layer sha256:", "HMAC does not match")
 	}
+	image := c.image(kinds[1], "provider:pilot:team-a")
+	output(t, n.ctr("images", "pull", "--plain-http", image))
+	output(t, n.ctr("containers", "create", image, "c"))
+	n.commitKeepsLease(t, "c")
 }

@@ -8,9 +8,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/rootfs"
 )
 
 // noTraces checks that nothing is left of pulls that are over: no mount or
@@ -199,7 +205,35 @@ func TestDifferCommit(t *testing.T) {
 		if err != nil || !strings.Contains(string(diff), "something new") {
 			t.Errorf("%s: the difference has %d bytes, %v", v.name, len(diff), err)
 		}
+		n.commitKeepsLease(t, "c")
 		n.noTraces(t)
+	}
+}
+
+// commitKeepsLease checks that what a snapshot adds is kept by the lease of
+// whoever asked for it, or containerd's garbage collector may take it at once.
+func (n *node) commitKeepsLease(t *testing.T, snapshot string) {
+	t.Helper()
+	client, err := containerd.New(n.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	ctx := namespaces.WithNamespace(t.Context(), "default")
+	lease, err := client.LeasesService().Create(ctx, leases.WithRandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc, err := rootfs.CreateDiff(leases.WithLease(ctx, lease.ID), snapshot, client.SnapshotService("overlayfs"), client.DiffService())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := client.LeasesService().ListResources(ctx, lease)
+	if err != nil || !slices.Contains(kept, leases.Resource{ID: desc.Digest.String(), Type: "content"}) {
+		t.Errorf("%s: the lease keeps %v, %v, and not %s", n.name, kept, err, desc.Digest)
+	}
+	if err := client.LeasesService().Delete(ctx, lease, leases.SynchronousDelete); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -9,12 +9,14 @@ import (
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
-	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -45,12 +47,23 @@ func Dial(address string) (*containerd.Client, error) {
 
 // Register makes s answer containerd's Diff service with d, as a proxy plugin
 // of type diff does. s has to be made with [Interceptor].
+//
+// It leaves the comparing of snapshots to containerd's next differ: containerd
+// does not tell a proxy plugin the lease of whoever asks, and without one its
+// garbage collector may take the result at once.
 func Register(s grpc.ServiceRegistrar, d *Differ) {
-	diffapi.RegisterDiffServer(s, diffservice.FromApplierAndComparer(d, d))
+	diffapi.RegisterDiffServer(s, diffservice.FromApplierAndComparer(d, comparesNothing{}))
 }
 
-// Interceptor returns what makes a request's namespace and lease hold for the
-// calls back to containerd, the server of client, that serve it.
+// comparesNothing has containerd ask its next differ.
+type comparesNothing struct{}
+
+func (comparesNothing) Compare(context.Context, []mount.Mount, []mount.Mount, ...diff.Opt) (ocispec.Descriptor, error) {
+	return ocispec.Descriptor{}, fmt.Errorf("pilot: comparing snapshots is left to containerd's own differ: put 'walking' after 'pilot' in the diff service's default: %w", errdefs.ErrNotImplemented)
+}
+
+// Interceptor returns what makes a request's namespace hold for the calls back
+// to containerd, the server of client, that serve it.
 func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (_ any, err error) {
 		defer func() {
@@ -66,11 +79,7 @@ func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
 				return nil, errgrpc.ToGRPC(err)
 			}
 		}
-		ctx = namespaces.WithNamespace(ctx, namespace)
-		if lease, ok := leases.FromContext(ctx); ok {
-			ctx = leases.WithLease(ctx, lease)
-		}
-		return handle(ctx, req)
+		return handle(namespaces.WithNamespace(ctx, namespace), req)
 	}
 }
 
