@@ -4,6 +4,8 @@
 #   make install  into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo     encrypt, push, pull and run an image, in private directories
 #   make test     all tests; installs what they need first
+#   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
+#   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
 #   make check    formatting, vet, staticcheck, govulncheck
 
 PREFIX  ?= /usr/local
@@ -24,9 +26,10 @@ NODE_CGO := 0
 endif
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit check tools clean
+.PHONY: build install demo test test-unit bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -48,6 +51,15 @@ test: tools
 # The tests that need neither root nor other programs.
 test-unit:
 	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
+
+ROUNDS ?= 7
+bench: tools
+	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
+
+COUNT ?= 6
+bench-go:
+	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
+	go run $(BENCHSTAT) bench.txt
 
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \

@@ -28,7 +28,7 @@ import (
 // store is containerd's content store, and keys to use on it.
 type store struct {
 	content.Store
-	t       *testing.T
+	t       testing.TB
 	ctx     context.Context
 	ec      *config.EncryptConfig
 	dc      *config.DecryptConfig
@@ -43,7 +43,7 @@ var testKeys = func() (keys [2][]byte) {
 	return [2][]byte{public, private}
 }()
 
-func newStore(t *testing.T) *store {
+func newStore(t testing.TB) *store {
 	t.Helper()
 	dir := t.TempDir()
 	blobs, err := local.NewStore(dir)

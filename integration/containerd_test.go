@@ -11,7 +11,7 @@ import (
 
 // node is a containerd of its own.
 type node struct {
-	t        *testing.T
+	t        testing.TB
 	dir      string
 	socket   string
 	ocicrypt string // the ocicrypt.conf that its stream processor and its users have
@@ -49,7 +49,7 @@ func containerd16() version {
 
 // newNode starts a containerd whose stream processors are pilot-decoder with
 // the key providers of ocicrypt and, if given, a directory of keys.
-func newNode(t *testing.T, dir string, v version, ocicrypt, keys string) *node {
+func newNode(t testing.TB, dir string, v version, ocicrypt, keys string) *node {
 	t.Helper()
 	args := ""
 	if keys != "" {
@@ -77,19 +77,23 @@ type differNode struct {
 	snapshotter string // default: overlayfs
 	sandbox     string // the image of pods' sandboxes
 	local       bool   // CRI pulls images itself, on containerd 2.x
+	unpacks     int    // at once, on containerd 2.x; default: 3
 }
 
 // newDifferNode starts a containerd whose differ is the pilot of the same
 // directory. No client of it has a key provider of its own.
-func newDifferNode(t *testing.T, dir string, d differNode) *node {
+func newDifferNode(t testing.TB, dir string, d differNode) *node {
 	t.Helper()
 	if d.snapshotter == "" {
 		d.snapshotter = "overlayfs"
 	}
+	if d.unpacks == 0 {
+		d.unpacks = 3
+	}
 	conf := fmt.Sprintf("[proxy_plugins.pilot]\n  type = 'diff'\n  address = '%s/diff.sock'\n", dir)
 	conf += "[plugins.'io.containerd.service.v1.diff-service']\n  default = ['pilot', 'walking']\n"
 	if d.v.number > 2 {
-		conf += fmt.Sprintf("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/%s'\n  snapshotter = '%s'\n  differ = 'pilot'\n", goarch, d.snapshotter)
+		conf += fmt.Sprintf("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = %d\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/%s'\n  snapshotter = '%s'\n  differ = 'pilot'\n", d.unpacks, goarch, d.snapshotter)
 		conf += fmt.Sprintf("[plugins.'%s']\n  snapshotter = '%s'\n  use_local_image_pull = %v\n", d.v.images, d.snapshotter, d.local)
 		// A machine that is a container itself may not lower OOM scores.
 		conf += "[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"
@@ -103,7 +107,7 @@ func newDifferNode(t *testing.T, dir string, d differNode) *node {
 
 // startNode starts a containerd with that configuration besides its
 // directories.
-func startNode(t *testing.T, dir string, v version, ocicrypt, conf string) *node {
+func startNode(t testing.TB, dir string, v version, ocicrypt, conf string) *node {
 	t.Helper()
 	n := &node{t: t, dir: dir, socket: filepath.Join(dir, "containerd.sock"), ocicrypt: ocicrypt, version: v}
 	conf = fmt.Sprintf("version = %d\nroot = '%s/root'\nstate = '%s/state'\n[grpc]\n  address = '%s'\n", v.number, dir, dir, n.socket) + conf
@@ -113,7 +117,7 @@ func startNode(t *testing.T, dir string, v version, ocicrypt, conf string) *node
 }
 
 // start starts the node's containerd.
-func (n *node) start(t *testing.T) {
+func (n *node) start(t testing.TB) {
 	t.Helper()
 	cmd := exec.Command(n.command[0], append(n.command[1:], "--config", filepath.Join(n.dir, "config.toml"))...)
 	// The newest has its shim beside itself.

@@ -19,7 +19,7 @@ type ci struct {
 	secrets           map[string]string // by image
 }
 
-func newCI(t *testing.T, dir, ocicrypt string) *ci {
+func newCI(t testing.TB, dir, ocicrypt string) *ci {
 	t.Helper()
 	c := &ci{node: newNode(t, dir, containerd2(), ocicrypt, ""), secrets: map[string]string{}}
 	c.registry, c.storage = registry(t, dir)
@@ -32,15 +32,22 @@ func (c *ci) image(k kind, recipients ...string) string {
 	secret := newSecret()
 	name := fmt.Sprintf("%s/image%d:%s", c.registry, len(c.secrets), k.name)
 	l := newLayout(c.t)
-	output(c.t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name+"-plain", l.image(k, false, goarch, secret))))
+	c.publish(l, name, l.image(k, false, goarch, secret), recipients...)
+	c.secrets[name] = secret
+	return name
+}
+
+// publish imports an image of a layout, with -plain after its name, encrypts it
+// and pushes the outcome.
+func (c *ci) publish(l *layout, name string, image object, recipients ...string) {
+	c.t.Helper()
+	output(c.t, c.ctrPilot("images", "import", "--no-unpack", "--all-platforms", l.tar(c.dir+"/image.tar", name+"-plain", image)))
 	args := []string{"images", "encrypt"}
 	for _, r := range recipients {
 		args = append(args, "--recipient", r)
 	}
 	output(c.t, c.ctrPilot(append(args, name+"-plain", name)...))
 	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
-	c.secrets[name] = secret
-	return name
 }
 
 // blob returns the registry's file of a blob.

@@ -21,7 +21,7 @@ import (
 
 // noTraces checks that nothing is left of pulls that are over: no mount or
 // directory of pilot's, no snapshot being made, no ingest.
-func (n *node) noTraces(t *testing.T) {
+func (n *node) noTraces(t testing.TB) {
 	t.Helper()
 	if entries, err := os.ReadDir(filepath.Join(n.dir, "mounts")); err != nil || len(entries) > 0 {
 		t.Errorf("left in pilot's directory for mounts: %v, %v", entries, err)
@@ -38,12 +38,18 @@ func (n *node) noTraces(t *testing.T) {
 	}
 }
 
-// noSnapshots checks that there is no snapshot at all, once the good layers of
-// images that failed are collected.
-func (n *node) noSnapshots(t *testing.T) {
+// collect has containerd collect garbage.
+func (n *node) collect(t testing.TB) {
 	t.Helper()
 	lease := strings.TrimSpace(output(t, n.ctr("--namespace", "k8s.io", "leases", "create")))
-	output(t, n.ctr("--namespace", "k8s.io", "leases", "delete", "--sync", lease)) // which collects garbage
+	output(t, n.ctr("--namespace", "k8s.io", "leases", "delete", "--sync", lease))
+}
+
+// noSnapshots checks that there is no snapshot at all, once the good layers of
+// images that failed are collected.
+func (n *node) noSnapshots(t testing.TB) {
+	t.Helper()
+	n.collect(t)
 	n.noTraces(t)
 	for _, namespace := range []string{"default", "k8s.io"} {
 		if out := output(t, n.ctr("--namespace", namespace, "snapshots", "list")); strings.Contains(out, "sha256:") {
@@ -54,7 +60,7 @@ func (n *node) noSnapshots(t *testing.T) {
 
 // pod makes a sandbox and a container of an image that is there, as the kubelet
 // does, and returns what the container prints.
-func (n *node) pod(t *testing.T, image string) string {
+func (n *node) pod(t testing.TB, image string) string {
 	t.Helper()
 	logs := filepath.Join(n.dir, "logs")
 	host := object{"namespace_options": object{"network": 2, "pid": 1}}
@@ -124,9 +130,7 @@ func TestDiffer(t *testing.T) {
 	secret := newSecret()
 	l := newLayout(t)
 	index := c.registry + "/index:1"
-	output(t, c.ctrPilot("images", "import", "--no-unpack", "--all-platforms", l.tar(dir+"/index.tar", index+"-plain", l.index(kinds[1], secret))))
-	output(t, c.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", index+"-plain", index))
-	output(t, c.ctrPilot("images", "push", "--plain-http", index))
+	c.publish(l, index, l.index(kinds[1], secret), "provider:pilot:team-a")
 	images["index"], c.secrets[index] = index, secret
 
 	sandbox := c.pause()
@@ -212,7 +216,7 @@ func TestDifferCommit(t *testing.T) {
 
 // commitKeepsLease checks that what a snapshot adds is kept by the lease of
 // whoever asked for it, or containerd's garbage collector may take it at once.
-func (n *node) commitKeepsLease(t *testing.T, snapshot string) {
+func (n *node) commitKeepsLease(t testing.TB, snapshot string) {
 	t.Helper()
 	client, err := containerd.New(n.socket)
 	if err != nil {
@@ -292,11 +296,7 @@ func (c *ci) wrongDiffID(recipient string) string {
 	name := c.registry + "/wrong:1"
 	l := newLayout(c.t)
 	layer, _ := l.layer(kinds[1], kinds[1].oci, map[string][]byte{"file": []byte("content")})
-	config := l.json("application/vnd.oci.image.config.v1+json", object{"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": []string{"sha256:" + strings.Repeat("0", 64)}}})
-	image := l.json("application/vnd.oci.image.manifest.v1+json", object{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": []object{layer}})
-	output(c.t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name+"-plain", image)))
-	output(c.t, c.ctrPilot("images", "encrypt", "--recipient", recipient, name+"-plain", name))
-	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
+	c.publish(l, name, l.manifest([]object{layer}, []string{"sha256:" + strings.Repeat("0", 64)}), recipient)
 	return name
 }
 
@@ -318,11 +318,7 @@ func (c *ci) big(recipient string) string {
 		layer, id := l.layer(kinds[0], kinds[0].oci, map[string][]byte{fmt.Sprintf("file%d", i): content})
 		layers, ids = append(layers, layer), append(ids, id)
 	}
-	config := l.json("application/vnd.oci.image.config.v1+json", object{"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": ids}})
-	image := l.json("application/vnd.oci.image.manifest.v1+json", object{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": layers})
-	output(c.t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name+"-plain", image)))
-	output(c.t, c.ctrPilot("images", "encrypt", "--recipient", recipient, name+"-plain", name))
-	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
+	c.publish(l, name, l.manifest(layers, ids), recipient)
 	return name
 }
 

@@ -22,7 +22,7 @@ type patient struct {
 	program string // that runs its containerd
 }
 
-func newPatient(t *testing.T, n *node) *patient {
+func newPatient(t testing.TB, n *node) *patient {
 	t.Helper()
 	// The doctor takes one program, and 1.7 here takes several words.
 	quoted := `"` + strings.Join(n.command, `" "`) + `"`
@@ -44,7 +44,7 @@ type report struct {
 }
 
 // command returns the command that examines the machine.
-func (p *patient) command(t *testing.T, args ...string) *exec.Cmd {
+func (p *patient) command(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	tmp := filepath.Join(p.dir, "tmp")
 	if err := os.MkdirAll(tmp, 0o700); err != nil {
@@ -59,7 +59,7 @@ func (p *patient) command(t *testing.T, args ...string) *exec.Cmd {
 
 // examine has the doctor examine the machine, and checks that nothing is left
 // of that.
-func (p *patient) examine(t *testing.T, args ...string) report {
+func (p *patient) examine(t testing.TB, args ...string) report {
 	t.Helper()
 	cmd := p.command(t, append([]string{"--json"}, args...)...)
 	var stderr bytes.Buffer
@@ -83,7 +83,7 @@ func (p *patient) examine(t *testing.T, args ...string) report {
 
 // well checks that all steps are in order but those that are named, which are
 // skipped.
-func (r report) well(t *testing.T, skipped ...string) {
+func (r report) well(t testing.TB, skipped ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		want := "ok"
@@ -101,7 +101,7 @@ func (r report) well(t *testing.T, skipped ...string) {
 
 // ill checks that a step has failed, says each of said, and that mend is one of
 // the commands that mend it.
-func (r report) ill(t *testing.T, step, mend string, said ...string) {
+func (r report) ill(t testing.TB, step, mend string, said ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		if s.Name != step {
@@ -123,7 +123,7 @@ func (r report) ill(t *testing.T, step, mend string, said ...string) {
 	t.Errorf("no step %s in\n%s", step, r.text)
 }
 
-func (r report) skipped(t *testing.T, steps ...string) {
+func (r report) skipped(t testing.TB, steps ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		if (s.Result == "skipped") != slices.Contains(steps, s.Name) {
@@ -134,7 +134,7 @@ func (r report) skipped(t *testing.T, steps ...string) {
 
 // clean checks that the doctor has left nothing on the machine, where nobody
 // else has put anything.
-func (p *patient) clean(t *testing.T) {
+func (p *patient) clean(t testing.TB) {
 	t.Helper()
 	if out, err := p.ctr("namespaces", "list", "--quiet").Output(); err == nil && strings.Contains(string(out), "pilot-doctor") {
 		t.Errorf("left behind: namespace pilot-doctor")

@@ -29,7 +29,12 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		defer os.RemoveAll(bin)
-		return m.Run()
+		code := m.Run()
+		if err := printRows(); err != nil {
+			fmt.Fprintln(os.Stderr, "integration:", err)
+			return 1
+		}
+		return code
 	}())
 }
 
@@ -71,7 +76,7 @@ func setUp() error {
 }
 
 // tempDir returns a directory whose path is short enough for unix sockets.
-func tempDir(t *testing.T) string {
+func tempDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "pilot-it-")
 	if err != nil {
@@ -104,7 +109,7 @@ type process struct {
 
 // start starts a program and stops it at the end of the test. Its output is
 // shown if the test failed.
-func start(t *testing.T, dir, name string, cmd *exec.Cmd) *process {
+func start(t testing.TB, dir, name string, cmd *exec.Cmd) *process {
 	t.Helper()
 	p := &process{cmd: cmd, log: filepath.Join(dir, name+".log"), done: make(chan struct{})}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -135,7 +140,7 @@ func start(t *testing.T, dir, name string, cmd *exec.Cmd) *process {
 }
 
 // stop stops the program as a service manager would.
-func (p *process) stop(t *testing.T) {
+func (p *process) stop(t testing.TB) {
 	t.Helper()
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
@@ -152,9 +157,14 @@ func (p *process) kill() {
 }
 
 // peak returns the most memory that the program has had so far, in bytes.
-func (p *process) peak(t *testing.T) int {
+func (p *process) peak(t testing.TB) int {
 	t.Helper()
-	_, rest, _ := strings.Cut(read(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "VmHWM:")
+	return peakMemory(t, p.cmd.Process.Pid)
+}
+
+func peakMemory(t testing.TB, pid int) int {
+	t.Helper()
+	_, rest, _ := strings.Cut(read(t, fmt.Sprintf("/proc/%d/status", pid)), "VmHWM:")
 	var kib int
 	if _, err := fmt.Sscan(rest, &kib); err != nil {
 		t.Fatal(err)
@@ -163,7 +173,7 @@ func (p *process) peak(t *testing.T) int {
 }
 
 // await waits until f succeeds.
-func await(t *testing.T, what string, f func() error) {
+func await(t testing.TB, what string, f func() error) {
 	t.Helper()
 	var err error
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
@@ -185,7 +195,7 @@ func answers(socket string) func() error {
 }
 
 // command returns a command that is killed with the test, or after a minute.
-func command(t *testing.T, name string, args ...string) *exec.Cmd {
+func command(t testing.TB, name string, args ...string) *exec.Cmd {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
@@ -193,7 +203,7 @@ func command(t *testing.T, name string, args ...string) *exec.Cmd {
 }
 
 // output runs a command that has to succeed and returns its output.
-func output(t *testing.T, cmd *exec.Cmd) string {
+func output(t testing.TB, cmd *exec.Cmd) string {
 	t.Helper()
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -205,7 +215,7 @@ func output(t *testing.T, cmd *exec.Cmd) string {
 }
 
 // fails runs a command that has to fail and say each of want.
-func fails(t *testing.T, cmd *exec.Cmd, want ...string) string {
+func fails(t testing.TB, cmd *exec.Cmd, want ...string) string {
 	t.Helper()
 	out, err := cmd.CombinedOutput()
 	if err == nil {
@@ -220,7 +230,7 @@ func fails(t *testing.T, cmd *exec.Cmd, want ...string) string {
 	return string(out)
 }
 
-func write(t *testing.T, name, content string) string {
+func write(t testing.TB, name, content string) string {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		t.Fatal(err)
@@ -231,7 +241,7 @@ func write(t *testing.T, name, content string) string {
 	return name
 }
 
-func read(t *testing.T, name string) string {
+func read(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(name)
 	if err != nil {
@@ -242,7 +252,7 @@ func read(t *testing.T, name string) string {
 
 // broker starts a copilot in dir with the KEKs given and returns its socket's
 // address. KEKs of one name are the same key in all brokers.
-func broker(t *testing.T, dir string, keks ...string) (*process, string) {
+func broker(t testing.TB, dir string, keks ...string) (*process, string) {
 	t.Helper()
 	socket := filepath.Join(dir, "copilot.sock")
 	for _, kek := range keks {
@@ -257,7 +267,7 @@ func broker(t *testing.T, dir string, keks ...string) (*process, string) {
 
 // pilot starts a key provider in dir and returns the ocicrypt.conf that tells
 // of it.
-func pilot(t *testing.T, dir, broker string, args ...string) (*process, string) {
+func pilot(t testing.TB, dir, broker string, args ...string) (*process, string) {
 	t.Helper()
 	socket := filepath.Join(dir, "keyprovider.sock")
 	p := start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + socket, "--broker", broker,
@@ -268,7 +278,7 @@ func pilot(t *testing.T, dir, broker string, args ...string) (*process, string) 
 
 // activated starts pilot as systemd does, with the sockets of dir passed to it.
 // They stay open when it ends, until the test does.
-func activated(t *testing.T, dir, broker string) *process {
+func activated(t testing.TB, dir, broker string) *process {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --broker "$1" --containerd "$2" --diff-listen "unix://$3"`,
 		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock")
@@ -297,7 +307,7 @@ func activated(t *testing.T, dir, broker string) *process {
 var sockets = map[string]*net.UnixListener{}
 
 // registry starts a registry and returns its address and its storage.
-func registry(t *testing.T, dir string) (address, storage string) {
+func registry(t testing.TB, dir string) (address, storage string) {
 	t.Helper()
 	storage = filepath.Join(dir, "registry")
 	for range 10 {

@@ -23,11 +23,11 @@ type object = map[string]any
 
 // layout is an OCI image layout, or a Docker image in the same form, in memory.
 type layout struct {
-	t     *testing.T
+	t     testing.TB
 	files map[string][]byte // by their name in the layout
 }
 
-func newLayout(t *testing.T) *layout {
+func newLayout(t testing.TB) *layout {
 	return &layout{t, map[string][]byte{"oci-layout": []byte(`{"imageLayoutVersion":"1.0.0"}`)}}
 }
 
@@ -79,6 +79,13 @@ func (l *layout) layer(k kind, mediaType string, files map[string][]byte) (objec
 	w.Write(plain.Bytes())
 	w.Close()
 	return l.blob(mediaType, packed.Bytes()), digest.FromBytes(plain.Bytes()).String()
+}
+
+// manifest adds the manifest of an image of layers with these diff IDs, and its
+// configuration, and returns its descriptor.
+func (l *layout) manifest(layers []object, diffIDs []string) object {
+	config := l.json("application/vnd.oci.image.config.v1+json", object{"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": diffIDs}})
+	return l.json("application/vnd.oci.image.manifest.v1+json", object{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": layers})
 }
 
 // image adds an image with two layers, a program and the secret that it
@@ -153,7 +160,7 @@ func newSecret() string {
 }
 
 // contains reports whether a file below dir has text in it, as it is.
-func contains(t *testing.T, dir, text string) bool {
+func contains(t testing.TB, dir, text string) bool {
 	t.Helper()
 	found := false
 	err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
@@ -172,7 +179,7 @@ func contains(t *testing.T, dir, text string) bool {
 const goarch = runtime.GOARCH
 
 // keyPair makes a private key in a directory of its own, and its public key.
-func keyPair(t *testing.T, dir string) (private, public string) {
+func keyPair(t testing.TB, dir string) (private, public string) {
 	t.Helper()
 	private, public = filepath.Join(dir, "private", "key.pem"), filepath.Join(dir, "public.pem")
 	if err := os.MkdirAll(filepath.Dir(private), 0o700); err != nil {

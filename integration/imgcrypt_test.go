@@ -19,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // TestImgcrypt has imgcrypt's library decrypt what we encrypt, and the reverse,
@@ -26,7 +27,10 @@ import (
 func TestImgcrypt(t *testing.T) {
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
-	pilot(t, dir, brokerURL)
+	_, conf := pilot(t, dir, brokerURL)
+	if err := processor.RegisterKeyProviders(conf); err != nil {
+		t.Fatal(err)
+	}
 	ocicrypt.RegisterKeyWrapper("provider.pilot", keyprovider.NewKeyWrapper("pilot", keyproviderconfig.KeyProviderAttrs{
 		Grpc: "unix://" + dir + "/keyprovider.sock",
 	}))
@@ -113,7 +117,7 @@ func (l *layout) into(ctx context.Context, store content.Store, o object) ocispe
 }
 
 // sameLayers checks that two images have the same layers on the same platforms.
-func sameLayers(ctx context.Context, t *testing.T, store content.Store, got, want ocispec.Descriptor) {
+func sameLayers(ctx context.Context, t testing.TB, store content.Store, got, want ocispec.Descriptor) {
 	t.Helper()
 	var both [2][]string
 	for i, target := range []ocispec.Descriptor{got, want} {

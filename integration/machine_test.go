@@ -15,13 +15,13 @@ import (
 // machine is the root of a machine of its own, in which its containerd and
 // pilot run by chroot.
 type machine struct {
-	t    *testing.T
+	t    testing.TB
 	root string
 	lib  string // its /var/lib/containerd
 }
 
 // newMachine makes a machine on top of a root directory.
-func newMachine(t *testing.T, lower string) *machine {
+func newMachine(t testing.TB, lower string) *machine {
 	t.Helper()
 	dir := tempDir(t)
 	m := &machine{t, filepath.Join(dir, "root"), filepath.Join(dir, "lib")}
@@ -69,7 +69,7 @@ func (m *machine) copy(file string) {
 }
 
 // start starts a program of the machine's.
-func (m *machine) start(t *testing.T, name string, args ...string) *process {
+func (m *machine) start(t testing.TB, name string, args ...string) *process {
 	t.Helper()
 	cmd := exec.Command("chroot", append([]string{m.root, name}, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
@@ -96,7 +96,7 @@ func (m *machine) brokerAt(url string) {
 }
 
 // up starts pilot and containerd as they are set up.
-func (m *machine) up(t *testing.T) *node {
+func (m *machine) up(t testing.TB) *node {
 	t.Helper()
 	m.start(t, "pilot", "serve")
 	await(t, "pilot", answers(m.root+"/run/pilot/keyprovider.sock"))

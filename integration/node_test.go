@@ -242,7 +242,7 @@ func TestNodeErofs(t *testing.T) {
 }
 
 // said runs a command that may fail and returns what it says.
-func said(t *testing.T, cmd *exec.Cmd) string {
+func said(t testing.TB, cmd *exec.Cmd) string {
 	t.Helper()
 	out, _ := cmd.CombinedOutput()
 	return string(out)

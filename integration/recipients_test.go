@@ -66,7 +66,7 @@ func TestRecipients(t *testing.T) {
 
 // hsmKey puts a private key into a new token of SoftHSM and returns the YAML
 // file that tells ocicrypt where it is.
-func hsmKey(t *testing.T, dir, private string) string {
+func hsmKey(t testing.TB, dir, private string) string {
 	t.Helper()
 	if err := os.MkdirAll(dir+"/tokens", 0o700); err != nil {
 		t.Fatal(err)
@@ -92,9 +92,7 @@ func TestInterrupted(t *testing.T) {
 	k := kinds[0]
 	big := make([]byte, 200<<20)
 	layer, id := l.layer(k, k.oci, map[string][]byte{"big": big})
-	config := l.json("application/vnd.oci.image.config.v1+json", object{"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": []string{id}}})
-	image := l.json("application/vnd.oci.image.manifest.v1+json", object{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": []object{layer}})
-	output(t, c.ctrPilot("images", "import", "--no-unpack", l.tar(dir+"/image.tar", "example.com/big:1", image)))
+	output(t, c.ctrPilot("images", "import", "--no-unpack", l.tar(dir+"/image.tar", "example.com/big:1", l.manifest([]object{layer}, []string{id}))))
 	blobs := func() []string {
 		return strings.Fields(output(t, c.ctrPilot("content", "list", "-q")))
 	}

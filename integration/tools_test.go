@@ -17,12 +17,12 @@ import (
 // debian is a root of Debian 13, with skopeo, buildah and podman that know the
 // key provider protocol. Commands in it see dir at its own path.
 type debian struct {
-	t        *testing.T
+	t        testing.TB
 	root     string
 	ocicrypt string
 }
 
-func newDebian(t *testing.T, dir, ocicrypt string) *debian {
+func newDebian(t testing.TB, dir, ocicrypt string) *debian {
 	t.Helper()
 	m := newMachine(t, filepath.Join(tools, "trixie"))
 	m.mount(dir, dir, "", syscall.MS_BIND, "")
@@ -56,7 +56,7 @@ func (l *layout) write(dir, tag string, target object) {
 }
 
 // blobs returns the blobs of a layout, uncompressed, as one string.
-func blobs(t *testing.T, dir string) string {
+func blobs(t testing.TB, dir string) string {
 	t.Helper()
 	var all strings.Builder
 	err := filepath.WalkDir(filepath.Join(dir, "blobs"), func(path string, e fs.DirEntry, err error) error {

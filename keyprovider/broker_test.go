@@ -26,7 +26,7 @@ type testBroker struct {
 }
 
 // startBroker runs a broker that has the KEKs given, nil ones new.
-func startBroker(t *testing.T, keks map[string][]byte) *testBroker {
+func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 	t.Helper()
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -72,7 +72,7 @@ func startBroker(t *testing.T, keks map[string][]byte) *testBroker {
 }
 
 // rotate gives a KEK so many new versions.
-func (b *testBroker) rotate(t *testing.T, id string, times int) {
+func (b *testBroker) rotate(t testing.TB, id string, times int) {
 	t.Helper()
 	for range times {
 		if _, err := b.keys.Rotate(id); err != nil {
@@ -82,7 +82,7 @@ func (b *testBroker) rotate(t *testing.T, id string, times int) {
 }
 
 // asked counts how often the broker was asked for a KEK.
-func (b *testBroker) asked(t *testing.T, id string) int {
+func (b *testBroker) asked(t testing.TB, id string) int {
 	t.Helper()
 	log, err := os.ReadFile(filepath.Join(b.dir, "audit.log"))
 	if err != nil {
@@ -92,7 +92,7 @@ func (b *testBroker) asked(t *testing.T, id string) int {
 }
 
 // newProvider returns a provider with nothing in its cache.
-func newProvider(t *testing.T, url string, conf Config) *Provider {
+func newProvider(t testing.TB, url string, conf Config) *Provider {
 	t.Helper()
 	c, err := copilot.New(copilot.Config{URL: url, Timeout: 2 * time.Second})
 	if err != nil {
@@ -112,21 +112,21 @@ func parameters(ids []string) map[string][][]byte {
 	return map[string][][]byte{"pilot": list}
 }
 
-func wrapRequest(t *testing.T, ids ...string) []byte {
+func wrapRequest(t testing.TB, ids ...string) []byte {
 	t.Helper()
 	return request(t, ocicrypt.KeyProviderKeyWrapProtocolInput{Operation: ocicrypt.OpKeyWrap, KeyWrapParams: ocicrypt.KeyWrapParams{
 		Ec: &config.EncryptConfig{Parameters: parameters(ids)}, OptsData: []byte(secret),
 	}})
 }
 
-func unwrapRequest(t *testing.T, annotation []byte, ids ...string) []byte {
+func unwrapRequest(t testing.TB, annotation []byte, ids ...string) []byte {
 	t.Helper()
 	return request(t, ocicrypt.KeyProviderKeyWrapProtocolInput{Operation: ocicrypt.OpKeyUnwrap, KeyUnwrapParams: ocicrypt.KeyUnwrapParams{
 		Dc: &config.DecryptConfig{Parameters: parameters(ids)}, Annotation: annotation,
 	}})
 }
 
-func request(t *testing.T, in ocicrypt.KeyProviderKeyWrapProtocolInput) []byte {
+func request(t testing.TB, in ocicrypt.KeyProviderKeyWrapProtocolInput) []byte {
 	t.Helper()
 	b, err := json.Marshal(in)
 	if err != nil {
@@ -136,7 +136,7 @@ func request(t *testing.T, in ocicrypt.KeyProviderKeyWrapProtocolInput) []byte {
 }
 
 // wrapFor returns the annotation of the secret, wrapped for KEKs.
-func wrapFor(t *testing.T, p *Provider, ids ...string) []byte {
+func wrapFor(t testing.TB, p *Provider, ids ...string) []byte {
 	t.Helper()
 	b, err := p.WrapKey(t.Context(), wrapRequest(t, ids...))
 	if err != nil {
@@ -147,7 +147,7 @@ func wrapFor(t *testing.T, p *Provider, ids ...string) []byte {
 
 // unwraps unwraps an annotation, with the KEKs that are named if any are. It
 // is an error of the test if what comes out is not the secret.
-func unwraps(t *testing.T, p *Provider, annotation []byte, ids ...string) error {
+func unwraps(t testing.TB, p *Provider, annotation []byte, ids ...string) error {
 	t.Helper()
 	b, err := p.UnwrapKey(t.Context(), unwrapRequest(t, annotation, ids...))
 	if err != nil {
@@ -159,7 +159,7 @@ func unwraps(t *testing.T, p *Provider, annotation []byte, ids ...string) error 
 	return nil
 }
 
-func answerOf(t *testing.T, b []byte) (out ocicrypt.KeyProviderKeyWrapProtocolOutput) {
+func answerOf(t testing.TB, b []byte) (out ocicrypt.KeyProviderKeyWrapProtocolOutput) {
 	t.Helper()
 	if err := json.Unmarshal(b, &out); err != nil {
 		t.Fatal(err)

@@ -34,6 +34,10 @@ var ErrWrongKEK = errors.New("layer key not unwrapped")
 // or one written when the broker had no versions.
 const maxVersions = 16
 
+// answerWithin bounds the time that a request takes, since ocicrypt's callers
+// set no deadline of their own.
+const answerWithin = 30 * time.Second
+
 // Config says how a [Provider] works.
 type Config struct {
 	// Name is the key provider's name in ocicrypt.conf, under which
@@ -77,8 +81,11 @@ func New(broker *copilot.Client, conf Config) *Provider {
 
 // WrapKey answers a keywrap request of the key provider protocol, given and
 // answered in its JSON. It wraps for each KEK that the recipient's parameters
-// name; those of `--recipient provider:pilot:team-a` name team-a.
+// name; those of `--recipient provider:pilot:team-a` name team-a. It takes 30
+// seconds at most.
 func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
 	if err != nil {
 		return nil, err
@@ -130,8 +137,10 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 
 // UnwrapKey answers a keyunwrap request of the key provider protocol. The
 // annotation says which KEK it takes; if the caller names KEKs too, only those
-// are used.
+// are used. It takes 30 seconds at most.
 func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)
 	if err != nil {
 		return nil, err

@@ -101,7 +101,6 @@ func TestParameters(t *testing.T) {
 	}
 }
 
-// TestOriginalAcrossRotations unwraps what does not say which version it takes.
 // TestRotatedSince unwraps, with a KEK in the cache, what was wrapped with a
 // version that came after it.
 func TestRotatedSince(t *testing.T) {
@@ -123,6 +122,7 @@ func TestRotatedSince(t *testing.T) {
 	}
 }
 
+// TestOriginalAcrossRotations unwraps what does not say which version it takes.
 func TestOriginalAcrossRotations(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil, "b": bytes.Repeat([]byte("b"), 16)})
 	conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"a", "b"}, CacheSize: 10}

@@ -3,7 +3,6 @@ package keyprovider
 import (
 	"context"
 	"errors"
-	"time"
 
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
 	"github.com/sirupsen/logrus"
@@ -13,10 +12,6 @@ import (
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
-
-// answerWithin bounds the time that a request takes, since ocicrypt's callers
-// set no deadline of their own.
-const answerWithin = 30 * time.Second
 
 // Register makes s answer keyprovider.KeyProviderService with p.
 func Register(s grpc.ServiceRegistrar, p *Provider) {
@@ -37,8 +32,6 @@ func (s service) UnWrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWra
 }
 
 func answer(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput, op func(context.Context, []byte) ([]byte, error)) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
 	out, err := op(ctx, in.GetKeyProviderKeyWrapProtocolInput())
 	if err != nil {
 		// The caller may be a runtime that tells nobody, so say it here too.

@@ -34,7 +34,7 @@ import (
 // Config says how a [Differ] works.
 type Config struct {
 	// Layers is how many encrypted layers are unpacked at once at most.
-	// Each takes four buffers of [processor.BufferSize] bytes, and what its
+	// Each takes six buffers of [processor.BufferSize] bytes, and what its
 	// decompression takes. Default: 8.
 	Layers int
 	// UnwrapTimeout bounds the wait for a layer key. Default: 40 seconds.

@@ -89,9 +89,9 @@ func (d *Decrypter) decrypted() chunk {
 }
 
 // chunks is how many buffers of BufferSize bytes a stream has at most: one
-// that is read into, one that is authenticated, one that is held back and one
-// that is handed out.
-const chunks = 4
+// that is read into, one that is authenticated, one that is held back, one
+// that is handed out, and two on their way, so that the MAC never waits.
+const chunks = 6
 
 // buffers are those that no stream uses now.
 var buffers = sync.Pool{New: func() any { return new([BufferSize]byte) }}

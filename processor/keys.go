@@ -2,37 +2,15 @@ package processor
 
 import (
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
-	"github.com/containers/ocicrypt"
 	"github.com/containers/ocicrypt/config"
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	"github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/containers/ocicrypt/utils"
 )
-
-// RegisterKeyProviders makes the key providers of an ocicrypt.conf known, as
-// ocicrypt itself does with those of the file that OCICRYPT_KEYPROVIDER_CONFIG
-// names.
-func RegisterKeyProviders(file string) error {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return err
-	}
-	var conf keyproviderconfig.OcicryptConfig
-	if err := json.Unmarshal(b, &conf); err != nil {
-		return fmt.Errorf("%s: %w", file, err)
-	}
-	for name, attrs := range conf.KeyProviderConfig {
-		ocicrypt.RegisterKeyWrapper(providerScheme+name, keyprovider.NewKeyWrapper(name, attrs))
-	}
-	return nil
-}
 
 // KeysIn returns the private keys and certificates in the files below dir, for
 // [Unwrap] to try. Links to files are followed, as a Kubernetes secret has

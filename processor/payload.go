@@ -11,8 +11,8 @@ import (
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/ctrlplane/pilot/wire"
 )
 
 // ErrNoPayload is the error of a stream processor that containerd started
@@ -63,11 +63,12 @@ func ReadPayload(ctx context.Context, r io.Reader) (*Payload, error) {
 	if len(data) > maxPayload {
 		return nil, fmt.Errorf("the decryption payload has more than %d bytes", maxPayload)
 	}
-	var any anypb.Any
-	if err := proto.Unmarshal(data, &any); err != nil {
+	url, urlErr := wire.Field(data, 1)
+	value, err := wire.Field(data, 2)
+	if urlErr != nil || err != nil {
 		return nil, errors.New("the decryption payload is not a protobuf Any")
 	}
-	p, err := ParsePayload(any.TypeUrl, any.Value)
+	p, err := ParsePayload(string(url), value)
 	if err == nil && p.Descriptor.Digest == "" {
 		err = errors.New("the decryption payload names no layer")
 	}

@@ -9,12 +9,13 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containers/ocicrypt"
 	"github.com/containers/ocicrypt/config"
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/containers/ocicrypt/keywrap"
+	"github.com/containers/ocicrypt/keywrap/jwe"
+	"github.com/containers/ocicrypt/keywrap/pgp"
+	"github.com/containers/ocicrypt/keywrap/pkcs11"
+	"github.com/containers/ocicrypt/keywrap/pkcs7"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"google.golang.org/grpc/status"
 )
 
 // ErrNoKey is the error of a layer whose key could not be unwrapped: it is
@@ -36,6 +37,49 @@ var notRecipients = []string{"gpg-pubkeyringfile", "pkcs11-config"}
 
 const providerScheme = "provider."
 
+// wrapper wraps and unwraps a layer key in one way.
+type wrapper interface {
+	wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error)
+	unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error)
+}
+
+// newWrapper returns the wrapper of a scheme, as it stands in the name of an
+// annotation.
+func newWrapper(scheme string) (wrapper, error) {
+	if name, ok := strings.CutPrefix(scheme, providerScheme); ok {
+		p, err := provider(name)
+		return providerWrapper{name, p}, err
+	}
+	switch scheme {
+	case "jwe":
+		return keyWrapper{jwe.NewKeyWrapper()}, nil
+	case "pkcs7":
+		return keyWrapper{pkcs7.NewKeyWrapper()}, nil
+	case "pgp":
+		return keyWrapper{pgp.NewKeyWrapper()}, nil
+	case "pkcs11":
+		return keyWrapper{pkcs11.NewKeyWrapper()}, nil
+	}
+	return nil, fmt.Errorf("%.60q is not a way to wrap keys that is known here", scheme)
+}
+
+// keyWrapper is one of ocicrypt's. They take no context, and a PKCS#11 module
+// may not answer.
+type keyWrapper struct{ keywrap.KeyWrapper }
+
+func (w keyWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
+	return await(ctx, func() ([]byte, error) { return w.WrapKeys(ec, private) })
+}
+
+func (w keyWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
+	if w.NoPossibleKeys(dc.Parameters) {
+		return nil, errNoPrivateKey
+	}
+	return await(ctx, func() ([]byte, error) { return w.UnwrapKey(dc, wrapped) })
+}
+
+var errNoPrivateKey = errors.New("no private key was given")
+
 // Wrap wraps the layer key for each recipient in ec and returns the
 // annotations that hold it. annotations are those that the layer's descriptor
 // has: its recipients are kept and the new ones come after them. What is
@@ -52,12 +96,12 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 	defer clear(private)
 
 	out := make(map[string]string)
-	add := func(scheme string, ec *config.EncryptConfig) error {
-		w := ocicrypt.GetKeyWrapper(scheme)
-		if w == nil {
-			return noSuchProvider(scheme)
+	add := func(scheme string) error {
+		w, err := newWrapper(scheme)
+		if err != nil {
+			return err
 		}
-		wrapped, err := await(ctx, func() ([]byte, error) { return w.WrapKeys(ec, private) })
+		wrapped, err := w.wrap(ctx, ec, private)
 		if err != nil {
 			return fmt.Errorf("wrap the layer key with %s: %w", scheme, late(err))
 		}
@@ -79,7 +123,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 		if !ok || len(params) == 0 || out[annotationKeysPrefix+s.name] != "" {
 			continue
 		}
-		if err := add(s.name, ec); err != nil {
+		if err := add(s.name); err != nil {
 			return nil, err
 		}
 	}
@@ -87,8 +131,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 		delete(recipients, p)
 	}
 	for _, provider := range slices.Sorted(maps.Keys(recipients)) {
-		own := &config.EncryptConfig{Parameters: map[string][][]byte{provider: recipients[provider]}}
-		if err := add(providerScheme+provider, own); err != nil {
+		if err := add(providerScheme + provider); err != nil {
 			return nil, err
 		}
 	}
@@ -105,8 +148,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 
 // Unwrap returns the key of the encrypted layer that desc describes. It tries
 // each recipient that the layer has, those that a key in dc may serve before
-// those for which a key provider has to be asked. It gives up when ctx is done;
-// ocicrypt's call to a key provider can't be stopped and is left behind then.
+// those for which a key provider has to be asked. It gives up when ctx is done.
 //
 // The error wraps [ErrNoKey] when none of them gave the key, and says why each
 // did not.
@@ -115,22 +157,12 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 	var reasons []error
 	left := maxRecipients
 	for _, scheme := range wrappedWith(desc) {
-		w := ocicrypt.GetKeyWrapper(scheme)
-		if w == nil {
-			reasons = append(reasons, noSuchProvider(scheme))
+		w, err := newWrapper(scheme)
+		if err != nil {
+			reasons = append(reasons, err)
 			continue
 		}
-		own := dc
-		if provider, ok := strings.CutPrefix(scheme, providerScheme); ok {
-			own = &config.DecryptConfig{}
-			if params := dc.Parameters[provider]; len(params) > 0 {
-				own.Parameters = map[string][][]byte{provider: params}
-			}
-		} else if w.NoPossibleKeys(dc.Parameters) {
-			reasons = append(reasons, fmt.Errorf("%s: no private key was given", scheme))
-			continue
-		}
-		private, err := unwrapOne(ctx, w, own, desc.Annotations[annotationKeysPrefix+scheme], &left)
+		private, err := unwrapOne(ctx, w, dc, desc.Annotations[annotationKeysPrefix+scheme], &left)
 		if err == nil {
 			var key *LayerKey
 			key, err = newLayerKey(private, public)
@@ -160,7 +192,7 @@ const maxRecipients = 64
 
 // unwrapOne tries the recipients of one scheme, which annotation holds as
 // comma-separated base64, at most left of them.
-func unwrapOne(ctx context.Context, w keywrap.KeyWrapper, dc *config.DecryptConfig, annotation string, left *int) ([]byte, error) {
+func unwrapOne(ctx context.Context, w wrapper, dc *config.DecryptConfig, annotation string, left *int) ([]byte, error) {
 	var reasons []error
 	for wrapped := range strings.SplitSeq(annotation, ",") {
 		if *left--; *left < 0 {
@@ -172,9 +204,12 @@ func unwrapOne(ctx context.Context, w keywrap.KeyWrapper, dc *config.DecryptConf
 			reasons = append(reasons, fmt.Errorf("annotation is not base64: %w", err))
 			continue
 		}
-		private, err := await(ctx, func() ([]byte, error) { return w.UnwrapKey(dc, b) })
+		private, err := w.unwrap(ctx, dc, b)
 		if err == nil && len(private) > 0 {
 			return private, nil
+		}
+		if err == errNoPrivateKey {
+			return nil, err // for none of them
 		}
 		if err == nil {
 			err = errors.New("it returned no layer key")
@@ -206,17 +241,8 @@ func wrappedWith(desc ocispec.Descriptor) []string {
 	return append(local, providers...)
 }
 
-func noSuchProvider(scheme string) error {
-	provider, ok := strings.CutPrefix(scheme, providerScheme)
-	if !ok {
-		return fmt.Errorf("%.60q is not a way to wrap keys that is known here", scheme)
-	}
-	return fmt.Errorf("key provider %.60q is not configured: name it in the file that $%s points to", provider, keyproviderconfig.ENVVARNAME)
-}
-
-// await returns what f returns, or ctx's error if that is done first.
-// ocicrypt's key wrappers take no context, and wait for ever on a key provider
-// that does not answer.
+// await returns what f returns, or ctx's error if that is done first; f is left
+// behind then.
 func await(ctx context.Context, f func() ([]byte, error)) ([]byte, error) {
 	type result struct {
 		b   []byte
@@ -229,7 +255,7 @@ func await(ctx context.Context, f func() ([]byte, error)) ([]byte, error) {
 	}()
 	select {
 	case r := <-done:
-		return r.b, plain(r.err)
+		return r.b, r.err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
@@ -239,16 +265,6 @@ func await(ctx context.Context, f func() ([]byte, error)) ([]byte, error) {
 func late(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("the key provider did not answer in time: %w", err)
-	}
-	return err
-}
-
-// plain returns the message that a key provider sent over gRPC, without what
-// ocicrypt and gRPC put around it.
-func plain(err error) error {
-	var s interface{ GRPCStatus() *status.Status }
-	if errors.As(err, &s) {
-		return errors.New(s.GRPCStatus().Message())
 	}
 	return err
 }

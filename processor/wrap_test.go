@@ -8,16 +8,14 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/containers/ocicrypt"
 	"github.com/containers/ocicrypt/blockcipher"
 	"github.com/containers/ocicrypt/config"
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	"github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -120,15 +118,49 @@ func TestWrapErrors(t *testing.T) {
 	}
 }
 
+// register registers the key providers of an ocicrypt.conf.
+func register(t *testing.T, conf string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "ocicrypt.conf")
+	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := RegisterKeyProviders(file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestProviderErrors uses key providers whose configuration or answers make no
+// sense.
+func TestProviderErrors(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "provider")
+	writeScript(t, script, `echo '{"keyunwrapresults": "a secret"}'`)
+	register(t, `{"key-providers": {"garbled": {"cmd": {"path": "`+script+`"}}, "empty": {}, "nowhere": {"grpc": "nowhere"}}}`)
+	for name, want := range map[string]string{
+		"garbled": "provider.garbled: its answer is not the JSON of ocicrypt's key provider protocol",
+		"empty":   "ocicrypt.conf: it has neither cmd nor grpc",
+		"nowhere": `ocicrypt.conf: grpc "nowhere" is not unix:///PATH or HOST:PORT`,
+	} {
+		desc := ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.provider." + name: "e30="}}
+		_, err := Unwrap(t.Context(), &config.DecryptConfig{}, desc)
+		if !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+	for _, file := range []string{script, filepath.Join(t.TempDir(), "nowhere")} {
+		if err := RegisterKeyProviders(file); err == nil || !strings.Contains(err.Error(), file) {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+}
+
 // TestProviderIsTold checks that a key provider gets its own parameters and
 // not the private keys meant for somebody else.
 func TestProviderIsTold(t *testing.T) {
 	script := filepath.Join(t.TempDir(), "provider")
 	seen := script + ".seen"
 	writeScript(t, script, `cat >`+seen+`; printf '{"keywrapresults":{"annotation":"d3JhcHBlZA=="},"keyunwrapresults":{}}'`)
-	ocicrypt.RegisterKeyWrapper("provider.spy", keyprovider.NewKeyWrapper("spy", keyproviderconfig.KeyProviderAttrs{
-		Command: &keyproviderconfig.Command{Path: script},
-	}))
+	register(t, `{"key-providers": {"spy": {"cmd": {"path": "`+script+`"}}}}`)
 	alice := newPair(t)
 	_, k := encrypt(t, []byte("layer"))
 	ec := alice.encrypt()
@@ -163,7 +195,7 @@ func TestUnwrapGivesUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close() // it accepts and never says a word
-	ocicrypt.RegisterKeyWrapper("provider.silent", keyprovider.NewKeyWrapper("silent", keyproviderconfig.KeyProviderAttrs{Grpc: "unix://" + socket}))
+	register(t, `{"key-providers": {"silent": {"grpc": "unix://`+socket+`"}}}`)
 	desc := ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.provider.silent": "e30="}}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()

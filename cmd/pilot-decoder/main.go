@@ -5,14 +5,14 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/containers/ocicrypt/config"
-	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/coredump"
@@ -27,19 +27,12 @@ const unwrapWithin = 40 * time.Second
 // what Linux lets everybody have.
 const pipeSize = 1 << 20
 
-func main() {
-	if os.Getenv(lingerVariable) != "" {
-		linger()
-		return
-	}
-	payload, payloadErr := processor.PayloadFile()
-	dumpErr := coredump.Disable()
+const usage = `pilot-decoder: decrypt an image layer for containerd
 
-	app := &cli.App{
-		Name:    "pilot-decoder",
-		Usage:   "decrypt an image layer for containerd",
-		Version: version.Version,
-		Description: `containerd runs this program for each encrypted layer that it unpacks, when its
+   pilot-decoder [--decryption-keys-path DIRECTORY]
+   pilot-decoder --version
+
+containerd runs this program for each encrypted layer that it unpacks, when its
 configuration has an entry such as
 
    [stream_processors.'io.containerd.ocicrypt.decoder.v1.tar.gzip']
@@ -49,33 +42,45 @@ configuration has an entry such as
      env = ['OCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf']
 
 It reads the layer from standard input, what tells it how to decrypt from file
-descriptor 3, and writes the plain layer to standard output.`,
-		Flags: []cli.Flag{
-			&cli.StringFlag{
-				Name:  "decryption-keys-path",
-				Usage: "directory of private keys to try, besides the key providers",
-			},
-		},
-		HideHelpCommand: true,
-		Action: func(c *cli.Context) error {
-			if payloadErr != nil {
-				return payloadErr
-			}
-			if dumpErr != nil {
-				return fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
-			}
-			var keys *config.DecryptConfig
-			if dir := c.String("decryption-keys-path"); dir != "" {
-				var err error
-				if keys, err = processor.KeysIn(dir); err != nil {
-					return fmt.Errorf("--decryption-keys-path: %w", err)
-				}
-			}
-			return decrypt(c.Context, payload, keys)
-		},
-		ExitErrHandler: func(*cli.Context, error) {},
+descriptor 3, and writes the plain layer to standard output.
+
+   --decryption-keys-path DIRECTORY   private keys to try, besides the key providers
+   --version                          print the version
+`
+
+func main() {
+	if os.Getenv(lingerVariable) != "" {
+		linger()
+		return
 	}
-	if err := app.Run(os.Args); err != nil {
+	payload, payloadErr := processor.PayloadFile()
+	dumpErr := coredump.Disable()
+
+	flags := flag.NewFlagSet("pilot-decoder", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // what Parse says is in its error too
+	keysPath := flags.String("decryption-keys-path", "", "")
+	showVersion := flags.Bool("version", false, "")
+	err := flags.Parse(os.Args[1:])
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Print(usage)
+		return
+	case err == nil && flags.NArg() > 0:
+		err = fmt.Errorf("it takes no argument, and got %q", flags.Arg(0))
+	case err == nil && *showVersion:
+		fmt.Println("pilot-decoder version", version.Version)
+		return
+	}
+	if err == nil {
+		err = payloadErr
+	}
+	if err == nil && dumpErr != nil {
+		err = fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
+	}
+	if err == nil {
+		err = decrypt(context.Background(), payload, *keysPath)
+	}
+	if err != nil {
 		end := "\n"
 		if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice == 0 {
 			end = "" // containerd quotes it all
@@ -86,8 +91,16 @@ descriptor 3, and writes the plain layer to standard output.`,
 	}
 }
 
-// decrypt decrypts the layer on standard input.
-func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) error {
+// decrypt decrypts the layer on standard input, with the keys in the directory
+// keysPath if there is one.
+func decrypt(ctx context.Context, payload *os.File, keysPath string) error {
+	var keys *config.DecryptConfig
+	if keysPath != "" {
+		var err error
+		if keys, err = processor.KeysIn(keysPath); err != nil {
+			return fmt.Errorf("--decryption-keys-path: %w", err)
+		}
+	}
 	unwrapCtx, cancel := context.WithTimeout(ctx, unwrapWithin)
 	defer cancel()
 	p, err := processor.ReadPayload(unwrapCtx, payload)
@@ -126,9 +139,4 @@ func oneLine(err error) string {
 		msg += ": its client has to pass one, which CRI does with image_decryption.key_model = \"node\" and use_local_image_pull = true, and ctr-pilot's pull, run and import do"
 	}
 	return msg
-}
-
-func init() {
-	// ocicrypt logs a key provider configuration that it can't read.
-	logrus.SetOutput(os.Stderr)
 }

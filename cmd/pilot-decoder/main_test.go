@@ -139,6 +139,14 @@ func TestDecrypt(t *testing.T) {
 	}
 }
 
+func TestHelp(t *testing.T) {
+	for arg, want := range map[string]string{"--version": "pilot-decoder version dev\n", "--help": usage, "-h": usage} {
+		if out, said, ok := (run{args: []string{arg}}).do(t); !ok || string(out) != want || said != "" {
+			t.Errorf("%s: %q, said %q", arg, out, said)
+		}
+	}
+}
+
 func TestFailures(t *testing.T) {
 	public, private := rsaKey(t)
 	_, other := rsaKey(t)
@@ -174,8 +182,10 @@ func TestFailures(t *testing.T) {
 		"wrong key":       {run{layer: layer, payload: payload(t, with(other), desc)}, name + "no key unwraps the layer key: jwe: "},
 		"no key":          {run{layer: layer, payload: payload(t, &config.DecryptConfig{}, desc)}, name + "no key unwraps the layer key: jwe: no private key was given"},
 		"no provider":     {run{layer: layer, payload: payload(t, with(private), forProvider)}, name + `no key unwraps the layer key: key provider "pilot" is not configured: name it in the file that $OCICRYPT_KEYPROVIDER_CONFIG points to`},
-		"silent provider": {run{layer: layer, payload: payload(t, with(private), forProvider), env: []string{"OCICRYPT_KEYPROVIDER_CONFIG=" + conf}}, name + "no key unwraps the layer key: provider.pilot: connection error"},
+		"silent provider": {run{layer: layer, payload: payload(t, with(private), forProvider), env: []string{"OCICRYPT_KEYPROVIDER_CONFIG=" + conf}}, name + "unwrap the layer key with provider.pilot: the key provider did not answer in time"},
 		"no keys":         {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"--decryption-keys-path", "/nonexistent"}}, "--decryption-keys-path: lstat /nonexistent: no such file or directory"},
+		"no flag":         {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"--key", "x"}}, "flag provided but not defined: -key"},
+		"an argument":     {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"x"}}, `it takes no argument, and got "x"`},
 		"changed":         {run{layer: changed, payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},
 		"cut short":       {run{layer: layer[:len(layer)-1], payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},
 		"longer":          {run{layer: append(bytes.Clone(layer), 0), payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},

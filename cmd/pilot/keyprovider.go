@@ -4,12 +4,12 @@ import (
 	"fmt"
 	"os"
 
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
 var keyproviderCommand = &cli.Command{
@@ -51,10 +51,9 @@ func forward(c *cli.Context, daemon address) error {
 	if path, ok := daemon.unix(); !ok || path == "" {
 		return usageError{fmt.Errorf("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)}
 	}
-	conn, err := grpc.NewClient(string(daemon), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	provider, err := client.New(keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)})
 	if err != nil {
 		return usageError{fmt.Errorf("--daemon: %w", err)}
 	}
-	defer conn.Close()
-	return keyprovider.Forward(c.Context, conn, os.Stdin, os.Stdout)
+	return keyprovider.Exec(c.Context, provider, os.Stdin, os.Stdout)
 }

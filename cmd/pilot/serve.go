@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -80,7 +81,8 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer(options...)
+	// Goroutines that stay have their stacks grown already.
+	server := grpc.NewServer(append(options, grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))))...)
 	keyprovider.Register(server, provider)
 	if conf.DiffListen != diffOff {
 		// First the socket: if another pilot has it, its mounts are its own.
@@ -165,7 +167,7 @@ func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server
 	if err != nil {
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
-	keyprovider.RegisterInProcess(provider)
+	processor.RegisterKeyProvider(string(c.ProviderName), provider)
 	s := grpc.NewServer(grpc.UnaryInterceptor(plugin.Interceptor(client)))
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
 		Layers: int(c.LayersAtOnce),

@@ -15,16 +15,15 @@ import (
 	"io"
 	"time"
 
-	"github.com/containers/ocicrypt"
 	"github.com/containers/ocicrypt/config"
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/containerd/platforms"
 
+	"github.com/ctrlplane/pilot/keyprovider/client"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -54,7 +53,11 @@ func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer
 	}
 	recipient := &config.EncryptConfig{}
 	if kek != "" {
-		ocicrypt.RegisterKeyWrapper("provider."+provider, protocol.NewKeyWrapper(provider, keyproviderconfig.KeyProviderAttrs{Grpc: target}))
+		asked, err := client.New(keyproviderconfig.KeyProviderAttrs{Grpc: target})
+		if err != nil {
+			return nil, err
+		}
+		processor.RegisterKeyProvider(provider, asked)
 		recipient.Parameters = map[string][][]byte{provider: {[]byte(kek)}}
 	} else if recipient.Parameters, l.keys.Parameters, err = newRSAKey(); err != nil {
 		return nil, err

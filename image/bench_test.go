@@ -1,0 +1,62 @@
+package image
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// benchImage is an image of four layers of 8 MiB in a content store on disk, and
+// the image encrypted.
+func benchImage(b *testing.B) (s *store, plain, encrypted ocispec.Descriptor) {
+	b.Helper()
+	s = newStore(b)
+	conf := s.put(ocispec.MediaTypeImageConfig, `{"architecture":"amd64","os":"linux"}`)
+	var layers []string
+	for i := range 4 {
+		layer := s.put(ocispec.MediaTypeImageLayer, strings.Repeat(fmt.Sprintf("layer %d ", i), 1<<20))
+		layers = append(layers, `{"mediaType":"`+layer.MediaType+`",`+ref(layer)+`}`)
+	}
+	plain = s.put(ociManifest, `{"schemaVersion":2,"mediaType":"`+ociManifest+`","config":{"mediaType":"`+conf.MediaType+`",`+ref(conf)+`},"layers":[`+strings.Join(layers, ",")+`]}`)
+	done, err := Encrypt(s.ctx, s, plain, s.ec, Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return s, plain, done.Target
+}
+
+func BenchmarkEncrypt(b *testing.B) {
+	s, plain, _ := benchImage(b)
+	b.SetBytes(4 << 23)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Encrypt(s.ctx, s, plain, s.ec, Options{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkDecrypt(b *testing.B) {
+	s, _, encrypted := benchImage(b)
+	b.SetBytes(4 << 23)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Decrypt(s.ctx, s, encrypted, s.dc, Options{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkAddRecipient changes annotations and no layer.
+func BenchmarkAddRecipient(b *testing.B) {
+	s, _, encrypted := benchImage(b)
+	s.ec.DecryptConfig = *s.dc
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Encrypt(s.ctx, s, encrypted, s.ec, Options{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

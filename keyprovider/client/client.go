@@ -1,0 +1,137 @@
+// Package client asks key providers that speak ocicrypt's protocol, over gRPC
+// or as executables, as an ocicrypt.conf names them.
+//
+// It does what ocicrypt's own client does, but for two things: a request ends
+// when its context does, and it does without the packages of gRPC, which take
+// longer to start than a stream processor has work with a small layer.
+package client
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"time"
+
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+)
+
+// maxAnswer bounds an answer, in bytes: gRPC's own bound.
+const maxAnswer = 4 << 20
+
+// Client asks one key provider. It is safe for concurrent use.
+type Client struct {
+	call func(ctx context.Context, method string, input []byte) ([]byte, error)
+}
+
+// New returns a client of the key provider that attrs describe. Nothing is
+// connected to or started before the first request.
+func New(attrs keyproviderconfig.KeyProviderAttrs) (*Client, error) {
+	switch {
+	case attrs.Command != nil:
+		command := *attrs.Command
+		if command.Path == "" {
+			return nil, errors.New("its cmd has no path")
+		}
+		return &Client{func(ctx context.Context, _ string, input []byte) ([]byte, error) {
+			return run(ctx, command, input)
+		}}, nil
+	case attrs.Grpc != "":
+		conf, err := tlsConfig(attrs.GrpcTLS)
+		if err != nil {
+			return nil, err
+		}
+		s, err := newServer(attrs.Grpc, conf)
+		if err != nil {
+			return nil, err
+		}
+		return &Client{s.call}, nil
+	}
+	return nil, errors.New("it has neither cmd nor grpc")
+}
+
+// WrapKey passes on a keywrap request, in the JSON of ocicrypt's key provider
+// protocol, and returns the answer. The error is what the key provider said, or
+// why it could not be asked.
+func (c *Client) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	return c.call(ctx, "/keyprovider.KeyProviderService/WrapKey", input)
+}
+
+// UnwrapKey is WrapKey for a keyunwrap request.
+func (c *Client) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	return c.call(ctx, "/keyprovider.KeyProviderService/UnWrapKey", input)
+}
+
+// closeWithin is how long what an executable leaves running may hold its
+// output open.
+const closeWithin = time.Second
+
+// run asks a key provider that is an executable.
+func run(ctx context.Context, command keyproviderconfig.Command, input []byte) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, command.Path, command.Args...)
+	cmd.WaitDelay = closeWithin
+	cmd.Stdin = bytes.NewReader(input)
+	answer, said := &limited{left: maxAnswer}, &limited{left: maxSaid}
+	cmd.Stdout, cmd.Stderr = answer, said
+	err := cmd.Run()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", command.Path, err)
+		if said := bytes.TrimSpace(said.kept); len(said) > 0 {
+			err = fmt.Errorf("%w: %s", err, said)
+		}
+		return nil, err
+	}
+	if answer.left < 0 {
+		return nil, fmt.Errorf("%s answers more than %d bytes", command.Path, maxAnswer)
+	}
+	return answer.kept, nil
+}
+
+// maxSaid bounds what is told of an executable's standard error, in bytes.
+const maxSaid = 4096
+
+// limited keeps what is written to it until that is too much.
+type limited struct {
+	kept []byte
+	left int // negative if more was written
+}
+
+func (l *limited) Write(p []byte) (int, error) {
+	if l.left -= len(p); l.left >= 0 {
+		l.kept = append(l.kept, p...)
+	}
+	return len(p), nil
+}
+
+// tlsConfig returns the TLS that an ocicrypt.conf asks for; nil for none.
+func tlsConfig(attrs *keyproviderconfig.GrpcTLS) (*tls.Config, error) {
+	if attrs == nil {
+		return nil, nil
+	}
+	conf := &tls.Config{ServerName: attrs.ServerName, InsecureSkipVerify: attrs.InsecureSkipVerify}
+	if attrs.RootCAFile != "" {
+		pem, err := os.ReadFile(attrs.RootCAFile)
+		if err != nil {
+			return nil, fmt.Errorf("root-ca-file: %w", err)
+		}
+		conf.RootCAs = x509.NewCertPool()
+		if !conf.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("root-ca-file: %s holds no certificate", attrs.RootCAFile)
+		}
+	}
+	if attrs.CertFile != "" || attrs.KeyFile != "" {
+		pair, err := tls.LoadX509KeyPair(attrs.CertFile, attrs.KeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("cert-file and key-file: %w", err)
+		}
+		conf.Certificates = []tls.Certificate{pair}
+	}
+	return conf, nil
+}

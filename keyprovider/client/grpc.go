@@ -1,0 +1,140 @@
+package client
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+
+	"github.com/ctrlplane/pilot/wire"
+)
+
+// server is a gRPC server whose methods take and return one message each:
+// https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
+type server struct {
+	target           string // as it was given
+	network, address string
+	authority        string
+	tls              *tls.Config // nil: none
+}
+
+// newServer returns the server at a target as gRPC names them: unix:PATH,
+// unix:///PATH, unix-abstract:NAME, HOST:PORT, dns:HOST:PORT, dns:///HOST:PORT or
+// the latter two with passthrough.
+func newServer(target string, conf *tls.Config) (*server, error) {
+	s := &server{target: target, network: "unix", authority: "localhost"}
+	if path, ok := strings.CutPrefix(target, "unix:"); ok {
+		s.address = strings.TrimPrefix(path, "//")
+	} else if name, ok := strings.CutPrefix(target, "unix-abstract:"); ok {
+		s.address = "@" + name
+	} else {
+		s.network = "tcp"
+		s.address = target
+		for _, scheme := range []string{"dns:", "passthrough:"} {
+			if rest, ok := strings.CutPrefix(target, scheme); ok {
+				s.address = strings.TrimPrefix(rest, "///")
+			}
+		}
+		host, _, err := net.SplitHostPort(s.address)
+		if err != nil {
+			return nil, fmt.Errorf("grpc %q is not unix:///PATH or HOST:PORT", target)
+		}
+		s.authority = s.address
+		if conf != nil && conf.ServerName == "" {
+			conf.ServerName = host
+		}
+	}
+	if conf != nil {
+		if conf.ServerName == "" {
+			conf.ServerName = s.authority
+		}
+		conf.NextProtos = []string{"h2"}
+		s.tls = conf
+	}
+	return s, nil
+}
+
+// call calls a method whose messages have one field, the first, of type bytes.
+func (s *server) call(ctx context.Context, method string, input []byte) ([]byte, error) {
+	answer, err := s.unary(ctx, method, wire.AppendField(nil, 1, input))
+	if err == nil {
+		answer, err = wire.Field(answer, 1)
+	}
+	if status := new(statusError); err != nil && !errors.As(err, &status) {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, fmt.Errorf("key provider at %s: %w", s.target, err)
+	}
+	return answer, err
+}
+
+// messageHeader is the size of what precedes a message: whether it is
+// compressed, which it never is here, and its length.
+const messageHeader = 5
+
+// unary connects, makes one call and closes the connection. A key provider that
+// was restarted meanwhile makes no difference, then.
+func (s *server) unary(ctx context.Context, method string, message []byte) ([]byte, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, s.network, s.address)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	if s.tls != nil {
+		secured := tls.Client(conn, s.tls)
+		if err := secured.HandshakeContext(ctx); err != nil {
+			return nil, err
+		}
+		if secured.ConnectionState().NegotiatedProtocol != "h2" {
+			return nil, errors.New("it does not speak HTTP/2")
+		}
+		conn = secured
+	}
+	scheme := "http"
+	if s.tls != nil {
+		scheme = "https"
+	}
+	body := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))
+	resp, err := roundTrip(conn, []field{
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: s.authority},
+		{Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"}, {Name: "user-agent", Value: "pilot"},
+	}, append(body, message...))
+	if err != nil {
+		return nil, err
+	}
+	if status, kind := resp.header[":status"], resp.header["content-type"]; status != "200" || !strings.HasPrefix(kind, "application/grpc") {
+		return nil, fmt.Errorf("it does not speak gRPC: HTTP status %.10q, content type %.60q", status, kind)
+	}
+	if code := resp.header["grpc-status"]; code != "0" {
+		return nil, newStatusError(code, resp.header["grpc-message"])
+	}
+	answer := resp.body
+	if len(answer) < messageHeader || answer[0] != 0 || int(binary.BigEndian.Uint32(answer[1:])) != len(answer)-messageHeader {
+		return nil, errors.New("its answer is not one gRPC message")
+	}
+	return answer[messageHeader:], nil
+}
+
+// statusError is what the key provider says is wrong.
+type statusError struct{ message string }
+
+func (e *statusError) Error() string { return e.message }
+
+func newStatusError(code, message string) error {
+	if code == "" {
+		return errors.New("its answer ends without a status")
+	}
+	if s, err := url.PathUnescape(message); err == nil {
+		message = s
+	}
+	if message == "" {
+		message = "the key provider says gRPC status " + code
+	}
+	return &statusError{strings.ToValidUTF8(message, "\uFFFD")}
+}

@@ -1,0 +1,173 @@
+package processor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"github.com/containers/ocicrypt/config"
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+
+	"github.com/ctrlplane/pilot/keyprovider/client"
+)
+
+// KeyProvider wraps and unwraps layer keys for others. Requests and answers are
+// the JSON of ocicrypt's key provider protocol:
+// https://github.com/containers/ocicrypt/blob/main/docs/keyprovider.md.
+type KeyProvider interface {
+	WrapKey(ctx context.Context, input []byte) ([]byte, error)
+	UnwrapKey(ctx context.Context, input []byte) ([]byte, error)
+}
+
+// providers are those that are known, by name.
+var providers struct {
+	mu     sync.Mutex
+	byName map[string]KeyProvider
+}
+
+// RegisterKeyProvider makes p answer for the key provider of that name, whatever
+// was registered for it before.
+func RegisterKeyProvider(name string, p KeyProvider) {
+	providers.mu.Lock()
+	defer providers.mu.Unlock()
+	if providers.byName == nil {
+		providers.byName = make(map[string]KeyProvider)
+	}
+	providers.byName[name] = p
+}
+
+// RegisterKeyProviders registers the key providers of an ocicrypt.conf. Those of
+// the file that $OCICRYPT_KEYPROVIDER_CONFIG names are known without.
+func RegisterKeyProviders(file string) error {
+	all, err := readProviders(file)
+	for name, p := range all {
+		RegisterKeyProvider(name, p)
+	}
+	return err
+}
+
+// fromEnvironment are the key providers that ocicrypt knows by itself.
+var fromEnvironment = sync.OnceValues(func() (map[string]KeyProvider, error) {
+	file := os.Getenv(keyproviderconfig.ENVVARNAME)
+	if file == "" {
+		return nil, nil
+	}
+	return readProviders(file)
+})
+
+func readProviders(file string) (map[string]KeyProvider, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var conf keyproviderconfig.OcicryptConfig
+	if err := json.Unmarshal(b, &conf); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	all := make(map[string]KeyProvider)
+	for name, attrs := range conf.KeyProviderConfig {
+		c, err := client.New(attrs)
+		if err != nil {
+			all[name] = broken{fmt.Errorf("%s: %w", file, err)}
+			continue
+		}
+		all[name] = c
+	}
+	return all, nil
+}
+
+// broken is a key provider whose configuration makes no sense, which is nobody's
+// concern who does not need it.
+type broken struct{ err error }
+
+func (b broken) WrapKey(context.Context, []byte) ([]byte, error) { return nil, b.err }
+
+func (b broken) UnwrapKey(context.Context, []byte) ([]byte, error) { return nil, b.err }
+
+// provider returns the key provider of that name.
+func provider(name string) (KeyProvider, error) {
+	providers.mu.Lock()
+	p := providers.byName[name]
+	providers.mu.Unlock()
+	if p != nil {
+		return p, nil
+	}
+	all, err := fromEnvironment()
+	if p := all[name]; p != nil {
+		return p, nil
+	}
+	missing := fmt.Errorf("key provider %.60q is not configured: name it in the file that $%s points to", name, keyproviderconfig.ENVVARNAME)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", missing, err)
+	}
+	return nil, missing
+}
+
+// providerWrapper has a key provider wrap and unwrap. It is told the parameters
+// that are meant for it and no others.
+type providerWrapper struct {
+	name     string
+	provider KeyProvider
+}
+
+// request and answer are what is used of the protocol.
+type request struct {
+	Op     string        `json:"op"`
+	Wrap   *wrapParams   `json:"keywrapparams,omitempty"`
+	Unwrap *unwrapParams `json:"keyunwrapparams,omitempty"`
+}
+
+type wrapParams struct {
+	Ec       *config.EncryptConfig `json:"ec"`
+	OptsData []byte                `json:"optsdata"`
+}
+
+type unwrapParams struct {
+	Dc         *config.DecryptConfig `json:"dc"`
+	Annotation []byte                `json:"annotation"`
+}
+
+type answer struct {
+	Wrap struct {
+		Annotation []byte `json:"annotation"`
+	} `json:"keywrapresults"`
+	Unwrap struct {
+		OptsData []byte `json:"optsdata"`
+	} `json:"keyunwrapresults"`
+}
+
+func (w providerWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
+	own := &config.EncryptConfig{Parameters: map[string][][]byte{w.name: ec.Parameters[w.name]}}
+	out, err := ask(ctx, w.provider.WrapKey, request{Op: "keywrap", Wrap: &wrapParams{own, private}})
+	return out.Wrap.Annotation, err
+}
+
+func (w providerWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
+	own := &config.DecryptConfig{}
+	if params := dc.Parameters[w.name]; len(params) > 0 {
+		own.Parameters = map[string][][]byte{w.name: params}
+	}
+	out, err := ask(ctx, w.provider.UnwrapKey, request{Op: "keyunwrap", Unwrap: &unwrapParams{own, wrapped}})
+	return out.Unwrap.OptsData, err
+}
+
+func ask(ctx context.Context, call func(context.Context, []byte) ([]byte, error), r request) (answer, error) {
+	input, err := json.Marshal(r)
+	if err != nil {
+		return answer{}, err
+	}
+	b, err := call(ctx, input)
+	if err != nil {
+		return answer{}, err
+	}
+	defer clear(b)
+	var out answer
+	if json.Unmarshal(b, &out) != nil {
+		// The error of encoding/json may quote its input, which holds keys.
+		return answer{}, errors.New("its answer is not the JSON of ocicrypt's key provider protocol")
+	}
+	return out, nil
+}
