@@ -113,11 +113,12 @@ type providerWrapper struct {
 	provider KeyProvider
 }
 
-// request and answer are what is used of the protocol.
+// request and answer are the protocol's. Some key providers want the members
+// of a request that it does not use, too, as ocicrypt sends them: with nulls.
 type request struct {
-	Op     string        `json:"op"`
-	Wrap   *wrapParams   `json:"keywrapparams,omitempty"`
-	Unwrap *unwrapParams `json:"keyunwrapparams,omitempty"`
+	Op     string       `json:"op"`
+	Wrap   wrapParams   `json:"keywrapparams"`
+	Unwrap unwrapParams `json:"keyunwrapparams"`
 }
 
 type wrapParams struct {
@@ -139,9 +140,11 @@ type answer struct {
 	} `json:"keyunwrapresults"`
 }
 
+func (providerWrapper) possible(*config.DecryptConfig) bool { return true }
+
 func (w providerWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
 	own := &config.EncryptConfig{Parameters: map[string][][]byte{w.name: ec.Parameters[w.name]}}
-	out, err := ask(ctx, w.provider.WrapKey, request{Op: "keywrap", Wrap: &wrapParams{own, private}})
+	out, err := ask(ctx, w.provider.WrapKey, request{Op: "keywrap", Wrap: wrapParams{own, private}})
 	return out.Wrap.Annotation, err
 }
 
@@ -150,7 +153,7 @@ func (w providerWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, w
 	if params := dc.Parameters[w.name]; len(params) > 0 {
 		own.Parameters = map[string][][]byte{w.name: params}
 	}
-	out, err := ask(ctx, w.provider.UnwrapKey, request{Op: "keyunwrap", Unwrap: &unwrapParams{own, wrapped}})
+	out, err := ask(ctx, w.provider.UnwrapKey, request{Op: "keyunwrap", Unwrap: unwrapParams{own, wrapped}})
 	return out.Unwrap.OptsData, err
 }
 

@@ -39,6 +39,9 @@ const providerScheme = "provider."
 
 // wrapper wraps and unwraps a layer key in one way.
 type wrapper interface {
+	// possible reports whether one of the keys in dc may serve. It has to be
+	// asked before unwrap.
+	possible(dc *config.DecryptConfig) bool
 	wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error)
 	unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error)
 }
@@ -72,13 +75,10 @@ func (w keyWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private 
 }
 
 func (w keyWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
-	if w.NoPossibleKeys(dc.Parameters) {
-		return nil, errNoPrivateKey
-	}
 	return await(ctx, func() ([]byte, error) { return w.UnwrapKey(dc, wrapped) })
 }
 
-var errNoPrivateKey = errors.New("no private key was given")
+func (w keyWrapper) possible(dc *config.DecryptConfig) bool { return !w.NoPossibleKeys(dc.Parameters) }
 
 // Wrap wraps the layer key for each recipient in ec and returns the
 // annotations that hold it. annotations are those that the layer's descriptor
@@ -162,6 +162,10 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 			reasons = append(reasons, err)
 			continue
 		}
+		if !w.possible(dc) {
+			reasons = append(reasons, fmt.Errorf("%s: no private key was given", scheme))
+			continue
+		}
 		private, err := unwrapOne(ctx, w, dc, desc.Annotations[annotationKeysPrefix+scheme], &left)
 		if err == nil {
 			var key *LayerKey
@@ -207,9 +211,6 @@ func unwrapOne(ctx context.Context, w wrapper, dc *config.DecryptConfig, annotat
 		private, err := w.unwrap(ctx, dc, b)
 		if err == nil && len(private) > 0 {
 			return private, nil
-		}
-		if err == errNoPrivateKey {
-			return nil, err // for none of them
 		}
 		if err == nil {
 			err = errors.New("it returned no layer key")

@@ -16,6 +16,7 @@ import (
 
 	"github.com/containers/ocicrypt/blockcipher"
 	"github.com/containers/ocicrypt/config"
+	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -127,6 +128,43 @@ func register(t *testing.T, conf string) {
 	}
 	if err := RegisterKeyProviders(file); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestRequests compares what a key provider is sent with what ocicrypt sends.
+func TestRequests(t *testing.T) {
+	for _, r := range []struct {
+		ours   request
+		theirs protocol.KeyProviderKeyWrapProtocolInput
+	}{
+		{request{Op: "keywrap", Wrap: wrapParams{&config.EncryptConfig{}, []byte("key")}}, protocol.KeyProviderKeyWrapProtocolInput{
+			Operation: protocol.OpKeyWrap, KeyWrapParams: protocol.KeyWrapParams{Ec: &config.EncryptConfig{}, OptsData: []byte("key")}}},
+		{request{Op: "keyunwrap", Unwrap: unwrapParams{&config.DecryptConfig{}, []byte("{}")}}, protocol.KeyProviderKeyWrapProtocolInput{
+			Operation: protocol.OpKeyUnwrap, KeyUnwrapParams: protocol.KeyUnwrapParams{Dc: &config.DecryptConfig{}, Annotation: []byte("{}")}}},
+	} {
+		ours, err := json.Marshal(r.ours)
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := json.Marshal(r.theirs)
+		if err != nil || string(ours) != string(theirs) {
+			t.Errorf("%s\nwant %s, %v", ours, theirs, err)
+		}
+	}
+}
+
+// TestOtherRecipients unwraps with a key provider for a layer that somebody has
+// given very many recipients for whom there is no key.
+func TestOtherRecipients(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "provider")
+	writeScript(t, script, `echo '{"keyunwrapresults": {"optsdata": "e30="}}'`)
+	register(t, `{"key-providers": {"late": {"cmd": {"path": "`+script+`"}}}}`)
+	_, err := Unwrap(t.Context(), &config.DecryptConfig{}, ocispec.Descriptor{Annotations: map[string]string{
+		"org.opencontainers.image.enc.keys.jwe":           strings.Repeat("!,", 100),
+		"org.opencontainers.image.enc.keys.provider.late": "e30=",
+	}})
+	if err == nil || !strings.Contains(err.Error(), "provider.late: annotation org.opencontainers.image.enc.pubopts is missing") {
+		t.Errorf("the key provider was not asked: %v", err)
 	}
 }
 

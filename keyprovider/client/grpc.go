@@ -85,7 +85,8 @@ func (s *server) unary(ctx context.Context, method string, message []byte) ([]by
 		return nil, err
 	}
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	raw := conn
+	defer context.AfterFunc(ctx, func() { raw.Close() })()
 	if s.tls != nil {
 		secured := tls.Client(conn, s.tls)
 		if err := secured.HandshakeContext(ctx); err != nil {
