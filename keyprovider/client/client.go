@@ -1,13 +1,15 @@
 // Package client asks key providers that speak ocicrypt's protocol, over gRPC
 // or as executables, as an ocicrypt.conf names them.
 //
-// It does what ocicrypt's own client does, but for two things: a request ends
-// when its context does, and it does without the packages of gRPC, which take
-// longer to start than a stream processor has work with a small layer.
+// It stands in for ocicrypt's own client. A request ends when its context does,
+// and it does without the packages of gRPC, which take longer to start than a
+// stream processor has work with a small layer. It connects directly: $HTTPS_PROXY
+// and targets with an authority, which name a DNS server, are not supported.
 package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -41,11 +43,7 @@ func New(attrs keyproviderconfig.KeyProviderAttrs) (*Client, error) {
 			return run(ctx, command, input)
 		}}, nil
 	case attrs.Grpc != "":
-		conf, err := tlsConfig(attrs.GrpcTLS)
-		if err != nil {
-			return nil, err
-		}
-		s, err := newServer(attrs.Grpc, conf)
+		s, err := newServer(attrs.Grpc, attrs.GrpcTLS)
 		if err != nil {
 			return nil, err
 		}
@@ -75,11 +73,14 @@ func run(ctx context.Context, command keyproviderconfig.Command, input []byte) (
 	cmd := exec.CommandContext(ctx, command.Path, command.Args...)
 	cmd.WaitDelay = closeWithin
 	cmd.Stdin = bytes.NewReader(input)
-	answer, said := &limited{left: maxAnswer}, &limited{left: maxSaid}
+	answer, said := new(answerBuffer), new(tail)
 	cmd.Stdout, cmd.Stderr = answer, said
 	err := cmd.Run()
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
+	}
+	if errors.Is(err, exec.ErrWaitDelay) {
+		err = nil // it succeeded, and left something running, such as an agent
 	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w", command.Path, err)
@@ -88,34 +89,41 @@ func run(ctx context.Context, command keyproviderconfig.Command, input []byte) (
 		}
 		return nil, err
 	}
-	if answer.left < 0 {
+	if len(answer.kept) > maxAnswer {
 		return nil, fmt.Errorf("%s answers more than %d bytes", command.Path, maxAnswer)
 	}
 	return answer.kept, nil
 }
 
-// maxSaid bounds what is told of an executable's standard error, in bytes.
-const maxSaid = 4096
+// answerBuffer keeps an answer, and a byte more of one that is too long.
+type answerBuffer struct{ kept []byte }
 
-// limited keeps what is written to it until that is too much.
-type limited struct {
-	kept []byte
-	left int // negative if more was written
-}
-
-func (l *limited) Write(p []byte) (int, error) {
-	if l.left -= len(p); l.left >= 0 {
-		l.kept = append(l.kept, p...)
-	}
+func (a *answerBuffer) Write(p []byte) (int, error) {
+	a.kept = append(a.kept, p[:min(len(p), maxAnswer+1-len(a.kept))]...)
 	return len(p), nil
 }
 
-// tlsConfig returns the TLS that an ocicrypt.conf asks for; nil for none.
-func tlsConfig(attrs *keyproviderconfig.GrpcTLS) (*tls.Config, error) {
-	if attrs == nil {
-		return nil, nil
+// maxSaid bounds what is told of an executable's standard error, in bytes: of
+// its end, which is where the cause is.
+const maxSaid = 4096
+
+// tail keeps the end of what is written to it.
+type tail struct{ kept []byte }
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.kept = append(t.kept, p...)
+	t.kept = t.kept[max(0, len(t.kept)-maxSaid):]
+	return len(p), nil
+}
+
+// tlsConfig reads the files of the TLS that an ocicrypt.conf asks for, of a
+// server on host.
+func tlsConfig(attrs *keyproviderconfig.GrpcTLS, host string) (*tls.Config, error) {
+	conf := &tls.Config{
+		ServerName:         cmp.Or(attrs.ServerName, host),
+		InsecureSkipVerify: attrs.InsecureSkipVerify,
+		NextProtos:         []string{"h2"},
 	}
-	conf := &tls.Config{ServerName: attrs.ServerName, InsecureSkipVerify: attrs.InsecureSkipVerify}
 	if attrs.RootCAFile != "" {
 		pem, err := os.ReadFile(attrs.RootCAFile)
 		if err != nil {

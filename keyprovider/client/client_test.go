@@ -111,6 +111,31 @@ func TestTargets(t *testing.T) {
 		serve(t, l)
 		works(t, newClient(t, keyproviderconfig.KeyProviderAttrs{Grpc: target}))
 	}
+	for target, want := range map[string]string{
+		"unix:relative/s":       "unix relative/s localhost",
+		"unix:///dir/s%20p":     "unix /dir/s p localhost",
+		"unix-abstract:///name": "unix @/name localhost",
+		"DNS:///example.com:1":  "tcp example.com:1 example.com",
+		"dns:/example.com:1":    "tcp example.com:1 example.com",
+		"dns:///example.com":    "tcp example.com:443 example.com",
+		":50051":                "tcp localhost:50051 localhost",
+		"[::1]:50051":           "tcp [::1]:50051 ::1",
+		"localhost:50051":       "tcp localhost:50051 localhost",
+		"dns://8.8.8.8/a:1":     `grpc "dns://8.8.8.8/a:1": an authority (8.8.8.8) is not supported: use dns:///a:1`,
+		"unix://run/s":          `grpc "unix://run/s": an authority (run) is not supported: use unix:///s`,
+		"unix:":                 `grpc "unix:" names no place`,
+		"example.com":           `grpc "example.com" is not unix:///PATH or HOST:PORT`,
+	} {
+		var got string
+		if s, err := newServer(target, nil); err != nil {
+			got = err.Error()
+		} else {
+			got = s.network + " " + s.address + " " + s.host
+		}
+		if got != want {
+			t.Errorf("%s: %s, want %s", target, got, want)
+		}
+	}
 }
 
 func TestErrors(t *testing.T) {
@@ -225,14 +250,34 @@ func TestTLS(t *testing.T) {
 			t.Errorf("%v, want %q", err, want)
 		}
 	}
+	// A certificate that is replaced serves from then on.
+	rotated := newClient(t, as(keyproviderconfig.GrpcTLS{RootCAFile: ca.File, CertFile: own.Cert + ".new", KeyFile: own.Key}))
+	if _, err := rotated.WrapKey(t.Context(), nil); err == nil {
+		t.Error("no certificate yet: no error")
+	}
+	if err := os.Rename(own.Cert, own.Cert+".new"); err != nil {
+		t.Fatal(err)
+	}
+	works(t, rotated)
 	for want, conf := range map[string]keyproviderconfig.GrpcTLS{
 		"root-ca-file: open /nonexistent":   {RootCAFile: "/nonexistent"},
 		"holds no certificate":              {RootCAFile: own.Key},
 		"cert-file and key-file: open : no": {KeyFile: own.Key},
 	} {
-		if _, err := New(as(conf)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := newClient(t, as(conf)).WrapKey(t.Context(), nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
+	}
+}
+
+// TestTLSHangs has a server accept and never say a word.
+func TestTLSHangs(t *testing.T) {
+	l := listen(t, "tcp", "127.0.0.1:0")
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	c := newClient(t, keyproviderconfig.KeyProviderAttrs{Grpc: l.Addr().String(), GrpcTLS: &keyproviderconfig.GrpcTLS{}})
+	if _, err := c.WrapKey(ctx, nil); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("no answer: %v", err)
 	}
 }
 
@@ -242,6 +287,12 @@ func TestCommand(t *testing.T) {
 		return newClient(t, keyproviderconfig.KeyProviderAttrs{Command: &keyproviderconfig.Command{Path: "/bin/sh", Args: []string{"-c", script}}})
 	}
 	works(t, command("printf 'wrapped '; exec cat"))
+	if out, err := command("sleep 5 & echo answer").UnwrapKey(t.Context(), nil); err != nil || string(out) != "answer\n" {
+		t.Errorf("it leaves a child: %q, %v", out, err)
+	}
+	if _, err := command("head -c 9000 /dev/zero | tr '\\0' x >&2; echo the cause >&2; exit 1").UnwrapKey(t.Context(), nil); err == nil || !strings.HasSuffix(err.Error(), "xxx"+"the cause") || len(err.Error()) > maxSaid+100 {
+		t.Errorf("it says much: %.100v", err)
+	}
 	for script, want := range map[string]string{
 		"echo why >&2; exit 3":      "/bin/sh: exit status 3: why",
 		"exit 3":                    "/bin/sh: exit status 3",

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
@@ -10,6 +11,8 @@ import (
 	"net/url"
 	"strings"
 
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+
 	"github.com/ctrlplane/pilot/wire"
 )
 
@@ -18,44 +21,64 @@ import (
 type server struct {
 	target           string // as it was given
 	network, address string
-	authority        string
-	tls              *tls.Config // nil: none
+	host             string                     // that its certificate has to be for
+	tls              *keyproviderconfig.GrpcTLS // nil: none
 }
 
-// newServer returns the server at a target as gRPC names them: unix:PATH,
-// unix:///PATH, unix-abstract:NAME, HOST:PORT, dns:HOST:PORT, dns:///HOST:PORT or
-// the latter two with passthrough.
-func newServer(target string, conf *tls.Config) (*server, error) {
-	s := &server{target: target, network: "unix", authority: "localhost"}
-	if path, ok := strings.CutPrefix(target, "unix:"); ok {
-		s.address = strings.TrimPrefix(path, "//")
-	} else if name, ok := strings.CutPrefix(target, "unix-abstract:"); ok {
-		s.address = "@" + name
-	} else {
-		s.network = "tcp"
-		s.address = target
-		for _, scheme := range []string{"dns:", "passthrough:"} {
-			if rest, ok := strings.CutPrefix(target, scheme); ok {
-				s.address = strings.TrimPrefix(rest, "///")
-			}
+// newServer returns the server at a target as gRPC names them
+// (https://github.com/grpc/grpc/blob/master/doc/naming.md): unix:PATH,
+// unix:///PATH, unix-abstract:NAME, HOST:PORT, dns:HOST:PORT or dns:///HOST:PORT,
+// or with passthrough for dns.
+func newServer(target string, conf *keyproviderconfig.GrpcTLS) (*server, error) {
+	s := &server{target: target, network: "unix", host: "localhost", tls: conf}
+	u, err := url.Parse(target)
+	if err != nil {
+		u = &url.URL{} // such as an IP address and a port
+	}
+	place := cmp.Or(u.Path, u.Opaque)
+	switch u.Scheme {
+	case "unix", "unix-abstract", "dns", "passthrough":
+		if u.Host != "" {
+			return nil, fmt.Errorf("grpc %q: an authority (%s) is not supported: use %s:///%s", target, u.Host, u.Scheme, strings.TrimPrefix(place, "/"))
 		}
-		host, _, err := net.SplitHostPort(s.address)
-		if err != nil {
+		if place == "" {
+			return nil, fmt.Errorf("grpc %q names no place", target)
+		}
+	}
+	switch u.Scheme {
+	case "unix":
+		s.address = place
+		return s, nil
+	case "unix-abstract":
+		s.address = "@" + place
+		return s, nil
+	case "dns", "passthrough":
+		s.address = strings.TrimPrefix(place, "/")
+	default:
+		s.address = target
+	}
+	s.network = "tcp"
+	host, port, err := net.SplitHostPort(s.address)
+	if err != nil {
+		// gRPC's default.
+		if host, port, err = net.SplitHostPort(s.address + ":443"); err != nil || u.Scheme == "" {
 			return nil, fmt.Errorf("grpc %q is not unix:///PATH or HOST:PORT", target)
 		}
-		s.authority = s.address
-		if conf != nil && conf.ServerName == "" {
-			conf.ServerName = host
-		}
 	}
-	if conf != nil {
-		if conf.ServerName == "" {
-			conf.ServerName = s.authority
-		}
-		conf.NextProtos = []string{"h2"}
-		s.tls = conf
-	}
+	s.host = cmp.Or(host, "localhost")
+	s.address = net.JoinHostPort(s.host, port)
 	return s, nil
+}
+
+// authority returns what a request says whom it is for.
+func (s *server) authority() string {
+	switch {
+	case s.tls != nil && s.tls.ServerName != "":
+		return s.tls.ServerName
+	case s.network == "unix":
+		return "localhost"
+	}
+	return s.address
 }
 
 // call calls a method whose messages have one field, the first, of type bytes.
@@ -78,32 +101,32 @@ func (s *server) call(ctx context.Context, method string, input []byte) ([]byte,
 const messageHeader = 5
 
 // unary connects, makes one call and closes the connection. A key provider that
-// was restarted meanwhile makes no difference, then.
+// was restarted, or a certificate that was replaced, makes no difference, then.
 func (s *server) unary(ctx context.Context, method string, message []byte) ([]byte, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, s.network, s.address)
+	raw, err := new(net.Dialer).DialContext(ctx, s.network, s.address)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close()
-	raw := conn
+	defer raw.Close()
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
+	conn, scheme := raw, "http"
 	if s.tls != nil {
-		secured := tls.Client(conn, s.tls)
+		conf, err := tlsConfig(s.tls, s.host)
+		if err != nil {
+			return nil, err
+		}
+		secured := tls.Client(raw, conf)
 		if err := secured.HandshakeContext(ctx); err != nil {
 			return nil, err
 		}
 		if secured.ConnectionState().NegotiatedProtocol != "h2" {
 			return nil, errors.New("it does not speak HTTP/2")
 		}
-		conn = secured
-	}
-	scheme := "http"
-	if s.tls != nil {
-		scheme = "https"
+		conn, scheme = secured, "https"
 	}
 	body := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))
 	resp, err := roundTrip(conn, []field{
-		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: s.authority},
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: s.authority()},
 		{Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"}, {Name: "user-agent", Value: "pilot"},
 	}, append(body, message...))
 	if err != nil {
