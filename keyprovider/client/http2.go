@@ -52,6 +52,7 @@ const (
 	defaultWindow = 65535
 	maxFrame      = 16384 // bytes, that everybody has to take
 	maxHeader     = 64 << 10
+	maxFields     = 100 // that are kept
 	streamID      = 1
 )
 
@@ -87,7 +88,6 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 	var block sliceWriter
 	encoder := hpack.NewEncoder(&block)
 	for _, f := range header {
-		f.Sensitive = false
 		encoder.WriteField(f)
 	}
 	x.frame(frameHeaders, flagEndHeaders, streamID, block)
@@ -98,7 +98,7 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
-	if err != nil && !x.done {
+	if err != nil {
 		return nil, err
 	}
 	return &x.response, nil
@@ -129,7 +129,8 @@ func (x *exchange) frame(kind, flags byte, stream uint32, payload ...[]byte) {
 }
 
 // send sends the body, as the other side has room for it. If that answers
-// before it has read all, so be it.
+// before it has read all, and says so before it has given room for more, the
+// rest is not sent. One that gives room and reads no more is waited for.
 func (x *exchange) send(body []byte) error {
 	for first := true; len(body) > 0 || first; first = false {
 		n := int(min(int64(len(body)), int64(x.maxFrame), x.streamWindow, x.connWindow))
@@ -176,6 +177,12 @@ func (x *exchange) receive() error {
 		return errMalformed
 	}
 	switch kind {
+	case frameHeaders, frameContinuation, frameData, frameReset:
+		if stream != streamID {
+			return errMalformed // we have begun no other
+		}
+	}
+	switch kind {
 	case frameSettings:
 		return x.settings(flags, payload)
 	case framePing:
@@ -187,9 +194,10 @@ func (x *exchange) receive() error {
 			return errMalformed
 		}
 		n := int64(binary.BigEndian.Uint32(payload) &^ (1 << 31))
-		if stream == 0 {
+		switch stream {
+		case 0:
 			x.connWindow += n
-		} else {
+		case streamID:
 			x.streamWindow += n
 		}
 	case frameGoAway:
@@ -224,6 +232,10 @@ func (x *exchange) receive() error {
 		x.block = append(x.block, payload...)
 		return x.headerBlock(flags)
 	case frameData:
+		if x.header[":status"] == "" {
+			return errMalformed
+		}
+		defer clear(payload) // it holds a key, and is copied
 		payload, err := unpadded(flags, payload)
 		if err != nil {
 			return err
@@ -286,7 +298,7 @@ func (x *exchange) headerBlock(flags byte) error {
 }
 
 func (x *exchange) headerField(f hpack.HeaderField) {
-	if len(x.header) < 100 {
+	if _, known := x.header[f.Name]; known || len(x.header) < maxFields {
 		x.header[f.Name] = f.Value
 	}
 }
