@@ -23,6 +23,7 @@ func Exec(ctx context.Context, p interface {
 	if err != nil {
 		return fmt.Errorf("read the request: %w", err)
 	}
+	defer clear(input)
 	if len(input) > maxInput {
 		return fmt.Errorf("%w: it has more than %d bytes", ErrInput, maxInput)
 	}

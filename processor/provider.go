@@ -166,6 +166,7 @@ func ask(ctx context.Context, call func(context.Context, []byte) ([]byte, error)
 	if err != nil {
 		return answer{}, err
 	}
+	clear(input) // which nobody reads any more
 	defer clear(b)
 	var out answer
 	if json.Unmarshal(b, &out) != nil {

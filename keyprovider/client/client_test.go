@@ -225,6 +225,27 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestNoAnswer asks a key provider that closes its first connection.
+func TestNoAnswer(t *testing.T) {
+	l := listen(t, "tcp", "127.0.0.1:0")
+	first := make(chan error, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			err = conn.Close()
+		}
+		first <- err
+		server := grpc.NewServer()
+		pb.RegisterKeyProviderServiceServer(server, &service{})
+		t.Cleanup(server.Stop)
+		server.Serve(l)
+	}()
+	works(t, newClient(t, keyproviderconfig.KeyProviderAttrs{Grpc: l.Addr().String()}))
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestTLS(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	server, own := ca.Issue(t, x509.Certificate{}), ca.Issue(t, x509.Certificate{})

@@ -83,7 +83,12 @@ func (s *server) authority() string {
 
 // call calls a method whose messages have one field, the first, of type bytes.
 func (s *server) call(ctx context.Context, method string, input []byte) ([]byte, error) {
-	answer, err := s.unary(ctx, method, wire.AppendField(nil, 1, input))
+	message := wire.AppendField(nil, 1, input)
+	answer, err := s.unary(ctx, method, message)
+	if errors.Is(err, errNoAnswer) {
+		answer, err = s.unary(ctx, method, message) // as gRPC does: once
+	}
+	clear(message)
 	if err == nil {
 		answer, err = wire.Field(answer, 1)
 	}

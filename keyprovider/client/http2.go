@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 
 	"golang.org/x/net/http2/hpack"
 )
@@ -77,7 +78,7 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 	x := &exchange{
 		r: bufio.NewReaderSize(conn, maxFrame), w: bufio.NewWriterSize(conn, maxFrame),
 		streamWindow: defaultWindow, connWindow: defaultWindow, initialWindow: defaultWindow, maxFrame: maxFrame,
-		response: response{header: map[string]string{}},
+		response: response{header: map[string]string{"grpc-status": "", "grpc-message": ""}}, // which always fit
 	}
 	x.headers = hpack.NewDecoder(4096, x.headerField)
 	x.headers.SetMaxStringLength(maxHeader)
@@ -98,11 +99,18 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
+	if err != nil && x.header[":status"] == "" && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)) {
+		err = fmt.Errorf("%w: %w", errNoAnswer, err)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return &x.response, nil
 }
+
+// errNoAnswer is the error of a connection that ended before the answer began,
+// as with a server that is being restarted.
+var errNoAnswer = errors.New("it closed the connection")
 
 type sliceWriter []byte
 
@@ -205,7 +213,7 @@ func (x *exchange) receive() error {
 			return errMalformed
 		}
 		if last := binary.BigEndian.Uint32(payload) &^ (1 << 31); last < streamID {
-			return fmt.Errorf("it closes the connection: HTTP/2 error %d %.100q", binary.BigEndian.Uint32(payload[4:]), payload[8:])
+			return fmt.Errorf("%w: HTTP/2 error %d %.100q", errNoAnswer, binary.BigEndian.Uint32(payload[4:]), payload[8:])
 		}
 	case frameReset:
 		if len(payload) != 4 {

@@ -91,7 +91,7 @@ func TestFrames(t *testing.T) {
 		"cut short":     {answer(), "", silence, nil},
 		"reset":         {new(peer).frame(frameReset, 0, 1, make([]byte, 4)), "", "it breaks off: HTTP/2 error 0", nil},
 		"bad reset":     {new(peer).frame(frameReset, 0, 1, nil), "", malformed, nil},
-		"go away":       {new(peer).frame(frameGoAway, 0, 0, append(make([]byte, 8), "why"...)), "", `it closes the connection: HTTP/2 error 0 "why"`, nil},
+		"go away":       {new(peer).frame(frameGoAway, 0, 0, append(make([]byte, 8), "why"...)), "", `it closed the connection: HTTP/2 error 0 "why"`, nil},
 		"bad go away":   {new(peer).frame(frameGoAway, 0, 0, nil), "", malformed, nil},
 		"all padding":   {answer().frame(frameData, flagPadded|flagEndStream, 1, []byte{9, 'a'}), "", malformed, nil},
 		"no priority":   {new(peer).frame(frameHeaders, flagPriority|flagEndHeaders, 1, nil), "", malformed, nil},
@@ -131,7 +131,7 @@ func TestWindow(t *testing.T) {
 	l := listen(t, "tcp", "127.0.0.1:0")
 	serve(t, l, grpc.StaticStreamWindowSize(65535), grpc.StaticConnWindowSize(65535))
 	works(t, newClient(t, keyproviderconfig.KeyProviderAttrs{Grpc: l.Addr().String()}))
-	// A few bytes at a time, by hand: what is sent has to come in frames of them.
+	// One who gives little room and then no more.
 	p := new(peer).frame(frameSettings, 0, 0, setting(settingInitialWindow, 70000-65535))
 	for range 4 {
 		p.frame(frameWindowUpdate, 0, 0, []byte{0, 0, 0, 5}).frame(frameWindowUpdate, 0, 1, []byte{0, 0, 0, 5})
