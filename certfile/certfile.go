@@ -1,5 +1,5 @@
-// Package certfile holds a TLS certificate that may be replaced on disk while
-// it is in use, as short-lived ones are.
+// Package certfile reads what TLS needs from PEM files: a certificate that may
+// be replaced while it is in use, as short-lived ones are, and those to trust.
 package certfile
 
 import (

@@ -12,7 +12,6 @@ import (
 
 	"github.com/containerd/imgcrypt/v2"
 	"github.com/containers/ocicrypt/config"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -182,27 +181,11 @@ func (d decoder) run(layer, want []byte) (first, peak float64) {
 // encryptedLayer encrypts a layer.
 func encryptedLayer(b *testing.B, layer []byte, ec *config.EncryptConfig) ([]byte, ocispec.Descriptor) {
 	b.Helper()
-	key := processor.NewLayerKey(digest.FromBytes(layer))
-	annotations, err := key.Wrap(b.Context(), ec, nil)
+	out, desc, err := processor.EncryptLayer(b.Context(), layer, ocispec.MediaTypeImageLayer, ec)
 	if err != nil {
 		b.Fatal(err)
 	}
-	r, err := processor.NewEncrypter(bytes.NewReader(layer), key)
-	if err != nil {
-		b.Fatal(err)
-	}
-	out, err := io.ReadAll(r)
-	if err != nil {
-		b.Fatal(err)
-	}
-	name, value, err := key.PublicOptions()
-	if err != nil {
-		b.Fatal(err)
-	}
-	annotations[name] = value
-	return out, ocispec.Descriptor{
-		MediaType: ocispec.MediaTypeImageLayer + "+encrypted", Digest: digest.FromBytes(out), Size: int64(len(out)), Annotations: annotations,
-	}
+	return out, desc
 }
 
 // payloadFor returns what containerd passes to a stream processor.

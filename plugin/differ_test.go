@@ -93,26 +93,12 @@ var compressions = map[string]func(t *testing.T, b []byte) []byte{
 // put encrypts a layer and writes what change makes of the ciphertext.
 func put(t *testing.T, s content.Store, k keys, mediaType string, layer []byte, change func([]byte) []byte) ocispec.Descriptor {
 	t.Helper()
-	key := processor.NewLayerKey(digest.FromBytes(layer))
-	annotations, err := key.Wrap(t.Context(), k.ec, nil)
+	encrypted, desc, err := processor.EncryptLayer(t.Context(), layer, mediaType, k.ec)
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := processor.NewEncrypter(bytes.NewReader(layer), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	encrypted, err := io.ReadAll(e)
-	if err != nil {
-		t.Fatal(err)
-	}
-	name, value, err := key.PublicOptions()
-	if err != nil {
-		t.Fatal(err)
-	}
-	annotations[name] = value
 	encrypted = change(encrypted)
-	desc := ocispec.Descriptor{MediaType: mediaType + "+encrypted", Digest: digest.FromBytes(encrypted), Size: int64(len(encrypted)), Annotations: annotations}
+	desc.Digest, desc.Size = digest.FromBytes(encrypted), int64(len(encrypted))
 	if err := content.WriteBlob(t.Context(), s, desc.Digest.String(), bytes.NewReader(encrypted), desc); err != nil {
 		t.Fatal(err)
 	}

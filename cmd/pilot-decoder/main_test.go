@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/containers/ocicrypt/config"
 	"github.com/containers/ocicrypt/utils"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -94,25 +93,11 @@ func encrypted(t testing.TB, size int, public []byte) (plain, layer []byte, desc
 	t.Helper()
 	plain = make([]byte, size)
 	rand.Read(plain)
-	key := processor.NewLayerKey(digest.FromBytes(plain))
-	annotations, err := key.Wrap(t.Context(), &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}}, nil)
+	layer, desc, err := processor.EncryptLayer(t.Context(), plain, ocispec.MediaTypeImageLayer, &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := processor.NewEncrypter(bytes.NewReader(plain), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out bytes.Buffer
-	if _, err := out.ReadFrom(e); err != nil {
-		t.Fatal(err)
-	}
-	name, value, err := key.PublicOptions()
-	if err != nil {
-		t.Fatal(err)
-	}
-	annotations[name] = value
-	return plain, out.Bytes(), ocispec.Descriptor{Digest: digest.FromBytes(out.Bytes()), Size: int64(size), Annotations: annotations}
+	return plain, layer, desc
 }
 
 func TestDecrypt(t *testing.T) {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net"
 	"os"
@@ -185,13 +184,9 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tls-cert: %w", err)
 	}
-	pem, err := os.ReadFile(string(c.TLSClientCA))
+	clients, err := certfile.Pool(string(c.TLSClientCA))
 	if err != nil {
 		return nil, fmt.Errorf("tls-client-ca: %w", err)
-	}
-	clients := x509.NewCertPool()
-	if !clients.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("tls-client-ca: %s holds no certificate", c.TLSClientCA)
 	}
 	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(&tls.Config{
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Certificate(), nil },

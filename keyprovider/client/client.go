@@ -12,14 +12,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"time"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+
+	"github.com/ctrlplane/pilot/certfile"
 )
 
 // maxAnswer bounds an answer, in bytes: gRPC's own bound.
@@ -125,13 +125,9 @@ func tlsConfig(attrs *keyproviderconfig.GrpcTLS, host string) (*tls.Config, erro
 		NextProtos:         []string{"h2"},
 	}
 	if attrs.RootCAFile != "" {
-		pem, err := os.ReadFile(attrs.RootCAFile)
-		if err != nil {
+		var err error
+		if conf.RootCAs, err = certfile.Pool(attrs.RootCAFile); err != nil {
 			return nil, fmt.Errorf("root-ca-file: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("root-ca-file: %s holds no certificate", attrs.RootCAFile)
 		}
 	}
 	if attrs.CertFile != "" || attrs.KeyFile != "" {

@@ -3,13 +3,11 @@ package copilot
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -88,13 +86,9 @@ func (c Config) transport() (*url.URL, *http.Transport, error) {
 func (c Config) tls() (*tls.Config, error) {
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
+		var err error
+		if conf.RootCAs, err = certfile.Pool(c.CAFile); err != nil {
 			return nil, fmt.Errorf("CA: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("CA: %s holds no certificate", c.CAFile)
 		}
 	}
 	if (c.CertFile == "") != (c.KeyFile == "") {

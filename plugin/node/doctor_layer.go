@@ -12,7 +12,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/containers/ocicrypt/config"
@@ -63,26 +62,9 @@ func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer
 		return nil, err
 	}
 
-	key := processor.NewLayerKey(digest.FromBytes(plain))
-	defer key.Clear()
-	annotations, err := key.Wrap(ctx, recipient, nil)
-	if err != nil {
+	if l.blob, l.desc, err = processor.EncryptLayer(ctx, plain, ocispec.MediaTypeImageLayerGzip, recipient); err != nil {
 		return nil, err
 	}
-	r, err := processor.NewEncrypter(bytes.NewReader(plain), key)
-	if err != nil {
-		return nil, err
-	}
-	if l.blob, err = io.ReadAll(r); err != nil {
-		return nil, err
-	}
-	name, value, err := key.PublicOptions()
-	if err != nil {
-		return nil, err
-	}
-	annotations[name] = value
-	l.desc.MediaType, _ = processor.EncryptedMediaType(ocispec.MediaTypeImageLayerGzip)
-	l.desc.Digest, l.desc.Size, l.desc.Annotations = digest.FromBytes(l.blob), int64(len(l.blob)), annotations
 	return l, nil
 }
 

@@ -1,0 +1,21 @@
+package certfile
+
+import (
+	"crypto/x509"
+	"fmt"
+	"os"
+)
+
+// Pool returns the certificates in a PEM file as those that are trusted. That
+// there is none is an error.
+func Pool(file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate", file)
+	}
+	return pool, nil
+}
