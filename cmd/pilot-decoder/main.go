@@ -53,34 +53,7 @@ func main() {
 		linger()
 		return
 	}
-	payload, payloadErr := processor.PayloadFile()
-	dumpErr := coredump.Disable()
-
-	flags := flag.NewFlagSet("pilot-decoder", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // what Parse says is in its error too
-	keysPath := flags.String("decryption-keys-path", "", "")
-	showVersion := flags.Bool("version", false, "")
-	err := flags.Parse(os.Args[1:])
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Print(usage)
-		return
-	case err == nil && flags.NArg() > 0:
-		err = fmt.Errorf("it takes no argument, and got %q", flags.Arg(0))
-	case err == nil && *showVersion:
-		fmt.Println("pilot-decoder version", version.Version)
-		return
-	}
-	if err == nil {
-		err = payloadErr
-	}
-	if err == nil && dumpErr != nil {
-		err = fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
-	}
-	if err == nil {
-		err = decrypt(context.Background(), payload, *keysPath)
-	}
-	if err != nil {
+	if err := decode(os.Args[1:]); err != nil {
 		end := "\n"
 		if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice == 0 {
 			end = "" // containerd quotes it all
@@ -91,16 +64,42 @@ func main() {
 	}
 }
 
-// decrypt decrypts the layer on standard input, with the keys in the directory
-// keysPath if there is one.
-func decrypt(ctx context.Context, payload *os.File, keysPath string) error {
+func decode(args []string) error {
+	payload, payloadErr := processor.PayloadFile() // before a file is opened
+	dumpErr := coredump.Disable()
+
+	flags := flag.NewFlagSet("pilot-decoder", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // what Parse says is in its error too
+	keysPath := flags.String("decryption-keys-path", "", "")
+	showVersion := flags.Bool("version", false, "")
+	err := flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Print(usage)
+		return nil
+	case err != nil:
+		return err
+	case flags.NArg() > 0:
+		return fmt.Errorf("it takes no argument, and got %q", flags.Arg(0))
+	case *showVersion:
+		fmt.Println("pilot-decoder version", version.Version)
+		return nil
+	case payloadErr != nil:
+		return payloadErr
+	case dumpErr != nil:
+		return fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
+	}
 	var keys *config.DecryptConfig
-	if keysPath != "" {
-		var err error
-		if keys, err = processor.KeysIn(keysPath); err != nil {
+	if *keysPath != "" {
+		if keys, err = processor.KeysIn(*keysPath); err != nil {
 			return fmt.Errorf("--decryption-keys-path: %w", err)
 		}
 	}
+	return decrypt(context.Background(), payload, keys)
+}
+
+// decrypt decrypts the layer on standard input.
+func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) error {
 	unwrapCtx, cancel := context.WithTimeout(ctx, unwrapWithin)
 	defer cancel()
 	p, err := processor.ReadPayload(unwrapCtx, payload)

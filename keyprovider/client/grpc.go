@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
@@ -32,31 +33,23 @@ type server struct {
 func newServer(target string, conf *keyproviderconfig.GrpcTLS) (*server, error) {
 	s := &server{target: target, network: "unix", host: "localhost", tls: conf}
 	u, err := url.Parse(target)
-	if err != nil {
-		u = &url.URL{} // such as an IP address and a port
+	if err != nil || !slices.Contains([]string{"unix", "unix-abstract", "dns", "passthrough"}, u.Scheme) {
+		u = &url.URL{Opaque: target}
 	}
 	place := cmp.Or(u.Path, u.Opaque)
-	switch u.Scheme {
-	case "unix", "unix-abstract", "dns", "passthrough":
-		if u.Host != "" {
-			return nil, fmt.Errorf("grpc %q: an authority (%s) is not supported: use %s:///%s", target, u.Host, u.Scheme, strings.TrimPrefix(place, "/"))
-		}
-		if place == "" {
-			return nil, fmt.Errorf("grpc %q names no place", target)
-		}
-	}
-	switch u.Scheme {
-	case "unix":
+	switch {
+	case u.Host != "":
+		return nil, fmt.Errorf("grpc %q: an authority (%s) is not supported: use %s:///%s", target, u.Host, u.Scheme, strings.TrimPrefix(place, "/"))
+	case place == "":
+		return nil, fmt.Errorf("grpc %q names no place", target)
+	case u.Scheme == "unix":
 		s.address = place
 		return s, nil
-	case "unix-abstract":
+	case u.Scheme == "unix-abstract":
 		s.address = "@" + place
 		return s, nil
-	case "dns", "passthrough":
-		s.address = strings.TrimPrefix(place, "/")
-	default:
-		s.address = target
 	}
+	s.address = strings.TrimPrefix(place, "/")
 	s.network = "tcp"
 	host, port, err := net.SplitHostPort(s.address)
 	if err != nil {

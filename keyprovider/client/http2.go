@@ -136,13 +136,13 @@ func (x *exchange) frame(kind, flags byte, stream uint32, payload ...[]byte) {
 	}
 }
 
-// send sends the body, as the other side has room for it. If that answers
+// send sends the body, which is not empty, as the other side has room for it. If that answers
 // before it has read all, and says so before it has given room for more, the
 // rest is not sent. One that gives room and reads no more is waited for.
 func (x *exchange) send(body []byte) error {
-	for first := true; len(body) > 0 || first; first = false {
+	for len(body) > 0 {
 		n := int(min(int64(len(body)), int64(x.maxFrame), x.streamWindow, x.connWindow))
-		if n <= 0 && len(body) > 0 {
+		if n <= 0 {
 			if err := x.receive(); err != nil || x.done {
 				return err
 			}
