@@ -1,0 +1,266 @@
+// Package policy decides who may do what with which key encryption key (KEK).
+package policy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Action is what somebody wants to do with a KEK.
+type Action string
+
+// What can be done with a KEK.
+const (
+	Wrap   Action = "wrap"   // have the broker wrap layer keys
+	Unwrap Action = "unwrap" // have the broker unwrap them
+	Export Action = "export" // get the KEK itself, to wrap and unwrap with
+	Admin  Action = "admin"  // create, rotate, disable, destroy, revoke, list
+)
+
+// Actions are all there are.
+var Actions = []Action{Wrap, Unwrap, Export, Admin}
+
+// Policy is what a file of rules says. What no rule allows is denied.
+type Policy struct {
+	name   string
+	rules  []rule
+	limits []limit
+}
+
+// rule allows, or with Deny forbids, each of its identities each of its
+// actions with each of its KEKs. A rule that forbids beats all that allow.
+type rule struct {
+	Identities []string  `toml:"identities"`
+	KEKs       []string  `toml:"keks"`
+	Actions    []Action  `toml:"actions"`
+	Deny       bool      `toml:"deny"`
+	NotBefore  time.Time `toml:"not-before"`
+	NotAfter   time.Time `toml:"not-after"`
+
+	number int // in the file, from 1
+}
+
+// limit is how many requests an identity may make.
+type limit struct {
+	Identities []string `toml:"identities"`
+	PerSecond  float64  `toml:"per-second"`
+	Burst      int      `toml:"burst"`
+}
+
+// The rate of an identity that no limit names.
+const (
+	DefaultPerSecond = 100
+	DefaultBurst     = 200
+)
+
+// maxFile bounds a policy, in bytes.
+const maxFile = 4 << 20
+
+// Load reads the policy in a file.
+func Load(name string) (*Policy, error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, fmt.Errorf("policy: %w", err)
+	}
+	if info.Size() > maxFile {
+		return nil, fmt.Errorf("policy: %s has %d bytes, more than %d", name, info.Size(), maxFile)
+	}
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("policy: %w", err)
+	}
+	return Parse(name, b)
+}
+
+// Parse reads a policy from TOML. Errors name the file and the line or rule.
+func Parse(name string, b []byte) (*Policy, error) {
+	var file struct {
+		Rule  []rule  `toml:"rule"`
+		Limit []limit `toml:"limit"`
+	}
+	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
+	if err := d.Decode(&file); err != nil {
+		return nil, fmt.Errorf("policy: %s%s", name, Position(err))
+	}
+	p := &Policy{name: name, rules: file.Rule, limits: file.Limit}
+	for i := range p.rules {
+		p.rules[i].number = i + 1
+		if err := p.rules[i].check(); err != nil {
+			return nil, fmt.Errorf("policy: %s: rule %d: %w", name, i+1, err)
+		}
+	}
+	for i, l := range p.limits {
+		if err := l.check(); err != nil {
+			return nil, fmt.Errorf("policy: %s: limit %d: %w", name, i+1, err)
+		}
+	}
+	return p, nil
+}
+
+// Position says where and how a TOML document is wrong, in one line that
+// follows the file's name.
+func Position(err error) string {
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) && len(strict.Errors) > 0 {
+		line, _ := strict.Errors[0].Position()
+		return fmt.Sprintf(":%d: %s: there is no such setting", line, strings.Join(strict.Errors[0].Key(), "."))
+	}
+	var bad *toml.DecodeError
+	if errors.As(err, &bad) {
+		line, column := bad.Position()
+		return fmt.Sprintf(":%d:%d: %s", line, column, strings.TrimPrefix(bad.Error(), "toml: "))
+	}
+	return ": " + err.Error()
+}
+
+func (r *rule) check() error {
+	if len(r.Identities) == 0 || len(r.KEKs) == 0 || len(r.Actions) == 0 {
+		return errors.New("it needs identities, keks and actions")
+	}
+	for _, a := range r.Actions {
+		if !slices.Contains(Actions, a) {
+			return fmt.Errorf("%q is no action: there are wrap, unwrap, export and admin", a)
+		}
+	}
+	if err := checkPatterns(r.Identities); err != nil {
+		return err
+	}
+	if err := checkPatterns(r.KEKs); err != nil {
+		return err
+	}
+	if !r.NotBefore.IsZero() && !r.NotAfter.IsZero() && !r.NotAfter.After(r.NotBefore) {
+		return errors.New("not-after is not after not-before")
+	}
+	return nil
+}
+
+func (l limit) check() error {
+	if len(l.Identities) == 0 {
+		return errors.New("it needs identities")
+	}
+	if !(l.PerSecond > 0) || l.Burst < 1 {
+		return errors.New("per-second has to be above 0, and burst at least 1")
+	}
+	return checkPatterns(l.Identities)
+}
+
+func checkPatterns(patterns []string) error {
+	for _, p := range patterns {
+		if p == "" {
+			return errors.New("an empty name matches nothing")
+		}
+		if strings.Contains(p, "***") {
+			return fmt.Errorf("%q: use * for a part of a name without slashes, ** for any", p)
+		}
+	}
+	return nil
+}
+
+// Verdict is what a policy says to one request.
+type Verdict struct {
+	Allowed bool
+	// Reason says which rule decided, or which came close, for the audit log
+	// and for whoever writes the policy. It is not for whoever was denied.
+	Reason string
+}
+
+// Decide says whether identity may do action with kek at the time now.
+func (p *Policy) Decide(identity, kek string, action Action, now time.Time) Verdict {
+	var allowing *rule
+	var expired, early *rule
+	for i := range p.rules {
+		r := &p.rules[i]
+		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !matchAny(r.Identities, identity) {
+			continue
+		}
+		switch {
+		case !r.NotBefore.IsZero() && now.Before(r.NotBefore):
+			early = r
+		case !r.NotAfter.IsZero() && !now.Before(r.NotAfter):
+			expired = r
+		case r.Deny:
+			return Verdict{false, fmt.Sprintf("%s of %s denies it", r, p.name)}
+		case allowing == nil:
+			allowing = r
+		}
+	}
+	switch {
+	case allowing != nil:
+		return Verdict{true, fmt.Sprintf("%s of %s allows it", allowing, p.name)}
+	case early != nil && !early.Deny:
+		return Verdict{false, fmt.Sprintf("%s of %s would allow it, from %s on", early, p.name, early.NotBefore.Format(time.RFC3339))}
+	case expired != nil && !expired.Deny:
+		return Verdict{false, fmt.Sprintf("%s of %s allowed it, until %s", expired, p.name, expired.NotAfter.Format(time.RFC3339))}
+	}
+	return Verdict{false, p.whyNot(identity, kek, action)}
+}
+
+// whyNot says which of the three things that a rule has to match is the one
+// that no rule of the others has.
+func (p *Policy) whyNot(identity, kek string, action Action) string {
+	var both []Action
+	known := false
+	for i := range p.rules {
+		r := &p.rules[i]
+		if r.Deny || !matchAny(r.Identities, identity) {
+			continue
+		}
+		known = true
+		if matchAny(r.KEKs, kek) {
+			both = append(both, r.Actions...)
+		}
+	}
+	switch {
+	case len(both) > 0:
+		return fmt.Sprintf("no rule of %s allows %s: those for %s with %s allow %s", p.name, action, identity, kek, joined(both))
+	case known:
+		return fmt.Sprintf("no rule of %s for %s names the KEK %s", p.name, identity, kek)
+	}
+	return fmt.Sprintf("no rule of %s names %s", p.name, identity)
+}
+
+// May reports whether identity may do anything at all with kek at the time now.
+func (p *Policy) May(identity, kek string, now time.Time) bool {
+	return slices.ContainsFunc(Actions, func(a Action) bool { return p.Decide(identity, kek, a, now).Allowed })
+}
+
+// Limit returns how many requests a second identity may make, and how many at
+// once.
+func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
+	for _, l := range p.limits {
+		if matchAny(l.Identities, identity) {
+			return l.PerSecond, l.Burst
+		}
+	}
+	return DefaultPerSecond, DefaultBurst
+}
+
+func (r *rule) String() string { return fmt.Sprintf("rule %d", r.number) }
+
+func joined(actions []Action) string {
+	slices.Sort(actions)
+	var names []string
+	for _, a := range slices.Compact(actions) {
+		names = append(names, string(a))
+	}
+	return strings.Join(names, ", ")
+}
+
+func matchAny(patterns []string, name string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool { return Match(p, name) })
+}
+
+// Local is the policy of a broker that was given none: the identities, and
+// nobody else, may use each KEK.
+func Local(identities ...string) *Policy {
+	return &Policy{name: "the built-in policy", rules: []rule{{
+		Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export}, number: 1,
+	}}}
+}

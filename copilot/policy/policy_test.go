@@ -1,0 +1,207 @@
+package policy
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestMatch(t *testing.T) {
+	for _, test := range []struct {
+		pattern, name string
+		want          bool
+	}{
+		{"", "", true}, {"", "a", false}, {"a", "a", true}, {"a", "b", false}, {"a", "ab", false},
+		{"*", "", true}, {"*", "abc", true}, {"*", "a/b", false}, {"**", "a/b", true},
+		{"a*", "abc", true}, {"a*c", "abc", true}, {"a*c", "abcd", false}, {"a*b*c", "axbybc", true},
+		{"spiffe://example.com/node/*", "spiffe://example.com/node/7", true},
+		{"spiffe://example.com/node/*", "spiffe://example.com/node/7/x", false},
+		{"spiffe://example.com/node/*", "spiffe://example.com.evil.org/node/7", false},
+		{"spiffe://example.com/**", "spiffe://example.com/a/b", true},
+		{"**/prod/*", "a/prod/x", true}, {"**/prod/*", "a/prod/x/prod/y", true}, {"**/prod/*", "a/prod/x/y", false},
+		{"*/b/**", "a/b/c/d", true}, {"*/b/**", "a/c/b/d", false},
+		{"team-?", "team-a", false}, {"team-[ab]", "team-a", false}, {"a.c", "abc", false},
+	} {
+		if got := Match(test.pattern, test.name); got != test.want {
+			t.Errorf("%q matches %q: %t", test.pattern, test.name, got)
+		}
+	}
+}
+
+// FuzzMatch compares Match with a regular expression.
+func FuzzMatch(f *testing.F) {
+	f.Add("a*b**c", "axb/yc")
+	f.Add("**/x*/**y", "a/b/xx/yy/y")
+	f.Add("****", "a\n/b")
+	f.Fuzz(func(t *testing.T, pattern, name string) {
+		if len(pattern) > 50 || len(name) > 50 || strings.ToValidUTF8(pattern, "") != pattern || strings.ToValidUTF8(name, "") != name {
+			return
+		}
+		quoted := regexp.QuoteMeta(pattern)
+		quoted = strings.ReplaceAll(quoted, `\*\*`, `(?s:.*)`)
+		quoted = strings.ReplaceAll(quoted, `\*`, `[^/]*`)
+		want := regexp.MustCompile(`\A(?:` + quoted + `)\z`).MatchString(name)
+		if got := Match(pattern, name); got != want {
+			t.Errorf("%q matches %q: %t", pattern, name, got)
+		}
+	})
+}
+
+const example = `
+[[rule]]
+identities = ["spiffe://example.com/node/*", "k8s:system:serviceaccount:*:puller"]
+keks = ["team-a", "shared/**"]
+actions = ["unwrap", "export"]
+
+[[rule]]
+identities = ["dns:ci.example.com"]
+keks = ["**"]
+actions = ["wrap"]
+not-before = 2026-01-01T00:00:00Z
+not-after = 2027-01-01T00:00:00Z
+
+[[rule]]
+identities = ["spiffe://example.com/node/stolen"]
+keks = ["**"]
+actions = ["wrap", "unwrap", "export", "admin"]
+deny = true
+
+[[limit]]
+identities = ["dns:ci.*"]
+per-second = 5
+burst = 7
+`
+
+func TestDecide(t *testing.T) {
+	p, err := Parse("policy.toml", []byte(example))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in2026, in2027 := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC), time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
+	for _, test := range []struct {
+		identity, kek string
+		action        Action
+		now           time.Time
+		allowed       bool
+		reason        string
+	}{
+		{"spiffe://example.com/node/7", "team-a", Unwrap, in2026, true, "rule 1 of policy.toml allows it"},
+		{"spiffe://example.com/node/7", "shared/x/y", Export, in2026, true, "rule 1"},
+		{"k8s:system:serviceaccount:prod:puller", "team-a", Unwrap, in2026, true, "rule 1"},
+		{"spiffe://example.com/node/7", "team-a", Wrap, in2026, false, "no rule of policy.toml allows wrap: those for spiffe://example.com/node/7 with team-a allow export, unwrap"},
+		{"spiffe://example.com/node/7", "team-b", Unwrap, in2026, false, "no rule of policy.toml for spiffe://example.com/node/7 names the KEK team-b"},
+		{"spiffe://example.com/node/stolen", "team-a", Unwrap, in2026, false, "rule 3 of policy.toml denies it"},
+		{"dns:ci.example.com", "any", Wrap, in2026, true, "rule 2"},
+		{"dns:ci.example.com", "any", Wrap, in2027, false, "rule 2 of policy.toml allowed it, until 2027-01-01T00:00:00Z"},
+		{"dns:ci.example.com", "any", Wrap, in2026.AddDate(-1, 0, 0), false, "rule 2 of policy.toml would allow it, from 2026-01-01T00:00:00Z on"},
+		{"cn:anybody", "team-a", Unwrap, in2026, false, "no rule of policy.toml names cn:anybody"},
+		{"", "", Admin, in2026, false, "no rule"},
+	} {
+		v := p.Decide(test.identity, test.kek, test.action, test.now)
+		if v.Allowed != test.allowed || !strings.Contains(v.Reason, test.reason) {
+			t.Errorf("%s %s %s: %+v", test.identity, test.action, test.kek, v)
+		}
+	}
+	if !p.May("spiffe://example.com/node/7", "team-a", in2026) || p.May("spiffe://example.com/node/7", "team-b", in2026) {
+		t.Error("May is wrong")
+	}
+	if r, b := p.Limit("dns:ci.example"); r != 5 || b != 7 {
+		t.Errorf("limit %v %v", r, b)
+	}
+	if r, b := p.Limit("dns:other"); r != DefaultPerSecond || b != DefaultBurst {
+		t.Errorf("limit %v %v", r, b)
+	}
+	empty, err := Parse("empty", nil)
+	if err != nil || empty.Decide("uid:0", "team-a", Unwrap, in2026).Allowed {
+		t.Errorf("an empty policy allows: %v", err)
+	}
+}
+
+func TestParseErrors(t *testing.T) {
+	full := func(line string) string {
+		return "[[rule]]\nidentities = [\"a\"]\nkeks = [\"b\"]\nactions = [\"wrap\"]\n" + line
+	}
+	for text, want := range map[string]string{
+		"[[rule]]\n":              "policy: f: rule 1: it needs identities, keks and actions",
+		"[[rule]\n":               "policy: f:1:",
+		full("allow = true\n"):    "policy: f:5: rule.allow: there is no such setting",
+		full("[[rules]]\n"):       "there is no such setting",
+		full("not-after = \"x\""): "policy: f:5",
+		full("not-before = 2027-01-01T00:00:00Z\nnot-after = 2026-01-01T00:00:00Z"): "not-after is not after not-before",
+		strings.Replace(full(""), "wrap", "warp", 1):                                `"warp" is no action`,
+		strings.Replace(full(""), `"b"`, `"b", ""`, 1):                              "empty name",
+		strings.Replace(full(""), `"a"`, `"a***"`, 1):                               "use * for",
+		"[[limit]]\nidentities = [\"a\"]\n":                                         "limit 1: per-second has to be above 0",
+		"[[limit]]\nidentities = [\"a\"]\nper-second = nan\nburst = 1":              "per-second has to be above 0",
+		"[[limit]]\nper-second = 1\nburst = 1":                                      "it needs identities",
+	} {
+		if _, err := Parse("f", []byte(text)); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(example))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		p, err := Parse("f", b)
+		if err != nil {
+			return
+		}
+		p.Decide("dns:a", "team-a", Wrap, time.Now())
+		p.Limit("dns:a")
+	})
+}
+
+func TestFile(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "policy.toml")
+	if _, err := Open(name); err == nil {
+		t.Error("opened what is not there")
+	}
+	put := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(name+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(name+".new", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	may := func(f *File) bool {
+		return f.Policy().Decide("dns:ci.example.com", "x", Wrap, time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)).Allowed
+	}
+	reload := func(f *File, wantChanged, wantErr bool) {
+		t.Helper()
+		if changed, err := f.Reload(false); changed != wantChanged || (err != nil) != wantErr {
+			t.Errorf("changed %t, %v", changed, err)
+		}
+	}
+	put(example)
+	f, err := Open(name)
+	if err != nil || !may(f) {
+		t.Fatal(err)
+	}
+	reload(f, false, false)
+	put("broken")
+	reload(f, false, true)
+	reload(f, false, false) // reported once
+	if !may(f) {
+		t.Error("a broken file took the policy away")
+	}
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	reload(f, false, true)
+	reload(f, false, false)
+	if !may(f) {
+		t.Error("a missing file took the policy away")
+	}
+	put("")
+	reload(f, true, false)
+	if may(f) {
+		t.Error("the new policy does not count")
+	}
+}
