@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/keystore"
 	client "github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -41,11 +42,8 @@ func TestAdmin(t *testing.T) {
 	if list, err := admin.List(); err != nil || len(list) != 2 || list[0].ID != "team-b" || list[1].ID != "team/a" || list[1].Version != 2 {
 		t.Errorf("list: %+v, %v", list, err)
 	}
-	if err := admin.Delete("team/a"); err != nil {
-		t.Errorf("delete: %v", err)
-	}
-	if list, err := admin.List(); err != nil || len(list) != 1 || list[0].ID != "team-b" {
-		t.Errorf("list after delete: %+v, %v", list, err)
+	if info, err := admin.Destroy("team/a", 0, 0); err != nil || info.Versions[1].State != "destroyed" {
+		t.Errorf("destroy: %+v, %v", info, err)
 	}
 
 	for _, test := range []struct {
@@ -57,8 +55,9 @@ func TestAdmin(t *testing.T) {
 		{"import of 31 bytes", func() error { _, err := admin.Create("empty", key[1:]); return err }, "has 31 bytes"},
 		{"import over one that is there", func() error { _, err := admin.Create("team-b", key); return err }, "of that name already"},
 		{"create of nothing", func() error { _, err := admin.Create("", nil); return err }, "can't be a KEK's name"},
-		{"rotate what is deleted", func() error { _, err := admin.Rotate("team/a"); return err }, "no such KEK"},
-		{"delete what is deleted", func() error { return admin.Delete("team/a") }, "no such KEK"},
+		{"create what is destroyed", func() error { _, err := admin.Create("team/a", nil); return err }, "it was destroyed: take another name"},
+		{"rotate what is destroyed", func() error { _, err := admin.Rotate("team/a"); return err }, "no such KEK"},
+		{"enable what is destroyed", func() error { _, err := admin.Enable("team/a", 0); return err }, "no such KEK"},
 		{"get what was refused", func() error { _, err := admin.Get("empty"); return err }, "no such KEK"},
 	} {
 		if err := test.do(); err == nil || !strings.Contains(err.Error(), test.want) {
@@ -75,9 +74,9 @@ func TestAdmin(t *testing.T) {
 	}
 	want := []string{
 		"import team/a allowed", "export team/a allowed", "create team-b allowed", "rotate team/a allowed", "export team/a allowed",
-		"info team/a allowed", "list  allowed", "delete team/a allowed", "list  allowed",
+		"info team/a allowed", "list  allowed", "destroy team/a allowed",
 		"import empty failed", "import empty failed", "import team-b failed", "create  failed",
-		"rotate team/a denied", "delete team/a denied", "info empty denied",
+		"create team/a failed", "rotate team/a denied", "enable team/a denied", "info empty denied",
 	}
 	if got := strings.Join(actions, "\n"); got != strings.Join(want, "\n") {
 		t.Errorf("audited:\n%s\nwant:\n%s", got, strings.Join(want, "\n"))
@@ -95,27 +94,30 @@ func TestNoAuditNoChange(t *testing.T) {
 		admin := open(t, dir)
 		defer admin.Close()
 		for name, change := range map[string]func() error{
-			"create": func() error { _, err := admin.Create("created", nil); return err },
-			"import": func() error { _, err := admin.Create("imported", bytes.Clone(key)); return err },
-			"rotate": func() error { _, err := admin.Rotate("team-a"); return err },
-			"delete": func() error { return admin.Delete("team-a") },
-			"list":   func() error { _, err := admin.List(); return err },
-			"get":    func() error { _, err := admin.Get("team-a"); return err },
+			"create":  func() error { _, err := admin.Create("created", nil); return err },
+			"import":  func() error { _, err := admin.Create("imported", bytes.Clone(key)); return err },
+			"rotate":  func() error { _, err := admin.Rotate("team-a"); return err },
+			"destroy": func() error { _, err := admin.Destroy("team-a", 0, 0); return err },
+			"disable": func() error { _, err := admin.Disable("team-a", 0); return err },
+			"revoke":  func() error { _, err := admin.Revoke("team-a", "uid:0"); return err },
+			"list":    func() error { _, err := admin.List(); return err },
+			"get":     func() error { _, err := admin.Get("team-a"); return err },
 		} {
 			if err := change(); err == nil || !strings.Contains(err.Error(), "can't be audited") {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
 	})
-	s, err := copilot.OpenStore(dir)
+	s, err := keystore.Open(t.Context(), dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if list, err := s.List(); err != nil || len(list) != 1 || list[0].ID != "team-a" || len(list[0].Versions) != 1 {
-		t.Errorf("left: %+v, %v, want team-a in one version", list, err)
+	list, err := s.List(t.Context())
+	if err != nil || len(list) != 1 || list[0].ID != "team-a" || len(list[0].Versions) != 1 || len(list[0].Revoked) != 0 {
+		t.Fatalf("left: %+v, %v, want team-a in one version", list, err)
 	}
-	if got, version, err := s.Key("team-a", 0); err != nil || version != 1 || !bytes.Equal(got, key) {
+	if got, version, err := s.Key(list[0], 0); err != nil || version != 1 || !bytes.Equal(got, key) {
 		t.Errorf("the key is another now: version %d, %v", version, err)
 	}
 }

@@ -1,9 +1,7 @@
 package copilot
 
 import (
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/rand"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -12,10 +10,15 @@ import (
 	"net"
 	"net/http"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
-	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
+
+	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
 // Bounds of a request's body, in bytes.
@@ -26,39 +29,46 @@ const (
 
 // api answers the HTTP API.
 type api struct {
-	store *Store
-	audit *AuditLog
+	*broker
+	// owner says that whoever reaches this listener may do everything.
+	owner bool
 }
 
-// newAPI returns the API that everybody may use who reaches a listener.
-func newAPI(store *Store, audit *AuditLog) http.Handler {
-	a := &api{store, audit}
-	return a.strict(a.mux())
-}
+// newAPI returns the API for those who reach a listener.
+func newAPI(b *broker) http.Handler { return (&api{b, false}).handler() }
 
 // newAdminAPI returns the API for whoever reaches the admin socket.
-func newAdminAPI(store *Store, audit *AuditLog) http.Handler {
-	a := &api{store, audit}
-	mux := a.mux()
-	mux.Handle("GET /api/v2/keks", a.audited("list", a.list))
-	mux.Handle("POST /api/v2/keks", a.audited("create", a.create))
-	mux.Handle("POST /api/v2/keks/{id}/rotate", a.audited("rotate", a.rotate))
-	mux.Handle("DELETE /api/v2/keks/{id}", a.audited("delete", a.delete))
-	return a.strict(mux)
-}
+func newAdminAPI(b *broker) http.Handler { return (&api{b, true}).handler() }
 
-func (a *api) mux() *http.ServeMux {
+func (a *api) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /healthz", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(http.StatusNoContent)
-	}))
-	mux.Handle("GET /api/v1/key/{id}", a.audited("export", a.exportOriginal))
-	mux.Handle("GET /api/v2/keks/{id}", a.audited("info", a.info))
-	mux.Handle("GET /api/v2/keks/{id}/key", a.audited("export", a.export))
-	mux.Handle("POST /api/v2/keks/{id}/wrap", a.audited("wrap", a.wrap))
-	mux.Handle("POST /api/v2/keks/{id}/unwrap", a.audited("unwrap", a.unwrap))
-	mux.Handle("/", a.audited("other", noSuchPath))
-	return mux
+	a.handleHealth(mux)
+	if a.owner {
+		mux.Handle("GET /metrics", a.metrics.handler())
+	}
+	for pattern, do := range map[string]struct {
+		action string
+		do     func(*http.Request, *entry) (any, error)
+	}{
+		"GET /api/v1/key/{id}":             {"export", a.exportOriginal},
+		"GET /api/v2/openapi.json":         {"openapi", a.openAPI},
+		"GET /api/v2/keks":                 {"list", a.list},
+		"POST /api/v2/keks":                {"create", a.create},
+		"GET /api/v2/keks/{id}":            {"info", a.info},
+		"GET /api/v2/keks/{id}/key":        {"export", a.export},
+		"POST /api/v2/keks/{id}/wrap":      {"wrap", a.wrap},
+		"POST /api/v2/keks/{id}/unwrap":    {"unwrap", a.unwrap},
+		"POST /api/v2/keks/{id}/rotate":    {"rotate", a.rotate},
+		"POST /api/v2/keks/{id}/disable":   {"disable", a.disable},
+		"POST /api/v2/keks/{id}/enable":    {"enable", a.enable},
+		"POST /api/v2/keks/{id}/destroy":   {"destroy", a.destroy},
+		"POST /api/v2/keks/{id}/revoke":    {"revoke", a.revoke},
+		"POST /api/v2/keks/{id}/reinstate": {"reinstate", a.reinstate},
+		"/":                                {"other", noSuchPath},
+	} {
+		mux.Handle(pattern, a.audited(do.action, do.do))
+	}
+	return otelhttp.NewHandler(a.strict(mux), "copilot")
 }
 
 // strict returns h, without the answers that [http.ServeMux] gives by itself
@@ -74,21 +84,16 @@ func (a *api) strict(h http.Handler) http.Handler {
 	})
 }
 
-var (
-	errNoSuchPath = errors.New("there is no such path, or not with this method")
-	errHost       = errors.New("the request is for another host")
-)
-
-func noSuchPath(r *http.Request, _ *Entry) (any, error) {
+func noSuchPath(r *http.Request, _ *entry) (any, error) {
 	return nil, fmt.Errorf("%w: %s %s", errNoSuchPath, r.Method, r.URL.EscapedPath())
 }
 
 // forLoopback returns h for requests whose Host is this machine. Without that,
 // a web page in a browser here could ask for KEKs by giving its own name the
 // address 127.0.0.1.
-func forLoopback(h http.Handler, audit *AuditLog) http.Handler {
-	a := &api{audit: audit}
-	other := a.audited("other", func(r *http.Request, _ *Entry) (any, error) {
+func forLoopback(h http.Handler, b *broker) http.Handler {
+	a := &api{b, false}
+	other := a.audited("other", func(r *http.Request, _ *entry) (any, error) {
 		return nil, fmt.Errorf("%w, %.80q", errHost, r.Host)
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -104,112 +109,57 @@ func forLoopback(h http.Handler, audit *AuditLog) http.Handler {
 	})
 }
 
-// raw is an answer that is no JSON: a key, in the original's API.
-type raw []byte
-
-// audited answers a request with what do returns, after it was written to the
-// audit log. A request that can't be is refused.
-func (a *api) audited(action string, do func(*http.Request, *Entry) (any, error)) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id := make([]byte, 8)
-		rand.Read(id) // never fails
-		e := Entry{
-			Request: fmt.Sprintf("%x", id),
-			Action:  action,
-			KEK:     r.PathValue("id"),
-			Who:     identity(r),
-			From:    r.RemoteAddr,
-			Verdict: verdictAllowed,
-			Status:  http.StatusOK,
+// allowed returns the KEK that a request is about, if whoever makes it may do
+// one of actions with it. Whoever may not learns nothing of it, not even
+// whether it is there.
+func (a *api) allowed(ctx context.Context, e *entry, actions ...policy.Action) (kek, error) {
+	if !a.owner {
+		if v := a.decide(e.Who, e.KEK, actions...); !v.Allowed {
+			return kek{}, &refusal{who: e.Who, kek: e.KEK, reason: v.Reason}
 		}
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-		answer, err := do(r, &e)
-		if err != nil {
-			e.Status, e.Verdict = statusOf(err)
-			e.Reason = err.Error()
-			if e.Status == http.StatusInternalServerError {
-				logrus.WithError(err).WithField("request", e.Request).Error("request failed")
-			}
-		}
-		if key, ok := answer.(raw); ok {
-			defer clear(key)
-		}
-		if err != nil || !e.written {
-			if auditErr := a.audit.Write(e); auditErr != nil {
-				logrus.WithError(auditErr).WithField("request", e.Request).Error("request refused")
-				e.Status, err = http.StatusServiceUnavailable, errNoAudit
-			}
-		}
-		h := w.Header()
-		h.Set("X-Request-Id", e.Request)
-		h.Set("Cache-Control", "no-store")
-		h.Set("X-Content-Type-Options", "nosniff")
-		if err != nil {
-			writeProblem(w, e, err)
-			return
-		}
-		if key, ok := answer.(raw); ok {
-			h.Set("Content-Type", "application/octet-stream")
-			w.Write(key)
-			return
-		}
-		b, err := json.Marshal(answer)
-		if err != nil {
-			writeProblem(w, e, err)
-			return
-		}
-		defer clear(b)
-		h.Set("Content-Type", "application/json")
-		w.Write(b)
-	})
-}
-
-// statusOf returns the HTTP status and the audit log's verdict for an error.
-func statusOf(err error) (int, string) {
-	switch tooLarge := new(http.MaxBytesError); {
-	case errors.As(err, &tooLarge):
-		return http.StatusRequestEntityTooLarge, verdictFailed
-	case errors.Is(err, errHost):
-		return http.StatusMisdirectedRequest, verdictDenied
-	case errors.Is(err, errNoSuchPath):
-		return http.StatusNotFound, verdictDenied
-	case errors.Is(err, errNoAudit):
-		return http.StatusServiceUnavailable, verdictFailed
-	case errors.Is(err, ErrNotFound):
-		return http.StatusNotFound, verdictDenied
-	case errors.Is(err, ErrExists):
-		return http.StatusConflict, verdictFailed
-	case errors.Is(err, ErrInput):
-		return http.StatusBadRequest, verdictFailed
 	}
-	return http.StatusInternalServerError, verdictFailed
-}
-
-// writeProblem writes problem details (RFC 9457). What is wrong inside the
-// broker is in its log, under the request's id.
-func writeProblem(w http.ResponseWriter, e Entry, err error) {
-	detail := err.Error()
-	if e.Status == http.StatusInternalServerError {
-		detail = "the broker could not do it: see its log for request " + e.Request
+	k, err := a.keks.find(ctx, e.KEK)
+	if err != nil {
+		return kek{}, err
 	}
-	b, _ := json.Marshal(map[string]any{
-		"type": "about:blank", "title": http.StatusText(e.Status), "status": e.Status, "detail": detail, "request": e.Request,
-	})
-	w.Header().Set("Content-Type", "application/problem+json")
-	w.WriteHeader(e.Status)
-	w.Write(b)
+	if !a.owner && slices.Contains(k.Revoked, e.Who) {
+		return kek{}, &refusal{who: e.Who, kek: e.KEK, reason: "the KEK was revoked for " + e.Who}
+	}
+	return k, nil
 }
 
-func (a *api) exportOriginal(_ *http.Request, e *Entry) (any, error) {
-	e.KEK = originalID(e.KEK)
-	key, version, err := a.store.Key(e.KEK, 0)
+// decide returns the first verdict of several actions that allows one, or else
+// the first.
+func (a *api) decide(who, kek string, actions ...policy.Action) policy.Verdict {
+	p, now := a.policy.Policy(), time.Now()
+	first := p.Decide(who, kek, actions[0], now)
+	for _, action := range actions[1:] {
+		if first.Allowed {
+			break
+		}
+		if v := p.Decide(who, kek, action, now); v.Allowed {
+			return v
+		}
+	}
+	return first
+}
+
+func (a *api) exportOriginal(r *http.Request, e *entry) (any, error) {
+	e.KEK = a.originalID(e.KEK)
+	k, err := a.allowed(r.Context(), e, policy.Export)
+	if err != nil {
+		return nil, err
+	}
+	key, version, err := a.keks.key(r.Context(), k, 0)
 	e.Version = version
 	return raw(key), err
 }
 
 // originalID returns the KEK's name that an id of the original's holds if it is
-// the base64 of JSON and asks for the provider dev, the broker's own store.
-func originalID(id string) string {
+// the base64 of JSON. The provider dev is the broker's own store. What vault
+// tells has to be a KEK of the configuration, at the path that it says there,
+// so that no caller chooses what is read.
+func (a *api) originalID(id string) string {
 	b, err := base64.StdEncoding.DecodeString(id)
 	if err != nil {
 		return id
@@ -217,30 +167,79 @@ func originalID(id string) string {
 	var v struct {
 		KEK      string `json:"kek_id"`
 		Provider string `json:"kms_provider"`
+		Path     string `json:"kms_provider_path"`
 	}
-	if json.Unmarshal(b, &v) != nil || v.Provider != "dev" {
+	if json.Unmarshal(b, &v) != nil {
 		return id
 	}
-	return v.KEK
-}
-
-func (a *api) info(_ *http.Request, e *Entry) (any, error) {
-	return a.store.Get(e.KEK)
-}
-
-func (a *api) export(r *http.Request, e *Entry) (any, error) {
-	if v := r.URL.Query().Get("version"); v != "" {
-		var err error
-		if e.Version, err = strconv.Atoi(v); err != nil || e.Version < 1 {
-			return nil, fmt.Errorf("%w: version %.20q is not a number from 1", ErrInput, v)
-		}
+	conf, configured := a.keks.conf[v.KEK]
+	switch {
+	case v.Provider == "dev" && !configured:
+		return v.KEK
+	case v.Provider == "vault" && configured && (v.Path == "" || strings.Trim(v.Path, "/") == strings.Trim(conf.Path, "/")):
+		return v.KEK
 	}
-	key, version, err := a.store.Key(e.KEK, e.Version)
+	return id
+}
+
+func (a *api) info(r *http.Request, e *entry) (any, error) {
+	k, err := a.allowed(r.Context(), e, policy.Actions...)
 	if err != nil {
 		return nil, err
 	}
-	e.Version = version
-	return exported{e.KEK, version, key}, nil
+	return a.describe(r.Context(), k)
+}
+
+func (a *api) list(r *http.Request, e *entry) (any, error) {
+	all, err := a.keks.list(r.Context())
+	if err != nil {
+		return nil, err
+	}
+	list := []Info{}
+	for _, k := range all {
+		if !a.owner && !a.policy.Policy().May(e.Who, k.ID, time.Now()) {
+			continue
+		}
+		info, err := a.describe(r.Context(), k)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, info)
+	}
+	return list, nil
+}
+
+func (a *api) export(r *http.Request, e *entry) (any, error) {
+	if v := r.URL.Query().Get("version"); v != "" {
+		var err error
+		if e.Version, err = strconv.Atoi(v); err != nil || e.Version < 1 {
+			return nil, fmt.Errorf("%w: version %.20q is not a number from 1", keystore.ErrInput, v)
+		}
+	}
+	k, err := a.allowed(r.Context(), e, policy.Export)
+	if refused := new(refusal); errors.As(err, &refused) {
+		// It may be somebody who may have copilot wrap or unwrap.
+		if _, mayUse := a.allowed(r.Context(), e, policy.Wrap, policy.Unwrap); mayUse == nil {
+			return nil, errNotExported
+		}
+		return nil, err
+	}
+	if err != nil {
+		return nil, err
+	}
+	var key []byte
+	if version := e.Version; version != 0 {
+		key, e.Version, err = a.keks.key(r.Context(), k, version)
+	} else if k.wrapsHere() {
+		// Whoever asks for the current version is going to wrap with it.
+		key, e.Version, err = a.keks.current(r.Context(), k, exportWraps)
+	} else {
+		err = errNotExported
+	}
+	if err != nil {
+		return nil, err
+	}
+	return exported{e.KEK, e.Version, key}, nil
 }
 
 type exported struct {
@@ -249,110 +248,64 @@ type exported struct {
 	Key     []byte `json:"key"`
 }
 
-func (a *api) wrap(r *http.Request, e *Entry) (any, error) {
+func (a *api) wrap(r *http.Request, e *entry) (any, error) {
 	var in struct {
 		Plaintext []byte `json:"plaintext"`
 	}
-	if err := decodeBody(r, &in); err != nil {
+	k, err := a.allowed(r.Context(), e, policy.Wrap)
+	if err == nil {
+		err = decodeBody(r, &in)
+	}
+	if err != nil {
 		return nil, err
 	}
 	defer clear(in.Plaintext)
 	if len(in.Plaintext) == 0 || len(in.Plaintext) > maxPlaintext {
-		return nil, fmt.Errorf("%w: plaintext has %d bytes, not 1 to %d", ErrInput, len(in.Plaintext), maxPlaintext)
+		return nil, fmt.Errorf("%w: plaintext has %d bytes, not 1 to %d", keystore.ErrInput, len(in.Plaintext), maxPlaintext)
 	}
-	aead, err := a.kek(e, 0)
-	if err != nil {
-		return nil, err
-	}
-	nonce := make([]byte, aead.NonceSize())
-	rand.Read(nonce) // never fails
-	return wrapped{e.KEK, e.Version, aead.Seal(nonce, nonce, in.Plaintext, place(e.KEK, e.Version))}, nil
+	version, b, err := a.keks.wrap(r.Context(), k, in.Plaintext)
+	e.Version = version
+	return wrapped{e.KEK, version, b}, err
 }
 
 type wrapped struct {
 	ID         string `json:"id"`
 	Version    int    `json:"version"`
-	WrappedKey []byte `json:"wrappedKey"` // 12-byte nonce, ciphertext, 16-byte tag
+	WrappedKey []byte `json:"wrappedKey"`
 }
 
-func (a *api) unwrap(r *http.Request, e *Entry) (any, error) {
+func (a *api) unwrap(r *http.Request, e *entry) (any, error) {
 	var in struct {
 		Version    int    `json:"version"`
 		WrappedKey []byte `json:"wrappedKey"`
+		Method     string `json:"method"`
+		IV         []byte `json:"iv"`
 	}
-	if err := decodeBody(r, &in); err != nil {
+	k, err := a.allowed(r.Context(), e, policy.Unwrap)
+	if err == nil {
+		err = decodeBody(r, &in)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if in.Version < 1 {
-		return nil, fmt.Errorf("%w: version %d is not from 1", ErrInput, in.Version)
+		return nil, fmt.Errorf("%w: version %d is not from 1", keystore.ErrInput, in.Version)
 	}
 	e.Version = in.Version
-	aead, err := a.kek(e, in.Version)
-	if err != nil {
-		return nil, err
+	var plaintext []byte
+	switch {
+	case in.Method == "" && in.IV == nil:
+		plaintext, err = a.keks.unwrap(r.Context(), k, in.Version, in.WrappedKey)
+	case in.Method == methodA256GCMKW && len(in.IV) == 12:
+		plaintext, err = a.keks.unwrapAnnotation(r.Context(), k, in.Version, in.IV, in.WrappedKey)
+	default:
+		err = fmt.Errorf("%w: method is %.40q with an iv of %d bytes: without a method there is none, and %s has 12", keystore.ErrInput, in.Method, len(in.IV), methodA256GCMKW)
 	}
-	n := aead.NonceSize()
-	if len(in.WrappedKey) < n {
-		return nil, fmt.Errorf("%w: wrappedKey of %d bytes is too short", ErrInput, len(in.WrappedKey))
-	}
-	plaintext, err := aead.Open(nil, in.WrappedKey[:n], in.WrappedKey[n:], place(e.KEK, in.Version))
-	if err != nil {
-		return nil, fmt.Errorf("%w: this KEK did not wrap that key, or it was changed", ErrInput)
-	}
-	return unwrapped{plaintext}, nil
+	return unwrapped{plaintext}, err
 }
 
 type unwrapped struct {
 	Plaintext []byte `json:"plaintext"`
-}
-
-// kek returns the cipher of a KEK that can wrap, and notes its version in e.
-func (a *api) kek(e *Entry, version int) (cipher.AEAD, error) {
-	key, version, err := a.store.Key(e.KEK, version)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(key)
-	e.Version = version
-	if len(key) != KeySize {
-		return nil, fmt.Errorf("%w: the KEK has %d bytes, and only one of %d bytes wraps here", ErrInput, len(key), KeySize)
-	}
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCM(block)
-}
-
-func (a *api) list(*http.Request, *Entry) (any, error) {
-	return a.store.List()
-}
-
-func (a *api) create(r *http.Request, e *Entry) (any, error) {
-	var in newKEK
-	if err := decodeBody(r, &in); err != nil {
-		return nil, err
-	}
-	e.KEK = in.ID
-	var key []byte
-	if in.Key != nil {
-		e.Action, key = "import", *in.Key
-		defer clear(key)
-	}
-	return a.store.Create(in.ID, key, a.audit.before(e))
-}
-
-type newKEK struct {
-	ID  string  `json:"id"`
-	Key *[]byte `json:"key,omitempty"` // to import; absent: a new random one
-}
-
-func (a *api) rotate(_ *http.Request, e *Entry) (any, error) {
-	return a.store.Rotate(e.KEK, a.audit.before(e))
-}
-
-func (a *api) delete(_ *http.Request, e *Entry) (any, error) {
-	return struct{}{}, a.store.Delete(e.KEK, a.audit.before(e))
 }
 
 // decodeBody decodes one JSON value with no unknown fields.
@@ -370,7 +323,7 @@ func decodeBody(r *http.Request, v any) error {
 	}
 	if err != nil {
 		// The error of encoding/json may quote its input, which holds keys.
-		return fmt.Errorf("%w: the body is not the JSON that this path takes", ErrInput)
+		return fmt.Errorf("%w: the body is not the JSON that this path takes", keystore.ErrInput)
 	}
 	return nil
 }

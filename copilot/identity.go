@@ -2,9 +2,11 @@ package copilot
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,24 +32,54 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
-// identity tells who makes a request: the SPIFFE ID, else the first DNS name,
-// else the common name of a client's certificate; the user at the other end of
-// a unix socket; else anonymous.
-func identity(r *http.Request) string {
+// anonymous is whoever says nothing of who they are.
+const anonymous = "anonymous"
+
+// of tells who makes a request: whom a bearer token tells, else a
+// client's certificate, else the user at the other end of a unix socket, else
+// anonymous. A token that is not good is an error, whatever else there is.
+func (all *issuers) of(r *http.Request) (string, error) {
+	if header := r.Header.Get("Authorization"); header != "" {
+		scheme, token, _ := strings.Cut(header, " ")
+		if !strings.EqualFold(scheme, "Bearer") {
+			return anonymous, fmt.Errorf("authorization by %.20q is not known here: it takes Bearer", scheme)
+		}
+		who, err := all.identity(r.Context(), strings.TrimSpace(token))
+		if err != nil {
+			return anonymous, err
+		}
+		return who, nil
+	}
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		cert := r.TLS.PeerCertificates[0]
-		for _, u := range cert.URIs {
-			if u.Scheme == "spiffe" {
-				return u.String()
-			}
-		}
-		if len(cert.DNSNames) > 0 {
-			return "dns:" + cert.DNSNames[0]
-		}
-		return "cn:" + cert.Subject.CommonName
+		return certificateIdentity(r)
 	}
 	if peer, ok := r.Context().Value(peerKey{}).(*unix.Ucred); ok {
-		return fmt.Sprintf("uid:%d", peer.Uid)
+		return fmt.Sprintf("uid:%d", peer.Uid), nil
 	}
-	return "anonymous"
+	return anonymous, nil
+}
+
+// certificateIdentity is the SPIFFE ID, else the first DNS name, else the
+// common name.
+func certificateIdentity(r *http.Request) (string, error) {
+	cert := r.TLS.PeerCertificates[0]
+	spiffe := ""
+	for _, u := range cert.URIs {
+		if u.Scheme != "spiffe" {
+			continue
+		}
+		if spiffe != "" {
+			return anonymous, errors.New("the certificate has two SPIFFE IDs")
+		}
+		spiffe = u.String()
+	}
+	switch {
+	case spiffe != "":
+		return spiffe, nil
+	case len(cert.DNSNames) > 0:
+		return "dns:" + cert.DNSNames[0], nil
+	case cert.Subject.CommonName != "":
+		return "cn:" + cert.Subject.CommonName, nil
+	}
+	return anonymous, errors.New("the certificate names nobody: it has no SPIFFE ID, DNS name or common name")
 }

@@ -13,140 +13,146 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// Keys manages the KEKs of a store.
-type Keys interface {
-	// Create makes a KEK with a new random key of 32 bytes, or with key, of
-	// 16, 24 or 32 bytes, if that is not nil.
-	Create(id string, key []byte) (Info, error)
-	List() ([]Info, error)
-	Get(id string) (Info, error)
-	// Rotate gives the KEK a new version to wrap with.
-	Rotate(id string) (Info, error)
-	// Delete forgets the KEK with all its versions.
-	Delete(id string) error
-	Close() error
+// Keys manages KEKs: those of a server, or of a store that no server has open.
+type Keys struct {
+	http  http.Client
+	base  string
+	close func() error
 }
 
-// OpenKeys manages the KEKs in dir, through the server that runs there if one
-// does, else in the store itself. auditLog says where changes that no server
-// makes are written down; empty for audit.log in dir.
-func OpenKeys(dir, auditLog string) (Keys, error) {
-	socket := filepath.Join(dir, adminSocket)
+// OpenKeys manages the KEKs of the store that conf tells, through the server
+// that runs there if one does, else in the store itself.
+func OpenKeys(ctx context.Context, conf Config) (*Keys, error) {
+	socket := filepath.Join(conf.Dir, adminSocket)
 	conn, err := net.DialTimeout("unix", socket, time.Second)
 	if err == nil {
 		conn.Close()
-		return newAdminClient(socket), nil
-	}
-	store, err := OpenStore(dir)
-	if err != nil {
-		return nil, err
-	}
-	audit, err := OpenAuditLog(Config{Dir: dir, AuditLog: auditLog}.auditLog())
-	if err != nil {
-		store.Close()
-		return nil, err
-	}
-	return &directKeys{store, audit}, nil
-}
-
-// directKeys is the store, with an audit log.
-type directKeys struct {
-	store *Store
-	audit *AuditLog
-}
-
-func (k *directKeys) Close() error { return errors.Join(k.store.Close(), k.audit.Close()) }
-
-func (k *directKeys) Create(id string, key []byte) (Info, error) {
-	action := "create"
-	if key != nil {
-		action = "import"
-	}
-	return k.audited(action, id, func(e *Entry) (Info, error) { return k.store.Create(id, key, k.audit.before(e)) })
-}
-
-func (k *directKeys) Rotate(id string) (Info, error) {
-	return k.audited("rotate", id, func(e *Entry) (Info, error) { return k.store.Rotate(id, k.audit.before(e)) })
-}
-
-func (k *directKeys) Delete(id string) error {
-	_, err := k.audited("delete", id, func(e *Entry) (Info, error) { return Info{}, k.store.Delete(id, k.audit.before(e)) })
-	return err
-}
-
-func (k *directKeys) Get(id string) (Info, error) {
-	return k.audited("info", id, func(*Entry) (Info, error) { return k.store.Get(id) })
-}
-
-func (k *directKeys) List() (list []Info, err error) {
-	_, err = k.audited("list", "", func(*Entry) (Info, error) {
-		list, err = k.store.List()
-		return Info{}, err
-	})
-	return list, err
-}
-
-func (k *directKeys) audited(action, id string, do func(*Entry) (Info, error)) (Info, error) {
-	e := Entry{Action: action, KEK: id, Who: fmt.Sprintf("uid:%d", os.Getuid()), From: "command line", Verdict: verdictAllowed}
-	info, err := do(&e)
-	if err != nil {
-		_, e.Verdict = statusOf(err)
-		e.Reason = err.Error()
-	} else if e.written {
-		return info, nil
-	} else {
-		e.Version = info.Version
-	}
-	if auditErr := k.audit.Write(e); auditErr != nil && !errors.Is(err, errNoAudit) {
-		err = errors.Join(err, fmt.Errorf("%w: %w", errNoAudit, auditErr))
-	}
-	return info, err
-}
-
-// adminClient asks the server that has the store open.
-type adminClient struct{ http http.Client }
-
-func newAdminClient(socket string) *adminClient {
-	return &adminClient{http.Client{
-		Timeout: 30 * time.Second,
-		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return newKeys("http://copilot", &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", socket)
-		}},
-	}}
+		}}), nil
+	}
+	if err := conf.check(); err != nil {
+		return nil, err
+	}
+	b, err := newBroker(ctx, conf)
+	if err != nil {
+		return nil, err
+	}
+	k := newKeys("http://copilot", here{newAdminAPI(b)})
+	k.close = b.close
+	return k, nil
 }
 
-func (c *adminClient) Close() error {
-	c.http.CloseIdleConnections()
-	return nil
+// RemoteKeys manages the KEKs of the server at a URL, https://HOST:PORT, by the
+// rights that its policy gives.
+func RemoteKeys(url string, transport http.RoundTripper) *Keys { return newKeys(url, transport) }
+
+func newKeys(base string, transport http.RoundTripper) *Keys {
+	k := &Keys{http: http.Client{Timeout: 30 * time.Second, Transport: transport}, base: base}
+	k.close = func() error {
+		k.http.CloseIdleConnections()
+		return nil
+	}
+	return k
 }
 
-func (c *adminClient) Create(id string, key []byte) (info Info, err error) {
+// here answers requests in this process, for the user that it runs as.
+type here struct{ http.Handler }
+
+func (h here) RoundTrip(r *http.Request) (*http.Response, error) {
+	me := &unix.Ucred{Pid: int32(os.Getpid()), Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid())}
+	r = r.Clone(context.WithValue(r.Context(), peerKey{}, me))
+	r.RemoteAddr = "command line"
+	if r.Body == nil {
+		r.Body = http.NoBody
+	}
+	w := &answer{header: make(http.Header), status: http.StatusOK}
+	h.ServeHTTP(w, r)
+	return &http.Response{
+		StatusCode: w.status, Status: http.StatusText(w.status), Header: w.header,
+		Body: io.NopCloser(&w.body), ContentLength: int64(w.body.Len()), Request: r,
+	}, nil
+}
+
+// answer is a response that is kept.
+type answer struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+func (a *answer) Header() http.Header         { return a.header }
+func (a *answer) WriteHeader(status int)      { a.status = status }
+func (a *answer) Write(b []byte) (int, error) { return a.body.Write(b) }
+
+// Close ends the connection, or closes the store.
+func (k *Keys) Close() error { return k.close() }
+
+// Create makes a KEK with a new random key of 32 bytes, or with key, of 16, 24
+// or 32 bytes, if that is not nil.
+func (k *Keys) Create(id string, key []byte) (Info, error) {
 	in := newKEK{ID: id}
 	if key != nil {
 		in.Key = &key
 	}
-	return info, c.call(http.MethodPost, "", in, &info)
+	var info Info
+	err := k.call(http.MethodPost, "", in, &info)
+	return info, err
 }
 
-func (c *adminClient) List() (list []Info, err error) {
-	return list, c.call(http.MethodGet, "", nil, &list)
+// List returns all KEKs that the caller may do anything with.
+func (k *Keys) List() (list []Info, err error) {
+	err = k.call(http.MethodGet, "", nil, &list)
+	return list, err
 }
 
-func (c *adminClient) Get(id string) (info Info, err error) {
-	return info, c.call(http.MethodGet, "/"+url.PathEscape(id), nil, &info)
+// Get describes a KEK.
+func (k *Keys) Get(id string) (info Info, err error) {
+	err = k.call(http.MethodGet, "/"+url.PathEscape(id), nil, &info)
+	return info, err
 }
 
-func (c *adminClient) Rotate(id string) (info Info, err error) {
-	return info, c.call(http.MethodPost, "/"+url.PathEscape(id)+"/rotate", nil, &info)
+// Rotate gives the KEK a new version to wrap with. What was wrapped with older
+// ones still unwraps.
+func (k *Keys) Rotate(id string) (Info, error) { return k.change(id, "rotate", nil) }
+
+// Disable stops a version from being used, or the whole KEK if version is 0.
+func (k *Keys) Disable(id string, version int) (Info, error) {
+	return k.change(id, "disable", versionBody{version})
 }
 
-func (c *adminClient) Delete(id string) error {
-	return c.call(http.MethodDelete, "/"+url.PathEscape(id), nil, &struct{}{})
+// Enable undoes Disable, and Destroy before its time has come.
+func (k *Keys) Enable(id string, version int) (Info, error) {
+	return k.change(id, "enable", versionBody{version})
 }
 
-func (c *adminClient) call(method, path string, in, out any) error {
+// Destroy stops a version from being used, or all if version is 0, and forgets
+// its key after that time, in whole seconds.
+func (k *Keys) Destroy(id string, version int, after time.Duration) (Info, error) {
+	s := seconds(after / time.Second)
+	return k.change(id, "destroy", destroyBody{versionBody{version}, &s})
+}
+
+// Revoke takes the KEK from an identity, whatever the policy says.
+func (k *Keys) Revoke(id, identity string) (Info, error) {
+	return k.change(id, "revoke", identityBody{identity})
+}
+
+// Reinstate undoes Revoke.
+func (k *Keys) Reinstate(id, identity string) (Info, error) {
+	return k.change(id, "reinstate", identityBody{identity})
+}
+
+func (k *Keys) change(id, verb string, in any) (info Info, err error) {
+	err = k.call(http.MethodPost, "/"+url.PathEscape(id)+"/"+verb, in, &info)
+	return info, err
+}
+
+func (k *Keys) call(method, path string, in, out any) error {
 	var body []byte
 	if in != nil {
 		var err error
@@ -155,16 +161,16 @@ func (c *adminClient) call(method, path string, in, out any) error {
 		}
 		defer clear(body)
 	}
-	req, err := http.NewRequest(method, "http://copilot/api/v2/keks"+path, bytes.NewReader(body))
+	req, err := http.NewRequest(method, k.base+"/api/v2/keks"+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
-	resp, err := c.http.Do(req)
+	resp, err := k.http.Do(req)
 	if err != nil {
 		return fmt.Errorf("ask the running copilot: %w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(resp.Body)
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
 	if err != nil {
 		return fmt.Errorf("ask the running copilot: %w", err)
 	}

@@ -20,9 +20,9 @@ import (
 // testBroker is a real broker.
 type testBroker struct {
 	dir  string
-	url  string      // of its socket
-	keys broker.Keys // through its admin socket
-	tcp  string      // http://HOST:PORT, which the original's API needs
+	url  string       // of its socket
+	keys *broker.Keys // through its admin socket
+	tcp  string       // http://HOST:PORT, which the original's API needs
 }
 
 // startBroker runs a broker that has the KEKs given, nil ones new.
@@ -56,7 +56,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 			continue
 		}
 		conn.Close()
-		if b.keys, err = broker.OpenKeys(b.dir, ""); err != nil {
+		if b.keys, err = broker.OpenKeys(t.Context(), broker.Config{Dir: b.dir}); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { b.keys.Close() })

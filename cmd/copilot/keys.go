@@ -15,20 +15,21 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/keystore"
 )
 
 var keysCommand = &cli.Command{
 	Name:  "keys",
-	Usage: "create, list, show, import, rotate and delete KEKs",
-	Description: `Works on the store in --dir, through the copilot that serves there if one does.
-No command shows a key.
+	Usage: "create, list, show, import, rotate, disable, revoke and destroy KEKs",
+	Description: `Works on the store that the configuration tells, through the copilot that serves
+there if one does, or with --server on one elsewhere. No command shows a key.
 
 Example:
    copilot keys create team-a`,
 	Subcommands: []*cli.Command{
 		{
 			Name: "create", Usage: "make a new random KEK", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(_ *cli.Context, keys copilot.Keys, id string) error {
+			Action: onKEK(func(_ *cli.Context, keys *copilot.Keys, id string) error {
 				return done(keys.Create(id, nil))("created")
 			}),
 		},
@@ -50,34 +51,83 @@ Example:
 					return fmt.Errorf("keys import: %w", err)
 				}
 				defer clear(key)
-				return onKEK(func(_ *cli.Context, keys copilot.Keys, id string) error {
+				return onKEK(func(_ *cli.Context, keys *copilot.Keys, id string) error {
 					return done(keys.Create(id, key))("imported")
 				})(c)
 			},
 		},
 		{
-			Name: "rotate", Usage: "make a new version to wrap with; older ones still unwrap", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(_ *cli.Context, keys copilot.Keys, id string) error {
+			Name: "rotate", Usage: "make a new version to wrap with; older ones still unwrap", ArgsUsage: "ID",
+			Description: `Images that are encrypted already keep the versions that they were encrypted
+with, until "ctr-pilot images rewrap" moves them to the new one.
+
+Example:
+   copilot keys rotate team-a`,
+			Flags: keysFlags(),
+			Action: onKEK(func(_ *cli.Context, keys *copilot.Keys, id string) error {
 				return done(keys.Rotate(id))("rotated")
 			}),
 		},
 		{
-			Name: "delete", Usage: "forget a KEK for ever", ArgsUsage: "ID",
-			Flags: keysFlags(&cli.BoolFlag{Name: "yes", Usage: "yes, what was encrypted for this KEK shall be unreadable for ever"}),
-			Action: onKEK(func(c *cli.Context, keys copilot.Keys, id string) error {
-				if !c.Bool("yes") {
+			Name: "disable", Usage: "stop a KEK, or one version of it, from being used", ArgsUsage: "ID",
+			Description: `Nodes that have the KEK in memory use it until it expires there (pilot's
+kek-cache-ttl, 5 minutes if nothing else is set).
+
+Example:
+   copilot keys disable --key-version 1 team-a`,
+			Flags: keysFlags(versionFlag()),
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+				return done(keys.Disable(id, c.Int("key-version")))("disabled" + ofVersion(c))
+			}),
+		},
+		{
+			Name: "enable", Usage: "undo disable, or destroy before its time has come", ArgsUsage: "ID",
+			Description: `Example:
+   copilot keys enable team-a`,
+			Flags: keysFlags(versionFlag()),
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+				return done(keys.Enable(id, c.Int("key-version")))("enabled" + ofVersion(c))
+			}),
+		},
+		{
+			Name: "destroy", Usage: "stop a KEK, or one version of it, from being used, and forget its key after a waiting time", ArgsUsage: "ID",
+			Description: `What was encrypted for it can never be decrypted again, once the waiting time is
+over. Until then, "copilot keys enable" takes it back.
+
+Example:
+   copilot keys destroy --key-version 1 team-a`,
+			Flags: keysFlags(versionFlag(),
+				&cli.DurationFlag{Name: "after", Usage: "how long to wait", Value: copilot.DestroyAfter},
+				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: yes, what was encrypted for it shall be unreadable for ever, now"},
+			),
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+				after := c.Duration("after")
+				if after < time.Second && !c.Bool("yes") {
 					return fmt.Errorf("images encrypted for %s could never be decrypted again: say --yes if that is what you want", id)
 				}
-				if err := keys.Delete(id); err != nil {
-					return err
+				return done(keys.Destroy(id, c.Int("key-version"), after))("destroyed" + ofVersion(c) + ", for ever from " + time.Now().Add(after).Format(time.RFC3339) + " on")
+			}),
+		},
+		{
+			Name: "revoke", Usage: "take a KEK from an identity, whatever the policy says", ArgsUsage: "ID",
+			Description: `Identities look as in the audit log. With --undo, the policy decides again.
+
+Example:
+   copilot keys revoke --identity spiffe://example.com/node/worker-7 team-a`,
+			Flags: keysFlags(
+				&cli.StringFlag{Name: "identity", Usage: "whom to take it from, `ID` as in the audit log", Required: true},
+				&cli.BoolFlag{Name: "undo", Usage: "let the policy decide again"},
+			),
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+				if c.Bool("undo") {
+					return done(keys.Reinstate(id, c.String("identity")))("no longer revoked for " + c.String("identity"))
 				}
-				fmt.Printf("%s deleted\n", id)
-				return nil
+				return done(keys.Revoke(id, c.String("identity")))("revoked for " + c.String("identity"))
 			}),
 		},
 		{
 			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(jsonFlag()),
-			Action: onKEK(func(c *cli.Context, keys copilot.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
 				info, err := keys.Get(id)
 				if err != nil {
 					return err
@@ -85,12 +135,7 @@ Example:
 				if c.Bool("json") {
 					return printJSON(info)
 				}
-				fmt.Printf("%s, current version %d\n", info.ID, info.Version)
-				table := newTable("VERSION", "BITS", "CREATED")
-				for _, v := range info.Versions {
-					table.row(v.Version, v.Bits, v.Created.Format(time.RFC3339))
-				}
-				return table.Flush()
+				return show(info)
 			}),
 		},
 		{
@@ -99,7 +144,7 @@ Example:
 				if err := noArguments(c); err != nil {
 					return err
 				}
-				keys, err := copilot.OpenKeys(c.String("dir"), c.String("audit-log"))
+				keys, err := openKeys(c)
 				if err != nil {
 					return err
 				}
@@ -111,23 +156,94 @@ Example:
 				if c.Bool("json") {
 					return printJSON(list)
 				}
-				table := newTable("ID", "VERSION", "CREATED", "ROTATED")
-				for _, info := range list {
-					first, last := info.Versions[0], info.Versions[len(info.Versions)-1]
-					rotated := "never"
-					if last.Version != first.Version {
-						rotated = last.Created.Format(time.RFC3339)
-					}
-					table.row(info.ID, info.Version, first.Created.Format(time.RFC3339), rotated)
-				}
-				return table.Flush()
+				return showList(list)
 			},
 		},
 	},
 }
 
+// show prints what is known of a KEK.
+func show(info copilot.Info) error {
+	fmt.Println(head(info))
+	for _, who := range info.Revoked {
+		fmt.Printf("revoked for %s\n", who)
+	}
+	table := newTable("VERSION", "BITS", "STATE", "WRAPS", "CREATED")
+	for _, v := range info.Versions {
+		state := string(v.State)
+		if v.State == keystore.Destroying {
+			state += " on " + v.DestroyAt.Format(time.RFC3339)
+		}
+		table.row(v.Version, orNone(v.Bits), state, v.Wraps, date(v.Created))
+	}
+	return table.Flush()
+}
+
+// head says in a line what a KEK is.
+func head(info copilot.Info) string {
+	line := info.ID
+	if info.Version != 0 {
+		line += fmt.Sprintf(", current version %d", info.Version)
+	}
+	if info.Backend != "" {
+		line += ", in " + info.Backend
+	}
+	if info.Disabled {
+		line += ", disabled"
+	}
+	return line
+}
+
+func showList(list []copilot.Info) error {
+	table := newTable("ID", "VERSION", "STATE", "CREATED", "ROTATED")
+	for _, info := range list {
+		state, created, rotated := keystore.Enabled, "-", "never"
+		if n := len(info.Versions); n > 0 {
+			first, last := info.Versions[0], info.Versions[n-1]
+			created, state = date(first.Created), last.State
+			if last.Version != first.Version {
+				rotated = date(last.Created)
+			}
+		}
+		if info.Disabled {
+			state = keystore.Disabled
+		}
+		name := info.ID
+		if info.Backend != "" {
+			name += " (in " + info.Backend + ")"
+		}
+		table.row(name, orNone(info.Version), state, created, rotated)
+	}
+	return table.Flush()
+}
+
+func orNone(n int) any {
+	if n == 0 {
+		return "-"
+	}
+	return n
+}
+
+func date(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.Format(time.RFC3339)
+}
+
 func keysFlags(more ...cli.Flag) []cli.Flag {
-	return append([]cli.Flag{dirFlag(), auditLogFlag()}, more...)
+	return configFlags(append(serverFlags(), more...)...)
+}
+
+func versionFlag() cli.Flag {
+	return &cli.IntFlag{Name: "key-version", Usage: "`NUMBER` of the version; without it, the whole KEK"}
+}
+
+func ofVersion(c *cli.Context) string {
+	if v := c.Int("key-version"); v != 0 {
+		return fmt.Sprintf(" in version %d", v)
+	}
+	return ""
 }
 
 func jsonFlag() cli.Flag {
@@ -135,12 +251,12 @@ func jsonFlag() cli.Flag {
 }
 
 // onKEK returns the action of a command whose argument is a KEK's id.
-func onKEK(do func(*cli.Context, copilot.Keys, string) error) cli.ActionFunc {
+func onKEK(do func(*cli.Context, *copilot.Keys, string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if c.NArg() != 1 {
 			return fmt.Errorf("keys %s takes one KEK id, after the flags, and got %d arguments", c.Command.Name, c.NArg())
 		}
-		keys, err := copilot.OpenKeys(c.String("dir"), c.String("audit-log"))
+		keys, err := openKeys(c)
 		if err != nil {
 			return err
 		}
@@ -157,7 +273,11 @@ func onKEK(do func(*cli.Context, copilot.Keys, string) error) cli.ActionFunc {
 func done(info copilot.Info, err error) func(verb string) error {
 	return func(verb string) error {
 		if err == nil {
-			fmt.Printf("%s %s, current version %d\n", info.ID, verb, info.Version)
+			version := ""
+			if info.Version != 0 {
+				version = fmt.Sprintf(", current version %d", info.Version)
+			}
+			fmt.Printf("%s %s%s\n", info.ID, verb, version)
 		}
 		return err
 	}

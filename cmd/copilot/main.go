@@ -4,12 +4,9 @@ package main
 import (
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/version"
 )
@@ -28,7 +25,7 @@ func run() int {
 		Name:                 "copilot",
 		Usage:                "keep key encryption keys (KEKs) and hand them to pilot",
 		Version:              version.Version,
-		Commands:             []*cli.Command{serveCommand, keysCommand},
+		Commands:             []*cli.Command{initCommand, enrollCommand, serveCommand, keysCommand, policyCommand, auditCommand},
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
@@ -37,49 +34,6 @@ func run() int {
 		return 1
 	}
 	return 0
-}
-
-// dirFlag is the flag of each command that needs the store.
-func dirFlag() cli.Flag {
-	return &cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", Value: "/var/lib/copilot", EnvVars: []string{"COPILOT_DIR"}}
-}
-
-func auditLogFlag() cli.Flag {
-	return &cli.StringFlag{Name: "audit-log", Usage: "`FILE` to write the audit log to, or - for standard output (default: audit.log in --dir)"}
-}
-
-var serveCommand = &cli.Command{
-	Name:  "serve",
-	Usage: "answer requests for KEKs",
-	Description: `Answers pilot, and the original pilot, until it is told to stop.
-
-Example:
-   copilot serve --listen unix:///run/copilot/copilot.sock`,
-	Flags: []cli.Flag{
-		dirFlag(),
-		&cli.StringSliceFlag{Name: "listen", Usage: "where to answer: unix:///PATH (mode 0600) or HOST:PORT; may be repeated", Value: cli.NewStringSlice("unix:///run/copilot/copilot.sock")},
-		&cli.StringFlag{Name: "tls-cert", Usage: "certificate to answer TLS with, `FILE` in PEM"},
-		&cli.StringFlag{Name: "tls-key", Usage: "private key of --tls-cert, `FILE` in PEM"},
-		&cli.StringFlag{Name: "tls-client-ca", Usage: "CA of the clients that may ask, `FILE` in PEM"},
-		&cli.BoolFlag{Name: "insecure-loopback", Usage: "answer on a loopback address without TLS, so that every user of this machine gets every KEK"},
-		auditLogFlag(),
-	},
-	Action: func(c *cli.Context) error {
-		if err := noArguments(c); err != nil {
-			return err
-		}
-		ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
-		defer stop()
-		return copilot.Serve(ctx, copilot.Config{
-			Dir:              c.String("dir"),
-			Listen:           c.StringSlice("listen"),
-			TLSCert:          c.String("tls-cert"),
-			TLSKey:           c.String("tls-key"),
-			TLSClientCA:      c.String("tls-client-ca"),
-			InsecureLoopback: c.Bool("insecure-loopback"),
-			AuditLog:         c.String("audit-log"),
-		})
-	},
 }
 
 func noArguments(c *cli.Context) error {

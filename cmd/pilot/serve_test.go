@@ -26,7 +26,7 @@ import (
 func startBroker(t *testing.T) (url, auditLog string) {
 	t.Helper()
 	dir := t.TempDir()
-	keys, err := broker.OpenKeys(dir, "")
+	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile/certtest"
 	broker "github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/audit"
 )
 
 // tlsBroker is a real broker that answers TLS on 127.0.0.1 and has the KEK
@@ -29,7 +30,7 @@ type tlsBroker struct{ url, auditLog string }
 func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Authority) tlsBroker {
 	t.Helper()
 	dir := t.TempDir()
-	keys, err := broker.OpenKeys(dir, "")
+	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,6 +46,10 @@ func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Autho
 	}
 	address := free.Addr().String()
 	free.Close()
+	policy := filepath.Join(dir, "policy.toml")
+	if err := os.WriteFile(policy, []byte("[[rule]]\nidentities = ['**']\nkeks = ['**']\nactions = ['export']\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	// The socket is opened last, so once it answers the address does too.
 	socket := filepath.Join(dir, "s")
 	ctx, stop := context.WithCancel(context.Background())
@@ -52,7 +57,7 @@ func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Autho
 	go func() {
 		done <- broker.Serve(ctx, broker.Config{
 			Dir: dir, Listen: []string{address, "unix://" + socket},
-			TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File,
+			TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File, Policy: policy,
 		})
 	}()
 	t.Cleanup(func() {
@@ -73,15 +78,15 @@ func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Autho
 }
 
 // audited returns the audit log's entries of an action.
-func (b tlsBroker) audited(t *testing.T, action string) []broker.Entry {
+func (b tlsBroker) audited(t *testing.T, action string) []audit.Entry {
 	t.Helper()
 	log, err := os.ReadFile(b.auditLog)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var list []broker.Entry
+	var list []audit.Entry
 	for line := range bytes.Lines(log) {
-		var e broker.Entry
+		var e audit.Entry
 		if err := json.Unmarshal(line, &e); err == nil && e.Action == action {
 			list = append(list, e)
 		}
@@ -142,7 +147,7 @@ func TestTLS(t *testing.T) {
 				t.Errorf("got %v, want %v: %q", err, test.is, test.want)
 			}
 			// The broker notices when the client is gone already.
-			var lines []broker.Entry
+			var lines []audit.Entry
 			for range 200 {
 				if lines = b.audited(t, "connect")[before:]; len(lines) > 0 {
 					break

@@ -1,7 +1,9 @@
-package copilot
+package keystore
 
 import (
+	"crypto/hkdf"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -68,6 +70,9 @@ func readMaster(name string, forbidden fs.FileMode) ([]byte, error) {
 func makeMaster(name string) ([]byte, error) {
 	key := make([]byte, masterSize)
 	rand.Read(key) // never fails
+	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+		return nil, err
+	}
 	f, err := os.CreateTemp(filepath.Dir(name), masterFile+".*")
 	if err != nil {
 		return nil, err
@@ -95,4 +100,15 @@ func syncDir(name string) error {
 	}
 	defer d.Close()
 	return d.Sync()
+}
+
+// AuditKey returns the key that authenticates the audit log of the store in
+// dir: 32 bytes, derived from the master key.
+func AuditKey(dir string) ([]byte, error) {
+	master, err := masterKey(dir, false)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(master)
+	return hkdf.Key(sha256.New, master, nil, "copilot audit log", sha256.Size)
 }

@@ -1,0 +1,228 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/copilot/pki"
+)
+
+const (
+	defaultConfigDir = "/etc/copilot"
+	caFor            = 10 * 365 * 24 * time.Hour
+	serverFor        = 365 * 24 * time.Hour
+	clientFor        = 90 * 24 * time.Hour
+)
+
+var initCommand = &cli.Command{
+	Name:  "init",
+	Usage: "write a working configuration, with a CA, a server certificate and an admin's",
+	Description: `Writes into --config-dir: copilot.toml and policy.toml, a private CA (ca.pem,
+ca-key.pem), the server's certificate (server.pem, server-key.pem) and an
+admin's (admin.pem, admin-key.pem). It overwrites nothing.
+
+Example:
+   copilot init --host copilot.example.com --trust-domain example.com`,
+	Flags: []cli.Flag{
+		configDirFlag(),
+		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", Value: defaultDir, EnvVars: []string{"COPILOT_DIR"}},
+		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address by which nodes reach this broker; may be repeated", Required: true},
+		&cli.IntFlag{Name: "port", Usage: "`PORT` to answer on", Value: 8443},
+		&cli.StringFlag{Name: "trust-domain", Usage: "`DOMAIN` that the identities of nodes begin with (default: the first --host that is a name)"},
+	},
+	Action: initialize,
+}
+
+func configDirFlag() cli.Flag {
+	return &cli.StringFlag{Name: "config-dir", Usage: "`DIRECTORY` of the configuration and the CA", Value: defaultConfigDir}
+}
+
+func initialize(c *cli.Context) error {
+	if err := noArguments(c); err != nil {
+		return err
+	}
+	hosts := c.StringSlice("host")
+	domain := c.String("trust-domain")
+	for _, h := range hosts {
+		if domain == "" && net.ParseIP(h) == nil {
+			domain = h
+		}
+	}
+	if domain == "" {
+		return errors.New("init: --host is an address only: say --trust-domain, as in example.com")
+	}
+	dir, err := filepath.Abs(c.String("config-dir"))
+	if err != nil {
+		return err
+	}
+	store, err := filepath.Abs(c.String("dir"))
+	if err != nil {
+		return err
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	for _, name := range []string{"copilot.toml", "policy.toml", pki.CertFile, pki.KeyFile, "server.pem", "server-key.pem", "admin.pem", "admin-key.pem"} {
+		if _, err := os.Lstat(in(name)); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("init: %s is there already, and nothing is overwritten: move it away, or choose another --config-dir", in(name))
+		}
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	ca, err := pki.Create(dir, domain, caFor)
+	if err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	if err := ca.IssueServer(hosts, serverFor, in("server.pem"), in("server-key.pem")); err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	admin := pki.Client{Path: "admin", Hold: serverFor}
+	if err := ca.IssueClient(admin, in("admin.pem"), in("admin-key.pem")); err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	if err := writeNew(in("policy.toml"), fmt.Sprintf(policyText, domain)); err != nil {
+		return err
+	}
+	// Last, so that a copilot that finds it finds the rest.
+	if err := writeNew(in("copilot.toml"), fmt.Sprintf(configText, store, c.Int("port"), dir)); err != nil {
+		return err
+	}
+	fmt.Printf(`%s is ready.
+
+   copilot serve --config %[1]s
+   copilot keys create --config %[1]s team-a
+   copilot enroll --config-dir %[2]s worker-7      # a node: gives it worker-7.pem, worker-7-key.pem and %[3]s
+
+Nodes may use KEKs, and nobody else may, until you change %[4]s.
+Keep %[5]s away from this machine where you can: it makes nodes.
+`, in("copilot.toml"), dir, in(pki.CertFile), in("policy.toml"), in(pki.KeyFile))
+	return nil
+}
+
+const configText = `# copilot's configuration. See docs/copilot.md.
+dir = %q
+listen = ["unix:///run/copilot/copilot.sock", "0.0.0.0:%d"]
+tls-cert = "%[3]s/server.pem"
+tls-key = "%[3]s/server-key.pem"
+tls-client-ca = "%[3]s/ca.pem"
+policy = "%[3]s/policy.toml"
+`
+
+const policyText = `# Who may do what with which KEK. What no rule allows is denied.
+# "copilot policy check IDENTITY KEK ACTION" says what comes of it.
+
+# Nodes decrypt: they get the KEKs.
+[[rule]]
+identities = ["spiffe://%[1]s/node/*"]
+keks = ["**"]
+actions = ["unwrap", "export"]
+
+# CI encrypts: copilot wraps for it, and it never has a KEK.
+[[rule]]
+identities = ["spiffe://%[1]s/ci/*"]
+keks = ["**"]
+actions = ["wrap"]
+
+[[rule]]
+identities = ["spiffe://%[1]s/admin"]
+keks = ["**"]
+actions = ["admin"]
+
+# Root on this machine.
+[[rule]]
+identities = ["uid:0"]
+keks = ["**"]
+actions = ["wrap", "unwrap", "export"]
+`
+
+func writeNew(name, text string) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+var enrollCommand = &cli.Command{
+	Name:      "enroll",
+	Usage:     "issue a certificate for a node, or for another client",
+	ArgsUsage: "NAME",
+	Description: `Writes NAME.pem and NAME-key.pem into --out. The certificate tells the identity
+spiffe://TRUST-DOMAIN/node/NAME; with --role, another word than node stands
+there. With --csr, the key stays where the request was made, and only NAME.pem
+is written.
+
+Example:
+   copilot enroll --out /root/worker-7 worker-7`,
+	Flags: []cli.Flag{
+		configDirFlag(),
+		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
+		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
+		&cli.DurationFlag{Name: "for", Usage: "how long the certificate holds", Value: clientFor},
+		&cli.StringFlag{Name: "csr", Usage: "certificate signing request to sign, `FILE` in PEM, or - for standard input"},
+	},
+	Action: enroll,
+}
+
+func enroll(c *cli.Context) error {
+	if c.NArg() != 1 {
+		return fmt.Errorf("enroll takes one name, after the flags, and got %d arguments", c.NArg())
+	}
+	name := c.Args().First()
+	if filepath.Base(name) != name || name == "." || name == ".." {
+		return fmt.Errorf("enroll: %q is the name of files too, so it has no slashes", name)
+	}
+	ca, err := pki.Load(c.String("config-dir"))
+	if err != nil {
+		return fmt.Errorf("enroll: %w", err)
+	}
+	client := pki.Client{Path: c.String("role") + "/" + name, Hold: c.Duration("for")}
+	id, err := ca.ID(client.Path)
+	if err != nil {
+		return fmt.Errorf("enroll: %w", err)
+	}
+	out := c.String("out")
+	if err := os.MkdirAll(out, 0o755); err != nil {
+		return err
+	}
+	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
+	if file := c.String("csr"); file != "" {
+		request, err := readFile(file)
+		if err == nil {
+			err = ca.SignClient(client, request, cert)
+		}
+		if err != nil {
+			return fmt.Errorf("enroll: %w", err)
+		}
+		fmt.Printf("%s: %s\n", id, cert)
+		return nil
+	}
+	if err := ca.IssueClient(client, cert, key); err != nil {
+		return fmt.Errorf("enroll: %w", err)
+	}
+	fmt.Printf("%s: %s and %s\n", id, cert, key)
+	return nil
+}
+
+// maxRequest bounds a certificate signing request, in bytes.
+const maxRequest = 64 << 10
+
+func readFile(name string) ([]byte, error) {
+	f := os.Stdin
+	if name != "-" {
+		var err error
+		if f, err = os.Open(name); err != nil {
+			return nil, err
+		}
+		defer f.Close()
+	}
+	return io.ReadAll(io.LimitReader(f, maxRequest))
+}

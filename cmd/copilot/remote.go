@@ -1,0 +1,48 @@
+package main
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/copilot"
+)
+
+// serverFlags are those of commands that a copilot elsewhere can carry out.
+func serverFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "server", Usage: "https://HOST:PORT of a copilot elsewhere, whose policy lets --cert do this", EnvVars: []string{"COPILOT_SERVER"}},
+		&cli.StringFlag{Name: "ca", Usage: "CA of --server's certificate, `FILE` in PEM (default: the system's)", EnvVars: []string{"COPILOT_CA"}},
+		&cli.StringFlag{Name: "cert", Usage: "client certificate to show --server, `FILE` in PEM", EnvVars: []string{"COPILOT_CERT"}},
+		&cli.StringFlag{Name: "key", Usage: "private key of --cert, `FILE` in PEM", EnvVars: []string{"COPILOT_KEY"}},
+	}
+}
+
+func remoteKeys(c *cli.Context) (*copilot.Keys, error) {
+	server := c.String("server")
+	if u, err := url.Parse(server); err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" && u.Path != "/" {
+		return nil, fmt.Errorf("--server %s: it is https://HOST:PORT", server)
+	}
+	conf := &tls.Config{MinVersion: tls.VersionTLS12}
+	if name := c.String("ca"); name != "" {
+		pool, err := certfile.Pool(name)
+		if err != nil {
+			return nil, fmt.Errorf("--ca: %w", err)
+		}
+		conf.RootCAs = pool
+	}
+	if c.String("cert") == "" || c.String("key") == "" {
+		return nil, errors.New("--server needs --cert and --key, which say who asks")
+	}
+	pair, err := tls.LoadX509KeyPair(c.String("cert"), c.String("key"))
+	if err != nil {
+		return nil, fmt.Errorf("--cert: %w", err)
+	}
+	conf.Certificates = []tls.Certificate{pair}
+	return copilot.RemoteKeys(server, &http.Transport{TLSClientConfig: conf, ForceAttemptHTTP2: true}), nil
+}

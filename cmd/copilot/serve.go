@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/copilot"
+)
+
+// defaultConfigFile is read if it exists; another has to exist.
+const defaultConfigFile = "/etc/copilot/copilot.toml"
+
+// configFlags are the flags of each command that needs the configuration.
+func configFlags(more ...cli.Flag) []cli.Flag {
+	return append([]cli.Flag{
+		&cli.StringFlag{Name: "config", Usage: "`FILE` with the configuration (default: " + defaultConfigFile + " if it exists)", EnvVars: []string{"COPILOT_CONFIG"}},
+		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", DefaultText: defaultDir, EnvVars: []string{"COPILOT_DIR"}},
+		&cli.StringFlag{Name: "database", Usage: "PostgreSQL `URL` to keep KEKs in, instead of a file in --dir", EnvVars: []string{"COPILOT_DATABASE"}},
+		&cli.StringFlag{Name: "audit-log", Usage: "`FILE` to write the audit log to, - for standard output, or database (default: the database if there is one, else audit.log in --dir)"},
+		&cli.StringFlag{Name: "policy", Usage: "`FILE` that says who may do what with which KEK"},
+	}, more...)
+}
+
+const (
+	defaultDir    = "/var/lib/copilot"
+	defaultListen = "unix:///run/copilot/copilot.sock"
+)
+
+// configuration returns the defaults, changed by the file, changed by flags.
+func configuration(c *cli.Context) (copilot.Config, error) {
+	conf := copilot.Config{Dir: defaultDir}
+	name := c.String("config")
+	required := name != ""
+	if !required {
+		name = defaultConfigFile
+	}
+	if err := conf.ReadConfig(name); errors.Is(err, fs.ErrNotExist) && !required {
+		// It is not needed.
+	} else if err != nil {
+		return conf, err
+	}
+	for name, to := range map[string]*string{
+		"dir": &conf.Dir, "database": &conf.Database, "audit-log": &conf.AuditLog, "policy": &conf.Policy,
+		"tls-cert": &conf.TLSCert, "tls-key": &conf.TLSKey, "tls-client-ca": &conf.TLSClientCA, "metrics-listen": &conf.MetricsListen,
+	} {
+		if c.IsSet(name) {
+			*to = c.String(name)
+		}
+	}
+	if c.IsSet("listen") {
+		conf.Listen = c.StringSlice("listen")
+	}
+	if c.IsSet("insecure-loopback") {
+		conf.InsecureLoopback = c.Bool("insecure-loopback")
+	}
+	return conf, nil
+}
+
+var serveCommand = &cli.Command{
+	Name:  "serve",
+	Usage: "answer requests for KEKs",
+	Description: `Answers pilot, and the original pilot, until it is told to stop. It reads its
+policy again when the file changes, and that and its audit log on SIGHUP.
+
+Example:
+   copilot serve --listen unix:///run/copilot/copilot.sock`,
+	Flags: configFlags(
+		&cli.StringSliceFlag{Name: "listen", Usage: "where to answer: unix:///PATH or HOST:PORT; may be repeated", DefaultText: defaultListen},
+		&cli.StringFlag{Name: "tls-cert", Usage: "certificate to answer TLS with, `FILE` in PEM"},
+		&cli.StringFlag{Name: "tls-key", Usage: "private key of --tls-cert, `FILE` in PEM"},
+		&cli.StringFlag{Name: "tls-client-ca", Usage: "CA of the clients that may ask, `FILE` in PEM"},
+		&cli.BoolFlag{Name: "insecure-loopback", Usage: "answer on a loopback address without TLS, so that every user of this machine gets every KEK"},
+		&cli.StringFlag{Name: "metrics-listen", Usage: "`HOST:PORT` for metrics, health and readiness, in plain HTTP"},
+	),
+	Action: func(c *cli.Context) error {
+		if err := noArguments(c); err != nil {
+			return err
+		}
+		conf, err := configuration(c)
+		if err != nil {
+			return err
+		}
+		if len(conf.Listen) == 0 {
+			conf.Listen = []string{defaultListen}
+		}
+		ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		return copilot.Serve(ctx, conf)
+	},
+}
+
+// openKeys returns the KEKs that the command's flags tell.
+func openKeys(c *cli.Context) (*copilot.Keys, error) {
+	if c.IsSet("server") {
+		return remoteKeys(c)
+	}
+	conf, err := configuration(c)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := copilot.OpenKeys(c.Context, conf)
+	if errors.Is(err, context.Canceled) {
+		return nil, errors.New("stopped")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the KEKs: %w", err)
+	}
+	return keys, nil
+}

@@ -1,0 +1,230 @@
+package copilot
+
+import (
+	"cmp"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/kms"
+)
+
+var (
+	errNoSuchPath = errors.New("there is no such path, or not with this method")
+	errHost       = errors.New("the request is for another host")
+	errWho        = errors.New("copilot does not know who asks")
+)
+
+// refusal is the error of a request by somebody who may not make it.
+type refusal struct {
+	who, kek string
+	reason   string // for the audit log only
+}
+
+// Error says the same of a KEK that is there and of one that is not.
+func (r *refusal) Error() string {
+	return fmt.Sprintf("%s may not, or there is no such KEK: on the broker's machine, \"copilot policy check\" says why", r.who)
+}
+
+// tooMany is the error of a request that is one too many.
+type tooMany struct{ after time.Duration }
+
+func (t *tooMany) Error() string {
+	return fmt.Sprintf("too many requests: try again in %s", t.after.Round(time.Millisecond))
+}
+
+// raw is an answer that is no JSON: a key, in the original's API.
+type raw []byte
+
+// document is an answer that is JSON already, and no secret.
+type document []byte
+
+// audited answers a request with what do returns, after it was written to the
+// audit log. A request that can't be is refused.
+func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		id := make([]byte, 8)
+		rand.Read(id) // never fails
+		e := &entry{Entry: audit.Entry{
+			Request: fmt.Sprintf("%x", id),
+			Action:  action,
+			KEK:     r.PathValue("id"),
+			From:    cmp.Or(r.RemoteAddr, "@"),
+			Verdict: audit.Allowed,
+			Status:  http.StatusOK,
+		}}
+		span := trace.SpanFromContext(r.Context())
+		if s := span.SpanContext(); s.IsValid() {
+			e.Trace = s.TraceID().String()
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		answer, err := a.answer(r, e, do)
+		if err != nil {
+			e.Status, e.Verdict = statusOf(err)
+			e.Reason = err.Error()
+			if refused := new(refusal); errors.As(err, &refused) {
+				e.Reason = refused.reason
+			}
+		}
+		if key, ok := answer.(raw); ok {
+			defer clear(key)
+		}
+		if (err != nil || !e.written) && !a.suppressed(e, err) {
+			if auditErr := a.audit.Write(e.Entry); auditErr != nil {
+				a.metrics.auditFailures.Inc()
+				e.Status, e.Verdict, err = http.StatusServiceUnavailable, audit.Failed, auditErr
+			}
+		}
+		a.metrics.request(e, time.Since(start))
+		span.SetName("copilot " + e.Action)
+		span.SetAttributes(attribute.String("copilot.request", e.Request), attribute.String("copilot.kek", e.KEK),
+			attribute.Int("copilot.version", e.Version), attribute.String("copilot.verdict", e.Verdict))
+		if err != nil {
+			span.SetStatus(codes.Error, e.Verdict)
+		}
+		if e.Status >= http.StatusInternalServerError {
+			logrus.WithFields(logrus.Fields{"request": e.Request, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
+		}
+		writeAnswer(w, e, answer, err)
+	})
+}
+
+// answer finds out who asks, and does what they want if they are not too many.
+func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
+	var err error
+	if e.Who, err = a.issuers.of(r); err != nil {
+		return nil, fmt.Errorf("%w: %w", errWho, err)
+	}
+	if e.Who == anonymous && !a.anonymous {
+		return nil, fmt.Errorf("%w: show a client certificate or a bearer token", errWho)
+	}
+	if !a.owner {
+		if after := a.limits.take(e.Who, a.policy.Policy()); after > 0 {
+			return nil, &tooMany{after}
+		}
+	}
+	return do(r, e)
+}
+
+// suppressed reports whether an entry need not be written, since others of its
+// kind were just now: those of somebody who sends too many requests.
+func (a *api) suppressed(e *entry, err error) bool {
+	many := new(tooMany)
+	if !errors.As(err, &many) {
+		return false
+	}
+	before, suppressed := a.limits.note(e.Who)
+	if before > 0 {
+		e.Reason += fmt.Sprintf(" (and %d more since the last such line)", before)
+	}
+	return suppressed
+}
+
+// statusOf returns the HTTP status and the audit log's verdict for an error.
+func statusOf(err error) (int, string) {
+	tooLarge, refused, many := new(http.MaxBytesError), new(refusal), new(tooMany)
+	switch {
+	case errors.As(err, &tooLarge):
+		return http.StatusRequestEntityTooLarge, audit.Failed
+	case errors.As(err, &refused):
+		return http.StatusForbidden, audit.Denied
+	case errors.As(err, &many):
+		return http.StatusTooManyRequests, audit.Denied
+	case errors.Is(err, errWho):
+		return http.StatusUnauthorized, audit.Denied
+	case errors.Is(err, errHost):
+		return http.StatusMisdirectedRequest, audit.Denied
+	case errors.Is(err, errNoSuchPath):
+		return http.StatusNotFound, audit.Denied
+	case errors.Is(err, errNotExported):
+		return http.StatusConflict, audit.Denied
+	case errors.Is(err, audit.ErrUnavailable), errors.Is(err, keystore.ErrUnavailable), errors.Is(err, kms.ErrUnavailable):
+		return http.StatusServiceUnavailable, audit.Failed
+	case errors.Is(err, kms.ErrForbidden):
+		return http.StatusBadGateway, audit.Failed
+	case errors.Is(err, keystore.ErrDisabled), errors.Is(err, errLimit):
+		return http.StatusForbidden, audit.Denied
+	case errors.Is(err, keystore.ErrNotFound), errors.Is(err, kms.ErrNotFound):
+		return http.StatusNotFound, audit.Denied
+	case errors.Is(err, keystore.ErrExists), errors.Is(err, keystore.ErrState):
+		return http.StatusConflict, audit.Failed
+	case errors.Is(err, keystore.ErrInput), errors.Is(err, kms.ErrUnwrap):
+		return http.StatusBadRequest, audit.Failed
+	}
+	return http.StatusInternalServerError, audit.Failed
+}
+
+func writeAnswer(w http.ResponseWriter, e *entry, answer any, err error) {
+	h := w.Header()
+	h.Set("X-Request-Id", e.Request)
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	if err != nil {
+		writeProblem(w, e, err)
+		return
+	}
+	var b []byte
+	switch answer := answer.(type) {
+	case raw:
+		h.Set("Content-Type", "application/octet-stream")
+		b = answer
+	case document:
+		h.Set("Content-Type", "application/json")
+		b = answer
+	default:
+		if b, err = json.Marshal(answer); err != nil {
+			e.Status = http.StatusInternalServerError
+			writeProblem(w, e, err)
+			return
+		}
+		defer clear(b)
+		h.Set("Content-Type", "application/json")
+	}
+	w.Write(b)
+}
+
+// typeNotExported is the problem type by which pilot knows that it has to have
+// copilot wrap and unwrap.
+const typeNotExported = "urn:pilot:problem:not-exported"
+
+// writeProblem writes problem details (RFC 9457). What is wrong inside the
+// broker is in its log, under the request's id.
+func writeProblem(w http.ResponseWriter, e *entry, err error) {
+	kind, detail := "about:blank", err.Error()
+	switch {
+	case e.Status >= http.StatusInternalServerError:
+		detail = "the broker could not do it"
+		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden} {
+			if errors.Is(err, known) {
+				detail = known.Error()
+			}
+		}
+		detail += ": see its log for request " + e.Request
+	case errors.Is(err, errNotExported):
+		kind = typeNotExported
+	}
+	if many := new(tooMany); errors.As(err, &many) {
+		w.Header().Set("Retry-After", strconv.Itoa(int(many.after/time.Second)+1))
+	}
+	if e.Status == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", `Bearer realm="copilot"`)
+	}
+	b, _ := json.Marshal(map[string]any{
+		"type": kind, "title": http.StatusText(e.Status), "status": e.Status, "detail": detail, "request": e.Request,
+	})
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(e.Status)
+	w.Write(b)
+}

@@ -1,0 +1,282 @@
+// Package audit keeps the broker's audit log: a line of JSON for each request,
+// each bound to the one before by a keyed hash, so that a line that was
+// changed, removed or put in is found.
+package audit
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Verdicts of an entry.
+const (
+	Allowed = "allowed" // and done
+	Denied  = "denied"  // the caller may not, or there is no such KEK
+	Failed  = "failed"  // the request or the broker was at fault
+)
+
+// Entry is one line of the log. It never holds key material.
+type Entry struct {
+	Time    time.Time `json:"time"`
+	Request string    `json:"request,omitempty"` // its id, also in the X-Request-Id header
+	Trace   string    `json:"trace,omitempty"`   // the OpenTelemetry trace that it belongs to
+	Action  string    `json:"action"`            // export, wrap, unwrap, info, list, create, import, rotate, …
+	KEK     string    `json:"kek,omitempty"`
+	Version int       `json:"version,omitempty"`
+	Subject string    `json:"subject,omitempty"` // whom a revocation is about
+	Who     string    `json:"who"`
+	From    string    `json:"from"`
+	Verdict string    `json:"verdict"`
+	Status  int       `json:"status,omitempty"` // HTTP
+	Reason  string    `json:"reason,omitempty"`
+}
+
+// ErrUnavailable is the error of an entry that could not be written.
+var ErrUnavailable = errors.New("the request can't be audited")
+
+// maxText bounds what a caller can write into one field, in bytes.
+const maxText = 512
+
+// Key is what entries are authenticated with: 32 bytes that whoever writes the
+// log has, and whoever verifies it.
+type Key []byte
+
+// line is how an entry is written, but for its MAC, which follows as the last
+// member: base64 of HMAC-SHA-256 over the JSON without it.
+type line struct {
+	Chain string `json:"chain"`          // of the log's file, or of one run of a broker
+	Seq   int64  `json:"seq"`            // from 1
+	Prev  string `json:"prev,omitempty"` // the MAC of the line before
+	Entry
+}
+
+const (
+	macMember = `,"mac":"`
+	macEnd    = `"}`
+)
+
+var encoding = base64.RawURLEncoding
+
+func (k Key) mac(b []byte) string {
+	h := hmac.New(sha256.New, k)
+	h.Write(b)
+	return encoding.EncodeToString(h.Sum(nil))
+}
+
+// seal returns the line with its MAC.
+func (k Key) seal(l line) (text []byte, mac string, err error) {
+	b, err := json.Marshal(l)
+	if err != nil {
+		return nil, "", err
+	}
+	mac = k.mac(b)
+	b = append(b[:len(b)-1], macMember...)
+	return append(append(b, mac...), macEnd...), mac, nil
+}
+
+// sink is where lines go. One that fails has taken none of them, or says at
+// its next call of head which it has.
+type sink interface {
+	// append writes whole lines, without newlines, of which the first has
+	// the number seq.
+	append(chain string, seq int64, lines [][]byte) error
+	// head returns the last line of the chain, or of any if chain is empty,
+	// or nil.
+	head(key Key, chain string) ([]byte, error)
+	Close() error
+}
+
+// Log is an audit log. It is safe for concurrent use.
+type Log struct {
+	key  Key
+	sink sink
+
+	mu      sync.Mutex
+	turn    sync.Cond // something below changed
+	queue   []*waiting
+	writing bool // somebody writes, and has at and unsure to itself
+	closed  bool
+
+	at     Head
+	unsure bool // what of the last lines the sink has taken
+}
+
+type waiting struct {
+	entry Entry
+	done  bool
+	err   error
+}
+
+// Head tells one line of a chain.
+type Head struct {
+	Chain string
+	Seq   int64
+	MAC   string
+}
+
+func (h Head) String() string { return fmt.Sprintf("%s/%d/%s", h.Chain, h.Seq, h.MAC) }
+
+// ParseHead reads what [Head.String] wrote.
+func ParseHead(s string) (h Head, err error) {
+	parts := strings.Split(s, "/")
+	if len(parts) == 3 {
+		h.Chain, h.MAC = parts[0], parts[2]
+		_, err = fmt.Sscanf(parts[1], "%d", &h.Seq)
+	}
+	if len(parts) != 3 || err != nil || h.Seq < 1 || h.Chain == "" || h.MAC == "" {
+		return Head{}, fmt.Errorf("%.80q tells no line of an audit log: it looks like 6f1c…/1234/Jd3k…", s)
+	}
+	return h, nil
+}
+
+const (
+	// maxBatch is how many entries are written at once, when many wait.
+	maxBatch = 256
+	// maxLine bounds a line, in bytes.
+	maxLine = 16 << 10
+)
+
+// newLog returns a log that goes on where the sink's last line ends, or with a
+// chain of its own.
+func newLog(key Key, s sink, goOn bool) (*Log, error) {
+	l := &Log{key: key, sink: s}
+	l.turn.L = &l.mu
+	if goOn {
+		if err := l.find(""); err != nil {
+			return nil, err
+		}
+	}
+	if l.at.Chain == "" {
+		id := make([]byte, 6)
+		rand.Read(id) // never fails
+		l.at.Chain = fmt.Sprintf("%x", id)
+	}
+	return l, nil
+}
+
+// find sets l.at to the last line that the sink has.
+func (l *Log) find(chain string) error {
+	last, err := l.sink.head(l.key, chain)
+	if err != nil || last == nil {
+		return err
+	}
+	read, mac, err := l.key.open(last)
+	if err != nil {
+		return err
+	}
+	l.at = Head{read.Chain, read.Seq, mac}
+	return nil
+}
+
+// Write writes an entry, with the current time, and returns once it is on
+// disk. Those of many callers at once go there together. Errors wrap
+// [ErrUnavailable].
+func (l *Log) Write(e Entry) error {
+	e.Time = time.Now().UTC()
+	for _, s := range []*string{&e.Request, &e.KEK, &e.Subject, &e.Who, &e.From, &e.Reason} {
+		*s = bounded(*s)
+	}
+	w := &waiting{entry: e}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.queue = append(l.queue, w)
+	for !w.done {
+		switch {
+		case l.closed:
+			return fmt.Errorf("%w: the audit log is closed", ErrUnavailable)
+		case l.writing:
+			l.turn.Wait()
+		default:
+			l.writeQueue()
+		}
+	}
+	return w.err
+}
+
+// writeQueue writes what waits, up to a bound. It is called with l.mu held,
+// and lets go of it meanwhile.
+func (l *Log) writeQueue() {
+	n := min(len(l.queue), maxBatch)
+	batch := l.queue[:n:n]
+	l.queue, l.writing = l.queue[n:], true
+	l.mu.Unlock()
+	err := l.write(batch)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	l.mu.Lock()
+	l.writing = false
+	for _, w := range batch {
+		w.done, w.err = true, err
+	}
+	l.turn.Broadcast()
+}
+
+func (l *Log) write(batch []*waiting) error {
+	if l.unsure {
+		if err := l.find(l.at.Chain); err != nil {
+			return err
+		}
+		l.unsure = false
+	}
+	at := l.at
+	lines := make([][]byte, len(batch))
+	for i, w := range batch {
+		text, mac, err := l.key.seal(line{at.Chain, at.Seq + 1, at.MAC, w.entry})
+		if err != nil {
+			return err
+		}
+		lines[i], at.Seq, at.MAC = text, at.Seq+1, mac
+	}
+	if err := l.sink.append(at.Chain, l.at.Seq+1, lines); err != nil {
+		l.unsure = true
+		return err
+	}
+	l.at = at
+	return nil
+}
+
+// Close closes the log once what is being written has been.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.writing {
+		l.turn.Wait()
+	}
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	l.turn.Broadcast()
+	return l.sink.Close()
+}
+
+// Reopen makes a log in a file go on in a new file of that name, as after the
+// old one was moved away. It does nothing to others.
+func (l *Log) Reopen() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.writing {
+		l.turn.Wait()
+	}
+	f, ok := l.sink.(*file)
+	if !ok || l.closed {
+		return nil
+	}
+	return f.reopen()
+}
+
+func bounded(s string) string {
+	if len(s) > maxText {
+		return strings.ToValidUTF8(s[:maxText], "") + "…"
+	}
+	return s
+}

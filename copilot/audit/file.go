@@ -1,0 +1,129 @@
+package audit
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// OpenFile goes on with the log in the file named name, of mode 0600, which it
+// makes if it is missing, or writes a new log to standard output if name is
+// "-". One process at a time can write a file.
+func OpenFile(name string, key Key) (*Log, error) {
+	if name == "-" {
+		return newLog(key, stdout{}, false)
+	}
+	f := &file{name: name}
+	if err := f.reopen(); err != nil {
+		return nil, err
+	}
+	l, err := newLog(key, f, true)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	return l, nil
+}
+
+// stdout is a sink whose reader is somebody else.
+type stdout struct{}
+
+func (stdout) append(_ string, _ int64, lines [][]byte) error {
+	n, err := os.Stdout.Write(joinLines(lines))
+	if err != nil && n > 0 {
+		os.Stdout.Write([]byte("\n")) // so that the next line is whole
+	}
+	return err
+}
+
+func (stdout) head(Key, string) ([]byte, error) { return nil, nil }
+func (stdout) Close() error                     { return nil }
+
+// file is a sink that is one file.
+type file struct {
+	name string
+	f    *os.File
+}
+
+func (s *file) Close() error { return s.f.Close() }
+
+// reopen opens the file that has the name now.
+func (s *file) reopen() error {
+	f, err := os.OpenFile(s.name, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	if s.f != nil && sameFile(s.f, f) {
+		return f.Close()
+	}
+	// A pipe or a device can't be locked.
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		f.Close()
+		return fmt.Errorf("audit log: %s is in use by another copilot: give each its own", s.name)
+	}
+	if s.f != nil {
+		s.f.Close()
+	}
+	s.f = f
+	return nil
+}
+
+func sameFile(a, b *os.File) bool {
+	infoA, errA := a.Stat()
+	infoB, errB := b.Stat()
+	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
+}
+
+// append writes the lines and waits until they are on disk. What could be
+// written only in part is taken back.
+func (s *file) append(_ string, _ int64, lines [][]byte) error {
+	info, err := s.f.Stat()
+	if err != nil {
+		return err
+	}
+	n, err := s.f.Write(joinLines(lines))
+	if !info.Mode().IsRegular() {
+		return err
+	}
+	if err == nil {
+		err = s.f.Sync()
+	}
+	if err != nil && n > 0 {
+		err = errors.Join(err, s.f.Truncate(info.Size()))
+	}
+	return err
+}
+
+// head returns the last line that this key sealed. If a crash left a part of a
+// line after it, that becomes a line of its own.
+func (s *file) head(key Key, _ string) ([]byte, error) {
+	info, err := s.f.Stat()
+	if err != nil || info.Size() == 0 || !info.Mode().IsRegular() {
+		return nil, err
+	}
+	tail := make([]byte, min(info.Size(), 2*maxBatch*maxLine))
+	if _, err := s.f.ReadAt(tail, info.Size()-int64(len(tail))); err != nil && err != io.EOF {
+		return nil, err
+	}
+	if tail[len(tail)-1] != '\n' {
+		if _, err := s.f.Write([]byte("\n")); err != nil {
+			return nil, err
+		}
+	}
+	for rest := bytes.TrimRight(tail, "\n"); len(rest) > 0; {
+		i := bytes.LastIndexByte(rest, '\n')
+		if _, _, err := key.open(rest[i+1:]); err == nil {
+			return rest[i+1:], nil
+		}
+		rest = rest[:max(i, 0)]
+	}
+	return nil, fmt.Errorf("%s does not end in lines that this copilot wrote: \"copilot audit verify\" says more; move it away to begin a new one", s.name)
+}
+
+func joinLines(lines [][]byte) []byte {
+	return append(bytes.Join(lines, []byte("\n")), '\n')
+}

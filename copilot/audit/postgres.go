@@ -1,0 +1,127 @@
+//go:build !no_postgres
+
+package audit
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// appendWithin bounds the wait for the database, which all requests share.
+const appendWithin = 5 * time.Second
+
+const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
+	chain text NOT NULL,
+	seq   bigint NOT NULL,
+	line  text NOT NULL,
+	entry jsonb NOT NULL GENERATED ALWAYS AS (line::jsonb) STORED,
+	PRIMARY KEY (chain, seq)
+)`
+
+// OpenPostgres begins a log in the table copilot_audit of the database that
+// url tells, where each run of a broker has a chain of its own.
+func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
+	pool, err := connect(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, appendWithin)
+	defer cancel()
+	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		// Two brokers that make a table at once would get in each other's way.
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('copilot_audit'))`); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, schema)
+		return err
+	})
+	if err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	return newLog(key, table{pool}, false)
+}
+
+// connect returns connections that only the log uses: a change of a KEK that
+// waits for its line must not have taken the last one.
+func connect(ctx context.Context, url string) (*pgxpool.Pool, error) {
+	conf, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err) // it leaves out the password
+	}
+	conf.MaxConns = 2
+	conf.ConnConfig.RuntimeParams["application_name"] = "copilot audit"
+	pool, err := pgxpool.NewWithConfig(ctx, conf)
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	return pool, nil
+}
+
+// table is a sink in a database.
+type table struct{ pool *pgxpool.Pool }
+
+func (t table) Close() error {
+	t.pool.Close()
+	return nil
+}
+
+func (t table) append(chain string, seq int64, lines [][]byte) error {
+	ctx, cancel := context.WithTimeout(context.Background(), appendWithin)
+	defer cancel()
+	texts := make([]string, len(lines))
+	for i, l := range lines {
+		texts[i] = string(l)
+	}
+	_, err := t.pool.Exec(ctx, `INSERT INTO copilot_audit (chain, seq, line)
+		SELECT $1, $2 + n - 1, line FROM unnest($3::text[]) WITH ORDINALITY AS l(line, n)`, chain, seq, texts)
+	return err
+}
+
+func (t table) head(_ Key, chain string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), appendWithin)
+	defer cancel()
+	var line string
+	err := t.pool.QueryRow(ctx, `SELECT line FROM copilot_audit WHERE chain = $1 ORDER BY seq DESC LIMIT 1`, chain).Scan(&line)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, nil
+	}
+	return []byte(line), err
+}
+
+// ReadPostgres returns the lines of all chains in the database that url tells,
+// as [Verify] takes them. The caller closes the reader.
+func ReadPostgres(ctx context.Context, url string) (io.ReadCloser, error) {
+	pool, err := connect(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := pool.Query(ctx, `SELECT line FROM copilot_audit ORDER BY chain, seq`)
+	if err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	r, w := io.Pipe()
+	go func() {
+		defer pool.Close()
+		out := bufio.NewWriter(w)
+		var line string
+		_, err := pgx.ForEachRow(rows, []any{&line}, func() error {
+			if strings.Contains(line, "\n") {
+				return errors.New("audit log: a line of the database has several")
+			}
+			_, err := out.WriteString(line + "\n")
+			return err
+		})
+		w.CloseWithError(errors.Join(err, out.Flush()))
+	}()
+	return r, nil
+}

@@ -1,0 +1,184 @@
+// Package copilot is a key broker: it keeps key encryption keys (KEKs), or
+// reaches them in key management systems, hands them out over HTTP or wraps and
+// unwraps with them for whom its policy allows, and writes down each request in
+// an audit log.
+package copilot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/policy"
+)
+
+// broker is what all listeners of a server share.
+type broker struct {
+	keks      *keyring
+	audit     *audit.Log
+	policy    *policy.File
+	issuers   *issuers
+	limits    *limits
+	metrics   *metrics
+	anonymous bool // those who do not say who they are may ask, on loopback
+
+	stopping atomic.Bool
+}
+
+// newBroker opens what the configuration tells.
+func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
+	b := &broker{
+		limits:    &limits{},
+		metrics:   newMetrics(),
+		anonymous: conf.InsecureLoopback && !conf.hasTLS(),
+		keks:      &keyring{},
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.close())
+		}
+	}()
+	if b.policy, err = openPolicy(conf); err != nil {
+		return nil, err
+	}
+	if b.issuers, err = newIssuers(conf.Issuers); err != nil {
+		return nil, err
+	}
+	store, err := keystore.Open(ctx, conf.Dir, conf.Database)
+	if err != nil {
+		return nil, err
+	}
+	b.keks.store = store
+	key, err := keystore.AuditKey(conf.Dir)
+	if err != nil {
+		return nil, err
+	}
+	if to := conf.AuditTo(); to == auditDatabase {
+		b.audit, err = openAuditDatabase(ctx, conf.Database, key)
+	} else {
+		b.audit, err = audit.OpenFile(to, key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	keks, err := newKeyring(conf, store, b.audit, b.metrics)
+	if err != nil {
+		return nil, err
+	}
+	b.keks = keks
+	return b, nil
+}
+
+func (b *broker) close() error {
+	err := b.keks.close()
+	if b.keks.store != nil {
+		err = errors.Join(err, b.keks.store.Close())
+	}
+	if b.audit != nil {
+		err = errors.Join(err, b.audit.Close())
+	}
+	return err
+}
+
+func openPolicy(conf Config) (*policy.File, error) {
+	if conf.Policy != "" {
+		return policy.Open(conf.Policy)
+	}
+	who := []string{"uid:0", fmt.Sprintf("uid:%d", os.Getuid())}
+	if conf.InsecureLoopback {
+		who = append(who, anonymous)
+	}
+	return policy.Fixed(policy.Local(who...)), nil
+}
+
+// reload reads the policy again, if its file changed or always is true.
+func (b *broker) reload(always bool) {
+	changed, err := b.policy.Reload(always)
+	if err != nil {
+		b.metrics.policyUsable.Set(0)
+		logrus.WithError(err).Error("the policy stays what it was: its file can't be used")
+		return
+	}
+	if changed {
+		b.policyRead()
+		logrus.Info("policy read again")
+	}
+}
+
+func (b *broker) policyRead() {
+	b.metrics.policyUsable.Set(1)
+	b.metrics.policyLoaded.SetToCurrentTime()
+}
+
+const (
+	// policyEvery is how often the policy's file is looked at.
+	policyEvery = 2 * time.Second
+	// sweepEvery is how often keys are forgotten whose time has come.
+	sweepEvery = time.Minute
+)
+
+// tend does what is to be done now and then, until ctx is done.
+func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
+	look, sweep := time.NewTicker(policyEvery), time.NewTicker(sweepEvery)
+	defer look.Stop()
+	defer sweep.Stop()
+	b.sweep(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			b.reload(true)
+			if err := b.audit.Reopen(); err != nil {
+				logrus.WithError(err).Error("audit log not opened again: the file before is used")
+			}
+		case <-look.C:
+			b.reload(false)
+		case <-sweep.C:
+			b.sweep(ctx)
+		}
+	}
+}
+
+func (b *broker) sweep(ctx context.Context) {
+	err := b.keks.store.Sweep(ctx, func(k keystore.KEK) error {
+		return b.audit.Write(audit.Entry{Action: "destroyed", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed, Reason: "the waiting time is over"})
+	})
+	if err != nil && ctx.Err() == nil {
+		logrus.WithError(err).Error("keys that are to be destroyed are still there")
+	}
+}
+
+// handleHealth adds what tells whether a server lives and can be used, to
+// anybody, which is not audited.
+func (b *broker) handleHealth(mux *http.ServeMux) {
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		if err := b.ready(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+}
+
+var errStopping = errors.New("copilot is about to stop")
+
+func (b *broker) ready(ctx context.Context) error {
+	if b.stopping.Load() {
+		return errStopping
+	}
+	if err := b.keks.store.Ready(ctx); err != nil {
+		logrus.WithError(err).Warn("not ready")
+		return keystore.ErrUnavailable
+	}
+	return nil
+}

@@ -1,0 +1,136 @@
+package keystore
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+// boltDB is a database in a file, which one process at a time can open.
+type boltDB struct{ db *bolt.DB }
+
+// The file holds a bucket of KEKs by id; one of counts by id, a zero byte and
+// the version, as eight bytes, the most significant first; and one of what
+// once keeps.
+var (
+	bucketKEKs  = []byte("keks")
+	bucketWraps = []byte("wraps")
+	bucketOnce  = []byte("master")
+)
+
+const (
+	boltFile = "keks.db"
+	// lockWait is how long to wait for another process to close the file.
+	lockWait = 5 * time.Second
+)
+
+// openBolt opens the file in the directory dir, making both if they are
+// missing.
+func openBolt(dir string) (database, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	name := filepath.Join(dir, boltFile)
+	db, err := bolt.Open(name, 0o600, &bolt.Options{Timeout: lockWait})
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, fmt.Errorf("%s is in use by another copilot", name)
+	}
+	if err == nil {
+		err = db.Update(func(tx *bolt.Tx) error {
+			for _, name := range [][]byte{bucketKEKs, bucketWraps, bucketOnce} {
+				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			db.Close()
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", name, err)
+	}
+	return &boltDB{db}, nil
+}
+
+func (d *boltDB) close() error { return d.db.Close() }
+
+func (d *boltDB) get(_ context.Context, id string) (b []byte, err error) {
+	err = d.db.View(func(tx *bolt.Tx) error {
+		b = bytes.Clone(tx.Bucket(bucketKEKs).Get([]byte(id)))
+		return nil
+	})
+	return b, err
+}
+
+func (d *boltDB) list(_ context.Context, do func(string, []byte) error) error {
+	return d.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error { return do(string(id), bytes.Clone(b)) })
+	})
+}
+
+func (d *boltDB) update(_ context.Context, id string, change func([]byte) ([]byte, error)) error {
+	return d.db.Update(func(tx *bolt.Tx) error {
+		keks := tx.Bucket(bucketKEKs)
+		b, err := change(bytes.Clone(keks.Get([]byte(id))))
+		if err != nil {
+			return err
+		}
+		return keks.Put([]byte(id), b)
+	})
+}
+
+func (d *boltDB) once(_ context.Context, name string, made func() ([]byte, error)) (b []byte, err error) {
+	err = d.db.Update(func(tx *bolt.Tx) error {
+		bucket := tx.Bucket(bucketOnce)
+		if b = bytes.Clone(bucket.Get([]byte(name))); b != nil {
+			return nil
+		}
+		if b, err = made(); err != nil {
+			return err
+		}
+		return bucket.Put([]byte(name), b)
+	})
+	return b, err
+}
+
+func (d *boltDB) addWraps(_ context.Context, id string, version int, n int64) (sum int64, err error) {
+	err = d.db.Update(func(tx *bolt.Tx) error {
+		bucket, key := tx.Bucket(bucketWraps), fmt.Appendf(nil, "%s\x00%d", id, version)
+		if b := bucket.Get(key); len(b) == 8 {
+			sum = int64(binary.BigEndian.Uint64(b))
+		}
+		sum += n
+		return bucket.Put(key, binary.BigEndian.AppendUint64(nil, uint64(sum)))
+	})
+	return sum, err
+}
+
+func (d *boltDB) wraps(_ context.Context, id string) (map[int]int64, error) {
+	sums := make(map[int]int64)
+	err := d.db.View(func(tx *bolt.Tx) error {
+		prefix := append([]byte(id), 0)
+		c := tx.Bucket(bucketWraps).Cursor()
+		for k, v := c.Seek(prefix); bytes.HasPrefix(k, prefix) && len(v) == 8; k, v = c.Next() {
+			var version int
+			if _, err := fmt.Sscanf(string(k[len(prefix):]), "%d", &version); err == nil {
+				sums[version] = int64(binary.BigEndian.Uint64(v))
+			}
+		}
+		return nil
+	})
+	return sums, err
+}
+
+func (d *boltDB) ready(context.Context) error {
+	return d.db.View(func(*bolt.Tx) error { return nil })
+}

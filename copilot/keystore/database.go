@@ -1,0 +1,26 @@
+package keystore
+
+import "context"
+
+// database keeps records by id. It is safe for concurrent use, by several
+// processes too where it can be opened by several.
+type database interface {
+	// get returns a record, or nil if there is none of that id.
+	get(ctx context.Context, id string) ([]byte, error)
+	// list calls do with each record, in the order of ids.
+	list(ctx context.Context, do func(id string, b []byte) error) error
+	// update replaces the record, nil if there is none, with what change
+	// returns, in a transaction that excludes other changes of this record
+	// and is not made if change fails.
+	update(ctx context.Context, id string, change func(old []byte) ([]byte, error)) error
+	// once keeps what made returns under a name if it has nothing there
+	// yet, and returns what it has then. Of several at once, one makes it.
+	once(ctx context.Context, name string, made func() ([]byte, error)) ([]byte, error)
+	// addWraps adds n to the wraps of a version and returns the sum.
+	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)
+	// wraps returns the sums of all versions.
+	wraps(ctx context.Context, id string) (map[int]int64, error)
+	// ready reports whether a change could be made now.
+	ready(ctx context.Context) error
+	close() error
+}

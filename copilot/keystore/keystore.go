@@ -1,0 +1,289 @@
+// Package keystore keeps key encryption keys (KEKs) and what is known of those
+// that live elsewhere, in a file or in PostgreSQL, with their versions, their
+// states, and how many keys they have wrapped.
+package keystore
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Errors that a caller may decide by.
+var (
+	ErrNotFound = errors.New("no such KEK")
+	ErrExists   = errors.New("there is a KEK of that name already")
+	ErrInput    = errors.New("bad request")
+	// ErrState: the KEK is not in a state in which this can be done.
+	ErrState = errors.New("not in this state")
+	// ErrDisabled: the KEK, or its version, is not to be used.
+	ErrDisabled    = errors.New("the KEK is disabled")
+	ErrUnavailable = errors.New("the key store can't be reached")
+)
+
+// KeySize is the size in bytes of the KEKs that the store makes.
+const KeySize = 32
+
+// Store keeps KEKs. Each version of each KEK is sealed with AES-256-GCM under
+// a master key that is not in the database, and so is what is known of it. A
+// Store is safe for concurrent use.
+type Store struct {
+	db     database
+	seal   cipher.AEAD
+	counts counts
+	now    func() time.Time
+}
+
+// openPostgres is nil in a program that was built without PostgreSQL.
+var openPostgres func(ctx context.Context, url string) (database, error)
+
+// Open opens the store in the PostgreSQL database that url tells, or, if url is
+// empty, in a file in the directory dir, making what is missing. The master key
+// is in $CREDENTIALS_DIRECTORY/copilot-master-key if that exists, else in the
+// file master.key in dir, which is made if the store is new.
+func Open(ctx context.Context, dir, url string) (*Store, error) {
+	var db database
+	var err error
+	switch {
+	case url == "":
+		db, err = openBolt(dir)
+	case openPostgres == nil:
+		err = errors.New("this copilot was built without PostgreSQL")
+	default:
+		db, err = openPostgres(ctx, url)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{db: db, now: time.Now}
+	if err := s.unlock(ctx, dir); err != nil {
+		db.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// masterCheck is the name of a constant sealed under the master key, to know
+// the key again.
+const masterCheck = "check"
+
+// unlock loads the master key, or makes it if the store is new, and checks
+// that it is the one that the store was made with.
+func (s *Store) unlock(ctx context.Context, dir string) error {
+	sealed, err := s.db.once(ctx, masterCheck, func() ([]byte, error) {
+		key, err := masterKey(dir, true)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(key)
+		if s.seal, err = newSeal(key); err != nil {
+			return nil, err
+		}
+		return s.sealed(nil, []byte(masterCheck)), nil
+	})
+	if err != nil {
+		return err
+	}
+	key, err := masterKey(dir, false)
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	if s.seal, err = newSeal(key); err != nil {
+		return err
+	}
+	if _, err := s.open(sealed, []byte(masterCheck)); err != nil {
+		return errors.New("the master key is not the one that the KEKs are sealed with: put that one back")
+	}
+	return nil
+}
+
+func newSeal(key []byte) (cipher.AEAD, error) {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(block)
+}
+
+// Close closes the store.
+func (s *Store) Close() error { return s.db.close() }
+
+// Ready reports whether the store can be used now.
+func (s *Store) Ready(ctx context.Context) error { return s.db.ready(ctx) }
+
+// sealed encrypts b for the place that name tells.
+func (s *Store) sealed(b, name []byte) []byte {
+	nonce := make([]byte, s.seal.NonceSize(), s.seal.NonceSize()+len(b)+s.seal.Overhead())
+	rand.Read(nonce) // never fails
+	return s.seal.Seal(nonce, nonce, b, name)
+}
+
+// open undoes sealed.
+func (s *Store) open(b, name []byte) ([]byte, error) {
+	n := s.seal.NonceSize()
+	if len(b) < n {
+		return nil, errors.New("it is cut short")
+	}
+	return s.seal.Open(nil, b[:n], b[n:], name)
+}
+
+// validID is what a KEK can be named.
+var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$`)
+
+// CheckID refuses what can't be a KEK's name. Errors wrap [ErrInput].
+func CheckID(id string) error {
+	if !validID.MatchString(id) {
+		return fmt.Errorf("%w: %.60q can't be a KEK's name: use up to 128 letters, digits, dots, dashes, underscores and slashes, a letter or digit first", ErrInput, id)
+	}
+	for element := range strings.SplitSeq(id, "/") {
+		if strings.Trim(element, ".") == "" {
+			return fmt.Errorf("%w: %.60q can't be a KEK's name: between slashes there has to be more than dots", ErrInput, id)
+		}
+	}
+	return nil
+}
+
+// Get returns a KEK. One whose key lives elsewhere is there only once
+// something was said of it.
+func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
+	if CheckID(id) != nil {
+		return KEK{}, ErrNotFound
+	}
+	b, err := s.db.get(ctx, id)
+	if err != nil {
+		return KEK{}, err
+	}
+	if b == nil {
+		return KEK{}, ErrNotFound
+	}
+	return s.decode(id, b)
+}
+
+// List returns all KEKs, in the order of their names.
+func (s *Store) List(ctx context.Context) ([]KEK, error) {
+	var list []KEK
+	err := s.db.list(ctx, func(id string, b []byte) error {
+		k, err := s.decode(id, b)
+		list = append(list, k)
+		return err
+	})
+	return list, err
+}
+
+// stored is how a KEK is written: as JSON, and what authenticates it.
+type stored struct {
+	KEK json.RawMessage `json:"kek"`
+	Tag []byte          `json:"tag"` // 12-byte nonce, 16-byte tag
+}
+
+// recordPlace is what the tag of a record is bound to.
+func recordPlace(id string, kek []byte) []byte {
+	return append(fmt.Appendf(nil, "record %d %s ", len(id), id), kek...)
+}
+
+func (s *Store) encode(k KEK) ([]byte, error) {
+	b, err := json.Marshal(k.record)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(stored{b, s.sealed(nil, recordPlace(k.ID, b))})
+}
+
+func (s *Store) decode(id string, b []byte) (KEK, error) {
+	k := KEK{ID: id}
+	var in stored
+	err := json.Unmarshal(b, &in)
+	if err == nil {
+		_, err = s.open(in.Tag, recordPlace(id, in.KEK))
+	}
+	if err == nil {
+		err = json.Unmarshal(in.KEK, &k.record)
+	}
+	if err != nil {
+		return KEK{}, fmt.Errorf("KEK %q is damaged or was tampered with in the store", id)
+	}
+	return k, nil
+}
+
+// Change is a change of one KEK.
+type Change struct {
+	// Log, if not nil, is told of the KEK as it will be, right before the
+	// change is made, which it is only if Log returns nil.
+	Log func(KEK) error
+	// Backend names where the KEK lives if it is not in this store; a record
+	// of what is known of it is made if there is none.
+	Backend string
+}
+
+// update changes a KEK; if that fails, nothing is changed.
+func (s *Store) update(ctx context.Context, id string, c Change, change func(*KEK) error) (k KEK, err error) {
+	if err := CheckID(id); err != nil {
+		return KEK{}, err
+	}
+	err = s.db.update(ctx, id, func(old []byte) ([]byte, error) {
+		k = KEK{ID: id, record: record{Backend: c.Backend}}
+		if old != nil {
+			if k, err = s.decode(id, old); err != nil {
+				return nil, err
+			}
+		}
+		if err := change(&k); err != nil {
+			return nil, err
+		}
+		if c.Log != nil {
+			if err := c.Log(k); err != nil {
+				return nil, err
+			}
+		}
+		return s.encode(k)
+	})
+	return k, err
+}
+
+// counts has how many wraps of each version are set aside for this process.
+type counts struct {
+	mu    sync.Mutex
+	ahead map[string]ahead
+}
+
+// ahead is a number of wraps that are in the database's sum already.
+type ahead struct{ left, sum int64 }
+
+// Count adds n to the number of keys wrapped with a version and returns that
+// number, which may be too high by a small part of the limit: the database is
+// told of many wraps at a time, before they are made.
+func (s *Store) Count(ctx context.Context, id string, version int, n, limit int64) (int64, error) {
+	key := fmt.Sprintf("%s\x00%d", id, version)
+	s.counts.mu.Lock()
+	defer s.counts.mu.Unlock()
+	a := s.counts.ahead[key]
+	if a.left < n {
+		more := max(n, limit>>16)
+		sum, err := s.db.addWraps(ctx, id, version, more)
+		if err != nil {
+			return 0, err
+		}
+		a = ahead{a.left + more, sum}
+	}
+	a.left -= n
+	if s.counts.ahead == nil {
+		s.counts.ahead = make(map[string]ahead)
+	}
+	s.counts.ahead[key] = a
+	return a.sum - a.left, nil
+}
+
+// Wraps returns how many keys each version of a KEK has wrapped, at most: what
+// is set aside counts.
+func (s *Store) Wraps(ctx context.Context, id string) (map[int]int64, error) {
+	return s.db.wraps(ctx, id)
+}

@@ -1,0 +1,225 @@
+//go:build !no_postgres
+
+package keystore
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// postgresDB is a database that several brokers share.
+type postgresDB struct{ pool *pgxpool.Pool }
+
+// schema makes the tables. The brokers' own key, which is not in the
+// database, seals the keys in record.
+const schema = `
+CREATE TABLE IF NOT EXISTS copilot_keks (
+	id      text PRIMARY KEY,
+	record  bytea NOT NULL,
+	changed timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE IF NOT EXISTS copilot_wraps (
+	id      text NOT NULL,
+	version int NOT NULL,
+	wraps   bigint NOT NULL,
+	PRIMARY KEY (id, version)
+);
+CREATE TABLE IF NOT EXISTS copilot_once (
+	name  text PRIMARY KEY,
+	value bytea NOT NULL
+);`
+
+const (
+	// within bounds each call of the database, those that wait for another
+	// broker's transaction too.
+	within = 10 * time.Second
+	// lockSpace keeps our advisory locks apart from those of others.
+	lockSpace = 0x70696c74
+)
+
+func init() { openPostgres = newPostgres }
+
+// newPostgres opens the database that url tells, and makes the tables that are
+// missing.
+func newPostgres(ctx context.Context, url string) (database, error) {
+	conf, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("database: %w", err) // it leaves out the password
+	}
+	if conf.ConnConfig.ConnectTimeout == 0 {
+		conf.ConnConfig.ConnectTimeout = 5 * time.Second
+	}
+	params := conf.ConnConfig.RuntimeParams
+	params["application_name"] = "copilot"
+	// No broker waits for one that died in the middle of a change.
+	params["lock_timeout"] = "8s"
+	params["idle_in_transaction_session_timeout"] = "20s"
+	pool, err := pgxpool.NewWithConfig(ctx, conf)
+	if err != nil {
+		return nil, fmt.Errorf("database: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		// Two brokers that make a table at once would get in each other's way.
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, 0)`, lockSpace); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, schema)
+		return err
+	})
+	if err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("database: %w", err)
+	}
+	return &postgresDB{pool}, nil
+}
+
+func (d *postgresDB) close() error {
+	d.pool.Close()
+	return nil
+}
+
+func (d *postgresDB) get(ctx context.Context, id string) (b []byte, err error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	err = d.pool.QueryRow(ctx, `SELECT record FROM copilot_keks WHERE id = $1`, id).Scan(&b)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, nil
+	}
+	return b, d.explain(err)
+}
+
+func (d *postgresDB) list(ctx context.Context, do func(string, []byte) error) error {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	rows, err := d.pool.Query(ctx, `SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`)
+	if err != nil {
+		return d.explain(err)
+	}
+	var id string
+	var b []byte
+	var failed error
+	_, err = pgx.ForEachRow(rows, []any{&id, &b}, func() error {
+		failed = do(id, b)
+		return failed
+	})
+	return cmp.Or(failed, d.explain(err))
+}
+
+func (d *postgresDB) update(ctx context.Context, id string, change func([]byte) ([]byte, error)) error {
+	return d.locked(ctx, id, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
+		var old []byte
+		err = tx.QueryRow(ctx, `SELECT record FROM copilot_keks WHERE id = $1`, id).Scan(&old)
+		if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+			return nil, err
+		}
+		b, err := change(old)
+		if err != nil {
+			return err, nil
+		}
+		_, err = tx.Exec(ctx, `INSERT INTO copilot_keks (id, record) VALUES ($1, $2)
+			ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`, id, b)
+		return nil, err
+	})
+}
+
+// locked calls do in a transaction that excludes others of the same name, and
+// now and then of another. Of what do returns, the first are errors that are
+// not the database's.
+func (d *postgresDB) locked(ctx context.Context, name string, do func(context.Context, pgx.Tx) (failed, err error)) error {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	h := fnv.New32a()
+	h.Write([]byte(name))
+	var failed error
+	err := pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) (err error) {
+		// A lock on the row would not keep two from making it.
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, $2)`, lockSpace, int32(h.Sum32()|1)); err != nil {
+			return err
+		}
+		if failed, err = do(ctx, tx); failed != nil {
+			return failed
+		}
+		return err
+	})
+	return cmp.Or(failed, d.explain(err))
+}
+
+func (d *postgresDB) once(ctx context.Context, name string, made func() ([]byte, error)) (b []byte, err error) {
+	err = d.locked(ctx, name, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
+		err = tx.QueryRow(ctx, `SELECT value FROM copilot_once WHERE name = $1`, name).Scan(&b)
+		if !errors.Is(err, pgx.ErrNoRows) {
+			return nil, err
+		}
+		if b, err = made(); err != nil {
+			return err, nil
+		}
+		_, err = tx.Exec(ctx, `INSERT INTO copilot_once (name, value) VALUES ($1, $2)`, name, b)
+		return nil, err
+	})
+	return b, err
+}
+
+func (d *postgresDB) addWraps(ctx context.Context, id string, version int, n int64) (sum int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	err = d.pool.QueryRow(ctx, `INSERT INTO copilot_wraps (id, version, wraps) VALUES ($1, $2, $3)
+		ON CONFLICT (id, version) DO UPDATE SET wraps = copilot_wraps.wraps + excluded.wraps RETURNING wraps`, id, version, n).Scan(&sum)
+	return sum, d.explain(err)
+}
+
+func (d *postgresDB) wraps(ctx context.Context, id string) (map[int]int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	rows, err := d.pool.Query(ctx, `SELECT version, wraps FROM copilot_wraps WHERE id = $1`, id)
+	if err != nil {
+		return nil, d.explain(err)
+	}
+	sums := make(map[int]int64)
+	var version int
+	var n int64
+	_, err = pgx.ForEachRow(rows, []any{&version, &n}, func() error {
+		sums[version] = n
+		return nil
+	})
+	return sums, d.explain(err)
+}
+
+func (d *postgresDB) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	var standby bool
+	if err := d.pool.QueryRow(ctx, `SELECT pg_is_in_recovery()`).Scan(&standby); err != nil {
+		return d.explain(err)
+	}
+	if standby {
+		return fmt.Errorf("%w: the database is a standby that takes no changes", ErrUnavailable)
+	}
+	return nil
+}
+
+// explain wraps [ErrUnavailable] around the errors of a database that may work
+// again later: all but those that it gives as an answer to what was asked.
+func (*postgresDB) explain(err error) error {
+	var said *pgconn.PgError
+	if errors.As(err, &said) {
+		switch said.Code[:2] {
+		case "08", "53", "55", "57", "40", "25": // connection, resources, locks, shutdown, conflicts, read-only
+		default:
+			return fmt.Errorf("database: %w", err)
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: database: %w", ErrUnavailable, err)
+}

@@ -1,0 +1,85 @@
+package copilot
+
+import (
+	"container/list"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/ctrlplane/pilot/copilot/policy"
+)
+
+const (
+	// maxCallers is how many identities are told apart; those that were not
+	// heard of for longest are forgotten, and begin anew.
+	maxCallers = 16384
+	// noteEvery is how often somebody who sends too many requests is written
+	// down.
+	noteEvery = time.Second
+)
+
+// limits bounds how often each identity may ask. It is safe for concurrent use.
+type limits struct {
+	mu     sync.Mutex
+	by     map[string]*list.Element
+	recent list.List // of *caller, the most recent first
+}
+
+type caller struct {
+	who    string
+	bucket *rate.Limiter
+	policy *policy.Policy // that bucket was made by
+	noted  time.Time
+	more   int // requests that were refused since and not written down
+}
+
+// take takes one request of who's, and returns 0, or how long to wait.
+func (l *limits) take(who string, p *policy.Policy) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.caller(who)
+	if c.policy != p {
+		perSecond, burst := p.Limit(who)
+		if c.bucket == nil || float64(c.bucket.Limit()) != perSecond || c.bucket.Burst() != burst {
+			c.bucket = rate.NewLimiter(rate.Limit(perSecond), burst)
+		}
+		c.policy = p
+	}
+	r := c.bucket.Reserve()
+	if after := r.Delay(); after > 0 {
+		r.Cancel()
+		return after
+	}
+	return 0
+}
+
+// note reports whether who was written down just now, and if not, how many
+// requests were not written down since the last time.
+func (l *limits) note(who string) (before int, suppressed bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.caller(who)
+	if time.Since(c.noted) < noteEvery {
+		c.more++
+		return 0, true
+	}
+	before, c.more, c.noted = c.more, 0, time.Now()
+	return before, false
+}
+
+func (l *limits) caller(who string) *caller {
+	if el, ok := l.by[who]; ok {
+		l.recent.MoveToFront(el)
+		return el.Value.(*caller)
+	}
+	if l.by == nil {
+		l.by = make(map[string]*list.Element)
+	}
+	c := &caller{who: who}
+	l.by[who] = l.recent.PushFront(c)
+	if l.recent.Len() > maxCallers {
+		delete(l.by, l.recent.Remove(l.recent.Back()).(*caller).who)
+	}
+	return c
+}

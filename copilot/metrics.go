@@ -1,0 +1,79 @@
+package copilot
+
+import (
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics are what Prometheus reads. No label holds an identity, of which there
+// may be many.
+type metrics struct {
+	registry      *prometheus.Registry
+	requests      *prometheus.CounterVec
+	seconds       *prometheus.HistogramVec
+	kmsSeconds    *prometheus.HistogramVec
+	kmsErrors     *prometheus.CounterVec
+	wrapCount     *prometheus.GaugeVec
+	auditFailures prometheus.Counter
+	policyUsable  prometheus.Gauge
+	policyLoaded  prometheus.Gauge
+}
+
+func newMetrics() *metrics {
+	buckets := []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "copilot_requests_total", Help: "Requests, by what was wanted, the audit log's verdict and the HTTP status.",
+		}, []string{"action", "verdict", "status"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "copilot_request_seconds", Help: "How long requests took, with their audit.", Buckets: buckets,
+		}, []string{"action"}),
+		kmsSeconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "copilot_kms_seconds", Help: "How long calls of a KMS took.", Buckets: buckets,
+		}, []string{"backend", "operation"}),
+		kmsErrors: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "copilot_kms_errors_total", Help: "Calls of a KMS that failed.",
+		}, []string{"backend", "operation"}),
+		wrapCount: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "copilot_kek_wraps", Help: "Keys wrapped with a version of a KEK, at most, by all replicas, when this one wrapped last.",
+		}, []string{"kek", "version"}),
+		auditFailures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "copilot_audit_failures_total", Help: "Requests refused because they could not be audited.",
+		}),
+		policyUsable: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "copilot_policy_usable", Help: "1 if the policy file could be used when it was read last, else 0: the one before counts.",
+		}),
+		policyLoaded: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "copilot_policy_loaded_timestamp_seconds", Help: "When the policy that counts was read.",
+		}),
+	}
+	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.auditFailures, m.policyUsable, m.policyLoaded,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewBuildInfoCollector())
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
+}
+
+func (m *metrics) request(e *entry, took time.Duration) {
+	m.requests.WithLabelValues(e.Action, e.Verdict, strconv.Itoa(e.Status)).Inc()
+	m.seconds.WithLabelValues(e.Action).Observe(took.Seconds())
+}
+
+func (m *metrics) kms(backend, operation string, took time.Duration, err error) {
+	m.kmsSeconds.WithLabelValues(backend, operation).Observe(took.Seconds())
+	if err != nil {
+		m.kmsErrors.WithLabelValues(backend, operation).Inc()
+	}
+}
+
+func (m *metrics) wraps(id string, version int, n int64) {
+	m.wrapCount.WithLabelValues(id, strconv.Itoa(version)).Set(float64(n))
+}

@@ -1,0 +1,277 @@
+// Package pki is a small certificate authority, for brokers and nodes that have
+// none: a CA, and the certificates that it issues.
+package pki
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// The files of a CA in its directory.
+const (
+	CertFile = "ca.pem"
+	KeyFile  = "ca-key.pem"
+)
+
+// backdate lets machines use a certificate whose clocks are behind.
+const backdate = 5 * time.Minute
+
+// CA issues certificates.
+type CA struct {
+	cert *x509.Certificate
+	key  crypto.Signer
+}
+
+// Create makes a CA in dir, for trustDomain, that holds for that time. The
+// files must not exist.
+func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
+	if !validDomain.MatchString(trustDomain) {
+		return nil, fmt.Errorf("trust domain %q: use lower-case letters, digits, dots, dashes and underscores, as in example.com", trustDomain)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		Subject:               pkix.Name{CommonName: "copilot CA of " + trustDomain},
+		URIs:                  []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		IsCA:                  true,
+		MaxPathLenZero:        true,
+		BasicConstraintsValid: true,
+	}
+	der, err := sign(template, nil, key.Public(), key, hold)
+	if err != nil {
+		return nil, err
+	}
+	if err := writeKey(filepath.Join(dir, KeyFile), key); err != nil {
+		return nil, err
+	}
+	if err := writeNew(filepath.Join(dir, CertFile), "CERTIFICATE", der, 0o644); err != nil {
+		return nil, err
+	}
+	return Load(dir)
+}
+
+// Load reads the CA in dir.
+func Load(dir string) (*CA, error) {
+	certPEM, err := os.ReadFile(filepath.Join(dir, CertFile))
+	if err != nil {
+		return nil, fmt.Errorf("CA: %w", err)
+	}
+	keyPEM, err := os.ReadFile(filepath.Join(dir, KeyFile))
+	if err != nil {
+		return nil, fmt.Errorf("CA: %w", err)
+	}
+	cert, key := decode(certPEM, "CERTIFICATE"), decode(keyPEM, "PRIVATE KEY")
+	if cert == nil || key == nil {
+		return nil, fmt.Errorf("CA: %s and %s in %s are no certificate and private key in PEM", CertFile, KeyFile, dir)
+	}
+	defer clear(key)
+	ca := &CA{}
+	if ca.cert, err = x509.ParseCertificate(cert); err != nil {
+		return nil, fmt.Errorf("CA: %s: %w", CertFile, err)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("CA: %s: it is no PKCS#8 key", KeyFile)
+	}
+	var ok bool
+	if ca.key, ok = parsed.(crypto.Signer); !ok || !ca.cert.IsCA {
+		return nil, fmt.Errorf("CA: %s in %s is no CA's certificate", CertFile, dir)
+	}
+	if public, ok := ca.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(ca.cert.PublicKey) {
+		return nil, fmt.Errorf("CA: %s is not the key of %s", KeyFile, CertFile)
+	}
+	return ca, nil
+}
+
+// TrustDomain returns what the SPIFFE IDs of the CA's certificates begin with,
+// after spiffe://.
+func (ca *CA) TrustDomain() string {
+	for _, u := range ca.cert.URIs {
+		if u.Scheme == "spiffe" {
+			return u.Host
+		}
+	}
+	return ""
+}
+
+var (
+	validDomain = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,252}$`)
+	validPath   = regexp.MustCompile(`^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$`)
+)
+
+// Client is what a certificate says of whoever asks a broker.
+type Client struct {
+	// Path is the SPIFFE ID's, such as node/worker-7.
+	Path string
+	// Hold is for how long.
+	Hold time.Duration
+}
+
+// ID returns the SPIFFE ID: spiffe://TRUST-DOMAIN/PATH.
+func (ca *CA) ID(path string) (*url.URL, error) {
+	domain := ca.TrustDomain()
+	if domain == "" {
+		return nil, errors.New("the CA has no trust domain: it was not made by copilot init")
+	}
+	for element := range strings.SplitSeq(path, "/") {
+		if element == "." || element == ".." {
+			return nil, fmt.Errorf("%q can't be in a SPIFFE ID: a part is only dots", path)
+		}
+	}
+	if !validPath.MatchString(path) || len(path) > 1024 {
+		return nil, fmt.Errorf("%q can't be in a SPIFFE ID: use letters, digits, dots, dashes and underscores, and slashes between them", path)
+	}
+	return &url.URL{Scheme: "spiffe", Host: domain, Path: "/" + path}, nil
+}
+
+// IssueClient writes a new private key and its certificate into files that must
+// not exist.
+func (ca *CA) IssueClient(c Client, certFile, keyFile string) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	der, err := ca.client(c, key.Public())
+	if err != nil {
+		return err
+	}
+	return writePair(certFile, der, keyFile, key)
+}
+
+// SignClient writes a certificate for the key of a certificate signing request
+// in PEM, of which nothing else counts.
+func (ca *CA) SignClient(c Client, request []byte, certFile string) error {
+	der := decode(request, "CERTIFICATE REQUEST")
+	if der == nil {
+		return errors.New("it is no certificate signing request in PEM")
+	}
+	csr, err := x509.ParseCertificateRequest(der)
+	if err == nil {
+		err = csr.CheckSignature()
+	}
+	if err != nil {
+		return fmt.Errorf("certificate signing request: %w", err)
+	}
+	if der, err = ca.client(c, csr.PublicKey); err != nil {
+		return err
+	}
+	return writeNew(certFile, "CERTIFICATE", der, 0o644)
+}
+
+func (ca *CA) client(c Client, public crypto.PublicKey) ([]byte, error) {
+	id, err := ca.ID(c.Path)
+	if err != nil {
+		return nil, err
+	}
+	return sign(&x509.Certificate{
+		Subject:     pkix.Name{CommonName: c.Path},
+		URIs:        []*url.URL{id},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}, ca.cert, public, ca.key, c.Hold)
+}
+
+// IssueServer writes a new private key and its certificate for hosts, which are
+// names and addresses, into files that must not exist.
+func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string) error {
+	template := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: "copilot"},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, h := range hosts {
+		if ip := net.ParseIP(h); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else {
+			template.DNSNames = append(template.DNSNames, h)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	der, err := sign(template, ca.cert, key.Public(), ca.key, hold)
+	if err != nil {
+		return err
+	}
+	return writePair(certFile, der, keyFile, key)
+}
+
+// sign signs a certificate, by itself if parent is nil, that holds for that
+// time, and not longer than its parent.
+func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypto.Signer, hold time.Duration) ([]byte, error) {
+	if hold <= 0 {
+		return nil, fmt.Errorf("a certificate that holds for %s is of no use", hold)
+	}
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	template.SerialNumber, template.NotBefore, template.NotAfter = serial, now.Add(-backdate), now.Add(hold)
+	if parent == nil {
+		parent = template
+	} else if template.NotAfter.After(parent.NotAfter) {
+		return nil, fmt.Errorf("the CA's own certificate holds only until %s", parent.NotAfter.Format(time.RFC3339))
+	}
+	return x509.CreateCertificate(rand.Reader, template, parent, public, key)
+}
+
+func writePair(certFile string, der []byte, keyFile string, key *ecdsa.PrivateKey) error {
+	if err := writeKey(keyFile, key); err != nil {
+		return err
+	}
+	return writeNew(certFile, "CERTIFICATE", der, 0o644)
+}
+
+func writeKey(name string, key *ecdsa.PrivateKey) error {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	defer clear(der)
+	return writeNew(name, "PRIVATE KEY", der, 0o600)
+}
+
+// writeNew writes a file that is whole on disk or not there at all.
+func writeNew(name, kind string, der []byte, mode os.FileMode) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s is there already, and is not overwritten", name)
+	}
+	if err != nil {
+		return err
+	}
+	err = pem.Encode(f, &pem.Block{Type: kind, Bytes: der})
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(name))
+	}
+	return nil
+}
+
+func decode(b []byte, kind string) []byte {
+	block, _ := pem.Decode(b)
+	if block == nil || block.Type != kind {
+		return nil
+	}
+	return block.Bytes
+}

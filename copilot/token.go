@@ -1,0 +1,151 @@
+package copilot
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+
+	"github.com/ctrlplane/pilot/certfile"
+)
+
+const (
+	// maxToken bounds a bearer token, in bytes.
+	maxToken = 16 << 10
+	// issuerWithin bounds the wait for an issuer's keys.
+	issuerWithin = 5 * time.Second
+)
+
+// issuers checks bearer tokens.
+type issuers struct {
+	byURL map[string]*issuer
+}
+
+// issuer is one OpenID Connect issuer. It is asked for its keys when a token of
+// its comes, so a broker starts while it is down.
+type issuer struct {
+	name   string
+	conf   Issuer
+	client *http.Client
+
+	mu       sync.Mutex
+	verifier *oidc.IDTokenVerifier
+}
+
+func newIssuers(conf map[string]Issuer) (*issuers, error) {
+	all := &issuers{make(map[string]*issuer)}
+	for name, c := range conf {
+		if other, ok := all.byURL[c.URL]; ok {
+			return nil, fmt.Errorf("issuers %s and %s have the same url", other.name, name)
+		}
+		transport := &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, MaxResponseHeaderBytes: 64 << 10}
+		if c.CA != "" {
+			pool, err := certfile.Pool(c.CA)
+			if err != nil {
+				return nil, fmt.Errorf("issuers.%s: ca: %w", name, err)
+			}
+			transport.TLSClientConfig.RootCAs = pool
+		}
+		all.byURL[c.URL] = &issuer{name: name, conf: c, client: &http.Client{
+			Timeout:   issuerWithin,
+			Transport: withToken{transport, c.TokenFile},
+		}}
+	}
+	return all, nil
+}
+
+// withToken shows the issuer a token, which is read anew each time.
+type withToken struct {
+	http.RoundTripper
+	file string
+}
+
+func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
+	if t.file != "" {
+		b, err := os.ReadFile(t.file)
+		if err != nil {
+			return nil, err
+		}
+		r = r.Clone(r.Context())
+		r.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(b)))
+	}
+	return t.RoundTripper.RoundTrip(r)
+}
+
+// identity returns who a token tells: the issuer's name, a colon, and the
+// token's subject.
+func (all *issuers) identity(ctx context.Context, token string) (string, error) {
+	if len(token) > maxToken {
+		return "", fmt.Errorf("the token has more than %d bytes", maxToken)
+	}
+	url, err := issuerOf(token)
+	if err != nil {
+		return "", err
+	}
+	i, ok := all.byURL[url]
+	if !ok {
+		return "", fmt.Errorf("the token comes from the issuer %.200q, which is not one of the broker's", url)
+	}
+	verifier, err := i.get(ctx)
+	if err != nil {
+		return "", fmt.Errorf("issuer %s: %w: %w", i.name, errIssuer, err)
+	}
+	verified, err := verifier.Verify(oidc.ClientContext(ctx, i.client), token)
+	if err != nil {
+		return "", fmt.Errorf("token of issuer %s: %s", i.name, withoutPrefix(err))
+	}
+	if verified.Subject == "" {
+		return "", fmt.Errorf("token of issuer %s: it has no subject", i.name)
+	}
+	return i.name + ":" + verified.Subject, nil
+}
+
+var errIssuer = errors.New("its keys can't be had")
+
+func withoutPrefix(err error) string { return strings.TrimPrefix(err.Error(), "oidc: ") }
+
+// issuerOf returns what a token that is not verified yet says of its issuer.
+func issuerOf(token string) (string, error) {
+	var claims struct {
+		Issuer string `json:"iss"`
+	}
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return "", errors.New("the bearer token is no JSON web token")
+	}
+	b, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil || json.Unmarshal(b, &claims) != nil {
+		return "", errors.New("the bearer token is no JSON web token")
+	}
+	return claims.Issuer, nil
+}
+
+func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.verifier != nil {
+		return i.verifier, nil
+	}
+	conf := &oidc.Config{ClientID: i.conf.Audience}
+	// The keys are fetched later, too, so not in the request's context.
+	ctx = oidc.ClientContext(context.WithoutCancel(ctx), i.client)
+	if i.conf.KeysURL != "" {
+		i.verifier = oidc.NewVerifier(i.conf.URL, oidc.NewRemoteKeySet(ctx, i.conf.KeysURL), conf)
+		return i.verifier, nil
+	}
+	provider, err := oidc.NewProvider(ctx, i.conf.URL)
+	if err != nil {
+		return nil, err
+	}
+	i.verifier = provider.VerifierContext(ctx, conf)
+	return i.verifier, nil
+}
