@@ -55,6 +55,9 @@ type line struct {
 	Chain string `json:"chain"`          // of the log's file, or of one run of a broker
 	Seq   int64  `json:"seq"`            // from 1
 	Prev  string `json:"prev,omitempty"` // the MAC of the line before
+	// After is, in the first line of a chain, a line that was there before:
+	// whoever removes that one's chain has to remove this one, too.
+	After string `json:"after,omitempty"`
 	Entry
 }
 
@@ -88,8 +91,8 @@ type sink interface {
 	// append writes whole lines, without newlines, of which the first has
 	// the number seq.
 	append(chain string, seq int64, lines [][]byte) error
-	// head returns the last line of the chain, or of any if chain is empty,
-	// or nil.
+	// head returns the last line of the chain, or of all if chain is empty, or
+	// nil if there is none.
 	head(key Key, chain string) ([]byte, error)
 	Close() error
 }
@@ -106,7 +109,8 @@ type Log struct {
 	closed  bool
 
 	at     Head
-	unsure bool // what of the last lines the sink has taken
+	after  string // for the first line
+	unsure bool   // what of the last lines the sink has taken
 }
 
 type waiting struct {
@@ -149,31 +153,34 @@ const (
 func newLog(key Key, s sink, goOn bool) (*Log, error) {
 	l := &Log{key: key, sink: s}
 	l.turn.L = &l.mu
-	if goOn {
-		if err := l.find(""); err != nil {
-			return nil, err
-		}
+	last, err := l.last("")
+	if err != nil {
+		return nil, err
 	}
-	if l.at.Chain == "" {
-		id := make([]byte, 6)
-		rand.Read(id) // never fails
-		l.at.Chain = fmt.Sprintf("%x", id)
+	switch {
+	case goOn && last != Head{}:
+		l.at = last
+		return l, nil
+	case last != Head{}:
+		l.after = last.String()
 	}
+	id := make([]byte, 6)
+	rand.Read(id) // never fails
+	l.at.Chain = fmt.Sprintf("%x", id)
 	return l, nil
 }
 
-// find sets l.at to the last line that the sink has.
-func (l *Log) find(chain string) error {
-	last, err := l.sink.head(l.key, chain)
-	if err != nil || last == nil {
-		return err
+// last returns the last line that the sink has, of a chain or of all.
+func (l *Log) last(chain string) (Head, error) {
+	text, err := l.sink.head(l.key, chain)
+	if err != nil || text == nil {
+		return Head{}, err
 	}
-	read, mac, err := l.key.open(last)
+	read, mac, err := l.key.open(text)
 	if err != nil {
-		return err
+		return Head{}, fmt.Errorf("the last line of the audit log: %w", err)
 	}
-	l.at = Head{read.Chain, read.Seq, mac}
-	return nil
+	return Head{read.Chain, read.Seq, mac}, nil
 }
 
 // Write writes an entry, with the current time, and returns once it is on
@@ -222,15 +229,23 @@ func (l *Log) writeQueue() {
 
 func (l *Log) write(batch []*waiting) error {
 	if l.unsure {
-		if err := l.find(l.at.Chain); err != nil {
+		last, err := l.last(l.at.Chain)
+		if err != nil {
 			return err
+		}
+		if last.Seq > l.at.Seq {
+			l.at = last
 		}
 		l.unsure = false
 	}
 	at := l.at
 	lines := make([][]byte, len(batch))
 	for i, w := range batch {
-		text, mac, err := l.key.seal(line{at.Chain, at.Seq + 1, at.MAC, w.entry})
+		next := line{Chain: at.Chain, Seq: at.Seq + 1, Prev: at.MAC, Entry: w.entry}
+		if next.Seq == 1 {
+			next.After = l.after
+		}
+		text, mac, err := l.key.seal(next)
 		if err != nil {
 			return err
 		}

@@ -23,6 +23,7 @@ const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 	seq   bigint NOT NULL,
 	line  text NOT NULL,
 	entry jsonb NOT NULL GENERATED ALWAYS AS (line::jsonb) STORED,
+	id    bigint NOT NULL GENERATED ALWAYS AS IDENTITY UNIQUE,
 	PRIMARY KEY (chain, seq)
 )`
 
@@ -90,7 +91,11 @@ func (t table) head(_ Key, chain string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), appendWithin)
 	defer cancel()
 	var line string
-	err := t.pool.QueryRow(ctx, `SELECT line FROM copilot_audit WHERE chain = $1 ORDER BY seq DESC LIMIT 1`, chain).Scan(&line)
+	query, args := `SELECT line FROM copilot_audit ORDER BY id DESC LIMIT 1`, []any{}
+	if chain != "" {
+		query, args = `SELECT line FROM copilot_audit WHERE chain = $1 ORDER BY seq DESC LIMIT 1`, []any{chain}
+	}
+	err := t.pool.QueryRow(ctx, query, args...).Scan(&line)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, nil
 	}

@@ -61,6 +61,7 @@ func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
 		expected[h.Chain] = h
 	}
 	chains := make(map[string]Head)
+	before := make(map[string]Head) // by the chain whose first line tells it
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
 	number := 0
@@ -101,12 +102,22 @@ func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
 			delete(expected, l.Chain)
 		}
 		chains[l.Chain] = Head{l.Chain, l.Seq, mac}
+		if after, err := ParseHead(l.After); err == nil {
+			before[l.Chain] = after
+		}
 	}
 	if err := lines.Err(); err != nil {
 		return report, fmt.Errorf("line %d: %w", number+1, err)
 	}
 	for _, h := range slices.Sorted(maps.Keys(expected)) {
 		problem("the lines of chain %s up to %d, which were there before, are missing", h, expected[h].Seq)
+	}
+	for _, id := range slices.Sorted(maps.Keys(before)) {
+		after := before[id]
+		known := slices.ContainsFunc(since, func(h Head) bool { return h.Chain == after.Chain && h.Seq >= after.Seq })
+		if chains[after.Chain].Seq < after.Seq && !known {
+			problem("chain %s, or its end, is missing: chain %s began after its line %d", after.Chain, id, after.Seq)
+		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(chains)) {
 		report.Heads = append(report.Heads, chains[id])
