@@ -51,7 +51,7 @@ in ` + defaultKeyProviders + `.`
 	wrapUse(subcommand(a, "run"))
 	wrapUse(subcommand(subcommand(a, "containers"), "create"))
 	wrapUse(subcommand(images, "mount"))
-	images.Commands = append(images.Commands, encryptCommand, decryptCommand, layerinfoCommand)
+	images.Commands = append(images.Commands, encryptCommand, decryptCommand, rewrapCommand, layerinfoCommand)
 	// ctr has these only below images.
 	for _, name := range []string{"pull", "push", "import", "export"} {
 		a.Commands = append(a.Commands, subcommand(images, name))

@@ -75,6 +75,7 @@ func (r Recipient) includes(other Recipient) bool {
 type wrapped struct {
 	Recipient
 	json []byte // pilot's annotation; nil if another's
+	err  error  // why it can't be read, if it seems to be pilot's
 }
 
 // value is one of the values, in base64 and with commas between them, that an
@@ -89,34 +90,48 @@ type value struct {
 func values(scheme, annotation string) []value {
 	var list []value
 	for text := range strings.SplitSeq(annotation, ",") {
-		v := value{text: text, keys: pilots(scheme, text)}
-		if v.keys == nil {
-			v.keys = []wrapped{{Recipient: Recipient{Scheme: scheme}}}
+		keys, err := pilots(scheme, text)
+		if keys == nil {
+			keys = []wrapped{{Recipient: Recipient{Scheme: scheme}, err: err}}
 		}
-		list = append(list, v)
+		list = append(list, value{text, keys})
 	}
 	return list
 }
 
-// pilots returns the keys in a value of pilot's, or nil if it is another's.
-func pilots(scheme, text string) []wrapped {
+// pilots returns the keys in a value of pilot's, or none if it is another's. It is
+// an error if it seems to be pilot's and can't be read: it is damaged, or that of
+// a later version.
+func pilots(scheme, text string) ([]wrapped, error) {
+	if !strings.HasPrefix(scheme, providerScheme) {
+		return nil, nil
+	}
 	b, err := base64.StdEncoding.DecodeString(text)
-	if err != nil || !strings.HasPrefix(scheme, providerScheme) {
-		return nil
+	if err == nil {
+		var annotations []keyprovider.Annotation
+		if annotations, err = keyprovider.ParseAnnotation(b); err == nil {
+			return separate(scheme, b, annotations)
+		}
 	}
-	annotations, err := keyprovider.ParseAnnotation(b)
-	if err != nil {
-		return nil
+	if scheme == providerScheme+"pilot" || bytes.Contains(b, []byte(`"wrappedKey"`)) {
+		return nil, err
 	}
-	texts := []json.RawMessage{b}
-	if bytes.HasPrefix(bytes.TrimSpace(b), []byte("[")) && json.Unmarshal(b, &texts) != nil {
-		return nil
+	return nil, nil
+}
+
+// separate returns the keys in the text of annotations, one or an array.
+func separate(scheme string, text []byte, annotations []keyprovider.Annotation) ([]wrapped, error) {
+	texts := []json.RawMessage{text}
+	if bytes.HasPrefix(bytes.TrimSpace(text), []byte("[")) {
+		if err := json.Unmarshal(text, &texts); err != nil {
+			return nil, err
+		}
 	}
 	keys := make([]wrapped, len(annotations))
 	for i, a := range annotations {
-		keys[i] = wrapped{Recipient{scheme, a.KEKID, a.KEKVersion}, texts[i]}
+		keys[i] = wrapped{Recipient: Recipient{scheme, a.KEKID, a.KEKVersion}, json: texts[i]}
 	}
-	return keys
+	return keys, nil
 }
 
 // newValue returns the text of a value of pilot's.

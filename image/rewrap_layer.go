@@ -104,9 +104,11 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 			return drop, nil
 		}
 	}
-	pilots := k.json != nil
+	anew := l.Add == nil && len(l.Remove) == 0 // each, if no KEK is named
 	switch {
-	case !pilots:
+	case k.err != nil && (anew || l.From != ""):
+		return keep, fmt.Errorf("%s is damaged, or that of a later version (remove it, if it is): %w", k, k.err)
+	case k.json == nil:
 		return keep, nil
 	case l.From != "" && k.KEK == "":
 		return l.planUnnamed(ctx, k, all)
@@ -118,7 +120,7 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 		return move, nil
 	case k.KEK != "" && l.adds(k.Recipient):
 		return renew, nil
-	case l.From != "" || l.Add != nil || len(l.Remove) > 0:
+	case !anew || l.From != "":
 		return keep, nil
 	case k.KEK == "":
 		return keep, fmt.Errorf("%s does not name its KEK, as in the original's format: say from which KEK to which it is to be moved", k)
@@ -239,8 +241,8 @@ func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer
 	if err != nil {
 		return keep, err
 	}
-	got := pilots(k.Scheme, out[keysPrefix+k.Scheme])
-	if len(got) != 1 || got[0].KEK != kek && got[0].KEK != "" {
+	got, err := pilots(k.Scheme, out[keysPrefix+k.Scheme])
+	if err != nil || len(got) != 1 || got[0].KEK != kek && got[0].KEK != "" {
 		return keep, fmt.Errorf("key provider %q was asked to wrap for KEK %q and returned something else", name, kek)
 	}
 	if newer && got[0].KEK == k.KEK && got[0].Version <= k.Version {

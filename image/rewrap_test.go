@@ -372,6 +372,10 @@ func TestRewrapTampered(t *testing.T) {
 			m.Layers[0].Annotations[pilot] += "," + foreign.Layers[1].Annotations[pilot]
 		}, "holds another key than the other recipients"},
 		"one more":             {func(m *ocispec.Manifest) { m.Layers[1].Annotations[pilot] += "," + fake("mallory") }, "provider:pilot:mallory@1 is not wrapped for anew"},
+		"a member's name":      {replaced(`"kekId"`, `"kekID2"`), "provider:pilot is damaged"},
+		"not JSON":             {replaced(`{`, ``), "provider:pilot is damaged"},
+		"not base64":           {func(m *ocispec.Manifest) { m.Layers[0].Annotations[pilot] = "!" }, "provider:pilot is damaged"},
+		"a later method":       {replaced(`A256GCMKW`, `A256GCMKW2`), "not known to this version of pilot"},
 		"no public options":    {func(m *ocispec.Manifest) { delete(m.Layers[0].Annotations, processor.AnnotationPrefix+"pubopts") }, "pubopts is missing"},
 		"no recipients":        {func(m *ocispec.Manifest) { m.Layers[0].Annotations = nil }, "it has no recipients"},
 		"a damaged annotation": {func(m *ocispec.Manifest) { m.Layers[1].Annotations[pilot] = fake("a") }, "provider:pilot:a@1 is not wrapped for anew"},
@@ -382,6 +386,27 @@ func TestRewrapTampered(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), test.want) || s.blobs() != before {
 			t.Errorf("%s: %+v, %v, want %q", name, out, err, test.want)
 		}
+	}
+	damaged := s.edited(target, func(m *ocispec.Manifest) {
+		for _, l := range m.Layers {
+			l.Annotations[pilot] = "!"
+		}
+	})
+	pilots, err := ParseRecipient("provider:pilot")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := Rewrap(s.ctx, s, damaged, Rewrapping{Keys: s.dc, Remove: []Recipient{pilots}, Add: kek("pilot", "a")}, Options{}); err != nil || s.recipients(out.Target) != "jwe, pilot:a@2" {
+		t.Errorf("in place of damaged ones: %+v, %v", out, err)
+	}
+	// Another key provider's are its own.
+	another := s.edited(target, func(m *ocispec.Manifest) {
+		for _, l := range m.Layers {
+			l.Annotations[keysPrefix+"provider.kms"] = "c29tZXRoaW5n"
+		}
+	})
+	if out, err := Rewrap(s.ctx, s, another, Rewrapping{}, Options{}); err != nil || s.recipients(out.Target) != "jwe, kms, pilot:a@2" {
+		t.Errorf("with another key provider's: %+v, %v: %s", out, err, s.recipients(out.Target))
 	}
 	// Nobody is asked to wrap for a KEK that stays.
 	more := s.edited(target, func(m *ocispec.Manifest) {
@@ -437,9 +462,9 @@ func FuzzValues(f *testing.F) {
 			if v.keys[0].json == nil {
 				continue
 			}
-			again := pilots("provider.pilot", newValue(v.keys))
-			if len(again) != len(v.keys) {
-				t.Fatalf("%q became %v", v.text, again)
+			again, err := pilots("provider.pilot", newValue(v.keys))
+			if err != nil || len(again) != len(v.keys) {
+				t.Fatalf("%q became %v, %v", v.text, again, err)
 			}
 			for i, k := range v.keys {
 				if again[i].Recipient != k.Recipient {
