@@ -41,6 +41,7 @@ func newApp() *cli.Command {
 
    ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
    ctr-pilot images layerinfo app:encrypted
+   ctr-pilot images rewrap app:encrypted
    ctr-pilot images pull registry.example.com/app:encrypted
 
 Key providers are found in the file that OCICRYPT_KEYPROVIDER_CONFIG names, or

@@ -16,6 +16,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 var rewrapCommand = &cli.Command{
@@ -213,17 +214,10 @@ func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (ima
 	if err != nil {
 		return image.Rewrapped{}, err
 	}
-	layers, err := layerDescriptors(ctx, img, img.target, r.opts)
-	if err != nil {
-		return image.Rewrapped{}, err
+	out, err := image.Rewrap(ctx, img, img.target, r.how, r.opts)
+	if errors.Is(err, processor.ErrNoKey) {
+		out, err = r.withPGP(ctx, img, err)
 	}
-	how := r.how
-	if slices.ContainsFunc(layers, hasPGP) {
-		if how.Keys, err = decryptConfig(r.cmd, layers); err != nil {
-			return image.Rewrapped{}, err
-		}
-	}
-	out, err := image.Rewrap(ctx, img, img.target, how, r.opts)
 	if err == nil {
 		err = ctx.Err()
 	}
@@ -233,10 +227,27 @@ func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (ima
 	warnSkipped(out.Skipped, p.absent())
 	unfit := !r.several && r.unfit(out) != nil
 	same := newName == name && out.Target.Digest == img.target.Digest
-	if how.DryRun || unfit || same {
+	if r.how.DryRun || unfit || same {
 		return out, nil
 	}
 	return out, img.commit(ctx, out.Target)
+}
+
+// withPGP rewraps an image with keys in gpg's keyring, which may ask for their
+// passwords, if there is such a recipient. Without them it failed.
+func (r *rewrapper) withPGP(ctx context.Context, img *openImage, failed error) (image.Rewrapped, error) {
+	layers, err := layerDescriptors(ctx, img, img.target, r.opts)
+	if err != nil {
+		return image.Rewrapped{}, err
+	}
+	if !slices.ContainsFunc(layers, hasPGP) {
+		return image.Rewrapped{}, failed
+	}
+	how := r.how
+	if how.Keys, err = decryptConfig(r.cmd, layers); err != nil {
+		return image.Rewrapped{}, err
+	}
+	return image.Rewrap(ctx, img, img.target, how, r.opts)
 }
 
 // line says what became of an image.

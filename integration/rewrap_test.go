@@ -2,7 +2,6 @@ package integration
 
 import (
 	"encoding/json"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -189,11 +188,11 @@ func BenchmarkRewrap(b *testing.B) {
 				return took(func() { output(b, n.ctrPilot(append(args, address+"/app:"+name)...)) })
 			}
 		}
-		where := "in containerd"
+		name, where := "Containerd", "in containerd"
 		if flags != nil {
-			where = "in a registry"
+			name, where = "Registry", "in a registry"
 		}
-		b.Run(fmt.Sprint(len(flags)), func(b *testing.B) {
+		b.Run(name, func(b *testing.B) {
 			compare(b, comparison{"rewrap an image of 1 GiB " + where, "the same with 10 MiB", "ms", "≈ 1"}, rewrap("large"), rewrap("small"))
 		})
 	}
