@@ -11,6 +11,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/cmd/ctr/commands"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
@@ -63,11 +64,11 @@ Example:
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
-			layers, err := layerDescriptors(ctx, client, target, opts)
+			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
 			if err != nil {
 				return image.Result{}, err
 			}
-			ec, err := encryptConfig(cmd, layers)
+			ec, err := encryptConfig(keyArguments(cmd), layers)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -90,7 +91,7 @@ Example:
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
-			layers, err := layerDescriptors(ctx, client, target, opts)
+			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -134,13 +135,7 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		if err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
-		for _, s := range result.Skipped {
-			platform := "of no platform"
-			if s.Platform != nil {
-				platform = "of " + platforms.FormatAll(*s.Platform)
-			}
-			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: %s stays as it is: its content is not here (pull it with --all-platforms)\n", "manifest "+s.Digest.String()+" "+platform)
-		}
+		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
 		if result.Layers == 0 {
 			if verb == "encrypt" {
 				return fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
@@ -156,6 +151,17 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	})
 }
 
+// warnSkipped tells of manifests that stay as they are, and why.
+func warnSkipped(skipped []ocispec.Descriptor, why string) {
+	for _, s := range skipped {
+		platform := "of no platform"
+		if s.Platform != nil {
+			platform = "of " + platforms.FormatAll(*s.Platform)
+		}
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", s.Digest, platform, why)
+	}
+}
+
 // putImage creates the image, or makes the one of that name point to its target.
 func putImage(ctx context.Context, store images.Store, img images.Image) error {
 	_, err := store.Create(ctx, img)
@@ -168,7 +174,7 @@ func putImage(ctx context.Context, store images.Store, img images.Image) error {
 // withClient calls do with a client of the containerd that the command names,
 // under a lease and until a signal.
 func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, *containerd.Client) error) (err error) {
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := untilSignal(ctx)
 	defer stop()
 	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
 	if err != nil {
@@ -181,6 +187,11 @@ func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, 
 	}
 	defer func() { release(err) }()
 	return do(ctx, client)
+}
+
+// untilSignal returns a context that is done when the user stops the command.
+func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 }
 
 // leaseFor bounds how long containerd keeps what a killed command left behind.
@@ -227,8 +238,8 @@ func selection(cmd *cli.Command) (image.Options, error) {
 	return opts, nil
 }
 
-func layerDescriptors(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
-	layers, err := image.Layers(ctx, client.ContentStore(), target, opts)
+func layerDescriptors(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
+	layers, err := image.Layers(ctx, cs, target, opts)
 	if err != nil {
 		return nil, err
 	}

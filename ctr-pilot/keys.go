@@ -98,10 +98,9 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 	return cc.DecryptConfig, nil
 }
 
-// encryptConfig returns the recipients that the flags name, and the keys to
-// add them to layers that are encrypted already.
-func encryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.EncryptConfig, error) {
-	args := keyArguments(cmd)
+// encryptConfig returns the recipients in args, and the keys to add them to
+// layers that are encrypted already.
+func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*config.EncryptConfig, error) {
 	if len(args.Recipient) == 0 {
 		return nil, errors.New("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
 	}

@@ -41,6 +41,7 @@ func newApp() *cli.Command {
 
    ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
    ctr-pilot images layerinfo app:encrypted
+   ctr-pilot images rewrap app:encrypted
    ctr-pilot images pull registry.example.com/app:encrypted
 
 Key providers are found in the file that OCICRYPT_KEYPROVIDER_CONFIG names, or
@@ -51,7 +52,7 @@ in ` + defaultKeyProviders + `.`
 	wrapUse(subcommand(a, "run"))
 	wrapUse(subcommand(subcommand(a, "containers"), "create"))
 	wrapUse(subcommand(images, "mount"))
-	images.Commands = append(images.Commands, encryptCommand, decryptCommand, layerinfoCommand)
+	images.Commands = append(images.Commands, encryptCommand, decryptCommand, rewrapCommand, layerinfoCommand)
 	// ctr has these only below images.
 	for _, name := range []string{"pull", "push", "import", "export"} {
 		a.Commands = append(a.Commands, subcommand(images, name))

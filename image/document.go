@@ -37,17 +37,27 @@ type edit struct {
 	list    string                          // the key of the array whose elements change: layers or manifests
 	changes map[int]change                  // by index into it
 	renamed map[digest.Digest]digest.Digest // what attestations refer to
-	plain   []string                        // digests of entries of an index that are known not to be encrypted
-	// decrypting removes the annotations of encryption from what changes;
-	// done says that no encrypted layer is left then, and fresh that there
-	// was none before.
-	decrypting, done, fresh bool
+	mode    mode
+	plain   []string // digests of entries of an index that are known not to be encrypted
+	// done says that no encrypted layer is left after decrypting, and fresh
+	// that there was none before encrypting.
+	done, fresh bool
 }
+
+// mode is what is done to layers, and so what changes in what describes them.
+type mode int
+
+const (
+	encrypting mode = iota // media types, and annotations of encryption are added
+	decrypting             // the same, undone
+	rewrapping             // annotations of recipients, and nothing else
+)
 
 // change is how a descriptor changes. Its other members stay.
 type change struct {
 	desc        ocispec.Descriptor // MediaType, Digest and Size
-	annotations map[string]string  // to set
+	annotations map[string]string  // to set, or to remove where empty
+	none        bool               // nothing changes
 }
 
 // apply returns doc edited and its new media type; mediaType is that which it
@@ -60,7 +70,7 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	if !e.decrypting && e.fresh || notes == nil {
+	if e.mode == encrypting && e.fresh || notes == nil {
 		notes = make(restore) // there may be one of a tool that does not know it
 	}
 	array, err := get(doc, e.list)
@@ -81,11 +91,11 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if doc, err = set(doc, e.list, array); err != nil {
 		return nil, "", err
 	}
-	if e.decrypting {
-		if !e.done {
-			return doc, mediaType, nil
-		}
+	switch {
+	case e.mode == decrypting && e.done:
 		return notes.apply(doc, mediaType, e.list)
+	case e.mode != encrypting:
+		return doc, mediaType, nil
 	}
 
 	if doc, err = convert(doc, "", notes); err != nil {
@@ -120,11 +130,13 @@ func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byt
 	}
 	c, changes := e.changes[i]
 	switch {
-	case changes && e.decrypting:
+	case changes && e.mode == encrypting:
+		element, err = e.encrypted(element, c, at, notes)
+	case changes && e.mode == decrypting:
 		element, err = e.decrypted(element, c, at, notes)
 	case changes:
-		element, err = e.encrypted(element, c, at, notes)
-	case !e.decrypting && e.list == "layers":
+		element, err = e.rewrapped(element, c)
+	case e.mode == encrypting && e.list == "layers":
 		element, err = convert(element, at, notes)
 	}
 	if err != nil {
@@ -141,7 +153,7 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 		return nil, err
 	}
 	if len(had.Data) > 0 {
-		return nil, fmt.Errorf("%s stands in the document itself (data), where it would stay readable: remove that first", had.Digest)
+		return nil, errData(had)
 	}
 	for _, m := range []struct{ key, had string }{{"mediaType", had.MediaType}, {"digest", had.Digest.String()}} {
 		text, err := get(element, m.key)
@@ -182,6 +194,44 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 		}
 	}
 	return setAnnotations(element, annotations, c.annotations)
+}
+
+// errData is the error of content that stands in the document itself, where what
+// takes its place would not count.
+func errData(desc ocispec.Descriptor) error {
+	return fmt.Errorf("%s stands in the document itself (data), where it would stay readable: remove that first", desc.Digest)
+}
+
+// rewrapped edits the descriptor of a layer that has other recipients, or of a
+// manifest of such layers.
+func (e *edit) rewrapped(element []byte, c change) ([]byte, error) {
+	if e.list != "layers" {
+		var had ocispec.Descriptor
+		if err := json.Unmarshal(element, &had); err != nil {
+			return nil, err
+		}
+		if len(had.Data) > 0 {
+			return nil, errData(had)
+		}
+		return setDescriptor(element, had, c.desc)
+	}
+	annotations, err := get(element, "annotations")
+	if err != nil {
+		return nil, err
+	}
+	added := maps.Clone(c.annotations)
+	annotations, err = remove(orEmpty(annotations), func(key string) bool {
+		value, ok := c.annotations[key]
+		if ok && value == "" {
+			delete(added, key)
+			return true
+		}
+		return false
+	})
+	if err != nil {
+		return nil, err
+	}
+	return setAnnotations(element, annotations, added)
 }
 
 // decrypted edits the descriptor of something that was decrypted.

@@ -1,5 +1,6 @@
 // Package image encrypts and decrypts the layers of a container image in a
-// content store: an index, its manifests, and their layers.
+// content store, an index, its manifests, and their layers, and wraps the keys
+// of its layers for others.
 //
 // What it does not have to change stays as it is, byte for byte, so decrypting
 // an image gives back the very image that was encrypted. The caller holds a
@@ -78,9 +79,10 @@ func Decrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, d
 	return run(ctx, cs, target, opts, &decryption{dc: dc})
 }
 
-// operation is what is done to each layer: an encryption or a decryption.
+// operation is what is done to each layer: an encryption, a decryption or a
+// rewrapping.
 type operation interface {
-	decrypts() bool
+	mode() mode
 	// wants reports whether a layer of this media type is to be changed.
 	wants(mediaType string) bool
 	// layer changes a layer and says how its descriptor changes.
@@ -92,6 +94,7 @@ type work struct {
 	content.Store
 	Options
 	op      operation
+	dry     bool  // nothing is written
 	blobs   blobs // by op
 	skipped []ocispec.Descriptor
 	seen    int          // manifests that are here, with what is needed of them
@@ -102,6 +105,10 @@ type work struct {
 
 func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
 	w := &work{Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{}}
+	return w.run(ctx, target)
+}
+
+func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, error) {
 	out, err := w.any(ctx, target, 0)
 	if err != nil {
 		return Result{}, err
@@ -181,7 +188,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	out := outcome{desc: desc}
 	var absent []string
 	children := slices.Clone(index.Manifests)
-	e := &edit{list: "manifests", changes: make(map[int]change), renamed: make(map[digest.Digest]digest.Digest), decrypting: w.op.decrypts()}
+	e := &edit{list: "manifests", changes: make(map[int]change), renamed: make(map[digest.Digest]digest.Digest), mode: w.op.mode()}
 	for i, child := range index.Manifests {
 		if !images.IsIndexType(child.MediaType) && !images.IsManifestType(child.MediaType) {
 			continue
@@ -210,7 +217,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	}
 	// What is not here may be encrypted, unless nothing here ever was.
 	for _, d := range absent {
-		if slices.Contains(known, d) || !w.op.decrypts() && !out.was {
+		if slices.Contains(known, d) || w.op.mode() != decrypting && !out.was {
 			e.plain = append(e.plain, d)
 		} else {
 			out.encrypted = true
@@ -249,7 +256,11 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 			chosen = append(chosen, i)
 		}
 	}
-	for _, i := range chosen {
+	needed := chosen
+	if w.op.mode() == rewrapping {
+		needed = nil // it reads no layer
+	}
+	for _, i := range needed {
 		switch _, err := w.Info(ctx, manifest.Layers[i].Digest); {
 		case errdefs.IsNotFound(err) && !top && len(w.Platforms) == 0:
 			return outcome{}, errAbsent
@@ -279,7 +290,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	}
 	w.changed += len(changes)
 	out.changed = true
-	e := &edit{list: "layers", changes: changes, decrypting: w.op.decrypts(), done: !out.encrypted, fresh: !out.was}
+	e := &edit{list: "layers", changes: changes, mode: w.op.mode(), done: !out.encrypted, fresh: !out.was}
 	out.desc, err = w.rewrite(ctx, desc, doc, e, append([]ocispec.Descriptor{manifest.Config}, layers...))
 	return out, err
 }
@@ -291,6 +302,9 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 		return ocispec.Descriptor{}, fmt.Errorf("rewrite %s: %w", desc.Digest, err)
 	}
 	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
+	if w.dry {
+		return out, nil
+	}
 	if _, _, err := w.ingest(ctx, "manifest-"+out.Digest.Encoded(), bytes.NewReader(doc), out.Size, gcLabels(children)); err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("write %s: %w", out.Digest, err)
 	}

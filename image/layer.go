@@ -34,7 +34,7 @@ const abortWithin = 5 * time.Second
 // encryption is the operation of [Encrypt].
 type encryption struct{ ec *config.EncryptConfig }
 
-func (*encryption) decrypts() bool { return false }
+func (*encryption) mode() mode { return encrypting }
 
 // wants every layer: one that is encrypted gets more recipients.
 func (*encryption) wants(string) bool { return true }
@@ -85,7 +85,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 // decryption is the operation of [Decrypt].
 type decryption struct{ dc *config.DecryptConfig }
 
-func (*decryption) decrypts() bool { return true }
+func (*decryption) mode() mode { return decrypting }
 
 func (*decryption) wants(mediaType string) bool { return processor.IsEncrypted(mediaType) }
 
@@ -130,6 +130,9 @@ func (w *work) change(ctx context.Context, layers []ocispec.Descriptor, chosen [
 			if err != nil {
 				return fmt.Errorf("layer %s: %w", layers[i].Digest, err)
 			}
+			if c.none {
+				return nil
+			}
 			mu.Lock()
 			defer mu.Unlock()
 			changes[i] = c
@@ -147,7 +150,7 @@ type blobs struct {
 }
 
 func (b *blobs) change(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
-	if processor.IsEncrypted(desc.MediaType) && !w.op.decrypts() {
+	if processor.IsEncrypted(desc.MediaType) && w.op.mode() != decrypting {
 		return w.op.layer(ctx, w, desc) // only its annotations change
 	}
 	b.mu.Lock()

@@ -183,7 +183,7 @@ func FuzzUndo(f *testing.F) {
 		to := &edit{list: "layers", changes: map[int]change{}, fresh: true}
 		for i, l := range was.Layers {
 			if mediaType, ok := processor.EncryptedMediaType(l.MediaType); ok && l.Digest != "" {
-				to.changes[i] = change{ocispec.Descriptor{MediaType: mediaType, Digest: "sha256:bb", Size: l.Size}, map[string]string{
+				to.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: "sha256:bb", Size: l.Size}, annotations: map[string]string{
 					processor.AnnotationPrefix + "pubopts": fmt.Sprint(i), processor.AnnotationPrefix + "keys.jwe": "x",
 				}}
 			} else if processor.IsEncrypted(l.MediaType) {
@@ -197,7 +197,7 @@ func FuzzUndo(f *testing.F) {
 		if err := json.Unmarshal(encrypted, &is); err != nil {
 			t.Fatalf("%q became %q: %v", doc, encrypted, err)
 		}
-		back := &edit{list: "layers", changes: map[int]change{}, decrypting: true, done: true}
+		back := &edit{list: "layers", changes: map[int]change{}, mode: decrypting, done: true}
 		for i, l := range is.Layers {
 			if mediaType, ok := processor.PlainMediaType(l.MediaType); ok {
 				back.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: was.Layers[i].Digest, Size: l.Size}}

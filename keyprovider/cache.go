@@ -122,6 +122,15 @@ func (c *cache) lookup(key cacheKey) (_ copilot.KEK, _ error, ok bool) {
 	return copilot.KEK{}, nil, false
 }
 
+// latest returns a KEK in the version that the broker says is current, whose key
+// the caller clears. What is remembered as current may have been rotated.
+func (c *cache) latest(ctx context.Context, id string) (copilot.KEK, error) {
+	c.mu.Lock()
+	delete(c.current, id)
+	c.mu.Unlock()
+	return c.get(ctx, id, 0)
+}
+
 // forgetCurrent makes the next get of a KEK's current version ask which that is,
 // and reports whether this can change anything: not right after it was asked.
 func (c *cache) forgetCurrent(id string) bool {

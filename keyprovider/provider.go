@@ -81,8 +81,9 @@ func New(broker *copilot.Client, conf Config) *Provider {
 
 // WrapKey answers a keywrap request of the key provider protocol, given and
 // answered in its JSON. It wraps for each KEK that the recipient's parameters
-// name; those of `--recipient provider:pilot:team-a` name team-a. It takes 30
-// seconds at most.
+// name; those of `--recipient provider:pilot:team-a` name team-a. The broker is
+// asked which version of a KEK is current, even if the KEK is in memory. It takes
+// 30 seconds at most.
 func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
@@ -108,7 +109,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	annotations := make([]Annotation, len(ids))
 	for i, id := range ids {
 		start := time.Now()
-		kek, err := p.keks.get(ctx, id, 0)
+		kek, err := p.keks.latest(ctx, id)
 		if err != nil {
 			return nil, err
 		}

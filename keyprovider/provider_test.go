@@ -199,16 +199,34 @@ func TestMostKEKs(t *testing.T) {
 }
 
 // TestCacheOfOne checks that a cache for one KEK serves all of an image's
-// layers, which are wrapped with the current one and unwrapped by its version.
+// layers, which are unwrapped by the version of the current one that they were
+// wrapped with. Only whoever wraps asks the broker again, which one is current.
 func TestCacheOfOne(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil})
 	p := newProvider(t, b.url, Config{CacheSize: 1})
-	for range 2 {
-		if err := unwraps(t, p, wrapFor(t, p, "a")); err != nil {
-			t.Error(err)
+	for want := range 2 {
+		annotation := wrapFor(t, p, "a")
+		for range 3 {
+			if err := unwraps(t, p, annotation); err != nil {
+				t.Error(err)
+			}
+		}
+		if n := b.asked(t, "a"); n != want+1 {
+			t.Errorf("the KEK was fetched %d times, want %d", n, want+1)
 		}
 	}
-	if n := b.asked(t, "a"); n != 1 {
-		t.Errorf("the KEK was fetched %d times, want once", n)
+}
+
+// TestWrapAfterRotation wraps with the new version at once, however long a KEK
+// stays in memory.
+func TestWrapAfterRotation(t *testing.T) {
+	b := startBroker(t, map[string][]byte{"a": nil})
+	p := newProvider(t, b.url, Config{CacheSize: 10})
+	for want := 1; want <= 3; want++ {
+		list, err := ParseAnnotation(wrapFor(t, p, "a"))
+		if err != nil || list[0].KEKVersion != want {
+			t.Errorf("wrapped with %+v, %v, want version %d", list, err, want)
+		}
+		b.rotate(t, "a", 1)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"crypto/aes"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/subtle"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -51,6 +52,12 @@ func NewLayerKey(plain digest.Digest) *LayerKey {
 // Clear overwrites the key. The LayerKey is of no use afterwards.
 func (k *LayerKey) Clear() {
 	clear(k.key)
+}
+
+// Equal reports whether both decrypt the same layers. It takes the same time
+// whatever the keys are.
+func (k *LayerKey) Equal(other *LayerKey) bool {
+	return subtle.ConstantTimeCompare(k.key, other.key)&subtle.ConstantTimeCompare(k.nonce, other.nonce) == 1
 }
 
 // private returns ocicrypt's private options, the secret that gets wrapped.

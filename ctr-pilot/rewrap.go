@@ -1,0 +1,265 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/cmd/ctr/commands"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+var rewrapCommand = &cli.Command{
+	Name:      "rewrap",
+	Usage:     "wrap an image's layer keys for other KEKs or recipients, without its layers",
+	ArgsUsage: "[flags] <image> [<new name>] | <image or pattern> ...",
+	Description: `Unwraps the layer keys of an encrypted image and wraps them anew. Only the image's
+annotations change, so no layer is read and it does not matter how large they are.
+The image's digest changes: what signs it has to do so again.
+
+Without --from, --recipient and --remove, the keys are wrapped for the same KEKs in
+their current versions. An image that has those already stays as it is. All of an
+image's KEKs have to be at hand for that; --from KEK --to KEK, which may be the same,
+leaves other recipients as they are. What the original pilot wrapped does not name
+its KEK and takes --from, too.
+
+Several images each keep their names. Three or more may be named, or --file lists
+them, or a pattern stands for them: * is any characters, slashes too, and ? is one.
+In a registry, patterns are for tags. What fails does not stop the others.
+
+With --registry, images are changed in their registry, and no containerd is needed.
+Only manifests are fetched and pushed. A digest can't be moved, so an image named by
+its digest takes a new name: another tag in the same repository.
+
+Examples:
+   ctr-pilot images rewrap app:1
+   ctr-pilot images rewrap --from team-a --to team-b app:1 app:1-b
+   ctr-pilot images rewrap --remove provider:pilot:team-c 'registry.example.com/app:*'
+   ctr-pilot images rewrap --registry --user ci:password registry.example.com/app:1`,
+	Flags: slices.Concat([]cli.Flag{
+		&cli.StringFlag{Name: "from", Usage: "`KEK` whose place another takes"},
+		&cli.StringFlag{Name: "to", Usage: "`KEK` that takes its place"},
+		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` to add; may be repeated"},
+		&cli.StringSliceFlag{Name: "remove", Usage: "`RECIPIENT` to remove: provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind; may be repeated"},
+		&cli.StringFlag{Name: "file", Usage: "`FILE` that lists images, one on each line, - for standard input; # begins a comment"},
+		&cli.BoolFlag{Name: "dry-run", Usage: "show what would be done; keys are unwrapped and wrapped, and nothing is written"},
+		&cli.BoolFlag{Name: "registry", Usage: "the images are in a registry"},
+	}, selectionFlags("rewrap"), keyFlags(), commands.RegistryFlags),
+	DisableSliceFlagSeparator: true,
+	Action: func(ctx context.Context, cmd *cli.Command) error {
+		r, err := newRewrapper(cmd)
+		if err != nil {
+			return err
+		}
+		if !cmd.Bool("registry") {
+			return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
+				return r.run(ctx, inContainerd{client})
+			})
+		}
+		ctx, stop := untilSignal(ctx)
+		defer stop()
+		place, err := openRegistry(ctx, cmd)
+		if err != nil {
+			return err
+		}
+		defer place.close()
+		return r.run(ctx, place)
+	},
+}
+
+// rewrapper does what a command says.
+type rewrapper struct {
+	cmd     *cli.Command
+	how     image.Rewrapping
+	changes bool // of recipients are asked for
+	opts    image.Options
+	names   []string // of images, or patterns
+	newName string
+	several bool
+}
+
+// newRewrapper checks what the command says before anything is done.
+func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
+	r := &rewrapper{cmd: cmd, how: image.Rewrapping{From: cmd.String("from"), To: cmd.String("to"), DryRun: cmd.Bool("dry-run")}}
+	if (r.how.From == "") != (r.how.To == "") {
+		return nil, errors.New("--from and --to need each other")
+	}
+	if r.opts, err = selection(cmd); err != nil {
+		return nil, err
+	}
+	for _, s := range cmd.StringSlice("remove") {
+		rec, err := image.ParseRecipient(s)
+		if err != nil {
+			return nil, fmt.Errorf("--remove: %w", err)
+		}
+		r.how.Remove = append(r.how.Remove, rec)
+	}
+	for _, f := range commands.RegistryFlags {
+		if name := f.Names()[0]; cmd.IsSet(name) && !cmd.Bool("registry") {
+			return nil, fmt.Errorf("--%s is for --registry", name)
+		}
+	}
+	if err := r.images(); err != nil {
+		return nil, err
+	}
+	if len(cmd.StringSlice("recipient")) > 0 {
+		args := keyArguments(cmd)
+		args.Key, args.DecRecipient = nil, nil
+		if r.how.Add, err = encryptConfig(args, nil); err != nil {
+			return nil, err
+		}
+	}
+	r.changes = r.how.From != "" || r.how.Add != nil || len(r.how.Remove) > 0
+	r.how.Keys, err = decryptConfig(cmd, nil)
+	return r, err
+}
+
+// images takes the images from the arguments and the file.
+func (r *rewrapper) images() error {
+	r.names = r.cmd.Args().Slice()
+	file := r.cmd.String("file")
+	r.several = file != "" || len(r.names) > 2 || slices.ContainsFunc(r.names, isPattern)
+	if file != "" {
+		listed, err := listedIn(file)
+		if err != nil {
+			return err
+		}
+		r.names = append(r.names, listed...)
+	}
+	if len(r.names) == 0 && file == "" {
+		return errors.New("rewrap takes the name of an image and a new name, or several images, after the flags")
+	}
+	if !r.several && len(r.names) == 2 {
+		r.names, r.newName = r.names[:1], r.names[1]
+	}
+	return nil
+}
+
+// listedIn reads the names of images in a file, or in standard input for "-".
+func listedIn(file string) ([]string, error) {
+	in := io.Reader(os.Stdin)
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		in = f
+	}
+	var names []string
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		line, _, _ := strings.Cut(lines.Text(), "#")
+		if line = strings.TrimSpace(line); line != "" {
+			names = append(names, line)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return names, nil
+}
+
+// run rewraps the image or the images.
+func (r *rewrapper) run(ctx context.Context, p place) error {
+	if r.several {
+		return r.all(ctx, p)
+	}
+	name, start := r.names[0], time.Now()
+	out, err := r.one(ctx, p, name, r.newName)
+	if err == nil {
+		err = r.unfit(out)
+	}
+	if err != nil {
+		return fmt.Errorf("rewrap %s: %w", name, err)
+	}
+	if r.newName != "" {
+		name = r.newName
+	}
+	fmt.Println(r.line(name, out, start))
+	return nil
+}
+
+// unfit says why what is asked for can't have been meant.
+func (r *rewrapper) unfit(out image.Rewrapped) error {
+	if out.Encrypted == 0 && r.changes {
+		return errors.New("it has no encrypted layers")
+	}
+	if len(out.Missing) == 0 {
+		return nil
+	}
+	had := make([]string, len(out.Had))
+	for i, rec := range out.Had {
+		had[i] = shown(rec.String())
+	}
+	return fmt.Errorf("no layer has the recipient %s, only %s", strings.Join(out.Missing, ", "), strings.Join(had, ", "))
+}
+
+// one rewraps an image, unless the outcome is unfit and it is the only one.
+func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (image.Rewrapped, error) {
+	if newName == "" {
+		newName = name
+	}
+	img, err := p.open(ctx, name, newName)
+	if err != nil {
+		return image.Rewrapped{}, err
+	}
+	out, err := image.Rewrap(ctx, img, img.target, r.how, r.opts)
+	if errors.Is(err, processor.ErrNoKey) {
+		out, err = r.withPGP(ctx, img, err)
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return image.Rewrapped{}, err
+	}
+	warnSkipped(out.Skipped, p.absent())
+	unfit := !r.several && r.unfit(out) != nil
+	same := newName == name && out.Target.Digest == img.target.Digest
+	if r.how.DryRun || unfit || same {
+		return out, nil
+	}
+	return out, img.commit(ctx, out.Target)
+}
+
+// withPGP rewraps an image with keys in gpg's keyring, which may ask for their
+// passwords, if there is such a recipient. Without them it failed.
+func (r *rewrapper) withPGP(ctx context.Context, img *openImage, failed error) (image.Rewrapped, error) {
+	layers, err := layerDescriptors(ctx, img, img.target, r.opts)
+	if err != nil {
+		return image.Rewrapped{}, err
+	}
+	if !slices.ContainsFunc(layers, hasPGP) {
+		return image.Rewrapped{}, failed
+	}
+	how := r.how
+	if how.Keys, err = decryptConfig(r.cmd, layers); err != nil {
+		return image.Rewrapped{}, err
+	}
+	return image.Rewrap(ctx, img, img.target, how, r.opts)
+}
+
+// line says what became of an image.
+func (r *rewrapper) line(name string, out image.Rewrapped, start time.Time) string {
+	took := time.Since(start).Round(time.Millisecond)
+	switch {
+	case out.Encrypted == 0:
+		return fmt.Sprintf("%s has no encrypted layers (%s)", name, took)
+	case out.Layers == 0:
+		return fmt.Sprintf("%s %s is up to date (%s)", name, out.Target.Digest, took)
+	case r.how.DryRun:
+		return fmt.Sprintf("%s would change (%d layers: %s, %s)", name, out.Layers, shown(strings.Join(out.Changes, "; ")), took)
+	}
+	return fmt.Sprintf("%s %s (%d layers: %s, %s)", name, out.Target.Digest, out.Layers, shown(strings.Join(out.Changes, "; ")), took)
+}

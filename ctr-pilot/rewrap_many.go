@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/ctrlplane/pilot/image"
+)
+
+// isPattern reports whether a name stands for several images.
+func isPattern(name string) bool { return strings.ContainsAny(name, "*?") }
+
+// matcher returns a function that reports whether a name matches a pattern: * is
+// any characters, and ? is one.
+func matcher(pattern string) func(name string) bool {
+	expr := strings.NewReplacer(`\*`, ".*", `\?`, ".").Replace(regexp.QuoteMeta(pattern))
+	return regexp.MustCompile("^(?s:" + expr + ")$").MatchString
+}
+
+// tally counts what became of images.
+type tally struct {
+	changed, same, plain, failed int
+	missing                      []string // of what was to be moved or removed, what none had so far
+	had                          []image.Recipient
+}
+
+// all rewraps several images. It goes on after one failed, and stops when ctx is
+// done.
+func (r *rewrapper) all(ctx context.Context, p place) error {
+	t := &tally{}
+	names := r.expand(ctx, p, t)
+	tried := 0
+	for _, name := range names {
+		start := time.Now()
+		if ctx.Err() != nil {
+			break
+		}
+		out, err := r.one(ctx, p, name, "")
+		if err != nil && ctx.Err() != nil {
+			break // it was not its fault
+		}
+		tried++
+		if err != nil {
+			t.fail(name, err)
+			continue
+		}
+		t.count(out)
+		fmt.Println(r.line(name, out, start))
+	}
+
+	changed := "changed"
+	if r.how.DryRun {
+		changed = "would change"
+	}
+	fmt.Printf("%d images: %d %s, %d up to date, %d not encrypted, %d failed", len(names), t.changed, changed, t.same, t.plain, t.failed)
+	if left := len(names) - tried; left > 0 {
+		fmt.Printf(", %d not tried", left)
+	}
+	fmt.Println()
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("stopped: %w", ctx.Err())
+	case t.failed > 0:
+		return fmt.Errorf("%d failed", t.failed)
+	case t.changed+t.same > 0 && len(t.missing) > 0:
+		return r.unfit(image.Rewrapped{Encrypted: 1, Missing: t.missing, Had: t.had})
+	}
+	return nil
+}
+
+// expand returns the images that the names and patterns stand for, each once.
+func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
+	var names []string
+	for _, name := range r.names {
+		found := []string{name}
+		if isPattern(name) {
+			var err error
+			found, err = p.names(ctx, name)
+			if err == nil && len(found) == 0 {
+				err = errors.New("no image matches")
+			}
+			if err != nil {
+				t.fail(name, err)
+			}
+		}
+		for _, name := range found {
+			if !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+	}
+	return names
+}
+
+func (t *tally) fail(name string, err error) {
+	t.failed++
+	fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %v\n", name, err)
+}
+
+func (t *tally) count(out image.Rewrapped) {
+	if out.Encrypted == 0 {
+		t.plain++
+		return
+	}
+	if t.changed+t.same == 0 {
+		t.missing = out.Missing
+	}
+	t.missing = slices.DeleteFunc(t.missing, func(s string) bool { return !slices.Contains(out.Missing, s) })
+	for _, rec := range out.Had {
+		if !slices.Contains(t.had, rec) {
+			t.had = append(t.had, rec)
+		}
+	}
+	if out.Layers > 0 {
+		t.changed++
+	} else {
+		t.same++
+	}
+}

@@ -1,0 +1,140 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containers/ocicrypt/config"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// Rewrapping says how the recipients of layers change. If it asks for no
+// change, the layer keys are wrapped anew for each KEK that they are wrapped
+// for, with its current version.
+type Rewrapping struct {
+	// Keys unwrap the layer keys, besides key providers.
+	Keys *config.DecryptConfig
+	// From is the id of a KEK whose place the KEK To takes, with the same
+	// key provider. They may be the same KEK: then no other is wrapped for
+	// anew. What does not name its KEK, in the original's format, is tried
+	// with From.
+	From, To string
+	// Add are recipients to add. For a KEK that is one already, the layer key
+	// is wrapped anew instead.
+	Add *config.EncryptConfig
+	// Remove are recipients to remove. Those of one scheme can be told apart
+	// only if they are KEKs.
+	Remove []Recipient
+	// DryRun has everything done but the writing.
+	DryRun bool
+}
+
+// Rewrapped is what became of an image.
+type Rewrapped struct {
+	Result
+	// Encrypted is how many of the selected layers are encrypted.
+	Encrypted int
+	// Changes say which recipients gave way to which, each once however many
+	// layers they are of.
+	Changes []string
+	// Had are the recipients that the selected layers had, each once.
+	Had []Recipient
+	// Missing are those of From and Remove that no selected layer had.
+	Missing []string
+}
+
+// Rewrap gives the encrypted layers of the image target other recipients. Only
+// annotations change, so no layer has to be in the store.
+//
+// Nobody becomes a recipient because the image says so: a layer key is wrapped
+// anew for a KEK that the caller did not name only if what was wrapped for that
+// KEK unwraps to the layer key. What can't be unwrapped is an error.
+func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
+	if (how.From == "") != (how.To == "") {
+		return Rewrapped{}, errors.New("a KEK is replaced by another: name both")
+	}
+	if how.To != "" {
+		if err := keyprovider.ValidateKEKID(how.To); err != nil {
+			return Rewrapped{}, err
+		}
+	}
+	if how.Keys == nil {
+		how.Keys = &config.DecryptConfig{}
+	}
+	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
+	w := &work{Store: cs, Options: opts, op: r, dry: how.DryRun, matched: map[int]bool{}, inRange: map[int]bool{}}
+	result, err := w.run(ctx, target)
+	if err != nil {
+		return Rewrapped{}, err
+	}
+	out := Rewrapped{Result: result, Encrypted: r.layers, Changes: slices.Sorted(maps.Keys(r.changes))}
+	out.Had = slices.SortedFunc(maps.Keys(r.had), func(a, b Recipient) int { return strings.Compare(a.String(), b.String()) })
+	if from := (Recipient{KEK: how.From}); how.From != "" && !r.found[from] {
+		out.Missing = append(out.Missing, fmt.Sprintf("KEK %q", how.From))
+	}
+	for _, rec := range how.Remove {
+		if !r.found[rec] {
+			out.Missing = append(out.Missing, rec.String())
+		}
+	}
+	return out, nil
+}
+
+// rewrap is the operation of [Rewrap].
+type rewrap struct {
+	Rewrapping
+
+	mu      sync.Mutex
+	layers  int
+	changes map[string]bool
+	had     map[Recipient]bool
+	found   map[Recipient]bool // of what was to be moved or removed
+}
+
+func (*rewrap) mode() mode { return rewrapping }
+
+func (*rewrap) wants(mediaType string) bool { return processor.IsEncrypted(mediaType) }
+
+func (r *rewrap) layer(ctx context.Context, _ *work, desc ocispec.Descriptor) (change, error) {
+	ctx, cancel := context.WithTimeout(ctx, keyWithin)
+	defer cancel()
+	l := &layerRewrap{rewrap: r, desc: desc, fresh: map[Recipient]bool{}}
+	defer l.clear()
+	annotations, err := l.annotations(ctx)
+	if err != nil {
+		return change{}, err
+	}
+	c := change{desc: desc, annotations: map[string]string{}}
+	for key := range desc.Annotations {
+		if strings.HasPrefix(key, keysPrefix) && annotations[key] == "" {
+			c.annotations[key] = ""
+		}
+	}
+	for key, v := range annotations {
+		if desc.Annotations[key] != v {
+			c.annotations[key] = v
+		}
+	}
+	c.none = len(c.annotations) == 0
+
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.layers++
+	had := recipientsOf(desc.Annotations)
+	for _, rec := range had {
+		r.had[rec] = true
+	}
+	if !c.none {
+		r.changes[difference(had, recipientsOf(annotations))] = true
+	}
+	return c, nil
+}

@@ -1,0 +1,279 @@
+package image
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/containers/ocicrypt/config"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// layerRewrap is one layer being given other recipients.
+type layerRewrap struct {
+	*rewrap
+	desc  ocispec.Descriptor
+	key   *processor.LayerKey // once it is known
+	fresh map[Recipient]bool  // KEKs, without versions, that it was wrapped for anew
+}
+
+func (l *layerRewrap) clear() {
+	if l.key != nil {
+		l.key.Clear()
+	}
+}
+
+// action is what becomes of a wrapped key.
+type action int
+
+const (
+	keep action = iota
+	drop
+	renew // with the current version of its own KEK
+	move  // to the KEK that was named
+)
+
+// annotations returns the annotations of recipients that the layer is to have.
+func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error) {
+	all := make(map[string][]value)
+	actions := make(map[*wrapped]action)
+	var inOrder []*wrapped
+	for _, scheme := range schemesOf(l.desc.Annotations) {
+		all[scheme] = values(scheme, l.desc.Annotations[keysPrefix+scheme])
+		for _, v := range all[scheme] {
+			for i := range v.keys {
+				inOrder = append(inOrder, &v.keys[i])
+			}
+		}
+	}
+	if len(inOrder) == 0 {
+		return nil, errors.New("it has no recipients, so nobody can decrypt it")
+	}
+	left := 0
+	for _, k := range inOrder {
+		a, err := l.plan(ctx, k, inOrder)
+		if err != nil {
+			return nil, err
+		}
+		if actions[k] = a; a != drop {
+			left++
+		}
+	}
+	add := l.toAdd(actions)
+	if left == 0 && add == nil {
+		return nil, errors.New("no recipient would be left, and nobody could ever decrypt it")
+	}
+	if err := l.learnKey(ctx, inOrder, actions, add != nil); err != nil {
+		return nil, err
+	}
+	for _, k := range inOrder {
+		var err error
+		switch actions[k] {
+		case renew:
+			actions[k], err = l.wrapFor(ctx, k, k.KEK, true)
+		case move:
+			actions[k], err = l.wrapFor(ctx, k, l.To, false)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	out := make(map[string]string)
+	for scheme, vs := range all {
+		if text := l.join(vs, actions); text != "" {
+			out[keysPrefix+scheme] = text
+		}
+	}
+	if add == nil {
+		return out, nil
+	}
+	return l.key.Wrap(ctx, add, out)
+}
+
+// plan says what is to become of k, which is one of all.
+func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
+	for _, rec := range l.Remove {
+		if rec.includes(k.Recipient) {
+			l.find(rec)
+			return drop, nil
+		}
+	}
+	anew := l.Add == nil && len(l.Remove) == 0 // each, if no KEK is named
+	switch {
+	case k.err != nil && (anew || l.From != ""):
+		return keep, fmt.Errorf("%s is damaged, or that of a later version (remove it, if it is): %w", k, k.err)
+	case k.json == nil:
+		return keep, nil
+	case l.From != "" && k.KEK == "":
+		return l.planUnnamed(ctx, k, all)
+	case l.From != "" && k.KEK == l.From:
+		l.find(Recipient{KEK: l.From})
+		if l.From == l.To {
+			return renew, nil
+		}
+		return move, nil
+	case k.KEK != "" && l.adds(k.Recipient):
+		return renew, nil
+	case !anew || l.From != "":
+		return keep, nil
+	case k.KEK == "":
+		return keep, fmt.Errorf("%s does not name its KEK, as in the original's format: say from which KEK to which it is to be moved", k)
+	}
+	return renew, nil
+}
+
+// planUnnamed moves what does not name its KEK if that is From. That it is not is
+// an error if nothing else is, since then the caller meant this.
+func (l *layerRewrap) planUnnamed(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
+	named := slices.ContainsFunc(all, func(k *wrapped) bool { return k.KEK == l.From })
+	keys := *l.Keys
+	keys.Parameters = maps.Clone(keys.Parameters)
+	if keys.Parameters == nil {
+		keys.Parameters = make(map[string][][]byte)
+	}
+	keys.Parameters[strings.TrimPrefix(k.Scheme, providerScheme)] = [][]byte{[]byte(l.From)}
+	key, err := l.unwrap(ctx, k, &keys)
+	switch {
+	case err != nil && (!named || ctx.Err() != nil):
+		return keep, fmt.Errorf("%s does not name its KEK, and it does not unwrap with %q: %w", k, l.From, err)
+	case err != nil:
+		return keep, nil
+	}
+	l.find(Recipient{KEK: l.From})
+	return move, l.accept(k, key)
+}
+
+func (l *layerRewrap) find(rec Recipient) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.found[rec] = true
+}
+
+// adds reports whether a KEK is among the recipients to add.
+func (l *layerRewrap) adds(rec Recipient) bool {
+	name, ok := strings.CutPrefix(rec.Scheme, providerScheme)
+	return ok && l.Add != nil && slices.ContainsFunc(l.Add.Parameters[name], func(kek []byte) bool { return string(kek) == rec.KEK })
+}
+
+// toAdd returns the recipients to add that are none yet, or nil.
+func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
+	if l.Add == nil {
+		return nil
+	}
+	add := &config.EncryptConfig{Parameters: maps.Clone(l.Add.Parameters)}
+	for k, a := range actions {
+		name, _ := strings.CutPrefix(k.Scheme, providerScheme)
+		if a != renew || len(add.Parameters[name]) == 0 {
+			continue
+		}
+		add.Parameters[name] = slices.DeleteFunc(slices.Clone(add.Parameters[name]), func(kek []byte) bool { return string(kek) == k.KEK })
+		if len(add.Parameters[name]) == 0 {
+			delete(add.Parameters, name)
+		}
+	}
+	if len(add.Parameters) == 0 {
+		return nil
+	}
+	return add
+}
+
+// learnKey unwraps the layer key, if anything changes, from each that is wrapped
+// anew for its own KEK.
+func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions map[*wrapped]action, needed bool) error {
+	for _, k := range inOrder {
+		needed = needed || actions[k] != keep
+		if actions[k] != renew {
+			continue
+		}
+		key, err := l.unwrap(ctx, k, l.Keys)
+		if err != nil {
+			return fmt.Errorf("%s is not wrapped for anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
+		}
+		if err := l.accept(k, key); err != nil {
+			return err
+		}
+	}
+	if !needed || l.key != nil {
+		return nil
+	}
+	var err error
+	l.key, err = processor.Unwrap(ctx, l.Keys, l.desc)
+	return err
+}
+
+// unwrap unwraps the layer key from k alone.
+func (l *layerRewrap) unwrap(ctx context.Context, k *wrapped, keys *config.DecryptConfig) (*processor.LayerKey, error) {
+	desc := l.desc
+	desc.Annotations = maps.Clone(desc.Annotations)
+	maps.DeleteFunc(desc.Annotations, func(key, _ string) bool { return strings.HasPrefix(key, keysPrefix) })
+	desc.Annotations[keysPrefix+k.Scheme] = base64.StdEncoding.EncodeToString(k.json)
+	return processor.Unwrap(ctx, keys, desc)
+}
+
+// accept takes the key that k holds as the layer key, or compares it with that.
+func (l *layerRewrap) accept(k *wrapped, key *processor.LayerKey) error {
+	if l.key == nil {
+		l.key = key
+		return nil
+	}
+	defer key.Clear()
+	if !l.key.Equal(key) {
+		return fmt.Errorf("%s holds another key than the other recipients: one of them was tampered with", k)
+	}
+	return nil
+}
+
+// wrapFor makes k what the layer key is when wrapped for a KEK, and says what is
+// to become of k then. It stays as it is if newer is set and the KEK's version is
+// no newer.
+func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer bool) (action, error) {
+	if l.fresh[Recipient{Scheme: k.Scheme, KEK: kek}] {
+		return drop, nil
+	}
+	name := strings.TrimPrefix(k.Scheme, providerScheme)
+	out, err := l.key.Wrap(ctx, &config.EncryptConfig{Parameters: map[string][][]byte{name: {[]byte(kek)}}}, nil)
+	if err != nil {
+		return keep, err
+	}
+	got, err := pilots(k.Scheme, out[keysPrefix+k.Scheme])
+	if err != nil || len(got) != 1 || got[0].KEK != kek && got[0].KEK != "" {
+		return keep, fmt.Errorf("key provider %q was asked to wrap for KEK %q and returned something else", name, kek)
+	}
+	if newer && got[0].KEK == k.KEK && got[0].Version <= k.Version {
+		return keep, nil
+	}
+	*k = got[0]
+	l.fresh[Recipient{Scheme: k.Scheme, KEK: kek}] = true
+	return renew, nil
+}
+
+// join returns the annotation that values make after the actions. What a fresh
+// one takes the place of is left out.
+func (l *layerRewrap) join(vs []value, actions map[*wrapped]action) string {
+	var texts []string
+	for _, v := range vs {
+		var keys []wrapped
+		same := true
+		for i := range v.keys {
+			k := &v.keys[i]
+			old := actions[k] == keep && l.fresh[Recipient{Scheme: k.Scheme, KEK: k.KEK}]
+			same = same && actions[k] == keep && !old
+			if actions[k] != drop && !old {
+				keys = append(keys, *k)
+			}
+		}
+		switch {
+		case same:
+			texts = append(texts, v.text)
+		case len(keys) > 0:
+			texts = append(texts, newValue(keys))
+		}
+	}
+	return strings.Join(texts, ",")
+}
