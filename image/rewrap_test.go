@@ -22,7 +22,7 @@ import (
 
 // newKEKs starts a broker that has KEKs, and pilot under the names pilot, second,
 // and original, which writes the original's format.
-func newKEKs(t testing.TB, ids ...string) copilot.Keys {
+func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
@@ -42,7 +42,7 @@ func newKEKs(t testing.TB, ids ...string) copilot.Keys {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	keys, err := copilot.OpenKeys(dir, "")
+	keys, err := copilot.OpenKeys(t.Context(), copilot.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func newKEKs(t testing.TB, ids ...string) copilot.Keys {
 	return keys
 }
 
-func rotate(t testing.TB, keys copilot.Keys, id string) {
+func rotate(t testing.TB, keys *copilot.Keys, id string) {
 	t.Helper()
 	if _, err := keys.Rotate(id); err != nil {
 		t.Fatal(err)
