@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Encrypts an image, pushes it to a registry, pulls it into another containerd
-# that decrypts on pull, and runs it; then shows that a node without the KEK
-# can't. Everything happens in a directory of its own and is removed at the end.
+# that decrypts on pull, and runs it; shows that a node which may not use the KEK
+# can't; then rotates the KEK, moves the image to it, and revokes the node.
+# Everything happens in a directory of its own and is removed at the end.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 tools=${PILOT_TOOLS:-$repo/.cache/tools}
@@ -90,28 +91,45 @@ on() {
 	OCICRYPT_KEYPROVIDER_CONFIG=$home/ocicrypt.conf $program --address "$home/containerd.sock" "$@"
 }
 
-step "A key broker with one key encryption key (KEK), team-a, and a second broker without it"
-show copilot keys create --dir "$dir/copilot" team-a
-background copilot copilot serve --dir "$dir/copilot" --listen "unix://$dir/copilot.sock"
-background other-copilot copilot serve --dir "$dir/other" --listen "unix://$dir/other.sock"
-await copilot test -S "$dir/copilot.sock"
-await "the other copilot" test -S "$dir/other.sock"
+# free_port prints a port on which nobody listens.
+free_port() {
+	local port
+	for port in $(shuf -i 20000-40000 -n 20); do
+		(exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port"; return; }
+	done
+}
 
-step "Three machines, each with pilot and a containerd: ci, node, and stranger, which asks the broker without the KEK"
-for name in ci node stranger; do
-	broker=copilot.sock
-	[ $name = stranger ] && broker=other.sock
-	background "$name-pilot" pilot serve --config /dev/null --broker "unix://$dir/$broker" \
+step "A key broker, with a CA and a policy of its own, and one key encryption key (KEK), team-a"
+etc=$dir/etc
+show copilot init --config-dir "$etc" --dir "$dir/copilot" --host 127.0.0.1 --port "$(free_port)" --trust-domain example.com | sed -n 1p
+sed -i "s|/run/copilot/copilot.sock|$dir/copilot.sock|; s|0.0.0.0:|127.0.0.1:|" "$etc/copilot.toml"
+export COPILOT_CONFIG=$etc/copilot.toml
+show copilot keys create team-a
+background copilot copilot serve
+await copilot test -S "$dir/copilot.sock"
+broker=https://$(sed -n 's/.*"\(127.0.0.1:[0-9]*\)".*/\1/p' "$etc/copilot.toml")
+
+step "Three machines, each with pilot and a containerd: ci, which may have keys wrapped; node-1, which may have the KEK; and stranger, which may nothing"
+show copilot enroll --config-dir "$etc" --out "$etc" --role ci ci
+show copilot enroll --config-dir "$etc" --out "$etc" --role node node-1
+show copilot enroll --config-dir "$etc" --out "$etc" --role guest stranger
+for name in ci node-1 stranger; do
+	background "$name-pilot" pilot serve --config /dev/null --kek-cache-ttl 1s \
+		--broker "$broker" --broker-ca "$etc/ca.pem" --broker-cert "$etc/$name.pem" --broker-key "$etc/$name-key.pem" \
 		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --containerd "$dir/$name/containerd.sock"
 	await "$name's pilot" test -S "$dir/$name/keyprovider.sock"
 	containerd_for $name
 done
-echo "ready"
+for who in ci/ci node/node-1 guest/stranger; do
+	for action in wrap export; do
+		show copilot policy check "spiffe://example.com/$who" team-a $action 2>&1 || true
+	done
+done
 
 step "A registry"
 registry=
-for port in $(shuf -i 20000-40000 -n 20); do
-	(exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && continue # taken
+for _ in 1 2 3; do
+	port=$(free_port)
 	cat >"$dir/registry.yml" <<-EOF
 		version: 0.1
 		log: {level: error}
@@ -176,20 +194,43 @@ if grep -aq "$secret" "$(blob encrypted)"; then
 fi
 
 step "The node pulls it with containerd's own ctr, decrypting on the way, and runs it"
-on node ctr images pull --plain-http "$image:encrypted" | tail -n 2
-output=$(on node ctr run --rm "$image:encrypted" hello-$$ | tee >(cat >&2))
+on node-1 ctr images pull --plain-http "$image:encrypted" | tail -n 2
+output=$(on node-1 ctr run --rm "$image:encrypted" hello-$$ | tee >(cat >&2))
 grep -q "$secret" <<<"$output"
 
+# refused NAME WHAT: NAME pulls the image, can't, and says WHAT.
+refused() {
+	if on "$1" ctr images pull --plain-http "$image:encrypted" >"$dir/refused.out" 2>&1; then
+		cat "$dir/refused.out"
+		echo "$1 may not use the KEK and read the image" >&2
+		exit 1
+	fi
+	grep -v "level=" "$dir/refused.out" | grep 'KEK "team-a"'
+	grep -q "$2" "$dir/refused.out"
+}
 step "The stranger pulls the same image and can't"
-if on stranger ctr images pull --plain-http "$image:encrypted" >"$dir/stranger.out" 2>&1; then
-	cat "$dir/stranger.out"
-	echo "a node without the KEK read the image" >&2
-	exit 1
-fi
-grep -v "level=" "$dir/stranger.out" | grep "KEK"
-grep -q 'team-a' "$dir/stranger.out"
+refused stranger "spiffe://example.com/guest/stranger may not"
+
+step "Rotation: the KEK gets a new version, and the image in the registry is moved to it. Its layers stay as they are"
+show copilot keys rotate team-a
+cat >"$etc/ocicrypt.conf" <<EOF
+{"key-providers": {"pilot": {"cmd": {"path": "$repo/bin/pilot", "args": ["keyprovider", "--config", "/dev/null", "--broker", "unix://$dir/copilot.sock"]}}}}
+EOF
+before=$(blob encrypted)
+OCICRYPT_KEYPROVIDER_CONFIG=$etc/ocicrypt.conf show ctr-pilot images rewrap --registry --plain-http "$image:encrypted"
+[ "$(blob encrypted)" = "$before" ]
+show copilot keys disable --key-version 1 team-a
+on node-1 ctr images rm "$image:encrypted"
+on node-1 ctr images pull --plain-http "$image:encrypted" | tail -n 2
+
+step "Revocation: the node loses the KEK, whatever the policy says"
+show copilot keys revoke --identity spiffe://example.com/node/node-1 team-a
+on node-1 ctr images rm --sync "$image:encrypted"
+sleep 1.5 # a KEK is kept in memory for a second here, and for five minutes by default
+refused node-1 "spiffe://example.com/node/node-1 may not"
 
 step "What the broker's audit log says"
-tail -n 3 "$dir/copilot/audit.log"
+tail -n 1 "$dir/copilot/audit.log"
+show copilot audit verify
 
 printf '\nDone in %d seconds; everything is cleaned up.\n' $((SECONDS - start))
