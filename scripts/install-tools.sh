@@ -8,7 +8,7 @@ dir=${1:?usage: install-tools.sh DIR}
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql)
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql iproute2)
 missing=()
 for p in "${packages[@]}"; do
 	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
@@ -38,6 +38,8 @@ build github.com/containerd/containerd/v2/cmd/containerd $containerd
 build github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 $containerd
 build github.com/containerd/containerd/v2/cmd/ctr $containerd
 build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
+# It has the API of AWS's KMS, and no version that Go takes but its commits.
+build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
 if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ]; then
 	echo "making a root of Debian 13"

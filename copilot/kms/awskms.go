@@ -1,0 +1,116 @@
+//go:build !no_awskms
+
+package kms
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/service/kms"
+	"github.com/aws/smithy-go"
+)
+
+func init() { types["aws-kms"] = openAWS }
+
+// awsKMS wraps with symmetric keys of AWS KMS. The path of a key is its ARN, its
+// ID, or an alias (alias/NAME or its ARN). AWS rotates it, and keeps its versions
+// to itself. Wrapped is AWS's ciphertext blob.
+type awsKMS struct {
+	client *kms.Client
+}
+
+type awsSettings struct {
+	Region   string `toml:"region"`   // default: as the SDK finds it (AWS_REGION, the profile)
+	Endpoint string `toml:"endpoint"` // default: the region's; a VPC endpoint's URL, say
+	Profile  string `toml:"profile"`  // of the shared configuration files; default: AWS_PROFILE, or "default"
+}
+
+// maxBlob is how long AWS's ciphertext may be, in bytes.
+const maxBlob = 6144
+
+func openAWS(settings Settings) (Backend, error) {
+	var s awsSettings
+	if err := settings(&s); err != nil {
+		return nil, err
+	}
+	if s.Endpoint != "" {
+		if err := checkURL("endpoint", s.Endpoint); err != nil {
+			return nil, err
+		}
+	}
+	// It reads files. Credentials are fetched when they are needed.
+	conf, err := config.LoadDefaultConfig(context.Background(), config.WithRegion(s.Region), config.WithSharedConfigProfile(s.Profile))
+	if err != nil {
+		return nil, err
+	}
+	if conf.Region == "" {
+		return nil, errors.New(`give the region of the keys, as in region = "eu-central-1"`)
+	}
+	return &awsKMS{kms.NewFromConfig(conf, func(o *kms.Options) {
+		if s.Endpoint != "" {
+			o.BaseEndpoint = aws.String(s.Endpoint)
+		}
+	})}, nil
+}
+
+func (b *awsKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
+	if err := checkPlaintext(plaintext); err != nil {
+		return 0, nil, err
+	}
+	out, err := b.client.Encrypt(ctx, &kms.EncryptInput{KeyId: &path, Plaintext: plaintext, EncryptionContext: awsContext(path)})
+	if err != nil {
+		return 0, nil, awsError(path, err)
+	}
+	return 1, out.CiphertextBlob, nil
+}
+
+// Unwrap tells AWS the key. AWS would find it by itself, and so unwrap with
+// whichever key the broker may use.
+func (b *awsKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
+	if err := checkOnlyVersion(version); err != nil {
+		return nil, err
+	}
+	if len(wrapped) < 1 || len(wrapped) > maxBlob {
+		return nil, fmt.Errorf("%w: it has %d bytes", ErrUnwrap, len(wrapped))
+	}
+	out, err := b.client.Decrypt(ctx, &kms.DecryptInput{KeyId: &path, CiphertextBlob: wrapped, EncryptionContext: awsContext(path)})
+	if err != nil {
+		return nil, awsError(path, err)
+	}
+	return out.Plaintext, nil
+}
+
+func (b *awsKMS) Close() error { return nil }
+
+// awsContext is what a wrapped key is bound to besides the AWS key, as two paths
+// may be aliases of one. It leaves out account and region, so that a key's
+// replica in another region unwraps, too.
+func awsContext(path string) map[string]string {
+	if arn := strings.SplitN(path, ":", 6); len(arn) == 6 {
+		path = arn[5]
+	} else if !strings.HasPrefix(path, "alias/") {
+		path = "key/" + path
+	}
+	return map[string]string{"copilot-path": path}
+}
+
+func awsError(path string, err error) error {
+	sentinel := ErrUnavailable
+	if api, ok := errors.AsType[smithy.APIError](err); ok {
+		switch api.ErrorCode() {
+		case "NotFoundException":
+			sentinel = ErrNotFound
+		case "AccessDeniedException", "UnrecognizedClientException", "InvalidSignatureException", "InvalidClientTokenId", "ExpiredTokenException",
+			"SignatureDoesNotMatch", "IncompleteSignature", "MissingAuthenticationToken", "DisabledException", "KMSInvalidStateException",
+			"InvalidKeyUsageException", "InvalidGrantTokenException":
+			sentinel = ErrForbidden
+		case "InvalidCiphertextException", "IncorrectKeyException":
+			sentinel = ErrUnwrap
+		}
+	}
+	return fmt.Errorf("key %s: %w: %w", path, sentinel, err)
+}

@@ -1,0 +1,206 @@
+//go:build !no_gcpkms
+
+package kms
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net"
+	"net/url"
+	"os"
+	"regexp"
+
+	kms "cloud.google.com/go/kms/apiv1"
+	"cloud.google.com/go/kms/apiv1/kmspb"
+	"google.golang.org/api/option"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+func init() { types["gcp-kms"] = openGCP }
+
+// gcpKMS wraps with symmetric keys of Google Cloud KMS. The path of a key is the
+// CryptoKey's resource name. Google rotates it, and keeps its versions to itself.
+// Wrapped is Google's ciphertext. It is bound to the path.
+type gcpKMS struct {
+	options []option.ClientOption
+	turn    chan struct{} // holds one while a call looks at client
+	client  *kms.KeyManagementClient
+}
+
+type gcpSettings struct {
+	Endpoint        string `toml:"endpoint"`         // default: https://cloudkms.googleapis.com; a regional or private one
+	CredentialsFile string `toml:"credentials-file"` // default: as the SDK finds them (GOOGLE_APPLICATION_CREDENTIALS, the metadata server)
+}
+
+// cryptoKey is what resource names of keys look like, without a version.
+var cryptoKey = regexp.MustCompile(`^projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+$`)
+
+// castagnoli is the polynomial of the checksums of a request's and an answer's
+// fields.
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func openGCP(settings Settings) (Backend, error) {
+	var s gcpSettings
+	if err := settings(&s); err != nil {
+		return nil, err
+	}
+	b := &gcpKMS{turn: make(chan struct{}, 1)}
+	if s.Endpoint != "" {
+		u, err := url.Parse(s.Endpoint)
+		if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
+			return nil, fmt.Errorf("endpoint = %q: it is not https://HOST or https://HOST:PORT", s.Endpoint)
+		}
+		port := u.Port()
+		if port == "" {
+			port = "443"
+		}
+		b.options = append(b.options, option.WithEndpoint(net.JoinHostPort(u.Hostname(), port)))
+	}
+	if s.CredentialsFile != "" {
+		kind, err := credentialsType(s.CredentialsFile)
+		if err != nil {
+			return nil, fmt.Errorf("credentials-file: %w", err)
+		}
+		b.options = append(b.options, option.WithAuthCredentialsFile(kind, s.CredentialsFile))
+	}
+	return b, nil
+}
+
+func credentialsType(name string) (option.CredentialsType, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return "", err
+	}
+	defer clear(b)
+	var c struct{ Type option.CredentialsType }
+	if err := json.Unmarshal(b, &c); err != nil {
+		return "", fmt.Errorf("%s is not JSON", name)
+	}
+	switch c.Type {
+	case option.ServiceAccount, option.ExternalAccount, option.ImpersonatedServiceAccount, option.AuthorizedUser:
+		return c.Type, nil
+	}
+	return "", fmt.Errorf("%s has no credentials of a type that Google knows", name)
+}
+
+func (b *gcpKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
+	if err := checkPlaintext(plaintext); err != nil {
+		return 0, nil, err
+	}
+	client, err := b.connect(ctx, path)
+	if err != nil {
+		return 0, nil, err
+	}
+	out, err := client.Encrypt(ctx, &kmspb.EncryptRequest{
+		Name:                              path,
+		Plaintext:                         plaintext,
+		PlaintextCrc32C:                   checksum(plaintext),
+		AdditionalAuthenticatedData:       []byte(path),
+		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
+	})
+	if err != nil {
+		return 0, nil, gcpError(ctx, path, err, ErrUnavailable)
+	}
+	if !out.VerifiedPlaintextCrc32C || !out.VerifiedAdditionalAuthenticatedDataCrc32C || out.CiphertextCrc32C.GetValue() != checksum(out.Ciphertext).Value {
+		return 0, nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, ErrUnavailable)
+	}
+	return 1, out.Ciphertext, nil
+}
+
+func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
+	if err := checkOnlyVersion(version); err != nil {
+		return nil, err
+	}
+	client, err := b.connect(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	out, err := client.Decrypt(ctx, &kmspb.DecryptRequest{
+		Name:                              path,
+		Ciphertext:                        wrapped,
+		CiphertextCrc32C:                  checksum(wrapped),
+		AdditionalAuthenticatedData:       []byte(path),
+		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
+	})
+	if err != nil {
+		return nil, gcpError(ctx, path, err, ErrUnwrap)
+	}
+	if out.PlaintextCrc32C.GetValue() != checksum(out.Plaintext).Value {
+		return nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, ErrUnavailable)
+	}
+	return out.Plaintext, nil
+}
+
+func (b *gcpKMS) Close() error {
+	b.turn <- struct{}{}
+	defer func() { <-b.turn }()
+	if b.client == nil {
+		return nil
+	}
+	return b.client.Close()
+}
+
+// connect returns the client. It is made with the first call, as that may ask
+// the metadata server.
+func (b *gcpKMS) connect(ctx context.Context, path string) (*kms.KeyManagementClient, error) {
+	if !cryptoKey.MatchString(path) {
+		return nil, fmt.Errorf("key %q: %w: its path is not projects/…/locations/…/keyRings/…/cryptoKeys/…", path, ErrNotFound)
+	}
+	late := func() error {
+		return fmt.Errorf("key %s: %w: look for credentials: %w", path, ErrUnavailable, context.Cause(ctx))
+	}
+	select {
+	case b.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, late()
+	}
+	type made struct {
+		client *kms.KeyManagementClient
+		err    error
+	}
+	done := make(chan made, 1)
+	go func() {
+		defer func() { <-b.turn }()
+		var err error
+		if b.client == nil {
+			b.client, err = kms.NewKeyManagementClient(context.Background(), b.options...)
+		}
+		done <- made{b.client, err}
+	}()
+	select {
+	case m := <-done:
+		if m.err != nil {
+			return nil, fmt.Errorf("key %s: %w: %w", path, ErrUnavailable, m.err)
+		}
+		return m.client, nil
+	case <-ctx.Done():
+		return nil, late()
+	}
+}
+
+func checksum(b []byte) *wrapperspb.Int64Value {
+	return wrapperspb.Int64(int64(crc32.Checksum(b, castagnoli)))
+}
+
+// gcpError says what an error means to our caller. Invalid is what it means that
+// Google does not like what is in the request.
+func gcpError(ctx context.Context, path string, err, invalid error) error {
+	sentinel := ErrUnavailable
+	switch s, _ := status.FromError(err); s.Code() {
+	case codes.NotFound:
+		sentinel = ErrNotFound
+	case codes.PermissionDenied, codes.Unauthenticated, codes.FailedPrecondition: // the last one if the version is disabled
+		sentinel = ErrForbidden
+	case codes.InvalidArgument:
+		sentinel = invalid
+	}
+	if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+		err = fmt.Errorf("%w: %w", err, ctx.Err())
+	}
+	return fmt.Errorf("key %s: %w: %w", path, sentinel, err)
+}

@@ -1,0 +1,168 @@
+//go:build cgo && !no_pkcs11
+
+package kms
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/miekg/pkcs11"
+)
+
+// hsmKey is a version of a key.
+type hsmKey struct {
+	handle   pkcs11.ObjectHandle
+	label    string
+	version  int
+	encrypts bool
+}
+
+// keys returns the versions of a key, of which there is at least one, in order.
+func (s *hsmSession) keys(path string) ([]hsmKey, error) {
+	keys, skipped, err := s.find(pkcs11.NewAttribute(pkcs11.CKA_LABEL, path))
+	if err != nil || len(keys) > 0 {
+		return keys, err
+	}
+	// A token that went away and came back has nothing, as far as some modules
+	// know.
+	if err := s.present(); err != nil {
+		return nil, err
+	}
+	if time.Since(s.made) > 10*time.Second {
+		return nil, &lostError{err: ErrNotFound}
+	}
+	return nil, fmt.Errorf("%w: no AES-256 key with this CKA_LABEL and a CKA_ID from 1%s", ErrNotFound, skipped)
+}
+
+// find returns the AES-256 keys that have the attributes given. Skipped tells of
+// one that can't be used.
+func (s *hsmSession) find(with ...*pkcs11.Attribute) (keys []hsmKey, skipped string, err error) {
+	handles, err := s.findHandles(append(with,
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)))
+	if err != nil {
+		return nil, "", hsmError("look for the key", err)
+	}
+	for _, handle := range handles {
+		attributes, err := s.GetAttributeValue(s.handle, handle, []*pkcs11.Attribute{
+			pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil),
+			pkcs11.NewAttribute(pkcs11.CKA_ID, nil),
+			pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, nil),
+			pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, nil),
+		})
+		if errors.Is(err, pkcs11.Error(pkcs11.CKR_OBJECT_HANDLE_INVALID)) {
+			continue // destroyed meanwhile
+		}
+		if err != nil {
+			return nil, "", hsmError("read the key's attributes", err)
+		}
+		label, id, size, encrypt := attributes[0].Value, attributes[1].Value, attributes[2].Value, attributes[3].Value
+		version, ok := hsmVersion(id)
+		if !ok {
+			skipped = fmt.Sprintf(" (but one with CKA_ID %x)", id)
+			continue
+		}
+		if !slices.Equal(size, pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, 32).Value) {
+			skipped = fmt.Sprintf(" (but one of another size, with CKA_ID %x)", id)
+			continue
+		}
+		keys = append(keys, hsmKey{handle, string(label), version, len(encrypt) == 1 && encrypt[0] != 0})
+	}
+	slices.SortFunc(keys, func(a, b hsmKey) int { return a.version - b.version })
+	return keys, skipped, nil
+}
+
+func (s *hsmSession) findHandles(with []*pkcs11.Attribute) (handles []pkcs11.ObjectHandle, err error) {
+	if err := s.FindObjectsInit(s.handle, with); err != nil {
+		return nil, err
+	}
+	for {
+		some, _, err := s.FindObjects(s.handle, 64)
+		if err != nil {
+			return nil, err
+		}
+		if len(some) == 0 {
+			return handles, s.FindObjectsFinal(s.handle)
+		}
+		handles = append(handles, some...)
+	}
+}
+
+// hsmVersion reads a CKA_ID.
+func hsmVersion(id []byte) (version int, ok bool) {
+	id = bytes.TrimLeft(id, "\x00")
+	if len(id) == 0 || len(id) > 4 {
+		return 0, false
+	}
+	var b [4]byte
+	copy(b[4-len(id):], id)
+	v := binary.BigEndian.Uint32(b[:])
+	return int(v), v < math.MaxInt32
+}
+
+func hsmID(version int) []byte {
+	return bytes.TrimLeft(binary.BigEndian.AppendUint32(nil, uint32(version)), "\x00")
+}
+
+// seal wraps plaintext.
+func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
+	nonce := make([]byte, gcmNonce)
+	rand.Read(nonce) // never fails
+	used, sealed, err := s.encrypt(k, nonce, plaintext, aad)
+	if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_PARAM_INVALID)) || errors.Is(err, pkcs11.Error(pkcs11.CKR_ARGUMENTS_BAD)) {
+		// AWS CloudHSM makes the nonce itself, and takes zeros only to write it
+		// to.
+		clear(nonce)
+		if used, sealed, err = s.encrypt(k, nonce, plaintext, aad); err == nil && bytes.Equal(used, nonce) {
+			return nil, fmt.Errorf("%w: the HSM takes no random nonce for CKM_AES_GCM and makes none", ErrUnavailable)
+		}
+	}
+	if err != nil {
+		return nil, hsmError("wrap", err)
+	}
+	if len(used) != gcmNonce || len(sealed) != len(plaintext)+gcmTag {
+		return nil, fmt.Errorf("%w: for %d bytes the HSM's CKM_AES_GCM gave a nonce of %d and a ciphertext of %d bytes, not of %d and %d",
+			ErrUnavailable, len(plaintext), len(used), len(sealed), gcmNonce, len(plaintext)+gcmTag)
+	}
+	return append(used, sealed...), nil
+}
+
+// encrypt returns also the nonce that was used. Some HSMs make their own.
+func (s *hsmSession) encrypt(k hsmKey, nonce, plaintext, aad []byte) (used, sealed []byte, err error) {
+	params := pkcs11.NewGCMParams(nonce, aad, gcmTag*8)
+	defer params.Free()
+	if err = s.EncryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, k.handle); err != nil {
+		return nil, nil, err
+	}
+	sealed, err = s.Encrypt(s.handle, plaintext)
+	return params.IV(), sealed, err
+}
+
+// open undoes seal.
+func (s *hsmSession) open(k hsmKey, wrapped, aad []byte) ([]byte, error) {
+	params := pkcs11.NewGCMParams(wrapped[:gcmNonce], aad, gcmTag*8)
+	defer params.Free()
+	if err := s.DecryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, k.handle); err != nil {
+		return nil, hsmError("unwrap", err)
+	}
+	plaintext, err := s.Decrypt(s.handle, wrapped[gcmNonce:])
+	if err == nil {
+		return plaintext, nil
+	}
+	if err, ok := errors.AsType[*lostError](hsmError("unwrap", err)); ok && !vague(err) {
+		return nil, err
+	}
+	// Modules have many codes for a wrong tag. SoftHSM has CKR_GENERAL_ERROR,
+	// which it also has for a token that is gone.
+	if err := s.present(); err != nil {
+		return nil, err
+	}
+	return nil, fmt.Errorf("%w (%s)", ErrUnwrap, hsmCode(err))
+}

@@ -1,0 +1,136 @@
+//go:build cgo && !no_pkcs11
+
+package kms
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Rotate makes the version after the highest one. The key has another label
+// until it is known to be the only one with that number, so nothing is ever
+// wrapped with a key that goes away.
+func (h *hsm) Rotate(ctx context.Context, path string) (int, error) {
+	select {
+	case h.rotating <- struct{}{}:
+		defer func() { <-h.rotating }()
+	case <-ctx.Done():
+		return 0, h.late(ctx, path, "other rotations take too long")
+	}
+	for try := range 10 {
+		select {
+		case <-time.After(mathrand.N(time.Duration(1+try*100) * time.Millisecond)):
+		case <-ctx.Done():
+			return 0, h.late(ctx, path, "other brokers rotate it all the time")
+		}
+		if version, err := h.rotate(ctx, path); err != nil || version > 0 {
+			return version, err
+		}
+	}
+	return 0, fmt.Errorf("key %q in %s: %w: other brokers rotate it all the time", path, h.settings, ErrUnavailable)
+}
+
+// pendingMark is in the labels of keys that are not in use yet, between the path
+// and what is random.
+const pendingMark = " pending "
+
+// rotate makes a version, or 0 if another broker was about to make the same.
+func (h *hsm) rotate(ctx context.Context, path string) (int, error) {
+	label := path + pendingMark + rand.Text()
+	made, err := h.call(ctx, path, nil, func(s *hsmSession, _ []byte) (hsmAnswer, error) {
+		if _, err := s.keys(path); err != nil {
+			return hsmAnswer{}, err
+		}
+		all, err := s.rotated(path)
+		if err != nil {
+			return hsmAnswer{}, err
+		}
+		version := all[len(all)-1].version + 1
+		if err := s.generate(label, version); err != nil {
+			return hsmAnswer{}, err
+		}
+		// A module may know only of the keys that were there when it was
+		// initialized, and of its own.
+		h.drop(s.hsmConn)
+		return hsmAnswer{version: version}, nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	a, err := h.call(ctx, path, nil, func(s *hsmSession, _ []byte) (hsmAnswer, error) {
+		all, err := s.rotated(path)
+		if err != nil {
+			return hsmAnswer{}, err
+		}
+		all = slices.DeleteFunc(all, func(k hsmKey) bool { return k.version != made.version })
+		if len(all) == 1 && all[0].label == label {
+			if err = s.rename(all[0], path); err == nil {
+				return made, nil
+			}
+		}
+		for _, k := range all {
+			if k.label == label {
+				err = errors.Join(err, s.destroy(k))
+			}
+		}
+		return hsmAnswer{}, err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("version %d was made, but is not in use: %w", made.version, err)
+	}
+	return a.version, nil
+}
+
+// rotated returns the versions of a key and those that may become some, in
+// order.
+func (s *hsmSession) rotated(path string) ([]hsmKey, error) {
+	keys, _, err := s.find()
+	keys = slices.DeleteFunc(keys, func(k hsmKey) bool { return k.label != path && !strings.HasPrefix(k.label, path+pendingMark) })
+	if err == nil && len(keys) == 0 {
+		err = &lostError{err: ErrNotFound}
+	}
+	return keys, err
+}
+
+// generate makes a key.
+func (s *hsmSession) generate(label string, version int) error {
+	return s.readWrite(func(rw pkcs11.SessionHandle) error {
+		_, err := s.GenerateKey(rw, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
+			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+			pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+			pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, 32),
+			pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+			pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+			pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
+			pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
+			pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, true),
+			pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, true),
+			pkcs11.NewAttribute(pkcs11.CKA_WRAP, false), // or another key could be wrapped with it, and decrypted
+			pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
+			pkcs11.NewAttribute(pkcs11.CKA_LABEL, label),
+			pkcs11.NewAttribute(pkcs11.CKA_ID, hsmID(version)),
+		})
+		return hsmError("make a key", err)
+	})
+}
+
+func (s *hsmSession) rename(k hsmKey, label string) error {
+	return s.readWrite(func(rw pkcs11.SessionHandle) error {
+		err := s.SetAttributeValue(rw, k.handle, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, label)})
+		return hsmError("change the new key's label", err)
+	})
+}
+
+func (s *hsmSession) destroy(k hsmKey) error {
+	return s.readWrite(func(rw pkcs11.SessionHandle) error {
+		return hsmError(fmt.Sprintf("destroy the key %q", k.label), s.DestroyObject(rw, k.handle))
+	})
+}
