@@ -29,7 +29,7 @@ type configuration struct {
 	TLSCert          text
 	TLSKey           text
 	TLSClientCA      text
-	Broker           text
+	Broker           urls
 	BrokerCA         text
 	BrokerCert       text
 	BrokerKey        text
@@ -51,7 +51,7 @@ type configuration struct {
 func defaults() configuration {
 	return configuration{
 		Listen:           "unix:///run/pilot/keyprovider.sock",
-		Broker:           "unix:///run/copilot/copilot.sock",
+		Broker:           urls{"unix:///run/copilot/copilot.sock"},
 		BrokerTimeout:    duration(10 * time.Second),
 		ProviderName:     "pilot",
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
@@ -82,11 +82,11 @@ var settings = []setting{
 	{"tls-cert", "certificate to answer TLS with", func(c *configuration) value { return &c.TLSCert }},
 	{"tls-key", "private key of tls-cert", func(c *configuration) value { return &c.TLSKey }},
 	{"tls-client-ca", "CA of the clients that may ask", func(c *configuration) value { return &c.TLSClientCA }},
-	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key", func(c *configuration) value { return &c.Broker }},
+	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key; several, separated by commas, have the same KEKs", func(c *configuration) value { return &c.Broker }},
 	{"broker-ca", "CA of the broker's certificate (default: the system's)", func(c *configuration) value { return &c.BrokerCA }},
 	{"broker-cert", "client certificate to show the broker", func(c *configuration) value { return &c.BrokerCert }},
 	{"broker-key", "private key of broker-cert", func(c *configuration) value { return &c.BrokerKey }},
-	{"broker-timeout", "how long to try to get an answer from the broker, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
+	{"broker-timeout", "how long to try to get an answer from the brokers, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
 	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) value { return &c.ProviderName }},
 	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) value { return &c.AnnotationFormat }},
 	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) value { return &c.DefaultKEKs }},
@@ -270,10 +270,10 @@ func (c *configuration) check() error {
 	return nil
 }
 
-// provider returns the key provider that the configuration describes.
-func (c *configuration) provider() (*keyprovider.Provider, error) {
-	broker, err := copilot.New(copilot.Config{
-		URL:      string(c.Broker),
+// client returns the client of the brokers that the configuration names.
+func (c *configuration) client() (*copilot.Client, error) {
+	client, err := copilot.New(copilot.Config{
+		URLs:     c.Broker,
 		CAFile:   string(c.BrokerCA),
 		CertFile: string(c.BrokerCert),
 		KeyFile:  string(c.BrokerKey),
@@ -282,6 +282,11 @@ func (c *configuration) provider() (*keyprovider.Provider, error) {
 	if err != nil {
 		return nil, usageError{fmt.Errorf("broker: %w", err)}
 	}
+	return client, nil
+}
+
+// provider returns the key provider that the configuration describes.
+func (c *configuration) provider(broker *copilot.Client) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
 		Name:        string(c.ProviderName),
 		Format:      c.AnnotationFormat,
@@ -289,5 +294,5 @@ func (c *configuration) provider() (*keyprovider.Provider, error) {
 		CacheTTL:    time.Duration(c.KEKCacheTTL),
 		CacheIdle:   time.Duration(c.KEKCacheIdle),
 		CacheSize:   int(c.KEKCacheSize),
-	}), nil
+	})
 }

@@ -106,7 +106,7 @@ func nodeInstall(c *cli.Context) error {
 	}
 	if o.Root == "" {
 		// On a node image the files may come later.
-		if _, err := conf.provider(); err != nil {
+		if _, err := conf.client(); err != nil {
 			return err
 		}
 	}

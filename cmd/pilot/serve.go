@@ -60,10 +60,11 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	provider, err := conf.provider()
+	client, err := conf.client()
 	if err != nil {
 		return err
 	}
+	provider := conf.provider(client)
 	options, err := conf.serverOptions()
 	if err != nil {
 		return usageError{err}
@@ -99,7 +100,7 @@ func serve(c *cli.Context) error {
 	go provider.Sweep(ctx)
 
 	logrus.WithFields(logrus.Fields{
-		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker, "format": conf.AnnotationFormat,
+		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
 	}).Info("pilot serves")
 	if _, isUnix := conf.Listen.unix(); !isUnix && conf.TLSCert == "" {
 		logrus.WithField("listen", conf.Listen).Warn("every user of this machine may ask for layer keys: there is no TLS (insecure-loopback)")

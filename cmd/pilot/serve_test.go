@@ -172,6 +172,17 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// TestServeSeveralBrokers has the first of two brokers be away.
+func TestServeSeveralBrokers(t *testing.T) {
+	t.Parallel()
+	url, _ := startBroker(t)
+	socket := filepath.Join(t.TempDir(), "s")
+	startServe(t, "unix://"+socket, "--broker", "http://"+freeAddress(t)+", "+url)
+	if err := ask(t, "unix://"+socket, insecure.NewCredentials()); err != nil {
+		t.Error(err)
+	}
+}
+
 // clientOf returns a client's certificate.
 func clientOf(t *testing.T, ca *certtest.Authority) tls.Certificate {
 	t.Helper()
