@@ -33,6 +33,7 @@ type configuration struct {
 	BrokerCA         text
 	BrokerCert       text
 	BrokerKey        text
+	BrokerTokenFile  text
 	BrokerTimeout    duration
 	ProviderName     text
 	AnnotationFormat keyprovider.Format
@@ -86,6 +87,7 @@ var settings = []setting{
 	{"broker-ca", "CA of the broker's certificate (default: the system's)", func(c *configuration) value { return &c.BrokerCA }},
 	{"broker-cert", "client certificate to show the broker", func(c *configuration) value { return &c.BrokerCert }},
 	{"broker-key", "private key of broker-cert", func(c *configuration) value { return &c.BrokerKey }},
+	{"broker-token-file", "file with a bearer token (JWT) to show the broker, over https or a unix socket", func(c *configuration) value { return &c.BrokerTokenFile }},
 	{"broker-timeout", "how long to try to get an answer from the brokers, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
 	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) value { return &c.ProviderName }},
 	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) value { return &c.AnnotationFormat }},
@@ -273,11 +275,12 @@ func (c *configuration) check() error {
 // client returns the client of the brokers that the configuration names.
 func (c *configuration) client() (*copilot.Client, error) {
 	client, err := copilot.New(copilot.Config{
-		URLs:     c.Broker,
-		CAFile:   string(c.BrokerCA),
-		CertFile: string(c.BrokerCert),
-		KeyFile:  string(c.BrokerKey),
-		Timeout:  time.Duration(c.BrokerTimeout),
+		URLs:      c.Broker,
+		CAFile:    string(c.BrokerCA),
+		CertFile:  string(c.BrokerCert),
+		KeyFile:   string(c.BrokerKey),
+		TokenFile: string(c.BrokerTokenFile),
+		Timeout:   time.Duration(c.BrokerTimeout),
 	})
 	if err != nil {
 		return nil, usageError{fmt.Errorf("broker: %w", err)}

@@ -25,6 +25,12 @@ type candidate struct {
 // again, if that may help. It takes no longer than the client's timeout, of
 // which each broker has its share.
 func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) error) error {
+	if c.token != nil {
+		var err error
+		if r.authorization, err = c.token.authorization(); err != nil {
+			return err
+		}
+	}
 	caller := ctx
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()

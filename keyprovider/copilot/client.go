@@ -50,7 +50,8 @@ const (
 // concurrent use.
 type Client struct {
 	brokers  []*endpoint
-	original bool // the brokers are the original's
+	original bool       // the brokers are the original's
+	token    *tokenFile // may be nil
 	timeout  time.Duration
 	try      time.Duration
 }
@@ -73,6 +74,12 @@ func New(conf Config) (*Client, error) {
 			return nil, fmt.Errorf("%s and %s have different APIs, the original's and copilot's own: name brokers of one kind", c.brokers[0].url, b.url)
 		}
 		c.original = original
+	}
+	if conf.TokenFile != "" {
+		c.token = &tokenFile{name: conf.TokenFile}
+		if _, err := c.token.authorization(); err != nil {
+			return nil, err
+		}
 	}
 	return c, nil
 }

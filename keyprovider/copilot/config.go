@@ -30,6 +30,9 @@ type Config struct {
 	// the brokers, in PEM. They are read for each new connection, so they
 	// can be replaced while the client runs.
 	CertFile, KeyFile string
+	// TokenFile holds a bearer token to show the brokers, over TLS or a unix
+	// socket. It is read for each call that finds it changed.
+	TokenFile string
 	// Timeout bounds a call with all its tries at all brokers. Default: 10
 	// seconds.
 	Timeout time.Duration
@@ -43,9 +46,11 @@ func (c Config) brokers() ([]*endpoint, error) {
 	if len(c.URLs) == 0 {
 		return nil, errors.New("no broker is named")
 	}
-	isTLS := func(u string) bool { return strings.HasPrefix(u, "https:") }
-	if (c.CAFile != "" || c.CertFile != "") && !slices.ContainsFunc(c.URLs, isTLS) {
+	if (c.CAFile != "" || c.CertFile != "") && c.first("https") == "" {
 		return nil, fmt.Errorf("%s: certificates are for https", strings.Join(c.URLs, ", "))
+	}
+	if plain := c.first("http"); plain != "" && c.TokenFile != "" {
+		return nil, fmt.Errorf("%s: the token would cross in plain: use https or a unix socket", plain)
 	}
 	tls, err := c.tls()
 	if err != nil {
@@ -84,6 +89,16 @@ func (c Config) brokers() ([]*endpoint, error) {
 		})
 	}
 	return list, nil
+}
+
+// first returns the first URL of a scheme, or nothing.
+func (c Config) first(scheme string) string {
+	for _, u := range c.URLs {
+		if s, _, _ := strings.Cut(u, ":"); strings.EqualFold(s, scheme) {
+			return u
+		}
+	}
+	return ""
 }
 
 // parseURL returns the URL that a broker's requests start from, and sets how t

@@ -31,10 +31,11 @@ func (b *endpoint) String() string { return "copilot at " + b.url }
 
 // request is what a broker is asked for.
 type request struct {
-	method string
-	path   []string // elements below the broker's base URL
-	query  url.Values
-	body   *secretBody
+	method        string
+	path          []string // elements below the broker's base URL
+	query         url.Values
+	body          *secretBody
+	authorization string // may be empty
 }
 
 // target returns the URL of a request.
@@ -67,6 +68,9 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	if r.body != nil {
 		req.Body, req.ContentLength = r.body.reader(), int64(len(r.body.bytes))
 		req.Header.Set("Content-Type", "application/json")
+	}
+	if r.authorization != "" {
+		req.Header.Set("Authorization", r.authorization)
 	}
 	resp, err := b.http.Do(req)
 	if err != nil {
