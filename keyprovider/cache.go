@@ -3,12 +3,14 @@ package keyprovider
 import (
 	"container/list"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
@@ -17,6 +19,10 @@ import (
 // errorTTL is how long a failed fetch is remembered, so that the many layers
 // of an image that can't be decrypted don't each ask the broker.
 const errorTTL = 2 * time.Second
+
+// staleFor is how long a KEK past its ttl is used without asking the broker
+// again after it gave no usable answer, for which a layer may have waited long.
+const staleFor = 10 * time.Second
 
 // maxErrors is how many failed fetches are remembered. They have no place
 // among the KEKs, which whoever names many that do not exist would push out.
@@ -27,6 +33,7 @@ const maxErrors = 256
 type cache struct {
 	fetch func(ctx context.Context, id string, version int) (copilot.KEK, error)
 	ttl   time.Duration // a KEK is kept this long after it was fetched; 0: for ever
+	grace time.Duration // and this much longer as long as the broker gives no usable answer
 	idle  time.Duration // a KEK is kept this long after it was last used; 0: for ever
 	size  int           // KEKs kept at most; 0: none
 	now   func() time.Time
@@ -51,12 +58,21 @@ type cacheEntry struct {
 	fetched   time.Time
 	isCurrent time.Time // when it was last fetched as the current version, or zero
 	used      time.Time
+	told      bool // that it is used past its ttl
 }
 
 type failure struct {
 	err error
 	at  time.Time
 }
+
+// spares reports whether asking the broker again can wait because of f.
+func (f failure) spares(d time.Duration, now time.Time) bool {
+	return f.err != nil && now.Sub(f.at) < d
+}
+
+// isOutage reports whether the broker gave no usable answer, rather than a no.
+func (f failure) isOutage() bool { return errors.Is(f.err, copilot.ErrUnavailable) }
 
 // get returns a KEK, whose key the caller clears. However many callers ask for
 // it at once, the broker is asked once; each stops waiting when its own ctx is
@@ -75,8 +91,11 @@ func (c *cache) get(ctx context.Context, id string, version int) (copilot.KEK, e
 		}
 		// The fetch serves every caller, so it must not stop with the first.
 		kek, err := c.fetch(context.WithoutCancel(ctx), id, version)
-		c.store(key, kek, err)
-		return kek, err
+		if err != nil {
+			return c.miss(key, err)
+		}
+		c.store(key, kek)
+		return kek, nil
 	})
 	select {
 	case r := <-fetched:
@@ -99,27 +118,59 @@ func (c *cache) lookup(key cacheKey) (_ copilot.KEK, _ error, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
+	f := c.failed[key]
+	if el := c.find(key, now); el != nil {
+		if !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
+			return c.use(el, now), nil, true
+		}
+	}
+	if f.spares(errorTTL, now) {
+		return copilot.KEK{}, f.err, true
+	}
+	return copilot.KEK{}, nil, false
+}
+
+// find returns the entry of a KEK, if there is one that may be used.
+func (c *cache) find(key cacheKey, now time.Time) *list.Element {
 	el, ok := c.entries[key]
 	if key.version == 0 {
 		el, ok = c.current[key.id]
 	}
-	if ok {
-		e := el.Value.(*cacheEntry)
-		switch {
-		case c.expired(e, now):
-			c.remove(el)
-		case key.version == 0 && c.ttl > 0 && now.Sub(e.isCurrent) >= c.ttl:
-			delete(c.current, key.id) // another may be current by now
-		default:
-			e.used = now
-			c.recent.MoveToFront(el)
-			return copyOf(e.kek), nil, true
-		}
+	switch {
+	case !ok:
+		return nil
+	case c.expired(el.Value.(*cacheEntry), now):
+		c.remove(el)
+		return nil
+	case key.version == 0 && c.past(el.Value.(*cacheEntry).isCurrent, c.grace, now):
+		delete(c.current, key.id) // another may be current by now
+		return nil
 	}
-	if f, ok := c.failed[key]; ok && now.Sub(f.at) < errorTTL {
-		return copilot.KEK{}, f.err, true
-	}
-	return copilot.KEK{}, nil, false
+	return el
+}
+
+func (c *cache) use(el *list.Element, now time.Time) copilot.KEK {
+	e := el.Value.(*cacheEntry)
+	e.used = now
+	c.recent.MoveToFront(el)
+	return copyOf(e.kek)
+}
+
+// stale reports whether the broker has to be asked, if it answers, before the
+// entry of a KEK is used.
+func (c *cache) stale(el *list.Element, key cacheKey, now time.Time) bool {
+	e := el.Value.(*cacheEntry)
+	return c.past(e.fetched, 0, now) || key.version == 0 && c.past(e.isCurrent, 0, now)
+}
+
+// past reports whether the ttl is over for what was fetched at some time, and
+// more after it.
+func (c *cache) past(fetched time.Time, more time.Duration, now time.Time) bool {
+	return c.ttl > 0 && now.Sub(fetched) >= c.ttl+more
+}
+
+func (c *cache) expired(e *cacheEntry, now time.Time) bool {
+	return c.past(e.fetched, c.grace, now) || c.idle > 0 && now.Sub(e.used) >= c.idle
 }
 
 // forgetCurrent makes the next get of a KEK's current version ask which that is,
@@ -135,21 +186,11 @@ func (c *cache) forgetCurrent(id string) bool {
 	return true
 }
 
-func (c *cache) expired(e *cacheEntry, now time.Time) bool {
-	return c.ttl > 0 && now.Sub(e.fetched) >= c.ttl || c.idle > 0 && now.Sub(e.used) >= c.idle
-}
-
-func (c *cache) store(key cacheKey, kek copilot.KEK, err error) {
+// store keeps a KEK that was fetched.
+func (c *cache) store(key cacheKey, kek copilot.KEK) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	if err != nil {
-		if len(c.failed) >= maxErrors || c.failed == nil {
-			c.failed = make(map[cacheKey]failure)
-		}
-		c.failed[key] = failure{err, now}
-		return
-	}
 	delete(c.failed, key)
 	if c.size <= 0 {
 		return
@@ -162,18 +203,60 @@ func (c *cache) store(key cacheKey, kek copilot.KEK, err error) {
 		// What was wrapped with the current one will ask for it by its version.
 		e.key.version = kek.Version
 	}
+	isCurrent := key.version == 0
 	if el, ok := c.entries[e.key]; ok {
+		e.isCurrent = el.Value.(*cacheEntry).isCurrent
+		isCurrent = isCurrent || c.current[key.id] == el
 		c.remove(el)
 	}
 	el := c.recent.PushFront(e)
 	c.entries[e.key] = el
+	if isCurrent {
+		c.current[key.id] = el
+	}
 	if key.version == 0 {
 		e.isCurrent = now
-		c.current[key.id] = el
 	}
 	for c.recent.Len() > c.size {
 		c.remove(c.recent.Back())
 	}
+}
+
+// miss remembers that a KEK could not be fetched, and returns the error or, if
+// the broker gave no usable answer, the KEK as it was known.
+func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	if len(c.failed) >= maxErrors || c.failed == nil {
+		c.failed = make(map[cacheKey]failure)
+	}
+	c.failed[key] = failure{err, now}
+	switch {
+	case errors.Is(err, copilot.ErrUnavailable):
+		el := c.find(key, now)
+		if el == nil {
+			break
+		}
+		if e := el.Value.(*cacheEntry); !e.told {
+			e.told = true
+			logrus.WithError(err).WithFields(logrus.Fields{"kek": key.id, "version": e.kek.Version, "age": now.Sub(e.fetched)}).
+				Warn("KEK used past its kek-cache-ttl")
+		}
+		return c.use(el, now), nil
+	case errors.Is(err, copilot.ErrNotFound) && key.version != 0:
+		if el, ok := c.entries[key]; ok {
+			c.remove(el)
+		}
+	case errors.Is(err, copilot.ErrNotFound), errors.Is(err, copilot.ErrForbidden):
+		// Nor may an outage bring the other versions back.
+		for k, el := range c.entries {
+			if k.id == key.id {
+				c.remove(el)
+			}
+		}
+	}
+	return copilot.KEK{}, err
 }
 
 // sweep forgets what has expired, so that no KEK stays in memory only because
@@ -189,7 +272,9 @@ func (c *cache) sweep() {
 		}
 		el = next
 	}
-	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool { return now.Sub(f.at) >= errorTTL })
+	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool {
+		return !f.spares(errorTTL, now) && !(f.isOutage() && f.spares(staleFor, now))
+	})
 }
 
 func (c *cache) remove(el *list.Element) {

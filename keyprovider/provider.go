@@ -50,6 +50,9 @@ type Config struct {
 	DefaultKEKs []string
 	// CacheTTL is how long a KEK is kept after it was fetched; 0: for ever.
 	CacheTTL time.Duration
+	// CacheGrace is how much longer it is used, and kept, as long as the
+	// broker gives no usable answer; 0: no longer.
+	CacheGrace time.Duration
 	// CacheIdle is how long a KEK is kept after its last use; 0: for ever.
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
@@ -73,6 +76,7 @@ func New(broker *copilot.Client, conf Config) *Provider {
 	return &Provider{conf: conf, keks: cache{
 		fetch: broker.KEK,
 		ttl:   conf.CacheTTL,
+		grace: conf.CacheGrace,
 		idle:  conf.CacheIdle,
 		size:  conf.CacheSize,
 		now:   time.Now,

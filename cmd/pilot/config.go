@@ -39,6 +39,7 @@ type configuration struct {
 	AnnotationFormat keyprovider.Format
 	DefaultKEKs      kekIDs
 	KEKCacheTTL      duration
+	KEKCacheGrace    duration
 	KEKCacheIdle     duration
 	KEKCacheSize     count
 	DiffListen       diffAddress
@@ -57,6 +58,7 @@ func defaults() configuration {
 		ProviderName:     "pilot",
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
 		KEKCacheTTL:      duration(5 * time.Minute),
+		KEKCacheGrace:    duration(time.Hour),
 		KEKCacheSize:     1024,
 		DiffListen:       "unix:///run/pilot/diff.sock",
 		Containerd:       "/run/containerd/containerd.sock",
@@ -93,6 +95,7 @@ var settings = []setting{
 	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) value { return &c.AnnotationFormat }},
 	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) value { return &c.DefaultKEKs }},
 	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) value { return &c.KEKCacheTTL }},
+	{"kek-cache-grace", "how much longer to use a KEK as long as the broker gives no usable answer; 0s: no longer", func(c *configuration) value { return &c.KEKCacheGrace }},
 	{"kek-cache-idle", "how long to keep a KEK after its last use; 0s: as kek-cache-ttl says", func(c *configuration) value { return &c.KEKCacheIdle }},
 	{"kek-cache-size", "how many KEKs to keep; 0: none", func(c *configuration) value { return &c.KEKCacheSize }},
 	{"diff-listen", "where to answer as containerd's differ: unix:///PATH (mode 0600), or off", func(c *configuration) value { return &c.DiffListen }},
@@ -295,6 +298,7 @@ func (c *configuration) provider(broker *copilot.Client) *keyprovider.Provider {
 		Format:      c.AnnotationFormat,
 		DefaultKEKs: c.DefaultKEKs,
 		CacheTTL:    time.Duration(c.KEKCacheTTL),
+		CacheGrace:  time.Duration(c.KEKCacheGrace),
 		CacheIdle:   time.Duration(c.KEKCacheIdle),
 		CacheSize:   int(c.KEKCacheSize),
 	})

@@ -38,7 +38,8 @@ func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) 
 
 	all := c.nearest()
 	left := slices.Clone(all)
-	for rounds := (backOff{}); ; {
+	var rounds backOff
+	for {
 		for i, b := range left {
 			if ctx.Err() != nil {
 				break
