@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -15,6 +16,13 @@ import (
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
+
+// WrapBudget is how many layer keys are wrapped with a KEK before the broker is
+// asked for the current version again. NIST SP 800-38D, section 8.3, lets a key
+// encrypt 2^32 times with random 96-bit IVs. copilot counts that a version which
+// it hands out as the current one wraps so many layer keys, and makes a new
+// version in time.
+const WrapBudget = 1024
 
 // errorTTL is how long a failed fetch is remembered, so that the many layers
 // of an image that can't be decrypted don't each ask the broker.
@@ -52,9 +60,18 @@ type cacheKey struct {
 	version int
 }
 
+// held is a KEK and how many layer keys were wrapped with it since the broker
+// handed it out as the current version.
+type held struct {
+	kek   copilot.KEK
+	wraps *atomic.Int32
+}
+
+func (h held) spent() bool { return h.wraps.Load() >= WrapBudget }
+
 type cacheEntry struct {
+	held
 	key       cacheKey
-	kek       copilot.KEK
 	fetched   time.Time
 	isCurrent time.Time // when it was last fetched as the current version, or zero
 	used      time.Time
@@ -78,56 +95,73 @@ func (f failure) isOutage() bool { return errors.Is(f.err, copilot.ErrUnavailabl
 // it at once, the broker is asked once; each stops waiting when its own ctx is
 // done.
 func (c *cache) get(ctx context.Context, id string, version int) (copilot.KEK, error) {
-	if err := ctx.Err(); err != nil {
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", id, err)
-	}
-	key := cacheKey{id, version}
-	if kek, err, ok := c.lookup(key); ok {
-		return kek, err
-	}
-	fetched := c.flight.DoChan(fmt.Sprintf("%d %s", version, id), func() (any, error) {
-		if kek, err, ok := c.lookup(key); ok {
-			return kek, err
+	h, err := c.hold(ctx, cacheKey{id, version}, false)
+	return h.kek, err
+}
+
+// toWrap returns the current version of a KEK to wrap one layer key with. Even
+// in an outage it keeps to WrapBudget.
+func (c *cache) toWrap(ctx context.Context, id string) (copilot.KEK, error) {
+	for {
+		h, err := c.hold(ctx, cacheKey{id, 0}, true)
+		if err != nil || h.wraps.Add(1) <= WrapBudget {
+			return h.kek, err
 		}
-		// The fetch serves every caller, so it must not stop with the first.
-		kek, err := c.fetch(context.WithoutCancel(ctx), id, version)
-		if err != nil {
-			return c.miss(key, err)
-		}
-		c.store(key, kek)
-		return kek, nil
-	})
-	select {
-	case r := <-fetched:
-		return copyOf(r.Val.(copilot.KEK)), r.Err
-	case <-ctx.Done():
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", id, ctx.Err())
+		clear(h.kek.Key) // the others who got it with us were faster
 	}
 }
 
-// copyOf returns kek with a key of its own, since the cache clears the keys
-// that it drops and callers those that they have used.
-func copyOf(kek copilot.KEK) copilot.KEK {
-	kek.Key = slices.Clone(kek.Key)
-	return kek
+func (c *cache) hold(ctx context.Context, key cacheKey, wrap bool) (held, error) {
+	if err := ctx.Err(); err != nil {
+		return held{}, fmt.Errorf("KEK %q: %w", key.id, err)
+	}
+	if h, err, ok := c.lookup(key, wrap); ok {
+		return h, err
+	}
+	fetched := c.flight.DoChan(fmt.Sprintf("%d %s", key.version, key.id), func() (any, error) {
+		if h, err, ok := c.lookup(key, wrap); ok {
+			return h, err
+		}
+		// The fetch serves every caller, so it must not stop with the first.
+		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
+		if err != nil {
+			return c.miss(key, err)
+		}
+		h := held{kek, new(atomic.Int32)}
+		c.store(key, h)
+		return h, nil
+	})
+	select {
+	case r := <-fetched:
+		return copyOf(r.Val.(held)), r.Err
+	case <-ctx.Done():
+		return held{}, fmt.Errorf("KEK %q: %w", key.id, ctx.Err())
+	}
+}
+
+// copyOf returns h with a key of its own, since the cache clears the keys that
+// it drops and callers those that they have used.
+func copyOf(h held) held {
+	h.kek.Key = slices.Clone(h.kek.Key)
+	return h
 }
 
 // lookup returns a copy of what is known of a KEK, or how fetching it failed
 // just now.
-func (c *cache) lookup(key cacheKey) (_ copilot.KEK, _ error, ok bool) {
+func (c *cache) lookup(key cacheKey, wrap bool) (_ held, _ error, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
 	f := c.failed[key]
-	if el := c.find(key, now); el != nil {
+	if el := c.find(key, now); el != nil && !(wrap && el.Value.(*cacheEntry).spent()) {
 		if !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
 			return c.use(el, now), nil, true
 		}
 	}
 	if f.spares(errorTTL, now) {
-		return copilot.KEK{}, f.err, true
+		return held{}, f.err, true
 	}
-	return copilot.KEK{}, nil, false
+	return held{}, nil, false
 }
 
 // find returns the entry of a KEK, if there is one that may be used.
@@ -149,11 +183,11 @@ func (c *cache) find(key cacheKey, now time.Time) *list.Element {
 	return el
 }
 
-func (c *cache) use(el *list.Element, now time.Time) copilot.KEK {
+func (c *cache) use(el *list.Element, now time.Time) held {
 	e := el.Value.(*cacheEntry)
 	e.used = now
 	c.recent.MoveToFront(el)
-	return copyOf(e.kek)
+	return copyOf(e.held)
 }
 
 // stale reports whether the broker has to be asked, if it answers, before the
@@ -187,7 +221,7 @@ func (c *cache) forgetCurrent(id string) bool {
 }
 
 // store keeps a KEK that was fetched.
-func (c *cache) store(key cacheKey, kek copilot.KEK) {
+func (c *cache) store(key cacheKey, h held) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
@@ -198,24 +232,26 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 	if c.entries == nil {
 		c.entries, c.current = make(map[cacheKey]*list.Element), make(map[string]*list.Element)
 	}
-	e := &cacheEntry{key: key, kek: copyOf(kek), fetched: now, used: now}
-	if kek.Version != 0 {
+	e := &cacheEntry{held: copyOf(h), key: key, fetched: now, used: now}
+	if h.kek.Version != 0 {
 		// What was wrapped with the current one will ask for it by its version.
-		e.key.version = kek.Version
+		e.key.version = h.kek.Version
 	}
-	isCurrent := key.version == 0
+	current := key.version == 0
+	if current {
+		e.isCurrent = now
+	}
 	if el, ok := c.entries[e.key]; ok {
-		e.isCurrent = el.Value.(*cacheEntry).isCurrent
-		isCurrent = isCurrent || c.current[key.id] == el
+		if old := el.Value.(*cacheEntry); !current {
+			current = c.current[key.id] == el // as far as we know
+			e.isCurrent, e.wraps = old.isCurrent, old.wraps
+		}
 		c.remove(el)
 	}
 	el := c.recent.PushFront(e)
 	c.entries[e.key] = el
-	if isCurrent {
+	if current {
 		c.current[key.id] = el
-	}
-	if key.version == 0 {
-		e.isCurrent = now
 	}
 	for c.recent.Len() > c.size {
 		c.remove(c.recent.Back())
@@ -224,7 +260,7 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 
 // miss remembers that a KEK could not be fetched, and returns the error or, if
 // the broker gave no usable answer, the KEK as it was known.
-func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
+func (c *cache) miss(key cacheKey, err error) (held, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
@@ -256,7 +292,7 @@ func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
 			}
 		}
 	}
-	return copilot.KEK{}, err
+	return held{}, err
 }
 
 // sweep forgets what has expired, so that no KEK stays in memory only because

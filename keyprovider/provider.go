@@ -112,7 +112,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	annotations := make([]Annotation, len(ids))
 	for i, id := range ids {
 		start := time.Now()
-		kek, err := p.keks.get(ctx, id, 0)
+		kek, err := p.keks.toWrap(ctx, id)
 		if err != nil {
 			return nil, err
 		}
