@@ -36,6 +36,10 @@ const staleFor = 10 * time.Second
 // among the KEKs, which whoever names many that do not exist would push out.
 const maxErrors = 256
 
+// notExportedFor is how long it is remembered that the broker does not give a
+// KEK out, if KEKs are kept for ever.
+const notExportedFor = 5 * time.Minute
+
 // cache holds KEKs by id and version. Version 0 stands for whichever is
 // current. It is safe for concurrent use.
 type cache struct {
@@ -53,6 +57,7 @@ type cache struct {
 	current map[string]*list.Element // by id, the entries that were current when they were fetched
 	recent  list.List                // of *cacheEntry, the most recently used first
 	failed  map[cacheKey]failure
+	kept    map[string]failure // by id, the KEKs that the broker does not give out
 }
 
 type cacheKey struct {
@@ -152,6 +157,9 @@ func (c *cache) lookup(key cacheKey, wrap bool) (_ held, _ error, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
+	if f := c.kept[key.id]; f.spares(c.notExportedFor(), now) {
+		return held{}, f.err, true
+	}
 	f := c.failed[key]
 	if el := c.find(key, now); el != nil && !(wrap && el.Value.(*cacheEntry).spent()) {
 		if !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
@@ -207,6 +215,13 @@ func (c *cache) expired(e *cacheEntry, now time.Time) bool {
 	return c.past(e.fetched, c.grace, now) || c.idle > 0 && now.Sub(e.used) >= c.idle
 }
 
+func (c *cache) notExportedFor() time.Duration {
+	if c.ttl > 0 {
+		return c.ttl
+	}
+	return notExportedFor
+}
+
 // forgetCurrent makes the next get of a KEK's current version ask which that is,
 // and reports whether this can change anything: not right after it was asked.
 func (c *cache) forgetCurrent(id string) bool {
@@ -226,6 +241,7 @@ func (c *cache) store(key cacheKey, h held) {
 	defer c.mu.Unlock()
 	now := c.now()
 	delete(c.failed, key)
+	delete(c.kept, key.id)
 	if c.size <= 0 {
 		return
 	}
@@ -264,10 +280,12 @@ func (c *cache) miss(key cacheKey, err error) (held, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	if len(c.failed) >= maxErrors || c.failed == nil {
-		c.failed = make(map[cacheKey]failure)
+	if errors.Is(err, copilot.ErrNotExported) {
+		remember(&c.kept, key.id, failure{err, now})
+		c.removeAll(key.id)
+		return held{}, err
 	}
-	c.failed[key] = failure{err, now}
+	remember(&c.failed, key, failure{err, now})
 	switch {
 	case errors.Is(err, copilot.ErrUnavailable):
 		el := c.find(key, now)
@@ -285,14 +303,17 @@ func (c *cache) miss(key cacheKey, err error) (held, error) {
 			c.remove(el)
 		}
 	case errors.Is(err, copilot.ErrNotFound), errors.Is(err, copilot.ErrForbidden):
-		// Nor may an outage bring the other versions back.
-		for k, el := range c.entries {
-			if k.id == key.id {
-				c.remove(el)
-			}
-		}
+		c.removeAll(key.id) // nor may an outage bring the other versions back
 	}
 	return held{}, err
+}
+
+// remember notes a failure, and forgets all if there are too many.
+func remember[K comparable](m *map[K]failure, key K, f failure) {
+	if len(*m) >= maxErrors || *m == nil {
+		*m = make(map[K]failure)
+	}
+	(*m)[key] = f
 }
 
 // sweep forgets what has expired, so that no KEK stays in memory only because
@@ -311,6 +332,16 @@ func (c *cache) sweep() {
 	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool {
 		return !f.spares(errorTTL, now) && !(f.isOutage() && f.spares(staleFor, now))
 	})
+	maps.DeleteFunc(c.kept, func(_ string, f failure) bool { return !f.spares(c.notExportedFor(), now) })
+}
+
+// removeAll removes all versions of a KEK.
+func (c *cache) removeAll(id string) {
+	for key, el := range c.entries {
+		if key.id == id {
+			c.remove(el)
+		}
+	}
 }
 
 func (c *cache) remove(el *list.Element) {

@@ -92,7 +92,7 @@ var settings = []setting{
 	{"broker-token-file", "file with a bearer token (JWT) to show the broker, over https or a unix socket", func(c *configuration) value { return &c.BrokerTokenFile }},
 	{"broker-timeout", "how long to try to get an answer from the brokers, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
 	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) value { return &c.ProviderName }},
-	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) value { return &c.AnnotationFormat }},
+	{"annotation-format", "how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original", func(c *configuration) value { return &c.AnnotationFormat }},
 	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) value { return &c.DefaultKEKs }},
 	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) value { return &c.KEKCacheTTL }},
 	{"kek-cache-grace", "how much longer to use a KEK as long as the broker gives no usable answer; 0s: no longer", func(c *configuration) value { return &c.KEKCacheGrace }},
@@ -287,6 +287,9 @@ func (c *configuration) client() (*copilot.Client, error) {
 	})
 	if err != nil {
 		return nil, usageError{fmt.Errorf("broker: %w", err)}
+	}
+	if client.Original() && c.AnnotationFormat == keyprovider.FormatCopilot {
+		return nil, usageError{fmt.Errorf("annotation-format %s: a broker with the original's API does not wrap", c.AnnotationFormat)}
 	}
 	return client, nil
 }

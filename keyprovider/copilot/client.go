@@ -22,6 +22,9 @@ var (
 	ErrNotFound = errors.New("no such KEK")
 	// ErrForbidden: the broker does not let us use the KEK.
 	ErrForbidden = errors.New("not allowed")
+	// ErrNotExported: the broker does not give out the KEK, but wraps and
+	// unwraps with it for us.
+	ErrNotExported = errors.New("the broker does not give out this KEK")
 	// ErrRejected: the broker can't do what was asked, and no other can:
 	// a key was not wrapped with that KEK, or was changed.
 	ErrRejected = errors.New("the broker rejects the request")
@@ -44,6 +47,9 @@ const (
 	originalPath   = "/api/v1/key" // what the original's base URL ends in
 	defaultTimeout = 10 * time.Second
 	leastTry       = 3 * time.Second // for one try, if the whole timeout is that long
+
+	// MaxWrappedKey bounds what a broker makes of a layer key, in bytes.
+	MaxWrappedKey = 64 << 10
 )
 
 // Client asks a broker, or the nearest of several that answers. It is safe for
@@ -130,7 +136,8 @@ func parseKEK(answer []byte, id string, version int) (KEK, error) {
 }
 
 // Wrap has the broker wrap plaintext, at most 64 KiB, with the current version
-// of the KEK named id. Only copilot's own API can.
+// of the KEK named id. What comes back, at most [MaxWrappedKey] bytes, only the
+// broker understands. Only copilot's own API can.
 func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (version int, wrapped []byte, err error) {
 	err = c.post(ctx, id, "wrap", map[string]any{"plaintext": plaintext}, func(answer []byte) error {
 		var a struct {
@@ -143,6 +150,9 @@ func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (version
 		if a.Version < 1 || len(a.WrappedKey) == 0 {
 			return fmt.Errorf("%w: it answered without a wrapped key", ErrUnavailable)
 		}
+		if len(a.WrappedKey) > MaxWrappedKey {
+			return fmt.Errorf("%w: its wrapped key has more than %d bytes", ErrUnavailable, MaxWrappedKey)
+		}
 		version, wrapped = a.Version, a.WrappedKey
 		return nil
 	})
@@ -153,8 +163,18 @@ func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (version
 }
 
 // Unwrap has the broker unwrap what [Client.Wrap] returned.
-func (c *Client) Unwrap(ctx context.Context, id string, version int, wrapped []byte) (plaintext []byte, err error) {
-	body := map[string]any{"version": version, "wrappedKey": wrapped}
+func (c *Client) Unwrap(ctx context.Context, id string, version int, wrapped []byte) ([]byte, error) {
+	return c.unwrap(ctx, id, version, map[string]any{"version": version, "wrappedKey": wrapped})
+}
+
+// UnwrapA256GCMKW has the broker unwrap what somebody wrapped who has the KEK,
+// with AES-256-GCM and this 12-byte IV. The additional data is the canonical
+// JSON of kekId, kekVersion and the method A256GCMKW.
+func (c *Client) UnwrapA256GCMKW(ctx context.Context, id string, version int, iv, wrapped []byte) ([]byte, error) {
+	return c.unwrap(ctx, id, version, map[string]any{"version": version, "method": "A256GCMKW", "iv": iv, "wrappedKey": wrapped})
+}
+
+func (c *Client) unwrap(ctx context.Context, id string, version int, body map[string]any) (plaintext []byte, err error) {
 	err = c.post(ctx, id, "unwrap", body, func(answer []byte) error {
 		var a struct {
 			Plaintext []byte `json:"plaintext"`

@@ -106,10 +106,14 @@ func withoutURL(err error) error {
 	return err
 }
 
+// notExported is the type of problem that says ErrNotExported.
+const notExported = "urn:pilot:problem:not-exported"
+
 // statusError turns an answer other than 200 into an error.
 func statusError(resp *http.Response, body []byte) error {
 	said := resp.Status
 	var problem struct {
+		Type   string `json:"type"`
 		Title  string `json:"title"`
 		Detail string `json:"detail"`
 	}
@@ -123,6 +127,9 @@ func statusError(resp *http.Response, body []byte) error {
 		}
 	}
 	said = printable(said)
+	if resp.StatusCode == http.StatusConflict && problem.Type == notExported {
+		return fmt.Errorf("%w (%s)", ErrNotExported, said)
+	}
 	switch resp.StatusCode {
 	case http.StatusNotFound:
 		return fmt.Errorf("%w (%s): check the name, or create it with \"copilot keys create\"", ErrNotFound, said)
