@@ -17,7 +17,6 @@ import (
 	"time"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
-	"github.com/sirupsen/logrus"
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
@@ -113,9 +112,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 			return nil, err
 		}
 		annotations[i] = a
-		logrus.WithFields(logrus.Fields{
-			"kek": id, "version": version, "method": a.Method, "took": time.Since(start),
-		}).Info("layer key wrapped")
+		done(ctx, "layer key wrapped", id, version, a.Method, start)
 	}
 	var b []byte
 	if len(annotations) == 1 {
@@ -167,9 +164,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) 
 			continue
 		}
 		defer clear(optsdata)
-		logrus.WithFields(logrus.Fields{
-			"kek": kek.ID, "version": kek.Version, "method": a.Method, "took": time.Since(start),
-		}).Info("layer key unwrapped")
+		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
 		return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
 			KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: optsdata},
 		})

@@ -54,6 +54,12 @@ func startBroker(t *testing.T) (url, auditLog string) {
 // to stop well.
 func startServe(t *testing.T, listen string, args ...string) {
 	t.Helper()
+	startServeIn(t, nil, listen, args...)
+}
+
+// startServeIn runs it with variables, such as PILOT_LOG_LEVEL=debug.
+func startServeIn(t *testing.T, variables []string, listen string, args ...string) {
+	t.Helper()
 	config := filepath.Join(t.TempDir(), "pilot.toml") // not this machine's
 	if err := os.WriteFile(config, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -62,7 +68,7 @@ func startServe(t *testing.T, listen string, args ...string) {
 	cmd := exec.Command("pilot", append([]string{"serve", "--config", config, "--listen", listen, "--diff-listen", "off"}, args...)...)
 	cmd.Stderr = &said
 	// Under -race a program sleeps for a second before it exits.
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0"), variables...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -99,7 +99,7 @@ func (c *Client) Original() bool { return c.original }
 // Errors wrap one of those above where they can.
 func (c *Client) KEK(ctx context.Context, id string, version int) (KEK, error) {
 	kek := KEK{ID: id}
-	r := request{method: http.MethodGet, path: []string{id}}
+	r := request{name: "key", method: http.MethodGet, path: []string{id}}
 	accept := func(answer []byte) error {
 		kek.Key = append([]byte(nil), answer...)
 		return checkSize(kek.Key)
@@ -205,7 +205,7 @@ func (c *Client) post(ctx context.Context, id, verb string, body map[string]any,
 	}
 	secret := &secretBody{bytes: b}
 	defer secret.clear()
-	return c.ask(ctx, request{method: http.MethodPost, path: keyPath(id, verb), body: secret}, accept)
+	return c.ask(ctx, request{name: verb, method: http.MethodPost, path: keyPath(id, verb), body: secret}, accept)
 }
 
 func keyPath(id, verb string) []string { return []string{"api", "v2", "keks", id, verb} }

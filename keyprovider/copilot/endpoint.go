@@ -31,6 +31,7 @@ func (b *endpoint) String() string { return "copilot at " + b.url }
 
 // request is what a broker is asked for.
 type request struct {
+	name          string // for traces
 	method        string
 	path          []string // elements below the broker's base URL
 	query         url.Values
@@ -57,10 +58,12 @@ type retry struct {
 
 // once makes a request and has accept look at the answer, which is cleared
 // then.
-func (b *endpoint) once(ctx context.Context, within time.Duration, r request, accept func(answer []byte) error) (retry, error) {
+func (b *endpoint) once(ctx context.Context, within time.Duration, r request, accept func(answer []byte) error) (_ retry, err error) {
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
+	ctx, span := startSpan(ctx, b, r)
+	defer func() { endSpan(span, err) }()
 	req, err := http.NewRequestWithContext(ctx, r.method, b.target(r), nil)
 	if err != nil {
 		return retry{}, err
@@ -69,6 +72,7 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		req.Body, req.ContentLength = r.body.reader(), int64(len(r.body.bytes))
 		req.Header.Set("Content-Type", "application/json")
 	}
+	passOn(ctx, req.Header)
 	if r.authorization != "" {
 		req.Header.Set("Authorization", r.authorization)
 	}
