@@ -49,11 +49,11 @@ func TestWrapBudgetByNumber(t *testing.T) {
 func TestWrapBudgetInOutage(t *testing.T) {
 	c := newGraceful(0)
 	c.wraps(t, WrapBudget-1, 1)
-	c.err = down
+	c.err = errDown
 	c.pass(10 * time.Second)
 	c.wraps(t, 1, 2)
 	for range 2 {
-		if kek, err := c.toWrap(t.Context(), "a"); !errors.Is(err, down) {
+		if kek, err := c.toWrap(t.Context(), "a"); !errors.Is(err, errDown) {
 			t.Errorf("got %+v, %v", kek, err)
 		}
 	}

@@ -15,9 +15,9 @@ import (
 )
 
 var (
-	down = fmt.Errorf("%w: it is away", copilot.ErrUnavailable)
-	no   = fmt.Errorf("%w: go away", copilot.ErrForbidden)
-	gone = fmt.Errorf("%w: deleted", copilot.ErrNotFound)
+	errDown = fmt.Errorf("%w: it is away", copilot.ErrUnavailable)
+	errNo   = fmt.Errorf("%w: go away", copilot.ErrForbidden)
+	errGone = fmt.Errorf("%w: deleted", copilot.ErrNotFound)
 )
 
 func newGraceful(idle time.Duration) *counted {
@@ -45,7 +45,7 @@ func TestGrace(t *testing.T) {
 		log := warnings(t)
 		c := newGraceful(0)
 		c.expect(t, "a", version, 1)
-		c.err = down
+		c.err = errDown
 		c.pass(10 * time.Second)
 		for range 10 {
 			c.expect(t, "a", version, 2) // one layer waits for the broker
@@ -61,7 +61,7 @@ func TestGrace(t *testing.T) {
 		c.err = nil
 		c.pass(staleFor)
 		c.expect(t, "a", version, 4)
-		c.err = down
+		c.err = errDown
 		c.pass(10 * time.Second)
 		c.expect(t, "a", version, 5)
 		if n := strings.Count(log.String(), "past its kek-cache-ttl"); n != 2 {
@@ -84,10 +84,10 @@ func TestNoGrace(t *testing.T) {
 		version int
 		spared  bool // the other version is still good
 	}{
-		"forbidden":             {no, 5, false},
-		"forbidden, current":    {no, 0, false},
-		"deleted":               {gone, 0, false},
-		"no such version":       {gone, 5, true},
+		"forbidden":             {errNo, 5, false},
+		"forbidden, current":    {errNo, 0, false},
+		"deleted":               {errGone, 0, false},
+		"no such version":       {errGone, 5, true},
 		"neither: it is broken": {fmt.Errorf("something else"), 5, true},
 	} {
 		c := newGraceful(0)
@@ -98,7 +98,7 @@ func TestNoGrace(t *testing.T) {
 		c.err = test.answer
 		c.fail(t, "a", test.version, 4)
 		c.pass(staleFor)
-		c.err = down
+		c.err = errDown
 		c.expect(t, "b", 4, 5)
 		if test.spared {
 			c.expect(t, "a", 4, 6)
@@ -115,7 +115,7 @@ func TestNoGrace(t *testing.T) {
 	}
 	c := newCounted(10*time.Second, 0, 10)
 	c.expect(t, "a", 5, 1)
-	c.err = down
+	c.err = errDown
 	c.pass(10 * time.Second)
 	c.fail(t, "a", 5, 2)
 }
@@ -138,7 +138,7 @@ func TestGraceSweep(t *testing.T) {
 		}
 	}
 	c := newGraceful(0)
-	c.err = down
+	c.err = errDown
 	c.fail(t, "a", 5, 1)
 	c.pass(staleFor)
 	c.sweep()
@@ -154,7 +154,7 @@ func TestGraceOfCurrent(t *testing.T) {
 	c.expect(t, "a", 0, 1)
 	c.pass(10 * time.Second)
 	c.expect(t, "a", 5, 2)
-	c.err = down
+	c.err = errDown
 	c.pass(5 * time.Second)
 	c.expect(t, "a", 0, 3)
 	c.expect(t, "a", 5, 3)
@@ -173,7 +173,7 @@ func TestGraceAtOnce(t *testing.T) {
 	c.fetch = func(context.Context, string, int) (copilot.KEK, error) {
 		fetches.Add(1)
 		time.Sleep(50 * time.Millisecond)
-		return copilot.KEK{}, down
+		return copilot.KEK{}, errDown
 	}
 	done := make(chan error, 50)
 	for range cap(done) {
