@@ -13,7 +13,7 @@ import (
 // TestAdmin manages KEKs through a broker that runs.
 func TestAdmin(t *testing.T) {
 	dir := t.TempDir()
-	c, err := client.New(client.Config{URL: serve(t, dir, copilot.Config{})})
+	c, err := client.New(client.Config{URLs: []string{serve(t, dir, copilot.Config{})}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -210,11 +210,13 @@ func (a *api) list(r *http.Request, e *entry) (any, error) {
 }
 
 func (a *api) export(r *http.Request, e *entry) (any, error) {
-	if v := r.URL.Query().Get("version"); v != "" {
-		var err error
-		if e.Version, err = strconv.Atoi(v); err != nil || e.Version < 1 {
-			return nil, fmt.Errorf("%w: version %.20q is not a number from 1", keystore.ErrInput, v)
-		}
+	var err error
+	if e.Version, err = number(r, "version", 0); err != nil {
+		return nil, err
+	}
+	wraps, err := number(r, "wraps", exportWraps)
+	if err != nil {
+		return nil, err
 	}
 	k, err := a.allowed(r.Context(), e, policy.Export)
 	if refused := new(refusal); errors.As(err, &refused) {
@@ -232,7 +234,7 @@ func (a *api) export(r *http.Request, e *entry) (any, error) {
 		key, e.Version, err = a.keks.key(r.Context(), k, version)
 	} else if k.wrapsHere() {
 		// Whoever asks for the current version is going to wrap with it.
-		key, e.Version, err = a.keks.current(r.Context(), k, exportWraps)
+		key, e.Version, err = a.keks.current(r.Context(), k, int64(wraps))
 	} else {
 		err = errNotExported
 	}
@@ -240,6 +242,19 @@ func (a *api) export(r *http.Request, e *entry) (any, error) {
 		return nil, err
 	}
 	return exported{e.KEK, e.Version, key}, nil
+}
+
+// number returns a number of the query, from 1, or what it is if it is absent.
+func number(r *http.Request, name string, absent int) (int, error) {
+	text := r.URL.Query().Get(name)
+	if text == "" {
+		return absent, nil
+	}
+	n, err := strconv.ParseInt(text, 10, 32)
+	if err != nil || n < 1 {
+		return 0, fmt.Errorf("%w: %s %.20q is not a number from 1", keystore.ErrInput, name, text)
+	}
+	return int(n), nil
 }
 
 type exported struct {
@@ -263,24 +278,24 @@ func (a *api) wrap(r *http.Request, e *entry) (any, error) {
 	if len(in.Plaintext) == 0 || len(in.Plaintext) > maxPlaintext {
 		return nil, fmt.Errorf("%w: plaintext has %d bytes, not 1 to %d", keystore.ErrInput, len(in.Plaintext), maxPlaintext)
 	}
-	version, b, err := a.keks.wrap(r.Context(), k, in.Plaintext)
-	e.Version = version
-	return wrapped{e.KEK, version, b}, err
+	w, err := a.keks.wrap(r.Context(), k, in.Plaintext)
+	e.Version = w.Version
+	return struct {
+		ID string `json:"id"`
+		wrapped
+	}{e.KEK, w}, err
 }
 
+// wrapped is a key that was wrapped with a KEK.
 type wrapped struct {
-	ID         string `json:"id"`
-	Version    int    `json:"version"`
-	WrappedKey []byte `json:"wrappedKey"`
+	Version int    `json:"version"`
+	Method  string `json:"method"`
+	IV      []byte `json:"iv,omitempty"`
+	Key     []byte `json:"wrappedKey"`
 }
 
 func (a *api) unwrap(r *http.Request, e *entry) (any, error) {
-	var in struct {
-		Version    int    `json:"version"`
-		WrappedKey []byte `json:"wrappedKey"`
-		Method     string `json:"method"`
-		IV         []byte `json:"iv"`
-	}
+	var in wrapped
 	k, err := a.allowed(r.Context(), e, policy.Unwrap)
 	if err == nil {
 		err = decodeBody(r, &in)
@@ -292,15 +307,7 @@ func (a *api) unwrap(r *http.Request, e *entry) (any, error) {
 		return nil, fmt.Errorf("%w: version %d is not from 1", keystore.ErrInput, in.Version)
 	}
 	e.Version = in.Version
-	var plaintext []byte
-	switch {
-	case in.Method == "" && in.IV == nil:
-		plaintext, err = a.keks.unwrap(r.Context(), k, in.Version, in.WrappedKey)
-	case in.Method == methodA256GCMKW && len(in.IV) == 12:
-		plaintext, err = a.keks.unwrapAnnotation(r.Context(), k, in.Version, in.IV, in.WrappedKey)
-	default:
-		err = fmt.Errorf("%w: method is %.40q with an iv of %d bytes: without a method there is none, and %s has 12", keystore.ErrInput, in.Method, len(in.IV), methodA256GCMKW)
-	}
+	plaintext, err := a.keks.unwrap(r.Context(), k, in)
 	return unwrapped{plaintext}, err
 }
 

@@ -90,7 +90,7 @@ func TestClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	url := serve(t, dir, copilot.Config{})
-	c, err := client.New(client.Config{URL: url, Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{url}, Timeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,21 +116,21 @@ func TestClient(t *testing.T) {
 		}
 	}
 
-	version, wrapped, err := c.Wrap(ctx, "team/b", []byte("secret"))
-	if err != nil || version != 1 {
-		t.Fatalf("wrap: version %d, %v", version, err)
+	wrapped, err := c.Wrap(ctx, "team/b", []byte("secret"))
+	if err != nil || wrapped.Version != 1 {
+		t.Fatalf("wrap: version %d, %v", wrapped.Version, err)
 	}
-	if got, err := c.Unwrap(ctx, "team/b", version, wrapped); err != nil || string(got) != "secret" {
+	if got, err := c.Unwrap(ctx, "team/b", wrapped); err != nil || string(got) != "secret" {
 		t.Errorf("unwrap: %q, %v", got, err)
 	}
-	if _, err := c.Unwrap(ctx, "team-a", version, wrapped); err == nil {
+	if _, err := c.Unwrap(ctx, "team-a", wrapped); err == nil {
 		t.Error("another KEK unwraps it")
 	}
-	wrapped[len(wrapped)-1] ^= 1
-	if _, err := c.Unwrap(ctx, "team/b", version, wrapped); err == nil {
+	wrapped.Key[len(wrapped.Key)-1] ^= 1
+	if _, err := c.Unwrap(ctx, "team/b", wrapped); err == nil {
 		t.Error("it unwraps although it was changed")
 	}
-	if _, _, err := c.Wrap(ctx, "short", []byte("secret")); err == nil {
+	if _, err := c.Wrap(ctx, "short", []byte("secret")); err == nil {
 		t.Error("a KEK of 16 bytes wraps")
 	}
 

@@ -40,8 +40,14 @@ type keyring struct {
 const kmsWithin = 8 * time.Second
 
 // exportWraps is how many wraps a KEK counts that is handed out in its current
-// version: pilot wraps that many layer keys with it, and asks again.
+// version to somebody who does not say how many it is for.
 const exportWraps = 1024
+
+// Methods of wrapped keys, as in pilot's annotations.
+const (
+	methodA256GCMKW = "A256GCMKW" // with a KEK that copilot has
+	methodCopilot   = "copilot"   // inside a KMS
+)
 
 var (
 	// errNotExported: the caller may use the KEK but does not get it.
@@ -323,25 +329,32 @@ type entry struct {
 
 // wrap wraps plaintext with the current version, inside the KMS if that does
 // not give the key out.
-func (r *keyring) wrap(ctx context.Context, k kek, plaintext []byte) (version int, wrapped []byte, err error) {
-	if k.wrapsHere() {
-		key, version, err := r.current(ctx, k, 1)
-		if err != nil {
-			return 0, nil, err
-		}
-		defer clear(key)
-		aead, err := newGCM(key)
-		if err != nil {
-			return 0, nil, err
-		}
-		return version, seal(aead, plaintext, place(k.ID, version)), nil
+func (r *keyring) wrap(ctx context.Context, k kek, plaintext []byte) (wrapped, error) {
+	if !k.wrapsHere() {
+		return r.wrapInside(ctx, k, plaintext)
 	}
+	key, version, err := r.current(ctx, k, 1)
+	if err != nil {
+		return wrapped{}, err
+	}
+	defer clear(key)
+	aead, err := newGCM(key)
+	if err != nil {
+		return wrapped{}, err
+	}
+	w := wrapped{Version: version, Method: methodA256GCMKW, IV: make([]byte, aead.NonceSize())}
+	rand.Read(w.IV) // never fails
+	w.Key = aead.Seal(nil, w.IV, plaintext, additionalData(k.ID, version))
+	return w, nil
+}
+
+func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte) (w wrapped, err error) {
 	wrapper, ok := k.backend.(kms.Wrapper)
 	if !ok {
-		return 0, nil, fmt.Errorf("%s neither gives keys out nor wraps", k.Backend)
+		return wrapped{}, fmt.Errorf("%s neither gives keys out nor wraps", k.Backend)
 	}
 	if err := r.store.CheckUse(k.KEK, 0); err != nil {
-		return 0, nil, err
+		return wrapped{}, err
 	}
 	// The KMS wraps a key of ours, which seals the plaintext: so it is bound
 	// to the KEK's name, and may have any size, whatever the KMS can do.
@@ -350,42 +363,62 @@ func (r *keyring) wrap(ctx context.Context, k kek, plaintext []byte) (version in
 	defer clear(inner)
 	var wrappedInner []byte
 	err = r.call(ctx, k, "wrap", func(ctx context.Context) (err error) {
-		version, wrappedInner, err = wrapper.Wrap(ctx, k.path, inner)
+		w.Version, wrappedInner, err = wrapper.Wrap(ctx, k.path, inner)
 		return err
 	})
 	if err == nil {
-		err = r.store.CheckUse(k.KEK, version)
+		err = r.store.CheckUse(k.KEK, w.Version)
 	}
 	if err != nil {
-		return 0, nil, err
+		return wrapped{}, err
 	}
-	over, err := r.count(ctx, k, version, 1)
+	over, err := r.count(ctx, k, w.Version, 1)
 	if err == nil && over {
-		err = r.rotateFull(ctx, k, version)
+		err = r.rotateFull(ctx, k, w.Version)
 	}
 	if err != nil {
-		return 0, nil, err
+		return wrapped{}, err
 	}
 	aead, err := newGCM(inner)
 	if err != nil {
-		return 0, nil, err
+		return wrapped{}, err
 	}
-	b, err := json.Marshal(envelope{wrappedInner, seal(aead, plaintext, place(k.ID, version))})
-	return version, b, err
+	w.Method = methodCopilot
+	w.Key, err = json.Marshal(envelope{wrappedInner, seal(aead, plaintext, place(k.ID, w.Version))})
+	return w, err
 }
 
-// envelope is what wrap returns for a KEK that its KMS keeps.
+// envelope is a key that was wrapped inside a KMS.
 type envelope struct {
 	Key    []byte `json:"key"`    // 32 bytes, wrapped by the KMS
 	Sealed []byte `json:"sealed"` // 12-byte nonce, what was sealed with that key, 16-byte tag
 }
 
-// unwrap undoes wrap. Errors wrap [kms.ErrUnwrap] if it was not made by this
-// KEK and version, or was changed.
-func (r *keyring) unwrap(ctx context.Context, k kek, version int, wrapped []byte) ([]byte, error) {
-	if k.wrapsHere() {
-		return r.unwrapHere(ctx, k, version, wrapped, place(k.ID, version))
+// unwrap undoes wrap, and what pilot wrapped itself with a KEK that it was
+// given. Errors wrap [kms.ErrUnwrap] if the key was not made by this KEK and
+// version, or was changed.
+func (r *keyring) unwrap(ctx context.Context, k kek, w wrapped) ([]byte, error) {
+	switch {
+	case w.Method == methodCopilot && w.IV == nil && !k.wrapsHere():
+		return r.unwrapInside(ctx, k, w.Version, w.Key)
+	case w.Method == methodA256GCMKW && len(w.IV) == 12:
+	default:
+		return nil, fmt.Errorf("%w: method is %.40q with an iv of %d bytes, which this KEK does not unwrap: %s has 12, and %s, for a KEK that stays in its KMS, none",
+			keystore.ErrInput, w.Method, len(w.IV), methodA256GCMKW, methodCopilot)
 	}
+	key, _, err := r.key(ctx, k, w.Version)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key)
+	aead, err := newGCM(key)
+	if err != nil {
+		return nil, err
+	}
+	return open(aead, slices.Concat(w.IV, w.Key), additionalData(k.ID, w.Version))
+}
+
+func (r *keyring) unwrapInside(ctx context.Context, k kek, version int, wrapped []byte) ([]byte, error) {
 	wrapper, ok := k.backend.(kms.Wrapper)
 	if !ok {
 		return nil, fmt.Errorf("%s neither gives keys out nor wraps", k.Backend)
@@ -416,38 +449,21 @@ func (r *keyring) unwrap(ctx context.Context, k kek, version int, wrapped []byte
 	return open(aead, e.Sealed, place(k.ID, version))
 }
 
-// unwrapHere opens what was sealed with a version's key: a 12-byte nonce, the
-// ciphertext and a 16-byte tag.
-func (r *keyring) unwrapHere(ctx context.Context, k kek, version int, sealed, additional []byte) ([]byte, error) {
-	key, _, err := r.key(ctx, k, version)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(key)
-	aead, err := newGCM(key)
-	if err != nil {
-		return nil, err
-	}
-	return open(aead, sealed, additional)
-}
-
-// methodA256GCMKW is the method of annotations whose keys pilot wraps itself.
-const methodA256GCMKW = "A256GCMKW"
-
-// unwrapAnnotation unwraps a key that pilot wrapped with the KEK itself.
-func (r *keyring) unwrapAnnotation(ctx context.Context, k kek, version int, iv, wrapped []byte) ([]byte, error) {
-	additional, err := json.Marshal(struct {
+// additionalData is what pilot's annotation binds a key to: their canonical
+// JSON (RFC 8785).
+func additionalData(id string, version int) []byte {
+	b, err := json.Marshal(struct {
 		KEKID      string `json:"kekId"`
 		KEKVersion int    `json:"kekVersion"`
 		Method     string `json:"method"`
-	}{k.ID, version, methodA256GCMKW})
+	}{id, version, methodA256GCMKW})
 	if err != nil {
-		return nil, err
+		panic(err) // strings and an int
 	}
-	return r.unwrapHere(ctx, k, version, slices.Concat(iv, wrapped), additional)
+	return b
 }
 
-// place is what a key that copilot wraps is bound to.
+// place is what a key that is wrapped inside a KMS is bound to.
 func place(id string, version int) []byte {
 	return fmt.Appendf(nil, "kek %d %s", version, id)
 }

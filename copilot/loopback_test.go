@@ -64,7 +64,7 @@ func TestLoopbackHost(t *testing.T) {
 			}
 		}
 	}
-	c, err := client.New(client.Config{URL: "http://" + address, Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{"http://" + address}, Timeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

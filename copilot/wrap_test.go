@@ -14,19 +14,19 @@ import (
 func TestWrapLargest(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
-	c, err := client.New(client.Config{URL: serve(t, dir, copilot.Config{}), Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{serve(t, dir, copilot.Config{})}, Timeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
 	plaintext := bytes.Repeat([]byte("p"), 65536)
-	version, wrapped, err := c.Wrap(t.Context(), "team-a", plaintext)
+	wrapped, err := c.Wrap(t.Context(), "team-a", plaintext)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := c.Unwrap(t.Context(), "team-a", version, wrapped); err != nil || !bytes.Equal(got, plaintext) {
+	if got, err := c.Unwrap(t.Context(), "team-a", wrapped); err != nil || !bytes.Equal(got, plaintext) {
 		t.Errorf("unwrap: %d bytes, %v", len(got), err)
 	}
-	if _, _, err := c.Wrap(t.Context(), "team-a", append(plaintext, 'p')); err == nil || !strings.Contains(err.Error(), "plaintext has 65537 bytes, not 1 to 65536") {
+	if _, err := c.Wrap(t.Context(), "team-a", append(plaintext, 'p')); err == nil || !strings.Contains(err.Error(), "plaintext has 65537 bytes, not 1 to 65536") {
 		t.Errorf("65537 bytes: %v", err)
 	}
 }

@@ -52,7 +52,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 			t.Fatal(err)
 		}
 	}
-	broker, err := client.New(client.Config{URL: "unix://" + socket, Timeout: 2 * time.Second})
+	broker, err := client.New(client.Config{URLs: []string{"unix://" + socket}, Timeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -184,6 +184,11 @@ func TestDoctor(t *testing.T) {
 				native.well(t, transfer...)
 			}
 			p.examine(t, "--broker", brokerURL).well(t, "broker", "transfer")
+			several := p.examine(t, "--broker", "unix:///nowhere.sock,"+brokerURL, "--kek", "team-a")
+			several.well(t, transfer...)
+			if !strings.Contains(several.text, "but copilot at unix:///nowhere.sock does not answer") {
+				t.Errorf("one of two brokers is away:\n%s", several.text)
+			}
 			out := output(t, p.command(t, kek...))
 			if strings.Count(out, "ok ") != 8-len(transfer) {
 				t.Errorf("as text:\n%s", out)

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // Format is a way to write down a wrapped layer key.
@@ -16,6 +18,9 @@ const (
 	// FormatA256GCMKW names the KEK and its version, so that a node needs
 	// no parameter to unwrap. The KEK has 32 bytes. It is the default.
 	FormatA256GCMKW Format = "A256GCMKW"
+	// FormatCopilot has the broker wrap, and unwrap. It is what the default
+	// comes to, too, for a KEK that the broker does not give out.
+	FormatCopilot Format = "copilot"
 	// FormatOriginal is that of the Java service that came before, for
 	// nodes that still run it. It does not say which KEK it takes.
 	FormatOriginal Format = "original"
@@ -26,16 +31,17 @@ func (f *Format) String() string { return string(*f) }
 // UnmarshalText sets f to one of the formats above.
 func (f *Format) UnmarshalText(b []byte) error {
 	switch v := Format(b); v {
-	case FormatA256GCMKW, FormatOriginal:
+	case FormatA256GCMKW, FormatCopilot, FormatOriginal:
 		*f = v
 		return nil
 	}
-	return fmt.Errorf("%q is not an annotation format: use %s or %s", b, FormatA256GCMKW, FormatOriginal)
+	return fmt.Errorf("%q is not an annotation format: use %s, %s or %s", b, FormatA256GCMKW, FormatCopilot, FormatOriginal)
 }
 
 // Methods, as they stand in an annotation.
 const (
 	methodA256GCMKW = "A256GCMKW" // RFC 7518, section 4.7
+	methodCopilot   = "copilot"   // the broker's own
 	methodAESGCM    = "AES-GCM"   // the original's
 )
 
@@ -43,16 +49,18 @@ const (
 // what stands, in base64, in a layer's
 // org.opencontainers.image.enc.keys.provider.pilot annotation.
 type Annotation struct {
-	// Method is A256GCMKW, or AES-GCM for the original's.
+	// Method is A256GCMKW, copilot, or AES-GCM for the original's.
 	Method string `json:"method"`
 	// KEKID is the name of the KEK; the original's annotations lack it.
 	KEKID string `json:"kekId,omitempty"`
 	// KEKVersion is the KEK's version, counted from 1. It is 0 when the
-	// broker has no versions.
+	// broker has no versions, and in the original's annotations.
 	KEKVersion int `json:"kekVersion,omitempty"`
-	// IV has 12 bytes, and 16 in the original's.
-	IV []byte `json:"iv"`
-	// WrappedKey is the encrypted layer key with its 16-byte tag.
+	// IV has 12 bytes, and 16 in the original's. With the method copilot
+	// there is none.
+	IV []byte `json:"iv,omitempty"`
+	// WrappedKey is the encrypted layer key with its 16-byte tag. With the
+	// method copilot only the broker knows what it is.
 	WrappedKey []byte `json:"wrappedKey"`
 }
 
@@ -100,6 +108,8 @@ func (a *Annotation) validate() error {
 		if a.KEKVersion < 0 {
 			return fmt.Errorf("annotation: KEK version %d is negative", a.KEKVersion)
 		}
+	case methodCopilot:
+		return a.validateCopilot()
 	case methodAESGCM:
 		if a.KEKID != "" || a.KEKVersion != 0 {
 			return fmt.Errorf("annotation: method %s does not name a KEK", methodAESGCM)
@@ -115,6 +125,21 @@ func (a *Annotation) validate() error {
 	}
 	if len(a.WrappedKey) <= tagSize {
 		return fmt.Errorf("annotation: wrapped key of %d bytes is too short", len(a.WrappedKey))
+	}
+	return nil
+}
+
+func (a *Annotation) validateCopilot() error {
+	switch n := len(a.WrappedKey); {
+	case a.KEKVersion < 1:
+		return fmt.Errorf("annotation: KEK version %d is not from 1", a.KEKVersion)
+	case a.IV != nil:
+		return fmt.Errorf("annotation: method %s has no IV", methodCopilot)
+	case n == 0 || n > copilot.MaxWrappedKey:
+		return fmt.Errorf("annotation: wrapped key of %d bytes, not 1 to %d", n, copilot.MaxWrappedKey)
+	}
+	if err := ValidateKEKID(a.KEKID); err != nil {
+		return fmt.Errorf("annotation: %w", err)
 	}
 	return nil
 }

@@ -144,6 +144,14 @@ func TestParseAnnotationErrors(t *testing.T) {
 		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv16 + `","wrappedKey":"` + key + `"}`, "IV of 16 bytes, not 12"},
 		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","wrappedKey":"` + key + `","more":1}`, "more"},
 		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","wrappedKey":"` + key + `"} {}`, "follows"},
+		{`{"method":"copilot","kekId":"a","kekVersion":1,"iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "method copilot has no IV"},
+		{`{"method":"copilot","kekId":"a","kekVersion":1,"iv":"","wrappedKey":"` + key + `"}`, "method copilot has no IV"},
+		{`{"method":"copilot","kekVersion":1,"wrappedKey":"` + key + `"}`, "no KEK is named"},
+		{`{"method":"copilot","kekId":"a b","kekVersion":1,"wrappedKey":"` + key + `"}`, "not allowed"},
+		{`{"method":"copilot","kekId":"a","wrappedKey":"` + key + `"}`, "version 0 is not from 1"},
+		{`{"method":"copilot","kekId":"a","kekVersion":1}`, "wrapped key of 0 bytes"},
+		{`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"` + strings.Repeat("AAAA", 65536/3+1) + `"}`, "not 1 to 92160"},
+		{`{"method":"A256GCMKW","kekId":"a","wrappedKey":"` + key + `"}`, "IV of 0 bytes"},
 		{`{"method":"A256GCMKW","kekId":"` + strings.Repeat("a", 2049) + `"}`, "longer than 2048"},
 		{strings.Repeat(" ", maxAnnotation+1), "more than 1048576 bytes"},
 	} {
@@ -157,6 +165,7 @@ func TestParseAnnotationErrors(t *testing.T) {
 func FuzzParseAnnotation(f *testing.F) {
 	f.Add([]byte(`{"method":"A256GCMKW","kekId":"a","kekVersion":1,"iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}`))
 	f.Add([]byte(`[{"method":"AES-GCM","iv":"AAAAAAAAAAAAAAAAAAAAAA==","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}]`))
+	f.Add([]byte(`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"AAAA"}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		list, err := ParseAnnotation(b)
 		if err != nil {

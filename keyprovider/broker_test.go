@@ -94,7 +94,7 @@ func (b *testBroker) asked(t testing.TB, id string) int {
 // newProvider returns a provider with nothing in its cache.
 func newProvider(t testing.TB, url string, conf Config) *Provider {
 	t.Helper()
-	c, err := copilot.New(copilot.Config{URL: url, Timeout: 2 * time.Second})
+	c, err := copilot.New(copilot.Config{URLs: []string{url}, Timeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,12 +3,14 @@ package keyprovider
 import (
 	"container/list"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
@@ -18,15 +20,24 @@ import (
 // of an image that can't be decrypted don't each ask the broker.
 const errorTTL = 2 * time.Second
 
+// staleFor is how long a KEK past its ttl is used without asking the broker
+// again after it gave no usable answer, for which a layer may have waited long.
+const staleFor = 10 * time.Second
+
 // maxErrors is how many failed fetches are remembered. They have no place
 // among the KEKs, which whoever names many that do not exist would push out.
 const maxErrors = 256
+
+// notExportedFor is how long it is remembered that the broker does not give a
+// KEK out, if KEKs are kept for ever.
+const notExportedFor = 5 * time.Minute
 
 // cache holds KEKs by id and version. Version 0 stands for whichever is
 // current. It is safe for concurrent use.
 type cache struct {
 	fetch func(ctx context.Context, id string, version int) (copilot.KEK, error)
 	ttl   time.Duration // a KEK is kept this long after it was fetched; 0: for ever
+	grace time.Duration // and this much longer as long as the broker gives no usable answer
 	idle  time.Duration // a KEK is kept this long after it was last used; 0: for ever
 	size  int           // KEKs kept at most; 0: none
 	now   func() time.Time
@@ -38,6 +49,7 @@ type cache struct {
 	current map[string]*list.Element // by id, the entries that were current when they were fetched
 	recent  list.List                // of *cacheEntry, the most recently used first
 	failed  map[cacheKey]failure
+	kept    map[string]failure // by id, the KEKs that the broker does not give out
 }
 
 type cacheKey struct {
@@ -51,6 +63,7 @@ type cacheEntry struct {
 	fetched   time.Time
 	isCurrent time.Time // when it was last fetched as the current version, or zero
 	used      time.Time
+	told      bool // that it is used past its ttl
 }
 
 type failure struct {
@@ -58,31 +71,52 @@ type failure struct {
 	at  time.Time
 }
 
+// spares reports whether asking the broker again can wait because of f.
+func (f failure) spares(d time.Duration, now time.Time) bool {
+	return f.err != nil && now.Sub(f.at) < d
+}
+
+// isOutage reports whether the broker gave no usable answer, rather than a no.
+func (f failure) isOutage() bool { return errors.Is(f.err, copilot.ErrUnavailable) }
+
 // get returns a KEK, whose key the caller clears. However many callers ask for
 // it at once, the broker is asked once; each stops waiting when its own ctx is
 // done.
 func (c *cache) get(ctx context.Context, id string, version int) (copilot.KEK, error) {
+	return c.obtain(ctx, cacheKey{id, version}, false)
+}
+
+// latest returns a KEK in the version that the broker says is current, whose key
+// the caller clears. What is remembered as current may have been rotated, and
+// serves only if the broker gives no usable answer.
+func (c *cache) latest(ctx context.Context, id string) (copilot.KEK, error) {
+	return c.obtain(ctx, cacheKey{id, 0}, true)
+}
+
+func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.KEK, error) {
 	if err := ctx.Err(); err != nil {
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", id, err)
+		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", key.id, err)
 	}
-	key := cacheKey{id, version}
-	if kek, err, ok := c.lookup(key); ok {
+	if kek, err, ok := c.lookup(key, fresh); ok {
 		return kek, err
 	}
-	fetched := c.flight.DoChan(fmt.Sprintf("%d %s", version, id), func() (any, error) {
-		if kek, err, ok := c.lookup(key); ok {
+	fetched := c.flight.DoChan(fmt.Sprintf("%t %d %s", fresh, key.version, key.id), func() (any, error) {
+		if kek, err, ok := c.lookup(key, fresh); ok {
 			return kek, err
 		}
 		// The fetch serves every caller, so it must not stop with the first.
-		kek, err := c.fetch(context.WithoutCancel(ctx), id, version)
-		c.store(key, kek, err)
-		return kek, err
+		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
+		if err != nil {
+			return c.miss(key, err)
+		}
+		c.store(key, kek)
+		return kek, nil
 	})
 	select {
 	case r := <-fetched:
 		return copyOf(r.Val.(copilot.KEK)), r.Err
 	case <-ctx.Done():
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", id, ctx.Err())
+		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", key.id, ctx.Err())
 	}
 }
 
@@ -94,41 +128,74 @@ func copyOf(kek copilot.KEK) copilot.KEK {
 }
 
 // lookup returns a copy of what is known of a KEK, or how fetching it failed
-// just now.
-func (c *cache) lookup(key cacheKey) (_ copilot.KEK, _ error, ok bool) {
+// just now. If it has to be fresh, what is known counts only in an outage.
+func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, _ error, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	el, ok := c.entries[key]
-	if key.version == 0 {
-		el, ok = c.current[key.id]
+	if f := c.kept[key.id]; f.spares(c.notExportedFor(), now) {
+		return copilot.KEK{}, f.err, true
 	}
-	if ok {
-		e := el.Value.(*cacheEntry)
-		switch {
-		case c.expired(e, now):
-			c.remove(el)
-		case key.version == 0 && c.ttl > 0 && now.Sub(e.isCurrent) >= c.ttl:
-			delete(c.current, key.id) // another may be current by now
-		default:
-			e.used = now
-			c.recent.MoveToFront(el)
-			return copyOf(e.kek), nil, true
+	f := c.failed[key]
+	if el := c.find(key, now); el != nil {
+		if !fresh && !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
+			return c.use(el, now), nil, true
 		}
 	}
-	if f, ok := c.failed[key]; ok && now.Sub(f.at) < errorTTL {
+	if f.spares(errorTTL, now) {
 		return copilot.KEK{}, f.err, true
 	}
 	return copilot.KEK{}, nil, false
 }
 
-// latest returns a KEK in the version that the broker says is current, whose key
-// the caller clears. What is remembered as current may have been rotated.
-func (c *cache) latest(ctx context.Context, id string) (copilot.KEK, error) {
-	c.mu.Lock()
-	delete(c.current, id)
-	c.mu.Unlock()
-	return c.get(ctx, id, 0)
+// find returns the entry of a KEK, if there is one that may be used.
+func (c *cache) find(key cacheKey, now time.Time) *list.Element {
+	el, ok := c.entries[key]
+	if key.version == 0 {
+		el, ok = c.current[key.id]
+	}
+	switch {
+	case !ok:
+		return nil
+	case c.expired(el.Value.(*cacheEntry), now):
+		c.remove(el)
+		return nil
+	case key.version == 0 && c.past(el.Value.(*cacheEntry).isCurrent, c.grace, now):
+		delete(c.current, key.id) // another may be current by now
+		return nil
+	}
+	return el
+}
+
+func (c *cache) use(el *list.Element, now time.Time) copilot.KEK {
+	e := el.Value.(*cacheEntry)
+	e.used = now
+	c.recent.MoveToFront(el)
+	return copyOf(e.kek)
+}
+
+// stale reports whether the broker has to be asked, if it answers, before the
+// entry of a KEK is used.
+func (c *cache) stale(el *list.Element, key cacheKey, now time.Time) bool {
+	e := el.Value.(*cacheEntry)
+	return c.past(e.fetched, 0, now) || key.version == 0 && c.past(e.isCurrent, 0, now)
+}
+
+// past reports whether the ttl is over for what was fetched at some time, and
+// more after it.
+func (c *cache) past(fetched time.Time, more time.Duration, now time.Time) bool {
+	return c.ttl > 0 && now.Sub(fetched) >= c.ttl+more
+}
+
+func (c *cache) expired(e *cacheEntry, now time.Time) bool {
+	return c.past(e.fetched, c.grace, now) || c.idle > 0 && now.Sub(e.used) >= c.idle
+}
+
+func (c *cache) notExportedFor() time.Duration {
+	if c.ttl > 0 {
+		return c.ttl
+	}
+	return notExportedFor
 }
 
 // forgetCurrent makes the next get of a KEK's current version ask which that is,
@@ -144,22 +211,13 @@ func (c *cache) forgetCurrent(id string) bool {
 	return true
 }
 
-func (c *cache) expired(e *cacheEntry, now time.Time) bool {
-	return c.ttl > 0 && now.Sub(e.fetched) >= c.ttl || c.idle > 0 && now.Sub(e.used) >= c.idle
-}
-
-func (c *cache) store(key cacheKey, kek copilot.KEK, err error) {
+// store keeps a KEK that was fetched.
+func (c *cache) store(key cacheKey, kek copilot.KEK) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	if err != nil {
-		if len(c.failed) >= maxErrors || c.failed == nil {
-			c.failed = make(map[cacheKey]failure)
-		}
-		c.failed[key] = failure{err, now}
-		return
-	}
 	delete(c.failed, key)
+	delete(c.kept, key.id)
 	if c.size <= 0 {
 		return
 	}
@@ -171,18 +229,67 @@ func (c *cache) store(key cacheKey, kek copilot.KEK, err error) {
 		// What was wrapped with the current one will ask for it by its version.
 		e.key.version = kek.Version
 	}
+	current := key.version == 0
+	if current {
+		e.isCurrent = now
+	}
 	if el, ok := c.entries[e.key]; ok {
+		if old := el.Value.(*cacheEntry); !current {
+			current = c.current[key.id] == el // as far as we know
+			e.isCurrent = old.isCurrent
+		}
 		c.remove(el)
 	}
 	el := c.recent.PushFront(e)
 	c.entries[e.key] = el
-	if key.version == 0 {
-		e.isCurrent = now
+	if current {
 		c.current[key.id] = el
 	}
 	for c.recent.Len() > c.size {
 		c.remove(c.recent.Back())
 	}
+}
+
+// miss remembers that a KEK could not be fetched, and returns the error or, if
+// the broker gave no usable answer, the KEK as it was known.
+func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	if errors.Is(err, copilot.ErrNotExported) {
+		remember(&c.kept, key.id, failure{err, now})
+		c.removeAll(key.id)
+		return copilot.KEK{}, err
+	}
+	remember(&c.failed, key, failure{err, now})
+	switch {
+	case errors.Is(err, copilot.ErrUnavailable):
+		el := c.find(key, now)
+		if el == nil {
+			break
+		}
+		if e := el.Value.(*cacheEntry); !e.told {
+			e.told = true
+			logrus.WithError(err).WithFields(logrus.Fields{"kek": key.id, "version": e.kek.Version, "age": now.Sub(e.fetched)}).
+				Warn("KEK used past its kek-cache-ttl")
+		}
+		return c.use(el, now), nil
+	case errors.Is(err, copilot.ErrNotFound) && key.version != 0:
+		if el, ok := c.entries[key]; ok {
+			c.remove(el)
+		}
+	case errors.Is(err, copilot.ErrNotFound), errors.Is(err, copilot.ErrForbidden):
+		c.removeAll(key.id) // nor may an outage bring the other versions back
+	}
+	return copilot.KEK{}, err
+}
+
+// remember notes a failure, and forgets all if there are too many.
+func remember[K comparable](m *map[K]failure, key K, f failure) {
+	if len(*m) >= maxErrors || *m == nil {
+		*m = make(map[K]failure)
+	}
+	(*m)[key] = f
 }
 
 // sweep forgets what has expired, so that no KEK stays in memory only because
@@ -198,7 +305,19 @@ func (c *cache) sweep() {
 		}
 		el = next
 	}
-	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool { return now.Sub(f.at) >= errorTTL })
+	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool {
+		return !f.spares(errorTTL, now) && !(f.isOutage() && f.spares(staleFor, now))
+	})
+	maps.DeleteFunc(c.kept, func(_ string, f failure) bool { return !f.spares(c.notExportedFor(), now) })
+}
+
+// removeAll removes all versions of a KEK.
+func (c *cache) removeAll(id string) {
+	for key, el := range c.entries {
+		if key.id == id {
+			c.remove(el)
+		}
+	}
 }
 
 func (c *cache) remove(el *list.Element) {

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
-	"github.com/sirupsen/logrus"
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
@@ -28,11 +27,6 @@ var ErrInput = errors.New("bad request")
 
 // ErrWrongKEK is the error of a layer key that the KEKs at hand do not unwrap.
 var ErrWrongKEK = errors.New("layer key not unwrapped")
-
-// maxVersions is how many versions of a KEK are tried, newest first, on an
-// annotation that does not say which it takes: one in the original's format,
-// or one written when the broker had no versions.
-const maxVersions = 16
 
 // answerWithin bounds the time that a request takes, since ocicrypt's callers
 // set no deadline of their own.
@@ -50,6 +44,9 @@ type Config struct {
 	DefaultKEKs []string
 	// CacheTTL is how long a KEK is kept after it was fetched; 0: for ever.
 	CacheTTL time.Duration
+	// CacheGrace is how much longer it is used, and kept, as long as the
+	// broker gives no usable answer; 0: no longer.
+	CacheGrace time.Duration
 	// CacheIdle is how long a KEK is kept after its last use; 0: for ever.
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
@@ -58,8 +55,9 @@ type Config struct {
 
 // Provider wraps and unwraps layer keys. It is safe for concurrent use.
 type Provider struct {
-	conf Config
-	keks cache
+	conf   Config
+	broker *copilot.Client
+	keks   cache
 }
 
 // New returns a Provider that gets its KEKs from broker.
@@ -70,9 +68,10 @@ func New(broker *copilot.Client, conf Config) *Provider {
 	if conf.Format == "" {
 		conf.Format = FormatA256GCMKW
 	}
-	return &Provider{conf: conf, keks: cache{
+	return &Provider{conf: conf, broker: broker, keks: cache{
 		fetch: broker.KEK,
 		ttl:   conf.CacheTTL,
+		grace: conf.CacheGrace,
 		idle:  conf.CacheIdle,
 		size:  conf.CacheSize,
 		now:   time.Now,
@@ -109,18 +108,12 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	annotations := make([]Annotation, len(ids))
 	for i, id := range ids {
 		start := time.Now()
-		kek, err := p.keks.latest(ctx, id)
+		a, version, err := p.wrap(ctx, id, in.KeyWrapParams.OptsData)
 		if err != nil {
 			return nil, err
 		}
-		annotations[i], err = wrap(kek, p.conf.Format, in.KeyWrapParams.OptsData)
-		clear(kek.Key)
-		if err != nil {
-			return nil, err
-		}
-		logrus.WithFields(logrus.Fields{
-			"kek": id, "version": kek.Version, "method": annotations[i].Method, "took": time.Since(start),
-		}).Info("layer key wrapped")
+		annotations[i] = a
+		done(ctx, "layer key wrapped", id, version, a.Method, start)
 	}
 	var b []byte
 	if len(annotations) == 1 {
@@ -130,6 +123,9 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if len(b) > maxAnnotation {
+		return nil, fmt.Errorf("%w: wrapped for all these KEKs, the layer key would have more than %d bytes: name fewer", ErrInput, maxAnnotation)
 	}
 	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
 		KeyWrapResults: ocicrypt.KeyWrapResults{Annotation: b},
@@ -169,92 +165,12 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) 
 			continue
 		}
 		defer clear(optsdata)
-		logrus.WithFields(logrus.Fields{
-			"kek": kek.ID, "version": kek.Version, "method": a.Method, "took": time.Since(start),
-		}).Info("layer key unwrapped")
+		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
 		return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
 			KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: optsdata},
 		})
 	}
 	return nil, oneLine(errs)
-}
-
-// unwrap tries the KEKs that may open a.
-func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
-	if a.Method == methodAESGCM {
-		return p.unwrapOriginal(ctx, a, allowed)
-	}
-	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
-	}
-	return p.unwrapWith(ctx, a, a.KEKID)
-}
-
-// unwrapOriginal tries each KEK that is named, or else the default ones, on an
-// annotation that does not say which it takes.
-func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
-	ids := allowed
-	if len(ids) == 0 {
-		ids = p.conf.DefaultKEKs
-	}
-	if len(ids) == 0 {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Name)
-	}
-	var errs []error
-	for _, id := range ids {
-		optsdata, kek, err := p.unwrapWith(ctx, a, id)
-		if err == nil {
-			return optsdata, kek, nil
-		}
-		if ctx.Err() != nil {
-			return nil, copilot.KEK{}, err
-		}
-		errs = append(errs, err)
-	}
-	return nil, copilot.KEK{}, oneLine(errs)
-}
-
-// unwrapWith unwraps a with the version of the KEK that it names, or else with
-// any. It returns the KEK without its key.
-func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
-	optsdata, kek, err := p.tryVersions(ctx, a, id)
-	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.forgetCurrent(id) {
-		// It may have been wrapped with a version newer than what was
-		// current when that was fetched.
-		return p.tryVersions(ctx, a, id)
-	}
-	return optsdata, kek, err
-}
-
-func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
-	var first error
-	version := a.KEKVersion
-	for range maxVersions {
-		kek, err := p.keks.get(ctx, id, version)
-		if err != nil {
-			if first == nil || ctx.Err() != nil {
-				first = err
-			}
-			break
-		}
-		optsdata, err := unwrap(kek, a)
-		clear(kek.Key)
-		kek.Key = nil
-		if err == nil {
-			return optsdata, kek, nil
-		}
-		if first == nil {
-			name := fmt.Sprintf("KEK %q", id)
-			if kek.Version != 0 {
-				name += fmt.Sprintf(" version %d", kek.Version)
-			}
-			first = fmt.Errorf("%w: %s %w", ErrWrongKEK, name, err)
-		}
-		if version = kek.Version - 1; version < 1 || a.KEKVersion != 0 {
-			break
-		}
-	}
-	return nil, copilot.KEK{}, first
 }
 
 // parameters returns the KEK ids among the parameters that ocicrypt passes.

@@ -56,8 +56,10 @@ func code(err error) codes.Code {
 		return codes.NotFound
 	case errors.Is(err, ErrInput):
 		return codes.InvalidArgument
-	case errors.Is(err, ErrWrongKEK):
+	case errors.Is(err, ErrWrongKEK), errors.Is(err, copilot.ErrNotExported):
 		return codes.FailedPrecondition
+	case errors.Is(err, copilot.ErrRejected):
+		return codes.InvalidArgument
 	}
 	return codes.Unknown
 }

@@ -27,7 +27,7 @@ import (
 // the broker at url, and returns a client.
 func serveGRPC(t *testing.T, url string, timeout time.Duration) ocicryptpb.KeyProviderServiceClient {
 	t.Helper()
-	broker, err := copilot.New(copilot.Config{URL: url, Timeout: timeout})
+	broker, err := copilot.New(copilot.Config{URLs: []string{url}, Timeout: timeout})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,7 +19,8 @@ const (
 // errWrongKEK says that a KEK does not open an annotation.
 var errWrongKEK = errors.New("does not unwrap this layer key: the KEK was replaced by another of that name, or the annotation was changed")
 
-// wrap wraps optsdata, the layer key in ocicrypt's JSON, with kek.
+// wrap wraps optsdata, the layer key in ocicrypt's JSON, with kek, in
+// FormatA256GCMKW or FormatOriginal.
 func wrap(kek copilot.KEK, format Format, optsdata []byte) (Annotation, error) {
 	a := Annotation{Method: methodAESGCM, IV: make([]byte, originalIVSize)}
 	if format == FormatA256GCMKW {

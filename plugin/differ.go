@@ -27,6 +27,8 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -90,6 +92,8 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 // did not answer in time, ErrDataLoss if it was changed, ErrInvalidArgument if
 // what its descriptor says makes no sense.
 func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+	trace.SpanFromContext(ctx).SetAttributes(
+		attribute.String("pilot.layer.digest", desc.Digest.String()), attribute.String("pilot.layer.media_type", desc.MediaType))
 	if !processor.IsEncrypted(desc.MediaType) {
 		if _, err := images.DiffCompression(ctx, desc.MediaType); err != nil && !strings.Contains(desc.MediaType, ".erofs.") {
 			// It may be for a stream processor of containerd's.

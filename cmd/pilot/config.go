@@ -29,15 +29,17 @@ type configuration struct {
 	TLSCert          text
 	TLSKey           text
 	TLSClientCA      text
-	Broker           text
+	Broker           urls
 	BrokerCA         text
 	BrokerCert       text
 	BrokerKey        text
+	BrokerTokenFile  text
 	BrokerTimeout    duration
 	ProviderName     text
 	AnnotationFormat keyprovider.Format
 	DefaultKEKs      kekIDs
 	KEKCacheTTL      duration
+	KEKCacheGrace    duration
 	KEKCacheIdle     duration
 	KEKCacheSize     count
 	DiffListen       diffAddress
@@ -51,11 +53,12 @@ type configuration struct {
 func defaults() configuration {
 	return configuration{
 		Listen:           "unix:///run/pilot/keyprovider.sock",
-		Broker:           "unix:///run/copilot/copilot.sock",
+		Broker:           urls{"unix:///run/copilot/copilot.sock"},
 		BrokerTimeout:    duration(10 * time.Second),
 		ProviderName:     "pilot",
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
 		KEKCacheTTL:      duration(5 * time.Minute),
+		KEKCacheGrace:    duration(time.Hour),
 		KEKCacheSize:     1024,
 		DiffListen:       "unix:///run/pilot/diff.sock",
 		Containerd:       "/run/containerd/containerd.sock",
@@ -82,15 +85,17 @@ var settings = []setting{
 	{"tls-cert", "certificate to answer TLS with", func(c *configuration) value { return &c.TLSCert }},
 	{"tls-key", "private key of tls-cert", func(c *configuration) value { return &c.TLSKey }},
 	{"tls-client-ca", "CA of the clients that may ask", func(c *configuration) value { return &c.TLSClientCA }},
-	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key", func(c *configuration) value { return &c.Broker }},
+	{"broker", "copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key; several, separated by commas, have the same KEKs", func(c *configuration) value { return &c.Broker }},
 	{"broker-ca", "CA of the broker's certificate (default: the system's)", func(c *configuration) value { return &c.BrokerCA }},
 	{"broker-cert", "client certificate to show the broker", func(c *configuration) value { return &c.BrokerCert }},
 	{"broker-key", "private key of broker-cert", func(c *configuration) value { return &c.BrokerKey }},
-	{"broker-timeout", "how long to try to get an answer from the broker, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
+	{"broker-token-file", "file with a bearer token (JWT) to show the broker, over https or a unix socket", func(c *configuration) value { return &c.BrokerTokenFile }},
+	{"broker-timeout", "how long to try to get an answer from the brokers, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
 	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) value { return &c.ProviderName }},
-	{"annotation-format", "how to write wrapped keys: A256GCMKW, or original", func(c *configuration) value { return &c.AnnotationFormat }},
+	{"annotation-format", "how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original", func(c *configuration) value { return &c.AnnotationFormat }},
 	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) value { return &c.DefaultKEKs }},
 	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) value { return &c.KEKCacheTTL }},
+	{"kek-cache-grace", "how much longer to use a KEK as long as the broker gives no usable answer; 0s: no longer", func(c *configuration) value { return &c.KEKCacheGrace }},
 	{"kek-cache-idle", "how long to keep a KEK after its last use; 0s: as kek-cache-ttl says", func(c *configuration) value { return &c.KEKCacheIdle }},
 	{"kek-cache-size", "how many KEKs to keep; 0: none", func(c *configuration) value { return &c.KEKCacheSize }},
 	{"diff-listen", "where to answer as containerd's differ: unix:///PATH (mode 0600), or off", func(c *configuration) value { return &c.DiffListen }},
@@ -270,24 +275,34 @@ func (c *configuration) check() error {
 	return nil
 }
 
-// provider returns the key provider that the configuration describes.
-func (c *configuration) provider() (*keyprovider.Provider, error) {
-	broker, err := copilot.New(copilot.Config{
-		URL:      string(c.Broker),
-		CAFile:   string(c.BrokerCA),
-		CertFile: string(c.BrokerCert),
-		KeyFile:  string(c.BrokerKey),
-		Timeout:  time.Duration(c.BrokerTimeout),
+// client returns the client of the brokers that the configuration names.
+func (c *configuration) client() (*copilot.Client, error) {
+	client, err := copilot.New(copilot.Config{
+		URLs:      c.Broker,
+		CAFile:    string(c.BrokerCA),
+		CertFile:  string(c.BrokerCert),
+		KeyFile:   string(c.BrokerKey),
+		TokenFile: string(c.BrokerTokenFile),
+		Timeout:   time.Duration(c.BrokerTimeout),
 	})
 	if err != nil {
 		return nil, usageError{fmt.Errorf("broker: %w", err)}
 	}
+	if client.Original() && c.AnnotationFormat == keyprovider.FormatCopilot {
+		return nil, usageError{fmt.Errorf("annotation-format %s: a broker with the original's API does not wrap", c.AnnotationFormat)}
+	}
+	return client, nil
+}
+
+// provider returns the key provider that the configuration describes.
+func (c *configuration) provider(broker *copilot.Client) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
 		Name:        string(c.ProviderName),
 		Format:      c.AnnotationFormat,
 		DefaultKEKs: c.DefaultKEKs,
 		CacheTTL:    time.Duration(c.KEKCacheTTL),
+		CacheGrace:  time.Duration(c.KEKCacheGrace),
 		CacheIdle:   time.Duration(c.KEKCacheIdle),
 		CacheSize:   int(c.KEKCacheSize),
-	}), nil
+	})
 }

@@ -104,7 +104,7 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	}
 	conf, err := loadConfiguration(c)
 	if err == nil {
-		d.Provider, err = conf.provider()
+		d.Brokers, err = conf.client()
 	}
 	if err == nil {
 		_, err = conf.serverOptions()
@@ -112,7 +112,9 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	if err == nil && conf.DecryptionKeys != "" {
 		_, err = processor.KeysIn(string(conf.DecryptionKeys))
 	}
-	d.ConfigurationError = err
+	if d.ConfigurationError = err; err == nil {
+		d.Provider = conf.provider(d.Brokers)
+	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderName = string(conf.ProviderName)
 	d.KEKs = conf.DefaultKEKs

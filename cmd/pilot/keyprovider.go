@@ -39,11 +39,11 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if daemon := c.String("daemon"); daemon != "" {
 			return forward(c, address(daemon))
 		}
-		provider, err := conf.provider()
+		broker, err := conf.client()
 		if err != nil {
 			return err
 		}
-		return keyprovider.Exec(c.Context, provider, os.Stdin, os.Stdout)
+		return keyprovider.Exec(c.Context, conf.provider(broker), os.Stdin, os.Stdout)
 	},
 }
 

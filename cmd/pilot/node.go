@@ -31,7 +31,7 @@ Example:
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
-				brokerFlag("broker"), brokerFlag("broker-ca"), brokerFlag("broker-cert"), brokerFlag("broker-key"),
+				brokerFlag("broker"), brokerFlag("broker-ca"), brokerFlag("broker-cert"), brokerFlag("broker-key"), brokerFlag("broker-token-file"),
 			}),
 			Action: nodeInstall,
 		},
@@ -106,7 +106,7 @@ func nodeInstall(c *cli.Context) error {
 	}
 	if o.Root == "" {
 		// On a node image the files may come later.
-		if _, err := conf.provider(); err != nil {
+		if _, err := conf.client(); err != nil {
 			return err
 		}
 	}

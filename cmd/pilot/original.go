@@ -23,7 +23,7 @@ func originalDefaults(conf *configuration, getenv func(string) string) error {
 	}
 	conf.InsecureLoopback = true
 	conf.DiffListen = diffOff
-	conf.Broker = text(variable("KEYREQUEST_BASEURL", "http://localhost:8080/api/v1/key"))
+	conf.Broker = urls{variable("KEYREQUEST_BASEURL", "http://localhost:8080/api/v1/key")}
 	conf.AnnotationFormat = "original"
 	conf.KEKCacheTTL = 0
 

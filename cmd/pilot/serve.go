@@ -26,6 +26,7 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/tracing"
 	"github.com/ctrlplane/pilot/unixsocket"
 )
 
@@ -60,14 +61,20 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	provider, err := conf.provider()
+	client, err := conf.client()
 	if err != nil {
 		return err
 	}
+	provider := conf.provider(client)
 	options, err := conf.serverOptions()
 	if err != nil {
 		return usageError{err}
 	}
+	stopTracing, err := tracing.Start(c.Context, "pilot")
+	if err != nil {
+		return usageError{err}
+	}
+	defer endTracing(stopTracing)
 	passed, err := activation.ListenersWithNames()
 	if err != nil {
 		return fmt.Errorf("sockets from systemd: %w", err)
@@ -80,8 +87,10 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Goroutines that stay have their stacks grown already.
-	server := grpc.NewServer(append(options, grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))))...)
+	server := grpc.NewServer(append(options,
+		// Goroutines that stay have their stacks grown already.
+		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
+		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
 	keyprovider.Register(server, provider)
 	if conf.DiffListen != diffOff {
 		// First the socket: if another pilot has it, its mounts are its own.
@@ -99,7 +108,7 @@ func serve(c *cli.Context) error {
 	go provider.Sweep(ctx)
 
 	logrus.WithFields(logrus.Fields{
-		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker, "format": conf.AnnotationFormat,
+		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
 	}).Info("pilot serves")
 	if _, isUnix := conf.Listen.unix(); !isUnix && conf.TLSCert == "" {
 		logrus.WithField("listen", conf.Listen).Warn("every user of this machine may ask for layer keys: there is no TLS (insecure-loopback)")
@@ -108,6 +117,18 @@ func serve(c *cli.Context) error {
 		logrus.WithError(err).Warn("systemd not told that pilot serves")
 	}
 	return g.Wait()
+}
+
+// tracesWithin is how long pilot waits, when it stops, for a collector to take
+// the last spans.
+const tracesWithin = 2 * time.Second
+
+func endTracing(stop func(context.Context) error) {
+	ctx, cancel := context.WithTimeout(context.Background(), tracesWithin)
+	defer cancel()
+	if err := stop(ctx); err != nil {
+		logrus.WithError(err).Warn("last traces not sent")
+	}
 }
 
 // serveUntilDone adds to g a server that answers on l until ctx is done.
@@ -167,7 +188,7 @@ func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
 	processor.RegisterKeyProvider(string(c.ProviderName), provider)
-	s := grpc.NewServer(grpc.UnaryInterceptor(plugin.Interceptor(client)))
+	s := grpc.NewServer(grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
 		Layers: int(c.LayersAtOnce),
 		Keys:   keys,

@@ -54,6 +54,12 @@ func startBroker(t *testing.T) (url, auditLog string) {
 // to stop well.
 func startServe(t *testing.T, listen string, args ...string) {
 	t.Helper()
+	startServeIn(t, nil, listen, args...)
+}
+
+// startServeIn runs it with variables, such as PILOT_LOG_LEVEL=debug.
+func startServeIn(t *testing.T, variables []string, listen string, args ...string) {
+	t.Helper()
 	config := filepath.Join(t.TempDir(), "pilot.toml") // not this machine's
 	if err := os.WriteFile(config, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -62,7 +68,7 @@ func startServe(t *testing.T, listen string, args ...string) {
 	cmd := exec.Command("pilot", append([]string{"serve", "--config", config, "--listen", listen, "--diff-listen", "off"}, args...)...)
 	cmd.Stderr = &said
 	// Under -race a program sleeps for a second before it exits.
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0"), variables...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -169,6 +175,17 @@ func TestServe(t *testing.T) {
 	startServe(t, address, "--insecure-loopback", "--broker", url)
 	if err := ask(t, address, insecure.NewCredentials()); err != nil {
 		t.Errorf("on a loopback address: %v", err)
+	}
+}
+
+// TestServeSeveralBrokers has the first of two brokers be away.
+func TestServeSeveralBrokers(t *testing.T) {
+	t.Parallel()
+	url, _ := startBroker(t)
+	socket := filepath.Join(t.TempDir(), "s")
+	startServe(t, "unix://"+socket, "--broker", "http://"+freeAddress(t)+", "+url)
+	if err := ask(t, "unix://"+socket, insecure.NewCredentials()); err != nil {
+		t.Error(err)
 	}
 }
 

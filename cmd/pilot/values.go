@@ -64,6 +64,22 @@ func (d *duration) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// urls are URLs with commas between them.
+type urls []string
+
+func (u *urls) String() string { return strings.Join(*u, ",") }
+
+func (u *urls) UnmarshalText(b []byte) error {
+	*u = nil
+	for s := range strings.SplitSeq(string(b), ",") {
+		if s = strings.TrimSpace(s); s == "" {
+			return errors.New("a URL is empty")
+		}
+		*u = append(*u, s)
+	}
+	return nil
+}
+
 // kekIDs are KEKs' names with commas between them.
 type kekIDs []string
 

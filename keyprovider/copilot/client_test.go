@@ -52,7 +52,7 @@ func TestHostileBroker(t *testing.T) {
 			var tries atomic.Int32
 			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { test.serve(tries.Add(1), w) }))
 			defer s.Close()
-			c, err := New(Config{URL: s.URL, Timeout: 600 * time.Millisecond})
+			c, err := New(Config{URLs: []string{s.URL}, Timeout: 600 * time.Millisecond})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -89,7 +89,7 @@ func TestOriginalBroker(t *testing.T) {
 		}
 	}))
 	defer s.Close()
-	c, err := New(Config{URL: s.URL + "/api/v1/key"})
+	c, err := New(Config{URLs: []string{s.URL + "/api/v1/key"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,7 +102,7 @@ func TestOriginalBroker(t *testing.T) {
 	if _, err := c.KEK(t.Context(), "nobody", 0); !errors.Is(err, ErrNotFound) {
 		t.Errorf("no key: %v", err)
 	}
-	if _, _, err := c.Wrap(t.Context(), "a", nil); err == nil {
+	if _, err := c.Wrap(t.Context(), "a", nil); err == nil {
 		t.Error("it wraps")
 	}
 }
@@ -112,17 +112,21 @@ func TestRefusedConfig(t *testing.T) {
 		conf Config
 		want string
 	}{
-		{Config{URL: ""}, "neither"},
-		{Config{URL: "ftp://x"}, "neither"},
-		{Config{URL: "http://192.0.2.1:80"}, "in plain"},
-		{Config{URL: "http://copilot.example.com"}, "in plain"},
-		{Config{URL: "unix://relative"}, "absolute path"},
-		{Config{URL: "https://user:SECRET@x"}, "has a user"},
-		{Config{URL: "https://x", CAFile: "/nonexistent"}, "CA: "},
-		{Config{URL: "https://x", CAFile: "/dev/null"}, "holds no certificate"},
-		{Config{URL: "https://x", CertFile: "x"}, "go together"},
-		{Config{URL: "unix:///x", CAFile: "x"}, "certificates are for https"},
-		{Config{URL: "https://"}, "names no host"},
+		{Config{URLs: []string{""}}, "neither"},
+		{Config{URLs: []string{"ftp://x"}}, "neither"},
+		{Config{URLs: []string{"http://192.0.2.1:80"}}, "in plain"},
+		{Config{URLs: []string{"http://copilot.example.com"}}, "in plain"},
+		{Config{URLs: []string{"unix://relative"}}, "absolute path"},
+		{Config{URLs: []string{"https://user:SECRET@x"}}, "has a user"},
+		{Config{URLs: []string{"https://x"}, CAFile: "/nonexistent"}, "CA: "},
+		{Config{URLs: []string{"https://x"}, CAFile: "/dev/null"}, "holds no certificate"},
+		{Config{URLs: []string{"https://x"}, CertFile: "x"}, "go together"},
+		{Config{URLs: []string{"unix:///x"}, CAFile: "x"}, "certificates are for https"},
+		{Config{URLs: []string{"https://"}}, "names no host"},
+		{Config{}, "no broker is named"},
+		{Config{URLs: []string{"https://a", "https://b", "https://a"}}, "named twice"},
+		{Config{URLs: []string{"https://a", "ftp://b"}}, "neither"},
+		{Config{URLs: []string{"https://a", "https://b/api/v1/key"}}, "different APIs"},
 	} {
 		if _, err := New(test.conf); err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "SECRET") {
 			t.Errorf("%+v: %v, want %q", test.conf, err, test.want)
@@ -132,7 +136,7 @@ func TestRefusedConfig(t *testing.T) {
 
 func TestNobodyThere(t *testing.T) {
 	for _, url := range []string{"unix:///nonexistent/socket", "http://127.0.0.1:1"} {
-		c, err := New(Config{URL: url, Timeout: time.Second})
+		c, err := New(Config{URLs: []string{url}, Timeout: time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -9,78 +9,132 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/ctrlplane/pilot/certfile"
 )
 
-// Config says where the broker is and how to reach it.
+// Config says where the brokers are and how to reach them.
 type Config struct {
-	// URL is unix:///PATH, http://HOST:PORT on this machine, or
-	// https://HOST:PORT. One whose path ends in /api/v1/key speaks the
-	// original's API, any other copilot's own.
-	URL string
-	// CAFile holds the CA certificates that the broker's must come from, in
+	// URLs are those of brokers that have the same KEKs. Each is
+	// unix:///PATH, http://HOST:PORT on this machine, or https://HOST:PORT.
+	// One whose path ends in /api/v1/key has the original's API, any other
+	// copilot's own; all have the same.
+	URLs []string
+	// CAFile holds the CA certificates that the brokers' must come from, in
 	// PEM. Default: the system's.
 	CAFile string
 	// CertFile and KeyFile hold the certificate and the private key to show
-	// the broker, in PEM. They are read for each new connection, so they
+	// the brokers, in PEM. They are read for each new connection, so they
 	// can be replaced while the client runs.
 	CertFile, KeyFile string
-	// Timeout bounds a call with all its tries. Default: 10 seconds.
+	// TokenFile holds a bearer token to show the brokers, over TLS or a unix
+	// socket. It is read for each call that finds it changed.
+	TokenFile string
+	// Timeout bounds a call with all its tries at all brokers. Default: 10
+	// seconds.
 	Timeout time.Duration
 }
 
-// transport returns the URL that requests start from, and how they travel.
-func (c Config) transport() (*url.URL, *http.Transport, error) {
-	u, err := url.Parse(c.URL)
+// connectWithin bounds how long one of several brokers is waited for that does
+// not even connect.
+const connectWithin = 1500 * time.Millisecond
+
+func (c Config) brokers() ([]*endpoint, error) {
+	if len(c.URLs) == 0 {
+		return nil, errors.New("no broker is named")
+	}
+	if (c.CAFile != "" || c.CertFile != "") && c.first("https") == "" {
+		return nil, fmt.Errorf("%s: certificates are for https", strings.Join(c.URLs, ", "))
+	}
+	if plain := c.first("http"); plain != "" && c.TokenFile != "" {
+		return nil, fmt.Errorf("%s: the token would cross in plain: use https or a unix socket", plain)
+	}
+	tls, err := c.tls()
 	if err != nil {
-		return nil, nil, fmt.Errorf("%q is not a URL", c.URL)
+		return nil, err
+	}
+	var list []*endpoint
+	for i, u := range c.URLs {
+		if slices.Contains(c.URLs[:i], u) {
+			return nil, fmt.Errorf("%s is named twice", u)
+		}
+		t := &http.Transport{
+			DialContext:            new(net.Dialer).DialContext,
+			TLSClientConfig:        tls.Clone(),
+			MaxIdleConns:           16,
+			MaxIdleConnsPerHost:    16,
+			IdleConnTimeout:        time.Minute,
+			ForceAttemptHTTP2:      true,
+			MaxResponseHeaderBytes: 16 << 10,
+		}
+		if len(c.URLs) > 1 {
+			t.DialContext = (&net.Dialer{Timeout: connectWithin}).DialContext
+			t.TLSHandshakeTimeout = connectWithin
+		}
+		base, err := parseURL(u, t)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, &endpoint{
+			url:  u,
+			base: base,
+			http: &http.Client{
+				Transport:     t,
+				CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+			},
+			health: health{rtt: notMeasured, probeAt: time.Now().Add(measureFirst)},
+		})
+	}
+	return list, nil
+}
+
+// first returns the first URL of a scheme, or nothing.
+func (c Config) first(scheme string) string {
+	for _, u := range c.URLs {
+		if s, _, _ := strings.Cut(u, ":"); strings.EqualFold(s, scheme) {
+			return u
+		}
+	}
+	return ""
+}
+
+// parseURL returns the URL that a broker's requests start from, and sets how t
+// connects if it is a socket.
+func parseURL(s string, t *http.Transport) (*url.URL, error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return nil, fmt.Errorf("%q is not a URL", s)
 	}
 	if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return nil, nil, fmt.Errorf("%s has a user, a query or a fragment, and can't", u.Redacted())
+		return nil, fmt.Errorf("%s has a user, a query or a fragment, and can't", u.Redacted())
 	}
-	t := &http.Transport{
-		MaxIdleConns:           16,
-		MaxIdleConnsPerHost:    16,
-		IdleConnTimeout:        time.Minute,
-		ForceAttemptHTTP2:      true,
-		MaxResponseHeaderBytes: 16 << 10,
-	}
-	hasTLS := c.CAFile != "" || c.CertFile != ""
 	switch u.Scheme {
 	case "unix":
 		path := u.Path
 		if u.Host != "" || !filepath.IsAbs(path) {
-			return nil, nil, fmt.Errorf("%s: a unix socket has an absolute path, as in unix:///run/copilot/copilot.sock", c.URL)
-		}
-		if hasTLS {
-			return nil, nil, fmt.Errorf("%s: certificates are for https, not for a unix socket", c.URL)
+			return nil, fmt.Errorf("%s: a unix socket has an absolute path, as in unix:///run/copilot/copilot.sock", s)
 		}
 		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}
-		return &url.URL{Scheme: "http", Host: "copilot"}, t, nil
+		return &url.URL{Scheme: "http", Host: "copilot"}, nil
 	case "http":
 		if !loopback(u.Hostname()) {
-			return nil, nil, fmt.Errorf("%s: KEKs would cross the network in plain: use https", c.URL)
-		}
-		if hasTLS {
-			return nil, nil, fmt.Errorf("%s: certificates are for https", c.URL)
+			return nil, fmt.Errorf("%s: KEKs would cross the network in plain: use https", s)
 		}
 	case "https":
-		if t.TLSClientConfig, err = c.tls(); err != nil {
-			return nil, nil, err
-		}
 	default:
-		return nil, nil, fmt.Errorf("%q is neither unix:///PATH nor https://HOST:PORT nor http:// on this machine", c.URL)
+		return nil, fmt.Errorf("%q is neither unix:///PATH nor https://HOST:PORT nor http:// on this machine", s)
 	}
 	if u.Host == "" {
-		return nil, nil, fmt.Errorf("%s names no host", c.URL)
+		return nil, fmt.Errorf("%s names no host", s)
 	}
-	u.Path = trimSlash(u.Path)
+	u.Path = strings.TrimRight(u.Path, "/")
 	u.RawPath = ""
-	return u, t, nil
+	return u, nil
 }
 
 func (c Config) tls() (*tls.Config, error) {
@@ -108,11 +162,4 @@ func (c Config) tls() (*tls.Config, error) {
 func loopback(host string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
-}
-
-func trimSlash(path string) string {
-	for len(path) > 0 && path[len(path)-1] == '/' {
-		path = path[:len(path)-1]
-	}
-	return path
 }

@@ -102,8 +102,8 @@ func newTLSClient(t *testing.T, conf Config) (*Client, *http.Transport) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(c.http.CloseIdleConnections)
-	return c, c.http.Transport.(*http.Transport)
+	t.Cleanup(c.brokers[0].http.CloseIdleConnections)
+	return c, c.brokers[0].http.Transport.(*http.Transport)
 }
 
 func TestTLS(t *testing.T) {
@@ -125,7 +125,7 @@ func TestTLS(t *testing.T) {
 		{"a broker of another CA", Config{CAFile: other.File, CertFile: right.Cert, KeyFile: right.Key}, ErrUnavailable, "unknown authority", "bad certificate"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			test.conf.URL = b.url
+			test.conf.URLs = []string{b.url}
 			c, transport := newTLSClient(t, test.conf)
 			var connections atomic.Int32
 			transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -170,7 +170,7 @@ func TestReplacedCertificates(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	server, node := ca.Issue(t, certtest.Named("first broker")), ca.Issue(t, certtest.Named("first node"))
 	b := startTLSBroker(t, server, ca)
-	c, transport := newTLSClient(t, Config{URL: b.url, CAFile: ca.File, CertFile: node.Cert, KeyFile: node.Key})
+	c, transport := newTLSClient(t, Config{URLs: []string{b.url}, CAFile: ca.File, CertFile: node.Cert, KeyFile: node.Key})
 	var answered atomic.Value
 	transport.TLSClientConfig.VerifyConnection = func(state tls.ConnectionState) error {
 		answered.Store(state.PeerCertificates[0].Subject.CommonName)
@@ -178,7 +178,7 @@ func TestReplacedCertificates(t *testing.T) {
 	}
 	expect := func(which string) {
 		t.Helper()
-		c.http.CloseIdleConnections()
+		c.brokers[0].http.CloseIdleConnections()
 		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
 			t.Fatal(err)
 		}
@@ -214,7 +214,7 @@ func TestIdentity(t *testing.T) {
 		{x509.Certificate{Subject: subject}, "cn:node-7"},
 	} {
 		files := ca.Issue(t, test.template)
-		c, _ := newTLSClient(t, Config{URL: b.url, CAFile: ca.File, CertFile: files.Cert, KeyFile: files.Key})
+		c, _ := newTLSClient(t, Config{URLs: []string{b.url}, CAFile: ca.File, CertFile: files.Cert, KeyFile: files.Key})
 		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
 			t.Errorf("%s: %v", test.want, err)
 			continue

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
 	"github.com/ctrlplane/pilot/plugin"
 )
 
@@ -30,7 +31,9 @@ type Doctor struct {
 	ListenTLS bool
 	// ProviderName is the key provider's name in ocicrypt.conf.
 	ProviderName string
-	// Provider asks the broker in this process, with no KEK in its cache.
+	// Brokers is the client of the node's broker, or of several. Provider
+	// asks them in this process, with no KEK in its cache.
+	Brokers  *copilot.Client
 	Provider *keyprovider.Provider
 	// KEKs are those that the node has to be able to use. May be empty.
 	KEKs []string

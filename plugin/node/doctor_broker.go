@@ -32,6 +32,8 @@ func (e *examination) broker(ctx context.Context) Step {
 	// A broker that is down is waited for, so all KEKs at once.
 	steps := make([]Step, len(e.KEKs))
 	var wg sync.WaitGroup
+	var away error
+	wg.Go(func() { away = e.Brokers.Check(ctx) })
 	for i, kek := range e.KEKs {
 		wg.Go(func() { steps[i] = e.tryKEK(ctx, kek, wrapAt(conn), unwrapAt(conn)) })
 	}
@@ -52,7 +54,11 @@ func (e *examination) broker(ctx context.Context) Step {
 	if len(broken) > 0 {
 		return failed(strings.Join(broken, "; "), unique(mend)...)
 	}
-	return inOrder("wraps and unwraps with KEK " + strings.Join(works, ", "))
+	detail := "wraps and unwraps with KEK " + strings.Join(works, ", ")
+	if away != nil { // one of several, or nothing would work
+		detail += fmt.Sprintf("; but %s", away)
+	}
+	return inOrder(detail)
 }
 
 // tryKEK asks the key provider, and the broker without what the key provider

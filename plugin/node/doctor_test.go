@@ -68,7 +68,7 @@ func serve(t *testing.T, s *grpc.Server) (socket string) {
 // nor a containerd.
 func TestDoctorKnowsPilot(t *testing.T) {
 	nobody := filepath.Join(t.TempDir(), "nobody.sock")
-	broker, err := copilot.New(copilot.Config{URL: "unix://" + nobody})
+	broker, err := copilot.New(copilot.Config{URLs: []string{"unix://" + nobody}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -120,7 +120,7 @@ func checkPilotConfig(had []byte, settings map[string]string, differ bool) error
 		return fmt.Errorf("%s: %w", pilotConfig, err)
 	}
 	for _, name := range slices.Sorted(maps.Keys(settings)) {
-		if v := settings[name]; v != "" && conf[name] != v {
+		if v := settings[name]; v != "" && written(conf[name]) != v {
 			return &Conflict{pilotConfig, fmt.Sprintf("%s is %v, not %q", name, shown(conf[name]), v), "change it there"}
 		}
 	}
@@ -130,6 +130,19 @@ func checkPilotConfig(had []byte, settings map[string]string, differ bool) error
 		}
 	}
 	return nil
+}
+
+// written returns a setting as a flag has it: a list with commas in it.
+func written(v any) any {
+	list, ok := v.([]any)
+	if !ok {
+		return v
+	}
+	words := make([]string, len(list))
+	for i, word := range list {
+		words[i] = fmt.Sprint(word)
+	}
+	return strings.Join(words, ",")
 }
 
 func shown(v any) string {

@@ -1,0 +1,192 @@
+package copilot
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	maxAnswer       = 128 << 10 // bytes of an answer that are read: 64 KiB in base64, and more
+	maxErrorMessage = 300       // bytes of a broker's error message that are repeated
+)
+
+// endpoint is the broker at one address.
+type endpoint struct {
+	url  string // for messages
+	base *url.URL
+	http *http.Client
+	health
+}
+
+// String returns the broker's address.
+func (b *endpoint) String() string { return "copilot at " + b.url }
+
+// request is what a broker is asked for.
+type request struct {
+	name          string // for traces
+	method        string
+	path          []string // elements below the broker's base URL
+	query         url.Values
+	body          *secretBody
+	authorization string // may be empty
+}
+
+// target returns the URL of a request.
+func (b *endpoint) target(r request) string {
+	u := *b.base
+	for _, element := range r.path {
+		u.RawPath = u.EscapedPath() + "/" + url.PathEscape(element)
+		u.Path += "/" + element
+	}
+	u.RawQuery = r.query.Encode()
+	return u.String()
+}
+
+// retry says whether another try may help, and when at the earliest.
+type retry struct {
+	possible bool
+	after    time.Duration
+}
+
+// once makes a request and has accept look at the answer, which is cleared
+// then.
+func (b *endpoint) once(ctx context.Context, within time.Duration, r request, accept func(answer []byte) error) (_ retry, err error) {
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	ctx, span := startSpan(ctx, b, r)
+	defer func() { endSpan(span, err) }()
+	req, err := http.NewRequestWithContext(ctx, r.method, b.target(r), nil)
+	if err != nil {
+		return retry{}, err
+	}
+	if r.body != nil {
+		req.Body, req.ContentLength = r.body.reader(), int64(len(r.body.bytes))
+		req.Header.Set("Content-Type", "application/json")
+	}
+	passOn(ctx, req.Header)
+	if r.authorization != "" {
+		req.Header.Set("Authorization", r.authorization)
+	}
+	resp, err := b.http.Do(req)
+	if err != nil {
+		err = withoutURL(err)
+		if kind := permanent(err); kind != nil {
+			return retry{}, fmt.Errorf("%w: %w", kind, err)
+		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
+		}
+		return retry{possible: true}, err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	defer clear(answer)
+	switch {
+	case err != nil:
+		return retry{possible: true}, fmt.Errorf("its answer breaks off: %w", err)
+	case len(answer) > maxAnswer:
+		return retry{}, fmt.Errorf("%w: it has more than %d bytes", ErrUnavailable, maxAnswer)
+	case resp.StatusCode == http.StatusOK:
+		return retry{}, accept(answer)
+	}
+	return retryOf(resp), statusError(resp, answer)
+}
+
+// withoutURL returns what an HTTP client's error says besides the URL, which
+// the caller says.
+func withoutURL(err error) error {
+	if e := new(url.Error); errors.As(err, &e) {
+		return e.Err
+	}
+	return err
+}
+
+// notExported is the type of problem that says ErrNotExported.
+const notExported = "urn:pilot:problem:not-exported"
+
+// statusError turns an answer other than 200 into an error.
+func statusError(resp *http.Response, body []byte) error {
+	said := resp.Status
+	var problem struct {
+		Type   string `json:"type"`
+		Title  string `json:"title"`
+		Detail string `json:"detail"`
+	}
+	if json.Unmarshal(body, &problem) == nil {
+		if problem.Detail == ErrNotFound.Error() {
+			// It is said already.
+		} else if problem.Detail != "" {
+			said += ": " + problem.Detail
+		} else if problem.Title != "" {
+			said += ": " + problem.Title
+		}
+	}
+	said = printable(said)
+	if resp.StatusCode == http.StatusConflict && problem.Type == notExported {
+		return fmt.Errorf("%w (%s)", ErrNotExported, said)
+	}
+	switch resp.StatusCode {
+	case http.StatusNotFound:
+		return fmt.Errorf("%w (%s): check the name, or create it with \"copilot keys create\"", ErrNotFound, said)
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return fmt.Errorf("%w (%s)", ErrForbidden, said)
+	case http.StatusBadRequest, http.StatusConflict, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
+		return fmt.Errorf("%w (%s)", ErrRejected, said)
+	}
+	return fmt.Errorf("%w: it answered %s", ErrUnavailable, said)
+}
+
+// printable bounds what somebody else says and keeps it in one line.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r == 0xfffd {
+			return ' '
+		}
+		return r
+	}, s)
+	if len(s) > maxErrorMessage {
+		s = strings.ToValidUTF8(s[:maxErrorMessage], "") + "…"
+	}
+	return s
+}
+
+// secretBody is a request's body that can be cleared while a connection, which
+// outlives the request, still reads it.
+type secretBody struct {
+	mu    sync.Mutex
+	bytes []byte
+}
+
+func (b *secretBody) clear() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.bytes)
+}
+
+// reader returns a reader of the whole body.
+func (b *secretBody) reader() io.ReadCloser { return io.NopCloser(&secretReader{body: b}) }
+
+type secretReader struct {
+	body *secretBody
+	read int // bytes so far
+}
+
+func (r *secretReader) Read(p []byte) (int, error) {
+	r.body.mu.Lock()
+	defer r.body.mu.Unlock()
+	if r.read == len(r.body.bytes) {
+		return 0, io.EOF
+	}
+	n := copy(p, r.body.bytes[r.read:])
+	r.read += n
+	return n, nil
+}

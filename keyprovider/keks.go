@@ -1,0 +1,142 @@
+package keyprovider
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// maxVersions is how many versions of a KEK are tried, newest first, on an
+// annotation that does not say which it takes: one in the original's format,
+// or one written when the broker had no versions.
+const maxVersions = 16
+
+// wrap wraps optsdata with the current version of the KEK named id, here or,
+// where it has to be, at the broker. It returns that version too.
+func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (Annotation, int, error) {
+	if p.conf.Format == FormatCopilot {
+		return p.wrapAtBroker(ctx, id, optsdata)
+	}
+	kek, err := p.keks.latest(ctx, id)
+	switch {
+	case errors.Is(err, copilot.ErrNotExported) && p.conf.Format == FormatOriginal:
+		return Annotation{}, 0, fmt.Errorf("annotation-format %s takes the KEK itself: %w", FormatOriginal, err)
+	case errors.Is(err, copilot.ErrNotExported):
+		return p.wrapAtBroker(ctx, id, optsdata)
+	case err != nil:
+		return Annotation{}, 0, err
+	}
+	defer clear(kek.Key)
+	a, err := wrap(kek, p.conf.Format, optsdata)
+	return a, kek.Version, err
+}
+
+func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte) (Annotation, int, error) {
+	w, err := p.broker.Wrap(ctx, id, optsdata)
+	if err != nil {
+		return Annotation{}, 0, err
+	}
+	a := Annotation{Method: w.Method, KEKID: id, KEKVersion: w.Version, IV: w.IV, WrappedKey: w.Key}
+	if err := a.validate(); err != nil {
+		return Annotation{}, 0, fmt.Errorf("wrap with KEK %q: the broker's answer: %w", id, err)
+	}
+	return a, w.Version, nil
+}
+
+// unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW or copilot.
+func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata []byte, _ copilot.KEK, err error) {
+	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, copilot.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
+	if errors.Is(err, copilot.ErrRejected) {
+		err = fmt.Errorf("%w: %w", ErrWrongKEK, err)
+	}
+	return optsdata, copilot.KEK{ID: a.KEKID, Version: a.KEKVersion}, err
+}
+
+// unwrap tries the KEKs that may open a.
+func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
+	if a.Method == methodAESGCM {
+		return p.unwrapOriginal(ctx, a, allowed)
+	}
+	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
+		return nil, copilot.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
+	}
+	if a.Method == methodCopilot {
+		return p.unwrapAtBroker(ctx, a)
+	}
+	optsdata, kek, err := p.unwrapWith(ctx, a, a.KEKID)
+	if errors.Is(err, copilot.ErrNotExported) {
+		return p.unwrapAtBroker(ctx, a)
+	}
+	return optsdata, kek, err
+}
+
+// unwrapOriginal tries each KEK that is named, or else the default ones, on an
+// annotation that does not say which it takes.
+func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
+	ids := allowed
+	if len(ids) == 0 {
+		ids = p.conf.DefaultKEKs
+	}
+	if len(ids) == 0 {
+		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Name)
+	}
+	var errs []error
+	for _, id := range ids {
+		optsdata, kek, err := p.unwrapWith(ctx, a, id)
+		if err == nil {
+			return optsdata, kek, nil
+		}
+		if ctx.Err() != nil {
+			return nil, copilot.KEK{}, err
+		}
+		errs = append(errs, err)
+	}
+	return nil, copilot.KEK{}, oneLine(errs)
+}
+
+// unwrapWith unwraps a with the version of the KEK that it names, or else with
+// any. It returns the KEK without its key.
+func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
+	optsdata, kek, err := p.tryVersions(ctx, a, id)
+	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.forgetCurrent(id) {
+		// It may have been wrapped with a version newer than what was
+		// current when that was fetched.
+		return p.tryVersions(ctx, a, id)
+	}
+	return optsdata, kek, err
+}
+
+func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
+	var first error
+	version := a.KEKVersion
+	for range maxVersions {
+		kek, err := p.keks.get(ctx, id, version)
+		if err != nil {
+			if first == nil || ctx.Err() != nil {
+				first = err
+			}
+			break
+		}
+		optsdata, err := unwrap(kek, a)
+		clear(kek.Key)
+		kek.Key = nil
+		if err == nil {
+			return optsdata, kek, nil
+		}
+		if first == nil {
+			name := fmt.Sprintf("KEK %q", id)
+			if kek.Version != 0 {
+				name += fmt.Sprintf(" version %d", kek.Version)
+			}
+			first = fmt.Errorf("%w: %s %w", ErrWrongKEK, name, err)
+		}
+		if version = kek.Version - 1; version < 1 || a.KEKVersion != 0 {
+			break
+		}
+	}
+	return nil, copilot.KEK{}, first
+}

@@ -1,0 +1,25 @@
+package node
+
+import (
+	"errors"
+	"testing"
+)
+
+// TestSeveralBrokers checks that a pilot.toml does which has the brokers that
+// are wanted, however it writes them down.
+func TestSeveralBrokers(t *testing.T) {
+	settings := map[string]string{"broker": "https://a.example.com,https://b.example.com"}
+	for had, ok := range map[string]bool{
+		`broker = "https://a.example.com,https://b.example.com"`:      true,
+		`broker = ["https://a.example.com", "https://b.example.com"]`: true,
+		string(newPilotConfig(settings, true)):                        true,
+		`broker = ["https://b.example.com", "https://a.example.com"]`: false,
+		`broker = "https://a.example.com"`:                            false,
+		``:                                                            false,
+	} {
+		err := checkPilotConfig([]byte(had), settings, true)
+		if (err == nil) != ok || !ok && !errors.As(err, new(*Conflict)) {
+			t.Errorf("%s: %v", had, err)
+		}
+	}
+}
