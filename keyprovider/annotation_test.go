@@ -150,7 +150,7 @@ func TestParseAnnotationErrors(t *testing.T) {
 		{`{"method":"copilot","kekId":"a b","kekVersion":1,"wrappedKey":"` + key + `"}`, "not allowed"},
 		{`{"method":"copilot","kekId":"a","wrappedKey":"` + key + `"}`, "version 0 is not from 1"},
 		{`{"method":"copilot","kekId":"a","kekVersion":1}`, "wrapped key of 0 bytes"},
-		{`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"` + strings.Repeat("AAAA", 65536/3+1) + `"}`, "not 1 to 92160"},
+		{`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"` + strings.Repeat("AAAA", 92160/3+1) + `"}`, "not 1 to 92160"},
 		{`{"method":"A256GCMKW","kekId":"a","wrappedKey":"` + key + `"}`, "IV of 0 bytes"},
 		{`{"method":"A256GCMKW","kekId":"` + strings.Repeat("a", 2049) + `"}`, "longer than 2048"},
 		{strings.Repeat(" ", maxAnnotation+1), "more than 1048576 bytes"},

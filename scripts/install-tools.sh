@@ -41,6 +41,15 @@ build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
+# A Vault server, from a module of its own, since much comes with it.
+source=$(cd "$(dirname "$0")/../integration/vault" && pwd)
+version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
+if [ "$(cat "$dir/bin/.vault-dev" 2>/dev/null)" != "$version" ]; then
+	echo "building vault-dev (takes some minutes)"
+	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags '-s -w' -o "$dir/bin/vault-dev" .)
+	echo "$version" >"$dir/bin/.vault-dev"
+fi
+
 if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ]; then
 	echo "making a root of Debian 13"
 	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"

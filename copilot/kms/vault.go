@@ -1,0 +1,341 @@
+//go:build !no_vault
+
+package kms
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/ctrlplane/pilot/certfile"
+)
+
+// maxVaultAnswer is how much a Vault may answer, in bytes: what it stores in
+// one secret by default.
+const maxVaultAnswer = 1 << 20
+
+// loginPause is how old a token has to be for another one to be worth a try
+// when Vault does not say why it refuses something.
+const loginPause = 5 * time.Second
+
+// vaultSettings are what the backends of HashiCorp Vault have in common.
+// OpenBao has the same API.
+type vaultSettings struct {
+	// Address is https://HOST:PORT, http://HOST:PORT on this machine, or
+	// unix:///PATH.
+	Address string `toml:"address"`
+	// Namespace of the secrets engine and of the login; empty for the root.
+	Namespace string `toml:"namespace"`
+	// CA is a PEM file of those to trust instead of the system's.
+	CA string `toml:"ca"`
+	// Mount is where the secrets engine is: "secret" or "transit" by default.
+	Mount string `toml:"mount"`
+
+	vaultLogins
+}
+
+// vault is a secrets engine of a Vault server.
+type vault struct {
+	client    *api.Client
+	transport *http.Transport
+	address   string
+	mount     string
+
+	// tokenFile is read for each request: others may replace the token in it.
+	// If it is empty, login makes the body of a request to loginPath.
+	tokenFile string
+	loginPath string
+	login     func() ([]byte, error)
+	busy      chan struct{} // holds one while token is looked at or changed
+	token     vaultToken
+
+	stop    context.CancelFunc
+	stopped chan struct{}
+}
+
+func openVault(s vaultSettings, mount string) (*vault, error) {
+	v := &vault{address: s.Address, mount: strings.TrimSuffix(cmp.Or(s.Mount, mount), "/"), busy: make(chan struct{}, 1)}
+	if err := checkVaultPath(v.mount); err != nil {
+		return nil, fmt.Errorf("mount = %.100q: %w", s.Mount, err)
+	}
+	base, err := v.connect(s)
+	if err != nil {
+		return nil, err
+	}
+	if v.client, err = api.NewClient(&api.Config{
+		Address:          base,
+		DisableRedirects: true, // the HTTP client does them
+		HttpClient: &http.Client{
+			Transport: boundedAnswers{v.transport},
+			// A standby sends clients to the active server.
+			CheckRedirect: func(req *http.Request, via []*http.Request) error {
+				plain := req.URL.Scheme != "https" && (via[0].URL.Scheme == "https" || !loopback(req.URL.Hostname()))
+				if plain || len(via) > 1 {
+					return fmt.Errorf("it redirects to %s://%s", req.URL.Scheme, req.URL.Host)
+				}
+				return nil
+			},
+		},
+	}); err != nil {
+		return nil, fmt.Errorf("address = %q: %w", s.Address, err)
+	}
+	// Nothing of all that comes from the environment.
+	v.client.ClearToken()
+	v.client.SetHeaders(http.Header{api.RequestHeaderName: {"true"}})
+	v.client.SetWrappingLookupFunc(func(string, string) string { return "" })
+	if s.Namespace != "" {
+		v.client.SetNamespace(s.Namespace)
+	}
+	if s.TokenFile != "" {
+		v.keepToken()
+	}
+	return v, nil
+}
+
+// connect makes v's transport and login, and returns the address to send
+// requests to.
+func (v *vault) connect(s vaultSettings) (string, error) {
+	v.transport = &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		MaxIdleConns:           16,
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        time.Minute,
+		ForceAttemptHTTP2:      true,
+		MaxResponseHeaderBytes: 16 << 10,
+		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
+	}
+	if s.CA != "" {
+		var err error
+		if v.transport.TLSClientConfig.RootCAs, err = certfile.Pool(s.CA); err != nil {
+			return "", fmt.Errorf("ca: %w", err)
+		}
+	}
+	if err := v.setLogin(s.vaultLogins); err != nil {
+		return "", err
+	}
+	u, err := url.Parse(s.Address)
+	if err != nil || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return "", errors.New("address is to be https://HOST:PORT, http://HOST:PORT on this machine, or unix:///PATH")
+	}
+	if u.Scheme != "https" && (s.CA != "" || s.Cert != nil) {
+		return "", fmt.Errorf("address = %q: certificates are for https", s.Address)
+	}
+	switch {
+	case u.Scheme == "unix" && u.Host == "" && filepath.IsAbs(u.Path):
+		v.transport.Proxy = nil
+		v.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", u.Path)
+		}
+		return "http://vault", nil
+	case u.Scheme == "http" && loopback(u.Hostname()), u.Scheme == "https" && u.Hostname() != "":
+		return s.Address, nil
+	case u.Scheme == "http":
+		return "", fmt.Errorf("address = %q: keys would cross the network in plain: use https", s.Address)
+	}
+	return "", fmt.Errorf("address = %q is neither https://HOST:PORT nor http://HOST:PORT on this machine nor unix:///PATH", s.Address)
+}
+
+// loopback reports whether host is this machine.
+func loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// checkVaultPath refuses a path that a server may take for another one, or for
+// a list of several.
+func checkVaultPath(path string) error {
+	if len(path) > 512 {
+		return errors.New("a path has 512 bytes at most")
+	}
+	for segment := range strings.SplitSeq(path, "/") {
+		if segment == "" || segment == "." || segment == ".." {
+			return errors.New("a path has no segment that is empty, . or .. itself")
+		}
+	}
+	if strings.ContainsFunc(path, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }) {
+		return errors.New("a path has only characters that can be printed")
+	}
+	return nil
+}
+
+// Close forgets the token. It is not revoked: it ends by itself.
+func (v *vault) Close() error {
+	if v.stop != nil {
+		v.stop()
+		<-v.stopped
+	}
+	v.transport.CloseIdleConnections()
+	return nil
+}
+
+// boundedAnswers cuts off what is too long to be an answer of a Vault.
+type boundedAnswers struct{ *http.Transport }
+
+func (b boundedAnswers) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := b.Transport.RoundTrip(req)
+	if err == nil {
+		resp.Body = http.MaxBytesReader(nil, resp.Body, maxVaultAnswer)
+	}
+	return resp, err
+}
+
+// vaultRequest is a request of Vault's API.
+type vaultRequest struct {
+	path  string // below /v1/, not escaped
+	query url.Values
+	body  []byte // of a write; nil for a read
+}
+
+// capability is what the policy has to grant for the request.
+func (r vaultRequest) capability() string {
+	if r.body == nil {
+		return "read"
+	}
+	return "update"
+}
+
+// vaultRefusal is an answer whose status is no success. Who asked may know
+// better what it means, and changes kind and hint.
+type vaultRefusal struct {
+	what   string // was asked, and of whom
+	status int
+	said   string // by Vault; may be empty
+	kind   error  // of the errors of this package
+	hint   string // what to do; may be empty
+}
+
+func (e *vaultRefusal) Error() string {
+	s := e.what + ": " + e.kind.Error()
+	if e.said != "" {
+		s += ": " + e.said
+	}
+	if e.hint != "" {
+		s += ": " + e.hint
+	}
+	return s
+}
+
+func (e *vaultRefusal) Unwrap() error { return e.kind }
+
+// refused returns the refusal in err if it has that status and says one of
+// those words.
+func refused(err error, status int, words ...string) (*vaultRefusal, bool) {
+	var r *vaultRefusal
+	if !errors.As(err, &r) || r.status != status {
+		return nil, false
+	}
+	for _, w := range words {
+		if strings.Contains(r.said, w) {
+			return r, true
+		}
+	}
+	return r, len(words) == 0
+}
+
+// do sends a request and decodes the answer into out, if that is not nil. It
+// logs in before if it has to. Errors do not quote the answer, but for what
+// Vault says in it of a refusal.
+func (v *vault) do(ctx context.Context, r vaultRequest, out any) error {
+	token, err := v.currentToken(ctx, "")
+	if err != nil {
+		return err
+	}
+	err = v.send(ctx, token.value, r, out)
+	if _, forbidden := refused(err, http.StatusForbidden); !forbidden {
+		return err
+	}
+	// Old Vaults do not say whether it is the token that they refuse. A policy
+	// that denies something is not to cost a login each time.
+	if _, ended := refused(err, http.StatusForbidden, "invalid token", "bad token"); !ended && time.Since(token.since) < loginPause {
+		return err
+	}
+	fresh, loginErr := v.currentToken(ctx, token.value)
+	if loginErr != nil {
+		return loginErr
+	}
+	if fresh.value == token.value {
+		return err
+	}
+	return v.send(ctx, fresh.value, r, out)
+}
+
+// send is do with a token, or none if it is empty.
+func (v *vault) send(ctx context.Context, token string, r vaultRequest, out any) error {
+	client := v.client.WithRequestCallbacks(func(req *api.Request) { req.ClientToken = token }).Logical()
+	var resp *api.Response
+	var err error
+	if r.body == nil {
+		resp, err = client.ReadRawWithDataWithContext(ctx, r.path, r.query)
+	} else {
+		resp, err = client.WriteRawWithContext(ctx, r.path, r.body)
+	}
+	if resp != nil {
+		defer resp.Body.Close()
+	}
+	var body []byte
+	var refusal *api.ResponseError
+	if err == nil {
+		body, err = io.ReadAll(resp.Body)
+		defer clear(body)
+	} else if errors.As(err, &refusal) && refusal.StatusCode == http.StatusNotFound && out != nil {
+		// It may say what there was.
+		body, _ = io.ReadAll(resp.Body)
+		json.Unmarshal(body, out)
+	}
+	what := fmt.Sprintf("the Vault at %s: %s %s", v.address, r.capability(), r.path)
+	var long *http.MaxBytesError
+	switch {
+	case errors.As(err, &long):
+		err = fmt.Errorf("%w: it answers more than %d bytes", ErrUnavailable, maxVaultAnswer)
+	case refusal != nil:
+		return newVaultRefusal(what, r, refusal)
+	case err != nil:
+		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent:
+		err = fmt.Errorf("%w: it answers with status %d", ErrUnavailable, resp.StatusCode)
+	case out != nil && resp.StatusCode == http.StatusOK && json.Unmarshal(body, out) != nil: // whose error may quote the body
+		err = fmt.Errorf("%w: it answers no JSON of Vault's API: is address right?", ErrUnavailable)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+func newVaultRefusal(what string, r vaultRequest, e *api.ResponseError) *vaultRefusal {
+	refusal := &vaultRefusal{what: what, status: e.StatusCode, kind: ErrUnavailable}
+	if !e.RawError {
+		refusal.said = strings.ToValidUTF8(strings.Join(strings.Fields(strings.Join(e.Errors, "; ")), " "), "")
+		refusal.said = refusal.said[:min(len(refusal.said), 300)]
+	}
+	switch e.StatusCode {
+	case http.StatusForbidden:
+		refusal.kind = ErrForbidden
+		refusal.hint = fmt.Sprintf("the policy of the broker's token needs path %q { capabilities = [%q] }", r.path, r.capability())
+	case http.StatusNotFound:
+		refusal.kind = ErrNotFound
+	case http.StatusServiceUnavailable:
+		if strings.Contains(refusal.said, "sealed") {
+			refusal.hint = "unseal it (vault operator unseal)"
+		}
+	case http.StatusTooManyRequests:
+		refusal.hint = "raise its rate limit quota"
+	}
+	if refusal.said == "" && refusal.kind == ErrUnavailable {
+		refusal.said = fmt.Sprintf("status %d", e.StatusCode)
+	}
+	return refusal
+}
