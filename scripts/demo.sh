@@ -220,7 +220,7 @@ before=$(blob encrypted)
 OCICRYPT_KEYPROVIDER_CONFIG=$etc/ocicrypt.conf show ctr-pilot images rewrap --registry --plain-http "$image:encrypted"
 [ "$(blob encrypted)" = "$before" ]
 show copilot keys disable --key-version 1 team-a
-on node-1 ctr images rm "$image:encrypted"
+on node-1 ctr images rm --sync "$image:encrypted"
 on node-1 ctr images pull --plain-http "$image:encrypted" | tail -n 2
 
 step "Revocation: the node loses the KEK, whatever the policy says"

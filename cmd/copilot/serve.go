@@ -9,9 +9,11 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/tracing"
 )
 
 // defaultConfigFile is read if it exists; another has to exist.
@@ -90,6 +92,15 @@ Example:
 		if len(conf.Listen) == 0 {
 			conf.Listen = []string{defaultListen}
 		}
+		stopTracing, err := tracing.Start(c.Context, "copilot")
+		if err != nil {
+			return err
+		}
+		defer func() {
+			if err := stopTracing(context.WithoutCancel(c.Context)); err != nil {
+				logrus.WithError(err).Warn("the last traces were not sent")
+			}
+		}()
 		ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		return copilot.Serve(ctx, conf)
