@@ -139,7 +139,7 @@ func TestBrokerKMS(t *testing.T) {
 		t.Errorf("it took %s", took)
 	}
 	p.stop(t)
-	p = start(t, dir, "copilot", exec.Command("copilot", "serve", "--config", file))
+	start(t, dir, "copilot", exec.Command("copilot", "serve", "--config", file))
 	await(t, "copilot", answers(socket))
 	if status, answer := ask(t, socket, "POST", "/api/v2/keks/hsm-team/wrap", `{"plaintext":"c2VjcmV0"}`); status != 200 {
 		t.Errorf("the HSM, without Vault from the start: %d %s", status, answer)
