@@ -3,6 +3,7 @@ package certfile
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"sync"
 
 	"github.com/sirupsen/logrus"
@@ -15,7 +16,7 @@ import (
 func Server(certFile, keyFile, caFile string, optional bool) (*tls.Config, error) {
 	pair, err := Load(certFile, keyFile)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("certificate: %w", err)
 	}
 	conf := tls.Config{
 		MinVersion: tls.VersionTLS12,
@@ -30,7 +31,7 @@ func Server(certFile, keyFile, caFile string, optional bool) (*tls.Config, error
 	if caFile == "" && optional {
 		conf.ClientAuth = tls.NoClientCert
 	} else if conf.ClientCAs, err = Pool(caFile); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("CA of the clients: %w", err)
 	}
 	var mu sync.Mutex
 	last := conf.ClientCAs

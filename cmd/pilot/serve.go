@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"fmt"
 	"net"
 	"os"
@@ -201,20 +200,11 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	pair, err := certfile.Load(string(c.TLSCert), string(c.TLSKey))
+	conf, err := certfile.Server(string(c.TLSCert), string(c.TLSKey), string(c.TLSClientCA), false)
 	if err != nil {
-		return nil, fmt.Errorf("tls-cert: %w", err)
+		return nil, fmt.Errorf("TLS: %w", err)
 	}
-	clients, err := certfile.Pool(string(c.TLSClientCA))
-	if err != nil {
-		return nil, fmt.Errorf("tls-client-ca: %w", err)
-	}
-	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(&tls.Config{
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Certificate(), nil },
-		ClientCAs:      clients,
-		ClientAuth:     tls.RequireAndVerifyClientCert,
-		MinVersion:     tls.VersionTLS12,
-	}))}, nil
+	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(conf))}, nil
 }
 
 // listen returns the socket that systemd passed, or else listens on a.
