@@ -1,0 +1,65 @@
+package integration
+
+import (
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/ctrlplane/pilot/tracing/tracetest"
+)
+
+// TestTraces follows a layer key from who wants it wrapped, through pilot, to
+// copilot and its audit log.
+func TestTraces(t *testing.T) {
+	dir := tempDir(t)
+	collector := tracetest.Start(t)
+	env := append(os.Environ(), "OTEL_EXPORTER_OTLP_ENDPOINT="+collector.URL, "OTEL_BSP_SCHEDULE_DELAY=20")
+	output(t, command(t, "copilot", "keys", "create", "--dir", dir, "team-a"))
+	broker := exec.Command("copilot", "serve", "--dir", dir, "--listen", "unix://"+dir+"/copilot.sock")
+	broker.Env = env
+	start(t, dir, "copilot", broker)
+	await(t, "copilot", answers(dir+"/copilot.sock"))
+	provider := exec.Command("pilot", "serve", "--config", "/dev/null", "--broker", "unix://"+dir+"/copilot.sock", "--listen", "unix://"+dir+"/keyprovider.sock", "--diff-listen", "off")
+	provider.Env = env
+	start(t, dir, "pilot", provider)
+	await(t, "pilot", answers(dir+"/keyprovider.sock"))
+
+	conn, err := grpc.NewClient("unix://"+dir+"/keyprovider.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	const trace = "0af7651916cd43dd8448eb211c80319c"
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-"+trace+"-b7ad6b7169203331-01")
+	input := []byte(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["dGVhbS1h"]}},"optsdata":"c2VjcmV0"}}`)
+	if _, err := ocicryptpb.NewKeyProviderServiceClient(conn).WrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: input}); err != nil {
+		t.Fatal(err)
+	}
+	byID := make(map[string]tracetest.Span)
+	var last tracetest.Span
+	for _, s := range collector.Spans(t, 3) {
+		if s.TraceID != trace {
+			continue
+		}
+		byID[s.SpanID] = s
+		if s.Service == "copilot" {
+			last = s
+		}
+	}
+	var path []string
+	for s := last; s.SpanID != ""; s = byID[s.Parent] {
+		path = append(path, s.Service)
+	}
+	if got := strings.Join(path, " "); got != "copilot pilot pilot" || last.Attributes["copilot.kek"] != "team-a" {
+		t.Errorf("the trace goes from %q: %+v", got, byID)
+	}
+	if log := read(t, dir+"/audit.log"); !strings.Contains(log, `"trace":"`+trace+`"`) {
+		t.Errorf("the audit log lacks the trace:\n%s", log)
+	}
+}
