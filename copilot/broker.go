@@ -62,7 +62,7 @@ func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
 		return nil, err
 	}
 	if to := conf.AuditTo(); to == auditDatabase {
-		b.audit, err = openAuditDatabase(ctx, conf.Database, key)
+		b.audit, err = audit.OpenPostgres(ctx, conf.Database, key)
 	} else {
 		b.audit, err = audit.OpenFile(to, key)
 	}

@@ -31,9 +31,6 @@ const adminSocket = "admin.sock"
 // stopWithin is how long requests under way may take when a server stops.
 const stopWithin = 10 * time.Second
 
-// openAuditDatabase is nil in a program that was built without PostgreSQL.
-var openAuditDatabase func(ctx context.Context, url string, key audit.Key) (*audit.Log, error)
-
 // Serve answers requests until ctx is done, then finishes those under way. It
 // reads its policy again, and opens its audit log again, on SIGHUP.
 func Serve(ctx context.Context, conf Config) error {
