@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
@@ -38,9 +40,6 @@ type VersionInfo struct {
 
 func (b *broker) describe(ctx context.Context, k kek) (Info, error) {
 	wraps, err := b.keks.store.Wraps(ctx, k.ID)
-	if err != nil {
-		return Info{}, err
-	}
 	i := Info{ID: k.ID, Backend: k.Backend, Disabled: k.Disabled, Revoked: k.Revoked, Versions: []VersionInfo{}}
 	if k.Backend == "" {
 		i.Version = k.Current()
@@ -55,7 +54,7 @@ func (b *broker) describe(ctx context.Context, k kek) (Info, error) {
 			}
 		}
 	}
-	return i, nil
+	return i, err
 }
 
 func (a *api) create(r *http.Request, e *entry) (any, error) {
@@ -92,7 +91,12 @@ func (a *api) changed(ctx context.Context, k kek, err error) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return a.describe(ctx, k)
+	// It is made, even if it can't be said how many keys were wrapped.
+	info, err := a.describe(ctx, k)
+	if err != nil {
+		logrus.WithError(err).WithField("kek", k.ID).Warn("changed, and the number of wraps is not known")
+	}
+	return info, nil
 }
 
 func (a *api) rotate(r *http.Request, e *entry) (any, error) {

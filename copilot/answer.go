@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strconv"
 	"time"
@@ -104,11 +105,15 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 // answer finds out who asks, and does what they want if they are not too many.
 func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
 	var err error
-	if e.Who, err = a.issuers.of(r); err != nil {
-		return nil, fmt.Errorf("%w: %w", errWho, err)
+	e.Who, err = a.issuers.of(r)
+	if err == nil && e.Who == anonymous && !a.anonymous {
+		err = errors.New("show a client certificate or a bearer token")
 	}
-	if e.Who == anonymous && !a.anonymous {
-		return nil, fmt.Errorf("%w: show a client certificate or a bearer token", errWho)
+	if err != nil {
+		if after := a.limits.take(source(e.From), a.policy.Policy()); after > 0 {
+			return nil, &tooMany{after}
+		}
+		return nil, fmt.Errorf("%w: %w", errWho, err)
 	}
 	if !a.owner {
 		if after := a.limits.take(e.Who, a.policy.Policy()); after > 0 {
@@ -118,14 +123,27 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 	return do(r, e)
 }
 
+// source is the caller that stands, for rates, for all at an address who do
+// not say who they are.
+func source(from string) string {
+	host, _, err := net.SplitHostPort(from)
+	if err != nil {
+		host = from
+	}
+	return "from " + host
+}
+
 // suppressed reports whether an entry need not be written, since others of its
-// kind were just now: those of somebody who sends too many requests.
+// kind were just now: those of somebody who sends too many requests, or of
+// nobody known. They would fill the disk.
 func (a *api) suppressed(e *entry, err error) bool {
-	many := new(tooMany)
-	if !errors.As(err, &many) {
+	who, most := e.Who, 1
+	if errors.Is(err, errWho) || who == anonymous && !a.anonymous {
+		who, most = source(e.From), noteUnknown
+	} else if many := new(tooMany); !errors.As(err, &many) {
 		return false
 	}
-	before, suppressed := a.limits.note(e.Who)
+	before, suppressed := a.limits.note(who, most)
 	if before > 0 {
 		e.Reason += fmt.Sprintf(" (and %d more since the last such line)", before)
 	}
@@ -142,6 +160,8 @@ func statusOf(err error) (int, string) {
 		return http.StatusForbidden, audit.Denied
 	case errors.As(err, &many):
 		return http.StatusTooManyRequests, audit.Denied
+	case errors.Is(err, errIssuer):
+		return http.StatusServiceUnavailable, audit.Failed
 	case errors.Is(err, errWho):
 		return http.StatusUnauthorized, audit.Denied
 	case errors.Is(err, errHost):
@@ -206,7 +226,7 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 	switch {
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker could not do it"
-		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden} {
+		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, errIssuer} {
 			if errors.Is(err, known) {
 				detail = known.Error()
 			}
@@ -214,6 +234,10 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		detail += ": see its log for request " + e.Request
 	case errors.Is(err, errNotExported):
 		kind = typeNotExported
+	case errors.Is(err, kms.ErrUnwrap):
+		detail = kms.ErrUnwrap.Error()
+	case errors.Is(err, kms.ErrNotFound):
+		detail = kms.ErrNotFound.Error() + ": see the broker's audit log for request " + e.Request
 	}
 	if many := new(tooMany); errors.As(err, &many) {
 		w.Header().Set("Retry-After", strconv.Itoa(int(many.after/time.Second)+1))

@@ -125,6 +125,7 @@ func (a *api) allowed(ctx context.Context, e *entry, actions ...policy.Action) (
 	if !a.owner && slices.Contains(k.Revoked, e.Who) {
 		return kek{}, &refusal{who: e.Who, kek: e.KEK, reason: "the KEK was revoked for " + e.Who}
 	}
+	k.who = e.Who
 	return k, nil
 }
 
@@ -187,7 +188,16 @@ func (a *api) info(r *http.Request, e *entry) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return a.describe(r.Context(), k)
+	return a.describeTo(r.Context(), e.Who, k)
+}
+
+// describeTo is describe, without what only those are to know who may admin.
+func (a *api) describeTo(ctx context.Context, who string, k kek) (Info, error) {
+	info, err := a.describe(ctx, k)
+	if !a.owner && !a.decide(who, k.ID, policy.Admin).Allowed {
+		info.Revoked = nil
+	}
+	return info, err
 }
 
 func (a *api) list(r *http.Request, e *entry) (any, error) {
@@ -197,10 +207,10 @@ func (a *api) list(r *http.Request, e *entry) (any, error) {
 	}
 	list := []Info{}
 	for _, k := range all {
-		if !a.owner && !a.policy.Policy().May(e.Who, k.ID, time.Now()) {
+		if !a.owner && (!a.policy.Policy().May(e.Who, k.ID, time.Now()) || slices.Contains(k.Revoked, e.Who)) {
 			continue
 		}
-		info, err := a.describe(r.Context(), k)
+		info, err := a.describeTo(r.Context(), e.Who, k)
 		if err != nil {
 			return nil, err
 		}
@@ -215,16 +225,24 @@ func (a *api) export(r *http.Request, e *entry) (any, error) {
 		return nil, err
 	}
 	wraps, err := number(r, "wraps", exportWraps)
+	if err == nil && wraps > exportWraps {
+		// Whoever may not rotate shall not use a version up.
+		err = fmt.Errorf("%w: wraps is %d, and at most %d: ask again after those", keystore.ErrInput, wraps, exportWraps)
+	}
 	if err != nil {
 		return nil, err
 	}
 	k, err := a.allowed(r.Context(), e, policy.Export)
 	if refused := new(refusal); errors.As(err, &refused) {
 		// It may be somebody who may have copilot wrap or unwrap.
-		if _, mayUse := a.allowed(r.Context(), e, policy.Wrap, policy.Unwrap); mayUse == nil {
+		switch _, mayUse := a.allowed(r.Context(), e, policy.Wrap, policy.Unwrap); {
+		case mayUse == nil:
 			return nil, errNotExported
+		case errors.As(mayUse, &refused), errors.Is(mayUse, keystore.ErrNotFound):
+			return nil, err
+		default:
+			return nil, mayUse
 		}
-		return nil, err
 	}
 	if err != nil {
 		return nil, err

@@ -123,8 +123,8 @@ func (c *Config) check() error {
 	if c.WrapLimit == 0 {
 		c.WrapLimit = MaxWraps
 	}
-	if c.WrapLimit < 0 || c.WrapLimit > MaxWraps {
-		return fmt.Errorf("wrap-limit %d is not from 1 to %d", c.WrapLimit, int64(MaxWraps))
+	if c.WrapLimit < 2*exportWraps || c.WrapLimit > MaxWraps {
+		return fmt.Errorf("wrap-limit %d is not from %d to %d", c.WrapLimit, 2*exportWraps, int64(MaxWraps))
 	}
 	if c.AuditLog == auditDatabase && c.Database == "" {
 		return errors.New("audit-log is in the database, and database is not set")

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -63,6 +64,10 @@ func (all *issuers) of(r *http.Request) (string, error) {
 // common name.
 func certificateIdentity(r *http.Request) (string, error) {
 	cert := r.TLS.PeerCertificates[0]
+	// The connection may be older than that.
+	if now := time.Now(); now.After(cert.NotAfter) {
+		return anonymous, fmt.Errorf("the certificate has expired on %s", cert.NotAfter.Format(time.RFC3339))
+	}
 	spiffe := ""
 	for _, u := range cert.URIs {
 		if u.Scheme != "spiffe" {

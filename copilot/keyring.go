@@ -34,6 +34,9 @@ type keyring struct {
 
 	mu     sync.Mutex
 	warned map[string]bool // versions that come near the limit
+
+	rotating sync.Mutex
+	full     map[string]int // by id, the last version that was rotated because it was full
 }
 
 // kmsWithin bounds a call of a KMS.
@@ -105,6 +108,7 @@ type kek struct {
 	keystore.KEK
 	backend kms.Backend
 	path    string
+	who     string // uses it
 }
 
 // find returns a KEK that is known. Errors wrap [keystore.ErrNotFound].
@@ -133,8 +137,11 @@ func (r *keyring) find(ctx context.Context, id string) (kek, error) {
 // list returns all KEKs, in the order of their names.
 func (r *keyring) list(ctx context.Context) ([]kek, error) {
 	stored, err := r.store.List(ctx)
-	if err != nil {
+	if errors.Is(err, keystore.ErrUnavailable) {
 		return nil, err
+	}
+	if err != nil {
+		logrus.WithError(err).Error("KEKs are missing in the list")
 	}
 	all := make(map[string]kek)
 	for _, k := range stored {
@@ -142,8 +149,12 @@ func (r *keyring) list(ctx context.Context) ([]kek, error) {
 	}
 	for id := range r.conf {
 		k, err := r.find(ctx, id)
-		if err != nil {
+		if errors.Is(err, keystore.ErrUnavailable) {
 			return nil, err
+		}
+		if err != nil {
+			logrus.WithError(err).Error("KEK is missing in the list")
+			continue
 		}
 		all[id] = k
 	}
@@ -226,9 +237,11 @@ func (r *keyring) current(ctx context.Context, k kek, n int64) ([]byte, int, err
 		if err != nil {
 			return nil, 0, err
 		}
+		who := k.who
 		if k, err = r.find(ctx, k.ID); err != nil {
 			return nil, 0, err
 		}
+		k.who = who
 	}
 	return nil, 0, fmt.Errorf("%w: others rotate the KEK at the same time", keystore.ErrUnavailable)
 }
@@ -261,13 +274,23 @@ func (r *keyring) firstWarning(id string, version int) bool {
 
 // rotateFull rotates a KEK whose current version has wrapped enough.
 func (r *keyring) rotateFull(ctx context.Context, k kek, version int) error {
+	// Others have seen that it is full, too.
+	r.rotating.Lock()
+	defer r.rotating.Unlock()
+	if r.full[k.ID] >= version {
+		return nil
+	}
 	e := audit.Entry{Action: "rotate", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed,
-		Reason: fmt.Sprintf("version %d has wrapped as many keys as it may, %d", version, r.limit)}
+		Reason: fmt.Sprintf("version %d has wrapped as many keys as it may, %d, the last for %s", version, r.limit, k.who)}
 	_, err := r.rotate(ctx, k, version, &entry{Entry: e})
 	if errors.Is(err, keystore.ErrState) {
 		return nil // another replica was first
 	}
 	if err == nil {
+		if r.full == nil {
+			r.full = make(map[string]int)
+		}
+		r.full[k.ID] = version
 		logrus.WithFields(logrus.Fields{"kek": k.ID, "version": version}).Warn("KEK rotated: it has wrapped as many keys as it may")
 	}
 	return err

@@ -14,9 +14,11 @@ const (
 	// maxCallers is how many identities are told apart; those that were not
 	// heard of for longest are forgotten, and begin anew.
 	maxCallers = 16384
-	// noteEvery is how often somebody who sends too many requests is written
-	// down.
+	// noteEvery is the time in which only so many lines are written about one
+	// who is refused.
 	noteEvery = time.Second
+	// noteUnknown is how many those are of nobody known at one address.
+	noteUnknown = 20
 )
 
 // limits bounds how often each identity may ask. It is safe for concurrent use.
@@ -30,8 +32,9 @@ type caller struct {
 	who    string
 	bucket *rate.Limiter
 	policy *policy.Policy // that bucket was made by
-	noted  time.Time
-	more   int // requests that were refused since and not written down
+	noted  time.Time      // the first of the last second
+	lines  int            // that were written down in it
+	more   int            // requests that were refused since and not written down
 }
 
 // take takes one request of who's, and returns 0, or how long to wait.
@@ -54,17 +57,21 @@ func (l *limits) take(who string, p *policy.Policy) time.Duration {
 	return 0
 }
 
-// note reports whether who was written down just now, and if not, how many
-// requests were not written down since the last time.
-func (l *limits) note(who string) (before int, suppressed bool) {
+// note reports whether who was written down so many times in the last second, or
+// else how many requests were not written down before.
+func (l *limits) note(who string, most int) (before int, suppressed bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c := l.caller(who)
-	if time.Since(c.noted) < noteEvery {
+	if time.Since(c.noted) >= noteEvery {
+		c.noted, c.lines = time.Now(), 0
+	}
+	if c.lines >= most {
 		c.more++
 		return 0, true
 	}
-	before, c.more, c.noted = c.more, 0, time.Now()
+	c.lines++
+	before, c.more = c.more, 0
 	return before, false
 }
 

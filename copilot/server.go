@@ -54,7 +54,7 @@ func Serve(ctx context.Context, conf Config) error {
 	defer b.close()
 	b.policyRead()
 
-	s := &server{broker: b, errorLog: log.New(serverLog{b.audit}, "", 0)}
+	s := &server{broker: b, errorLog: log.New(serverLog{b}, "", 0)}
 	defer s.closeListeners()
 	if err := s.listen(conf, tlsConfig); err != nil {
 		return err
@@ -184,13 +184,23 @@ func (s *server) serve(ctx context.Context, g *errgroup.Group, l listener) {
 
 // serverLog takes the lines that [http.Server] logs: to the log and, those on
 // connections that were refused for their certificate, to the audit log.
-type serverLog struct{ audit *audit.Log }
+type serverLog struct{ *broker }
 
 func (l serverLog) Write(b []byte) (int, error) {
 	line := strings.TrimSpace(string(b))
-	logrus.Warn(line)
 	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
 	from, reason, _ := strings.Cut(refused, ": ")
+	before, suppressed := 0, false
+	if ok {
+		before, suppressed = l.limits.note(source(from), noteUnknown)
+	}
+	if suppressed {
+		return len(b), nil
+	}
+	if before > 0 {
+		reason += fmt.Sprintf(" (and %d more since the last such line)", before)
+	}
+	logrus.Warn(line)
 	if ok && reason != "EOF" { // a probe that said nothing
 		e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
 		if strings.Contains(reason, "certificate") {

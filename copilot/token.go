@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/certfile"
 )
@@ -21,6 +22,8 @@ import (
 const (
 	// maxToken bounds a bearer token, in bytes.
 	maxToken = 16 << 10
+	// failedFor is how long an issuer is not asked again that gave no answer.
+	failedFor = 5 * time.Second
 	// issuerWithin bounds the wait for an issuer's keys.
 	issuerWithin = 5 * time.Second
 )
@@ -37,8 +40,12 @@ type issuer struct {
 	conf   Issuer
 	client *http.Client
 
+	flight singleflight.Group
+
 	mu       sync.Mutex
 	verifier *oidc.IDTokenVerifier
+	failure  error // when it was asked last
+	failed   time.Time
 }
 
 func newIssuers(conf map[string]Issuer) (*issuers, error) {
@@ -100,6 +107,9 @@ func (all *issuers) identity(ctx context.Context, token string) (string, error) 
 		return "", fmt.Errorf("issuer %s: %w: %w", i.name, errIssuer, err)
 	}
 	verified, err := verifier.Verify(oidc.ClientContext(ctx, i.client), token)
+	if err != nil && strings.Contains(err.Error(), "fetching keys") {
+		return "", fmt.Errorf("issuer %s: %w: %w", i.name, errIssuer, err)
+	}
 	if err != nil {
 		return "", fmt.Errorf("token of issuer %s: %s", i.name, withoutPrefix(err))
 	}
@@ -109,7 +119,7 @@ func (all *issuers) identity(ctx context.Context, token string) (string, error) 
 	return i.name + ":" + verified.Subject, nil
 }
 
-var errIssuer = errors.New("its keys can't be had")
+var errIssuer = errors.New("the keys of the token's issuer can't be had")
 
 func withoutPrefix(err error) string { return strings.TrimPrefix(err.Error(), "oidc: ") }
 
@@ -129,23 +139,44 @@ func issuerOf(token string) (string, error) {
 	return claims.Issuer, nil
 }
 
+// get returns what verifies the issuer's tokens. However many ask at once, the
+// issuer is asked once, and each stops waiting when its own ctx is done.
 func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.verifier != nil {
-		return i.verifier, nil
+	verifier, failure, failed := i.verifier, i.failure, i.failed
+	i.mu.Unlock()
+	if verifier != nil {
+		return verifier, nil
 	}
-	conf := &oidc.Config{ClientID: i.conf.Audience}
+	if failure != nil && time.Since(failed) < failedFor {
+		return nil, failure
+	}
 	// The keys are fetched later, too, so not in the request's context.
-	ctx = oidc.ClientContext(context.WithoutCancel(ctx), i.client)
+	shared := oidc.ClientContext(context.WithoutCancel(ctx), i.client)
+	found := i.flight.DoChan("", func() (any, error) {
+		verifier, err := i.discover(shared)
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		i.verifier, i.failure, i.failed = verifier, err, time.Now()
+		return verifier, err
+	})
+	select {
+	case r := <-found:
+		return r.Val.(*oidc.IDTokenVerifier), r.Err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
+	conf := &oidc.Config{ClientID: i.conf.Audience}
 	if i.conf.KeysURL != "" {
-		i.verifier = oidc.NewVerifier(i.conf.URL, oidc.NewRemoteKeySet(ctx, i.conf.KeysURL), conf)
-		return i.verifier, nil
+		conf.SupportedSigningAlgs = []string{oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA}
+		return oidc.NewVerifier(i.conf.URL, oidc.NewRemoteKeySet(ctx, i.conf.KeysURL), conf), nil
 	}
 	provider, err := oidc.NewProvider(ctx, i.conf.URL)
 	if err != nil {
 		return nil, err
 	}
-	i.verifier = provider.VerifierContext(ctx, conf)
-	return i.verifier, nil
+	return provider.VerifierContext(ctx, conf), nil
 }

@@ -61,7 +61,7 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 		if err != nil {
 			return nil, err
 		}
-		if actions[k] = a; a != drop {
+		if actions[k] = a; a != drop && k.err == nil {
 			left++
 		}
 	}
@@ -183,8 +183,10 @@ func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
 	return add
 }
 
-// learnKey unwraps the layer key, if anything changes, from each that is wrapped
-// anew for its own KEK.
+// learnKey unwraps the layer key, if anything changes, from each recipient that is
+// wrapped anew for its own KEK, and from each that is moved or dropped, or stays,
+// if the caller can. All have to hold the same key: whoever can write to the registry
+// could have put that of another image first, and the right one would be lost.
 func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions map[*wrapped]action, needed bool) error {
 	for _, k := range inOrder {
 		needed = needed || actions[k] != keep
@@ -199,11 +201,33 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 			return err
 		}
 	}
-	if !needed || l.key != nil {
+	if !needed {
+		return nil
+	}
+	var first error
+	for _, k := range inOrder {
+		if k.json == nil || actions[k] == renew {
+			continue
+		}
+		key, err := l.unwrap(ctx, k, l.Keys)
+		if err != nil && ctx.Err() != nil {
+			return err
+		}
+		if err == nil {
+			if err := l.accept(k, key); err != nil {
+				return err
+			}
+		} else if first == nil {
+			first = err
+		}
+	}
+	if l.key != nil {
 		return nil
 	}
 	var err error
-	l.key, err = processor.Unwrap(ctx, l.Keys, l.desc)
+	if l.key, err = processor.Unwrap(ctx, l.Keys, l.desc); err != nil && first != nil {
+		return first
+	}
 	return err
 }
 

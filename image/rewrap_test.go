@@ -337,3 +337,43 @@ func TestRewrapSelected(t *testing.T) {
 		t.Errorf("a platform that it does not have: %v", err)
 	}
 }
+
+// TestRewrapForeignKey has somebody who can write to the registry put the wrapped
+// key of another image in front of the right one. Whatever is done, the right one
+// is not lost for it.
+func TestRewrapForeignKey(t *testing.T) {
+	newKEKs(t, "team-a", "team-b", "team-c")
+	s := newStore(t)
+	good, other := s.encrypted(kek("pilot", "team-a")), s.encrypted(kek("pilot", "team-c"))
+	layers, err := Layers(s.ctx, s, other, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const pilot = keysPrefix + "provider.pilot"
+	target := s.edited(good, func(m *ocispec.Manifest) {
+		for i := range m.Layers {
+			m.Layers[i].Annotations[pilot] = layers[i].Descriptor.Annotations[pilot] + "," + m.Layers[i].Annotations[pilot]
+		}
+	})
+	remove := []Recipient{{Scheme: "provider.pilot", KEK: "team-a"}}
+	for name, how := range map[string]Rewrapping{
+		"anew":           {},
+		"move":           {From: "team-a", To: "team-b"},
+		"add":            {Add: kek("pilot", "team-b")},
+		"add and remove": {Add: kek("pilot", "team-b"), Remove: remove},
+		"remove":         {Remove: remove},
+	} {
+		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "holds another key than the other recipients") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Nor is what is left only damaged.
+	damaged := s.edited(good, func(m *ocispec.Manifest) {
+		for i := range m.Layers {
+			m.Layers[i].Annotations[pilot] += ",bm9uc2Vuc2U="
+		}
+	})
+	if _, err := Rewrap(s.ctx, s, damaged, Rewrapping{Remove: remove}, Options{}); err == nil || !strings.Contains(err.Error(), "no recipient would be left") {
+		t.Errorf("the last good one is removed: %v", err)
+	}
+}

@@ -87,8 +87,8 @@ func (c *cache) get(ctx context.Context, id string, version int) (copilot.KEK, e
 }
 
 // latest returns a KEK in the version that the broker says is current, whose key
-// the caller clears. What is remembered as current may have been rotated, and
-// serves only if the broker gives no usable answer.
+// the caller clears. What is remembered as current may have been rotated, so
+// without the broker nothing is wrapped.
 func (c *cache) latest(ctx context.Context, id string) (copilot.KEK, error) {
 	return c.obtain(ctx, cacheKey{id, 0}, true)
 }
@@ -107,7 +107,12 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 		// The fetch serves every caller, so it must not stop with the first.
 		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
 		if err != nil {
-			return c.miss(key, err)
+			kek, missed := c.miss(key, err)
+			if fresh {
+				clear(kek.Key)
+				return copilot.KEK{}, err
+			}
+			return kek, missed
 		}
 		c.store(key, kek)
 		return kek, nil
@@ -127,8 +132,8 @@ func copyOf(kek copilot.KEK) copilot.KEK {
 	return kek
 }
 
-// lookup returns a copy of what is known of a KEK, or how fetching it failed
-// just now. If it has to be fresh, what is known counts only in an outage.
+// lookup returns a copy of what is known of a KEK, unless it has to be fresh, or
+// how fetching it failed just now.
 func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, _ error, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -137,8 +142,8 @@ func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, _ error, ok boo
 		return copilot.KEK{}, f.err, true
 	}
 	f := c.failed[key]
-	if el := c.find(key, now); el != nil {
-		if !fresh && !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
+	if el := c.find(key, now); el != nil && !fresh {
+		if !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
 			return c.use(el, now), nil, true
 		}
 	}
@@ -268,7 +273,7 @@ func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
 		if el == nil {
 			break
 		}
-		if e := el.Value.(*cacheEntry); !e.told {
+		if e := el.Value.(*cacheEntry); !e.told && c.stale(el, key, now) {
 			e.told = true
 			logrus.WithError(err).WithFields(logrus.Fields{"kek": key.id, "version": e.kek.Version, "age": now.Sub(e.fetched)}).
 				Warn("KEK used past its kek-cache-ttl")

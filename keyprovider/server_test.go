@@ -118,7 +118,7 @@ func TestCodesOfBadBroker(t *testing.T) {
 		want  string
 	}{
 		{"refuses", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }, codes.PermissionDenied, "403"},
-		{"wants a login", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }, codes.PermissionDenied, "401"},
+		{"wants a login", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }, codes.Unavailable, "401"},
 		{"knows no KEK", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, codes.NotFound, "404"},
 		{"fails", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, codes.Unavailable, "500"},
 		{"is overloaded", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, codes.Unavailable, "broker gives no usable answer"},

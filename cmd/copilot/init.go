@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -59,6 +62,9 @@ func initialize(c *cli.Context) error {
 	if domain == "" {
 		return errors.New("init: --host is an address only: say --trust-domain, as in example.com")
 	}
+	if err := checkHosts(hosts); err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
 	dir, err := filepath.Abs(c.String("config-dir"))
 	if err != nil {
 		return err
@@ -105,6 +111,18 @@ Keep %[5]s away from this machine where you can: it makes nodes.
 `, in("copilot.toml"), dir, in(pki.CertFile), in("policy.toml"), in(pki.KeyFile))
 	return nil
 }
+
+// checkHosts refuses what can't be in a certificate.
+func checkHosts(hosts []string) error {
+	for _, h := range hosts {
+		if net.ParseIP(h) == nil && !validHost.MatchString(h) {
+			return fmt.Errorf("--host %q is neither an address nor a name in ASCII", h)
+		}
+	}
+	return nil
+}
+
+var validHost = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$`)
 
 const configText = `# copilot's configuration. See docs/copilot.md.
 dir = %q
@@ -153,17 +171,19 @@ func writeNew(name, text string) error {
 
 var enrollCommand = &cli.Command{
 	Name:      "enroll",
-	Usage:     "issue a certificate for a node, or for another client",
+	Usage:     "issue a certificate for a node, for another client, or for the server",
 	ArgsUsage: "NAME",
 	Description: `Writes NAME.pem and NAME-key.pem into --out. The certificate tells the identity
 spiffe://TRUST-DOMAIN/node/NAME; with --role, another word than node stands
-there. With --csr, the key stays where the request was made, and only NAME.pem
-is written.
+there, or none if it is empty, as for the admin. With --csr, the key stays where
+the request was made, and only NAME.pem is written. With --host, the certificate
+is a server's. Nothing is overwritten: move files in place of old ones yourself.
 
 Example:
    copilot enroll --out /root/worker-7 worker-7`,
 	Flags: []cli.Flag{
 		configDirFlag(),
+		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server, which the certificate is for; may be repeated"},
 		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
 		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
 		&cli.DurationFlag{Name: "for", Usage: "how long the certificate holds", Value: clientFor},
@@ -184,16 +204,32 @@ func enroll(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("enroll: %w", err)
 	}
-	client := pki.Client{Path: c.String("role") + "/" + name, Hold: c.Duration("for")}
+	out := c.String("out")
+	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
+	for _, file := range []string{cert, key} {
+		if _, err := os.Lstat(file); err == nil {
+			return fmt.Errorf("enroll: %s is there already, and is not overwritten", file)
+		}
+	}
+	if err := os.MkdirAll(out, 0o755); err != nil {
+		return err
+	}
+	if hosts := c.StringSlice("host"); len(hosts) > 0 {
+		err := checkHosts(hosts)
+		if err == nil {
+			err = ca.IssueServer(hosts, c.Duration("for"), cert, key)
+		}
+		if err != nil {
+			return fmt.Errorf("enroll: %w", err)
+		}
+		fmt.Printf("%s: %s and %s\n", strings.Join(hosts, ", "), cert, key)
+		return nil
+	}
+	client := pki.Client{Path: path.Join(c.String("role"), name), Hold: c.Duration("for")}
 	id, err := ca.ID(client.Path)
 	if err != nil {
 		return fmt.Errorf("enroll: %w", err)
 	}
-	out := c.String("out")
-	if err := os.MkdirAll(out, 0o755); err != nil {
-		return err
-	}
-	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
 	if file := c.String("csr"); file != "" {
 		request, err := readFile(file)
 		if err == nil {

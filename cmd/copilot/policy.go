@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
@@ -89,6 +90,11 @@ func refusedByKEK(c *cli.Context, id, identity string) string {
 		return "the KEK was revoked for " + identity
 	case info.Disabled:
 		return "the KEK is disabled"
+	}
+	for _, v := range info.Versions {
+		if v.Version == info.Version && v.State != keystore.Enabled {
+			return fmt.Sprintf("its current version, %d, is %s", v.Version, v.State)
+		}
 	}
 	return ""
 }

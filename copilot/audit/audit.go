@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // Verdicts of an entry.
@@ -275,8 +276,17 @@ func (l *Log) Close() error {
 }
 
 // Reopen makes a log in a file go on in a new file of that name, as after the
-// old one was moved away. It does nothing to others.
+// old one was moved away. A first line there binds it to the old one. It does
+// nothing to others.
 func (l *Log) Reopen() error {
+	changed, err := l.reopen()
+	if err == nil && changed {
+		err = l.Write(Entry{Action: "continue", Who: "copilot", From: "copilot", Verdict: Allowed, Reason: "the log goes on in a new file"})
+	}
+	return err
+}
+
+func (l *Log) reopen() (changed bool, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for l.writing {
@@ -284,12 +294,22 @@ func (l *Log) Reopen() error {
 	}
 	f, ok := l.sink.(*file)
 	if !ok || l.closed {
-		return nil
+		return false, nil
 	}
-	return f.reopen()
+	before := f.f
+	err = f.reopen()
+	return f.f != before, err
 }
 
+// bounded returns s in a length and with characters that a line can have: no
+// database takes a zero byte in JSON.
 func bounded(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 	if len(s) > maxText {
 		return strings.ToValidUTF8(s[:maxText], "") + "…"
 	}

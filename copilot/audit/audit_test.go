@@ -184,7 +184,7 @@ func TestReopen(t *testing.T) {
 		}
 	}
 	old, now := linesOf(t, name+".1"), linesOf(t, name)
-	if r := verify(t, join(old, now)); len(r.Problems) != 0 || r.Lines != 3 || len(old) != 2 {
+	if r := verify(t, join(old, now)); len(r.Problems) != 0 || r.Lines != 4 || len(old) != 2 {
 		t.Errorf("%+v", r)
 	}
 	if r := verify(t, join(now)); len(r.Problems) != 1 {

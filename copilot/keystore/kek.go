@@ -3,6 +3,7 @@ package keystore
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -143,6 +144,9 @@ func (s *Store) Create(ctx context.Context, id string, key []byte, c Change) (KE
 		if k.allDestroyed(s.now()) {
 			return fmt.Errorf("%w, and it was destroyed: take another name, since images may still tell of this one", ErrExists)
 		}
+		if k.Backend != "" {
+			return fmt.Errorf("%w, and it lived in %s: take another name, since images may still tell of this one", ErrExists, k.Backend)
+		}
 		if len(k.Versions) > 0 {
 			return ErrExists
 		}
@@ -210,8 +214,9 @@ func (s *Store) Disable(ctx context.Context, id string, version int, c Change) (
 	})
 }
 
-// Enable undoes Disable, and Destroy before its time has come. With version 0
-// it does so to all versions.
+// Enable undoes Disable, and Destroy before its time has come, of a version or,
+// if version is 0, of the whole KEK: then versions that were disabled or are to
+// be destroyed by themselves stay so.
 func (s *Store) Enable(ctx context.Context, id string, version int, c Change) (KEK, error) {
 	return s.update(ctx, id, c, func(k *KEK) error {
 		if version != 0 {
@@ -227,8 +232,11 @@ func (s *Store) Enable(ctx context.Context, id string, version int, c Change) (K
 			return ErrNotFound
 		}
 		k.Disabled = false
+		if slices.ContainsFunc(k.Versions, func(v Version) bool { s := v.In(s.now()); return s == Enabled || s == Disabled }) {
+			return nil // it was not the whole KEK that was to be destroyed
+		}
 		for i := range k.Versions {
-			if v := &k.Versions[i]; v.In(s.now()) != Destroyed {
+			if v := &k.Versions[i]; v.In(s.now()) == Destroying {
 				v.State, v.DestroyAt = "", time.Time{}
 			}
 		}
@@ -275,12 +283,10 @@ func (s *Store) forget(v *Version) bool {
 }
 
 // Sweep removes the keys of versions whose time has come. log is told of each
-// KEK that changes.
+// KEK that changes. A record that is damaged is an error, and no reason not to
+// go on.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
-	list, err := s.List(ctx)
-	if err != nil {
-		return err
-	}
+	list, damaged := s.List(ctx)
 	for _, k := range list {
 		due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
 		if !slices.ContainsFunc(k.Versions, due) {
@@ -297,10 +303,10 @@ func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
 			return nil
 		})
 		if err != nil && err != errNothing {
-			return err
+			return errors.Join(err, damaged)
 		}
 	}
-	return nil
+	return damaged
 }
 
 var errNothing = fmt.Errorf("%w: there is nothing to do", ErrState)

@@ -168,15 +168,24 @@ func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
 	return s.decode(id, b)
 }
 
-// List returns all KEKs, in the order of their names.
+// List returns all KEKs, in the order of their names. Those that are damaged
+// are missing, and errors besides.
 func (s *Store) List(ctx context.Context) ([]KEK, error) {
 	var list []KEK
+	var damaged []error
 	err := s.db.list(ctx, func(id string, b []byte) error {
 		k, err := s.decode(id, b)
+		if err != nil {
+			damaged = append(damaged, err)
+			return nil
+		}
 		list = append(list, k)
-		return err
+		return nil
 	})
-	return list, err
+	if err != nil {
+		return nil, err
+	}
+	return list, errors.Join(damaged...)
 }
 
 // stored is how a KEK is written: as JSON, and what authenticates it.
@@ -252,33 +261,45 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 // counts has how many wraps of each version are set aside for this process.
 type counts struct {
 	mu    sync.Mutex
-	ahead map[string]ahead
+	ahead map[string]*ahead
 }
 
 // ahead is a number of wraps that are in the database's sum already.
-type ahead struct{ left, sum int64 }
+type ahead struct {
+	mu        sync.Mutex
+	left, sum int64
+}
+
+func (c *counts) of(key string) *ahead {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ahead == nil {
+		c.ahead = make(map[string]*ahead)
+	}
+	a, ok := c.ahead[key]
+	if !ok {
+		a = new(ahead)
+		c.ahead[key] = a
+	}
+	return a
+}
 
 // Count adds n to the number of keys wrapped with a version and returns that
 // number, which may be too high by a small part of the limit: the database is
 // told of many wraps at a time, before they are made.
 func (s *Store) Count(ctx context.Context, id string, version int, n, limit int64) (int64, error) {
-	key := fmt.Sprintf("%s\x00%d", id, version)
-	s.counts.mu.Lock()
-	defer s.counts.mu.Unlock()
-	a := s.counts.ahead[key]
+	a := s.counts.of(fmt.Sprintf("%s\x00%d", id, version))
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if a.left < n {
 		more := max(n, limit>>16)
 		sum, err := s.db.addWraps(ctx, id, version, more)
 		if err != nil {
 			return 0, err
 		}
-		a = ahead{a.left + more, sum}
+		a.left, a.sum = a.left+more, sum
 	}
 	a.left -= n
-	if s.counts.ahead == nil {
-		s.counts.ahead = make(map[string]ahead)
-	}
-	s.counts.ahead[key] = a
 	return a.sum - a.left, nil
 }
 

@@ -225,6 +225,8 @@ func TestLife(t *testing.T) {
 	did(s.Disable(ctx, "a", 0, Change{}))
 	usable()
 	did(s.Enable(ctx, "a", 0, Change{}))
+	usable(0, 1, 3) // version 2 was disabled by itself
+	did(s.Enable(ctx, "a", 2, Change{}))
 	usable(0, 1, 2, 3)
 	did(s.Disable(ctx, "a", 3, Change{}))
 	usable(1, 2) // the current one is disabled, so nothing can be wrapped

@@ -28,7 +28,8 @@ func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) 
 	if c.token != nil {
 		var err error
 		if r.authorization, err = c.token.authorization(); err != nil {
-			return err
+			// It may be in the middle of being replaced.
+			return fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
 	}
 	caller := ctx

@@ -137,7 +137,9 @@ func statusError(resp *http.Response, body []byte) error {
 	switch resp.StatusCode {
 	case http.StatusNotFound:
 		return fmt.Errorf("%w (%s): check the name, or create it with \"copilot keys create\"", ErrNotFound, said)
-	case http.StatusUnauthorized, http.StatusForbidden:
+	case http.StatusUnauthorized: // it says nothing of a KEK
+		return fmt.Errorf("%w: it does not know who asks (%s)", ErrUnavailable, said)
+	case http.StatusForbidden:
 		return fmt.Errorf("%w (%s)", ErrForbidden, said)
 	case http.StatusBadRequest, http.StatusConflict, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
 		return fmt.Errorf("%w (%s)", ErrRejected, said)

@@ -117,7 +117,7 @@ func TestNextBroker(t *testing.T) {
 
 // TestFinalAnswer checks that a broker which says no is believed.
 func TestFinalAnswer(t *testing.T) {
-	for code, is := range map[int]error{400: ErrRejected, 401: ErrForbidden, 403: ErrForbidden, 404: ErrNotFound, 409: ErrRejected} {
+	for code, is := range map[int]error{400: ErrRejected, 403: ErrForbidden, 404: ErrNotFound, 409: ErrRejected} {
 		first, second := startAsked(t, status(code)), startAsked(t, good)
 		c := newClient(t, time.Second, first.url, second.url)
 		for range 2 {

@@ -74,7 +74,8 @@ func permanent(err error) error {
 	if errors.As(err, &alert) && alert.Op == "remote error" {
 		// crypto/tls keeps the type of a peer's alert to itself.
 		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
-			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrForbidden)
+			// Anybody on the way there can send this, so it is no "no".
+			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
 		}
 	}
 	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||

@@ -119,9 +119,9 @@ func TestTLS(t *testing.T) {
 		want, reason string
 	}{
 		{"right", Config{CAFile: ca.File, CertFile: right.Cert, KeyFile: right.Key}, nil, "", ""},
-		{"no certificate", Config{CAFile: ca.File}, ErrForbidden, "does not accept broker-cert", "didn't provide a certificate"},
-		{"another CA's certificate", Config{CAFile: ca.File, CertFile: wrong.Cert, KeyFile: wrong.Key}, ErrForbidden, "does not accept broker-cert", "unknown authority"},
-		{"an expired certificate", Config{CAFile: ca.File, CertFile: expired.Cert, KeyFile: expired.Key}, ErrForbidden, "does not accept broker-cert", "expired"},
+		{"no certificate", Config{CAFile: ca.File}, ErrUnavailable, "does not accept broker-cert", "didn't provide a certificate"},
+		{"another CA's certificate", Config{CAFile: ca.File, CertFile: wrong.Cert, KeyFile: wrong.Key}, ErrUnavailable, "does not accept broker-cert", "unknown authority"},
+		{"an expired certificate", Config{CAFile: ca.File, CertFile: expired.Cert, KeyFile: expired.Key}, ErrUnavailable, "does not accept broker-cert", "expired"},
 		{"a broker of another CA", Config{CAFile: other.File, CertFile: right.Cert, KeyFile: right.Key}, ErrUnavailable, "unknown authority", "bad certificate"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -134,7 +134,9 @@ func TestTLS(t *testing.T) {
 			}
 			before := len(b.audited(t, "connect"))
 			kek, err := c.KEK(t.Context(), "team-a", 0)
-			if got := connections.Load(); got != 1 {
+			// A broker's alert may come too late to be read, and then it is
+			// asked once more.
+			if got := connections.Load(); got < 1 || got > 2 || test.is == nil && got != 1 {
 				t.Errorf("%d connections, want 1", got)
 			}
 			if test.is == nil {
@@ -154,7 +156,7 @@ func TestTLS(t *testing.T) {
 				}
 				time.Sleep(10 * time.Millisecond)
 			}
-			if len(lines) != 1 || lines[0].Verdict != "denied" || !strings.Contains(lines[0].Reason, test.reason) || !strings.HasPrefix(lines[0].From, "127.0.0.1:") {
+			if len(lines) < 1 || len(lines) > 2 || lines[0].Verdict != "denied" || !strings.Contains(lines[0].Reason, test.reason) || !strings.HasPrefix(lines[0].From, "127.0.0.1:") {
 				t.Errorf("audited: %+v, want one denied for %q", lines, test.reason)
 			}
 		})

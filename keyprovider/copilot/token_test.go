@@ -79,13 +79,13 @@ func TestToken(t *testing.T) {
 	writeToken(t, file, "SECRET.2", now.Add(time.Minute))
 	expect("Bearer SECRET.2", nil)
 	writeToken(t, file, "SECRET.old", now) // older than the one before
-	expect("Bearer SECRET.old", ErrForbidden)
+	expect("Bearer SECRET.old", ErrUnavailable)
 
 	// What can't be used is not sent, nor is the one before.
 	for i, bad := range []string{"", " \n", "SECRET SECRET", "SECRET\nSECRET: x", strings.Repeat("x", maxToken+1)} {
 		writeToken(t, file, bad, now.Add(time.Duration(i+2)*time.Minute))
 		shown.Store("none")
-		if _, err := c.KEK(t.Context(), "a", 0); err == nil || errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "broker-token-file: "+file) || strings.Contains(err.Error(), "SECRET") {
+		if _, err := c.KEK(t.Context(), "a", 0); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "broker-token-file: "+file) || strings.Contains(err.Error(), "SECRET") {
 			t.Errorf("%.20q: %v", bad, err)
 		}
 		if got := shown.Load(); got != "none" {
@@ -96,7 +96,7 @@ func TestToken(t *testing.T) {
 		}
 	}
 	os.Remove(file)
-	if _, err := c.KEK(t.Context(), "a", 0); !errors.Is(err, os.ErrNotExist) || errors.Is(err, ErrUnavailable) {
+	if _, err := c.KEK(t.Context(), "a", 0); !errors.Is(err, os.ErrNotExist) || !errors.Is(err, ErrUnavailable) {
 		t.Errorf("without a file: %v", err)
 	}
 	writeToken(t, file, "SECRET.3", now.Add(time.Hour))
