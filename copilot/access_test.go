@@ -199,6 +199,12 @@ func TestAccess(t *testing.T) {
 		t.Errorf("audited %+v", e)
 	}
 	node.want(t, 403, "GET", "/api/v1/key/team-a", "")
+	if list := node.want(t, 200, "GET", "/api/v2/keks", ""); strings.Contains(list, "team-a") || !strings.Contains(list, "team-b") {
+		t.Errorf("the revoked node sees %s", list)
+	}
+	if info := other7.want(t, 200, "GET", "/api/v2/keks/team-a", ""); strings.Contains(info, "revoked") {
+		t.Errorf("another node sees %s", info)
+	}
 	node.want(t, 200, "GET", "/api/v2/keks/team-b/key", "")
 	other7.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 	admin.want(t, 200, "POST", "/api/v2/keks/team-a/reinstate", `{"identity":"spiffe://example.com/node/7"}`)
@@ -502,6 +508,9 @@ func TestWrapLimit(t *testing.T) {
 		}
 		return v.Version
 	}
+	if status, answer := request(t, url, "GET", "/api/v2/keks/team-a/key?wraps=1025", ""); status != 400 || !strings.Contains(answer, "at most 1024") {
+		t.Errorf("many wraps at once: %d %s", status, answer)
+	}
 	for range 2 {
 		if v := version("key", ""); v != 1 { // 1024 wraps each
 			t.Errorf("version %d", v)
@@ -532,6 +541,58 @@ func TestWrapLimit(t *testing.T) {
 	info, err := keys.Get("team-a")
 	if err != nil || info.Version != 2 || info.Versions[0].Wraps < 3000 || info.Versions[1].Wraps != 1025 {
 		t.Errorf("%+v, %v", info, err)
+	}
+}
+
+// TestExpiredMeanwhile goes on over a connection for longer than its certificate
+// holds.
+func TestExpiredMeanwhile(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	server := ca.Issue(t, x509.Certificate{})
+	address := freeAddress(t)
+	serve(t, dir, copilot.Config{
+		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: ca.File,
+		Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
+	})
+	short := spiffe("/node/7")
+	short.NotAfter = time.Now().Add(3 * time.Second)
+	files := ca.Issue(t, short)
+	node := newRemote(t, address, ca, &files)
+	node.client.Transport.(*http.Transport).DisableKeepAlives = false
+	node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+	time.Sleep(time.Until(short.NotAfter) + time.Second)
+	if answer := node.want(t, 401, "GET", "/api/v2/keks/team-a/key", ""); !strings.Contains(answer, "expired") {
+		t.Error(answer)
+	}
+}
+
+// TestUnknownCallers bounds what those write into the audit log who say nothing of
+// who they are.
+func TestUnknownCallers(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	server := ca.Issue(t, x509.Certificate{})
+	issuer := newOIDCIssuer(t)
+	address := freeAddress(t)
+	serve(t, dir, copilot.Config{
+		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key,
+		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+	})
+	unknown := newRemote(t, address, ca, nil)
+	unknown.token = "a.b.c"
+	unknown.client.Transport.(*http.Transport).DisableKeepAlives = false
+	begin, before := time.Now(), len(audited(t, dir))
+	counts := make(map[int]int)
+	for range 500 {
+		status, _ := unknown.do(t, "GET", "/api/v2/keks/team-a/key", "")
+		counts[status]++
+	}
+	most := 20 * (int(time.Since(begin)/time.Second) + 2)
+	if lines := len(audited(t, dir)) - before; lines < 1 || lines > most || counts[401] == 0 || counts[429] == 0 || counts[401]+counts[429] != 500 {
+		t.Errorf("%d lines, at most %d: %v", lines, most, counts)
 	}
 }
 

@@ -88,7 +88,21 @@ func (c inContainerd) open(ctx context.Context, name, newName string) (*openImag
 		}
 	}
 	return &openImage{plugin.Store(c.client), img.Target, func(ctx context.Context, target ocispec.Descriptor) error {
-		img.Name, img.Target = newName, target
-		return putImage(ctx, store, img)
+		// Nobody else's image is to be lost who came meanwhile.
+		if newName != name {
+			img.Name, img.Target = newName, target
+			_, err := store.Create(ctx, img)
+			return err
+		}
+		now, err := store.Get(ctx, name)
+		if err != nil {
+			return err
+		}
+		if now.Target.Digest != img.Target.Digest {
+			return fmt.Errorf("it became %s meanwhile: rewrap it again", now.Target.Digest)
+		}
+		now.Target = target
+		_, err = store.Update(ctx, now, "target")
+		return err
 	}}, nil
 }

@@ -136,6 +136,11 @@ func (r *rewrapper) images() error {
 		}
 		r.names = append(r.names, listed...)
 	}
+	if r.cmd.Bool("registry") && r.cmd.String("user") != "" {
+		if err := oneRegistry(r.names); err != nil {
+			return err
+		}
+	}
 	if len(r.names) == 0 && file == "" {
 		return errors.New("rewrap takes the name of an image and a new name, or several images, after the flags")
 	}
@@ -171,6 +176,18 @@ func listedIn(file string) ([]string, error) {
 }
 
 // run rewraps the image or the images.
+// oneRegistry refuses names in several registries, each of which would be shown
+// the password that is meant for one.
+func oneRegistry(names []string) error {
+	for _, name := range names {
+		first, _, _ := strings.Cut(names[0], "/")
+		if host, _, _ := strings.Cut(name, "/"); host != first {
+			return fmt.Errorf("--user is for one registry, and these images are in %s and %s: rewrap them apart", first, host)
+		}
+	}
+	return nil
+}
+
 func (r *rewrapper) run(ctx context.Context, p place) error {
 	if r.several {
 		return r.all(ctx, p)

@@ -77,6 +77,7 @@ func (r *rewrapper) all(ctx context.Context, p place) error {
 // expand returns the images that the names and patterns stand for, each once.
 func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
 	var names []string
+	seen := make(map[string]bool)
 	for _, name := range r.names {
 		found := []string{name}
 		if isPattern(name) {
@@ -90,7 +91,8 @@ func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
 			}
 		}
 		for _, name := range found {
-			if !slices.Contains(names, name) {
+			if !seen[name] {
+				seen[name] = true
 				names = append(names, name)
 			}
 		}
@@ -100,7 +102,7 @@ func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
 
 func (t *tally) fail(name string, err error) {
 	t.failed++
-	fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %v\n", name, err)
+	fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %s\n", shownText(name), shownText(err.Error()))
 }
 
 func (t *tally) count(out image.Rewrapped) {

@@ -169,10 +169,14 @@ func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
 	add := &config.EncryptConfig{Parameters: maps.Clone(l.Add.Parameters)}
 	for k, a := range actions {
 		name, _ := strings.CutPrefix(k.Scheme, providerScheme)
-		if a != renew || len(add.Parameters[name]) == 0 {
+		becomes := k.KEK
+		if a == move {
+			becomes = l.To
+		}
+		if a != renew && a != move || len(add.Parameters[name]) == 0 {
 			continue
 		}
-		add.Parameters[name] = slices.DeleteFunc(slices.Clone(add.Parameters[name]), func(kek []byte) bool { return string(kek) == k.KEK })
+		add.Parameters[name] = slices.DeleteFunc(slices.Clone(add.Parameters[name]), func(kek []byte) bool { return string(kek) == becomes })
 		if len(add.Parameters[name]) == 0 {
 			delete(add.Parameters, name)
 		}

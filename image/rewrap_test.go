@@ -376,4 +376,9 @@ func TestRewrapForeignKey(t *testing.T) {
 	if _, err := Rewrap(s.ctx, s, damaged, Rewrapping{Remove: remove}, Options{}); err == nil || !strings.Contains(err.Error(), "no recipient would be left") {
 		t.Errorf("the last good one is removed: %v", err)
 	}
+	// Who is moved to and added is there once.
+	out, err := Rewrap(s.ctx, s, good, Rewrapping{From: "team-a", To: "team-b", Add: kek("pilot", "team-b")}, Options{})
+	if err != nil || s.recipients(out.Target) != "pilot:team-b@1" {
+		t.Errorf("%s, %v", s.recipients(out.Target), err)
+	}
 }

@@ -202,6 +202,22 @@ func TestReplicas(t *testing.T) {
 		t.Errorf("the password is in the error: %s", out)
 	}
 
+	// No path keeps a request out of the log, or others that come at the same time.
+	for range 20 {
+		wg.Go(func() {
+			if status, body := ask(t, rs[0].socket, "GET", "/api/v2/keks/a%00b", ""); status != 404 && status != 429 {
+				t.Errorf("a zero byte: %d %s", status, body)
+			}
+			if status, body := ask(t, rs[0].socket, "GET", "/api/v2/keks/kek-4", ""); status != 200 && status != 429 {
+				t.Errorf("beside a zero byte: %d %s", status, body)
+			}
+		})
+	}
+	wg.Wait()
+	if n := strings.TrimSpace(d.sql(t, `SELECT count(*) > 0 FROM copilot_audit WHERE entry->>'kek' LIKE 'a_b'`)); n != "t" {
+		t.Error("a request with a zero byte is not in the audit log")
+	}
+
 	// The audit log is in the database, and whoever changes it there is found.
 	verify := func() *exec.Cmd {
 		return command(t, "copilot", "audit", "verify", "--dir", rs[0].dir, "--database", d.url())

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -123,7 +124,7 @@ func (b *endpoint) probe(ctx context.Context) (rtt time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, probeWithin)
 	defer cancel()
 	u := *b.base
-	u.Path = "/healthz"
+	u.Path = strings.TrimSuffix(u.Path, originalPath) + "/healthz"
 	for range 2 {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 		if err != nil {
