@@ -19,6 +19,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/loopback"
 )
 
 // Bounds of a request's body, in bytes.
@@ -101,7 +102,7 @@ func forLoopback(h http.Handler, b *broker) http.Handler {
 		if err != nil {
 			host = strings.Trim(r.Host, "[]")
 		}
-		if !isLoopback(host) {
+		if !loopback.Is(host) {
 			other.ServeHTTP(w, r)
 			return
 		}

@@ -1,19 +1,18 @@
 package copilot
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
-	"github.com/pelletier/go-toml/v2"
-
 	"github.com/ctrlplane/pilot/copilot/keystore"
-	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/loopback"
+	"github.com/ctrlplane/pilot/tomlfile"
 )
 
 // Config says where a server keeps things, where it answers, and whom. It is
@@ -94,10 +93,7 @@ func (c *Config) ReadConfig(name string) error {
 	if err != nil {
 		return err
 	}
-	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(c); err != nil {
-		return fmt.Errorf("%s%s", name, policy.Position(err))
-	}
-	return nil
+	return tomlfile.Decode(name, b, c)
 }
 
 func (c Config) hasTLS() bool { return c.TLSCert != "" || c.TLSKey != "" || c.TLSClientCA != "" }
@@ -188,19 +184,13 @@ func (c Config) checkListen() error {
 		}
 		switch {
 		case c.hasTLS():
-		case !isLoopback(host):
+		case !loopback.Is(host):
 			return fmt.Errorf("--listen %s: other machines reach this, so it needs --tls-cert, --tls-key and --tls-client-ca", address)
 		case !c.InsecureLoopback:
 			return fmt.Errorf("--listen %s: every user of this machine would get every KEK: use a unix socket, TLS, or --insecure-loopback", address)
 		}
 	}
 	return nil
-}
-
-// isLoopback reports whether host is this machine.
-func isLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 func (i Issuer) check(name string) error {
@@ -211,11 +201,11 @@ func (i Issuer) check(name string) error {
 		return errors.New("it needs url and audience")
 	}
 	for _, u := range []string{i.URL, i.KeysURL} {
-		host, _, _ := strings.Cut(strings.TrimPrefix(u, "http://"), "/")
-		if h, _, err := net.SplitHostPort(host); err == nil {
-			host = h
+		if u == "" {
+			continue
 		}
-		if u != "" && !strings.HasPrefix(u, "https://") && !(strings.HasPrefix(u, "http://") && isLoopback(host)) {
+		parsed, err := url.Parse(u)
+		if err != nil || parsed.Scheme != "https" && !(parsed.Scheme == "http" && loopback.Is(parsed.Hostname())) {
 			return fmt.Errorf("%s: keys from there could be anybody's: use https", u)
 		}
 	}

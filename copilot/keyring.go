@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
 	"encoding/json"
@@ -407,7 +406,7 @@ func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte) (w wr
 		return wrapped{}, err
 	}
 	w.Method = methodCopilot
-	w.Key, err = json.Marshal(envelope{wrappedInner, seal(aead, plaintext, place(k.ID, w.Version))})
+	w.Key, err = json.Marshal(envelope{wrappedInner, keystore.Seal(aead, plaintext, place(k.ID, w.Version))})
 	return w, err
 }
 
@@ -496,25 +495,12 @@ func newGCM(key []byte) (cipher.AEAD, error) {
 	if len(key) != keystore.KeySize {
 		return nil, fmt.Errorf("%w: the KEK has %d bytes, and only one of %d bytes wraps here", keystore.ErrInput, len(key), keystore.KeySize)
 	}
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCM(block)
+	return keystore.NewGCM(key)
 }
 
-func seal(aead cipher.AEAD, plaintext, additional []byte) []byte {
-	nonce := make([]byte, aead.NonceSize(), aead.NonceSize()+len(plaintext)+aead.Overhead())
-	rand.Read(nonce) // never fails
-	return aead.Seal(nonce, nonce, plaintext, additional)
-}
-
+// open undoes [keystore.Seal].
 func open(aead cipher.AEAD, sealed, additional []byte) ([]byte, error) {
-	n := aead.NonceSize()
-	if len(sealed) < n {
-		return nil, kms.ErrUnwrap
-	}
-	plaintext, err := aead.Open(nil, sealed[:n], sealed[n:], additional)
+	plaintext, err := keystore.Unseal(aead, sealed, additional)
 	if err != nil {
 		return nil, kms.ErrUnwrap
 	}

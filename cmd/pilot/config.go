@@ -9,13 +9,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
 	"github.com/pelletier/go-toml/v2/unstable"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/tomlfile"
 )
 
 // defaultConfigFile is read if it exists; another has to exist.
@@ -184,12 +184,8 @@ func readConfigFile(conf *configuration, name string) error {
 	if err != nil {
 		return err
 	}
-	var bad *toml.DecodeError
-	if err := toml.Unmarshal(b, new(map[string]any)); errors.As(err, &bad) {
-		line, column := bad.Position()
-		return fmt.Errorf("%s:%d:%d: %s", name, line, column, strings.TrimPrefix(bad.Error(), "toml: "))
-	} else if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+	if err := tomlfile.Decode(name, b, new(map[string]any)); err != nil {
+		return err
 	}
 
 	// It is TOML. Walk it with the parser, which knows the lines.

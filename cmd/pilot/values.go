@@ -12,6 +12,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/loopback"
 )
 
 // The types of the settings. Each reads itself from text and refuses what
@@ -192,9 +193,5 @@ func (a address) unix() (path string, ok bool) {
 // loopback reports whether nobody outside this machine reaches the address.
 func (a address) loopback() bool {
 	host, _, err := net.SplitHostPort(string(a))
-	if err != nil {
-		return false
-	}
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
+	return err == nil && loopback.Is(host)
 }

@@ -5,9 +5,7 @@ package keystore
 
 import (
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -84,10 +82,10 @@ func (s *Store) unlock(ctx context.Context, dir string) error {
 			return nil, err
 		}
 		defer clear(key)
-		if s.seal, err = newSeal(key); err != nil {
+		if s.seal, err = NewGCM(key); err != nil {
 			return nil, err
 		}
-		return s.sealed(nil, []byte(masterCheck)), nil
+		return Seal(s.seal, nil, []byte(masterCheck)), nil
 	})
 	if err != nil {
 		return err
@@ -97,21 +95,13 @@ func (s *Store) unlock(ctx context.Context, dir string) error {
 		return err
 	}
 	defer clear(key)
-	if s.seal, err = newSeal(key); err != nil {
+	if s.seal, err = NewGCM(key); err != nil {
 		return err
 	}
-	if _, err := s.open(sealed, []byte(masterCheck)); err != nil {
+	if _, err := Unseal(s.seal, sealed, []byte(masterCheck)); err != nil {
 		return errors.New("the master key is not the one that the KEKs are sealed with: put that one back")
 	}
 	return nil
-}
-
-func newSeal(key []byte) (cipher.AEAD, error) {
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCM(block)
 }
 
 // Close closes the store.
@@ -119,22 +109,6 @@ func (s *Store) Close() error { return s.db.close() }
 
 // Ready reports whether the store can be used now.
 func (s *Store) Ready(ctx context.Context) error { return s.db.ready(ctx) }
-
-// sealed encrypts b for the place that name tells.
-func (s *Store) sealed(b, name []byte) []byte {
-	nonce := make([]byte, s.seal.NonceSize(), s.seal.NonceSize()+len(b)+s.seal.Overhead())
-	rand.Read(nonce) // never fails
-	return s.seal.Seal(nonce, nonce, b, name)
-}
-
-// open undoes sealed.
-func (s *Store) open(b, name []byte) ([]byte, error) {
-	n := s.seal.NonceSize()
-	if len(b) < n {
-		return nil, errors.New("it is cut short")
-	}
-	return s.seal.Open(nil, b[:n], b[n:], name)
-}
 
 // validID is what a KEK can be named.
 var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$`)
@@ -204,7 +178,7 @@ func (s *Store) encode(k KEK) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(stored{b, s.sealed(nil, recordPlace(k.ID, b))})
+	return json.Marshal(stored{b, Seal(s.seal, nil, recordPlace(k.ID, b))})
 }
 
 func (s *Store) decode(id string, b []byte) (KEK, error) {
@@ -212,7 +186,7 @@ func (s *Store) decode(id string, b []byte) (KEK, error) {
 	var in stored
 	err := json.Unmarshal(b, &in)
 	if err == nil {
-		_, err = s.open(in.Tag, recordPlace(id, in.KEK))
+		_, err = Unseal(s.seal, in.Tag, recordPlace(id, in.KEK))
 	}
 	if err == nil {
 		err = json.Unmarshal(in.KEK, &k.record)

@@ -2,8 +2,9 @@ package kms
 
 import (
 	"fmt"
-	"net"
 	"net/url"
+
+	"github.com/ctrlplane/pilot/loopback"
 )
 
 // checkPlaintext refuses what a [Wrapper] need not take.
@@ -20,8 +21,7 @@ func checkURL(name, value string) error {
 	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 		return fmt.Errorf("%s = %q: it is not https://HOST or https://HOST:PORT", name, value)
 	}
-	ip := net.ParseIP(u.Hostname())
-	if u.Scheme == "https" || u.Scheme == "http" && (u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()) {
+	if u.Scheme == "https" || u.Scheme == "http" && loopback.Is(u.Hostname()) {
 		return nil
 	}
 	return fmt.Errorf("%s = %q: keys would cross the network in plain: use https", name, value)

@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/loopback"
 )
 
 // maxVaultAnswer is how much a Vault may answer, in bytes: what it stores in
@@ -82,7 +83,7 @@ func openVault(s vaultSettings, mount string) (*vault, error) {
 			Transport: boundedAnswers{v.transport},
 			// A standby sends clients to the active server.
 			CheckRedirect: func(req *http.Request, via []*http.Request) error {
-				plain := req.URL.Scheme != "https" && (via[0].URL.Scheme == "https" || !loopback(req.URL.Hostname()))
+				plain := req.URL.Scheme != "https" && (via[0].URL.Scheme == "https" || !loopback.Is(req.URL.Hostname()))
 				if plain || len(via) > 1 {
 					return fmt.Errorf("it redirects to %s://%s", req.URL.Scheme, req.URL.Host)
 				}
@@ -140,18 +141,12 @@ func (v *vault) connect(s vaultSettings) (string, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", u.Path)
 		}
 		return "http://vault", nil
-	case u.Scheme == "http" && loopback(u.Hostname()), u.Scheme == "https" && u.Hostname() != "":
+	case u.Scheme == "http" && loopback.Is(u.Hostname()), u.Scheme == "https" && u.Hostname() != "":
 		return s.Address, nil
 	case u.Scheme == "http":
 		return "", fmt.Errorf("address = %q: keys would cross the network in plain: use https", s.Address)
 	}
 	return "", fmt.Errorf("address = %q is neither https://HOST:PORT nor http://HOST:PORT on this machine nor unix:///PATH", s.Address)
-}
-
-// loopback reports whether host is this machine.
-func loopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // checkVaultPath refuses a path that a server may take for another one, or for

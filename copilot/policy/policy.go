@@ -2,7 +2,6 @@
 package policy
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -10,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
+	"github.com/ctrlplane/pilot/tomlfile"
 )
 
 // Action is what somebody wants to do with a KEK.
@@ -85,9 +84,8 @@ func Parse(name string, b []byte) (*Policy, error) {
 		Rule  []rule  `toml:"rule"`
 		Limit []limit `toml:"limit"`
 	}
-	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
-	if err := d.Decode(&file); err != nil {
-		return nil, fmt.Errorf("policy: %s%s", name, Position(err))
+	if err := tomlfile.Decode(name, b, &file); err != nil {
+		return nil, fmt.Errorf("policy: %w", err)
 	}
 	p := &Policy{name: name, rules: file.Rule, limits: file.Limit}
 	for i := range p.rules {
@@ -102,22 +100,6 @@ func Parse(name string, b []byte) (*Policy, error) {
 		}
 	}
 	return p, nil
-}
-
-// Position says where and how a TOML document is wrong, in one line that
-// follows the file's name.
-func Position(err error) string {
-	var strict *toml.StrictMissingError
-	if errors.As(err, &strict) && len(strict.Errors) > 0 {
-		line, _ := strict.Errors[0].Position()
-		return fmt.Sprintf(":%d: %s: there is no such setting", line, strings.Join(strict.Errors[0].Key(), "."))
-	}
-	var bad *toml.DecodeError
-	if errors.As(err, &bad) {
-		line, column := bad.Position()
-		return fmt.Sprintf(":%d:%d: %s", line, column, strings.TrimPrefix(bad.Error(), "toml: "))
-	}
-	return ": " + err.Error()
 }
 
 func (r *rule) check() error {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/loopback"
 )
 
 // Config says where the brokers are and how to reach them.
@@ -122,7 +123,7 @@ func parseURL(s string, t *http.Transport) (*url.URL, error) {
 		}
 		return &url.URL{Scheme: "http", Host: "copilot"}, nil
 	case "http":
-		if !loopback(u.Hostname()) {
+		if !loopback.Is(u.Hostname()) {
 			return nil, fmt.Errorf("%s: KEKs would cross the network in plain: use https", s)
 		}
 	case "https":
@@ -156,10 +157,4 @@ func (c Config) tls() (*tls.Config, error) {
 		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair.Certificate(), nil }
 	}
 	return conf, nil
-}
-
-// loopback reports whether host is this machine.
-func loopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }

@@ -1,0 +1,12 @@
+// Package loopback tells names and addresses of this machine from others, for
+// what is allowed only where nothing leaves it.
+package loopback
+
+import "net"
+
+// Is reports whether host, without a port, is this machine: localhost, or a
+// loopback address. Other names count as elsewhere, whatever they resolve to.
+func Is(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
