@@ -46,15 +46,12 @@ func Server(certFile, keyFile, caFile string, optional bool) (*tls.Config, error
 		last = pool
 		return pool
 	}
-	server := conf.Clone()
-	server.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Certificate(), nil }
-	server.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+	return &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 		fresh := conf.Clone()
 		fresh.Certificates = []tls.Certificate{*pair.Certificate()}
 		if fresh.ClientAuth != tls.NoClientCert {
 			fresh.ClientCAs = authorities()
 		}
 		return fresh, nil
-	}
-	return server, nil
+	}}, nil
 }

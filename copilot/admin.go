@@ -71,7 +71,7 @@ func (a *api) create(r *http.Request, e *entry) (any, error) {
 	}
 	if !a.owner {
 		if v := a.decide(e.Who, e.KEK, policy.Admin); !v.Allowed {
-			return nil, &refusal{who: e.Who, kek: e.KEK, reason: v.Reason}
+			return nil, &refusal{who: e.Who, reason: v.Reason}
 		}
 	}
 	if conf, ok := a.keks.conf[in.ID]; ok {

@@ -29,8 +29,8 @@ var (
 
 // refusal is the error of a request by somebody who may not make it.
 type refusal struct {
-	who, kek string
-	reason   string // for the audit log only
+	who    string
+	reason string // for the audit log only
 }
 
 // Error says the same of a KEK that is there and of one that is not.
@@ -143,10 +143,8 @@ func (a *api) suppressed(e *entry, err error) bool {
 	} else if many := new(tooMany); !errors.As(err, &many) {
 		return false
 	}
-	before, suppressed := a.limits.note(who, most)
-	if before > 0 {
-		e.Reason += fmt.Sprintf(" (and %d more since the last such line)", before)
-	}
+	remark, suppressed := a.limits.note(who, most)
+	e.Reason += remark
 	return suppressed
 }
 

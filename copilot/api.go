@@ -116,7 +116,7 @@ func forLoopback(h http.Handler, b *broker) http.Handler {
 func (a *api) allowed(ctx context.Context, e *entry, actions ...policy.Action) (kek, error) {
 	if !a.owner {
 		if v := a.decide(e.Who, e.KEK, actions...); !v.Allowed {
-			return kek{}, &refusal{who: e.Who, kek: e.KEK, reason: v.Reason}
+			return kek{}, &refusal{who: e.Who, reason: v.Reason}
 		}
 	}
 	k, err := a.keks.find(ctx, e.KEK)
@@ -124,7 +124,7 @@ func (a *api) allowed(ctx context.Context, e *entry, actions ...policy.Action) (
 		return kek{}, err
 	}
 	if !a.owner && slices.Contains(k.Revoked, e.Who) {
-		return kek{}, &refusal{who: e.Who, kek: e.KEK, reason: "the KEK was revoked for " + e.Who}
+		return kek{}, &refusal{who: e.Who, reason: "the KEK was revoked for " + e.Who}
 	}
 	k.who = e.Who
 	return k, nil

@@ -2,6 +2,7 @@ package copilot
 
 import (
 	"container/list"
+	"fmt"
 	"sync"
 	"time"
 
@@ -58,8 +59,8 @@ func (l *limits) take(who string, p *policy.Policy) time.Duration {
 }
 
 // note reports whether who was written down so many times in the last second, or
-// else how many requests were not written down before.
-func (l *limits) note(who string, most int) (before int, suppressed bool) {
+// else remarks how many requests were not written down before.
+func (l *limits) note(who string, most int) (remark string, suppressed bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c := l.caller(who)
@@ -68,11 +69,14 @@ func (l *limits) note(who string, most int) (before int, suppressed bool) {
 	}
 	if c.lines >= most {
 		c.more++
-		return 0, true
+		return "", true
 	}
 	c.lines++
-	before, c.more = c.more, 0
-	return before, false
+	if c.more > 0 {
+		remark = fmt.Sprintf(" (and %d more since the last such line)", c.more)
+		c.more = 0
+	}
+	return remark, false
 }
 
 func (l *limits) caller(who string) *caller {

@@ -190,15 +190,12 @@ func (l serverLog) Write(b []byte) (int, error) {
 	line := strings.TrimSpace(string(b))
 	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
 	from, reason, _ := strings.Cut(refused, ": ")
-	before, suppressed := 0, false
 	if ok {
-		before, suppressed = l.limits.note(source(from), noteUnknown)
-	}
-	if suppressed {
-		return len(b), nil
-	}
-	if before > 0 {
-		reason += fmt.Sprintf(" (and %d more since the last such line)", before)
+		remark, suppressed := l.limits.note(source(from), noteUnknown)
+		if suppressed {
+			return len(b), nil
+		}
+		reason += remark
 	}
 	logrus.Warn(line)
 	if ok && reason != "EOF" { // a probe that said nothing

@@ -192,36 +192,25 @@ func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
 // if the caller can. All have to hold the same key: whoever can write to the registry
 // could have put that of another image first, and the right one would be lost.
 func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions map[*wrapped]action, needed bool) error {
-	for _, k := range inOrder {
-		needed = needed || actions[k] != keep
-		if actions[k] != renew {
-			continue
-		}
-		key, err := l.unwrap(ctx, k, l.Keys)
-		if err != nil {
-			return fmt.Errorf("%s is not wrapped for anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
-		}
-		if err := l.accept(k, key); err != nil {
-			return err
-		}
-	}
-	if !needed {
+	if !needed && !slices.ContainsFunc(inOrder, func(k *wrapped) bool { return actions[k] != keep }) {
 		return nil
 	}
 	var first error
 	for _, k := range inOrder {
-		if k.json == nil || actions[k] == renew {
+		if k.json == nil {
 			continue
 		}
 		key, err := l.unwrap(ctx, k, l.Keys)
-		if err != nil && ctx.Err() != nil {
-			return err
-		}
-		if err == nil {
+		switch {
+		case err == nil:
 			if err := l.accept(k, key); err != nil {
 				return err
 			}
-		} else if first == nil {
+		case actions[k] == renew:
+			return fmt.Errorf("%s is not wrapped for anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
+		case ctx.Err() != nil:
+			return err
+		case first == nil:
 			first = err
 		}
 	}

@@ -107,12 +107,7 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 		// The fetch serves every caller, so it must not stop with the first.
 		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
 		if err != nil {
-			kek, missed := c.miss(key, err)
-			if fresh {
-				clear(kek.Key)
-				return copilot.KEK{}, err
-			}
-			return kek, missed
+			return c.miss(key, err, fresh)
 		}
 		c.store(key, kek)
 		return kek, nil
@@ -256,8 +251,9 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 }
 
 // miss remembers that a KEK could not be fetched, and returns the error or, if
-// the broker gave no usable answer, the KEK as it was known.
-func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
+// the broker gave no usable answer, the KEK as it was known, unless it has to be
+// fresh.
+func (c *cache) miss(key cacheKey, err error, fresh bool) (copilot.KEK, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
@@ -270,7 +266,7 @@ func (c *cache) miss(key cacheKey, err error) (copilot.KEK, error) {
 	switch {
 	case errors.Is(err, copilot.ErrUnavailable):
 		el := c.find(key, now)
-		if el == nil {
+		if el == nil || fresh {
 			break
 		}
 		if e := el.Value.(*cacheEntry); !e.told && c.stale(el, key, now) {

@@ -3,14 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
-	"path"
 	"path/filepath"
 	"regexp"
-	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -167,98 +164,4 @@ func writeNew(name, text string) error {
 	}
 	_, err = f.WriteString(text)
 	return errors.Join(err, f.Sync(), f.Close())
-}
-
-var enrollCommand = &cli.Command{
-	Name:      "enroll",
-	Usage:     "issue a certificate for a node, for another client, or for the server",
-	ArgsUsage: "NAME",
-	Description: `Writes NAME.pem and NAME-key.pem into --out. The certificate tells the identity
-spiffe://TRUST-DOMAIN/node/NAME; with --role, another word than node stands
-there, or none if it is empty, as for the admin. With --csr, the key stays where
-the request was made, and only NAME.pem is written. With --host, the certificate
-is a server's. Nothing is overwritten: move files in place of old ones yourself.
-
-Example:
-   copilot enroll --out /root/worker-7 worker-7`,
-	Flags: []cli.Flag{
-		configDirFlag(),
-		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server, which the certificate is for; may be repeated"},
-		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
-		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
-		&cli.DurationFlag{Name: "for", Usage: "how long the certificate holds", Value: clientFor},
-		&cli.StringFlag{Name: "csr", Usage: "certificate signing request to sign, `FILE` in PEM, or - for standard input"},
-	},
-	Action: enroll,
-}
-
-func enroll(c *cli.Context) error {
-	if c.NArg() != 1 {
-		return fmt.Errorf("enroll takes one name, after the flags, and got %d arguments", c.NArg())
-	}
-	name := c.Args().First()
-	if filepath.Base(name) != name || name == "." || name == ".." {
-		return fmt.Errorf("enroll: %q is the name of files too, so it has no slashes", name)
-	}
-	ca, err := pki.Load(c.String("config-dir"))
-	if err != nil {
-		return fmt.Errorf("enroll: %w", err)
-	}
-	out := c.String("out")
-	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
-	for _, file := range []string{cert, key} {
-		if _, err := os.Lstat(file); err == nil {
-			return fmt.Errorf("enroll: %s is there already, and is not overwritten", file)
-		}
-	}
-	if err := os.MkdirAll(out, 0o755); err != nil {
-		return err
-	}
-	if hosts := c.StringSlice("host"); len(hosts) > 0 {
-		err := checkHosts(hosts)
-		if err == nil {
-			err = ca.IssueServer(hosts, c.Duration("for"), cert, key)
-		}
-		if err != nil {
-			return fmt.Errorf("enroll: %w", err)
-		}
-		fmt.Printf("%s: %s and %s\n", strings.Join(hosts, ", "), cert, key)
-		return nil
-	}
-	client := pki.Client{Path: path.Join(c.String("role"), name), Hold: c.Duration("for")}
-	id, err := ca.ID(client.Path)
-	if err != nil {
-		return fmt.Errorf("enroll: %w", err)
-	}
-	if file := c.String("csr"); file != "" {
-		request, err := readFile(file)
-		if err == nil {
-			err = ca.SignClient(client, request, cert)
-		}
-		if err != nil {
-			return fmt.Errorf("enroll: %w", err)
-		}
-		fmt.Printf("%s: %s\n", id, cert)
-		return nil
-	}
-	if err := ca.IssueClient(client, cert, key); err != nil {
-		return fmt.Errorf("enroll: %w", err)
-	}
-	fmt.Printf("%s: %s and %s\n", id, cert, key)
-	return nil
-}
-
-// maxRequest bounds a certificate signing request, in bytes.
-const maxRequest = 64 << 10
-
-func readFile(name string) ([]byte, error) {
-	f := os.Stdin
-	if name != "-" {
-		var err error
-		if f, err = os.Open(name); err != nil {
-			return nil, err
-		}
-		defer f.Close()
-	}
-	return io.ReadAll(io.LimitReader(f, maxRequest))
 }
