@@ -1,28 +1,19 @@
 package copilot_test
 
 import (
-	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/ctrlplane/pilot/certfile/certtest"
 	"github.com/ctrlplane/pilot/copilot"
@@ -100,6 +91,16 @@ func (r *remote) want(t *testing.T, status int, method, path, body string) strin
 	return answer
 }
 
+// serveTLS runs a broker that answers TLS with a certificate of ca, and returns
+// its HOST:PORT.
+func serveTLS(t *testing.T, dir string, ca *certtest.Authority, conf copilot.Config) string {
+	t.Helper()
+	server, address := ca.Issue(t, x509.Certificate{}), freeAddress(t)
+	conf.Listen, conf.TLSCert, conf.TLSKey = []string{address}, server.Cert, server.Key
+	serve(t, dir, conf)
+	return address
+}
+
 func spiffe(path string) x509.Certificate {
 	return x509.Certificate{URIs: []*url.URL{{Scheme: "spiffe", Host: "example.com", Path: path}}}
 }
@@ -131,13 +132,9 @@ func TestAccess(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "team-b": nil, "secret": nil})
 	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
-	server := ca.Issue(t, x509.Certificate{})
-	address := freeAddress(t)
 	policyFile := writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)
 	clientCA := writeFile(t, filepath.Join(dir, "clients.pem"), read(t, ca.File))
-	serve(t, dir, copilot.Config{
-		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clientCA, Policy: policyFile,
-	})
+	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: clientCA, Policy: policyFile})
 	as := func(ca *certtest.Authority, template x509.Certificate) *remote {
 		files := ca.Issue(t, template)
 		return newRemote(t, address, ca, &files)
@@ -220,12 +217,12 @@ func TestAccess(t *testing.T) {
 	writeFile(t, policyFile, "[[rule]\n")
 	time.Sleep(2500 * time.Millisecond)
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
-	if text := request2(t, filepath.Join(dir, "admin.sock"), "/metrics"); !strings.Contains(text, "copilot_policy_usable 0") {
+	if text := metricsOf(t, dir); !strings.Contains(text, "copilot_policy_usable 0") {
 		t.Error("the metrics do not tell that the policy can't be used")
 	}
 	writeFile(t, policyFile, strings.ReplaceAll(accessPolicy, `"team-*", "later"`, `"later"`))
 	eventually(t, func() bool { status, _ := node.do(t, "GET", "/api/v2/keks/team-a/key", ""); return status == 403 })
-	if text := request2(t, filepath.Join(dir, "admin.sock"), "/metrics"); !strings.Contains(text, "copilot_policy_usable 1") {
+	if text := metricsOf(t, dir); !strings.Contains(text, "copilot_policy_usable 1") {
 		t.Error("the metrics do not tell that the policy can be used")
 	}
 
@@ -277,9 +274,10 @@ func eventually(t *testing.T, ok func() bool) {
 	t.Error("it does not come to that")
 }
 
-func request2(t *testing.T, socket, path string) string {
+// metricsOf returns what a broker tells Prometheus.
+func metricsOf(t *testing.T, dir string) string {
 	t.Helper()
-	_, body := request(t, "unix://"+socket, "GET", path, "")
+	_, body := request(t, "unix://"+filepath.Join(dir, "admin.sock"), "GET", "/metrics", "")
 	return body
 }
 
@@ -288,12 +286,7 @@ func TestTwoSPIFFEIDs(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
-	server := ca.Issue(t, x509.Certificate{})
-	address := freeAddress(t)
-	serve(t, dir, copilot.Config{
-		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: ca.File,
-		Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
-	})
+	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
 	two := spiffe("/node/7")
 	two.URIs = append(two.URIs, &url.URL{Scheme: "spiffe", Host: "example.com", Path: "/admin"})
 	for name, template := range map[string]x509.Certificate{"two SPIFFE IDs": two, "it has no SPIFFE ID": {}} {
@@ -304,258 +297,13 @@ func TestTwoSPIFFEIDs(t *testing.T) {
 	}
 }
 
-// oidcIssuer is an OpenID Connect issuer.
-type oidcIssuer struct {
-	*httptest.Server
-	key    *ecdsa.PrivateKey
-	down   bool
-	bearer string // what it wants to be shown
-}
-
-func newOIDCIssuer(t *testing.T) *oidcIssuer {
-	t.Helper()
-	i := &oidcIssuer{}
-	i.newKey(t)
-	i.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if i.down || r.Header.Get("Authorization") != i.bearer {
-			http.Error(w, "no", http.StatusForbidden)
-			return
-		}
-		switch r.URL.Path {
-		case "/.well-known/openid-configuration":
-			json.NewEncoder(w).Encode(map[string]any{"issuer": i.URL, "jwks_uri": i.URL + "/keys", "id_token_signing_alg_values_supported": []string{"ES256"}})
-		case "/keys":
-			json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: i.keyID(), Algorithm: "ES256", Use: "sig"}}})
-		default:
-			http.NotFound(w, r)
-		}
-	}))
-	t.Cleanup(i.Close)
-	return i
-}
-
-func (i *oidcIssuer) newKey(t *testing.T) {
-	t.Helper()
-	var err error
-	if i.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func (i *oidcIssuer) keyID() string { return fmt.Sprintf("%x", i.key.X.Bytes()[:8]) }
-
-// token returns a token like those that Kubernetes projects into pods, with
-// claims changed.
-func (i *oidcIssuer) token(t *testing.T, change func(*jwt.Claims)) string {
-	t.Helper()
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: i.key, KeyID: i.keyID()}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	now := time.Now()
-	claims := jwt.Claims{
-		Issuer: i.URL, Subject: "system:serviceaccount:prod:puller", Audience: jwt.Audience{"copilot"},
-		IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(time.Hour)),
-	}
-	if change != nil {
-		change(&claims)
-	}
-	token, err := jwt.Signed(signer).Claims(claims).Claims(map[string]any{
-		"kubernetes.io": map[string]any{"namespace": "prod", "serviceaccount": map[string]string{"name": "puller", "uid": "1"}},
-	}).Serialize()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return token
-}
-
-func TestTokens(t *testing.T) {
-	dir := t.TempDir()
-	create(t, dir, map[string][]byte{"team-a": nil})
-	ca := certtest.NewAuthority(t)
-	server := ca.Issue(t, x509.Certificate{})
-	issuer, foreign := newOIDCIssuer(t), newOIDCIssuer(t)
-	issuer.down = true
-	issuer.bearer = "Bearer its own"
-	issuerCA := writeFile(t, filepath.Join(dir, "issuer.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw})))
-	tokenFile := writeFile(t, filepath.Join(dir, "token"), "its own\n")
-	address := freeAddress(t)
-	serve(t, dir, copilot.Config{
-		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: ca.File,
-		Policy:  writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
-		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
-	})
-	pod := newRemote(t, address, ca, nil)
-	const path = "/api/v2/keks/team-a/key?version=1"
-	if answer := pod.want(t, 401, "GET", path, ""); !strings.Contains(answer, "show a client certificate or a bearer token") {
-		t.Error(answer)
-	}
-	pod.token = issuer.token(t, nil)
-	for range 3 {
-		if answer := pod.want(t, 503, "GET", path, ""); !strings.Contains(answer, "the keys of the token's issuer can't be had") || strings.Contains(answer, issuer.URL) {
-			t.Error(answer)
-		}
-	}
-	issuer.down = false
-	eventually(t, func() bool { status, _ := pod.do(t, "GET", path, ""); return status == 200 })
-	if e := lastAudited(t, dir); e.Who != "cluster:system:serviceaccount:prod:puller" || e.Verdict != "allowed" {
-		t.Errorf("audited %+v", e)
-	}
-	good := pod.token
-	none := jwtNone(good)
-	for name, test := range map[string]struct{ token, want string }{
-		"expired":             {issuer.token(t, func(c *jwt.Claims) { c.Expiry = jwt.NewNumericDate(time.Now().Add(-time.Second)) }), "expired"},
-		"from tomorrow":       {issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(24 * time.Hour)) }), "before the nbf"},
-		"for another":         {issuer.token(t, func(c *jwt.Claims) { c.Audience = jwt.Audience{"vault"} }), "audience"},
-		"of nobody":           {issuer.token(t, func(c *jwt.Claims) { c.Subject = "" }), "no subject"},
-		"of a foreign issuer": {foreign.token(t, nil), "not one of the broker's"},
-		"signed by another":   {foreign.token(t, func(c *jwt.Claims) { c.Issuer = issuer.URL }), "failed to verify"},
-		"changed":             {good[:len(good)-6] + "AAAAAA", "failed to verify"},
-		"unsigned":            {none, "token of issuer cluster"},
-		"no token":            {"abc", "no JSON web token"},
-		"three parts":         {"a.b.c", "no JSON web token"},
-		"10 KB":               {strings.Repeat("x", 17<<10), "more than 16384 bytes"},
-	} {
-		pod.token = test.token
-		answer := pod.want(t, 401, "GET", path, "")
-		if !strings.Contains(answer, test.want) {
-			t.Errorf("%s: %s", name, answer)
-		}
-		if strings.Contains(answer, test.token) {
-			t.Errorf("%s: the token is in the answer", name)
-		}
-	}
-	// Clocks may be some minutes apart.
-	pod.token = issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(time.Minute)) })
-	pod.want(t, 200, "GET", path, "")
-	// A bad token is not made good by a certificate.
-	files := ca.Issue(t, spiffe("/node/7"))
-	both := newRemote(t, address, ca, &files)
-	both.want(t, 200, "GET", path, "")
-	both.token = none
-	both.want(t, 401, "GET", path, "")
-	// The issuer has new keys.
-	issuer.newKey(t)
-	pod.token = issuer.token(t, nil)
-	pod.want(t, 200, "GET", path, "")
-	pod.token = issuer.token(t, func(c *jwt.Claims) { c.Subject = "system:serviceaccount:prod:other" })
-	pod.want(t, 403, "GET", path, "")
-	log := read(t, filepath.Join(dir, "audit.log"))
-	if strings.Contains(log, good[len(good)-20:]) {
-		t.Error("a token is in the audit log")
-	}
-}
-
-// jwtNone returns a token that says that it is not signed.
-func jwtNone(token string) string {
-	parts := strings.Split(token, ".")
-	return "eyJhbGciOiJub25lIn0." + parts[1] + "."
-}
-
-// TestRateLimit asks more often than the policy lets.
-func TestRateLimit(t *testing.T) {
-	dir := t.TempDir()
-	create(t, dir, map[string][]byte{"team-a": nil})
-	url := serve(t, dir, copilot.Config{Policy: writeFile(t, filepath.Join(dir, "policy.toml"), `
-[[rule]]
-identities = ["uid:*"]
-keks = ["**"]
-actions = ["export"]
-[[limit]]
-identities = ["uid:*"]
-per-second = 1
-burst = 5
-`)})
-	before := len(audited(t, dir))
-	counts := make(map[int]int)
-	for range 50 {
-		status, body := request(t, url, "GET", "/api/v2/keks/team-a/key", "")
-		counts[status]++
-		if status == 429 && !strings.Contains(body, "too many requests: try again in") {
-			t.Error(body)
-		}
-	}
-	if counts[200] < 5 || counts[200] > 8 || counts[200]+counts[429] != 50 {
-		t.Errorf("answers: %v", counts)
-	}
-	if lines := len(audited(t, dir)) - before; lines > counts[200]+4 {
-		t.Errorf("%d lines in the audit log", lines)
-	}
-	// Those of the admin socket are not limited.
-	for range 20 {
-		if status, _ := request(t, "unix://"+filepath.Join(dir, "admin.sock"), "GET", "/api/v2/keks/team-a", ""); status != 200 {
-			t.Errorf("admin: %d", status)
-		}
-	}
-}
-
-// TestWrapLimit wraps more keys than a version may.
-func TestWrapLimit(t *testing.T) {
-	dir := t.TempDir()
-	create(t, dir, map[string][]byte{"team-a": nil})
-	serve(t, dir, copilot.Config{WrapLimit: 3000})
-	url := "unix://" + filepath.Join(dir, "admin.sock") // which has no rate limit
-	version := func(verb, body string) int {
-		t.Helper()
-		method := "GET"
-		if body != "" {
-			method = "POST"
-		}
-		status, answer := request(t, url, method, "/api/v2/keks/team-a/"+verb, body)
-		var v struct{ Version int }
-		if status != 200 || json.Unmarshal([]byte(answer), &v) != nil {
-			t.Fatalf("%s: %d %s", verb, status, answer)
-		}
-		return v.Version
-	}
-	if status, answer := request(t, url, "GET", "/api/v2/keks/team-a/key?wraps=1025", ""); status != 400 || !strings.Contains(answer, "at most 1024") {
-		t.Errorf("many wraps at once: %d %s", status, answer)
-	}
-	for range 2 {
-		if v := version("key", ""); v != 1 { // 1024 wraps each
-			t.Errorf("version %d", v)
-		}
-	}
-	for range 3000 - 2048 {
-		if v := version("wrap", `{"plaintext":"AAAA"}`); v != 1 {
-			t.Fatalf("version %d", v)
-		}
-	}
-	if v := version("wrap", `{"plaintext":"AAAA"}`); v != 2 {
-		t.Errorf("version %d wraps more than it may", v)
-	}
-	if v := version("key", ""); v != 2 {
-		t.Errorf("version %d", v)
-	}
-	var rotated []string
-	for _, e := range audited(t, dir) {
-		if e.Action == "rotate" {
-			rotated = append(rotated, fmt.Sprintf("%s %d %s", e.Who, e.Version, e.Reason))
-		}
-	}
-	if len(rotated) != 1 || !strings.HasPrefix(rotated[0], "copilot 2 version 1 has wrapped as many keys as it may, 3000, the last for uid:") {
-		t.Errorf("audited %q", rotated)
-	}
-	keys := open(t, dir)
-	defer keys.Close()
-	info, err := keys.Get("team-a")
-	if err != nil || info.Version != 2 || info.Versions[0].Wraps < 3000 || info.Versions[1].Wraps != 1025 {
-		t.Errorf("%+v, %v", info, err)
-	}
-}
-
 // TestExpiredMeanwhile goes on over a connection for longer than its certificate
 // holds.
 func TestExpiredMeanwhile(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
-	server := ca.Issue(t, x509.Certificate{})
-	address := freeAddress(t)
-	serve(t, dir, copilot.Config{
-		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: ca.File,
-		Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
-	})
+	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
 	short := spiffe("/node/7")
 	short.NotAfter = time.Now().Add(3 * time.Second)
 	files := ca.Issue(t, short)
@@ -565,71 +313,5 @@ func TestExpiredMeanwhile(t *testing.T) {
 	time.Sleep(time.Until(short.NotAfter) + time.Second)
 	if answer := node.want(t, 401, "GET", "/api/v2/keks/team-a/key", ""); !strings.Contains(answer, "expired") {
 		t.Error(answer)
-	}
-}
-
-// TestUnknownCallers bounds what those write into the audit log who say nothing of
-// who they are.
-func TestUnknownCallers(t *testing.T) {
-	dir := t.TempDir()
-	create(t, dir, map[string][]byte{"team-a": nil})
-	ca := certtest.NewAuthority(t)
-	server := ca.Issue(t, x509.Certificate{})
-	issuer := newOIDCIssuer(t)
-	address := freeAddress(t)
-	serve(t, dir, copilot.Config{
-		Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key,
-		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
-	})
-	unknown := newRemote(t, address, ca, nil)
-	unknown.token = "a.b.c"
-	unknown.client.Transport.(*http.Transport).DisableKeepAlives = false
-	begin, before := time.Now(), len(audited(t, dir))
-	counts := make(map[int]int)
-	for range 500 {
-		status, _ := unknown.do(t, "GET", "/api/v2/keks/team-a/key", "")
-		counts[status]++
-	}
-	most := 20 * (int(time.Since(begin)/time.Second) + 2)
-	if lines := len(audited(t, dir)) - before; lines < 1 || lines > most || counts[401] == 0 || counts[429] == 0 || counts[401]+counts[429] != 500 {
-		t.Errorf("%d lines, at most %d: %v", lines, most, counts)
-	}
-}
-
-// TestUnwrapAnnotation has the broker unwrap what pilot wrapped itself.
-func TestUnwrapAnnotation(t *testing.T) {
-	dir := t.TempDir()
-	key := bytes.Repeat([]byte("k"), 32)
-	create(t, dir, map[string][]byte{"team/a": bytes.Clone(key), "team-b": bytes.Clone(key)})
-	url := serve(t, dir, copilot.Config{})
-	iv, sealed := sealAnnotation(t, key, `{"kekId":"team/a","kekVersion":1,"method":"A256GCMKW"}`, []byte("a layer key"))
-	body := func(version int, iv, sealed []byte, method string) string {
-		b, err := json.Marshal(map[string]any{"version": version, "iv": iv, "wrappedKey": sealed, "method": method})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	}
-	unwrap := func(id, body string) (int, string) {
-		t.Helper()
-		return request(t, url, "POST", "/api/v2/keks/"+id+"/unwrap", body)
-	}
-	if status, answer := unwrap("team%2Fa", body(1, iv, sealed, "A256GCMKW")); status != 200 || answer != `{"plaintext":"YSBsYXllciBrZXk="}` {
-		t.Errorf("%d %s", status, answer)
-	}
-	if status, _ := unwrap("team-b", body(1, iv, sealed, "A256GCMKW")); status != 400 {
-		t.Errorf("with another KEK that has the same key: %d", status)
-	}
-	for name, b := range map[string]string{
-		"an iv of 16 bytes": body(1, append(iv, 1, 2, 3, 4), sealed, "A256GCMKW"),
-		"no method":         body(1, iv, sealed, ""),
-		"another method":    body(1, iv, sealed, "AES-GCM"),
-		"changed":           body(1, iv, append([]byte{sealed[0] ^ 1}, sealed[1:]...), "A256GCMKW"),
-		"too short":         body(1, iv, nil, "A256GCMKW"),
-		"no iv":             body(1, nil, sealed, "A256GCMKW"),
-	} {
-		if status, answer := unwrap("team%2Fa", b); status != 400 {
-			t.Errorf("%s: %d %s", name, status, answer)
-		}
 	}
 }

@@ -1,0 +1,193 @@
+package copilot_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+
+	"github.com/ctrlplane/pilot/certfile/certtest"
+	"github.com/ctrlplane/pilot/copilot"
+)
+
+// oidcIssuer is an OpenID Connect issuer.
+type oidcIssuer struct {
+	*httptest.Server
+	key    *ecdsa.PrivateKey
+	down   bool
+	bearer string // what it wants to be shown
+}
+
+func newOIDCIssuer(t *testing.T) *oidcIssuer {
+	t.Helper()
+	i := &oidcIssuer{}
+	i.newKey(t)
+	i.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if i.down || r.Header.Get("Authorization") != i.bearer {
+			http.Error(w, "no", http.StatusForbidden)
+			return
+		}
+		switch r.URL.Path {
+		case "/.well-known/openid-configuration":
+			json.NewEncoder(w).Encode(map[string]any{"issuer": i.URL, "jwks_uri": i.URL + "/keys", "id_token_signing_alg_values_supported": []string{"ES256"}})
+		case "/keys":
+			json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: i.keyID(), Algorithm: "ES256", Use: "sig"}}})
+		default:
+			http.NotFound(w, r)
+		}
+	}))
+	t.Cleanup(i.Close)
+	return i
+}
+
+func (i *oidcIssuer) newKey(t *testing.T) {
+	t.Helper()
+	var err error
+	if i.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (i *oidcIssuer) keyID() string { return fmt.Sprintf("%x", i.key.X.Bytes()[:8]) }
+
+// token returns a token like those that Kubernetes projects into pods, with
+// claims changed.
+func (i *oidcIssuer) token(t *testing.T, change func(*jwt.Claims)) string {
+	t.Helper()
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: i.key, KeyID: i.keyID()}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	claims := jwt.Claims{
+		Issuer: i.URL, Subject: "system:serviceaccount:prod:puller", Audience: jwt.Audience{"copilot"},
+		IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now), Expiry: jwt.NewNumericDate(now.Add(time.Hour)),
+	}
+	if change != nil {
+		change(&claims)
+	}
+	token, err := jwt.Signed(signer).Claims(claims).Claims(map[string]any{
+		"kubernetes.io": map[string]any{"namespace": "prod", "serviceaccount": map[string]string{"name": "puller", "uid": "1"}},
+	}).Serialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
+}
+
+func TestTokens(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	issuer, foreign := newOIDCIssuer(t), newOIDCIssuer(t)
+	issuer.down = true
+	issuer.bearer = "Bearer its own"
+	issuerCA := writeFile(t, filepath.Join(dir, "issuer.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw})))
+	tokenFile := writeFile(t, filepath.Join(dir, "token"), "its own\n")
+	address := serveTLS(t, dir, ca, copilot.Config{
+		TLSClientCA: ca.File,
+		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
+		Issuers:     map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
+	})
+	pod := newRemote(t, address, ca, nil)
+	const path = "/api/v2/keks/team-a/key?version=1"
+	if answer := pod.want(t, 401, "GET", path, ""); !strings.Contains(answer, "show a client certificate or a bearer token") {
+		t.Error(answer)
+	}
+	pod.token = issuer.token(t, nil)
+	for range 3 {
+		if answer := pod.want(t, 503, "GET", path, ""); !strings.Contains(answer, "the keys of the token's issuer can't be had") || strings.Contains(answer, issuer.URL) {
+			t.Error(answer)
+		}
+	}
+	issuer.down = false
+	eventually(t, func() bool { status, _ := pod.do(t, "GET", path, ""); return status == 200 })
+	if e := lastAudited(t, dir); e.Who != "cluster:system:serviceaccount:prod:puller" || e.Verdict != "allowed" {
+		t.Errorf("audited %+v", e)
+	}
+	good := pod.token
+	none := jwtNone(good)
+	for name, test := range map[string]struct{ token, want string }{
+		"expired":             {issuer.token(t, func(c *jwt.Claims) { c.Expiry = jwt.NewNumericDate(time.Now().Add(-time.Second)) }), "expired"},
+		"from tomorrow":       {issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(24 * time.Hour)) }), "before the nbf"},
+		"for another":         {issuer.token(t, func(c *jwt.Claims) { c.Audience = jwt.Audience{"vault"} }), "audience"},
+		"of nobody":           {issuer.token(t, func(c *jwt.Claims) { c.Subject = "" }), "no subject"},
+		"of a foreign issuer": {foreign.token(t, nil), "not one of the broker's"},
+		"signed by another":   {foreign.token(t, func(c *jwt.Claims) { c.Issuer = issuer.URL }), "failed to verify"},
+		"changed":             {good[:len(good)-6] + "AAAAAA", "failed to verify"},
+		"unsigned":            {none, "token of issuer cluster"},
+		"no token":            {"abc", "no JSON web token"},
+		"three parts":         {"a.b.c", "no JSON web token"},
+		"10 KB":               {strings.Repeat("x", 17<<10), "more than 16384 bytes"},
+	} {
+		pod.token = test.token
+		answer := pod.want(t, 401, "GET", path, "")
+		if !strings.Contains(answer, test.want) {
+			t.Errorf("%s: %s", name, answer)
+		}
+		if strings.Contains(answer, test.token) {
+			t.Errorf("%s: the token is in the answer", name)
+		}
+	}
+	// Clocks may be some minutes apart.
+	pod.token = issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(time.Minute)) })
+	pod.want(t, 200, "GET", path, "")
+	// A bad token is not made good by a certificate.
+	files := ca.Issue(t, spiffe("/node/7"))
+	both := newRemote(t, address, ca, &files)
+	both.want(t, 200, "GET", path, "")
+	both.token = none
+	both.want(t, 401, "GET", path, "")
+	// The issuer has new keys.
+	issuer.newKey(t)
+	pod.token = issuer.token(t, nil)
+	pod.want(t, 200, "GET", path, "")
+	pod.token = issuer.token(t, func(c *jwt.Claims) { c.Subject = "system:serviceaccount:prod:other" })
+	pod.want(t, 403, "GET", path, "")
+	log := read(t, filepath.Join(dir, "audit.log"))
+	if strings.Contains(log, good[len(good)-20:]) {
+		t.Error("a token is in the audit log")
+	}
+}
+
+// jwtNone returns a token that says that it is not signed.
+func jwtNone(token string) string {
+	parts := strings.Split(token, ".")
+	return "eyJhbGciOiJub25lIn0." + parts[1] + "."
+}
+
+// TestUnknownCallers bounds what those write into the audit log who say nothing of
+// who they are.
+func TestUnknownCallers(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	issuer := newOIDCIssuer(t)
+	address := serveTLS(t, dir, ca, copilot.Config{
+		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+	})
+	unknown := newRemote(t, address, ca, nil)
+	unknown.token = "a.b.c"
+	unknown.client.Transport.(*http.Transport).DisableKeepAlives = false
+	begin, before := time.Now(), len(audited(t, dir))
+	counts := make(map[int]int)
+	for range 500 {
+		status, _ := unknown.do(t, "GET", "/api/v2/keks/team-a/key", "")
+		counts[status]++
+	}
+	most := 20 * (int(time.Since(begin)/time.Second) + 2)
+	if lines := len(audited(t, dir)) - before; lines < 1 || lines > most || counts[401] == 0 || counts[429] == 0 || counts[401]+counts[429] != 500 {
+		t.Errorf("%d lines, at most %d: %v", lines, most, counts)
+	}
+}
