@@ -29,11 +29,21 @@ func run() int {
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
+	withoutHelpCommands(app.Commands)
 	if err := app.Run(os.Args); err != nil {
 		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
 		return 1
 	}
 	return 0
+}
+
+// withoutHelpCommands has commands take "h" and "help" for what they are given, such
+// as a KEK of that name. --help is there.
+func withoutHelpCommands(commands []*cli.Command) {
+	for _, c := range commands {
+		c.HideHelpCommand = true
+		withoutHelpCommands(c.Subcommands)
+	}
 }
 
 func noArguments(c *cli.Context) error {
