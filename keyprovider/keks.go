@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/ctrlplane/pilot/errline"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -95,7 +96,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 		}
 		errs = append(errs, err)
 	}
-	return nil, copilot.KEK{}, oneLine(errs)
+	return nil, copilot.KEK{}, errline.Join(errs...)
 }
 
 // unwrapWith unwraps a with the version of the KEK that it names, or else with

@@ -13,11 +13,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
+	"github.com/ctrlplane/pilot/errline"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -170,7 +170,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) 
 			KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: optsdata},
 		})
 	}
-	return nil, oneLine(errs)
+	return nil, errline.Join(errs...)
 }
 
 // parameters returns the KEK ids among the parameters that ocicrypt passes.
@@ -222,24 +222,4 @@ func decodeInput(b []byte, want ocicrypt.KeyProviderKeyWrapProtocolOperation) (*
 		return nil, fmt.Errorf("%w: op is %.40q, not %q", ErrInput, in.Operation, want)
 	}
 	return &in, nil
-}
-
-// oneLine joins errors with semicolons; errors.Is finds each of them.
-func oneLine(errs []error) error {
-	if len(errs) == 1 {
-		return errs[0]
-	}
-	return lineOfErrors(errs)
-}
-
-type lineOfErrors []error
-
-func (l lineOfErrors) Unwrap() []error { return l }
-
-func (l lineOfErrors) Error() string {
-	lines := make([]string, len(l))
-	for i, err := range l {
-		lines[i] = err.Error()
-	}
-	return strings.Join(lines, "; ")
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/ctrlplane/pilot/errline"
 )
 
 // candidate is a broker in one call.
@@ -97,18 +99,5 @@ func unavailable(all []*candidate) error {
 		}
 		errs[i] = fmt.Errorf("%s: %w", b, err)
 	}
-	return oneLine(errs)
-}
-
-// oneLine joins errors with semicolons. It returns nil if there are none.
-func oneLine(errs []error) (line error) {
-	for _, err := range errs {
-		switch {
-		case line == nil:
-			line = err
-		case err != nil:
-			line = fmt.Errorf("%w; %w", line, err)
-		}
-	}
-	return line
+	return errline.Join(errs...)
 }

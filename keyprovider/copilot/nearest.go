@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/ctrlplane/pilot/errline"
 )
 
 const (
@@ -157,5 +159,5 @@ func (c *Client) Check(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
-	return oneLine(errs)
+	return errline.Join(errs...)
 }
