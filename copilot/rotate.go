@@ -74,11 +74,18 @@ func (r *keyring) rotateFull(ctx context.Context, k kek, version int) error {
 	if r.full[k.ID] >= version {
 		return nil
 	}
-	e := audit.Entry{Action: "rotate", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed,
-		Reason: fmt.Sprintf("version %d has wrapped as many keys as it may, %d, the last for %s", version, r.limit, k.who)}
-	_, err := r.rotate(ctx, k, version, &entry{Entry: e})
+	e := &entry{Entry: audit.Entry{Action: "rotate", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed,
+		Reason: fmt.Sprintf("version %d has wrapped as many keys as it may, %d, the last for %s", version, r.limit, k.who)}}
+	_, err := r.rotate(ctx, k, version, e)
 	if errors.Is(err, keystore.ErrState) {
 		return nil // another replica was first
+	}
+	if err != nil {
+		_, e.Verdict = statusOf(err)
+		e.Reason += ": " + err.Error()
+	}
+	if err != nil || !e.written {
+		err = errors.Join(err, r.audit.Write(e.Entry))
 	}
 	if err == nil {
 		if r.full == nil {

@@ -7,10 +7,12 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -158,6 +160,47 @@ func TestTokens(t *testing.T) {
 	log := read(t, filepath.Join(dir, "audit.log"))
 	if strings.Contains(log, good[len(good)-20:]) {
 		t.Error("a token is in the audit log")
+	}
+}
+
+// TestIssuerHangs has many show tokens of an issuer that takes connections and does
+// not answer.
+func TestIssuerHangs(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	issuer := newOIDCIssuer(t)
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	issuer.URL = "https://" + silent.Addr().String()
+	address := serveTLS(t, dir, ca, copilot.Config{
+		TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
+		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+	})
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for range 8 {
+		pod := newRemote(t, address, ca, nil)
+		pod.client.Timeout = 20 * time.Second
+		pod.token = issuer.token(t, nil)
+		wg.Go(func() {
+			if status, answer := pod.do(t, "GET", "/api/v2/keks/team-a/key", ""); status != 503 || !strings.Contains(answer, "the keys of the token's issuer can't be had") {
+				t.Errorf("%d %s", status, answer)
+			}
+		})
+	}
+	// Others do not wait for it.
+	files := ca.Issue(t, spiffe("/node/7"))
+	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("a certificate's holder waits for %s", took)
+	}
+	wg.Wait()
+	if took := time.Since(begin); took > 9*time.Second {
+		t.Errorf("they wait for one another: %s", took)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -159,4 +160,47 @@ func TestBrokerKMS(t *testing.T) {
 		return nil
 	})
 	output(t, command(t, "copilot", "audit", "verify", "--config", file))
+}
+
+// TestBrokerKMSFull has many wrap at once with a KEK of a KMS whose version has
+// wrapped as many keys as it may: it is rotated once.
+func TestBrokerKMSFull(t *testing.T) {
+	v := newVault(t)
+	v.put("team-a")
+	dir := tempDir(t)
+	socket := dir + "/copilot.sock"
+	file := write(t, dir+"/copilot.toml", fmt.Sprintf(`
+dir = %q
+listen = [%q]
+wrap-limit = 2048
+[backends.kv]
+type = "vault-kv"
+address = %q
+token-file = %q
+[keks."team-a"]
+backend = "kv"
+path = "secret/data/team-a"
+`, dir+"/store", "unix://"+socket, v.url, v.dir+"/root-token"))
+	start(t, dir, "copilot", exec.Command("copilot", "serve", "--config", file))
+	await(t, "copilot", answers(socket))
+	for range 2 { // 1024 wraps each
+		if status, answer := ask(t, socket, "GET", "/api/v2/keks/team-a/key", ""); status != 200 || !strings.Contains(answer, `"version":1`) {
+			t.Fatalf("%d %s", status, answer)
+		}
+	}
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			status, answer := ask(t, socket, "POST", "/api/v2/keks/team-a/wrap", `{"plaintext":"c2VjcmV0"}`)
+			if status != 200 || !strings.Contains(answer, `"version":2`) {
+				t.Errorf("%d %s", status, answer)
+			}
+		})
+	}
+	wg.Wait()
+	log := read(t, dir+"/store/audit.log")
+	// A line before, and one with the version that was made.
+	if n := strings.Count(log, `"action":"rotate"`); n != 2 || !strings.Contains(log, `"action":"rotate","kek":"team-a","version":2,`) || !strings.Contains(log, "version 1 has wrapped as many keys as it may, 2048, the last for uid:") {
+		t.Errorf("it was rotated in %d lines:\n%s", n, log)
+	}
 }
