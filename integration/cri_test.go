@@ -128,8 +128,12 @@ func TestCRI(t *testing.T) {
 			output(t, n.crictl("pull", forKey))
 			output(t, n.crictl("rmi", forKey))
 
-			fails(t, n.crictl("pull", flipped), "layer sha256:", "HMAC does not match")
-			fails(t, n.crictl("pull", cut), "layer sha256:", "HMAC does not match")
+			for _, tampered := range []string{flipped, cut} {
+				// containerd 1.6 may find the snapshot of a layer that the image
+				// before had, and collect it before it builds on it.
+				n.collect(t)
+				fails(t, n.crictl("pull", tampered), "layer sha256:", "HMAC does not match")
+			}
 			if out := output(t, n.crictl("images")); strings.Contains(out, "tampered") {
 				t.Errorf("a tampered image is there:\n%s", out)
 			}
