@@ -16,6 +16,7 @@ import (
 	"time"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/ctrlplane/pilot/errline"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
@@ -51,13 +52,16 @@ type Config struct {
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
 	CacheSize int
+	// Metrics is what the Provider's metrics are registered with. May be nil.
+	Metrics prometheus.Registerer
 }
 
 // Provider wraps and unwraps layer keys. It is safe for concurrent use.
 type Provider struct {
-	conf   Config
-	broker *copilot.Client
-	keks   cache
+	conf    Config
+	broker  *copilot.Client
+	keks    cache
+	metrics *metrics
 }
 
 // New returns a Provider that gets its KEKs from broker.
@@ -68,14 +72,23 @@ func New(broker *copilot.Client, conf Config) *Provider {
 	if conf.Format == "" {
 		conf.Format = FormatA256GCMKW
 	}
-	return &Provider{conf: conf, broker: broker, keks: cache{
-		fetch: broker.KEK,
-		ttl:   conf.CacheTTL,
-		grace: conf.CacheGrace,
-		idle:  conf.CacheIdle,
-		size:  conf.CacheSize,
-		now:   time.Now,
-	}}
+	p := &Provider{conf: conf, broker: broker}
+	p.metrics = newMetrics(conf.Metrics, p.keks.len)
+	p.keks = cache{
+		fetch:   p.fetch,
+		outcome: func(outcome string) { p.metrics.lookups.WithLabelValues(outcome).Inc() },
+		ttl:     conf.CacheTTL,
+		grace:   conf.CacheGrace,
+		idle:    conf.CacheIdle,
+		size:    conf.CacheSize,
+		now:     time.Now,
+	}
+	return p
+}
+
+func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copilot.KEK, err error) {
+	defer func(start time.Time) { p.metrics.asked("kek", start, err) }(time.Now())
+	return p.broker.KEK(ctx, id, version)
 }
 
 // WrapKey answers a keywrap request of the key provider protocol, given and
@@ -83,7 +96,8 @@ func New(broker *copilot.Client, conf Config) *Provider {
 // name; those of `--recipient provider:pilot:team-a` name team-a. The broker is
 // asked which version of a KEK is current, even if the KEK is in memory. It takes
 // 30 seconds at most.
-func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
+func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
+	defer func(start time.Time) { p.metrics.request("wrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
@@ -135,7 +149,8 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 // UnwrapKey answers a keyunwrap request of the key provider protocol. The
 // annotation says which KEK it takes; if the caller names KEKs too, only those
 // are used. It takes 30 seconds at most.
-func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
+	defer func(start time.Time) { p.metrics.request("unwrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)

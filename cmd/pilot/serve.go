@@ -16,6 +16,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sync/errgroup"
@@ -69,7 +70,8 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	provider := conf.provider(client)
+	registry := newRegistry()
+	provider := conf.provider(client, registry)
 	options, err := conf.serverOptions()
 	if err != nil {
 		return usageError{err}
@@ -98,13 +100,13 @@ func serve(c *cli.Context) error {
 	keyprovider.Register(server, provider)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	sockets := []net.Listener{l}
-	if conf.DiffListen != diffOff {
+	if conf.DiffListen != off {
 		// First the socket: if another pilot has it, its mounts are its own.
 		diffListener, err := listen(passed[diffSocket], address(conf.DiffListen))
 		if err != nil {
 			return err
 		}
-		diffs, err := conf.diffServer(provider)
+		diffs, err := conf.diffServer(provider, registry)
 		if err != nil {
 			return err
 		}
@@ -113,7 +115,11 @@ func serve(c *cli.Context) error {
 	}
 	serveUntilDone(ctx, g, server, l)
 	go provider.Sweep(ctx)
-	go watchdog.Run(ctx, func(ctx context.Context) error { return answers(ctx, sockets) })
+	ready := func(ctx context.Context) error { return answers(ctx, sockets) }
+	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
+		return err
+	}
+	go watchdog.Run(ctx, ready)
 
 	logrus.WithFields(logrus.Fields{
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
@@ -199,7 +205,7 @@ func cleanMounts(dir string) error {
 }
 
 // diffServer returns a server that answers containerd as a differ.
-func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server, error) {
+func (c *configuration) diffServer(provider *keyprovider.Provider, metrics prometheus.Registerer) (*grpc.Server, error) {
 	var keys *config.DecryptConfig
 	if c.DecryptionKeys != "" {
 		var err error
@@ -218,8 +224,9 @@ func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server
 	s := grpc.NewServer(grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
-		Layers: int(c.LayersAtOnce),
-		Keys:   keys,
+		Layers:  int(c.LayersAtOnce),
+		Keys:    keys,
+		Metrics: metrics,
 	}))
 	return s, nil
 }
