@@ -41,8 +41,8 @@ type cache struct {
 	idle  time.Duration // a KEK is kept this long after it was last used; 0: for ever
 	size  int           // KEKs kept at most; 0: none
 	now   func() time.Time
-	// outcome is told where each KEK came from. May be nil.
-	outcome func(string)
+
+	metrics *Metrics // may be nil
 
 	flight singleflight.Group
 
@@ -125,8 +125,8 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 }
 
 func (c *cache) tell(outcome string) {
-	if c.outcome != nil {
-		c.outcome(outcome)
+	if c.metrics != nil {
+		c.metrics.lookups.WithLabelValues(outcome).Inc()
 	}
 }
 
@@ -160,13 +160,6 @@ func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, outcome string,
 		return copilot.KEK{}, outcomeRefused, f.err
 	}
 	return copilot.KEK{}, outcomeMiss, nil
-}
-
-// len returns how many KEKs are in memory.
-func (c *cache) len() float64 {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return float64(c.recent.Len())
 }
 
 // find returns the entry of a KEK, if there is one that may be used.
@@ -262,6 +255,7 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 		c.remove(el)
 	}
 	el := c.recent.PushFront(e)
+	c.count(1)
 	c.entries[e.key] = el
 	if current {
 		c.current[key.id] = el
@@ -349,4 +343,21 @@ func (c *cache) remove(el *list.Element) {
 		delete(c.current, e.key.id)
 	}
 	clear(e.kek.Key)
+	c.count(-1)
+}
+
+func (c *cache) count(n float64) {
+	if c.metrics != nil {
+		c.metrics.cached.Add(n)
+	}
+}
+
+// clear forgets all KEKs, and keeps none that are still being fetched.
+func (c *cache) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.size = 0
+	for el := c.recent.Front(); el != nil; el = c.recent.Front() {
+		c.remove(el)
+	}
 }

@@ -11,37 +11,38 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
-// metrics are what Prometheus reads. Results are gRPC's status codes, as in
-// google.golang.org/grpc/codes.
-type metrics struct {
+// Metrics are what Prometheus reads of a [Provider], and of others in its place
+// later. Results are gRPC's status codes, as in google.golang.org/grpc/codes.
+type Metrics struct {
 	requests      *prometheus.CounterVec
 	seconds       *prometheus.HistogramVec
 	broker        *prometheus.CounterVec
 	brokerSeconds *prometheus.HistogramVec
 	lookups       *prometheus.CounterVec
+	cached        prometheus.Gauge
 }
 
-// seconds are from what memory takes to what pilot waits for at most.
-var seconds = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
+// buckets are from what memory takes to what pilot waits for at most.
+var buckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 
-// newMetrics registers metrics with r, which may be nil.
-func newMetrics(r prometheus.Registerer, cached func() float64) *metrics {
+// NewMetrics registers metrics with r, which may be nil.
+func NewMetrics(r prometheus.Registerer) *Metrics {
 	with := promauto.With(r)
-	with.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "pilot_keks_cached", Help: "Versions of KEKs in memory.",
-	}, cached)
-	m := &metrics{
+	m := &Metrics{
+		cached: with.NewGauge(prometheus.GaugeOpts{
+			Name: "pilot_keks_cached", Help: "Versions of KEKs in memory.",
+		}),
 		requests: with.NewCounterVec(prometheus.CounterOpts{
 			Name: "pilot_key_requests_total", Help: "Requests to wrap or unwrap a layer key, by result.",
 		}, []string{"operation", "result"}),
 		seconds: with.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "pilot_key_request_seconds", Help: "How long requests to wrap or unwrap a layer key took.", Buckets: seconds,
+			Name: "pilot_key_request_seconds", Help: "How long requests to wrap or unwrap a layer key took.", Buckets: buckets,
 		}, []string{"operation"}),
 		broker: with.NewCounterVec(prometheus.CounterOpts{
 			Name: "pilot_broker_requests_total", Help: "What the brokers were asked for, by result: a KEK (kek), or to wrap or unwrap a layer key. Tries at several brokers are one.",
 		}, []string{"operation", "result"}),
 		brokerSeconds: with.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "pilot_broker_request_seconds", Help: "How long it took until a broker answered, or all had failed.", Buckets: seconds,
+			Name: "pilot_broker_request_seconds", Help: "How long it took until a broker answered, or all had failed.", Buckets: buckets,
 		}, []string{"operation"}),
 		lookups: with.NewCounterVec(prometheus.CounterOpts{
 			Name: "pilot_kek_lookups_total", Help: "KEKs that were needed, by where they came from: memory (hit), memory past kek-cache-ttl since no broker answered (stale), the broker (miss), or not at all, since the broker said lately that it does not give it out (not-exported) or said just now why it can't be had (refused).",
@@ -63,13 +64,13 @@ const (
 )
 
 // request notes a request that began at start.
-func (m *metrics) request(operation string, start time.Time, err error) {
+func (m *Metrics) request(operation string, start time.Time, err error) {
 	m.requests.WithLabelValues(operation, code(err).String()).Inc()
 	m.seconds.WithLabelValues(operation).Observe(time.Since(start).Seconds())
 }
 
 // asked notes what the brokers were asked for at start.
-func (m *metrics) asked(operation string, start time.Time, err error) {
+func (m *Metrics) asked(operation string, start time.Time, err error) {
 	result := code(err)
 	if errors.Is(err, copilot.ErrNotExported) {
 		result = codes.OK // the answer is to ask otherwise

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
-	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/ctrlplane/pilot/errline"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
@@ -52,8 +51,8 @@ type Config struct {
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
 	CacheSize int
-	// Metrics is what the Provider's metrics are registered with. May be nil.
-	Metrics prometheus.Registerer
+	// Metrics are told what the Provider does. May be nil.
+	Metrics *Metrics
 }
 
 // Provider wraps and unwraps layer keys. It is safe for concurrent use.
@@ -61,7 +60,7 @@ type Provider struct {
 	conf    Config
 	broker  *copilot.Client
 	keks    cache
-	metrics *metrics
+	metrics *Metrics
 }
 
 // New returns a Provider that gets its KEKs from broker.
@@ -72,11 +71,13 @@ func New(broker *copilot.Client, conf Config) *Provider {
 	if conf.Format == "" {
 		conf.Format = FormatA256GCMKW
 	}
-	p := &Provider{conf: conf, broker: broker}
-	p.metrics = newMetrics(conf.Metrics, p.keks.len)
+	p := &Provider{conf: conf, broker: broker, metrics: conf.Metrics}
+	if p.metrics == nil {
+		p.metrics = NewMetrics(nil)
+	}
 	p.keks = cache{
 		fetch:   p.fetch,
-		outcome: func(outcome string) { p.metrics.lookups.WithLabelValues(outcome).Inc() },
+		metrics: p.metrics,
 		ttl:     conf.CacheTTL,
 		grace:   conf.CacheGrace,
 		idle:    conf.CacheIdle,
@@ -213,7 +214,8 @@ func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
 // sweepEvery is how often KEKs that have expired are dropped from memory.
 const sweepEvery = time.Minute
 
-// Sweep drops expired KEKs from memory, now and then, until ctx is done.
+// Sweep drops expired KEKs from memory, now and then, until ctx is done, and then
+// all.
 func (p *Provider) Sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -222,6 +224,7 @@ func (p *Provider) Sweep(ctx context.Context) {
 		case <-tick.C:
 			p.keks.sweep()
 		case <-ctx.Done():
+			p.keks.clear()
 			return
 		}
 	}

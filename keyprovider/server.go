@@ -12,14 +12,21 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
+// KeyProvider answers requests of ocicrypt's key provider protocol, in its JSON.
+// It is a [Provider], or a client of one.
+type KeyProvider interface {
+	WrapKey(ctx context.Context, input []byte) ([]byte, error)
+	UnwrapKey(ctx context.Context, input []byte) ([]byte, error)
+}
+
 // Register makes s answer keyprovider.KeyProviderService with p.
-func Register(s grpc.ServiceRegistrar, p *Provider) {
+func Register(s grpc.ServiceRegistrar, p KeyProvider) {
 	ocicryptpb.RegisterKeyProviderServiceServer(s, service{provider: p})
 }
 
 type service struct {
 	ocicryptpb.UnimplementedKeyProviderServiceServer
-	provider *Provider
+	provider KeyProvider
 }
 
 func (s service) WrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2/unstable"
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
@@ -307,7 +306,7 @@ func (c *configuration) client() (*copilot.Client, error) {
 }
 
 // provider returns the key provider that the configuration describes.
-func (c *configuration) provider(broker *copilot.Client, metrics prometheus.Registerer) *keyprovider.Provider {
+func (c *configuration) provider(broker *copilot.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
 		Name:        string(c.ProviderName),
 		Format:      c.AnnotationFormat,

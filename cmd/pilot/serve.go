@@ -43,7 +43,8 @@ var serveCommand = &cli.Command{
 	Name:  "serve",
 	Usage: "run the key provider and containerd's differ as a daemon",
 	Description: `Answers ocicrypt's key provider protocol, and containerd as a differ that
-decrypts layers, over gRPC until it is told to stop.
+decrypts layers, over gRPC until it is told to stop. On SIGHUP it reads its
+configuration again, and forgets the KEKs that it has in memory.
 
 Example:
    pilot serve --broker https://copilot.example.com:8443 --broker-ca ca.pem \
@@ -66,12 +67,11 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	client, err := conf.client()
-	if err != nil {
+	registry := newRegistry()
+	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
+	if err := provider.use(c.Context, conf); err != nil {
 		return err
 	}
-	registry := newRegistry()
-	provider := conf.provider(client, registry)
 	options, err := conf.serverOptions()
 	if err != nil {
 		return usageError{err}
@@ -114,7 +114,7 @@ func serve(c *cli.Context) error {
 		sockets = append(sockets, diffListener)
 	}
 	serveUntilDone(ctx, g, server, l)
-	go provider.Sweep(ctx)
+	go provider.onHangup(ctx, c)
 	ready := func(ctx context.Context) error { return answers(ctx, sockets) }
 	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
 		return err
@@ -205,7 +205,7 @@ func cleanMounts(dir string) error {
 }
 
 // diffServer returns a server that answers containerd as a differ.
-func (c *configuration) diffServer(provider *keyprovider.Provider, metrics prometheus.Registerer) (*grpc.Server, error) {
+func (c *configuration) diffServer(provider processor.KeyProvider, metrics prometheus.Registerer) (*grpc.Server, error) {
 	var keys *config.DecryptConfig
 	if c.DecryptionKeys != "" {
 		var err error
