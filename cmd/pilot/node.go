@@ -130,14 +130,17 @@ func nodeInstall(c *cli.Context) error {
 	if len(plan.Changes) == 0 {
 		fmt.Println("everything is as it should be")
 	}
-	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
-	if plan.RestartContainerd {
-		commands = append(commands, "systemctl restart containerd.service")
-	}
 	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") {
 		return nil
 	}
-	return runOrSay(c.Bool("now"), commands)
+	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
+	for _, service := range node.Pending() {
+		commands = append(commands, "systemctl restart "+service)
+	}
+	if err := runOrSay(c.Bool("now"), commands); err != nil || !c.Bool("now") {
+		return err
+	}
+	return node.Restarted()
 }
 
 func nodeUninstall(c *cli.Context) error {
