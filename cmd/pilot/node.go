@@ -135,6 +135,9 @@ func nodeInstall(c *cli.Context) error {
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
 	for _, service := range node.Pending() {
+		if service == "pilot.service" {
+			commands = commands[:1]
+		}
 		commands = append(commands, "systemctl restart "+service)
 	}
 	if err := runOrSay(c.Bool("now"), commands); err != nil || !c.Bool("now") {
