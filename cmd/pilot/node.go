@@ -31,8 +31,7 @@ Example:
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
-				brokerFlag("broker"), brokerFlag("broker-ca"), brokerFlag("broker-cert"), brokerFlag("broker-key"), brokerFlag("broker-token-file"),
-			}),
+			}, settingFlags()),
 			Action: nodeInstall,
 		},
 		{
@@ -46,6 +45,7 @@ Example:
 			Flags:  nodeFlags(),
 			Action: nodeUninstall,
 		},
+		deployCommand,
 		doctorCommand,
 	},
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -88,7 +89,8 @@ func New(conf Config) (*Client, error) {
 	}
 	if conf.TokenFile != "" {
 		c.token = &tokenFile{name: conf.TokenFile}
-		if _, err := c.token.authorization(); err != nil {
+		// One that is missing may come: after a reboot, the kubelet's does.
+		if _, err := c.token.authorization(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
 	}

@@ -28,9 +28,11 @@ func (o Options) owe(services []string) error {
 
 // Pending returns the services that have to be restarted for what was installed
 // on this machine to count, in the order to do so.
-func Pending() []string {
+func Pending() []string { return Options{}.pending() }
+
+func (o Options) pending() []string {
 	return slices.DeleteFunc([]string{pilotService, containerdService}, func(s string) bool {
-		_, err := os.Stat(filepath.Join(pendingDir, s))
+		_, err := os.Stat(o.path(filepath.Join(pendingDir, s)))
 		return err != nil
 	})
 }
