@@ -89,8 +89,9 @@ func New(conf Config) (*Client, error) {
 	}
 	if conf.TokenFile != "" {
 		c.token = &tokenFile{name: conf.TokenFile}
-		// One that is missing may come: after a reboot, the kubelet's does.
-		if _, err := c.token.authorization(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		// What a reboot removes from /run may come later.
+		later := strings.HasPrefix(conf.TokenFile, "/run/")
+		if _, err := c.token.authorization(); err != nil && !(later && errors.Is(err, fs.ErrNotExist)) {
 			return nil, err
 		}
 	}
