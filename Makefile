@@ -65,6 +65,11 @@ demo: build tools
 
 test: tools
 	go test -buildvcs=false -timeout 20m ./...
+	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
+
+# Boots machines by systemd-nspawn.
+test-node: tools
+	PILOT_NODE=1 go test -buildvcs=false -timeout 20m -run TestDeploy ./integration
 
 # The tests that need neither root nor other programs.
 test-unit:

@@ -42,6 +42,7 @@ func boot(t testing.TB, podFiles string, prepare func(root string)) *booted {
 		}
 	}
 	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", filepath.Join(tools, "trixie"), dir, dir))
+	write(t, m.root+"/etc/hosts", "127.0.0.1 localhost\n")
 	prepare(m.root)
 	cmd := exec.Command("systemd-nspawn", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--system-call-filter=@keyring bpf", "--machine="+filepath.Base(dir), "--directory="+m.root, "--bind="+m.lib+":/var/lib/containerd", "--bind="+podFiles+":/pod")
 	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
@@ -52,8 +53,14 @@ func boot(t testing.TB, podFiles string, prepare func(root string)) *booted {
 		if err != nil {
 			return err
 		}
-		b.init, err = strconv.Atoi(strings.TrimSpace(string(children)))
-		return err
+		if b.init, err = strconv.Atoi(strings.TrimSpace(string(children))); err != nil {
+			return err
+		}
+		// At first the child is another nspawn.
+		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", b.init)); err != nil || string(name) != "systemd\n" {
+			return fmt.Errorf("it is %s: %v", name, err)
+		}
+		return nil
 	})
 	await(t, "the machine's containerd", func() error { return b.run("ctr", "version").Run() })
 	return b
@@ -167,7 +174,7 @@ func (b *booted) pod(c *cluster, name, image, broker string) *pod {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	args := []string{"--namespace", "k8s.io", "run", "--detach", "--log-uri", "file:///var/log/" + name, "--privileged", "--net-host", "--with-ns", "pid:/proc/1/ns/pid", "--read-only",
+	args := []string{"--namespace", "k8s.io", "run", "--detach", "--log-uri", "file:///var/log/" + name, "--privileged", "--cpu-shares", "0", "--net-host", "--with-ns", "pid:/proc/1/ns/pid", "--read-only",
 		"--env", "KUBERNETES_SERVICE_HOST=" + host, "--env", "KUBERNETES_SERVICE_PORT=" + port, "--env", "POD_NAMESPACE=pilot-system",
 		"--mount", "type=bind,src=/pod/account,dst=/var/run/secrets/kubernetes.io/serviceaccount,options=rbind:ro",
 		"--mount", "type=bind,src=/pod/broker,dst=/run/broker,options=rbind:ro",
@@ -178,7 +185,8 @@ func (b *booted) pod(c *cluster, name, image, broker string) *pod {
 		}
 		args = append(args, arg)
 	}
-	output(b.t, b.run("ctr", args...))
+	// As the machine's own, which has fewer rights than this test.
+	output(b.t, b.run("systemd-run", append([]string{"--quiet", "--wait", "--pipe", "--collect", "ctr"}, args...)...))
 	b.t.Cleanup(func() {
 		if b.t.Failed() {
 			b.t.Logf("%s:\n%s", name, said(b.t, exec.Command("cat", b.root+"/var/log/"+name)))
