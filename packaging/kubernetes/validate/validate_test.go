@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/api/resmap"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
+	"sigs.k8s.io/kustomize/kyaml/yaml"
 )
 
 // versions are the oldest and the newest of Kubernetes that there are schemas
@@ -105,7 +106,15 @@ func TestInvalid(t *testing.T) {
 // for the Secrets, which are the user's.
 func TestReferences(t *testing.T) {
 	resources := build(t, "../example")
-	has := map[string]bool{}
+	has, apps := map[string]bool{}, map[string]bool{"pilot": true, "copilot": true, "copilot-postgres": true}
+	selectors := map[string][]string{
+		"Service":             {"spec", "selector"},
+		"NetworkPolicy":       {"spec", "podSelector", "matchLabels"},
+		"PodDisruptionBudget": {"spec", "selector", "matchLabels"},
+		"DaemonSet":           {"spec", "selector", "matchLabels"},
+		"Deployment":          {"spec", "selector", "matchLabels"},
+		"StatefulSet":         {"spec", "selector", "matchLabels"},
+	}
 	for _, r := range resources.Resources() {
 		has[r.GetKind()+" "+r.GetName()] = true
 		if r.GetKind() != "Namespace" && r.GetNamespace() != "pilot-system" {
@@ -119,6 +128,16 @@ func TestReferences(t *testing.T) {
 		m, err := r.Map()
 		if err != nil {
 			t.Fatal(err)
+		}
+		// An empty selector selects all pods, or none.
+		if at, ok := selectors[r.GetKind()]; ok {
+			name := ""
+			if node, err := r.Pipe(yaml.Lookup(append(at, "app.kubernetes.io/name")...)); err == nil {
+				name = yaml.GetValue(node)
+			}
+			if !apps[name] {
+				t.Errorf("%s selects no app but %q", r.CurId(), name)
+			}
 		}
 		walk(m, func(key string, value any) {
 			switch fields, _ := value.(map[string]any); key {
