@@ -34,6 +34,11 @@ type booted struct {
 // boot boots a machine that sees podFiles as /pod.
 func boot(t testing.TB, podFiles string, prepare func(root string)) *booted {
 	t.Helper()
+	for _, name := range []string{"/usr/bin/systemd-nspawn", filepath.Join(tools, "trixie/usr/lib/systemd/systemd")} {
+		if _, err := os.Stat(name); err != nil {
+			t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
+		}
+	}
 	dir := tempDir(t)
 	m := &machine{t, filepath.Join(dir, "root"), filepath.Join(dir, "lib")}
 	for _, name := range []string{"upper", "work", "lib"} {
