@@ -59,10 +59,10 @@ const (
 // clean up.
 func (d *Deployment) Run(ctx context.Context) error {
 	const notFound = "DaemonSet not found, so pilot would stay on this node when it is deleted: is the Role right, and the API server there?"
-	if err := d.DaemonSet.Find(ctx); err != nil {
-		logrus.WithError(err).Error(notFound)
-	}
 	for {
+		if err := d.DaemonSet.Find(ctx); err != nil && ctx.Err() == nil {
+			logrus.WithError(err).Error(notFound)
+		}
 		err := d.install(context.WithoutCancel(ctx))
 		if err == nil {
 			break
@@ -77,6 +77,7 @@ func (d *Deployment) Run(ctx context.Context) error {
 		return err
 	}
 	defer ready.Close()
+	go answer(ready)
 	logrus.Info("pilot is installed")
 	for sleep(ctx, lookEvery) {
 		if err := d.DaemonSet.Find(ctx); err != nil && ctx.Err() == nil {
@@ -88,6 +89,19 @@ func (d *Deployment) Run(ctx context.Context) error {
 	}
 	ready.Close()
 	return d.end(ctx)
+}
+
+// answer takes connections, which say all by being taken, until l is closed.
+func answer(l net.Listener) {
+	for {
+		conn, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err == nil {
+			conn.Close()
+		}
+	}
 }
 
 // Ready returns an error unless a [Deployment] in the same pod is done
