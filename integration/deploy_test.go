@@ -51,6 +51,8 @@ func boot(t testing.TB, podFiles string, prepare func(root string)) *booted {
 	prepare(m.root)
 	cmd := exec.Command("systemd-nspawn", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--system-call-filter=@keyring bpf", "--machine="+filepath.Base(dir), "--directory="+m.root, "--bind="+m.lib+":/var/lib/containerd", "--bind="+podFiles+":/pod")
 	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+	// nspawn leaves it unless /run is a tmpfs.
+	t.Cleanup(func() { os.Remove("/run/systemd/nspawn/propagate/" + filepath.Base(dir)) })
 	p := start(t, dir, "systemd-nspawn", cmd)
 	b := &booted{machine: m}
 	await(t, "the machine's init", func() error {
