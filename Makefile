@@ -3,7 +3,9 @@
 #   make build    the programs, into bin/        (PKCS11=1: with HSM support in all)
 #   make install  into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo     encrypt, push, pull and run an image, in private directories
+#   make images   container images, as OCI layouts in dist/images (ARCHS="amd64 arm64")
 #   make test     all tests; installs what they need first
+#   make test-node installs by a DaemonSet's pod on a machine of its own that systemd runs
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
 #   make check    formatting, vet, staticcheck, licences, govulncheck
@@ -30,7 +32,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit bench bench-go check tools clean
+.PHONY: build images install demo test test-node test-unit bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -40,6 +42,22 @@ install: build
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 0755 bin/pilot bin/pilot-decoder bin/copilot bin/ctr-pilot $(DESTDIR)$(PREFIX)/bin/
 
+# Static programs and nothing else. PKCS#11 modules are libraries, so an image
+# has no use for them.
+ARCHS ?= amd64 arm64
+GOFLAGS_IMAGE = $(GOFLAGS_BUILD) -tags no_pkcs11
+IMAGE_FLAGS = -version $(VERSION) -revision $$(git rev-parse HEAD) -created $$(git log -1 --format=%ct) -license $(CURDIR)/LICENSE
+images:
+	@for arch in $(ARCHS); do \
+		echo "building for $$arch"; \
+		CGO_ENABLED=0 GOARCH=$$arch go build $(GOFLAGS_IMAGE) -o dist/programs/$$arch/ ./cmd/pilot ./cmd/pilot-decoder ./cmd/copilot || exit 1; \
+	done
+	cd packaging/ociimage && go build -buildvcs=false -o $(CURDIR)/dist/ociimage .
+	dist/ociimage $(IMAGE_FLAGS) -out dist/images/pilot -user 0:0 -description "Installs pilot on a node" \
+		pilot,pilot-decoder $(foreach a,$(ARCHS),$(a)=dist/programs/$(a))
+	dist/ociimage $(IMAGE_FLAGS) -out dist/images/copilot -roots -description "pilot's key broker" \
+		copilot $(foreach a,$(ARCHS),$(a)=dist/programs/$(a))
+
 tools:
 	scripts/install-tools.sh $(PILOT_TOOLS)
 
@@ -48,6 +66,11 @@ demo: build tools
 
 test: tools
 	go test -buildvcs=false -timeout 20m ./...
+	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
+
+# Boots machines by systemd-nspawn.
+test-node: tools
+	PILOT_NODE=1 go test -buildvcs=false -timeout 20m -run TestDeploy ./integration
 
 # The tests that need neither root nor other programs.
 test-unit:
@@ -74,4 +97,4 @@ check:
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
 
 clean:
-	rm -rf bin
+	rm -rf bin dist

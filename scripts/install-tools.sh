@@ -8,7 +8,7 @@ dir=${1:?usage: install-tools.sh DIR}
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql iproute2)
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
 missing=()
 for p in "${packages[@]}"; do
 	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
@@ -65,10 +65,10 @@ if [ "$(cat "$dir/bin/.vault-dev" 2>/dev/null)" != "$version" ]; then
 	echo "$version" >"$dir/bin/.vault-dev"
 fi
 
-if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ]; then
+if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ]; then
 	echo "making a root of Debian 13"
 	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
-	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,ca-certificates \
+	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,ca-certificates,systemd,systemd-sysv,dbus \
 		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
 		{ cat "$dir/mmdebstrap.log"; exit 1; }
 	mv "$dir/trixie.part" "$dir/trixie"

@@ -18,9 +18,13 @@ import (
 // own plans a file of pilot's own. One that somebody else made stays, if keep
 // finds nothing wrong with it; nil means that it can't.
 func (p *Plan) own(before state, path string, text []byte, keep func([]byte) error) error {
+	return p.ownMode(before, path, text, 0o644, keep)
+}
+
+func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode, keep func([]byte) error) error {
 	old, err := os.ReadFile(p.options.path(path))
 	if errors.Is(err, fs.ErrNotExist) {
-		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: 0o644})
+		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: mode})
 		return nil
 	}
 	if err != nil {
@@ -29,13 +33,13 @@ func (p *Plan) own(before state, path string, text []byte, keep func([]byte) err
 	if string(old) == string(text) {
 		return nil
 	}
-	if f := before.file(path); f == nil || f.SHA256 != hash(old) {
+	if f := before.file(path); f == nil || !f.is(old) {
 		if keep != nil {
 			return keep(old)
 		}
 		return &Conflict{path, "it exists, and is not what was installed", "move it away"}
 	}
-	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: 0o644})
+	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: mode})
 	return nil
 }
 
