@@ -43,7 +43,9 @@ are named.
 
 Example:
    pilot node uninstall --now`,
-			Flags:  nodeFlags(),
+			Flags: append(nodeFlags(),
+				&cli.BoolFlag{Name: "keep-config", Usage: "leave /etc/pilot as it is, for another install"},
+			),
 			Action: nodeUninstall,
 		},
 		doctorCommand,
@@ -144,7 +146,7 @@ func nodeUninstall(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	o := node.Options{Root: c.String("root")}
+	o := node.Options{Root: c.String("root"), KeepConfig: c.Bool("keep-config")}
 	units, installed, err := node.Installed(o)
 	if err != nil {
 		return err
