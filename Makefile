@@ -6,6 +6,7 @@
 #   make test     all tests; installs what they need first
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
+#   make packages debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make check    formatting, vet, staticcheck, govulncheck
 
 PREFIX  ?= /usr/local
@@ -14,7 +15,7 @@ DESTDIR ?=
 PILOT_TOOLS ?= $(CURDIR)/.cache/tools
 export PILOT_TOOLS
 
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+VERSION := $(shell scripts/version.sh 2>/dev/null || echo dev)
 GOFLAGS_BUILD := -trimpath -buildvcs=false -ldflags '-s -w -X github.com/ctrlplane/pilot/version.Version=$(VERSION)'
 
 # pilot and pilot-decoder run on every node, so they depend on no library there.
@@ -29,7 +30,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit bench bench-go check tools clean
+.PHONY: build install demo test test-unit bench bench-go packages check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -61,6 +62,10 @@ bench-go:
 	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
 	go run $(BENCHSTAT) bench.txt
 
+packages: export VERSION := $(VERSION)
+packages:
+	scripts/packages.sh dist
+
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
@@ -71,4 +76,4 @@ check:
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
 
 clean:
-	rm -rf bin
+	rm -rf bin dist
