@@ -21,6 +21,14 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1
 	}
+	if err := newApp().Run(os.Args); err != nil {
+		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
+		return 1
+	}
+	return 0
+}
+
+func newApp() *cli.App {
 	app := &cli.App{
 		Name:                 "copilot",
 		Usage:                "keep key encryption keys (KEKs) and hand them to pilot",
@@ -30,11 +38,7 @@ func run() int {
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
 	withoutHelpCommands(app.Commands)
-	if err := app.Run(os.Args); err != nil {
-		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
-		return 1
-	}
-	return 0
+	return app
 }
 
 // withoutHelpCommands has commands take "h" and "help" for what they are given, such
