@@ -69,7 +69,6 @@ mkdir -p "$stage"
 ln -s "$repo/packaging" "$stage/packaging"
 mkdir "$stage/units"
 cp plugin/node/units/* packaging/*.service "$stage/units/"
-sed -i 's/{{\.Pilot}}/\/usr\/bin\/pilot/; s/{{if \.Differ}}//; s/{{end}}//' "$stage"/units/*
 gzip -9n <CHANGELOG.md >"$stage/CHANGELOG.md.gz"
 for arch in "${archs[@]}"; do
 	export ARCH=$arch

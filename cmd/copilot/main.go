@@ -30,9 +30,12 @@ func run() int {
 
 func newApp() *cli.App {
 	app := &cli.App{
-		Name:                 "copilot",
-		Usage:                "keep key encryption keys (KEKs) and hand them to pilot",
-		Version:              version.Version,
+		Name:    "copilot",
+		Usage:   "keep key encryption keys (KEKs) and hand them to pilot",
+		Version: version.Version,
+		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It gives
+pilot what it may have of them, decides that by a policy, and writes each
+request down. "copilot init" makes a configuration to start from.`,
 		Commands:             []*cli.Command{initCommand, enrollCommand, serveCommand, keysCommand, policyCommand, auditCommand},
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},

@@ -13,9 +13,9 @@ import (
 
 // init makes this program print its manual page.
 func init() {
-	title, description, _ := strings.Cut(usage, "\n")
-	name, summary, _ := strings.Cut(title, ": ")
-	page := man.Page{Name: name, Version: version.Version, Summary: summary, Description: description}
+	parts := strings.SplitN(usage, "\n\n", 3)
+	name, summary, _ := strings.Cut(parts[0], ": ")
+	page := man.Page{Name: name, Version: version.Version, Summary: summary, Synopsis: parts[1], Description: parts[2]}
 	if err := page.Write(os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

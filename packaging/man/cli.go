@@ -27,7 +27,7 @@ func FromV2(commands []*v2.Command, above ...string) []Command {
 
 // FromV3 returns one command, named with those above it.
 func FromV3(c *v3.Command, name string) Command {
-	return Command{name, c.ArgsUsage, c.Usage, c.Description, options(c.Flags)}
+	return Command{name, strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)}
 }
 
 // flag is what both versions' flags have.
@@ -55,7 +55,7 @@ func options[F any](flags []F) []Option {
 			if m := emphasis.FindStringSubmatch(o.Usage); m != nil {
 				o.Value = m[1]
 			}
-			o.Default = f.GetDefaultText()
+			o.Default = strings.Trim(f.GetDefaultText(), `"`)
 		}
 		list = append(list, o)
 	}

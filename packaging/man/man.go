@@ -14,6 +14,7 @@ import (
 // Page is the manual page of a program.
 type Page struct {
 	Name, Version, Summary, Description string
+	Synopsis                            string // of a program without commands
 	Commands                            []Command
 }
 
@@ -37,18 +38,21 @@ func (p *Page) Write(w io.Writer) error {
 	fmt.Fprintf(&b, ".TH %s 8 \"\" \"pilot %s\" \"\"\n.nh\n", strings.ToUpper(escape(p.Name)), escape(p.Version))
 	fmt.Fprintf(&b, ".SH NAME\n%s \\- %s\n", escape(p.Name), escape(p.Summary))
 	b.WriteString(".SH SYNOPSIS\n")
+	for line := range strings.Lines(p.Synopsis) {
+		fmt.Fprintf(&b, "%s\n.br\n", escape(strings.TrimSpace(line)))
+	}
 	for _, c := range p.Commands {
 		fmt.Fprintf(&b, ".B %s\n", escape(p.Name+" "+c.Name))
-		if len(c.Options) > 0 && !strings.Contains(c.Arguments, "[flags]") {
-			b.WriteString("[\\fIOPTION\\fR]...\n")
+		if len(c.Options) > 0 {
+			b.WriteString("[\\fIOPTION\\fR]...\\&\n")
 		}
 		if c.Arguments != "" {
-			b.WriteString(protect(escape(c.Arguments)) + "\n")
+			b.WriteString(escape(c.Arguments) + "\\&\n")
 		}
 		b.WriteString(".br\n")
 	}
 	b.WriteString(".SH DESCRIPTION\n")
-	prose(&b, strings.TrimSpace(p.Description))
+	prose(&b, p.Description)
 
 	count := make(map[Option]int)
 	var common []Option
@@ -63,7 +67,7 @@ func (p *Page) Write(w io.Writer) error {
 		b.WriteString(".SH COMMANDS\n")
 	}
 	for _, c := range p.Commands {
-		fmt.Fprintf(&b, ".SS %s\n%s\n", escape(c.Name), protect(inline(c.Summary+".")))
+		fmt.Fprintf(&b, ".SS %s\n%s\n", escape(c.Name), inline(strings.ToUpper(c.Summary[:1])+c.Summary[1:]+"."))
 		if c.Description != "" {
 			b.WriteString(".PP\n")
 			prose(&b, c.Description)
@@ -71,9 +75,9 @@ func (p *Page) Write(w io.Writer) error {
 		var elsewhere []string
 		for _, o := range c.Options {
 			if count[o] < manyCommands {
-				o.write(&b, "--")
+				o.write(&b, dashes(o.Name))
 			} else {
-				elsewhere = append(elsewhere, `\fB\-\-`+escape(o.Name)+`\fR`)
+				elsewhere = append(elsewhere, `\fB`+escape(dashes(o.Name)+o.Name)+`\fR`)
 			}
 		}
 		if len(elsewhere) == len(common) && len(common) > 0 {
@@ -85,7 +89,7 @@ func (p *Page) Write(w io.Writer) error {
 	if len(common) > 0 {
 		b.WriteString(".SH COMMON OPTIONS\n")
 		for _, o := range common {
-			o.write(&b, "--")
+			o.write(&b, dashes(o.Name))
 		}
 	}
 	_, err := w.Write(b.Bytes())
@@ -100,6 +104,13 @@ func WriteSettings(w io.Writer, options []Option) error {
 	}
 	_, err := w.Write(b.Bytes())
 	return err
+}
+
+func dashes(name string) string {
+	if len(name) == 1 {
+		return "-"
+	}
+	return "--"
 }
 
 func (o Option) write(b *bytes.Buffer, dashes string) {
