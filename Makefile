@@ -7,6 +7,8 @@
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
 #   make packages debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
+#   make release  all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
+#   make test-packages  builds, installs, upgrades, removes and purges the packages; installs what it needs first
 #   make check    formatting, vet, staticcheck, govulncheck
 
 PREFIX  ?= /usr/local
@@ -30,7 +32,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit bench bench-go packages check tools clean
+.PHONY: build install demo test test-unit bench bench-go packages release test-packages check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -66,10 +68,18 @@ packages: export VERSION := $(VERSION)
 packages:
 	scripts/packages.sh dist
 
+release:
+	scripts/release.sh dist
+
+test-packages:
+	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
+	go test -buildvcs=false -timeout 60m -tags packages -run '^TestPackage' ./integration
+
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
+	go vet -buildvcs=false -tags man,packages ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@if timeout 20 go run $(GOVULNCHECK) -version >/dev/null 2>&1 && timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
 		GOFLAGS=-buildvcs=false go run $(GOVULNCHECK) ./...; \

@@ -60,12 +60,13 @@ install_tool() {
 	echo "$2" >"$tools/.$name"
 }
 
-flags=(-trimpath -buildvcs=false -ldflags "-s -w -X github.com/ctrlplane/pilot/version.Version=$version")
+ldflags="-s -w -X github.com/ctrlplane/pilot/version.Version=$version"
+flags=(-trimpath -buildvcs=false -ldflags "$ldflags")
 # build ARCH TO: the programs. pilot and pilot-decoder depend on no library;
 # the others reach PKCS#11 modules through cgo.
 build() {
 	GOARCH=$1 CGO_ENABLED=0 go build "${flags[@]}" -o "$2/" ./cmd/pilot ./cmd/pilot-decoder
-	GOARCH=$1 CGO_ENABLED=1 CC=${triplets[$1]}-gcc go build "${flags[@]}" -buildmode=pie -o "$2/" ./cmd/copilot ./ctr-pilot
+	GOARCH=$1 CGO_ENABLED=1 CC=${triplets[$1]}-gcc go build "${flags[@]}" -buildmode=pie -ldflags "$ldflags -extldflags '-Wl,-z,relro,-z,now'" -o "$2/" ./cmd/copilot ./ctr-pilot
 }
 
 # glibc FILE...: the version of glibc that programs need.

@@ -166,7 +166,7 @@ func nodeUninstall(c *cli.Context) error {
 		return nil
 	}
 	// containerd first: it asks pilot until then.
-	commands := []string{"systemctl restart containerd.service"}
+	commands := []string{"systemctl try-restart containerd.service"}
 	if len(units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(units, " "), "systemctl daemon-reload")
 	}
