@@ -9,7 +9,7 @@
 #   make packages debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make release  all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
 #   make test-packages  builds, installs, upgrades, removes and purges the packages; installs what it needs first
-#   make check    formatting, vet, staticcheck, govulncheck
+#   make check    formatting, vet, staticcheck, licences, govulncheck
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -30,6 +30,7 @@ endif
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
+CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 .PHONY: build install demo test test-unit bench bench-go packages release test-packages check tools clean
@@ -81,6 +82,8 @@ check:
 	go vet -buildvcs=false ./...
 	go vet -buildvcs=false -tags man,packages ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
+	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
+	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom
 	@if timeout 20 go run $(GOVULNCHECK) -version >/dev/null 2>&1 && timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
 		GOFLAGS=-buildvcs=false go run $(GOVULNCHECK) ./...; \
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
