@@ -8,6 +8,9 @@
 #   make test-node installs by a DaemonSet's pod on a machine of its own that systemd runs
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
+#   make packages debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
+#   make release  all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
+#   make test-packages  builds, installs, upgrades, removes and purges the packages; installs what it needs first
 #   make check    formatting, vet, staticcheck, licences, govulncheck
 
 PREFIX  ?= /usr/local
@@ -16,7 +19,7 @@ DESTDIR ?=
 PILOT_TOOLS ?= $(CURDIR)/.cache/tools
 export PILOT_TOOLS
 
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+VERSION := $(shell scripts/version.sh 2>/dev/null || echo dev)
 GOFLAGS_BUILD := -trimpath -buildvcs=false -ldflags '-s -w -X github.com/ctrlplane/pilot/version.Version=$(VERSION)'
 
 # pilot and pilot-decoder run on every node, so they depend on no library there.
@@ -32,7 +35,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build images install demo test test-node test-unit bench bench-go check tools clean
+.PHONY: build install demo images packages release test test-unit test-node test-packages bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -85,10 +88,22 @@ bench-go:
 	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
 	go run $(BENCHSTAT) bench.txt
 
+packages: export VERSION := $(VERSION)
+packages:
+	scripts/packages.sh dist
+
+release:
+	scripts/release.sh dist
+
+test-packages:
+	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
+	go test -buildvcs=false -timeout 60m -tags packages -run '^TestPackage' ./integration
+
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
+	go vet -buildvcs=false -tags man,packages ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

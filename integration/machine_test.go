@@ -20,8 +20,19 @@ type machine struct {
 	lib  string // its /var/lib/containerd
 }
 
-// newMachine makes a machine on top of a root directory.
+// newMachine makes a machine on top of a root directory, with our programs.
 func newMachine(t testing.TB, lower string) *machine {
+	t.Helper()
+	m := bareMachine(t, lower)
+	for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
+		m.copy(filepath.Join(bin, name))
+	}
+	m.copy(filepath.Join(tools, "bin/ctr"))
+	return m
+}
+
+// bareMachine makes a machine that is as the root directory.
+func bareMachine(t testing.TB, lower string) *machine {
 	t.Helper()
 	dir := tempDir(t)
 	m := &machine{t, filepath.Join(dir, "root"), filepath.Join(dir, "lib")}
@@ -38,10 +49,6 @@ func newMachine(t testing.TB, lower string) *machine {
 	m.mount("tmpfs", "tmp", "tmpfs", 0, "")
 	m.mount("tmpfs", "var/tmp", "tmpfs", 0, "")
 	m.mount(m.lib, "var/lib/containerd", "", syscall.MS_BIND, "")
-	for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
-		m.copy(filepath.Join(bin, name))
-	}
-	m.copy(filepath.Join(tools, "bin/ctr"))
 	return m
 }
 

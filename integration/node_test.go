@@ -102,6 +102,8 @@ func TestNodeAgain(t *testing.T) {
 		if strings.Contains(m.loads(), "diff.sock") {
 			t.Error("pilot is still configured")
 		}
+		write(t, m.root+conf, "version = 3\n")
+		output(t, m.pilot("node", "uninstall"))
 	})
 	t.Run("made, then added to", func(t *testing.T) {
 		m := machines()["2.4.2"](t)
@@ -298,6 +300,36 @@ func TestNodeConflicts(t *testing.T) {
 			m.same(before)
 		})
 	}
+}
+
+// TestNodeKeepConfig uninstalls as the removal of a package does, and installs
+// again.
+func TestNodeKeepConfig(t *testing.T) {
+	m := machines()["2.4.2"](t)
+	before := m.files()
+	output(t, m.pilot("node", "install", "--broker", "https://copilot.example.com"))
+	installed := m.files()
+	output(t, m.pilot("node", "uninstall", "--keep-config"))
+	if strings.Contains(m.loads(), "diff.sock") {
+		t.Error("pilot is still configured")
+	}
+	for _, name := range []string{"pilot.toml", "ocicrypt.conf"} {
+		if path := m.root + "/etc/pilot/" + name; m.files()[path] != installed[path] {
+			t.Errorf("%s: %q, was %q", name, m.files()[path], installed[path])
+		}
+	}
+	if out := output(t, m.pilot("node", "uninstall", "--keep-config")); !strings.Contains(out, "nothing is installed") {
+		t.Errorf("a second time: %s", out)
+	}
+	output(t, m.pilot("node", "install"))
+	again := m.files()
+	for path, sum := range installed {
+		if filepath.Base(path) != "node.json" && again[path] != sum { // it notes files in another order
+			t.Errorf("%s: %q, was %q", path, again[path], sum)
+		}
+	}
+	output(t, m.pilot("node", "uninstall"))
+	m.same(before)
 }
 
 // TestNodeChanged uninstalls where files were changed since.

@@ -21,20 +21,27 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1
 	}
+	if err := newApp().Run(os.Args); err != nil {
+		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
+		return 1
+	}
+	return 0
+}
+
+func newApp() *cli.App {
 	app := &cli.App{
-		Name:                 "copilot",
-		Usage:                "keep key encryption keys (KEKs) and hand them to pilot",
-		Version:              version.Version,
+		Name:    "copilot",
+		Usage:   "keep key encryption keys (KEKs) and hand them to pilot",
+		Version: version.Version,
+		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It gives
+pilot what it may have of them, decides that by a policy, and writes each
+request down. "copilot init" makes a configuration to start from.`,
 		Commands:             []*cli.Command{initCommand, enrollCommand, serveCommand, keysCommand, policyCommand, auditCommand},
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
 	withoutHelpCommands(app.Commands)
-	if err := app.Run(os.Args); err != nil {
-		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
-		return 1
-	}
-	return 0
+	return app
 }
 
 // withoutHelpCommands has commands take "h" and "help" for what they are given, such

@@ -26,7 +26,19 @@ func run() int {
 	}
 	logrus.SetOutput(os.Stderr)
 	unsetEmptyVariables()
-	app := &cli.App{
+	err := newApp().Run(os.Args)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(os.Stderr, "pilot: %s\n", err)
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	return 1
+}
+
+func newApp() *cli.App {
+	return &cli.App{
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
 		Version: version.Version,
@@ -40,15 +52,6 @@ that OCICRYPT_KEYPROVIDER_CONFIG names.`,
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}
-	err := app.Run(os.Args)
-	if err == nil {
-		return 0
-	}
-	fmt.Fprintf(os.Stderr, "pilot: %s\n", err)
-	if errors.As(err, new(usageError)) {
-		return 2
-	}
-	return 1
 }
 
 // usageError is the error of a configuration that can't work: exit status 2.

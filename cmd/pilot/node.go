@@ -42,7 +42,9 @@ are named.
 
 Example:
    pilot node uninstall --now`,
-			Flags:  nodeFlags(),
+			Flags: append(nodeFlags(),
+				&cli.BoolFlag{Name: "keep-config", Usage: "leave /etc/pilot as it is, for another install"},
+			),
 			Action: nodeUninstall,
 		},
 		deployCommand,
@@ -150,7 +152,7 @@ func nodeUninstall(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	o := node.Options{Root: c.String("root")}
+	o := node.Options{Root: c.String("root"), KeepConfig: c.Bool("keep-config")}
 	units, installed, err := node.Installed(o)
 	if err != nil {
 		return err
@@ -167,7 +169,7 @@ func nodeUninstall(c *cli.Context) error {
 		return nil
 	}
 	// containerd first: it asks pilot until then.
-	commands := []string{"systemctl restart containerd.service"}
+	commands := []string{"systemctl try-restart containerd.service"}
 	if len(units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(units, " "), "systemctl daemon-reload")
 	}

@@ -196,6 +196,8 @@ func (s *state) undo(o Options, f installed) error {
 		return writeFile(name, f.Before, f.Mode)
 	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
 		return writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode)
+	case f.Inserted != "" && !bytes.Contains(has, imported(f.Inserted)):
+		return nil // somebody has removed it
 	}
 	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
 }

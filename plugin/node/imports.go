@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"slices"
 	"strings"
 )
@@ -33,4 +34,9 @@ func insertImport(text, file string) (edited, inserted string) {
 		inserted = "\n" + inserted
 	}
 	return strings.Join(slices.Insert(lines, at, inserted), ""), inserted
+}
+
+// imported returns the file that what insertImport has inserted imports.
+func imported(inserted string) []byte {
+	return bytes.Split([]byte(inserted), []byte("'"))[1]
 }

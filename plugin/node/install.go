@@ -34,6 +34,8 @@ type Options struct {
 	PilotBinary string
 	// Settings are lines for a new pilot.toml, by their names.
 	Settings map[string]string
+	// KeepConfig has Uninstall leave pilot.toml and ocicrypt.conf.
+	KeepConfig bool
 }
 
 // Plan is what an installation would change.

@@ -9,7 +9,8 @@ import (
 // Uninstall puts a machine back as it was before [Plan.Install], byte for
 // byte. Files of pilot's that somebody has changed since stay, and are named in
 // the error; what was inserted into containerd's configuration is removed even
-// if other lines of it were changed.
+// if other lines of it were changed. With KeepConfig, pilot's own configuration
+// stays.
 func Uninstall(o Options) error {
 	if err := o.cleanRoot(); err != nil {
 		return err
@@ -26,6 +27,10 @@ func Uninstall(o Options) error {
 	var errs []error
 	var left []installed
 	for _, f := range slices.Backward(s.Files) {
+		if o.keeps(f) {
+			left = append(left, f)
+			continue
+		}
 		if err := s.undo(o, f); err != nil {
 			errs = append(errs, err)
 			left = append(left, f)
@@ -39,8 +44,13 @@ func Uninstall(o Options) error {
 	return errors.Join(errs...)
 }
 
+// keeps reports whether a file stays because it is pilot's own configuration.
+func (o Options) keeps(f installed) bool {
+	return o.KeepConfig && (f.Path == pilotConfig || f.Path == keyProviders)
+}
+
 // Installed returns the systemd units of an installation that a machine
-// remembers, and whether it remembers one.
+// remembers, and whether it remembers something to uninstall.
 func Installed(o Options) (units []string, ok bool, err error) {
 	if err := o.cleanRoot(); err != nil {
 		return nil, false, err
@@ -50,6 +60,7 @@ func Installed(o Options) (units []string, ok bool, err error) {
 		if f.Link != "" {
 			units = append(units, filepath.Base(f.Path))
 		}
+		ok = ok || !o.keeps(f)
 	}
-	return units, len(s.Files) > 0, err
+	return units, ok, err
 }

@@ -1,0 +1,21 @@
+//go:build man
+
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/ctrlplane/pilot/packaging/man"
+)
+
+// init makes this program print its manual page.
+func init() {
+	app := newApp()
+	page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: app.Description, Commands: man.FromV2(app.Commands)}
+	if err := page.Write(os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}

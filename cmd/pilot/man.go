@@ -1,0 +1,33 @@
+//go:build man
+
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/ctrlplane/pilot/packaging/man"
+)
+
+// init makes this program print its manual page, or with an argument that of
+// pilot.toml.
+func init() {
+	app := newApp()
+	var err error
+	if len(os.Args) > 1 {
+		conf := defaults()
+		var options []man.Option
+		for _, s := range settings {
+			options = append(options, man.Option{Name: s.name, Usage: s.usage, Default: s.value(&conf).String()})
+		}
+		err = man.WriteSettings(os.Stdout, options)
+	} else {
+		page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: app.Description, Commands: man.FromV2(app.Commands)}
+		err = page.Write(os.Stdout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}

@@ -1,0 +1,27 @@
+//go:build man
+
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/ctrlplane/pilot/packaging/man"
+)
+
+// init makes this program print the manual page of what ctr does not have.
+func init() {
+	app := newApp()
+	page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: app.Description + `
+
+All other commands are ctr's own: ctr-pilot --help tells them.`}
+	images := subcommand(app, "images")
+	for _, name := range []string{encryptCommand.Name, decryptCommand.Name, rewrapCommand.Name, layerinfoCommand.Name} {
+		page.Commands = append(page.Commands, man.FromV3(subcommand(images, name), "images "+name))
+	}
+	if err := page.Write(os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}

@@ -1,0 +1,500 @@
+//go:build packages
+
+package integration
+
+import (
+	"context"
+	"debug/elf"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The versions of the packages that are built, the second to upgrade to.
+const (
+	packageVersion = "1.2.3"
+	packageUpgrade = "1.3.0"
+)
+
+// patiently returns a command that may take half an hour.
+func patiently(t testing.TB, name string, args ...string) *exec.Cmd {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
+	t.Cleanup(cancel)
+	return exec.CommandContext(ctx, name, args...)
+}
+
+// buildPackages builds packages of the sources into dir.
+func buildPackages(t testing.TB, sources, dir, version, archs, formats string) {
+	t.Helper()
+	cmd := patiently(t, filepath.Join(sources, "scripts/packages.sh"), dir)
+	cmd.Env = append(os.Environ(), "VERSION=v"+version, "ARCHS="+archs, "FORMATS="+formats, "SOURCE_DATE_EPOCH=1800000000", "PILOT_TOOLS="+tools)
+	output(t, cmd)
+}
+
+// TestPackages builds the packages, examines them, and installs them on
+// machines that systemd runs, or that rpm keeps.
+func TestPackages(t *testing.T) {
+	for _, name := range []string{"lintian", "rpm", "mmdebstrap", "man", "expect", "zsh", "fish", "systemd-nspawn"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Fatalf("%s is missing: \"make test-packages\" installs it", name)
+		}
+	}
+	dir := tempDir(t)
+	built, upgrade := filepath.Join(dir, "built"), filepath.Join(dir, "upgrade")
+	buildPackages(t, repo, built, packageVersion, "amd64 arm64", "deb rpm tar")
+	buildPackages(t, repo, upgrade, packageUpgrade, goarch, "deb rpm")
+
+	t.Run("reproducible", func(t *testing.T) {
+		elsewhere := filepath.Join(dir, "elsewhere/sources")
+		output(t, command(t, "sh", "-euc", `mkdir -p "$2"; cd "$1"; git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$2"`, "sh", repo, elsewhere))
+		again := filepath.Join(dir, "again")
+		buildPackages(t, elsewhere, again, packageVersion, "amd64 arm64", "deb rpm tar")
+		output(t, command(t, "diff", "-r", built, again))
+	})
+	t.Run("names", func(t *testing.T) { testNames(t, built) })
+	t.Run("lintian", func(t *testing.T) {
+		debs, _ := filepath.Glob(built + "/*.deb")
+		output(t, patiently(t, "lintian", append([]string{"--allow-root", "--fail-on", "error,warning"}, debs...)...))
+	})
+	t.Run("files", func(t *testing.T) { testPackagedFiles(t, built) })
+	t.Run("completions", func(t *testing.T) { testCompletions(t, built) })
+
+	root := filepath.Join(dir, "debian12")
+	output(t, patiently(t, "mmdebstrap", "--quiet", "--variant=apt", "--include=systemd,dbus,containerd", "--aptopt=Acquire::Retries \"3\"", "bookworm", root, "http://deb.debian.org/debian"))
+	t.Run("deb", func(t *testing.T) { testDebs(t, root, built, upgrade) })
+	t.Run("rpm", func(t *testing.T) { testRPMs(t, root, built, upgrade) })
+}
+
+// packageFile returns the path of a package for this machine.
+func packageFile(t testing.TB, dir, name, format string) string {
+	t.Helper()
+	pattern := name + "_*_" + goarch + ".deb"
+	if format == "rpm" {
+		pattern = name + "-[0-9]*." + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[goarch] + ".rpm"
+	}
+	files, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("%s in %s: %v, %v", pattern, dir, files, err)
+	}
+	return files[0]
+}
+
+// testNames checks that all that is built is there, with its checksum.
+func testNames(t *testing.T, built string) {
+	want := []string{"SHA256SUMS"}
+	for arch, rpm := range map[string]string{"amd64": "x86_64", "arm64": "aarch64"} {
+		for _, name := range []string{"pilot", "copilot"} {
+			want = append(want, fmt.Sprintf("%s_%s-1_%s.deb", name, packageVersion, arch), fmt.Sprintf("%s-%s-1.%s.rpm", name, packageVersion, rpm))
+		}
+		for _, program := range []string{"pilot", "pilot-decoder", "ctr-pilot", "copilot"} {
+			name := fmt.Sprintf("%s-%s-linux-%s.cdx.json", program, packageVersion, arch)
+			want = append(want, name)
+			var sbom struct {
+				BOMFormat  string `json:"bomFormat"`
+				Components []struct{ Name, Version string }
+			}
+			if err := json.Unmarshal([]byte(read(t, filepath.Join(built, name))), &sbom); err != nil {
+				t.Fatal(err)
+			}
+			has := false
+			for _, c := range sbom.Components {
+				has = has || c.Name == "golang.org/x/sys" && c.Version != ""
+			}
+			if sbom.BOMFormat != "CycloneDX" || !has {
+				t.Errorf("%s: %+v", name, sbom)
+			}
+		}
+		want = append(want, fmt.Sprintf("pilot-%s-linux-%s.tar.gz", packageVersion, arch))
+	}
+	entries, err := os.ReadDir(built)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range entries {
+		got = append(got, e.Name())
+	}
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("built %q, want %q", got, want)
+	}
+	check := command(t, "sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS")
+	check.Dir = built
+	output(t, check)
+	if n := strings.Count(read(t, built+"/SHA256SUMS"), "\n"); n != len(want)-1 {
+		t.Errorf("SHA256SUMS has %d lines for %d files", n, len(want)-1)
+	}
+}
+
+// testPackagedFiles examines what is in the packages.
+func testPackagedFiles(t *testing.T, built string) {
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		files := tempDir(t)
+		for _, name := range []string{"pilot", "copilot"} {
+			output(t, command(t, "dpkg-deb", "-x", fmt.Sprintf("%s/%s_%s-1_%s.deb", built, name, packageVersion, arch), files))
+		}
+		for _, program := range []string{"pilot", "pilot-decoder", "ctr-pilot", "copilot"} {
+			f, err := elf.Open(filepath.Join(files, "usr/bin", program))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if f.Machine != machine {
+				t.Errorf("%s of %s is for %s", program, arch, f.Machine)
+			}
+			libraries, err := f.ImportedLibraries()
+			if static := program == "pilot" || program == "pilot-decoder"; err != nil || static != (len(libraries) == 0) {
+				t.Errorf("%s of %s needs %q (%v)", program, arch, libraries, err)
+			}
+			f.Close()
+		}
+		manuals, err := filepath.Glob(files + "/usr/share/man/man*/*.gz")
+		if err != nil || len(manuals) != 6 {
+			t.Errorf("manual pages: %q, %v", manuals, err)
+		}
+		for _, page := range manuals {
+			if out := said(t, command(t, "man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", page)); strings.Contains(out, "warning") {
+				t.Errorf("%s: %s", page, out)
+			}
+			name, section, _ := strings.Cut(strings.TrimSuffix(filepath.Base(page), ".gz"), ".")
+			if text := output(t, command(t, "sh", "-c", `man -l "$1" | col -b`, "sh", page)); !strings.Contains(text, name) || !strings.Contains(text, "SEE ALSO") {
+				t.Errorf("%s.%s: %s", name, section, text)
+			}
+		}
+	}
+}
+
+// testCompletions types into shells.
+func testCompletions(t *testing.T, built string) {
+	files := tempDir(t)
+	path := filepath.Join(files, "usr/bin") + ":" + os.Getenv("PATH")
+	for _, name := range []string{"pilot", "copilot"} {
+		output(t, command(t, "dpkg-deb", "-x", packageFile(t, built, name, "deb"), files))
+	}
+	share := filepath.Join(files, "usr/share")
+	for shell, set := range map[string][2]string{
+		"bash": {"bash --norc --noprofile", "bind 'set bell-style none'; for f in " + share + "/bash-completion/completions/*; do . $f; done"},
+		"zsh":  {"zsh -f", "unsetopt beep; fpath=(" + share + "/zsh/vendor-completions $fpath); autoload -U compinit; compinit -u -D"},
+		"fish": {"fish --no-config", "for f in " + share + "/fish/vendor_completions.d/*; source $f; end"},
+	} {
+		for typed, want := range map[string]string{
+			"pilot node unin":                    "pilot node uninstall",
+			"pilot node install --pilot-b":       "pilot node install --pilot-binary",
+			"copilot keys rot":                   "copilot keys rotate",
+			"ctr-pilot images layeri":            "ctr-pilot images layerinfo",
+			"ctr-pilot images encrypt --recip":   "ctr-pilot images encrypt --recipient",
+			"copilot policy check --metrics-lis": "", // it has no such option
+		} {
+			t.Run(shell+"/"+typed, func(t *testing.T) {
+				cmd := command(t, "expect", filepath.Join(repo, "integration/testdata/complete.exp"), set[0], set[1], typed)
+				cmd.Env = append(os.Environ(), "PATH="+path, "TERM=dumb", "SHELL=/bin/"+shell, "HOME="+files)
+				if want == "" {
+					want = typed
+				}
+				if out := output(t, cmd); !strings.Contains(out, "GOT<"+want+">") {
+					t.Errorf("want %q in %s", want, out)
+				}
+			})
+		}
+	}
+	// A program that is told -- would take the shell's question for an argument.
+	for shell, ask := range map[string]string{
+		"bash": `. "$1"/bash-completion/completions/pilot; COMP_WORDS=(pilot node -- ""); COMP_CWORD=3; _pilot; echo "${#COMPREPLY[@]}"`,
+	} {
+		cmd := command(t, shell, "-c", ask, shell, share)
+		cmd.Env = append(os.Environ(), "PATH="+path)
+		if out := output(t, cmd); strings.TrimSpace(out) != "0" {
+			t.Errorf("%s: after --: %s", shell, out)
+		}
+	}
+}
+
+// booted is a machine that systemd runs, in a network of its own.
+type booted struct {
+	t    testing.TB
+	root string
+	init string // its first process
+}
+
+// boot boots a machine on top of a root directory, with the newest containerd.
+func boot(t testing.TB, lower string) *booted {
+	t.Helper()
+	dir := tempDir(t)
+	m := &machine{t: t, root: filepath.Join(dir, "root")}
+	for _, name := range []string{"upper", "work"} {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
+		m.copy(filepath.Join(tools, "bin", name))
+	}
+	write(t, m.root+"/etc/systemd/system/containerd.service.d/newest.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
+	nspawn := exec.Command("systemd-nspawn", "--directory", m.root, "--boot", "--register=no", "--keep-unit", "--private-network", "--capability=all",
+		"--console=pipe", "--machine="+filepath.Base(dir), "--kill-signal=SIGRTMIN+3")
+	p := start(t, dir, "nspawn", nspawn)
+	b := &booted{t: t, root: m.root}
+	await(t, "systemd", func() error {
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.cmd.Process.Pid))
+		if err != nil {
+			return err
+		}
+		if b.init = strings.TrimSpace(string(children)); b.init == "" {
+			return fmt.Errorf("it has no process")
+		}
+		return b.cmd("systemctl", "is-active", "containerd.service").Run()
+	})
+	return b
+}
+
+// cmd returns a command on the machine.
+func (b *booted) cmd(name string, args ...string) *exec.Cmd {
+	b.t.Helper()
+	cmd := command(b.t, "nsenter", append([]string{"-t", b.init, "-a", name}, args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "DEBIAN_FRONTEND=noninteractive"}
+	return cmd
+}
+
+// run runs a command on the machine that has to succeed.
+func (b *booted) run(name string, args ...string) string {
+	b.t.Helper()
+	out, err := b.cmd(name, args...).CombinedOutput()
+	if err != nil {
+		b.t.Fatalf("%s %q: %v\n%s\n%s", name, args, err, out, said(b.t, b.cmd("journalctl", "--no-pager", "-n", "40")))
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// dpkg installs packages of dir.
+func (b *booted) dpkg(dir string) {
+	b.t.Helper()
+	for _, name := range []string{"pilot", "copilot"} {
+		file := packageFile(b.t, dir, name, "deb")
+		output(b.t, command(b.t, "cp", file, b.root+"/root/"))
+		b.run("dpkg", "-i", "/root/"+filepath.Base(file))
+	}
+}
+
+func (b *booted) pid(unit string) string {
+	b.t.Helper()
+	return b.run("systemctl", "show", "-P", "MainPID", unit)
+}
+
+// path returns where a file of the machine is.
+func (b *booted) path(name string) string { return filepath.Join(b.root, name) }
+
+func exists(name string) bool {
+	_, err := os.Lstat(name)
+	return err == nil
+}
+
+// testDebs installs, upgrades, removes, installs and purges on a machine that
+// runs.
+func testDebs(t *testing.T, root, built, upgrade string) {
+	b := boot(t, root)
+	plain := read(t, b.path("etc/containerd/config.toml"))
+	b.dpkg(built)
+	if got := b.run("pilot", "--version"); got != "pilot version v"+packageVersion {
+		t.Errorf("pilot --version: %s", got)
+	}
+	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "copilot.service"} {
+		if state := said(t, b.cmd("systemctl", "is-enabled", unit)); strings.TrimSpace(state) != "disabled" {
+			t.Errorf("after the installation %s is %s", unit, state)
+		}
+		if state := said(t, b.cmd("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
+			t.Errorf("after the installation %s is %s", unit, state)
+		}
+	}
+	if got := b.run("stat", "-c", "%U %G %a", "/var/lib/copilot"); got != "copilot copilot 700" {
+		t.Errorf("/var/lib/copilot: %s", got)
+	}
+
+	b.run("copilot", "init", "--host", "localhost", "--trust-domain", "example.com")
+	b.run("systemctl", "enable", "--now", "copilot.service")
+	b.run("copilot", "keys", "create", "team-a")
+	write(t, b.path("etc/pilot/node-key.pem"), "a node's key\n")
+	b.run("pilot", "node", "install", "--now", "--broker", "unix:///run/copilot/copilot.sock")
+	b.run("pilot", "node", "doctor", "--kek", "team-a")
+	conf := read(t, b.path("etc/pilot/pilot.toml")) + "kek-cache-ttl = \"3m\"\n" // as an admin would
+	write(t, b.path("etc/pilot/pilot.toml"), conf)
+	state := read(t, b.path("var/lib/pilot/node.json"))
+
+	pids := map[string]string{}
+	for _, unit := range []string{"pilot.service", "copilot.service", "containerd.service"} {
+		pids[unit] = b.pid(unit)
+	}
+	b.dpkg(upgrade)
+	if got := b.run("pilot", "--version"); got != "pilot version v"+packageUpgrade {
+		t.Errorf("pilot --version: %s", got)
+	}
+	for unit, was := range pids {
+		if is := b.pid(unit); is == "0" || (is == was) != (unit == "containerd.service") {
+			t.Errorf("%s was process %s before the upgrade, and is %s", unit, was, is)
+		}
+	}
+	if got := read(t, b.path("etc/pilot/pilot.toml")); got != conf {
+		t.Errorf("pilot.toml after the upgrade: %s", got)
+	}
+	if got := read(t, b.path("var/lib/pilot/node.json")); got != state {
+		t.Errorf("node.json after the upgrade: %s", got)
+	}
+	b.run("pilot", "node", "doctor", "--kek", "team-a")
+
+	was := b.pid("containerd.service")
+	b.run("dpkg", "-r", "pilot", "copilot")
+	if is := b.pid("containerd.service"); is == was || is == "0" {
+		t.Errorf("containerd was process %s before the removal, and is %s", was, is)
+	}
+	if dump := b.run("containerd", "config", "dump"); strings.Contains(dump, "pilot") {
+		t.Errorf("containerd after the removal: %s", dump)
+	}
+	if got := read(t, b.path("etc/containerd/config.toml")); got != plain {
+		t.Errorf("containerd's configuration after the removal: %s", got)
+	}
+	if got := read(t, b.path("etc/pilot/pilot.toml")); got != conf || !exists(b.path("etc/pilot/node-key.pem")) {
+		t.Errorf("pilot.toml after the removal: %s", got)
+	}
+	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "copilot.service"} {
+		if state := said(t, b.cmd("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
+			t.Errorf("after the removal %s is %s", unit, state)
+		}
+	}
+
+	b.dpkg(upgrade)
+	b.run("systemctl", "start", "copilot.service")
+	b.run("pilot", "node", "install", "--now")
+	if got := read(t, b.path("etc/pilot/pilot.toml")); got != conf {
+		t.Errorf("pilot.toml after another installation: %s", got)
+	}
+	b.run("pilot", "node", "doctor", "--kek", "team-a")
+
+	out := b.run("dpkg", "-P", "pilot", "copilot")
+	if n := strings.Count(out, "KEKs and the CA stay"); n != 1 {
+		t.Errorf("purge says %d times that KEKs stay: %s", n, out)
+	}
+	left(t, b.root)
+	for _, name := range []string{"etc/pilot", "var/lib/pilot", "etc/copilot/copilot.toml", "etc/copilot/policy.toml", "etc/copilot/server-key.pem", "etc/copilot/admin-key.pem"} {
+		if exists(b.path(name)) {
+			t.Errorf("/%s is left", name)
+		}
+	}
+	keysStay(t, b.root)
+	b.run("systemctl", "restart", "containerd.service")
+
+	// Where there is no containerd to restart, pilot can be removed all the same.
+	b.dpkg(built)
+	b.run("pilot", "node", "install")
+	b.run("systemctl", "stop", "containerd.service")
+	for _, dir := range []string{"etc", "usr/lib"} {
+		if err := os.RemoveAll(b.path(dir + "/systemd/system/containerd.service")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.run("systemctl", "daemon-reload")
+	b.run("dpkg", "-P", "pilot", "copilot")
+}
+
+// left checks that no program, unit or link of a package is left.
+func left(t *testing.T, root string) {
+	t.Helper()
+	for _, dir := range []string{"usr", "etc/systemd", "etc/containerd"} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, e fs.DirEntry, err error) error {
+			if name := e.Name(); err == nil && (strings.HasPrefix(name, "pilot") || strings.HasPrefix(name, "copilot") || strings.Contains(name, "ctr-pilot")) {
+				t.Errorf("%s is left", path)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// keysStay checks that what can't be replaced is there.
+func keysStay(t *testing.T, root string) {
+	t.Helper()
+	for _, pattern := range []string{"var/lib/copilot/master.key", "var/lib/copilot/*.db", "etc/copilot/ca.pem", "etc/copilot/ca-key.pem"} {
+		if files, _ := filepath.Glob(filepath.Join(root, pattern)); len(files) == 0 {
+			t.Errorf("/%s is gone", pattern)
+		}
+	}
+}
+
+// testRPMs does with rpm what it can do in a root that is not a machine of its
+// own.
+func testRPMs(t *testing.T, root, built, upgrade string) {
+	m := bareMachine(t, root)
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2"} {
+		m.copy(filepath.Join(tools, "bin", name))
+	}
+	// rpm knows nothing of the packages that are there.
+	rpm := func(args ...string) string {
+		t.Helper()
+		cmd := command(t, "rpm", append([]string{"--root", m.root, "--dbpath", "/var/lib/rpm"}, args...)...)
+		out, err := cmd.CombinedOutput()
+		if err != nil || strings.Contains(string(out), "scriptlet failed") {
+			t.Fatalf("rpm %q: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	plain := read(t, m.root+"/etc/containerd/config.toml")
+	rpm("--initdb")
+	rpm("-i", "--nodeps", packageFile(t, built, "pilot", "rpm"), packageFile(t, built, "copilot", "rpm"))
+	if got := rpm("-q", "pilot", "copilot"); strings.Count(got, packageVersion+"-1.") != 2 {
+		t.Errorf("rpm -q: %s", got)
+	}
+	for _, name := range []string{"pilot", "copilot"} {
+		requires := rpm("-q", "--requires", name)
+		if !strings.Contains(requires, "libc.so.6(GLIBC_2.3") {
+			t.Errorf("%s requires %s", name, requires)
+		}
+	}
+	if got := output(t, m.run("pilot", "--version")); strings.TrimSpace(got) != "pilot version v"+packageVersion {
+		t.Errorf("pilot --version: %s", got)
+	}
+	if got := output(t, m.run("stat", "-c", "%U %G %a", "/var/lib/copilot")); strings.TrimSpace(got) != "copilot copilot 700" {
+		t.Errorf("/var/lib/copilot: %s", got)
+	}
+	output(t, m.run("copilot", "init", "--host", "localhost", "--trust-domain", "example.com"))
+	output(t, m.run("setpriv", "--reuid=copilot", "--regid=copilot", "--clear-groups", "copilot", "keys", "create", "team-a"))
+	output(t, m.run("pilot", "node", "install", "--broker", "https://copilot.example.com"))
+	conf, state := read(t, m.root+"/etc/pilot/pilot.toml"), read(t, m.root+"/var/lib/pilot/node.json")
+
+	rpm("-U", "--nodeps", packageFile(t, upgrade, "pilot", "rpm"), packageFile(t, upgrade, "copilot", "rpm"))
+	if got := output(t, m.run("pilot", "--version")); strings.TrimSpace(got) != "pilot version v"+packageUpgrade {
+		t.Errorf("pilot --version: %s", got)
+	}
+	if read(t, m.root+"/etc/pilot/pilot.toml") != conf || read(t, m.root+"/var/lib/pilot/node.json") != state || !strings.Contains(m.loads(), "diff.sock") {
+		t.Error("the upgrade has changed the node")
+	}
+
+	rpm("-e", "pilot", "copilot")
+	if dump := m.loads(); strings.Contains(dump, "pilot") {
+		t.Errorf("containerd after the removal: %s", dump)
+	}
+	if got := read(t, m.root+"/etc/containerd/config.toml"); got != plain {
+		t.Errorf("containerd's configuration after the removal: %s", got)
+	}
+	if got := read(t, m.root+"/etc/pilot/pilot.toml"); got != conf {
+		t.Errorf("pilot.toml after the removal: %s", got)
+	}
+	left(t, m.root)
+	keysStay(t, m.root)
+	if !exists(m.root + "/etc/copilot/copilot.toml") {
+		t.Error("copilot.toml is gone")
+	}
+
+	rpm("-i", "--nodeps", packageFile(t, upgrade, "pilot", "rpm"))
+	output(t, m.run("pilot", "node", "install"))
+	if got := read(t, m.root+"/etc/pilot/pilot.toml"); got != conf {
+		t.Errorf("pilot.toml after another installation: %s", got)
+	}
+}

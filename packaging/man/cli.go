@@ -1,0 +1,63 @@
+package man
+
+import (
+	"strings"
+
+	v2 "github.com/urfave/cli/v2"
+	v3 "github.com/urfave/cli/v3"
+)
+
+// FromV2 returns the commands of an application, those below others with the
+// others' names before theirs.
+func FromV2(commands []*v2.Command, above ...string) []Command {
+	var list []Command
+	for _, c := range commands {
+		if c.Hidden || c.Name == "help" {
+			continue
+		}
+		name := append(above[:len(above):len(above)], c.Name)
+		if len(c.Subcommands) > 0 {
+			list = append(list, FromV2(c.Subcommands, name...)...)
+			continue
+		}
+		list = append(list, Command{strings.Join(name, " "), c.ArgsUsage, c.Usage, c.Description, options(c.Flags)})
+	}
+	return list
+}
+
+// FromV3 returns one command, named with those above it.
+func FromV3(c *v3.Command, name string) Command {
+	return Command{name, strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)}
+}
+
+// flag is what both versions' flags have.
+type flag interface {
+	Names() []string
+	TakesValue() bool
+	GetUsage() string
+	GetDefaultText() string
+	GetEnvVars() []string
+}
+
+func options[F any](flags []F) []Option {
+	var list []Option
+	for _, f := range flags {
+		f, ok := any(f).(flag)
+		if !ok || f.Names()[0] == "help" {
+			continue
+		}
+		o := Option{Name: f.Names()[0], Usage: f.GetUsage()}
+		if env := f.GetEnvVars(); len(env) > 0 {
+			o.Variable = strings.Join(env, ", $")
+		}
+		if f.TakesValue() {
+			o.Value = "VALUE"
+			if m := emphasis.FindStringSubmatch(o.Usage); m != nil {
+				o.Value = m[1]
+			}
+			o.Default = strings.Trim(f.GetDefaultText(), `"`)
+		}
+		list = append(list, o)
+	}
+	return list
+}
