@@ -48,18 +48,20 @@ install: build
 # Static programs and nothing else. PKCS#11 modules are libraries, so an image
 # has no use for them.
 ARCHS ?= amd64 arm64
+DIST  ?= dist
+override DIST := $(abspath $(DIST))
 GOFLAGS_IMAGE = $(GOFLAGS_BUILD) -tags no_pkcs11
 IMAGE_FLAGS = -version $(VERSION) -revision $$(git rev-parse HEAD) -created $$(git log -1 --format=%ct) -license $(CURDIR)/LICENSE
 images:
 	@for arch in $(ARCHS); do \
 		echo "building for $$arch"; \
-		CGO_ENABLED=0 GOARCH=$$arch go build $(GOFLAGS_IMAGE) -o dist/programs/$$arch/ ./cmd/pilot ./cmd/pilot-decoder ./cmd/copilot || exit 1; \
+		CGO_ENABLED=0 GOARCH=$$arch go build $(GOFLAGS_IMAGE) -o $(DIST)/programs/$$arch/ ./cmd/pilot ./cmd/pilot-decoder ./cmd/copilot || exit 1; \
 	done
-	cd packaging/ociimage && go build -buildvcs=false -o $(CURDIR)/dist/ociimage .
-	dist/ociimage $(IMAGE_FLAGS) -out dist/images/pilot -user 0:0 -description "Installs pilot on a node" \
-		pilot,pilot-decoder $(foreach a,$(ARCHS),$(a)=dist/programs/$(a))
-	dist/ociimage $(IMAGE_FLAGS) -out dist/images/copilot -roots -description "pilot's key broker" \
-		copilot $(foreach a,$(ARCHS),$(a)=dist/programs/$(a))
+	cd packaging/ociimage && go build -buildvcs=false -o $(DIST)/ociimage .
+	$(DIST)/ociimage $(IMAGE_FLAGS) -out $(DIST)/images/pilot -user 0:0 -description "Installs pilot on a node" \
+		pilot,pilot-decoder $(foreach a,$(ARCHS),$(a)=$(DIST)/programs/$(a))
+	$(DIST)/ociimage $(IMAGE_FLAGS) -out $(DIST)/images/copilot -roots -description "pilot's key broker" \
+		copilot $(foreach a,$(ARCHS),$(a)=$(DIST)/programs/$(a))
 
 tools:
 	scripts/install-tools.sh $(PILOT_TOOLS)
@@ -90,10 +92,10 @@ bench-go:
 
 packages: export VERSION := $(VERSION)
 packages:
-	scripts/packages.sh dist
+	scripts/packages.sh $(DIST)
 
 release:
-	scripts/release.sh dist
+	scripts/release.sh $(DIST)
 
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
@@ -112,4 +114,4 @@ check:
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
 
 clean:
-	rm -rf bin dist
+	rm -rf bin $(DIST)

@@ -165,6 +165,6 @@ for arch in "${archs[@]}"; do
 done
 rm -rf "$stage"
 cd "$dir"
-sha256sum -- * >SHA256SUMS.new
+sha256sum -- *.* >SHA256SUMS.new
 mv SHA256SUMS.new SHA256SUMS
-ls -l
+ls -l -- *.* SHA256SUMS

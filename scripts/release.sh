@@ -3,7 +3,7 @@
 # HEAD has to have the release's tag, vX.Y.Z, and CHANGELOG.md a section for it,
 # "## X.Y.Z". With GPG_KEY set, SHA256SUMS is signed with that key.
 set -euo pipefail
-dir=${1:?usage: release.sh DIR}
+dir=$(realpath -m "${1:?usage: release.sh DIR}")
 cd "$(dirname "$0")/.."
 refuse() {
 	echo "no release: $*" >&2
@@ -19,9 +19,12 @@ notes=$(awk -v version="${tag#v}" '/^## / {on = $2 == version; next} on' CHANGEL
 
 rm -rf "$dir"
 VERSION=$tag ARCHS="amd64 arm64" FORMATS="deb rpm tar" scripts/packages.sh "$dir"
+make -s images DIST="$dir"
+for image in pilot copilot; do
+	tar -C "$dir/images/$image" --sort=name --mtime="@$(git log -1 --format=%ct)" --owner=0 --group=0 --numeric-owner -cf "$dir/$image-image-${tag#v}.oci.tar" .
+done
+rm -r "$dir/images" "$dir/programs" "$dir/ociimage"
 cd "$dir"
-# More that is released, such as container images, is put into DIR here.
-
 printf '# pilot %s\n%s\n' "${tag#v}" "$notes" >release-notes.md
 rm SHA256SUMS
 sums=$(sha256sum -- *)
