@@ -131,6 +131,9 @@ func nodeInstall(c *cli.Context) error {
 		fmt.Println("everything is as it should be")
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
+	if len(plan.Changes) > 0 {
+		commands[1] = "systemctl restart pilot.service"
+	}
 	if plan.RestartContainerd {
 		commands = append(commands, "systemctl restart containerd.service")
 	}

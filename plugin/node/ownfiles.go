@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"text/template"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -171,6 +171,10 @@ func (o Options) hasSystemd() bool {
 	return false
 }
 
+// packagedPilot is where the units have pilot, which packages install as they
+// are.
+const packagedPilot = "/usr/bin/pilot"
+
 // units plans systemd's units and the links that enable them. Units of a
 // package are used as they are.
 func (p *Plan) units(before state, differ bool) error {
@@ -186,15 +190,12 @@ func (p *Plan) units(before state, differ bool) error {
 			}
 		}
 		if strings.HasPrefix(path, unitDir) {
-			t, err := template.ParseFS(unitFiles, "units/"+name)
+			text, err := unitFiles.ReadFile("units/" + name)
 			if err != nil {
 				return err
 			}
-			var text strings.Builder
-			if err := t.Execute(&text, map[string]any{"Pilot": p.options.PilotBinary, "Differ": differ}); err != nil {
-				return err
-			}
-			if err := p.own(before, path, []byte(text.String()), nil); err != nil {
+			text = bytes.ReplaceAll(text, []byte(packagedPilot), []byte(p.options.PilotBinary))
+			if err := p.own(before, path, text, nil); err != nil {
 				return err
 			}
 		}
