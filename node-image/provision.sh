@@ -11,6 +11,8 @@ systemctl --root "$root" --quiet enable pilot-firstboot.service systemd-networkd
 # It has a partition to itself, but only in a disk image.
 mkdir -p "$root/etc/systemd/system/local-fs.target.wants"
 ln -sfn /usr/lib/systemd/system/systemd-growfs-root.service "$root/etc/systemd/system/local-fs.target.wants/"
+# Nothing has changed since the image was made: the first boot need not look.
+touch "$root/etc/.updated" "$root/var/.updated"
 
 # What each machine has to have of its own.
 : >"$root/etc/machine-id"
