@@ -139,7 +139,8 @@ func (m *bootable) provide(t testing.TB, registry, image string, tries int, cred
 	write(t, m.files+"/settings", fmt.Sprintf("REGISTRY=%s\nIMAGE=%s\nTRIES=%d\n", registry, image, tries))
 	host := object{"namespace_options": object{"network": 2, "pid": 1}}
 	for name, o := range map[string]object{
-		"pod.json":       {"metadata": object{"name": "pod", "namespace": "test", "uid": "1", "attempt": 1}, "log_directory": "/run/pilot-test", "linux": object{"security_context": host}},
+		"pod.json": {"metadata": object{"name": "pod", "namespace": "test", "uid": "1", "attempt": 1}, "log_directory": "/run/pilot-test",
+			"linux": object{"security_context": host, "cgroup_parent": "pods.slice"}},
 		"container.json": {"metadata": object{"name": "app"}, "image": object{"image": image}, "log_path": "app.log", "linux": object{"security_context": host}},
 	} {
 		b, err := json.Marshal(o)
@@ -175,7 +176,7 @@ func (m *bootable) qemu(t testing.TB) {
 	output(t, command(t, "mkfs.ext4", "-q", "-d", m.files, files, "128M"))
 	write(t, m.dir+"/vars.fd", read(t, fmt.Sprintf(ovmf, "VARS")))
 	args := []string{
-		"-machine", "q35,accel=kvm:tcg", "-cpu", "max", "-smp", "2", "-m", "1024", "-no-reboot", "-display", "none", "-monitor", "none",
+		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024", "-no-reboot", "-display", "none", "-monitor", "none",
 		"-drive", "if=pflash,format=raw,readonly=on,file=" + fmt.Sprintf(ovmf, "CODE"),
 		"-drive", "if=pflash,format=raw,file=" + m.dir + "/vars.fd",
 		"-drive", "if=virtio,format=raw,file=" + m.disk,
@@ -216,7 +217,9 @@ func (m *bootable) nspawn(t testing.TB) {
 	defer output(t, command(t, "umount", root))
 	// Its own network, always: it configures the interfaces that it sees.
 	args := []string{"--boot", "--directory=" + root, "--machine=" + m.netns, "--network-namespace-path=/run/netns/" + m.netns,
-		"--register=no", "--keep-unit", "--console=pipe", "--bind=" + m.files + ":/mnt"}
+		"--register=no", "--keep-unit", "--console=pipe",
+		"--system-call-filter=@keyring bpf", // which runc needs
+		"--bind=" + m.files + ":/mnt"}
 	for name, text := range m.credentials {
 		args = append(args, "--load-credential="+name+":"+write(t, filepath.Join(m.dir, name), text))
 	}
