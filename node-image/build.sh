@@ -46,6 +46,7 @@ packages=$(paste -sd, "$here/packages"),linux-image-cloud-$arch
 [ -z "${NODE_IMAGE_PACKAGES:-}" ] || packages+=,${NODE_IMAGE_PACKAGES// /,}
 mkdir -p "$dir/debs"
 cp "$deb" "$dir/debs/pilot.deb"
+# shellcheck disable=SC2016 # mmdebstrap's shell expands $1
 mmdebstrap --quiet --variant=minbase --include="$packages" --aptopt='Acquire::Retries "3"' \
 	--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
 	--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \

@@ -1,6 +1,8 @@
+#!/bin/sh
 # What TestNodeImage does on the node: it examines it, then pulls and runs an
 # image as the kubelet does. It prints each step's output and exit status.
 cd "$(dirname "$0")" || exit
+# shellcheck disable=SC1091
 . ./settings
 exec 2>&1
 export CONTAINER_RUNTIME_ENDPOINT=unix:///run/containerd/containerd.sock
@@ -36,6 +38,11 @@ registry() {
 }
 
 run() {
+	# A container on a host with cgroup v1 has no controllers, and CRI sets limits.
+	if ! grep -qw cpu /sys/fs/cgroup/cgroup.controllers; then
+		ctr --namespace k8s.io run --rm --net-host --cpu-shares 0 "$IMAGE" app
+		return
+	fi
 	id=$(./crictl --timeout 120s run --no-pull container.json pod.json) || return
 	for _ in $(seq 30); do
 		./crictl ps -a --id "$id" | grep -q Exited && break
