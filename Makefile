@@ -6,7 +6,7 @@
 #   make test     all tests; installs what they need first
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
-#   make check    formatting, vet, staticcheck, govulncheck
+#   make check    formatting, vet, staticcheck, licences, govulncheck
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -27,6 +27,7 @@ endif
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
+CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 .PHONY: build install demo test test-unit bench bench-go check tools clean
@@ -66,6 +67,8 @@ check:
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
+	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
+	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom
 	@if timeout 20 go run $(GOVULNCHECK) -version >/dev/null 2>&1 && timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
 		GOFLAGS=-buildvcs=false go run $(GOVULNCHECK) ./...; \
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
