@@ -6,6 +6,8 @@
 #   make test     all tests; installs what they need first
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
+#   make node-image  a bootable disk image of a node, into dist/node-image/ (NODE_IMAGE_PACKAGES=: with more packages)
+#   make test-node   boots that image in qemu and as a container; installs what it needs first
 #   make check    formatting, vet, staticcheck, licences, govulncheck
 
 PREFIX  ?= /usr/local
@@ -30,7 +32,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit bench bench-go check tools clean
+.PHONY: build install demo test test-unit bench bench-go node-image test-node check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -62,10 +64,20 @@ bench-go:
 	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
 	go run $(BENCHSTAT) bench.txt
 
+NODE_IMAGE_DEB ?=
+node-image:
+	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
+	node-image/build.sh $(or $(NODE_IMAGE_DEB),dist/pilot_*_$$(dpkg --print-architecture).deb) dist/node-image/pilot-node.raw
+
+test-node:
+	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
+	go test -buildvcs=false -timeout 30m -tags node -run '^TestNodeImage$$' -v ./integration
+
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
+	go vet -buildvcs=false -tags node ./integration
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

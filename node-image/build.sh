@@ -42,7 +42,7 @@ dir=$(mktemp -d)
 trap 'rm -rf --one-file-system "$dir"' EXIT
 root=$dir/root
 
-packages=$(paste -sd, "$here/packages"),linux-image-cloud-$arch
+packages=$(paste -sd, "$here/packages"),systemd-sysv,systemd-boot,systemd-repart,udev,kmod,e2fsprogs,linux-image-cloud-$arch
 [ -z "${NODE_IMAGE_PACKAGES:-}" ] || packages+=,${NODE_IMAGE_PACKAGES// /,}
 mkdir -p "$dir/debs"
 cp "$deb" "$dir/debs/pilot.deb"

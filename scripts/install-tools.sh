@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# install-tools.sh DIR: installs what the tests and the demo run with. It takes
+# install-tools.sh DIR [PACKAGE...]: installs what the tests and the demo run with,
+# and Debian's packages that are named. It takes
 # Debian's packages where they will do, builds the rest into DIR/bin, and makes
 # DIR/trixie, a root of Debian 13, for the tools that are too old in Debian 12.
 # It is quick when all is there.
 set -euo pipefail
-dir=${1:?usage: install-tools.sh DIR}
+dir=${1:?usage: install-tools.sh DIR [PACKAGE...]}
+shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql iproute2)
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql iproute2 "$@")
 missing=()
 for p in "${packages[@]}"; do
 	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
