@@ -145,3 +145,51 @@ func TestNobodyThere(t *testing.T) {
 		}
 	}
 }
+
+// FuzzAnswers has the broker answer anything.
+func FuzzAnswers(f *testing.F) {
+	f.Add(200, goodAnswer)
+	f.Add(200, `{"version":1,"method":"A256GCMKW","iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAA"}`)
+	f.Add(200, `{"plaintext":"AAAA"}`)
+	f.Add(403, `{"title":"no","detail":"not you\n"}`)
+	f.Add(503, "")
+	var status int
+	var answer string
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		fmt.Fprint(w, answer)
+	}))
+	defer s.Close()
+	c, err := New(Config{URLs: []string{s.URL}, Timeout: time.Millisecond})
+	if err != nil {
+		f.Fatal(err)
+	}
+	c.timeout, c.try = 10*time.Second, time.Second
+	f.Fuzz(func(t *testing.T, code int, text string) {
+		if code < 200 || code > 599 || code == 204 || code == 304 || code == 429 || code >= 500 {
+			return // which are asked again, or have no body
+		}
+		status, answer = code, text
+		check := func(err error) {
+			t.Helper()
+			if err != nil && strings.ContainsAny(err.Error(), "\n\r\x1b\x00") {
+				t.Errorf("the error is not fit for a terminal: %q", err)
+			}
+		}
+		kek, err := c.KEK(t.Context(), "a", 0)
+		check(err)
+		if err == nil && (kek.ID != "a" || kek.Version < 1 || len(kek.Key) != 16 && len(kek.Key) != 24 && len(kek.Key) != 32) {
+			t.Errorf("%d %q is taken for the KEK %+v", code, text, kek)
+		}
+		w, err := c.Wrap(t.Context(), "a", []byte("secret"))
+		check(err)
+		if err == nil && (w.Version < 1 || len(w.Key) == 0) {
+			t.Errorf("%d %q is taken for the wrapped key %+v", code, text, w)
+		}
+		plaintext, err := c.Unwrap(t.Context(), "a", Wrapped{Version: 1, Method: "copilot", Key: []byte("x")})
+		check(err)
+		if err == nil && len(plaintext) == 0 {
+			t.Errorf("%d %q is taken for a layer key", code, text)
+		}
+	})
+}

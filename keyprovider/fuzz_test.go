@@ -1,0 +1,92 @@
+package keyprovider
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// FuzzExec asks a key provider, whose broker has each KEK, anything. No request
+// makes it tell the KEK, and none that it could not have wrapped is unwrapped.
+func FuzzExec(f *testing.F) {
+	logrus.SetLevel(logrus.ErrorLevel)
+	const kek = "KEKKEKKEKKEKKEKKEKKEKKEKKEKKEKKE"
+	broker := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, err := url.PathUnescape(strings.TrimSuffix(strings.TrimPrefix(r.URL.EscapedPath(), "/api/v2/keks/"), "/key"))
+		if err != nil || ValidateKEKID(id) != nil {
+			f.Errorf("the broker is asked for %q", r.URL.EscapedPath())
+		}
+		version := 1
+		fmt.Sscan(r.URL.Query().Get("version"), &version)
+		fmt.Fprintf(w, `{"id":%q,"version":%d,"key":%q}`, id, version, base64.StdEncoding.EncodeToString([]byte(kek)))
+	}))
+	defer broker.Close()
+	client, err := copilot.New(copilot.Config{URLs: []string{broker.URL}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	p := New(client, Config{CacheSize: 4, DefaultKEKs: []string{"a"}})
+	const wrap = `{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["YQ=="]}},"optsdata":"c2VjcmV0"}}`
+	var wrapped bytes.Buffer
+	if err := Exec(f.Context(), p, strings.NewReader(wrap), &wrapped); err != nil {
+		f.Fatal(err)
+	}
+	annotation := strings.Split(wrapped.String(), `"annotation":"`)[1]
+	annotation = annotation[:strings.Index(annotation, `"`)]
+	unwrap := `{"op":"keyunwrap","keyunwrapparams":{"dc":{"Parameters":null},"annotation":"` + annotation + `"}}`
+	if err := Exec(f.Context(), p, strings.NewReader(unwrap), &wrapped); err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte(wrap))
+	f.Add([]byte(unwrap))
+	f.Add([]byte(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["YS9i","Li4=","IA=="]}},"optsdata":"AA=="}}`))
+	f.Add([]byte(`{"op":"keyunwrap","keyunwrapparams":{"dc":{"Parameters":{"pilot":["YQ=="]}},"annotation":"e30="}}`))
+	f.Add([]byte(`{"op":"keyunwrap"}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var out bytes.Buffer
+		err := Exec(t.Context(), p, bytes.NewReader(b), &out)
+		said := out.String()
+		if err != nil {
+			said += err.Error()
+		}
+		for _, form := range []string{kek, base64.StdEncoding.EncodeToString([]byte(kek))} {
+			if strings.Contains(said, form) && !bytes.Contains(b, []byte(form)) {
+				t.Errorf("it tells the KEK: %s", said)
+			}
+		}
+		if err == nil && out.Len() == 0 {
+			t.Error("neither an answer nor an error")
+		}
+	})
+}
+
+// FuzzValidateKEKID checks that a KEK's name stays one part of a URL's path, and
+// the same in JSON.
+func FuzzValidateKEKID(f *testing.F) {
+	for _, id := range []string{"team-a", "a/b", "../x", "a b", "a%2fb", "é", "a?b#c", "<a>"} {
+		f.Add(id)
+	}
+	f.Fuzz(func(t *testing.T, id string) {
+		if ValidateKEKID(id) != nil {
+			return
+		}
+		u, err := url.Parse("http://copilot/api/v2/keks/" + url.PathEscape(id) + "/key")
+		if err != nil || u.Path != "/api/v2/keks/"+id+"/key" || u.RawQuery != "" || u.Fragment != "" || strings.Contains(u.Path, "/../") {
+			t.Errorf("%q becomes %v, %v", id, u, err)
+		}
+		a := Annotation{Method: methodA256GCMKW, KEKID: id, KEKVersion: 1}
+		if b := a.additionalData(); strings.Contains(string(b), `\u`) || !json.Valid(b) {
+			t.Errorf("%q becomes %s", id, b)
+		}
+	})
+}
