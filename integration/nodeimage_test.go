@@ -214,7 +214,7 @@ func (m *bootable) nspawn(t testing.TB) {
 			output(t, command(t, "mount", "-o", fmt.Sprintf("loop,offset=%d", p.Start*512), m.disk, root))
 		}
 	}
-	defer output(t, command(t, "umount", root))
+	defer func() { output(t, command(t, "umount", root)) }()
 	// Its own network, always: it configures the interfaces that it sees.
 	args := []string{"--boot", "--directory=" + root, "--machine=" + m.netns, "--network-namespace-path=/run/netns/" + m.netns,
 		"--register=no", "--keep-unit", "--console=pipe",
