@@ -1,17 +1,22 @@
 # pilot: encrypted container images for containerd.
 #
-#   make build    the programs, into bin/        (PKCS11=1: with HSM support in all)
-#   make install  into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
-#   make demo     encrypt, push, pull and run an image, in private directories
-#   make images   container images, as OCI layouts in dist/images (ARCHS="amd64 arm64")
-#   make test     all tests; installs what they need first
-#   make test-node installs by a DaemonSet's pod on a machine of its own that systemd runs
-#   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
-#   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
-#   make packages debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
-#   make release  all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
-#   make test-packages  builds, installs, upgrades, removes and purges the packages; installs what it needs first
-#   make check    formatting, vet, staticcheck, licences, govulncheck
+#   make build          the programs, into bin/        (PKCS11=1: with HSM support in all)
+#   make install        into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
+#   make demo           encrypt, push, pull and run an image, in private directories
+#   make packages       debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
+#   make images         container images, as OCI layouts in dist/images/ (ARCHS=amd64)
+#   make node-image     a bootable disk image of a node, into dist/node-image/ (NODE_IMAGE_PACKAGES=: with more packages)
+#   make release        all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
+#
+# All tests install what they need first.
+#   make test           all tests but for these:
+#   make test-packages  installs, upgrades, removes and purges the packages
+#   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
+#   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
+#   make fuzz           each fuzz target for a minute (FUZZTIME=)
+#   make check          formatting, vet, staticcheck, licences, govulncheck
+#   make bench          compares pilot with its peers, side by side (ROUNDS=7), into bench.json
+#   make bench-go       Go's benchmarks of the packages, by benchstat (COUNT=6)
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -35,7 +40,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages release test test-unit test-node test-packages bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-long fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -73,10 +78,6 @@ test: tools
 	go test -buildvcs=false -timeout 20m ./...
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
-# Boots machines by systemd-nspawn.
-test-node: tools
-	PILOT_NODE=1 go test -buildvcs=false -timeout 20m -run TestDeploy ./integration
-
 # The tests that need neither root nor other programs.
 test-unit:
 	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
@@ -100,12 +101,28 @@ release:
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
 	go test -buildvcs=false -timeout 60m -tags packages -run '^TestPackage' ./integration
+NODE_IMAGE_DEB ?=
+node-image:
+	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
+	node-image/build.sh $(or $(NODE_IMAGE_DEB),$(DIST)/pilot_*_$$(dpkg --print-architecture).deb) $(DIST)/node-image/pilot-node.raw
+
+test-node:
+	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
+	go test -buildvcs=false -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
+
+ROUNDS_LONG ?= 300
+test-long: tools
+	PILOT_ROUNDS=$(ROUNDS_LONG) go test -buildvcs=false -timeout 2h -run '^TestKilledAtRandom$$' -v ./integration
+
+FUZZTIME ?= 60s
+fuzz:
+	scripts/fuzz.sh $(FUZZTIME)
 
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
-	go vet -buildvcs=false -tags man,packages ./...
+	go vet -buildvcs=false -tags man,packages,node ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

@@ -1,167 +1,17 @@
+//go:build node
+
 package integration
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"sync"
 	"testing"
-	"time"
-
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
 )
-
-// booted is a machine that systemd runs, in namespaces of its own but for the
-// network's.
-type booted struct {
-	*machine
-	init int // process of its init
-}
-
-// boot boots a machine that sees podFiles as /pod.
-func boot(t testing.TB, podFiles string, prepare func(root string)) *booted {
-	t.Helper()
-	for _, name := range []string{"/usr/bin/systemd-nspawn", filepath.Join(tools, "trixie/usr/lib/systemd/systemd")} {
-		if _, err := os.Stat(name); err != nil {
-			t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
-		}
-	}
-	dir := tempDir(t)
-	m := &machine{t, filepath.Join(dir, "root"), filepath.Join(dir, "lib")}
-	for _, name := range []string{"upper", "work", "lib"} {
-		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", filepath.Join(tools, "trixie"), dir, dir))
-	write(t, m.root+"/etc/hosts", "127.0.0.1 localhost\n")
-	prepare(m.root)
-	cmd := exec.Command("systemd-nspawn", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--system-call-filter=@keyring bpf", "--machine="+filepath.Base(dir), "--directory="+m.root, "--bind="+m.lib+":/var/lib/containerd", "--bind="+podFiles+":/pod")
-	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
-	// nspawn leaves it unless /run is a tmpfs.
-	t.Cleanup(func() { os.Remove("/run/systemd/nspawn/propagate/" + filepath.Base(dir)) })
-	p := start(t, dir, "systemd-nspawn", cmd)
-	b := &booted{machine: m}
-	await(t, "the machine's init", func() error {
-		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.cmd.Process.Pid))
-		if err != nil {
-			return err
-		}
-		if b.init, err = strconv.Atoi(strings.TrimSpace(string(children))); err != nil {
-			return err
-		}
-		// At first the child is another nspawn.
-		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", b.init)); err != nil || string(name) != "systemd\n" {
-			return fmt.Errorf("it is %s: %v", name, err)
-		}
-		return nil
-	})
-	await(t, "the machine's containerd", func() error { return b.run("ctr", "version").Run() })
-	return b
-}
-
-// run returns a command on the machine.
-func (b *booted) run(name string, args ...string) *exec.Cmd {
-	b.t.Helper()
-	cmd := command(b.t, "nsenter", append([]string{"--target", strconv.Itoa(b.init), "--mount", "--pid", "--uts", "--ipc", "--cgroup", "--root", "--wd", name}, args...)...)
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
-	return cmd
-}
-
-// service returns the main process of a service, which is 0 if it does not
-// run.
-func (b *booted) service(name string) string {
-	b.t.Helper()
-	return strings.TrimSpace(output(b.t, b.run("systemctl", "show", "--property=MainPID", "--value", name)))
-}
-
-// cluster stands in for a cluster's API server: it has a DaemonSet, and issues
-// tokens to its pods.
-type cluster struct {
-	*httptest.Server
-	key *ecdsa.PrivateKey
-	dir string // of the files that a pod gets
-
-	mu                   sync.Mutex
-	daemonSet, namespace object // their metadata
-}
-
-func newCluster(t testing.TB) *cluster {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &cluster{key: key, dir: tempDir(t), daemonSet: object{"uid": "1"}, namespace: object{"uid": "2"}}
-	c.Server = httptest.NewTLSServer(c)
-	t.Cleanup(c.Close)
-	write(t, c.dir+"/account/ca.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Certificate().Raw})))
-	write(t, c.dir+"/account/token", "api-token")
-	write(t, c.dir+"/broker/token", c.token(t))
-	return c
-}
-
-func (c *cluster) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var answer any
-	object := func(metadata object) {
-		switch {
-		case r.Header.Get("Authorization") != "Bearer api-token":
-			w.WriteHeader(http.StatusUnauthorized)
-			answer = map[string]any{"kind": "Status", "reason": "Unauthorized"}
-		case metadata == nil:
-			w.WriteHeader(http.StatusNotFound)
-			answer = map[string]any{"kind": "Status", "reason": "NotFound"}
-		default:
-			answer = map[string]any{"metadata": metadata}
-		}
-	}
-	switch r.URL.Path {
-	case "/.well-known/openid-configuration":
-		answer = map[string]any{"issuer": c.URL, "jwks_uri": c.URL + "/openid/v1/jwks", "id_token_signing_alg_values_supported": []string{"ES256"}}
-	case "/openid/v1/jwks":
-		answer = jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: c.key.Public(), KeyID: "1", Algorithm: "ES256", Use: "sig"}}}
-	case "/apis/apps/v1/namespaces/pilot-system/daemonsets/pilot":
-		object(c.daemonSet)
-	case "/api/v1/namespaces/pilot-system":
-		object(c.namespace)
-	default:
-		http.NotFound(w, r)
-		return
-	}
-	json.NewEncoder(w).Encode(answer)
-}
-
-// token returns a new token of pilot's service account.
-func (c *cluster) token(t testing.TB) string {
-	t.Helper()
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: c.key, KeyID: "1"}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{
-		Issuer: c.URL, Subject: "system:serviceaccount:pilot-system:pilot", Audience: jwt.Audience{"copilot"},
-		Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour)), ID: strconv.FormatInt(time.Now().UnixNano(), 10),
-	}).Serialize()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return token
-}
 
 // pod is a pod of the DaemonSet's, without a kubelet.
 type pod struct {
@@ -247,9 +97,6 @@ func (b *booted) deployedImage(dir, tag string) string {
 // TestDeploy has a DaemonSet's pod set up a machine that runs, be replaced and
 // upgraded, and clean up.
 func TestDeploy(t *testing.T) {
-	if os.Getenv("PILOT_NODE") == "" {
-		t.Skip("boots machines, which takes more than a minute: make test-node")
-	}
 	c := newCluster(t)
 	b := initialized(t, "team-a")
 	b.process.stop(t)
@@ -263,13 +110,13 @@ func TestDeploy(t *testing.T) {
 
 	for _, version := range []string{"1.7", "2.4.2"} {
 		t.Run(version, func(t *testing.T) {
-			m := boot(t, c.dir, func(root string) {
+			m := boot(t, filepath.Join(tools, "trixie"), []string{"--bind=" + c.dir + ":/pod"}, func(m *machine) {
 				if version == "2.4.2" {
 					for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
-						output(t, command(t, "install", filepath.Join(tools, "bin", name), root+"/usr/bin/"+name))
+						output(t, command(t, "install", filepath.Join(tools, "bin", name), m.root+"/usr/bin/"+name))
 					}
 				}
-				write(t, root+"/etc/containerd/config.toml", "version = 2\noom_score = 1\n")
+				write(t, m.root+"/etc/containerd/config.toml", "version = 2\noom_score = 1\n")
 			})
 			image := m.deployedImage(bin, "v1")
 			before := m.files()
@@ -290,7 +137,7 @@ func TestDeploy(t *testing.T) {
 				output(t, m.run("systemctl", "is-enabled", unit))
 			}
 			pull()
-			containerd, daemon := m.service("containerd"), m.service("pilot")
+			containerd, daemon := m.pid("containerd"), m.pid("pilot")
 			onMachine := fmt.Sprintf("/proc/%d/root/run/pilot/broker-token", m.init)
 			if got := read(t, onMachine); got != read(t, c.dir+"/broker/token") {
 				t.Errorf("the token on the node is %q", got)
@@ -315,10 +162,10 @@ func TestDeploy(t *testing.T) {
 			second := m.pod(c, "second", image, b.url())
 			second.ready()
 			m.same(installed)
-			if now := m.service("containerd"); now != containerd {
+			if now := m.pid("containerd"); now != containerd {
 				t.Errorf("containerd was restarted: %s, was %s", now, containerd)
 			}
-			if now := m.service("pilot"); now != daemon {
+			if now := m.pid("pilot"); now != daemon {
 				t.Errorf("pilot was restarted: %s, was %s", now, daemon)
 			}
 			second.stop()
@@ -333,10 +180,10 @@ func TestDeploy(t *testing.T) {
 			if !strings.HasSuffix(read(t, m.root+"/usr/local/bin/pilot"), "newer") {
 				t.Error("the program is the old one")
 			}
-			if now := m.service("containerd"); now != containerd {
+			if now := m.pid("containerd"); now != containerd {
 				t.Errorf("containerd was restarted: %s, was %s", now, containerd)
 			}
-			if now := m.service("pilot"); now == daemon || now == "0" {
+			if now := m.pid("pilot"); now == daemon || now == "0" {
 				t.Errorf("pilot runs the old program: %s, was %s", now, daemon)
 			}
 			pull()
@@ -347,7 +194,7 @@ func TestDeploy(t *testing.T) {
 			output(t, m.run("touch", "/run/pilot-restart/containerd.service"))
 			fourth := m.pod(c, "fourth", "registry.example.com/pilot:v2", b.url())
 			fourth.ready()
-			if now := m.service("containerd"); now == containerd {
+			if now := m.pid("containerd"); now == containerd {
 				t.Errorf("containerd was not restarted")
 			}
 			pull()
@@ -365,7 +212,7 @@ func TestDeploy(t *testing.T) {
 					t.Errorf("%s is left: %v", name, err)
 				}
 			}
-			if now := m.service("pilot"); now != "0" {
+			if now := m.pid("pilot"); now != "0" {
 				t.Error("pilot still runs")
 			}
 			fails(t, n.crictl("pull", encrypted))

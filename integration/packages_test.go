@@ -216,76 +216,14 @@ func testCompletions(t *testing.T, built string) {
 	}
 }
 
-// booted is a machine that systemd runs, in a network of its own.
-type booted struct {
-	t    testing.TB
-	root string
-	init string // its first process
-}
-
-// boot boots a machine on top of a root directory, with the newest containerd.
-func boot(t testing.TB, lower string) *booted {
-	t.Helper()
-	dir := tempDir(t)
-	m := &machine{t: t, root: filepath.Join(dir, "root")}
-	for _, name := range []string{"upper", "work"} {
-		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
-	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
-		m.copy(filepath.Join(tools, "bin", name))
-	}
-	write(t, m.root+"/etc/systemd/system/containerd.service.d/newest.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
-	nspawn := exec.Command("systemd-nspawn", "--directory", m.root, "--boot", "--register=no", "--keep-unit", "--private-network", "--capability=all",
-		"--console=pipe", "--machine="+filepath.Base(dir), "--kill-signal=SIGRTMIN+3")
-	p := start(t, dir, "nspawn", nspawn)
-	b := &booted{t: t, root: m.root}
-	await(t, "systemd", func() error {
-		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.cmd.Process.Pid))
-		if err != nil {
-			return err
-		}
-		if b.init = strings.TrimSpace(string(children)); b.init == "" {
-			return fmt.Errorf("it has no process")
-		}
-		return b.cmd("systemctl", "is-active", "containerd.service").Run()
-	})
-	return b
-}
-
-// cmd returns a command on the machine.
-func (b *booted) cmd(name string, args ...string) *exec.Cmd {
-	b.t.Helper()
-	cmd := command(b.t, "nsenter", append([]string{"-t", b.init, "-a", name}, args...)...)
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "DEBIAN_FRONTEND=noninteractive"}
-	return cmd
-}
-
-// run runs a command on the machine that has to succeed.
-func (b *booted) run(name string, args ...string) string {
-	b.t.Helper()
-	out, err := b.cmd(name, args...).CombinedOutput()
-	if err != nil {
-		b.t.Fatalf("%s %q: %v\n%s\n%s", name, args, err, out, said(b.t, b.cmd("journalctl", "--no-pager", "-n", "40")))
-	}
-	return strings.TrimSpace(string(out))
-}
-
 // dpkg installs packages of dir.
 func (b *booted) dpkg(dir string) {
 	b.t.Helper()
 	for _, name := range []string{"pilot", "copilot"} {
 		file := packageFile(b.t, dir, name, "deb")
 		output(b.t, command(b.t, "cp", file, b.root+"/root/"))
-		b.run("dpkg", "-i", "/root/"+filepath.Base(file))
+		b.out("dpkg", "-i", "/root/"+filepath.Base(file))
 	}
-}
-
-func (b *booted) pid(unit string) string {
-	b.t.Helper()
-	return b.run("systemctl", "show", "-P", "MainPID", unit)
 }
 
 // path returns where a file of the machine is.
@@ -299,30 +237,35 @@ func exists(name string) bool {
 // testDebs installs, upgrades, removes, installs and purges on a machine that
 // runs.
 func testDebs(t *testing.T, root, built, upgrade string) {
-	b := boot(t, root)
+	b := boot(t, root, []string{"--private-network"}, func(m *machine) {
+		for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
+			m.copy(filepath.Join(tools, "bin", name))
+		}
+		write(t, m.root+"/etc/systemd/system/containerd.service.d/newest.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
+	})
 	plain := read(t, b.path("etc/containerd/config.toml"))
 	b.dpkg(built)
-	if got := b.run("pilot", "--version"); got != "pilot version v"+packageVersion {
+	if got := b.out("pilot", "--version"); got != "pilot version v"+packageVersion {
 		t.Errorf("pilot --version: %s", got)
 	}
 	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "copilot.service"} {
-		if state := said(t, b.cmd("systemctl", "is-enabled", unit)); strings.TrimSpace(state) != "disabled" {
+		if state := said(t, b.run("systemctl", "is-enabled", unit)); strings.TrimSpace(state) != "disabled" {
 			t.Errorf("after the installation %s is %s", unit, state)
 		}
-		if state := said(t, b.cmd("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
+		if state := said(t, b.run("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
 			t.Errorf("after the installation %s is %s", unit, state)
 		}
 	}
-	if got := b.run("stat", "-c", "%U %G %a", "/var/lib/copilot"); got != "copilot copilot 700" {
+	if got := b.out("stat", "-c", "%U %G %a", "/var/lib/copilot"); got != "copilot copilot 700" {
 		t.Errorf("/var/lib/copilot: %s", got)
 	}
 
-	b.run("copilot", "init", "--host", "localhost", "--trust-domain", "example.com")
-	b.run("systemctl", "enable", "--now", "copilot.service")
-	b.run("copilot", "keys", "create", "team-a")
+	b.out("copilot", "init", "--host", "localhost", "--trust-domain", "example.com")
+	b.out("systemctl", "enable", "--now", "copilot.service")
+	b.out("copilot", "keys", "create", "team-a")
 	write(t, b.path("etc/pilot/node-key.pem"), "a node's key\n")
-	b.run("pilot", "node", "install", "--now", "--broker", "unix:///run/copilot/copilot.sock")
-	b.run("pilot", "node", "doctor", "--kek", "team-a")
+	b.out("pilot", "node", "install", "--now", "--broker", "unix:///run/copilot/copilot.sock")
+	b.out("pilot", "node", "doctor", "--kek", "team-a")
 	conf := read(t, b.path("etc/pilot/pilot.toml")) + "kek-cache-ttl = \"3m\"\n" // as an admin would
 	write(t, b.path("etc/pilot/pilot.toml"), conf)
 	state := read(t, b.path("var/lib/pilot/node.json"))
@@ -332,7 +275,7 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 		pids[unit] = b.pid(unit)
 	}
 	b.dpkg(upgrade)
-	if got := b.run("pilot", "--version"); got != "pilot version v"+packageUpgrade {
+	if got := b.out("pilot", "--version"); got != "pilot version v"+packageUpgrade {
 		t.Errorf("pilot --version: %s", got)
 	}
 	for unit, was := range pids {
@@ -346,14 +289,14 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 	if got := read(t, b.path("var/lib/pilot/node.json")); got != state {
 		t.Errorf("node.json after the upgrade: %s", got)
 	}
-	b.run("pilot", "node", "doctor", "--kek", "team-a")
+	b.out("pilot", "node", "doctor", "--kek", "team-a")
 
 	was := b.pid("containerd.service")
-	b.run("dpkg", "-r", "pilot", "copilot")
+	b.out("dpkg", "-r", "pilot", "copilot")
 	if is := b.pid("containerd.service"); is == was || is == "0" {
 		t.Errorf("containerd was process %s before the removal, and is %s", was, is)
 	}
-	if dump := b.run("containerd", "config", "dump"); strings.Contains(dump, "pilot") {
+	if dump := b.out("containerd", "config", "dump"); strings.Contains(dump, "pilot") {
 		t.Errorf("containerd after the removal: %s", dump)
 	}
 	if got := read(t, b.path("etc/containerd/config.toml")); got != plain {
@@ -363,20 +306,20 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 		t.Errorf("pilot.toml after the removal: %s", got)
 	}
 	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "copilot.service"} {
-		if state := said(t, b.cmd("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
+		if state := said(t, b.run("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
 			t.Errorf("after the removal %s is %s", unit, state)
 		}
 	}
 
 	b.dpkg(upgrade)
-	b.run("systemctl", "start", "copilot.service")
-	b.run("pilot", "node", "install", "--now")
+	b.out("systemctl", "start", "copilot.service")
+	b.out("pilot", "node", "install", "--now")
 	if got := read(t, b.path("etc/pilot/pilot.toml")); got != conf {
 		t.Errorf("pilot.toml after another installation: %s", got)
 	}
-	b.run("pilot", "node", "doctor", "--kek", "team-a")
+	b.out("pilot", "node", "doctor", "--kek", "team-a")
 
-	out := b.run("dpkg", "-P", "pilot", "copilot")
+	out := b.out("dpkg", "-P", "pilot", "copilot")
 	if n := strings.Count(out, "KEKs and the CA stay"); n != 1 {
 		t.Errorf("purge says %d times that KEKs stay: %s", n, out)
 	}
@@ -387,19 +330,19 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 		}
 	}
 	keysStay(t, b.root)
-	b.run("systemctl", "restart", "containerd.service")
+	b.out("systemctl", "restart", "containerd.service")
 
 	// Where there is no containerd to restart, pilot can be removed all the same.
 	b.dpkg(built)
-	b.run("pilot", "node", "install")
-	b.run("systemctl", "stop", "containerd.service")
+	b.out("pilot", "node", "install")
+	b.out("systemctl", "stop", "containerd.service")
 	for _, dir := range []string{"etc", "usr/lib"} {
 		if err := os.RemoveAll(b.path(dir + "/systemd/system/containerd.service")); err != nil {
 			t.Fatal(err)
 		}
 	}
-	b.run("systemctl", "daemon-reload")
-	b.run("dpkg", "-P", "pilot", "copilot")
+	b.out("systemctl", "daemon-reload")
+	b.out("dpkg", "-P", "pilot", "copilot")
 }
 
 // left checks that no program, unit or link of a package is left.

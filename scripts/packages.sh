@@ -109,8 +109,10 @@ completions() {
 
 # debian_changelog PACKAGE: the changelog of the package itself.
 debian_changelog() {
+	local epoch
+	epoch=$(sed -n 's/^epoch: \(.*\)/\1:/p' "packaging/$1.yaml")
 	cat <<-EOF
-		$1 ($PACKAGE_VERSION-1) stable; urgency=medium
+		$1 ($epoch$PACKAGE_VERSION-1) stable; urgency=medium
 
 		  * pilot $version: changelog.gz tells what is new.
 
