@@ -3,7 +3,8 @@
 #   make build    the programs, into bin/        (PKCS11=1: with HSM support in all)
 #   make install  into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo     encrypt, push, pull and run an image, in private directories
-#   make test     all tests; installs what they need first
+#   make test     all tests but those on Kubernetes; installs what they need first
+#   make test-kubernetes  tests on a Kubernetes of their own, which takes long to build
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
 #   make check    formatting, vet, staticcheck, govulncheck
@@ -29,7 +30,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit bench bench-go check tools clean
+.PHONY: build install demo test test-unit test-kubernetes bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -52,6 +53,10 @@ test: tools
 test-unit:
 	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
 
+test-kubernetes:
+	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
+	go test -buildvcs=false -tags kubernetes -timeout 20m -run Kubernetes ./integration
+
 ROUNDS ?= 7
 bench: tools
 	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
@@ -64,8 +69,8 @@ bench-go:
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
-	go vet -buildvcs=false ./...
-	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
+	go vet -buildvcs=false -tags kubernetes ./...
+	GOFLAGS=-buildvcs=false go run $(STATICCHECK) -tags kubernetes ./...
 	@if timeout 20 go run $(GOVULNCHECK) -version >/dev/null 2>&1 && timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
 		GOFLAGS=-buildvcs=false go run $(GOVULNCHECK) ./...; \
 	else echo "govulncheck: its database can't be reached from here; not run"; fi

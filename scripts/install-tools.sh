@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# install-tools.sh DIR: installs what the tests and the demo run with. It takes
-# Debian's packages where they will do, builds the rest into DIR/bin, and makes
-# DIR/trixie, a root of Debian 13, for the tools that are too old in Debian 12.
+# install-tools.sh DIR [kubernetes]: installs what the tests and the demo run
+# with, and what the tests on Kubernetes need besides. It takes Debian's packages
+# where they will do, builds the rest into DIR/bin, and makes DIR/trixie, a root
+# of Debian 13, for the tools that are too old in Debian 12.
 # It is quick when all is there.
 set -euo pipefail
-dir=${1:?usage: install-tools.sh DIR}
+dir=${1:?usage: install-tools.sh DIR [kubernetes]}
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
 packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql iproute2)
+[ "${2-}" != kubernetes ] || packages+=(systemd-container containernetworking-plugins nftables)
 missing=()
 for p in "${packages[@]}"; do
 	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
@@ -41,13 +43,21 @@ build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
-# A Vault server, from a module of its own, since much comes with it.
-source=$(cd "$(dirname "$0")/../integration/vault" && pwd)
-version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
-if [ "$(cat "$dir/bin/.vault-dev" 2>/dev/null)" != "$version" ]; then
-	echo "building vault-dev (takes some minutes)"
-	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags '-s -w' -o "$dir/bin/vault-dev" .)
-	echo "$version" >"$dir/bin/.vault-dev"
+# build_module NAME FOLDER [FLAGS]: a program from a module of its own, since much
+# comes with it, unless it is there as it is now.
+build_module() {
+	local name=$1 source version
+	source=$(cd "$(dirname "$0")/../integration/$2" && pwd)
+	version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
+	[ "$(cat "$dir/bin/.$name" 2>/dev/null)" = "$version" ] && return
+	echo "building $name (takes some minutes)"
+	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags "-s -w ${3-}" -o "$dir/bin/$name" .)
+	echo "$version" >"$dir/bin/.$name"
+}
+build_module vault-dev vault
+if [ "${2-}" = kubernetes ]; then
+	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")
+	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"
 fi
 
 if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ]; then

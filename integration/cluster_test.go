@@ -1,0 +1,221 @@
+//go:build kubernetes
+
+package integration
+
+import (
+	"encoding/base64"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// cluster is a Kubernetes of one node. The node is a machine with systemd,
+// containerd and a kubelet; the control plane runs beside it.
+type cluster struct {
+	t    testing.TB
+	dir  string
+	node *booted
+}
+
+// The addresses of the node, and so of the API server, and of services and pods.
+const (
+	nodeAddress    = "192.0.2.10"
+	apiServer      = "https://" + nodeAddress + ":6443"
+	serviceNetwork = "10.96.0.0/24"
+	podNetwork     = "10.88.0.0/24"
+)
+
+// ownNetwork gives the test a network of its own: what it starts from now on
+// can have any port, and nothing else on this machine sees what a node does to
+// its network.
+func ownNetwork(t testing.TB) {
+	t.Helper()
+	runtime.LockOSThread() // for good: Go ends the thread with the test
+	if err := syscall.Unshare(syscall.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	output(t, command(t, "ip", "link", "set", "lo", "up"))
+	output(t, command(t, "ip", "address", "add", nodeAddress+"/32", "dev", "lo"))
+}
+
+// newCluster starts a cluster and waits until its node is ready.
+func newCluster(t testing.TB, pause string) *cluster {
+	t.Helper()
+	c := &cluster{t: t, dir: tempDir(t)}
+	c.node = boot(t, c.dir, pause)
+	c.controlPlane()
+	c.kubelet()
+	c.wait("node/node1", "condition=Ready")
+	return c
+}
+
+// program starts one of the cluster's programs.
+func (c *cluster) program(name string, args ...string) {
+	c.t.Helper()
+	start(c.t, c.dir, name, exec.Command(filepath.Join(tools, "bin/kubernetes"), append([]string{name}, args...)...))
+}
+
+func (c *cluster) controlPlane() {
+	t := c.t
+	t.Helper()
+	key := c.dir + "/service-accounts.pem"
+	output(t, command(t, "openssl", "genrsa", "-out", key, "2048"))
+	tokens := write(t, c.dir+"/tokens", "admin,admin,admin,system:masters\nnode,system:node:node1,node1,system:nodes\n")
+	const etcd = "http://127.0.0.1:2379"
+	c.program("etcd", "--data-dir", c.dir+"/etcd", "--unsafe-no-fsync", "--listen-client-urls", etcd, "--advertise-client-urls", etcd)
+	c.program("kube-apiserver", "--etcd-servers", etcd, "--cert-dir", c.dir, "--advertise-address", nodeAddress,
+		"--token-auth-file", tokens, "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction", "--allow-privileged",
+		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", key, "--service-account-signing-key-file", key,
+		"--service-cluster-ip-range", serviceNetwork)
+	// It makes itself a certificate, which comes with that of its CA.
+	await(t, "the API server's certificate", func() error { _, err := os.Stat(c.dir + "/apiserver.crt"); return err })
+	c.kubeconfig("admin", c.dir+"/admin.conf")
+	await(t, "the API server", func() error { return c.kubectl("get", "--raw", "/readyz").Run() })
+	c.program("kube-controller-manager", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false", "--use-service-account-credentials",
+		"--service-account-private-key-file", key, "--root-ca-file", c.dir+"/apiserver.crt")
+	c.program("kube-scheduler", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false")
+	c.program("kube-proxy", "--kubeconfig", c.dir+"/admin.conf", "--hostname-override", "node1", "--proxy-mode", "nftables", "--cluster-cidr", podNetwork)
+}
+
+// kubeconfig writes a configuration for who has a token.
+func (c *cluster) kubeconfig(token, file string) {
+	c.t.Helper()
+	write(c.t, file, fmt.Sprintf(`apiVersion: v1
+kind: Config
+clusters: [{name: test, cluster: {server: '%s', certificate-authority-data: %s}}]
+users: [{name: test, user: {token: %s}}]
+contexts: [{name: test, context: {cluster: test, user: test}}]
+current-context: test
+`, apiServer, base64.StdEncoding.EncodeToString([]byte(read(c.t, c.dir+"/apiserver.crt"))), token))
+}
+
+func (c *cluster) kubelet() {
+	t := c.t
+	t.Helper()
+	c.kubeconfig("node", c.dir+"/kubelet/kubeconfig")
+	// It doesn't limit pods, and leaves it to containerd where their cgroups are.
+	write(t, c.dir+"/kubelet/config.yaml", `apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+cgroupDriver: cgroupfs
+cgroupsPerQOS: false
+enforceNodeAllocatable: []
+failCgroupV1: false
+failSwapOn: false
+resolvConf: ""
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+`)
+	output(t, c.node.run("systemd-run", "--unit", "kubelet", "--property", "Restart=always",
+		"kubernetes", "kubelet", "--config", "/var/lib/kubelet/config.yaml", "--kubeconfig", "/var/lib/kubelet/kubeconfig", "--hostname-override", "node1", "--node-ip", nodeAddress))
+}
+
+// kubectl returns a command of an admin of the cluster.
+func (c *cluster) kubectl(args ...string) *exec.Cmd {
+	c.t.Helper()
+	cmd := command(c.t, filepath.Join(tools, "bin/kubernetes"), append([]string{"kubectl", "--kubeconfig", c.dir + "/admin.conf", "--cache-dir", c.dir + "/cache"}, args...)...)
+	return cmd
+}
+
+// apply applies a manifest.
+func (c *cluster) apply(manifest string) {
+	c.t.Helper()
+	cmd := c.kubectl("apply", "-f", "-")
+	cmd.Stdin = strings.NewReader(manifest)
+	output(c.t, cmd)
+}
+
+// wait waits for a resource.
+func (c *cluster) wait(resource, what string) {
+	c.t.Helper()
+	await(c.t, resource, func() error { return c.kubectl("get", resource).Run() })
+	if out, err := c.kubectl("wait", resource, "--for", what, "--timeout", "50s").CombinedOutput(); err != nil {
+		c.t.Fatalf("%s: %s\n%s\n%s", resource, out, output(c.t, c.kubectl("describe", resource)), output(c.t, c.kubectl("get", "events", "-A")))
+	}
+}
+
+// booted is a machine with systemd, of which no unit runs but the basic ones.
+type booted struct {
+	*machine
+	pid int // of its systemd
+}
+
+// boot boots a machine with containerd, in the test's network.
+func boot(t testing.TB, dir, pause string) *booted {
+	t.Helper()
+	m := &machine{t, dir + "/root", dir + "/lib"}
+	for _, name := range []string{"upper", "work", "lib", "kubelet"} {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=/,upperdir=%s/upper,workdir=%s/work", dir, dir))
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
+		m.copy(filepath.Join(tools, "bin", name))
+	}
+	for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
+		m.copy(filepath.Join(bin, name))
+	}
+	write(t, m.root+"/etc/machine-id", "")
+	write(t, m.root+"/etc/systemd/system/containerd.service.d/version.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
+	// A machine that is a container itself may not lower OOM scores.
+	write(t, m.root+"/etc/containerd/config.toml", fmt.Sprintf(`version = 3
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ['/usr/lib/cni']
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = '%s'
+`, pause))
+	write(t, m.root+"/etc/cni/net.d/bridge.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+  {"type": "bridge", "bridge": "cni0", "isGateway": true,
+   "ipam": {"type": "host-local", "ranges": [[{"subnet": "%s"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
+`, podNetwork))
+
+	args := []string{"--quiet", "--directory", m.root, "--machine", "node1", "--register=no", "--keep-unit", "--capability=all",
+		"--bind=" + m.lib + ":/var/lib/containerd", "--bind=" + dir + "/kubelet:/var/lib/kubelet", "--bind=/dev/kmsg",
+		"--bind-ro=" + filepath.Join(tools, "bin/kubernetes") + ":/usr/local/bin/kubernetes"}
+	p := start(t, dir, "machine", exec.Command("systemd-nspawn", append(args, "--console=pipe", "--boot", "systemd.unit=basic.target")...))
+	b := &booted{machine: m}
+	await(t, "the machine's systemd", func() error {
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.cmd.Process.Pid))
+		if err != nil {
+			return err
+		}
+		if _, err := fmt.Sscan(string(children), &b.pid); err != nil {
+			return err
+		}
+		return b.run("systemctl", "is-active", "basic.target").Run()
+	})
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the machine's journal:\n%s", said(t, exec.Command("nsenter", append(b.enter(), "journalctl", "--no-pager", "--lines", "60", "--unit", "containerd", "--unit", "kubelet", "--unit", "pilot")...)))
+		}
+	})
+	// nspawn mounts the controllers of cgroup v1 read-only, and the kubelet wants
+	// settings of the kernel that are not the node's alone.
+	output(t, b.run("sh", "-ec", `
+		for controller in /sys/fs/cgroup/*/; do mount -o remount,bind,rw $controller; done
+		for setting in vm/overcommit_memory=1 kernel/panic=10 kernel/panic_on_oops=1; do
+			file=$(mktemp) && echo ${setting#*=} >$file && mount --bind $file /proc/sys/${setting%=*}
+		done`))
+	output(t, b.run("systemctl", "start", "containerd"))
+	return b
+}
+
+func (b *booted) enter() []string {
+	return []string{"--target", fmt.Sprint(b.pid), "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--wd=/"}
+}
+
+// run returns a command on the machine.
+func (b *booted) run(name string, args ...string) *exec.Cmd {
+	b.t.Helper()
+	cmd := command(b.t, "nsenter", append(append(b.enter(), name), args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
+	return cmd
+}
