@@ -47,10 +47,11 @@ func ownNetwork(t testing.TB) {
 func newCluster(t testing.TB, pause string) *cluster {
 	t.Helper()
 	c := &cluster{t: t, dir: tempDir(t)}
-	c.node = boot(t, c.dir, pause)
 	c.controlPlane()
+	c.node = boot(t, c.dir, pause)
 	c.kubelet()
 	c.wait("node/node1", "condition=Ready")
+	c.wait("serviceaccount/default", "create") // no pod can be made without
 	return c
 }
 
@@ -70,6 +71,7 @@ func (c *cluster) controlPlane() {
 	c.program("etcd", "--data-dir", c.dir+"/etcd", "--unsafe-no-fsync", "--listen-client-urls", etcd, "--advertise-client-urls", etcd)
 	c.program("kube-apiserver", "--etcd-servers", etcd, "--cert-dir", c.dir, "--advertise-address", nodeAddress,
 		"--token-auth-file", tokens, "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction", "--allow-privileged",
+		"--kubelet-preferred-address-types", "InternalIP",
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", key, "--service-account-signing-key-file", key,
 		"--service-cluster-ip-range", serviceNetwork)
 	// It makes itself a certificate, which comes with that of its CA.
@@ -177,7 +179,7 @@ func boot(t testing.TB, dir, pause string) *booted {
    "ipam": {"type": "host-local", "ranges": [[{"subnet": "%s"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
 `, podNetwork))
 
-	args := []string{"--quiet", "--directory", m.root, "--machine", "node1", "--register=no", "--keep-unit", "--capability=all",
+	args := []string{"--quiet", "--directory", m.root, "--machine", "node1", "--register=no", "--keep-unit", "--capability=all", "--system-call-filter=@keyring bpf",
 		"--bind=" + m.lib + ":/var/lib/containerd", "--bind=" + dir + "/kubelet:/var/lib/kubelet", "--bind=/dev/kmsg",
 		"--bind-ro=" + filepath.Join(tools, "bin/kubernetes") + ":/usr/local/bin/kubernetes"}
 	p := start(t, dir, "machine", exec.Command("systemd-nspawn", append(args, "--console=pipe", "--boot", "systemd.unit=basic.target")...))
@@ -197,10 +199,11 @@ func boot(t testing.TB, dir, pause string) *booted {
 			t.Logf("the machine's journal:\n%s", said(t, exec.Command("nsenter", append(b.enter(), "journalctl", "--no-pager", "--lines", "60", "--unit", "containerd", "--unit", "kubelet", "--unit", "pilot")...)))
 		}
 	})
-	// nspawn mounts the controllers of cgroup v1 read-only, and the kubelet wants
-	// settings of the kernel that are not the node's alone.
+	// nspawn mounts the controllers of cgroup v1 and the settings of the network
+	// read-only, and the kubelet wants settings that are not the node's alone.
 	output(t, b.run("sh", "-ec", `
-		for controller in /sys/fs/cgroup/*/; do mount -o remount,bind,rw $controller; done
+		mount --bind /proc/sys/net /proc/sys/net
+		for mount in /sys/fs/cgroup/*/ /proc/sys/net; do mount -o remount,bind,rw $mount; done
 		for setting in vm/overcommit_memory=1 kernel/panic=10 kernel/panic_on_oops=1; do
 			file=$(mktemp) && echo ${setting#*=} >$file && mount --bind $file /proc/sys/${setting%=*}
 		done`))
