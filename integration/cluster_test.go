@@ -41,6 +41,7 @@ func ownNetwork(t testing.TB) {
 	}
 	output(t, command(t, "ip", "link", "set", "lo", "up"))
 	output(t, command(t, "ip", "address", "add", nodeAddress+"/32", "dev", "lo"))
+	output(t, command(t, "ip", "route", "add", serviceNetwork, "dev", "lo")) // to where kube-proxy sees it
 }
 
 // newCluster starts a cluster and waits until its node is ready.
@@ -81,7 +82,8 @@ func (c *cluster) controlPlane() {
 	c.program("kube-controller-manager", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false", "--use-service-account-credentials",
 		"--service-account-private-key-file", key, "--root-ca-file", c.dir+"/apiserver.crt")
 	c.program("kube-scheduler", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false")
-	c.program("kube-proxy", "--kubeconfig", c.dir+"/admin.conf", "--hostname-override", "node1", "--proxy-mode", "nftables", "--cluster-cidr", podNetwork)
+	c.program("kube-proxy", "--kubeconfig", c.dir+"/admin.conf", "--hostname-override", "node1", "--proxy-mode", "nftables", "--cluster-cidr", podNetwork,
+		"--conntrack-max-per-core", "0")
 }
 
 // kubeconfig writes a configuration for who has a token.
@@ -182,7 +184,17 @@ func boot(t testing.TB, dir, pause string) *booted {
 	args := []string{"--quiet", "--directory", m.root, "--machine", "node1", "--register=no", "--keep-unit", "--capability=all", "--system-call-filter=@keyring bpf",
 		"--bind=" + m.lib + ":/var/lib/containerd", "--bind=" + dir + "/kubelet:/var/lib/kubelet", "--bind=/dev/kmsg",
 		"--bind-ro=" + filepath.Join(tools, "bin/kubernetes") + ":/usr/local/bin/kubernetes"}
-	p := start(t, dir, "machine", exec.Command("systemd-nspawn", append(args, "--console=pipe", "--boot", "systemd.unit=basic.target")...))
+	// In a cgroup of its own: systemd ends all that it finds in it.
+	p := start(t, dir, "machine", exec.Command("sh", append([]string{"-ec", `
+		for hierarchy in unified systemd .; do
+			[ -e /sys/fs/cgroup/$hierarchy/cgroup.procs ] || continue
+			mkdir /sys/fs/cgroup/$hierarchy/$0 && echo $$ >/sys/fs/cgroup/$hierarchy/$0/cgroup.procs
+		done
+		exec systemd-nspawn "$@"`, filepath.Base(dir)}, append(args, "--console=pipe", "--boot", "systemd.unit=basic.target")...)...))
+	t.Cleanup(func() {
+		p.stop(t)
+		output(t, exec.Command("find", "/sys/fs/cgroup", "-depth", "-type", "d", "-path", "*/"+filepath.Base(dir)+"*", "-exec", "rmdir", "{}", "+"))
+	})
 	b := &booted{machine: m}
 	await(t, "the machine's systemd", func() error {
 		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.cmd.Process.Pid))
