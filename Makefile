@@ -3,7 +3,9 @@
 #   make build    the programs, into bin/        (PKCS11=1: with HSM support in all)
 #   make install  into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo     encrypt, push, pull and run an image, in private directories
-#   make test     all tests but those on Kubernetes; installs what they need first
+#   make images   container images, as OCI layouts in dist/images (ARCHS="amd64 arm64")
+#   make test     all tests but the next two; installs what they need first
+#   make test-node installs by a DaemonSet's pod on a machine of its own that systemd runs
 #   make test-kubernetes  tests on a Kubernetes of their own, which takes long to build
 #   make bench    compares pilot with its peers, side by side (ROUNDS=7), into bench.json
 #   make bench-go Go's benchmarks of the packages, by benchstat (COUNT=6)
@@ -30,7 +32,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo test test-unit test-kubernetes bench bench-go check tools clean
+.PHONY: build images install demo test test-node test-kubernetes test-unit bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -39,6 +41,22 @@ build:
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 0755 bin/pilot bin/pilot-decoder bin/copilot bin/ctr-pilot $(DESTDIR)$(PREFIX)/bin/
+
+# Static programs and nothing else. PKCS#11 modules are libraries, so an image
+# has no use for them.
+ARCHS ?= amd64 arm64
+GOFLAGS_IMAGE = $(GOFLAGS_BUILD) -tags no_pkcs11
+IMAGE_FLAGS = -version $(VERSION) -revision $$(git rev-parse HEAD) -created $$(git log -1 --format=%ct) -license $(CURDIR)/LICENSE
+images:
+	@for arch in $(ARCHS); do \
+		echo "building for $$arch"; \
+		CGO_ENABLED=0 GOARCH=$$arch go build $(GOFLAGS_IMAGE) -o dist/programs/$$arch/ ./cmd/pilot ./cmd/pilot-decoder ./cmd/copilot || exit 1; \
+	done
+	cd packaging/ociimage && go build -buildvcs=false -o $(CURDIR)/dist/ociimage .
+	dist/ociimage $(IMAGE_FLAGS) -out dist/images/pilot -user 0:0 -description "Installs pilot on a node" \
+		pilot,pilot-decoder $(foreach a,$(ARCHS),$(a)=dist/programs/$(a))
+	dist/ociimage $(IMAGE_FLAGS) -out dist/images/copilot -roots -description "pilot's key broker" \
+		copilot $(foreach a,$(ARCHS),$(a)=dist/programs/$(a))
 
 tools:
 	scripts/install-tools.sh $(PILOT_TOOLS)
@@ -76,4 +94,4 @@ check:
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
 
 clean:
-	rm -rf bin
+	rm -rf bin dist

@@ -10,7 +10,10 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/user"
+	"strconv"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -35,6 +38,9 @@ type broker struct {
 
 // newBroker opens what the configuration tells.
 func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
+	if err := checkOwner(conf.Dir); err != nil {
+		return nil, err
+	}
 	b := &broker{
 		limits:    &limits{},
 		metrics:   newMetrics(),
@@ -75,6 +81,24 @@ func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
 	}
 	b.keks = keks
 	return b, nil
+}
+
+// checkOwner keeps root from making files in a store that belongs to the user
+// that copilot's service runs as, who could not open them.
+func checkOwner(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil || os.Geteuid() != 0 {
+		return nil
+	}
+	uid := info.Sys().(*syscall.Stat_t).Uid
+	if uid == 0 {
+		return nil
+	}
+	name := strconv.FormatUint(uint64(uid), 10)
+	if u, err := user.LookupId(name); err == nil {
+		name = u.Username
+	}
+	return fmt.Errorf("the store in %s belongs to user %s: start its service first (systemctl start copilot), or run this as that user (runuser -u %[2]s -- copilot …)", dir, name)
 }
 
 func (b *broker) close() error {

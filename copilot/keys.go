@@ -27,13 +27,9 @@ type Keys struct {
 // OpenKeys manages the KEKs of the store that conf tells, through the server
 // that runs there if one does, else in the store itself.
 func OpenKeys(ctx context.Context, conf Config) (*Keys, error) {
-	socket := filepath.Join(conf.Dir, adminSocket)
-	conn, err := net.DialTimeout("unix", socket, time.Second)
-	if err == nil {
+	if conn, err := net.DialTimeout("unix", filepath.Join(conf.Dir, adminSocket), time.Second); err == nil {
 		conn.Close()
-		return newKeys("http://copilot", &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
-		}}), nil
+		return adminOf(conf.Dir), nil
 	}
 	if err := conf.check(); err != nil {
 		return nil, err
@@ -45,6 +41,14 @@ func OpenKeys(ctx context.Context, conf Config) (*Keys, error) {
 	k := newKeys("http://copilot", here{newAdminAPI(b)})
 	k.close = b.close
 	return k, nil
+}
+
+// adminOf manages the KEKs of the server that has the store in dir open.
+func adminOf(dir string) *Keys {
+	socket := filepath.Join(dir, adminSocket)
+	return newKeys("http://copilot", &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}})
 }
 
 // RemoteKeys manages the KEKs of the server at a URL, https://HOST:PORT, by the
@@ -88,6 +92,19 @@ type answer struct {
 func (a *answer) Header() http.Header         { return a.header }
 func (a *answer) WriteHeader(status int)      { a.status = status }
 func (a *answer) Write(b []byte) (int, error) { return a.body.Write(b) }
+
+// alive reports why the server does not answer.
+func (k *Keys) alive(ctx context.Context) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, k.base+"/healthz", nil)
+	if err != nil {
+		return err
+	}
+	answer, err := k.http.Do(r)
+	if err != nil {
+		return err
+	}
+	return answer.Body.Close()
+}
 
 // Close ends the connection, or closes the store.
 func (k *Keys) Close() error { return k.close() }

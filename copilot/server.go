@@ -22,6 +22,7 @@ import (
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/unixsocket"
+	"github.com/ctrlplane/pilot/watchdog"
 )
 
 // adminSocket is the name of the socket in the store's directory on which a
@@ -68,6 +69,10 @@ func Serve(ctx context.Context, conf Config) error {
 	}
 	g.Go(func() error {
 		b.tend(ctx, hangup)
+		return nil
+	})
+	g.Go(func() error {
+		watchdog.Run(ctx, adminOf(conf.Dir).alive)
 		return nil
 	})
 	warn(conf)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
@@ -63,9 +64,13 @@ func (comparesNothing) Compare(context.Context, []mount.Mount, []mount.Mount, ..
 }
 
 // Interceptor returns what makes a request's namespace hold for the calls back
-// to containerd, the server of client, that serve it.
+// to containerd, the server of client, that serve it. Requests of other services
+// than Diff pass.
 func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
-	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (_ any, err error) {
+	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (_ any, err error) {
+		if !strings.HasPrefix(info.FullMethod, "/"+diffapi.Diff_ServiceDesc.ServiceName+"/") {
+			return handle(ctx, req)
+		}
 		defer func() {
 			// What one request does must not end the others.
 			if p := recover(); p != nil {

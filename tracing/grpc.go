@@ -9,15 +9,20 @@ import (
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
 // UnaryServer returns what makes a span of each call that a gRPC server
-// answers. It is part of the caller's trace, if the caller's metadata say which.
+// answers, but for those that ask for its health. It is part of the caller's
+// trace, if the caller's metadata say which.
 func UnaryServer() grpc.UnaryServerInterceptor {
 	tracer := otel.Tracer("github.com/ctrlplane/pilot/tracing")
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		if strings.HasPrefix(info.FullMethod, "/"+healthpb.Health_ServiceDesc.ServiceName+"/") {
+			return handle(ctx, req)
+		}
 		incoming, _ := metadata.FromIncomingContext(ctx)
 		ctx = otel.GetTextMapPropagator().Extract(ctx, carrier(incoming))
 		method := strings.TrimPrefix(info.FullMethod, "/")

@@ -6,8 +6,10 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -27,7 +29,9 @@ var initCommand = &cli.Command{
 	Usage: "write a working configuration, with a CA, a server certificate and an admin's",
 	Description: `Writes into --config-dir: copilot.toml and policy.toml, a private CA (ca.pem,
 ca-key.pem), the server's certificate (server.pem, server-key.pem) and an
-admin's (admin.pem, admin-key.pem). It overwrites nothing.
+admin's (admin.pem, admin-key.pem). It overwrites nothing. If there is a user
+copilot, as the package makes for the service, that user gets the server's key
+and the store, and no other key.
 
 Example:
    copilot init --host copilot.example.com --trust-domain example.com`,
@@ -93,13 +97,16 @@ func initialize(c *cli.Context) error {
 	if err := writeNew(in("policy.toml"), fmt.Sprintf(policyText, domain)); err != nil {
 		return err
 	}
+	if err := giveTo(serviceUser, store, in("server-key.pem")); err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
 	// Last, so that a copilot that finds it finds the rest.
 	if err := writeNew(in("copilot.toml"), fmt.Sprintf(configText, store, c.Int("port"), dir)); err != nil {
 		return err
 	}
 	fmt.Printf(`%s is ready.
 
-   copilot serve --config %[1]s
+   copilot serve --config %[1]s                    # or: systemctl enable --now copilot
    copilot keys create --config %[1]s team-a
    copilot enroll --config-dir %[2]s worker-7      # a node: gives it worker-7.pem, worker-7-key.pem and %[3]s
 
@@ -107,6 +114,34 @@ Nodes may use KEKs, and nobody else may, until you change %[4]s.
 Keep %[5]s away from this machine where you can: it makes nodes.
 `, in("copilot.toml"), dir, in(pki.CertFile), in("policy.toml"), in(pki.KeyFile))
 	return nil
+}
+
+// serviceUser is the user that the package makes.
+const serviceUser = "copilot"
+
+// giveTo gives the server what it has to read and to write, if root runs this
+// and the server has a user of its own.
+func giveTo(name, store, serverKey string) error {
+	u, err := user.Lookup(name)
+	if err != nil || os.Geteuid() != 0 {
+		return nil
+	}
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		return err
+	}
+	gid, err := strconv.Atoi(u.Gid)
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(store, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	} else if err == nil {
+		if err := os.Chown(store, uid, gid); err != nil {
+			return err
+		}
+	}
+	return os.Chown(serverKey, uid, gid)
 }
 
 // checkHosts refuses what can't be in a certificate.

@@ -31,8 +31,7 @@ Example:
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
-				brokerFlag("broker"), brokerFlag("broker-ca"), brokerFlag("broker-cert"), brokerFlag("broker-key"), brokerFlag("broker-token-file"),
-			}),
+			}, settingFlags()),
 			Action: nodeInstall,
 		},
 		{
@@ -46,6 +45,7 @@ Example:
 			Flags:  nodeFlags(),
 			Action: nodeUninstall,
 		},
+		deployCommand,
 		doctorCommand,
 	},
 }
@@ -130,14 +130,20 @@ func nodeInstall(c *cli.Context) error {
 	if len(plan.Changes) == 0 {
 		fmt.Println("everything is as it should be")
 	}
-	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
-	if plan.RestartContainerd {
-		commands = append(commands, "systemctl restart containerd.service")
-	}
 	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") {
 		return nil
 	}
-	return runOrSay(c.Bool("now"), commands)
+	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
+	for _, service := range node.Pending() {
+		if service == "pilot.service" {
+			commands = commands[:1]
+		}
+		commands = append(commands, "systemctl restart "+service)
+	}
+	if err := runOrSay(c.Bool("now"), commands); err != nil || !c.Bool("now") {
+		return err
+	}
+	return node.Restarted()
 }
 
 func nodeUninstall(c *cli.Context) error {

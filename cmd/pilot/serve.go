@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -20,6 +21,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/keyprovider"
@@ -27,6 +31,7 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/tracing"
 	"github.com/ctrlplane/pilot/unixsocket"
+	"github.com/ctrlplane/pilot/watchdog"
 )
 
 // stopWithin is how long requests under way may take when pilot is told to
@@ -91,6 +96,8 @@ func serve(c *cli.Context) error {
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
 	keyprovider.Register(server, provider)
+	healthpb.RegisterHealthServer(server, health.NewServer())
+	sockets := []net.Listener{l}
 	if conf.DiffListen != diffOff {
 		// First the socket: if another pilot has it, its mounts are its own.
 		diffListener, err := listen(passed[diffSocket], address(conf.DiffListen))
@@ -102,9 +109,11 @@ func serve(c *cli.Context) error {
 			return err
 		}
 		serveUntilDone(ctx, g, diffs, diffListener)
+		sockets = append(sockets, diffListener)
 	}
 	serveUntilDone(ctx, g, server, l)
 	go provider.Sweep(ctx)
+	go watchdog.Run(ctx, func(ctx context.Context) error { return answers(ctx, sockets) })
 
 	logrus.WithFields(logrus.Fields{
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
@@ -139,6 +148,25 @@ func serveUntilDone(ctx context.Context, g *errgroup.Group, s *grpc.Server, l ne
 		s.GracefulStop()
 		return nil
 	})
+}
+
+// answers asks whoever listens on unix sockets whether it is well. What else is
+// in sockets may want a client certificate, and is not asked.
+func answers(ctx context.Context, sockets []net.Listener) error {
+	for _, l := range sockets {
+		if l.Addr().Network() != "unix" {
+			continue
+		}
+		conn, err := grpc.NewClient("unix://"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return err
+		}
+		_, err = healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{})
+		if err := errors.Join(err, conn.Close()); err != nil {
+			return fmt.Errorf("%s: %w", l.Addr(), err)
+		}
+	}
+	return nil
 }
 
 // cleanMounts has snapshots mounted below dir while layers are unpacked onto
@@ -188,6 +216,7 @@ func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server
 	}
 	processor.RegisterKeyProvider(string(c.ProviderName), provider)
 	s := grpc.NewServer(grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
+	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
 		Layers: int(c.LayersAtOnce),
 		Keys:   keys,

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -88,7 +89,9 @@ func New(conf Config) (*Client, error) {
 	}
 	if conf.TokenFile != "" {
 		c.token = &tokenFile{name: conf.TokenFile}
-		if _, err := c.token.authorization(); err != nil {
+		// What a reboot removes from /run may come later.
+		later := strings.HasPrefix(conf.TokenFile, "/run/")
+		if _, err := c.token.authorization(); err != nil && !(later && errors.Is(err, fs.ErrNotExist)) {
 			return nil, err
 		}
 	}

@@ -99,6 +99,12 @@ func TestToken(t *testing.T) {
 	if _, err := c.KEK(t.Context(), "a", 0); !errors.Is(err, os.ErrNotExist) || !errors.Is(err, ErrUnavailable) {
 		t.Errorf("without a file: %v", err)
 	}
+	if _, err := New(Config{URLs: []string{url}, TokenFile: file}); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without a file: %v", err)
+	}
+	if _, err := New(Config{URLs: []string{url}, TokenFile: "/run/pilot-test/nothere"}); err != nil {
+		t.Errorf("without a file that a reboot removes: %v", err)
+	}
 	writeToken(t, file, "SECRET.3", now.Add(time.Hour))
 	expect("Bearer SECRET.3", nil)
 }

@@ -53,6 +53,7 @@ type installed struct {
 	Before []byte      `json:"before"` // null: there was none
 	Mode   fs.FileMode `json:"mode"`
 	SHA256 string      `json:"sha256,omitempty"`
+	Was    string      `json:"was,omitempty"` // SHA256 before the last change, which may not have been made
 	Link   string      `json:"link,omitempty"`
 	// Inserted is what was inserted into a file that is somebody else's.
 	Inserted string `json:"inserted,omitempty"`
@@ -109,13 +110,19 @@ func (s *state) note(o Options, c Change, inserted string) {
 	if f == nil {
 		s.Files = append(s.Files, installed{Path: c.Path, Before: c.Old, Mode: c.Mode})
 		f = &s.Files[len(s.Files)-1]
-	} else if c.Link == "" && f.SHA256 != hash(c.Old) {
+	} else if c.Link == "" && !f.is(c.Old) {
 		f.Before, f.Mode = c.Old, c.Mode // somebody has changed it since
 	}
 	f.Link, f.Inserted = c.Link, inserted
 	if c.Link == "" {
-		f.SHA256 = hash(c.New)
+		f.Was, f.SHA256 = f.SHA256, hash(c.New)
 	}
+}
+
+// is reports whether a file is as it was installed.
+func (f *installed) is(content []byte) bool {
+	sum := hash(content)
+	return sum == f.SHA256 || sum == f.Was
 }
 
 // noteDir notes a directory that is going to be made, with those above it that
@@ -183,9 +190,9 @@ func (s *state) undo(o Options, f installed) error {
 	switch {
 	case f.Before != nil && bytes.Equal(has, f.Before):
 		return nil
-	case hash(has) == f.SHA256 && f.Before == nil:
+	case f.is(has) && f.Before == nil:
 		return os.Remove(name)
-	case hash(has) == f.SHA256:
+	case f.is(has):
 		return writeFile(name, f.Before, f.Mode)
 	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
 		return writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode)

@@ -40,8 +40,8 @@ type Options struct {
 type Plan struct {
 	// Changes are what it would write; none if all is as it should be.
 	Changes []Change
-	// RestartContainerd reports that containerd's configuration changes.
-	RestartContainerd bool
+	// Restart names the services that have to be restarted after it.
+	Restart []string
 
 	options  Options
 	inserted map[string]string // by path, what is inserted into a file that is somebody else's
@@ -156,7 +156,7 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	if err := p.containerdFiles(c, before, conf); err != nil {
 		return nil, err
 	}
-	p.RestartContainerd = len(p.Changes) > 0
+	forContainerd := len(p.Changes)
 	p.check = func(ctx context.Context) error { return c.check(ctx, o) }
 
 	if err := p.pilotConfig(c, before); err != nil {
@@ -169,6 +169,12 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		if err := p.units(before, c.usesDiffer()); err != nil {
 			return nil, err
 		}
+	}
+	if len(p.Changes) > forContainerd {
+		p.Restart = append(p.Restart, pilotService)
+	}
+	if forContainerd > 0 {
+		p.Restart = append(p.Restart, containerdService)
 	}
 	return p, nil
 }
@@ -366,6 +372,11 @@ func (p *Plan) Install(ctx context.Context) error {
 	// First the note, so that what was begun can be undone if this is killed.
 	if err := p.options.writeState(s); err != nil {
 		return err
+	}
+	if p.options.Root == "" {
+		if err := p.options.owe(p.Restart); err != nil {
+			return err
+		}
 	}
 	for _, c := range p.Changes {
 		if err = c.make(p.options); err != nil {

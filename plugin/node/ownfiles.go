@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"text/template"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -18,9 +18,13 @@ import (
 // own plans a file of pilot's own. One that somebody else made stays, if keep
 // finds nothing wrong with it; nil means that it can't.
 func (p *Plan) own(before state, path string, text []byte, keep func([]byte) error) error {
+	return p.ownMode(before, path, text, 0o644, keep)
+}
+
+func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode, keep func([]byte) error) error {
 	old, err := os.ReadFile(p.options.path(path))
 	if errors.Is(err, fs.ErrNotExist) {
-		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: 0o644})
+		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: mode})
 		return nil
 	}
 	if err != nil {
@@ -29,13 +33,13 @@ func (p *Plan) own(before state, path string, text []byte, keep func([]byte) err
 	if string(old) == string(text) {
 		return nil
 	}
-	if f := before.file(path); f == nil || f.SHA256 != hash(old) {
+	if f := before.file(path); f == nil || !f.is(old) {
 		if keep != nil {
 			return keep(old)
 		}
 		return &Conflict{path, "it exists, and is not what was installed", "move it away"}
 	}
-	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: 0o644})
+	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: mode})
 	return nil
 }
 
@@ -171,6 +175,10 @@ func (o Options) hasSystemd() bool {
 	return false
 }
 
+// packagedPilot is where the units have pilot, which packages install as they
+// are.
+const packagedPilot = "/usr/bin/pilot"
+
 // units plans systemd's units and the links that enable them. Units of a
 // package are used as they are.
 func (p *Plan) units(before state, differ bool) error {
@@ -186,15 +194,12 @@ func (p *Plan) units(before state, differ bool) error {
 			}
 		}
 		if strings.HasPrefix(path, unitDir) {
-			t, err := template.ParseFS(unitFiles, "units/"+name)
+			text, err := unitFiles.ReadFile("units/" + name)
 			if err != nil {
 				return err
 			}
-			var text strings.Builder
-			if err := t.Execute(&text, map[string]any{"Pilot": p.options.PilotBinary, "Differ": differ}); err != nil {
-				return err
-			}
-			if err := p.own(before, path, []byte(text.String()), nil); err != nil {
+			text = bytes.ReplaceAll(text, []byte(packagedPilot), []byte(p.options.PilotBinary))
+			if err := p.own(before, path, text, nil); err != nil {
 				return err
 			}
 		}

@@ -1,0 +1,72 @@
+package main
+
+import (
+	"os"
+	"os/signal"
+	"slices"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/plugin/node"
+)
+
+// brokerFlags are the settings for pilot.toml that install and deploy take.
+var brokerFlags = []string{"broker", "broker-ca", "broker-cert", "broker-key", "broker-token-file"}
+
+var deployCommand = &cli.Command{
+	Name:  "deploy",
+	Usage: "install pilot from a pod of a DaemonSet, and keep it up to date",
+	Description: `What the DaemonSet in packaging/kubernetes runs, in a privileged pod with
+hostPID. It copies pilot and pilot-decoder to the node, runs "pilot node install
+--now" there, and gives the node the pod's token again whenever that is renewed.
+When it is told to stop and the DaemonSet is being deleted, it runs "pilot node
+uninstall --now", which removes all that.
+
+Example:
+   pilot node deploy --broker https://copilot.pilot-system.svc:8443 \
+      --broker-ca-from /run/broker/ca.pem --broker-token-from /run/broker/token`,
+	Flags: slices.Concat(containerdFlags(), settingFlags(), []cli.Flag{
+		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` of the pod's to keep on the node as broker-ca"},
+		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` of the pod's to keep on the node as broker-token-file"},
+		&cli.StringFlag{Name: "bin-dir", Usage: "`DIRECTORY` for the programs on the node, such as /opt/pilot/bin if /usr can't be written", Value: "/usr/local/bin"},
+		&cli.StringFlag{Name: "namespace", Usage: "`NAMESPACE` of the DaemonSet", EnvVars: []string{"POD_NAMESPACE"}},
+		&cli.StringFlag{Name: "daemonset", Usage: "`NAME` of the DaemonSet", Value: "pilot"},
+		&cli.BoolFlag{Name: "check", Usage: "only tell, by the exit status, whether the one that runs in this pod is done installing"},
+	}),
+	Action: nodeDeploy,
+}
+
+func settingFlags() (flags []cli.Flag) {
+	for _, name := range brokerFlags {
+		flags = append(flags, brokerFlag(name))
+	}
+	return flags
+}
+
+func nodeDeploy(c *cli.Context) error {
+	if err := nodeArguments(c); err != nil {
+		return err
+	}
+	if c.Bool("check") {
+		return node.Ready()
+	}
+	set, err := node.NewDaemonSet(c.String("namespace"), c.String("daemonset"))
+	if err != nil {
+		return usageError{err}
+	}
+	d := &node.Deployment{
+		BinDir:    c.String("bin-dir"),
+		TokenFrom: c.String("broker-token-from"),
+		CAFrom:    c.String("broker-ca-from"),
+		DaemonSet: set,
+	}
+	for _, name := range append(brokerFlags, "containerd-binary", "containerd-config") {
+		if c.IsSet(name) {
+			d.Install = append(d.Install, "--"+name, c.String(name))
+		}
+	}
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	return d.Run(ctx)
+}

@@ -1,0 +1,41 @@
+package node
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// pendingDir has a file for each service that has to be restarted for an
+// installation to count, so that one that is cut short in between is completed
+// by the next. A reboot restarts them all, and empties it.
+const pendingDir = "/run/pilot-restart"
+
+const (
+	pilotService      = "pilot.service"
+	containerdService = "containerd.service"
+)
+
+// owe notes services that have to be restarted.
+func (o Options) owe(services []string) error {
+	var errs []error
+	for _, s := range services {
+		errs = append(errs, os.MkdirAll(o.path(pendingDir), 0o755), os.WriteFile(o.path(filepath.Join(pendingDir, s)), nil, 0o644))
+	}
+	return errors.Join(errs...)
+}
+
+// Pending returns the services that have to be restarted for what was installed
+// on this machine to count, in the order to do so.
+func Pending() []string { return Options{}.pending() }
+
+func (o Options) pending() []string {
+	return slices.DeleteFunc([]string{pilotService, containerdService}, func(s string) bool {
+		_, err := os.Stat(o.path(filepath.Join(pendingDir, s)))
+		return err != nil
+	})
+}
+
+// Restarted notes that the services that were [Pending] are restarted.
+func Restarted() error { return os.RemoveAll(pendingDir) }
