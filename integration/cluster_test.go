@@ -27,6 +27,7 @@ const (
 	nodeAddress    = "192.0.2.10"
 	apiServer      = "https://" + nodeAddress + ":6443"
 	serviceNetwork = "10.96.0.0/24"
+	apiService     = "10.96.0.1"
 	podNetwork     = "10.88.0.0/24"
 )
 
@@ -48,6 +49,7 @@ func ownNetwork(t testing.TB) {
 func newCluster(t testing.TB, pause string) *cluster {
 	t.Helper()
 	c := &cluster{t: t, dir: tempDir(t)}
+	write(t, c.dir+"/services/hosts", "")
 	c.controlPlane()
 	c.node = boot(t, c.dir, pause)
 	c.kubelet()
@@ -65,25 +67,36 @@ func (c *cluster) program(name string, args ...string) {
 func (c *cluster) controlPlane() {
 	t := c.t
 	t.Helper()
-	key := c.dir + "/service-accounts.pem"
-	output(t, command(t, "openssl", "genrsa", "-out", key, "2048"))
+	output(t, command(t, "openssl", "genrsa", "-out", c.dir+"/service-accounts.pem", "2048"))
+	output(t, command(t, "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=kubernetes",
+		"-addext", "subjectAltName=DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,IP:"+nodeAddress+",IP:"+apiService,
+		"-keyout", c.dir+"/key.pem", "-out", c.dir+"/ca.pem"))
 	tokens := write(t, c.dir+"/tokens", "admin,admin,admin,system:masters\nnode,system:node:node1,node1,system:nodes\n")
 	const etcd = "http://127.0.0.1:2379"
 	c.program("etcd", "--data-dir", c.dir+"/etcd", "--unsafe-no-fsync", "--listen-client-urls", etcd, "--advertise-client-urls", etcd)
-	c.program("kube-apiserver", "--etcd-servers", etcd, "--cert-dir", c.dir, "--advertise-address", nodeAddress,
+	c.program("kube-apiserver", "--etcd-servers", etcd, "--advertise-address", nodeAddress, "--service-cluster-ip-range", serviceNetwork,
+		"--tls-cert-file", c.dir+"/ca.pem", "--tls-private-key-file", c.dir+"/key.pem",
 		"--token-auth-file", tokens, "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction", "--allow-privileged",
-		"--kubelet-preferred-address-types", "InternalIP",
-		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", key, "--service-account-signing-key-file", key,
-		"--service-cluster-ip-range", serviceNetwork)
-	// It makes itself a certificate, which comes with that of its CA.
-	await(t, "the API server's certificate", func() error { _, err := os.Stat(c.dir + "/apiserver.crt"); return err })
+		"--service-account-issuer", "https://kubernetes.default.svc.cluster.local",
+		"--service-account-key-file", c.dir+"/service-accounts.pem", "--service-account-signing-key-file", c.dir+"/service-accounts.pem",
+		"--kubelet-preferred-address-types", "InternalIP")
 	c.kubeconfig("admin", c.dir+"/admin.conf")
 	await(t, "the API server", func() error { return c.kubectl("get", "--raw", "/readyz").Run() })
 	c.program("kube-controller-manager", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false", "--use-service-account-credentials",
-		"--service-account-private-key-file", key, "--root-ca-file", c.dir+"/apiserver.crt")
+		"--service-account-private-key-file", c.dir+"/service-accounts.pem", "--root-ca-file", c.dir+"/ca.pem")
 	c.program("kube-scheduler", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false")
 	c.program("kube-proxy", "--kubeconfig", c.dir+"/admin.conf", "--hostname-override", "node1", "--proxy-mode", "nftables", "--cluster-cidr", podNetwork,
 		"--conntrack-max-per-core", "0")
+	start(t, c.dir, "dnsmasq", exec.Command("dnsmasq", "--keep-in-foreground", "--user=root", "--conf-file=/dev/null", "--pid-file",
+		"--listen-address="+nodeAddress, "--bind-interfaces", "--no-resolv", "--no-hosts", "--hostsdir="+c.dir+"/services"))
+	c.nameServices()
+}
+
+// nameServices has pods find the services that there are by name.
+func (c *cluster) nameServices() {
+	c.t.Helper()
+	write(c.t, c.dir+"/services/hosts", output(c.t, c.kubectl("get", "services", "--all-namespaces", "--output",
+		`go-template={{range .items}}{{with .spec.clusterIP}}{{.}}{{end}} {{with .metadata}}{{.name}}.{{.namespace}}.svc.cluster.local{{end}}{{"\n"}}{{end}}`)))
 }
 
 // kubeconfig writes a configuration for who has a token.
@@ -95,7 +108,7 @@ clusters: [{name: test, cluster: {server: '%s', certificate-authority-data: %s}}
 users: [{name: test, user: {token: %s}}]
 contexts: [{name: test, context: {cluster: test, user: test}}]
 current-context: test
-`, apiServer, base64.StdEncoding.EncodeToString([]byte(read(c.t, c.dir+"/apiserver.crt"))), token))
+`, apiServer, base64.StdEncoding.EncodeToString([]byte(read(c.t, c.dir+"/ca.pem"))), token))
 }
 
 func (c *cluster) kubelet() {
@@ -112,6 +125,8 @@ enforceNodeAllocatable: []
 failCgroupV1: false
 failSwapOn: false
 resolvConf: ""
+clusterDNS: ["`+nodeAddress+`"]
+clusterDomain: cluster.local
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
 authorization: {mode: AlwaysAllow}
 `)
