@@ -7,6 +7,7 @@ package integration
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +58,133 @@ func TestKubernetes(t *testing.T) {
 	if out := output(t, c.kubectl("logs", "denied")); !strings.Contains(out, ci.secrets[denied]) {
 		t.Errorf("the pod says: %s", out)
 	}
+}
+
+// TestKubernetesDaemonSet has a DaemonSet install pilot, whose identity is that
+// of its service account, and remove it.
+func TestKubernetesDaemonSet(t *testing.T) {
+	ownNetwork(t)
+	b := initialized(t, "team-a")
+	dir := tempDir(t)
+	_, ociConf := pilot(t, dir+"/ci", "unix://"+b.dir+"/copilot.sock")
+	ci := newCI(t, dir+"/ci", ociConf)
+	images := []string{ci.image(kinds[0], "provider:pilot:team-a"), ci.image(kinds[1], "provider:pilot:team-a"), ci.image(kinds[2], "provider:pilot:team-a")}
+	pilotImage := ci.pushLayout("pilot")
+	c := newCluster(t, ci.pause())
+	before := c.node.files()
+
+	token := write(t, c.dir+"/copilot-token", output(t, c.kubectl("create", "token", "default")))
+	write(t, b.dir+"/copilot.toml", read(t, b.dir+"/copilot.toml")+fmt.Sprintf(`[issuers.cluster]
+url = "https://kubernetes.default.svc.cluster.local"
+keys-url = "%s/openid/v1/jwks"
+audience = "copilot"
+ca = "%s/ca.pem"
+token-file = "%s"
+`, apiServer, c.dir, token))
+	write(t, b.dir+"/policy.toml", `[[rule]]
+identities = ["cluster:system:serviceaccount:pilot-system:pilot"]
+keks = ["team-a"]
+actions = ["unwrap"]
+`)
+	b.process.stop(t)
+	b.start(t)
+
+	c.apply(fmt.Sprintf(`apiVersion: v1
+kind: Namespace
+metadata: {name: pilot-system}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: pilot, namespace: pilot-system}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: pilot}
+rules:
+- {apiGroups: [apps], resources: [daemonsets], resourceNames: [pilot], verbs: [get]}
+- {apiGroups: [""], resources: [namespaces], resourceNames: [pilot-system], verbs: [get]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: pilot}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: pilot}
+subjects: [{kind: ServiceAccount, name: pilot, namespace: pilot-system}]
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: copilot-ca, namespace: pilot-system}
+data: {ca.pem: %q}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: pilot, namespace: pilot-system}
+spec:
+  selector: {matchLabels: {app: pilot}}
+  template:
+    metadata: {labels: {app: pilot}}
+    spec:
+      hostPID: true
+      serviceAccountName: pilot
+      containers:
+      - name: pilot
+        image: '%s'
+        args: [node, deploy, --broker, '%s', --broker-ca-from, /run/broker/ca.pem, --broker-token-from, /run/broker/token]
+        env: [{name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}]
+        securityContext: {privileged: true}
+        readinessProbe: {exec: {command: [/pilot, node, deploy, --check]}, periodSeconds: 1}
+        volumeMounts: [{name: broker, mountPath: /run/broker}]
+      volumes:
+      - name: broker
+        projected:
+          sources:
+          - serviceAccountToken: {path: token, audience: copilot, expirationSeconds: 600}
+          - configMap: {name: copilot-ca}
+`, read(t, b.dir+"/ca.pem"), pilotImage, b.url()))
+	c.rolledOut()
+	runs := func(name, image string) {
+		t.Helper()
+		c.apply(pod(name, image))
+		c.wait("pod/"+name, "jsonpath={.status.phase}=Succeeded")
+		if out := output(t, c.kubectl("logs", name)); !strings.Contains(out, ci.secrets[image]) {
+			t.Errorf("the pod says: %s", out)
+		}
+	}
+	runs("installed", images[0])
+	if audit := read(t, b.dir+"/store/audit.log"); !strings.Contains(audit, `"who":"cluster:system:serviceaccount:pilot-system:pilot"`) {
+		t.Errorf("the audit log: %s", audit)
+	}
+
+	containerd := output(t, c.node.run("systemctl", "show", "--property", "MainPID", "containerd"))
+	output(t, c.kubectl("--namespace", "pilot-system", "rollout", "restart", "daemonset/pilot"))
+	c.rolledOut()
+	if pid := output(t, c.node.run("systemctl", "show", "--property", "MainPID", "containerd")); pid != containerd {
+		t.Errorf("containerd was restarted: %s, was %s", pid, containerd)
+	}
+	runs("restarted", images[1])
+
+	output(t, c.kubectl("--namespace", "pilot-system", "delete", "daemonset/pilot", "--timeout", "50s"))
+	output(t, c.kubectl("--namespace", "pilot-system", "wait", "--for", "delete", "pods", "--selector", "app=pilot", "--timeout", "50s"))
+	c.node.same(before)
+	c.apply(pod("removed", images[2]))
+	c.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
+}
+
+// rolledOut waits until the DaemonSet's pods are ready.
+func (c *cluster) rolledOut() {
+	c.t.Helper()
+	if out, err := c.kubectl("--namespace", "pilot-system", "rollout", "status", "daemonset/pilot", "--timeout", "50s").CombinedOutput(); err != nil {
+		c.t.Fatalf("%s\n%s\n%s", out, said(c.t, c.kubectl("--namespace", "pilot-system", "describe", "pods")), said(c.t, c.kubectl("--namespace", "pilot-system", "logs", "daemonset/pilot")))
+	}
+}
+
+// pushLayout pushes an image that "make images" built, and returns its name.
+func (c *ci) pushLayout(image string) string {
+	c.t.Helper()
+	name := c.registry + "/" + image + ":test"
+	output(c.t, command(c.t, "tar", "--create", "--file", c.dir+"/layout.tar", "--directory", filepath.Join(repo, "dist/images", image), "."))
+	output(c.t, c.ctrPilot("images", "import", "--no-unpack", "--index-name", name, c.dir+"/layout.tar"))
+	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
+	return name
 }
 
 // pod is the manifest of a pod that runs an image once.
