@@ -96,7 +96,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 			span.SetStatus(codes.Error, e.Verdict)
 		}
 		if e.Status >= http.StatusInternalServerError {
-			logrus.WithFields(logrus.Fields{"request": e.Request, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
+			logrus.WithFields(logrus.Fields{"request": e.Request, "trace": e.Trace, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
 		}
 		writeAnswer(w, e, answer, err)
 	})

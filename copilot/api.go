@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"path"
 	"slices"
 	"strconv"
@@ -46,6 +47,10 @@ func (a *api) handler() http.Handler {
 	a.handleHealth(mux)
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
 	for pattern, do := range map[string]struct {
 		action string

@@ -14,9 +14,9 @@ import (
 	"testing"
 )
 
-// cluster is a Kubernetes of one node. The node is a machine with systemd,
+// kubernetes is a Kubernetes of one node. The node is a machine with systemd,
 // containerd and a kubelet; the control plane runs beside it.
-type cluster struct {
+type kubernetes struct {
 	t    testing.TB
 	dir  string
 	node *booted
@@ -46,77 +46,77 @@ func ownNetwork(t testing.TB) {
 }
 
 // newCluster starts a cluster and waits until its node is ready.
-func newCluster(t testing.TB, pause string) *cluster {
+func newKubernetes(t testing.TB, pause string) *kubernetes {
 	t.Helper()
-	c := &cluster{t: t, dir: tempDir(t)}
-	write(t, c.dir+"/services/hosts", "")
-	c.controlPlane()
-	c.node = boot(t, c.dir, pause)
-	c.kubelet()
-	c.wait("node/node1", "condition=Ready")
-	c.wait("serviceaccount/default", "create") // no pod can be made without
-	return c
+	k := &kubernetes{t: t, dir: tempDir(t)}
+	write(t, k.dir+"/services/hosts", "")
+	k.controlPlane()
+	k.node = bootNode(t, k.dir, pause)
+	k.kubelet()
+	k.wait("node/node1", "condition=Ready")
+	k.wait("serviceaccount/default", "create") // no pod can be made without
+	return k
 }
 
 // program starts one of the cluster's programs.
-func (c *cluster) program(name string, args ...string) {
-	c.t.Helper()
-	start(c.t, c.dir, name, exec.Command(filepath.Join(tools, "bin/kubernetes"), append([]string{name}, args...)...))
+func (k *kubernetes) program(name string, args ...string) {
+	k.t.Helper()
+	start(k.t, k.dir, name, exec.Command(filepath.Join(tools, "bin/kubernetes"), append([]string{name}, args...)...))
 }
 
-func (c *cluster) controlPlane() {
-	t := c.t
+func (k *kubernetes) controlPlane() {
+	t := k.t
 	t.Helper()
-	output(t, command(t, "openssl", "genrsa", "-out", c.dir+"/service-accounts.pem", "2048"))
+	output(t, command(t, "openssl", "genrsa", "-out", k.dir+"/service-accounts.pem", "2048"))
 	output(t, command(t, "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=kubernetes",
 		"-addext", "subjectAltName=DNS:kubernetes.default.svc,DNS:kubernetes.default.svc.cluster.local,IP:"+nodeAddress+",IP:"+apiService,
-		"-keyout", c.dir+"/key.pem", "-out", c.dir+"/ca.pem"))
-	tokens := write(t, c.dir+"/tokens", "admin,admin,admin,system:masters\nnode,system:node:node1,node1,system:nodes\n")
+		"-keyout", k.dir+"/key.pem", "-out", k.dir+"/ca.pem"))
+	tokens := write(t, k.dir+"/tokens", "admin,admin,admin,system:masters\nnode,system:node:node1,node1,system:nodes\n")
 	const etcd = "http://127.0.0.1:2379"
-	c.program("etcd", "--data-dir", c.dir+"/etcd", "--unsafe-no-fsync", "--listen-client-urls", etcd, "--advertise-client-urls", etcd)
-	c.program("kube-apiserver", "--etcd-servers", etcd, "--advertise-address", nodeAddress, "--service-cluster-ip-range", serviceNetwork,
-		"--tls-cert-file", c.dir+"/ca.pem", "--tls-private-key-file", c.dir+"/key.pem",
+	k.program("etcd", "--data-dir", k.dir+"/etcd", "--unsafe-no-fsync", "--listen-client-urls", etcd, "--advertise-client-urls", etcd)
+	k.program("kube-apiserver", "--etcd-servers", etcd, "--advertise-address", nodeAddress, "--service-cluster-ip-range", serviceNetwork,
+		"--tls-cert-file", k.dir+"/ca.pem", "--tls-private-key-file", k.dir+"/key.pem",
 		"--token-auth-file", tokens, "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction", "--allow-privileged",
 		"--service-account-issuer", "https://kubernetes.default.svc.cluster.local",
-		"--service-account-key-file", c.dir+"/service-accounts.pem", "--service-account-signing-key-file", c.dir+"/service-accounts.pem",
+		"--service-account-key-file", k.dir+"/service-accounts.pem", "--service-account-signing-key-file", k.dir+"/service-accounts.pem",
 		"--kubelet-preferred-address-types", "InternalIP")
-	c.kubeconfig("admin", c.dir+"/admin.conf")
-	await(t, "the API server", func() error { return c.kubectl("get", "--raw", "/readyz").Run() })
-	c.program("kube-controller-manager", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false", "--use-service-account-credentials",
-		"--service-account-private-key-file", c.dir+"/service-accounts.pem", "--root-ca-file", c.dir+"/ca.pem")
-	c.program("kube-scheduler", "--kubeconfig", c.dir+"/admin.conf", "--leader-elect=false")
-	c.program("kube-proxy", "--kubeconfig", c.dir+"/admin.conf", "--hostname-override", "node1", "--proxy-mode", "nftables", "--cluster-cidr", podNetwork,
+	k.kubeconfig("admin", k.dir+"/admin.conf")
+	await(t, "the API server", func() error { return k.kubectl("get", "--raw", "/readyz").Run() })
+	k.program("kube-controller-manager", "--kubeconfig", k.dir+"/admin.conf", "--leader-elect=false", "--use-service-account-credentials",
+		"--service-account-private-key-file", k.dir+"/service-accounts.pem", "--root-ca-file", k.dir+"/ca.pem")
+	k.program("kube-scheduler", "--kubeconfig", k.dir+"/admin.conf", "--leader-elect=false")
+	k.program("kube-proxy", "--kubeconfig", k.dir+"/admin.conf", "--hostname-override", "node1", "--proxy-mode", "nftables", "--cluster-cidr", podNetwork,
 		"--conntrack-max-per-core", "0")
-	start(t, c.dir, "dnsmasq", exec.Command("dnsmasq", "--keep-in-foreground", "--user=root", "--conf-file=/dev/null", "--pid-file",
-		"--listen-address="+nodeAddress, "--bind-interfaces", "--no-resolv", "--no-hosts", "--hostsdir="+c.dir+"/services"))
-	c.nameServices()
+	start(t, k.dir, "dnsmasq", exec.Command("dnsmasq", "--keep-in-foreground", "--user=root", "--conf-file=/dev/null", "--pid-file",
+		"--listen-address="+nodeAddress, "--bind-interfaces", "--no-resolv", "--no-hosts", "--hostsdir="+k.dir+"/services"))
+	k.nameServices()
 }
 
 // nameServices has pods find the services that there are by name.
-func (c *cluster) nameServices() {
-	c.t.Helper()
-	write(c.t, c.dir+"/services/hosts", output(c.t, c.kubectl("get", "services", "--all-namespaces", "--output",
+func (k *kubernetes) nameServices() {
+	k.t.Helper()
+	write(k.t, k.dir+"/services/hosts", output(k.t, k.kubectl("get", "services", "--all-namespaces", "--output",
 		`go-template={{range .items}}{{with .spec.clusterIP}}{{.}}{{end}} {{with .metadata}}{{.name}}.{{.namespace}}.svc.cluster.local{{end}}{{"\n"}}{{end}}`)))
 }
 
 // kubeconfig writes a configuration for who has a token.
-func (c *cluster) kubeconfig(token, file string) {
-	c.t.Helper()
-	write(c.t, file, fmt.Sprintf(`apiVersion: v1
+func (k *kubernetes) kubeconfig(token, file string) {
+	k.t.Helper()
+	write(k.t, file, fmt.Sprintf(`apiVersion: v1
 kind: Config
 clusters: [{name: test, cluster: {server: '%s', certificate-authority-data: %s}}]
 users: [{name: test, user: {token: %s}}]
 contexts: [{name: test, context: {cluster: test, user: test}}]
 current-context: test
-`, apiServer, base64.StdEncoding.EncodeToString([]byte(read(c.t, c.dir+"/ca.pem"))), token))
+`, apiServer, base64.StdEncoding.EncodeToString([]byte(read(k.t, k.dir+"/ca.pem"))), token))
 }
 
-func (c *cluster) kubelet() {
-	t := c.t
+func (k *kubernetes) kubelet() {
+	t := k.t
 	t.Helper()
-	c.kubeconfig("node", c.dir+"/kubelet/kubeconfig")
+	k.kubeconfig("node", k.dir+"/kubelet/kubeconfig")
 	// It doesn't limit pods, and leaves it to containerd where their cgroups are.
-	write(t, c.dir+"/kubelet/config.yaml", `apiVersion: kubelet.config.k8s.io/v1beta1
+	write(t, k.dir+"/kubelet/config.yaml", `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 cgroupDriver: cgroupfs
@@ -130,42 +130,37 @@ clusterDomain: cluster.local
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
 authorization: {mode: AlwaysAllow}
 `)
-	output(t, c.node.run("systemd-run", "--unit", "kubelet", "--property", "Restart=always",
+	output(t, k.node.run("systemd-run", "--unit", "kubelet", "--property", "Restart=always",
 		"kubernetes", "kubelet", "--config", "/var/lib/kubelet/config.yaml", "--kubeconfig", "/var/lib/kubelet/kubeconfig", "--hostname-override", "node1", "--node-ip", nodeAddress))
 }
 
 // kubectl returns a command of an admin of the cluster.
-func (c *cluster) kubectl(args ...string) *exec.Cmd {
-	c.t.Helper()
-	cmd := command(c.t, filepath.Join(tools, "bin/kubernetes"), append([]string{"kubectl", "--kubeconfig", c.dir + "/admin.conf", "--cache-dir", c.dir + "/cache"}, args...)...)
+func (k *kubernetes) kubectl(args ...string) *exec.Cmd {
+	k.t.Helper()
+	cmd := command(k.t, filepath.Join(tools, "bin/kubernetes"), append([]string{"kubectl", "--kubeconfig", k.dir + "/admin.conf", "--cache-dir", k.dir + "/cache"}, args...)...)
 	return cmd
 }
 
 // apply applies a manifest.
-func (c *cluster) apply(manifest string) {
-	c.t.Helper()
-	cmd := c.kubectl("apply", "-f", "-")
+func (k *kubernetes) apply(manifest string) {
+	k.t.Helper()
+	cmd := k.kubectl("apply", "-f", "-")
 	cmd.Stdin = strings.NewReader(manifest)
-	output(c.t, cmd)
+	output(k.t, cmd)
 }
 
 // wait waits for a resource.
-func (c *cluster) wait(resource, what string) {
-	c.t.Helper()
-	await(c.t, resource, func() error { return c.kubectl("get", resource).Run() })
-	if out, err := c.kubectl("wait", resource, "--for", what, "--timeout", "50s").CombinedOutput(); err != nil {
-		c.t.Fatalf("%s: %s\n%s\n%s", resource, out, output(c.t, c.kubectl("describe", resource)), output(c.t, c.kubectl("get", "events", "-A")))
+func (k *kubernetes) wait(resource, what string) {
+	k.t.Helper()
+	await(k.t, resource, func() error { return k.kubectl("get", resource).Run() })
+	if out, err := k.kubectl("wait", resource, "--for", what, "--timeout", "50s").CombinedOutput(); err != nil {
+		k.t.Fatalf("%s: %s\n%s\n%s", resource, out, output(k.t, k.kubectl("describe", resource)), output(k.t, k.kubectl("get", "events", "-A")))
 	}
 }
 
-// booted is a machine with systemd, of which no unit runs but the basic ones.
-type booted struct {
-	*machine
-	pid int // of its systemd
-}
-
-// boot boots a machine with containerd, in the test's network.
-func boot(t testing.TB, dir, pause string) *booted {
+// bootNode boots a machine with containerd, of which no unit runs but the basic
+// ones, in the test's network.
+func bootNode(t testing.TB, dir, pause string) *booted {
 	t.Helper()
 	m := &machine{t, dir + "/root", dir + "/lib"}
 	for _, name := range []string{"upper", "work", "lib", "kubelet"} {
@@ -176,9 +171,6 @@ func boot(t testing.TB, dir, pause string) *booted {
 	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=/,upperdir=%s/upper,workdir=%s/work", dir, dir))
 	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
 		m.copy(filepath.Join(tools, "bin", name))
-	}
-	for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
-		m.copy(filepath.Join(bin, name))
 	}
 	write(t, m.root+"/etc/machine-id", "")
 	write(t, m.root+"/etc/systemd/system/containerd.service.d/version.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
@@ -216,14 +208,15 @@ func boot(t testing.TB, dir, pause string) *booted {
 		if err != nil {
 			return err
 		}
-		if _, err := fmt.Sscan(string(children), &b.pid); err != nil {
+		if _, err := fmt.Sscan(string(children), &b.init); err != nil {
 			return err
 		}
 		return b.run("systemctl", "is-active", "basic.target").Run()
 	})
+	journal := b.run("journalctl", "--no-pager", "--lines=60", "--unit=containerd", "--unit=kubelet", "--unit=pilot").Args
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the machine's journal:\n%s", said(t, exec.Command("nsenter", append(b.enter(), "journalctl", "--no-pager", "--lines", "60", "--unit", "containerd", "--unit", "kubelet", "--unit", "pilot")...)))
+			t.Logf("the machine's journal:\n%s", said(t, exec.Command(journal[0], journal[1:]...)))
 		}
 	})
 	// nspawn mounts the controllers of cgroup v1 and the settings of the network
@@ -236,16 +229,4 @@ func boot(t testing.TB, dir, pause string) *booted {
 		done`))
 	output(t, b.run("systemctl", "start", "containerd"))
 	return b
-}
-
-func (b *booted) enter() []string {
-	return []string{"--target", fmt.Sprint(b.pid), "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--wd=/"}
-}
-
-// run returns a command on the machine.
-func (b *booted) run(name string, args ...string) *exec.Cmd {
-	b.t.Helper()
-	cmd := command(b.t, "nsenter", append(append(b.enter(), name), args...)...)
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
-	return cmd
 }

@@ -280,7 +280,7 @@ func pilot(t testing.TB, dir, broker string, args ...string) (*process, string) 
 // They stay open when it ends, until the test does.
 func activated(t testing.TB, dir, broker string) *process {
 	t.Helper()
-	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --broker "$1" --containerd "$2" --diff-listen "unix://$3"`,
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --admin-listen off --broker "$1" --containerd "$2" --diff-listen "unix://$3"`,
 		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock")
 	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "LISTEN_FDNAMES=keyprovider:diff")
 	for _, name := range []string{"keyprovider.sock", "diff.sock"} {

@@ -27,26 +27,27 @@ func TestKubernetes(t *testing.T) {
 	denied := ci.image(kinds[2], "provider:pilot:team-b")
 
 	began := time.Now()
-	c := newCluster(t, ci.pause())
+	k := newKubernetes(t, ci.pause())
 	t.Logf("the node is ready after %v", time.Since(began))
+	k.node.copy(filepath.Join(bin, "pilot"))
 	cert, key := b.enroll(t, "node1")
 	for from, to := range map[string]string{cert: "node.pem", key: "node-key.pem", b.dir + "/ca.pem": "ca.pem"} {
-		write(t, c.node.root+"/etc/pilot/"+to, read(t, from))
+		write(t, k.node.root+"/etc/pilot/"+to, read(t, from))
 	}
-	output(t, c.node.run("pilot", "node", "install", "--now", "--broker", b.url(),
+	output(t, k.node.run("pilot", "node", "install", "--now", "--broker", b.url(),
 		"--broker-ca", "/etc/pilot/ca.pem", "--broker-cert", "/etc/pilot/node.pem", "--broker-key", "/etc/pilot/node-key.pem"))
 
 	began = time.Now()
-	c.apply(pod("allowed", allowed))
-	c.wait("pod/allowed", "jsonpath={.status.phase}=Succeeded")
+	k.apply(runOnce("allowed", allowed))
+	k.wait("pod/allowed", "jsonpath={.status.phase}=Succeeded")
 	t.Logf("the pod is done after %v", time.Since(began))
-	if out := output(t, c.kubectl("logs", "allowed")); !strings.Contains(out, ci.secrets[allowed]) {
+	if out := output(t, k.kubectl("logs", "allowed")); !strings.Contains(out, ci.secrets[allowed]) {
 		t.Errorf("the pod says: %s", out)
 	}
 
-	c.apply(pod("denied", denied))
-	c.wait("pod/denied", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
-	events := output(t, c.kubectl("events", "--for", "pod/denied"))
+	k.apply(runOnce("denied", denied))
+	k.wait("pod/denied", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
+	events := output(t, k.kubectl("events", "--for", "pod/denied"))
 	t.Log(events)
 	for _, want := range []string{`KEK "team-b"`, "spiffe://example.com/node/node1"} {
 		if !strings.Contains(events, want) {
@@ -54,8 +55,8 @@ func TestKubernetes(t *testing.T) {
 		}
 	}
 	write(t, b.dir+"/policy.toml", strings.Replace(policy, "deny = true", "", 1))
-	c.wait("pod/denied", "jsonpath={.status.phase}=Succeeded")
-	if out := output(t, c.kubectl("logs", "denied")); !strings.Contains(out, ci.secrets[denied]) {
+	k.wait("pod/denied", "jsonpath={.status.phase}=Succeeded")
+	if out := output(t, k.kubectl("logs", "denied")); !strings.Contains(out, ci.secrets[denied]) {
 		t.Errorf("the pod says: %s", out)
 	}
 }
@@ -70,17 +71,17 @@ func TestKubernetesDaemonSet(t *testing.T) {
 	ci := newCI(t, dir+"/ci", ociConf)
 	images := []string{ci.image(kinds[0], "provider:pilot:team-a"), ci.image(kinds[1], "provider:pilot:team-a"), ci.image(kinds[2], "provider:pilot:team-a")}
 	pilotImage := ci.pushLayout("pilot")
-	c := newCluster(t, ci.pause())
-	before := c.node.files()
+	k := newKubernetes(t, ci.pause())
+	before := k.node.files()
 
-	token := write(t, c.dir+"/copilot-token", output(t, c.kubectl("create", "token", "default")))
+	token := write(t, k.dir+"/copilot-token", output(t, k.kubectl("create", "token", "default")))
 	write(t, b.dir+"/copilot.toml", read(t, b.dir+"/copilot.toml")+fmt.Sprintf(`[issuers.cluster]
 url = "https://kubernetes.default.svc.cluster.local"
 keys-url = "%s/openid/v1/jwks"
 audience = "copilot"
 ca = "%s/ca.pem"
 token-file = "%s"
-`, apiServer, c.dir, token))
+`, apiServer, k.dir, token))
 	write(t, b.dir+"/policy.toml", `[[rule]]
 identities = ["cluster:system:serviceaccount:pilot-system:pilot"]
 keks = ["team-a"]
@@ -89,7 +90,7 @@ actions = ["unwrap"]
 	b.process.stop(t)
 	b.start(t)
 
-	c.apply(fmt.Sprintf(`apiVersion: v1
+	k.apply(fmt.Sprintf(`apiVersion: v1
 kind: Namespace
 metadata: {name: pilot-system}
 ---
@@ -140,12 +141,12 @@ spec:
           - serviceAccountToken: {path: token, audience: copilot, expirationSeconds: 600}
           - configMap: {name: copilot-ca}
 `, read(t, b.dir+"/ca.pem"), pilotImage, b.url()))
-	c.rolledOut()
+	k.rolledOut()
 	runs := func(name, image string) {
 		t.Helper()
-		c.apply(pod(name, image))
-		c.wait("pod/"+name, "jsonpath={.status.phase}=Succeeded")
-		if out := output(t, c.kubectl("logs", name)); !strings.Contains(out, ci.secrets[image]) {
+		k.apply(runOnce(name, image))
+		k.wait("pod/"+name, "jsonpath={.status.phase}=Succeeded")
+		if out := output(t, k.kubectl("logs", name)); !strings.Contains(out, ci.secrets[image]) {
 			t.Errorf("the pod says: %s", out)
 		}
 	}
@@ -154,26 +155,26 @@ spec:
 		t.Errorf("the audit log: %s", audit)
 	}
 
-	containerd := output(t, c.node.run("systemctl", "show", "--property", "MainPID", "containerd"))
-	output(t, c.kubectl("--namespace", "pilot-system", "rollout", "restart", "daemonset/pilot"))
-	c.rolledOut()
-	if pid := output(t, c.node.run("systemctl", "show", "--property", "MainPID", "containerd")); pid != containerd {
+	containerd := output(t, k.node.run("systemctl", "show", "--property", "MainPID", "containerd"))
+	output(t, k.kubectl("--namespace", "pilot-system", "rollout", "restart", "daemonset/pilot"))
+	k.rolledOut()
+	if pid := output(t, k.node.run("systemctl", "show", "--property", "MainPID", "containerd")); pid != containerd {
 		t.Errorf("containerd was restarted: %s, was %s", pid, containerd)
 	}
 	runs("restarted", images[1])
 
-	output(t, c.kubectl("--namespace", "pilot-system", "delete", "daemonset/pilot", "--timeout", "50s"))
-	output(t, c.kubectl("--namespace", "pilot-system", "wait", "--for", "delete", "pods", "--selector", "app=pilot", "--timeout", "50s"))
-	c.node.same(before)
-	c.apply(pod("removed", images[2]))
-	c.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
+	output(t, k.kubectl("--namespace", "pilot-system", "delete", "daemonset/pilot", "--timeout", "50s"))
+	output(t, k.kubectl("--namespace", "pilot-system", "wait", "--for", "delete", "pods", "--selector", "app=pilot", "--timeout", "50s"))
+	k.node.same(before)
+	k.apply(runOnce("removed", images[2]))
+	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
 }
 
 // rolledOut waits until the DaemonSet's pods are ready.
-func (c *cluster) rolledOut() {
-	c.t.Helper()
-	if out, err := c.kubectl("--namespace", "pilot-system", "rollout", "status", "daemonset/pilot", "--timeout", "50s").CombinedOutput(); err != nil {
-		c.t.Fatalf("%s\n%s\n%s", out, said(c.t, c.kubectl("--namespace", "pilot-system", "describe", "pods")), said(c.t, c.kubectl("--namespace", "pilot-system", "logs", "daemonset/pilot")))
+func (k *kubernetes) rolledOut() {
+	k.t.Helper()
+	if out, err := k.kubectl("--namespace", "pilot-system", "rollout", "status", "daemonset/pilot", "--timeout", "50s").CombinedOutput(); err != nil {
+		k.t.Fatalf("%s\n%s\n%s", out, said(k.t, k.kubectl("--namespace", "pilot-system", "describe", "pods")), said(k.t, k.kubectl("--namespace", "pilot-system", "logs", "daemonset/pilot")))
 	}
 }
 
@@ -187,8 +188,8 @@ func (c *ci) pushLayout(image string) string {
 	return name
 }
 
-// pod is the manifest of a pod that runs an image once.
-func pod(name, image string) string {
+// runOnce is the manifest of a pod that runs an image once.
+func runOnce(name, image string) string {
 	return fmt.Sprintf(`apiVersion: v1
 kind: Pod
 metadata: {name: %s}

@@ -1,8 +1,10 @@
 package integration
 
 import (
+	"context"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -30,17 +32,8 @@ func TestTraces(t *testing.T) {
 	start(t, dir, "pilot", provider)
 	await(t, "pilot", answers(dir+"/keyprovider.sock"))
 
-	conn, err := grpc.NewClient("unix://"+dir+"/keyprovider.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
 	const trace = "0af7651916cd43dd8448eb211c80319c"
-	ctx := metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-"+trace+"-b7ad6b7169203331-01")
-	input := []byte(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["dGVhbS1h"]}},"optsdata":"c2VjcmV0"}}`)
-	if _, err := ocicryptpb.NewKeyProviderServiceClient(conn).WrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: input}); err != nil {
-		t.Fatal(err)
-	}
+	wrapOver(t, metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-"+trace+"-b7ad6b7169203331-01"), dir+"/keyprovider.sock")
 	byID := make(map[string]tracetest.Span)
 	var last tracetest.Span
 	for _, s := range collector.Spans(t, 3) {
@@ -61,5 +54,34 @@ func TestTraces(t *testing.T) {
 	}
 	if log := read(t, dir+"/audit.log"); !strings.Contains(log, `"trace":"`+trace+`"`) {
 		t.Errorf("the audit log lacks the trace:\n%s", log)
+	}
+}
+
+// TestOneID has no collector: the logs still tell what belongs together.
+func TestOneID(t *testing.T) {
+	dir := tempDir(t)
+	_, url := broker(t, dir, "team-a")
+	provider, _ := pilot(t, dir+"/pilot", url)
+	wrapOver(t, t.Context(), dir+"/pilot/keyprovider.sock")
+	id := regexp.MustCompile(`trace=([0-9a-f]{32})`).FindStringSubmatch(read(t, provider.log))
+	if id == nil {
+		t.Fatalf("pilot's log has no trace: %s", read(t, provider.log))
+	}
+	if log := read(t, dir+"/audit.log"); !strings.Contains(log, `"trace":"`+id[1]+`"`) {
+		t.Errorf("the audit log lacks the trace %s:\n%s", id[1], log)
+	}
+}
+
+// wrapOver has the key provider on a socket wrap a layer key with the KEK team-a.
+func wrapOver(t *testing.T, ctx context.Context, socket string) {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	input := []byte(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["dGVhbS1h"]}},"optsdata":"c2VjcmV0"}}`)
+	if _, err := ocicryptpb.NewKeyProviderServiceClient(conn).WrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: input}); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -42,6 +42,8 @@ type cache struct {
 	size  int           // KEKs kept at most; 0: none
 	now   func() time.Time
 
+	metrics *Metrics // may be nil
+
 	flight singleflight.Group
 
 	mu      sync.Mutex
@@ -97,11 +99,13 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 	if err := ctx.Err(); err != nil {
 		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", key.id, err)
 	}
-	if kek, err, ok := c.lookup(key, fresh); ok {
+	if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
+		c.tell(outcome)
 		return kek, err
 	}
+	c.tell(outcomeMiss)
 	fetched := c.flight.DoChan(fmt.Sprintf("%t %d %s", fresh, key.version, key.id), func() (any, error) {
-		if kek, err, ok := c.lookup(key, fresh); ok {
+		if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 			return kek, err
 		}
 		// The fetch serves every caller, so it must not stop with the first.
@@ -120,6 +124,12 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 	}
 }
 
+func (c *cache) tell(outcome string) {
+	if c.metrics != nil {
+		c.metrics.lookups.WithLabelValues(outcome).Inc()
+	}
+}
+
 // copyOf returns kek with a key of its own, since the cache clears the keys
 // that it drops and callers those that they have used.
 func copyOf(kek copilot.KEK) copilot.KEK {
@@ -128,24 +138,28 @@ func copyOf(kek copilot.KEK) copilot.KEK {
 }
 
 // lookup returns a copy of what is known of a KEK, unless it has to be fresh, or
-// how fetching it failed just now.
-func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, _ error, ok bool) {
+// how fetching it failed just now. The outcome is outcomeMiss if the broker has to be
+// asked.
+func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, outcome string, _ error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
 	if f := c.kept[key.id]; f.spares(c.notExportedFor(), now) {
-		return copilot.KEK{}, f.err, true
+		return copilot.KEK{}, outcomeNotExported, f.err
 	}
 	f := c.failed[key]
 	if el := c.find(key, now); el != nil && !fresh {
-		if !c.stale(el, key, now) || f.isOutage() && f.spares(staleFor, now) {
-			return c.use(el, now), nil, true
+		if !c.stale(el, key, now) {
+			return c.use(el, now), outcomeHit, nil
+		}
+		if f.isOutage() && f.spares(staleFor, now) {
+			return c.use(el, now), outcomeStale, nil
 		}
 	}
 	if f.spares(errorTTL, now) {
-		return copilot.KEK{}, f.err, true
+		return copilot.KEK{}, outcomeRefused, f.err
 	}
-	return copilot.KEK{}, nil, false
+	return copilot.KEK{}, outcomeMiss, nil
 }
 
 // find returns the entry of a KEK, if there is one that may be used.
@@ -241,6 +255,7 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 		c.remove(el)
 	}
 	el := c.recent.PushFront(e)
+	c.count(1)
 	c.entries[e.key] = el
 	if current {
 		c.current[key.id] = el
@@ -328,4 +343,21 @@ func (c *cache) remove(el *list.Element) {
 		delete(c.current, e.key.id)
 	}
 	clear(e.kek.Key)
+	c.count(-1)
+}
+
+func (c *cache) count(n float64) {
+	if c.metrics != nil {
+		c.metrics.cached.Add(n)
+	}
+}
+
+// clear forgets all KEKs, and keeps none that are still being fetched.
+func (c *cache) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.size = 0
+	for el := c.recent.Front(); el != nil; el = c.recent.Front() {
+		c.remove(el)
+	}
 }

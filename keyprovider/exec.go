@@ -13,12 +13,8 @@ import (
 const maxInput = 4 << 20
 
 // Exec is ocicrypt's key provider as an executable: it reads one request from
-// r, has p do what its op says, and writes the answer to w. p is a [Provider],
-// or a client of one.
-func Exec(ctx context.Context, p interface {
-	WrapKey(ctx context.Context, input []byte) ([]byte, error)
-	UnwrapKey(ctx context.Context, input []byte) ([]byte, error)
-}, r io.Reader, w io.Writer) error {
+// r, has p do what its op says, and writes the answer to w.
+func Exec(ctx context.Context, p KeyProvider, r io.Reader, w io.Writer) error {
 	input, err := io.ReadAll(io.LimitReader(r, maxInput+1))
 	if err != nil {
 		return fmt.Errorf("read the request: %w", err)

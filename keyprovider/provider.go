@@ -51,13 +51,16 @@ type Config struct {
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
 	CacheSize int
+	// Metrics are told what the Provider does. May be nil.
+	Metrics *Metrics
 }
 
 // Provider wraps and unwraps layer keys. It is safe for concurrent use.
 type Provider struct {
-	conf   Config
-	broker *copilot.Client
-	keks   cache
+	conf    Config
+	broker  *copilot.Client
+	keks    cache
+	metrics *Metrics
 }
 
 // New returns a Provider that gets its KEKs from broker.
@@ -68,14 +71,25 @@ func New(broker *copilot.Client, conf Config) *Provider {
 	if conf.Format == "" {
 		conf.Format = FormatA256GCMKW
 	}
-	return &Provider{conf: conf, broker: broker, keks: cache{
-		fetch: broker.KEK,
-		ttl:   conf.CacheTTL,
-		grace: conf.CacheGrace,
-		idle:  conf.CacheIdle,
-		size:  conf.CacheSize,
-		now:   time.Now,
-	}}
+	p := &Provider{conf: conf, broker: broker, metrics: conf.Metrics}
+	if p.metrics == nil {
+		p.metrics = NewMetrics(nil)
+	}
+	p.keks = cache{
+		fetch:   p.fetch,
+		metrics: p.metrics,
+		ttl:     conf.CacheTTL,
+		grace:   conf.CacheGrace,
+		idle:    conf.CacheIdle,
+		size:    conf.CacheSize,
+		now:     time.Now,
+	}
+	return p
+}
+
+func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copilot.KEK, err error) {
+	defer func(start time.Time) { p.metrics.asked("kek", start, err) }(time.Now())
+	return p.broker.KEK(ctx, id, version)
 }
 
 // WrapKey answers a keywrap request of the key provider protocol, given and
@@ -83,7 +97,8 @@ func New(broker *copilot.Client, conf Config) *Provider {
 // name; those of `--recipient provider:pilot:team-a` name team-a. The broker is
 // asked which version of a KEK is current, even if the KEK is in memory. It takes
 // 30 seconds at most.
-func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
+func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
+	defer func(start time.Time) { p.metrics.request("wrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
@@ -135,7 +150,8 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 // UnwrapKey answers a keyunwrap request of the key provider protocol. The
 // annotation says which KEK it takes; if the caller names KEKs too, only those
 // are used. It takes 30 seconds at most.
-func (p *Provider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
+	defer func(start time.Time) { p.metrics.request("unwrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)
@@ -198,7 +214,8 @@ func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
 // sweepEvery is how often KEKs that have expired are dropped from memory.
 const sweepEvery = time.Minute
 
-// Sweep drops expired KEKs from memory, now and then, until ctx is done.
+// Sweep drops expired KEKs from memory, now and then, until ctx is done, and then
+// all.
 func (p *Provider) Sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -207,6 +224,7 @@ func (p *Provider) Sweep(ctx context.Context) {
 		case <-tick.C:
 			p.keks.sweep()
 		case <-ctx.Done():
+			p.keks.clear()
 			return
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
-	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -13,14 +12,21 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
+// KeyProvider answers requests of ocicrypt's key provider protocol, in its JSON.
+// It is a [Provider], or a client of one.
+type KeyProvider interface {
+	WrapKey(ctx context.Context, input []byte) ([]byte, error)
+	UnwrapKey(ctx context.Context, input []byte) ([]byte, error)
+}
+
 // Register makes s answer keyprovider.KeyProviderService with p.
-func Register(s grpc.ServiceRegistrar, p *Provider) {
+func Register(s grpc.ServiceRegistrar, p KeyProvider) {
 	ocicryptpb.RegisterKeyProviderServiceServer(s, service{provider: p})
 }
 
 type service struct {
 	ocicryptpb.UnimplementedKeyProviderServiceServer
-	provider *Provider
+	provider KeyProvider
 }
 
 func (s service) WrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
@@ -35,7 +41,7 @@ func answer(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput,
 	out, err := op(ctx, in.GetKeyProviderKeyWrapProtocolInput())
 	if err != nil {
 		// The caller may be a runtime that tells nobody, so say it here too.
-		logrus.WithError(err).Warn("request failed")
+		logOf(ctx).WithError(err).Warn("request failed")
 		return nil, status.Error(code(err), err.Error())
 	}
 	return &ocicryptpb.KeyProviderKeyWrapProtocolOutput{KeyProviderKeyWrapProtocolOutput: out}, nil
@@ -44,6 +50,8 @@ func answer(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput,
 // code returns the gRPC status code that says what err means to a caller.
 func code(err error) codes.Code {
 	switch {
+	case err == nil:
+		return codes.OK
 	case errors.Is(err, context.Canceled):
 		return codes.Canceled
 	case errors.Is(err, copilot.ErrUnavailable):

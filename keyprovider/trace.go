@@ -11,7 +11,7 @@ import (
 
 // done tells the log and the trace what was done with a layer key.
 func done(ctx context.Context, what, kek string, version int, method string, start time.Time) {
-	logrus.WithFields(logrus.Fields{
+	logOf(ctx).WithFields(logrus.Fields{
 		"kek": kek, "version": version, "method": method, "took": time.Since(start),
 	}).Info(what)
 	span := trace.SpanFromContext(ctx)
@@ -23,4 +23,13 @@ func done(ctx context.Context, what, kek string, version int, method string, sta
 	}
 	span.SetAttributes(facts...)
 	span.AddEvent(what, trace.WithAttributes(facts...)) // there may be several
+}
+
+// logOf has log lines tell the trace that they belong to.
+func logOf(ctx context.Context) *logrus.Entry {
+	log := logrus.NewEntry(logrus.StandardLogger())
+	if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
+		return log.WithField("trace", s.TraceID())
+	}
+	return log
 }

@@ -27,6 +27,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 
@@ -44,6 +45,8 @@ type Config struct {
 	// Keys are private keys to try, besides those that the client passes
 	// and the key providers. May be nil.
 	Keys *config.DecryptConfig
+	// Metrics is what the Differ's metrics are registered with. May be nil.
+	Metrics prometheus.Registerer
 }
 
 const (
@@ -59,6 +62,7 @@ type Differ struct {
 	appliers []diff.Applier // the first that can deal with a snapshot's mounts does
 	conf     Config
 	places   chan struct{}
+	metrics  *metrics
 }
 
 // New returns a Differ that reads layers from store. mounts may be nil.
@@ -80,8 +84,9 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 			erofs.NewErofsDiffer(store),
 			apply.NewFileSystemApplierWithMountManager(store, mounts),
 		},
-		conf:   conf,
-		places: make(chan struct{}, conf.Layers),
+		conf:    conf,
+		places:  make(chan struct{}, conf.Layers),
+		metrics: newMetrics(conf.Metrics),
 	}
 }
 
@@ -91,7 +96,9 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 // ErrFailedPrecondition if no key unwraps it, ErrUnavailable if a key provider
 // did not answer in time, ErrDataLoss if it was changed, ErrInvalidArgument if
 // what its descriptor says makes no sense.
-func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (_ ocispec.Descriptor, err error) {
+	end := d.metrics.begin(desc)
+	defer func() { end(ctx, err) }()
 	trace.SpanFromContext(ctx).SetAttributes(
 		attribute.String("pilot.layer.digest", desc.Digest.String()), attribute.String("pilot.layer.media_type", desc.MediaType))
 	if !processor.IsEncrypted(desc.MediaType) {

@@ -43,6 +43,21 @@ build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
+# Prometheus' parser of rules and queries, without the daemon that comes with it.
+if [ ! -e "$dir/bin/promtool" ]; then
+	echo "fetching promtool"
+	rm -rf "$dir/prometheus"
+	mkdir "$dir/prometheus"
+	(
+		cd "$dir/prometheus"
+		fetch() { apt-get -qq -o APT::Sandbox::User=root -o Acquire::Retries=3 download prometheus; }
+		fetch 2>/dev/null || { apt-get -qq update && fetch; }
+		dpkg-deb -x prometheus_*.deb .
+	)
+	mv "$dir/prometheus/usr/bin/promtool" "$dir/bin/"
+	rm -rf "$dir/prometheus"
+fi
+
 # build_module NAME FOLDER [FLAGS]: a program from a module of its own, since much
 # comes with it, unless it is there as it is now.
 build_module() {

@@ -21,11 +21,14 @@ import (
 
 // Start has spans sent by OTLP over HTTP to the collector that
 // OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT names, and
-// trace contexts passed on as W3C's traceparent. It does nothing if neither is
-// set, or OTEL_SDK_DISABLED is true, or OTEL_TRACES_EXPORTER is none. service is
-// the program's name, unless OTEL_SERVICE_NAME says another. The other variables
-// of https://opentelemetry.io/docs/specs/otel/protocol/exporter/ and of the SDK
-// hold too.
+// trace contexts passed on as W3C's traceparent. service is the program's name,
+// unless OTEL_SERVICE_NAME says another. The other variables of
+// https://opentelemetry.io/docs/specs/otel/protocol/exporter/ and of the SDK hold
+// too.
+//
+// If neither is set, or OTEL_TRACES_EXPORTER is none, nothing is sent, but what
+// belongs together still has one id, which logs tell. Not so if OTEL_SDK_DISABLED
+// is true.
 //
 // A collector that is down costs no request anything: spans that it does not
 // take are dropped, and a warning says so once a minute. stop sends what is
@@ -35,8 +38,14 @@ func Start(ctx context.Context, service string) (stop func(context.Context) erro
 	if err != nil {
 		return nil, err
 	}
-	if endpoint == "" {
+	if os.Getenv("OTEL_SDK_DISABLED") == "true" {
 		return func(context.Context) error { return nil }, nil
+	}
+	otel.SetTextMapPropagator(propagation.TraceContext{})
+	if endpoint == "" {
+		provider := sdk.NewTracerProvider() // without anybody to tell
+		otel.SetTracerProvider(provider)
+		return provider.Shutdown, nil
 	}
 	self, err := resource.New(ctx,
 		resource.WithTelemetrySDK(),
@@ -51,7 +60,6 @@ func Start(ctx context.Context, service string) (stop func(context.Context) erro
 	}
 	provider := sdk.NewTracerProvider(sdk.WithBatcher(exporter), sdk.WithResource(self))
 	otel.SetErrorHandler(&failures{collector: endpoint})
-	otel.SetTextMapPropagator(propagation.TraceContext{})
 	otel.SetTracerProvider(provider)
 	return provider.Shutdown, nil
 }
@@ -59,7 +67,7 @@ func Start(ctx context.Context, service string) (stop func(context.Context) erro
 // collector returns the URL of the collector, without what may be secret in
 // it, or nothing if there is to be none.
 func collector() (string, error) {
-	if os.Getenv("OTEL_SDK_DISABLED") == "true" || os.Getenv("OTEL_TRACES_EXPORTER") == "none" {
+	if os.Getenv("OTEL_TRACES_EXPORTER") == "none" {
 		return "", nil
 	}
 	name, value := first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")

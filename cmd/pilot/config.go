@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -20,6 +21,11 @@ import (
 
 // defaultConfigFile is read if it exists; another has to exist.
 const defaultConfigFile = "/etc/pilot/pilot.toml"
+
+const (
+	defaultListen      = "unix:///run/pilot/keyprovider.sock"
+	defaultAdminSocket = "/run/pilot/admin.sock"
+)
 
 // configuration is what pilot.toml holds. Each setting is also a flag and a
 // PILOT_… variable: see settings.
@@ -42,17 +48,19 @@ type configuration struct {
 	KEKCacheGrace    duration
 	KEKCacheIdle     duration
 	KEKCacheSize     count
-	DiffListen       diffAddress
+	DiffListen       unixAddress
 	Containerd       socketPath
 	LayersAtOnce     count
 	DecryptionKeys   text
+	AdminListen      unixAddress
+	MetricsListen    text
 	LogLevel         logLevel
 }
 
 // defaults are the settings of a pilot that is told nothing.
 func defaults() configuration {
 	return configuration{
-		Listen:           "unix:///run/pilot/keyprovider.sock",
+		Listen:           defaultListen,
 		Broker:           urls{"unix:///run/copilot/copilot.sock"},
 		BrokerTimeout:    duration(10 * time.Second),
 		ProviderName:     "pilot",
@@ -102,6 +110,8 @@ var settings = []setting{
 	{"containerd", "containerd's socket, for the differ", func(c *configuration) value { return &c.Containerd }},
 	{"layers-at-once", "how many encrypted layers the differ unpacks at once", func(c *configuration) value { return &c.LayersAtOnce }},
 	{"decryption-keys-path", "directory of private keys for the differ to try, besides key providers", func(c *configuration) value { return &c.DecryptionKeys }},
+	{"admin-listen", "where to tell root metrics, health and profiles: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)", func(c *configuration) value { return &c.AdminListen }},
+	{"metrics-listen", "`HOST:PORT` for metrics and health, in plain HTTP (default: none)", func(c *configuration) value { return &c.MetricsListen }},
 	{"log-level", "debug, info, warning or error", func(c *configuration) value { return &c.LogLevel }},
 }
 
@@ -256,6 +266,11 @@ func (c *configuration) check() error {
 	if c.LayersAtOnce == 0 {
 		return errors.New("layers-at-once is 0: no encrypted layer would ever be unpacked")
 	}
+	if c.MetricsListen != "" {
+		if _, _, err := net.SplitHostPort(string(c.MetricsListen)); err != nil {
+			return fmt.Errorf("metrics-listen = %q is not HOST:PORT", c.MetricsListen)
+		}
+	}
 	if c.ProviderName == "" {
 		return errors.New("provider-name is empty")
 	}
@@ -291,7 +306,7 @@ func (c *configuration) client() (*copilot.Client, error) {
 }
 
 // provider returns the key provider that the configuration describes.
-func (c *configuration) provider(broker *copilot.Client) *keyprovider.Provider {
+func (c *configuration) provider(broker *copilot.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
 		Name:        string(c.ProviderName),
 		Format:      c.AnnotationFormat,
@@ -300,5 +315,6 @@ func (c *configuration) provider(broker *copilot.Client) *keyprovider.Provider {
 		CacheGrace:  time.Duration(c.KEKCacheGrace),
 		CacheIdle:   time.Duration(c.KEKCacheIdle),
 		CacheSize:   int(c.KEKCacheSize),
+		Metrics:     metrics,
 	})
 }

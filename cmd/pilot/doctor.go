@@ -113,7 +113,7 @@ func newDoctor(c *cli.Context) *node.Doctor {
 		_, err = processor.KeysIn(string(conf.DecryptionKeys))
 	}
 	if d.ConfigurationError = err; err == nil {
-		d.Provider = conf.provider(d.Brokers)
+		d.Provider = conf.provider(d.Brokers, nil)
 	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderName = string(conf.ProviderName)

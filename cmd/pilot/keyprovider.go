@@ -43,7 +43,7 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if err != nil {
 			return err
 		}
-		return keyprovider.Exec(c.Context, conf.provider(broker), os.Stdin, os.Stdout)
+		return keyprovider.Exec(c.Context, conf.provider(broker, nil), os.Stdin, os.Stdout)
 	},
 }
 

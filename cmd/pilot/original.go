@@ -22,7 +22,7 @@ func originalDefaults(conf *configuration, getenv func(string) string) error {
 		return fmt.Errorf("GRPC_PORT: %w", err)
 	}
 	conf.InsecureLoopback = true
-	conf.DiffListen = diffOff
+	conf.DiffListen = off
 	conf.Broker = urls{variable("KEYREQUEST_BASEURL", "http://localhost:8080/api/v1/key")}
 	conf.AnnotationFormat = "original"
 	conf.KEKCacheTTL = 0

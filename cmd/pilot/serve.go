@@ -16,6 +16,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sync/errgroup"
@@ -42,7 +43,8 @@ var serveCommand = &cli.Command{
 	Name:  "serve",
 	Usage: "run the key provider and containerd's differ as a daemon",
 	Description: `Answers ocicrypt's key provider protocol, and containerd as a differ that
-decrypts layers, over gRPC until it is told to stop.
+decrypts layers, over gRPC until it is told to stop. On SIGHUP it reads its
+configuration again, and forgets the KEKs that it has in memory.
 
 Example:
    pilot serve --broker https://copilot.example.com:8443 --broker-ca ca.pem \
@@ -65,11 +67,11 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	client, err := conf.client()
-	if err != nil {
+	registry := newRegistry()
+	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
+	if err := provider.use(c.Context, conf); err != nil {
 		return err
 	}
-	provider := conf.provider(client)
 	options, err := conf.serverOptions()
 	if err != nil {
 		return usageError{err}
@@ -98,13 +100,13 @@ func serve(c *cli.Context) error {
 	keyprovider.Register(server, provider)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	sockets := []net.Listener{l}
-	if conf.DiffListen != diffOff {
+	if conf.DiffListen != off {
 		// First the socket: if another pilot has it, its mounts are its own.
 		diffListener, err := listen(passed[diffSocket], address(conf.DiffListen))
 		if err != nil {
 			return err
 		}
-		diffs, err := conf.diffServer(provider)
+		diffs, err := conf.diffServer(provider, registry)
 		if err != nil {
 			return err
 		}
@@ -112,8 +114,12 @@ func serve(c *cli.Context) error {
 		sockets = append(sockets, diffListener)
 	}
 	serveUntilDone(ctx, g, server, l)
-	go provider.Sweep(ctx)
-	go watchdog.Run(ctx, func(ctx context.Context) error { return answers(ctx, sockets) })
+	go provider.onHangup(ctx, c)
+	ready := func(ctx context.Context) error { return answers(ctx, sockets) }
+	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
+		return err
+	}
+	go watchdog.Run(ctx, ready)
 
 	logrus.WithFields(logrus.Fields{
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
@@ -199,7 +205,7 @@ func cleanMounts(dir string) error {
 }
 
 // diffServer returns a server that answers containerd as a differ.
-func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server, error) {
+func (c *configuration) diffServer(provider processor.KeyProvider, metrics prometheus.Registerer) (*grpc.Server, error) {
 	var keys *config.DecryptConfig
 	if c.DecryptionKeys != "" {
 		var err error
@@ -218,8 +224,9 @@ func (c *configuration) diffServer(provider *keyprovider.Provider) (*grpc.Server
 	s := grpc.NewServer(grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
-		Layers: int(c.LayersAtOnce),
-		Keys:   keys,
+		Layers:  int(c.LayersAtOnce),
+		Keys:    keys,
+		Metrics: metrics,
 	}))
 	return s, nil
 }

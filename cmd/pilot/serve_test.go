@@ -52,13 +52,13 @@ func startBroker(t *testing.T) (url, auditLog string) {
 
 // startServe runs "pilot serve" at an address until the test ends, when it has
 // to stop well.
-func startServe(t *testing.T, listen string, args ...string) {
+func startServe(t *testing.T, listen string, args ...string) *os.Process {
 	t.Helper()
-	startServeIn(t, nil, listen, args...)
+	return startServeIn(t, nil, listen, args...)
 }
 
 // startServeIn runs it with variables, such as PILOT_LOG_LEVEL=debug.
-func startServeIn(t *testing.T, variables []string, listen string, args ...string) {
+func startServeIn(t *testing.T, variables []string, listen string, args ...string) *os.Process {
 	t.Helper()
 	config := filepath.Join(t.TempDir(), "pilot.toml") // not this machine's
 	if err := os.WriteFile(config, nil, 0o600); err != nil {
@@ -88,11 +88,12 @@ func startServeIn(t *testing.T, variables []string, listen string, args ...strin
 	for range 500 {
 		if conn, err := net.Dial(network, address); err == nil {
 			conn.Close()
-			return
+			return cmd.Process
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Fatal("pilot serve does not start")
+	return nil
 }
 
 func freeAddress(t *testing.T) string {

@@ -146,24 +146,24 @@ func (a *address) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// diffAddress is where to answer containerd: unix:///PATH, or diffOff.
-type diffAddress string
+// unixAddress is where to listen: unix:///PATH, or off.
+type unixAddress string
 
-const diffOff diffAddress = "off"
+const off unixAddress = "off"
 
-func (a *diffAddress) String() string { return string(*a) }
+func (a *unixAddress) String() string { return string(*a) }
 
-func (a *diffAddress) UnmarshalText(b []byte) error {
-	v := diffAddress(b)
-	if v != diffOff && !filepath.IsAbs(v.path()) {
+func (a *unixAddress) UnmarshalText(b []byte) error {
+	v := unixAddress(b)
+	if v != off && !filepath.IsAbs(v.path()) {
 		return fmt.Errorf("%q is neither unix:///PATH nor off", b)
 	}
 	*a = v
 	return nil
 }
 
-// path returns the path of the socket, or nothing for diffOff.
-func (a diffAddress) path() string {
+// path returns the path of the socket, or nothing for off and for what is not set.
+func (a unixAddress) path() string {
 	path, ok := address(a).unix()
 	if !ok {
 		return ""

@@ -29,6 +29,7 @@ import (
 	"github.com/containerd/platforms"
 	containerdplugin "github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
@@ -87,7 +88,8 @@ func newDiffer(ic *containerdplugin.InitContext, conf *Config) (interface {
 	if err != nil && (conf.KeyProviders != "" || !errors.Is(err, fs.ErrNotExist)) {
 		return nil, fmt.Errorf("key_providers: %w", err)
 	}
-	c := plugin.Config{Layers: conf.LayersAtOnce}
+	// What containerd itself shows as its metrics.
+	c := plugin.Config{Layers: conf.LayersAtOnce, Metrics: prometheus.DefaultRegisterer}
 	if conf.DecryptionKeysPath != "" {
 		if c.Keys, err = processor.KeysIn(conf.DecryptionKeysPath); err != nil {
 			return nil, fmt.Errorf("decryption_keys_path: %w", err)

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ctrlplane/pilot/unixsocket"
+	"github.com/ctrlplane/pilot/version"
+)
+
+// newRegistry returns what pilot's metrics are registered with.
+func newRegistry() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "pilot_build_info", Help: "1, with pilot's version.", ConstLabels: prometheus.Labels{"version": version.Version},
+	})
+	info.Set(1)
+	r.MustRegister(info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
+// status returns what tells how pilot is: metrics, and whether it lives and
+// answers.
+func status(r *prometheus.Registry, ready func(context.Context) error) *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		if err := ready(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+	return mux
+}
+
+// withProfiles adds Go's profiles, which are for root only.
+func withProfiles(mux *http.ServeMux) *http.ServeMux {
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// serveStatus adds to g what answers on admin-listen and metrics-listen until
+// ctx is done.
+func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *prometheus.Registry, ready func(context.Context) error) error {
+	path := c.AdminListen.path()
+	if c.AdminListen == "" && c.Listen == defaultListen {
+		path = defaultAdminSocket
+	}
+	if path != "" {
+		l, err := unixsocket.Listen(path)
+		if err != nil {
+			return fmt.Errorf("admin-listen: %w", err)
+		}
+		serveHTTP(ctx, g, l, withProfiles(status(r, ready)))
+	}
+	if c.MetricsListen != "" {
+		l, err := net.Listen("tcp", string(c.MetricsListen))
+		if err != nil {
+			return fmt.Errorf("metrics-listen: %w", err)
+		}
+		serveHTTP(ctx, g, l, status(r, ready))
+	}
+	return nil
+}
+
+func serveHTTP(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler) {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	g.Go(func() error {
+		if err := s.Serve(l); err != http.ErrServerClosed {
+			return err
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		return s.Close()
+	})
+}

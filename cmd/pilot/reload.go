@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+)
+
+// atStart are the settings that take a restart.
+var atStart = []string{"listen", "insecure-loopback", "tls-cert", "tls-key", "tls-client-ca", "provider-name", "diff-listen", "containerd",
+	"layers-at-once", "decryption-keys-path", "admin-listen", "metrics-listen"}
+
+// reloadable is a key provider that is replaced when the configuration is read
+// again. What is under way ends with the one that it began with.
+type reloadable struct {
+	metrics *keyprovider.Metrics
+
+	mu       sync.RWMutex
+	conf     configuration
+	provider *keyprovider.Provider
+	forget   context.CancelFunc
+}
+
+// use goes on with another configuration. KEKs in memory are forgotten.
+func (r *reloadable) use(ctx context.Context, conf configuration) error {
+	client, err := conf.client()
+	if err != nil {
+		return err
+	}
+	p := conf.provider(client, r.metrics)
+	ctx, forget := context.WithCancel(ctx)
+	go p.Sweep(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.forget != nil {
+		r.forget()
+	}
+	r.conf, r.provider, r.forget = conf, p, forget
+	return nil
+}
+
+func (r *reloadable) current() *keyprovider.Provider {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.provider
+}
+
+func (r *reloadable) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	return r.current().WrapKey(ctx, input)
+}
+
+func (r *reloadable) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+	return r.current().UnwrapKey(ctx, input)
+}
+
+// onHangup reads the configuration of the command c again on SIGHUP, until ctx
+// is done. One that can't be used changes nothing.
+func (r *reloadable) onHangup(ctx context.Context, c *cli.Context) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-hangup:
+		case <-ctx.Done():
+			return
+		}
+		was := r.conf // which nobody else writes
+		conf, err := loadConfiguration(c)
+		if err == nil {
+			err = r.use(ctx, conf)
+		}
+		if err != nil {
+			logrus.WithError(err).Error("the configuration stays what it was: it can't be used")
+			continue
+		}
+		logrus.WithField("broker", conf.Broker.String()).Info("configuration read again, KEKs forgotten")
+		var late []string
+		for _, s := range settings {
+			if slices.Contains(atStart, s.name) && s.value(&was).String() != s.value(&conf).String() {
+				late = append(late, s.name)
+			}
+		}
+		if len(late) > 0 {
+			logrus.Warnf("%s: takes a restart", strings.Join(late, ", "))
+		}
+	}
+}

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// TestReload gives a pilot that runs another broker, then a configuration that
+// can't be used, then one without the KEK.
+func TestReload(t *testing.T) {
+	t.Parallel()
+	url, _ := startBroker(t)
+	dir := t.TempDir()
+	config := filepath.Join(dir, "pilot.toml")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("broker = \"unix:///nowhere.sock\"\nbroker-timeout = \"50ms\"\n")
+	pilot := startServe(t, "unix://"+dir+"/s", "--config", config)
+	works := func() error { return ask(t, "unix://"+dir+"/s", insecure.NewCredentials()) }
+	until := func(want bool) {
+		t.Helper()
+		if err := pilot.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		for range 500 {
+			if err = works(); (err == nil) == want {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Errorf("after SIGHUP: %v, want it to work: %t", err, want)
+	}
+	if err := works(); err == nil {
+		t.Fatal("it works without a broker")
+	}
+	write("broker = \"" + url + "\"\n")
+	until(true)
+	write("broker = \"" + url + "\"\nkek-cache-ttl = \"soon\"\n")
+	if err := pilot.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		if err := works(); err != nil {
+			t.Fatalf("a configuration that can't be used was taken: %v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	write("broker = \"unix:///nowhere.sock\"\nbroker-timeout = \"50ms\"\n")
+	until(false)
+}

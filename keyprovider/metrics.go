@@ -1,0 +1,80 @@
+package keyprovider
+
+import (
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"google.golang.org/grpc/codes"
+
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+// Metrics are what Prometheus reads of a [Provider], and of others in its place
+// later. Results are gRPC's status codes, as in google.golang.org/grpc/codes.
+type Metrics struct {
+	requests      *prometheus.CounterVec
+	seconds       *prometheus.HistogramVec
+	broker        *prometheus.CounterVec
+	brokerSeconds *prometheus.HistogramVec
+	lookups       *prometheus.CounterVec
+	cached        prometheus.Gauge
+}
+
+// buckets are from what memory takes to what pilot waits for at most.
+var buckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
+
+// NewMetrics registers metrics with r, which may be nil.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	with := promauto.With(r)
+	m := &Metrics{
+		cached: with.NewGauge(prometheus.GaugeOpts{
+			Name: "pilot_keks_cached", Help: "Versions of KEKs in memory.",
+		}),
+		requests: with.NewCounterVec(prometheus.CounterOpts{
+			Name: "pilot_key_requests_total", Help: "Requests to wrap or unwrap a layer key, by result.",
+		}, []string{"operation", "result"}),
+		seconds: with.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "pilot_key_request_seconds", Help: "How long requests to wrap or unwrap a layer key took.", Buckets: buckets,
+		}, []string{"operation"}),
+		broker: with.NewCounterVec(prometheus.CounterOpts{
+			Name: "pilot_broker_requests_total", Help: "What the brokers were asked for, by result: a KEK (kek), or to wrap or unwrap a layer key. Tries at several brokers are one.",
+		}, []string{"operation", "result"}),
+		brokerSeconds: with.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "pilot_broker_request_seconds", Help: "How long it took until a broker answered, or all had failed.", Buckets: buckets,
+		}, []string{"operation"}),
+		lookups: with.NewCounterVec(prometheus.CounterOpts{
+			Name: "pilot_kek_lookups_total", Help: "KEKs that were needed, by where they came from: memory (hit), memory past kek-cache-ttl since no broker answered (stale), the broker (miss), or not at all, since the broker said lately that it does not give it out (not-exported) or said just now why it can't be had (refused).",
+		}, []string{"outcome"}),
+	}
+	for _, outcome := range []string{outcomeHit, outcomeStale, outcomeMiss, outcomeNotExported, outcomeRefused} {
+		m.lookups.WithLabelValues(outcome)
+	}
+	return m
+}
+
+// The outcomes of looking for a KEK.
+const (
+	outcomeHit         = "hit"
+	outcomeStale       = "stale"
+	outcomeMiss        = "miss"
+	outcomeNotExported = "not-exported"
+	outcomeRefused     = "refused"
+)
+
+// request notes a request that began at start.
+func (m *Metrics) request(operation string, start time.Time, err error) {
+	m.requests.WithLabelValues(operation, code(err).String()).Inc()
+	m.seconds.WithLabelValues(operation).Observe(time.Since(start).Seconds())
+}
+
+// asked notes what the brokers were asked for at start.
+func (m *Metrics) asked(operation string, start time.Time, err error) {
+	result := code(err)
+	if errors.Is(err, copilot.ErrNotExported) {
+		result = codes.OK // the answer is to ask otherwise
+	}
+	m.broker.WithLabelValues(operation, result.String()).Inc()
+	m.brokerSeconds.WithLabelValues(operation).Observe(time.Since(start).Seconds())
+}

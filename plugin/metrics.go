@@ -1,0 +1,76 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc/status"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// metrics are what Prometheus reads.
+type metrics struct {
+	underWay *prometheus.GaugeVec
+	layers   *prometheus.CounterVec
+	bytes    *prometheus.CounterVec
+	seconds  *prometheus.HistogramVec
+}
+
+// newMetrics registers metrics with r, which may be nil.
+func newMetrics(r prometheus.Registerer) *metrics {
+	with := promauto.With(r)
+	return &metrics{
+		underWay: with.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "pilot_layers_in_progress", Help: "Layers that are being unpacked, or wait for it.",
+		}, []string{"encrypted"}),
+		layers: with.NewCounterVec(prometheus.CounterOpts{
+			Name: "pilot_layers_total", Help: "Layers that were to be unpacked, by result: a status code of gRPC. DataLoss is a layer that was changed, FailedPrecondition one without a usable key.",
+		}, []string{"encrypted", "result"}),
+		bytes: with.NewCounterVec(prometheus.CounterOpts{
+			Name: "pilot_layer_bytes_total", Help: "Bytes of the layers that were unpacked, as they are in the registry.",
+		}, []string{"encrypted"}),
+		seconds: with.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "pilot_layer_seconds", Help: "How long layers took to unpack.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300},
+		}, []string{"encrypted"}),
+	}
+}
+
+// begin notes that a layer is to be unpacked. The caller calls end with how that
+// went, which the log tells too if the layer was encrypted.
+func (m *metrics) begin(layer ocispec.Descriptor) (end func(context.Context, error)) {
+	encrypted := strconv.FormatBool(processor.IsEncrypted(layer.MediaType))
+	m.underWay.WithLabelValues(encrypted).Inc()
+	start := time.Now()
+	return func(ctx context.Context, err error) {
+		m.underWay.WithLabelValues(encrypted).Dec()
+		m.layers.WithLabelValues(encrypted, result(err)).Inc()
+		m.seconds.WithLabelValues(encrypted).Observe(time.Since(start).Seconds())
+		if err != nil {
+			return // containerd tells why
+		}
+		m.bytes.WithLabelValues(encrypted).Add(float64(layer.Size))
+		if processor.IsEncrypted(layer.MediaType) {
+			log := logrus.WithFields(logrus.Fields{"digest": layer.Digest, "bytes": layer.Size, "took": time.Since(start)})
+			if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
+				log = log.WithField("trace", s.TraceID())
+			}
+			log.Info("layer decrypted")
+		}
+	}
+}
+
+func result(err error) string {
+	if errors.Is(err, context.Canceled) {
+		err = context.Canceled
+	}
+	return status.Code(errgrpc.ToGRPC(err)).String()
+}
