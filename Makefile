@@ -72,6 +72,7 @@ test-unit:
 	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
 
 test-kubernetes:
+	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
 	go test -buildvcs=false -tags kubernetes -timeout 20m -run Kubernetes ./integration
 

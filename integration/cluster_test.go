@@ -95,8 +95,10 @@ func (k *kubernetes) controlPlane() {
 // nameServices has pods find the services that there are by name.
 func (k *kubernetes) nameServices() {
 	k.t.Helper()
-	write(k.t, k.dir+"/services/hosts", output(k.t, k.kubectl("get", "services", "--all-namespaces", "--output",
-		`go-template={{range .items}}{{with .spec.clusterIP}}{{.}}{{end}} {{with .metadata}}{{.name}}.{{.namespace}}.svc.cluster.local{{end}}{{"\n"}}{{end}}`)))
+	const addresses = `go-template={{range .items}}{{.spec.clusterIP}} {{.metadata.name}}.{{.metadata.namespace}}.svc.cluster.local{{"\n"}}{{end}}`
+	const headless = `go-template={{range .items}}{{$meta := .metadata}}{{range .endpoints}}{{index .addresses 0}} {{index $meta.labels "kubernetes.io/service-name"}}.{{$meta.namespace}}.svc.cluster.local{{"\n"}}{{end}}{{end}}`
+	write(k.t, k.dir+"/services/hosts", output(k.t, k.kubectl("get", "services", "--all-namespaces", "--field-selector", "spec.clusterIP!=None", "--output", addresses))+
+		output(k.t, k.kubectl("get", "endpointslices", "--all-namespaces", "--selector", "service.kubernetes.io/headless", "--output", headless)))
 }
 
 // kubeconfig writes a configuration for who has a token.

@@ -6,7 +6,9 @@
 package integration
 
 import (
+	"crypto/rand"
 	"fmt"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -61,131 +63,150 @@ func TestKubernetes(t *testing.T) {
 	}
 }
 
-// TestKubernetesDaemonSet has a DaemonSet install pilot, whose identity is that
-// of its service account, and remove it.
-func TestKubernetesDaemonSet(t *testing.T) {
+// TestKubernetesManifests installs all of packaging/kubernetes as its example
+// does: copilot with PostgreSQL, and a DaemonSet that sets the node up, whose
+// identity is that of its service account.
+func TestKubernetesManifests(t *testing.T) {
 	ownNetwork(t)
-	b := initialized(t, "team-a")
 	dir := tempDir(t)
-	_, ociConf := pilot(t, dir+"/ci", "unix://"+b.dir+"/copilot.sock")
-	ci := newCI(t, dir+"/ci", ociConf)
-	images := []string{ci.image(kinds[0], "provider:pilot:team-a"), ci.image(kinds[1], "provider:pilot:team-a"), ci.image(kinds[2], "provider:pilot:team-a")}
-	pilotImage := ci.pushLayout("pilot")
+	const broker = "https://10.96.0.200:8443" // the example's
+	output(t, command(t, "copilot", "init", "--config-dir", dir+"/copilot", "--host", "10.96.0.200", "--trust-domain", "example.com"))
+	ci := &ci{secrets: map[string]string{}}
+	ci.registry, ci.storage = registry(t, dir)
+	_, conf := pilot(t, dir, broker, "--annotation-format", "copilot", "--broker-ca", dir+"/copilot/ca.pem", "--broker-token-file", dir+"/token")
+	ci.node = newNode(t, dir, containerd2(), conf, "")
 	k := newKubernetes(t, ci.pause())
 	before := k.node.files()
 
-	token := write(t, k.dir+"/copilot-token", output(t, k.kubectl("create", "token", "default")))
-	write(t, b.dir+"/copilot.toml", read(t, b.dir+"/copilot.toml")+fmt.Sprintf(`[issuers.cluster]
-url = "https://kubernetes.default.svc.cluster.local"
-keys-url = "%s/openid/v1/jwks"
-audience = "copilot"
-ca = "%s/ca.pem"
-token-file = "%s"
-`, apiServer, k.dir, token))
-	write(t, b.dir+"/policy.toml", `[[rule]]
-identities = ["cluster:system:serviceaccount:pilot-system:pilot"]
-keks = ["team-a"]
-actions = ["unwrap"]
-`)
-	b.process.stop(t)
-	b.start(t)
-
-	k.apply(fmt.Sprintf(`apiVersion: v1
-kind: Namespace
-metadata: {name: pilot-system}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: pilot, namespace: pilot-system}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: pilot}
-rules:
-- {apiGroups: [apps], resources: [daemonsets], resourceNames: [pilot], verbs: [get]}
-- {apiGroups: [""], resources: [namespaces], resourceNames: [pilot-system], verbs: [get]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: pilot}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: pilot}
-subjects: [{kind: ServiceAccount, name: pilot, namespace: pilot-system}]
----
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: copilot-ca, namespace: pilot-system}
-data: {ca.pem: %q}
----
-apiVersion: apps/v1
-kind: DaemonSet
-metadata: {name: pilot, namespace: pilot-system}
-spec:
-  selector: {matchLabels: {app: pilot}}
-  template:
-    metadata: {labels: {app: pilot}}
-    spec:
-      hostPID: true
-      serviceAccountName: pilot
-      containers:
-      - name: pilot
-        image: '%s'
-        args: [node, deploy, --broker, '%s', --broker-ca-from, /run/broker/ca.pem, --broker-token-from, /run/broker/token]
-        env: [{name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}]
-        securityContext: {privileged: true}
-        readinessProbe: {exec: {command: [/pilot, node, deploy, --check]}, periodSeconds: 1}
-        volumeMounts: [{name: broker, mountPath: /run/broker}]
-      volumes:
-      - name: broker
-        projected:
-          sources:
-          - serviceAccountToken: {path: token, audience: copilot, expirationSeconds: 600}
-          - configMap: {name: copilot-ca}
-`, read(t, b.dir+"/ca.pem"), pilotImage, b.url()))
-	k.rolledOut()
-	runs := func(name, image string) {
+	// What a user fills in.
+	output(t, command(t, "cp", "-r", filepath.Join(repo, "packaging/kubernetes"), dir+"/manifests"))
+	write(t, dir+"/manifests/example/ca.pem", read(t, dir+"/copilot/ca.pem"))
+	kustomization := dir + "/manifests/example/kustomization.yaml"
+	write(t, kustomization, strings.NewReplacer("registry.example.com", ci.registry, "docker.io/library", ci.registry, "newTag: v1", "newTag: test", `newTag: "18"`, "newTag: test").Replace(read(t, kustomization)))
+	policy := dir + "/manifests/copilot/policy.toml"
+	write(t, policy, read(t, policy)+"[[rule]]\nidentities = [\"cluster:system:serviceaccount:default:builder\"]\nkeks = [\"**\"]\nactions = [\"wrap\"]\n")
+	ci.pushLayout("pilot", filepath.Join(repo, "dist/images/pilot"))
+	ci.pushLayout("copilot", filepath.Join(repo, "dist/images/copilot"))
+	ci.postgres()
+	output(t, k.kubectl("apply", "--kustomize", dir+"/manifests/namespace"))
+	secret := func(name string, args ...string) {
 		t.Helper()
+		output(t, k.kubectl(append([]string{"--namespace", "pilot-system", "create", "secret", "generic", name}, args...)...))
+	}
+	master := make([]byte, 32)
+	rand.Read(master)
+	secret("copilot-master-key", "--from-file", "copilot-master-key="+write(t, dir+"/master", string(master)))
+	secret("copilot-tls", "--from-file", "tls.crt="+dir+"/copilot/server.pem", "--from-file", "tls.key="+dir+"/copilot/server-key.pem")
+	secret("copilot-postgres", "--from-literal", "password=secret")
+	secret("copilot-database", "--from-literal", "url=postgres://copilot:secret@copilot-postgres/copilot?sslmode=disable")
+	k.apply(`apiVersion: v1
+kind: PersistentVolume
+metadata: {name: postgres}
+spec:
+  capacity: {storage: 2Gi}
+  accessModes: [ReadWriteOnce]
+  hostPath: {path: /var/lib/kubelet/postgres}
+`)
+	output(t, k.node.run("install", "-d", "-o", "999", "/var/lib/kubelet/postgres"))
+
+	began := time.Now()
+	output(t, k.kubectl("apply", "--kustomize", dir+"/manifests/example"))
+	k.rolledOut("statefulset/copilot-postgres")
+	k.nameServices()
+	k.rolledOut("deployment/copilot")
+	k.rolledOut("daemonset/pilot")
+	t.Logf("all is rolled out after %v", time.Since(began))
+
+	output(t, k.kubectl("--namespace", "pilot-system", "exec", "deployment/copilot", "--", "/usr/bin/copilot", "keys", "create", "team-a"))
+	output(t, k.kubectl("create", "serviceaccount", "builder"))
+	write(t, dir+"/token", output(t, k.kubectl("create", "token", "builder", "--audience", "copilot")))
+	runs := func(name string, layers kind) {
+		t.Helper()
+		image := ci.image(layers, "provider:pilot:team-a")
 		k.apply(runOnce(name, image))
 		k.wait("pod/"+name, "jsonpath={.status.phase}=Succeeded")
 		if out := output(t, k.kubectl("logs", name)); !strings.Contains(out, ci.secrets[image]) {
 			t.Errorf("the pod says: %s", out)
 		}
 	}
-	runs("installed", images[0])
-	if audit := read(t, b.dir+"/store/audit.log"); !strings.Contains(audit, `"who":"cluster:system:serviceaccount:pilot-system:pilot"`) {
-		t.Errorf("the audit log: %s", audit)
-	}
+	runs("installed", kinds[0])
 
-	containerd := output(t, k.node.run("systemctl", "show", "--property", "MainPID", "containerd"))
+	containerd := k.node.service("containerd")
 	output(t, k.kubectl("--namespace", "pilot-system", "rollout", "restart", "daemonset/pilot"))
-	k.rolledOut()
-	if pid := output(t, k.node.run("systemctl", "show", "--property", "MainPID", "containerd")); pid != containerd {
-		t.Errorf("containerd was restarted: %s, was %s", pid, containerd)
+	k.rolledOut("daemonset/pilot")
+	if pid := k.node.service("containerd"); pid != containerd {
+		t.Errorf("containerd was restarted: its process is %s, was %s", pid, containerd)
 	}
-	runs("restarted", images[1])
+	runs("restarted", kinds[1])
 
-	output(t, k.kubectl("--namespace", "pilot-system", "delete", "daemonset/pilot", "--timeout", "50s"))
-	output(t, k.kubectl("--namespace", "pilot-system", "wait", "--for", "delete", "pods", "--selector", "app=pilot", "--timeout", "50s"))
+	late := ci.image(kinds[2], "provider:pilot:team-a")
+	output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/example", "--timeout", "100s"))
 	k.node.same(before)
-	k.apply(runOnce("removed", images[2]))
+	k.apply(runOnce("removed", late))
 	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
 }
 
-// rolledOut waits until the DaemonSet's pods are ready.
-func (k *kubernetes) rolledOut() {
+// rolledOut waits until what is rolled out is ready.
+func (k *kubernetes) rolledOut(what string) {
 	k.t.Helper()
-	if out, err := k.kubectl("--namespace", "pilot-system", "rollout", "status", "daemonset/pilot", "--timeout", "50s").CombinedOutput(); err != nil {
-		k.t.Fatalf("%s\n%s\n%s", out, said(k.t, k.kubectl("--namespace", "pilot-system", "describe", "pods")), said(k.t, k.kubectl("--namespace", "pilot-system", "logs", "daemonset/pilot")))
+	system := func(args ...string) *exec.Cmd {
+		return k.kubectl(append([]string{"--namespace", "pilot-system"}, args...)...)
+	}
+	if out, err := system("rollout", "status", what, "--timeout", "55s").CombinedOutput(); err != nil {
+		k.t.Fatalf("%s\n%s\n%s", out, said(k.t, system("describe", "pods")), said(k.t, system("logs", what, "--prefix", "--all-containers")))
 	}
 }
 
-// pushLayout pushes an image that "make images" built, and returns its name.
-func (c *ci) pushLayout(image string) string {
+// pushLayout pushes an image from an OCI layout.
+func (c *ci) pushLayout(name, layout string) {
 	c.t.Helper()
-	name := c.registry + "/" + image + ":test"
-	output(c.t, command(c.t, "tar", "--create", "--file", c.dir+"/layout.tar", "--directory", filepath.Join(repo, "dist/images", image), "."))
+	name = c.registry + "/" + name + ":test"
+	output(c.t, command(c.t, "tar", "--create", "--file", c.dir+"/layout.tar", "--directory", layout, "."))
 	output(c.t, c.ctrPilot("images", "import", "--no-unpack", "--index-name", name, c.dir+"/layout.tar"))
 	output(c.t, c.ctrPilot("images", "push", "--plain-http", name))
-	return name
+}
+
+// postgres pushes an image of Debian's PostgreSQL that is told what to do as
+// Docker's official one is.
+func (c *ci) postgres() {
+	t := c.t
+	t.Helper()
+	programs, err := filepath.Glob("/usr/lib/postgresql/*/bin")
+	if err != nil || len(programs) == 0 {
+		t.Fatal("there is no PostgreSQL")
+	}
+	version := filepath.Base(filepath.Dir(programs[0]))
+	list := output(t, command(t, "sh", "-ec", `
+		find /usr/lib/postgresql/$0/bin /usr/lib/postgresql/$0/lib /usr/share/postgresql/$0 -type f ! -path '*/bitcode/*' ! -name 'llvmjit*'
+		cd /usr/lib/postgresql/$0 && ldd bin/postgres bin/initdb bin/pg_isready lib/*.so | grep -v llvm | grep -o '/lib[^ ]*' | grep -v :$ | sort -u`, version))
+	files := map[string][]byte{
+		"bin/sh":     []byte(read(t, "/bin/busybox")),
+		"etc/passwd": []byte("postgres:x:999:999::/:/bin/sh\n"),
+		"entrypoint": []byte(`#!/bin/sh
+set -e
+if [ ! -e "$PGDATA" ]; then
+	initdb --username="$POSTGRES_USER" --pwfile="$POSTGRES_PASSWORD_FILE" --auth-host=scram-sha-256 --pgdata="$PGDATA"
+	echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
+	echo "CREATE DATABASE $POSTGRES_USER" | postgres --single postgres
+fi
+exec postgres -c listen_addresses=*
+`),
+	}
+	for _, file := range strings.Fields(list) {
+		files[strings.TrimPrefix(file, "/")] = []byte(read(t, file))
+	}
+	l := newLayout(t)
+	layer, diffID := l.layer(kinds[0], kinds[0].oci, files)
+	config := l.json("application/vnd.oci.image.config.v1+json", object{
+		"architecture": goarch, "os": "linux", "rootfs": object{"type": "layers", "diff_ids": []string{diffID}},
+		"config": object{"Entrypoint": []string{"/entrypoint"}, "Env": []string{"PATH=/bin:" + programs[0]}},
+	})
+	manifest := l.json("application/vnd.oci.image.manifest.v1+json", object{
+		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": []object{layer},
+	})
+	name := c.registry + "/postgres:test"
+	output(t, c.ctrPilot("images", "import", "--no-unpack", l.tar(c.dir+"/image.tar", name, manifest)))
+	output(t, c.ctrPilot("images", "push", "--plain-http", name))
 }
 
 // runOnce is the manifest of a pod that runs an image once.
