@@ -73,8 +73,7 @@ func TestKubernetesManifests(t *testing.T) {
 	output(t, command(t, "copilot", "init", "--config-dir", dir+"/copilot", "--host", "10.96.0.200", "--trust-domain", "example.com"))
 	ci := &ci{secrets: map[string]string{}}
 	ci.registry, ci.storage = registry(t, dir)
-	_, conf := pilot(t, dir, broker, "--annotation-format", "copilot", "--broker-ca", dir+"/copilot/ca.pem", "--broker-token-file", dir+"/token")
-	ci.node = newNode(t, dir, containerd2(), conf, "")
+	ci.node = newNode(t, dir, containerd2(), dir+"/ocicrypt.conf", "")
 	k := newKubernetes(t, ci.pause())
 	before := k.node.files()
 
@@ -119,7 +118,8 @@ spec:
 
 	output(t, k.kubectl("--namespace", "pilot-system", "exec", "deployment/copilot", "--", "/usr/bin/copilot", "keys", "create", "team-a"))
 	output(t, k.kubectl("create", "serviceaccount", "builder"))
-	write(t, dir+"/token", output(t, k.kubectl("create", "token", "builder", "--audience", "copilot")))
+	token := write(t, dir+"/token", output(t, k.kubectl("create", "token", "builder", "--audience", "copilot")))
+	pilot(t, dir, broker, "--annotation-format", "copilot", "--broker-ca", dir+"/copilot/ca.pem", "--broker-token-file", token)
 	runs := func(name string, layers kind) {
 		t.Helper()
 		image := ci.image(layers, "provider:pilot:team-a")
