@@ -8,6 +8,7 @@ package integration
 import (
 	"crypto/rand"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -139,11 +140,39 @@ spec:
 	}
 	runs("restarted", kinds[1])
 
+	// The node reboots, and meanwhile there is a new version. What is in /run is
+	// gone, such as the token, and so has to come before the image can be pulled.
+	was := output(t, k.node.run("pilot", "--version"))
+	ci.pushLayout("pilot-next", nextPilot(t, dir))
+	output(t, k.node.run("systemctl", "stop", "pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket"))
+	output(t, k.node.run("rm", "-r", "/run/pilot"))
+	output(t, k.node.run("systemctl", "start", "pilot-diff.socket", "pilot-keyprovider.socket"))
+	output(t, k.kubectl("--namespace", "pilot-system", "set", "image", "daemonset/pilot", "pilot="+ci.registry+"/pilot-next:test"))
+	k.rolledOut("daemonset/pilot")
+	if is := output(t, k.node.run("pilot", "--version")); is == was || !strings.Contains(is, "next") {
+		t.Errorf("the node has pilot %s, had %s", is, was)
+	}
+	if pid := k.node.service("containerd"); pid != containerd {
+		t.Errorf("containerd was restarted: its process is %s, was %s", pid, containerd)
+	}
+	runs("upgraded", kinds[2])
+
 	late := ci.image(kinds[2], "provider:pilot:team-a")
 	output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/example", "--timeout", "100s"))
 	k.node.same(before)
 	k.apply(runOnce("removed", late))
 	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
+}
+
+// nextPilot makes the image of another version of pilot, as "make images" does,
+// and returns its layout.
+func nextPilot(t testing.TB, dir string) string {
+	t.Helper()
+	build := command(t, "go", "build", "-buildvcs=false", "-ldflags", "-X github.com/ctrlplane/pilot/version.Version=next", "-tags", "no_pkcs11", "-o", dir+"/next/", "./cmd/pilot", "./cmd/pilot-decoder")
+	build.Dir, build.Env = repo, append(os.Environ(), "CGO_ENABLED=0")
+	output(t, build)
+	output(t, command(t, filepath.Join(repo, "dist/ociimage"), "-license", filepath.Join(repo, "LICENSE"), "-out", dir+"/next-image", "-user", "0:0", "pilot,pilot-decoder", goarch+"="+dir+"/next"))
+	return dir + "/next-image"
 }
 
 // rolledOut waits until what is rolled out is ready.
