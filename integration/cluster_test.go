@@ -17,9 +17,10 @@ import (
 // kubernetes is a Kubernetes of one node. The node is a machine with systemd,
 // containerd and a kubelet; the control plane runs beside it.
 type kubernetes struct {
-	t    testing.TB
-	dir  string
-	node *booted
+	t      testing.TB
+	dir    string
+	node   *booted
+	nspawn *process // that runs the node
 }
 
 // The addresses of the node, and so of the API server, and of services and pods.
@@ -51,7 +52,7 @@ func newKubernetes(t testing.TB, pause string) *kubernetes {
 	k := &kubernetes{t: t, dir: tempDir(t)}
 	write(t, k.dir+"/services/hosts", "")
 	k.controlPlane()
-	k.node = bootNode(t, k.dir, pause)
+	k.bootNode(pause)
 	k.kubelet()
 	k.wait("node/node1", "condition=Ready")
 	k.wait("serviceaccount/default", "create") // no pod can be made without
@@ -156,13 +157,14 @@ func (k *kubernetes) wait(resource, what string) {
 	k.t.Helper()
 	await(k.t, resource, func() error { return k.kubectl("get", resource).Run() })
 	if out, err := k.kubectl("wait", resource, "--for", what, "--timeout", "50s").CombinedOutput(); err != nil {
-		k.t.Fatalf("%s: %s\n%s\n%s", resource, out, output(k.t, k.kubectl("describe", resource)), output(k.t, k.kubectl("get", "events", "-A")))
+		k.t.Fatalf("%s: %s\n%s\n%s\n%s", resource, out, output(k.t, k.kubectl("describe", resource)), output(k.t, k.kubectl("get", "events", "-A")), k.journal())
 	}
 }
 
 // bootNode boots a machine with containerd, of which no unit runs but the basic
 // ones, in the test's network.
-func bootNode(t testing.TB, dir, pause string) *booted {
+func (k *kubernetes) bootNode(pause string) {
+	t, dir := k.t, k.dir
 	t.Helper()
 	m := &machine{t, dir + "/root", dir + "/lib"}
 	for _, name := range []string{"upper", "work", "lib", "kubelet"} {
@@ -190,23 +192,44 @@ func bootNode(t testing.TB, dir, pause string) *booted {
    "ipam": {"type": "host-local", "ranges": [[{"subnet": "%s"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
 `, podNetwork))
 
-	args := []string{"--quiet", "--directory", m.root, "--machine", "node1", "--register=no", "--keep-unit", "--capability=all", "--system-call-filter=@keyring bpf",
-		"--bind=" + m.lib + ":/var/lib/containerd", "--bind=" + dir + "/kubelet:/var/lib/kubelet", "--bind=/dev/kmsg",
-		"--bind-ro=" + filepath.Join(tools, "bin/kubernetes") + ":/usr/local/bin/kubernetes"}
-	// In a cgroup of its own: systemd ends all that it finds in it.
-	p := start(t, dir, "machine", exec.Command("sh", append([]string{"-ec", `
-		for hierarchy in unified systemd .; do
-			[ -e /sys/fs/cgroup/$hierarchy/cgroup.procs ] || continue
-			mkdir /sys/fs/cgroup/$hierarchy/$0 && echo $$ >/sys/fs/cgroup/$hierarchy/$0/cgroup.procs
-		done
-		exec systemd-nspawn "$@"`, filepath.Base(dir)}, append(args, "--console=pipe", "--boot", "systemd.unit=basic.target")...)...))
+	k.node = &booted{machine: m}
 	t.Cleanup(func() {
-		p.stop(t)
 		output(t, exec.Command("find", "/sys/fs/cgroup", "-depth", "-type", "d", "-path", "*/"+filepath.Base(dir)+"*", "-exec", "rmdir", "{}", "+"))
 	})
-	b := &booted{machine: m}
+	k.up()
+}
+
+// journal returns the end of the node's journal.
+func (k *kubernetes) journal() string {
+	k.t.Helper()
+	return said(k.t, k.node.run("journalctl", "--no-pager", "--lines=60", "--unit=containerd", "--unit=kubelet", "--unit=pilot"))
+}
+
+// reboot reboots the node, and does something before the kubelet is back.
+func (k *kubernetes) reboot(meanwhile func()) {
+	k.t.Helper()
+	k.nspawn.stop(k.t)
+	k.up()
+	meanwhile()
+	k.kubelet()
+}
+
+// up boots the node and starts its containerd.
+func (k *kubernetes) up() {
+	t, b := k.t, k.node
+	t.Helper()
+	// In a cgroup of its own: systemd ends all that it finds in it.
+	k.nspawn = start(t, k.dir, "machine", exec.Command("sh", "-ec", `
+		for hierarchy in unified systemd .; do
+			[ -e /sys/fs/cgroup/$hierarchy/cgroup.procs ] || continue
+			mkdir -p /sys/fs/cgroup/$hierarchy/$0 && echo $$ >/sys/fs/cgroup/$hierarchy/$0/cgroup.procs
+		done
+		exec systemd-nspawn "$@"`, filepath.Base(k.dir), "--quiet", "--directory", b.root, "--machine", "node1", "--register=no", "--keep-unit",
+		"--capability=all", "--system-call-filter=@keyring bpf", "--bind="+b.lib+":/var/lib/containerd", "--bind="+k.dir+"/kubelet:/var/lib/kubelet",
+		"--bind=/dev/kmsg", "--bind-ro="+filepath.Join(tools, "bin/kubernetes")+":/usr/local/bin/kubernetes",
+		"--console=pipe", "--boot", "systemd.unit=basic.target"))
 	await(t, "the machine's systemd", func() error {
-		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.cmd.Process.Pid))
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", k.nspawn.cmd.Process.Pid))
 		if err != nil {
 			return err
 		}
@@ -214,12 +237,6 @@ func bootNode(t testing.TB, dir, pause string) *booted {
 			return err
 		}
 		return b.run("systemctl", "is-active", "basic.target").Run()
-	})
-	journal := b.run("journalctl", "--no-pager", "--lines=60", "--unit=containerd", "--unit=kubelet", "--unit=pilot").Args
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the machine's journal:\n%s", said(t, exec.Command(journal[0], journal[1:]...)))
-		}
 	})
 	// nspawn mounts the controllers of cgroup v1 and the settings of the network
 	// read-only, and the kubelet wants settings that are not the node's alone.
@@ -230,5 +247,4 @@ func bootNode(t testing.TB, dir, pause string) *booted {
 			file=$(mktemp) && echo ${setting#*=} >$file && mount --bind $file /proc/sys/${setting%=*}
 		done`))
 	output(t, b.run("systemctl", "start", "containerd"))
-	return b
 }
