@@ -49,6 +49,11 @@ func ownNetwork(t testing.TB) {
 // newCluster starts a cluster and waits until its node is ready.
 func newKubernetes(t testing.TB, pause string) *kubernetes {
 	t.Helper()
+	for _, name := range []string{"kubernetes", "systemd-nspawn", "dnsmasq", "nft", "/usr/lib/cni/bridge"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s kubernetes\"", name, tools)
+		}
+	}
 	k := &kubernetes{t: t, dir: tempDir(t)}
 	write(t, k.dir+"/services/hosts", "")
 	k.controlPlane()

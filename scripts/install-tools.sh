@@ -10,7 +10,7 @@ mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
 packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd postgresql iproute2)
-[ "${2-}" != kubernetes ] || packages+=(systemd-container containernetworking-plugins dnsmasq-base)
+[ "${2-}" != kubernetes ] || packages+=(systemd-container containernetworking-plugins dnsmasq-base nftables)
 missing=()
 for p in "${packages[@]}"; do
 	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
