@@ -151,6 +151,11 @@ spec:
 	if is := output(t, k.node.run("pilot", "--version")); is == was || !strings.Contains(is, "next") {
 		t.Errorf("the node has pilot %s, had %s", is, was)
 	}
+	await(t, "copilot's database under its new address", func() error {
+		k.nameServices()
+		return k.kubectl("--namespace", "pilot-system", "exec", "deployment/copilot", "--", "/usr/bin/copilot", "keys", "show", "team-a").Run()
+	})
+	k.rolledOut("deployment/copilot")
 	runs("upgraded", kinds[2])
 
 	late := ci.image(kinds[2], "provider:pilot:team-a")
