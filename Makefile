@@ -12,6 +12,7 @@
 #   make test           all tests but for these:
 #   make test-packages  installs, upgrades, removes and purges the packages
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
+#   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
 #   make fuzz           each fuzz target for a minute (FUZZTIME=)
 #   make check          formatting, vet, staticcheck, licences, govulncheck
@@ -40,7 +41,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-long fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-long fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -82,6 +83,11 @@ test: tools
 test-unit:
 	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
 
+test-kubernetes:
+	$(MAKE) images ARCHS=$$(go env GOARCH)
+	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
+	go test -buildvcs=false -tags kubernetes -timeout 20m -run Kubernetes ./integration
+
 ROUNDS ?= 7
 bench: tools
 	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
@@ -122,7 +128,7 @@ check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
-	go vet -buildvcs=false -tags man,packages,node ./...
+	go vet -buildvcs=false -tags man,packages,node,kubernetes ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

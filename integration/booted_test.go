@@ -1,4 +1,4 @@
-//go:build node || packages
+//go:build node || packages || kubernetes
 
 package integration
 

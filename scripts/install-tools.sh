@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# install-tools.sh DIR [PACKAGE...]: installs what the tests and the demo run with,
-# and Debian's packages that are named. It takes
-# Debian's packages where they will do, builds the rest into DIR/bin, and makes
-# DIR/trixie, a root of Debian 13, for the tools that are too old in Debian 12.
-# It is quick when all is there.
+# install-tools.sh DIR [kubernetes] [PACKAGE...]: installs what the tests and the
+# demo run with, what the tests on Kubernetes need besides, and Debian's packages
+# that are named. It takes Debian's packages where they will do, builds the rest
+# into DIR/bin, and makes DIR/trixie, a root of Debian 13, for the tools that are
+# too old in Debian 12. It is quick when all is there.
 set -euo pipefail
-dir=${1:?usage: install-tools.sh DIR [PACKAGE...]}
+dir=${1:?usage: install-tools.sh DIR [kubernetes] [PACKAGE...]}
 shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2 "$@")
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
+kubernetes=
+if [ "${1-}" = kubernetes ]; then
+	kubernetes=1
+	packages+=(containernetworking-plugins dnsmasq-base nftables)
+	shift
+fi
+packages+=("$@")
 missing=()
 for p in "${packages[@]}"; do
 	[ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
@@ -58,13 +65,21 @@ if [ ! -e "$dir/bin/promtool" ]; then
 	rm -rf "$dir/prometheus"
 fi
 
-# A Vault server, from a module of its own, since much comes with it.
-source=$(cd "$(dirname "$0")/../integration/vault" && pwd)
-version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
-if [ "$(cat "$dir/bin/.vault-dev" 2>/dev/null)" != "$version" ]; then
-	echo "building vault-dev (takes some minutes)"
-	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags '-s -w' -o "$dir/bin/vault-dev" .)
-	echo "$version" >"$dir/bin/.vault-dev"
+# build_module NAME FOLDER [FLAGS]: a program from a module of its own, since much
+# comes with it, unless it is there as it is now.
+build_module() {
+	local name=$1 source version
+	source=$(cd "$(dirname "$0")/../integration/$2" && pwd)
+	version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
+	[ "$(cat "$dir/bin/.$name" 2>/dev/null)" = "$version" ] && return
+	echo "building $name (takes some minutes)"
+	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags "-s -w ${3-}" -o "$dir/bin/$name" .)
+	echo "$version" >"$dir/bin/.$name"
+}
+build_module vault-dev vault
+if [ -n "$kubernetes" ]; then
+	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")
+	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"
 fi
 
 if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ]; then

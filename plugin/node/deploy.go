@@ -287,6 +287,13 @@ func onMachine(ctx context.Context, program string, args ...string) error {
 	go func() {
 		// The thread ends with the goroutine, since it stays locked.
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// But this one can't end, and its mount namespace is what others see as
+			// the process's: the pod's probes would run on the machine.
+			defer runtime.UnlockOSThread()
+			done <- onMachine(ctx, program, args...)
+			return
+		}
 		done <- func() error {
 			ns, err := os.Open("/proc/1/ns/mnt")
 			if err != nil {

@@ -1,0 +1,109 @@
+package integration
+
+import (
+	"crypto/rand"
+	"crypto/tls"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/ctrlplane/pilot/certfile"
+)
+
+// TestCopilotInCluster runs copilot as its Deployment does: as nobody in
+// particular, with the manifests' configuration and policy, the database's URL
+// in a variable and the Secrets in files of root's, and asks it as a node does.
+func TestCopilotInCluster(t *testing.T) {
+	manifests := filepath.Join(repo, "packaging/kubernetes/copilot")
+	c := newCluster(t)
+	d := postgres(t)
+	if err := os.Chmod(d.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	m := newMachine(t, "/")
+	m.copy(filepath.Join(bin, "copilot"))
+	m.mount(d.dir, d.dir, "", syscall.MS_BIND, "")
+	m.mount("tmpfs", "var/lib/copilot", "tmpfs", 0, "mode=0777")
+	certificates := tempDir(t)
+	output(t, command(t, "copilot", "init", "--config-dir", certificates, "--dir", certificates+"/store", "--host", "127.0.0.1", "--trust-domain", "example.com"))
+	master := make([]byte, 32)
+	rand.Read(master)
+	conf := read(t, manifests+"/copilot.toml")
+	const issuer = "https://kubernetes.default.svc.cluster.local"
+	if !strings.Contains(conf, issuer) {
+		t.Fatalf("copilot.toml has not the issuer %s", issuer)
+	}
+	for name, content := range map[string]string{
+		"/etc/copilot/copilot.toml":                        strings.ReplaceAll(conf, issuer, c.URL),
+		"/etc/copilot/policy/policy.toml":                  read(t, manifests+"/policy.toml"),
+		"/etc/copilot/tls/tls.crt":                         read(t, certificates+"/server.pem"),
+		"/etc/copilot/tls/tls.key":                         read(t, certificates+"/server-key.pem"),
+		"/run/credentials/copilot/copilot-master-key":      string(master),
+		"/run/secrets/kubernetes.io/serviceaccount/token":  "api-token",
+		"/run/secrets/kubernetes.io/serviceaccount/ca.crt": read(t, c.dir+"/account/ca.crt"),
+	} {
+		// As fsGroup and defaultMode make them.
+		name = m.root + name
+		name = write(t, name, content)
+		if err := os.Chown(name, 0, 65532); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(name, 0o440); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inPod := func(args ...string) *exec.Cmd {
+		cmd := exec.Command("chroot", append([]string{"--userspec=65532:65532", "--groups=65532", m.root, "/usr/local/bin/copilot"}, args...)...)
+		cmd.Env = []string{"CREDENTIALS_DIRECTORY=/run/credentials/copilot", "COPILOT_DATABASE=" + d.url()}
+		return cmd
+	}
+	address, metrics := freeAddress(t), freeAddress(t)
+	start(t, filepath.Dir(m.root), "copilot", inPod("serve", "--listen", address, "--metrics-listen", metrics))
+	for _, probe := range []string{"/healthz", "/readyz"} {
+		await(t, probe, func() error {
+			resp, err := http.Get("http://" + metrics + probe)
+			if err != nil {
+				return err
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusNoContent {
+				return fmt.Errorf("%s", resp.Status)
+			}
+			return nil
+		})
+	}
+	output(t, inPod("keys", "create", "team-a"))
+
+	pool, err := certfile.Pool(certificates + "/ca.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}
+	defer client.CloseIdleConnections()
+	for token, want := range map[string]int{
+		"":         http.StatusUnauthorized,
+		"nonsense": http.StatusUnauthorized,
+		c.token(t): http.StatusConflict, // which says that it may have the KEK used, but not have it
+	} {
+		r, err := http.NewRequest(http.MethodGet, "https://"+address+"/api/v2/keks/team-a/key", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if token != "" {
+			r.Header.Set("Authorization", "Bearer "+token)
+		}
+		resp, err := client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("with the token %.10q: %s, want %d", token, resp.Status, want)
+		}
+	}
+}
