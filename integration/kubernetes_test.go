@@ -82,7 +82,7 @@ func TestKubernetesManifests(t *testing.T) {
 	output(t, command(t, "cp", "-r", filepath.Join(repo, "packaging/kubernetes"), dir+"/manifests"))
 	write(t, dir+"/manifests/example/ca.pem", read(t, dir+"/copilot/ca.pem"))
 	kustomization := dir + "/manifests/example/kustomization.yaml"
-	write(t, kustomization, strings.NewReplacer("registry.example.com", ci.registry, "docker.io/library", ci.registry, "newTag: v1", "newTag: test", `newTag: "18"`, "newTag: test").Replace(read(t, kustomization)))
+	write(t, kustomization, strings.NewReplacer("registry.example.com", ci.registry, "docker.io/library", ci.registry, "newTag: v1", "newTag: test", `newTag: "17"`, "newTag: test").Replace(read(t, kustomization)))
 	policy := dir + "/manifests/copilot/policy.toml"
 	write(t, policy, read(t, policy)+"[[rule]]\nidentities = [\"cluster:system:serviceaccount:default:builder\"]\nkeks = [\"**\"]\nactions = [\"wrap\"]\n")
 	ci.pushLayout("pilot", filepath.Join(repo, "dist/images/pilot"))
@@ -159,7 +159,8 @@ spec:
 	runs("upgraded", kinds[2])
 
 	late := ci.image(kinds[2], "provider:pilot:team-a")
-	output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/example", "--timeout", "100s"))
+	output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/pilot"))
+	output(t, k.kubectl("--namespace", "pilot-system", "wait", "--for=delete", "pod", "--selector", "app.kubernetes.io/name=pilot", "--timeout", "50s"))
 	k.node.same(before)
 	k.apply(runOnce("removed", late))
 	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")

@@ -3,7 +3,8 @@
 # kernel, containerd, runc, and pilot from a Debian package.
 #
 #   NODE_IMAGE_PACKAGES   more packages of Debian's, separated by spaces
-#   NODE_IMAGE_MIRROR     where to get Debian from
+#   NODE_IMAGE_MIRROR     where to get Debian from, instead of deb.debian.org with
+#                         its security updates
 #   SOURCE_DATE_EPOCH     the time that files get at most
 #
 # No loop device is needed, and nothing of this machine comes into the image.
@@ -33,7 +34,7 @@ arm64) root_type=B921B045-1DF0-41C3-AF44-4C6F280D3FAE ;;
 	exit 1
 	;;
 esac
-# Constant, so that the same input gives the same image.
+# Constant, as far as they can be.
 disk_id=6d1f1b39-94ab-4b70-8b10-7e5b8cf0d5d1
 root_id=0f3c3c9d-6c5c-4e3f-8a0b-2a3d5b1e9c47
 esp_id=b5a2f2b0-3f2e-4f0e-9d3b-61c8e2a7d4f6
@@ -54,7 +55,7 @@ mmdebstrap --quiet --variant=minbase --include="$packages" --aptopt='Acquire::Re
 	--customize-hook='chroot "$1" apt-get -qq install --no-install-recommends /pilot.deb >/dev/null && rm "$1/pilot.deb"' \
 	--customize-hook="$here/provision.sh \"\$1\"" \
 	--customize-hook="$here/bootloader.sh \"\$1\" 'root=PARTUUID=$root_id rw console=tty0 console=ttyS0'" \
-	trixie "$root" "${NODE_IMAGE_MIRROR:-http://deb.debian.org/debian}"
+	trixie "$root" ${NODE_IMAGE_MIRROR:+"$NODE_IMAGE_MIRROR"}
 
 # The ESP is a partition of its own.
 mv "$root/efi" "$dir/esp"

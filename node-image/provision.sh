@@ -3,7 +3,8 @@
 # and pilot. The same for an image made here, by Packer and by mkosi.
 set -euo pipefail
 root=${1:?usage: provision.sh ROOT}
-cp -RT --preserve=mode "$(dirname "$0")/files" "$root"
+# Whatever modes a checkout has, and none for directories that are there.
+tar -C "$(dirname "$0")/files" --owner=0 --group=0 --mode=u=rwX,go=rX -c . | tar -C "$root" --no-overwrite-dir -x
 ln -sfn ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
 
 "$root/usr/bin/pilot" node install --root "$root"

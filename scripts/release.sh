@@ -17,12 +17,14 @@ tag=$(git describe --tags --exact-match --match 'v[0-9]*' 2>/dev/null) || refuse
 notes=$(awk -v version="${tag#v}" '/^## / {on = $2 == version; next} on' CHANGELOG.md)
 [ -n "${notes//[[:space:]]/}" ] || refuse "CHANGELOG.md has no section \"## ${tag#v}\""
 
+[ ! -e "$dir" ] || [ -e "$dir/SHA256SUMS" ] || refuse "$dir is there and was not made by this: remove it"
 rm -rf "$dir"
 VERSION=$tag ARCHS="amd64 arm64" FORMATS="deb rpm tar" scripts/packages.sh "$dir"
 make -s images DIST="$dir"
 for image in pilot copilot; do
 	tar -C "$dir/images/$image" --sort=name --mtime="@$(git log -1 --format=%ct)" --owner=0 --group=0 --numeric-owner -cf "$dir/$image-image-${tag#v}.oci.tar" .
 done
+git archive --prefix="pilot-deploy-${tag#v}/" HEAD packaging/kubernetes node-image docs | gzip -n >"$dir/pilot-deploy-${tag#v}.tar.gz"
 rm -r "$dir/images" "$dir/programs" "$dir/ociimage"
 cd "$dir"
 printf '# pilot %s\n%s\n' "${tag#v}" "$notes" >release-notes.md

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"os/signal"
 	"slices"
@@ -50,6 +51,11 @@ func nodeDeploy(c *cli.Context) error {
 	}
 	if c.Bool("check") {
 		return node.Ready()
+	}
+	for from, name := range map[string]string{"broker-ca-from": "broker-ca", "broker-token-from": "broker-token-file"} {
+		if c.IsSet(from) && c.IsSet(name) {
+			return usageError{fmt.Errorf("--%s and --%s are two ways to give one thing: leave one out", from, name)}
+		}
 	}
 	set, err := node.NewDaemonSet(c.String("namespace"), c.String("daemonset"))
 	if err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -161,19 +162,20 @@ func nodeUninstall(c *cli.Context) error {
 		fmt.Println("nothing is installed")
 		return nil
 	}
-	if err := node.Uninstall(o); err != nil {
-		return err
+	// What stays because somebody changed it is told at the end.
+	stays := node.Uninstall(o)
+	if stays == nil {
+		fmt.Println("everything is as it was before")
 	}
-	fmt.Println("everything is as it was before")
-	if o.Root != "" {
-		return nil
+	if o.Root != "" || node.Connected(o) {
+		return stays
 	}
 	// containerd first: it asks pilot until then.
 	commands := []string{"systemctl try-restart containerd.service"}
 	if len(units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(units, " "), "systemctl daemon-reload")
 	}
-	return runOrSay(c.Bool("now"), commands)
+	return errors.Join(runOrSay(c.Bool("now"), commands), stays)
 }
 
 func nodeArguments(c *cli.Context) error {

@@ -3,11 +3,9 @@ package main
 import (
 	"context"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
@@ -30,7 +28,8 @@ type reloadable struct {
 	forget   context.CancelFunc
 }
 
-// use goes on with another configuration. KEKs in memory are forgotten.
+// use goes on with another configuration. KEKs in memory are forgotten. One that
+// can't be used changes nothing.
 func (r *reloadable) use(ctx context.Context, conf configuration) error {
 	client, err := conf.client()
 	if err != nil {
@@ -45,6 +44,7 @@ func (r *reloadable) use(ctx context.Context, conf configuration) error {
 		r.forget()
 	}
 	r.conf, r.provider, r.forget = conf, p, forget
+	logrus.SetLevel(logrus.Level(conf.LogLevel))
 	return nil
 }
 
@@ -62,12 +62,9 @@ func (r *reloadable) UnwrapKey(ctx context.Context, input []byte) ([]byte, error
 	return r.current().UnwrapKey(ctx, input)
 }
 
-// onHangup reads the configuration of the command c again on SIGHUP, until ctx
-// is done. One that can't be used changes nothing.
-func (r *reloadable) onHangup(ctx context.Context, c *cli.Context) {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
+// onHangup reads the configuration of the command c again on each SIGHUP, until
+// ctx is done.
+func (r *reloadable) onHangup(ctx context.Context, c *cli.Context, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-hangup:
@@ -76,6 +73,14 @@ func (r *reloadable) onHangup(ctx context.Context, c *cli.Context) {
 		}
 		was := r.conf // which nobody else writes
 		conf, err := loadConfiguration(c)
+		var late []string
+		for _, s := range settings {
+			had, has := s.value(&was).String(), s.value(&conf).String()
+			if err == nil && slices.Contains(atStart, s.name) && had != has {
+				late = append(late, s.name)
+				err = s.set(&conf, had)
+			}
+		}
 		if err == nil {
 			err = r.use(ctx, conf)
 		}
@@ -84,12 +89,6 @@ func (r *reloadable) onHangup(ctx context.Context, c *cli.Context) {
 			continue
 		}
 		logrus.WithField("broker", conf.Broker.String()).Info("configuration read again, KEKs forgotten")
-		var late []string
-		for _, s := range settings {
-			if slices.Contains(atStart, s.name) && s.value(&was).String() != s.value(&conf).String() {
-				late = append(late, s.name)
-			}
-		}
 		if len(late) > 0 {
 			logrus.Warnf("%s: takes a restart", strings.Join(late, ", "))
 		}

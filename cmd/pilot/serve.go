@@ -88,6 +88,9 @@ func serve(c *cli.Context) error {
 
 	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
 	g, ctx := errgroup.WithContext(ctx)
 	l, err := listen(passed[keyproviderSocket], conf.Listen)
 	if err != nil {
@@ -100,25 +103,28 @@ func serve(c *cli.Context) error {
 	keyprovider.Register(server, provider)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	sockets := []net.Listener{l}
+	var diffListener net.Listener
 	if conf.DiffListen != off {
-		// First the socket: if another pilot has it, its mounts are its own.
-		diffListener, err := listen(passed[diffSocket], address(conf.DiffListen))
-		if err != nil {
+		if diffListener, err = listen(passed[diffSocket], address(conf.DiffListen)); err != nil {
 			return err
 		}
+		sockets = append(sockets, diffListener)
+	}
+	// Before any layer is unpacked: to listen takes a umask for a moment.
+	ready := func(ctx context.Context) error { return answers(ctx, sockets) }
+	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
+		return err
+	}
+	if diffListener != nil {
+		// Only now: if another pilot had the socket, its mounts would be its own.
 		diffs, err := conf.diffServer(provider, registry)
 		if err != nil {
 			return err
 		}
 		serveUntilDone(ctx, g, diffs, diffListener)
-		sockets = append(sockets, diffListener)
 	}
 	serveUntilDone(ctx, g, server, l)
-	go provider.onHangup(ctx, c)
-	ready := func(ctx context.Context) error { return answers(ctx, sockets) }
-	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
-		return err
-	}
+	go provider.onHangup(ctx, c, hangup)
 	go watchdog.Run(ctx, ready)
 
 	logrus.WithFields(logrus.Fields{

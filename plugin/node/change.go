@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/rogpeppe/go-internal/diff"
+	"github.com/sirupsen/logrus"
 )
 
 // Change is a file or a symbolic link that is made, changed or removed.
@@ -204,15 +205,29 @@ func (s *state) undo(o Options, f installed) error {
 
 // lock keeps other installations on the machine away until it is released.
 func (o Options) lock() (release func(), err error) {
-	f, err := os.Open(o.path("/etc"))
+	f, err := o.lockFile()
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		logrus.WithField("lock", f.Name()).Info("waiting for another installation on this machine")
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
+	}
+	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock /etc: %w", err)
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
 	return func() { f.Close() }, nil
+}
+
+// lockFile opens what is locked: on a machine that runs, what only root can
+// lock; in a root directory, nothing that would stay in it.
+func (o Options) lockFile() (*os.File, error) {
+	if o.Root == "" || o.Root == machineRoot {
+		return os.OpenFile(o.path("/run/pilot-install.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	}
+	return os.Open(o.path("/etc"))
 }
 
 func ignoreNotExist(err error) error {

@@ -83,9 +83,10 @@ func (d *DaemonSet) namespacePath() string {
 // for again.
 var askAgain = 2 * time.Second
 
-// refusals is how often the API server has to refuse to answer for that to
-// count. Right after it starts it refuses everybody for a moment.
-const refusals = 3
+// refusals is how often in a row the API server has to refuse to answer for that
+// to count, for most of [decideIn]. Right after it starts, or while its keys or a
+// Role are replaced, it refuses for a moment.
+const refusals = 6
 
 // Deleted reports whether the DaemonSet is being deleted, which is why its pod
 // is, and why it says so. A pod also ends when it is replaced or its node

@@ -10,8 +10,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
+	"github.com/ctrlplane/pilot/certfile"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
@@ -72,23 +74,34 @@ func (d *Deployment) Run(ctx context.Context) error {
 			return d.end(ctx)
 		}
 	}
-	ready, err := net.Listen("unix", readySocket)
-	if err != nil {
-		return err
-	}
-	defer ready.Close()
-	go answer(ready)
 	logrus.Info("pilot is installed")
-	for sleep(ctx, lookEvery) {
+	var renewal error
+	for {
+		err := whileReady(renewal == nil, func() { sleep(ctx, lookEvery) })
+		if err != nil || ctx.Err() != nil {
+			return errors.Join(err, d.end(ctx))
+		}
 		if err := d.DaemonSet.Find(ctx); err != nil && ctx.Err() == nil {
 			logrus.WithError(err).Error(notFound)
 		}
-		if err := d.renew(context.WithoutCancel(ctx)); err != nil {
-			logrus.WithError(err).Error("pilot's files on the node not renewed")
+		if renewal = d.renew(context.WithoutCancel(ctx)); renewal != nil {
+			logrus.WithError(renewal).Error("pilot's files on the node not renewed")
 		}
 	}
-	ready.Close()
-	return d.end(ctx)
+}
+
+// whileReady has [Ready] find that all is well while wait runs, if it is.
+func whileReady(well bool, wait func()) error {
+	if well {
+		l, err := net.Listen("unix", readySocket)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		go answer(l)
+	}
+	wait()
+	return nil
 }
 
 // answer takes connections, which say all by being taken, until l is closed.
@@ -126,7 +139,8 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // install brings the machine to where it should be.
 func (d *Deployment) install(ctx context.Context) error {
 	o := Options{Root: machineRoot}
-	_, installed, err := Installed(o)
+	// What a package's removal leaves is no installation.
+	_, installed, err := Installed(Options{Root: machineRoot, KeepConfig: true})
 	if err != nil {
 		return err
 	}
@@ -157,10 +171,19 @@ func (d *Deployment) renew(ctx context.Context) error {
 	if err := d.refresh(ctx, o); err != nil {
 		return err
 	}
-	if len(o.pending()) > 0 {
+	if len(o.pending()) > 0 || !o.intact() {
 		return d.install(ctx)
 	}
 	return nil
+}
+
+// intact reports whether all that was installed is there.
+func (o Options) intact() bool {
+	s, err := o.readState()
+	return err == nil && Connected(o) && !slices.ContainsFunc(s.Files, func(f installed) bool {
+		_, err := os.Stat(o.path(f.Path))
+		return err != nil
+	})
 }
 
 // packaged reports whether the machine has pilot from a package.
@@ -213,6 +236,9 @@ func (d *Deployment) refresh(ctx context.Context, o Options) error {
 	ca, err := os.ReadFile(d.CAFrom)
 	if err != nil {
 		return err
+	}
+	if _, err := certfile.Pool(d.CAFrom); err != nil {
+		return fmt.Errorf("the broker's CA: %w", err)
 	}
 	// pilot reads it when it starts.
 	return put(ctx, o, brokerCA, ca, 0o644, pilotService)

@@ -375,8 +375,10 @@ func (p *Plan) Install(ctx context.Context) error {
 	if err := p.options.writeState(s); err != nil {
 		return err
 	}
+	var owed []string
 	if p.options.Root == "" {
-		if err := p.options.owe(p.Restart); err != nil {
+		owed = slices.DeleteFunc(slices.Clone(p.Restart), func(s string) bool { return slices.Contains(p.options.pending(), s) })
+		if err := p.options.owe(owed); err != nil {
 			return err
 		}
 	}
@@ -394,7 +396,7 @@ func (p *Plan) Install(ctx context.Context) error {
 	for _, c := range slices.Backward(p.Changes) {
 		err = errors.Join(err, c.revert(p.options))
 	}
-	err = errors.Join(err, p.options.writeState(before))
+	err = errors.Join(err, p.options.writeState(before), p.options.forgive(owed))
 	p.options.removeDirs(s.Dirs[len(before.Dirs):])
 	return err
 }

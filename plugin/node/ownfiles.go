@@ -193,6 +193,9 @@ func (p *Plan) units(before state, differ bool) error {
 				path = filepath.Join(dir, name)
 			}
 		}
+		if own := filepath.Join(unitDir, name); path != own && before.file(own) != nil {
+			return &Conflict{own, "it is of an earlier installation, and would be used instead of the package's", "run \"pilot node uninstall --keep-config\", and this again"}
+		}
 		if strings.HasPrefix(path, unitDir) {
 			text, err := unitFiles.ReadFile("units/" + name)
 			if err != nil {

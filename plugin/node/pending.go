@@ -26,6 +26,15 @@ func (o Options) owe(services []string) error {
 	return errors.Join(errs...)
 }
 
+// forgive takes back that services were noted.
+func (o Options) forgive(services []string) error {
+	var errs []error
+	for _, s := range services {
+		errs = append(errs, ignoreNotExist(os.Remove(o.path(filepath.Join(pendingDir, s)))))
+	}
+	return errors.Join(errs...)
+}
+
 // Pending returns the services that have to be restarted for what was installed
 // on this machine to count, in the order to do so.
 func Pending() []string { return Options{}.pending() }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"errors"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,10 @@ func Uninstall(o Options) error {
 	if err != nil {
 		return err
 	}
+	// If what has containerd ask pilot can't be undone, the rest is needed.
+	slices.SortStableFunc(s.Files, func(a, b installed) int {
+		return cmp.Compare(dropInLast(a), dropInLast(b))
+	})
 	var errs []error
 	var left []installed
 	for _, f := range slices.Backward(s.Files) {
@@ -32,6 +37,9 @@ func Uninstall(o Options) error {
 			continue
 		}
 		if err := s.undo(o, f); err != nil {
+			if dropInLast(f) > 0 {
+				return err
+			}
 			errs = append(errs, err)
 			left = append(left, f)
 		}
@@ -44,9 +52,24 @@ func Uninstall(o Options) error {
 	return errors.Join(errs...)
 }
 
+// dropInLast sorts the file that has containerd ask pilot after all others.
+func dropInLast(f installed) int {
+	if filepath.Base(f.Path) == dropInName && f.Path != pilotConfig {
+		return 1
+	}
+	return 0
+}
+
 // keeps reports whether a file stays because it is pilot's own configuration.
 func (o Options) keeps(f installed) bool {
 	return o.KeepConfig && (f.Path == pilotConfig || f.Path == keyProviders)
+}
+
+// Connected reports whether the configuration that has containerd ask pilot is
+// still there.
+func Connected(o Options) bool {
+	s, err := o.readState()
+	return err != nil || slices.ContainsFunc(s.Files, func(f installed) bool { return dropInLast(f) > 0 })
 }
 
 // Installed returns the systemd units of an installation that a machine

@@ -62,7 +62,7 @@ func TestValid(t *testing.T) {
 
 // TestInvalid breaks each kind of object, each of which has to be found.
 func TestInvalid(t *testing.T) {
-	resources := build(t, "../example")
+	resources := append(build(t, "../example").Resources(), build(t, "../namespace").Resources()...)
 	for _, c := range []struct{ kind, old, new string }{
 		{"Namespace", "metadata:", "spec: {finalizer: []}\nmetadata:"},
 		{"DaemonSet", "hostPID: true", "hostPIDs: true"},
@@ -83,7 +83,7 @@ func TestInvalid(t *testing.T) {
 	} {
 		t.Run(c.kind+" "+c.new, func(t *testing.T) {
 			found := false
-			for _, r := range resources.Resources() {
+			for _, r := range resources {
 				manifest := []byte(r.MustYaml())
 				if r.GetKind() != c.kind || !bytes.Contains(manifest, []byte(c.old)) {
 					continue
