@@ -75,13 +75,14 @@ tools:
 demo: build tools
 	scripts/demo.sh
 
-test: tools
-	go test -buildvcs=false -timeout 20m ./...
+test: tools test-unit
+	go test -buildvcs=false -timeout 20m ./integration
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
 # The tests that need neither root nor other programs.
 test-unit:
-	go test -buildvcs=false -race $$(go list -buildvcs=false ./... | grep -v /integration)
+	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
+	go test -buildvcs=false -race -cover $$(go list -buildvcs=false ./... | grep -v /integration)
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
