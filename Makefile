@@ -114,6 +114,7 @@ node-image:
 	node-image/build.sh $(or $(NODE_IMAGE_DEB),$(DIST)/pilot_*_$$(dpkg --print-architecture).deb) $(DIST)/node-image/pilot-node.raw
 
 test-node:
+	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
 	go test -buildvcs=false -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
 
