@@ -43,6 +43,11 @@ type Config struct {
 // not even connect.
 const connectWithin = 1500 * time.Millisecond
 
+// aliveWithin is how long a connection over which nothing comes is kept before
+// the broker has to answer a ping, and how long the ping may take. When the
+// network was away, TCP notices only after minutes that it is back, or never.
+const aliveWithin = 2 * time.Second
+
 func (c Config) brokers() ([]*endpoint, error) {
 	if len(c.URLs) == 0 {
 		return nil, errors.New("no broker is named")
@@ -70,6 +75,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 			IdleConnTimeout:        time.Minute,
 			ForceAttemptHTTP2:      true,
 			MaxResponseHeaderBytes: 16 << 10,
+			HTTP2:                  &http.HTTP2Config{SendPingTimeout: aliveWithin, PingTimeout: aliveWithin},
 		}
 		if len(c.URLs) > 1 {
 			t.DialContext = (&net.Dialer{Timeout: connectWithin}).DialContext

@@ -83,6 +83,7 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 			return retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
+			b.http.CloseIdleConnections() // they may be as dead as this one
 			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
 		}
 		return retry{possible: true}, err
