@@ -69,14 +69,22 @@ func permanent(err error) error {
 		authority    x509.UnknownAuthorityError
 		hostname     x509.HostnameError
 		record       tls.RecordHeaderError
+		invalid      x509.CertificateInvalidError
 		alert        *net.OpError
 	)
 	if errors.As(err, &alert) && alert.Op == "remote error" {
 		// crypto/tls keeps the type of a peer's alert to itself.
 		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
 			// Anybody on the way there can send this, so it is no "no".
-			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
+			err := fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
+			if strings.Contains(text, "expired") {
+				err = fmt.Errorf("%w: put a new one in its place (\"copilot enroll\")", err)
+			}
+			return err
 		}
+	}
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		return fmt.Errorf("%w: put a new one in the place of the broker's certificate, or set this machine's clock", ErrUnavailable)
 	}
 	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
 		errors.As(err, &record) || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, syscall.EACCES) {
