@@ -135,6 +135,9 @@ func TestFullNode(t *testing.T) {
 			}
 			n.noSnapshots(t)
 			whole(what)
+			if leases := output(t, n.ctr("--namespace", "k8s.io", "leases", "list", "-q")); leases != "" {
+				t.Errorf("%s: leases are left: %s", what, leases)
+			}
 			if t.Failed() {
 				return
 			}
