@@ -3,6 +3,7 @@ package integration
 import (
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -69,6 +70,23 @@ func TestCertificatesExpire(t *testing.T) {
 			t.Fatalf("pilot's certificate was replaced in time: %v", err)
 		}
 	}
+
+	// Nor do many at once, each of which has to send something.
+	ciCert, ciKey := b.enroll(t, "builder", "--role", "ci", "--for", "1m")
+	pilot(t, b.dir+"/ci", b.url(), "--broker-ca", b.dir+"/ca.pem", "--broker-cert", ciCert, "--broker-key", ciKey, "--diff-listen", "off")
+	ci := askPilot(t, b.dir+"/ci")
+	var callers sync.WaitGroup
+	for range 8 {
+		callers.Go(func() {
+			for range 50 {
+				if _, err := ci.wrap(t.Context()); err != nil {
+					t.Errorf("wrap with a certificate that ends soon: %v", err)
+					return
+				}
+			}
+		})
+	}
+	callers.Wait()
 
 	replace("server", "--host", "127.0.0.1", "--for", "3s")
 	expires("copilot's certificate", "the broker's certificate", "expired")

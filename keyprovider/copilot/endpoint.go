@@ -70,6 +70,8 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	}
 	if r.body != nil {
 		req.Body, req.ContentLength = r.body.reader(), int64(len(r.body.bytes))
+		// A broker that ends a connection may not have begun with this.
+		req.GetBody = func() (io.ReadCloser, error) { return r.body.reader(), nil }
 		req.Header.Set("Content-Type", "application/json")
 	}
 	passOn(ctx, req.Header)
