@@ -76,11 +76,7 @@ func permanent(err error) error {
 		// crypto/tls keeps the type of a peer's alert to itself.
 		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
 			// Anybody on the way there can send this, so it is no "no".
-			err := fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
-			if strings.Contains(text, "expired") {
-				err = fmt.Errorf("%w: put a new one in its place (\"copilot enroll\")", err)
-			}
-			return err
+			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
 		}
 	}
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
