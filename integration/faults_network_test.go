@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -150,4 +151,56 @@ func TestNetworkCut(t *testing.T) {
 	}
 	without.flat(t, "go_goroutines", goroutines)
 	without.flat(t, "process_open_fds", files)
+}
+
+// TestNetworkCutToVault cuts the network between copilot and a KMS.
+func TestNetworkCutToVault(t *testing.T) {
+	dir := tempDir(t)
+	c := newCable(t, dir)
+	v := newVault(t)
+	v.put("team-a")
+	v.process.stop(t)
+	b := &madeBroker{dir: dir + "/broker"}
+	output(t, command(t, "copilot", "init", "--config-dir", b.dir, "--dir", b.dir+"/store", "--host", cableAddresses[1], "--trust-domain", "example.com"))
+	cert, key := b.enroll(t, "vault", "--host", cableAddresses[0])
+	address := cableAddresses[0] + ":8200"
+	start(t, v.dir, "vault-dev", c.at(0, "vault-dev", "-dir", v.dir, "-listen", address, "-tls-cert", cert, "-tls-key", key))
+	socket := dir + "/copilot.sock"
+	conf := write(t, dir+"/copilot.toml", fmt.Sprintf(`
+dir = %q
+listen = [%q]
+[backends.kv]
+type = "vault-kv"
+address = %q
+ca = %q
+token-file = %q
+[keks."team-a"]
+backend = "kv"
+path = "secret/data/team-a"
+`, dir+"/store", "unix://"+socket, "https://"+address, b.dir+"/ca.pem", v.dir+"/root-token"))
+	start(t, dir, "copilot", c.at(1, "copilot", "serve", "--config", conf))
+	await(t, "copilot", answers(socket))
+	export := func() error {
+		if status, answer := ask(t, socket, "GET", "/api/v2/keks/team-a/key", ""); status != 200 {
+			return fmt.Errorf("%d %s", status, answer)
+		}
+		return nil
+	}
+	await(t, "Vault", export)
+
+	c.set("down")
+	began := time.Now()
+	if err := export(); err == nil || !strings.Contains(err.Error(), "503") {
+		t.Errorf("without a network: %v", err)
+	}
+	if took := time.Since(began); took > 9*time.Second {
+		t.Errorf("without a network: the error took %s", took)
+	}
+	time.Sleep(time.Until(began.Add(8 * time.Second))) // see TestNetworkCut
+	c.set("up")
+	mended := time.Now()
+	await(t, "the next", export)
+	if took := time.Since(mended); took > 3*time.Second {
+		t.Errorf("it worked again %s after the network did", took)
+	}
 }
