@@ -1,6 +1,7 @@
 package copilot_test
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -297,21 +298,59 @@ func TestTwoSPIFFEIDs(t *testing.T) {
 	}
 }
 
-// TestExpiredMeanwhile goes on over a connection for longer than its certificate
-// holds.
+// TestExpiredMeanwhile connects while a certificate holds, and asks when it does
+// no more.
 func TestExpiredMeanwhile(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
 	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
 	short := spiffe("/node/7")
-	short.NotAfter = time.Now().Add(3 * time.Second)
+	short.NotAfter = time.Now().Add(2 * time.Second)
 	files := ca.Issue(t, short)
 	node := newRemote(t, address, ca, &files)
-	node.client.Transport.(*http.Transport).DisableKeepAlives = false
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
-	time.Sleep(time.Until(short.NotAfter) + time.Second)
+	transport := node.client.Transport.(*http.Transport)
+	dialer := tls.Dialer{Config: transport.TLSClientConfig}
+	transport.DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dialer.DialContext(ctx, network, address)
+		time.Sleep(time.Until(short.NotAfter) + time.Second)
+		return conn, err
+	}
 	if answer := node.want(t, 401, "GET", "/api/v2/keks/team-a/key", ""); !strings.Contains(answer, "expired") {
 		t.Error(answer)
+	}
+}
+
+// TestCertificateEnds makes requests with a certificate that expires soon, each
+// of which takes a connection of its own, since a new certificate may be there.
+func TestCertificateEnds(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
+	for _, test := range []struct {
+		hold        time.Duration
+		http2       bool
+		connections int
+	}{{time.Minute, true, 3}, {time.Minute, false, 3}, {time.Hour, true, 1}, {time.Hour, false, 1}} {
+		template := spiffe("/node/7")
+		template.NotAfter = time.Now().Add(test.hold)
+		files := ca.Issue(t, template)
+		node := newRemote(t, address, ca, &files)
+		transport := node.client.Transport.(*http.Transport)
+		transport.DisableKeepAlives, transport.ForceAttemptHTTP2 = false, test.http2
+		connections := 0
+		transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			connections++
+			return new(net.Dialer).DialContext(ctx, network, address)
+		}
+		for range 3 {
+			node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+		}
+		transport.CloseIdleConnections()
+		if connections != test.connections {
+			t.Errorf("a certificate for %s, HTTP/2 %t: %d connections, want %d", test.hold, test.http2, connections, test.connections)
+		}
 	}
 }

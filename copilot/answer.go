@@ -98,6 +98,9 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		if e.Status >= http.StatusInternalServerError {
 			logrus.WithFields(logrus.Fields{"request": e.Request, "trace": e.Trace, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
 		}
+		if certificateEnds(r) {
+			w.Header().Set("Connection", "close")
+		}
 		writeAnswer(w, e, answer, err)
 	})
 }

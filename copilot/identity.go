@@ -60,13 +60,24 @@ func (all *issuers) of(r *http.Request) (string, error) {
 	return anonymous, nil
 }
 
+// lastOfCertificate is how long before a client's certificate expires its
+// connections end, so that one that was replaced in time is used in time: as
+// long as a connection may be idle, and more.
+const lastOfCertificate = 3 * time.Minute
+
+// certificateEnds reports whether the client has to connect anew for its next
+// request.
+func certificateEnds(r *http.Request) bool {
+	return r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && time.Until(r.TLS.PeerCertificates[0].NotAfter) < lastOfCertificate
+}
+
 // certificateIdentity is the SPIFFE ID, else the first DNS name, else the
 // common name.
 func certificateIdentity(r *http.Request) (string, error) {
 	cert := r.TLS.PeerCertificates[0]
 	// The connection may be older than that.
 	if now := time.Now(); now.After(cert.NotAfter) {
-		return anonymous, fmt.Errorf("the certificate has expired on %s", cert.NotAfter.Format(time.RFC3339))
+		return anonymous, fmt.Errorf("the certificate has expired on %s: put a new one in its place (\"copilot enroll\")", cert.NotAfter.Format(time.RFC3339))
 	}
 	spiffe := ""
 	for _, u := range cert.URIs {

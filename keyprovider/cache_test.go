@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -308,4 +309,43 @@ func TestCacheOneFetch(t *testing.T) {
 	if got := fetches.Load(); got != 1 {
 		t.Errorf("%d fetches, want 1", got)
 	}
+}
+
+// TestCacheClock has the machine's clock moved. Nobody can do that to a process
+// from outside without doing it to the whole machine: time namespaces have no
+// such clock, and Go asks the kernel without the C library. So this checks that
+// the times which the cache compares have a monotonic reading, which no setting
+// of the clock moves, and what comes of times without one.
+func TestCacheClock(t *testing.T) {
+	p := New(nil, Config{CacheTTL: time.Hour, CacheSize: 10})
+	p.keks.fetch = newCounted(0, 0, 0).fetch
+	if _, err := p.keks.latest(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	p.keks.miss(cacheKey{"b", 0}, copilot.ErrUnavailable, true)
+	p.keks.miss(cacheKey{"c", 0}, copilot.ErrNotExported, true)
+	e := p.keks.recent.Front().Value.(*cacheEntry)
+	for name, at := range map[string]time.Time{
+		"now": p.keks.now(), "fetched": e.fetched, "current": e.isCurrent, "used": e.used,
+		"failed": p.keks.failed[cacheKey{"b", 0}].at, "kept": p.keks.kept["c"].at,
+	} {
+		if !strings.Contains(at.String(), " m=+") {
+			t.Errorf("%s: %s follows the clock", name, at)
+		}
+	}
+
+	// newCounted's times follow the clock.
+	const day = 24 * time.Hour
+	c := newCounted(time.Hour, 0, 10)
+	c.grace = 2 * time.Hour
+	c.expect(t, "a", 0, 1)
+	c.clock = c.clock.Add(day)
+	c.expect(t, "a", 0, 2)
+	c.clock = c.clock.Add(-day)
+	c.expect(t, "a", 0, 2)
+	c.clock = c.clock.Add(day + time.Hour)
+	c.expect(t, "a", 0, 3)
+	c.err = copilot.ErrUnavailable
+	c.clock = c.clock.Add(day) // and the grace is over
+	c.fail(t, "a", 0, 4)
 }

@@ -39,6 +39,9 @@ import (
 // stop: containerd may be unpacking a layer.
 const stopWithin = 10 * time.Second
 
+// connectWithin is how long whoever connects may say nothing.
+const connectWithin = 10 * time.Second
+
 var serveCommand = &cli.Command{
 	Name:  "serve",
 	Usage: "run the key provider and containerd's differ as a daemon",
@@ -97,6 +100,7 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	server := grpc.NewServer(append(options,
+		grpc.ConnectionTimeout(connectWithin),
 		// Goroutines that stay have their stacks grown already.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
@@ -227,7 +231,7 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
 	processor.RegisterKeyProvider(string(c.ProviderName), provider)
-	s := grpc.NewServer(grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
+	s := grpc.NewServer(grpc.ConnectionTimeout(connectWithin), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
 		Layers:  int(c.LayersAtOnce),

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func testKey(testing.TB) Key { return Key("a key of thirty-two bytes, it is") }
@@ -189,6 +190,27 @@ func TestReopen(t *testing.T) {
 	}
 	if r := verify(t, join(now)); len(r.Problems) != 1 {
 		t.Errorf("the newer alone: %+v", r)
+	}
+}
+
+// TestClockMoved writes entries whose times are not in order. The log's order is
+// that in which it was written, not that of the clock.
+func TestClockMoved(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "log")
+	l := openLog(t, name)
+	now := time.Now().UTC()
+	for _, moved := range []time.Duration{0, 24 * time.Hour, -24 * time.Hour, 0} {
+		if err := l.write([]*waiting{{entry: Entry{Action: moved.String(), Time: now.Add(moved)}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lines := linesOf(t, name)
+	if r := verify(t, lines); r.Lines != 4 || len(r.Problems)+len(r.Notes) != 0 {
+		t.Errorf("%+v", r)
+	}
+	// In the order of the clock they are no log.
+	if r := verify(t, []string{lines[2], lines[0], lines[3], lines[1]}); len(r.Problems) == 0 {
+		t.Error("lines in another order are taken")
 	}
 }
 

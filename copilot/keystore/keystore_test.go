@@ -400,3 +400,50 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// TestClockMoved moves the clock by a day while a key waits to be destroyed. It
+// goes by the clock, early or late, but what is gone does not come back.
+func TestClockMoved(t *testing.T) {
+	ctx := t.Context()
+	s := openStore(t, t.TempDir())
+	now := time.Now()
+	s.now = func() time.Time { return now }
+	sweep := func(what string, want int) {
+		t.Helper()
+		swept := 0
+		if err := s.Sweep(ctx, func(KEK) error { swept++; return nil }); err != nil || swept != want {
+			t.Errorf("%s: %d swept, want %d, %v", what, swept, want, err)
+		}
+	}
+	if _, err := s.Create(ctx, "a", nil, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Rotate(ctx, "a", 0, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Destroy(ctx, "a", 1, now.Add(2*time.Hour), Change{}); err != nil {
+		t.Fatal(err)
+	}
+	day := 24 * time.Hour
+	now = now.Add(-day)
+	sweep("back", 0)
+	if _, err := s.Enable(ctx, "a", 1, Change{}); err != nil {
+		t.Errorf("what is still there: %v", err)
+	}
+	if _, err := s.Destroy(ctx, "a", 1, now.Add(2*time.Hour), Change{}); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(day)
+	sweep("forward", 1)
+	now = now.Add(-day)
+	sweep("back again", 0)
+	if _, _, err := key(s, "a", 1); !errors.Is(err, ErrNotFound) {
+		t.Errorf("what was destroyed: %v", err)
+	}
+	if _, err := s.Enable(ctx, "a", 1, Change{}); !errors.Is(err, ErrState) {
+		t.Errorf("enable what was destroyed: %v", err)
+	}
+	if _, version, err := key(s, "a", 0); err != nil || version != 2 {
+		t.Errorf("the other version: %+v, %v", version, err)
+	}
+}

@@ -43,6 +43,11 @@ type Config struct {
 // not even connect.
 const connectWithin = 1500 * time.Millisecond
 
+// aliveWithin is how long a connection over which nothing comes is kept before
+// the broker has to answer a ping, and how long the ping may take. When the
+// network was away, TCP notices only after minutes that it is back, or never.
+const aliveWithin = 2 * time.Second
+
 func (c Config) brokers() ([]*endpoint, error) {
 	if len(c.URLs) == 0 {
 		return nil, errors.New("no broker is named")
@@ -53,7 +58,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 	if plain := c.first("http"); plain != "" && c.TokenFile != "" {
 		return nil, fmt.Errorf("%s: the token would cross in plain: use https or a unix socket", plain)
 	}
-	tls, err := c.tls()
+	tls, cert, err := c.tls()
 	if err != nil {
 		return nil, err
 	}
@@ -70,6 +75,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 			IdleConnTimeout:        time.Minute,
 			ForceAttemptHTTP2:      true,
 			MaxResponseHeaderBytes: 16 << 10,
+			HTTP2:                  &http.HTTP2Config{SendPingTimeout: aliveWithin, PingTimeout: aliveWithin},
 		}
 		if len(c.URLs) > 1 {
 			t.DialContext = (&net.Dialer{Timeout: connectWithin}).DialContext
@@ -86,6 +92,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 				Transport:     t,
 				CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			},
+			cert:   cert,
 			health: health{rtt: notMeasured, probeAt: time.Now().Add(measureFirst)},
 		})
 	}
@@ -138,23 +145,26 @@ func parseURL(s string, t *http.Transport) (*url.URL, error) {
 	return u, nil
 }
 
-func (c Config) tls() (*tls.Config, error) {
+// tls returns how to connect by TLS, and the certificate to show, which may be
+// nil.
+func (c Config) tls() (*tls.Config, *certfile.Pair, error) {
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.CAFile != "" {
 		var err error
 		if conf.RootCAs, err = certfile.Pool(c.CAFile); err != nil {
-			return nil, fmt.Errorf("CA: %w", err)
+			return nil, nil, fmt.Errorf("CA: %w", err)
 		}
 	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
-		return nil, errors.New("a client certificate and its private key go together")
+		return nil, nil, errors.New("a client certificate and its private key go together")
 	}
-	if c.CertFile != "" {
-		pair, err := certfile.Load(c.CertFile, c.KeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("client certificate: %w", err)
-		}
-		conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair.Certificate(), nil }
+	if c.CertFile == "" {
+		return conf, nil, nil
 	}
-	return conf, nil
+	pair, err := certfile.Load(c.CertFile, c.KeyFile)
+	if err != nil {
+		return nil, nil, fmt.Errorf("client certificate: %w", err)
+	}
+	conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair.Certificate(), nil }
+	return conf, pair, nil
 }

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/ctrlplane/pilot/certfile"
 )
 
 const (
@@ -23,6 +25,7 @@ type endpoint struct {
 	url  string // for messages
 	base *url.URL
 	http *http.Client
+	cert *certfile.Pair // to show it; may be nil
 	health
 }
 
@@ -70,6 +73,8 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	}
 	if r.body != nil {
 		req.Body, req.ContentLength = r.body.reader(), int64(len(r.body.bytes))
+		// A broker that ends a connection may not have begun with this.
+		req.GetBody = func() (io.ReadCloser, error) { return r.body.reader(), nil }
 		req.Header.Set("Content-Type", "application/json")
 	}
 	passOn(ctx, req.Header)
@@ -79,11 +84,19 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	resp, err := b.http.Do(req)
 	if err != nil {
 		err = withoutURL(err)
+		if expired := b.expired(); expired != nil {
+			return retry{}, fmt.Errorf("%w: %w: %w", ErrUnavailable, expired, err)
+		}
 		if kind := permanent(err); kind != nil {
 			return retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
+			b.http.CloseIdleConnections() // they may be as dead as this one
 			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
+		}
+		if strings.Contains(err.Error(), "client conn could not be established") {
+			// Its reason was not read in time.
+			err = fmt.Errorf("it hangs up at once, as one that does not accept broker-cert: %w", err)
 		}
 		return retry{possible: true}, err
 	}
@@ -99,6 +112,18 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		return retry{}, accept(answer)
 	}
 	return retryOf(resp), statusError(resp, answer)
+}
+
+// expired returns an error if the certificate to show has expired. A broker that
+// refuses it may hang up before its reason is read.
+func (b *endpoint) expired() error {
+	if b.cert == nil {
+		return nil
+	}
+	if end := b.cert.Certificate().Leaf.NotAfter; time.Now().After(end) {
+		return fmt.Errorf("broker-cert has expired on %s: put a new one in its place (\"copilot enroll\")", end.Format(time.RFC3339))
+	}
+	return nil
 }
 
 // withoutURL returns what an HTTP client's error says besides the URL, which

@@ -69,6 +69,7 @@ func permanent(err error) error {
 		authority    x509.UnknownAuthorityError
 		hostname     x509.HostnameError
 		record       tls.RecordHeaderError
+		invalid      x509.CertificateInvalidError
 		alert        *net.OpError
 	)
 	if errors.As(err, &alert) && alert.Op == "remote error" {
@@ -77,6 +78,9 @@ func permanent(err error) error {
 			// Anybody on the way there can send this, so it is no "no".
 			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
 		}
+	}
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		return fmt.Errorf("%w: put a new one in the place of the broker's certificate, or set this machine's clock", ErrUnavailable)
 	}
 	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
 		errors.As(err, &record) || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, syscall.EACCES) {
