@@ -235,7 +235,7 @@ func TestBombs(t *testing.T) {
 		{"a hole of 1 TiB, GNU", gz, gzipped(hole("1T", "gnu")), "unhandled tar header"},
 		{"a hole of 1 TiB, PAX", zst, zstandard(t, hole("1T", "posix")), "no space left"},
 		{"a hole", gz, gzipped(hole("64M", "posix")), ""},
-		{"gzip after the end", gz, of(gzipped(tarred(t)), gzipped(zeros), 64), ""},
+		{"gzip after the end", gz, of(gzipped(tarred(t)), gzipped(zeros), 16), ""},
 		// Sizes that no file has.
 		{"1 EiB", "", tarred(t, tar.Header{Name: "big", Size: 1 << 60}), "EOF"},
 		{"the largest size", "", append(header("big", '0', "\x80\x00\x00\x00\x7f\xff\xff\xff\xff\xff\xff\xff"), "content"...), "*"},
@@ -292,8 +292,8 @@ func TestBombs(t *testing.T) {
 			t.Errorf("%s: %v, want %q", test.name, err, test.want)
 		}
 		unchanged()
-		n.noTraces(t)
 	}
+	n.noTraces(t)
 
 	// Sizes that the descriptor says, of a layer that is whole.
 	whole := gzipped(tarred(t, tar.Header{Name: "file"}))
@@ -317,7 +317,7 @@ func TestBombs(t *testing.T) {
 
 	// A window of zstd is kept in memory, twice, as containerd's own differ does.
 	for log, fails := range map[int]bool{29: false, 31: true} {
-		const size = 300 << 20
+		const size = 200 << 20
 		content := append(header("content", '0', fmt.Sprintf("%011o\x00", size)), make([]byte, size+1024)...)
 		layer := zstandard(t, content, zstd.WithWindowSize(1<<29))
 		if layer[4]&0x20 != 0 {
