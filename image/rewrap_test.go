@@ -21,7 +21,8 @@ import (
 )
 
 // newKEKs starts a broker that has KEKs, and pilot under the names pilot, second,
-// and original, which writes the original's format.
+// original, which writes the original's format, and remote, which has the broker
+// wrap.
 func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 	t.Helper()
 	dir := t.TempDir()
@@ -56,10 +57,13 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"pilot", "second", "original"} {
+	for _, name := range []string{"pilot", "second", "original", "remote"} {
 		conf := keyprovider.Config{Name: name, CacheSize: 10}
-		if name == "original" {
+		switch name {
+		case "original":
 			conf.Format = keyprovider.FormatOriginal
+		case "remote":
+			conf.Format = keyprovider.FormatCopilot
 		}
 		processor.RegisterKeyProvider(name, keyprovider.New(broker, conf))
 	}

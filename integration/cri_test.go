@@ -1,8 +1,6 @@
 package integration
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -10,6 +8,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // ci is a machine that encrypts images and pushes them to a registry.
@@ -17,6 +18,7 @@ type ci struct {
 	*node
 	registry, storage string
 	secrets           map[string]string // by image
+	tampered          int               // images
 }
 
 func newCI(t testing.TB, dir, ocicrypt string) *ci {
@@ -61,33 +63,50 @@ func (c *ci) blob(digest string) string {
 // returns the name of the changed image.
 func (c *ci) tamper(name string, change func([]byte) []byte) string {
 	c.t.Helper()
-	repository, tag, _ := strings.Cut(strings.TrimPrefix(name, c.registry+"/"), ":")
-	root := filepath.Join(c.storage, "docker/registry/v2/repositories", repository)
-	put := func(b []byte, link string) string {
-		sum := sha256.Sum256(b)
-		digest := hex.EncodeToString(sum[:])
-		write(c.t, c.blob("sha256:"+digest), string(b))
-		write(c.t, filepath.Join(root, link, "sha256", digest, "link"), "sha256:"+digest)
-		return "sha256:" + digest
-	}
-	manifest := read(c.t, c.blob(read(c.t, filepath.Join(root, "_manifests/tags", tag, "current/link"))))
-	var m struct {
-		Layers []struct {
-			Digest string
-			Size   int
-		}
-	}
-	if err := json.Unmarshal([]byte(manifest), &m); err != nil {
+	c.tampered++
+	return c.edit(name, fmt.Sprintf("tampered%d", c.tampered), func(m *ocispec.Manifest) {
+		last := &m.Layers[len(m.Layers)-1]
+		layer := change([]byte(read(c.t, c.blob(last.Digest.String()))))
+		last.Digest, last.Size = c.put(name, "_layers", layer), int64(len(layer))
+	})
+}
+
+// edit changes the manifest of an image in the registry, and returns the name
+// under which it is, with suffix after its tag.
+func (c *ci) edit(name, suffix string, change func(m *ocispec.Manifest)) string {
+	c.t.Helper()
+	tags := filepath.Join(c.repository(name), "_manifests/tags")
+	_, tag, _ := strings.Cut(strings.TrimPrefix(name, c.registry+"/"), ":")
+	var m ocispec.Manifest
+	if err := json.Unmarshal([]byte(read(c.t, c.blob(read(c.t, filepath.Join(tags, tag, "current/link"))))), &m); err != nil {
 		c.t.Fatal(err)
 	}
-	last := m.Layers[len(m.Layers)-1]
-	layer := change([]byte(read(c.t, c.blob(last.Digest))))
-	manifest = strings.Replace(manifest, last.Digest, put(layer, "_layers"), 1)
-	manifest = strings.Replace(manifest, fmt.Sprintf(`"size": %d`, last.Size), fmt.Sprintf(`"size": %d`, len(layer)), -1)
-	digest := put([]byte(manifest), "_manifests/revisions")
-	write(c.t, filepath.Join(root, "_manifests/tags", tag+"-tampered", "current/link"), digest)
-	write(c.t, filepath.Join(root, "_manifests/tags", tag+"-tampered", "index", "sha256", strings.TrimPrefix(digest, "sha256:"), "link"), digest)
-	return name + "-tampered"
+	change(&m)
+	b, err := json.Marshal(m)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	d := c.put(name, "_manifests/revisions", b)
+	tag += "-" + suffix
+	write(c.t, filepath.Join(tags, tag, "current/link"), d.String())
+	write(c.t, filepath.Join(tags, tag, "index/sha256", d.Encoded(), "link"), d.String())
+	return name + "-" + suffix
+}
+
+// repository returns the registry's directory for the repository of an image.
+func (c *ci) repository(name string) string {
+	repository, _, _ := strings.Cut(strings.TrimPrefix(name, c.registry+"/"), ":")
+	return filepath.Join(c.storage, "docker/registry/v2/repositories", repository)
+}
+
+// put writes a blob into the registry's storage, as a layer or a manifest of an
+// image's repository.
+func (c *ci) put(name, kind string, b []byte) digest.Digest {
+	c.t.Helper()
+	d := digest.FromBytes(b)
+	write(c.t, c.blob(d.String()), string(b))
+	write(c.t, filepath.Join(c.repository(name), kind, "sha256", d.Encoded(), "link"), d.String())
+	return d
 }
 
 // TestCRI pulls as the kubelet does, with the keys of the node.

@@ -255,7 +255,7 @@ func TestDifferFails(t *testing.T) {
 		image := c.image(k, "provider:pilot:team-a")
 		tampered = append(tampered,
 			c.tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b }),
-			c.tamper(image+"", func(b []byte) []byte { return append(b, b...) }))
+			c.tamper(image, func(b []byte) []byte { return append(b, b...) }))
 	}
 	good := c.image(kinds[1], "provider:pilot:team-a")
 	wrong := c.wrongDiffID("provider:pilot:team-a")

@@ -98,7 +98,7 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 // what its descriptor says makes no sense.
 func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (_ ocispec.Descriptor, err error) {
 	end := d.metrics.begin(desc)
-	defer func() { end(ctx, err) }()
+	defer func() { end(ctx, d.size(ctx, desc, err), err) }()
 	trace.SpanFromContext(ctx).SetAttributes(
 		attribute.String("pilot.layer.digest", desc.Digest.String()), attribute.String("pilot.layer.media_type", desc.MediaType))
 	if !processor.IsEncrypted(desc.MediaType) {
@@ -113,6 +113,19 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		return ocispec.Descriptor{}, &failure{desc.Digest, err}
 	}
 	return applied, nil
+}
+
+// size returns how many bytes the blob of a layer has that was unpacked. What the
+// descriptor says, nobody has checked: it may be negative.
+func (d *Differ) size(ctx context.Context, desc ocispec.Descriptor, err error) int64 {
+	if err != nil {
+		return 0
+	}
+	info, err := d.store.Info(ctx, desc.Digest)
+	if err != nil {
+		return 0 // removed meanwhile
+	}
+	return info.Size
 }
 
 // failure is an error as it can go over gRPC, several times on its way to

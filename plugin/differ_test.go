@@ -194,6 +194,14 @@ func TestApplyOdd(t *testing.T) {
 	if _, err := d.Apply(t.Context(), desc, nil); err == nil {
 		t.Error("a layer was applied to no mounts")
 	}
+	for _, size := range []int64{0, -1, 1<<63 - 1} {
+		wrong := desc
+		wrong.Size = size
+		mounts, _ := overlay(t)
+		if _, err := d.Apply(t.Context(), wrong, mounts); err != nil {
+			t.Errorf("a layer of %d bytes, as its descriptor says: %v", size, err)
+		}
+	}
 	mounts, _ := overlay(t)
 	other := ocispec.Descriptor{MediaType: "application/vnd.example.layer", Digest: desc.Digest, Size: desc.Size}
 	if _, err := d.Apply(t.Context(), other, mounts); !errdefs.IsNotImplemented(err) {

@@ -45,21 +45,22 @@ func newMetrics(r prometheus.Registerer) *metrics {
 }
 
 // begin notes that a layer is to be unpacked. The caller calls end with how that
-// went, which the log tells too if the layer was encrypted.
-func (m *metrics) begin(layer ocispec.Descriptor) (end func(context.Context, error)) {
+// went, which the log tells too if the layer was encrypted, and how many bytes it
+// has.
+func (m *metrics) begin(layer ocispec.Descriptor) (end func(ctx context.Context, size int64, err error)) {
 	encrypted := strconv.FormatBool(processor.IsEncrypted(layer.MediaType))
 	m.underWay.WithLabelValues(encrypted).Inc()
 	start := time.Now()
-	return func(ctx context.Context, err error) {
+	return func(ctx context.Context, size int64, err error) {
 		m.underWay.WithLabelValues(encrypted).Dec()
 		m.layers.WithLabelValues(encrypted, result(err)).Inc()
 		m.seconds.WithLabelValues(encrypted).Observe(time.Since(start).Seconds())
 		if err != nil {
 			return // containerd tells why
 		}
-		m.bytes.WithLabelValues(encrypted).Add(float64(layer.Size))
+		m.bytes.WithLabelValues(encrypted).Add(float64(size))
 		if processor.IsEncrypted(layer.MediaType) {
-			log := logrus.WithFields(logrus.Fields{"digest": layer.Digest, "bytes": layer.Size, "took": time.Since(start)})
+			log := logrus.WithFields(logrus.Fields{"digest": layer.Digest, "bytes": size, "took": time.Since(start)})
 			if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
 				log = log.WithField("trace", s.TraceID())
 			}
