@@ -75,7 +75,13 @@ func New(conf Config) (*Client, error) {
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}
-	c.try = min(c.timeout, max(leastTry, c.timeout/3))
+	// Where there is no other broker to turn to, one that is slow to answer is
+	// given more time: who connects anew waits at the end of its queue again.
+	part := time.Duration(3)
+	if len(conf.URLs) == 1 {
+		part = 2
+	}
+	c.try = min(c.timeout, max(leastTry, c.timeout/part))
 	var err error
 	if c.brokers, err = conf.brokers(); err != nil {
 		return nil, err
