@@ -104,6 +104,14 @@ func New(conf Config) (*Client, error) {
 	return c, nil
 }
 
+// CloseIdleConnections closes the connections to brokers: those that are in use,
+// once they are not.
+func (c *Client) CloseIdleConnections() {
+	for _, b := range c.brokers {
+		b.http.CloseIdleConnections()
+	}
+}
+
 // Original reports whether the brokers have the original's API, which hands
 // out KEKs and does nothing else.
 func (c *Client) Original() bool { return c.original }
