@@ -215,11 +215,17 @@ func powerCut(t *testing.T, size int, certificates bool) {
 	before := cpu(t, b.process.cmd.Process.Pid)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	files := make(chan int)
+	files, slowest := make(chan int), time.Duration(0)
+	admin := askPilot(t, b.dir+"/store").admin
 	go func() {
 		most := 0
 		defer func() { files <- most }()
 		for {
+			asked := time.Now()
+			if r, err := admin.Get("http://copilot/healthz"); err == nil {
+				r.Body.Close()
+			}
+			slowest = max(slowest, time.Since(asked))
 			entries, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", b.process.cmd.Process.Pid))
 			most = max(most, len(entries))
 			select {
@@ -231,10 +237,11 @@ func powerCut(t *testing.T, size int, certificates bool) {
 	}()
 	h.run(ctx)
 	cancel()
+	most := <-files
 	used := cpu(t, b.process.cmd.Process.Pid) - before
-	t.Logf("served 50%% %s, 99%% %s, all %s; %d connections, %d handshakes failed, %d requests, %d calls failed (%v); copilot: %s CPU (%s a node), %d MiB, %d files",
+	t.Logf("served 50%% %s, 99%% %s, all %s; %d connections, %d handshakes failed, %d requests, %d calls failed (%v); copilot: %s CPU (%s a node), %d MiB, %d files, /healthz within %s",
 		h.within(.5), h.within(.99), h.within(1), h.connections.Load(), h.refused.Load(), h.requests.Load(), h.failed.Load(), h.last,
-		used, (used / time.Duration(size)).Round(10*time.Microsecond), b.process.peak(t)>>20, <-files)
+		used, (used / time.Duration(size)).Round(10*time.Microsecond), b.process.peak(t)>>20, most, slowest.Round(time.Millisecond))
 
 	if len(h.served) != size {
 		t.Errorf("%d of %d nodes have their KEKs: %v", len(h.served), size, h.last)
