@@ -85,8 +85,7 @@ func (t *turn) take(hello *tls.ClientHelloInfo) error {
 	return nil
 }
 
-// left reports whether the client has closed the connection. It has nothing to
-// say until its hello is answered.
+// left reports whether the client has closed the connection.
 func (t *turn) left() bool {
 	tcp, ok := t.Conn.(*net.TCPConn)
 	if !ok {
@@ -98,8 +97,8 @@ func (t *turn) left() bool {
 	}
 	left := true
 	raw.Control(func(fd uintptr) {
-		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		left = err != unix.EAGAIN
+		n, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		left = n == 0 || err != nil && err != unix.EAGAIN
 	})
 	return left
 }
