@@ -14,6 +14,7 @@
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
+#   make soak           pulls, runs and rewraps for an hour, and looks whether anything grows (SOAK=10m)
 #   make fuzz           each fuzz target for a minute (FUZZTIME=)
 #   make check          formatting, vet, staticcheck, licences, govulncheck
 #   make bench          compares pilot with its peers, side by side (ROUNDS=7), into bench.json
@@ -41,7 +42,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-long fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-long soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -120,7 +121,12 @@ test-node:
 
 ROUNDS_LONG ?= 300
 test-long: tools
-	PILOT_ROUNDS=$(ROUNDS_LONG) go test -buildvcs=false -timeout 2h -run '^TestKilledAtRandom$$' -v ./integration
+	PILOT_ROUNDS=$(ROUNDS_LONG) PILOT_PULLS=64 PILOT_NODES=100,300,1000,3000,10000 \
+		go test -buildvcs=false -timeout 2h -run '^(TestKilledAtRandom|TestPullsAtOnce|TestPowerCut)$$' -v ./integration
+
+SOAK ?= 1h
+soak: tools
+	PILOT_SOAK=$(SOAK) go test -buildvcs=false -tags soak -timeout 0 -count=1 -run '^TestSoak$$' -v ./integration
 
 FUZZTIME ?= 60s
 fuzz:
@@ -130,7 +136,7 @@ check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
-	go vet -buildvcs=false -tags man,packages,node,kubernetes ./...
+	go vet -buildvcs=false -tags man,packages,node,kubernetes,soak ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

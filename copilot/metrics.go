@@ -20,6 +20,7 @@ type metrics struct {
 	kmsErrors     *prometheus.CounterVec
 	wrapCount     *prometheus.GaugeVec
 	auditFailures prometheus.Counter
+	shed          prometheus.Counter
 	policyUsable  prometheus.Gauge
 	policyLoaded  prometheus.Gauge
 }
@@ -46,6 +47,9 @@ func newMetrics() *metrics {
 		auditFailures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "copilot_audit_failures_total", Help: "Requests refused because they could not be audited.",
 		}),
+		shed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "copilot_connections_shed_total", Help: "Connections turned away since they waited too long for their TLS handshake.",
+		}),
 		policyUsable: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "copilot_policy_usable", Help: "1 if the policy file could be used when it was read last, else 0: the one before counts.",
 		}),
@@ -53,7 +57,7 @@ func newMetrics() *metrics {
 			Name: "copilot_policy_loaded_timestamp_seconds", Help: "When the policy that counts was read.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.auditFailures, m.policyUsable, m.policyLoaded,
+	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.auditFailures, m.shed, m.policyUsable, m.policyLoaded,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewBuildInfoCollector())
 	return m
 }

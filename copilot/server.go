@@ -55,7 +55,7 @@ func Serve(ctx context.Context, conf Config) error {
 	defer b.close()
 	b.policyRead()
 
-	s := &server{broker: b, errorLog: log.New(serverLog{b}, "", 0)}
+	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), errorLog: log.New(serverLog{b}, "", 0)}
 	defer s.closeListeners()
 	if err := s.listen(conf, tlsConfig); err != nil {
 		return err
@@ -99,8 +99,9 @@ func warn(conf Config) {
 // server is what listens.
 type server struct {
 	*broker
-	errorLog  *log.Logger
-	listeners []listener
+	handshakes *handshakes
+	errorLog   *log.Logger
+	listeners  []listener
 }
 
 type listener struct {
@@ -140,7 +141,7 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 			}
 		} else if l.Listener, err = net.Listen("tcp", address); err == nil {
 			if tlsConfig != nil {
-				l.Listener = tls.NewListener(l.Listener, tlsConfig)
+				l.Listener = s.handshakes.listener(l.Listener, tlsConfig)
 			} else {
 				l.handler = forLoopback(l.handler, s.broker)
 			}
@@ -196,11 +197,16 @@ func (l serverLog) Write(b []byte) (int, error) {
 	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
 	from, reason, _ := strings.Cut(refused, ": ")
 	if ok {
-		remark, suppressed := l.limits.note(source(from), noteUnknown)
+		who, most := source(from), noteUnknown
+		if reason == errOverload.Error() { // those come from many at once
+			who, most = errOverload.Error(), 1
+		}
+		remark, suppressed := l.limits.note(who, most)
 		if suppressed {
 			return len(b), nil
 		}
 		reason += remark
+		line += remark
 	}
 	logrus.Warn(line)
 	if ok && reason != "EOF" { // a probe that said nothing

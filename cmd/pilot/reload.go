@@ -25,7 +25,7 @@ type reloadable struct {
 	mu       sync.RWMutex
 	conf     configuration
 	provider *keyprovider.Provider
-	forget   context.CancelFunc
+	forget   func()
 }
 
 // use goes on with another configuration. KEKs in memory are forgotten. One that
@@ -43,7 +43,11 @@ func (r *reloadable) use(ctx context.Context, conf configuration) error {
 	if r.forget != nil {
 		r.forget()
 	}
-	r.conf, r.provider, r.forget = conf, p, forget
+	r.conf, r.provider = conf, p
+	r.forget = func() {
+		forget()
+		client.CloseIdleConnections()
+	}
 	logrus.SetLevel(logrus.Level(conf.LogLevel))
 	return nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -45,6 +46,21 @@ func TestReload(t *testing.T) {
 	}
 	write("broker = \"" + url + "\"\n")
 	until(true)
+	files := func() int {
+		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pilot.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	before := files()
+	for range 20 {
+		until(true)
+		time.Sleep(20 * time.Millisecond)
+	}
+	if now := files(); now > before+5 {
+		t.Errorf("%d files are open after SIGHUP, and %d were before", now, before)
+	}
 	write("broker = \"" + url + "\"\nkek-cache-ttl = \"soon\"\n")
 	if err := pilot.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)

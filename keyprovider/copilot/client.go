@@ -75,7 +75,13 @@ func New(conf Config) (*Client, error) {
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}
-	c.try = min(c.timeout, max(leastTry, c.timeout/3))
+	// Where there is no other broker to turn to, one that is slow to answer is
+	// given more time: who connects anew waits at the end of its queue again.
+	part := time.Duration(3)
+	if len(conf.URLs) == 1 {
+		part = 2
+	}
+	c.try = min(c.timeout, max(leastTry, c.timeout/part))
 	var err error
 	if c.brokers, err = conf.brokers(); err != nil {
 		return nil, err
@@ -96,6 +102,14 @@ func New(conf Config) (*Client, error) {
 		}
 	}
 	return c, nil
+}
+
+// CloseIdleConnections closes the connections to brokers: those that are in use,
+// once they are not.
+func (c *Client) CloseIdleConnections() {
+	for _, b := range c.brokers {
+		b.http.CloseIdleConnections()
+	}
 }
 
 // Original reports whether the brokers have the original's API, which hands

@@ -27,14 +27,15 @@ type backOff struct {
 	made int // tries so far
 }
 
-// wait waits before another try, at least for after. It reports false if there
+// wait waits before another try, and for after before that, which a broker may
+// have said to many. It reports false if there
 // is to be none: six were made, or ctx will not last.
 func (b *backOff) wait(ctx context.Context, after time.Duration) bool {
 	b.made++
 	if b.made >= maxTries {
 		return false
 	}
-	d := max(after, rand.N(firstBackOff<<(b.made-1)))
+	d := max(after, 0) + rand.N(firstBackOff<<(b.made-1))
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < d {
 		return false
 	}

@@ -1,0 +1,44 @@
+package copilot_test
+
+import (
+	"crypto/tls"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/ctrlplane/pilot/certfile/certtest"
+	"github.com/ctrlplane/pilot/copilot"
+)
+
+// TestSilentConnections has many connect who say nothing, or only hello: they keep
+// nobody waiting.
+func TestSilentConnections(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	address := serveTLS(t, dir, ca, copilot.Config{
+		TLSClientCA: ca.File, Policy: writeFile(t, dir+"/policy.toml", accessPolicy),
+	})
+	for i := range 200 {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if i%2 == 0 {
+			// It says hello, and does not read the answer.
+			go tls.Client(helloOnly{conn}, &tls.Config{InsecureSkipVerify: true}).Handshake()
+		}
+	}
+	files := ca.Issue(t, spiffe("/node/7"))
+	begin := time.Now()
+	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+	if took := time.Since(begin); took > time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+// helloOnly is a connection of a client that hears nothing.
+type helloOnly struct{ net.Conn }
+
+func (helloOnly) Read([]byte) (int, error) { select {} }
