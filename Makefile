@@ -13,6 +13,7 @@
 #   make test-packages  installs, upgrades, removes and purges the packages
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
+#   make test-race      all of make test, with programs that look for data races
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
 #   make soak           pulls, runs and rewraps for an hour, and looks whether anything grows (SOAK=10m)
 #   make fuzz           each fuzz target for a minute (FUZZTIME=)
@@ -42,7 +43,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-long soak fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-race test-long soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -77,8 +78,12 @@ demo: build tools
 	scripts/demo.sh
 
 test: tools test-unit
-	go test -buildvcs=false -timeout 20m ./integration
+	go test -buildvcs=false -count=1 -timeout 20m ./integration
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
+
+# The same with programs that look for data races, and so take longer.
+test-race: tools test-unit
+	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 60m ./integration
 
 # The tests that need neither root nor other programs.
 test-unit:
@@ -88,7 +93,7 @@ test-unit:
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
-	go test -buildvcs=false -tags kubernetes -timeout 20m -run Kubernetes ./integration
+	go test -buildvcs=false -count=1 -tags kubernetes -timeout 20m -run Kubernetes ./integration
 
 ROUNDS ?= 7
 bench: tools
@@ -108,7 +113,7 @@ release:
 
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
-	go test -buildvcs=false -timeout 60m -tags packages -run '^TestPackage' ./integration
+	go test -buildvcs=false -count=1 -timeout 60m -tags packages -run '^TestPackage' ./integration
 NODE_IMAGE_DEB ?=
 node-image:
 	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
@@ -117,12 +122,12 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
+	go test -buildvcs=false -count=1 -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
 
 ROUNDS_LONG ?= 300
 test-long: tools
 	PILOT_ROUNDS=$(ROUNDS_LONG) PILOT_PULLS=64 PILOT_NODES=100,300,1000,3000,10000 \
-		go test -buildvcs=false -timeout 2h -run '^(TestKilledAtRandom|TestPullsAtOnce|TestPowerCut)$$' -v ./integration
+		go test -buildvcs=false -count=1 -timeout 2h -run '^(TestKilledAtRandom|TestPullsAtOnce|TestPowerCut)$$' -v ./integration
 
 SOAK ?= 1h
 soak: tools

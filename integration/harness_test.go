@@ -65,7 +65,11 @@ func setUp() error {
 		"0": {"./cmd/pilot", "./cmd/pilot-decoder", "./integration/testdata/hello"},
 		"1": {"./cmd/copilot", "./ctr-pilot"},
 	} {
-		build := exec.Command("go", append([]string{"build", "-buildvcs=false", "-o", bin + "/"}, packages...)...)
+		flags := []string{"build", "-buildvcs=false", "-o", bin + "/"}
+		if os.Getenv("PILOT_RACE") != "" {
+			cgo, flags = "1", append(flags, "-race")
+		}
+		build := exec.Command("go", append(flags, packages...)...)
 		build.Dir, build.Env = repo, append(os.Environ(), "CGO_ENABLED="+cgo)
 		if out, err := build.CombinedOutput(); err != nil {
 			return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
