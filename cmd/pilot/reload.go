@@ -48,7 +48,6 @@ func (r *reloadable) use(ctx context.Context, conf configuration) error {
 		forget()
 		client.CloseIdleConnections()
 	}
-	logrus.SetLevel(logrus.Level(conf.LogLevel))
 	return nil
 }
 
@@ -89,6 +88,7 @@ func (r *reloadable) onHangup(ctx context.Context, c *cli.Context, hangup <-chan
 			err = r.use(ctx, conf)
 		}
 		if err != nil {
+			logrus.SetLevel(logrus.Level(was.LogLevel))
 			logrus.WithError(err).Error("the configuration stays what it was: it can't be used")
 			continue
 		}
