@@ -42,7 +42,8 @@ type run struct {
 func (r run) do(t *testing.T) (stdout []byte, stderr string, ok bool) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], r.args...)
-	cmd.Env = append(r.env, "PILOT_DECODER_TEST=1")
+	// With -race a program sleeps for a second before it exits; with -cover it wants to say what was covered.
+	cmd.Env = append(r.env, "PILOT_DECODER_TEST=1", "GORACE=atexit_sleep_ms=0", "GOCOVERDIR="+os.Getenv("GOCOVERDIR"))
 	cmd.Stdin = bytes.NewReader(r.layer)
 	var out, said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &said
