@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"runtime"
-
 	"sync/atomic"
 	"time"
 
@@ -59,7 +58,8 @@ func (t turns) Accept() (net.Conn, error) {
 }
 
 // turn is a connection that has its turn from when it has said hello to when it
-// is answered: that takes most of a handshake's work, and no waiting.
+// is answered: the server's signature and key agreement, and no waiting for the
+// client. What follows, such as looking at its certificate, is not bounded.
 type turn struct {
 	net.Conn
 	*handshakes
@@ -67,6 +67,12 @@ type turn struct {
 }
 
 func (t *turn) take(hello *tls.ClientHelloInfo) error {
+	select {
+	case t.turns <- struct{}{}:
+		t.taken.Store(true)
+		return nil
+	default:
+	}
 	timer := time.NewTimer(handshakeWait)
 	defer timer.Stop()
 	select {

@@ -56,6 +56,7 @@ var (
 )
 
 func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) (_ *keyring, err error) {
+	m.wrapLimit.Set(float64(conf.WrapLimit))
 	r := &keyring{store: store, backends: make(map[string]kms.Backend), conf: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m}
 	defer func() {
 		if err != nil {

@@ -19,6 +19,7 @@ type metrics struct {
 	kmsSeconds    *prometheus.HistogramVec
 	kmsErrors     *prometheus.CounterVec
 	wrapCount     *prometheus.GaugeVec
+	wrapLimit     prometheus.Gauge
 	auditFailures prometheus.Counter
 	shed          prometheus.Counter
 	policyUsable  prometheus.Gauge
@@ -44,6 +45,9 @@ func newMetrics() *metrics {
 		wrapCount: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "copilot_kek_wraps", Help: "Keys wrapped with a version of a KEK, at most, by all replicas, when this one wrapped last.",
 		}, []string{"kek", "version"}),
+		wrapLimit: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "copilot_kek_wrap_limit", Help: "Keys that a version of a KEK may wrap: wrap-limit.",
+		}),
 		auditFailures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "copilot_audit_failures_total", Help: "Requests refused because they could not be audited.",
 		}),
@@ -57,7 +61,7 @@ func newMetrics() *metrics {
 			Name: "copilot_policy_loaded_timestamp_seconds", Help: "When the policy that counts was read.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.auditFailures, m.shed, m.policyUsable, m.policyLoaded,
+	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.wrapLimit, m.auditFailures, m.shed, m.policyUsable, m.policyLoaded,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewBuildInfoCollector())
 	return m
 }

@@ -12,7 +12,7 @@ import (
 // both run, and replaces them.
 func TestCertificatesExpire(t *testing.T) {
 	b := initialized(t, "team-a")
-	cert, key := b.enroll(t, "worker-7", "--for", "3s")
+	cert, key := b.enroll(t, "worker-7", "--for", "6s")
 	home := b.dir + "/node"
 	pilot(t, home, b.url(), "--broker-ca", b.dir+"/ca.pem", "--broker-cert", cert, "--broker-key", key, "--broker-timeout", "3s",
 		"--kek-cache-size", "0", "--diff-listen", "off", "--admin-listen", "unix://"+home+"/admin.sock")
@@ -88,7 +88,7 @@ func TestCertificatesExpire(t *testing.T) {
 	}
 	callers.Wait()
 
-	replace("server", "--host", "127.0.0.1", "--for", "3s")
+	replace("server", "--host", "127.0.0.1", "--for", "6s")
 	expires("copilot's certificate", "the broker's certificate", "expired")
 	replace("server", "--host", "127.0.0.1", "--for", "1m")
 	soon("copilot has a new certificate")

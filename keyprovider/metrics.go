@@ -51,6 +51,14 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	for _, outcome := range []string{outcomeHit, outcomeStale, outcomeMiss, outcomeNotExported, outcomeRefused} {
 		m.lookups.WithLabelValues(outcome)
 	}
+	// An alert has to see the first failure, and a counter that begins with it
+	// does not rise.
+	for _, result := range []codes.Code{codes.OK, codes.PermissionDenied, codes.NotFound, codes.FailedPrecondition} {
+		m.requests.WithLabelValues("unwrap", result.String())
+	}
+	for _, result := range []codes.Code{codes.OK, codes.Unavailable, codes.DeadlineExceeded} {
+		m.broker.WithLabelValues("kek", result.String())
+	}
 	return m
 }
 

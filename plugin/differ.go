@@ -98,6 +98,7 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 // what its descriptor says makes no sense.
 func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (_ ocispec.Descriptor, err error) {
 	end := d.metrics.begin(desc)
+	err = errPanic // unless it returns
 	defer func() { end(ctx, d.size(ctx, desc, err), err) }()
 	trace.SpanFromContext(ctx).SetAttributes(
 		attribute.String("pilot.layer.digest", desc.Digest.String()), attribute.String("pilot.layer.media_type", desc.MediaType))
@@ -127,6 +128,8 @@ func (d *Differ) size(ctx context.Context, desc ocispec.Descriptor, err error) i
 	}
 	return info.Size
 }
+
+var errPanic = errors.New("panic")
 
 // failure is an error as it can go over gRPC, several times on its way to
 // whoever pulls: it wraps nothing but one of containerd's errors, since each

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -28,7 +29,7 @@ type metrics struct {
 // newMetrics registers metrics with r, which may be nil.
 func newMetrics(r prometheus.Registerer) *metrics {
 	with := promauto.With(r)
-	return &metrics{
+	m := &metrics{
 		underWay: with.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "pilot_layers_in_progress", Help: "Layers that are being unpacked, or wait for it.",
 		}, []string{"encrypted"}),
@@ -42,6 +43,12 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Name: "pilot_layer_seconds", Help: "How long layers took to unpack.", Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300},
 		}, []string{"encrypted"}),
 	}
+	// An alert has to see the first one, and a counter that begins with it does
+	// not rise.
+	for _, result := range []codes.Code{codes.OK, codes.DataLoss, codes.FailedPrecondition} {
+		m.layers.WithLabelValues("true", result.String())
+	}
+	return m
 }
 
 // begin notes that a layer is to be unpacked. The caller calls end with how that

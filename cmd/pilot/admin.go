@@ -78,7 +78,7 @@ func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *p
 }
 
 func serveHTTP(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler) {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	s := &http.Server{Handler: h, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	g.Go(func() error {
 		if err := s.Serve(l); err != http.ErrServerClosed {
 			return err

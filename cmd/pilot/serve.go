@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -106,16 +105,18 @@ func serve(c *cli.Context) error {
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
 	keyprovider.Register(server, provider)
 	healthpb.RegisterHealthServer(server, health.NewServer())
-	sockets := []net.Listener{l}
 	var diffListener net.Listener
 	if conf.DiffListen != off {
 		if diffListener, err = listen(passed[diffSocket], address(conf.DiffListen)); err != nil {
 			return err
 		}
-		sockets = append(sockets, diffListener)
+	}
+	conns, err := probes(l, diffListener)
+	if err != nil {
+		return err
 	}
 	// Before any layer is unpacked: to listen takes a umask for a moment.
-	ready := func(ctx context.Context) error { return answers(ctx, sockets) }
+	ready := func(ctx context.Context) error { return answers(ctx, conns) }
 	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
 		return err
 	}
@@ -166,20 +167,30 @@ func serveUntilDone(ctx context.Context, g *errgroup.Group, s *grpc.Server, l ne
 	})
 }
 
-// answers asks whoever listens on unix sockets whether it is well. What else is
-// in sockets may want a client certificate, and is not asked.
-func answers(ctx context.Context, sockets []net.Listener) error {
+// probes returns connections to those of sockets that are unix sockets. Others may
+// want a client certificate.
+func probes(sockets ...net.Listener) (conns []*grpc.ClientConn, err error) {
 	for _, l := range sockets {
-		if l.Addr().Network() != "unix" {
+		if l == nil || l.Addr().Network() != "unix" {
 			continue
 		}
 		conn, err := grpc.NewClient("unix://"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
-			return err
+			return nil, err
 		}
-		_, err = healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{})
-		if err := errors.Join(err, conn.Close()); err != nil {
-			return fmt.Errorf("%s: %w", l.Addr(), err)
+		conns = append(conns, conn)
+	}
+	return conns, nil
+}
+
+// answers asks whoever is at the other end of conns whether it is well. They stay
+// open, so that this works while no more files can be opened.
+func answers(ctx context.Context, conns []*grpc.ClientConn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectWithin)
+	defer cancel()
+	for _, conn := range conns {
+		if _, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{}); err != nil {
+			return fmt.Errorf("%s: %w", conn.Target(), err)
 		}
 	}
 	return nil

@@ -44,7 +44,8 @@ type Config struct {
 const connectWithin = 1500 * time.Millisecond
 
 // aliveWithin is how long a connection over which nothing comes is kept before
-// the broker has to answer a ping, and how long the ping may take. When the
+// the broker has to answer a ping, and how long the ping may take. Idle ones are
+// closed before there are many pings. When the
 // network was away, TCP notices only after minutes that it is back, or never.
 const aliveWithin = 2 * time.Second
 
@@ -72,7 +73,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 			TLSClientConfig:        tls.Clone(),
 			MaxIdleConns:           16,
 			MaxIdleConnsPerHost:    16,
-			IdleConnTimeout:        time.Minute,
+			IdleConnTimeout:        15 * time.Second,
 			ForceAttemptHTTP2:      true,
 			MaxResponseHeaderBytes: 16 << 10,
 			HTTP2:                  &http.HTTP2Config{SendPingTimeout: aliveWithin, PingTimeout: aliveWithin},

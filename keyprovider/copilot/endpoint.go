@@ -91,10 +91,9 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 			return retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
-			b.http.CloseIdleConnections() // they may be as dead as this one
 			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
 		}
-		if strings.Contains(err.Error(), "client conn could not be established") {
+		if b.cert != nil && strings.Contains(err.Error(), "client conn could not be established") {
 			// Its reason was not read in time.
 			err = fmt.Errorf("it hangs up at once, as one that does not accept broker-cert: %w", err)
 		}
@@ -111,7 +110,11 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	case resp.StatusCode == http.StatusOK:
 		return retry{}, accept(answer)
 	}
-	return retryOf(resp), statusError(resp, answer)
+	err = statusError(resp, answer)
+	if expired := b.expired(); expired != nil && resp.StatusCode == http.StatusUnauthorized {
+		err = fmt.Errorf("%w: %w", expired, err)
+	}
+	return retryOf(resp), err
 }
 
 // expired returns an error if the certificate to show has expired. A broker that
