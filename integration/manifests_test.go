@@ -77,6 +77,12 @@ func TestCopilotInCluster(t *testing.T) {
 			return nil
 		})
 	}
+	for _, where := range []string{"http://" + metrics, "https://" + address} {
+		client := http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+		if resp, err := client.Get(where + "/debug/pprof/"); err != nil || resp.StatusCode == http.StatusOK {
+			t.Errorf("profiles at %s: %v, %v", where, resp, err)
+		}
+	}
 	output(t, inPod("keys", "create", "team-a"))
 
 	pool, err := certfile.Pool(certificates + "/ca.pem")
