@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sbom=${1:?usage: check-dependencies.sh SBOM}
+command -v jq >/dev/null || { echo "jq is missing: apt-get install jq" >&2; exit 1; }
 
 direct=$(go list -m -f '{{if not (or .Indirect .Main)}}{{.Path}}{{end}}' all | sort)
 told=$(sed -n 's/^| \([a-z.]*\.[a-z]*\/[^|]*\) |.*/\1/p' docs/dependencies.md | tr ',' '\n' | tr -d ' ' | sort)
