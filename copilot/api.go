@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"path"
 	"slices"
 	"strconv"
@@ -21,6 +20,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/loopback"
+	"github.com/ctrlplane/pilot/status"
 )
 
 // Bounds of a request's body, in bytes.
@@ -44,13 +44,10 @@ func newAdminAPI(b *broker) http.Handler { return (&api{b, true}).handler() }
 
 func (a *api) handler() http.Handler {
 	mux := http.NewServeMux()
-	a.handleHealth(mux)
+	status.Health(mux, a.ready)
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
-		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+		status.Profiles(mux)
 	}
 	for pattern, do := range map[string]struct {
 		action string

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"os/user"
 	"strconv"
@@ -179,19 +178,6 @@ func (b *broker) sweep(ctx context.Context) {
 	if err != nil && ctx.Err() == nil {
 		logrus.WithError(err).Error("keys that are to be destroyed are still there")
 	}
-}
-
-// handleHealth adds what tells whether a server lives and can be used, to
-// anybody, which is not audited.
-func (b *broker) handleHealth(mux *http.ServeMux) {
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		if err := b.ready(r.Context()); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		w.WriteHeader(http.StatusNoContent)
-	})
 }
 
 var errStopping = errors.New("copilot is about to stop")

@@ -21,6 +21,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/status"
 	"github.com/ctrlplane/pilot/unixsocket"
 	"github.com/ctrlplane/pilot/watchdog"
 )
@@ -121,16 +122,16 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 	if err != nil {
 		return fmt.Errorf("admin socket: %w", err)
 	}
-	status := http.NewServeMux()
-	s.handleHealth(status)
-	status.Handle("GET /metrics", s.metrics.handler())
+	public := http.NewServeMux()
+	status.Health(public, s.ready)
+	public.Handle("GET /metrics", s.metrics.handler())
 	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker)})
 	if conf.MetricsListen != "" {
 		l, err := net.Listen("tcp", conf.MetricsListen)
 		if err != nil {
 			return fmt.Errorf("metrics-listen: %w", err)
 		}
-		s.listeners = append(s.listeners, listener{l, status})
+		s.listeners = append(s.listeners, listener{l, public})
 	}
 	for _, address := range conf.Listen {
 		l := listener{handler: newAPI(s.broker)}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -13,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/ctrlplane/pilot/status"
 	"github.com/ctrlplane/pilot/unixsocket"
 	"github.com/ctrlplane/pilot/version"
 )
@@ -28,28 +28,12 @@ func newRegistry() *prometheus.Registry {
 	return r
 }
 
-// status returns what tells how pilot is: metrics, and whether it lives and
+// newStatus returns what tells how pilot is: metrics, and whether it lives and
 // answers.
-func status(r *prometheus.Registry, ready func(context.Context) error) *http.ServeMux {
+func newStatus(r *prometheus.Registry, ready func(context.Context) error) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		if err := ready(r.Context()); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		w.WriteHeader(http.StatusNoContent)
-	})
-	return mux
-}
-
-// withProfiles adds Go's profiles, which are for root only.
-func withProfiles(mux *http.ServeMux) *http.ServeMux {
-	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	status.Health(mux, ready)
 	return mux
 }
 
@@ -65,14 +49,16 @@ func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *p
 		if err != nil {
 			return fmt.Errorf("admin-listen: %w", err)
 		}
-		serveHTTP(ctx, g, l, withProfiles(status(r, ready)))
+		mux := newStatus(r, ready)
+		status.Profiles(mux)
+		serveHTTP(ctx, g, l, mux)
 	}
 	if c.MetricsListen != "" {
 		l, err := net.Listen("tcp", string(c.MetricsListen))
 		if err != nil {
 			return fmt.Errorf("metrics-listen: %w", err)
 		}
-		serveHTTP(ctx, g, l, status(r, ready))
+		serveHTTP(ctx, g, l, newStatus(r, ready))
 	}
 	return nil
 }
