@@ -168,15 +168,27 @@ func (m *machine) same(was map[string]string) {
 // machines are those to install on.
 func machines() map[string]func(t *testing.T) *machine {
 	debian12 := func(t *testing.T) *machine { return newMachine(t, "/") }
-	return map[string]func(t *testing.T) *machine{
-		"1.6": debian12,
-		"1.7": func(t *testing.T) *machine { return newMachine(t, filepath.Join(tools, "trixie")) },
-		"2.4.2": func(t *testing.T) *machine {
+	with := func(dir string) func(t *testing.T) *machine {
+		return func(t *testing.T) *machine {
 			m := debian12(t)
-			for _, name := range []string{"containerd", "containerd-shim-runc-v2"} {
-				m.copy(filepath.Join(tools, "bin", name))
-			}
+			m.upgrade(dir)
 			return m
-		},
+		}
+	}
+	return map[string]func(t *testing.T) *machine{
+		"1.6":   debian12,
+		"1.7":   func(t *testing.T) *machine { return newMachine(t, filepath.Join(tools, "trixie")) },
+		"2.0.7": with("containerd-2.0.7"),
+		"2.2.9": with("containerd-2.2.9"),
+		"2.4.2": with("bin"),
+	}
+}
+
+// upgrade gives the machine the containerd of a directory of the tools, in the
+// place of the one that containerd.service starts.
+func (m *machine) upgrade(dir string) {
+	m.t.Helper()
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2"} {
+		output(m.t, command(m.t, "install", filepath.Join(tools, dir, name), filepath.Join(m.root, "usr/bin", name)))
 	}
 }

@@ -28,6 +28,7 @@ Example:
    pilot node deploy --broker https://copilot.pilot-system.svc:8443 \
       --broker-ca-from /run/broker/ca.pem --broker-token-from /run/broker/token`,
 	Flags: slices.Concat(containerdFlags(), settingFlags(), []cli.Flag{
+		&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
 		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` of the pod's to keep on the node as broker-ca"},
 		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` of the pod's to keep on the node as broker-token-file"},
 		&cli.StringFlag{Name: "bin-dir", Usage: "`DIRECTORY` for the programs on the node, such as /opt/pilot/bin if /usr can't be written", Value: "/usr/local/bin"},
@@ -67,7 +68,7 @@ func nodeDeploy(c *cli.Context) error {
 		CAFrom:    c.String("broker-ca-from"),
 		DaemonSet: set,
 	}
-	for _, name := range append(brokerFlags, "containerd-binary", "containerd-config") {
+	for _, name := range append(brokerFlags, "containerd-binary", "containerd-config", "containerd-address") {
 		if c.IsSet(name) {
 			d.Install = append(d.Install, "--"+name, c.String(name))
 		}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/plugin/node"
@@ -30,6 +31,7 @@ Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca /etc/pilot/ca.pem --broker-cert /etc/pilot/node.pem --broker-key /etc/pilot/node-key.pem`,
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
+				&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
 			}, settingFlags()),
@@ -48,6 +50,18 @@ Example:
 			),
 			Action: nodeUninstall,
 		},
+		{
+			Name:  "refresh",
+			Usage: "bring containerd's configuration up to date, before containerd starts",
+			Description: `What systemd runs before containerd on a node with pilot: containerd's
+configuration may have been written anew, other tools may have come or gone, or
+containerd may be another version. If pilot can't be added without changing
+something else, containerd starts without pilot, and this says why.
+
+Example:
+   pilot node refresh`,
+			Action: nodeRefresh,
+		},
 		deployCommand,
 		doctorCommand,
 	},
@@ -64,8 +78,8 @@ func nodeFlags() []cli.Flag {
 // containerdFlags are those of install and doctor.
 func containerdFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM`", Value: "containerd"},
-		&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE`", Value: "/etc/containerd/config.toml"},
+		&cli.StringFlag{Name: "containerd-binary", Usage: "containerd's `PROGRAM` (default: that of the containerd that runs)"},
+		&cli.StringFlag{Name: "containerd-config", Usage: "containerd's configuration `FILE` (default: that of the containerd that runs)"},
 	}
 }
 
@@ -81,11 +95,12 @@ func brokerFlag(name string) cli.Flag {
 
 func nodeInstall(c *cli.Context) error {
 	o := node.Options{
-		Root:             c.String("root"),
-		ContainerdBinary: c.String("containerd-binary"),
-		ContainerdConfig: c.String("containerd-config"),
-		PilotBinary:      c.String("pilot-binary"),
-		Settings:         map[string]string{},
+		Root:              c.String("root"),
+		ContainerdBinary:  c.String("containerd-binary"),
+		ContainerdConfig:  c.String("containerd-config"),
+		ContainerdAddress: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
+		PilotBinary:       c.String("pilot-binary"),
+		Settings:          map[string]string{},
 	}
 	if err := nodeArguments(c); err != nil {
 		return err
@@ -118,6 +133,7 @@ func nodeInstall(c *cli.Context) error {
 		return err
 	}
 	defer plan.Close()
+	fmt.Fprintln(os.Stderr, plan.Containerd())
 	if c.Bool("dry-run") {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())
@@ -128,12 +144,16 @@ func nodeInstall(c *cli.Context) error {
 		return err
 	}
 	for _, change := range plan.Changes {
-		fmt.Printf("wrote %s\n", change.Path)
+		did := "wrote"
+		if change.Remove {
+			did = "removed"
+		}
+		fmt.Printf("%s %s\n", did, change.Path)
 	}
 	if len(plan.Changes) == 0 {
-		fmt.Println("everything is as it should be")
+		fmt.Println("nothing to change: the files are as they should be (\"pilot node doctor\" tries whether they work)")
 	}
-	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") {
+	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(node.Pending()) == 0 {
 		return nil
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
@@ -154,16 +174,16 @@ func nodeUninstall(c *cli.Context) error {
 		return err
 	}
 	o := node.Options{Root: c.String("root"), KeepConfig: c.Bool("keep-config")}
-	units, installed, err := node.Installed(o)
+	had, err := node.Installed(o)
 	if err != nil {
 		return err
 	}
-	if !installed {
+	if !had.Present {
 		fmt.Println("nothing is installed")
 		return nil
 	}
 	// What stays because somebody changed it is told at the end.
-	stays := node.Uninstall(o)
+	stays := node.Uninstall(c.Context, o)
 	if stays == nil {
 		fmt.Println("everything is as it was before")
 	}
@@ -171,11 +191,22 @@ func nodeUninstall(c *cli.Context) error {
 		return stays
 	}
 	// containerd first: it asks pilot until then.
-	commands := []string{"systemctl try-restart containerd.service"}
-	if len(units) > 0 {
-		commands = append(commands, "systemctl stop "+strings.Join(units, " "), "systemctl daemon-reload")
+	commands := []string{"systemctl daemon-reload", "systemctl try-restart " + had.Service}
+	if len(had.Units) > 0 {
+		commands = append(commands, "systemctl stop "+strings.Join(had.Units, " "))
 	}
 	return errors.Join(runOrSay(c.Bool("now"), commands), stays)
+}
+
+func nodeRefresh(c *cli.Context) error {
+	if err := nodeArguments(c); err != nil {
+		return err
+	}
+	changed, err := node.Refresh(c.Context, node.Options{})
+	for _, path := range changed {
+		logrus.WithField("file", path).Info("containerd's configuration was changed since pilot was installed: file written again")
+	}
+	return err
 }
 
 func nodeArguments(c *cli.Context) error {

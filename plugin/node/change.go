@@ -24,6 +24,8 @@ type Change struct {
 	New  []byte // what shall be there; nil: nothing, or a link
 	Link string // what a symbolic link shall point to
 	Mode fs.FileMode
+	// Remove says that the file goes, which an earlier installation has made.
+	Remove bool
 }
 
 // Diff returns the change as a unified diff.
@@ -46,6 +48,17 @@ func (c Change) Diff() string {
 type state struct {
 	Files []installed `json:"files"`
 	Dirs  []string    `json:"dirs,omitempty"` // that were made, the outermost first
+	// Containerd is the one that was set up; null: by a version of pilot that
+	// did not note it.
+	Containerd *installedTarget `json:"containerd,omitempty"`
+}
+
+// installedTarget is the containerd that was set up.
+type installedTarget struct {
+	Program string `json:"program"`
+	Config  string `json:"config"`
+	Address string `json:"address,omitempty"`
+	Service string `json:"service"`
 }
 
 // installed is a file as it is after the installation, and as it was before.
@@ -106,6 +119,9 @@ func (s *state) file(path string) *installed {
 
 // note notes a change that is going to be made.
 func (s *state) note(o Options, c Change, inserted string) {
+	if c.Remove {
+		return // it is noted until it is gone
+	}
 	s.noteDir(o, filepath.Dir(c.Path))
 	f := s.file(c.Path)
 	if f == nil {
@@ -118,6 +134,13 @@ func (s *state) note(o Options, c Change, inserted string) {
 	if c.Link == "" {
 		f.Was, f.SHA256 = f.SHA256, hash(c.New)
 	}
+}
+
+// forget takes out of the state what was removed.
+func (s *state) forget(changes []Change) {
+	s.Files = slices.DeleteFunc(s.Files, func(f installed) bool {
+		return slices.ContainsFunc(changes, func(c Change) bool { return c.Remove && c.Path == f.Path })
+	})
 }
 
 // is reports whether a file is as it was installed.
@@ -150,6 +173,9 @@ func (o Options) removeDirs(dirs []string) {
 // make makes the change.
 func (c Change) make(o Options) error {
 	name := o.path(c.Path)
+	if c.Remove {
+		return os.Remove(name)
+	}
 	if c.Link != "" {
 		name = o.linkPath(c.Path)
 	}

@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"context"
 	"debug/elf"
-	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -24,60 +22,76 @@ import (
 // containerd is the one of the machine: its version and what its configuration
 // comes to.
 type containerd struct {
+	target
 	major, minor int
-	main         string         // the configuration file, inside the root
-	dump         map[string]any // the effective configuration
-	imports      []string       // patterns of drop-ins that are read, inside the root
+	files        configFiles
+	ours         []string       // pilot's drop-ins that are there, or were
+	plain        map[string]any // the effective configuration without pilot's drop-in
 }
 
 // runWithin bounds a run of containerd's binary.
 const runWithin = 20 * time.Second
 
 // look finds out about the machine's containerd.
-func look(ctx context.Context, o Options) (*containerd, error) {
-	c := &containerd{main: o.ContainerdConfig}
-	out, err := o.run(ctx, "--version")
+func look(ctx context.Context, o Options, before state) (*containerd, error) {
+	t, err := findTarget(o)
+	if err != nil {
+		return nil, err
+	}
+	return lookAt(ctx, o, *t, before)
+}
+
+// lookAt finds out about a containerd.
+func lookAt(ctx context.Context, o Options, t target, before state) (*containerd, error) {
+	c := &containerd{target: t}
+	out, err := c.run(ctx, o, "--version")
 	if err != nil {
 		return nil, fmt.Errorf("containerd's version: %w", err)
 	}
 	if c.major, c.minor, err = parseVersion(string(out)); err != nil {
 		return nil, err
 	}
-	if c.major < 1 || c.major == 1 && c.minor < 6 {
-		return nil, fmt.Errorf("containerd %d.%d is too old: 1.6 or later is needed", c.major, c.minor)
-	}
-	if err := c.load(ctx, o); err != nil {
+	if err := c.checkVersion(); err != nil {
 		return nil, err
 	}
-	return c, nil
+	if c.files, err = readConfigFiles(o, c.config); err != nil {
+		return nil, err
+	}
+	c.ours = before.dropIns()
+	c.plain, err = c.trial(ctx, o, nil)
+	return c, err
 }
 
-// load reads the effective configuration.
-func (c *containerd) load(ctx context.Context, o Options) error {
-	args := []string{"--config", c.main, "config", "dump"}
-	text, err := os.ReadFile(o.path(c.main))
-	switch {
-	case errors.Is(err, os.ErrNotExist):
+func (c *containerd) checkVersion() error {
+	if c.major < 1 || c.major == 1 && c.minor < 6 {
+		return fmt.Errorf("containerd %d.%d is too old: 1.6 or later is needed", c.major, c.minor)
+	}
+	return nil
+}
+
+// readAll returns what the configuration comes to as it is.
+func (c *containerd) readAll(ctx context.Context, o Options) (map[string]any, error) {
+	args := []string{"--config", c.config, "config", "dump"}
+	if !exists(o.path(c.config)) {
 		args = []string{"config", "default"} // which 1.x takes then
-	case err != nil:
+	}
+	dump, err := c.readDump(ctx, o, args...)
+	if err != nil {
+		return nil, err
+	}
+	return dump, c.checkImports(o)
+}
+
+// checkImports checks that the files are there that are imported by name.
+func (c *containerd) checkImports(o Options) error {
+	files := configFiles{main: c.config}
+	_, missing, err := files.all(o)
+	if err != nil {
 		return err
 	}
-	out, err := o.run(ctx, args...)
-	if err != nil {
-		return fmt.Errorf("containerd's configuration: %w", err)
+	if len(missing) > 0 {
+		return fmt.Errorf("containerd does not start with %s: it imports %s, which does not exist", c.config, strings.Join(missing, ", "))
 	}
-	c.dump = nil
-	if err := toml.Unmarshal(out, &c.dump); err != nil {
-		return fmt.Errorf("containerd %s: its output is not TOML: %w", strings.Join(args, " "), err)
-	}
-	var main struct {
-		Imports []string `toml:"imports"`
-	}
-	if err := toml.Unmarshal(text, &main); err != nil {
-		return fmt.Errorf("%s: %w", c.main, err)
-	}
-	// The dump shows 2.x's default, which counts only where the file says it.
-	c.imports = main.Imports
 	return nil
 }
 
@@ -94,19 +108,16 @@ func parseVersion(text string) (major, minor int, err error) {
 	return major, minor, nil
 }
 
-// run runs containerd and returns what it prints.
-func (o Options) run(ctx context.Context, args ...string) ([]byte, error) {
+// run runs containerd's program and returns what it prints.
+func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, runWithin)
 	defer cancel()
-	args = append([]string{o.ContainerdBinary}, args...)
+	args = append([]string{c.program}, args...)
 	if o.Root != "" {
 		args = append([]string{"chroot", o.Root}, args...)
 	}
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-	if o.Root == "" {
-		cmd.Env = os.Environ()
-	}
+	cmd.Env = []string{"PATH=" + strings.Join(binDirs, ":"), "HOME=/root"}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -144,20 +155,44 @@ func (c *containerd) usesDiffer() bool { return c.major > 1 || c.minor > 6 }
 // configuration of its own for unpacking.
 func (c *containerd) hasTransfer() bool { return c.major > 1 }
 
-// format is the version of the configuration files that it reads.
-func (c *containerd) format() int {
+// formats are those of a drop-in that may do, the best first.
+//
+// One without a version does beside all others: containerd 2.0 and later migrates
+// it by itself, and 1.x takes the version from the other files. containerd 2.0 to
+// 2.2 merges files that say a version before it migrates them, by the version of
+// the last, so one of another version than the rest has it forget the rest; 1.x
+// refuses to mix them.
+func (c *containerd) formats() []format {
+	list := []format{{}, {short: true}}
+	if v := c.files.version; v > 1 {
+		list = append(list, format{version: v})
+	}
+	for _, v := range []int{3, 2} {
+		if f := (format{version: v}); v <= c.newestFormat() && !slices.Contains(list, f) {
+			list = append(list, f)
+		}
+	}
+	return list
+}
+
+// newestFormat is the newest version of configuration files that it and pilot
+// know.
+func (c *containerd) newestFormat() int {
 	if c.major > 1 {
 		return 3
 	}
 	return 2
 }
 
-// plugin returns the configuration of a plugin.
-func (c *containerd) plugin(id string) map[string]any {
-	plugins, _ := c.dump["plugins"].(map[string]any)
+// pluginIn returns the configuration of a plugin in a dump.
+func pluginIn(dump map[string]any, id string) map[string]any {
+	plugins, _ := dump["plugins"].(map[string]any)
 	p, _ := plugins[id].(map[string]any)
 	return p
 }
+
+// plugin returns the configuration of a plugin, without pilot's drop-in.
+func (c *containerd) plugin(id string) map[string]any { return pluginIn(c.plain, id) }
 
 const (
 	diffService     = "io.containerd.service.v1.diff-service"
@@ -189,10 +224,10 @@ type unpackConfig struct {
 	Optional    bool     `toml:"optional,omitempty"`
 }
 
-// unpackConfigs returns the entries that the transfer service has, or those
-// that it takes when there are none.
-func (c *containerd) unpackConfigs(platform ocispec.Platform) ([]unpackConfig, error) {
-	list, ok := c.plugin(transferService)["unpack_config"]
+// unpackConfigs returns the entries that the transfer service has in a dump, or
+// those that it takes when there are none.
+func (c *containerd) unpackConfigs(dump map[string]any, platform ocispec.Platform) ([]unpackConfig, error) {
+	list, ok := pluginIn(dump, transferService)["unpack_config"]
 	if !ok {
 		entries := []unpackConfig{{Platform: platforms.Format(platform), Snapshotter: "overlayfs", Differ: "walking"}}
 		if c.major > 2 || c.minor >= 3 {
@@ -230,54 +265,33 @@ func (c *containerd) plainErofs() bool {
 	return true
 }
 
-// dropInDir returns a directory from which containerd reads all configuration
-// files, inside the root.
-func (c *containerd) dropInDir() (string, bool) {
-	for _, pattern := range slices.Backward(c.imports) {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(filepath.Dir(c.main), pattern)
-		}
-		if filepath.Base(pattern) == "*.toml" && !strings.Contains(filepath.Dir(pattern), "*") {
-			return filepath.Dir(pattern), true
-		}
-	}
-	return "", false
-}
-
 // platform returns that of the machine: of its containerd if it is another
 // machine's root.
-func (o Options) platform() (ocispec.Platform, error) {
+func (c *containerd) platform(o Options) (ocispec.Platform, error) {
 	p := platforms.DefaultSpec()
 	if o.Root == "" {
 		return p, nil
 	}
-	candidates := []string{o.ContainerdBinary}
-	if !filepath.IsAbs(o.ContainerdBinary) {
-		candidates = nil
-		for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
-			candidates = append(candidates, filepath.Join(dir, o.ContainerdBinary))
-		}
+	f, err := elf.Open(o.path(c.program))
+	if err != nil {
+		return p, fmt.Errorf("containerd's program in %s: %w", o.Root, err)
 	}
-	for _, name := range candidates {
-		f, err := elf.Open(o.path(name))
-		if err != nil {
-			continue
-		}
-		defer f.Close()
-		arch, ok := map[elf.Machine]string{
-			elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_RISCV: "riscv64", elf.EM_S390: "s390x", elf.EM_PPC64: "ppc64le",
-		}[f.Machine]
-		if !ok {
-			return p, fmt.Errorf("containerd in %s is for a machine that is not known here: %s", o.Root, f.Machine)
-		}
-		return platforms.Normalize(ocispec.Platform{OS: "linux", Architecture: arch}), nil
+	defer f.Close()
+	arch, ok := map[elf.Machine]string{
+		elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_RISCV: "riscv64", elf.EM_S390: "s390x", elf.EM_PPC64: "ppc64le",
+	}[f.Machine]
+	if !ok {
+		return p, fmt.Errorf("containerd in %s is for a machine that is not known here: %s", o.Root, f.Machine)
 	}
-	return p, fmt.Errorf("containerd's program is not found in %s: name it with --containerd-binary", o.Root)
+	return platforms.Normalize(ocispec.Platform{OS: "linux", Architecture: arch}), nil
 }
 
-// address returns the path of containerd's socket.
-func (c *containerd) address() string {
-	grpc, _ := c.dump["grpc"].(map[string]any)
+// socket returns the path of the socket that it answers on.
+func (c *containerd) socket() string {
+	if c.address != "" {
+		return c.address
+	}
+	grpc, _ := c.plain["grpc"].(map[string]any)
 	address, _ := grpc["address"].(string)
 	if address == "" {
 		address, _ = c.plugin("io.containerd.server.v1.grpc")["address"].(string)
@@ -285,10 +299,8 @@ func (c *containerd) address() string {
 	if address == "" {
 		address = defaultAddress
 	}
-	return strings.TrimPrefix(address, "unix://")
+	return socketOf(address)
 }
-
-const defaultAddress = "/run/containerd/containerd.sock"
 
 func stringsOf(v any) []string {
 	var list []string

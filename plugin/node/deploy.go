@@ -140,11 +140,11 @@ func sleep(ctx context.Context, d time.Duration) bool {
 func (d *Deployment) install(ctx context.Context) error {
 	o := Options{Root: machineRoot}
 	// What a package's removal leaves is no installation.
-	_, installed, err := Installed(Options{Root: machineRoot, KeepConfig: true})
+	had, err := Installed(Options{Root: machineRoot, KeepConfig: true})
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(o.path(mark)); installed && err != nil {
+	if _, err := os.Stat(o.path(mark)); had.Present && err != nil {
 		logrus.Warn("pilot was set up on this node by hand, and stays when the DaemonSet is deleted")
 	} else if err := put(ctx, o, mark, []byte(d.DaemonSet.String()+"\n"), 0o644); err != nil {
 		return err
@@ -181,8 +181,11 @@ func (d *Deployment) renew(ctx context.Context) error {
 func (o Options) intact() bool {
 	s, err := o.readState()
 	return err == nil && Connected(o) && !slices.ContainsFunc(s.Files, func(f installed) bool {
-		_, err := os.Stat(o.path(f.Path))
-		return err != nil
+		if isDropIn(f.Path) {
+			text, err := os.ReadFile(o.path(f.Path))
+			return err != nil || string(text) == leftOut
+		}
+		return !exists(o.path(f.Path))
 	})
 }
 
@@ -256,7 +259,7 @@ func put(ctx context.Context, o Options, path string, content []byte, mode fs.Fi
 	if err != nil {
 		return err
 	}
-	p := &Plan{options: o, check: func(context.Context) error { return nil }}
+	p := &Plan{options: o}
 	if err := p.ownMode(before, path, content, mode, nil); err != nil {
 		return err
 	}

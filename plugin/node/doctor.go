@@ -44,7 +44,8 @@ type Doctor struct {
 	// Containerd is the path of containerd's socket.
 	Containerd string
 	// ContainerdConfig is the file that containerd was started with, and
-	// ContainerdBinary the program that can read it.
+	// ContainerdBinary the program that can read it. Default: those of the
+	// process that answers at Containerd.
 	ContainerdConfig, ContainerdBinary string
 	// Snapshotter is where to unpack. Default: CRI's, or overlayfs.
 	Snapshotter string
@@ -131,7 +132,8 @@ type examination struct {
 	broken map[string]bool // steps that failed, or that need one that failed
 
 	client  *client.Client // of containerd, from StepContainerd on
-	running *containerd    // with the dump of what it would load if it was started now
+	running *containerd    // of the version that answers
+	dump    map[string]any // what it would load if it was started now
 	builtIn bool           // pilot's differ is compiled into containerd
 	kek     string         // the first that the node can use
 }
@@ -183,7 +185,11 @@ func (e *examination) containerd(ctx context.Context) Step {
 	if err != nil {
 		return failed(err.Error(), "containerd --version")
 	}
-	if e.running = (&containerd{major: major, minor: minor, main: e.ContainerdConfig}); major < 1 || major == 1 && minor < 6 {
+	e.running = &containerd{target: target{config: e.ContainerdConfig, service: containerdService}, major: major, minor: minor}
+	if e.running.config == "" {
+		e.running.config = defaultConfig
+	}
+	if e.running.checkVersion() != nil {
 		return failed(fmt.Sprintf("containerd %s is too old: 1.6 decrypts layers with stream processors, 1.7 and 2.x with pilot's differ", v.Version), "upgrade containerd")
 	}
 	return inOrder(fmt.Sprintf("%s answers at %s", v.Version, e.Containerd))

@@ -5,83 +5,203 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
+	"time"
 
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/imgcrypt/v2"
 	"github.com/containerd/platforms"
+	"github.com/containerd/plugin"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
 )
 
-var (
-	restartContainerd = []string{"systemctl restart containerd.service"}
-	install           = append([]string{"pilot node install"}, restartContainerd...)
-)
+var install = []string{"pilot node install --now"}
+
+// restartContainerd is the command that has containerd read its configuration.
+func (e *examination) restartContainerd() string {
+	return "systemctl restart " + e.running.service
+}
+
+// look finds the files and the program of the containerd that answers. An error
+// that is a [Conflict] is of the node's; others say why it can't be known.
+func (e *examination) look(ctx context.Context) error {
+	o := Options{ContainerdAddress: e.Containerd, ContainerdBinary: e.ContainerdBinary, ContainerdConfig: e.ContainerdConfig}
+	s, err := o.readState()
+	if err != nil {
+		return err
+	}
+	t, err := findTarget(o)
+	if err != nil {
+		return err
+	}
+	e.running.target = *t
+	c, err := lookAt(ctx, o, *t, s)
+	if err != nil {
+		return err
+	}
+	if c.major != e.running.major || c.minor != e.running.minor {
+		return &Conflict{t.program, fmt.Sprintf("it is containerd %d.%d, and %d.%d answers at %s", c.major, c.minor, e.running.major, e.running.minor, e.Containerd), e.restartContainerd()}
+	}
+	e.running = c
+	e.dump, err = c.readAll(ctx, o)
+	return err
+}
 
 // containerdConfig compares what containerd has loaded, what it would load now,
 // and what decryption takes.
 func (e *examination) containerdConfig(ctx context.Context) Step {
-	unread := e.running.load(ctx, Options{ContainerdBinary: e.ContainerdBinary})
+	unread := e.look(ctx)
+	file := e.running.config
+	var conflict *Conflict
 	switch {
 	case unread == nil:
+	case errors.As(unread, &conflict):
+		return failed(conflict.Where+": "+conflict.What, conflict.Mend)
 	case ctx.Err() != nil:
-		return failed(fmt.Sprintf("containerd does not read %s in time: %s", e.ContainerdConfig, unread), e.ContainerdBinary+" --config "+e.ContainerdConfig+" config dump")
-	case errors.Is(unread, exec.ErrNotFound) || errors.Is(unread, fs.ErrNotExist):
+		return failed(fmt.Sprintf("containerd does not read %s in time: %s", file, unread), e.running.program+" --config "+file+" config dump")
+	case errors.Is(unread, exec.ErrNotFound) || errors.Is(unread, fs.ErrNotExist) || e.running.program == "":
 		// That says nothing about the containerd that runs.
-		unread = fmt.Errorf("%s is not compared: %w: name containerd's program with --containerd-binary", e.ContainerdConfig, unread)
+		unread = fmt.Errorf("%s is not compared: %w: name containerd's program with --containerd-binary", file, unread)
 	default:
-		return failed(fmt.Sprintf("containerd can't read %s, and would not start again: %s", e.ContainerdConfig, unread), "correct "+e.ContainerdConfig)
+		return failed(fmt.Sprintf("containerd can't read %s, and would not start again: %s", file, unread), "correct "+file)
 	}
-	loaded, broken, err := e.loaded(ctx)
+	loaded, err := e.loaded(ctx)
 	if err != nil {
-		return failed("containerd does not tell its plugins: "+said(err), "journalctl -u containerd.service -n 30")
+		return failed("containerd does not list its plugins: "+said(err), "journalctl -u "+e.running.service+" -n 30")
 	}
-	at := socketOf(loaded.GetExports()["address"])
-	e.builtIn = loaded != nil && at == ""
+	at := socketOf(loaded.differ.GetExports()["address"])
+	e.builtIn = loaded.differ != nil && at == ""
+	var wrong []string
+	if unread == nil {
+		wrong = e.addedToTheRest()
+	}
 	if !e.withDiffer() {
-		if loaded != nil {
+		if loaded.differ != nil {
 			return failed(fmt.Sprintf("containerd asks pilot's differ at %s, and diff-listen is off", at), e.correctListen()...)
 		}
-		return e.streamProcessors(unread)
+		return e.streamProcessors(unread, wrong)
 	}
 
 	notLoaded := ""
 	switch {
-	case broken != "":
-		notLoaded = broken
-	case loaded == nil:
+	case loaded.broken != "":
+		notLoaded = loaded.broken
+	case loaded.differ == nil:
 		notLoaded = "containerd has not loaded pilot's differ"
 	case !e.builtIn && at != e.DiffSocket:
 		notLoaded = fmt.Sprintf("containerd looks for pilot's differ at %s, and diff-listen is %s", at, e.DiffSocket)
-		if at == e.proxy().at {
+		if p, _ := proxyIn(e.dump); at == p.at {
 			return failed(notLoaded, e.correctListen()...)
 		}
 	}
-	var wrong []string
 	if unread == nil {
-		wrong = e.differOnDisk()
+		wrong = append(wrong, e.differOnDisk()...)
+		wrong = append(wrong, e.lists(loaded)...)
 	}
-	onDisk := e.ContainerdConfig + ": " + strings.Join(wrong, "; ")
+	onDisk := file + ": " + strings.Join(wrong, "; ")
+	older := e.olderThan()
 	switch {
 	case notLoaded == "" && unread != nil:
 		return inOrder(fmt.Sprintf("pilot's differ is loaded (%s)", unread))
 	case notLoaded == "" && len(wrong) == 0:
-		return inOrder(fmt.Sprintf("pilot's differ is loaded, and %s unpacks into %s with it", e.ContainerdConfig, e.snapshotter()))
-	case notLoaded == "" && !e.builtIn && !e.proxy().found:
-		return failed(onDisk+", though containerd has loaded it: if it was started with another file, name that with --containerd-config", install...)
+		return inOrder(fmt.Sprintf("pilot's differ is loaded, and %s unpacks into %s with it%s", file, e.snapshotter(), note(older)))
 	case notLoaded == "":
 		return failed(onDisk, install...)
 	case unread != nil:
 		return failed(fmt.Sprintf("%s (%s)", notLoaded, unread), install...)
+	case len(wrong) == 0 && older != "":
+		return failed(fmt.Sprintf("%s, and %s is right: %s", notLoaded, file, older), e.restartContainerd())
 	case len(wrong) == 0:
-		return failed(fmt.Sprintf("%s, and %s is right: containerd was not restarted since it was written", notLoaded, e.ContainerdConfig), restartContainerd...)
+		return failed(fmt.Sprintf("%s, and %s is right", notLoaded, file), e.restartContainerd(), "journalctl -u "+e.running.service+" -n 30")
 	}
 	return failed(notLoaded+"; "+onDisk, install...)
+}
+
+// addedToTheRest says what pilot's drop-in changes of the rest of containerd's
+// configuration, which it must not.
+func (e *examination) addedToTheRest() []string {
+	changed := differences(e.running.plain, e.dump, e.running.setsOwn())
+	if len(changed) == 0 {
+		return nil
+	}
+	return []string{"with pilot's drop-in containerd has lost or changed other settings: " + listed(changed)}
+}
+
+// lists says what the lists of pilot's drop-in hide of others, or have kept of
+// tools that are gone.
+func (e *examination) lists(loaded plugged) (wrong []string) {
+	if !e.running.hasTransfer() || e.builtIn {
+		return nil
+	}
+	is, err := e.running.unpackConfigs(e.dump, platforms.DefaultSpec())
+	if err != nil {
+		return nil // which differOnDisk says
+	}
+	for _, u := range is {
+		if u.Optional {
+			continue
+		}
+		if !loaded.has(plugins.SnapshotPlugin, u.Snapshotter) && !e.configured(u.Snapshotter) {
+			wrong = append(wrong, fmt.Sprintf("unpack_config has an entry for snapshotter %s, which does not exist: containerd would start without pulling images", u.Snapshotter))
+		}
+		if u.Differ != "" && !loaded.has(plugins.DiffPlugin, u.Differ) && !e.configured(u.Differ) {
+			wrong = append(wrong, fmt.Sprintf("unpack_config has an entry with differ %s, which does not exist: containerd would start without pulling images", u.Differ))
+		}
+	}
+	should, err := e.running.newUnpackConfigs(Options{})
+	if err != nil {
+		return append(wrong, err.Error())
+	}
+	for _, u := range should {
+		if !slices.ContainsFunc(is, func(v unpackConfig) bool { return u.Snapshotter == v.Snapshotter && u.Platform == v.Platform }) {
+			wrong = append(wrong, fmt.Sprintf("pilot's drop-in hides the entry of unpack_config for snapshotter %s and %s", u.Snapshotter, u.Platform))
+		}
+	}
+	return wrong
+}
+
+// configured reports whether containerd's configuration has a proxy plugin of that
+// name.
+func (e *examination) configured(name string) bool {
+	all, _ := e.dump["proxy_plugins"].(map[string]any)
+	return all[name] != nil
+}
+
+// olderThan says which of its configuration's files were written after containerd
+// was started.
+func (e *examination) olderThan() string {
+	p := e.running.process
+	if p == nil {
+		return ""
+	}
+	files, _, err := (&configFiles{main: e.running.config}).all(Options{})
+	if err != nil {
+		return ""
+	}
+	var newer []string
+	for _, file := range files {
+		if info, err := os.Stat(file); err == nil && info.ModTime().After(p.started) {
+			newer = append(newer, fmt.Sprintf("%s was written at %s", file, info.ModTime().Format(time.DateTime)))
+		}
+	}
+	if len(newer) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("containerd runs since %s: %s", p.started.Format(time.DateTime), strings.Join(newer, ", "))
+}
+
+// note returns what is added to a line, in parentheses.
+func note(text string) string {
+	if text == "" {
+		return ""
+	}
+	return " (" + text + ")"
 }
 
 // correctListen are the commands that mend a diff-listen that is not where
@@ -96,61 +216,59 @@ func (e *examination) withDiffer() bool {
 	return e.running.usesDiffer() && (e.DiffSocket != "" || e.builtIn)
 }
 
-// loaded returns pilot's differ among the plugins of the running containerd, or
-// nil, and says which of those that unpack could not be loaded.
-func (e *examination) loaded(ctx context.Context) (differ *introspection.Plugin, broken string, err error) {
+// plugged are the plugins of the running containerd.
+type plugged struct {
+	all    []*introspection.Plugin
+	differ *introspection.Plugin // pilot's, or nil
+	broken string                // which of those that unpack could not be loaded
+}
+
+func (e *examination) loaded(ctx context.Context) (plugged, error) {
 	list, err := e.client.IntrospectionService().Plugins(ctx)
 	if err != nil {
-		return nil, "", err
+		return plugged{}, err
 	}
+	found := plugged{all: list.Plugins}
 	for _, p := range list.Plugins {
 		name := p.Type + "." + p.ID
 		switch name {
 		case string(plugins.DiffPlugin) + ".pilot":
-			differ = p
+			found.differ = p
 		case diffService, transferService:
 		default:
 			continue
 		}
 		if p.InitErr != nil {
-			broken = fmt.Sprintf("containerd could not load its plugin %s: %s", name, p.InitErr.Message)
+			found.broken = fmt.Sprintf("containerd could not load its plugin %s: %s", name, p.InitErr.Message)
 		}
 	}
-	return differ, broken, nil
+	return found, nil
 }
 
-// proxy is the proxy plugin pilot of containerd's configuration.
-type proxy struct {
-	found    bool
-	kind, at string
-}
-
-func (e *examination) proxy() proxy {
-	all, _ := e.running.dump["proxy_plugins"].(map[string]any)
-	section, found := all["pilot"].(map[string]any)
-	kind, _ := section["type"].(string)
-	at, _ := section["address"].(string)
-	return proxy{found, kind, socketOf(at)}
+// has reports whether containerd has a plugin. One that could not be loaded
+// counts: the reason may be gone when containerd starts again.
+func (p plugged) has(kind plugin.Type, id string) bool {
+	return slices.ContainsFunc(p.all, func(p *introspection.Plugin) bool { return p.Type == string(kind) && p.ID == id })
 }
 
 // differOnDisk says what pilot's differ lacks in containerd's configuration.
 func (e *examination) differOnDisk() (wrong []string) {
-	switch p := e.proxy(); {
+	switch p, found := proxyIn(e.dump); {
 	case e.builtIn:
-	case !p.found:
+	case !found:
 		wrong = append(wrong, "there is no proxy plugin pilot")
 	case p.kind != "diff" && p.kind != string(plugins.DiffPlugin):
 		wrong = append(wrong, fmt.Sprintf("the proxy plugin pilot is of type %s, not diff", p.kind))
 	case p.at != e.DiffSocket:
 		wrong = append(wrong, fmt.Sprintf("the proxy plugin pilot is looked for at %s, and diff-listen is %s", p.at, e.DiffSocket))
 	}
-	if order := stringsOf(e.running.plugin(diffService)["default"]); len(order) == 0 || order[0] != "pilot" {
+	if order := stringsOf(pluginIn(e.dump, diffService)["default"]); len(order) == 0 || order[0] != "pilot" {
 		wrong = append(wrong, fmt.Sprintf("the diff service asks the differs %q, and not pilot first", order))
 	}
 	if !e.running.hasTransfer() {
 		return wrong
 	}
-	entries, err := e.running.unpackConfigs(platforms.DefaultSpec())
+	entries, err := e.running.unpackConfigs(e.dump, platforms.DefaultSpec())
 	if err != nil {
 		return append(wrong, fmt.Sprintf("unpack_config of the transfer service can't be read: %s", err))
 	}
@@ -170,11 +288,10 @@ func socketOf(address string) string { return strings.TrimPrefix(address, "unix:
 
 // streamProcessors looks for the programs that decrypt where pilot's differ
 // does not. The running containerd does not tell which it has.
-func (e *examination) streamProcessors(unread error) Step {
+func (e *examination) streamProcessors(unread error, wrong []string) Step {
 	if unread != nil {
 		return skipped(unread.Error())
 	}
-	var wrong []string
 	for _, mt := range []string{ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayerZstd} {
 		mt, _ = processor.EncryptedMediaType(mt)
 		if problem := e.streamProcessor(mt); problem != "" {
@@ -182,7 +299,7 @@ func (e *examination) streamProcessors(unread error) Step {
 		}
 	}
 	for _, cri := range []string{criImages, criV1} {
-		section := e.running.plugin(cri)
+		section := pluginIn(e.dump, cri)
 		if decryption, found := section["image_decryption"].(map[string]any); found && decryption["key_model"] != "node" {
 			wrong = append(wrong, fmt.Sprintf("key_model of %s is %q, not node: the kubelet's pulls pass nothing to stream processors", cri, decryption["key_model"]))
 		}
@@ -191,14 +308,14 @@ func (e *examination) streamProcessors(unread error) Step {
 		}
 	}
 	if len(wrong) > 0 {
-		return failed(e.ContainerdConfig+": "+strings.Join(unique(wrong), "; "), install...)
+		return failed(e.running.config+": "+strings.Join(unique(wrong), "; "), install...)
 	}
-	return inOrder(e.ContainerdConfig + " has stream processors for tar, tar+gzip and tar+zstd")
+	return inOrder(e.running.config + " has stream processors for tar, tar+gzip and tar+zstd" + note(e.olderThan()))
 }
 
 // streamProcessor says what is wrong with the one for a media type.
 func (e *examination) streamProcessor(mediaType string) string {
-	processors, _ := e.running.dump["stream_processors"].(map[string]any)
+	processors, _ := e.dump["stream_processors"].(map[string]any)
 	// CRI passes a layer's descriptor to these two only.
 	for _, id := range imgcrypt.PayloadToolIDs {
 		section, _ := processors[id].(map[string]any)

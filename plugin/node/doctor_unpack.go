@@ -163,13 +163,13 @@ func (e *examination) importImage(ctx context.Context, l *testLayer) error {
 func (e *examination) notUnpacked(err error) Step {
 	for _, sign := range []string{diff.ErrNoProcessor.Error(), "ctd-decoder", errNoUnpackConfig.Error()} {
 		if strings.Contains(err.Error(), sign) {
-			return failed(fmt.Sprintf("containerd did not ask pilot, and %s is right: containerd was not restarted since it was written: %s", e.ContainerdConfig, err), restartContainerd...)
+			return failed(fmt.Sprintf("containerd did not ask pilot, though %s is right: %s", e.running.config, err), e.restartContainerd())
 		}
 	}
 	if strings.Contains(err.Error(), keyproviderconfig.ENVVARNAME) {
 		return failed(err.Error(), install...)
 	}
-	return failed(err.Error(), "journalctl -u containerd.service -u pilot.service -n 30")
+	return failed(err.Error(), "journalctl -u "+e.running.service+" -u pilot.service -n 30")
 }
 
 // errNoUnpackConfig is the error of a transfer service that takes an image and

@@ -2,38 +2,75 @@ package node
 
 import (
 	"bytes"
+	"regexp"
 	"slices"
 	"strings"
 )
 
-// insertImport makes a configuration file import another, and returns what it
-// has inserted.
+// importsKey is a line that begins the list of imports.
+var importsKey = regexp.MustCompile(`^\s*imports\s*=\s*\[`)
+
+// insertImport makes a configuration file import another after all others, so that
+// it is read last, and returns what it has inserted.
 func insertImport(text, file string) (edited, inserted string) {
 	lines := strings.SplitAfter(text, "\n")
 	at := 0 // where a line of the top level can stand: before the first table
+	offset := 0
 	for i, line := range lines {
 		trimmed := strings.TrimSpace(line)
 		if strings.HasPrefix(trimmed, "[") {
 			break
 		}
-		if rest, ok := strings.CutPrefix(trimmed, "imports"); ok && strings.HasPrefix(strings.TrimLeft(rest, " \t="), "[") {
-			inserted = "'" + file + "', "
-			if strings.HasPrefix(strings.TrimSpace(trimmed[strings.Index(trimmed, "[")+1:]), "]") {
-				inserted = "'" + file + "'"
-			}
-			bracket := strings.Index(line, "[") + 1
-			lines[i] = line[:bracket] + inserted + line[bracket:]
-			return strings.Join(lines, ""), inserted
+		if key := importsKey.FindString(line); key != "" {
+			return insertElement(text, offset+len(key), "'"+file+"'")
 		}
 		if strings.HasPrefix(trimmed, "version") {
 			at = i + 1
 		}
+		offset += len(line)
 	}
 	inserted = "imports = ['" + file + "']\n"
 	if at > 0 && !strings.HasSuffix(lines[at-1], "\n") {
 		inserted = "\n" + inserted
 	}
 	return strings.Join(slices.Insert(lines, at, inserted), ""), inserted
+}
+
+// insertElement adds an element to the end of the array of strings whose content
+// begins at start.
+func insertElement(text string, start int, element string) (edited, inserted string) {
+	end := start // of the last element, with its comma if it has one
+	comma := true
+scan:
+	for i := start; i < len(text); i++ {
+		switch text[i] {
+		case '#':
+			for i < len(text) && text[i] != '\n' {
+				i++
+			}
+		case '\'', '"':
+			quote := text[i]
+			for i++; i < len(text) && text[i] != quote; i++ {
+				if quote == '"' && text[i] == '\\' {
+					i++
+				}
+			}
+			end, comma = min(i+1, len(text)), false
+		case ',':
+			end, comma = i+1, true
+		case ']':
+			break scan
+		}
+	}
+	switch {
+	case !comma:
+		inserted = ", " + element
+	case end > start:
+		inserted = " " + element
+	default:
+		inserted = element
+	}
+	return text[:end] + inserted + text[end:], inserted
 }
 
 // imported returns the file that what insertImport has inserted imports.

@@ -18,6 +18,9 @@ func TestInsertImport(t *testing.T) {
 		"imports = ['/a.toml']\nversion = 2\n",
 		"version = 2\nimports=[\n  '/a.toml',\n]\n[grpc]\n",
 		"version = 2\nimports = []\n",
+		"imports = ['/a.toml', \"/b]'.toml\"] # ]\n",
+		"imports = [\n '/a.toml', # one, ]\n '/b.toml' # two\n ]\n",
+		"imports = [ # none yet\n]\n",
 		"  imports = [ ] # none\n[grpc]\nversion = 2\n",
 	} {
 		edited, inserted := insertImport(text, file)
@@ -30,7 +33,7 @@ func TestInsertImport(t *testing.T) {
 			t.Errorf("%q became %q: %v", text, edited, err)
 			continue
 		}
-		if is.Version != was.Version || len(is.Imports) != len(was.Imports)+1 || is.Imports[0] != file {
+		if is.Version != was.Version || len(is.Imports) != len(was.Imports)+1 || is.Imports[len(was.Imports)] != file {
 			t.Errorf("%q became %q", text, edited)
 		}
 		if back := strings.Replace(edited, inserted, "", 1); back != text {

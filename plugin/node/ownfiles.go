@@ -52,11 +52,17 @@ func (p *Plan) pilotConfig(c *containerd, before state) error {
 	if settings == nil {
 		settings = make(map[string]string)
 	}
-	if a := c.address(); c.usesDiffer() && a != defaultAddress {
+	if a := c.socket(); c.usesDiffer() && a != defaultAddress {
 		settings["containerd"] = a
 	}
-	if entries, err := os.ReadDir(p.options.path(imgcryptKeys)); c.usesDiffer() && err == nil && len(entries) > 0 {
-		settings["decryption-keys-path"] = imgcryptKeys
+	if c.usesDiffer() {
+		keys, _, err := c.decoderSettings(p.options)
+		if err != nil {
+			return err
+		}
+		if keys != "" {
+			settings["decryption-keys-path"] = keys
+		}
 	}
 	check := func(had []byte) error { return checkPilotConfig(had, settings, c.usesDiffer()) }
 	wanted := maps.Clone(settings)
@@ -181,9 +187,9 @@ const packagedPilot = "/usr/bin/pilot"
 
 // units plans systemd's units and the links that enable them. Units of a
 // package are used as they are.
-func (p *Plan) units(before state, differ bool) error {
+func (p *Plan) units(before state, c *containerd) error {
 	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
-	if differ {
+	if c.usesDiffer() {
 		names["pilot-diff.socket"] = "sockets.target.wants"
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
@@ -211,5 +217,38 @@ func (p *Plan) units(before state, differ bool) error {
 			p.Changes = append(p.Changes, Change{Path: link, Link: path})
 		}
 	}
-	return nil
+	if err := p.own(before, filepath.Join(unitDir, c.service+".d", refreshName), refreshUnit(p.options.PilotBinary), nil); err != nil {
+		return err
+	}
+	if !c.usesDiffer() {
+		return nil
+	}
+	_, env, err := c.decoderSettings(p.options)
+	if err != nil || len(env) == 0 {
+		return err
+	}
+	return p.own(before, filepath.Join(unitDir, pilotService+".d", "decoder.conf"), environmentUnit(c.config, env), nil)
+}
+
+// refreshName is the file that has systemd run "pilot node refresh" before
+// containerd.
+const refreshName = "pilot.conf"
+
+func refreshUnit(pilot string) []byte {
+	return fmt.Appendf(nil, `# Written by "pilot node install"; "pilot node uninstall" removes it.
+# containerd's configuration may have been written anew, by a tool or at boot.
+[Service]
+ExecStartPre=-%s node refresh
+`, pilot)
+}
+
+// environmentUnit gives pilot the environment that stream processors had.
+func environmentUnit(from string, env []string) []byte {
+	var b strings.Builder
+	fmt.Fprintf(&b, "# Written by \"pilot node install\": what the stream processors of\n# %s had.\n[Service]\n", from)
+	quote := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "%", "%%")
+	for _, v := range env {
+		fmt.Fprintf(&b, "Environment=\"%s\"\n", quote.Replace(v))
+	}
+	return []byte(b.String())
 }

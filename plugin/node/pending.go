@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"errors"
 	"os"
 	"path/filepath"
@@ -40,10 +41,26 @@ func (o Options) forgive(services []string) error {
 func Pending() []string { return Options{}.pending() }
 
 func (o Options) pending() []string {
-	return slices.DeleteFunc([]string{pilotService, containerdService}, func(s string) bool {
-		_, err := os.Stat(o.path(filepath.Join(pendingDir, s)))
-		return err != nil
+	entries, err := os.ReadDir(o.path(pendingDir))
+	if err != nil {
+		return nil
+	}
+	var services []string
+	for _, e := range entries {
+		services = append(services, e.Name())
+	}
+	// containerd asks pilot, so that is there first.
+	slices.SortStableFunc(services, func(a, b string) int {
+		return cmp.Compare(b2i(a != pilotService), b2i(b != pilotService))
 	})
+	return services
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // Restarted notes that the services that were [Pending] are restarted.

@@ -1,18 +1,27 @@
 package node
 
 import (
-	"cmp"
+	"bytes"
+	"context"
 	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 )
 
-// Uninstall puts a machine back as it was before [Plan.Install], byte for
-// byte. Files of pilot's that somebody has changed since stay, and are named in
-// the error; what was inserted into containerd's configuration is removed even
-// if other lines of it were changed. With KeepConfig, pilot's own configuration
-// stays.
-func Uninstall(o Options) error {
+// Uninstall puts a machine back as it was before [Plan.Install], byte for byte.
+// Files of pilot's that somebody has changed since stay, and are named in the
+// error; what was inserted into containerd's configuration is removed even if
+// other lines of it were changed. With KeepConfig, pilot's own configuration stays.
+//
+// If containerd could not start without pilot's drop-in, or would ask pilot all
+// the same, because its configuration was written anew from what it came to with
+// pilot, then everything stays, and the error names the lines.
+func Uninstall(ctx context.Context, o Options) error {
 	if err := o.cleanRoot(); err != nil {
 		return err
 	}
@@ -25,10 +34,9 @@ func Uninstall(o Options) error {
 	if err != nil {
 		return err
 	}
-	// If what has containerd ask pilot can't be undone, the rest is needed.
-	slices.SortStableFunc(s.Files, func(a, b installed) int {
-		return cmp.Compare(dropInLast(a), dropInLast(b))
-	})
+	if err := s.disconnect(ctx, o); err != nil {
+		return err
+	}
 	var errs []error
 	var left []installed
 	for _, f := range slices.Backward(s.Files) {
@@ -37,27 +45,148 @@ func Uninstall(o Options) error {
 			continue
 		}
 		if err := s.undo(o, f); err != nil {
-			if dropInLast(f) > 0 {
-				return err
-			}
 			errs = append(errs, err)
 			left = append(left, f)
 		}
 	}
 	slices.Reverse(left)
-	if err := o.writeState(state{Files: left, Dirs: s.Dirs}); err != nil {
+	if err := o.writeState(state{Files: left, Dirs: s.Dirs, Containerd: s.Containerd}); err != nil {
 		errs = append(errs, err)
 	}
 	o.removeDirs(s.Dirs)
 	return errors.Join(errs...)
 }
 
-// dropInLast sorts the file that has containerd ask pilot after all others.
-func dropInLast(f installed) int {
-	if filepath.Base(f.Path) == dropInName && f.Path != pilotConfig {
-		return 1
+// disconnect takes pilot out of containerd's configuration. If containerd could
+// not do with what is left, it puts everything back and returns an error.
+func (s *state) disconnect(ctx context.Context, o Options) error {
+	c, err := s.lookAgain(ctx, o)
+	worked := false
+	if err == nil {
+		_, err = c.readAll(ctx, o)
+		worked = err == nil
 	}
-	return 0
+	var undone []Change
+	putBack := func(err error) error {
+		for _, c := range slices.Backward(undone) {
+			err = errors.Join(err, writeFile(o.path(c.Path), c.Old, c.Mode))
+		}
+		return err
+	}
+	for _, f := range slices.Backward(s.Files) {
+		if !isDropIn(f.Path) && f.Inserted == "" {
+			continue
+		}
+		was := Change{Path: f.Path, Mode: f.Mode}
+		if was.Old, err = os.ReadFile(o.path(f.Path)); err != nil {
+			continue // it is gone, or undo says why it can't be read
+		}
+		if err := s.undo(o, f); err == nil {
+			undone = append(undone, was)
+		} else if isDropIn(f.Path) {
+			return putBack(err)
+		}
+	}
+	if worked && !c.deferred() {
+		if err := c.without(ctx, o); err != nil {
+			return putBack(err)
+		}
+	}
+	return nil
+}
+
+// lookAgain looks at the containerd that was set up.
+func (s *state) lookAgain(ctx context.Context, o Options) (*containerd, error) {
+	t, err := s.target(o)
+	if err != nil {
+		return nil, err
+	}
+	return lookAt(ctx, o, *t, *s)
+}
+
+// target returns the containerd that was set up.
+func (s *state) target(o Options) (*target, error) {
+	if s.Containerd == nil {
+		return findTarget(o)
+	}
+	t := &target{program: s.Containerd.Program, config: s.Containerd.Config, address: s.Containerd.Address, service: s.Containerd.Service}
+	t.distribution = distributionAt(t.config, "")
+	if !exists(o.path(t.program)) {
+		return nil, fmt.Errorf("%s: %w", t.program, exec.ErrNotFound)
+	}
+	return t, nil
+}
+
+// deferred reports whether it reads its drop-ins only once the distribution that
+// it is part of starts it.
+func (c *containerd) deferred() bool {
+	_, isImported := c.files.dropInDir()
+	return c.rewritten && !isImported
+}
+
+// without checks that containerd does with the configuration that is left, and
+// does not ask pilot.
+func (c *containerd) without(ctx context.Context, o Options) error {
+	dump, err := c.readAll(ctx, o)
+	if err == nil && !mentionsPilot(dump) {
+		return nil
+	}
+	what := "containerd would ask pilot all the same"
+	if err != nil {
+		what = "containerd would not start without pilot's drop-in: " + err.Error()
+	}
+	lines := c.linesWithPilot(o)
+	if len(lines) == 0 {
+		lines = []string{c.config}
+	}
+	return &Conflict{strings.Join(lines, ", "), what + ": its configuration was written anew with pilot in it, so everything stays as it is", "take pilot out of these lines, and run this again"}
+}
+
+// mentionsPilot reports whether a configuration has containerd ask pilot.
+func mentionsPilot(dump map[string]any) bool {
+	if p, ok := proxyIn(dump); ok && p.at == diffSocket {
+		return true
+	}
+	if slices.Contains(stringsOf(pluginIn(dump, diffService)["default"]), "pilot") {
+		return true
+	}
+	entries, _ := pluginIn(dump, transferService)["unpack_config"].([]any)
+	for _, e := range entries {
+		if entry, ok := e.(map[string]any); ok && entry["differ"] == "pilot" {
+			return true
+		}
+	}
+	for id := range decoders {
+		if filepath.Base(processorIn(dump, id).path) == "pilot-decoder" {
+			return true
+		}
+	}
+	return false
+}
+
+// linesWithPilot returns the lines of containerd's files that name pilot, as
+// FILE:LINE.
+func (c *containerd) linesWithPilot(o Options) []string {
+	files, _, err := (&configFiles{main: c.config}).all(o)
+	if err != nil {
+		files = []string{c.config}
+	}
+	var found []string
+	for _, file := range files {
+		text, err := os.ReadFile(o.path(file))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		number := 0
+		for line := range bytes.Lines(text) {
+			number++
+			code, _, _ := bytes.Cut(line, []byte("#"))
+			if bytes.Contains(code, []byte("pilot")) {
+				found = append(found, fmt.Sprintf("%s:%d", file, number))
+			}
+		}
+	}
+	return found
 }
 
 // keeps reports whether a file stays because it is pilot's own configuration.
@@ -69,21 +198,34 @@ func (o Options) keeps(f installed) bool {
 // still there.
 func Connected(o Options) bool {
 	s, err := o.readState()
-	return err != nil || slices.ContainsFunc(s.Files, func(f installed) bool { return dropInLast(f) > 0 })
+	return err != nil || len(s.dropIns()) > 0
 }
 
-// Installed returns the systemd units of an installation that a machine
-// remembers, and whether it remembers something to uninstall.
-func Installed(o Options) (units []string, ok bool, err error) {
+// Installation is what a machine remembers of one.
+type Installation struct {
+	// Units are the systemd units that it has enabled.
+	Units []string
+	// Service is containerd's systemd service.
+	Service string
+	// Present says that there is something to uninstall.
+	Present bool
+}
+
+// Installed returns what a machine remembers.
+func Installed(o Options) (Installation, error) {
 	if err := o.cleanRoot(); err != nil {
-		return nil, false, err
+		return Installation{}, err
 	}
 	s, err := o.readState()
+	i := Installation{Service: containerdService}
+	if s.Containerd != nil {
+		i.Service = s.Containerd.Service
+	}
 	for _, f := range s.Files {
 		if f.Link != "" {
-			units = append(units, filepath.Base(f.Path))
+			i.Units = append(i.Units, filepath.Base(f.Path))
 		}
-		ok = ok || !o.keeps(f)
+		i.Present = i.Present || !o.keeps(f)
 	}
-	return units, ok, err
+	return i, err
 }

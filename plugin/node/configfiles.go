@@ -1,0 +1,175 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// configFiles are the files that containerd's configuration consists of: the main
+// one, and those that it imports.
+type configFiles struct {
+	main    string
+	text    []byte   // of the main file; nil if there is none
+	version int      // that the main file says; 0 if it says none
+	imports []string // the main file's patterns
+}
+
+// readConfigFiles reads the main file, which may be missing.
+func readConfigFiles(o Options, main string) (configFiles, error) {
+	f := configFiles{main: main}
+	text, err := os.ReadFile(o.path(main))
+	if errors.Is(err, fs.ErrNotExist) {
+		return f, nil
+	}
+	if err != nil {
+		return f, err
+	}
+	f.text = append([]byte{}, text...) // not nil, though it may be empty
+	f.version, f.imports, err = head(text)
+	if err != nil {
+		return f, fmt.Errorf("%s: %w", main, err)
+	}
+	return f, nil
+}
+
+// head returns the version and the imports of a configuration file.
+func head(text []byte) (version int, imports []string, err error) {
+	var top struct {
+		Version int      `toml:"version"`
+		Imports []string `toml:"imports"`
+	}
+	err = toml.Unmarshal(text, &top)
+	return top.Version, top.Imports, err
+}
+
+// dropInDir returns a directory from which containerd reads all configuration
+// files, the last one if there are several, since later files win.
+func (f *configFiles) dropInDir() (string, bool) {
+	for _, pattern := range slices.Backward(f.imports) {
+		pattern = f.absolute(pattern)
+		if filepath.Base(pattern) == "*.toml" && !strings.Contains(filepath.Dir(pattern), "*") {
+			return filepath.Dir(pattern), true
+		}
+	}
+	return "", false
+}
+
+// matches reports whether the main file imports a file, if it exists.
+func (f *configFiles) matches(file string) bool {
+	return slices.ContainsFunc(f.imports, func(pattern string) bool {
+		ok, _ := filepath.Match(f.absolute(pattern), file)
+		return ok
+	})
+}
+
+// absolute returns a pattern of the main file's as an absolute one.
+func (f *configFiles) absolute(pattern string) string {
+	if filepath.IsAbs(pattern) {
+		return filepath.Clean(pattern)
+	}
+	return filepath.Join(filepath.Dir(f.main), pattern)
+}
+
+// withFile returns the files that the patterns import, in containerd's order, as
+// if file existed and those of without did not. An empty file adds none.
+func (f *configFiles) withFile(o Options, patterns []string, file string, without []string) ([]string, error) {
+	var files []string
+	for _, pattern := range patterns {
+		pattern = f.absolute(pattern)
+		matches := []string{pattern}
+		if strings.Contains(pattern, "*") {
+			var err error
+			if matches, err = o.glob(pattern); err != nil {
+				return nil, err
+			}
+			if ok, _ := filepath.Match(pattern, file); ok && file != "" && !slices.Contains(matches, file) {
+				matches = append(matches, file)
+				slices.Sort(matches)
+			}
+		}
+		for _, m := range matches {
+			if m == f.main {
+				continue // 1.x dumps the main file among its own imports
+			}
+			if (m == file || !slices.Contains(without, m)) && !slices.Contains(files, m) {
+				files = append(files, m)
+			}
+		}
+	}
+	return files, nil
+}
+
+// glob is filepath.Glob inside the root.
+func (o Options) glob(pattern string) ([]string, error) {
+	dir, name := filepath.Split(pattern)
+	if strings.ContainsAny(dir, "*?[") {
+		matches, err := filepath.Glob(filepath.Join("/", o.Root, pattern))
+		for i := range matches {
+			matches[i] = strings.TrimPrefix(matches[i], o.Root)
+		}
+		return matches, err
+	}
+	matches, err := filepath.Glob(filepath.Join(o.path(dir), name))
+	for i := range matches {
+		matches[i] = filepath.Join(dir, filepath.Base(matches[i]))
+	}
+	return matches, err
+}
+
+// all returns all files that containerd reads, in its order, and those that are
+// imported by name and missing: containerd does not start without them, though
+// "containerd config dump" of some versions takes no notice.
+func (f *configFiles) all(o Options) (files, missing []string, err error) {
+	pending := []string{f.main}
+	seen := map[string]bool{}
+	for len(pending) > 0 {
+		file := pending[0]
+		pending = pending[1:]
+		if seen[file] {
+			continue
+		}
+		seen[file] = true
+		text, err := os.ReadFile(o.path(file))
+		if errors.Is(err, fs.ErrNotExist) {
+			if file != f.main {
+				missing = append(missing, file)
+			}
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		files = append(files, file)
+		_, imports, err := head(text)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", file, err)
+		}
+		in := configFiles{main: file}
+		more, err := in.withFile(o, imports, "", nil)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", file, err)
+		}
+		pending = append(pending, more...)
+	}
+	return files, missing, nil
+}
+
+// importing returns the main file's text with other imports.
+func (f *configFiles) importing(files []string, version int) ([]byte, error) {
+	conf := map[string]any{}
+	if f.text == nil {
+		conf["version"] = version
+	}
+	if err := toml.Unmarshal(f.text, &conf); err != nil {
+		return nil, fmt.Errorf("%s: %w", f.main, err)
+	}
+	conf["imports"] = files
+	return toml.Marshal(conf)
+}

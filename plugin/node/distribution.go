@@ -1,0 +1,117 @@
+package node
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// distribution is what a containerd is part of, where that sets it up in its own
+// way. The zero distribution is containerd as a service of its own.
+type distribution struct {
+	name string
+	// dropIns is a directory whose files it has containerd import, though
+	// containerd's configuration file does not say so yet.
+	dropIns string
+	// rewritten says that it writes containerd's configuration file anew when
+	// it starts, so that changes of it do not last.
+	rewritten bool
+	// template says that it makes containerd's configuration from a template
+	// beside it, if there is one: k3s and RKE2.
+	template bool
+	refusal  *refusal
+}
+
+// refusal is why a containerd can't be set up, and what to do instead.
+type refusal struct{ what, mend string }
+
+const (
+	k3s  = "k3s"
+	rke2 = "RKE2"
+	k0s  = "k0s"
+)
+
+// distributionOf returns what a running containerd is part of.
+func distributionOf(p *process) distribution {
+	f, _ := parseFlags(p.args)
+	return distributionAt(configOf(f), p.parent)
+}
+
+// distributionAt returns what a containerd is part of, by its configuration's
+// place and the program that has started it, if that is known.
+func distributionAt(config, parent string) distribution {
+	switch {
+	case strings.HasPrefix(parent, "rke2") || strings.Contains(config, "/rke2/"):
+		return distribution{name: rke2, rewritten: true, template: true}
+	case strings.HasPrefix(parent, "k3s") || strings.Contains(config, "/k3s/"):
+		return distribution{name: k3s, rewritten: true, template: true}
+	case parent == "k0s" || strings.HasPrefix(config, "/etc/k0s/"):
+		d := distribution{name: k0s}
+		// Without this line the file is the user's own.
+		if text, err := os.ReadFile(config); err == nil && strings.Contains(string(text), "k0s_managed=true") {
+			d.dropIns, d.rewritten = filepath.Join(filepath.Dir(config), "containerd.d"), true
+		}
+		return d
+	case parent == "dockerd":
+		return distribution{name: "Docker", refusal: &refusal{
+			"dockerd runs this containerd itself, and writes its configuration anew at each start",
+			"install containerd as a service (the package containerd.io, or your distribution's containerd), restart docker, and run this again",
+		}}
+	case strings.Contains(config, "/var/snap/microk8s/"):
+		return distribution{name: "MicroK8s", refusal: &refusal{
+			"MicroK8s writes its containerd's configuration from a template of its own",
+			"add what docs/containerd.md shows to /var/snap/microk8s/current/args/containerd-template.toml",
+		}}
+	}
+	return distribution{}
+}
+
+// systemRefusal returns why this operating system's containerd, which reads
+// config, can't be set up, or nil.
+func (o Options) systemRefusal(config string) *refusal {
+	text, err := os.ReadFile(o.path("/etc/os-release"))
+	if err != nil {
+		return nil
+	}
+	id := ""
+	for line := range strings.Lines(string(text)) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "ID="); ok {
+			id = strings.Trim(v, `"'`)
+		}
+	}
+	switch {
+	case id == "bottlerocket":
+		return &refusal{
+			"Bottlerocket generates it from settings, none of which adds a differ",
+			"use nodes of another operating system for encrypted images",
+		}
+	case id == "talos":
+		return &refusal{
+			"Talos has neither systemd nor a shell to install anything with",
+			"configure it as docs/containerd.md shows",
+		}
+	case id == "flatcar" && strings.HasPrefix(config, "/usr/"):
+		return &refusal{
+			"it is on Flatcar's read-only /usr",
+			"have containerd read " + defaultConfig + " instead, as docs/containerd.md shows, and run this again",
+		}
+	}
+	return nil
+}
+
+// stoppedDistribution returns a distribution that brings a containerd, with the
+// service that starts it, if one is there.
+func (o Options) stoppedDistribution() (d distribution, service string) {
+	for _, known := range []struct{ name, service string }{
+		{k3s, "k3s.service"}, {k3s, "k3s-agent.service"},
+		{rke2, "rke2-server.service"}, {rke2, "rke2-agent.service"},
+		{k0s, "k0scontroller.service"}, {k0s, "k0sworker.service"},
+	} {
+		for _, dir := range []string{"/etc/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"} {
+			if exists(o.path(filepath.Join(dir, known.service))) {
+				return distribution{name: known.name}, known.service
+			}
+		}
+	}
+	return distribution{}, ""
+}

@@ -1,0 +1,204 @@
+package node
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// process is a containerd that runs on this machine.
+type process struct {
+	pid     int
+	program string   // its executable, or the one that has replaced it
+	args    []string // without the program's name
+	unit    string   // the systemd service that it belongs to, if any
+	parent  string   // the name of the program that has started it
+	started time.Time
+}
+
+// flags are the options of containerd's command line that decide what it reads
+// and where it answers. What is empty was not given.
+type flags struct{ config, address string }
+
+// parseFlags reads a command line of containerd's. It reports false for one of a
+// subcommand, such as "containerd config dump".
+func parseFlags(args []string) (f flags, daemon bool) {
+	for i := 0; i < len(args); i++ {
+		name, isFlag := strings.CutPrefix(args[i], "-")
+		if !isFlag {
+			return f, false
+		}
+		name, value, hasValue := strings.Cut(strings.TrimPrefix(name, "-"), "=")
+		switch name {
+		case "config", "c", "address", "a", "root", "state", "log-level", "l":
+			if !hasValue && i+1 < len(args) {
+				i++
+				value = args[i]
+			}
+		}
+		switch name {
+		case "config", "c":
+			f.config = value
+		case "address", "a":
+			f.address = value
+		}
+	}
+	return f, true
+}
+
+func (p *process) String() string {
+	by := p.unit
+	if by == "" {
+		by = "process " + strconv.Itoa(p.pid)
+	}
+	return fmt.Sprintf("%s (%s)", strings.Join(append([]string{p.program}, p.args...), " "), by)
+}
+
+// running returns the containerds that run on this machine. Those of containers
+// have another root directory, and are left out.
+func running() ([]*process, error) {
+	root, err := os.Stat("/")
+	if err != nil {
+		return nil, err
+	}
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	boot, err := bootTime()
+	if err != nil {
+		return nil, err
+	}
+	var found []*process
+	for _, dir := range dirs {
+		p, err := readProcess(dir, boot)
+		if err != nil || p == nil {
+			continue // it has ended, or is none
+		}
+		if r, err := os.Stat(dir + "/root/."); err != nil || !os.SameFile(r, root) {
+			continue
+		}
+		found = append(found, p)
+	}
+	return found, nil
+}
+
+// readProcess returns the process that /proc has in dir, or nil if it is no
+// containerd.
+func readProcess(dir string, boot time.Time) (*process, error) {
+	cmdline, err := os.ReadFile(dir + "/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	args := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
+	if filepath.Base(args[0]) != "containerd" {
+		return nil, nil
+	}
+	if _, daemon := parseFlags(args[1:]); !daemon {
+		return nil, nil
+	}
+	pid, err := strconv.Atoi(filepath.Base(dir))
+	if err != nil {
+		return nil, err
+	}
+	p := &process{pid: pid, args: args[1:]}
+	if p.program, err = programOf(dir, args[0]); err != nil {
+		return nil, err
+	}
+	stat, err := os.ReadFile(dir + "/stat")
+	if err != nil {
+		return nil, err
+	}
+	// The name of the program, in parentheses, may have spaces.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("%s/stat has %d fields", dir, len(fields))
+	}
+	ticks, err := strconv.ParseInt(fields[19], 10, 64)
+	if err != nil {
+		return nil, err
+	}
+	p.started = boot.Add(time.Duration(ticks) * (time.Second / userHZ))
+	parent, err := os.ReadFile("/proc/" + fields[1] + "/comm")
+	if err == nil {
+		p.parent = strings.TrimSpace(string(parent))
+	}
+	if cgroup, err := os.ReadFile(dir + "/cgroup"); err == nil {
+		p.unit = unitOf(string(cgroup))
+	}
+	return p, nil
+}
+
+// userHZ is the unit of /proc/PID/stat, the same on all Linux architectures that
+// Go knows.
+const userHZ = 100
+
+// programOf returns the path at which the program of a process can be run again.
+// k3s's containerd is one of many names of one program, so the name counts.
+func programOf(dir, name string) (string, error) {
+	exe, err := os.Readlink(dir + "/exe")
+	if err != nil {
+		return "", err
+	}
+	exe = strings.TrimSuffix(exe, " (deleted)") // it was upgraded
+	for _, candidate := range []string{filepath.Join(filepath.Dir(exe), "containerd"), name} {
+		if _, err := os.Stat(candidate); err == nil && filepath.IsAbs(candidate) {
+			return candidate, nil
+		}
+	}
+	return exe, nil
+}
+
+// unitOf returns the service that a /proc/PID/cgroup names.
+func unitOf(cgroup string) string {
+	for line := range strings.Lines(cgroup) {
+		_, path, _ := strings.Cut(strings.TrimSpace(line), ":/")
+		for _, name := range slices.Backward(strings.Split(path, "/")) {
+			if strings.HasSuffix(name, ".service") {
+				return name
+			}
+		}
+	}
+	return ""
+}
+
+// bootTime returns when the machine was started, which /proc/PID/stat counts
+// from, by today's clock.
+func bootTime() (time.Time, error) {
+	var since unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+		return time.Time{}, fmt.Errorf("clock: %w", err)
+	}
+	return time.Now().Add(-time.Duration(since.Nano())), nil
+}
+
+// listenerPID returns the process that listens on a unix socket.
+func listenerPID(socket string) (int, error) {
+	conn, err := net.DialTimeout("unix", socket, time.Second)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var peer *unix.Ucred
+	if controlErr := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); controlErr != nil {
+		return 0, controlErr
+	}
+	if err != nil {
+		return 0, err
+	}
+	return int(peer.Pid), nil
+}

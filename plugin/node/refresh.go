@@ -1,0 +1,75 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+)
+
+// Refresh brings pilot's part of containerd's configuration up to date, right
+// before containerd starts: the configuration may have been written anew without
+// pilot, tools may have come and gone that are in pilot's lists, or containerd may
+// be another version. It returns the files that it has changed, and does nothing
+// where pilot is not installed.
+//
+// If containerd can't be given pilot without losing something else, its drop-in is
+// removed, so that containerd starts as if pilot was not there, and the error says
+// why.
+func Refresh(ctx context.Context, o Options) ([]string, error) {
+	if err := o.cleanRoot(); err != nil {
+		return nil, err
+	}
+	release, err := o.lock()
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	s, err := o.readState()
+	if err != nil {
+		return nil, err
+	}
+	if len(s.dropIns()) == 0 {
+		return nil, nil
+	}
+	c, err := s.lookAgain(ctx, o)
+	if err != nil {
+		return nil, err // of containerd's own, or it is gone
+	}
+	if o.PilotBinary, err = os.Executable(); err != nil {
+		return nil, err
+	}
+	p := &Plan{options: o, inserted: make(map[string]string), containerd: c}
+	if err = p.containerdFiles(ctx, s); err == nil && len(p.Changes) > 0 {
+		err = p.apply(ctx, nil)
+	}
+	if err != nil {
+		return nil, c.leaveOut(ctx, o, s, err)
+	}
+	var changed []string
+	for _, change := range p.Changes {
+		changed = append(changed, change.Path)
+	}
+	return changed, nil
+}
+
+// leaveOut empties pilot's drop-in if containerd can't do with it, because of the
+// error why. It does not remove it: containerd's configuration may import it by
+// name.
+func (c *containerd) leaveOut(ctx context.Context, o Options, before state, why error) error {
+	dump, err := c.readAll(ctx, o)
+	if c.deferred() || err == nil && len(differences(c.plain, dump, c.setsOwn())) == 0 {
+		return fmt.Errorf("pilot's drop-in of containerd's configuration stays as it was: %w", why)
+	}
+	p := &Plan{options: o, deferred: true}
+	for _, path := range c.ours {
+		if err := p.own(before, path, []byte(leftOut), nil); err != nil {
+			return fmt.Errorf("%w; %w", why, err)
+		}
+	}
+	if err := p.apply(ctx, nil); err != nil {
+		return fmt.Errorf("%w; %w", why, err)
+	}
+	return fmt.Errorf("containerd starts without pilot, and can't decrypt images until \"pilot node install\" works: %w", why)
+}
+
+const leftOut = "# Emptied by \"pilot node refresh\": \"pilot node install\" says why, and fills it again.\n"

@@ -1,0 +1,90 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// dropIn is the file by which pilot is added to containerd's configuration.
+type dropIn struct {
+	path   string
+	text   []byte
+	format format
+	// pattern has to be added to the main file's imports; empty if it imports
+	// the file already.
+	pattern string
+	// template says that the file is k3s's template, which becomes the whole
+	// configuration: what k3s writes, and after it text without its first lines.
+	template bool
+	appended []byte
+}
+
+// format is how a configuration file names plugins.
+type format struct {
+	version int  // 0: the file says none
+	short   bool // it names plugins without their types
+}
+
+// trial returns what containerd's configuration would come to with a drop-in, or
+// with none of pilot's if d is nil. It changes nothing that containerd reads:
+// containerd dumps a copy of its main file, which imports what the main file does.
+func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[string]any, error) {
+	if d == nil && c.files.text == nil {
+		return c.readDump(ctx, o, "config", "default") // which 1.x takes without a file
+	}
+	dir, err := os.MkdirTemp(o.path("/tmp"), "pilot-trial-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	inside := filepath.Join("/tmp", filepath.Base(dir)) // o.path follows links only up to /tmp
+	var files []string
+	main := c.files
+	switch {
+	case d == nil:
+		files, err = main.withFile(o, main.imports, "", c.ours)
+	case d.template:
+		main.text = slices.Concat(main.text, []byte("\n"), d.appended)
+		files, err = main.withFile(o, main.imports, "", c.ours)
+	default:
+		patterns := main.imports
+		if d.pattern != "" {
+			patterns = append(slices.Clone(patterns), d.pattern)
+		}
+		files, err = main.withFile(o, patterns, d.path, c.ours)
+		if i := slices.Index(files, d.path); err == nil && i >= 0 {
+			files[i] = filepath.Join(inside, "drop-in.toml")
+			err = os.WriteFile(filepath.Join(dir, "drop-in.toml"), d.text, 0o600)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	text, err := main.importing(files, c.newestFormat())
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "config.toml"), text, 0o600); err != nil {
+		return nil, err
+	}
+	return c.readDump(ctx, o, "--config", filepath.Join(inside, "config.toml"), "config", "dump")
+}
+
+// readDump runs containerd and reads the configuration that it prints.
+func (c *containerd) readDump(ctx context.Context, o Options, args ...string) (map[string]any, error) {
+	out, err := c.run(ctx, o, args...)
+	if err != nil {
+		return nil, fmt.Errorf("containerd's configuration: %w", err)
+	}
+	var dump map[string]any
+	if err := toml.NewDecoder(bytes.NewReader(out)).Decode(&dump); err != nil {
+		return nil, fmt.Errorf("containerd's configuration: what it prints is not TOML: %w", err)
+	}
+	return dump, nil
+}
