@@ -138,7 +138,7 @@ func (m *machine) files() map[string]string {
 			}
 			sums[path] = info.Mode().String()
 			if info.Mode().IsRegular() {
-				sums[path] += fmt.Sprintf(" %x", sha256.Sum256([]byte(read(m.t, path))))
+				sums[path] += " " + sum(read(m.t, path))
 			}
 			return nil
 		})
@@ -148,6 +148,8 @@ func (m *machine) files() map[string]string {
 	}
 	return sums
 }
+
+func sum(text string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(text))) }
 
 // same checks that the files are as they were.
 func (m *machine) same(was map[string]string) {

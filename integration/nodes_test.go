@@ -154,17 +154,19 @@ func (n *installedNode) live(t *testing.T) {
 	n.refresh(t)
 	n.onlyPilotDiffers(t, "written anew", untouched)
 
-	// Written from what it comes to, as some tools do.
-	dumped := n.rawDump(t)
-	write(t, m.root+n.config(), dumped)
-	n.refresh(t)
-	n.works(t, "dump written back")
-	installed := m.files()
-	fails(t, m.pilot("node", "uninstall"), n.config()+":", "take pilot out of these lines")
-	m.same(installed)
-	n.works(t, "not uninstalled")
-	write(t, m.root+n.config(), original)
-	n.refresh(t)
+	// Written from what it comes to, as some tools do. containerd 1.x can't read
+	// its own dump of a file without a version that disables cri.
+	if !n.test.noCRI || n.version[0] != '1' {
+		write(t, m.root+n.config(), n.rawDump(t))
+		n.refresh(t)
+		n.works(t, "dump written back")
+		installed := m.files()
+		fails(t, m.pilot("node", "uninstall"), n.config()+":", "take pilot out of these lines")
+		m.same(installed)
+		n.works(t, "not uninstalled")
+		write(t, m.root+n.config(), original)
+		n.refresh(t)
+	}
 
 	output(t, m.pilot("node", "uninstall"))
 	m.same(before)
