@@ -10,6 +10,7 @@
 #
 # All tests install what they need first.
 #   make test           all tests but for these:
+#   make test-nodes     sets up nodes with each containerd and each configuration that nodes have
 #   make test-packages  installs, upgrades, removes and purges the packages
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
@@ -43,7 +44,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-race test-long soak fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-race test-long soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -89,6 +90,10 @@ test-race: tools test-unit
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
 	go test -buildvcs=false -race -cover $$(go list -buildvcs=false ./... | grep -v /integration)
+
+# Each version of containerd with each configuration.
+test-nodes: tools
+	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 60m -run '^TestNode' -v ./integration
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)

@@ -231,20 +231,36 @@ func (s *state) undo(o Options, f installed) error {
 
 // lock keeps other installations on the machine away until it is released.
 func (o Options) lock() (release func(), err error) {
+	if release, err = o.tryLock(); err != nil || release != nil {
+		return release, err
+	}
+	f, err := o.lockFile()
+	if err != nil {
+		return nil, err
+	}
+	logrus.WithField("lock", f.Name()).Info("waiting for another installation on this machine")
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// tryLock is lock, but returns no release if another installation is at work.
+func (o Options) tryLock() (release func(), err error) {
 	f, err := o.lockFile()
 	if err != nil {
 		return nil, err
 	}
 	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == nil {
+		return func() { f.Close() }, nil
+	}
+	f.Close()
 	if errors.Is(err, syscall.EWOULDBLOCK) {
-		logrus.WithField("lock", f.Name()).Info("waiting for another installation on this machine")
-		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
+		return nil, nil
 	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
-	}
-	return func() { f.Close() }, nil
+	return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 }
 
 // lockFile opens what is locked: on a machine that runs, what only root can

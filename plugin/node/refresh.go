@@ -19,8 +19,10 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	if err := o.cleanRoot(); err != nil {
 		return nil, err
 	}
-	release, err := o.lock()
-	if err != nil {
+	// An installation that is at work has brought it up to date, and may be
+	// what waits for containerd to start.
+	release, err := o.tryLock()
+	if err != nil || release == nil {
 		return nil, err
 	}
 	defer release()
