@@ -37,7 +37,7 @@ func shownSetting(v any) string {
 	case map[string]any:
 		return fmt.Sprintf("a table of %d", len(v))
 	}
-	return fmt.Sprintf("%.60v", v)
+	return fmt.Sprintf("%.60s", fmt.Sprint(v))
 }
 
 // differences returns what two of containerd's configurations disagree about,

@@ -113,20 +113,13 @@ func readProcess(dir string, boot time.Time) (*process, error) {
 	if p.program, err = programOf(dir, args[0]); err != nil {
 		return nil, err
 	}
-	stat, err := os.ReadFile(dir + "/stat")
+	fields, err := statFields(dir)
 	if err != nil {
 		return nil, err
 	}
-	// The name of the program, in parentheses, may have spaces.
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if len(fields) < 20 {
-		return nil, fmt.Errorf("%s/stat has %d fields", dir, len(fields))
-	}
-	ticks, err := strconv.ParseInt(fields[19], 10, 64)
-	if err != nil {
+	if p.started, err = startOf(dir, boot); err != nil {
 		return nil, err
 	}
-	p.started = boot.Add(time.Duration(ticks) * (time.Second / userHZ))
 	parent, err := os.ReadFile("/proc/" + fields[1] + "/comm")
 	if err == nil {
 		p.parent = strings.TrimSpace(string(parent))
@@ -135,6 +128,33 @@ func readProcess(dir string, boot time.Time) (*process, error) {
 		p.unit = unitOf(string(cgroup))
 	}
 	return p, nil
+}
+
+// statFields returns the fields of a process's stat after its program's name,
+// which is in parentheses and may have spaces.
+func statFields(dir string) ([]string, error) {
+	stat, err := os.ReadFile(dir + "/stat")
+	if err != nil {
+		return nil, err
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("%s/stat has %d fields", dir, len(fields))
+	}
+	return fields, nil
+}
+
+// startOf returns when a process was started.
+func startOf(dir string, boot time.Time) (time.Time, error) {
+	fields, err := statFields(dir)
+	if err != nil {
+		return time.Time{}, err
+	}
+	ticks, err := strconv.ParseInt(fields[19], 10, 64)
+	if err != nil {
+		return time.Time{}, err
+	}
+	return boot.Add(time.Duration(ticks) * (time.Second / userHZ)), nil
 }
 
 // userHZ is the unit of /proc/PID/stat, the same on all Linux architectures that
