@@ -6,6 +6,15 @@ set -euo pipefail
 dir=$(mktemp -d)
 trap 'chmod -R u+w "$dir"; rm -rf "$dir"' EXIT
 export GOFLAGS=-buildvcs=false
+build() { # VERSION
+	mkdir -p "$dir/$1/module"
+	(
+		cd "$dir/$1/module" # some versions have directives that "go install" refuses
+		go mod init example.com/module
+		go get -tool github.com/containerd/containerd/v2/cmd/containerd@$1
+		go build -o "$dir/$1/containerd" github.com/containerd/containerd/v2/cmd/containerd
+	) >"$dir/log" 2>&1 || { cat "$dir/log"; exit 1; }
+}
 cat >"$dir/config.toml" <<END
 version = 3
 root = "$dir/root"
@@ -14,7 +23,7 @@ imports = ["$dir/missing.toml"]
 oom_score = 7
 END
 for v in v2.0.7 v2.4.2; do
-	(cd / && GOBIN=$dir/$v go install github.com/containerd/containerd/v2/cmd/containerd@$v)
+	build $v
 	"$dir/$v/containerd" --config "$dir/config.toml" config dump >"$dir/dump" 2>/dev/null
 	grep '^oom_score = 7' "$dir/dump"
 	echo "containerd $v config dump: exit status 0, $(wc -l <"$dir/dump") lines"

@@ -137,6 +137,15 @@ func TestDeploy(t *testing.T) {
 				output(t, m.run("systemctl", "is-enabled", unit))
 			}
 			pull()
+			// containerd's configuration is written anew, as at boot.
+			configured := read(t, m.root+"/etc/containerd/config.toml")
+			write(t, m.root+"/etc/containerd/config.toml", "version = 2\noom_score = 1\n")
+			output(t, m.run("systemctl", "restart", "containerd"))
+			await(t, "containerd", func() error { return m.run("ctr", "version").Run() })
+			if got := read(t, m.root+"/etc/containerd/config.toml"); got != configured {
+				t.Errorf("pilot is not in containerd's configuration again: %s", got)
+			}
+			pull()
 			containerd, daemon := m.pid("containerd"), m.pid("pilot")
 			onMachine := fmt.Sprintf("/proc/%d/root/run/pilot/broker-token", m.init)
 			if got := read(t, onMachine); got != read(t, c.dir+"/broker/token") {
