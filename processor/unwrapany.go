@@ -29,7 +29,7 @@ const maxAttempts = 4 * maxRecipients
 // [ErrNoKey] if no recipient gave the layer's key.
 func UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
 	var reasons []error
-	late := false
+	timedOut := false
 	left := maxAttempts
 	attempts := inTurn(descs)
 	for i, a := range attempts {
@@ -58,10 +58,10 @@ func UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptCon
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		late = late || errors.Is(err, context.DeadlineExceeded)
+		timedOut = timedOut || errors.Is(err, context.DeadlineExceeded)
 		reasons = append(reasons, err)
 	}
-	if late {
+	if timedOut {
 		return nil, fmt.Errorf("%w: %w", context.DeadlineExceeded, joined(reasons))
 	}
 	return nil, fmt.Errorf("%w: %w", ErrNoKey, joined(reasons))
