@@ -29,15 +29,17 @@ func (e *encryption) restoreKeys(ctx context.Context, w *work, desc ocispec.Desc
 		return nil, errors.New("it is encrypted and has no keys, as BuildKit leaves the layers of an encrypted base image: " +
 			"name the base image that it comes from, to get them from there (--keys-from)")
 	}
-	var reasons []error
+	var first error
 	for _, l := range found {
 		annotations, err := e.keysOf(ctx, w, desc, l)
 		if err == nil || ctx.Err() != nil {
 			return annotations, err
 		}
-		reasons = append(reasons, err)
+		if first == nil {
+			first = err
+		}
 	}
-	return nil, fmt.Errorf("its key can't be taken from the base image: %w", errors.Join(reasons...))
+	return nil, fmt.Errorf("its key can't be taken from the base image: %w", first)
 }
 
 // keysOf returns the key annotations that l has for the layer desc, and the new
