@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
@@ -49,6 +50,10 @@ var encryptCommand = &cli.Command{
 name, or the image's own. A layer that is encrypted already is not touched: the
 recipients are added to those that it has.
 
+An image that BuildKit built on an encrypted one has the layers of that without
+their keys. --keys-from names the image that it was built on, in containerd or in
+its registry. Each key is checked against its layer before it is put back.
+
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
    jwe:FILE                  a public key
@@ -57,12 +62,20 @@ Recipients:
    pkcs11:FILE               a public key, or a YAML file of a key in an HSM
 
 Example:
-   ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted`,
-	Flags: append(append([]cli.Flag{
+   ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
+   ctr-pilot images encrypt --recipient provider:pilot:team-a \
+      --keys-from registry.example.com/base:1 app:built app:encrypted`,
+	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
-	}, selectionFlags("encrypt")...), keyFlags()...),
+		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
+	}, selectionFlags("encrypt"), keyFlags(), commands.RegistryFlags),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
+		for _, f := range commands.RegistryFlags {
+			if name := f.Names()[0]; cmd.IsSet(name) && !cmd.IsSet("keys-from") {
+				return fmt.Errorf("--%s is for --keys-from", name)
+			}
+		}
 		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
 			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
 			if err != nil {
@@ -70,6 +83,9 @@ Example:
 			}
 			ec, err := encryptConfig(keyArguments(cmd), layers)
 			if err != nil {
+				return image.Result{}, err
+			}
+			if opts.KeysFrom, err = keysFrom(ctx, client, cmd); err != nil {
 				return image.Result{}, err
 			}
 			return image.Encrypt(ctx, plugin.Store(client), target, ec, opts)

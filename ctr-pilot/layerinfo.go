@@ -67,9 +67,17 @@ Example:
 			// Without gpg, key IDs are shown.
 			gpg, _ = parsehelpers.CreateGPGClient(keyArguments(cmd))
 		}
+		withoutKey := 0
 		rows := make([]layerInfo, len(layers))
 		for i, l := range layers {
 			rows[i] = newLayerInfo(l, gpg)
+			if rows[i].Encrypted && len(rows[i].Encryption) == 0 {
+				withoutKey++
+			}
+		}
+		if withoutKey > 0 {
+			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: %d layers are encrypted and have no key, as BuildKit leaves those of an encrypted base image: "+
+				"nobody can decrypt them until \"images encrypt --keys-from BASE\" puts the keys back\n", withoutKey)
 		}
 		if cmd.Bool("json") {
 			e := json.NewEncoder(os.Stdout)
@@ -79,8 +87,12 @@ Example:
 		w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
 		fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS")
 		for _, r := range rows {
+			encryption := shown(strings.Join(r.Encryption, ","))
+			if r.Encrypted && len(r.Encryption) == 0 {
+				encryption = "NO KEY"
+			}
 			fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
-				shown(strings.Join(r.Encryption, ",")), shown(strings.Join(r.Recipients, ", ")))
+				encryption, shown(strings.Join(r.Recipients, ", ")))
 		}
 		return w.Flush()
 	},

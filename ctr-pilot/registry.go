@@ -108,7 +108,7 @@ func (r *inRegistry) open(ctx context.Context, name, newName string) (*openImage
 	if err != nil {
 		return nil, err
 	}
-	d := &documents{Store: r.store, fetcher: fetcher, configs: r.configs, fetched: map[digest.Digest]bool{}}
+	d := newDocuments(r, fetcher)
 	return &openImage{d, target, func(ctx context.Context, target ocispec.Descriptor) error {
 		if err := d.pushChildren(ctx, resolver, to.Locator, target); err != nil {
 			return err
@@ -153,6 +153,10 @@ type documents struct {
 
 	mu      sync.Mutex
 	fetched map[digest.Digest]bool
+}
+
+func newDocuments(r *inRegistry, fetcher remotes.Fetcher) *documents {
+	return &documents{Store: r.store, fetcher: fetcher, configs: r.configs, fetched: map[digest.Digest]bool{}}
 }
 
 func (d *documents) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {

@@ -45,6 +45,10 @@ type Options struct {
 	Layers []int
 	// Platforms are those to work on.
 	Platforms []ocispec.Platform
+	// KeysFrom are layers of other images. Where [Encrypt] finds a layer that
+	// is encrypted and has no key annotations, as in an image that BuildKit
+	// built on an encrypted one, it takes those of the same layer here.
+	KeysFrom []ocispec.Descriptor
 	// Progress, if not nil, is told how many bytes of a layer were read,
 	// each time some were. It is called from several goroutines.
 	Progress func(layer ocispec.Descriptor, n int)
@@ -64,7 +68,8 @@ type Result struct {
 // Encrypt encrypts the layers of the image target for the recipients in ec.
 // Layers that are encrypted already are not touched: ec's recipients are added
 // to theirs, for which ec.DecryptConfig has to hold a key, or a key provider
-// has to unwrap.
+// has to unwrap. An encrypted layer without key annotations is an error unless
+// opts.KeysFrom has its key.
 //
 // Foreign (nondistributable) layers and what is not a layer stay as they are.
 // A Docker image becomes an OCI image, since only those can have encrypted

@@ -41,6 +41,11 @@ func (*encryption) wants(string) bool { return true }
 
 func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	c := change{desc: desc}
+	if processor.IsEncrypted(desc.MediaType) && !processor.HasRecipients(desc) {
+		var err error
+		c.annotations, err = e.restoreKeys(ctx, w, desc)
+		return c, err
+	}
 	if processor.IsEncrypted(desc.MediaType) {
 		ctx, cancel := context.WithTimeout(ctx, keyWithin)
 		defer cancel()

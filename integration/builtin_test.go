@@ -59,4 +59,8 @@ func TestBuiltin(t *testing.T) {
 	output(t, n.ctr("images", "pull", "--plain-http", image))
 	output(t, n.ctr("containers", "create", image, "c"))
 	n.commitKeepsLease(t, "c")
+
+	b := newBuilder(t, n, c.registry)
+	image = c.image(kinds[1], "provider:pilot:team-a")
+	says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\n", nil), "hello, "+c.secrets[image])
 }

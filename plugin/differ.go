@@ -168,12 +168,10 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 	}
 	defer key.Clear()
 	// Only now, so that nobody waits for those who wait for a broker.
-	select {
-	case d.places <- struct{}{}:
-		defer func() { <-d.places }()
-	case <-ctx.Done():
-		return ocispec.Descriptor{}, ctx.Err()
+	if err := d.enter(ctx); err != nil {
+		return ocispec.Descriptor{}, err
 	}
+	defer d.leave()
 	layer := &decryption{key: key}
 	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
 	layer.end()
@@ -193,6 +191,19 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 	return applied, err
 }
 
+// enter waits until fewer than Config.Layers layers are read. The caller calls
+// leave.
+func (d *Differ) enter(ctx context.Context) error {
+	select {
+	case d.places <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (d *Differ) leave() { <-d.places }
+
 // apply unpacks with the first applier that can.
 func (d *Differ) apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (applied ocispec.Descriptor, err error) {
 	if len(mounts) == 0 {
@@ -210,8 +221,6 @@ func (d *Differ) apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 // unwrap gets the layer's key, from those that the client passed, as clients
 // of the stream processors do, those of the node, and the key providers.
 func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor, opts []diff.ApplyOpt) (*processor.LayerKey, error) {
-	ctx, cancel := context.WithTimeout(ctx, d.conf.UnwrapTimeout)
-	defer cancel()
 	var passed diff.ApplyConfig
 	for _, o := range opts {
 		if err := o(ctx, desc, &passed); err != nil {
@@ -226,11 +235,7 @@ func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor, opts []dif
 			break // imgcrypt passes the same for each media type
 		}
 	}
-	key, err := processor.Unwrap(ctx, config.CombineCryptoConfigs(keys).DecryptConfig, desc)
-	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, processor.ErrNoKey) {
-		err = fmt.Errorf("%w: %w", errUnwrap, err)
-	}
-	return key, err
+	return d.layerKey(ctx, config.CombineCryptoConfigs(keys).DecryptConfig, desc)
 }
 
 // verify reads the whole layer for its HMAC.

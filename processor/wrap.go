@@ -157,23 +157,9 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 	var reasons []error
 	left := maxRecipients
 	for _, scheme := range wrappedWith(desc) {
-		w, err := newWrapper(scheme)
-		if err != nil {
-			reasons = append(reasons, err)
-			continue
-		}
-		if !w.possible(dc) {
-			reasons = append(reasons, fmt.Errorf("%s: no private key was given", scheme))
-			continue
-		}
-		private, err := unwrapOne(ctx, w, dc, desc.Annotations[annotationKeysPrefix+scheme], &left)
+		key, err := unwrapWith(ctx, dc, scheme, desc.Annotations[annotationKeysPrefix+scheme], public, &left)
 		if err == nil {
-			var key *LayerKey
-			key, err = newLayerKey(private, public)
-			clear(private)
-			if err == nil {
-				return key, nil
-			}
+			return key, nil
 		}
 		if ctx.Err() != nil {
 			err = fmt.Errorf("unwrap the layer key with %s: %w", scheme, late(ctx.Err()))
@@ -182,7 +168,7 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 			}
 			return nil, err
 		}
-		reasons = append(reasons, fmt.Errorf("%s: %w", scheme, err))
+		reasons = append(reasons, err)
 	}
 	if len(reasons) == 0 {
 		return nil, fmt.Errorf("%w: the layer has no recipients (no annotation %s…)", ErrNoKey, annotationKeysPrefix)
@@ -193,6 +179,28 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 // maxRecipients bounds the recipients of a layer that are tried, which anybody
 // can add to.
 const maxRecipients = 64
+
+// unwrapWith returns the layer key from the recipients of one scheme, which
+// annotation holds, at most left of them.
+func unwrapWith(ctx context.Context, dc *config.DecryptConfig, scheme, annotation, public string, left *int) (*LayerKey, error) {
+	w, err := newWrapper(scheme)
+	if err != nil {
+		return nil, err
+	}
+	if !w.possible(dc) {
+		return nil, fmt.Errorf("%s: no private key was given", scheme)
+	}
+	private, err := unwrapOne(ctx, w, dc, annotation, left)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", scheme, err)
+	}
+	defer clear(private)
+	key, err := newLayerKey(private, public)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", scheme, err)
+	}
+	return key, nil
+}
 
 // unwrapOne tries the recipients of one scheme, which annotation holds as
 // comma-separated base64, at most left of them.

@@ -77,6 +77,14 @@ build_module() {
 	echo "$version" >"$dir/bin/.$name"
 }
 build_module vault-dev vault
+
+# BuildKit's go.mod excludes versions, which go install refuses.
+version=$(cat "$(dirname "$0")"/../integration/buildkit/go.{mod,sum} | sha256sum)
+if [ "$(cat "$dir/bin/.buildkit" 2>/dev/null)" != "$version" ]; then
+	echo "building BuildKit (takes some minutes)"
+	(cd "$(dirname "$0")/../integration/buildkit" && CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "-s -w" -o "$dir/bin/" tool)
+	echo "$version" >"$dir/bin/.buildkit"
+fi
 if [ -n "$kubernetes" ]; then
 	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")
 	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"
