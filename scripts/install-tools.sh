@@ -50,6 +50,26 @@ build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
+# older_containerd VERSION: a release and its shim into DIR/containerd-VERSION,
+# unless they are there. go install refuses 2.0's go.mod, which excludes versions.
+older_containerd() {
+	local to=$dir/containerd-$1
+	[ -e "$to/containerd" ] && [ -e "$to/containerd-shim-runc-v2" ] && return
+	echo "building containerd $1"
+	rm -rf "$to" "$to.part"
+	mkdir -p "$to.part/module"
+	(
+		cd "$to.part/module"
+		go mod init containerd
+		go get -tool github.com/containerd/containerd/v2/cmd/{containerd,containerd-shim-runc-v2}@v"$1"
+		GOFLAGS=-buildvcs=false GOBIN=$to.part go install tool
+	) >"$dir/containerd-$1.log" 2>&1 || { cat "$dir/containerd-$1.log"; exit 1; }
+	rm -rf "$to.part/module"
+	mv "$to.part" "$to"
+}
+older_containerd 2.0.7
+older_containerd 2.2.9
+
 # Prometheus' parser of rules and queries, without the daemon that comes with it.
 if [ ! -e "$dir/bin/promtool" ]; then
 	echo "fetching promtool"
