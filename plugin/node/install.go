@@ -137,6 +137,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 			release()
 		}
 	}()
+	if PullsWithCRIO(o) {
+		return newCRIOPlan(o, release)
+	}
 	c, err := look(ctx, o)
 	if err != nil {
 		return nil, err

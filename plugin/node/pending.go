@@ -40,7 +40,7 @@ func (o Options) forgive(services []string) error {
 func Pending() []string { return Options{}.pending() }
 
 func (o Options) pending() []string {
-	return slices.DeleteFunc([]string{pilotService, containerdService}, func(s string) bool {
+	return slices.DeleteFunc([]string{pilotService, containerdService, CRIOService}, func(s string) bool {
 		_, err := os.Stat(o.path(filepath.Join(pendingDir, s)))
 		return err != nil
 	})

@@ -54,7 +54,7 @@ func Uninstall(o Options) error {
 
 // dropInLast sorts the file that has containerd ask pilot after all others.
 func dropInLast(f installed) int {
-	if filepath.Base(f.Path) == dropInName && f.Path != pilotConfig {
+	if filepath.Base(f.Path) == dropInName && f.Path != pilotConfig || f.Path == crioDropIn {
 		return 1
 	}
 	return 0
