@@ -10,7 +10,7 @@ shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
+packages=(containerd runc conmon docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
 kubernetes=
 if [ "${1-}" = kubernetes ]; then
 	kubernetes=1
@@ -85,18 +85,25 @@ if [ ! -e "$dir/bin/promtool" ]; then
 	rm -rf "$dir/prometheus"
 fi
 
-# build_module NAME FOLDER [FLAGS]: a program from a module of its own, since much
-# comes with it, unless it is there as it is now.
+# build_module NAME FOLDER [LDFLAGS [TAGS [PACKAGE]]]: a program from a module of its
+# own, since much comes with it, unless it is there as it is now.
 build_module() {
 	local name=$1 source version
 	source=$(cd "$(dirname "$0")/../integration/$2" && pwd)
-	version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
+	version=$({ cat "$source"/{go.mod,go.sum,main.go} 2>/dev/null || true; } | sha256sum)
 	[ "$(cat "$dir/bin/.$name" 2>/dev/null)" = "$version" ] && return
 	echo "building $name (takes some minutes)"
-	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags "-s -w ${3-}" -o "$dir/bin/$name" .)
+	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags "-s -w ${3-}" -tags "${4-}" -o "$dir/bin/$name" "${5-.}")
 	echo "$version" >"$dir/bin/.$name"
 }
 build_module vault-dev vault
+# CRI-O, its helper that pins namespaces, and its pull with a newer library.
+crio_tags=containers_image_openpgp,containers_image_ostree_stub,exclude_graphdriver_btrfs
+build_module crio crio "" $crio_tags github.com/cri-o/cri-o/cmd/crio
+if [ ! -e "$dir/bin/pinns" ]; then
+	cc -O2 -o "$dir/bin/pinns" "$(cd "$(dirname "$0")/../integration/crio" && go list -m -f '{{.Dir}}' github.com/cri-o/cri-o)"/pinns/src/*.c
+fi
+build_module criopull criopull "" $crio_tags
 if [ -n "$kubernetes" ]; then
 	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")
 	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -138,27 +139,29 @@ func peerPID(conn *net.UnixConn) (pid int, err error) {
 // programs, whatever its own is.
 const clockTick = time.Second / 100
 
-// processStart returns when a process was started, to about a second.
+// processStart returns when a process was started, to a few hundredths of a
+// second as long as nobody sets the clock.
 func processStart(pid int) (time.Time, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return time.Time{}, err
 	}
-	// The name may have spaces: field 22 is the 20th after it.
-	_, after, _ := strings.Cut(string(stat), ") ")
-	fields := strings.Fields(after)
-	kernel, err := os.ReadFile("/proc/stat")
+	uptime, err := os.ReadFile("/proc/uptime")
 	if err != nil {
 		return time.Time{}, err
 	}
-	_, boot, _ := strings.Cut(string(kernel), "\nbtime ")
-	boot, _, _ = strings.Cut(boot, "\n")
-	seconds, err := strconv.ParseInt(boot, 10, 64)
-	if err != nil || len(fields) < 20 {
-		return time.Time{}, fmt.Errorf("/proc: no start time of process %d", pid)
+	now := time.Now()
+	up, err := strconv.ParseFloat(strings.Fields(string(uptime) + " -")[0], 64)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("/proc/uptime: %w", err)
+	}
+	// The name may have spaces: field 22 is the 20th after it.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < 20 {
+		return time.Time{}, fmt.Errorf("/proc/%d/stat has no start time", pid)
 	}
 	ticks, err := strconv.ParseInt(fields[19], 10, 64)
-	return time.Unix(seconds, 0).Add(time.Duration(ticks) * clockTick), err
+	return now.Add(time.Duration(ticks)*clockTick - time.Duration(up*float64(time.Second))), err
 }
 
 // environment returns a variable of CRI-O's environment, or "".
@@ -177,22 +180,20 @@ func (c *runningCRIO) path(name string) string { return c.root().path(name) }
 
 func (c *runningCRIO) root() Options { return Options{Root: fmt.Sprintf("/proc/%d/root", c.pid)} }
 
-var errNoCRIOKeys = errors.New("it exists and has no key")
-
-// checkKeys returns the error with which CRI-O refuses every pull, of plain
-// images too, because of its decryption_keys_path. It does as getDecryptionKeys in
-// server/utils.go of CRI-O 1.34 does: a directory that is missing is skipped, and
-// one that is there has to have a key, no other file, and no symbolic link.
+// checkKeys counts the private keys in CRI-O's decryption_keys_path, -1 if it does
+// not exist. The error is that with which CRI-O fails every pull, of plain images
+// too: as getDecryptionKeys in server/utils.go of CRI-O 1.34 does, it takes no file
+// that is not a key without a password, and no symbolic link.
 func (c *runningCRIO) checkKeys() (keys int, err error) {
 	if c.keysPath == "" {
-		return 0, nil
+		return -1, nil
 	}
 	dir := c.root().linkPath(c.keysPath)
 	if strings.HasSuffix(c.keysPath, "/") {
 		dir = c.path(c.keysPath) // so CRI-O follows a link, too
 	}
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
+		return -1, nil
 	}
 	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		switch {
@@ -213,8 +214,5 @@ func (c *runningCRIO) checkKeys() (keys int, err error) {
 		keys++
 		return nil
 	})
-	if err == nil && keys == 0 {
-		err = errNoCRIOKeys
-	}
 	return keys, err
 }
