@@ -11,6 +11,14 @@ import (
 func crioMachine(t testing.TB) *machine {
 	t.Helper()
 	m := newMachine(t, filepath.Join(tools, "trixie"))
+	m.onlyCRIO()
+	return m
+}
+
+// onlyCRIO replaces the machine's containerd by CRI-O.
+func (m *machine) onlyCRIO() {
+	t := m.t
+	t.Helper()
 	for _, name := range []string{"crio", "pinns"} {
 		m.copy(tool(t, name))
 	}
@@ -34,7 +42,6 @@ monitor_cgroup = "pod"
 		t.Fatal(err)
 	}
 	write(t, m.root+"/etc/containers/policy.json", `{"default": [{"type": "insecureAcceptAnything"}]}`)
-	return m
 }
 
 // TestCRIONode sets a machine with CRI-O up with one command, pulls, and puts it
