@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -38,11 +39,11 @@ func PullsWithCRIO(o Options) bool {
 		_, err := os.Stat(o.path(name))
 		return err == nil
 	}
-	if exists(o.ContainerdConfig) || o.Root == "" && exists(defaultAddress) {
+	if exists(cmp.Or(o.ContainerdConfig, "/etc/containerd/config.toml")) || o.Root == "" && exists(defaultAddress) {
 		return false
 	}
 	for _, dir := range []string{"", "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
-		if name := filepath.Join(dir, o.ContainerdBinary); filepath.IsAbs(name) && exists(name) {
+		if name := filepath.Join(dir, cmp.Or(o.ContainerdBinary, "containerd")); filepath.IsAbs(name) && exists(name) {
 			return false
 		}
 	}
