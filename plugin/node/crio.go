@@ -122,18 +122,20 @@ func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
 }
 
 // peerPID returns the process that listens at the other end.
-func peerPID(conn *net.UnixConn) (pid int, err error) {
+func peerPID(conn *net.UnixConn) (int, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return 0, err
 	}
-	err = errors.Join(raw.Control(func(fd uintptr) {
-		var cred *syscall.Ucred
-		if cred, err = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
-			pid = int(cred.Pid)
-		}
-	}), err)
-	return pid, err
+	var cred *syscall.Ucred
+	var credErr error
+	err = raw.Control(func(fd uintptr) {
+		cred, credErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	})
+	if err = errors.Join(err, credErr); err != nil {
+		return 0, err
+	}
+	return int(cred.Pid), nil
 }
 
 // clockTick is the unit of times in /proc/PID/stat: Linux shows 100 a second to

@@ -115,7 +115,7 @@ func (e *examination) crioKeys(context.Context) Step {
 	case keys < 0:
 		return inOrder("decryption_keys_path " + dir + " does not exist, and need not")
 	}
-	return inOrder(fmt.Sprintf("decryption_keys_path %s has %d private keys", dir, keys))
+	return inOrder(fmt.Sprintf("decryption_keys_path %s has private keys: %d", dir, keys))
 }
 
 // unwrapLayer encrypts a layer and decrypts it with the key provider that CRI-O
