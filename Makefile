@@ -127,7 +127,7 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -count=1 -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
+	go test -buildvcs=false -count=1 -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy|TestCRIOBooted)$$' -v ./integration
 
 ROUNDS_LONG ?= 300
 test-long: tools

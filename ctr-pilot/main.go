@@ -49,6 +49,11 @@ in ` + defaultKeyProviders + `.`
 	images := subcommand(a, "images")
 	wrapPull(subcommand(images, "pull"))
 	wrapImport(subcommand(images, "import"))
+	wrapPush(subcommand(images, "push"))
+	// All of ctr's commands that use the transfer service.
+	for _, name := range []string{"pull", "push", "import", "export", "tag"} {
+		alwaysLocal(subcommand(images, name))
+	}
 	wrapUse(subcommand(a, "run"))
 	wrapUse(subcommand(subcommand(a, "containers"), "create"))
 	wrapUse(subcommand(images, "mount"))

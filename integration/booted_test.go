@@ -58,7 +58,9 @@ func boot(t testing.TB, lower string, args []string, prepare func(*machine)) *bo
 		}
 		return nil
 	})
-	await(t, "the machine's containerd", func() error { return b.run("ctr", "version").Run() })
+	await(t, "the machine's containerd or CRI-O", func() error {
+		return b.run("sh", "-c", "ctr version || systemctl --quiet is-active crio.service").Run()
+	})
 	return b
 }
 

@@ -10,7 +10,7 @@ shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
+packages=(containerd runc conmon docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
 kubernetes=
 if [ "${1-}" = kubernetes ]; then
 	kubernetes=1
@@ -50,6 +50,26 @@ build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
+# older_containerd VERSION: a release and its shim into DIR/containerd-VERSION,
+# unless they are there. go install refuses 2.0's go.mod, which excludes versions.
+older_containerd() {
+	local to=$dir/containerd-$1
+	[ -e "$to/containerd" ] && [ -e "$to/containerd-shim-runc-v2" ] && return
+	echo "building containerd $1"
+	rm -rf "$to" "$to.part"
+	mkdir -p "$to.part/module"
+	(
+		cd "$to.part/module"
+		go mod init containerd
+		go get -tool github.com/containerd/containerd/v2/cmd/{containerd,containerd-shim-runc-v2}@v"$1"
+		GOFLAGS=-buildvcs=false GOBIN=$to.part go install tool
+	) >"$dir/containerd-$1.log" 2>&1 || { cat "$dir/containerd-$1.log"; exit 1; }
+	rm -rf "$to.part/module"
+	mv "$to.part" "$to"
+}
+older_containerd 2.0.7
+older_containerd 2.2.9
+
 # Prometheus' parser of rules and queries, without the daemon that comes with it.
 if [ ! -e "$dir/bin/promtool" ]; then
 	echo "fetching promtool"
@@ -65,15 +85,15 @@ if [ ! -e "$dir/bin/promtool" ]; then
 	rm -rf "$dir/prometheus"
 fi
 
-# build_module NAME FOLDER [FLAGS]: a program from a module of its own, since much
-# comes with it, unless it is there as it is now.
+# build_module NAME FOLDER [LDFLAGS [TAGS [PACKAGE]]]: a program from a module of its
+# own, since much comes with it, unless it is there as it is now.
 build_module() {
 	local name=$1 source version
 	source=$(cd "$(dirname "$0")/../integration/$2" && pwd)
-	version=$(cat "$source"/{go.mod,go.sum,main.go} | sha256sum)
+	version=$({ cat "$source"/{go.mod,go.sum,main.go} 2>/dev/null || true; } | sha256sum)
 	[ "$(cat "$dir/bin/.$name" 2>/dev/null)" = "$version" ] && return
 	echo "building $name (takes some minutes)"
-	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags "-s -w ${3-}" -o "$dir/bin/$name" .)
+	(cd "$source" && GOFLAGS=-buildvcs=false go build -ldflags "-s -w ${3-}" -tags "${4-}" -o "$dir/bin/$name" "${5-.}")
 	echo "$version" >"$dir/bin/.$name"
 }
 build_module vault-dev vault
@@ -85,6 +105,14 @@ if [ "$(cat "$dir/bin/.buildkit" 2>/dev/null)" != "$version" ]; then
 	(cd "$(dirname "$0")/../integration/buildkit" && CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "-s -w" -o "$dir/bin/" tool)
 	echo "$version" >"$dir/bin/.buildkit"
 fi
+
+# CRI-O, its helper that pins namespaces, and its pull with a newer library.
+crio_tags=containers_image_openpgp,containers_image_ostree_stub,exclude_graphdriver_btrfs
+build_module crio crio "" $crio_tags github.com/cri-o/cri-o/cmd/crio
+if [ ! -e "$dir/bin/pinns" ]; then
+	cc -O2 -o "$dir/bin/pinns" "$(cd "$(dirname "$0")/../integration/crio" && go list -m -f '{{.Dir}}' github.com/cri-o/cri-o)"/pinns/src/*.c
+fi
+build_module criopull criopull "" $crio_tags
 if [ -n "$kubernetes" ]; then
 	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")
 	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"

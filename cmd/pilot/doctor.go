@@ -26,6 +26,9 @@ containerd and its configuration, the broker, and a small encrypted layer that
 is unpacked and removed again. Run it as root, with the settings that pilot
 serves with. It takes a minute at most.
 
+Where CRI-O pulls, it checks CRI-O's environment and directory of keys instead
+of containerd, and decrypts a small layer with the key provider that CRI-O has.
+
 The exit status is 0 if all is well, 1 if something is wrong, and 2 if pilot's
 configuration or an argument can't be used.
 
@@ -33,6 +36,7 @@ Example:
    pilot node doctor --kek team-a`,
 	Flags: slices.Concat(configFlags(), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
+		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + node.CRIOSocket + " where there is CRI-O and no containerd)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 	}),
@@ -120,6 +124,10 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
 	d.Containerd = string(conf.Containerd)
+	d.CRIO = c.String("crio")
+	if d.CRIO == "" && node.PullsWithCRIO(node.Options{ContainerdBinary: d.ContainerdBinary, ContainerdConfig: d.ContainerdConfig}) {
+		d.CRIO = node.CRIOSocket
+	}
 	return d
 }
 

@@ -17,15 +17,18 @@ import (
 
 var nodeCommand = &cli.Command{
 	Name:  "node",
-	Usage: "set this machine's containerd up with pilot, and examine it",
+	Usage: "set this machine up with pilot, and examine it",
 	Subcommands: []*cli.Command{
 		{
 			Name:  "install",
-			Usage: "make containerd decrypt images with pilot",
+			Usage: "make containerd or CRI-O decrypt images with pilot",
 			Description: `Looks at the machine's containerd and writes what is needed, and no more: a
 drop-in of containerd's configuration, pilot.toml, ocicrypt.conf and systemd's
 units. What exists is not overwritten: what is in the way is named. Doing it
 again changes nothing.
+
+On a machine with CRI-O and no containerd, it writes a drop-in of crio.service
+instead of containerd's.
 
 Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
@@ -71,7 +74,7 @@ Example:
 func nodeFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "root", Usage: "root `DIRECTORY` of an unpacked node image, instead of this machine"},
-		&cli.BoolFlag{Name: "now", Usage: "start or stop pilot, and restart containerd if its configuration changes"},
+		&cli.BoolFlag{Name: "now", Usage: "start or stop pilot, and restart containerd or CRI-O if its configuration changes"},
 	}
 }
 
@@ -133,7 +136,7 @@ func nodeInstall(c *cli.Context) error {
 		return err
 	}
 	defer plan.Close()
-	fmt.Fprintln(os.Stderr, plan.Containerd())
+	fmt.Fprintln(os.Stderr, plan.Runtime())
 	if c.Bool("dry-run") {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())
@@ -190,7 +193,7 @@ func nodeUninstall(c *cli.Context) error {
 	if o.Root != "" || node.Connected(o) {
 		return stays
 	}
-	// containerd first: it asks pilot until then.
+	// containerd or CRI-O first: it asks pilot until then.
 	commands := []string{"systemctl daemon-reload", "systemctl try-restart " + had.Service}
 	if len(had.Units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(had.Units, " "))

@@ -107,7 +107,7 @@ func (o Options) stoppedDistribution() (d distribution, service string) {
 		{rke2, "rke2-server.service"}, {rke2, "rke2-agent.service"},
 		{k0s, "k0scontroller.service"}, {k0s, "k0sworker.service"},
 	} {
-		for _, dir := range []string{"/etc/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"} {
+		for _, dir := range unitDirs {
 			if exists(o.path(filepath.Join(dir, known.service))) {
 				return distribution{name: known.name}, known.service
 			}

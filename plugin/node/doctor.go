@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
@@ -47,6 +48,9 @@ type Doctor struct {
 	// ContainerdBinary the program that can read it. Default: those of the
 	// process that answers at Containerd.
 	ContainerdConfig, ContainerdBinary string
+	// CRIO is the path of CRI-O's socket, on a node where CRI-O pulls: then
+	// containerd is not examined.
+	CRIO string
 	// Snapshotter is where to unpack. Default: CRI's, or overlayfs.
 	Snapshotter string
 }
@@ -106,23 +110,31 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
-		for _, c := range []check{
-			{StepConfiguration, nil, time.Second, e.configuration},
-			{StepKeyProvider, []string{StepConfiguration}, 5 * time.Second, e.keyProvider},
-			{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
-			{StepContainerd, []string{StepConfiguration}, 5 * time.Second, e.containerd},
-			{StepContainerdConfig, []string{StepContainerd}, 10 * time.Second, e.containerdConfig},
-			// pilot answers within 30 seconds.
-			{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
-			{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
-			{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
-		} {
+		for _, c := range e.checks() {
 			step := e.step(ctx, c)
 			step.Name = c.name
 			if !yield(step) {
 				return
 			}
 		}
+	}
+}
+
+// checks are the steps, in their order.
+func (e *examination) checks() []check {
+	if e.CRIO != "" {
+		return e.crioChecks()
+	}
+	return []check{
+		{StepConfiguration, nil, time.Second, e.configuration},
+		{StepKeyProvider, []string{StepConfiguration}, 5 * time.Second, e.keyProvider},
+		{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
+		{StepContainerd, []string{StepConfiguration}, 5 * time.Second, e.containerd},
+		{StepContainerdConfig, []string{StepContainerd}, 10 * time.Second, e.containerdConfig},
+		// pilot answers within 30 seconds.
+		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
+		{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
+		{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
 	}
 }
 
@@ -136,6 +148,9 @@ type examination struct {
 	dump    map[string]any // what it would load if it was started now
 	builtIn bool           // pilot's differ is compiled into containerd
 	kek     string         // the first that the node can use
+
+	runningCRIO *runningCRIO                       // from StepCRIO on
+	crioAttrs   keyproviderconfig.KeyProviderAttrs // of pilot in CRI-O's ocicrypt.conf
 }
 
 func (e *examination) step(ctx context.Context, c check) Step {

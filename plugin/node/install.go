@@ -49,9 +49,12 @@ type Plan struct {
 	release    func()
 }
 
-// Containerd describes the containerd that the plan is for.
-func (p *Plan) Containerd() string {
+// Runtime describes the containerd or the CRI-O that the plan is for.
+func (p *Plan) Runtime() string {
 	c := p.containerd
+	if c == nil {
+		return "CRI-O (" + CRIOService + ")"
+	}
 	of := c.service
 	if c.name != "" {
 		of = c.name + ", " + of
@@ -135,6 +138,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 			release()
 		}
 	}()
+	if PullsWithCRIO(o) {
+		return newCRIOPlan(o, release)
+	}
 	before, err := o.readState()
 	if err != nil {
 		return nil, err
@@ -155,7 +161,10 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		return nil, err
 	}
 	if o.hasSystemd() {
-		if err := p.units(before, c); err != nil {
+		if err := p.units(before, c.usesDiffer()); err != nil {
+			return nil, err
+		}
+		if err := p.unitDropIns(before); err != nil {
 			return nil, err
 		}
 	}

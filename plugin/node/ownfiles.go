@@ -187,9 +187,9 @@ const packagedPilot = "/usr/bin/pilot"
 
 // units plans systemd's units and the links that enable them. Units of a
 // package are used as they are.
-func (p *Plan) units(before state, c *containerd) error {
+func (p *Plan) units(before state, differ bool) error {
 	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
-	if c.usesDiffer() {
+	if differ {
 		names["pilot-diff.socket"] = "sockets.target.wants"
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
@@ -217,6 +217,12 @@ func (p *Plan) units(before state, c *containerd) error {
 			p.Changes = append(p.Changes, Change{Path: link, Link: path})
 		}
 	}
+	return nil
+}
+
+// unitDropIns plans what is added to the units of containerd and of pilot.
+func (p *Plan) unitDropIns(before state) error {
+	c := p.containerd
 	if err := p.own(before, filepath.Join(unitDir, c.service+".d", refreshName), refreshUnit(p.options.PilotBinary), nil); err != nil {
 		return err
 	}

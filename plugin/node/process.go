@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -207,17 +208,21 @@ func listenerPID(socket string) (int, error) {
 		return 0, err
 	}
 	defer conn.Close()
-	raw, err := conn.(*net.UnixConn).SyscallConn()
+	return peerPID(conn.(*net.UnixConn))
+}
+
+// peerPID returns the process that listens at the other end.
+func peerPID(conn *net.UnixConn) (int, error) {
+	raw, err := conn.SyscallConn()
 	if err != nil {
 		return 0, err
 	}
 	var peer *unix.Ucred
-	if controlErr := raw.Control(func(fd uintptr) {
-		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); controlErr != nil {
-		return 0, controlErr
-	}
-	if err != nil {
+	var peerErr error
+	err = raw.Control(func(fd uintptr) {
+		peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	if err = errors.Join(err, peerErr); err != nil {
 		return 0, err
 	}
 	return int(peer.Pid), nil

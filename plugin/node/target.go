@@ -200,7 +200,7 @@ func (o Options) lookPath(name string) string {
 // nothing if there is none or it can't be read.
 func (o Options) execStart(service string) []string {
 	var files []string
-	for _, dir := range []string{"/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"} {
+	for _, dir := range unitDirs {
 		if path := filepath.Join(dir, service); len(files) == 0 && exists(o.path(path)) {
 			files = append(files, o.path(path))
 		}

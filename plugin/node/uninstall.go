@@ -74,7 +74,7 @@ func (s *state) disconnect(ctx context.Context, o Options) error {
 		return err
 	}
 	for _, f := range slices.Backward(s.Files) {
-		if !isDropIn(f.Path) && f.Inserted == "" {
+		if !connects(f.Path) && f.Inserted == "" {
 			continue
 		}
 		was := Change{Path: f.Path, Mode: f.Mode}
@@ -83,7 +83,7 @@ func (s *state) disconnect(ctx context.Context, o Options) error {
 		}
 		if err := s.undo(o, f); err == nil {
 			undone = append(undone, was)
-		} else if isDropIn(f.Path) {
+		} else if connects(f.Path) {
 			return putBack(err)
 		}
 	}
@@ -194,18 +194,22 @@ func (o Options) keeps(f installed) bool {
 	return o.KeepConfig && (f.Path == pilotConfig || f.Path == keyProviders)
 }
 
-// Connected reports whether the configuration that has containerd ask pilot is
-// still there.
+// connects reports whether a file is what has containerd or CRI-O ask pilot.
+func connects(path string) bool { return isDropIn(path) || path == crioDropIn }
+
+// Connected reports whether the configuration that has containerd or CRI-O ask
+// pilot is still there.
 func Connected(o Options) bool {
 	s, err := o.readState()
-	return err != nil || len(s.dropIns()) > 0
+	return err != nil || slices.ContainsFunc(s.Files, func(f installed) bool { return connects(f.Path) })
 }
 
 // Installation is what a machine remembers of one.
 type Installation struct {
 	// Units are the systemd units that it has enabled.
 	Units []string
-	// Service is containerd's systemd service.
+	// Service is the systemd service of the containerd or the CRI-O that asks
+	// pilot.
 	Service string
 	// Present says that there is something to uninstall.
 	Present bool
@@ -224,6 +228,9 @@ func Installed(o Options) (Installation, error) {
 	for _, f := range s.Files {
 		if f.Link != "" {
 			i.Units = append(i.Units, filepath.Base(f.Path))
+		}
+		if f.Path == crioDropIn {
+			i.Service = CRIOService
 		}
 		i.Present = i.Present || !o.keeps(f)
 	}

@@ -1,0 +1,174 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containers/ocicrypt/utils"
+	"github.com/pelletier/go-toml/v2"
+)
+
+const (
+	// CRIOSocket is where CRI-O listens by default.
+	CRIOSocket = "/run/crio/crio.sock"
+	// CRIOService is its systemd service.
+	CRIOService = "crio.service"
+)
+
+// unitDirs are systemd's directories of units, the one that counts first.
+var unitDirs = []string{unitDir, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
+
+// PullsWithCRIO reports whether a machine has CRI-O and no containerd.
+func PullsWithCRIO(o Options) bool {
+	exists := func(name string) bool { return exists(o.path(name)) }
+	if exists(cmp.Or(o.ContainerdConfig, "/etc/containerd/config.toml")) || o.Root == "" && exists(defaultAddress) {
+		return false
+	}
+	for _, dir := range append([]string{""}, binDirs...) {
+		if name := filepath.Join(dir, cmp.Or(o.ContainerdBinary, "containerd")); filepath.IsAbs(name) && exists(name) {
+			return false
+		}
+	}
+	return o.Root == "" && exists(CRIOSocket) || o.crioUnit() != ""
+}
+
+// crioUnit returns the path of CRI-O's unit, or "".
+func (o Options) crioUnit() string {
+	for _, dir := range unitDirs {
+		name := filepath.Join(dir, CRIOService)
+		if _, err := os.Stat(o.path(name)); err == nil {
+			return name
+		}
+	}
+	return ""
+}
+
+// runningCRIO is the CRI-O that answers at a socket.
+type runningCRIO struct {
+	pid      int
+	started  time.Time
+	keysPath string // decryption_keys_path
+}
+
+// maxCRIOConfig is the most that is read of CRI-O's configuration, in bytes.
+const maxCRIOConfig = 4 << 20
+
+// askCRIO asks CRI-O for its configuration, as "crio status config" does.
+func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
+	var c runningCRIO
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		if err != nil {
+			return nil, err
+		}
+		if c.pid, err = peerPID(conn.(*net.UnixConn)); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return conn, nil
+	}}
+	defer transport.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://crio/config", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxCRIOConfig))
+	if err != nil {
+		return nil, err
+	}
+	var conf struct {
+		CRIO struct {
+			Runtime struct {
+				DecryptionKeysPath *string `toml:"decryption_keys_path"`
+			} `toml:"runtime"`
+		} `toml:"crio"`
+	}
+	if err := toml.Unmarshal(text, &conf); err != nil || resp.StatusCode != http.StatusOK || conf.CRIO.Runtime.DecryptionKeysPath == nil {
+		return nil, fmt.Errorf("what answers there is not CRI-O (HTTP status %s)", resp.Status)
+	}
+	c.keysPath = *conf.CRIO.Runtime.DecryptionKeysPath
+	if c.pid <= 1 {
+		// systemd listens for it, or it is in another PID namespace.
+		out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=MainPID", "--value", CRIOService).Output()
+		if c.pid, _ = strconv.Atoi(strings.TrimSpace(string(out))); err != nil || c.pid == 0 {
+			return nil, fmt.Errorf("the process that answers there is unknown, and %s does not run", CRIOService)
+		}
+	}
+	boot, err := bootTime()
+	if err != nil {
+		return nil, err
+	}
+	c.started, err = startOf(fmt.Sprintf("/proc/%d", c.pid), boot)
+	return &c, err
+}
+
+// environment returns a variable of CRI-O's environment, or "".
+func (c *runningCRIO) environment(name string) (string, error) {
+	all, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", c.pid))
+	for v := range strings.SplitSeq(string(all), "\x00") {
+		if value, ok := strings.CutPrefix(v, name+"="); ok {
+			return value, err
+		}
+	}
+	return "", err
+}
+
+// path returns where a file of CRI-O's is for this process.
+func (c *runningCRIO) path(name string) string { return c.root().path(name) }
+
+func (c *runningCRIO) root() Options { return Options{Root: fmt.Sprintf("/proc/%d/root", c.pid)} }
+
+// checkKeys counts the private keys in CRI-O's decryption_keys_path, -1 if it does
+// not exist. The error is that with which CRI-O fails every pull, of plain images
+// too: as getDecryptionKeys in server/utils.go of CRI-O 1.34 does, it takes no file
+// that is not a key without a password, and no symbolic link.
+func (c *runningCRIO) checkKeys() (keys int, err error) {
+	if c.keysPath == "" {
+		return -1, nil
+	}
+	dir := c.root().linkPath(c.keysPath)
+	if strings.HasSuffix(c.keysPath, "/") {
+		dir = c.path(c.keysPath) // so CRI-O follows a link, too
+	}
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return -1, nil
+	}
+	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case e.IsDir():
+			return nil
+		case e.Type()&fs.ModeSymlink != 0:
+			return fmt.Errorf("%s is a symbolic link", e.Name())
+		}
+		key, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if _, err := utils.SortDecryptionKeys(base64.StdEncoding.EncodeToString(key)); err != nil {
+			return fmt.Errorf("%s: %w", e.Name(), err)
+		}
+		keys++
+		return nil
+	})
+	return keys, err
+}

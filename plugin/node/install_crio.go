@@ -1,0 +1,118 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+	"github.com/pelletier/go-toml/v2"
+)
+
+// crioDropIn has CRI-O's unit set the variable by which ocicrypt finds pilot.
+const crioDropIn = unitDir + "/crio.service.d/pilot.conf"
+
+const crioDropInText = `# Written by "pilot node install"; "pilot node uninstall" removes it.
+[Unit]
+Wants=pilot.service
+After=pilot-keyprovider.socket
+
+[Service]
+Environment=` + keyproviderconfig.ENVVARNAME + "=" + keyProviders + "\n"
+
+// newCRIOPlan plans an installation beside CRI-O, which asks pilot as a key
+// provider and has no differs.
+func newCRIOPlan(o Options, release func()) (*Plan, error) {
+	if o.crioUnit() == "" || !o.hasSystemd() {
+		return nil, &Conflict{CRIOSocket, "CRI-O is not started by systemd's " + CRIOService, "set it up as docs/crio.md shows"}
+	}
+	if err := o.checkCRIOEnvironment(); err != nil {
+		return nil, err
+	}
+	before, err := o.readState()
+	if err != nil {
+		return nil, err
+	}
+	p := &Plan{options: o, inserted: make(map[string]string), release: release}
+	if err := p.own(before, keyProviders, []byte(`{"key-providers": {"pilot": {"grpc": "unix://`+keySocket+`"}}}`+"\n"), checkKeyProviders); err != nil {
+		return nil, err
+	}
+	if err := p.own(before, crioDropIn, []byte(crioDropInText), nil); err != nil {
+		return nil, err
+	}
+	forCRIO := len(p.Changes)
+	if err := p.crioPilotConfig(before); err != nil {
+		return nil, err
+	}
+	if err := p.units(before, false); err != nil {
+		return nil, err
+	}
+	if len(p.Changes) > forCRIO {
+		p.Restart = append(p.Restart, pilotService)
+	}
+	if forCRIO > 0 {
+		p.Restart = append(p.Restart, CRIOService)
+	}
+	return p, nil
+}
+
+// crioPilotConfig plans a pilot.toml without the differ, for which there is no
+// containerd.
+func (p *Plan) crioPilotConfig(before state) error {
+	settings := maps.Clone(p.options.Settings)
+	if settings == nil {
+		settings = make(map[string]string)
+	}
+	wanted := maps.Clone(settings)
+	// One that was installed keeps its settings.
+	if old, err := os.ReadFile(p.options.path(pilotConfig)); err == nil {
+		var had map[string]any
+		if err := toml.Unmarshal(old, &had); err != nil {
+			return fmt.Errorf("%s: %w", pilotConfig, err)
+		}
+		for name, v := range had {
+			if s, ok := v.(string); ok && wanted[name] == "" {
+				wanted[name] = s
+			}
+		}
+	}
+	wanted["diff-listen"] = "off"
+	return p.own(before, pilotConfig, newPilotConfig(wanted, true), func(had []byte) error {
+		settings["diff-listen"] = "off"
+		return checkPilotConfig(had, settings, false)
+	})
+}
+
+// checkCRIOEnvironment refuses a variable that somebody else has set for CRI-O.
+func (o Options) checkCRIOEnvironment() error {
+	files := []string{"/etc/sysconfig/crio", "/etc/default/crio"}
+	for _, dir := range unitDirs {
+		files = append(files, filepath.Join(dir, CRIOService))
+		entries, err := os.ReadDir(o.path(filepath.Join(dir, CRIOService+".d")))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, e := range entries {
+			files = append(files, filepath.Join(dir, CRIOService+".d", e.Name()))
+		}
+	}
+	for _, name := range files {
+		text, err := os.ReadFile(o.path(name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for line := range strings.Lines(string(text)) {
+			line = strings.TrimSpace(line)
+			_, value, found := strings.Cut(line, keyproviderconfig.ENVVARNAME+"=")
+			value, _, _ = strings.Cut(value, " ")
+			if found && !strings.HasPrefix(line, "#") && strings.Trim(value, `"'`) != keyProviders {
+				return &Conflict{name, line, "move the file that it names to " + keyProviders + ", add pilot to it, and name that here"}
+			}
+		}
+	}
+	return nil
+}
