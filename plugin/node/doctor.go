@@ -41,6 +41,9 @@ type Doctor struct {
 	// DiffSocket is the path of the socket at which pilot is a differ, or
 	// empty if it is none.
 	DiffSocket string
+	// DecryptionKeysPath is the directory of the differ's private keys, or
+	// empty.
+	DecryptionKeysPath string
 	// Containerd is the path of containerd's socket.
 	Containerd string
 	// ContainerdConfig is the file that containerd was started with, and
@@ -83,6 +86,7 @@ const (
 	StepBroker           = "broker"
 	StepLayer            = "layer"
 	StepTransfer         = "transfer"
+	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
 )
 
 // examineWithin bounds an examination, but for the time that it takes to clean
@@ -105,7 +109,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
-		for _, c := range []check{
+		for _, c := range append([]check{
 			{StepConfiguration, nil, time.Second, e.configuration},
 			{StepKeyProvider, []string{StepConfiguration}, 5 * time.Second, e.keyProvider},
 			{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
@@ -115,7 +119,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 			{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
 			{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
 			{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
-		} {
+		}, e.decryptionKeysCheck()...) {
 			step := e.step(ctx, c)
 			step.Name = c.name
 			if !yield(step) {
