@@ -24,7 +24,7 @@ import (
 // What is read of a [KeyDir] at most. What goes beyond is among the unusable
 // files.
 const (
-	maxKeyFiles = 4096     // files and directories
+	maxKeyFiles = 32768    // files and directories, those with fewer directories around them first
 	maxKeyDepth = 8        // directories in each other
 	maxKeyFile  = 1 << 20  // bytes of a file
 	maxKeyBytes = 16 << 20 // bytes of all files
@@ -168,7 +168,14 @@ type keyList struct {
 	files    []keyFile
 	unusable []UnusableKey
 	entries  int
-	dirs     []fileID // those that were listed, since links can lead back to them
+	dirs     []keySubdir     // that are not listed yet
+	listed   map[fileID]bool // directories, to which links can lead back
+}
+
+type keySubdir struct {
+	path  string
+	id    fileID
+	depth int // how many directories it is in
 }
 
 type keyFile struct {
@@ -189,8 +196,13 @@ func (l *keyList) equal(other *keyList) bool {
 }
 
 func listKeys(dir string) *keyList {
-	l := &keyList{}
+	l := &keyList{listed: map[fileID]bool{}}
 	l.add(dir, 0)
+	for len(l.dirs) > 0 {
+		next := l.dirs[0]
+		l.dirs = l.dirs[1:]
+		l.addEntries(next)
+	}
 	return l
 }
 
@@ -207,7 +219,7 @@ func (l *keyList) add(path string, depth int) {
 	}
 	switch mode := info.Mode(); {
 	case mode.IsDir():
-		l.addDir(path, identify(info), depth)
+		l.dirs = append(l.dirs, keySubdir{path, identify(info), depth})
 	case !mode.IsRegular():
 		l.leaveOut(path, "not a file but a pipe, a socket or a device: move it out of the directory")
 	case info.Size() > maxKeyFile:
@@ -217,24 +229,25 @@ func (l *keyList) add(path string, depth int) {
 	}
 }
 
-func (l *keyList) addDir(path string, id fileID, depth int) {
-	if slices.Contains(l.dirs, id) {
+// addEntries adds the entries of a directory.
+func (l *keyList) addEntries(dir keySubdir) {
+	if l.listed[dir.id] {
 		return
 	}
-	l.dirs = append(l.dirs, id)
-	if depth > maxKeyDepth {
-		l.leaveOut(path, fmt.Sprintf("a directory in %d others and not read", maxKeyDepth))
+	l.listed[dir.id] = true
+	if dir.depth > maxKeyDepth {
+		l.leaveOut(dir.path, fmt.Sprintf("a directory in %d others and not read", maxKeyDepth))
 		return
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+	f, err := os.OpenFile(dir.path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		l.leaveOut(path, unreadable(path, err))
+		l.leaveOut(dir.path, unreadable(dir.path, err))
 		return
 	}
 	defer f.Close()
 	entries, err := f.ReadDir(maxKeyFiles - l.entries + 1)
 	if err != nil && err != io.EOF {
-		l.leaveOut(path, unreadable(path, err))
+		l.leaveOut(dir.path, unreadable(dir.path, err))
 		return
 	}
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
@@ -242,11 +255,11 @@ func (l *keyList) addDir(path string, id fileID, depth int) {
 		switch {
 		case strings.HasPrefix(e.Name(), ".."):
 		case l.entries == maxKeyFiles:
-			l.leaveOut(path, fmt.Sprintf("too full: only %d files are read, and the others are not", maxKeyFiles))
+			l.leaveOut(dir.path, fmt.Sprintf("too full: %d files are read, and what is left here is not", maxKeyFiles))
 			return
 		default:
 			l.entries++
-			l.add(filepath.Join(path, e.Name()), depth+1)
+			l.add(filepath.Join(dir.path, e.Name()), dir.depth+1)
 		}
 	}
 }
