@@ -24,7 +24,7 @@ import (
 // What is read of a [KeyDir] at most. What goes beyond is among the unusable
 // files.
 const (
-	maxKeyFiles = 32768    // files and directories, those with fewer directories around them first
+	maxKeyFiles = 32768    // files and directories, from the top down
 	maxKeyDepth = 8        // directories in each other
 	maxKeyFile  = 1 << 20  // bytes of a file
 	maxKeyBytes = 16 << 20 // bytes of all files
@@ -76,8 +76,8 @@ type UnusableKey struct {
 
 func (k UnusableKey) String() string { return fmt.Sprintf("%.250q is %s", k.Path, k.Reason) }
 
-// Summary lists the unusable files in one line, at most that many of them. It is empty if
-// there are keys and all can be used.
+// Summary lists the unusable files in one line, at most that many of them. It is
+// empty if there are keys and all can be used.
 func (s KeyDirState) Summary(most int) string {
 	var list []string
 	for i, k := range s.Unusable {

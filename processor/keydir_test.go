@@ -124,7 +124,7 @@ func strayFiles(t testing.TB) []strayFile {
 	if err != nil {
 		t.Fatal(err)
 	}
-	//nolint:staticcheck // such files exist
+	//lint:ignore SA1019 such files exist
 	legacy, err := x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", der, []byte("password"), x509.PEMCipherAES256)
 	if err != nil {
 		t.Fatal(err)

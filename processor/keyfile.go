@@ -88,7 +88,8 @@ func classifyKeyOrCertificate(b []byte, block *pem.Block) (parameter, reason str
 		return "", "neither a private key without a password nor a certificate: move it out of the directory, or store the key in PEM (PKCS #8)"
 	}
 	switch kind := block.Type; {
-	case kind == "ENCRYPTED PRIVATE KEY", x509.IsEncryptedPEMBlock(block): //nolint:staticcheck // such files exist
+	//lint:ignore SA1019 such files exist
+	case kind == "ENCRYPTED PRIVATE KEY", x509.IsEncryptedPEMBlock(block):
 		return "", reasonPassword
 	case kind == "EC PARAMETERS", kind == "EC PRIVATE KEY":
 		return "", "an EC private key in SEC 1 form, which ocicrypt does not read: convert it (openssl pkcs8 -topk8 -nocrypt -in FILE -out FILE.new)"
