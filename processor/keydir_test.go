@@ -357,15 +357,19 @@ func TestKeyDirPath(t *testing.T) {
 func TestKeyDirLimits(t *testing.T) {
 	alice := newPair(t)
 	layer := layerFor(t, alice)
+	found := func(dir string) (s KeyDirState) {
+		t.Helper()
+		if err := opens(t, NewKeyDir(dir, func(found KeyDirState) { s = found }), layer); err != nil {
+			t.Error(err)
+		}
+		return s
+	}
 	dir := t.TempDir()
 	for i := range maxKeyFiles {
 		put(t, dir, fmt.Sprintf("many/%05d", i), nil)
 	}
 	put(t, dir, "z.pem", alice.private)
-	if err := opens(t, NewKeyDir(dir, nil), layer); err != nil {
-		t.Error(err)
-	}
-	s := state(t, dir)
+	s := found(dir)
 	if len(s.Unusable) > maxKeyFiles+1 || !strings.Contains(s.Unusable[0].String(), `/many" is too full: 32768 files are read`) {
 		t.Errorf("%d: %s", len(s.Unusable), s.Summary(1))
 	}
@@ -378,10 +382,7 @@ func TestKeyDirLimits(t *testing.T) {
 		}
 	}
 	put(t, dir, "z.pem", alice.private)
-	if err := opens(t, NewKeyDir(dir, nil), layer); err != nil {
-		t.Error(err)
-	}
-	s = state(t, dir)
+	s = found(dir)
 	// What is left out does not keep a smaller file after it from being read.
 	if s.Usable != 2 || len(s.Unusable) != 17 {
 		t.Fatalf("%d usable: %s", s.Usable, s.Summary(100))
@@ -407,7 +408,7 @@ func TestKeyDirChanges(t *testing.T) {
 	expect("no key", false, false)
 	put(t, dir, "key.pem", alice.private)
 	expect("added", true, false)
-	for range 50 { // within a tick of the kernel's clock, the same size and inode
+	for range 10 { // within a tick of the kernel's clock, the same size and inode
 		put(t, dir, "key.pem", bob.private)
 		expect("rewritten", false, true)
 		put(t, dir, "key.pem", alice.private)
@@ -469,7 +470,7 @@ func TestKeyDirKubernetes(t *testing.T) {
 	for _, name := range []string{"a.pem", "b.pem", "sub"} {
 		link(t, "..data/"+name, dir+"/"+name)
 	}
-	for i := 1; i <= 200; i++ {
+	for i := 1; i <= 50; i++ {
 		swapped := make(chan struct{})
 		delay := time.Duration(mathrand.IntN(400)) * time.Microsecond
 		go func() {
