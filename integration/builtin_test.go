@@ -29,6 +29,7 @@ func TestBuiltin(t *testing.T) {
 	n := startNode(t, home, v, "", fmt.Sprintf(`
 [plugins.'io.containerd.differ.v1.pilot']
   key_providers = '%s'
+  decryption_keys_path = '%s/keys'
   layers_at_once = 2
 [plugins.'io.containerd.service.v1.diff-service']
   default = ['pilot']
@@ -41,7 +42,7 @@ func TestBuiltin(t *testing.T) {
   accepts = ['application/vnd.oci.image.layer.v1.tar+gzip+encrypted']
   returns = 'application/vnd.oci.image.layer.v1.tar+gzip'
   path = '/bin/false'
-`, ociConf, goarch))
+`, ociConf, home, goarch))
 	for _, k := range kinds {
 		image := c.image(k, "provider:pilot:team-a")
 		output(t, n.crictl("pull", image))
@@ -63,4 +64,11 @@ func TestBuiltin(t *testing.T) {
 	b := newBuilder(t, n, c.registry)
 	image = c.image(kinds[1], "provider:pilot:team-a")
 	says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\n", nil), "hello, "+c.secrets[image])
+
+	private, public := keyPair(t, dir+"/pair")
+	forKey := c.image(kinds[1], "jwe:"+public)
+	fails(t, n.crictl("pull", forKey), "jwe: no private key was given", home+`/keys" is missing`)
+	write(t, home+"/keys/README", "The keys of this node.\n")
+	write(t, home+"/keys/key.pem", read(t, private))
+	output(t, n.crictl("pull", forKey))
 }

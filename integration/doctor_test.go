@@ -523,7 +523,6 @@ func TestDoctorUsage(t *testing.T) {
 	for want, args := range map[string][]string{
 		conf + ":2: listen":        {"--config", conf},
 		"broker-cert and":          {"--config", "/dev/null", "--broker-cert", "x"},
-		dir + "/nothing":           {"--config", "/dev/null", "--decryption-keys-path", dir + "/nothing"},
 		"KEK id":                   {"--config", "/dev/null", "--kek", "a b"},
 		"doctor takes no argument": {"--config", "/dev/null", "now"},
 	} {

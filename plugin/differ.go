@@ -42,9 +42,10 @@ type Config struct {
 	Layers int
 	// UnwrapTimeout bounds the wait for a layer key. Default: 40 seconds.
 	UnwrapTimeout time.Duration
-	// Keys are private keys to try, besides those that the client passes
-	// and the key providers. May be nil.
-	Keys *config.DecryptConfig
+	// DecryptionKeysPath is a directory of private keys to try, before those
+	// that the client passes and the key providers: see [processor.KeyDir].
+	// Default: none.
+	DecryptionKeysPath string
 	// Metrics is what the Differ's metrics are registered with. May be nil.
 	Metrics prometheus.Registerer
 }
@@ -61,6 +62,7 @@ type Differ struct {
 	store    content.Store
 	appliers []diff.Applier // the first that can deal with a snapshot's mounts does
 	conf     Config
+	keys     *processor.KeyDir
 	places   chan struct{}
 	metrics  *metrics
 }
@@ -85,6 +87,7 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 			apply.NewFileSystemApplierWithMountManager(store, mounts),
 		},
 		conf:    conf,
+		keys:    newKeyDir(conf.DecryptionKeysPath, conf.Metrics),
 		places:  make(chan struct{}, conf.Layers),
 		metrics: newMetrics(conf.Metrics),
 	}
@@ -227,15 +230,15 @@ func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor, opts []dif
 			return nil, err
 		}
 	}
-	keys := []config.CryptoConfig{{DecryptConfig: &config.DecryptConfig{}}, {DecryptConfig: d.conf.Keys}}
+	client := &config.DecryptConfig{}
 	for _, any := range passed.ProcessorPayloads {
 		// It may be for another stream processor.
 		if p, err := processor.ParsePayload(any.GetTypeUrl(), any.GetValue()); err == nil {
-			keys = append(keys, config.CryptoConfig{DecryptConfig: &p.DecryptConfig})
+			client = &p.DecryptConfig
 			break // imgcrypt passes the same for each media type
 		}
 	}
-	return d.layerKey(ctx, config.CombineCryptoConfigs(keys).DecryptConfig, desc)
+	return d.layerKey(ctx, client, desc)
 }
 
 // verify reads the whole layer for its HMAC.

@@ -32,8 +32,9 @@ import (
 
 // keys is a key pair, to encrypt and to decrypt with.
 type keys struct {
-	ec *config.EncryptConfig
-	dc *config.DecryptConfig
+	ec  *config.EncryptConfig
+	dc  *config.DecryptConfig
+	dir string // with the private key in key.pem
 }
 
 func newKeys(t *testing.T) keys {
@@ -42,9 +43,14 @@ func newKeys(t *testing.T) keys {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "key.pem"), private, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	return keys{
 		&config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}},
 		&config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}},
+		dir,
 	}
 }
 
@@ -118,7 +124,7 @@ const layerType = ocispec.MediaTypeImageLayer
 
 func TestApply(t *testing.T) {
 	s, k := newStore(t), newKeys(t)
-	d := New(s, nil, Config{Keys: k.dc})
+	d := New(s, nil, Config{DecryptionKeysPath: k.dir})
 	for suffix, compress := range compressions {
 		for _, size := range []int{0, 5, 1 << 20} {
 			layer := tarball(t, size)
@@ -148,7 +154,7 @@ func TestApply(t *testing.T) {
 
 func TestApplyTampered(t *testing.T) {
 	s, k := newStore(t), newKeys(t)
-	d := New(s, nil, Config{Keys: k.dc})
+	d := New(s, nil, Config{DecryptionKeysPath: k.dir})
 	for suffix, compress := range compressions {
 		for _, size := range []int{5, 2 << 20} {
 			layer := compress(t, tarball(t, size))
@@ -176,7 +182,7 @@ func TestApplyTampered(t *testing.T) {
 // TestApplyGarbage unpacks what is authentic, but no layer.
 func TestApplyGarbage(t *testing.T) {
 	s, k := newStore(t), newKeys(t)
-	d := New(s, nil, Config{Keys: k.dc})
+	d := New(s, nil, Config{DecryptionKeysPath: k.dir})
 	for suffix := range compressions {
 		desc := put(t, s, k, layerType+suffix, bytes.Repeat([]byte("garbage "), 1000), unchanged)
 		mounts, _ := overlay(t)
@@ -189,7 +195,7 @@ func TestApplyGarbage(t *testing.T) {
 // TestApplyOdd applies what no containerd sends, and what it leaves to others.
 func TestApplyOdd(t *testing.T) {
 	s, k := newStore(t), newKeys(t)
-	d := New(s, nil, Config{Keys: k.dc})
+	d := New(s, nil, Config{DecryptionKeysPath: k.dir})
 	desc := put(t, s, k, layerType, tarball(t, 5), unchanged)
 	if _, err := d.Apply(t.Context(), desc, nil); err == nil {
 		t.Error("a layer was applied to no mounts")
@@ -218,20 +224,20 @@ func TestApplyKeys(t *testing.T) {
 	}
 	passed := diff.WithPayloads(map[string]typeurl.Any{"some.processor": payload})
 	for name, test := range map[string]struct {
-		keys *config.DecryptConfig
+		keys string
 		opts []diff.ApplyOpt
 		is   func(error) bool
 		want string
 	}{
-		"of the node":         {k.dc, nil, nil, ""},
-		"of the client":       {nil, []diff.ApplyOpt{passed}, nil, ""},
-		"of both":             {other.dc, []diff.ApplyOpt{passed}, nil, ""},
-		"another":             {other.dc, nil, errdefs.IsFailedPrecondition, "no key unwraps the layer key: jwe: "},
-		"none":                {nil, nil, errdefs.IsFailedPrecondition, "jwe: no private key was given"},
-		"for another purpose": {nil, []diff.ApplyOpt{diff.WithPayloads(map[string]typeurl.Any{"x": &anypb.Any{TypeUrl: "x", Value: []byte("y")}})}, errdefs.IsFailedPrecondition, "no private key"},
+		"of the node":         {k.dir, nil, nil, ""},
+		"of the client":       {"", []diff.ApplyOpt{passed}, nil, ""},
+		"of both":             {other.dir, []diff.ApplyOpt{passed}, nil, ""},
+		"another":             {other.dir, nil, errdefs.IsFailedPrecondition, "no key unwraps the layer key: jwe: "},
+		"none":                {"", nil, errdefs.IsFailedPrecondition, "jwe: no private key was given"},
+		"for another purpose": {"", []diff.ApplyOpt{diff.WithPayloads(map[string]typeurl.Any{"x": &anypb.Any{TypeUrl: "x", Value: []byte("y")}})}, errdefs.IsFailedPrecondition, "no private key"},
 	} {
 		mounts, _ := overlay(t)
-		_, err := New(s, nil, Config{Keys: test.keys}).Apply(t.Context(), desc, mounts, test.opts...)
+		_, err := New(s, nil, Config{DecryptionKeysPath: test.keys}).Apply(t.Context(), desc, mounts, test.opts...)
 		if test.want == "" && err != nil || test.want != "" && (err == nil || !test.is(err) || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -239,7 +245,7 @@ func TestApplyKeys(t *testing.T) {
 	// A descriptor that makes no sense.
 	delete(desc.Annotations, "org.opencontainers.image.enc.pubopts")
 	mounts, _ := overlay(t)
-	if _, err := New(s, nil, Config{Keys: k.dc}).Apply(t.Context(), desc, mounts); err == nil || !strings.Contains(err.Error(), "pubopts is missing") {
+	if _, err := New(s, nil, Config{DecryptionKeysPath: k.dir}).Apply(t.Context(), desc, mounts); err == nil || !strings.Contains(err.Error(), "pubopts is missing") {
 		t.Errorf("without pubopts: %v", err)
 	}
 }
@@ -264,7 +270,7 @@ func TestLayersAtOnce(t *testing.T) {
 	k := newKeys(t)
 	s := &slowStore{Store: newStore(t), proceed: make(chan struct{})}
 	desc := put(t, s, k, layerType, tarball(t, 5), unchanged)
-	d := New(s, nil, Config{Keys: k.dc, Layers: 2})
+	d := New(s, nil, Config{DecryptionKeysPath: k.dir, Layers: 2})
 	errs := make(chan error)
 	for range 6 {
 		mounts, _ := overlay(t)

@@ -65,7 +65,7 @@ func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc oc
 	// Anybody who can have an image pulled can add a manifest, and put the key
 	// of another layer in it. So a key has to fit the layer's HMAC.
 	verified := 0
-	return processor.UnwrapAny(ctx, d.conf.UnwrapTimeout, dc, found, func(key *processor.LayerKey) (bool, error) {
+	return d.keys.UnwrapAny(ctx, d.conf.UnwrapTimeout, dc, found, func(key *processor.LayerKey) (bool, error) {
 		if verified++; verified > maxVerified {
 			return false, fmt.Errorf("the manifests that name the layer hold more than %d keys that are not its own: remove the images that do not belong here: %w", maxVerified, errdefs.ErrFailedPrecondition)
 		}
@@ -86,7 +86,7 @@ func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc oc
 func (d *Differ) unwrapOne(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*processor.LayerKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, d.conf.UnwrapTimeout)
 	defer cancel()
-	key, err := processor.Unwrap(ctx, dc, desc)
+	key, err := d.keys.Unwrap(ctx, dc, desc)
 	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, processor.ErrNoKey) {
 		err = fmt.Errorf("%w: %w", errUnwrap, err)
 	}

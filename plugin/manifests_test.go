@@ -105,7 +105,7 @@ func (b *builder) named(like ocispec.Descriptor, add map[string]string) ocispec.
 func (b *builder) apply() error {
 	b.t.Helper()
 	mounts, dir := overlay(b.t)
-	d := New(b, nil, Config{Keys: b.keys.dc, UnwrapTimeout: 30 * time.Second})
+	d := New(b, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 30 * time.Second})
 	applied, err := d.Apply(b.ctx, b.bare, mounts)
 	if err != nil {
 		return err

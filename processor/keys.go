@@ -1,57 +1,39 @@
 package processor
 
 import (
-	"encoding/base64"
-	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"strings"
+	"bytes"
 
 	"github.com/containers/ocicrypt/config"
-	"github.com/containers/ocicrypt/utils"
 )
 
-// KeysIn returns the private keys and certificates in the files below dir, for
-// [Unwrap] to try. Links to files are followed, as a Kubernetes secret has
-// them. A file that is no key is an error.
-func KeysIn(dir string) (*config.DecryptConfig, error) {
-	dir, err := filepath.EvalSymlinks(dir)
-	if err != nil {
-		return nil, err
+// combined returns the keys of all of dcs. No slice of it is one of theirs, so
+// that what is appended to one is in no other; the keys themselves are.
+func combined(dcs ...*config.DecryptConfig) *config.DecryptConfig {
+	all := &config.DecryptConfig{Parameters: map[string][][]byte{}}
+	for _, dc := range dcs {
+		for name, values := range dc.Parameters {
+			all.Parameters[name] = append(all.Parameters[name], values...)
+		}
 	}
-	var keys []string
-	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
-		if err != nil {
-			return err
+	return all
+}
+
+// clonedKeys returns a copy of dc that shares nothing with it.
+func clonedKeys(dc *config.DecryptConfig) *config.DecryptConfig {
+	own := combined(dc)
+	for _, values := range own.Parameters {
+		for i, v := range values {
+			values[i] = bytes.Clone(v)
 		}
-		info, err := os.Stat(path)
-		if err != nil {
-			return err
-		}
-		if !info.Mode().IsRegular() {
-			return nil
-		}
-		key, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		encoded := base64.StdEncoding.EncodeToString(key)
-		if _, err := utils.SortDecryptionKeys(encoded); err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		keys = append(keys, encoded)
-		return nil
-	})
-	if err != nil {
-		return nil, err
 	}
-	if len(keys) == 0 {
-		return nil, fmt.Errorf("no keys in %s", dir)
+	return own
+}
+
+// clearKeys overwrites the keys of dc.
+func clearKeys(dc *config.DecryptConfig) {
+	for _, values := range dc.Parameters {
+		for _, v := range values {
+			clear(v)
+		}
 	}
-	parameters, err := utils.SortDecryptionKeys(strings.Join(keys, ","))
-	if err != nil {
-		return nil, err
-	}
-	return &config.DecryptConfig{Parameters: parameters}, nil
 }

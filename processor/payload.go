@@ -53,7 +53,7 @@ func PayloadFile() (*os.File, error) {
 // ReadPayload reads a protobuf Any that holds imgcrypt's payload, of at most
 // 16 MiB, and gives up when ctx is done.
 func ReadPayload(ctx context.Context, r io.Reader) (*Payload, error) {
-	data, err := await(ctx, func() ([]byte, error) { return io.ReadAll(io.LimitReader(r, maxPayload+1)) })
+	data, err := await(ctx, func() ([]byte, error) { return io.ReadAll(io.LimitReader(r, maxPayload+1)) }, nil)
 	if err != nil {
 		return nil, fmt.Errorf("read the decryption payload: %w", err)
 	}

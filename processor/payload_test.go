@@ -79,38 +79,6 @@ func TestReadPayloadErrors(t *testing.T) {
 	}
 }
 
-func TestKeysIn(t *testing.T) {
-	dir := t.TempDir()
-	if _, err := KeysIn(dir); err == nil {
-		t.Error("an empty directory gives no error")
-	}
-	alice := newPair(t)
-	if err := os.MkdirAll(dir+"/..data", 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(dir+"/..data/odd:name.pem", alice.private, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("..data/odd:name.pem", dir+"/key.pem"); err != nil {
-		t.Fatal(err)
-	}
-	dc, err := KeysIn(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, k := encrypt(t, []byte("layer"))
-	annotations := wrapped(t, k, alice.encrypt(), nil)
-	if _, err := Unwrap(t.Context(), dc, ocispec.Descriptor{Annotations: annotations}); err != nil {
-		t.Errorf("with the keys of the directory: %v", err)
-	}
-	if err := os.WriteFile(dir+"/notes.txt", []byte("hello"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := KeysIn(dir); err == nil || !strings.Contains(err.Error(), "notes.txt") {
-		t.Errorf("a file that is no key: %v", err)
-	}
-}
-
 func TestMediaTypes(t *testing.T) {
 	for plain, encrypted := range map[string]string{
 		"application/vnd.oci.image.layer.v1.tar":            "application/vnd.oci.image.layer.v1.tar+encrypted",

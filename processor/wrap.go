@@ -1,6 +1,7 @@
 package processor
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -67,15 +68,24 @@ func newWrapper(scheme string) (wrapper, error) {
 }
 
 // keyWrapper is one of ocicrypt's. They take no context, and a PKCS#11 module
-// may not answer.
+// may not answer. So they can outlive the call, and get copies of the keys, which
+// the caller may clear as soon as it returns.
 type keyWrapper struct{ keywrap.KeyWrapper }
 
 func (w keyWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
-	return await(ctx, func() ([]byte, error) { return w.WrapKeys(ec, private) })
+	private = bytes.Clone(private)
+	return await(ctx, func() ([]byte, error) {
+		defer clear(private)
+		return w.WrapKeys(ec, private)
+	}, nil)
 }
 
 func (w keyWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
-	return await(ctx, func() ([]byte, error) { return w.UnwrapKey(dc, wrapped) })
+	dc = clonedKeys(dc)
+	return await(ctx, func() ([]byte, error) {
+		defer clearKeys(dc)
+		return w.UnwrapKey(dc, wrapped)
+	}, func(private []byte) { clear(private) })
 }
 
 func (w keyWrapper) possible(dc *config.DecryptConfig) bool { return !w.NoPossibleKeys(dc.Parameters) }
@@ -250,23 +260,31 @@ func wrappedWith(desc ocispec.Descriptor) []string {
 	return append(local, providers...)
 }
 
-// await returns what f returns, or ctx's error if that is done first; f is left
-// behind then.
-func await(ctx context.Context, f func() ([]byte, error)) ([]byte, error) {
+// await returns what f returns, or ctx's error if that is done first. f is left
+// behind then, and discard, which may be nil, gets what it returns in the end.
+func await[T any](ctx context.Context, f func() (T, error), discard func(T)) (T, error) {
 	type result struct {
-		b   []byte
-		err error
+		value T
+		err   error
 	}
 	done := make(chan result, 1)
 	go func() {
-		b, err := f()
-		done <- result{b, err}
+		value, err := f()
+		done <- result{value, err}
 	}()
 	select {
 	case r := <-done:
-		return r.b, r.err
+		return r.value, r.err
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		if discard != nil {
+			go func() {
+				if r := <-done; r.err == nil {
+					discard(r.value)
+				}
+			}()
+		}
+		var none T
+		return none, ctx.Err()
 	}
 }
 

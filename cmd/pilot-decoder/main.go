@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containers/ocicrypt/config"
 	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/coredump"
@@ -89,17 +88,11 @@ func decode(args []string) error {
 	case dumpErr != nil:
 		return fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
 	}
-	var keys *config.DecryptConfig
-	if *keysPath != "" {
-		if keys, err = processor.KeysIn(*keysPath); err != nil {
-			return fmt.Errorf("--decryption-keys-path: %w", err)
-		}
-	}
-	return decrypt(context.Background(), payload, keys)
+	return decrypt(context.Background(), payload, processor.NewKeyDir(*keysPath, nil))
 }
 
 // decrypt decrypts the layer on standard input.
-func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) error {
+func decrypt(ctx context.Context, payload *os.File, keys *processor.KeyDir) error {
 	unwrapCtx, cancel := context.WithTimeout(ctx, unwrapWithin)
 	defer cancel()
 	p, err := processor.ReadPayload(unwrapCtx, payload)
@@ -109,8 +102,7 @@ func decrypt(ctx context.Context, payload *os.File, keys *config.DecryptConfig) 
 	payload.Close()
 
 	layer := fmt.Sprintf("layer %s", p.Descriptor.Digest)
-	dc := config.CombineCryptoConfigs([]config.CryptoConfig{{DecryptConfig: keys}, {DecryptConfig: &p.DecryptConfig}}).DecryptConfig
-	key, err := processor.Unwrap(unwrapCtx, dc, p.Descriptor)
+	key, err := keys.Unwrap(unwrapCtx, &p.DecryptConfig, p.Descriptor)
 	if err != nil {
 		return fmt.Errorf("%s: %w", layer, err)
 	}

@@ -107,15 +107,18 @@ func TestDecrypt(t *testing.T) {
 	if err := os.Mkdir(keys, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(keys, "key.pem"), private, 0o600); err != nil {
-		t.Fatal(err)
+	for name, content := range map[string][]byte{"key.pem": private, "README": []byte("hello")} {
+		if err := os.WriteFile(filepath.Join(keys, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	passed := &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}}
 	for _, size := range []int{0, 1, 5 << 20} {
 		plain, layer, desc := encrypted(t, size, public)
 		for name, r := range map[string]run{
-			"a key that the client passed": {payload: payload(t, passed, desc), layer: layer},
-			"a key of the node":            {payload: payload(t, &config.DecryptConfig{}, desc), layer: layer, args: []string{"--decryption-keys-path", keys}},
+			"a key that the client passed":  {payload: payload(t, passed, desc), layer: layer},
+			"a key and a missing directory": {payload: payload(t, passed, desc), layer: layer, args: []string{"--decryption-keys-path", keys + "/missing"}},
+			"a key of the node":             {payload: payload(t, &config.DecryptConfig{}, desc), layer: layer, args: []string{"--decryption-keys-path", keys}},
 		} {
 			out, said, ok := r.do(t)
 			if !ok || said != "" || !bytes.Equal(out, plain) {
@@ -169,7 +172,7 @@ func TestFailures(t *testing.T) {
 		"no key":          {run{layer: layer, payload: payload(t, &config.DecryptConfig{}, desc)}, name + "no key unwraps the layer key: jwe: no private key was given"},
 		"no provider":     {run{layer: layer, payload: payload(t, with(private), forProvider)}, name + `no key unwraps the layer key: key provider "pilot" is not configured: name it in the file that $OCICRYPT_KEYPROVIDER_CONFIG points to`},
 		"silent provider": {run{layer: layer, payload: payload(t, with(private), forProvider), env: []string{"OCICRYPT_KEYPROVIDER_CONFIG=" + conf}}, name + "unwrap the layer key with provider.pilot: the key provider did not answer in time"},
-		"no keys":         {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"--decryption-keys-path", "/nonexistent"}}, "--decryption-keys-path: lstat /nonexistent: no such file or directory"},
+		"no keys":         {run{layer: layer, payload: payload(t, with(other), desc), args: []string{"--decryption-keys-path", "/nonexistent"}}, `; decryption keys: "/nonexistent" is missing: it does not exist`},
 		"no flag":         {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"--key", "x"}}, "flag provided but not defined: -key"},
 		"an argument":     {run{layer: layer, payload: payload(t, with(private), desc), args: []string{"x"}}, `it takes no argument, and got "x"`},
 		"changed":         {run{layer: changed, payload: payload(t, with(private), desc)}, name + processor.ErrTampered.Error()},

@@ -15,7 +15,6 @@ import (
 
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin/node"
-	"github.com/ctrlplane/pilot/processor"
 )
 
 var doctorCommand = &cli.Command{
@@ -113,9 +112,6 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	if err == nil {
 		_, err = conf.serverOptions()
 	}
-	if err == nil && conf.DecryptionKeys != "" {
-		_, err = processor.KeysIn(string(conf.DecryptionKeys))
-	}
 	if d.ConfigurationError = err; err == nil {
 		d.Provider = conf.provider(d.Brokers, nil)
 	}
@@ -123,6 +119,7 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	d.ProviderName = string(conf.ProviderName)
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
+	d.DecryptionKeysPath = string(conf.DecryptionKeys)
 	d.Containerd = string(conf.Containerd)
 	d.CRIO = c.String("crio")
 	if d.CRIO == "" && node.PullsWithCRIO(node.Options{ContainerdBinary: d.ContainerdBinary, ContainerdConfig: d.ContainerdConfig}) {

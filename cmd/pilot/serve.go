@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containers/ocicrypt/config"
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
@@ -227,13 +226,6 @@ func cleanMounts(dir string) error {
 
 // diffServer returns a server that answers containerd as a differ.
 func (c *configuration) diffServer(provider processor.KeyProvider, metrics prometheus.Registerer) (*grpc.Server, error) {
-	var keys *config.DecryptConfig
-	if c.DecryptionKeys != "" {
-		var err error
-		if keys, err = processor.KeysIn(string(c.DecryptionKeys)); err != nil {
-			return nil, usageError{fmt.Errorf("decryption-keys-path: %w", err)}
-		}
-	}
 	if err := cleanMounts(filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")); err != nil {
 		return nil, fmt.Errorf("diff-listen: %w", err)
 	}
@@ -245,9 +237,9 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	s := grpc.NewServer(grpc.ConnectionTimeout(connectWithin), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
-		Layers:  int(c.LayersAtOnce),
-		Keys:    keys,
-		Metrics: metrics,
+		Layers:             int(c.LayersAtOnce),
+		DecryptionKeysPath: string(c.DecryptionKeys),
+		Metrics:            metrics,
 	}))
 	return s, nil
 }

@@ -40,8 +40,8 @@ type Config struct {
 	// KeyProviders is an ocicrypt.conf. Default: /etc/pilot/ocicrypt.conf,
 	// if it exists.
 	KeyProviders string `toml:"key_providers"`
-	// DecryptionKeysPath is a directory of private keys to try. Default:
-	// none.
+	// DecryptionKeysPath is a directory of private keys to try, read for
+	// each layer that needs one. Default: none.
 	DecryptionKeysPath string `toml:"decryption_keys_path"`
 	// LayersAtOnce is how many encrypted layers are unpacked at once at
 	// most. Default: 8.
@@ -89,12 +89,7 @@ func newDiffer(ic *containerdplugin.InitContext, conf *Config) (interface {
 		return nil, fmt.Errorf("key_providers: %w", err)
 	}
 	// What containerd itself shows as its metrics.
-	c := plugin.Config{Layers: conf.LayersAtOnce, Metrics: prometheus.DefaultRegisterer}
-	if conf.DecryptionKeysPath != "" {
-		if c.Keys, err = processor.KeysIn(conf.DecryptionKeysPath); err != nil {
-			return nil, fmt.Errorf("decryption_keys_path: %w", err)
-		}
-	}
+	c := plugin.Config{Layers: conf.LayersAtOnce, DecryptionKeysPath: conf.DecryptionKeysPath, Metrics: prometheus.DefaultRegisterer}
 	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
 	return plugin.New(md.(*metadata.DB).ContentStore(), mounts, c), nil
 }

@@ -42,6 +42,9 @@ type Doctor struct {
 	// DiffSocket is the path of the socket at which pilot is a differ, or
 	// empty if it is none.
 	DiffSocket string
+	// DecryptionKeysPath is the directory of the differ's private keys, or
+	// empty.
+	DecryptionKeysPath string
 	// Containerd is the path of containerd's socket.
 	Containerd string
 	// ContainerdConfig is the file that containerd was started with, and
@@ -88,6 +91,7 @@ const (
 	StepBroker           = "broker"
 	StepLayer            = "layer"
 	StepTransfer         = "transfer"
+	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
 )
 
 // examineWithin bounds an examination, but for the time that it takes to clean
@@ -110,7 +114,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
-		for _, c := range e.checks() {
+		for _, c := range append(e.checks(), e.decryptionKeysCheck()...) {
 			step := e.step(ctx, c)
 			step.Name = c.name
 			if !yield(step) {

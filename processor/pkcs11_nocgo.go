@@ -1,0 +1,5 @@
+//go:build !cgo
+
+package processor
+
+const pkcs11Supported = false
