@@ -133,6 +133,9 @@ func nodeInstall(c *cli.Context) error {
 	if len(plan.Changes) == 0 {
 		fmt.Println("everything is as it should be")
 	}
+	for _, line := range node.DockerNote(c.Context, o, string(conf.Containerd)) {
+		fmt.Println(line)
+	}
 	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") {
 		return nil
 	}

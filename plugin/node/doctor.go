@@ -83,6 +83,7 @@ const (
 	StepBroker           = "broker"
 	StepLayer            = "layer"
 	StepTransfer         = "transfer"
+	StepDocker           = "docker"
 )
 
 // examineWithin bounds an examination, but for the time that it takes to clean
@@ -115,9 +116,13 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 			{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
 			{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
 			{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
+			{StepDocker, nil, 10 * time.Second, e.docker},
 		} {
 			step := e.step(ctx, c)
 			step.Name = c.name
+			if step.Result == "" {
+				continue // there is nothing that it could examine
+			}
 			if !yield(step) {
 				return
 			}
