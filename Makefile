@@ -14,6 +14,7 @@
 #   make test-packages  installs, upgrades, removes and purges the packages
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
+#   make test-engines   pulls, runs, saves and builds with Docker Engine 29, which takes some minutes to build
 #   make test-race      all of make test, with programs that look for data races
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
 #   make soak           pulls, runs and rewraps for an hour, and looks whether anything grows (SOAK=10m)
@@ -44,7 +45,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-race test-long soak fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-long soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -100,6 +101,10 @@ test-kubernetes:
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
 	go test -buildvcs=false -count=1 -tags kubernetes -timeout 20m -run Kubernetes ./integration
 
+test-engines:
+	scripts/install-tools.sh $(PILOT_TOOLS) engines
+	go test -buildvcs=false -count=1 -tags engines -timeout 20m -run '^(TestDocker29)$$' ./integration
+
 ROUNDS ?= 7
 bench: tools
 	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
@@ -146,7 +151,7 @@ check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
-	go vet -buildvcs=false -tags man,packages,node,kubernetes,soak ./...
+	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak ./...
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# install-tools.sh DIR [kubernetes] [PACKAGE...]: installs what the tests and the
-# demo run with, what the tests on Kubernetes need besides, and Debian's packages
-# that are named. It takes Debian's packages where they will do, builds the rest
-# into DIR/bin, and makes DIR/trixie, a root of Debian 13, for the tools that are
-# too old in Debian 12. It is quick when all is there.
+# install-tools.sh DIR [kubernetes|engines] [PACKAGE...]: installs what the tests and
+# the demo run with, what the tests on Kubernetes or of other engines need besides,
+# and Debian's packages that are named. It takes Debian's packages where they will
+# do, builds the rest into DIR/bin, and makes DIR/trixie, a root of Debian 13, for
+# the tools that are too old in Debian 12. It is quick when all is there.
 set -euo pipefail
-dir=${1:?usage: install-tools.sh DIR [kubernetes] [PACKAGE...]}
+dir=${1:?usage: install-tools.sh DIR [kubernetes|engines] [PACKAGE...]}
 shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
@@ -15,6 +15,12 @@ kubernetes=
 if [ "${1-}" = kubernetes ]; then
 	kubernetes=1
 	packages+=(containernetworking-plugins dnsmasq-base nftables)
+	shift
+fi
+engines=
+if [ "${1-}" = engines ]; then
+	engines=1
+	packages+=(libseccomp-dev pkg-config gcc libc6-dev)
 	shift
 fi
 packages+=("$@")
@@ -118,10 +124,29 @@ if [ -n "$kubernetes" ]; then
 	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"
 fi
 
-if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ]; then
+# Docker Engine 29 with its client, and the runc that it needs, which is newer than
+# Debian's.
+if [ -n "$engines" ]; then
+	source=$(cd "$(dirname "$0")/../integration/docker" && pwd)
+	runc=v1.5.3
+	version="$(cat "$source"/go.{mod,sum} | sha256sum) $runc"
+	if [ "$(cat "$dir/docker/.version" 2>/dev/null)" != "$version" ]; then
+		echo "building Docker (takes some minutes)"
+		engine=$(sed -n 's,.*github.com/moby/moby/v2 v,v,p' "$source/go.mod")
+		engine=29.0.0-moby.${engine%% *}
+		cli=$(sed -n 's,.*github.com/docker/cli v\(.*\)+incompatible.*,\1,p' "$source/go.mod")
+		# The client's releases have no go.mod, without which Go takes them for old.
+		(cd "$source" && GOFLAGS=-buildvcs=false go build -gcflags=github.com/docker/cli/...=-lang=go1.26 \
+			-ldflags "-s -w -X github.com/moby/moby/v2/dockerversion.Version=$engine -X github.com/docker/cli/cli/version.Version=$cli" -o "$dir/docker/" tool)
+		(cd / && CGO_ENABLED=1 GOFLAGS=-buildvcs=false GOBIN=$dir/docker go install -tags seccomp -ldflags '-s -w' github.com/opencontainers/runc@$runc)
+		echo "$version" >"$dir/docker/.version"
+	fi
+fi
+
+if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ]; then
 	echo "making a root of Debian 13"
 	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
-	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,ca-certificates,systemd,systemd-sysv,dbus \
+	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus \
 		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
 		{ cat "$dir/mmdebstrap.log"; exit 1; }
 	mv "$dir/trixie.part" "$dir/trixie"

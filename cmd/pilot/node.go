@@ -156,6 +156,9 @@ func nodeInstall(c *cli.Context) error {
 	if len(plan.Changes) == 0 {
 		fmt.Println("nothing to change: the files are as they should be (\"pilot node doctor\" tries whether they work)")
 	}
+	for _, line := range plan.DockerNote(c.Context) {
+		fmt.Println(line)
+	}
 	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(node.Pending()) == 0 {
 		return nil
 	}

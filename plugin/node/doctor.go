@@ -92,6 +92,7 @@ const (
 	StepLayer            = "layer"
 	StepTransfer         = "transfer"
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
+	StepDocker           = "docker"
 )
 
 // examineWithin bounds an examination, but for the time that it takes to clean
@@ -117,6 +118,9 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		for _, c := range append(e.checks(), e.decryptionKeysCheck()...) {
 			step := e.step(ctx, c)
 			step.Name = c.name
+			if step.Result == "" {
+				continue // there is nothing that it could examine
+			}
 			if !yield(step) {
 				return
 			}
@@ -139,6 +143,7 @@ func (e *examination) checks() []check {
 		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
 		{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
 		{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
+		{StepDocker, nil, 10 * time.Second, e.docker},
 	}
 }
 

@@ -1,0 +1,284 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Docker is what is known of a machine's Docker Engine. Docker decrypts images
+// if it keeps them in containerd, and if that is the containerd that has pilot.
+type Docker struct {
+	// Version is dockerd's, such as 26.1.5+dfsg1; empty if it is not known.
+	Version string
+	// PID is dockerd's process; 0 if it does not run.
+	PID int
+	// ConfigFile is the path of daemon.json, which need not exist.
+	ConfigFile string
+	// Containerd is the path of the socket of the containerd that Docker uses.
+	Containerd string
+	// OwnContainerd says that dockerd starts that containerd, or has it in its
+	// own process: nobody else can configure it.
+	OwnContainerd bool
+	// Store is where Docker keeps images, empty if that is not known, and
+	// StoreReason says what decides it.
+	Store       ImageStore
+	StoreReason string
+
+	major         int
+	storageDriver string // as it is set
+	embedded      bool   // features.embedded-containerd is true
+	hasContainerd bool   // the program is on the machine
+}
+
+// ImageStore is where Docker keeps images.
+type ImageStore string
+
+const (
+	// ContainerdStore is containerd's: its differ unpacks the layers.
+	ContainerdStore ImageStore = "containerd"
+	// GraphDriverStore is Docker's own, which unpacks layers by itself.
+	GraphDriverStore ImageStore = "graph-driver"
+)
+
+// graphDrivers are Docker's, by the names of their directories in its data root.
+var graphDrivers = []string{"overlay2", "fuse-overlayfs", "btrfs", "zfs", "vfs"}
+
+// LookForDocker finds out about the Docker Engine of a machine: from dockerd if
+// it runs, or else from its files. It returns nil if the machine has none.
+// Rootless Docker and Docker in a container are none of the machine's.
+func LookForDocker(ctx context.Context, o Options) (*Docker, error) {
+	if err := o.cleanRoot(); err != nil {
+		return nil, err
+	}
+	if p := o.dockerd(); p != nil {
+		// The program that runs, even if another was installed since.
+		version := o.dockerVersion(ctx, fmt.Sprintf("/proc/%d/exe", p.pid))
+		d, s, err := o.examineDocker(version, p.pid, p.args)
+		if err != nil {
+			return nil, err
+		}
+		if info, err := o.askDocker(ctx, s); err == nil {
+			d.heed(info, s)
+		}
+		return d, nil
+	}
+	binary := o.program("dockerd")
+	if binary == "" {
+		return nil, nil
+	}
+	d, _, err := o.examineDocker(o.dockerVersion(ctx, binary), 0, o.dockerUnit())
+	return d, err
+}
+
+// examineDocker works out what a dockerd with these arguments does when it starts.
+func (o Options) examineDocker(version string, pid int, args []string) (*Docker, dockerSettings, error) {
+	s, err := o.dockerSettings(args)
+	if err != nil {
+		return nil, s, err
+	}
+	d := &Docker{Version: version, PID: pid, ConfigFile: s.configFile, storageDriver: s.StorageDriver}
+	d.major, _, _ = parseVersion(version)
+	d.embedded = s.Features[embeddedFeature] && d.major >= 29
+	d.hasContainerd = o.program("containerd") != ""
+	d.findContainerd(o, s)
+	d.findStore(o, s)
+	return d, s, nil
+}
+
+// dockerProcess is a running dockerd.
+type dockerProcess struct {
+	pid  int
+	args []string
+}
+
+// dockerd returns the machine's dockerd, or nil if none runs.
+func (o Options) dockerd() *dockerProcess {
+	root, err := os.Stat(o.path("/"))
+	if err != nil {
+		return nil
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		cmdline, err := os.ReadFile(dir + "/cmdline")
+		args := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
+		if err != nil || filepath.Base(args[0]) != "dockerd" {
+			continue
+		}
+		// One in a container has another root, a rootless one another user,
+		// whose program must not be run here either.
+		if at, err := os.Stat(dir + "/root/"); err != nil || !os.SameFile(at, root) || !ofRoot(dir) {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(dir)); err == nil {
+			return &dockerProcess{pid, args[1:]}
+		}
+	}
+	return nil
+}
+
+// ofRoot reports whether all user IDs of a process are root's, by its directory
+// in /proc.
+func ofRoot(dir string) bool {
+	status, err := os.ReadFile(dir + "/status")
+	return err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n")
+}
+
+// program returns the path of a program inside the root; empty if it is not there.
+func (o Options) program(name string) string {
+	for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
+		path := filepath.Join(dir, name)
+		if info, err := os.Stat(o.path(path)); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			return path
+		}
+	}
+	return ""
+}
+
+// dockerVersion returns dockerd's version; empty if it does not say one.
+func (o Options) dockerVersion(ctx context.Context, binary string) string {
+	ctx, cancel := context.WithTimeout(ctx, runWithin)
+	defer cancel()
+	args := []string{binary, "--version"}
+	if o.Root != "" {
+		args = append([]string{"chroot", o.Root}, args...)
+	}
+	out, err := exec.CommandContext(ctx, args[0], args[1:]...).Output()
+	if err != nil {
+		return ""
+	}
+	// Docker version 26.1.5+dfsg1, build 411e817
+	_, version, _ := strings.Cut(strings.TrimSpace(string(out)), "version ")
+	version, _, _ = strings.Cut(version, ",")
+	return version
+}
+
+// findContainerd works out which containerd dockerd uses when it starts.
+func (d *Docker) findContainerd(o Options, s dockerSettings) {
+	own := filepath.Join(s.ExecRoot, "containerd", "containerd.sock")
+	_, noSystem := os.Stat(o.path(defaultAddress))
+	_, noOwn := os.Stat(o.path(own))
+	switch {
+	case d.embedded:
+		d.OwnContainerd = true
+	case s.Containerd != "":
+		d.Containerd = socketOf(s.Containerd)
+	case d.PID != 0:
+		d.OwnContainerd = noOwn == nil || noSystem != nil
+	default:
+		// Its socket comes when containerd.service starts, before dockerd.
+		d.OwnContainerd = noSystem != nil && !d.hasContainerd
+	}
+	switch {
+	case d.OwnContainerd:
+		d.Containerd = own
+	case d.Containerd == "":
+		d.Containerd = defaultAddress
+	}
+}
+
+// findStore works out which store dockerd takes when it starts.
+func (d *Docker) findStore(o Options, s dockerSettings) {
+	on, set := s.Features[snapshotterFeature]
+	switch {
+	case set && on:
+		d.Store, d.StoreReason = ContainerdStore, "features."+snapshotterFeature+" is true"
+		return
+	case set:
+		d.Store, d.StoreReason = GraphDriverStore, "features."+snapshotterFeature+" is false"
+		return
+	case d.major == 0:
+		return
+	case d.major < 29:
+		d.Store, d.StoreReason = GraphDriverStore, "the default before Docker 29"
+		return
+	case d.graphDriverSet():
+		d.Store, d.StoreReason = GraphDriverStore, "storage-driver is "+s.StorageDriver
+		return
+	}
+	for _, name := range graphDrivers {
+		dir := filepath.Join(s.DataRoot, name)
+		if entries, err := os.ReadDir(o.path(dir)); err == nil && len(entries) > 0 && name != "vfs" {
+			d.Store, d.StoreReason = GraphDriverStore, dir+" is not empty, so Docker 29 stays with it"
+			return
+		}
+	}
+	d.Store, d.StoreReason = ContainerdStore, "the default of Docker 29"
+}
+
+// graphDriverSet reports whether storage-driver names a graph driver, with which
+// the other store does not start.
+func (d *Docker) graphDriverSet() bool { return slices.Contains(graphDrivers, d.storageDriver) }
+
+// dockerInfo is what the Engine API answers to GET /info, and counts here.
+type dockerInfo struct {
+	ServerVersion string
+	Driver        string
+	DriverStatus  [][2]string
+	Containerd    *struct{ Address string } // since Docker 27
+}
+
+// askDocker asks the running dockerd.
+func (o Options) askDocker(ctx context.Context, s dockerSettings) (*dockerInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	socket := "/var/run/docker.sock"
+	for _, h := range s.Hosts {
+		if path, ok := strings.CutPrefix(h, "unix://"); ok {
+			socket = path
+			break
+		}
+	}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", o.path(socket))
+	}}
+	defer transport.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/info", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("docker at %s: %s", socket, resp.Status)
+	}
+	var info dockerInfo
+	return &info, json.NewDecoder(io.LimitReader(resp.Body, 4<<20)).Decode(&info)
+}
+
+// heed takes over what the running dockerd says of itself.
+func (d *Docker) heed(info *dockerInfo, s dockerSettings) {
+	if major, _, err := parseVersion(info.ServerVersion); err == nil {
+		d.Version, d.major = info.ServerVersion, major
+	}
+	store := GraphDriverStore
+	for _, s := range info.DriverStatus {
+		if s[0] == "driver-type" && strings.HasPrefix(s[1], "io.containerd.snapshotter.") {
+			store = ContainerdStore
+		}
+	}
+	switch d.Store {
+	case store:
+	case "":
+		d.Store, d.StoreReason = store, "its storage driver is "+info.Driver
+	default:
+		d.Store, d.StoreReason = store, "it runs so, with the storage driver "+info.Driver+", and was not restarted since its configuration changed"
+	}
+	if info.Containerd != nil && info.Containerd.Address != "" {
+		d.Containerd = socketOf(info.Containerd.Address)
+		d.OwnContainerd = strings.HasPrefix(d.Containerd, filepath.Clean(s.ExecRoot)+"/")
+	}
+}
