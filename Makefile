@@ -14,6 +14,7 @@
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-race      all of make test, with programs that look for data races
+#   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
 #   make soak           pulls, runs and rewraps for an hour, and looks whether anything grows (SOAK=10m)
 #   make fuzz           each fuzz target for a minute (FUZZTIME=)
@@ -43,7 +44,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-race test-long soak fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-kubernetes test-race test-repeat test-long soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -78,28 +79,33 @@ demo: build tools
 	scripts/demo.sh
 
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 20m ./integration
+	go test -buildvcs=false -count=1 -timeout 90m ./integration
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit
-	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 60m ./integration
+	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m ./integration
+
+COUNT ?= 10
+BUSY  ?= 2
+test-repeat: tools
+	scripts/repeat-tests.sh $(COUNT) $(BUSY)
 
 # The tests that need neither root nor other programs.
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover $$(go list -buildvcs=false ./... | grep -v /integration)
+	go test -buildvcs=false -race -cover -timeout 30m $$(go list -buildvcs=false ./... | grep -v /integration)
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
-	go test -buildvcs=false -count=1 -tags kubernetes -timeout 20m -run Kubernetes ./integration
+	go test -buildvcs=false -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration
 
 ROUNDS ?= 7
 bench: tools
 	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
 
-COUNT ?= 6
+bench-go: COUNT = 6
 bench-go:
 	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
 	go run $(BENCHSTAT) bench.txt
@@ -113,7 +119,7 @@ release:
 
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
-	go test -buildvcs=false -count=1 -timeout 60m -tags packages -run '^TestPackage' ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags packages -run '^TestPackage' ./integration
 NODE_IMAGE_DEB ?=
 node-image:
 	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
@@ -122,7 +128,7 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -count=1 -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
 
 ROUNDS_LONG ?= 300
 test-long: tools
