@@ -145,7 +145,7 @@ func (n *node) ctrPilot(args ...string) *exec.Cmd {
 // crictl returns a command of crictl on this node.
 func (n *node) crictl(args ...string) *exec.Cmd {
 	n.t.Helper()
-	return command(n.t, filepath.Join(tools, "bin/crictl"), append([]string{"--runtime-endpoint", "unix://" + n.socket, "--timeout", "30s"}, args...)...)
+	return command(n.t, filepath.Join(tools, "bin/crictl"), append([]string{"--runtime-endpoint", "unix://" + n.socket, "--timeout", "4m"}, args...)...)
 }
 
 // target returns the digest that an image's name stands for.

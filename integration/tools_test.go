@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // debian is a root of Debian 13, with skopeo, buildah and podman that know the
@@ -167,12 +169,7 @@ func TestOriginalDropIn(t *testing.T) {
 	dir := tempDir(t)
 	var ports [2]string
 	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, ports[i], _ = net.SplitHostPort(l.Addr().String())
-		l.Close()
+		_, ports[i], _ = net.SplitHostPort(loopbacktest.FreeAddress(t))
 	}
 	write(t, dir+"/key", strings.Repeat("k", 32))
 	output(t, command(t, "copilot", "keys", "import", "--dir", dir+"/broker", "--file", dir+"/key", "team-a"))
