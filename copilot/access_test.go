@@ -217,9 +217,13 @@ func TestAccess(t *testing.T) {
 	// The CA is replaced while the broker runs.
 	for _, foreign := range []*remote{as(other, spiffe("/admin")), newRemote(t, address, ca, nil)} {
 		foreign.client.Transport.(*http.Transport).TLSClientConfig.RootCAs = ca.Pool()
-		if status, text := foreign.do(t, "GET", "/api/v2/keks", ""); status != 0 || !strings.Contains(text, "certificate") {
-			t.Errorf("a foreign certificate: %d %s", status, text)
-		}
+		eventually(t, func() bool { // the broker's alert may come too late to be read
+			status, text := foreign.do(t, "GET", "/api/v2/keks", "")
+			if status != 0 {
+				t.Errorf("a foreign certificate: %d %s", status, text)
+			}
+			return strings.Contains(text, "certificate")
+		})
 	}
 	writeFile(t, clientCA, read(t, other.File))
 	if status, _ := admin.do(t, "GET", "/api/v2/keks", ""); status != 0 {

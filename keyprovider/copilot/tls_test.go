@@ -141,6 +141,10 @@ func TestTLS(t *testing.T) {
 				}
 				return
 			}
+			// On a busy machine all of them may come too late.
+			for end := time.Now().Add(time.Minute); errors.Is(err, test.is) && !strings.Contains(err.Error(), test.want) && time.Now().Before(end); {
+				_, err = c.KEK(t.Context(), "team-a", 0)
+			}
 			if !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got %v, want %v: %q", err, test.is, test.want)
 			}
