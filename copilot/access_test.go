@@ -303,6 +303,8 @@ func TestExpiredMeanwhile(t *testing.T) {
 		files := ca.Issue(t, short)
 		node := newRemote(t, address, ca, &files)
 		status, answer := node.do(t, "GET", "/api/v2/keks/team-a/key", "")
+		// The broker closes a connection on which nobody asks for ten seconds.
+		time.Sleep(time.Until(short.NotAfter.Add(-min(hold/2, 5*time.Second))))
 		transport := node.client.Transport.(*http.Transport)
 		dialer := tls.Dialer{Config: transport.TLSClientConfig}
 		conn, err := dialer.DialContext(t.Context(), "tcp", address)
