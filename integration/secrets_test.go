@@ -194,7 +194,7 @@ func TestSecrets(t *testing.T) {
 	decoder := newNode(t, dir+"/decoder", containerd2(), conf, "")
 	for _, name := range images {
 		does(n.ctr("--debug", "images", "pull", "--plain-http", name))
-		does(n.ctr("run", "--rm", name, "c"))
+		does(n.ctr("run", "--rm", name, containerID()))
 		does(n.ctr("images", "remove", "--sync", name)) // or its layers are not unpacked again
 		does(decoder.crictl("--debug", "pull", name))
 		does(decoder.crictl("rmi", name))
