@@ -16,6 +16,7 @@
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-engines   pulls, runs, saves and builds with Docker Engine 29, which takes some minutes to build
 #   make test-race      all of make test, with programs that look for data races
+#   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
 #   make soak           pulls, runs and rewraps for an hour, and looks whether anything grows (SOAK=10m)
 #   make fuzz           each fuzz target for a minute (FUZZTIME=)
@@ -45,7 +46,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-long soak fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -80,36 +81,41 @@ demo: build tools
 	scripts/demo.sh
 
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 20m ./integration
+	go test -buildvcs=false -count=1 -timeout 90m ./integration
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit
-	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 60m ./integration
+	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m ./integration
+
+COUNT ?= 10
+BUSY  ?= 2
+test-repeat: tools
+	scripts/repeat-tests.sh $(COUNT) $(BUSY)
 
 # The tests that need neither root nor other programs.
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover $$(go list -buildvcs=false ./... | grep -v /integration)
+	go test -buildvcs=false -race -cover -timeout 30m $$(go list -buildvcs=false ./... | grep -v /integration)
 
 # Each version of containerd with each configuration.
 test-nodes: tools
-	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 60m -run '^TestNode' -v ./integration
+	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 120m -run '^TestNode' -v ./integration
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
-	go test -buildvcs=false -count=1 -tags kubernetes -timeout 20m -run Kubernetes ./integration
+	go test -buildvcs=false -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration
 
 test-engines:
 	scripts/install-tools.sh $(PILOT_TOOLS) engines
-	go test -buildvcs=false -count=1 -tags engines -timeout 20m -run '^(TestDocker29)$$' ./integration
+	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29)$$' ./integration
 
 ROUNDS ?= 7
 bench: tools
 	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
 
-COUNT ?= 6
+bench-go: COUNT = 6
 bench-go:
 	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
 	go run $(BENCHSTAT) bench.txt
@@ -123,7 +129,7 @@ release:
 
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
-	go test -buildvcs=false -count=1 -timeout 60m -tags packages -run '^TestPackage' ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags packages -run '^TestPackage' ./integration
 NODE_IMAGE_DEB ?=
 node-image:
 	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
@@ -132,7 +138,7 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -count=1 -timeout 30m -tags node -run '^(TestNodeImage|TestDeploy|TestCRIOBooted)$$' -v ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy|TestCRIOBooted)$$' -v ./integration
 
 ROUNDS_LONG ?= 300
 test-long: tools

@@ -34,7 +34,7 @@ func serve(t *testing.T, dir string, conf copilot.Config) string {
 			t.Error(err)
 		}
 	})
-	for range 200 {
+	for range 6000 { // a minute
 		if conn, err := net.Dial("unix", socket); err == nil {
 			conn.Close()
 			return "unix://" + socket
@@ -90,7 +90,7 @@ func TestClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	url := serve(t, dir, copilot.Config{})
-	c, err := client.New(client.Config{URLs: []string{url}, Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{url}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"crypto/tls"
 	"net"
 	"testing"
-	"time"
 
 	"github.com/ctrlplane/pilot/certfile/certtest"
 	"github.com/ctrlplane/pilot/copilot"
@@ -31,11 +30,8 @@ func TestSilentConnections(t *testing.T) {
 		}
 	}
 	files := ca.Issue(t, spiffe("/node/7"))
-	begin := time.Now()
+	// If they had the turns, the broker would refuse this one after handshakeWait.
 	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
-	if took := time.Since(begin); took > 5*time.Second {
-		t.Errorf("it took %s", took)
-	}
 }
 
 // helloOnly is a connection of a client that hears nothing.

@@ -10,17 +10,13 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot"
 	client "github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // serveLoopback runs a broker without TLS and returns its HOST:PORT.
 func serveLoopback(t *testing.T, dir string) string {
 	t.Helper()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := free.Addr().String()
-	free.Close()
+	address := loopbacktest.FreeAddress(t)
 	serve(t, dir, copilot.Config{Listen: []string{address}, InsecureLoopback: true})
 	return address
 }
@@ -64,7 +60,7 @@ func TestLoopbackHost(t *testing.T) {
 			}
 		}
 	}
-	c, err := client.New(client.Config{URLs: []string{"http://" + address}, Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{"http://" + address}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,7 @@ func TestOriginalID(t *testing.T) {
 	key := bytes.Repeat([]byte("k"), 24)
 	create(t, dir, map[string][]byte{"team-a": key, "team/b": key})
 	address := serveLoopback(t, dir)
-	c, err := client.New(client.Config{URLs: []string{"http://" + address + "/api/v1/key"}, Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{"http://" + address + "/api/v1/key"}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +53,7 @@ func TestOriginalID(t *testing.T) {
 		}
 	}
 	// It is the original's API only that reads them.
-	v2, err := client.New(client.Config{URLs: []string{"http://" + address}, Timeout: 2 * time.Second})
+	v2, err := client.New(client.Config{URLs: []string{"http://" + address}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

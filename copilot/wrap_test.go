@@ -18,7 +18,7 @@ import (
 func TestWrapLargest(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
-	c, err := client.New(client.Config{URLs: []string{serve(t, dir, copilot.Config{})}, Timeout: 2 * time.Second})
+	c, err := client.New(client.Config{URLs: []string{serve(t, dir, copilot.Config{})}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

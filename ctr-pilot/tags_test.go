@@ -55,7 +55,7 @@ func tagServer(t *testing.T, tags []string) (address string, asked *int) {
 // withRegistry calls f with the registries that flags reach.
 func withRegistry(t *testing.T, f func(ctx context.Context, r *inRegistry), flags ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := &cli.Command{Flags: commands.RegistryFlags, Action: func(ctx context.Context, cmd *cli.Command) error {
 		r, err := openRegistry(ctx, cmd)

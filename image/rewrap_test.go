@@ -36,7 +36,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 			t.Error(err)
 		}
 	})
-	for range 500 {
+	for range 6000 { // a minute
 		if conn, err := net.Dial("unix", socket); err == nil {
 			conn.Close()
 			break
@@ -53,7 +53,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 			t.Fatal(err)
 		}
 	}
-	broker, err := client.New(client.Config{URLs: []string{"unix://" + socket}, Timeout: 2 * time.Second})
+	broker, err := client.New(client.Config{URLs: []string{"unix://" + socket}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,7 +56,7 @@ func (n *node) unpacked(t testing.TB, layer []byte, desc ocispec.Descriptor) (st
 		t.Fatal(err)
 	}
 	defer client.Close()
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(t.Context(), "default"), time.Minute)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(t.Context(), "default"), 2*patience)
 	defer cancel()
 	lease, err := client.LeasesService().Create(ctx, leases.WithRandomID())
 	if err != nil {

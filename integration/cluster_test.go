@@ -133,6 +133,9 @@ enforceNodeAllocatable: []
 failCgroupV1: false
 failSwapOn: false
 resolvConf: ""
+# The machine's disk may be nearly full, and the node's is the same.
+imageGCHighThresholdPercent: 100
+evictionHard: {nodefs.available: "0%", nodefs.inodesFree: "0%", imagefs.available: "0%", imagefs.inodesFree: "0%"}
 clusterDNS: ["`+nodeAddress+`"]
 clusterDomain: cluster.local
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
@@ -161,7 +164,7 @@ func (k *kubernetes) apply(manifest string) {
 func (k *kubernetes) wait(resource, what string) {
 	k.t.Helper()
 	await(k.t, resource, func() error { return k.kubectl("get", resource).Run() })
-	if out, err := k.kubectl("wait", resource, "--for", what, "--timeout", "50s").CombinedOutput(); err != nil {
+	if out, err := k.kubectl("wait", resource, "--for", what, "--timeout", "4m").CombinedOutput(); err != nil {
 		k.t.Fatalf("%s: %s\n%s\n%s\n%s", resource, out, output(k.t, k.kubectl("describe", resource)), output(k.t, k.kubectl("get", "events", "-A")), k.journal())
 	}
 }

@@ -52,7 +52,7 @@ func TestCommands(t *testing.T) {
 		if !strings.Contains(out, "unpacking "+ref+"encrypted") {
 			t.Errorf("import: %s", out)
 		}
-		if out := output(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", "c")); !strings.Contains(out, secret) {
+		if out := output(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run: %s", out)
 		}
 		foreign := newLayout(t)
@@ -69,7 +69,7 @@ func TestCommands(t *testing.T) {
 		fails(t, n.ctrPilot("images", "pull", "--plain-http", ref+"encrypted"), "no private key was given")
 		fails(t, n.ctrPilot("images", "pull", "--plain-http", "--key", other, ref+"encrypted"), "layer sha256:")
 		// It is fetched, but not unpacked. Each of these does.
-		fails(t, n.ctrPilot("run", "--rm", ref+"encrypted", "c"), "not authorized")
+		fails(t, n.ctrPilot("run", "--rm", ref+"encrypted", containerID()), "not authorized")
 		fails(t, n.ctrPilot("containers", "create", "--key", other, ref+"encrypted", "c"), "not authorized")
 		mnt := filepath.Join(n.dir, "mnt")
 		if err := os.Mkdir(mnt, 0o700); err != nil {
@@ -83,13 +83,13 @@ func TestCommands(t *testing.T) {
 		output(t, n.ctrPilot("containers", "create", "--key", private, ref+"encrypted", "created"))
 		output(t, n.ctrPilot("containers", "delete", "created"))
 		// It is unpacked now.
-		fails(t, n.ctrPilot("run", "--rm", ref+"encrypted", "c"), "not authorized")
-		if out := output(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", ref+"encrypted", "c")); !strings.Contains(out, secret) {
+		fails(t, n.ctrPilot("run", "--rm", ref+"encrypted", containerID()), "not authorized")
+		if out := output(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", ref+"encrypted", containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run: %s", out)
 		}
 		output(t, n.ctrPilot("images", "remove", "--sync", ref+"encrypted"))
 		output(t, n.ctrPilot("images", "pull", "--plain-http", "--key", private, ref+"encrypted"))
-		if out := output(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", "c")); !strings.Contains(out, secret) {
+		if out := output(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run: %s", out)
 		}
 		n.nothingPending()

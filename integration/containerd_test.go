@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -145,7 +146,16 @@ func (n *node) ctrPilot(args ...string) *exec.Cmd {
 // crictl returns a command of crictl on this node.
 func (n *node) crictl(args ...string) *exec.Cmd {
 	n.t.Helper()
-	return command(n.t, filepath.Join(tools, "bin/crictl"), append([]string{"--runtime-endpoint", "unix://" + n.socket, "--timeout", "30s"}, args...)...)
+	return command(n.t, filepath.Join(tools, "bin/crictl"), append([]string{"--runtime-endpoint", "unix://" + n.socket, "--timeout", "4m"}, args...)...)
+}
+
+// containers counts those that were named by containerID.
+var containers atomic.Int32
+
+// containerID returns a container's name that nobody else has: all containerds of
+// a machine share runc's directory, also those of other tests.
+func containerID() string {
+	return fmt.Sprintf("pilot-it-%d-%d", os.Getpid(), containers.Add(1))
 }
 
 // target returns the digest that an image's name stands for.

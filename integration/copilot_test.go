@@ -12,9 +12,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // ask makes a request to a broker's unix socket.
@@ -28,7 +28,7 @@ func ask(t testing.TB, socket, method, path, body string) (int, string) {
 func askWith(t testing.TB, transport *http.Transport, base, method, path, body string) (int, string) {
 	t.Helper()
 	transport.DisableKeepAlives = true
-	client := http.Client{Timeout: 20 * time.Second, Transport: transport}
+	client := http.Client{Timeout: patience, Transport: transport}
 	req, err := http.NewRequest(method, base+path, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
@@ -45,17 +45,6 @@ func askWith(t testing.TB, transport *http.Transport, base, method, path, body s
 	return resp.StatusCode, string(b)
 }
 
-// freeAddress returns a loopback address on which nobody listens.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // madeBroker is a broker that "copilot init" configured.
 type madeBroker struct {
 	dir, address string
@@ -65,7 +54,7 @@ type madeBroker struct {
 // initialized makes a broker as a new user does, with KEKs, and starts it.
 func initialized(t testing.TB, keks ...string) *madeBroker {
 	t.Helper()
-	b := &madeBroker{dir: tempDir(t), address: freeAddress(t)}
+	b := &madeBroker{dir: tempDir(t), address: loopbacktest.FreeAddress(t)}
 	_, port, _ := net.SplitHostPort(b.address)
 	output(t, command(t, "copilot", "init", "--config-dir", b.dir, "--dir", b.dir+"/store", "--host", "127.0.0.1", "--port", port, "--trust-domain", "example.com"))
 	for _, kek := range keks {
@@ -159,14 +148,16 @@ func TestInit(t *testing.T) {
 	}
 
 	// A certificate that holds no more.
-	shortCert, shortKey := b.enroll(t, "short", "--for", "3s")
+	shortCert, shortKey := b.enroll(t, "short", "--for", "20s")
 	if status, body := b.as(t, shortCert, shortKey, "GET", "/api/v2/keks/team-a/key", ""); status != 200 {
 		t.Errorf("a short certificate: %d %s", status, body)
 	}
-	time.Sleep(4 * time.Second)
-	if status, body := b.as(t, shortCert, shortKey, "GET", "/api/v2/keks/team-a/key", ""); status != 0 || !strings.Contains(body, "certificate") {
-		t.Errorf("an expired certificate: %d %s", status, body)
-	}
+	await(t, "an expired certificate", func() error {
+		if status, body := b.as(t, shortCert, shortKey, "GET", "/api/v2/keks/team-a/key", ""); status != 0 || !strings.Contains(body, "certificate") {
+			return fmt.Errorf("%d %s", status, body)
+		}
+		return nil
+	})
 
 	// The audit log is put away, and goes on.
 	log := b.dir + "/store/audit.log"

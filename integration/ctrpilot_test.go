@@ -80,13 +80,13 @@ func TestEncryptPushPullRun(t *testing.T) {
 				output(t, ci.ctrPilot("images", "push", "--plain-http", name+":both"))
 
 				output(t, receiver.ctrPilot("images", "pull", "--plain-http", encrypted))
-				if out := output(t, receiver.ctrPilot("run", "--rm", encrypted, "c-"+format+k.name)); !strings.Contains(out, "hello, "+secret) {
+				if out := output(t, receiver.ctrPilot("run", "--rm", encrypted, containerID())); !strings.Contains(out, "hello, "+secret) {
 					t.Errorf("run: %s", out)
 				}
 
 				// A node without the KEK gets the image, but nothing out of it.
 				fails(t, stranger.ctrPilot("images", "pull", "--plain-http", encrypted), "layer sha256:", `KEK "team-a"`, "no such KEK")
-				fails(t, stranger.ctrPilot("run", "--rm", encrypted, "c"), "not authorized", `KEK "team-a"`)
+				fails(t, stranger.ctrPilot("run", "--rm", encrypted, containerID()), "not authorized", `KEK "team-a"`)
 				fails(t, stranger.ctrPilot("images", "decrypt", encrypted), "layer sha256:", `KEK "team-a"`)
 				if out := output(t, stranger.ctrPilot("snapshots", "list")); strings.Contains(out, "sha256:") {
 					t.Errorf("the stranger has snapshots:\n%s", out)
@@ -94,7 +94,7 @@ func TestEncryptPushPullRun(t *testing.T) {
 				output(t, stranger.ctrPilot("images", "remove", encrypted))
 				// It has team-b.
 				output(t, stranger.ctrPilot("images", "pull", "--plain-http", name+":both"))
-				if out := output(t, stranger.ctrPilot("run", "--rm", name+":both", "c-"+format+k.name)); !strings.Contains(out, secret) {
+				if out := output(t, stranger.ctrPilot("run", "--rm", name+":both", containerID())); !strings.Contains(out, secret) {
 					t.Errorf("run with the second recipient: %s", out)
 				}
 				for _, n := range []*node{ci, receiver, stranger} {

@@ -167,14 +167,14 @@ func TestDiffer(t *testing.T) {
 						continue // 1.7's transfer service unpacks with the built-in differ only
 					}
 					output(t, n.ctr(append(pull, "--snapshotter", test.snapshotter)...))
-					if out := output(t, n.ctr("run", "--rm", "--snapshotter", test.snapshotter, image, "c")); !strings.Contains(out, said) {
+					if out := output(t, n.ctr("run", "--rm", "--snapshotter", test.snapshotter, image, containerID())); !strings.Contains(out, said) {
 						t.Errorf("%s, %s: %s", client, name, out)
 					}
 					output(t, n.ctr("images", "remove", "--sync", image))
 				}
 
 				output(t, n.ctrPilot("images", "pull", "--plain-http", "--snapshotter", test.snapshotter, image))
-				if out := output(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", "--snapshotter", test.snapshotter, image, "c")); !strings.Contains(out, said) {
+				if out := output(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", "--snapshotter", test.snapshotter, image, containerID())); !strings.Contains(out, said) {
 					t.Errorf("ctr-pilot, %s: %s", name, out)
 				}
 				output(t, n.ctrPilot("images", "remove", "--sync", image))
@@ -428,7 +428,7 @@ func TestDifferOverAPI(t *testing.T) {
 	for _, k := range kinds {
 		image := c.image(k, "provider:pilot:team-a")
 		output(t, n.crictl("pull", image))
-		if out := output(t, n.ctr("--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+		if out := output(t, n.ctr("--namespace", "k8s.io", "run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
 			t.Errorf("%s: %s", k.name, out)
 		}
 	}
@@ -449,19 +449,29 @@ func TestDifferAway(t *testing.T) {
 	for _, v := range []version{containerd2(), containerd17()} {
 		for _, image := range []string{plain, encrypted} {
 			// systemd holds the socket: a pull waits for pilot, about a second,
-			// which is what containerd gives a connection.
+			// which is what containerd gives a connection. Where pilot takes
+			// longer to start it is tried again.
 			home := tempDir(t)
 			process := activated(t, home, brokerURL)
 			n := newDifferNode(t, home, differNode{v: v})
-			process.stop(t)
-			pull := n.crictl("pull", image)
-			if err := pull.Start(); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(300 * time.Millisecond)
-			activated(t, home, brokerURL)
-			if err := pull.Wait(); err != nil {
-				t.Errorf("%s, %s: %v", v.name, image, err)
+			for tries := 1; ; tries++ {
+				process.stop(t)
+				pull := n.crictl("pull", image)
+				if err := pull.Start(); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(300 * time.Millisecond)
+				process = activated(t, home, brokerURL)
+				err := pull.Wait()
+				if err == nil {
+					break
+				}
+				if tries == 5 {
+					t.Errorf("%s, %s: %v", v.name, image, err)
+					break
+				}
+				await(t, "a pull", func() error { return n.crictl("pull", image).Run() })
+				output(t, n.crictl("rmi", image))
 			}
 
 			// Nobody does: it fails, and works again soon after pilot is back.

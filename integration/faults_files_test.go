@@ -100,7 +100,7 @@ func TestPilotOutOfFiles(t *testing.T) {
 	home := tempDir(t)
 	const limit = 64
 	p := start(t, home, "pilot", limited(limit, "pilot", "serve", "--config", "/dev/null", "--listen", "unix://"+home+"/keyprovider.sock", "--broker", brokerURL,
-		"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--kek-cache-size", "0", "--broker-timeout", "2s", "--admin-listen", "unix://"+home+"/admin.sock"))
+		"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--kek-cache-size", "0", "--broker-timeout", "10s", "--admin-listen", "unix://"+home+"/admin.sock"))
 	await(t, "pilot", answers(home+"/diff.sock"))
 	n := newDifferNode(t, home, differNode{v: containerd2()})
 	pull := func() *exec.Cmd { return n.crictl("pull", image) }
@@ -121,7 +121,7 @@ func TestPilotOutOfFiles(t *testing.T) {
 			var callers sync.WaitGroup
 			for range 8 {
 				callers.Go(func() {
-					ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+					ctx, cancel := context.WithTimeout(t.Context(), patience)
 					defer cancel()
 					if err := k.unwrap(ctx, annotation); err != nil && !(strings.Contains(err.Error(), `KEK "team-a"`) && strings.Contains(err.Error(), "too many open files")) {
 						t.Error(err)
@@ -150,7 +150,7 @@ func TestPilotOutOfFiles(t *testing.T) {
 	var callers sync.WaitGroup
 	for range 4 * limit {
 		callers.Go(func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			caller := askPilot(t, home)
 			if err := caller.unwrap(ctx, annotation); err != nil {
@@ -173,7 +173,7 @@ func TestCopilotOutOfFiles(t *testing.T) {
 	await(t, "copilot", answers(b.dir+"/copilot.sock"))
 	cert, key := b.enroll(t, "worker-7")
 	home := b.dir + "/node"
-	pilot(t, home, b.url(), "--broker-ca", b.dir+"/ca.pem", "--broker-cert", cert, "--broker-key", key, "--broker-timeout", "2s",
+	pilot(t, home, b.url(), "--broker-ca", b.dir+"/ca.pem", "--broker-cert", cert, "--broker-key", key, "--broker-timeout", "10s",
 		"--kek-cache-size", "0", "--diff-listen", "off", "--admin-listen", "unix://"+home+"/admin.sock")
 	k := askPilot(t, home)
 	annotation, err := k.wrap(t.Context())
@@ -197,7 +197,7 @@ func TestCopilotOutOfFiles(t *testing.T) {
 			if err := k.unwrap(t.Context(), annotation); err != nil {
 				t.Error(err)
 			}
-			dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: time.Second}, Config: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}}
+			dialer := tls.Dialer{Config: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
 			conn, err := dialer.DialContext(ctx, "tcp", b.address)
@@ -207,7 +207,7 @@ func TestCopilotOutOfFiles(t *testing.T) {
 			}
 			leave()
 			await(t, "another connection", func() error {
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), patience/4)
 				defer cancel()
 				conn, err := dialer.DialContext(ctx, "tcp", b.address)
 				if err == nil {

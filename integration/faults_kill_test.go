@@ -136,7 +136,7 @@ func TestKilledAtRandom(t *testing.T) {
 			output(t, n.ctr("images", "remove", "--sync", work.made))
 		}
 		var err error
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
 			var out []byte
 			if out, err = work.run().CombinedOutput(); err == nil {
 				break

@@ -145,7 +145,7 @@ func TestOutOfMemory(t *testing.T) {
 	fails(t, n.crictl("pull", images["wide"]))
 	select {
 	case <-p.done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("pilot had the memory after all")
 	}
 	if s, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || s.Signal() != syscall.SIGKILL || g.kills(t) == 0 {

@@ -7,15 +7,19 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // repo and tools are where the project and the programs of
@@ -149,7 +153,7 @@ func (p *process) stop(t testing.TB) {
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		t.Errorf("%s does not stop", p.cmd.Args[0])
 		p.kill()
 	}
@@ -158,6 +162,32 @@ func (p *process) stop(t testing.TB) {
 func (p *process) kill() {
 	p.cmd.Process.Kill()
 	<-p.done
+}
+
+// pause stops the program's threads until resume, or the end of the test: it
+// keeps its connections and answers nothing.
+func (p *process) pause(t testing.TB) (resume func()) {
+	t.Helper()
+	p.cmd.Process.Signal(syscall.SIGSTOP)
+	resume = sync.OnceFunc(func() { p.cmd.Process.Signal(syscall.SIGCONT) })
+	t.Cleanup(resume)
+	await(t, "all threads are stopped", func() error {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.cmd.Process.Pid))
+		if err != nil || len(stats) == 0 {
+			return fmt.Errorf("no threads: %v", err)
+		}
+		for _, name := range stats {
+			b, err := os.ReadFile(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // the thread has ended
+			}
+			if _, state, _ := strings.Cut(string(b), ") "); err != nil || !strings.HasPrefix(state, "T") {
+				return fmt.Errorf("%s: %.1s %v", name, state, err)
+			}
+		}
+		return nil
+	})
+	return resume
 }
 
 // peak returns the most memory that the program has had so far, in bytes.
@@ -176,11 +206,16 @@ func peakMemory(t testing.TB, pid int) int {
 	return kib << 10
 }
 
+// patience is how long a test waits for what a quiet machine does in a second or
+// less. It costs nothing where all is well, and a busy machine takes many times
+// as long.
+const patience = 2 * time.Minute
+
 // await waits until f succeeds.
 func await(t testing.TB, what string, f func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		if err = f(); err == nil {
 			return
 		}
@@ -198,10 +233,10 @@ func answers(socket string) func() error {
 	}
 }
 
-// command returns a command that is killed with the test, or after a minute.
+// command returns a command that is killed with the test, or after five minutes.
 func command(t testing.TB, name string, args ...string) *exec.Cmd {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return exec.CommandContext(ctx, name, args...)
 }
@@ -315,16 +350,11 @@ func registry(t testing.TB, dir string) (address, storage string) {
 	t.Helper()
 	storage = filepath.Join(dir, "registry")
 	for range 10 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		address = l.Addr().String()
-		l.Close()
+		address = loopbacktest.FreeAddress(t)
 		conf := write(t, filepath.Join(dir, "registry.yml"), fmt.Sprintf(
 			"version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: '%s'}\n", storage, address))
 		p := start(t, dir, "registry", exec.Command("docker-registry", "serve", conf))
-		for range 100 {
+		for range patience / (50 * time.Millisecond) {
 			conn, err := net.Dial("tcp", address)
 			if err == nil {
 				conn.Close()

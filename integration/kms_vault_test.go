@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,6 +21,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile/certtest"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // vaultServer is a Vault with an engine of each kind, and what its
@@ -188,7 +188,7 @@ func isKMSError(t testing.TB, err, kind error, want ...string) {
 
 // within returns a context for one request.
 func within(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -399,20 +399,20 @@ func TestVaultTransit(t *testing.T) {
 	isKMSError(t, err, kms.ErrUnavailable, "not supported")
 }
 
-// TestVaultLogsInAgain has tokens that end after a second, and then one that
+// TestVaultLogsInAgain has tokens that end after two seconds, and then one that
 // is revoked.
 func TestVaultLogsInAgain(t *testing.T) {
 	v := newVault(t)
 	key := v.put("team-a")
-	settings, secretIDFile := v.appRole("1s", "vault-kv")
+	settings, secretIDFile := v.appRole("2s", "vault-kv")
 	b := v.open("vault-kv", settings)
 	for range 12 {
 		gives(t, b, "team-a", 0, key, 1)
-		time.Sleep(250 * time.Millisecond)
+		time.Sleep(500 * time.Millisecond)
 	}
 
 	v.write("auth/approle/role/copilot", `{"token_ttl": "1h", "token_max_ttl": "1h"}`)
-	time.Sleep(time.Second)
+	time.Sleep(2 * time.Second)
 	gives(t, b, "team-a", 0, key, 1)
 	revoke := func() {
 		t.Helper()
@@ -429,15 +429,15 @@ func TestVaultLogsInAgain(t *testing.T) {
 	gives(t, b, "team-a", 0, key, 1)
 }
 
-// TestVaultRenewsToken: one that would end after two seconds.
+// TestVaultRenewsToken: one that would end after six seconds.
 func TestVaultRenewsToken(t *testing.T) {
 	v := newVault(t)
 	key := v.put("team-a")
-	s := v.write("auth/token/create", fmt.Sprintf(`{"policies": %s, "period": "2s"}`, v.policy("vault-kv")))
+	s := v.write("auth/token/create", fmt.Sprintf(`{"policies": %s, "period": "6s"}`, v.policy("vault-kv")))
 	b := v.open("vault-kv", fmt.Sprintf("token-file = %q", write(t, tempDir(t)+"/token", s.Auth.ClientToken)))
 	for range 5 {
 		gives(t, b, "team-a", 0, key, 1)
-		time.Sleep(time.Second)
+		time.Sleep(3 * time.Second)
 	}
 }
 
@@ -478,14 +478,13 @@ func TestVaultIsStopped(t *testing.T) {
 	}
 
 	// One that hangs.
-	v.process.cmd.Process.Signal(syscall.SIGSTOP)
-	defer v.process.cmd.Process.Signal(syscall.SIGCONT)
+	defer v.process.pause(t)()
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	began := time.Now()
 	_, _, err = kv.(kms.Giver).Key(ctx, "team-a", 0)
 	isKMSError(t, err, kms.ErrUnavailable, "deadline exceeded")
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > patience/2 {
 		t.Errorf("after %v", took)
 	}
 }
@@ -495,13 +494,7 @@ func TestVaultTLS(t *testing.T) {
 	server, clients := certtest.NewAuthority(t), certtest.NewAuthority(t)
 	files := server.Issue(t, certtest.Named("vault"))
 	v := &vaultServer{t: t, dir: tempDir(t)}
-	// The port is free, unless somebody takes it now.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := l.Addr().String()
-	l.Close()
+	address := loopbacktest.FreeAddress(t)
 	v.process = start(t, v.dir, "vault-dev", exec.Command("vault-dev", "-dir", v.dir, "-listen", address, "-tls-cert", files.Cert, "-tls-key", files.Key))
 	await(t, "vault-dev", func() error {
 		conn, err := net.Dial("tcp", address)

@@ -160,7 +160,7 @@ spec:
 
 	late := ci.image(kinds[2], "provider:pilot:team-a")
 	output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/pilot"))
-	output(t, k.kubectl("--namespace", "pilot-system", "wait", "--for=delete", "pod", "--selector", "app.kubernetes.io/name=pilot", "--timeout", "50s"))
+	output(t, k.kubectl("--namespace", "pilot-system", "wait", "--for=delete", "pod", "--selector", "app.kubernetes.io/name=pilot", "--timeout", "4m"))
 	k.node.same(before)
 	k.apply(runOnce("removed", late))
 	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
@@ -184,8 +184,8 @@ func (k *kubernetes) rolledOut(what string) {
 		return k.kubectl(append([]string{"--namespace", "pilot-system"}, args...)...)
 	}
 	var out string
-	for range 3 { // a command has a minute
-		cmd := system("rollout", "status", what, "--timeout", "55s")
+	for range 3 { // a command has five minutes
+		cmd := system("rollout", "status", what, "--timeout", "4m")
 		if out = said(k.t, cmd); cmd.ProcessState.Success() {
 			return
 		}

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // TestCopilotInCluster runs copilot as its Deployment does: as nobody in
@@ -62,7 +63,7 @@ func TestCopilotInCluster(t *testing.T) {
 		cmd.Env = []string{"CREDENTIALS_DIRECTORY=/run/credentials/copilot", "COPILOT_DATABASE=" + d.url()}
 		return cmd
 	}
-	address, metrics := freeAddress(t), freeAddress(t)
+	address, metrics := loopbacktest.FreeAddress(t), loopbacktest.FreeAddress(t)
 	start(t, filepath.Dir(m.root), "copilot", inPod("serve", "--listen", address, "--metrics-listen", metrics))
 	for _, probe := range []string{"/healthz", "/readyz"} {
 		await(t, probe, func() error {

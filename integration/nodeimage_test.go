@@ -188,7 +188,7 @@ func (m *bootable) qemu(t testing.TB) {
 		file := write(t, filepath.Join(m.dir, name), "io.systemd.credential.binary:"+name+"="+base64.StdEncoding.EncodeToString([]byte(text)))
 		args = append(args, "-smbios", "type=11,path="+file)
 	}
-	m.wait(t, exec.Command("qemu-system-x86_64", args...), 8*time.Minute)
+	m.wait(t, exec.Command("qemu-system-x86_64", args...), 20*time.Minute)
 }
 
 // nspawn boots the image's root as a container, until it is off.
@@ -225,7 +225,7 @@ func (m *bootable) nspawn(t testing.TB) {
 	}
 	cmd := exec.Command("systemd-nspawn", args...)
 	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
-	m.wait(t, cmd, 3*time.Minute)
+	m.wait(t, cmd, 20*time.Minute)
 }
 
 // wait runs a machine until it is off.

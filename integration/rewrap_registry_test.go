@@ -3,12 +3,15 @@ package integration
 import (
 	"encoding/base64"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -16,7 +19,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // watched is a registry whose requests are watched.
@@ -236,8 +238,7 @@ func TestRewrapRegistry(t *testing.T) {
 		var once sync.Once
 		w.during(func(method, path string) {
 			if method == "PUT" && strings.Contains(path, "sha256:") {
-				once.Do(func() { go w.do("PUT", "team/app", "3", mediaType, other) })
-				time.Sleep(time.Second)
+				once.Do(func() { w.do("PUT", "team/app", "3", mediaType, other) })
 			}
 		}, func() { fails(t, rewrap(app+"3"), app+"3 was changed meanwhile and stays as it is") })
 		if now, _ := w.do("GET", "team/app", "3", "", ""); now != other {
@@ -262,7 +263,12 @@ func TestRewrapRegistry(t *testing.T) {
 			w.during(func(_, path string) {
 				if strings.HasSuffix(path, "/4") {
 					cmd.Process.Signal(syscall.SIGINT)
-					time.Sleep(200 * time.Millisecond)
+					await(t, "it has ended", func() error {
+						if err := cmd.Process.Signal(syscall.Signal(0)); !errors.Is(err, os.ErrProcessDone) {
+							return fmt.Errorf("it has not: %v", err)
+						}
+						return nil
+					})
 				}
 			}, func() {
 				if err := cmd.Run(); err == nil {

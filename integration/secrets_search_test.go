@@ -105,7 +105,6 @@ func (s *secrets) below(t testing.TB, dir string) map[string][]string {
 // observed are the environments and the command lines of all processes, as
 // long as they are watched.
 type observed struct {
-	mu   sync.Mutex
 	seen map[string]string // what a process has, and which one
 	quit chan struct{}
 	done sync.WaitGroup
@@ -113,28 +112,32 @@ type observed struct {
 
 func watchProcesses() *observed {
 	w := &observed{seen: map[string]string{}, quit: make(chan struct{})}
-	self := fmt.Sprint(os.Getpid())
 	w.done.Go(func() {
 		for {
-			files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-			for _, cmdline := range files {
-				pid := filepath.Base(filepath.Dir(cmdline))
-				for _, name := range []string{cmdline, filepath.Dir(cmdline) + "/environ", filepath.Dir(cmdline) + "/comm"} {
-					if b, err := os.ReadFile(name); err == nil && len(b) > 0 && pid != self {
-						w.mu.Lock()
-						w.seen[string(b)] = name
-						w.mu.Unlock()
-					}
-				}
-			}
+			w.look()
 			select {
 			case <-w.quit:
+				w.look() // at those that were started a moment ago
 				return
 			case <-time.After(3 * time.Millisecond):
 			}
 		}
 	})
 	return w
+}
+
+// look notes what processes have now.
+func (w *observed) look() {
+	self := fmt.Sprint(os.Getpid())
+	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, cmdline := range files {
+		pid := filepath.Base(filepath.Dir(cmdline))
+		for _, name := range []string{cmdline, filepath.Dir(cmdline) + "/environ", filepath.Dir(cmdline) + "/comm"} {
+			if b, err := os.ReadFile(name); err == nil && len(b) > 0 && pid != self {
+				w.seen[string(b)] = name
+			}
+		}
+	}
 }
 
 // stop returns what processes had, by where.

@@ -25,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 	"github.com/ctrlplane/pilot/tracing/tracetest"
 )
 
@@ -121,7 +122,7 @@ func TestSecrets(t *testing.T) {
 
 	// A broker with a KEK of known bytes, and its clients.
 	etc, store := dir+"/etc", dir+"/store"
-	address := freeAddress(t)
+	address := loopbacktest.FreeAddress(t)
 	_, port, _ := net.SplitHostPort(address)
 	does(command(t, "copilot", "init", "--config-dir", etc, "--dir", store, "--host", "127.0.0.1", "--port", port, "--trust-domain", "example.com"))
 	copilot := func(args ...string) *exec.Cmd {
@@ -151,7 +152,7 @@ func TestSecrets(t *testing.T) {
 	}
 	provider := func(home, url string, args ...string) (*process, string) {
 		args = append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + home + "/keyprovider.sock", "--admin-listen", "unix://" + home + "/admin.sock",
-			"--diff-listen", "unix://" + home + "/diff.sock", "--containerd", home + "/containerd.sock", "--broker-timeout", "2s", "--broker", url}, args...)
+			"--diff-listen", "unix://" + home + "/diff.sock", "--containerd", home + "/containerd.sock", "--broker-timeout", "5s", "--broker", url}, args...)
 		p := start(t, home, "pilot", dumpable(home, exec.Command("pilot", args...)))
 		await(t, "pilot", answers(home+"/diff.sock"))
 		return p, write(t, home+"/ocicrypt.conf", `{"key-providers": {"pilot": {"grpc": "unix://`+home+`/keyprovider.sock"}}}`)
@@ -193,7 +194,7 @@ func TestSecrets(t *testing.T) {
 	decoder := newNode(t, dir+"/decoder", containerd2(), conf, "")
 	for _, name := range images {
 		does(n.ctr("--debug", "images", "pull", "--plain-http", name))
-		does(n.ctr("run", "--rm", name, "c"))
+		does(n.ctr("run", "--rm", name, containerID()))
 		does(n.ctr("images", "remove", "--sync", name)) // or its layers are not unpacked again
 		does(decoder.crictl("--debug", "pull", name))
 		does(decoder.crictl("rmi", name))
@@ -278,16 +279,16 @@ func TestSecrets(t *testing.T) {
 		}
 	}
 	write(t, dir+"/deep/down/planted", "x"+base64.StdEncoding.EncodeToString(planted))
-	leaky := exec.Command("sleep", "3")
+	leaky := exec.Command("sleep", "1000")
 	leaky.Env = append(os.Environ(), "KEY="+hex.EncodeToString(planted))
-	argument := exec.Command("sh", "-c", "sleep 3", hex.EncodeToString(planted))
+	argument := exec.Command("sh", "-c", "sleep 1000; :", hex.EncodeToString(planted))
 	for _, cmd := range []*exec.Cmd{leaky, argument} {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
 		defer cmd.Wait()
+		defer cmd.Process.Kill()
 	}
-	time.Sleep(200 * time.Millisecond)
 
 	plantedAt := map[string]bool{}
 	report := func(where string, found []string, allowed func(string) bool) {

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // debian is a root of Debian 13, with skopeo, buildah and podman that know the
@@ -114,7 +116,7 @@ func TestTools(t *testing.T) {
 	byLayerTool := c.registry + "/skopeo:v1"
 	output(t, d.run("skopeo", "copy", "--dest-tls-verify=false", "--dest-compress", "--encryption-key", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", "docker://"+byLayerTool))
 	output(t, c.ctrPilot("images", "pull", "--plain-http", byLayerTool))
-	if out := output(t, c.ctrPilot("run", "--rm", byLayerTool, "skopeo")); !strings.Contains(out, secret) {
+	if out := output(t, c.ctrPilot("run", "--rm", byLayerTool, containerID())); !strings.Contains(out, secret) {
 		t.Errorf("run of what skopeo encrypted: %s", out)
 	}
 	output(t, c.ctrPilot("images", "decrypt", byLayerTool, byLayerTool+"-plain"))
@@ -142,7 +144,7 @@ func TestTools(t *testing.T) {
 		id := strings.TrimSpace(output(t, d.run("buildah", "pull", "-q", "oci:"+dir+"/plain:v1")))
 		output(t, d.run("buildah", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", id, "docker://"+image))
 		output(t, c.ctrPilot("images", "pull", "--plain-http", image))
-		if out := output(t, c.ctrPilot("run", "--rm", image, "buildah")); !strings.Contains(out, secret) {
+		if out := output(t, c.ctrPilot("run", "--rm", image, containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run of what buildah encrypted: %s", out)
 		}
 		output(t, d.run("buildah", "rmi", "-f", id))
@@ -155,7 +157,7 @@ func TestTools(t *testing.T) {
 		image := c.registry + "/podman:v1"
 		output(t, d.run("podman", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", ours, image))
 		output(t, c.ctrPilot("images", "pull", "--plain-http", image))
-		if out := output(t, c.ctrPilot("run", "--rm", image, "podman")); !strings.Contains(out, c.secrets[ours]) {
+		if out := output(t, c.ctrPilot("run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[ours]) {
 			t.Errorf("run of what podman encrypted: %s", out)
 		}
 	})
@@ -167,12 +169,7 @@ func TestOriginalDropIn(t *testing.T) {
 	dir := tempDir(t)
 	var ports [2]string
 	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, ports[i], _ = net.SplitHostPort(l.Addr().String())
-		l.Close()
+		_, ports[i], _ = net.SplitHostPort(loopbacktest.FreeAddress(t))
 	}
 	write(t, dir+"/key", strings.Repeat("k", 32))
 	output(t, command(t, "copilot", "keys", "import", "--dir", dir+"/broker", "--file", dir+"/key", "team-a"))

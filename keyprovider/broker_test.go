@@ -15,6 +15,7 @@ import (
 
 	broker "github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // testBroker is a real broker.
@@ -28,12 +29,7 @@ type testBroker struct {
 // startBroker runs a broker that has the KEKs given, nil ones new.
 func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 	t.Helper()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := free.Addr().String()
-	free.Close()
+	address := loopbacktest.FreeAddress(t)
 	b := &testBroker{dir: t.TempDir(), tcp: "http://" + address}
 	// The socket is opened last, so once it answers the address does too.
 	socket := filepath.Join(b.dir, "s")
@@ -49,7 +45,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 			t.Error(err)
 		}
 	})
-	for range 200 {
+	for range 6000 { // a minute
 		conn, err := net.Dial("unix", socket)
 		if err != nil {
 			time.Sleep(10 * time.Millisecond)
@@ -94,7 +90,7 @@ func (b *testBroker) asked(t testing.TB, id string) int {
 // newProvider returns a provider with nothing in its cache.
 func newProvider(t testing.TB, url string, conf Config) *Provider {
 	t.Helper()
-	c, err := copilot.New(copilot.Config{URLs: []string{url}, Timeout: 2 * time.Second})
+	c, err := copilot.New(copilot.Config{URLs: []string{url}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

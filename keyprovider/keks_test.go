@@ -307,7 +307,7 @@ func TestOriginalNotExported(t *testing.T) {
 	if n := k.count("wrap"); n != 0 {
 		t.Error("the broker has wrapped")
 	}
-	c := serveGRPC(t, k.URL, time.Second)
+	c := serveGRPC(t, k.URL, time.Minute)
 	original := wrapFor(t, p, "team-b")
 	if _, err := c.UnWrapKey(t.Context(), message(unwrapRequest(t, original, "team-a"))); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("over gRPC: %v", err)

@@ -55,7 +55,7 @@ func message(b []byte) *ocicryptpb.KeyProviderKeyWrapProtocolInput {
 // TestCodes asks with a broker that answers well, for what can't be had.
 func TestCodes(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil, "short": make([]byte, 16)})
-	c := serveGRPC(t, b.url, 2*time.Second)
+	c := serveGRPC(t, b.url, time.Minute)
 	out, err := c.WrapKey(t.Context(), message(wrapRequest(t, "a")))
 	if err != nil {
 		t.Fatal(err)
@@ -107,9 +107,10 @@ func TestCodes(t *testing.T) {
 }
 
 // TestCodesOfBadBroker asks with brokers that do not give a KEK. An answer
-// comes within the broker's timeout and a bit.
+// comes, at the latest after the broker's timeout, which is short for those that
+// hang.
 func TestCodesOfBadBroker(t *testing.T) {
-	const timeout = 200 * time.Millisecond
+	const timeout, short = 20 * time.Second, 500 * time.Millisecond
 	hang := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 	for _, test := range []struct {
 		name  string
@@ -136,7 +137,11 @@ func TestCodesOfBadBroker(t *testing.T) {
 			t.Parallel()
 			s := httptest.NewServer(test.serve)
 			t.Cleanup(s.Close)
-			refused(t, s.URL, timeout, test.code, test.want)
+			within := timeout
+			if strings.HasPrefix(test.name, "hangs") && test.name != "hangs up" {
+				within = short
+			}
+			refused(t, s.URL, within, test.code, test.want)
 		})
 	}
 	t.Run("is not there", func(t *testing.T) {
@@ -151,7 +156,7 @@ func TestCodesOfBadBroker(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { l.Close() })
-		refused(t, "unix://"+socket, timeout, codes.Unavailable, "broker gives no usable answer")
+		refused(t, "unix://"+socket, short, codes.Unavailable, "broker gives no usable answer")
 	})
 }
 
@@ -167,7 +172,7 @@ func refused(t *testing.T, url string, timeout time.Duration, code codes.Code, w
 		t.Fatal(err)
 	}
 	c := serveGRPC(t, url, timeout)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	for name, call := range map[string]func() error{
 		"wrap":   func() error { _, err := c.WrapKey(ctx, message(wrapRequest(t, "a"))); return err },
@@ -175,7 +180,7 @@ func refused(t *testing.T, url string, timeout time.Duration, code codes.Code, w
 	} {
 		start := time.Now()
 		err := call()
-		if took := time.Since(start); took > timeout+600*time.Millisecond {
+		if took := time.Since(start); took > timeout+20*time.Second {
 			t.Errorf("%s: it took %s, and the broker's timeout is %s", name, took, timeout)
 		}
 		if status.Code(err) != code || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), `KEK "a": copilot at `) || strings.Contains(err.Error(), "SECRET") {

@@ -191,7 +191,7 @@ func TestFailures(t *testing.T) {
 			if len(out) > max(len(layer), len(test.run.layer))-processor.BufferSize {
 				t.Errorf("%d bytes came out", len(out))
 			}
-			if took := time.Since(start); took > unwrapWithin+10*time.Second {
+			if took := time.Since(start); took > unwrapWithin+2*time.Minute {
 				t.Errorf("took %s", took)
 			}
 		})

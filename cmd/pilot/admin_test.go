@@ -12,6 +12,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // TestAdmin asks a pilot that has wrapped keys how it is.
@@ -19,7 +21,7 @@ func TestAdmin(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	dir := t.TempDir()
-	metrics := freeAddress(t)
+	metrics := loopbacktest.FreeAddress(t)
 	startServe(t, "unix://"+dir+"/s", "--broker", url, "--admin-listen", "unix://"+dir+"/admin.sock", "--metrics-listen", metrics)
 	for range 3 {
 		if err := ask(t, "unix://"+dir+"/s", insecure.NewCredentials()); err != nil {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile/certtest"
 	broker "github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // startBroker runs a broker that has the KEK team-a.
@@ -85,7 +86,7 @@ func startServeIn(t *testing.T, variables []string, listen string, args ...strin
 	if path, ok := strings.CutPrefix(listen, "unix://"); ok {
 		network, address = "unix", path
 	}
-	for range 500 {
+	for range 6000 { // a minute
 		if conn, err := net.Dial(network, address); err == nil {
 			conn.Close()
 			return cmd.Process
@@ -96,16 +97,6 @@ func startServeIn(t *testing.T, variables []string, listen string, args ...strin
 	return nil
 }
 
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // ask has a layer key wrapped.
 func ask(t *testing.T, address string, creds credentials.TransportCredentials) error {
 	t.Helper()
@@ -114,7 +105,7 @@ func ask(t *testing.T, address string, creds credentials.TransportCredentials) e
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	input := []byte(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["dGVhbS1h"]}},"optsdata":"c2VjcmV0"}}`)
 	out, err := ocicryptpb.NewKeyProviderServiceClient(conn).WrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: input})
@@ -130,7 +121,7 @@ func TestServeTLS(t *testing.T) {
 	t.Parallel()
 	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
 	url, auditLog := startBroker(t)
-	address := freeAddress(t)
+	address := loopbacktest.FreeAddress(t)
 	server := ca.Issue(t, certtest.Named("pilot"))
 	startServe(t, address, "--tls-cert", server.Cert, "--tls-key", server.Key, "--tls-client-ca", ca.File, "--broker", url, "--kek-cache-size", "0")
 
@@ -172,7 +163,7 @@ func TestServe(t *testing.T) {
 		t.Errorf("others may use the socket: mode %s", info.Mode())
 	}
 
-	address := freeAddress(t)
+	address := loopbacktest.FreeAddress(t)
 	startServe(t, address, "--insecure-loopback", "--broker", url)
 	if err := ask(t, address, insecure.NewCredentials()); err != nil {
 		t.Errorf("on a loopback address: %v", err)
@@ -184,7 +175,7 @@ func TestServeSeveralBrokers(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	socket := filepath.Join(t.TempDir(), "s")
-	startServe(t, "unix://"+socket, "--broker", "http://"+freeAddress(t)+", "+url)
+	startServe(t, "unix://"+socket, "--broker", "http://"+loopbacktest.FreeAddress(t)+", "+url)
 	if err := ask(t, "unix://"+socket, insecure.NewCredentials()); err != nil {
 		t.Error(err)
 	}

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
-	"time"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
@@ -52,16 +51,13 @@ func TestAWSErrors(t *testing.T) {
 	}
 
 	release := make(chan struct{})
-	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case <-release:
-		case <-time.After(5 * time.Second):
-		}
+	hangs := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		<-release
 	}))
-	defer slow.Close()
+	defer hangs.Close()
 	defer close(release)
-	kmstest.Returns(t, "slow", open(slow.URL), "alias/team-a")
+	kmstest.TimesOut(t, "hangs", open(hangs.URL), "alias/team-a")
 	down := open("http://" + kmstest.ClosedPort(t))
-	kmstest.Returns(t, "down", down, "alias/team-a")
+	kmstest.Unavailable(t, "down", down, "alias/team-a")
 	kmstest.Refuses(t, "down", down, "alias/team-a", []byte("wrapped"), kms.ErrUnavailable)
 }

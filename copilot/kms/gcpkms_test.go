@@ -22,7 +22,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"cloud.google.com/go/kms/apiv1/kmspb"
 	"google.golang.org/api/option"
@@ -44,20 +43,19 @@ type googleKMS struct {
 	mu       sync.Mutex
 	keys     map[string][][]byte // versions, by name
 	disabled map[string]bool
-	answer   error         // instead of another
-	delay    time.Duration // before an answer
-	corrupt  bool          // answers
+	answer   error // instead of another
+	hangs    bool  // instead of answering
+	corrupt  bool  // answers
 	lostCRC  bool
 }
 
 func (g *googleKMS) begin(ctx context.Context, name string, fields map[*wrapperspb.Int64Value][]byte) ([][]byte, error) {
 	g.mu.Lock()
-	delay, answer, disabled := g.delay, g.answer, g.disabled[name]
+	hangs, answer, disabled := g.hangs, g.answer, g.disabled[name]
 	versions, ok := g.keys[name]
 	g.mu.Unlock()
-	select {
-	case <-time.After(delay):
-	case <-ctx.Done():
+	if hangs {
+		select {} // not even when its context is done, or its answer would race with the client's deadline
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
 	if auth := md.Get("authorization"); len(auth) != 1 || !strings.HasPrefix(auth[0], "Bearer ") {
@@ -224,8 +222,8 @@ func TestGCP(t *testing.T) {
 		t.Error("wrapped without a verified checksum")
 	}
 	g.mu.Lock()
-	g.lostCRC, g.delay = false, time.Second
+	g.lostCRC, g.hangs = false, true
 	g.mu.Unlock()
-	kmstest.Returns(t, "slow", w, googleKeys+"a")
-	kmstest.Returns(t, "down", open(kmstest.ClosedPort(t)), googleKeys+"a")
+	kmstest.TimesOut(t, "hangs", w, googleKeys+"a")
+	kmstest.Unavailable(t, "down", open(kmstest.ClosedPort(t)), googleKeys+"a")
 }

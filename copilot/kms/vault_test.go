@@ -312,7 +312,7 @@ func TestVaultDeadline(t *testing.T) {
 			if !errors.Is(err, kms.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
 				t.Error(err)
 			}
-			if took := time.Since(start); took > 5*time.Second {
+			if took := time.Since(start); took > time.Minute {
 				t.Errorf("after %v", took)
 			}
 		})
@@ -447,7 +447,7 @@ func TestVaultLoginWaits(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if took := time.Since(start); took > 5*time.Second {
+	if took := time.Since(start); took > time.Minute {
 		t.Errorf("after %v", took)
 	}
 }
@@ -477,7 +477,7 @@ func TestVaultTokenFile(t *testing.T) {
 		if _, _, err := b.(kms.Giver).Key(t.Context(), "team-a", 0); err != nil {
 			t.Error(err)
 		}
-		for deadline := time.Now().Add(10 * time.Second); renewed.Load() != token; time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); renewed.Load() != token; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("%s is not renewed", token)
 			}

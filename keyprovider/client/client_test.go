@@ -156,14 +156,14 @@ func TestErrors(t *testing.T) {
 	}
 
 	// The server learns that nobody waits any more.
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // in which it has to get there
 	defer cancel()
 	if _, err := c.UnwrapKey(ctx, []byte("wait")); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("no answer: %v", err)
 	}
 	select {
 	case <-s.cancelled:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the request goes on after its context has ended")
 	}
 
@@ -330,7 +330,7 @@ func TestCommand(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	if _, err := command("sleep 60 & sleep 60").UnwrapKey(ctx, nil); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
+	if _, err := command("sleep 60 & sleep 60").UnwrapKey(ctx, nil); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 30*time.Second {
 		t.Errorf("no answer for %s: %v", time.Since(start), err)
 	}
 }

@@ -39,7 +39,7 @@ func headerBlock(fields ...string) []byte {
 func exchangeWith(t *testing.T, said, body []byte, ends bool) (resp *response, sent []byte, err error) {
 	t.Helper()
 	ours, theirs := net.Pipe()
-	ours.SetDeadline(time.Now().Add(time.Second))
+	ours.SetDeadline(time.Now().Add(5 * time.Second))
 	var all bytes.Buffer
 	read := make(chan struct{})
 	go func() {

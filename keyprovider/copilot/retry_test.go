@@ -34,7 +34,7 @@ func TestRetryAfter(t *testing.T) {
 	defer s.Close()
 	var wg sync.WaitGroup
 	for i := range clients {
-		c, err := New(Config{URLs: []string{s.URL}})
+		c, err := New(Config{URLs: []string{s.URL}, Timeout: time.Minute})
 		if err != nil {
 			t.Fatal(err)
 		}

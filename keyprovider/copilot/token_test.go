@@ -117,7 +117,7 @@ func TestTokenStays(t *testing.T) {
 	defer broker.Close()
 	file := filepath.Join(t.TempDir(), "token")
 	writeToken(t, file, "SECRET", time.Now())
-	c, err := New(Config{URLs: []string{broker.URL}, TokenFile: file, Timeout: time.Second})
+	c, err := New(Config{URLs: []string{broker.URL}, TokenFile: file, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

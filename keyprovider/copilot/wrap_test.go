@@ -47,7 +47,7 @@ func TestWrapAnswers(t *testing.T) {
 			w.WriteHeader(test.code)
 			fmt.Fprint(w, test.body)
 		})
-		c := newClient(t, 500*time.Millisecond, b.url)
+		c := newClient(t, time.Minute, b.url)
 		var err error
 		switch test.verb {
 		case "wrap":
@@ -77,7 +77,7 @@ func TestWrapRequests(t *testing.T) {
 		fmt.Fprint(w, `{"version":2,"wrappedKey":"AAAA","plaintext":"AAAA"}`)
 	}))
 	defer s.Close()
-	c := newClient(t, time.Second, s.URL)
+	c := newClient(t, time.Minute, s.URL)
 	if _, err := c.Wrap(t.Context(), "a/b", []byte("key")); err != nil {
 		t.Error(err)
 	}

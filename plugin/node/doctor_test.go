@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"net"
 	"os"
@@ -8,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -100,4 +103,34 @@ func TestDoctorKnowsPilot(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 	}
+}
+
+// TestFinishing interrupts a step, and lets another run out of time.
+func TestFinishing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, interrupt := context.WithTimeout(t.Context(), time.Minute)
+		work, stop := finishing(ctx)
+		defer stop()
+		interrupt()
+		time.Sleep(finishTimeout - 1)
+		synctest.Wait()
+		if work.Err() != nil {
+			t.Errorf("containerd's work is cut off: %v", work.Err())
+		}
+		time.Sleep(1)
+		synctest.Wait()
+		if !errors.Is(work.Err(), context.Canceled) {
+			t.Errorf("after %s it goes on: %v", finishTimeout, work.Err())
+		}
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		late, stop := finishing(ctx)
+		defer stop()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if !errors.Is(late.Err(), context.DeadlineExceeded) {
+			t.Errorf("after its time it goes on: %v", late.Err())
+		}
+	})
 }

@@ -36,6 +36,9 @@ const (
 	// if the doctor is killed.
 	scratchExpires = 2 * time.Minute
 	cleanUpWithin  = 10 * time.Second
+	// finishTimeout bounds how long an interrupted doctor lets containerd
+	// finish what it makes.
+	finishTimeout = 10 * time.Second
 )
 
 // unpackLayer unpacks an encrypted layer into a snapshot, as CRI does where it
@@ -195,7 +198,29 @@ func (e *examination) inScratch(ctx context.Context, f func(context.Context) err
 			err = errors.Join(err, fmt.Errorf("namespace %s is not removed: %w (containerd's garbage collector empties it later)", scratchNamespace, left))
 		}
 	}()
+	ctx, stop := finishing(ctx)
+	defer stop()
 	return f(leases.WithLease(ctx, lease.ID))
+}
+
+// finishing returns a context for what is made in the scratch namespace. It has
+// ctx's deadline, and is canceled [finishTimeout] after ctx is.
+//
+// A canceled call goes on in containerd for a moment. If its garbage is collected
+// meanwhile, a layer may still be written into a snapshot's or an ingest's
+// directory while that is removed: a directory stays that containerd no longer
+// knows of, which it removes with the next snapshot that goes, or never.
+func finishing(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, _ := ctx.Deadline() // each step has one
+	work, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(finishTimeout):
+			cancel()
+		case <-work.Done():
+		}
+	})
+	return work, func() { stop(); cancel() }
 }
 
 // alone waits until no other doctor has the scratch namespace.

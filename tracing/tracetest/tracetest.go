@@ -89,7 +89,7 @@ func newSpan(resource *tracepb.ResourceSpans, in *tracepb.Span) Span {
 // Spans waits until there are n spans, and returns all that there are.
 func (c *Collector) Spans(t testing.TB, n int) []Span {
 	t.Helper()
-	for range 500 {
+	for range 6000 { // a minute
 		c.mu.Lock()
 		spans := append([]Span(nil), c.spans...)
 		c.mu.Unlock()

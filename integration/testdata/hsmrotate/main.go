@@ -29,7 +29,7 @@ func run(settings, path, times string) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
 	b, err := kms.Open("pkcs11", kmstest.Settings(settings))
 	if err != nil {
@@ -62,7 +62,7 @@ func run(settings, path, times string) error {
 // again calls f until it succeeds: SoftHSM now and then reads a file that another
 // process is writing.
 func again(f func() error) (err error) {
-	for range 20 {
+	for range 200 {
 		if err = f(); !errors.Is(err, kms.ErrUnavailable) {
 			return err
 		}

@@ -1,0 +1,48 @@
+// Package loopbacktest finds ports for servers that tests start as programs.
+package loopbacktest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"strconv"
+	"testing"
+)
+
+// firstPort is the lowest port that FreeAddress returns.
+const firstPort = 10000
+
+// FreeAddress returns a loopback address, IP:PORT, at which nothing listens, for
+// a server that can't choose a port and say which. The port is below those that
+// the kernel hands out, so neither a connection nor a listener on port 0 takes it
+// before the server does.
+func FreeAddress(t testing.TB) string {
+	t.Helper()
+	for range 1000 {
+		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(firstPort+rand.IntN(ephemeral(t)-firstPort))))
+		if err != nil {
+			continue // somebody has it
+		}
+		defer l.Close()
+		return l.Addr().String()
+	}
+	t.Fatal("no port is free")
+	return ""
+}
+
+// ephemeral returns the first port that the kernel hands out.
+func ephemeral(t testing.TB) int {
+	t.Helper()
+	const file = "/proc/sys/net/ipv4/ip_local_port_range"
+	first := 32768 // Linux' default
+	if b, err := os.ReadFile(file); err == nil {
+		if _, err := fmt.Sscan(string(b), &first); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+	}
+	if first <= firstPort {
+		t.Fatalf("%s: the ports from %d on are handed out by the kernel: the tests need some that are not", file, first)
+	}
+	return first
+}
