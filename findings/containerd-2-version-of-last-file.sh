@@ -2,8 +2,8 @@
 # containerd 2.0 to 2.2 merges config.toml and its imports first, and migrates
 # the result by the version of the file that was merged last. A drop-in of version
 # 3 beside a config.toml of version 2 has it forget the CRI section of config.toml,
-# without a word. A drop-in without a version changes nothing, and 2.4 migrates
-# each file by itself.
+# with a warning about unknown keys and no error. A drop-in without a version
+# changes nothing, and 2.4 migrates each file by itself.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'chmod -R u+w "$dir"; rm -rf "$dir"' EXIT

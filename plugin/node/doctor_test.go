@@ -112,12 +112,12 @@ func TestFinishing(t *testing.T) {
 		work, stop := finishing(ctx)
 		defer stop()
 		interrupt()
-		time.Sleep(finishTimeout - 1)
+		time.Sleep(finishTimeout - time.Nanosecond)
 		synctest.Wait()
 		if work.Err() != nil {
 			t.Errorf("containerd's work is cut off: %v", work.Err())
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if !errors.Is(work.Err(), context.Canceled) {
 			t.Errorf("after %s it goes on: %v", finishTimeout, work.Err())
