@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -28,32 +27,14 @@ const (
 	CRIOService = "crio.service"
 )
 
-// unitDirs are systemd's directories of units, the one that counts first.
-var unitDirs = []string{unitDir, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
-
-// PullsWithCRIO reports whether a machine has CRI-O and no containerd.
+// PullsWithCRIO reports whether a machine has CRI-O and no containerd, and the
+// options name none either.
 func PullsWithCRIO(o Options) bool {
-	exists := func(name string) bool { return exists(o.path(name)) }
-	if exists(cmp.Or(o.ContainerdConfig, "/etc/containerd/config.toml")) || o.Root == "" && exists(defaultAddress) {
+	named := o.ContainerdBinary != "" || o.ContainerdConfig != "" || o.ContainerdAddress != ""
+	if named || exists(o.path(defaultConfig)) || o.Root == "" && exists(defaultAddress) || o.lookPath("containerd", binDirs) != "" {
 		return false
 	}
-	for _, dir := range append([]string{""}, binDirs...) {
-		if name := filepath.Join(dir, cmp.Or(o.ContainerdBinary, "containerd")); filepath.IsAbs(name) && exists(name) {
-			return false
-		}
-	}
-	return o.Root == "" && exists(CRIOSocket) || o.crioUnit() != ""
-}
-
-// crioUnit returns the path of CRI-O's unit, or "".
-func (o Options) crioUnit() string {
-	for _, dir := range unitDirs {
-		name := filepath.Join(dir, CRIOService)
-		if _, err := os.Stat(o.path(name)); err == nil {
-			return name
-		}
-	}
-	return ""
+	return o.Root == "" && exists(CRIOSocket) || o.hasUnit(CRIOService)
 }
 
 // runningCRIO is the CRI-O that answers at a socket.
@@ -112,11 +93,7 @@ func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
 			return nil, fmt.Errorf("the process that answers there is unknown, and %s does not run", CRIOService)
 		}
 	}
-	boot, err := bootTime()
-	if err != nil {
-		return nil, err
-	}
-	c.started, err = startOf(fmt.Sprintf("/proc/%d", c.pid), boot)
+	c.started, err = startedAt(fmt.Sprintf("/proc/%d", c.pid))
 	return &c, err
 }
 

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"strings"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
@@ -27,7 +26,7 @@ Environment=` + keyproviderconfig.ENVVARNAME + "=" + keyProviders + "\n"
 // newCRIOPlan plans an installation beside CRI-O, which asks pilot as a key
 // provider and has no differs.
 func newCRIOPlan(o Options, release func()) (*Plan, error) {
-	if o.crioUnit() == "" || !o.hasSystemd() {
+	if !o.hasUnit(CRIOService) || !o.hasSystemd() {
 		return nil, &Conflict{CRIOSocket, "CRI-O is not started by systemd's " + CRIOService, "set it up as docs/crio.md shows"}
 	}
 	if err := o.checkCRIOEnvironment(); err != nil {
@@ -89,17 +88,7 @@ func (p *Plan) crioPilotConfig(before state) error {
 
 // checkCRIOEnvironment refuses a variable that somebody else has set for CRI-O.
 func (o Options) checkCRIOEnvironment() error {
-	files := []string{"/etc/sysconfig/crio", "/etc/default/crio"}
-	for _, dir := range unitDirs {
-		files = append(files, filepath.Join(dir, CRIOService))
-		entries, err := os.ReadDir(o.path(filepath.Join(dir, CRIOService+".d")))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		for _, e := range entries {
-			files = append(files, filepath.Join(dir, CRIOService+".d", e.Name()))
-		}
-	}
+	files := append([]string{"/etc/sysconfig/crio", "/etc/default/crio"}, o.unitFiles(CRIOService)...)
 	for _, name := range files {
 		text, err := os.ReadFile(o.path(name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -110,7 +110,7 @@ func (s *state) target(o Options) (*target, error) {
 		return findTarget(o)
 	}
 	t := &target{program: s.Containerd.Program, config: s.Containerd.Config, address: s.Containerd.Address, service: s.Containerd.Service}
-	t.distribution = distributionAt(t.config, "")
+	t.distribution = o.distributionAt(t.config, "")
 	if !exists(o.path(t.program)) {
 		return nil, fmt.Errorf("%s: %w", t.program, exec.ErrNotFound)
 	}
