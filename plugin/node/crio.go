@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containers/ocicrypt/utils"
@@ -137,9 +138,9 @@ func (c *runningCRIO) checkKeys() (keys int, err error) {
 		case e.Type()&fs.ModeSymlink != 0:
 			return fmt.Errorf("%s is a symbolic link", e.Name())
 		}
-		key, err := os.ReadFile(path)
+		key, err := readSmall(path)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", e.Name(), err)
 		}
 		if _, err := utils.SortDecryptionKeys(base64.StdEncoding.EncodeToString(key)); err != nil {
 			return fmt.Errorf("%s: %w", e.Name(), err)
@@ -148,4 +149,27 @@ func (c *runningCRIO) checkKeys() (keys int, err error) {
 		return nil
 	})
 	return keys, err
+}
+
+// maxCRIOKey is the most that is read of a key, in bytes.
+const maxCRIOKey = 1 << 20
+
+// readSmall reads a file that is no larger than a key can be. It does not wait for
+// a pipe, as CRI-O does.
+func readSmall(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, errors.New("it is not a file but a pipe, a socket or a device")
+	case info.Size() > maxCRIOKey:
+		return nil, fmt.Errorf("it is larger than %d KiB, so it is no key", maxCRIOKey>>10)
+	}
+	return io.ReadAll(io.LimitReader(f, maxCRIOKey))
 }

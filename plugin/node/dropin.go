@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
 )
 
@@ -256,19 +256,28 @@ func (c *containerd) effective(dump map[string]any, o Options) error {
 	if err != nil {
 		return err
 	}
+	differ, err := c.unpacksWith(dump, platform, c.snapshotter())
+	if err == nil && differ != "pilot" {
+		err = fmt.Errorf("containerd's transfer service does not unpack with pilot all the same: is the plugin %s configured by another of its files?", transferService)
+	}
+	return err
+}
+
+// unpacksWith returns the differ with which the transfer service unpacks, nothing
+// if it has no entry for the platform and the snapshotter.
+func (c *containerd) unpacksWith(dump map[string]any, platform ocispec.Platform, snapshotter string) (differ string, err error) {
 	entries, err := c.unpackConfigs(dump, platform)
 	if err != nil {
-		return err
+		return "", err
 	}
-	// The first that matches is the one that counts.
-	i := slices.IndexFunc(entries, func(u unpackConfig) bool {
+	for _, u := range entries {
+		// The first that matches is the one that counts.
 		p, err := platforms.Parse(u.Platform)
-		return err == nil && u.Snapshotter == c.snapshotter() && platforms.Only(p).Match(platform)
-	})
-	if i < 0 || entries[i].Differ != "pilot" {
-		return fmt.Errorf("containerd's transfer service does not unpack with pilot all the same: is the plugin %s configured by another of its files?", transferService)
+		if err == nil && u.Snapshotter == snapshotter && platforms.Only(p).Match(platform) {
+			return u.Differ, nil
+		}
 	}
-	return nil
+	return "", nil
 }
 
 // proxy is the proxy plugin pilot of a configuration.

@@ -148,6 +148,9 @@ func (o Options) ofUnit() (*target, error) {
 	if t.config == "" {
 		t.config = defaultConfig
 	}
+	if o.ContainerdConfig != "" && o.ContainerdAddress != "" {
+		t.address = o.ContainerdAddress
+	}
 	if r := o.systemRefusal(t.config); r != nil {
 		return nil, &Conflict{t.config, r.what, r.mend}
 	}
