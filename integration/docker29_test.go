@@ -28,7 +28,7 @@ func TestDocker29(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.serveDocker(daemonJSON)
-	if said := e.doctor(); !strings.Contains(said, "starts a containerd of its own") || !strings.Contains(said, "install containerd") {
-		t.Errorf("doctor: %s", said)
+	if report := e.doctor(); !strings.Contains(report, "starts a containerd of its own") || !strings.Contains(report, "install containerd") {
+		t.Errorf("doctor: %s", report)
 	}
 }

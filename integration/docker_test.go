@@ -83,8 +83,8 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	}
 	serving := e.servePilot()
 	e.serveDocker(daemonJSON)
-	if said := e.doctor(); !strings.Contains(said, "containerd image store: encrypted images work") {
-		t.Errorf("doctor: %s", said)
+	if report := e.doctor(); !strings.Contains(report, "containerd image store: encrypted images work") {
+		t.Errorf("doctor: %s", report)
 	}
 
 	output(t, e.docker("pull", d.allowed))
@@ -172,7 +172,7 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	fails(t, e.docker("pull", d.denied), "pilot: layer sha256:", `KEK "team-b"`, "spiffe://example.com/node/docker1 may not")
 	fails(t, e.docker("run", "--rm", d.denied), `KEK "team-b"`)
 
-	// pilot is away.
+	// pilot is down.
 	serving.stop(t)
 	for _, image := range []string{d.fresh, d.plain} {
 		fails(t, e.docker("pull", image), "dial unix:///run/pilot/diff.sock")
@@ -190,10 +190,10 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	output(t, e.docker("pull", d.plain))
 	before := output(t, e.docker("save", d.plain))
 	for range 2 {
-		said := e.doctor()
+		report := e.doctor()
 		for _, want := range []string{"uses its graph-driver store", `set "features": {"containerd-snapshotter": true} in /etc/docker/daemon.json`} {
-			if !strings.Contains(said, want) {
-				t.Errorf("doctor: want %q in\n%s", want, said)
+			if !strings.Contains(report, want) {
+				t.Errorf("doctor: want %q in\n%s", want, report)
 			}
 		}
 		// Docker 29 stays with the store in which it has images, and before
@@ -238,10 +238,10 @@ func (e *engine) ownContainerd(daemonJSON, encrypted string) {
 	e.node.stop(e.t)
 	e.serveDocker(daemonJSON)
 	fails(e.t, e.docker("pull", encrypted), "failed to get stream processor for application/vnd.oci.image.layer.v1.tar+encrypted")
-	said := e.doctor()
+	report := e.doctor()
 	for _, want := range []string{"starts a containerd of its own at /var/run/docker/containerd/containerd.sock", "systemctl enable --now containerd.service"} {
-		if !strings.Contains(said, want) {
-			e.t.Errorf("doctor: want %q in\n%s", want, said)
+		if !strings.Contains(report, want) {
+			e.t.Errorf("doctor: want %q in\n%s", want, report)
 		}
 	}
 }
@@ -349,11 +349,11 @@ func (e *engine) docker(args ...string) *exec.Cmd {
 func (e *engine) doctor() string {
 	e.t.Helper()
 	out, _ := e.m.run("pilot", "node", "doctor", "--kek", "team-a").CombinedOutput()
-	_, said, found := strings.Cut(string(out), " docker  ")
+	_, report, found := strings.Cut(string(out), " docker  ")
 	if !found {
 		e.t.Fatalf("the doctor says nothing of docker:\n%s", out)
 	}
-	return said
+	return report
 }
 
 // TestDockerDebian13 runs Debian 13's Docker 26.1 on its containerd 1.7.24.

@@ -172,9 +172,9 @@ func (c *containerd) usesDiffer() bool { return c.major > 1 || c.minor > 6 }
 // configuration of its own for unpacking.
 func (c *containerd) hasTransfer() bool { return c.major > 1 }
 
-// formats are those of a drop-in that may do, the best first.
+// formats are the formats of a drop-in to try, the best first.
 //
-// One without a version does beside all others: containerd 2.0 and later migrates
+// One without a version suits all other files: containerd 2.0 and later migrates
 // it by itself, and 1.x takes the version from the other files. containerd 2.0 to
 // 2.2 merges files that say a version before it migrates them, by the version of
 // the last, so one of another version than the rest has it forget the rest; 1.x

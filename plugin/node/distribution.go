@@ -13,7 +13,7 @@ type distribution struct {
 	// dropIns is a directory whose files it has containerd import, though
 	// containerd's configuration file does not say so yet.
 	dropIns string
-	// rewritten says that it writes containerd's configuration file anew when
+	// rewritten says that it rewrites containerd's configuration file when
 	// it starts, so that changes of it do not last.
 	rewritten bool
 	// template says that it makes containerd's configuration from a template
@@ -23,7 +23,7 @@ type distribution struct {
 }
 
 // refusal is why a containerd can't be set up, and what to do instead.
-type refusal struct{ what, mend string }
+type refusal struct{ what, fix string }
 
 const (
 	k3s  = "k3s"
@@ -54,7 +54,7 @@ func (o Options) distributionAt(config, parent string) distribution {
 		return d
 	case parent == "dockerd":
 		return distribution{name: "Docker", refusal: &refusal{
-			"dockerd runs this containerd itself, and writes its configuration anew at each start",
+			"dockerd runs this containerd itself, and rewrites its configuration at each start",
 			"install containerd as a service (the package containerd.io, or your distribution's containerd), restart docker, and run this again",
 		}}
 	case strings.Contains(config, "/var/snap/microk8s/"):

@@ -73,7 +73,7 @@ func LookForDocker(ctx context.Context, o Options) (*Docker, error) {
 			return nil, err
 		}
 		if info, err := o.askDocker(ctx, s); err == nil {
-			d.heed(info, s)
+			d.update(info, s)
 		}
 		return d, nil
 	}
@@ -181,7 +181,7 @@ func (d *Docker) findStore(o Options, s dockerSettings) {
 // the other store does not start.
 func (d *Docker) graphDriverSet() bool { return slices.Contains(graphDrivers, d.storageDriver) }
 
-// dockerInfo is what the Engine API answers to GET /info, and counts here.
+// dockerInfo is the part of the Engine API's GET /info that counts here.
 type dockerInfo struct {
 	ServerVersion string
 	Driver        string
@@ -189,7 +189,7 @@ type dockerInfo struct {
 	Containerd    *struct{ Address string } // since Docker 27
 }
 
-// askDocker asks the running dockerd.
+// askDocker asks the running dockerd for its GET /info.
 func (o Options) askDocker(ctx context.Context, s dockerSettings) (*dockerInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -220,8 +220,9 @@ func (o Options) askDocker(ctx context.Context, s dockerSettings) (*dockerInfo, 
 	return &info, json.NewDecoder(io.LimitReader(resp.Body, 4<<20)).Decode(&info)
 }
 
-// heed takes over what the running dockerd says of itself.
-func (d *Docker) heed(info *dockerInfo, s dockerSettings) {
+// update replaces what was worked out from files with what the running dockerd
+// reports.
+func (d *Docker) update(info *dockerInfo, s dockerSettings) {
 	if major, _, err := parseVersion(info.ServerVersion); err == nil {
 		d.Version, d.major = info.ServerVersion, major
 	}

@@ -136,8 +136,8 @@ func (e *examination) addedToTheRest() []string {
 	return []string{"with pilot's drop-in containerd has lost or changed other settings: " + listed(changed)}
 }
 
-// lists says what the lists of pilot's drop-in hide of others, or have kept of
-// tools that are gone.
+// lists says which entries of other tools the lists of pilot's drop-in hide, and
+// which they have of tools that are gone.
 func (e *examination) lists(loaded plugged) (wrong []string) {
 	if !e.running.hasTransfer() || e.builtIn {
 		return nil

@@ -242,7 +242,7 @@ const refreshName = "pilot.conf"
 
 func refreshUnit(pilot string) []byte {
 	return fmt.Appendf(nil, `# Written by "pilot node install"; "pilot node uninstall" removes it.
-# containerd's configuration may have been written anew, by a tool or at boot.
+# containerd's configuration may have been rewritten, by a tool or at boot.
 [Service]
 ExecStartPre=-%s node refresh
 `, pilot)

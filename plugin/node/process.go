@@ -197,9 +197,9 @@ func startOf(fields []string, boot time.Time) (time.Time, error) {
 const userHZ = 100
 
 // programOf returns the path at which the program of a process can be run again:
-// what it runs, or what has that name beside it, since k3s's containerd is one of
-// many names of one program. The path that it was started by does not count:
-// whoever starts a program chooses that.
+// its executable, or the file of that name in the same directory, since k3s's
+// containerd is one of many names of one program. argv[0] does not count: whoever
+// starts a program can put anything there.
 func programOf(dir, name string) (string, error) {
 	exe, err := os.Readlink(dir + "/exe")
 	if err != nil {

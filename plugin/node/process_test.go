@@ -64,7 +64,7 @@ func TestReadProcess(t *testing.T) {
 	if err != nil || p == nil {
 		t.Fatalf("%v, %v", p, err)
 	}
-	// Its name leads nowhere, and whoever started it chose that.
+	// There is no such file, and argv[0] can be anything.
 	if p.program == "/opt/bin/containerd" || p.ppid != os.Getpid() {
 		t.Errorf("%+v", p)
 	}

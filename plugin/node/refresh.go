@@ -13,7 +13,7 @@ import (
 const refreshTimeout = 30 * time.Second
 
 // Refresh brings pilot's part of containerd's configuration up to date, right
-// before containerd starts: the configuration may have been written anew without
+// before containerd starts: the configuration may have been rewritten without
 // pilot, tools may have come and gone that are in pilot's lists, or containerd may
 // be another version. It returns the files that it has changed, and does nothing
 // where pilot is not installed.
@@ -62,8 +62,8 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	return changed, nil
 }
 
-// leaveOut empties pilot's drop-in if containerd can't do with it, because of the
-// error why. It does not remove it: containerd's configuration may import it by
+// leaveOut empties pilot's drop-in if containerd would lose settings with it or not
+// start, because of the error why. It does not remove it: containerd's configuration may import it by
 // name.
 func (c *containerd) leaveOut(ctx context.Context, o Options, before state, why error) error {
 	dump, err := c.readAll(ctx, o)

@@ -59,7 +59,7 @@ func (o Options) unitSettings(file string) []*unit.UnitOption {
 // maxUnit is the most that is read of a unit's file, in bytes.
 const maxUnit = 1 << 20
 
-// execStart returns the command of a service, with what drop-ins make of it, or
+// execStart returns the command of a service, which its drop-ins may change, or
 // nothing if there is none or it can't be read.
 func (o Options) execStart(service string) []string {
 	var command string

@@ -116,7 +116,7 @@ func (o Options) ofProcess(p *process) (*target, error) {
 		t.refusal = o.systemRefusal(t.config)
 	}
 	if t.refusal != nil {
-		return nil, &Conflict{p.String(), t.refusal.what, t.refusal.mend}
+		return nil, &Conflict{p.String(), t.refusal.what, t.refusal.fix}
 	}
 	return t, nil
 }
@@ -152,7 +152,7 @@ func (o Options) ofUnit() (*target, error) {
 		t.address = o.ContainerdAddress
 	}
 	if r := o.systemRefusal(t.config); r != nil {
-		return nil, &Conflict{t.config, r.what, r.mend}
+		return nil, &Conflict{t.config, r.what, r.fix}
 	}
 	t.distribution = o.distributionAt(t.config, "")
 	if d, service := o.stoppedDistribution(); service != "" && d.name == t.name {
