@@ -136,7 +136,7 @@ func nodeInstall(c *cli.Context) error {
 		return err
 	}
 	defer plan.Close()
-	fmt.Fprintln(os.Stderr, plan.Runtime())
+	fmt.Fprintln(os.Stderr, "found "+plan.Runtime())
 	if c.Bool("dry-run") {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -50,29 +48,7 @@ const maxCRIOConfig = 4 << 20
 
 // askCRIO asks CRI-O for its configuration, as "crio status config" does.
 func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
-	var c runningCRIO
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
-		if err != nil {
-			return nil, err
-		}
-		if c.pid, err = peerPID(conn.(*net.UnixConn)); err != nil {
-			conn.Close()
-			return nil, err
-		}
-		return conn, nil
-	}}
-	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://crio/config", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxCRIOConfig))
+	text, pid, err := httpGet(ctx, socket, "/config", maxCRIOConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -83,10 +59,10 @@ func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
 			} `toml:"runtime"`
 		} `toml:"crio"`
 	}
-	if err := toml.Unmarshal(text, &conf); err != nil || resp.StatusCode != http.StatusOK || conf.CRIO.Runtime.DecryptionKeysPath == nil {
-		return nil, fmt.Errorf("what answers there is not CRI-O (HTTP status %s)", resp.Status)
+	if err := toml.Unmarshal(text, &conf); err != nil || conf.CRIO.Runtime.DecryptionKeysPath == nil {
+		return nil, errors.New("what answers there is not CRI-O")
 	}
-	c.keysPath = *conf.CRIO.Runtime.DecryptionKeysPath
+	c := runningCRIO{pid: pid, keysPath: *conf.CRIO.Runtime.DecryptionKeysPath}
 	if c.pid <= 1 {
 		// systemd listens for it, or it is in another PID namespace.
 		out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=MainPID", "--value", CRIOService).Output()

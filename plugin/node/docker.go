@@ -4,9 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -200,25 +197,16 @@ func (o Options) askDocker(ctx context.Context, s dockerSettings) (*dockerInfo, 
 			break
 		}
 	}
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", o.path(socket))
-	}}
-	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/info", nil)
+	body, _, err := httpGet(ctx, o.path(socket), "/info", maxDockerInfo)
 	if err != nil {
-		return nil, err
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("docker at %s: %s", socket, resp.Status)
+		return nil, fmt.Errorf("docker at %s: %w", socket, err)
 	}
 	var info dockerInfo
-	return &info, json.NewDecoder(io.LimitReader(resp.Body, 4<<20)).Decode(&info)
+	return &info, json.Unmarshal(body, &info)
 }
+
+// maxDockerInfo is the most that is read of Docker's answer, in bytes.
+const maxDockerInfo = 4 << 20
 
 // update replaces what was worked out from files with what the running dockerd
 // reports.

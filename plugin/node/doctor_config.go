@@ -189,7 +189,7 @@ func (e *examination) olderThan() string {
 	}
 	var newer []string
 	for _, file := range files {
-		if info, err := os.Stat(file); err == nil && info.ModTime().After(p.started) {
+		if info, err := os.Stat(file); err == nil && info.ModTime().After(p.started.Add(startPrecision)) {
 			newer = append(newer, fmt.Sprintf("%s was written at %s", file, info.ModTime().Format(time.DateTime)))
 		}
 	}

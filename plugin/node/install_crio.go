@@ -2,14 +2,12 @@ package node
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"maps"
 	"os"
 	"strings"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	"github.com/pelletier/go-toml/v2"
 )
 
 // crioDropIn has CRI-O's unit set the variable by which ocicrypt finds pilot.
@@ -66,18 +64,9 @@ func (p *Plan) crioPilotConfig(before state) error {
 	if settings == nil {
 		settings = make(map[string]string)
 	}
-	wanted := maps.Clone(settings)
-	// One that was installed keeps its settings.
-	if old, err := os.ReadFile(p.options.path(pilotConfig)); err == nil {
-		var had map[string]any
-		if err := toml.Unmarshal(old, &had); err != nil {
-			return fmt.Errorf("%s: %w", pilotConfig, err)
-		}
-		for name, v := range had {
-			if s, ok := v.(string); ok && wanted[name] == "" {
-				wanted[name] = s
-			}
-		}
+	wanted, err := p.options.withInstalled(settings)
+	if err != nil {
+		return err
 	}
 	wanted["diff-listen"] = "off"
 	return p.own(before, pilotConfig, newPilotConfig(wanted, true), func(had []byte) error {

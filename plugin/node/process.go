@@ -196,6 +196,10 @@ func startOf(fields []string, boot time.Time) (time.Time, error) {
 // Go knows.
 const userHZ = 100
 
+// startPrecision is how much later than a process was started a file may seem to be
+// written that was written before: the start is rounded down to a tick.
+const startPrecision = 2 * time.Second / userHZ
+
 // programOf returns the path at which the program of a process can be run again:
 // its executable, or the file of that name in the same directory, since k3s's
 // containerd is one of many names of one program. argv[0] does not count: whoever
