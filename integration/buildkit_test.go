@@ -130,7 +130,7 @@ func TestBuildKit(t *testing.T) {
 	n := newDifferNode(t, elsewhere, differNode{v: containerd2()})
 
 	base := c.image(kinds[1], "provider:pilot:team-a")
-	said := "hello, " + c.secrets[base]
+	greeting := "hello, " + c.secrets[base]
 	top := newSecret()
 	// A layer each of RUN and COPY.
 	dockerfile := "FROM " + base + "\nRUN [\"/hello\"]\nCOPY top /top\n"
@@ -148,7 +148,7 @@ func TestBuildKit(t *testing.T) {
 	says(t, b.build("FROM "+index+"\nRUN [\"/hello\"]\n", nil), "hello, "+secret)
 
 	t.Run("push", func(t *testing.T) {
-		says(t, b.build(dockerfile, files, "--output", "type=image,push=true,name="+built), said)
+		says(t, b.build(dockerfile, files, "--output", "type=image,push=true,name="+built), greeting)
 		builtOn(t, c.manifestOf(base), c.manifestOf(built), 2)
 		fails(t, n.ctr("images", "pull", "--plain-http", built), "nor a manifest in namespace default has its key", "encrypt --keys-from BASE")
 		fails(t, n.crictl("pull", built), "nor a manifest in namespace k8s.io has its key")
@@ -163,7 +163,7 @@ func TestBuildKit(t *testing.T) {
 	t.Run("usable", func(t *testing.T) {
 		// In BuildKit's own containerd, so that nothing plain leaves it.
 		local, usable := c.registry+"/usable:local", c.registry+"/usable:1"
-		says(t, b.build(dockerfile, files, "--output", "type=image,name="+local), said)
+		says(t, b.build(dockerfile, files, "--output", "type=image,name="+local), greeting)
 		info := b.in("images", "layerinfo", local)
 		if out, err := info.CombinedOutput(); err != nil || strings.Count(string(out), "NO KEY") != 2 || !strings.Contains(string(out), "2 layers are encrypted and have no key") {
 			t.Errorf("%v: %v\n%s", info.Args, err, out)
@@ -179,7 +179,7 @@ func TestBuildKit(t *testing.T) {
 		})
 		fails(t, b.in(append(encrypt, "--keys-from", swapped, "--plain-http", local, usable)...), "can't be taken from the base image", "HMAC does not match")
 		output(t, b.in(append(encrypt, "--keys-from", base, "--plain-http", local, usable)...))
-		c.usable(t, b, n, usable, said, base)
+		c.usable(t, b, n, usable, greeting, base)
 	})
 
 	t.Run("archives", func(t *testing.T) {
@@ -190,14 +190,14 @@ func TestBuildKit(t *testing.T) {
 			output(t, c.ctrPilot("images", "import", "--no-unpack", archive))
 			output(t, c.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:team-b", "--keys-from", base, "--plain-http", name))
 			output(t, c.ctrPilot("images", "push", "--plain-http", name))
-			c.usable(t, b, n, name, said, base)
+			c.usable(t, b, n, name, greeting, base)
 		}
 		// Docker's media types around it are none of an encrypted image's.
 		name := c.registry + "/dockertypes:1"
 		says(t, b.build(dockerfile, files, "--output", "type=image,oci-mediatypes=false,push=true,name="+name))
 		builtOn(t, c.manifestOf(base), c.manifestOf(name), 2)
 		output(t, b.in("images", "encrypt", "--recipient", "provider:pilot:team-b", "--keys-from", base, "--plain-http", name))
-		c.usable(t, b, n, name, said, base)
+		c.usable(t, b, n, name, greeting, base)
 	})
 
 	t.Run("plain", func(t *testing.T) {
@@ -254,7 +254,7 @@ func TestBuildKit(t *testing.T) {
 		builtOn(t, c.manifestOf(base), c.manifestOf(inline), 2)
 		for _, from := range []string{"type=registry,ref=" + cache, "type=local,src=" + localCache, "type=registry,ref=" + inline} {
 			b.forget(t)
-			says(t, b.build(dockerfile+"RUN [\"/hello\"]\n", files, "--import-cache", from), "CACHED", said)
+			says(t, b.build(dockerfile+"RUN [\"/hello\"]\n", files, "--import-cache", from), "CACHED", greeting)
 		}
 	})
 
@@ -278,7 +278,7 @@ func TestBuildKit(t *testing.T) {
 		for _, name := range hostile {
 			fails(t, b.build("FROM "+name+"\nRUN [\"/hello\"]\n", nil), "pilot: layer sha256:")
 		}
-		says(t, b.build("FROM "+base+"\nRUN [\"/hello\"]\n", nil), said)
+		says(t, b.build("FROM "+base+"\nRUN [\"/hello\"]\n", nil), greeting)
 	})
 
 	t.Run("no right", func(t *testing.T) {
@@ -293,14 +293,14 @@ func TestBuildKit(t *testing.T) {
 		d := tempDir(t)
 		pilot(t, d, brokerURL)
 		b := newBuilder(t, newDifferNode(t, d, differNode{v: containerd17()}), c.registry)
-		says(t, b.build("FROM "+base+"\nRUN [\"/hello\"]\n", nil), said)
+		says(t, b.build("FROM "+base+"\nRUN [\"/hello\"]\n", nil), greeting)
 	})
 }
 
 // usable checks that a node runs an image, which the builder pushes if it has it,
 // and that all its layers are encrypted, those of its base for whom they were and
 // for team-b.
-func (c *ci) usable(t testing.TB, b *builder, n *node, name, said, base string) {
+func (c *ci) usable(t testing.TB, b *builder, n *node, name, greeting, base string) {
 	t.Helper()
 	if strings.Contains(output(t, b.in("images", "list", "-q")), name+"\n") {
 		output(t, b.in("images", "push", "--plain-http", name))
@@ -317,14 +317,14 @@ func (c *ci) usable(t testing.TB, b *builder, n *node, name, said, base string) 
 		}
 	}
 	output(t, n.ctr("images", "pull", "--plain-http", name))
-	if out := output(t, n.ctr("run", "--rm", name, "c", "/hello")); !strings.Contains(out, said) {
+	if out := output(t, n.ctr("run", "--rm", name, "c", "/hello")); !strings.Contains(out, greeting) {
 		t.Errorf("%s: %s", name, out)
 	}
 	output(t, n.ctr("images", "remove", "--sync", name))
 	output(t, n.crictl("pull", name))
 	output(t, n.crictl("rmi", name))
 	b.forget(t)
-	says(t, b.build("FROM "+name+"\nRUN [\"/hello\"]\n", nil), said)
+	says(t, b.build("FROM "+name+"\nRUN [\"/hello\"]\n", nil), greeting)
 	b.forget(t)
 }
 

@@ -63,7 +63,7 @@ func TestCRIONode(t *testing.T) {
 	m.same(before)
 	output(t, m.pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
 	after := m.files()
-	if out := output(t, m.pilot("node", "install")); !strings.Contains(out, "everything is as it should be") {
+	if out := output(t, m.pilot("node", "install")); !strings.Contains(out, "nothing to change: the files are as they should be") {
 		t.Errorf("a second time: %s", out)
 	}
 	m.same(after)

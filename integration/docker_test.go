@@ -3,7 +3,6 @@ package integration
 import (
 	"archive/tar"
 	"encoding/json"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -33,6 +32,7 @@ type dockerTest struct {
 	allowed, denied string // encrypted images
 	index           string // an encrypted one for several platforms
 	fresh, plain    string // an encrypted image, and the same in plain
+	base            string // an encrypted one that is only built on
 	pause           string // an encrypted one that runs until it is stopped
 }
 
@@ -59,6 +59,7 @@ func newDockerTest(t testing.TB, install string, programs ...string) *dockerTest
 	}
 	d.fresh = c.image(kinds[2], "provider:pilot:team-a")
 	d.plain = d.fresh + "-plain"
+	d.base = c.image(kinds[2], "provider:pilot:team-a")
 	d.index = c.registry + "/index:1"
 	l := newLayout(t)
 	c.secrets[d.index] = newSecret()
@@ -82,8 +83,8 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	}
 	serving := e.servePilot()
 	e.serveDocker(daemonJSON)
-	if said := e.doctor(); !strings.Contains(said, "containerd image store: encrypted images work") {
-		t.Errorf("doctor: %s", said)
+	if report := e.doctor(); !strings.Contains(report, "containerd image store: encrypted images work") {
+		t.Errorf("doctor: %s", report)
 	}
 
 	output(t, e.docker("pull", d.allowed))
@@ -141,22 +142,8 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	committed, built, byBuildKit := d.name(t, "committed"), d.name(t, "built"), d.name(t, "by-buildkit")
 	output(t, e.docker("commit", "changed", committed))
 	output(t, e.docker("rm", "changed"))
-	for image, line := range map[string]string{
-		built:      "RUN [\"/hello\"]",
-		byBuildKit: "RUN --network=none [\"/hello\"]",
-	} {
-		build := e.docker("build", "--tag", image, "-")
-		build.Env = append(build.Env, fmt.Sprintf("DOCKER_BUILDKIT=%d", strings.Count(line, "--network")))
-		build.Stdin = strings.NewReader("FROM " + d.allowed + "\n" + line + "\nWORKDIR /work\n")
-		output(t, build)
-		runs(image)
-	}
-	// BuildKit loses the keys of the encrypted layers.
-	output(t, e.docker("push", byBuildKit))
-	output(t, d.ci.ctrPilot("images", "pull", "--plain-http", byBuildKit))
-	if out := output(t, d.ci.ctrPilot("images", "layerinfo", byBuildKit)); strings.Contains(out, "provider.pilot") {
-		t.Errorf("what BuildKit built has keys:\n%s", out)
-	}
+	e.build(built, false, "FROM "+d.allowed+"\nRUN [\"/hello\"]\nWORKDIR /work\n")
+	runs(built)
 	for _, image := range []string{committed, built} {
 		if out := output(t, e.node.ctrPilot("--namespace", "moby", "images", "layerinfo", image)); strings.Count(out, "provider.pilot") != 2 {
 			t.Errorf("%s before it is encrypted:\n%s", image, out)
@@ -166,11 +153,26 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 		d.pushedEncrypted(image, 3)
 	}
 
+	// BuildKit pulls the base image itself, and loses the keys of its layers.
+	e.build(byBuildKit, true, "FROM "+d.base+"\nRUN --network=none [\"/hello\"]\nWORKDIR /work\n")
+	if out := output(t, e.docker("run", "--rm", "--network", "none", byBuildKit)); !strings.Contains(out, d.ci.secrets[d.base]) {
+		t.Errorf("docker run of what BuildKit built: %s", out)
+	}
+	if out := output(t, e.node.ctrPilot("--namespace", "moby", "images", "layerinfo", byBuildKit)); strings.Contains(out, "provider.pilot") || strings.Count(out, "NO KEY") != 2 {
+		t.Errorf("what BuildKit built:\n%s", out)
+	}
+	output(t, e.docker("push", byBuildKit))
+	fails(t, d.ci.ctrPilot("images", "pull", "--plain-http", byBuildKit), "the layer has no recipients")
+	output(t, e.node.ctrPilot("--namespace", "moby", "images", "encrypt", "--recipient", "provider:pilot:team-a",
+		"--keys-from", d.base, "--plain-http", byBuildKit))
+	output(t, e.docker("push", byBuildKit))
+	d.pushedEncrypted(byBuildKit, 4)
+
 	// The node may not use that KEK.
 	fails(t, e.docker("pull", d.denied), "pilot: layer sha256:", `KEK "team-b"`, "spiffe://example.com/node/docker1 may not")
 	fails(t, e.docker("run", "--rm", d.denied), `KEK "team-b"`)
 
-	// pilot is away.
+	// pilot is down.
 	serving.stop(t)
 	for _, image := range []string{d.fresh, d.plain} {
 		fails(t, e.docker("pull", image), "dial unix:///run/pilot/diff.sock")
@@ -188,10 +190,10 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	output(t, e.docker("pull", d.plain))
 	before := output(t, e.docker("save", d.plain))
 	for range 2 {
-		said := e.doctor()
+		report := e.doctor()
 		for _, want := range []string{"uses its graph-driver store", `set "features": {"containerd-snapshotter": true} in /etc/docker/daemon.json`} {
-			if !strings.Contains(said, want) {
-				t.Errorf("doctor: want %q in\n%s", want, said)
+			if !strings.Contains(report, want) {
+				t.Errorf("doctor: want %q in\n%s", want, report)
 			}
 		}
 		// Docker 29 stays with the store in which it has images, and before
@@ -210,6 +212,18 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	}
 }
 
+// build has docker build an image, with BuildKit or without.
+func (e *engine) build(image string, buildKit bool, dockerfile string) {
+	e.t.Helper()
+	build := e.docker("build", "--tag", image, "-")
+	build.Env = append(build.Env, "DOCKER_BUILDKIT=0")
+	if buildKit {
+		build.Env = append(build.Env, "DOCKER_BUILDKIT=1")
+	}
+	build.Stdin = strings.NewReader(dockerfile)
+	output(e.t, build)
+}
+
 // name returns a name in the registry for an image that a test makes.
 func (d *dockerTest) name(t testing.TB, name string) string {
 	return d.ci.registry + "/" + strings.ToLower(t.Name()) + "-" + name + ":1"
@@ -224,10 +238,10 @@ func (e *engine) ownContainerd(daemonJSON, encrypted string) {
 	e.node.stop(e.t)
 	e.serveDocker(daemonJSON)
 	fails(e.t, e.docker("pull", encrypted), "failed to get stream processor for application/vnd.oci.image.layer.v1.tar+encrypted")
-	said := e.doctor()
+	report := e.doctor()
 	for _, want := range []string{"starts a containerd of its own at /var/run/docker/containerd/containerd.sock", "systemctl enable --now containerd.service"} {
-		if !strings.Contains(said, want) {
-			e.t.Errorf("doctor: want %q in\n%s", want, said)
+		if !strings.Contains(report, want) {
+			e.t.Errorf("doctor: want %q in\n%s", want, report)
 		}
 	}
 }
@@ -335,11 +349,11 @@ func (e *engine) docker(args ...string) *exec.Cmd {
 func (e *engine) doctor() string {
 	e.t.Helper()
 	out, _ := e.m.run("pilot", "node", "doctor", "--kek", "team-a").CombinedOutput()
-	_, said, found := strings.Cut(string(out), " docker  ")
+	_, report, found := strings.Cut(string(out), " docker  ")
 	if !found {
 		e.t.Fatalf("the doctor says nothing of docker:\n%s", out)
 	}
-	return said
+	return report
 }
 
 // TestDockerDebian13 runs Debian 13's Docker 26.1 on its containerd 1.7.24.

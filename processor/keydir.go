@@ -13,7 +13,6 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -49,8 +48,8 @@ type KeyDir struct {
 	path    string
 	changed func(KeyDirState)
 
-	mu   sync.Mutex // held while the directory is read, so that states come in order
-	last *KeyDirState
+	reading chan struct{} // has one while the directory is read, so that states come in order
+	last    *KeyDirState
 }
 
 // NewKeyDir returns the directory at path, or nil if path is empty. It calls
@@ -59,7 +58,7 @@ func NewKeyDir(path string, changed func(KeyDirState)) *KeyDir {
 	if path == "" {
 		return nil
 	}
-	return &KeyDir{path: path, changed: changed}
+	return &KeyDir{path: path, changed: changed, reading: make(chan struct{}, 1)}
 }
 
 // KeyDirState is what a [KeyDir] contains.
@@ -153,9 +152,14 @@ func (k *dirKeys) clear() { clearKeys(&k.DecryptConfig) }
 // read reads the directory, which may be on a file system that does not answer.
 // The caller must clear the keys.
 func (d *KeyDir) read(ctx context.Context) (*dirKeys, error) {
+	// Here and not below: what waits for a file system that hangs must not pile up.
+	select {
+	case d.reading <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	return await(ctx, func() (*dirKeys, error) {
-		d.mu.Lock()
-		defer d.mu.Unlock()
+		defer func() { <-d.reading }()
 		keys := readKeys(d.path)
 		if d.last == nil || !reflect.DeepEqual(keys.state, *d.last) {
 			d.last = &keys.state

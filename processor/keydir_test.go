@@ -570,7 +570,7 @@ func TestKeyDirCleared(t *testing.T) {
 // TestKeyDirHangs has a file system that does not answer.
 func TestKeyDirHangs(t *testing.T) {
 	keys := NewKeyDir(t.TempDir(), nil)
-	keys.mu.Lock() // as a reader that hangs does
+	keys.reading <- struct{}{} // as a reader that hangs does
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	if _, err := keys.State(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -584,7 +584,19 @@ func TestKeyDirHangs(t *testing.T) {
 	if _, err := keys.Unwrap(t.Context(), &config.DecryptConfig{}, desc); !errors.Is(err, ErrNoKey) {
 		t.Error(err)
 	}
-	keys.mu.Unlock()
+	// Nothing that gave up stays behind, as from Prometheus, day after day.
+	before := runtime.NumGoroutine()
+	done, stop := context.WithCancel(t.Context())
+	stop()
+	for range 100 {
+		if _, err := keys.State(done); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	}
+	if n := runtime.NumGoroutine(); n > before+50 {
+		t.Errorf("%d goroutines, and %d before", n, before)
+	}
+	<-keys.reading
 }
 
 // BenchmarkKeyDir reads directories of keys, as is done for each layer, and

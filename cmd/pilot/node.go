@@ -57,7 +57,7 @@ Example:
 			Name:  "refresh",
 			Usage: "bring containerd's configuration up to date, before containerd starts",
 			Description: `What systemd runs before containerd on a node with pilot: containerd's
-configuration may have been written anew, other tools may have come or gone, or
+configuration may have been rewritten, other tools may have come or gone, or
 containerd may be another version. If pilot can't be added without changing
 something else, containerd starts without pilot, and this says why.
 
@@ -136,7 +136,7 @@ func nodeInstall(c *cli.Context) error {
 		return err
 	}
 	defer plan.Close()
-	fmt.Fprintln(os.Stderr, plan.Runtime())
+	fmt.Fprintln(os.Stderr, "found "+plan.Runtime())
 	if c.Bool("dry-run") {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())

@@ -344,7 +344,7 @@ func TestNoHandshake(t *testing.T) {
 		t.Fatal(err)
 	}
 	var connections atomic.Int32
-	var kept []net.Conn
+	var conns []net.Conn
 	accepts := make(chan struct{})
 	go func() {
 		defer close(accepts)
@@ -354,13 +354,13 @@ func TestNoHandshake(t *testing.T) {
 				return
 			}
 			connections.Add(1)
-			kept = append(kept, conn)
+			conns = append(conns, conn)
 		}
 	}()
 	defer func() {
 		l.Close()
 		<-accepts
-		for _, conn := range kept {
+		for _, conn := range conns {
 			conn.Close()
 		}
 	}()

@@ -38,7 +38,21 @@ func look(ctx context.Context, o Options, before state) (*containerd, error) {
 	if err != nil {
 		return nil, err
 	}
-	return lookAt(ctx, o, *t, before)
+	c, err := lookAt(ctx, o, *t, before)
+	if err != nil {
+		return nil, err
+	}
+	return c, c.checkAddress(o)
+}
+
+// checkAddress refuses a containerd that does not run, if another was named by its
+// socket.
+func (c *containerd) checkAddress(o Options) error {
+	if at := c.socket(); c.process == nil && o.ContainerdAddress != "" && withoutVar(at) != withoutVar(o.ContainerdAddress) {
+		return &Conflict{c.config, fmt.Sprintf("it has a containerd listen at %s, and which one listens at %s is not known", at, o.ContainerdAddress),
+			"start that one as root, or name its file with --containerd-config"}
+	}
+	return nil
 }
 
 // lookAt finds out about a containerd.
@@ -121,6 +135,9 @@ func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
+	if err != nil && ctx.Err() != nil {
+		return nil, fmt.Errorf("%s was stopped: %w", strings.Join(args, " "), ctx.Err())
+	}
 	if err != nil {
 		lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
 		return nil, fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, lines[len(lines)-1])
@@ -155,9 +172,9 @@ func (c *containerd) usesDiffer() bool { return c.major > 1 || c.minor > 6 }
 // configuration of its own for unpacking.
 func (c *containerd) hasTransfer() bool { return c.major > 1 }
 
-// formats are those of a drop-in that may do, the best first.
+// formats are the formats of a drop-in to try, the best first.
 //
-// One without a version does beside all others: containerd 2.0 and later migrates
+// One without a version suits all other files: containerd 2.0 and later migrates
 // it by itself, and 1.x takes the version from the other files. containerd 2.0 to
 // 2.2 merges files that say a version before it migrates them, by the version of
 // the last, so one of another version than the rest has it forget the rest; 1.x

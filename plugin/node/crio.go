@@ -1,20 +1,18 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containers/ocicrypt/utils"
@@ -28,32 +26,14 @@ const (
 	CRIOService = "crio.service"
 )
 
-// unitDirs are systemd's directories of units, the one that counts first.
-var unitDirs = []string{unitDir, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
-
-// PullsWithCRIO reports whether a machine has CRI-O and no containerd.
+// PullsWithCRIO reports whether a machine has CRI-O and no containerd, and the
+// options name none either.
 func PullsWithCRIO(o Options) bool {
-	exists := func(name string) bool { return exists(o.path(name)) }
-	if exists(cmp.Or(o.ContainerdConfig, "/etc/containerd/config.toml")) || o.Root == "" && exists(defaultAddress) {
+	named := o.ContainerdBinary != "" || o.ContainerdConfig != "" || o.ContainerdAddress != ""
+	if named || exists(o.path(defaultConfig)) || o.Root == "" && exists(defaultAddress) || o.lookPath("containerd", binDirs) != "" {
 		return false
 	}
-	for _, dir := range append([]string{""}, binDirs...) {
-		if name := filepath.Join(dir, cmp.Or(o.ContainerdBinary, "containerd")); filepath.IsAbs(name) && exists(name) {
-			return false
-		}
-	}
-	return o.Root == "" && exists(CRIOSocket) || o.crioUnit() != ""
-}
-
-// crioUnit returns the path of CRI-O's unit, or "".
-func (o Options) crioUnit() string {
-	for _, dir := range unitDirs {
-		name := filepath.Join(dir, CRIOService)
-		if _, err := os.Stat(o.path(name)); err == nil {
-			return name
-		}
-	}
-	return ""
+	return o.Root == "" && exists(CRIOSocket) || o.hasUnit(CRIOService)
 }
 
 // runningCRIO is the CRI-O that answers at a socket.
@@ -68,29 +48,7 @@ const maxCRIOConfig = 4 << 20
 
 // askCRIO asks CRI-O for its configuration, as "crio status config" does.
 func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
-	var c runningCRIO
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
-		if err != nil {
-			return nil, err
-		}
-		if c.pid, err = peerPID(conn.(*net.UnixConn)); err != nil {
-			conn.Close()
-			return nil, err
-		}
-		return conn, nil
-	}}
-	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://crio/config", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxCRIOConfig))
+	text, pid, err := httpGet(ctx, socket, "/config", maxCRIOConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -101,10 +59,10 @@ func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
 			} `toml:"runtime"`
 		} `toml:"crio"`
 	}
-	if err := toml.Unmarshal(text, &conf); err != nil || resp.StatusCode != http.StatusOK || conf.CRIO.Runtime.DecryptionKeysPath == nil {
-		return nil, fmt.Errorf("what answers there is not CRI-O (HTTP status %s)", resp.Status)
+	if err := toml.Unmarshal(text, &conf); err != nil || conf.CRIO.Runtime.DecryptionKeysPath == nil {
+		return nil, errors.New("what answers there is not CRI-O")
 	}
-	c.keysPath = *conf.CRIO.Runtime.DecryptionKeysPath
+	c := runningCRIO{pid: pid, keysPath: *conf.CRIO.Runtime.DecryptionKeysPath}
 	if c.pid <= 1 {
 		// systemd listens for it, or it is in another PID namespace.
 		out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=MainPID", "--value", CRIOService).Output()
@@ -112,11 +70,7 @@ func askCRIO(ctx context.Context, socket string) (*runningCRIO, error) {
 			return nil, fmt.Errorf("the process that answers there is unknown, and %s does not run", CRIOService)
 		}
 	}
-	boot, err := bootTime()
-	if err != nil {
-		return nil, err
-	}
-	c.started, err = startOf(fmt.Sprintf("/proc/%d", c.pid), boot)
+	c.started, err = startedAt(fmt.Sprintf("/proc/%d", c.pid))
 	return &c, err
 }
 
@@ -160,9 +114,9 @@ func (c *runningCRIO) checkKeys() (keys int, err error) {
 		case e.Type()&fs.ModeSymlink != 0:
 			return fmt.Errorf("%s is a symbolic link", e.Name())
 		}
-		key, err := os.ReadFile(path)
+		key, err := readSmall(path)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", e.Name(), err)
 		}
 		if _, err := utils.SortDecryptionKeys(base64.StdEncoding.EncodeToString(key)); err != nil {
 			return fmt.Errorf("%s: %w", e.Name(), err)
@@ -171,4 +125,27 @@ func (c *runningCRIO) checkKeys() (keys int, err error) {
 		return nil
 	})
 	return keys, err
+}
+
+// maxCRIOKey is the most that is read of a key, in bytes.
+const maxCRIOKey = 1 << 20
+
+// readSmall reads a file that is no larger than a key can be. It does not wait for
+// a pipe, as CRI-O does.
+func readSmall(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, errors.New("it is not a file but a pipe, a socket or a device")
+	case info.Size() > maxCRIOKey:
+		return nil, fmt.Errorf("it is larger than %d KiB, so it is no key", maxCRIOKey>>10)
+	}
+	return io.ReadAll(io.LimitReader(f, maxCRIOKey))
 }

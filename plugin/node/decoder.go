@@ -36,7 +36,7 @@ func processorIn(dump map[string]any, id string) streamProcessor {
 }
 
 // processorConfig returns containerd 1.6's configuration, for pilot-decoder in the
-// place of imgcrypt's ctd-decoder, with what that was told.
+// place of imgcrypt's ctd-decoder, with that one's settings.
 func (c *containerd) processorConfig(o Options) (map[string]any, error) {
 	decryption, _ := pluginIn(c.plain, criV1)["image_decryption"].(map[string]any)
 	if model, ok := decryption["key_model"].(string); ok && model != "node" {
@@ -112,7 +112,7 @@ func (c *containerd) takeOver(o Options, id string) (keys string, env []string, 
 	return keys, append(env, providersEnv+providers), nil
 }
 
-// keysOf returns the directory of keys that a decoder was told, if that is more
+// keysOf returns the directory of keys that a decoder was given, if that is more
 // than containerd's default, which need not exist.
 func (c *containerd) keysOf(o Options, id string) (string, error) {
 	keys := ""

@@ -13,7 +13,7 @@ type distribution struct {
 	// dropIns is a directory whose files it has containerd import, though
 	// containerd's configuration file does not say so yet.
 	dropIns string
-	// rewritten says that it writes containerd's configuration file anew when
+	// rewritten says that it rewrites containerd's configuration file when
 	// it starts, so that changes of it do not last.
 	rewritten bool
 	// template says that it makes containerd's configuration from a template
@@ -23,7 +23,7 @@ type distribution struct {
 }
 
 // refusal is why a containerd can't be set up, and what to do instead.
-type refusal struct{ what, mend string }
+type refusal struct{ what, fix string }
 
 const (
 	k3s  = "k3s"
@@ -34,12 +34,12 @@ const (
 // distributionOf returns what a running containerd is part of.
 func distributionOf(p *process) distribution {
 	f, _ := parseFlags(p.args)
-	return distributionAt(configOf(f), p.parent)
+	return Options{}.distributionAt(configOf(f), p.parent)
 }
 
-// distributionAt returns what a containerd is part of, by its configuration's
-// place and the program that has started it, if that is known.
-func distributionAt(config, parent string) distribution {
+// distributionAt returns what a containerd is part of, by the path of its
+// configuration and the program that has started it, if that is known.
+func (o Options) distributionAt(config, parent string) distribution {
 	switch {
 	case strings.HasPrefix(parent, "rke2") || strings.Contains(config, "/rke2/"):
 		return distribution{name: rke2, rewritten: true, template: true}
@@ -48,13 +48,13 @@ func distributionAt(config, parent string) distribution {
 	case parent == "k0s" || strings.HasPrefix(config, "/etc/k0s/"):
 		d := distribution{name: k0s}
 		// Without this line the file is the user's own.
-		if text, err := os.ReadFile(config); err == nil && strings.Contains(string(text), "k0s_managed=true") {
+		if text, err := os.ReadFile(o.path(config)); err == nil && strings.Contains(string(text), "k0s_managed=true") {
 			d.dropIns, d.rewritten = filepath.Join(filepath.Dir(config), "containerd.d"), true
 		}
 		return d
 	case parent == "dockerd":
 		return distribution{name: "Docker", refusal: &refusal{
-			"dockerd runs this containerd itself, and writes its configuration anew at each start",
+			"dockerd runs this containerd itself, and rewrites its configuration at each start",
 			"install containerd as a service (the package containerd.io, or your distribution's containerd), restart docker, and run this again",
 		}}
 	case strings.Contains(config, "/var/snap/microk8s/"):
@@ -107,10 +107,8 @@ func (o Options) stoppedDistribution() (d distribution, service string) {
 		{rke2, "rke2-server.service"}, {rke2, "rke2-agent.service"},
 		{k0s, "k0scontroller.service"}, {k0s, "k0sworker.service"},
 	} {
-		for _, dir := range unitDirs {
-			if exists(o.path(filepath.Join(dir, known.service))) {
-				return distribution{name: known.name}, known.service
-			}
+		if o.hasUnit(known.service) {
+			return distribution{name: known.name}, known.service
 		}
 	}
 	return distribution{}, ""

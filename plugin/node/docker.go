@@ -4,14 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -61,7 +57,12 @@ func LookForDocker(ctx context.Context, o Options) (*Docker, error) {
 	if err := o.cleanRoot(); err != nil {
 		return nil, err
 	}
-	if p := o.dockerd(); p != nil {
+	running, err := o.processes("dockerd")
+	if err != nil {
+		return nil, fmt.Errorf("look for Docker among the processes: %w", err)
+	}
+	if len(running) > 0 {
+		p := running[0]
 		// The program that runs, even if another was installed since.
 		version := o.dockerVersion(ctx, fmt.Sprintf("/proc/%d/exe", p.pid))
 		d, s, err := o.examineDocker(version, p.pid, p.args)
@@ -69,16 +70,22 @@ func LookForDocker(ctx context.Context, o Options) (*Docker, error) {
 			return nil, err
 		}
 		if info, err := o.askDocker(ctx, s); err == nil {
-			d.heed(info, s)
+			d.update(info, s)
 		}
 		return d, nil
 	}
-	binary := o.program("dockerd")
+	binary := o.lookPath("dockerd", binDirs)
 	if binary == "" {
 		return nil, nil
 	}
-	d, _, err := o.examineDocker(o.dockerVersion(ctx, binary), 0, o.dockerUnit())
+	d, _, err := o.examineDocker(o.dockerVersion(ctx, binary), 0, o.dockerUnitArgs())
 	return d, err
+}
+
+// dockerUnitArgs returns the arguments with which systemd starts dockerd.
+func (o Options) dockerUnitArgs() []string {
+	words := o.execStart("docker.service")
+	return words[min(1, len(words)):]
 }
 
 // examineDocker works out what a dockerd with these arguments does when it starts.
@@ -90,59 +97,10 @@ func (o Options) examineDocker(version string, pid int, args []string) (*Docker,
 	d := &Docker{Version: version, PID: pid, ConfigFile: s.configFile, storageDriver: s.StorageDriver}
 	d.major, _, _ = parseVersion(version)
 	d.embedded = s.Features[embeddedFeature] && d.major >= 29
-	d.hasContainerd = o.program("containerd") != ""
+	d.hasContainerd = o.lookPath("containerd", binDirs) != ""
 	d.findContainerd(o, s)
 	d.findStore(o, s)
 	return d, s, nil
-}
-
-// dockerProcess is a running dockerd.
-type dockerProcess struct {
-	pid  int
-	args []string
-}
-
-// dockerd returns the machine's dockerd, or nil if none runs.
-func (o Options) dockerd() *dockerProcess {
-	root, err := os.Stat(o.path("/"))
-	if err != nil {
-		return nil
-	}
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range dirs {
-		cmdline, err := os.ReadFile(dir + "/cmdline")
-		args := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
-		if err != nil || filepath.Base(args[0]) != "dockerd" {
-			continue
-		}
-		// One in a container has another root, a rootless one another user,
-		// whose program must not be run here either.
-		if at, err := os.Stat(dir + "/root/"); err != nil || !os.SameFile(at, root) || !ofRoot(dir) {
-			continue
-		}
-		if pid, err := strconv.Atoi(filepath.Base(dir)); err == nil {
-			return &dockerProcess{pid, args[1:]}
-		}
-	}
-	return nil
-}
-
-// ofRoot reports whether all user IDs of a process are root's, by its directory
-// in /proc.
-func ofRoot(dir string) bool {
-	status, err := os.ReadFile(dir + "/status")
-	return err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n")
-}
-
-// program returns the path of a program inside the root; empty if it is not there.
-func (o Options) program(name string) string {
-	for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
-		path := filepath.Join(dir, name)
-		if info, err := os.Stat(o.path(path)); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
-			return path
-		}
-	}
-	return ""
 }
 
 // dockerVersion returns dockerd's version; empty if it does not say one.
@@ -220,7 +178,7 @@ func (d *Docker) findStore(o Options, s dockerSettings) {
 // the other store does not start.
 func (d *Docker) graphDriverSet() bool { return slices.Contains(graphDrivers, d.storageDriver) }
 
-// dockerInfo is what the Engine API answers to GET /info, and counts here.
+// dockerInfo is the part of the Engine API's GET /info that counts here.
 type dockerInfo struct {
 	ServerVersion string
 	Driver        string
@@ -228,7 +186,7 @@ type dockerInfo struct {
 	Containerd    *struct{ Address string } // since Docker 27
 }
 
-// askDocker asks the running dockerd.
+// askDocker asks the running dockerd for its GET /info.
 func (o Options) askDocker(ctx context.Context, s dockerSettings) (*dockerInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -239,28 +197,20 @@ func (o Options) askDocker(ctx context.Context, s dockerSettings) (*dockerInfo, 
 			break
 		}
 	}
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", o.path(socket))
-	}}
-	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/info", nil)
+	body, _, err := httpGet(ctx, o.path(socket), "/info", maxDockerInfo)
 	if err != nil {
-		return nil, err
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("docker at %s: %s", socket, resp.Status)
+		return nil, fmt.Errorf("docker at %s: %w", socket, err)
 	}
 	var info dockerInfo
-	return &info, json.NewDecoder(io.LimitReader(resp.Body, 4<<20)).Decode(&info)
+	return &info, json.Unmarshal(body, &info)
 }
 
-// heed takes over what the running dockerd says of itself.
-func (d *Docker) heed(info *dockerInfo, s dockerSettings) {
+// maxDockerInfo is the most that is read of Docker's answer, in bytes.
+const maxDockerInfo = 4 << 20
+
+// update replaces what was worked out from files with what the running dockerd
+// reports.
+func (d *Docker) update(info *dockerInfo, s dockerSettings) {
 	if major, _, err := parseVersion(info.ServerVersion); err == nil {
 		d.Version, d.major = info.ServerVersion, major
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -100,35 +99,4 @@ func dockerFlags(args []string) map[string][]string {
 		flags[name] = append(flags[name], value)
 	}
 	return flags
-}
-
-// dockerUnit returns the arguments with which systemd starts dockerd. The last
-// ExecStart of the unit and its drop-ins counts.
-func (o Options) dockerUnit() (args []string) {
-	files := []string{"/etc/systemd/system/docker.service", "/usr/local/lib/systemd/system/docker.service", "/usr/lib/systemd/system/docker.service", "/lib/systemd/system/docker.service"}
-	// The first that exists hides the others.
-	if i := slices.IndexFunc(files, func(f string) bool { _, err := os.Stat(o.path(f)); return err == nil }); i >= 0 {
-		files = files[i : i+1]
-	} else {
-		files = nil
-	}
-	for _, dir := range []string{"/usr/lib/systemd/system", "/etc/systemd/system"} {
-		found, _ := filepath.Glob(o.path(dir+"/docker.service.d") + "/*.conf")
-		for _, f := range found {
-			files = append(files, strings.TrimPrefix(f, o.Root))
-		}
-	}
-	for _, f := range files {
-		b, err := os.ReadFile(o.path(f))
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(strings.ReplaceAll(string(b), "\\\n", " ")) {
-			command, ok := strings.CutPrefix(strings.TrimSpace(line), "ExecStart=")
-			if fields := strings.Fields(command); ok && len(fields) > 0 {
-				args = fields[1:]
-			}
-		}
-	}
-	return args
 }

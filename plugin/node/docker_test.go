@@ -78,7 +78,7 @@ func TestDockerOnAMachine(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			o := Options{Root: dockerRoot(t, test.files)}
-			d, _, err := o.examineDocker(test.version, 0, o.dockerUnit())
+			d, _, err := o.examineDocker(test.version, 0, o.dockerUnitArgs())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -104,10 +104,10 @@ func TestDockerNone(t *testing.T) {
 	for name, files := range map[string]map[string]string{
 		"not JSON":   {"/etc/docker/daemon.json": "features:\n"},
 		"wrong type": {"/etc/docker/daemon.json": `{"features": {"containerd-snapshotter": "yes"}}`},
-		"missing":    {dockerUnit: "ExecStart=/usr/bin/dockerd --config-file /etc/docker/daemon.json\n"},
+		"missing":    {dockerUnit: "[Service]\nExecStart=/usr/bin/dockerd --config-file /etc/docker/daemon.json\n"},
 	} {
 		o := Options{Root: dockerRoot(t, files)}
-		if _, _, err := o.examineDocker("29.1.3", 0, o.dockerUnit()); err == nil || !strings.Contains(err.Error(), "/etc/docker/daemon.json") {
+		if _, _, err := o.examineDocker("29.1.3", 0, o.dockerUnitArgs()); err == nil || !strings.Contains(err.Error(), "/etc/docker/daemon.json") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -48,6 +48,9 @@ func (e *examination) look(ctx context.Context) error {
 	if c.major != e.running.major || c.minor != e.running.minor {
 		return &Conflict{t.program, fmt.Sprintf("it is containerd %d.%d, and %d.%d answers at %s", c.major, c.minor, e.running.major, e.running.minor, e.Containerd), e.restartContainerd()}
 	}
+	if err := c.checkAddress(o); err != nil {
+		return err
+	}
 	e.running = c
 	e.dump, err = c.readAll(ctx, o)
 	return err
@@ -133,8 +136,8 @@ func (e *examination) addedToTheRest() []string {
 	return []string{"with pilot's drop-in containerd has lost or changed other settings: " + listed(changed)}
 }
 
-// lists says what the lists of pilot's drop-in hide of others, or have kept of
-// tools that are gone.
+// lists says which entries of other tools the lists of pilot's drop-in hide, and
+// which they have of tools that are gone.
 func (e *examination) lists(loaded plugged) (wrong []string) {
 	if !e.running.hasTransfer() || e.builtIn {
 		return nil
@@ -186,7 +189,7 @@ func (e *examination) olderThan() string {
 	}
 	var newer []string
 	for _, file := range files {
-		if info, err := os.Stat(file); err == nil && info.ModTime().After(p.started) {
+		if info, err := os.Stat(file); err == nil && info.ModTime().After(p.started.Add(startPrecision)) {
 			newer = append(newer, fmt.Sprintf("%s was written at %s", file, info.ModTime().Format(time.DateTime)))
 		}
 	}
@@ -268,16 +271,11 @@ func (e *examination) differOnDisk() (wrong []string) {
 	if !e.running.hasTransfer() {
 		return wrong
 	}
-	entries, err := e.running.unpackConfigs(e.dump, platforms.DefaultSpec())
-	if err != nil {
-		return append(wrong, fmt.Sprintf("unpack_config of the transfer service can't be read: %s", err))
-	}
-	// The first that matches is the one that counts.
-	i := slices.IndexFunc(entries, func(u unpackConfig) bool {
-		p, err := platforms.Parse(u.Platform)
-		return err == nil && u.Snapshotter == e.snapshotter() && platforms.Only(p).Match(platforms.DefaultSpec())
-	})
-	if i < 0 || entries[i].Differ != "pilot" {
+	differ, err := e.running.unpacksWith(e.dump, platforms.DefaultSpec(), e.snapshotter())
+	switch {
+	case err != nil:
+		wrong = append(wrong, fmt.Sprintf("unpack_config of the transfer service can't be read: %s", err))
+	case differ != "pilot":
 		wrong = append(wrong, fmt.Sprintf("the transfer service does not unpack for %s and %s with pilot", platforms.DefaultString(), e.snapshotter()))
 	}
 	return wrong

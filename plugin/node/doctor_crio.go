@@ -121,13 +121,8 @@ func (e *examination) crioKeys(context.Context) Step {
 // unwrapLayer encrypts a layer and decrypts it with the key provider that CRI-O
 // has, as a pull does.
 func (e *examination) unwrapLayer(ctx context.Context) Step {
-	switch {
-	case e.ListenTLS:
-		return skipped("it takes a KEK, and " + e.Listen + " wraps for clients with a certificate only")
-	case e.kek == "" && e.broken[StepBroker]:
-		return needs(StepBroker)
-	case e.kek == "":
-		return skipped("it takes a KEK: name one that this node uses with --kek")
+	if step, none := e.withoutKEK(); none {
+		return step
 	}
 	layer, err := newTestLayer(ctx, e.ProviderName, e.Listen, e.kek)
 	if err == nil {

@@ -124,12 +124,9 @@ func (e *examination) transfer(ctx context.Context) Step {
 		return skipped("diff-listen is off, and the transfer service decrypts with pilot's differ only")
 	case !e.builtIn && e.broken[StepDiffer]:
 		return needs(StepDiffer)
-	case e.ListenTLS:
-		return skipped("it takes a KEK, and " + e.Listen + " wraps for clients with a certificate only")
-	case e.kek == "" && e.broken[StepBroker]:
-		return needs(StepBroker)
-	case e.kek == "":
-		return skipped("it takes a KEK: name one that this node uses with --kek")
+	}
+	if step, none := e.withoutKEK(); none {
+		return step
 	}
 	layer, err := newTestLayer(ctx, e.ProviderName, e.Listen, e.kek)
 	if err != nil {
@@ -140,6 +137,20 @@ func (e *examination) transfer(ctx context.Context) Step {
 		return e.notUnpacked(err)
 	}
 	return inOrder(fmt.Sprintf("an image encrypted for KEK %q was imported and unpacked into %s", e.kek, e.snapshotter()))
+}
+
+// withoutKEK returns the step of one that wraps for a KEK, if there is none to wrap
+// for.
+func (e *examination) withoutKEK() (step Step, none bool) {
+	switch {
+	case e.ListenTLS:
+		return skipped("it takes a KEK, and " + e.Listen + " wraps for clients with a certificate only"), true
+	case e.kek == "" && e.broken[StepBroker]:
+		return needs(StepBroker), true
+	case e.kek == "":
+		return skipped("it takes a KEK: name one that this node uses with --kek"), true
+	}
+	return Step{}, false
 }
 
 // importImage imports and unpacks an image of the layer, and removes it.

@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
 )
 
@@ -80,7 +80,7 @@ func (d *dropIn) describe() string {
 	return d.path + " without a version"
 }
 
-// candidates are the drop-ins that may do, the best first.
+// candidates are the drop-ins to try, the best first.
 func (c *containerd) candidates(o Options) []dropIn {
 	var list []dropIn
 	dir, isImported := c.files.dropInDir()
@@ -113,7 +113,8 @@ func (c *containerd) candidates(o Options) []dropIn {
 	return list
 }
 
-// setsOwn returns what tells the settings of pilot's drop-in from others.
+// setsOwn returns a function that reports whether a setting is one of pilot's
+// drop-in's.
 func (c *containerd) setsOwn() func(path []string) bool {
 	if c.usesDiffer() {
 		return setByDiffer
@@ -238,16 +239,16 @@ func (c *containerd) effective(dump map[string]any, o Options) error {
 	if !c.usesDiffer() {
 		for id := range decoders {
 			if p := processorIn(dump, id); filepath.Base(p.path) != "pilot-decoder" {
-				return fmt.Errorf("the stream processor %s is %q all the same: another file sets it", id, p.path)
+				return fmt.Errorf("the stream processor %s is still %q: another file sets it", id, p.path)
 			}
 		}
 		return nil
 	}
 	if p, _ := proxyIn(dump); p.kind != "diff" || p.at != diffSocket {
-		return errors.New("there is no proxy plugin pilot all the same: containerd does not read the file")
+		return errors.New("there is still no proxy plugin pilot: containerd does not read the file")
 	}
 	if order := stringsOf(pluginIn(dump, diffService)["default"]); len(order) == 0 || order[0] != "pilot" {
-		return fmt.Errorf("containerd's differs are %q all the same: is the plugin %s configured by another of its files?", order, diffService)
+		return fmt.Errorf("containerd's differs are still %q: is the plugin %s configured by another of its files?", order, diffService)
 	}
 	if !c.hasTransfer() {
 		return nil
@@ -256,19 +257,28 @@ func (c *containerd) effective(dump map[string]any, o Options) error {
 	if err != nil {
 		return err
 	}
+	differ, err := c.unpacksWith(dump, platform, c.snapshotter())
+	if err == nil && differ != "pilot" {
+		err = fmt.Errorf("containerd's transfer service still does not unpack with pilot: is the plugin %s configured by another of its files?", transferService)
+	}
+	return err
+}
+
+// unpacksWith returns the differ with which the transfer service unpacks, nothing
+// if it has no entry for the platform and the snapshotter.
+func (c *containerd) unpacksWith(dump map[string]any, platform ocispec.Platform, snapshotter string) (differ string, err error) {
 	entries, err := c.unpackConfigs(dump, platform)
 	if err != nil {
-		return err
+		return "", err
 	}
-	// The first that matches is the one that counts.
-	i := slices.IndexFunc(entries, func(u unpackConfig) bool {
+	for _, u := range entries {
+		// The first that matches is the one that counts.
 		p, err := platforms.Parse(u.Platform)
-		return err == nil && u.Snapshotter == c.snapshotter() && platforms.Only(p).Match(platform)
-	})
-	if i < 0 || entries[i].Differ != "pilot" {
-		return fmt.Errorf("containerd's transfer service does not unpack with pilot all the same: is the plugin %s configured by another of its files?", transferService)
+		if err == nil && u.Snapshotter == snapshotter && platforms.Only(p).Match(platform) {
+			return u.Differ, nil
+		}
 	}
-	return nil
+	return "", nil
 }
 
 // proxy is the proxy plugin pilot of a configuration.

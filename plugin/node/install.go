@@ -197,7 +197,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 	if err := p.own(before, d.path, d.text, nil); err != nil {
 		return err
 	}
-	// What is written anew at each start gets its imports then.
+	// A file that is rewritten at each start gets its imports then.
 	if d.pattern == "" || c.rewritten {
 		return nil
 	}

@@ -2,15 +2,12 @@ package node
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"strings"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	"github.com/pelletier/go-toml/v2"
 )
 
 // crioDropIn has CRI-O's unit set the variable by which ocicrypt finds pilot.
@@ -27,7 +24,7 @@ Environment=` + keyproviderconfig.ENVVARNAME + "=" + keyProviders + "\n"
 // newCRIOPlan plans an installation beside CRI-O, which asks pilot as a key
 // provider and has no differs.
 func newCRIOPlan(o Options, release func()) (*Plan, error) {
-	if o.crioUnit() == "" || !o.hasSystemd() {
+	if !o.hasUnit(CRIOService) || !o.hasSystemd() {
 		return nil, &Conflict{CRIOSocket, "CRI-O is not started by systemd's " + CRIOService, "set it up as docs/crio.md shows"}
 	}
 	if err := o.checkCRIOEnvironment(); err != nil {
@@ -67,18 +64,9 @@ func (p *Plan) crioPilotConfig(before state) error {
 	if settings == nil {
 		settings = make(map[string]string)
 	}
-	wanted := maps.Clone(settings)
-	// One that was installed keeps its settings.
-	if old, err := os.ReadFile(p.options.path(pilotConfig)); err == nil {
-		var had map[string]any
-		if err := toml.Unmarshal(old, &had); err != nil {
-			return fmt.Errorf("%s: %w", pilotConfig, err)
-		}
-		for name, v := range had {
-			if s, ok := v.(string); ok && wanted[name] == "" {
-				wanted[name] = s
-			}
-		}
+	wanted, err := p.options.withInstalled(settings)
+	if err != nil {
+		return err
 	}
 	wanted["diff-listen"] = "off"
 	return p.own(before, pilotConfig, newPilotConfig(wanted, true), func(had []byte) error {
@@ -89,17 +77,7 @@ func (p *Plan) crioPilotConfig(before state) error {
 
 // checkCRIOEnvironment refuses a variable that somebody else has set for CRI-O.
 func (o Options) checkCRIOEnvironment() error {
-	files := []string{"/etc/sysconfig/crio", "/etc/default/crio"}
-	for _, dir := range unitDirs {
-		files = append(files, filepath.Join(dir, CRIOService))
-		entries, err := os.ReadDir(o.path(filepath.Join(dir, CRIOService+".d")))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		for _, e := range entries {
-			files = append(files, filepath.Join(dir, CRIOService+".d", e.Name()))
-		}
-	}
+	files := append([]string{"/etc/sysconfig/crio", "/etc/default/crio"}, o.unitFiles(CRIOService)...)
 	for _, name := range files {
 		text, err := os.ReadFile(o.path(name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {

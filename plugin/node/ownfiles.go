@@ -64,21 +64,32 @@ func (p *Plan) pilotConfig(c *containerd, before state) error {
 			settings["decryption-keys-path"] = keys
 		}
 	}
+	wanted, err := p.options.withInstalled(settings)
+	if err != nil {
+		return err
+	}
 	check := func(had []byte) error { return checkPilotConfig(had, settings, c.usesDiffer()) }
+	return p.own(before, pilotConfig, newPilotConfig(wanted, c.usesDiffer()), check)
+}
+
+// withInstalled returns settings with those of a pilot.toml that is there, since one
+// that was installed keeps what it was given then.
+func (o Options) withInstalled(settings map[string]string) (map[string]string, error) {
 	wanted := maps.Clone(settings)
-	// One that was installed keeps what it was told then.
-	if old, err := os.ReadFile(p.options.path(pilotConfig)); err == nil {
-		var had map[string]any
-		if err := toml.Unmarshal(old, &had); err != nil {
-			return fmt.Errorf("%s: %w", pilotConfig, err)
-		}
-		for name, v := range had {
-			if s, ok := v.(string); ok && wanted[name] == "" && name != "diff-listen" {
-				wanted[name] = s
-			}
+	old, err := os.ReadFile(o.path(pilotConfig))
+	if err != nil {
+		return wanted, ignoreNotExist(err)
+	}
+	var had map[string]any
+	if err := toml.Unmarshal(old, &had); err != nil {
+		return nil, fmt.Errorf("%s: %w", pilotConfig, err)
+	}
+	for name, v := range had {
+		if s, ok := v.(string); ok && wanted[name] == "" && name != "diff-listen" {
+			wanted[name] = s
 		}
 	}
-	return p.own(before, pilotConfig, newPilotConfig(wanted, c.usesDiffer()), check)
+	return wanted, nil
 }
 
 // checkPilotBinary refuses a program that systemd can't run as root, or should
@@ -242,7 +253,7 @@ const refreshName = "pilot.conf"
 
 func refreshUnit(pilot string) []byte {
 	return fmt.Appendf(nil, `# Written by "pilot node install"; "pilot node uninstall" removes it.
-# containerd's configuration may have been written anew, by a tool or at boot.
+# containerd's configuration may have been rewritten, by a tool or at boot.
 [Service]
 ExecStartPre=-%s node refresh
 `, pilot)

@@ -15,9 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process is a containerd that runs on this machine.
+// process is one that runs on this machine, of containerd or of Docker.
 type process struct {
 	pid     int
+	ppid    int
 	program string   // its executable, or the one that has replaced it
 	args    []string // without the program's name
 	unit    string   // the systemd service that it belongs to, if any
@@ -29,8 +30,8 @@ type process struct {
 // and where it answers. What is empty was not given.
 type flags struct{ config, address string }
 
-// parseFlags reads a command line of containerd's. It reports false for one of a
-// subcommand, such as "containerd config dump".
+// parseFlags reads a command line of containerd's. It reports false for one that
+// starts no daemon, such as "containerd config dump" and "containerd --version".
 func parseFlags(args []string) (f flags, daemon bool) {
 	for i := 0; i < len(args); i++ {
 		name, isFlag := strings.CutPrefix(args[i], "-")
@@ -46,6 +47,8 @@ func parseFlags(args []string) (f flags, daemon bool) {
 			}
 		}
 		switch name {
+		case "version", "v", "help", "h":
+			return f, false
 		case "config", "c":
 			f.config = value
 		case "address", "a":
@@ -63,10 +66,25 @@ func (p *process) String() string {
 	return fmt.Sprintf("%s (%s)", strings.Join(append([]string{p.program}, p.args...), " "), by)
 }
 
-// running returns the containerds that run on this machine. Those of containers
-// have another root directory, and are left out.
+// running returns the containerds that run on this machine.
 func running() ([]*process, error) {
-	root, err := os.Stat("/")
+	named, err := Options{}.processes("containerd")
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(named, func(p *process) bool {
+		_, daemon := parseFlags(p.args)
+		// What containerd starts goes by its name until it is another program.
+		return !daemon || slices.ContainsFunc(named, func(q *process) bool { return q.pid == p.ppid })
+	}), nil
+}
+
+// processes returns the machine's processes of a program, by its name. Those of
+// containers have another root directory, and are left out. So are those of other
+// users than root: anybody can give a program that name, and root runs what is
+// found here.
+func (o Options) processes(name string) ([]*process, error) {
+	root, err := os.Stat(o.path("/"))
 	if err != nil {
 		return nil, err
 	}
@@ -80,11 +98,11 @@ func running() ([]*process, error) {
 	}
 	var found []*process
 	for _, dir := range dirs {
-		p, err := readProcess(dir, boot)
+		p, err := readProcess(dir, name, boot)
 		if err != nil || p == nil {
 			continue // it has ended, or is none
 		}
-		if r, err := os.Stat(dir + "/root/."); err != nil || !os.SameFile(r, root) {
+		if r, err := os.Stat(dir + "/root/."); err != nil || !os.SameFile(r, root) || !ofRoot(dir) {
 			continue
 		}
 		found = append(found, p)
@@ -92,18 +110,15 @@ func running() ([]*process, error) {
 	return found, nil
 }
 
-// readProcess returns the process that /proc has in dir, or nil if it is no
-// containerd.
-func readProcess(dir string, boot time.Time) (*process, error) {
+// readProcess returns the process that /proc has in dir, or nil if its program has
+// another name.
+func readProcess(dir, name string, boot time.Time) (*process, error) {
 	cmdline, err := os.ReadFile(dir + "/cmdline")
 	if err != nil {
 		return nil, err
 	}
 	args := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
-	if filepath.Base(args[0]) != "containerd" {
-		return nil, nil
-	}
-	if _, daemon := parseFlags(args[1:]); !daemon {
+	if filepath.Base(args[0]) != name {
 		return nil, nil
 	}
 	pid, err := strconv.Atoi(filepath.Base(dir))
@@ -111,14 +126,17 @@ func readProcess(dir string, boot time.Time) (*process, error) {
 		return nil, err
 	}
 	p := &process{pid: pid, args: args[1:]}
-	if p.program, err = programOf(dir, args[0]); err != nil {
+	if p.program, err = programOf(dir, name); err != nil {
 		return nil, err
 	}
 	fields, err := statFields(dir)
 	if err != nil {
 		return nil, err
 	}
-	if p.started, err = startOf(dir, boot); err != nil {
+	if p.ppid, err = strconv.Atoi(fields[1]); err != nil {
+		return nil, err
+	}
+	if p.started, err = startOf(fields, boot); err != nil {
 		return nil, err
 	}
 	parent, err := os.ReadFile("/proc/" + fields[1] + "/comm")
@@ -129,6 +147,13 @@ func readProcess(dir string, boot time.Time) (*process, error) {
 		p.unit = unitOf(string(cgroup))
 	}
 	return p, nil
+}
+
+// ofRoot reports whether all user IDs of a process are root's, by its directory
+// in /proc.
+func ofRoot(dir string) bool {
+	status, err := os.ReadFile(dir + "/status")
+	return err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n")
 }
 
 // statFields returns the fields of a process's stat after its program's name,
@@ -145,12 +170,21 @@ func statFields(dir string) ([]string, error) {
 	return fields, nil
 }
 
-// startOf returns when a process was started.
-func startOf(dir string, boot time.Time) (time.Time, error) {
+// startedAt returns when the process was started that /proc has in dir.
+func startedAt(dir string) (time.Time, error) {
+	boot, err := bootTime()
+	if err != nil {
+		return time.Time{}, err
+	}
 	fields, err := statFields(dir)
 	if err != nil {
 		return time.Time{}, err
 	}
+	return startOf(fields, boot)
+}
+
+// startOf returns when a process was started, by statFields.
+func startOf(fields []string, boot time.Time) (time.Time, error) {
 	ticks, err := strconv.ParseInt(fields[19], 10, 64)
 	if err != nil {
 		return time.Time{}, err
@@ -162,18 +196,22 @@ func startOf(dir string, boot time.Time) (time.Time, error) {
 // Go knows.
 const userHZ = 100
 
-// programOf returns the path at which the program of a process can be run again.
-// k3s's containerd is one of many names of one program, so the name counts.
+// startPrecision is how much later than a process was started a file may seem to be
+// written that was written before: the start is rounded down to a tick.
+const startPrecision = 2 * time.Second / userHZ
+
+// programOf returns the path at which the program of a process can be run again:
+// its executable, or the file of that name in the same directory, since k3s's
+// containerd is one of many names of one program. argv[0] does not count: whoever
+// starts a program can put anything there.
 func programOf(dir, name string) (string, error) {
 	exe, err := os.Readlink(dir + "/exe")
 	if err != nil {
 		return "", err
 	}
 	exe = strings.TrimSuffix(exe, " (deleted)") // it was upgraded
-	for _, candidate := range []string{filepath.Join(filepath.Dir(exe), "containerd"), name} {
-		if _, err := os.Stat(candidate); err == nil && filepath.IsAbs(candidate) {
-			return candidate, nil
-		}
+	if beside := filepath.Join(filepath.Dir(exe), name); exists(beside) {
+		return beside, nil
 	}
 	return exe, nil
 }

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -25,6 +26,8 @@ func TestParseFlags(t *testing.T) {
 		"-c /x config dump":      {flags: flags{config: "/x"}},
 		"--root /r publish":      {},
 		"-c":                     {daemon: true},
+		"--version":              {},
+		"-c /x -v":               {flags: flags{config: "/x"}},
 	} {
 		f, daemon := parseFlags(strings.Fields(line))
 		if f != want.flags || daemon != want.daemon {
@@ -50,33 +53,66 @@ func TestUnitOf(t *testing.T) {
 
 // TestReadProcess reads a process that is named as containerd is.
 func TestReadProcess(t *testing.T) {
-	sleep, err := exec.LookPath("sleep")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := &exec.Cmd{Path: sleep, Args: []string{"/opt/bin/containerd", "1000"}}
 	before := time.Now()
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()
-	defer cmd.Process.Kill()
+	pid := startNamed(t, "/opt/bin/containerd", nil)
 	boot, err := bootTime()
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := filepath.Join("/proc", strconv.Itoa(cmd.Process.Pid))
-	// Its first argument is no flag, as that of a subcommand.
-	if p, err := readProcess(dir, boot); err != nil || p != nil {
-		t.Errorf("a subcommand: %v, %v", p, err)
+	dir := filepath.Join("/proc", strconv.Itoa(pid))
+	p, err := readProcess(dir, "containerd", boot)
+	if err != nil || p == nil {
+		t.Fatalf("%v, %v", p, err)
 	}
-	p, err := readProcess(filepath.Join("/proc", strconv.Itoa(os.Getpid())), boot)
-	if err != nil || p != nil {
-		t.Errorf("this process: %v, %v", p, err)
+	// There is no such file, and argv[0] can be anything.
+	if p.program == "/opt/bin/containerd" || p.ppid != os.Getpid() {
+		t.Errorf("%+v", p)
 	}
-	started, err := startOf(dir, boot)
-	if err != nil || started.Before(before.Add(-time.Minute)) || started.After(time.Now().Add(time.Minute)) {
-		t.Errorf("it was started at %v, %v", started, err)
+	if p.started.Before(before.Add(-time.Minute)) || p.started.After(time.Now().Add(time.Minute)) {
+		t.Errorf("it was started at %v", p.started)
+	}
+	for dir, name := range map[string]string{dir: "dockerd", "/proc/self": "containerd"} {
+		if p, err := readProcess(dir, name, boot); err != nil || p != nil {
+			t.Errorf("%s: %v, %v", dir, p, err)
+		}
+	}
+}
+
+// startNamed starts a process that goes by a name, as another user if credential
+// is not nil, and returns its PID.
+func startNamed(t *testing.T, name string, credential *syscall.Credential) int {
+	t.Helper()
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := &exec.Cmd{Path: sleep, Args: []string{name, "1000"}, SysProcAttr: &syscall.SysProcAttr{Credential: credential}}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return cmd.Process.Pid
+}
+
+// TestProcessesOfRootOnly starts a program that a user calls containerd. Root must
+// not take it for the machine's, and run it.
+func TestProcessesOfRootOnly(t *testing.T) {
+	own := startNamed(t, "containerd-of-root", nil)
+	var nobody *syscall.Credential
+	if os.Getuid() == 0 {
+		nobody = &syscall.Credential{Uid: 65534, Gid: 65534}
+	}
+	startNamed(t, "containerd-of-nobody", nobody)
+	found, err := Options{}.processes("containerd-of-nobody")
+	if err != nil || len(found) > 0 {
+		t.Errorf("a user's: %v, %v", found, err)
+	}
+	found, err = Options{}.processes("containerd-of-root")
+	if isRoot := os.Getuid() == 0; err != nil || isRoot != (len(found) == 1 && found[0].pid == own) {
+		t.Errorf("root's: %v, %v", found, err)
 	}
 }
 
@@ -119,7 +155,7 @@ func TestDistributionAt(t *testing.T) {
 		{"/var/run/docker/containerd/containerd.toml", "dockerd", "Docker"},
 		{"/var/snap/microk8s/1/args/containerd.toml", "systemd", "MicroK8s"},
 	} {
-		if d := distributionAt(test.config, test.parent); d.name != test.name {
+		if d := (Options{}).distributionAt(test.config, test.parent); d.name != test.name {
 			t.Errorf("%s of %s: %+v", test.config, test.parent, d)
 		}
 	}

@@ -4,21 +4,29 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"time"
 )
 
+// refreshTimeout bounds a Refresh. systemd fails a service whose preparations take
+// longer than the service may take to start, which is 90 seconds by default, 45 on
+// Fedora.
+const refreshTimeout = 30 * time.Second
+
 // Refresh brings pilot's part of containerd's configuration up to date, right
-// before containerd starts: the configuration may have been written anew without
+// before containerd starts: the configuration may have been rewritten without
 // pilot, tools may have come and gone that are in pilot's lists, or containerd may
 // be another version. It returns the files that it has changed, and does nothing
 // where pilot is not installed.
 //
 // If containerd can't be given pilot without losing something else, its drop-in is
 // removed, so that containerd starts as if pilot was not there, and the error says
-// why.
+// why. If containerd's program takes too long, everything stays as it was.
 func Refresh(ctx context.Context, o Options) ([]string, error) {
 	if err := o.cleanRoot(); err != nil {
 		return nil, err
 	}
+	ctx, cancel := context.WithTimeout(ctx, refreshTimeout)
+	defer cancel()
 	// An installation that is at work has brought it up to date, and may be
 	// what waits for containerd to start.
 	release, err := o.tryLock()
@@ -54,12 +62,12 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	return changed, nil
 }
 
-// leaveOut empties pilot's drop-in if containerd can't do with it, because of the
-// error why. It does not remove it: containerd's configuration may import it by
+// leaveOut empties pilot's drop-in if containerd would lose settings with it or not
+// start, because of the error why. It does not remove it: containerd's configuration may import it by
 // name.
 func (c *containerd) leaveOut(ctx context.Context, o Options, before state, why error) error {
 	dump, err := c.readAll(ctx, o)
-	if c.deferred() || err == nil && len(differences(c.plain, dump, c.setsOwn())) == 0 {
+	if ctx.Err() != nil || c.deferred() || err == nil && len(differences(c.plain, dump, c.setsOwn())) == 0 {
 		return fmt.Errorf("pilot's drop-in of containerd's configuration stays as it was: %w", why)
 	}
 	p := &Plan{options: o, deferred: true}

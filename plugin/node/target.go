@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"github.com/coreos/go-systemd/v22/unit"
 )
 
 // target is the containerd to set up: its program, what it reads, where it
@@ -118,7 +116,7 @@ func (o Options) ofProcess(p *process) (*target, error) {
 		t.refusal = o.systemRefusal(t.config)
 	}
 	if t.refusal != nil {
-		return nil, &Conflict{p.String(), t.refusal.what, t.refusal.mend}
+		return nil, &Conflict{p.String(), t.refusal.what, t.refusal.fix}
 	}
 	return t, nil
 }
@@ -150,10 +148,13 @@ func (o Options) ofUnit() (*target, error) {
 	if t.config == "" {
 		t.config = defaultConfig
 	}
-	if r := o.systemRefusal(t.config); r != nil {
-		return nil, &Conflict{t.config, r.what, r.mend}
+	if o.ContainerdConfig != "" && o.ContainerdAddress != "" {
+		t.address = o.ContainerdAddress
 	}
-	t.distribution = distributionAt(t.config, "")
+	if r := o.systemRefusal(t.config); r != nil {
+		return nil, &Conflict{t.config, r.what, r.fix}
+	}
+	t.distribution = o.distributionAt(t.config, "")
 	if d, service := o.stoppedDistribution(); service != "" && d.name == t.name {
 		t.service = service
 	}
@@ -161,7 +162,7 @@ func (o Options) ofUnit() (*target, error) {
 	if name == "" {
 		name = "containerd"
 	}
-	t.program = o.lookPath(name)
+	t.program = o.lookPath(name, o.searched())
 	if t.program == "" {
 		if d, service := o.stoppedDistribution(); service != "" {
 			return nil, &Conflict{d.name, "its containerd does not run", "start " + d.name + ", and run this again"}
@@ -179,12 +180,13 @@ func (o Options) searched() []string {
 	return binDirs
 }
 
-// lookPath returns the path of a program inside the root, or nothing.
-func (o Options) lookPath(name string) string {
+// lookPath returns the path of a program inside the root, or nothing. One whose
+// name is not absolute is looked for in dirs.
+func (o Options) lookPath(name string, dirs []string) string {
 	candidates := []string{name}
 	if !filepath.IsAbs(name) {
 		candidates = nil
-		for _, dir := range o.searched() {
+		for _, dir := range dirs {
 			candidates = append(candidates, filepath.Join(dir, name))
 		}
 	}
@@ -194,43 +196,6 @@ func (o Options) lookPath(name string) string {
 		}
 	}
 	return ""
-}
-
-// execStart returns the command of a unit, with what drop-ins make of it, or
-// nothing if there is none or it can't be read.
-func (o Options) execStart(service string) []string {
-	var files []string
-	for _, dir := range unitDirs {
-		if path := filepath.Join(dir, service); len(files) == 0 && exists(o.path(path)) {
-			files = append(files, o.path(path))
-		}
-	}
-	for _, dir := range []string{"/usr/lib/systemd/system", "/run/systemd/system", "/etc/systemd/system"} {
-		dropIns, _ := filepath.Glob(filepath.Join(o.path(filepath.Join(dir, service+".d")), "*.conf"))
-		files = append(files, dropIns...)
-	}
-	var command string
-	for _, file := range files {
-		f, err := os.Open(file)
-		if err != nil {
-			continue
-		}
-		options, err := unit.DeserializeOptions(f)
-		f.Close()
-		if err != nil {
-			continue
-		}
-		for _, option := range options {
-			if option.Section == "Service" && option.Name == "ExecStart" {
-				command = option.Value // an empty one takes back those before it
-			}
-		}
-	}
-	words := strings.Fields(command)
-	if len(words) > 0 {
-		words[0] = strings.TrimLeft(words[0], "@-:+!")
-	}
-	return words
 }
 
 func exists(name string) bool {

@@ -18,9 +18,9 @@ import (
 // error; what was inserted into containerd's configuration is removed even if
 // other lines of it were changed. With KeepConfig, pilot's own configuration stays.
 //
-// If containerd could not start without pilot's drop-in, or would ask pilot all
-// the same, because its configuration was written anew from what it came to with
-// pilot, then everything stays, and the error names the lines.
+// If containerd could not start without pilot's drop-in, or would still ask pilot,
+// because a tool has written its configuration from a dump with pilot in it, then
+// nothing is removed, and the error names the lines.
 func Uninstall(ctx context.Context, o Options) error {
 	if err := o.cleanRoot(); err != nil {
 		return err
@@ -58,7 +58,8 @@ func Uninstall(ctx context.Context, o Options) error {
 }
 
 // disconnect takes pilot out of containerd's configuration. If containerd could
-// not do with what is left, it puts everything back and returns an error.
+// not start with what is left, or would still ask pilot, it puts everything back
+// and returns an error.
 func (s *state) disconnect(ctx context.Context, o Options) error {
 	c, err := s.lookAgain(ctx, o)
 	worked := false
@@ -110,7 +111,7 @@ func (s *state) target(o Options) (*target, error) {
 		return findTarget(o)
 	}
 	t := &target{program: s.Containerd.Program, config: s.Containerd.Config, address: s.Containerd.Address, service: s.Containerd.Service}
-	t.distribution = distributionAt(t.config, "")
+	t.distribution = o.distributionAt(t.config, "")
 	if !exists(o.path(t.program)) {
 		return nil, fmt.Errorf("%s: %w", t.program, exec.ErrNotFound)
 	}
@@ -124,14 +125,14 @@ func (c *containerd) deferred() bool {
 	return c.rewritten && !isImported
 }
 
-// without checks that containerd does with the configuration that is left, and
+// without checks that containerd starts with the configuration that is left, and
 // does not ask pilot.
 func (c *containerd) without(ctx context.Context, o Options) error {
 	dump, err := c.readAll(ctx, o)
 	if err == nil && !mentionsPilot(dump) {
 		return nil
 	}
-	what := "containerd would ask pilot all the same"
+	what := "containerd would still ask pilot"
 	if err != nil {
 		what = "containerd would not start without pilot's drop-in: " + err.Error()
 	}
@@ -139,7 +140,7 @@ func (c *containerd) without(ctx context.Context, o Options) error {
 	if len(lines) == 0 {
 		lines = []string{c.config}
 	}
-	return &Conflict{strings.Join(lines, ", "), what + ": its configuration was written anew with pilot in it, so everything stays as it is", "take pilot out of these lines, and run this again"}
+	return &Conflict{strings.Join(lines, ", "), what + ": a tool has written its configuration from a dump with pilot in it. Nothing was removed", "take pilot out of these lines, and run this again"}
 }
 
 // mentionsPilot reports whether a configuration has containerd ask pilot.

@@ -1,0 +1,78 @@
+package node
+
+import (
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/coreos/go-systemd/v22/unit"
+)
+
+// unitDirs are systemd's directories of units, the one that counts first.
+var unitDirs = []string{unitDir, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
+
+// hasUnit reports whether the machine has a unit.
+func (o Options) hasUnit(name string) bool {
+	return slices.ContainsFunc(unitDirs, func(dir string) bool { return exists(o.path(filepath.Join(dir, name))) })
+}
+
+// unitFiles returns the files of a unit inside the root, in systemd's order: the
+// unit itself, then its drop-ins by their names, in whichever directory they are.
+// Of files with one name, the one of the first directory counts.
+func (o Options) unitFiles(name string) []string {
+	var files []string
+	for _, dir := range unitDirs {
+		if path := filepath.Join(dir, name); len(files) == 0 && exists(o.path(path)) {
+			files = append(files, path)
+		}
+	}
+	dropIns := map[string]string{}
+	for _, dir := range slices.Backward(unitDirs) {
+		found, _ := o.glob(filepath.Join(dir, name+".d", "*.conf"))
+		for _, f := range found {
+			dropIns[filepath.Base(f)] = f
+		}
+	}
+	for _, base := range slices.Sorted(maps.Keys(dropIns)) {
+		files = append(files, dropIns[base])
+	}
+	return files
+}
+
+// unitSettings returns the settings of a unit's file, none if it can't be read.
+func (o Options) unitSettings(file string) []*unit.UnitOption {
+	f, err := os.Open(o.path(file))
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	settings, err := unit.DeserializeOptions(io.LimitReader(f, maxUnit))
+	if err != nil {
+		return nil
+	}
+	return settings
+}
+
+// maxUnit is the most that is read of a unit's file, in bytes.
+const maxUnit = 1 << 20
+
+// execStart returns the command of a service, which its drop-ins may change, or
+// nothing if there is none or it can't be read.
+func (o Options) execStart(service string) []string {
+	var command string
+	for _, file := range o.unitFiles(service) {
+		for _, s := range o.unitSettings(file) {
+			if s.Section == "Service" && s.Name == "ExecStart" {
+				command = s.Value // an empty one takes back those before it
+			}
+		}
+	}
+	words := strings.Fields(command)
+	if len(words) > 0 {
+		words[0] = strings.TrimLeft(words[0], "@-:+!")
+	}
+	return words
+}
