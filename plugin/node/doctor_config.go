@@ -31,12 +31,21 @@ func (e *examination) restartContainerd() string {
 // look finds the files and the program of the containerd that answers. An error
 // that is a [Conflict] is of the node's; others say why it can't be known.
 func (e *examination) look(ctx context.Context) error {
-	o := Options{ContainerdAddress: e.Containerd, ContainerdBinary: e.ContainerdBinary, ContainerdConfig: e.ContainerdConfig}
+	o := Options{ContainerdAddress: e.Containerd, ContainerdConfig: e.ContainerdConfig}
 	s, err := o.readState()
 	if err != nil {
 		return err
 	}
 	t, err := findTarget(o)
+	var conflict *Conflict
+	if e.ContainerdBinary != "" && !errors.As(err, &conflict) {
+		if err != nil {
+			o.ContainerdBinary = e.ContainerdBinary
+			t, err = findTarget(o)
+		} else if t.program = o.lookPath(e.ContainerdBinary, o.searched()); t.program == "" {
+			err = fmt.Errorf("%s: %w", e.ContainerdBinary, exec.ErrNotFound)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -179,8 +188,8 @@ func (e *examination) configured(name string) bool {
 // olderThan says which of its configuration's files were written after containerd
 // was started.
 func (e *examination) olderThan() string {
-	p := e.running.process
-	if p == nil {
+	started, err := e.started()
+	if err != nil {
 		return ""
 	}
 	files, _, err := (&configFiles{main: e.running.config}).all(Options{})
@@ -189,14 +198,35 @@ func (e *examination) olderThan() string {
 	}
 	var newer []string
 	for _, file := range files {
-		if info, err := os.Stat(file); err == nil && info.ModTime().After(p.started.Add(startPrecision)) {
+		if info, err := os.Stat(file); err == nil && info.ModTime().After(started.Add(startPrecision)) {
 			newer = append(newer, fmt.Sprintf("%s was written at %s", file, info.ModTime().Format(time.DateTime)))
 		}
 	}
 	if len(newer) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("containerd runs since %s: %s", p.started.Format(time.DateTime), strings.Join(newer, ", "))
+	return fmt.Sprintf("containerd runs since %s: %s", started.Format(time.DateTime), strings.Join(newer, ", "))
+}
+
+// started returns when the containerd that answers was started, whatever its
+// program's name.
+func (e *examination) started() (time.Time, error) {
+	if p := e.running.process; p != nil {
+		return p.started, nil
+	}
+	pid, err := listenerPID(e.Containerd)
+	if err != nil {
+		return time.Time{}, err
+	}
+	boot, err := bootTime()
+	if err != nil {
+		return time.Time{}, err
+	}
+	fields, err := statFields(fmt.Sprintf("/proc/%d", pid))
+	if err != nil {
+		return time.Time{}, err
+	}
+	return startOf(fields, boot)
 }
 
 // note returns what is added to a line, in parentheses.
