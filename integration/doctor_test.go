@@ -25,8 +25,8 @@ type patient struct {
 
 func newPatient(t testing.TB, n *node) *patient {
 	t.Helper()
-	if len(n.command) == 1 {
-		return &patient{n, n.command[0]} // which has to be the program that runs
+	if p := (&patient{n, n.command[0]}); p.known() {
+		return p // it has to be the program that runs
 	}
 	// The doctor takes one program, and 1.7 here takes several words.
 	quoted := `"` + strings.Join(n.command, `" "`) + `"`
@@ -35,6 +35,19 @@ func newPatient(t testing.TB, n *node) *patient {
 		t.Fatal(err)
 	}
 	return &patient{n, program}
+}
+
+// known reports whether the doctor finds the process of the containerd. One that
+// runs in a root of its own, as 1.7 here, it does not find.
+func (p *patient) known() bool { return len(p.node.command) == 1 }
+
+// older returns what the doctor says of a containerd that was not restarted since
+// its configuration was written.
+func (p *patient) older() string {
+	if p.known() {
+		return "config.toml was written at"
+	}
+	return "config.toml is right"
 }
 
 // report is what pilot node doctor --json prints.
@@ -181,7 +194,7 @@ func TestDoctor(t *testing.T) {
 			p.examine(t, kek...).well(t, transfer...)
 			native := p.examine(t, "--broker", brokerURL, "--default-keks", "team-b,team-a", "--snapshotter", "native")
 			if v.number > 2 {
-				native.ill(t, "containerd-config", "pilot node install", "the transfer service does not unpack for linux/"+goarch+" and native with pilot")
+				native.ill(t, "containerd-config", "pilot node install --now", "the transfer service does not unpack for linux/"+goarch+" and native with pilot")
 			} else {
 				native.well(t, transfer...)
 			}
@@ -249,7 +262,7 @@ func TestDoctorConfiguration(t *testing.T) {
 			args := []string{"--broker", brokerURL, "--kek", "team-a"}
 
 			r := p.examine(t, args...)
-			r.ill(t, "containerd-config", "pilot node install", file)
+			r.ill(t, "containerd-config", "pilot node install --now", file)
 			r.skipped(t, "layer", "transfer")
 
 			// The configuration is written, and containerd not restarted.
@@ -264,9 +277,9 @@ func TestDoctorConfiguration(t *testing.T) {
 			write(t, file, with)
 			r = p.examine(t, args...)
 			if v.name == "1.6" {
-				r.ill(t, "layer", "systemctl restart containerd.service", "was not restarted")
+				r.ill(t, "layer", "systemctl restart containerd.service", "containerd did not ask pilot", p.older())
 			} else {
-				r.ill(t, "containerd-config", "systemctl restart containerd.service", "was not restarted", "has not loaded pilot's differ")
+				r.ill(t, "containerd-config", "systemctl restart containerd.service", "has not loaded pilot's differ", p.older())
 			}
 			p.stop(t)
 			p.start(t)
@@ -295,16 +308,16 @@ func TestDoctorConfiguration(t *testing.T) {
 					continue
 				}
 				write(t, file, strings.ReplaceAll(with, old, b[1]))
-				p.examine(t, args...).ill(t, "containerd-config", "pilot node install", b[0], file)
+				p.examine(t, args...).ill(t, "containerd-config", "pilot node install --now", b[0], file)
 			}
 			write(t, file, with+"nonsense")
 			p.examine(t, args...).ill(t, "containerd-config", "correct "+file, "would not start again")
 
-			// It can't be compared.
+			// It can't be compared, or another one runs.
 			write(t, file, with)
 			r = p.examine(t, append(args, "--containerd-binary", "/nowhere/containerd")...)
-			if v.name == "1.6" {
-				r.well(t, "containerd-config", "transfer")
+			if p.known() {
+				r.ill(t, "containerd-config", "name the one that runs, or none", "it runs, and is not the containerd that was named")
 			} else {
 				r.well(t, transfer...)
 			}
@@ -336,9 +349,9 @@ func TestDoctorRestart(t *testing.T) {
 		other := newDifferNode(t, tempDir(t), differNode{v: v})
 		write(t, home+"/config.toml", strings.ReplaceAll(read(t, other.dir+"/config.toml"), other.dir, home))
 		r := p.examine(t, "--broker", brokerURL, "--kek", "team-a")
-		r.ill(t, "layer", "systemctl restart containerd.service", "was not restarted")
+		r.ill(t, "layer", "systemctl restart containerd.service", "containerd did not ask pilot", p.older())
 		if v.number > 2 {
-			r.ill(t, "transfer", "systemctl restart containerd.service", "was not restarted")
+			r.ill(t, "transfer", "systemctl restart containerd.service", "containerd did not ask pilot", p.older())
 		}
 	}
 }
@@ -354,7 +367,7 @@ func TestDoctorProcessors(t *testing.T) {
 		args := []string{"--broker", brokerURL, "--kek", "team-a", "--diff-listen", "off"}
 		p.examine(t, args...).well(t, "differ", "transfer")
 		write(t, conf, "{}")
-		p.examine(t, args...).ill(t, "layer", "pilot node install", `key provider "pilot" is not configured`)
+		p.examine(t, args...).ill(t, "layer", "pilot node install --now", `key provider "pilot" is not configured`)
 	}
 }
 

@@ -12,8 +12,8 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// nodeCase is a configuration of containerd that nodes have, as
-// testdata/nodes/README.md describes them.
+// nodeCase is a configuration of containerd that nodes have, a file of
+// testdata/nodes.
 type nodeCase struct {
 	file string
 	// at is where the machine has it. Default: /etc/containerd/config.toml.
@@ -117,6 +117,10 @@ func (n *installedNode) live(t *testing.T) {
 	hosts := fmt.Sprintf("server = 'http://%s'\n", n.registry)
 	write(t, m.root+"/etc/containerd/certs.d/"+n.registry+"/hosts.toml", hosts)
 	write(t, m.root+"/var/lib/rancher/k3s/agent/etc/containerd/certs.d/"+n.registry+"/hosts.toml", hosts)
+	// The directory of keys of v2-decoder.toml.
+	if err := os.MkdirAll(m.root+"/opt/keys", 0o755); err != nil {
+		t.Fatal(err)
+	}
 	before := m.files()
 	untouched := n.dump(t)
 

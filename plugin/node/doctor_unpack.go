@@ -177,7 +177,7 @@ func (e *examination) importImage(ctx context.Context, l *testLayer) error {
 func (e *examination) notUnpacked(err error) Step {
 	for _, sign := range []string{diff.ErrNoProcessor.Error(), "ctd-decoder", errNoUnpackConfig.Error()} {
 		if strings.Contains(err.Error(), sign) {
-			return failed(fmt.Sprintf("containerd did not ask pilot, though %s is right: %s", e.running.config, err), e.restartContainerd())
+			return failed(fmt.Sprintf("containerd did not ask pilot, though %s is right%s: %s", e.running.config, note(e.olderThan()), err), e.restartContainerd())
 		}
 	}
 	if strings.Contains(err.Error(), keyproviderconfig.ENVVARNAME) {
