@@ -31,21 +31,12 @@ func (e *examination) restartContainerd() string {
 // look finds the files and the program of the containerd that answers. An error
 // that is a [Conflict] is of the node's; others say why it can't be known.
 func (e *examination) look(ctx context.Context) error {
-	o := Options{ContainerdAddress: e.Containerd, ContainerdConfig: e.ContainerdConfig}
+	o := Options{ContainerdAddress: e.Containerd, ContainerdBinary: e.ContainerdBinary, ContainerdConfig: e.ContainerdConfig}
 	s, err := o.readState()
 	if err != nil {
 		return err
 	}
 	t, err := findTarget(o)
-	var conflict *Conflict
-	if e.ContainerdBinary != "" && !errors.As(err, &conflict) {
-		if err != nil {
-			o.ContainerdBinary = e.ContainerdBinary
-			t, err = findTarget(o)
-		} else if t.program = o.lookPath(e.ContainerdBinary, o.searched()); t.program == "" {
-			err = fmt.Errorf("%s: %w", e.ContainerdBinary, exec.ErrNotFound)
-		}
-	}
 	if err != nil {
 		return err
 	}
@@ -218,15 +209,7 @@ func (e *examination) started() (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
-	boot, err := bootTime()
-	if err != nil {
-		return time.Time{}, err
-	}
-	fields, err := statFields(fmt.Sprintf("/proc/%d", pid))
-	if err != nil {
-		return time.Time{}, err
-	}
-	return startOf(fields, boot)
+	return startedAt(fmt.Sprintf("/proc/%d", pid))
 }
 
 // note returns what is added to a line, in parentheses.
