@@ -218,15 +218,7 @@ func (e *examination) started() (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
-	boot, err := bootTime()
-	if err != nil {
-		return time.Time{}, err
-	}
-	fields, err := statFields(fmt.Sprintf("/proc/%d", pid))
-	if err != nil {
-		return time.Time{}, err
-	}
-	return startOf(fields, boot)
+	return startedAt(fmt.Sprintf("/proc/%d", pid))
 }
 
 // note returns what is added to a line, in parentheses.
