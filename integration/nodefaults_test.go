@@ -74,6 +74,18 @@ func TestNodeTrustsNoOtherUser(t *testing.T) {
 	}
 }
 
+// TestNodePilotIsALink installs with a link of root's to a pilot that a user can
+// replace.
+func TestNodePilotIsALink(t *testing.T) {
+	m := configured(t, "2.4.2", "version = 3\n")
+	before := m.files()
+	output(t, command(t, "install", "-D", filepath.Join(bin, "pilot"), m.root+"/opt/theirs/pilot"))
+	output(t, command(t, "chown", "65534", m.root+"/opt/theirs"))
+	output(t, command(t, "ln", "-s", "/opt/theirs/pilot", m.root+"/usr/local/sbin/pilot"))
+	fails(t, m.run("/usr/local/bin/pilot", "node", "install", "--pilot-binary", "/usr/local/sbin/pilot"), "others than root can change /opt/theirs")
+	m.same(before)
+}
+
 // TestNodeFindsTheConfiguration installs for a containerd that was started with a
 // relative path, and for one that is named and is not there.
 func TestNodeFindsTheConfiguration(t *testing.T) {
