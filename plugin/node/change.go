@@ -96,7 +96,7 @@ func (o Options) readState() (state, error) {
 
 func (o Options) writeState(s state) error {
 	if len(s.Files) == 0 {
-		return ignoreNotExist(os.Remove(o.path(stateFile)))
+		return errors.Join(removeUnfinished(o.path(stateFile)), ignoreNotExist(os.Remove(o.path(stateFile))))
 	}
 	b, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
@@ -170,9 +170,15 @@ func (o Options) removeDirs(dirs []string) {
 	}
 }
 
-// make makes the change.
+// make makes the change, unless somebody else has changed the file since the
+// change was planned.
 func (c Change) make(o Options) error {
 	name := o.path(c.Path)
+	if c.Link == "" {
+		if err := c.finds(o, c.Old); err != nil {
+			return err
+		}
+	}
 	if c.Remove {
 		return os.Remove(name)
 	}
@@ -188,8 +194,26 @@ func (c Change) make(o Options) error {
 	return writeFile(name, c.New, c.Mode)
 }
 
-// revert puts back what the change replaced.
+// finds reports an error if the file's content is another. Nil: there is none.
+func (c Change) finds(o Options, content []byte) error {
+	has, err := os.ReadFile(o.path(c.Path))
+	if ignoreNotExist(err) != nil {
+		return err
+	}
+	if !bytes.Equal(has, content) || (err == nil) != (content != nil) {
+		return &Conflict{c.Path, "somebody else has changed it in the meantime", "run this again"}
+	}
+	return nil
+}
+
+// revert puts back what the change replaced, unless somebody else has changed
+// the file since.
 func (c Change) revert(o Options) error {
+	if c.Link == "" {
+		if err := c.finds(o, c.New); err != nil {
+			return err
+		}
+	}
 	if c.Old != nil {
 		return writeFile(o.path(c.Path), c.Old, c.Mode)
 	}
@@ -200,6 +224,9 @@ func (c Change) revert(o Options) error {
 // what was inserted into it, or else stays: then undo reports why.
 func (s *state) undo(o Options, f installed) error {
 	name := o.path(f.Path)
+	if err := removeUnfinished(name); err != nil {
+		return err
+	}
 	if f.Link != "" {
 		name = o.linkPath(f.Path)
 		if to, err := os.Readlink(name); err != nil || to != f.Link {
@@ -225,6 +252,8 @@ func (s *state) undo(o Options, f installed) error {
 		return writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode)
 	case f.Inserted != "" && !bytes.Contains(has, imported(f.Inserted)):
 		return nil // somebody has removed it
+	case f.Inserted != "":
+		return fmt.Errorf("%s was changed since pilot was installed, and stays: take %s out of its imports yourself", f.Path, imported(f.Inserted))
 	}
 	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
 }
@@ -279,9 +308,25 @@ func ignoreNotExist(err error) error {
 	return err
 }
 
+// unfinished returns the name under which a file is written before it takes its
+// place. What is left there was cut short, since only one installation is at work.
+func unfinished(name string) string {
+	return filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".pilot-new")
+}
+
+func removeUnfinished(name string) error {
+	if _, err := os.Lstat(unfinished(name)); err != nil {
+		return ignoreNotExist(err)
+	}
+	return os.Remove(unfinished(name))
+}
+
 // writeFile replaces a file as a whole, keeping its owner.
 func writeFile(name string, b []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+	if err := removeUnfinished(name); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(unfinished(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}

@@ -132,6 +132,7 @@ func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte
 	}
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Env = []string{"PATH=" + strings.Join(binDirs, ":"), "HOME=/root"}
+	cmd.WaitDelay = time.Second // for what a script has started, which holds its output
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

@@ -146,13 +146,21 @@ func (o Options) providersIn(file string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	names, err := providerNames(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return names, nil
+}
+
+// providerNames returns the names of the key providers in the text of an
+// ocicrypt.conf.
+func providerNames(text []byte) ([]string, error) {
 	var conf struct {
 		KeyProviders map[string]json.RawMessage `json:"key-providers"`
 	}
-	if err := json.Unmarshal(text, &conf); err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	return slices.Sorted(maps.Keys(conf.KeyProviders)), nil
+	err := json.Unmarshal(text, &conf)
+	return slices.Sorted(maps.Keys(conf.KeyProviders)), err
 }
 
 // decoderSettings returns what pilot's differ takes over from the stream

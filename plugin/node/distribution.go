@@ -33,8 +33,7 @@ const (
 
 // distributionOf returns what a running containerd is part of.
 func distributionOf(p *process) distribution {
-	f, _ := parseFlags(p.args)
-	return Options{}.distributionAt(configOf(f), p.parent)
+	return Options{}.distributionAt(p.config(), p.parent)
 }
 
 // distributionAt returns what a containerd is part of, by the path of its

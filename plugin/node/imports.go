@@ -2,13 +2,16 @@ package node
 
 import (
 	"bytes"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/pelletier/go-toml/v2"
 )
 
 // importsKey is a line that begins the list of imports.
-var importsKey = regexp.MustCompile(`^\s*imports\s*=\s*\[`)
+var importsKey = regexp.MustCompile(`^\s*(imports|"imports"|'imports')\s*=\s*\[`)
 
 // insertImport makes a configuration file import another after all others, so that
 // it is read last, and returns what it has inserted.
@@ -71,6 +74,21 @@ scan:
 		inserted = element
 	}
 	return text[:end] + inserted + text[end:], inserted
+}
+
+// importsToo reports whether a file's text is what it was but for another import,
+// the last one.
+func importsToo(was, is, file string) bool {
+	var before, after map[string]any
+	if toml.Unmarshal([]byte(was), &before) != nil || toml.Unmarshal([]byte(is), &after) != nil {
+		return false
+	}
+	list, _ := before["imports"].([]any)
+	if before == nil {
+		before = map[string]any{}
+	}
+	before["imports"] = append(slices.Clone(list), file)
+	return reflect.DeepEqual(before, after)
 }
 
 // imported returns the file that what insertImport has inserted imports.

@@ -189,7 +189,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 	// One that was installed under another name goes.
 	for _, path := range c.ours {
 		if path != d.path {
-			if err := p.remove(path); err != nil {
+			if err := p.remove(before, path); err != nil {
 				return err
 			}
 		}
@@ -212,19 +212,25 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 		mode = info.Mode().Perm()
 	}
 	edited, inserted := insertImport(text, d.pattern)
+	if !importsToo(text, edited, d.pattern) {
+		return &Conflict{c.config, "its imports are written in a way that pilot can't add to", fmt.Sprintf("add %q to the list, as its last", d.pattern)}
+	}
 	p.Changes = append(p.Changes, Change{Path: c.config, Old: c.files.text, New: []byte(edited), Mode: mode})
 	p.inserted[c.config] = inserted
 	return nil
 }
 
 // remove plans the removal of a file that was installed.
-func (p *Plan) remove(path string) error {
+func (p *Plan) remove(before state, path string) error {
 	old, err := os.ReadFile(p.options.path(path))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
+	}
+	if f := before.file(path); f == nil || !f.is(old) {
+		return &Conflict{path, "it was changed since it was installed, and is not read as it has to be", "move it away"}
 	}
 	p.Changes = append(p.Changes, Change{Path: path, Old: old, Mode: 0o644, Remove: true})
 	return nil
@@ -248,7 +254,8 @@ func (p *Plan) check(ctx context.Context) error {
 }
 
 // Install makes the plan's changes. If one fails, or containerd's configuration
-// does not come to what it should, all of them are put back.
+// does not come to what it should, all of them are put back. What can't be, since
+// the disk is full for example, stays noted for [Uninstall].
 func (p *Plan) Install(ctx context.Context) error {
 	if len(p.Changes) == 0 {
 		return p.check(ctx)
@@ -281,20 +288,31 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 			return err
 		}
 	}
+	var made []Change
 	for _, c := range p.Changes {
 		if err = c.make(p.options); err != nil {
 			err = fmt.Errorf("%s: %w", c.Path, err)
 			break
 		}
+		made = append(made, c)
 	}
 	if err == nil {
 		if err = p.check(ctx); err == nil {
+			if !slices.ContainsFunc(p.Changes, func(c Change) bool { return c.Remove }) {
+				return nil
+			}
 			s.forget(p.Changes)
 			return p.options.writeState(s)
 		}
 	}
-	for _, c := range slices.Backward(p.Changes) {
-		err = errors.Join(err, c.revert(p.options))
+	var reverting error
+	for _, c := range slices.Backward(made) {
+		if err := c.revert(p.options); err != nil {
+			reverting = errors.Join(reverting, fmt.Errorf("%s is not put back: %w", c.Path, err))
+		}
+	}
+	if reverting != nil {
+		return errors.Join(err, reverting, errors.New("\"pilot node uninstall\" puts back what is left"))
 	}
 	err = errors.Join(err, p.options.writeState(before), p.options.forgive(owed))
 	p.options.removeDirs(s.Dirs[len(before.Dirs):])

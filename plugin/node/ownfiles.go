@@ -102,18 +102,25 @@ func (o Options) checkPilotBinary() error {
 	if o.Root != "" {
 		return nil
 	}
-	for at := name; ; at = filepath.Dir(at) {
-		info, err := os.Stat(at)
-		if err != nil {
-			return err
-		}
-		if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 || info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
-			return fmt.Errorf("%s would be run as root, and others than root can change %s: install it first (make install)", name, at)
-		}
-		if at == "/" {
-			return nil
+	resolved, err := filepath.EvalSymlinks(name)
+	if err != nil {
+		return err
+	}
+	for _, path := range []string{name, resolved} {
+		for at := path; ; at = filepath.Dir(at) {
+			info, err := os.Stat(at)
+			if err != nil {
+				return err
+			}
+			if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 || info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
+				return fmt.Errorf("%s would be run as root, and others than root can change %s: install it first (make install)", name, at)
+			}
+			if at == "/" {
+				break
+			}
 		}
 	}
+	return nil
 }
 
 // newPilotConfig returns a pilot.toml with settings.
@@ -176,7 +183,11 @@ func shown(v any) string {
 // checkKeyProviders refuses an ocicrypt.conf of the machine's own without
 // pilot.
 func checkKeyProviders(had []byte) error {
-	if strings.Contains(string(had), `"pilot"`) {
+	names, err := providerNames(had)
+	switch {
+	case err != nil:
+		return &Conflict{keyProviders, "it is not what ocicrypt can read: " + err.Error(), "correct it, or move it away"}
+	case slices.Contains(names, "pilot"):
 		return nil
 	}
 	return &Conflict{keyProviders, "it names no key provider pilot", `add "pilot": {"grpc": "unix://` + keySocket + `"}`}
@@ -224,7 +235,7 @@ func (p *Plan) units(before state, differ bool) error {
 			}
 		}
 		link := filepath.Join(unitDir, names[name], name)
-		if _, err := os.Lstat(p.options.path(link)); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Lstat(p.options.linkPath(link)); errors.Is(err, fs.ErrNotExist) {
 			p.Changes = append(p.Changes, Change{Path: link, Link: path})
 		}
 	}

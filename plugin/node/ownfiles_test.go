@@ -23,3 +23,17 @@ func TestSeveralBrokers(t *testing.T) {
 		}
 	}
 }
+
+func TestCheckKeyProviders(t *testing.T) {
+	for text, good := range map[string]bool{
+		`{"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}`: true,
+		`{"key-providers": {"other": {"cmd": {"path": "/x", "args": ["pilot"]}}}}`:     false,
+		`{"pilot": {}}`:                   false,
+		`"pilot"`:                         false,
+		`{"key-providers": {"pilot": {}}`: false,
+	} {
+		if err := checkKeyProviders([]byte(text)); (err == nil) != good {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}

@@ -21,6 +21,7 @@ type process struct {
 	ppid    int
 	program string   // its executable, or the one that has replaced it
 	args    []string // without the program's name
+	dir     string   // its working directory, where a relative path of args leads
 	unit    string   // the systemd service that it belongs to, if any
 	parent  string   // the name of the program that has started it
 	started time.Time
@@ -64,6 +65,19 @@ func (p *process) String() string {
 		by = "process " + strconv.Itoa(p.pid)
 	}
 	return fmt.Sprintf("%s (%s)", strings.Join(append([]string{p.program}, p.args...), " "), by)
+}
+
+// config returns the path of the configuration file that a containerd was started
+// with.
+func (p *process) config() string {
+	f, _ := parseFlags(p.args)
+	switch {
+	case f.config == "":
+		return defaultConfig
+	case filepath.IsAbs(f.config):
+		return f.config
+	}
+	return filepath.Join(p.dir, f.config)
 }
 
 // running returns the containerds that run on this machine.
@@ -127,6 +141,9 @@ func readProcess(dir, name string, boot time.Time) (*process, error) {
 	}
 	p := &process{pid: pid, args: args[1:]}
 	if p.program, err = programOf(dir, name); err != nil {
+		return nil, err
+	}
+	if p.dir, err = os.Readlink(dir + "/cwd"); err != nil {
 		return nil, err
 	}
 	fields, err := statFields(dir)

@@ -77,8 +77,7 @@ func (o Options) choose(found []*process) (*process, error) {
 // names reports whether a process has the program and the configuration that the
 // options name, if they do.
 func (o Options) names(p *process) bool {
-	f, _ := parseFlags(p.args)
-	if o.ContainerdConfig != "" && o.ContainerdConfig != configOf(f) {
+	if o.ContainerdConfig != "" && o.ContainerdConfig != p.config() {
 		return false
 	}
 	return !filepath.IsAbs(o.ContainerdBinary) || sameFile(o.ContainerdBinary, p.program)
@@ -88,13 +87,6 @@ func sameFile(a, b string) bool {
 	x, errX := os.Stat(a)
 	y, errY := os.Stat(b)
 	return errX == nil && errY == nil && os.SameFile(x, y)
-}
-
-func configOf(f flags) string {
-	if f.config == "" {
-		return defaultConfig
-	}
-	return f.config
 }
 
 func describe(processes []*process) string {
@@ -108,7 +100,7 @@ func describe(processes []*process) string {
 // ofProcess returns the containerd that a process is.
 func (o Options) ofProcess(p *process) (*target, error) {
 	f, _ := parseFlags(p.args)
-	t := &target{program: lasting(p.program), config: configOf(f), address: socketOf(f.address), service: p.unit, distribution: distributionOf(p), process: p}
+	t := &target{program: lasting(p.program), config: p.config(), address: socketOf(f.address), service: p.unit, distribution: distributionOf(p), process: p}
 	if t.service == "" {
 		t.service = containerdService
 	}

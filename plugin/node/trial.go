@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -38,12 +39,11 @@ func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[strin
 	if d == nil && c.files.text == nil {
 		return c.readDump(ctx, o, "config", "default") // which 1.x takes without a file
 	}
-	dir, err := os.MkdirTemp(o.path("/tmp"), "pilot-trial-")
+	dir, inside, err := o.tempDir()
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	inside := filepath.Join("/tmp", filepath.Base(dir)) // o.path follows links only up to /tmp
 	var files []string
 	main := c.files
 	switch {
@@ -74,6 +74,20 @@ func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[strin
 		return nil, err
 	}
 	return c.readDump(ctx, o, "--config", filepath.Join(inside, "config.toml"), "config", "dump")
+}
+
+// tempDir makes a directory that only root can read, and returns where it is for
+// this process and inside the root. Some node images have no /tmp, or none that
+// can be written.
+func (o Options) tempDir() (dir, inside string, err error) {
+	var errs []error
+	for _, parent := range []string{"/tmp", "/run", "/var/tmp"} {
+		if dir, err = os.MkdirTemp(o.path(parent), "pilot-trial-"); err == nil {
+			return dir, filepath.Join(parent, filepath.Base(dir)), nil
+		}
+		errs = append(errs, err)
+	}
+	return "", "", errors.Join(errs...)
 }
 
 // readDump runs containerd and reads the configuration that it prints.

@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -108,10 +109,23 @@ func (s *state) lookAgain(ctx context.Context, o Options) (*containerd, error) {
 // target returns the containerd that was set up.
 func (s *state) target(o Options) (*target, error) {
 	if s.Containerd == nil {
-		return findTarget(o)
+		// The version of pilot that noted none knew that of containerd.service
+		// only. Another that runs is none of its business.
+		for _, f := range s.Files {
+			if f.Inserted != "" {
+				o.ContainerdConfig = f.Path
+			}
+		}
+		return o.ofUnit()
 	}
 	t := &target{program: s.Containerd.Program, config: s.Containerd.Config, address: s.Containerd.Address, service: s.Containerd.Service}
 	t.distribution = o.distributionAt(t.config, "")
+	// The unit may have been given another program since.
+	if words := o.execStart(t.service); len(words) > 0 && filepath.Base(words[0]) == "containerd" && exists(o.path(words[0])) {
+		if f, _ := parseFlags(words[1:]); cmp.Or(f.config, defaultConfig) == t.config {
+			t.program = words[0]
+		}
+	}
 	if !exists(o.path(t.program)) {
 		return nil, fmt.Errorf("%s: %w", t.program, exec.ErrNotFound)
 	}
