@@ -31,12 +31,23 @@ func (e *examination) restartContainerd() string {
 // look finds the files and the program of the containerd that answers. An error
 // that is a [Conflict] is of the node's; others say why it can't be known.
 func (e *examination) look(ctx context.Context) error {
-	o := Options{ContainerdAddress: e.Containerd, ContainerdBinary: e.ContainerdBinary, ContainerdConfig: e.ContainerdConfig}
+	o := Options{ContainerdAddress: e.Containerd, ContainerdConfig: e.ContainerdConfig}
 	s, err := o.readState()
 	if err != nil {
 		return err
 	}
+	// The process that answers counts. A program that is named only reads its
+	// configuration.
 	t, err := findTarget(o)
+	var conflict *Conflict
+	if e.ContainerdBinary != "" && !errors.As(err, &conflict) {
+		if err != nil {
+			o.ContainerdBinary = e.ContainerdBinary
+			t, err = findTarget(o)
+		} else if t.program = o.lookPath(e.ContainerdBinary, o.searched()); t.program == "" {
+			err = fmt.Errorf("%s: %w", e.ContainerdBinary, exec.ErrNotFound)
+		}
+	}
 	if err != nil {
 		return err
 	}
