@@ -76,8 +76,8 @@ scan:
 	return text[:end] + inserted + text[end:], inserted
 }
 
-// importsToo reports whether a file's text is what it was but for another import,
-// the last one.
+// importsToo reports whether the only difference between two texts of a file is
+// that the second imports one more file, as the last.
 func importsToo(was, is, file string) bool {
 	var before, after map[string]any
 	if toml.Unmarshal([]byte(was), &before) != nil || toml.Unmarshal([]byte(is), &after) != nil {

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"errors"
 	"os"
 	"path/filepath"
@@ -50,17 +49,10 @@ func (o Options) pending() []string {
 		services = append(services, e.Name())
 	}
 	// containerd asks pilot, so that is there first.
-	slices.SortStableFunc(services, func(a, b string) int {
-		return cmp.Compare(b2i(a != pilotService), b2i(b != pilotService))
-	})
-	return services
-}
-
-func b2i(b bool) int {
-	if b {
-		return 1
+	if i := slices.Index(services, pilotService); i > 0 {
+		services = slices.Insert(slices.Delete(services, i, i+1), 0, pilotService)
 	}
-	return 0
+	return services
 }
 
 // Restarted notes that the services that were [Pending] are restarted.
