@@ -80,13 +80,16 @@ tools:
 demo: build tools
 	scripts/demo.sh
 
+# Tests mostly wait, so more of them run at once than there are cores.
+PARALLEL ?= 4
+
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 90m ./integration
+	go test -buildvcs=false -count=1 -timeout 90m -parallel $(PARALLEL) ./integration
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit
-	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m ./integration
+	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m -parallel $(PARALLEL) ./integration
 
 COUNT ?= 10
 BUSY  ?= 2
@@ -100,7 +103,7 @@ test-unit:
 
 # Each version of containerd with each configuration.
 test-nodes: tools
-	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 120m -run '^TestNode' -v ./integration
+	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 120m -parallel $(PARALLEL) -run '^TestNode' -v ./integration
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)

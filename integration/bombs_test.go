@@ -173,6 +173,7 @@ func zstandard(t testing.TB, b []byte, options ...zstd.EOption) []byte {
 // and the same as plain ones by a containerd that has no pilot. The outcome is the
 // same, pilot's memory stays small, and nothing outside of the snapshot changes.
 func TestBombs(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, url := broker(t, dir+"/broker", "team-a")
 	home := smallDisk(t)

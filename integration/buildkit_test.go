@@ -117,6 +117,7 @@ func builtOn(t testing.TB, base, m ocispec.Manifest, plain int) {
 // TestBuildKit builds on encrypted images, and makes images of the outcome that
 // nodes can pull. What it finds of the outcome, docs/buildkit.md says.
 func TestBuildKit(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a", "team-b")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

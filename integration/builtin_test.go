@@ -11,6 +11,7 @@ import (
 
 // TestBuiltin builds a containerd with pilot's differ in it and pulls.
 func TestBuiltin(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "bin", "containerd"), ".")
 	build.Dir = filepath.Join(repo, "integration/testdata/containerd")

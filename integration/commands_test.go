@@ -10,6 +10,7 @@ import (
 // TestCommands uses ctr-pilot's commands for encrypted images with a key of
 // the user's own.
 func TestCommands(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := newCI(t, dir+"/ci", conf)

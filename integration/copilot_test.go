@@ -103,6 +103,7 @@ func (b *madeBroker) as(t testing.TB, cert, key, method, path, body string) (int
 
 // TestInit does what a new user does, up to the first KEK on a node.
 func TestInit(t *testing.T) {
+	t.Parallel()
 	b := initialized(t, "team-a")
 	cert, key := b.enroll(t, "worker-7")
 	if status, body := b.as(t, cert, key, "GET", "/api/v2/keks/team-a/key", ""); status != 200 {
@@ -175,6 +176,7 @@ func TestInit(t *testing.T) {
 
 // TestFullDisk fills the disk under the store and the audit log.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	for name, auditElsewhere := range map[string]bool{"the store": true, "the store and the audit log": false} {
 		t.Run(name, func(t *testing.T) {
 			dir := tempDir(t)

@@ -111,6 +111,7 @@ func (c *ci) put(name, kind string, b []byte) digest.Digest {
 
 // TestCRI pulls as the kubelet does, with the keys of the node.
 func TestCRI(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	brokerProcess, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -175,6 +176,7 @@ func TestCRI(t *testing.T) {
 // TestDecoderErrorsReachTheUser pulls an image without its KEK again and again,
 // since containerd may look for the decoder's error before it is there.
 func TestDecoderErrorsReachTheUser(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, otherURL := broker(t, dir+"/other")

@@ -11,6 +11,7 @@ import (
 
 // TestCRIOBooted sets up a machine that systemd runs, pulls, and puts it back.
 func TestCRIOBooted(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

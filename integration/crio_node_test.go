@@ -47,6 +47,7 @@ monitor_cgroup = "pod"
 // TestCRIONode sets a machine with CRI-O up with one command, pulls, and puts it
 // back.
 func TestCRIONode(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -92,6 +93,7 @@ func TestCRIONode(t *testing.T) {
 
 // TestCRIONodeConflicts installs where something is in the way.
 func TestCRIONodeConflicts(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct{ file, text, want string }{
 		"another drop-in":  {"etc/systemd/system/crio.service.d/keys.conf", "[Service]\nEnvironment=\"OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\"\n", "/etc/systemd/system/crio.service.d/keys.conf: Environment=\"OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\": move the file that it names"},
 		"environment file": {"etc/sysconfig/crio", "OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\n", "/etc/sysconfig/crio: OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf: move the file that it names"},

@@ -126,6 +126,7 @@ func (r report) has(t testing.TB, step, result string, said ...string) {
 // TestCRIO pulls encrypted images with CRI-O, and has the doctor foresee what
 // fails.
 func TestCRIO(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a", "team-b")
 	_, strangerURL := broker(t, dir+"/other", "team-b")
@@ -276,6 +277,7 @@ func TestCRIO(t *testing.T) {
 
 // TestCRIOLibrary pulls with the library of CRI-O's main branch.
 func TestCRIOLibrary(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

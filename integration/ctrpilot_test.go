@@ -11,6 +11,7 @@ import (
 // TestEncryptPushPullRun does the main job: an image is encrypted on one
 // machine, and pulled and run on another.
 func TestEncryptPushPullRun(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a", "team-b")
 	_, strangerURL := broker(t, dir+"/other", "team-b")

@@ -71,6 +71,7 @@ func strayFiles(t testing.TB, dir string) map[string]struct {
 // decrypts with its differ or with the stream processor, with files of all kinds
 // beside them.
 func TestDecryptionKeys(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := newCI(t, dir+"/ci", conf)
@@ -221,6 +222,7 @@ func checkKeyLog(t testing.TB, log, keys, key string, changes int) {
 // TestServeWithAnyKeys starts pilot with each kind of file in the place of its
 // keys.
 func TestServeWithAnyKeys(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	for name, s := range strayFiles(t, dir) {
 		for where, path := range map[string]string{"in": dir + "/" + name + ".d/" + name, "as": dir + "/at/" + name} {

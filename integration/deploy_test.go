@@ -97,6 +97,7 @@ func (b *booted) deployedImage(dir, tag string) string {
 // TestDeploy has a DaemonSet's pod set up a machine that runs, be replaced and
 // upgraded, and clean up.
 func TestDeploy(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	b := initialized(t, "team-a")
 	b.process.stop(t)

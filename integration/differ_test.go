@@ -115,6 +115,7 @@ func (c *ci) pause() string {
 // TestDiffer pulls and runs with each client, none of which knows of
 // encryption.
 func TestDiffer(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -147,6 +148,7 @@ func TestDiffer(t *testing.T) {
 		{"1.7 native", containerd17(), "native", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			home := tempDir(t)
 			// pilot is there first.
 			pilot(t, home, brokerURL)
@@ -186,6 +188,7 @@ func TestDiffer(t *testing.T) {
 
 // TestDifferCommit has containerd compare snapshots with pilot.
 func TestDifferCommit(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -243,6 +246,7 @@ func (n *node) commitKeepsLease(t testing.TB, snapshot string) {
 
 // TestDifferFails pulls what can't be decrypted.
 func TestDifferFails(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, otherURL := broker(t, dir+"/other")
@@ -351,6 +355,7 @@ func (n *node) unpacking(snapshotter string, done chan error) bool {
 
 // TestDifferKilled kills pilot while it unpacks, and restarts both sides.
 func TestDifferKilled(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -415,6 +420,7 @@ func TestDifferKilled(t *testing.T) {
 // TestDifferOverAPI has a pilot that does not see the files of the content store
 // read blobs over containerd's API.
 func TestDifferOverAPI(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -439,6 +445,7 @@ func TestDifferOverAPI(t *testing.T) {
 
 // TestDifferAway pulls while pilot is not there.
 func TestDifferAway(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

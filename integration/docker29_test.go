@@ -11,6 +11,7 @@ import (
 
 // TestDocker29 runs Docker Engine 29 on containerd 2.4.2.
 func TestDocker29(t *testing.T) {
+	t.Parallel()
 	d := newDockerTest(t, "scripts/install-tools.sh "+tools+" engines", "docker/dockerd", "docker/docker", "docker/runc")
 	m := machines()["2.4.2"](t)
 	for _, name := range []string{"dockerd", "docker", "runc"} {

@@ -358,6 +358,7 @@ func (e *engine) doctor() string {
 
 // TestDockerDebian13 runs Debian 13's Docker 26.1 on its containerd 1.7.24.
 func TestDockerDebian13(t *testing.T) {
+	t.Parallel()
 	d := newDockerTest(t, "scripts/install-tools.sh "+tools)
 	e := d.newEngine(t, newMachine(t, filepath.Join(tools, "trixie")))
 	const daemonJSON = `{"features": {"containerd-snapshotter": true}}`

@@ -160,6 +160,7 @@ func (p *patient) clean(t testing.TB) {
 
 // TestDoctor examines machines in order, and out of order.
 func TestDoctor(t *testing.T) {
+	t.Parallel()
 	for _, v := range []version{containerd2(), containerd17(), containerd16()} {
 		t.Run(v.name, func(t *testing.T) {
 			dir := tempDir(t)
@@ -238,6 +239,7 @@ func TestDoctor(t *testing.T) {
 // TestDoctorConfiguration examines machines whose containerd is configured
 // wrongly, or was not restarted.
 func TestDoctorConfiguration(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir, "team-a")
 	for _, v := range []version{containerd2(), containerd17(), containerd16()} {
@@ -328,6 +330,7 @@ func TestDoctorConfiguration(t *testing.T) {
 // TestDoctorRestart examines machines whose containerd has loaded the differ,
 // and does not know yet that it is to ask it.
 func TestDoctorRestart(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir, "team-a")
 	for _, v := range []version{containerd2(), containerd17()} {
@@ -346,6 +349,7 @@ func TestDoctorRestart(t *testing.T) {
 
 // TestDoctorProcessors examines machines that decrypt with stream processors.
 func TestDoctorProcessors(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir, "team-a")
 	for _, v := range []version{containerd2(), containerd17(), containerd16()} {
@@ -362,6 +366,7 @@ func TestDoctorProcessors(t *testing.T) {
 // TestDoctorTCP examines machines whose key provider answers over TCP: one that
 // writes the original's annotations, and one that wants certificates.
 func TestDoctorTCP(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir, "team-a", "team-b")
 	listen := loopbacktest.FreeAddress(t)
@@ -388,6 +393,7 @@ func TestDoctorTCP(t *testing.T) {
 // TestDoctorBuiltin examines a machine whose containerd has the differ compiled
 // in.
 func TestDoctorBuiltin(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	v := containerd2()
 	v.command = []string{filepath.Join(dir, "bin/containerd")}
@@ -414,6 +420,7 @@ func TestDoctorBuiltin(t *testing.T) {
 // TestDoctorHangs examines a machine whose programs take connections and do not
 // answer.
 func TestDoctorHangs(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	brokerProcess, brokerURL := broker(t, dir+"/broker", "team-a")
 	pilotProcess := activated(t, dir, brokerURL)
@@ -488,6 +495,7 @@ func TestDoctorHangs(t *testing.T) {
 // TestDoctorSockets looks at sockets that others may use, and that are not
 // pilot's.
 func TestDoctorSockets(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	pilot(t, dir, brokerURL)
@@ -512,6 +520,7 @@ func TestDoctorSockets(t *testing.T) {
 
 // TestDoctorUsage gives the doctor a configuration that pilot can't have.
 func TestDoctorUsage(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	conf := write(t, dir+"/pilot.toml", "broker = 'unix:///b.sock'\nlisten = 'nowhere'\n")
 	for want, args := range map[string][]string{

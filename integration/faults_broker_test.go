@@ -260,6 +260,7 @@ func (k *keys) flat(t testing.TB, name string, before float64) {
 // ends in time with an error that says so, or is answered by another broker; the
 // next works; and nothing is left in pilot.
 func TestBrokerFaults(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	broker(t, dir, "team-a")
 	// Another with the same KEK, behind the faults.

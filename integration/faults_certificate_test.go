@@ -11,6 +11,7 @@ import (
 // TestCertificatesExpire lets pilot's and copilot's certificates expire while
 // both run, and replaces them.
 func TestCertificatesExpire(t *testing.T) {
+	t.Parallel()
 	b := initialized(t, "team-a")
 	cert, key := b.enroll(t, "worker-7", "--for", "15s")
 	home := b.dir + "/node"

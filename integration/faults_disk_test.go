@@ -45,6 +45,7 @@ func leave(t *testing.T, dir string, free int) func() {
 // snapshotter: what does not fit fails and says why, and leaves nothing but what
 // was there before.
 func TestFullNode(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	home := tempDir(t)

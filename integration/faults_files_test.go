@@ -92,6 +92,7 @@ func (p *process) closes(t testing.TB, before int) {
 // TestPilotOutOfFiles takes all descriptors that pilot may have, on both its
 // sockets.
 func TestPilotOutOfFiles(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -166,6 +167,7 @@ func TestPilotOutOfFiles(t *testing.T) {
 
 // TestCopilotOutOfFiles takes all descriptors that copilot may have.
 func TestCopilotOutOfFiles(t *testing.T) {
+	t.Parallel()
 	b := initialized(t, "team-a")
 	b.process.stop(t)
 	const limit = 64

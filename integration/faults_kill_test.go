@@ -31,6 +31,7 @@ func rounds(t *testing.T) int {
 // was begun is whole or not there, and the next try works. `make test-long` does
 // so some hundred times.
 func TestKilledAtRandom(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))

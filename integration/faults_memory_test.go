@@ -100,6 +100,7 @@ func (g *memoryGroup) kills(t testing.TB) int {
 // a thousandfold need no more; one whose zstd window is larger has the kernel
 // kill pilot, which takes that pull with it, and nothing else.
 func TestOutOfMemory(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

@@ -60,6 +60,7 @@ const cutLasts, silentFor = 14 * time.Second, 11 * time.Second
 // TestNetworkCut cuts the network between pilot and copilot, while requests are
 // under way and between them.
 func TestNetworkCut(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	c := newCable(t, dir)
 	b := &madeBroker{dir: dir + "/broker", address: cableAddresses[0] + ":8443"}
@@ -161,6 +162,7 @@ func TestNetworkCut(t *testing.T) {
 
 // TestNetworkCutToVault cuts the network between copilot and a KMS.
 func TestNetworkCutToVault(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	c := newCable(t, dir)
 	v := newVault(t)

@@ -323,16 +323,17 @@ func activated(t testing.TB, dir, broker string) *process {
 		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock")
 	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "LISTEN_FDNAMES=keyprovider:diff")
 	for _, name := range []string{"keyprovider.sock", "diff.sock"} {
-		l, ok := sockets[dir+"/"+name]
+		l, ok := sockets.Load(dir + "/" + name)
 		if !ok {
-			var err error
-			if l, err = net.ListenUnix("unix", &net.UnixAddr{Name: dir + "/" + name, Net: "unix"}); err != nil {
+			listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: dir + "/" + name, Net: "unix"})
+			if err != nil {
 				t.Fatal(err)
 			}
-			sockets[dir+"/"+name] = l
-			t.Cleanup(func() { l.Close() })
+			sockets.Store(dir+"/"+name, listener)
+			t.Cleanup(func() { listener.Close() })
+			l = listener
 		}
-		f, err := l.File()
+		f, err := l.(*net.UnixListener).File()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -342,8 +343,8 @@ func activated(t testing.TB, dir, broker string) *process {
 	return start(t, dir, "pilot", cmd)
 }
 
-// sockets are those that are passed to pilot, by their path.
-var sockets = map[string]*net.UnixListener{}
+// sockets are those that are passed to pilot: *net.UnixListener by path.
+var sockets sync.Map
 
 // registry starts a registry and returns its address and its storage.
 func registry(t testing.TB, dir string) (address, storage string) {

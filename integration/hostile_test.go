@@ -83,6 +83,7 @@ func (h *hostile) set(answer func(http.ResponseWriter, *http.Request, func() obj
 // pilot tells it meanwhile: of keys, nothing but the layer key that it is to wrap;
 // of other KEKs, nothing at all; and nothing to anybody else.
 func TestHostileBroker(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	broker(t, dir+"/broker", "team-a", "team-b")
 	h := newHostile(t, dir+"/hostile.sock", dir+"/broker/copilot.sock")

@@ -25,6 +25,7 @@ import (
 // TestImgcrypt has imgcrypt's library decrypt what we encrypt, and the reverse,
 // for a key and for a KEK: images of each kind of layer, and indexes.
 func TestImgcrypt(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, conf := pilot(t, dir, brokerURL)

@@ -165,6 +165,7 @@ func TestBrokerKMS(t *testing.T) {
 // TestBrokerKMSFull has many wrap at once with a KEK of a KMS whose version has
 // wrapped as many keys as it may: it is rotated once.
 func TestBrokerKMSFull(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	v.put("team-a")
 	dir := tempDir(t)

@@ -194,6 +194,7 @@ func within(t testing.TB) context.Context {
 }
 
 func TestVaultGivesKeys(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	keys := [][]byte{nil, v.put("team-a"), v.put("team-a"), v.put("team-a"), v.put("team-a")}
 	v.put("team-x")
@@ -232,6 +233,7 @@ func TestVaultGivesKeys(t *testing.T) {
 }
 
 func TestVaultRotatesKeys(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	first := v.put("team-a")
 	isRotator := func(b kms.Backend) kms.Rotator { return b.(kms.Rotator) }
@@ -306,6 +308,7 @@ func TestVaultRotatesKeys(t *testing.T) {
 }
 
 func TestVaultTransit(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	v.write("transit/keys/team-b", "{}")
 	v.write("transit/keys/other", "{}")
@@ -402,6 +405,7 @@ func TestVaultTransit(t *testing.T) {
 // TestVaultLogsInAgain has tokens that end after two seconds, and then one that
 // is revoked.
 func TestVaultLogsInAgain(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	key := v.put("team-a")
 	settings, secretIDFile := v.appRole("2s", "vault-kv")
@@ -431,6 +435,7 @@ func TestVaultLogsInAgain(t *testing.T) {
 
 // TestVaultRenewsToken: one that would end after six seconds.
 func TestVaultRenewsToken(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	key := v.put("team-a")
 	s := v.write("auth/token/create", fmt.Sprintf(`{"policies": %s, "period": "6s"}`, v.policy("vault-kv")))
@@ -442,6 +447,7 @@ func TestVaultRenewsToken(t *testing.T) {
 }
 
 func TestVaultIsStopped(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	key := v.put("team-a")
 	v.write("transit/keys/team-b", "{}")
@@ -491,6 +497,7 @@ func TestVaultIsStopped(t *testing.T) {
 
 // TestVaultTLS logs in with a client certificate.
 func TestVaultTLS(t *testing.T) {
+	t.Parallel()
 	server, clients := certtest.NewAuthority(t), certtest.NewAuthority(t)
 	files := server.Issue(t, certtest.Named("vault"))
 	v := &vaultServer{t: t, dir: tempDir(t)}

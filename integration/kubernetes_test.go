@@ -68,6 +68,7 @@ func TestKubernetes(t *testing.T) {
 // does: copilot with PostgreSQL, and a DaemonSet that sets the node up, whose
 // identity is that of its service account.
 func TestKubernetesManifests(t *testing.T) {
+	t.Parallel()
 	ownNetwork(t)
 	dir := tempDir(t)
 	const broker = "https://10.96.0.200:8443" // the example's

@@ -136,6 +136,7 @@ func (h *herd) within(part float64) time.Duration {
 // connection of its own with an identity of its own. `make test-long` has up to
 // 10,000 of them, and prints how long it takes.
 func TestPowerCut(t *testing.T) {
+	t.Parallel()
 	// A broker serves 100 in a 25th of the time that a connection waits for its
 	// handshake, or less.
 	sizes := []int{100}

@@ -16,6 +16,7 @@ import (
 // a crictl of its own: 16, or as many as PILOT_PULLS says, of all kinds of layers, with one to four of those, under
 // three KEKs.
 func TestPullsAtOnce(t *testing.T) {
+	t.Parallel()
 	count := 16
 	if s := os.Getenv("PILOT_PULLS"); s != "" {
 		var err error

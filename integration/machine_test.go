@@ -41,6 +41,9 @@ func bareMachine(t testing.TB, lower string) *machine {
 			t.Fatal(err)
 		}
 	}
+	for _, name := range []string{"etc", "usr/lib/systemd"} {
+		m.freeze(lower, filepath.Join(dir, "upper"), name)
+	}
 	m.mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
 	m.mount("proc", "proc", "proc", 0, "")
 	m.mount("/dev", "dev", "", syscall.MS_BIND|syscall.MS_REC, "")
@@ -50,6 +53,21 @@ func bareMachine(t testing.TB, lower string) *machine {
 	m.mount("tmpfs", "var/tmp", "tmpfs", 0, "")
 	m.mount(m.lib, "var/lib/containerd", "", syscall.MS_BIND, "")
 	return m
+}
+
+// freeze copies a directory whose files are compared, so that what others install
+// on the machine that runs the tests does not show in them.
+func (m *machine) freeze(lower, upper, name string) {
+	m.t.Helper()
+	target := filepath.Join(upper, name)
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	// Files that disappear meanwhile are no fault.
+	exec.CommandContext(m.t.Context(), "cp", "-a", filepath.Join(lower, name), target).Run()
+	if err := syscall.Setxattr(target, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
+		m.t.Fatalf("%s: %v", target, err)
+	}
 }
 
 // mount mounts something on the machine until the end of the test.

@@ -13,6 +13,7 @@ import (
 // that name them, so that only pilot and the diff IDs are left to find it, and
 // without.
 func TestManifestTampered(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, url := broker(t, dir+"/broker", "team-a", "team-b")
 	_, conf := pilot(t, dir+"/ci", url)

@@ -20,6 +20,7 @@ import (
 // particular, with the manifests' configuration and policy, the database's URL
 // in a variable and the Secrets in files of root's, and asks it as a node does.
 func TestCopilotInCluster(t *testing.T) {
+	t.Parallel()
 	manifests := filepath.Join(repo, "packaging/kubernetes/copilot")
 	c := newCluster(t)
 	d := postgres(t)

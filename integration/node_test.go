@@ -13,6 +13,7 @@ import (
 // TestNodeInstall sets machines up with one command, pulls and runs with each
 // client, and puts them back.
 func TestNodeInstall(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -95,6 +96,7 @@ func (m *machine) loads() string {
 // TestNodeAgain installs, changes things as an admin or a newer containerd
 // would, and installs or uninstalls again.
 func TestNodeAgain(t *testing.T) {
+	t.Parallel()
 	const conf = "/etc/containerd/config.toml"
 	t.Run("rewritten", func(t *testing.T) {
 		m := machines()["2.4.2"](t)
@@ -224,6 +226,7 @@ func TestNodeAgain(t *testing.T) {
 
 // TestNodeErofs sets a machine up whose images are unpacked to EROFS.
 func TestNodeErofs(t *testing.T) {
+	t.Parallel()
 	if !strings.Contains(read(t, "/proc/filesystems"), "\terofs\n") {
 		t.Skip("this machine's kernel has no EROFS")
 	}
@@ -269,6 +272,7 @@ func said(t testing.TB, cmd *exec.Cmd) string {
 // TestNodeConflicts installs on machines whose own settings are in the way, and
 // on some whose are not.
 func TestNodeConflicts(t *testing.T) {
+	t.Parallel()
 	const conf = "etc/containerd/config.toml"
 	for name, test := range map[string]struct {
 		version string
@@ -321,6 +325,7 @@ func TestNodeConflicts(t *testing.T) {
 // TestNodeKeepConfig uninstalls as the removal of a package does, and installs
 // again.
 func TestNodeKeepConfig(t *testing.T) {
+	t.Parallel()
 	m := machines()["2.4.2"](t)
 	before := m.files()
 	output(t, m.pilot("node", "install", "--broker", "https://copilot.example.com"))
@@ -350,6 +355,7 @@ func TestNodeKeepConfig(t *testing.T) {
 
 // TestNodeChanged uninstalls where files were changed since.
 func TestNodeChanged(t *testing.T) {
+	t.Parallel()
 	m := machines()["2.4.2"](t)
 	conf := m.root + "/etc/containerd/config.toml"
 	before := read(t, conf)

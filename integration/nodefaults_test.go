@@ -38,6 +38,7 @@ func (m *machine) script(text string) {
 // TestNodeTrustsNoOtherUser has a user start a program under the name of a
 // containerd of theirs, which must not be run as root.
 func TestNodeTrustsNoOtherUser(t *testing.T) {
+	t.Parallel()
 	for name, asUser := range map[string][]string{
 		"user":      {"setpriv", "--reuid=65534", "--clear-groups"},
 		"half root": {"setpriv", "--ruid=65534"},
@@ -77,6 +78,7 @@ func TestNodeTrustsNoOtherUser(t *testing.T) {
 // TestNodePilotIsALink installs with a link of root's to a pilot that a user can
 // replace.
 func TestNodePilotIsALink(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.4.2", "version = 3\n")
 	before := m.files()
 	output(t, command(t, "install", "-D", filepath.Join(bin, "pilot"), m.root+"/opt/theirs/pilot"))
@@ -89,6 +91,7 @@ func TestNodePilotIsALink(t *testing.T) {
 // TestNodeFindsTheConfiguration installs for a containerd that was started with a
 // relative path, and for one that is named and is not there.
 func TestNodeFindsTheConfiguration(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.4.2", "version = 3\n")
 	write(t, m.root+"/opt/c/config.toml", "version = 3\n")
 	before := m.files()
@@ -111,6 +114,7 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 
 // TestNodeOddImports installs with imports as nobody should write them.
 func TestNodeOddImports(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "")
 	for name, text := range map[string]string{
 		"quoted":    "version = 2\n\"imports\" = [\"/etc/containerd/x/a*.toml\"]\n",
@@ -141,6 +145,7 @@ func TestNodeOddImports(t *testing.T) {
 // TestNodeChangedMeanwhile has another tool write containerd's configuration while
 // pilot is installed: what it wrote stays.
 func TestNodeChangedMeanwhile(t *testing.T) {
+	t.Parallel()
 	const another = "# of another tool\n"
 	t.Run("before it is written", func(t *testing.T) {
 		m := configured(t, "2.2.9", "version = 2\n")
@@ -190,6 +195,7 @@ exec /usr/bin/containerd.real "$@"
 // TestNodeContainerdHangs has containerd's program not answer: nothing waits for
 // it longer than systemd waits for containerd to start.
 func TestNodeContainerdHangs(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	output(t, m.pilot("node", "install"))
 	installed := m.files()
@@ -216,6 +222,7 @@ func TestNodeContainerdHangs(t *testing.T) {
 // TestNodeRefreshFollowsUnit has the unit start another program than when pilot
 // was installed, as after an upgrade to the release of upstream.
 func TestNodeRefreshFollowsUnit(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "1.7", "version = 2\n")
 	output(t, m.pilot("node", "install"))
 	output(t, command(t, "install", filepath.Join(tools, "containerd-2.2.9/containerd"), m.root+"/usr/local/bin/containerd"))
@@ -229,6 +236,7 @@ func TestNodeRefreshFollowsUnit(t *testing.T) {
 // TestNodeOfEarlierVersion refreshes what a version of pilot installed that did
 // not note for which containerd, while another than containerd.service's runs.
 func TestNodeOfEarlierVersion(t *testing.T) {
+	t.Parallel()
 	const ofK3s = "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"
 	m := configured(t, "2.2.9", "version = 2\n")
 	before := m.files()
@@ -258,6 +266,7 @@ func TestNodeOfEarlierVersion(t *testing.T) {
 // TestNodeNowhereToTry installs on a machine whose /tmp is
 // read-only.
 func TestNodeNowhereToTry(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	before := m.files()
 	m.mount("tmpfs", "tmp", "tmpfs", syscall.MS_RDONLY, "")
@@ -269,6 +278,7 @@ func TestNodeNowhereToTry(t *testing.T) {
 // TestNodeKilled kills an installation at any time: containerd can read its
 // configuration, and uninstalling puts everything back.
 func TestNodeKilled(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", read(t, "testdata/nodes/v2-cri-no-imports.toml"))
 	before := m.files()
 	began := time.Now()
@@ -281,6 +291,10 @@ func TestNodeKilled(t *testing.T) {
 	for _, file := range []string{"/etc/containerd/.config.toml.pilot-new", "/etc/containerd/conf.d/.pilot.toml.pilot-new", "/var/lib/pilot/.node.json.pilot-new"} {
 		write(t, m.root+file, "half a f")
 	}
+	output(t, m.pilot("node", "uninstall"))
+	m.same(before)
+	// The same, killed in its first write.
+	write(t, m.root+"/var/lib/pilot/.node.json.pilot-new", "half a f")
 	output(t, m.pilot("node", "uninstall"))
 	m.same(before)
 	const times = 10

@@ -65,6 +65,7 @@ func versionDir(version string) string {
 // starts after each step, and pulls plain and encrypted images. With PILOT_NODES=all
 // it takes each version with each configuration, else each of them once.
 func TestNodes(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)
@@ -84,6 +85,7 @@ func TestNodes(t *testing.T) {
 			}
 			taken[version] = true
 			t.Run(version+"/"+strings.TrimSuffix(test.file, ".toml"), func(t *testing.T) {
+				t.Parallel()
 				m := machines()[version](t)
 				m.brokerAt(brokerURL)
 				n := &installedNode{m: m, test: test, version: version, registry: c.registry, plain: plain, encrypted: encrypted}

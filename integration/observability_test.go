@@ -15,6 +15,7 @@ const observability = "../docs/observability/"
 // TestAlerts has Prometheus' own program read the alert rules, and try each on
 // series in which all is well, and on some in which it is not.
 func TestAlerts(t *testing.T) {
+	t.Parallel()
 	output(t, command(t, "promtool", "check", "rules", observability+"alerts.yml"))
 	output(t, command(t, "promtool", "test", "rules", observability+"alerts_test.yml"))
 	tried := read(t, observability+"alerts_test.yml")
@@ -28,6 +29,7 @@ func TestAlerts(t *testing.T) {
 // TestDashboard has Prometheus' own parser read each query of the dashboard, and
 // looks for the metrics that it shows.
 func TestDashboard(t *testing.T) {
+	t.Parallel()
 	var dashboard struct {
 		Panels []struct {
 			Title   string

@@ -19,6 +19,7 @@ func (m *machine) containerd(t *testing.T, socket string, args ...string) *proce
 // TestNodeFollowsRunningContainerd installs on machines whose containerd is not
 // the one that it would be by default.
 func TestNodeFollowsRunningContainerd(t *testing.T) {
+	t.Parallel()
 	const (
 		socket = "/run/containerd/containerd.sock"
 		other  = "/run/other/containerd.sock"
@@ -105,6 +106,7 @@ wait
 // TestNodeOnK3s installs on k3s of before and after it imported a directory, with
 // another containerd beside it that is not the kubelet's.
 func TestNodeOnK3s(t *testing.T) {
+	t.Parallel()
 	const dir = "/var/lib/rancher/k3s/agent/etc/containerd/"
 	const socket = "/run/k3s/containerd/containerd.sock"
 	base := read(t, "testdata/nodes/v3-k3s.toml")
@@ -163,6 +165,7 @@ func TestNodeOnK3s(t *testing.T) {
 
 // TestNodeRefusals installs where pilot can't be set up, or would not last.
 func TestNodeRefusals(t *testing.T) {
+	t.Parallel()
 	for id, want := range map[string]string{
 		"bottlerocket": "Bottlerocket generates it from settings",
 		"talos":        "configure it as docs/containerd.md shows",
@@ -188,6 +191,7 @@ func TestNodeRefusals(t *testing.T) {
 // TestNodeBrokenBefore has an earlier version's drop-in repaired, with which
 // containerd 2.0 to 2.2 forgot its CRI configuration.
 func TestNodeBrokenBefore(t *testing.T) {
+	t.Parallel()
 	m := machines()["2.2.9"](t)
 	const conf = "/etc/containerd/config.toml"
 	write(t, m.root+conf, read(t, "testdata/nodes/v2-cri.toml"))
@@ -222,6 +226,7 @@ func (m *machine) renote(path, text string) {
 // TestNodeLists has the doctor find entries that pilot's lists hide, and those of
 // a tool that is gone.
 func TestNodeLists(t *testing.T) {
+	t.Parallel()
 	m := machines()["2.2.9"](t)
 	write(t, m.root+"/etc/containerd/config.toml", read(t, "testdata/nodes/v3-imports.toml"))
 	lazy := m.root + "/etc/containerd/conf.d/lazy.toml"

@@ -116,6 +116,7 @@ func (r *replica) keys(t testing.TB, verb string, args ...string) *exec.Cmd {
 // TestReplicas has several brokers work on one database at once, and takes it
 // away from them.
 func TestReplicas(t *testing.T) {
+	t.Parallel()
 	d := postgres(t)
 	rs := replicas(t, d, 3)
 

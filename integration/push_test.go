@@ -11,6 +11,7 @@ import (
 // TestLocalCommands pushes, tags and exports images of containerds whose transfer
 // service is missing (1.6), ignores flags (1.7), or can't push one platform (2.x).
 func TestLocalCommands(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	address, storage := registry(t, dir)
 	// pushed returns the digest that the registry has for NAME:TAG, or "".
@@ -88,6 +89,7 @@ func TestLocalCommands(t *testing.T) {
 // TestReadmeCtrPilot runs the commands of README's section on ctr-pilot as they
 // are, with a registry of our own.
 func TestReadmeCtrPilot(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/node", brokerURL)

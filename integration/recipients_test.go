@@ -84,6 +84,7 @@ func hsmKey(t testing.TB, dir, private string) string {
 
 // TestInterrupted stops ctr-pilot in the middle of an encryption.
 func TestInterrupted(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := newNode(t, dir+"/ci", containerd2(), conf, "")

@@ -139,6 +139,7 @@ func (w *watched) keks(repository, ref string) (digests []string, keks map[strin
 // TestRewrapRegistry moves images in a registry, without a containerd, and without
 // asking for a layer.
 func TestRewrapRegistry(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	copilot, brokerURL := broker(t, dir+"/broker", "team-a", "team-b")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

@@ -52,6 +52,7 @@ func (n *node) expectRecipients(name, want string, before []string) {
 // TestRewrap moves images in containerd to new versions of KEKs and to other
 // recipients. Their layers' files are away meanwhile.
 func TestRewrap(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	copilot, brokerURL := broker(t, dir+"/broker", "team-a", "team-b", "team-c")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

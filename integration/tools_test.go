@@ -82,6 +82,7 @@ func blobs(t testing.TB, dir string) string {
 // TestTools has skopeo, buildah and podman encrypt and decrypt with pilot as a
 // daemon and as an executable, and ctr-pilot read what they wrote.
 func TestTools(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, daemon := pilot(t, dir+"/ci", brokerURL)
@@ -166,6 +167,7 @@ func TestTools(t *testing.T) {
 // TestOriginalDropIn runs pilot in the original's place, between skopeo and a
 // broker with the original's API.
 func TestOriginalDropIn(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	var ports [2]string
 	for i := range ports {

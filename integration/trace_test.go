@@ -19,6 +19,7 @@ import (
 // TestTraces follows a layer key from who wants it wrapped, through pilot, to
 // copilot and its audit log.
 func TestTraces(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	collector := tracetest.Start(t)
 	env := append(os.Environ(), "OTEL_EXPORTER_OTLP_ENDPOINT="+collector.URL, "OTEL_BSP_SCHEDULE_DELAY=20")
@@ -59,6 +60,7 @@ func TestTraces(t *testing.T) {
 
 // TestOneID has no collector: the logs still tell what belongs together.
 func TestOneID(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, url := broker(t, dir, "team-a")
 	provider, _ := pilot(t, dir+"/pilot", url)

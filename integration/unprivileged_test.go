@@ -136,6 +136,7 @@ func spies(t testing.TB, uid, pid int) (found []string) {
 // TestUnprivileged has a user without rights try everything on a node and on the
 // broker's machine. copilot runs as a user of its own.
 func TestUnprivileged(t *testing.T) {
+	t.Parallel()
 	if err := os.Chmod(bin, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -185,6 +185,10 @@ func nodeUninstall(c *cli.Context) error {
 		return err
 	}
 	if !had.Present {
+		// An installation that was killed early may have left a file.
+		if err := node.Uninstall(c.Context, o); err != nil {
+			return err
+		}
 		fmt.Println("nothing is installed")
 		return nil
 	}

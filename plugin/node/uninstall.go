@@ -35,6 +35,10 @@ func Uninstall(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
+	if _, err := os.Lstat(unfinished(o.path(stateFile))); err == nil && len(s.Files) == 0 {
+		// An installation was killed before it had noted anything.
+		s.Dirs = append(s.Dirs, filepath.Dir(stateFile))
+	}
 	if err := s.disconnect(ctx, o); err != nil {
 		return err
 	}
