@@ -51,6 +51,9 @@ type state struct {
 	// Containerd is the one that was set up; null: by a version of pilot that
 	// did not note it.
 	Containerd *installedTarget `json:"containerd,omitempty"`
+	// Unsure are files and directories of which nobody knows whether they were
+	// there before the installation, since the state was lost and made again.
+	Unsure []string `json:"unsure,omitempty"`
 }
 
 // installedTarget is the containerd that was set up.
@@ -89,7 +92,7 @@ func (o Options) readState() (state, error) {
 		return s, err
 	}
 	if err := json.Unmarshal(b, &s); err != nil {
-		return s, fmt.Errorf("%s is damaged: %w", stateFile, err)
+		return s, lostState(err)
 	}
 	return s, nil
 }

@@ -105,7 +105,7 @@ func (o Options) examineDocker(version string, pid int, args []string) (*Docker,
 
 // dockerVersion returns dockerd's version; empty if it does not say one.
 func (o Options) dockerVersion(ctx context.Context, binary string) string {
-	ctx, cancel := context.WithTimeout(ctx, runWithin)
+	ctx, cancel := context.WithTimeout(ctx, runTimeout)
 	defer cancel()
 	args := []string{binary, "--version"}
 	if o.Root != "" {

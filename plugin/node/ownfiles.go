@@ -207,12 +207,19 @@ func (o Options) hasSystemd() bool {
 // are.
 const packagedPilot = "/usr/bin/pilot"
 
+// unitWants are pilot's units, with the directories of the links that enable them.
+var unitWants = map[string]string{
+	pilotService:               "multi-user.target.wants",
+	"pilot-keyprovider.socket": "sockets.target.wants",
+	"pilot-diff.socket":        "sockets.target.wants",
+}
+
 // units plans systemd's units and the links that enable them. Units of a
 // package are used as they are.
 func (p *Plan) units(before state, differ bool) error {
-	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
-	if differ {
-		names["pilot-diff.socket"] = "sockets.target.wants"
+	names := maps.Clone(unitWants)
+	if !differ {
+		delete(names, "pilot-diff.socket")
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		path := filepath.Join(unitDir, name)
@@ -255,16 +262,18 @@ func (p *Plan) unitDropIns(before state) error {
 	if err != nil || len(env) == 0 {
 		return err
 	}
-	return p.own(before, filepath.Join(unitDir, pilotService+".d", "decoder.conf"), environmentUnit(c.config, env), nil)
+	return p.own(before, filepath.Join(unitDir, pilotService+".d", decoderUnit), environmentUnit(c.config, env), nil)
 }
 
 // refreshName is the file that has systemd run "pilot node refresh" before
 // containerd.
 const refreshName = "pilot.conf"
 
+// decoderUnit is the file that gives pilot.service what stream processors had.
+const decoderUnit = "decoder.conf"
+
 func refreshUnit(pilot string) []byte {
-	return fmt.Appendf(nil, `# Written by "pilot node install"; "pilot node uninstall" removes it.
-# containerd's configuration may have been rewritten, by a tool or at boot.
+	return fmt.Appendf(nil, writtenBy+`# containerd's configuration may have been rewritten, by a tool or at boot.
 [Service]
 ExecStartPre=-%s node refresh
 `, pilot)

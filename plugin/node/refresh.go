@@ -34,9 +34,12 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 		return nil, err
 	}
 	defer release()
-	s, err := o.readState()
+	s, lost, err := o.loadState()
 	if err != nil {
 		return nil, err
+	}
+	if lost != "" {
+		return nil, &Conflict{stateFile, lost + ", and pilot's files are here", "run \"pilot node install\", which takes them over"}
 	}
 	if len(s.dropIns()) == 0 {
 		return nil, nil

@@ -6,10 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -22,21 +22,25 @@ import (
 // If containerd could not start without pilot's drop-in, or would still ask pilot,
 // because a tool has written its configuration from a dump with pilot in it, then
 // nothing is removed, and the error names the lines.
-func Uninstall(ctx context.Context, o Options) error {
+//
+// If the note of what was installed was lost, it removes what an installation has
+// written, and returns the paths that stay because nobody knows whether they were
+// there before.
+func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err := o.cleanRoot(); err != nil {
-		return err
+		return nil, err
 	}
 	release, err := o.lock()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer release()
-	s, err := o.readState()
+	s, _, err := o.loadState()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := s.disconnect(ctx, o); err != nil {
-		return err
+		return nil, err
 	}
 	var errs []error
 	var left []installed
@@ -51,11 +55,15 @@ func Uninstall(ctx context.Context, o Options) error {
 		}
 	}
 	slices.Reverse(left)
-	if err := o.writeState(state{Files: left, Dirs: s.Dirs, Containerd: s.Containerd}); err != nil {
+	if s.Unsure != nil {
+		unsure = s.leftOver(o)
+	}
+	s.Files = left
+	if err := o.writeState(s); err != nil {
 		errs = append(errs, err)
 	}
 	o.removeDirs(s.Dirs)
-	return errors.Join(errs...)
+	return unsure, errors.Join(errs...)
 }
 
 // disconnect takes pilot out of containerd's configuration. If containerd could
@@ -179,6 +187,12 @@ func mentionsPilot(dump map[string]any) bool {
 	return false
 }
 
+// namesPilot is what a line of a configuration has that adds pilot to it: the name
+// of its proxy plugin and differ, its socket, its stream processor, and its drop-in.
+// copilot, and a directory that is named pilot, are something else.
+var namesPilot = regexp.MustCompile(`["']pilot["']|\bproxy_plugins\.pilot\s*[].=]|^\s*pilot\s*[.=]|` +
+	regexp.QuoteMeta(diffSocket) + `\b|/pilot-decoder\b|/(zz-)?pilot\*?\.toml["']`)
+
 // linesWithPilot returns the lines of containerd's files that name pilot, as
 // FILE:LINE.
 func (c *containerd) linesWithPilot(o Options) []string {
@@ -188,15 +202,15 @@ func (c *containerd) linesWithPilot(o Options) []string {
 	}
 	var found []string
 	for _, file := range files {
-		text, err := os.ReadFile(o.path(file))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		text, err := o.readConfig(file)
+		if err != nil {
 			continue
 		}
 		number := 0
 		for line := range bytes.Lines(text) {
 			number++
 			code, _, _ := bytes.Cut(line, []byte("#"))
-			if bytes.Contains(code, []byte("pilot")) {
+			if namesPilot.Match(code) {
 				found = append(found, fmt.Sprintf("%s:%d", file, number))
 			}
 		}
@@ -235,7 +249,7 @@ func Installed(o Options) (Installation, error) {
 	if err := o.cleanRoot(); err != nil {
 		return Installation{}, err
 	}
-	s, err := o.readState()
+	s, _, err := o.loadState()
 	i := Installation{Service: containerdService}
 	if s.Containerd != nil {
 		i.Service = s.Containerd.Service
