@@ -84,7 +84,7 @@ func LookForDocker(ctx context.Context, o Options) (*Docker, error) {
 
 // dockerUnitArgs returns the arguments with which systemd starts dockerd.
 func (o Options) dockerUnitArgs() []string {
-	words := o.execStart("docker.service")
+	words, _ := o.execStart("docker.service")
 	return words[min(1, len(words)):]
 }
 

@@ -172,7 +172,14 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		return nil, err
 	}
 	forContainerd := len(p.Changes)
-	if err := p.pilotConfig(c, before); err != nil {
+	var keys string
+	var env []string
+	if c.usesDiffer() {
+		if keys, env, err = c.decoderSettings(o); err != nil {
+			return nil, err
+		}
+	}
+	if err := p.pilotConfig(c, before, keys); err != nil {
 		return nil, err
 	}
 	if err := p.own(before, keyProviders, []byte(keyProvidersText), checkKeyProviders); err != nil {
@@ -182,7 +189,7 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		if err := p.units(before, c.usesDiffer()); err != nil {
 			return nil, err
 		}
-		if err := p.unitDropIns(before); err != nil {
+		if err := p.unitDropIns(before, env); err != nil {
 			return nil, err
 		}
 	}
@@ -316,6 +323,10 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	for _, c := range p.Changes {
 		if err = c.make(p.options); err != nil {
 			err = fmt.Errorf("%s: %w", c.Path, err)
+			var fixed errFixed
+			if inserted := p.inserted[c.Path]; inserted != "" && errors.As(err, &fixed) {
+				err = fmt.Errorf("%w; with %q in its imports this leaves it as it is", err, imported(inserted))
+			}
 			break
 		}
 		made = append(made, c)

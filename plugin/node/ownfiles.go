@@ -46,8 +46,8 @@ func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode,
 // imgcryptKeys is where containerd's default stream processors look for keys.
 const imgcryptKeys = "/etc/containerd/ocicrypt/keys"
 
-// pilotConfig plans pilot.toml.
-func (p *Plan) pilotConfig(c *containerd, before state) error {
+// pilotConfig plans pilot.toml, with the directory of keys that stream processors had.
+func (p *Plan) pilotConfig(c *containerd, before state, keys string) error {
 	settings := maps.Clone(p.options.Settings)
 	if settings == nil {
 		settings = make(map[string]string)
@@ -55,14 +55,8 @@ func (p *Plan) pilotConfig(c *containerd, before state) error {
 	if a := c.socket(); c.usesDiffer() && a != defaultAddress {
 		settings["containerd"] = a
 	}
-	if c.usesDiffer() {
-		keys, _, err := c.decoderSettings(p.options)
-		if err != nil {
-			return err
-		}
-		if keys != "" {
-			settings["decryption-keys-path"] = keys
-		}
+	if keys != "" {
+		settings["decryption-keys-path"] = keys
 	}
 	wanted, err := p.options.withInstalled(settings)
 	if err != nil {
@@ -249,18 +243,15 @@ func (p *Plan) units(before state, differ bool) error {
 	return nil
 }
 
-// unitDropIns plans what is added to the units of containerd and of pilot.
-func (p *Plan) unitDropIns(before state) error {
+// unitDropIns plans what is added to the units of containerd and of pilot: the
+// environment that stream processors had.
+func (p *Plan) unitDropIns(before state, env []string) error {
 	c := p.containerd
 	if err := p.own(before, filepath.Join(unitDir, c.service+".d", refreshName), refreshUnit(p.options.PilotBinary), nil); err != nil {
 		return err
 	}
-	if !c.usesDiffer() {
+	if len(env) == 0 {
 		return nil
-	}
-	_, env, err := c.decoderSettings(p.options)
-	if err != nil || len(env) == 0 {
-		return err
 	}
 	return p.own(before, filepath.Join(unitDir, pilotService+".d", decoderUnit), environmentUnit(c.config, env), nil)
 }

@@ -129,15 +129,29 @@ func (s *state) target(o Options) (*target, error) {
 	t := &target{program: s.Containerd.Program, config: s.Containerd.Config, address: s.Containerd.Address, service: s.Containerd.Service}
 	t.distribution = o.distributionAt(t.config, "")
 	// The unit may have been given another program since.
-	if words := o.execStart(t.service); len(words) > 0 && filepath.Base(words[0]) == "containerd" && exists(o.path(words[0])) {
-		if f, _ := parseFlags(words[1:]); cmp.Or(f.config, defaultConfig) == t.config {
-			t.program = words[0]
-		}
+	program, config := o.unitStarts(t.service)
+	if program != "" && config == t.config {
+		t.program = program
 	}
 	if !exists(o.path(t.program)) {
-		return nil, fmt.Errorf("%s: %w", t.program, exec.ErrNotFound)
+		moved := o.lookPath("containerd", binDirs)
+		if moved == "" {
+			return nil, fmt.Errorf("%s, which pilot was installed for, is gone: run \"pilot node install\" once containerd is there: %w", t.program, exec.ErrNotFound)
+		}
+		t.program = moved
 	}
 	return t, nil
+}
+
+// unitStarts returns the containerd that a unit starts, and the configuration file
+// that it reads, or nothing if it starts something else.
+func (o Options) unitStarts(service string) (program, config string) {
+	words, err := o.execStart(service)
+	if err != nil || len(words) == 0 || filepath.Base(words[0]) != "containerd" {
+		return "", ""
+	}
+	f, _ := parseFlags(words[1:])
+	return o.lookPath(words[0], binDirs), cmp.Or(f.config, defaultConfig)
 }
 
 // deferred reports whether it reads its drop-ins only once the distribution that
