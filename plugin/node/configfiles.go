@@ -42,8 +42,8 @@ func readConfigFiles(o Options, main string) (configFiles, error) {
 }
 
 // readConfig reads one of containerd's configuration files. It does not open what
-// containerd would wait for, or read without end. containerd takes any device,
-// such as /dev/null, for which only that one is used.
+// containerd would wait for or read without end, or would not start with. /dev/null
+// is an empty file to containerd, too.
 func (o Options) readConfig(name string) ([]byte, error) {
 	path := o.path(name)
 	info, err := os.Stat(path)
