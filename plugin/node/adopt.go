@@ -204,9 +204,12 @@ func (o Options) targetWith(config string) (*target, error) {
 // isDropInText reports whether an installation has written this drop-in of
 // containerd's configuration: its header, and no setting but pilot's.
 func isDropInText(text []byte) bool {
+	if string(text) == leftOut {
+		return true
+	}
 	rest, found := bytes.CutPrefix(text, []byte(writtenBy))
-	if string(text) == leftOut || !found {
-		return found || string(text) == leftOut
+	if !found {
+		return false
 	}
 	rest = bytes.TrimPrefix(rest, []byte(templateBase))
 	var conf map[string]any

@@ -15,8 +15,8 @@ const refreshTimeout = 30 * time.Second
 // Refresh brings pilot's part of containerd's configuration up to date, right
 // before containerd starts: the configuration may have been rewritten without
 // pilot, tools may have come and gone that are in pilot's lists, or containerd may
-// be another version or at another path. It returns the files that it has changed, and does nothing
-// where pilot is not installed.
+// be another version or at another path. It returns the files that it has changed,
+// and does nothing where pilot is not installed.
 //
 // If containerd can't be given pilot without losing something else, its drop-in is
 // removed, so that containerd starts as if pilot was not there, and the error says
@@ -63,7 +63,7 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	for _, change := range p.Changes {
 		changed = append(changed, change.Path)
 	}
-	if _, config := o.unitStarts(c.service); config != "" && config != c.config {
+	if _, config := o.unitStarts(c.service); c.name == "" && config != "" && config != c.config {
 		return changed, &Conflict{c.service, fmt.Sprintf("its containerd reads %s now, and pilot was installed for %s", config, c.config), "run \"pilot node install\""}
 	}
 	return changed, nil

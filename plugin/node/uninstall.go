@@ -135,7 +135,7 @@ func (s *state) target(o Options) (*target, error) {
 	}
 	if !exists(o.path(t.program)) {
 		moved := o.lookPath("containerd", binDirs)
-		if moved == "" {
+		if moved == "" || t.name != "" { // a distribution has its own
 			return nil, fmt.Errorf("%s, which pilot was installed for, is gone: run \"pilot node install\" once containerd is there: %w", t.program, exec.ErrNotFound)
 		}
 		t.program = moved
