@@ -91,5 +91,5 @@ func checkPush(ctx context.Context, cmd *cli.Command) error {
 	for _, p := range has {
 		names = append(names, platforms.FormatAll(p))
 	}
-	return fmt.Errorf("image %s is not for platform %s, but for %s", name, wanted[0], strings.Join(names, ", "))
+	return fmt.Errorf("image %s has no platform %s: it has %s", name, wanted[0], strings.Join(names, ", "))
 }

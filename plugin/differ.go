@@ -59,12 +59,13 @@ const (
 // snapshots. It is safe for concurrent use.
 type Differ struct {
 	diff.Comparer
-	store    content.Store
-	appliers []diff.Applier // the first that can deal with a snapshot's mounts does
-	conf     Config
-	keys     *processor.KeyDir
-	places   chan struct{}
-	metrics  *metrics
+	store     content.Store
+	appliers  []diff.Applier // the first that can deal with a snapshot's mounts does
+	conf      Config
+	keys      *processor.KeyDir
+	manifests *manifestSearch
+	places    chan struct{}
+	metrics   *metrics
 }
 
 // New returns a Differ that reads layers from store. mounts may be nil.
@@ -86,10 +87,11 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 			erofs.NewErofsDiffer(store),
 			apply.NewFileSystemApplierWithMountManager(store, mounts),
 		},
-		conf:    conf,
-		keys:    newKeyDir(conf.DecryptionKeysPath, conf.Metrics),
-		places:  make(chan struct{}, conf.Layers),
-		metrics: newMetrics(conf.Metrics),
+		conf:      conf,
+		keys:      newKeyDir(conf.DecryptionKeysPath, conf.Metrics),
+		manifests: &manifestSearch{store: store},
+		places:    make(chan struct{}, conf.Layers),
+		metrics:   newMetrics(conf.Metrics),
 	}
 }
 

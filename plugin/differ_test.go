@@ -37,7 +37,7 @@ type keys struct {
 	dir string // with the private key in key.pem
 }
 
-func newKeys(t *testing.T) keys {
+func newKeys(t testing.TB) keys {
 	t.Helper()
 	public, private, err := utils.CreateRSATestKey(2048, nil, true)
 	if err != nil {
@@ -64,7 +64,7 @@ func newStore(t *testing.T) content.Store {
 }
 
 // tarball is a layer with one file.
-func tarball(t *testing.T, size int) []byte {
+func tarball(t testing.TB, size int) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -115,7 +115,7 @@ func unchanged(b []byte) []byte { return b }
 
 // overlay returns mounts onto which a layer is unpacked without mounting
 // anything, and the directory into which.
-func overlay(t *testing.T) ([]mount.Mount, string) {
+func overlay(t testing.TB) ([]mount.Mount, string) {
 	dir := t.TempDir()
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=/nonexistent", "upperdir=" + dir}}}, dir
 }

@@ -2,21 +2,21 @@ package plugin
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containers/ocicrypt/config"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 
@@ -53,19 +53,39 @@ const (
 // annotations of the manifests that name the layer if desc has none.
 func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*processor.LayerKey, error) {
 	if processor.HasRecipients(desc) {
-		return d.unwrapOne(ctx, dc, desc)
+		return d.unwrapOne(ctx, d.conf.UnwrapTimeout, dc, desc)
 	}
-	found, err := describedBy(ctx, d.store, desc)
-	switch {
-	case err != nil:
+	deadline := time.Now().Add(d.conf.UnwrapTimeout)
+	found, reused, failure := d.describedBy(ctx, deadline, desc, false)
+	if failure == nil {
+		var key *processor.LayerKey
+		if key, failure = d.unwrapFound(ctx, deadline, dc, desc, found); failure == nil {
+			return key, nil
+		}
+	}
+	if !reused || !errors.Is(failure, processor.ErrNoKey) {
+		return nil, failure
+	}
+	// The manifest with the key may have come since the walk.
+	now, _, err := d.describedBy(ctx, deadline, desc, true)
+	if err != nil {
 		return nil, err
-	case len(found) == 1:
-		return d.unwrapOne(ctx, dc, found[0])
+	}
+	if reflect.DeepEqual(now, found) {
+		return nil, failure
+	}
+	return d.unwrapFound(ctx, deadline, dc, desc, now)
+}
+
+// unwrapFound unwraps the key of the layer desc, which manifests describe as found.
+func (d *Differ) unwrapFound(ctx context.Context, deadline time.Time, dc *config.DecryptConfig, desc ocispec.Descriptor, found []ocispec.Descriptor) (*processor.LayerKey, error) {
+	if len(found) == 1 {
+		return d.unwrapOne(ctx, time.Until(deadline), dc, found[0])
 	}
 	// Anybody who can have an image pulled can add a manifest, and put the key
 	// of another layer in it. So a key has to fit the layer's HMAC.
 	verified := 0
-	return d.keys.UnwrapAny(ctx, d.conf.UnwrapTimeout, dc, found, func(key *processor.LayerKey) (bool, error) {
+	return d.keys.UnwrapAny(ctx, time.Until(deadline), dc, found, func(key *processor.LayerKey) (bool, error) {
 		if verified++; verified > maxVerified {
 			return false, fmt.Errorf("the manifests that name the layer hold more than %d keys that are not its own: remove the images that do not belong here: %w", maxVerified, errdefs.ErrFailedPrecondition)
 		}
@@ -83,8 +103,8 @@ func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc oc
 }
 
 // unwrapOne unwraps the key of a layer from the annotations of desc.
-func (d *Differ) unwrapOne(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*processor.LayerKey, error) {
-	ctx, cancel := context.WithTimeout(ctx, d.conf.UnwrapTimeout)
+func (d *Differ) unwrapOne(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, desc ocispec.Descriptor) (*processor.LayerKey, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	key, err := d.keys.Unwrap(ctx, dc, desc)
 	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, processor.ErrNoKey) {
@@ -94,13 +114,29 @@ func (d *Differ) unwrapOne(ctx context.Context, dc *config.DecryptConfig, desc o
 }
 
 // describedBy returns desc once with each different set of key annotations that
-// the manifests of the context's namespace have for the layer, at least one.
-// Other namespaces are not searched: they may be other tenants'.
-func describedBy(ctx context.Context, store content.Store, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	blobs, err := possibleManifests(ctx, store, desc.Digest)
+// the manifests of the context's namespace have for the layer, at least one, and
+// whether an earlier walk has found them. Other namespaces are not searched: they
+// may be other tenants'.
+func (d *Differ) describedBy(ctx context.Context, deadline time.Time, desc ocispec.Descriptor, anew bool) (found []ocispec.Descriptor, reused bool, err error) {
+	searching, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	w, reused, err := d.manifests.enter(searching, anew)
+	if err == nil {
+		defer w.leave()
+		found, err = w.describedBy(searching, d.store, desc)
+	}
+	if err != nil && searching.Err() != nil {
+		err = fmt.Errorf("search for the layer's key in the namespace's manifests: %w", searching.Err())
+	}
+	return found, reused, err
+}
+
+func (w *namespaceWalk) describedBy(ctx context.Context, store content.Store, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	own, err := store.Info(ctx, desc.Digest)
 	if err != nil {
 		return nil, err
 	}
+	blobs := w.manifestsOf(own)
 	var found []ocispec.Descriptor
 	without := 0 // manifests that name the layer without its key
 	bytesLeft := int64(maxBlobBytes)
@@ -109,7 +145,7 @@ func describedBy(ctx context.Context, store content.Store, desc ocispec.Descript
 			logrus.WithFields(logrus.Fields{"digest": desc.Digest, "read": i, "of": len(blobs)}).Warn("not all manifests that may name the layer were read")
 			break
 		}
-		layers, err := layersNamed(ctx, store, info, desc.Digest)
+		layers, err := w.layersNamed(ctx, store, info, desc.Digest)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
@@ -139,81 +175,27 @@ func describedBy(ctx context.Context, store content.Store, desc ocispec.Descript
 	return nil, fmt.Errorf("%w: the layer's descriptor has no key annotations, and no manifest in namespace %s names the layer", processor.ErrNoKey, namespace)
 }
 
-// possibleManifests returns the blobs that may be manifests of the layer, those
-// first that refer to it by containerd's labels for garbage collection, then
-// those that came from the same repository, each the newest first. BuildKit sets
-// no labels of the first kind.
-func possibleManifests(ctx context.Context, store content.Store, layer digest.Digest) ([]content.Info, error) {
-	own, err := store.Info(ctx, layer)
-	if err != nil {
-		return nil, err
-	}
-	var referring, near []content.Info
-	err = store.Walk(ctx, func(info content.Info) error {
-		switch {
-		case info.Size > maxManifest || info.Digest == layer:
-		case refersTo(info.Labels, layer):
-			referring = append(referring, info)
-		case sameSource(info.Labels, own.Labels):
-			near = append(near, info)
-		}
-		return nil
-	})
-	newestFirst := func(a, b content.Info) int {
-		return cmp.Or(b.CreatedAt.Compare(a.CreatedAt), cmp.Compare(a.Digest, b.Digest))
-	}
-	slices.SortFunc(referring, newestFirst)
-	slices.SortFunc(near, newestFirst)
-	return append(referring, near...), err
-}
-
-func refersTo(labels map[string]string, layer digest.Digest) bool {
-	for key, value := range labels {
-		if strings.HasPrefix(key, gcContentLabel) && value == layer.String() {
-			return true
-		}
-	}
-	return false
-}
-
-// sameSource reports whether two blobs came from one repository. A label names
-// a registry, and its value the repositories with commas between them.
-func sameSource(a, b map[string]string) bool {
-	for key, repositories := range a {
-		if !strings.HasPrefix(key, sourceLabel) || b[key] == "" {
-			continue
-		}
-		others := strings.Split(b[key], ",")
-		for r := range strings.SplitSeq(repositories, ",") {
-			if slices.Contains(others, r) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// layersNamed returns the descriptors with which a manifest names the layer, or
-// none if the blob is something else.
-func layersNamed(ctx context.Context, store content.Store, info content.Info, layer digest.Digest) ([]ocispec.Descriptor, error) {
-	ra, err := store.ReaderAt(ctx, ocispec.Descriptor{Digest: info.Digest, Size: info.Size})
+// encryptedLayers returns the encrypted layers of a manifest, or none if the blob is
+// something else.
+func encryptedLayers(ctx context.Context, store content.Store, blob content.Info) ([]ocispec.Descriptor, error) {
+	ra, err := store.ReaderAt(ctx, ocispec.Descriptor{Digest: blob.Digest, Size: blob.Size})
 	if err != nil {
 		return nil, err
 	}
 	defer ra.Close()
-	doc := make([]byte, info.Size)
+	doc := make([]byte, blob.Size)
 	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {
 		return nil, err
 	}
-	if !bytes.Contains(doc, []byte(layer.Encoded())) {
+	if !bytes.Contains(doc, []byte("encrypted")) {
 		return nil, nil
 	}
 	var manifest ocispec.Manifest
 	if err := json.Unmarshal(doc, &manifest); err != nil {
-		return nil, err
+		return nil, nil
 	}
 	return slices.DeleteFunc(manifest.Layers, func(l ocispec.Descriptor) bool {
-		return l.Digest != layer || !processor.IsEncrypted(l.MediaType)
+		return !processor.IsEncrypted(l.MediaType)
 	}), nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
@@ -30,7 +32,7 @@ import (
 // descriptor has no annotations, as BuildKit hands it to a differ.
 type builder struct {
 	content.Store
-	t     *testing.T
+	t     testing.TB
 	ctx   context.Context
 	keys  keys
 	plain []byte
@@ -40,7 +42,7 @@ type builder struct {
 
 var fromApp = map[string]string{"containerd.io/distribution.source.registry.example.com": "other,app"}
 
-func newBuilder(t *testing.T) *builder {
+func newBuilder(t testing.TB) *builder {
 	t.Helper()
 	dir := t.TempDir()
 	blobs, err := local.NewStore(dir)
@@ -236,4 +238,120 @@ func TestManyManifests(t *testing.T) {
 		b.manifest(b.ctx, fromApp, b.named(other, nil))
 	}
 	b.refuses("more than 16 keys that are not its own")
+}
+
+// BenchmarkKeysOfManyLayers finds the keys of an image of 40 layers in a namespace
+// of 2,000 small blobs from its repository.
+func BenchmarkKeysOfManyLayers(b *testing.B) {
+	s := newBuilder(b)
+	for i := range 2000 {
+		s.put(s.ctx, fmt.Appendf(nil, `{"layers": [], "n": %d}`, i), fromApp)
+	}
+	layers := s.manyLayers(40)
+	for b.Loop() {
+		d := New(s, nil, Config{DecryptionKeysPath: s.keys.dir, UnwrapTimeout: time.Minute})
+		for _, l := range layers {
+			key, err := d.layerKey(s.ctx, &config.DecryptConfig{}, l)
+			if err != nil {
+				b.Fatal(err)
+			}
+			key.Clear()
+		}
+	}
+}
+
+// manyLayers writes an image of n layers, and returns them without annotations.
+func (b *builder) manyLayers(n int) (bare []ocispec.Descriptor) {
+	var layers []ocispec.Descriptor
+	for i := range n {
+		layers = append(layers, b.encrypted(fmt.Appendf(nil, "layer %d", i)))
+	}
+	b.manifest(b.ctx, fromApp, layers...)
+	for _, l := range layers {
+		l.Annotations = nil
+		bare = append(bare, l)
+	}
+	return bare
+}
+
+// countingStore counts how often a content store is walked.
+type countingStore struct {
+	content.Store
+	walks atomic.Int32
+	hangs bool // until the caller gives up
+}
+
+func (s *countingStore) Walk(ctx context.Context, fn content.WalkFunc, filters ...string) error {
+	s.walks.Add(1)
+	if s.hangs {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return s.Store.Walk(ctx, fn, filters...)
+}
+
+// TestManifestsAreWalkedOnce unpacks an image of many layers, and another that comes
+// after it.
+func TestManifestsAreWalkedOnce(t *testing.T) {
+	b := newBuilder(t)
+	store := &countingStore{Store: b}
+	d := New(store, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 30 * time.Second})
+	unwrap := func(want int32, layers ...ocispec.Descriptor) {
+		t.Helper()
+		var all sync.WaitGroup
+		for _, l := range layers {
+			all.Go(func() {
+				key, err := d.layerKey(b.ctx, &config.DecryptConfig{}, l)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				key.Clear()
+			})
+		}
+		all.Wait()
+		if n := store.walks.Swap(0); n != want {
+			t.Errorf("the namespace was walked %d times for %d layers, not %d", n, len(layers), want)
+		}
+	}
+	first := b.manyLayers(40)
+	unwrap(1, first...)
+
+	// A manifest that came since is found: where there was none, and where there
+	// was one with the key of another layer.
+	second := b.encrypted([]byte("of a second image"))
+	b.manifest(b.ctx, fromApp, second)
+	second.Annotations = nil
+	unwrap(1, second)
+	third, other := b.encrypted([]byte("of a third image")), b.encrypted([]byte("another"))
+	wrong := third
+	wrong.Annotations = other.Annotations
+	b.manifest(b.ctx, fromApp, wrong)
+	b.manifest(b.ctx, fromApp, b.encrypted([]byte("so that there are two")), third)
+	third.Annotations = nil
+	unwrap(1, third)
+	unwrap(0, first[0], second, third)
+
+	// Another namespace has a walk of its own.
+	elsewhere := namespaces.WithNamespace(t.Context(), "elsewhere")
+	if _, err := d.layerKey(elsewhere, &config.DecryptConfig{}, second); err == nil || store.walks.Load() != 1 {
+		t.Errorf("in another namespace: %d walks, %v", store.walks.Load(), err)
+	}
+}
+
+// TestManifestSearchEnds has a content store not answer in time.
+func TestManifestSearchEnds(t *testing.T) {
+	b := newBuilder(t)
+	b.manifest(b.ctx, fromApp, b.layer)
+	store := &countingStore{Store: b, hangs: true}
+	mounts, _ := overlay(t)
+	d := New(store, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 50 * time.Millisecond})
+	if _, err := d.Apply(b.ctx, b.bare, mounts); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "search for the layer's key in the namespace's manifests") {
+		t.Errorf("want unavailable: %v", err)
+	}
+	store.hangs = false
+	d.conf.UnwrapTimeout = 30 * time.Second
+	if _, err := d.Apply(b.ctx, b.bare, mounts); err != nil {
+		t.Errorf("once it answers: %v", err)
+	}
 }

@@ -137,6 +137,9 @@ func nodeInstall(c *cli.Context) error {
 	}
 	defer plan.Close()
 	fmt.Fprintln(os.Stderr, "found "+plan.Runtime())
+	if files, why := plan.Adopted(); len(files) > 0 {
+		fmt.Fprintf(os.Stderr, "%s. These files were written by pilot, and are taken over: %s\n", why, strings.Join(files, ", "))
+	}
 	if c.Bool("dry-run") {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())
@@ -193,8 +196,13 @@ func nodeUninstall(c *cli.Context) error {
 		return nil
 	}
 	// What stays because somebody changed it is told at the end.
-	stays := node.Uninstall(c.Context, o)
-	if stays == nil {
+	unsure, stays := node.Uninstall(c.Context, o)
+	if len(unsure) > 0 {
+		fmt.Println("the note of what was installed was lost, so these stay: remove them if they were not there before pilot")
+		for _, path := range unsure {
+			fmt.Println("  " + path)
+		}
+	} else if stays == nil {
 		fmt.Println("everything is as it was before")
 	}
 	if o.Root != "" || node.Connected(o) {

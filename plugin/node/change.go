@@ -51,6 +51,9 @@ type state struct {
 	// Containerd is the one that was set up; null: by a version of pilot that
 	// did not note it.
 	Containerd *installedTarget `json:"containerd,omitempty"`
+	// Unsure are files and directories of which nobody knows whether they were
+	// there before the installation, since the state was lost and made again.
+	Unsure []string `json:"unsure,omitempty"`
 }
 
 // installedTarget is the containerd that was set up.
@@ -89,7 +92,7 @@ func (o Options) readState() (state, error) {
 		return s, err
 	}
 	if err := json.Unmarshal(b, &s); err != nil {
-		return s, fmt.Errorf("%s is damaged: %w", stateFile, err)
+		return s, lostState(err)
 	}
 	return s, nil
 }
@@ -180,7 +183,7 @@ func (c Change) make(o Options) error {
 		}
 	}
 	if c.Remove {
-		return os.Remove(name)
+		return whyFixed(name, os.Remove(name))
 	}
 	if c.Link != "" {
 		name = o.linkPath(c.Path)
@@ -189,7 +192,7 @@ func (c Change) make(o Options) error {
 		return err
 	}
 	if c.Link != "" {
-		return os.Symlink(c.Link, name)
+		return whyFixed(name, os.Symlink(c.Link, name))
 	}
 	return writeFile(name, c.New, c.Mode)
 }
@@ -245,17 +248,25 @@ func (s *state) undo(o Options, f installed) error {
 	case f.Before != nil && bytes.Equal(has, f.Before):
 		return nil
 	case f.is(has) && f.Before == nil:
-		return os.Remove(name)
+		return named(f.Path, whyFixed(name, os.Remove(name)))
 	case f.is(has):
-		return writeFile(name, f.Before, f.Mode)
+		return named(f.Path, writeFile(name, f.Before, f.Mode))
 	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
-		return writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode)
+		return named(f.Path, writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode))
 	case f.Inserted != "" && !bytes.Contains(has, imported(f.Inserted)):
 		return nil // somebody has removed it
 	case f.Inserted != "":
 		return fmt.Errorf("%s was changed since pilot was installed, and stays: take %s out of its imports yourself", f.Path, imported(f.Inserted))
 	}
 	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
+}
+
+// named returns err with the path that it is about, or nil.
+func named(path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", path, err)
 }
 
 // lock keeps other installations on the machine away until it is released.
@@ -306,41 +317,6 @@ func ignoreNotExist(err error) error {
 		return nil
 	}
 	return err
-}
-
-// unfinished returns the name under which a file is written before it takes its
-// place. What is left there was cut short, since only one installation is at work.
-func unfinished(name string) string {
-	return filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".pilot-new")
-}
-
-func removeUnfinished(name string) error {
-	if _, err := os.Lstat(unfinished(name)); err != nil {
-		return ignoreNotExist(err)
-	}
-	return os.Remove(unfinished(name))
-}
-
-// writeFile replaces a file as a whole, keeping its owner.
-func writeFile(name string, b []byte, mode fs.FileMode) error {
-	if err := removeUnfinished(name); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(unfinished(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // fails once it is renamed
-	_, err = f.Write(b)
-	if info, statErr := os.Stat(name); statErr == nil {
-		owner := info.Sys().(*syscall.Stat_t)
-		err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)))
-	}
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), name)
 }
 
 func hash(b []byte) string {

@@ -8,8 +8,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 )
 
 // configFiles are the files that containerd's configuration consists of: the main
@@ -24,7 +26,7 @@ type configFiles struct {
 // readConfigFiles reads the main file, which may be missing.
 func readConfigFiles(o Options, main string) (configFiles, error) {
 	f := configFiles{main: main}
-	text, err := os.ReadFile(o.path(main))
+	text, err := o.readConfig(main)
 	if errors.Is(err, fs.ErrNotExist) {
 		return f, nil
 	}
@@ -37,6 +39,37 @@ func readConfigFiles(o Options, main string) (configFiles, error) {
 		return f, fmt.Errorf("%s: %w", main, err)
 	}
 	return f, nil
+}
+
+// readConfig reads one of containerd's configuration files. It does not open what
+// containerd would wait for or read without end, or would not start with. /dev/null
+// is an empty file to containerd, too.
+func (o Options) readConfig(name string) ([]byte, error) {
+	path := o.path(name)
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	kind := ""
+	switch mode := info.Mode(); {
+	case mode.IsRegular() || isNull(info):
+		return os.ReadFile(path)
+	case mode.IsDir():
+		kind = "a directory"
+	case mode&fs.ModeNamedPipe != 0:
+		kind = "a named pipe"
+	case mode&fs.ModeSocket != 0:
+		kind = "a socket"
+	default:
+		kind = "a device"
+	}
+	return nil, &Conflict{name, "containerd reads it as a configuration file, and it is " + kind, "move it away, or take it out of containerd's imports"}
+}
+
+// isNull reports whether a file is the device /dev/null.
+func isNull(info fs.FileInfo) bool {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return ok && info.Mode()&fs.ModeCharDevice != 0 && stat.Rdev == unix.Mkdev(1, 3)
 }
 
 // head returns the version and the imports of a configuration file.
@@ -136,7 +169,7 @@ func (f *configFiles) all(o Options) (files, missing []string, err error) {
 			continue
 		}
 		seen[file] = true
-		text, err := os.ReadFile(o.path(file))
+		text, err := o.readConfig(file)
 		if errors.Is(err, fs.ErrNotExist) {
 			if file != f.main {
 				missing = append(missing, file)

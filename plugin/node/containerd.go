@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"debug/elf"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -29,8 +30,8 @@ type containerd struct {
 	plain        map[string]any // the effective configuration without pilot's drop-in
 }
 
-// runWithin bounds a run of containerd's binary.
-const runWithin = 20 * time.Second
+// runTimeout bounds a run of containerd's binary.
+const runTimeout = 20 * time.Second
 
 // look finds out about the machine's containerd.
 func look(ctx context.Context, o Options, before state) (*containerd, error) {
@@ -71,6 +72,10 @@ func lookAt(ctx context.Context, o Options, t target, before state) (*containerd
 	if c.files, err = readConfigFiles(o, c.config); err != nil {
 		return nil, err
 	}
+	// containerd would wait for a named pipe.
+	if err := c.checkKinds(o); err != nil {
+		return nil, err
+	}
 	c.ours = before.dropIns()
 	c.plain, err = c.trial(ctx, o, nil)
 	return c, err
@@ -94,6 +99,17 @@ func (c *containerd) readAll(ctx context.Context, o Options) (map[string]any, er
 		return nil, err
 	}
 	return dump, c.checkImports(o)
+}
+
+// checkKinds refuses what containerd would read as a file that is none. What else
+// is wrong with its files, containerd says.
+func (c *containerd) checkKinds(o Options) error {
+	_, _, err := (&configFiles{main: c.config}).all(o)
+	var conflict *Conflict
+	if errors.As(err, &conflict) {
+		return conflict
+	}
+	return nil
 }
 
 // checkImports checks that the files are there that are imported by name.
@@ -124,7 +140,7 @@ func parseVersion(text string) (major, minor int, err error) {
 
 // run runs containerd's program and returns what it prints.
 func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, runWithin)
+	ctx, cancel := context.WithTimeout(ctx, runTimeout)
 	defer cancel()
 	args = append([]string{c.program}, args...)
 	if o.Root != "" {

@@ -255,11 +255,11 @@ func put(ctx context.Context, o Options, path string, content []byte, mode fs.Fi
 		return err
 	}
 	defer release()
-	before, err := o.readState()
+	before, _, err := o.loadState()
 	if err != nil {
 		return err
 	}
-	p := &Plan{options: o}
+	p := &Plan{options: o, before: &before}
 	if err := p.ownMode(before, path, content, mode, nil); err != nil {
 		return err
 	}

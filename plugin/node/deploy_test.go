@@ -55,7 +55,7 @@ func TestPut(t *testing.T) {
 		t.Fatal(err)
 	}
 	put("v3")
-	if err := Uninstall(t.Context(), o); err != nil {
+	if _, err := Uninstall(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
 	for _, left := range []string{"/opt", stateDir} {

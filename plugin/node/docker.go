@@ -84,7 +84,7 @@ func LookForDocker(ctx context.Context, o Options) (*Docker, error) {
 
 // dockerUnitArgs returns the arguments with which systemd starts dockerd.
 func (o Options) dockerUnitArgs() []string {
-	words := o.execStart("docker.service")
+	words, _ := o.execStart("docker.service")
 	return words[min(1, len(words)):]
 }
 
@@ -105,7 +105,7 @@ func (o Options) examineDocker(version string, pid int, args []string) (*Docker,
 
 // dockerVersion returns dockerd's version; empty if it does not say one.
 func (o Options) dockerVersion(ctx context.Context, binary string) string {
-	ctx, cancel := context.WithTimeout(ctx, runWithin)
+	ctx, cancel := context.WithTimeout(ctx, runTimeout)
 	defer cancel()
 	args := []string{binary, "--version"}
 	if o.Root != "" {

@@ -154,6 +154,7 @@ type examination struct {
 
 	client  *client.Client // of containerd, from StepContainerd on
 	running *containerd    // of the version that answers
+	lost    string         // why the note of what was installed is missing, if it is
 	dump    map[string]any // what it would load if it was started now
 	builtIn bool           // pilot's differ is compiled into containerd
 	kek     string         // the first that the node can use

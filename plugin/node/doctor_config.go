@@ -32,8 +32,8 @@ func (e *examination) restartContainerd() string {
 // that is a [Conflict] is of the node's; others say why it can't be known.
 func (e *examination) look(ctx context.Context) error {
 	o := Options{ContainerdAddress: e.Containerd, ContainerdConfig: e.ContainerdConfig}
-	s, err := o.readState()
-	if err != nil {
+	s, lost, err := o.loadState()
+	if e.lost = lost; err != nil {
 		return err
 	}
 	// The process that answers counts. A program that is named only reads its
@@ -93,7 +93,7 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 	e.builtIn = loaded.differ != nil && at == ""
 	var wrong []string
 	if unread == nil {
-		wrong = e.addedToTheRest()
+		wrong = append(e.unnoted(), e.addedToTheRest()...)
 	}
 	if !e.withDiffer() {
 		if loaded.differ != nil {
@@ -135,6 +135,14 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 		return failed(fmt.Sprintf("%s, and %s is right", notLoaded, file), e.restartContainerd(), "journalctl -u "+e.running.service+" -n 30")
 	}
 	return failed(notLoaded+"; "+onDisk, install...)
+}
+
+// unnoted says that the note of what was installed was lost.
+func (e *examination) unnoted() []string {
+	if e.lost == "" {
+		return nil
+	}
+	return []string{fmt.Sprintf("%s: %s, and without it \"pilot node refresh\" does nothing", stateFile, e.lost)}
 }
 
 // addedToTheRest says what pilot's drop-in changes of the rest of containerd's

@@ -130,6 +130,9 @@ func (c *containerd) additions(o Options) (map[string]any, error) {
 	return c.processorConfig(o)
 }
 
+// templateBase begins a template of k3s's with what k3s writes without it.
+const templateBase = "{{ template \"base\" . }}\n\n"
+
 // render writes the file's text.
 func (d *dropIn) render(conf map[string]any) error {
 	if d.format.short {
@@ -139,15 +142,14 @@ func (d *dropIn) render(conf map[string]any) error {
 	if err != nil {
 		return err
 	}
-	const by = "# Written by \"pilot node install\"; \"pilot node uninstall\" removes it.\n"
 	switch {
 	case d.template:
 		d.appended = b
-		d.text = append([]byte(by+"{{ template \"base\" . }}\n\n"), b...)
+		d.text = append([]byte(writtenBy+templateBase), b...)
 	case d.format.version == 0:
-		d.text = append([]byte(by+"\n"), b...)
+		d.text = append([]byte(writtenBy+"\n"), b...)
 	default:
-		d.text = append(fmt.Appendf(nil, "%sversion = %d\n\n", by, d.format.version), b...)
+		d.text = append(fmt.Appendf(nil, "%sversion = %d\n\n", writtenBy, d.format.version), b...)
 	}
 	return nil
 }

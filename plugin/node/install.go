@@ -42,6 +42,8 @@ type Plan struct {
 	Restart []string
 
 	options    Options
+	before     *state // nil: as it is noted
+	lost       string // why before was made again from files; empty: it was not
 	containerd *containerd
 	expected   map[string]any    // containerd's configuration with them
 	deferred   bool              // which containerd reads once it is started by what it is part of
@@ -62,6 +64,18 @@ func (p *Plan) Runtime() string {
 	return fmt.Sprintf("containerd %d.%d (%s), %s, configured by %s", c.major, c.minor, of, c.program, c.config)
 }
 
+// Adopted returns files that an earlier installation has written and of which no
+// note was left, and why. The plan takes them over.
+func (p *Plan) Adopted() (files []string, why string) {
+	if p.lost == "" {
+		return nil, ""
+	}
+	for _, f := range p.before.Files {
+		files = append(files, f.Path)
+	}
+	return files, stateFile + ": " + p.lost
+}
+
 // Close lets others install.
 func (p *Plan) Close() { p.release() }
 
@@ -78,6 +92,9 @@ const (
 	diffSocket   = "/run/pilot/diff.sock"
 	keySocket    = "/run/pilot/keyprovider.sock"
 )
+
+// keyProvidersText is a new ocicrypt.conf.
+const keyProvidersText = `{"key-providers": {"pilot": {"grpc": "unix://` + keySocket + `"}}}` + "\n"
 
 //go:embed units
 var unitFiles embed.FS
@@ -138,33 +155,41 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 			release()
 		}
 	}()
-	if PullsWithCRIO(o) {
-		return newCRIOPlan(o, release)
-	}
-	before, err := o.readState()
+	before, lost, err := o.loadState()
 	if err != nil {
 		return nil, err
+	}
+	p := &Plan{options: o, before: &before, lost: lost, inserted: make(map[string]string), release: release}
+	if PullsWithCRIO(o) {
+		return p, p.forCRIO(before)
 	}
 	c, err := look(ctx, o, before)
 	if err != nil {
 		return nil, err
 	}
-	p := &Plan{options: o, inserted: make(map[string]string), release: release, containerd: c}
+	p.containerd = c
 	if err := p.containerdFiles(ctx, before); err != nil {
 		return nil, err
 	}
 	forContainerd := len(p.Changes)
-	if err := p.pilotConfig(c, before); err != nil {
+	var keys string
+	var env []string
+	if c.usesDiffer() {
+		if keys, env, err = c.decoderSettings(o); err != nil {
+			return nil, err
+		}
+	}
+	if err := p.pilotConfig(c, before, keys); err != nil {
 		return nil, err
 	}
-	if err := p.own(before, keyProviders, []byte(`{"key-providers": {"pilot": {"grpc": "unix://`+keySocket+`"}}}`+"\n"), checkKeyProviders); err != nil {
+	if err := p.own(before, keyProviders, []byte(keyProvidersText), checkKeyProviders); err != nil {
 		return nil, err
 	}
 	if o.hasSystemd() {
 		if err := p.units(before, c.usesDiffer()); err != nil {
 			return nil, err
 		}
-		if err := p.unitDropIns(before); err != nil {
+		if err := p.unitDropIns(before, env); err != nil {
 			return nil, err
 		}
 	}
@@ -257,7 +282,7 @@ func (p *Plan) check(ctx context.Context) error {
 // does not come to what it should, all of them are put back. What can't be, since
 // the disk is full for example, stays noted for [Uninstall].
 func (p *Plan) Install(ctx context.Context) error {
-	if len(p.Changes) == 0 {
+	if len(p.Changes) == 0 && p.lost == "" {
 		return p.check(ctx)
 	}
 	return p.apply(ctx, p.Restart)
@@ -265,11 +290,17 @@ func (p *Plan) Install(ctx context.Context) error {
 
 // apply makes the changes, for which services have to be restarted.
 func (p *Plan) apply(ctx context.Context, restart []string) error {
-	before, err := p.options.readState()
-	if err != nil {
-		return err
+	var err error
+	if p.before == nil {
+		s, err := p.options.readState()
+		if err != nil {
+			return err
+		}
+		p.before = &s
 	}
-	s := state{Files: slices.Clone(before.Files), Dirs: slices.Clone(before.Dirs), Containerd: before.Containerd}
+	before := *p.before
+	s := before
+	s.Files, s.Dirs = slices.Clone(before.Files), slices.Clone(before.Dirs)
 	if c := p.containerd; c != nil {
 		s.Containerd = &installedTarget{c.program, c.config, c.address, c.service}
 	}
@@ -292,6 +323,10 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	for _, c := range p.Changes {
 		if err = c.make(p.options); err != nil {
 			err = fmt.Errorf("%s: %w", c.Path, err)
+			var fixed errFixed
+			if inserted := p.inserted[c.Path]; inserted != "" && errors.As(err, &fixed) {
+				err = fmt.Errorf("%w; with %q in its imports this leaves it as it is", err, imported(inserted))
+			}
 			break
 		}
 		made = append(made, c)

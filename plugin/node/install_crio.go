@@ -13,40 +13,35 @@ import (
 // crioDropIn has CRI-O's unit set the variable by which ocicrypt finds pilot.
 const crioDropIn = unitDir + "/crio.service.d/pilot.conf"
 
-const crioDropInText = `# Written by "pilot node install"; "pilot node uninstall" removes it.
-[Unit]
+const crioDropInText = writtenBy + `[Unit]
 Wants=pilot.service
 After=pilot-keyprovider.socket
 
 [Service]
 Environment=` + keyproviderconfig.ENVVARNAME + "=" + keyProviders + "\n"
 
-// newCRIOPlan plans an installation beside CRI-O, which asks pilot as a key
+// forCRIO plans an installation beside CRI-O, which asks pilot as a key
 // provider and has no differs.
-func newCRIOPlan(o Options, release func()) (*Plan, error) {
+func (p *Plan) forCRIO(before state) error {
+	o := p.options
 	if !o.hasUnit(CRIOService) || !o.hasSystemd() {
-		return nil, &Conflict{CRIOSocket, "CRI-O is not started by systemd's " + CRIOService, "set it up as docs/crio.md shows"}
+		return &Conflict{CRIOSocket, "CRI-O is not started by systemd's " + CRIOService, "set it up as docs/crio.md shows"}
 	}
 	if err := o.checkCRIOEnvironment(); err != nil {
-		return nil, err
+		return err
 	}
-	before, err := o.readState()
-	if err != nil {
-		return nil, err
-	}
-	p := &Plan{options: o, inserted: make(map[string]string), release: release}
-	if err := p.own(before, keyProviders, []byte(`{"key-providers": {"pilot": {"grpc": "unix://`+keySocket+`"}}}`+"\n"), checkKeyProviders); err != nil {
-		return nil, err
+	if err := p.own(before, keyProviders, []byte(keyProvidersText), checkKeyProviders); err != nil {
+		return err
 	}
 	if err := p.own(before, crioDropIn, []byte(crioDropInText), nil); err != nil {
-		return nil, err
+		return err
 	}
 	forCRIO := len(p.Changes)
 	if err := p.crioPilotConfig(before); err != nil {
-		return nil, err
+		return err
 	}
 	if err := p.units(before, false); err != nil {
-		return nil, err
+		return err
 	}
 	if len(p.Changes) > forCRIO {
 		p.Restart = append(p.Restart, pilotService)
@@ -54,7 +49,7 @@ func newCRIOPlan(o Options, release func()) (*Plan, error) {
 	if forCRIO > 0 {
 		p.Restart = append(p.Restart, CRIOService)
 	}
-	return p, nil
+	return nil
 }
 
 // crioPilotConfig plans a pilot.toml without the differ, for which there is no

@@ -46,8 +46,8 @@ func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode,
 // imgcryptKeys is where containerd's default stream processors look for keys.
 const imgcryptKeys = "/etc/containerd/ocicrypt/keys"
 
-// pilotConfig plans pilot.toml.
-func (p *Plan) pilotConfig(c *containerd, before state) error {
+// pilotConfig plans pilot.toml, with the directory of keys that stream processors had.
+func (p *Plan) pilotConfig(c *containerd, before state, keys string) error {
 	settings := maps.Clone(p.options.Settings)
 	if settings == nil {
 		settings = make(map[string]string)
@@ -55,14 +55,8 @@ func (p *Plan) pilotConfig(c *containerd, before state) error {
 	if a := c.socket(); c.usesDiffer() && a != defaultAddress {
 		settings["containerd"] = a
 	}
-	if c.usesDiffer() {
-		keys, _, err := c.decoderSettings(p.options)
-		if err != nil {
-			return err
-		}
-		if keys != "" {
-			settings["decryption-keys-path"] = keys
-		}
+	if keys != "" {
+		settings["decryption-keys-path"] = keys
 	}
 	wanted, err := p.options.withInstalled(settings)
 	if err != nil {
@@ -207,12 +201,19 @@ func (o Options) hasSystemd() bool {
 // are.
 const packagedPilot = "/usr/bin/pilot"
 
+// unitWants are pilot's units, with the directories of the links that enable them.
+var unitWants = map[string]string{
+	pilotService:               "multi-user.target.wants",
+	"pilot-keyprovider.socket": "sockets.target.wants",
+	"pilot-diff.socket":        "sockets.target.wants",
+}
+
 // units plans systemd's units and the links that enable them. Units of a
 // package are used as they are.
 func (p *Plan) units(before state, differ bool) error {
-	names := map[string]string{"pilot.service": "multi-user.target.wants", "pilot-keyprovider.socket": "sockets.target.wants"}
-	if differ {
-		names["pilot-diff.socket"] = "sockets.target.wants"
+	names := maps.Clone(unitWants)
+	if !differ {
+		delete(names, "pilot-diff.socket")
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		path := filepath.Join(unitDir, name)
@@ -242,29 +243,28 @@ func (p *Plan) units(before state, differ bool) error {
 	return nil
 }
 
-// unitDropIns plans what is added to the units of containerd and of pilot.
-func (p *Plan) unitDropIns(before state) error {
+// unitDropIns plans what is added to the units of containerd and of pilot: the
+// environment that stream processors had.
+func (p *Plan) unitDropIns(before state, env []string) error {
 	c := p.containerd
 	if err := p.own(before, filepath.Join(unitDir, c.service+".d", refreshName), refreshUnit(p.options.PilotBinary), nil); err != nil {
 		return err
 	}
-	if !c.usesDiffer() {
+	if len(env) == 0 {
 		return nil
 	}
-	_, env, err := c.decoderSettings(p.options)
-	if err != nil || len(env) == 0 {
-		return err
-	}
-	return p.own(before, filepath.Join(unitDir, pilotService+".d", "decoder.conf"), environmentUnit(c.config, env), nil)
+	return p.own(before, filepath.Join(unitDir, pilotService+".d", decoderUnit), environmentUnit(c.config, env), nil)
 }
 
 // refreshName is the file that has systemd run "pilot node refresh" before
 // containerd.
 const refreshName = "pilot.conf"
 
+// decoderUnit is the file that gives pilot.service what stream processors had.
+const decoderUnit = "decoder.conf"
+
 func refreshUnit(pilot string) []byte {
-	return fmt.Appendf(nil, `# Written by "pilot node install"; "pilot node uninstall" removes it.
-# containerd's configuration may have been rewritten, by a tool or at boot.
+	return fmt.Appendf(nil, writtenBy+`# containerd's configuration may have been rewritten, by a tool or at boot.
 [Service]
 ExecStartPre=-%s node refresh
 `, pilot)

@@ -140,7 +140,7 @@ func readProcess(dir, name string, boot time.Time) (*process, error) {
 		return nil, err
 	}
 	p := &process{pid: pid, args: args[1:]}
-	if p.program, err = programOf(dir, name); err != nil {
+	if p.program, err = programOf(dir, name); err != nil || p.program == "" {
 		return nil, err
 	}
 	if p.dir, err = os.Readlink(dir + "/cwd"); err != nil {
@@ -217,20 +217,25 @@ const userHZ = 100
 // written that was written before: the start is rounded down to a tick.
 const startPrecision = 2 * time.Second / userHZ
 
-// programOf returns the path at which the program of a process can be run again:
-// its executable, or the file of that name in the same directory, since k3s's
-// containerd is one of many names of one program. argv[0] does not count: whoever
-// starts a program can put anything there.
+// programOf returns the path at which the program of a process can be run again,
+// or nothing if the process only calls itself by the name, since argv[0] can be
+// anything. The executable has that name, or is the same as the file of that name
+// in its directory, since k3s's containerd is one of many names of one program, or
+// has it in a wrapper's form: NixOS's containerd is .containerd-wrapped.
 func programOf(dir, name string) (string, error) {
 	exe, err := os.Readlink(dir + "/exe")
 	if err != nil {
 		return "", err
 	}
 	exe = strings.TrimSuffix(exe, " (deleted)") // it was upgraded
-	if beside := filepath.Join(filepath.Dir(exe), name); exists(beside) {
+	beside := filepath.Join(filepath.Dir(exe), name)
+	switch base := filepath.Base(exe); {
+	case base == name:
+		return exe, nil
+	case base == "."+name+"-wrapped" && exists(beside), sameFile(beside, dir+"/exe"):
 		return beside, nil
 	}
-	return exe, nil
+	return "", nil
 }
 
 // unitOf returns the service that a /proc/PID/cgroup names.

@@ -65,7 +65,7 @@ func TestReadProcess(t *testing.T) {
 		t.Fatalf("%v, %v", p, err)
 	}
 	// There is no such file, and argv[0] can be anything.
-	if p.program == "/opt/bin/containerd" || p.ppid != os.Getpid() {
+	if p.program == "/opt/bin/containerd" || filepath.Base(p.program) != "containerd" || p.ppid != os.Getpid() {
 		t.Errorf("%+v", p)
 	}
 	if p.started.Before(before.Add(-time.Minute)) || p.started.After(time.Now().Add(time.Minute)) {
@@ -78,15 +78,73 @@ func TestReadProcess(t *testing.T) {
 	}
 }
 
-// startNamed starts a process that goes by a name, as another user if credential
-// is not nil, and returns its PID.
+// TestReadProcessNamed reads processes of root that are not what they are named.
+func TestReadProcessNamed(t *testing.T) {
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	boot, err := bootTime()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	copyProgram(t, sleep, filepath.Join(dir, "multi"))
+	copyProgram(t, sleep, filepath.Join(dir, ".dockerd-wrapped"))
+	copyProgram(t, sleep, filepath.Join(dir, "dockerd"))
+	if err := os.Symlink("multi", filepath.Join(dir, "containerd")); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ program, name, want string }{
+		{"multi", "containerd", "containerd"}, // as k3s's
+		{"multi", "dockerd", ""},
+		{".dockerd-wrapped", "dockerd", "dockerd"}, // as NixOS's
+		{".dockerd-wrapped", "containerd", ""},
+	} {
+		pid := startProgram(t, filepath.Join(dir, test.program), test.name, nil)
+		p, err := readProcess(filepath.Join("/proc", strconv.Itoa(pid)), test.name, boot)
+		if err != nil || (p != nil) != (test.want != "") || p != nil && p.program != filepath.Join(dir, test.want) {
+			t.Errorf("%s as %s: %+v, %v", test.program, test.name, p, err)
+		}
+	}
+}
+
+func copyProgram(t *testing.T, from, to string) {
+	t.Helper()
+	program, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// startNamed starts a program of that name, which goes by the whole name, as another
+// user if credential is not nil, and returns its PID.
 func startNamed(t *testing.T, name string, credential *syscall.Credential) int {
 	t.Helper()
 	sleep, err := exec.LookPath("sleep")
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := &exec.Cmd{Path: sleep, Args: []string{name, "1000"}, SysProcAttr: &syscall.SysProcAttr{Credential: credential}}
+	dir, err := os.MkdirTemp("/tmp", "pilot-process-") // where another user may run it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(dir, filepath.Base(name))
+	copyProgram(t, sleep, program)
+	return startProgram(t, program, name, credential)
+}
+
+// startProgram starts a program under a name.
+func startProgram(t *testing.T, program, name string, credential *syscall.Credential) int {
+	t.Helper()
+	cmd := &exec.Cmd{Path: program, Args: []string{name, "1000"}, SysProcAttr: &syscall.SysProcAttr{Credential: credential}}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

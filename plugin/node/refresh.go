@@ -15,8 +15,8 @@ const refreshTimeout = 30 * time.Second
 // Refresh brings pilot's part of containerd's configuration up to date, right
 // before containerd starts: the configuration may have been rewritten without
 // pilot, tools may have come and gone that are in pilot's lists, or containerd may
-// be another version. It returns the files that it has changed, and does nothing
-// where pilot is not installed.
+// be another version or at another path. It returns the files that it has changed,
+// and does nothing where pilot is not installed.
 //
 // If containerd can't be given pilot without losing something else, its drop-in is
 // removed, so that containerd starts as if pilot was not there, and the error says
@@ -34,9 +34,12 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 		return nil, err
 	}
 	defer release()
-	s, err := o.readState()
+	s, lost, err := o.loadState()
 	if err != nil {
 		return nil, err
+	}
+	if lost != "" {
+		return nil, &Conflict{stateFile, lost + ", and pilot's files are here", "run \"pilot node install\", which takes them over"}
 	}
 	if len(s.dropIns()) == 0 {
 		return nil, nil
@@ -49,7 +52,8 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 		return nil, err
 	}
 	p := &Plan{options: o, inserted: make(map[string]string), containerd: c}
-	if err = p.containerdFiles(ctx, s); err == nil && len(p.Changes) > 0 {
+	moved := s.Containerd != nil && s.Containerd.Program != c.program
+	if err = p.containerdFiles(ctx, s); err == nil && (len(p.Changes) > 0 || moved) {
 		err = p.apply(ctx, nil)
 	}
 	if err != nil {
@@ -58,6 +62,9 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	var changed []string
 	for _, change := range p.Changes {
 		changed = append(changed, change.Path)
+	}
+	if _, config := o.unitStarts(c.service); c.name == "" && config != "" && config != c.config {
+		return changed, &Conflict{c.service, fmt.Sprintf("its containerd reads %s now, and pilot was installed for %s", config, c.config), "run \"pilot node install\""}
 	}
 	return changed, nil
 }

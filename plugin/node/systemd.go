@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/coreos/go-systemd/v22/unit"
 )
@@ -58,21 +57,3 @@ func (o Options) unitSettings(file string) []*unit.UnitOption {
 
 // maxUnit is the most that is read of a unit's file, in bytes.
 const maxUnit = 1 << 20
-
-// execStart returns the command of a service, which its drop-ins may change, or
-// nothing if there is none or it can't be read.
-func (o Options) execStart(service string) []string {
-	var command string
-	for _, file := range o.unitFiles(service) {
-		for _, s := range o.unitSettings(file) {
-			if s.Section == "Service" && s.Name == "ExecStart" {
-				command = s.Value // an empty one takes back those before it
-			}
-		}
-	}
-	words := strings.Fields(command)
-	if len(words) > 0 {
-		words[0] = strings.TrimLeft(words[0], "@-:+!")
-	}
-	return words
-}

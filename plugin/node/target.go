@@ -127,12 +127,15 @@ func lasting(program string) string {
 // PATH.
 func (o Options) ofUnit() (*target, error) {
 	t := &target{program: o.ContainerdBinary, config: o.ContainerdConfig, service: containerdService}
-	if words := o.execStart(containerdService); len(words) > 0 && filepath.Base(words[0]) == "containerd" {
+	if words, err := o.execStart(containerdService); len(words) > 0 && filepath.Base(words[0]) == "containerd" {
+		if err != nil && o.ContainerdConfig == "" {
+			return nil, err
+		}
 		f, _ := parseFlags(words[1:])
 		if t.program == "" {
 			t.program = words[0]
 		}
-		if t.config == "" && !strings.Contains(f.config, "$") {
+		if t.config == "" {
 			t.config = f.config
 		}
 		t.address = socketOf(f.address)

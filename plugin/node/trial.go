@@ -5,9 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -76,13 +80,38 @@ func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[strin
 	return c.readDump(ctx, o, "--config", filepath.Join(inside, "config.toml"), "config", "dump")
 }
 
+const trialPrefix = "pilot-trial-"
+
+// staleTrial is the age of a trial's directory that was left by one that was
+// killed. A trial takes at most runTimeout.
+const staleTrial = 10 * time.Minute
+
+// removeStaleTrials removes what trials have left in a directory that were killed.
+// Anybody may write there, so it has to be a directory of root's own.
+func (o Options) removeStaleTrials(parent string) {
+	entries, _ := os.ReadDir(o.path(parent))
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), trialPrefix) {
+			continue
+		}
+		info, err := e.Info() // of a link itself
+		if err != nil || info.Mode() != fs.ModeDir|0o700 || time.Since(info.ModTime()) < staleTrial {
+			continue
+		}
+		if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid == 0 {
+			os.RemoveAll(filepath.Join(o.path(parent), e.Name()))
+		}
+	}
+}
+
 // tempDir makes a directory that only root can read, and returns where it is for
 // this process and inside the root. Some node images have no /tmp, or none that
 // can be written.
 func (o Options) tempDir() (dir, inside string, err error) {
 	var errs []error
 	for _, parent := range []string{"/tmp", "/run", "/var/tmp"} {
-		if dir, err = os.MkdirTemp(o.path(parent), "pilot-trial-"); err == nil {
+		o.removeStaleTrials(parent)
+		if dir, err = os.MkdirTemp(o.path(parent), trialPrefix); err == nil {
 			return dir, filepath.Join(parent, filepath.Base(dir)), nil
 		}
 		errs = append(errs, err)

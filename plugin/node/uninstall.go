@@ -6,10 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -22,25 +22,29 @@ import (
 // If containerd could not start without pilot's drop-in, or would still ask pilot,
 // because a tool has written its configuration from a dump with pilot in it, then
 // nothing is removed, and the error names the lines.
-func Uninstall(ctx context.Context, o Options) error {
+//
+// If the note of what was installed was lost, it removes what an installation has
+// written, and returns the paths that stay because nobody knows whether they were
+// there before.
+func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err := o.cleanRoot(); err != nil {
-		return err
+		return nil, err
 	}
 	release, err := o.lock()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer release()
-	s, err := o.readState()
+	s, _, err := o.loadState()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if _, err := os.Lstat(unfinished(o.path(stateFile))); err == nil && len(s.Files) == 0 {
 		// An installation was killed before it had noted anything.
 		s.Dirs = append(s.Dirs, filepath.Dir(stateFile))
 	}
 	if err := s.disconnect(ctx, o); err != nil {
-		return err
+		return nil, err
 	}
 	var errs []error
 	var left []installed
@@ -55,11 +59,15 @@ func Uninstall(ctx context.Context, o Options) error {
 		}
 	}
 	slices.Reverse(left)
-	if err := o.writeState(state{Files: left, Dirs: s.Dirs, Containerd: s.Containerd}); err != nil {
+	if s.Unsure != nil {
+		unsure = s.leftOver(o)
+	}
+	s.Files = left
+	if err := o.writeState(s); err != nil {
 		errs = append(errs, err)
 	}
 	o.removeDirs(s.Dirs)
-	return errors.Join(errs...)
+	return unsure, errors.Join(errs...)
 }
 
 // disconnect takes pilot out of containerd's configuration. If containerd could
@@ -125,15 +133,29 @@ func (s *state) target(o Options) (*target, error) {
 	t := &target{program: s.Containerd.Program, config: s.Containerd.Config, address: s.Containerd.Address, service: s.Containerd.Service}
 	t.distribution = o.distributionAt(t.config, "")
 	// The unit may have been given another program since.
-	if words := o.execStart(t.service); len(words) > 0 && filepath.Base(words[0]) == "containerd" && exists(o.path(words[0])) {
-		if f, _ := parseFlags(words[1:]); cmp.Or(f.config, defaultConfig) == t.config {
-			t.program = words[0]
-		}
+	program, config := o.unitStarts(t.service)
+	if program != "" && config == t.config {
+		t.program = program
 	}
 	if !exists(o.path(t.program)) {
-		return nil, fmt.Errorf("%s: %w", t.program, exec.ErrNotFound)
+		moved := o.lookPath("containerd", binDirs)
+		if moved == "" || t.name != "" { // a distribution has its own
+			return nil, fmt.Errorf("%s, which pilot was installed for, is gone: run \"pilot node install\" once containerd is there: %w", t.program, exec.ErrNotFound)
+		}
+		t.program = moved
 	}
 	return t, nil
+}
+
+// unitStarts returns the containerd that a unit starts, and the configuration file
+// that it reads, or nothing if it starts something else.
+func (o Options) unitStarts(service string) (program, config string) {
+	words, err := o.execStart(service)
+	if err != nil || len(words) == 0 || filepath.Base(words[0]) != "containerd" {
+		return "", ""
+	}
+	f, _ := parseFlags(words[1:])
+	return o.lookPath(words[0], binDirs), cmp.Or(f.config, defaultConfig)
 }
 
 // deferred reports whether it reads its drop-ins only once the distribution that
@@ -183,6 +205,12 @@ func mentionsPilot(dump map[string]any) bool {
 	return false
 }
 
+// namesPilot is what a line of a configuration has that adds pilot to it: the name
+// of its proxy plugin and differ, its socket, its stream processor, and its drop-in.
+// copilot, and a directory that is named pilot, are something else.
+var namesPilot = regexp.MustCompile(`["']pilot["']|\bproxy_plugins\.pilot\s*[].=]|^\s*pilot\s*[.=]|` +
+	regexp.QuoteMeta(diffSocket) + `\b|/pilot-decoder\b|/(zz-)?pilot\*?\.toml["']`)
+
 // linesWithPilot returns the lines of containerd's files that name pilot, as
 // FILE:LINE.
 func (c *containerd) linesWithPilot(o Options) []string {
@@ -192,15 +220,15 @@ func (c *containerd) linesWithPilot(o Options) []string {
 	}
 	var found []string
 	for _, file := range files {
-		text, err := os.ReadFile(o.path(file))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		text, err := o.readConfig(file)
+		if err != nil {
 			continue
 		}
 		number := 0
 		for line := range bytes.Lines(text) {
 			number++
 			code, _, _ := bytes.Cut(line, []byte("#"))
-			if bytes.Contains(code, []byte("pilot")) {
+			if namesPilot.Match(code) {
 				found = append(found, fmt.Sprintf("%s:%d", file, number))
 			}
 		}
@@ -239,7 +267,7 @@ func Installed(o Options) (Installation, error) {
 	if err := o.cleanRoot(); err != nil {
 		return Installation{}, err
 	}
-	s, err := o.readState()
+	s, _, err := o.loadState()
 	i := Installation{Service: containerdService}
 	if s.Containerd != nil {
 		i.Service = s.Containerd.Service
