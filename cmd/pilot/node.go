@@ -189,7 +189,7 @@ func nodeUninstall(c *cli.Context) error {
 	}
 	if !had.Present {
 		// An installation that was killed early may have left a file.
-		if err := node.Uninstall(c.Context, o); err != nil {
+		if _, err := node.Uninstall(c.Context, o); err != nil {
 			return err
 		}
 		fmt.Println("nothing is installed")
