@@ -111,7 +111,10 @@ actions = ["wrap"]
 identities = ["spiffe://example.com/admin"]
 keks = ["team-*"]
 actions = ["admin"]
+`
 
+// tokenPolicy is accessPolicy where tokens of an issuer "cluster" are accepted.
+const tokenPolicy = accessPolicy + `
 [[rule]]
 identities = ["cluster:system:serviceaccount:*:puller"]
 keks = ["team-a"]
@@ -273,19 +276,82 @@ func metricsOf(t *testing.T, dir string) string {
 	return body
 }
 
-// TestTwoSPIFFEIDs refuses a certificate that does not say who it is.
-func TestTwoSPIFFEIDs(t *testing.T) {
+// TestCertificateNamesNobody refuses certificates that do not name one client, in
+// one spelling.
+func TestCertificateNamesNobody(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
 	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
 	two := spiffe("/node/7")
 	two.URIs = append(two.URIs, &url.URL{Scheme: "spiffe", Host: "example.com", Path: "/admin"})
-	for name, template := range map[string]x509.Certificate{"two SPIFFE IDs": two, "it has no SPIFFE ID": {}} {
+	odd := func(u string) x509.Certificate {
+		parsed, err := url.Parse(u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return x509.Certificate{URIs: []*url.URL{parsed}}
+	}
+	authority := spiffe("/node/7")
+	authority.IsCA, authority.BasicConstraintsValid = true, true
+	for name, template := range map[string]x509.Certificate{
+		"two SPIFFE IDs": two, "it has no SPIFFE ID": {}, "a CA's": authority,
+		"is not a host name": {DNSNames: []string{"*.example.com"}},
+		"trust domain's":     odd("spiffe://example.com"),
+		"can't be used":      odd("spiffe://Example.com/node/7"),
+		"SPIFFE ID":          odd("spiffe://example.com/node/7?x=1"),
+		"SPIFFE":             odd("spiffe://example.com/node/%37"),
+		"the certificate's":  odd("SPIFFE://example.com/node/7#x"),
+	} {
 		files := ca.Issue(t, template)
 		if answer := newRemote(t, address, ca, &files).want(t, 401, "GET", "/api/v2/keks/team-a/key", ""); !strings.Contains(answer, name) {
 			t.Errorf("%s: %s", name, answer)
 		}
+	}
+}
+
+// TestSpelling revokes for a host name in another spelling than certificates have.
+func TestSpelling(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"),
+		"[[rule]]\nidentities = ['dns:CI.example.com']\nkeks = ['team-a']\nactions = ['export']\n")})
+	files := ca.Issue(t, x509.Certificate{DNSNames: []string{"ci.EXAMPLE.com."}})
+	client := newRemote(t, address, ca, &files)
+	client.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+	admin := "unix://" + filepath.Join(dir, "admin.sock")
+	for identity, want := range map[string]int{`dns:ci.Example.COM.`: 200, `worker-7`: 400, `spiffe://Example.com/node/7`: 400} {
+		if status, body := request(t, admin, "POST", "/api/v2/keks/team-a/revoke", `{"identity":"`+identity+`"}`); status != want {
+			t.Errorf("revoke for %s: %d %s", identity, status, body)
+		}
+	}
+	client.want(t, 403, "GET", "/api/v2/keks/team-a/key", "")
+	if status, body := request(t, admin, "POST", "/api/v2/keks/team-a/reinstate", `{"identity":"dns:CI.EXAMPLE.COM"}`); status != 200 {
+		t.Errorf("reinstate: %d %s", status, body)
+	}
+	client.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+}
+
+// TestForeignTrustDomain has two CAs in one file: each names its own clients only.
+func TestForeignTrustDomain(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	own, other := certtest.NewTrustDomain(t, "example.com"), certtest.NewTrustDomain(t, "example.org")
+	both := ""
+	for _, ca := range []*certtest.Authority{own, other} {
+		b, err := os.ReadFile(ca.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		both += string(b)
+	}
+	address := serveTLS(t, dir, own, copilot.Config{TLSClientCA: writeFile(t, filepath.Join(dir, "both.pem"), both),
+		Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
+	good, bad := own.Issue(t, spiffe("/node/7")), other.Issue(t, spiffe("/node/7"))
+	newRemote(t, address, own, &good).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+	if answer := newRemote(t, address, own, &bad).want(t, 401, "GET", "/api/v2/keks/team-a/key", ""); !strings.Contains(answer, "its CA for trust domain example.org") {
+		t.Error(answer)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -184,6 +185,12 @@ func (a *api) changeIdentity(r *http.Request, e *entry, change func(ctx context.
 	}
 	if err != nil {
 		return nil, err
+	}
+	// What was revoked by an earlier version may be spelled in another way.
+	if !slices.Contains(k.Revoked, in.Identity) {
+		if in.Identity, err = policy.Canonical(in.Identity, a.issuers.names()); err != nil {
+			return nil, fmt.Errorf("%w: %w", keystore.ErrInput, err)
+		}
 	}
 	e.Subject = in.Identity
 	k.KEK, err = change(r.Context(), k.ID, in.Identity, k.change(a.keks.before(e)))

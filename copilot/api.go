@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"path"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -125,7 +124,7 @@ func (a *api) allowed(ctx context.Context, e *entry, actions ...policy.Action) (
 	if err != nil {
 		return kek{}, err
 	}
-	if !a.owner && slices.Contains(k.Revoked, e.Who) {
+	if !a.owner && IsRevoked(k.Revoked, e.Who) {
 		return kek{}, &refusal{who: e.Who, reason: "the KEK was revoked for " + e.Who}
 	}
 	k.who = e.Who
@@ -210,7 +209,7 @@ func (a *api) list(r *http.Request, e *entry) (any, error) {
 	}
 	list := []Info{}
 	for _, k := range all {
-		if !a.owner && (!a.policy.Policy().May(e.Who, k.ID, time.Now()) || slices.Contains(k.Revoked, e.Who)) {
+		if !a.owner && (!a.policy.Policy().May(e.Who, k.ID, time.Now()) || IsRevoked(k.Revoked, e.Who)) {
 			continue
 		}
 		info, err := a.describeTo(r.Context(), e.Who, k)

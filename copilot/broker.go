@@ -113,7 +113,7 @@ func (b *broker) close() error {
 
 func openPolicy(conf Config) (*policy.File, error) {
 	if conf.Policy != "" {
-		return policy.Open(conf.Policy)
+		return policy.Open(conf.Policy, conf.IssuerNames())
 	}
 	who := []string{"uid:0", fmt.Sprintf("uid:%d", os.Getuid())}
 	if conf.InsecureLoopback {

@@ -3,6 +3,7 @@ package copilot
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -94,6 +95,12 @@ func (c *Config) ReadConfig(name string) error {
 		return err
 	}
 	return tomlfile.Decode(name, b, c)
+}
+
+// IssuerNames returns the names of the issuers whose tokens are accepted, in order.
+// It is never nil.
+func (c Config) IssuerNames() []string {
+	return append([]string{}, slices.Sorted(maps.Keys(c.Issuers))...)
 }
 
 func (c Config) hasTLS() bool { return c.TLSCert != "" || c.TLSKey != "" || c.TLSClientCA != "" }

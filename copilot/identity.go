@@ -2,14 +2,20 @@ package copilot
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
 // peerKey is the context key of the unix credentials of a connection's peer.
@@ -77,25 +83,71 @@ func certificateIdentity(r *http.Request) (string, error) {
 	cert := r.TLS.PeerCertificates[0]
 	// The connection may be older than that.
 	if now := time.Now(); now.After(cert.NotAfter) {
-		return anonymous, fmt.Errorf("the certificate has expired on %s: put a new one in its place (\"copilot enroll\")", cert.NotAfter.Format(time.RFC3339))
+		return anonymous, fmt.Errorf("the certificate has expired on %s: put a new one in its place (\"copilot certs renew\")", cert.NotAfter.Format(time.RFC3339))
 	}
-	spiffe := ""
+	if cert.IsCA {
+		return anonymous, errors.New("the certificate is a CA's, not a client's")
+	}
+	var id *url.URL
 	for _, u := range cert.URIs {
-		if u.Scheme != "spiffe" {
+		if !strings.EqualFold(u.Scheme, "spiffe") {
 			continue
 		}
-		if spiffe != "" {
+		if id != nil {
 			return anonymous, errors.New("the certificate has two SPIFFE IDs")
 		}
-		spiffe = u.String()
+		id = u
 	}
 	switch {
-	case spiffe != "":
-		return spiffe, nil
+	case id != nil:
+		return spiffeIdentity(id, r.TLS.VerifiedChains)
 	case len(cert.DNSNames) > 0:
-		return "dns:" + cert.DNSNames[0], nil
+		return policy.Canonical("dns:"+cert.DNSNames[0], nil)
 	case cert.Subject.CommonName != "":
 		return "cn:" + cert.Subject.CommonName, nil
 	}
 	return anonymous, errors.New("the certificate names nobody: it has no SPIFFE ID, DNS name or common name")
+}
+
+// spiffeIdentity checks a client's SPIFFE ID. A CA that has one itself, as those
+// of "copilot init" and SPIRE do, issues those of its trust domain only.
+func spiffeIdentity(u *url.URL, chains [][]*x509.Certificate) (string, error) {
+	id, err := spiffeid.FromURI(u)
+	if err == nil && id.Path() == "" {
+		err = errors.New("it has no path, so it is a trust domain's, not a client's")
+	}
+	if err != nil {
+		return anonymous, fmt.Errorf("the certificate's SPIFFE ID %q can't be used: %w", u, err)
+	}
+	var foreign error
+	for _, chain := range chains {
+		if foreign = boundTo(chain[len(chain)-1], id); foreign == nil {
+			break
+		}
+	}
+	if foreign != nil {
+		return anonymous, foreign
+	}
+	return id.String(), nil
+}
+
+// boundTo returns an error if the CA is that of another trust domain.
+func boundTo(ca *x509.Certificate, id spiffeid.ID) error {
+	for _, u := range ca.URIs {
+		if domain, err := spiffeid.TrustDomainFromURI(u); err == nil && domain != id.TrustDomain() {
+			return fmt.Errorf("the certificate is for %s, and its CA for trust domain %s", id, domain.Name())
+		}
+	}
+	return nil
+}
+
+// IsRevoked reports whether an identity is among those that a KEK was revoked for.
+func IsRevoked(revoked []string, identity string) bool {
+	return slices.ContainsFunc(revoked, func(r string) bool {
+		// Earlier versions noted host names as they were spelled.
+		if name, ok := strings.CutPrefix(r, "dns:"); ok {
+			r = "dns:" + policy.CanonicalDNS(name)
+		}
+		return r == identity
+	})
 }

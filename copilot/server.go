@@ -55,6 +55,9 @@ func Serve(ctx context.Context, conf Config) error {
 	}
 	defer b.close()
 	b.policyRead()
+	b.metrics.registry.MustRegister(status.Certificates("copilot_cert_not_after_seconds", func() map[string]string {
+		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA}
+	}))
 
 	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), errorLog: log.New(serverLog{b}, "", 0)}
 	defer s.closeListeners()

@@ -33,6 +33,15 @@ type issuers struct {
 	byURL map[string]*issuer
 }
 
+// names returns the issuers' names.
+func (all *issuers) names() []string {
+	names := []string{}
+	for _, i := range all.byURL {
+		names = append(names, i.name)
+	}
+	return names
+}
+
 // issuer is one OpenID Connect issuer. It is asked for its keys when a token of
 // its comes, so a broker starts while it is down.
 type issuer struct {

@@ -100,7 +100,7 @@ func TestTokens(t *testing.T) {
 	tokenFile := writeFile(t, filepath.Join(dir, "token"), "its own\n")
 	address := serveTLS(t, dir, ca, copilot.Config{
 		TLSClientCA: ca.File,
-		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
+		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
 		Issuers:     map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
 	})
 	pod := newRemote(t, address, ca, nil)
@@ -178,7 +178,7 @@ func TestIssuerHangs(t *testing.T) {
 	defer silent.Close()
 	issuer.URL = "https://" + silent.Addr().String()
 	address := serveTLS(t, dir, ca, copilot.Config{
-		TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy),
+		TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
 		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
 	})
 	begin := time.Now()

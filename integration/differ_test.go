@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -280,7 +281,19 @@ func TestDifferFails(t *testing.T) {
 
 			process.stop(t)
 			process = activated(t, home, otherURL)
-			fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "no such KEK", "copilot keys create")
+			said := fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "no such KEK", "copilot keys create")
+			// One id leads from the client's error to pilot's log and to the audit log.
+			if trace := regexp.MustCompile(`\(trace ([0-9a-f]{32})\)`).FindStringSubmatch(said); trace == nil {
+				t.Errorf("the error names no trace: %s", said)
+			} else {
+				line := regexp.MustCompile(`level=warning.*layer not decrypted.*trace=` + trace[1])
+				if found := line.FindString(read(t, process.log)); !strings.Contains(found, "kek=team-a") || !strings.Contains(found, "digest=") || !strings.Contains(found, "no such KEK") {
+					t.Errorf("pilot's log has no such line with trace %s: %q", trace[1], found)
+				}
+				if log := read(t, dir+"/other/audit.log"); !strings.Contains(log, `"trace":"`+trace[1]+`"`) {
+					t.Errorf("the audit log has no line with trace %s", trace[1])
+				}
+			}
 			process.stop(t)
 			process = activated(t, home, "unix://"+home+"/nobody.sock")
 			fails(t, n.crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "copilot at unix://"+home+"/nobody.sock")

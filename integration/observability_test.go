@@ -81,7 +81,7 @@ func metricsInSource(t *testing.T) map[string]bool {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, name := range regexp.MustCompile(`(?:Name: |NewDesc\()"((?:pilot|copilot)_[a-z_]+)"`).FindAllSubmatch(b, -1) {
+			for _, name := range regexp.MustCompile(`(?:Name: |NewDesc\(|Certificates\()"((?:pilot|copilot)_[a-z_]+)"`).FindAllSubmatch(b, -1) {
 				names[string(name[1])] = true
 			}
 		}

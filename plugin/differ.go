@@ -116,7 +116,7 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	}
 	applied, err := d.decrypt(ctx, desc, mounts, opts...)
 	if err != nil {
-		return ocispec.Descriptor{}, &failure{desc.Digest, err}
+		return ocispec.Descriptor{}, &failure{desc.Digest, traceOf(ctx), err}
 	}
 	return applied, nil
 }
@@ -141,10 +141,17 @@ var errPanic = errors.New("panic")
 // that is wrapped is told again at the other end.
 type failure struct {
 	layer digest.Digest
+	trace string // the ID in pilot's log and in copilot's audit log, or ""
 	err   error
 }
 
-func (f *failure) Error() string { return fmt.Sprintf("pilot: layer %s: %s", f.layer, f.err) }
+func (f *failure) Error() string {
+	text := fmt.Sprintf("pilot: layer %s: %s", f.layer, f.err)
+	if f.trace != "" {
+		text += " (trace " + f.trace + ")"
+	}
+	return text
+}
 
 func (f *failure) Unwrap() error {
 	switch err := f.err; {

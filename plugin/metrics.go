@@ -2,8 +2,12 @@ package plugin
 
 import (
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -62,18 +66,57 @@ func (m *metrics) begin(layer ocispec.Descriptor) (end func(ctx context.Context,
 		m.underWay.WithLabelValues(encrypted).Dec()
 		m.layers.WithLabelValues(encrypted, result(err)).Inc()
 		m.seconds.WithLabelValues(encrypted).Observe(time.Since(start).Seconds())
-		if err != nil {
-			return // containerd tells why
+		if err == nil {
+			m.bytes.WithLabelValues(encrypted).Add(float64(size))
 		}
-		m.bytes.WithLabelValues(encrypted).Add(float64(size))
-		if processor.IsEncrypted(layer.MediaType) {
-			log := logrus.WithFields(logrus.Fields{"digest": layer.Digest, "bytes": size, "took": time.Since(start)})
-			if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
-				log = log.WithField("trace", s.TraceID())
+		if !processor.IsEncrypted(layer.MediaType) || errors.Is(err, context.Canceled) {
+			return
+		}
+		log := logrus.WithFields(logrus.Fields{"digest": layer.Digest, "took": time.Since(start)})
+		if id := traceOf(ctx); id != "" {
+			log = log.WithField("trace", id)
+		}
+		if err == nil {
+			log.WithField("bytes", size).Info("layer decrypted")
+			return
+		}
+		if keks := keksOf(layer.Annotations); len(keks) > 0 {
+			log = log.WithField("kek", strings.Join(keks, ","))
+		}
+		// containerd reports it to the client only, which may be far away.
+		log.WithError(err).Warn("layer not decrypted")
+	}
+}
+
+// traceOf returns the ID of the trace that a request belongs to, or "".
+func traceOf(ctx context.Context) string {
+	if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
+		return s.TraceID().String()
+	}
+	return ""
+}
+
+// keksOf returns the IDs of the KEKs that a layer's annotations name, each once.
+func keksOf(annotations map[string]string) []string {
+	const provider = "org.opencontainers.image.enc.keys.provider."
+	var keks []string
+	for name, value := range annotations {
+		if !strings.HasPrefix(name, provider) {
+			continue
+		}
+		for text := range strings.SplitSeq(value, ",") {
+			var annotation struct {
+				KEKID string `json:"kekId"`
 			}
-			log.Info("layer decrypted")
+			b, err := base64.StdEncoding.DecodeString(text)
+			if err != nil || json.Unmarshal(b, &annotation) != nil || annotation.KEKID == "" || slices.Contains(keks, annotation.KEKID) {
+				continue
+			}
+			keks = append(keks, annotation.KEKID)
 		}
 	}
+	slices.Sort(keks)
+	return keks
 }
 
 func result(err error) string {

@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"testing"
@@ -26,10 +27,22 @@ type Authority struct {
 // NewAuthority makes a CA.
 func NewAuthority(t *testing.T) *Authority {
 	t.Helper()
+	return newAuthority(t, nil)
+}
+
+// NewTrustDomain makes the CA of a SPIFFE trust domain.
+func NewTrustDomain(t *testing.T, domain string) *Authority {
+	t.Helper()
+	return newAuthority(t, []*url.URL{{Scheme: "spiffe", Host: domain}})
+}
+
+func newAuthority(t *testing.T, uris []*url.URL) *Authority {
+	t.Helper()
 	a := &Authority{File: filepath.Join(t.TempDir(), "ca.pem")}
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
 		Subject:               pkix.Name{CommonName: "CA of " + t.Name()},
+		URIs:                  uris,
 		NotBefore:             time.Now().Add(-time.Hour),
 		NotAfter:              time.Now().Add(time.Hour),
 		IsCA:                  true,

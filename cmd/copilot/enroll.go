@@ -7,6 +7,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -21,7 +22,8 @@ var enrollCommand = &cli.Command{
 spiffe://TRUST-DOMAIN/node/NAME; with --role, another word than node stands
 there, or none if it is empty, as for the admin. With --csr, the key stays where
 the request was made, and only NAME.pem is written. With --host, the certificate
-is a server's. Nothing is overwritten: move files in place of old ones yourself.
+is a server's, and its key belongs to user copilot if there is one. Nothing is
+overwritten: "copilot certs renew" renews certificates that are there.
 
 Example:
    copilot enroll --out /root/worker-7 worker-7`,
@@ -30,7 +32,7 @@ Example:
 		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server, which the certificate is for; may be repeated"},
 		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
 		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
-		&cli.DurationFlag{Name: "for", Usage: "how long the certificate holds", Value: clientFor},
+		&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h", Value: newDays(clientFor)},
 		&cli.StringFlag{Name: "csr", Usage: "certificate signing request to sign, `FILE` in PEM, or - for standard input"},
 	},
 	Action: enroll,
@@ -48,6 +50,7 @@ func enroll(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("enroll: %w", err)
 	}
+	valid := time.Duration(*c.Generic("for").(*days))
 	out := c.String("out")
 	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
 	for _, file := range []string{cert, key} {
@@ -61,7 +64,10 @@ func enroll(c *cli.Context) error {
 	if hosts := c.StringSlice("host"); len(hosts) > 0 {
 		err := checkHosts(hosts)
 		if err == nil {
-			err = ca.IssueServer(hosts, c.Duration("for"), cert, key)
+			err = ca.IssueServer(hosts, valid, cert, key)
+		}
+		if err == nil {
+			err = giveKeyTo(serviceUser, key)
 		}
 		if err != nil {
 			return fmt.Errorf("enroll: %w", err)
@@ -69,7 +75,7 @@ func enroll(c *cli.Context) error {
 		fmt.Printf("%s: %s and %s\n", strings.Join(hosts, ", "), cert, key)
 		return nil
 	}
-	client := pki.Client{Path: path.Join(c.String("role"), name), Hold: c.Duration("for")}
+	client := pki.Client{Path: path.Join(c.String("role"), name), Hold: valid}
 	id, err := ca.ID(client.Path)
 	if err != nil {
 		return fmt.Errorf("enroll: %w", err)

@@ -29,7 +29,8 @@ var initCommand = &cli.Command{
 	Usage: "write a working configuration, with a CA, a server certificate and an admin's",
 	Description: `Writes into --config-dir: copilot.toml and policy.toml, a private CA (ca.pem,
 ca-key.pem), the server's certificate (server.pem, server-key.pem) and an
-admin's (admin.pem, admin-key.pem). It overwrites nothing. If there is a user
+admin's (admin.pem, admin-key.pem). It overwrites nothing, and uses a CA that is
+there, such as one from a backup. If there is a user
 copilot, as the package makes for the service, that user gets the server's key
 and the store, and no other key.
 
@@ -75,7 +76,7 @@ func initialize(c *cli.Context) error {
 		return err
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
-	for _, name := range []string{"copilot.toml", "policy.toml", pki.CertFile, pki.KeyFile, "server.pem", "server-key.pem", "admin.pem", "admin-key.pem"} {
+	for _, name := range []string{"copilot.toml", "policy.toml", "server.pem", "server-key.pem", "admin.pem", "admin-key.pem"} {
 		if _, err := os.Lstat(in(name)); !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("init: %s is there already, and nothing is overwritten: move it away, or choose another --config-dir", in(name))
 		}
@@ -83,10 +84,14 @@ func initialize(c *cli.Context) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	ca, err := pki.Create(dir, domain, caFor)
+	ca, err := existingCA(dir, c.String("trust-domain"))
+	if ca == nil && err == nil {
+		ca, err = pki.Create(dir, domain, caFor)
+	}
 	if err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
+	domain = ca.TrustDomain()
 	if err := ca.IssueServer(hosts, serverFor, in("server.pem"), in("server-key.pem")); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
@@ -116,22 +121,47 @@ Keep %[5]s away from this machine where you can: it makes nodes.
 	return nil
 }
 
+// existingCA returns the CA that dir has, of an installation before or of a backup,
+// or nil if it has none. Its trust domain must be the one asked for, if any.
+func existingCA(dir, domain string) (*pki.CA, error) {
+	found := make(map[string]bool)
+	for _, name := range []string{pki.CertFile, pki.KeyFile} {
+		_, err := os.Lstat(filepath.Join(dir, name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		found[name] = err == nil
+	}
+	switch {
+	case !found[pki.CertFile] && !found[pki.KeyFile]:
+		return nil, nil
+	case !found[pki.KeyFile]:
+		return nil, fmt.Errorf("%s exists without its key: put %s beside it to use this CA, or move it away to make a new one", filepath.Join(dir, pki.CertFile), pki.KeyFile)
+	case !found[pki.CertFile]:
+		return nil, fmt.Errorf("%s exists without its certificate: put %s beside it to use this CA, or move it away to make a new one", filepath.Join(dir, pki.KeyFile), pki.CertFile)
+	}
+	ca, err := pki.Load(dir)
+	if err != nil {
+		return nil, err
+	}
+	if ca.TrustDomain() == "" {
+		return nil, fmt.Errorf("the CA in %s has no trust domain: it was not made by copilot init", dir)
+	}
+	if domain != "" && ca.TrustDomain() != domain {
+		return nil, fmt.Errorf("the CA in %s is for trust domain %q, and --trust-domain is %q", dir, ca.TrustDomain(), domain)
+	}
+	fmt.Printf("using the CA in %s, for trust domain %s\n", dir, ca.TrustDomain())
+	return ca, nil
+}
+
 // serviceUser is the user that the package makes.
 const serviceUser = "copilot"
 
 // giveTo gives the server what it has to read and to write, if root runs this
 // and the server has a user of its own.
 func giveTo(name, store, serverKey string) error {
-	u, err := user.Lookup(name)
-	if err != nil || os.Geteuid() != 0 {
-		return nil
-	}
-	uid, err := strconv.Atoi(u.Uid)
-	if err != nil {
-		return err
-	}
-	gid, err := strconv.Atoi(u.Gid)
-	if err != nil {
+	uid, gid, ok, err := owner(name)
+	if err != nil || !ok {
 		return err
 	}
 	if err := os.Mkdir(store, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -142,6 +172,29 @@ func giveTo(name, store, serverKey string) error {
 		}
 	}
 	return os.Chown(serverKey, uid, gid)
+}
+
+// giveKeyTo gives a server's key to the user that reads it.
+func giveKeyTo(name, serverKey string) error {
+	uid, gid, ok, err := owner(name)
+	if err != nil || !ok {
+		return err
+	}
+	return os.Chown(serverKey, uid, gid)
+}
+
+// owner returns a user's IDs. It reports false where there is no such user, or
+// where only root could give a file to it.
+func owner(name string) (uid, gid int, ok bool, err error) {
+	u, err := user.Lookup(name)
+	if err != nil || os.Geteuid() != 0 {
+		return 0, 0, false, nil
+	}
+	if uid, err = strconv.Atoi(u.Uid); err != nil {
+		return 0, 0, false, err
+	}
+	gid, err = strconv.Atoi(u.Gid)
+	return uid, gid, err == nil, err
 }
 
 // checkHosts refuses what can't be in a certificate.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
@@ -40,7 +41,7 @@ func checkPolicy(c *cli.Context) error {
 	if conf.Policy == "" {
 		return errors.New("policy check: there is none: name its file with --policy, or in the configuration")
 	}
-	p, err := policy.Load(conf.Policy)
+	p, err := policy.Load(conf.Policy, conf.IssuerNames())
 	if err != nil {
 		return err
 	}
@@ -55,6 +56,9 @@ func checkPolicy(c *cli.Context) error {
 	if !slices.Contains(policy.Actions, action) {
 		return fmt.Errorf("policy check: %q is no action: there are wrap, unwrap, export and admin", action)
 	}
+	if identity, err = policy.Canonical(identity, conf.IssuerNames()); err != nil {
+		return fmt.Errorf("policy check: %w", err)
+	}
 	now := time.Now()
 	if at := c.Timestamp("at"); at != nil {
 		now = *at
@@ -67,6 +71,10 @@ func checkPolicy(c *cli.Context) error {
 		}
 	}
 	if !v.Allowed {
+		// With the KEK itself, it needs nobody to wrap and unwrap.
+		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(identity, kek, policy.Export, now).Allowed && refusedByKEK(c, kek, identity) == "" {
+			v.Reason += fmt.Sprintf(": but it may export the KEK, and so can %s with it", action)
+		}
 		return fmt.Errorf("denied: %s", v.Reason)
 	}
 	fmt.Printf("allowed: %s\n", v.Reason)
@@ -86,7 +94,7 @@ func refusedByKEK(c *cli.Context, id, identity string) string {
 	switch {
 	case err != nil:
 		return "of the KEK: " + err.Error()
-	case slices.Contains(info.Revoked, identity):
+	case copilot.IsRevoked(info.Revoked, identity):
 		return "the KEK was revoked for " + identity
 	case info.Disabled:
 		return "the KEK is disabled"

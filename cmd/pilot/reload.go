@@ -57,6 +57,17 @@ func (r *reloadable) current() *keyprovider.Provider {
 	return r.provider
 }
 
+// certificates returns the files of certificates that are in use, by the setting
+// that names each.
+func (r *reloadable) certificates() map[string]string {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return map[string]string{
+		"broker-cert": string(r.conf.BrokerCert), "broker-ca": string(r.conf.BrokerCA),
+		"tls-cert": string(r.conf.TLSCert), "tls-client-ca": string(r.conf.TLSClientCA),
+	}
+}
+
 func (r *reloadable) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
 	return r.current().WrapKey(ctx, input)
 }

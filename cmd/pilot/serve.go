@@ -28,6 +28,7 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/status"
 	"github.com/ctrlplane/pilot/tracing"
 	"github.com/ctrlplane/pilot/unixsocket"
 	"github.com/ctrlplane/pilot/watchdog"
@@ -73,6 +74,7 @@ func serve(c *cli.Context) error {
 	if err := provider.use(c.Context, conf); err != nil {
 		return err
 	}
+	registry.MustRegister(status.Certificates("pilot_cert_not_after_seconds", provider.certificates))
 	options, err := conf.serverOptions()
 	if err != nil {
 		return usageError{err}

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -44,19 +45,7 @@ func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	if !validDomain.MatchString(trustDomain) {
 		return nil, fmt.Errorf("trust domain %q: use lower-case letters, digits, dots, dashes and underscores, as in example.com", trustDomain)
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	template := &x509.Certificate{
-		Subject:               pkix.Name{CommonName: "copilot CA of " + trustDomain},
-		URIs:                  []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		IsCA:                  true,
-		MaxPathLenZero:        true,
-		BasicConstraintsValid: true,
-	}
-	der, err := sign(template, nil, key.Public(), key, hold)
+	key, der, err := newCA(trustDomain, hold)
 	if err != nil {
 		return nil, err
 	}
@@ -69,7 +58,25 @@ func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	return Load(dir)
 }
 
-// Load reads the CA in dir.
+// newCA returns a CA's private key and its certificate.
+func newCA(trustDomain string, hold time.Duration) (*ecdsa.PrivateKey, []byte, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	der, err := sign(&x509.Certificate{
+		Subject:               pkix.Name{CommonName: "copilot CA of " + trustDomain},
+		URIs:                  []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		IsCA:                  true,
+		MaxPathLenZero:        true,
+		BasicConstraintsValid: true,
+	}, nil, key.Public(), key, hold)
+	return key, der, err
+}
+
+// Load reads the CA in dir. Of several certificates in its file it is the one that
+// belongs to the key: the others are trusted, too, while the CA is replaced.
 func Load(dir string) (*CA, error) {
 	certPEM, err := os.ReadFile(filepath.Join(dir, CertFile))
 	if err != nil {
@@ -79,27 +86,52 @@ func Load(dir string) (*CA, error) {
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
-	cert, key := decode(certPEM, "CERTIFICATE"), decode(keyPEM, "PRIVATE KEY")
-	if cert == nil || key == nil {
+	certs, err := parseAll(certPEM)
+	if err != nil {
+		return nil, fmt.Errorf("CA: %s: %w", CertFile, err)
+	}
+	key := decode(keyPEM, "PRIVATE KEY")
+	if len(certs) == 0 || key == nil {
 		return nil, fmt.Errorf("CA: %s and %s in %s are no certificate and private key in PEM", CertFile, KeyFile, dir)
 	}
 	defer clear(key)
 	ca := &CA{}
-	if ca.cert, err = x509.ParseCertificate(cert); err != nil {
-		return nil, fmt.Errorf("CA: %s: %w", CertFile, err)
-	}
 	parsed, err := x509.ParsePKCS8PrivateKey(key)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %s: it is no PKCS#8 key", KeyFile)
 	}
 	var ok bool
-	if ca.key, ok = parsed.(crypto.Signer); !ok || !ca.cert.IsCA {
-		return nil, fmt.Errorf("CA: %s in %s is no CA's certificate", CertFile, dir)
+	if ca.key, ok = parsed.(crypto.Signer); !ok {
+		return nil, fmt.Errorf("CA: %s can't sign", KeyFile)
 	}
-	if public, ok := ca.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(ca.cert.PublicKey) {
+	public, ok := ca.key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	i := slices.IndexFunc(certs, func(c *x509.Certificate) bool { return ok && public.Equal(c.PublicKey) })
+	if i < 0 {
 		return nil, fmt.Errorf("CA: %s is not the key of %s", KeyFile, CertFile)
 	}
+	if ca.cert = certs[i]; !ca.cert.IsCA {
+		return nil, fmt.Errorf("CA: %s in %s is no CA's certificate", CertFile, dir)
+	}
 	return ca, nil
+}
+
+// parseAll returns the certificates of a file in PEM.
+func parseAll(b []byte) ([]*x509.Certificate, error) {
+	var certs []*x509.Certificate
+	for {
+		var block *pem.Block
+		if block, b = pem.Decode(b); block == nil {
+			return certs, nil
+		}
+		if block.Type != "CERTIFICATE" {
+			continue
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		certs = append(certs, cert)
+	}
 }
 
 // TrustDomain returns what the SPIFFE IDs of the CA's certificates begin with,

@@ -12,6 +12,7 @@ import (
 // concurrent use.
 type File struct {
 	name    string
+	issuers []string
 	current atomic.Pointer[Policy]
 
 	mu   sync.Mutex
@@ -24,13 +25,13 @@ type stamp struct {
 	inode    uint64
 }
 
-// Open reads the policy in a file, which has to be right at first.
-func Open(name string) (*File, error) {
-	f := &File{name: name}
+// Open reads the policy in a file, as [Load] does. It has to be right at first.
+func Open(name string, issuers []string) (*File, error) {
+	f := &File{name: name, issuers: issuers}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.seen, _ = stampOf(name)
-	p, err := Load(name)
+	p, err := Load(name, issuers)
 	if err != nil {
 		return nil, err
 	}
@@ -65,7 +66,7 @@ func (f *File) Reload(always bool) (changed bool, err error) {
 	if err != nil && gone && !always {
 		return false, nil // it was said before
 	}
-	p, err := Load(f.name)
+	p, err := Load(f.name, f.issuers)
 	if err != nil {
 		return false, err
 	}

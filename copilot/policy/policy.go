@@ -62,8 +62,9 @@ const (
 // maxFile bounds a policy, in bytes.
 const maxFile = 4 << 20
 
-// Load reads the policy in a file.
-func Load(name string) (*Policy, error) {
+// Load reads the policy in a file. Issuers are the names of those whose tokens are
+// accepted: rules for other issuers are errors, unless it is nil.
+func Load(name string, issuers []string) (*Policy, error) {
 	info, err := os.Stat(name)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
@@ -75,11 +76,12 @@ func Load(name string) (*Policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
-	return Parse(name, b)
+	return Parse(name, b, issuers)
 }
 
-// Parse reads a policy from TOML. Errors name the file and the line or rule.
-func Parse(name string, b []byte) (*Policy, error) {
+// Parse reads a policy from TOML, as [Load] does. Errors name the file and the line
+// or rule.
+func Parse(name string, b []byte, issuers []string) (*Policy, error) {
 	var file struct {
 		Rule  []rule  `toml:"rule"`
 		Limit []limit `toml:"limit"`
@@ -90,19 +92,19 @@ func Parse(name string, b []byte) (*Policy, error) {
 	p := &Policy{name: name, rules: file.Rule, limits: file.Limit}
 	for i := range p.rules {
 		p.rules[i].number = i + 1
-		if err := p.rules[i].check(); err != nil {
+		if err := p.rules[i].check(issuers); err != nil {
 			return nil, fmt.Errorf("policy: %s: rule %d: %w", name, i+1, err)
 		}
 	}
-	for i, l := range p.limits {
-		if err := l.check(); err != nil {
+	for i := range p.limits {
+		if err := p.limits[i].check(issuers); err != nil {
 			return nil, fmt.Errorf("policy: %s: limit %d: %w", name, i+1, err)
 		}
 	}
 	return p, nil
 }
 
-func (r *rule) check() error {
+func (r *rule) check(issuers []string) error {
 	if len(r.Identities) == 0 || len(r.KEKs) == 0 || len(r.Actions) == 0 {
 		return errors.New("it needs identities, keks and actions")
 	}
@@ -111,7 +113,7 @@ func (r *rule) check() error {
 			return fmt.Errorf("%q is no action: there are wrap, unwrap, export and admin", a)
 		}
 	}
-	if err := checkPatterns(r.Identities); err != nil {
+	if err := canonicalPatterns(r.Identities, issuers); err != nil {
 		return err
 	}
 	if err := checkPatterns(r.KEKs); err != nil {
@@ -123,14 +125,28 @@ func (r *rule) check() error {
 	return nil
 }
 
-func (l limit) check() error {
+func (l *limit) check(issuers []string) error {
 	if len(l.Identities) == 0 {
 		return errors.New("it needs identities")
 	}
 	if !(l.PerSecond > 0) || l.Burst < 1 {
 		return errors.New("per-second has to be above 0, and burst at least 1")
 	}
-	return checkPatterns(l.Identities)
+	return canonicalPatterns(l.Identities, issuers)
+}
+
+// canonicalPatterns replaces patterns of identities by what they are compared as.
+func canonicalPatterns(patterns, issuers []string) error {
+	if err := checkPatterns(patterns); err != nil {
+		return err
+	}
+	for i, p := range patterns {
+		var err error
+		if patterns[i], err = canonicalPattern(p, issuers); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func checkPatterns(patterns []string) error {

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/copilot/pki"
+)
+
+var certsCommand = &cli.Command{
+	Name:  "certs",
+	Usage: "list and renew the certificates that this CA issues",
+	Subcommands: []*cli.Command{
+		{
+			Name:      "list",
+			Usage:     "list certificates and when they expire",
+			ArgsUsage: "[FILE...]",
+			Description: `Lists the certificates given, or those in --config-dir.
+
+Example:
+   copilot certs list`,
+			Flags: []cli.Flag{
+				configDirFlag(),
+				&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+			},
+			Action: certsList,
+		},
+		{
+			Name:      "renew",
+			Usage:     "renew certificates before they expire",
+			ArgsUsage: "FILE...",
+			Description: `Replaces each certificate by one for the same name, and the same private key
+unless --new-key is given. Files keep their owner and mode and are replaced as a
+whole, so copilot and pilot take them up without a restart. The certificate of a
+node can be renewed here and copied to the node: its private key stays there.
+
+A certificate is valid for as long as the one before was, unless --for is given.
+
+Example:
+   copilot certs renew /etc/copilot/server.pem /etc/copilot/admin.pem`,
+			Flags: []cli.Flag{
+				configDirFlag(),
+				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h (default: as long as the one before)", Value: newDays(0), DefaultText: ""},
+				&cli.BoolFlag{Name: "new-key", Usage: "make a new private key as well, in NAME-key.pem beside NAME.pem"},
+			},
+			Action: certsRenew,
+		},
+		{
+			Name:  "rotate-ca",
+			Usage: "replace the CA, without an interruption",
+			Description: `Makes a new CA. Its certificate and the one before it are both in ca.pem from
+then on, so copilot accepts clients of both. Then, in this order:
+
+   1. copy ca.pem to every node, as its broker-ca
+   2. renew all certificates with "copilot certs renew"
+   3. run "copilot certs rotate-ca --finish", which removes the old CA from ca.pem
+   4. copy ca.pem to every node again
+
+Example:
+   copilot certs rotate-ca`,
+			Flags: []cli.Flag{
+				configDirFlag(),
+				&cli.GenericFlag{Name: "for", Usage: "how long the new CA's certificate is valid", Value: newDays(caFor)},
+				&cli.BoolFlag{Name: "finish", Usage: "remove the old CA from ca.pem"},
+			},
+			Action: certsRotateCA,
+		},
+	},
+}
+
+func certsRotateCA(c *cli.Context) error {
+	if err := noArguments(c); err != nil {
+		return err
+	}
+	dir := c.String("config-dir")
+	if c.Bool("finish") {
+		inUse, err := certificates(dir)
+		if err != nil {
+			return err
+		}
+		inUse = slices.DeleteFunc(inUse, func(name string) bool { return filepath.Base(name) == pki.CertFile })
+		n, err := pki.DropOld(dir, inUse)
+		if err != nil {
+			return fmt.Errorf("certs rotate-ca: %w", err)
+		}
+		if n == 0 {
+			fmt.Printf("%s has one CA only\n", filepath.Join(dir, pki.CertFile))
+			return nil
+		}
+		fmt.Printf("removed the old CA from %s: copy it to every node\n", filepath.Join(dir, pki.CertFile))
+		return nil
+	}
+	if err := pki.Rotate(dir, time.Duration(*c.Generic("for").(*days))); err != nil {
+		return fmt.Errorf("certs rotate-ca: %w", err)
+	}
+	fmt.Printf(`%s has the new CA and the old one.
+
+   1. copy it to every node, as its broker-ca
+   2. copilot certs renew FILE...            # the server's, the admin's, the nodes'
+   3. copilot certs rotate-ca --finish       # when no certificate of the old CA is in use
+   4. copy %[1]s to every node again
+`, filepath.Join(dir, pki.CertFile))
+	return nil
+}
+
+// certificates returns the files in dir that hold certificates, by their names.
+func certificates(dir string) ([]string, error) {
+	found, err := filepath.Glob(filepath.Join(dir, "*.pem"))
+	return slices.DeleteFunc(found, func(name string) bool { return strings.HasSuffix(name, "-key.pem") }), err
+}
+
+// certificateStatus is a certificate as "certs list" shows it.
+type certificateStatus struct {
+	File     string    `json:"file"`
+	Subject  string    `json:"subject"`
+	NotAfter time.Time `json:"notAfter"`
+	// Expired is also true before the certificate's time.
+	Expired bool `json:"expired"`
+}
+
+func certsList(c *cli.Context) error {
+	files := c.Args().Slice()
+	if len(files) == 0 {
+		var err error
+		if files, err = certificates(c.String("config-dir")); err != nil {
+			return err
+		}
+	}
+	if len(files) == 0 {
+		return fmt.Errorf("certs list: no certificate in %s", c.String("config-dir"))
+	}
+	list := []certificateStatus{}
+	var errs []error
+	now := time.Now()
+	for _, name := range files {
+		cert, err := pki.ReadCertificate(name)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("certs list: %w", err))
+			continue
+		}
+		list = append(list, certificateStatus{name, subject(cert), cert.NotAfter.UTC(), now.After(cert.NotAfter) || now.Before(cert.NotBefore)})
+	}
+	if c.Bool("json") {
+		out := json.NewEncoder(os.Stdout)
+		out.SetIndent("", "  ")
+		return errors.Join(append(errs, out.Encode(list))...)
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "FILE\tSUBJECT\tEXPIRES\tLEFT")
+	for _, s := range list {
+		left := newDays(s.NotAfter.Sub(now).Truncate(unit(s.NotAfter.Sub(now)))).String()
+		switch {
+		case now.After(s.NotAfter):
+			left = "expired"
+		case s.Expired:
+			left = "not valid yet"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", s.File, s.Subject, s.NotAfter.Format(time.RFC3339), left)
+	}
+	return errors.Join(append(errs, w.Flush())...)
+}
+
+// unit is what the time that is left is shown in.
+func unit(left time.Duration) time.Duration {
+	if left > 2*day {
+		return day
+	}
+	return time.Minute
+}
+
+// subject is what a certificate is for.
+func subject(cert *x509.Certificate) string {
+	var names []string
+	if cert.IsCA {
+		names = append(names, "CA")
+	}
+	for _, u := range cert.URIs {
+		names = append(names, u.String())
+	}
+	names = append(names, cert.DNSNames...)
+	for _, ip := range cert.IPAddresses {
+		names = append(names, ip.String())
+	}
+	if len(names) == 0 {
+		return cert.Subject.String()
+	}
+	return strings.Join(names, ", ")
+}
+
+func certsRenew(c *cli.Context) error {
+	if c.NArg() == 0 {
+		return errors.New("certs renew: name the certificates to renew, such as /etc/copilot/server.pem")
+	}
+	ca, err := pki.Load(c.String("config-dir"))
+	if err != nil {
+		return fmt.Errorf("certs renew: %w", err)
+	}
+	var errs []error
+	for _, name := range c.Args().Slice() {
+		if err := renew(c, ca, name); err != nil {
+			errs = append(errs, fmt.Errorf("certs renew: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func renew(c *cli.Context, ca *pki.CA, name string) error {
+	valid := time.Duration(*c.Generic("for").(*days))
+	keyFile := ""
+	if c.Bool("new-key") {
+		base, ok := strings.CutSuffix(name, ".pem")
+		if !ok {
+			return fmt.Errorf("%s: with --new-key the certificate is NAME.pem and its key NAME-key.pem", name)
+		}
+		keyFile = base + "-key.pem"
+	}
+	cert, err := ca.Renew(name, keyFile, valid)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s: %s, valid until %s\n", name, subject(cert), cert.NotAfter.UTC().Format(time.RFC3339))
+	return nil
+}

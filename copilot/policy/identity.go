@@ -1,0 +1,108 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Anonymous is the identity of clients that show none.
+const Anonymous = "anonymous"
+
+// identityForms are the identities that there are, for errors.
+const identityForms = "identities are spiffe://DOMAIN/PATH, dns:NAME, cn:NAME, uid:NUMBER, ISSUER:SUBJECT and " + Anonymous
+
+// CanonicalDNS returns a host name as identities have it: in lower case, and
+// without the dot at its end (RFC 4343, RFC 1034 section 3.1).
+func CanonicalDNS(name string) string {
+	return strings.ToLower(strings.TrimSuffix(name, "."))
+}
+
+// Canonical returns an identity as the audit log has it. It is an error if no
+// client could ever have that identity. A subject of an issuer is taken as it is:
+// issuers are the names of those that are configured, or nil where they are not
+// known.
+func Canonical(identity string, issuers []string) (string, error) {
+	kind, rest, ok := strings.Cut(identity, ":")
+	switch {
+	case identity == Anonymous:
+		return identity, nil
+	case !ok || rest == "":
+		return "", fmt.Errorf("%q is not an identity: %s", identity, identityForms)
+	case kind == "spiffe":
+		id, err := spiffeid.FromString(identity)
+		if err == nil && id.Path() == "" {
+			err = errors.New("it has no path, so it is a trust domain's, not a client's")
+		}
+		if err != nil {
+			return "", fmt.Errorf("%q is not a SPIFFE ID: %w", identity, err)
+		}
+		return id.String(), nil
+	case kind == "dns":
+		name := CanonicalDNS(rest)
+		if name == "" || strings.ContainsAny(name, "*/: ") {
+			return "", fmt.Errorf("%q: %q is not a host name", identity, rest)
+		}
+		return "dns:" + name, nil
+	case kind == "cn":
+		return identity, nil
+	case kind == "uid":
+		uid, err := strconv.ParseUint(rest, 10, 32)
+		if err != nil {
+			return "", fmt.Errorf("%q: %q is not a user's number", identity, rest)
+		}
+		return "uid:" + strconv.FormatUint(uid, 10), nil
+	}
+	for _, name := range issuers {
+		if name == kind {
+			return identity, nil
+		}
+	}
+	if issuers == nil {
+		return identity, nil
+	}
+	return "", fmt.Errorf("%q: there is no issuer %q: %s", identity, kind, identityForms)
+}
+
+// canonicalPattern returns a pattern of identities as they are compared. It is an
+// error if it matches none that a client could have.
+func canonicalPattern(pattern string, issuers []string) (string, error) {
+	literal, _, hasStar := strings.Cut(pattern, "*")
+	if !hasStar {
+		return Canonical(pattern, issuers)
+	}
+	kind, rest, ok := strings.Cut(literal, ":")
+	if !ok {
+		return pattern, nil // the star stands for the rest of the kind
+	}
+	switch kind {
+	case "dns":
+		return strings.ToLower(pattern), nil
+	case "spiffe":
+		// Up to the star it has to be what a SPIFFE ID begins with.
+		domain, path, hasPath := strings.Cut(strings.TrimPrefix(rest, "//"), "/")
+		switch {
+		case !strings.HasPrefix(rest, "//") && !strings.HasPrefix("//", rest):
+			return "", fmt.Errorf("%q matches no SPIFFE ID, which begins with spiffe://", pattern)
+		case domain != strings.ToLower(domain):
+			return "", fmt.Errorf("%q matches no SPIFFE ID: trust domains are in lower case", pattern)
+		case hasPath && strings.ContainsAny(path, "%?#"), strings.ContainsAny(domain, "%?#@:"):
+			return "", fmt.Errorf("%q matches no SPIFFE ID: they have no query, fragment, port or percent-encoding", pattern)
+		}
+		return pattern, nil
+	case "cn", "uid":
+		return pattern, nil
+	}
+	if issuers == nil {
+		return pattern, nil
+	}
+	for _, name := range issuers {
+		if name == kind {
+			return pattern, nil
+		}
+	}
+	return "", fmt.Errorf("%q: there is no issuer %q: %s", pattern, kind, identityForms)
+}
