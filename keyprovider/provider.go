@@ -18,6 +18,7 @@ import (
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
 	"github.com/ctrlplane/pilot/errline"
+	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -182,9 +183,9 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 		}
 		defer clear(optsdata)
 		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
-		return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
-			KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: optsdata},
-		})
+		results := keyjson.Object(keyjson.Key("optsdata", optsdata))
+		defer clear(results)
+		return keyjson.Object(keyjson.Value("keywrapresults", ocicrypt.KeyWrapResults{}), keyjson.Raw("keyunwrapresults", results)), nil
 	}
 	return nil, errline.Join(errs...)
 }

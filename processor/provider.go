@@ -11,6 +11,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
+	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
@@ -113,14 +114,8 @@ type providerWrapper struct {
 	provider KeyProvider
 }
 
-// request and answer are the protocol's. Some key providers want the members
-// of a request that it does not use, too, as ocicrypt sends them: with nulls.
-type request struct {
-	Op     string       `json:"op"`
-	Wrap   wrapParams   `json:"keywrapparams"`
-	Unwrap unwrapParams `json:"keyunwrapparams"`
-}
-
+// What follows is the protocol's. Some key providers want the members of a
+// request that it does not use, too, as ocicrypt sends them: with nulls.
 type wrapParams struct {
 	Ec       *config.EncryptConfig `json:"ec"`
 	OptsData []byte                `json:"optsdata"`
@@ -144,7 +139,10 @@ func (providerWrapper) possible(*config.DecryptConfig) bool { return true }
 
 func (w providerWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
 	own := &config.EncryptConfig{Parameters: map[string][][]byte{w.name: ec.Parameters[w.name]}}
-	out, err := ask(ctx, w.provider.WrapKey, request{Op: "keywrap", Wrap: wrapParams{own, private}})
+	params := keyjson.Object(keyjson.Value("ec", own), keyjson.Key("optsdata", private))
+	defer clear(params)
+	out, err := ask(ctx, w.provider.WrapKey,
+		keyjson.Object(keyjson.Value("op", "keywrap"), keyjson.Raw("keywrapparams", params), keyjson.Value("keyunwrapparams", unwrapParams{})))
 	return out.Wrap.Annotation, err
 }
 
@@ -153,15 +151,12 @@ func (w providerWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, w
 	if params := dc.Parameters[w.name]; len(params) > 0 {
 		own.Parameters = map[string][][]byte{w.name: params}
 	}
-	out, err := ask(ctx, w.provider.UnwrapKey, request{Op: "keyunwrap", Unwrap: unwrapParams{own, wrapped}})
+	out, err := ask(ctx, w.provider.UnwrapKey,
+		keyjson.Object(keyjson.Value("op", "keyunwrap"), keyjson.Value("keywrapparams", wrapParams{}), keyjson.Value("keyunwrapparams", unwrapParams{own, wrapped})))
 	return out.Unwrap.OptsData, err
 }
 
-func ask(ctx context.Context, call func(context.Context, []byte) ([]byte, error), r request) (answer, error) {
-	input, err := json.Marshal(r)
-	if err != nil {
-		return answer{}, err
-	}
+func ask(ctx context.Context, call func(context.Context, []byte) ([]byte, error), input []byte) (answer, error) {
 	b, err := call(ctx, input)
 	if err != nil {
 		return answer{}, err
