@@ -180,14 +180,14 @@ func statusOf(err error) (int, string) {
 		return http.StatusNotFound, audit.Denied
 	case errors.Is(err, errNotExported):
 		return http.StatusConflict, audit.Denied
+	case errors.Is(err, errLimit): // what it has wrapped may still be unwrapped
+		return http.StatusConflict, audit.Denied
 	case errors.Is(err, audit.ErrUnavailable), errors.Is(err, keystore.ErrUnavailable), errors.Is(err, kms.ErrUnavailable):
 		return http.StatusServiceUnavailable, audit.Failed
 	case errors.Is(err, kms.ErrForbidden):
 		return http.StatusBadGateway, audit.Failed
 	case errors.Is(err, keystore.ErrDisabled):
 		return http.StatusForbidden, audit.Denied
-	case errors.Is(err, errLimit): // what it has wrapped may still be unwrapped
-		return http.StatusConflict, audit.Denied
 	case errors.Is(err, keystore.ErrNotFound), errors.Is(err, kms.ErrNotFound):
 		return http.StatusNotFound, audit.Denied
 	case errors.Is(err, keystore.ErrExists), errors.Is(err, keystore.ErrState):
@@ -255,6 +255,8 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		kind = typeNotExported
 	case errors.Is(err, errNoSuchPath):
 		kind = typeNoSuchPath
+	case errors.Is(err, errLimit):
+		detail = errLimit.Error()
 	case errors.Is(err, kms.ErrUnwrap):
 		detail = kms.ErrUnwrap.Error()
 	case errors.Is(err, kms.ErrNotFound):

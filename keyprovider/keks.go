@@ -86,7 +86,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 		ids = p.conf.DefaultKEKs
 	}
 	if len(ids) == 0 {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Name)
+		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Names[0])
 	}
 	var errs []error
 	for _, id := range ids {

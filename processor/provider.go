@@ -27,6 +27,7 @@ type KeyProvider interface {
 var providers struct {
 	mu     sync.Mutex
 	byName map[string]KeyProvider
+	err    error // why there are none of a file
 }
 
 // RegisterKeyProvider makes p answer for the key provider of that name, whatever
@@ -41,11 +42,18 @@ func RegisterKeyProvider(name string, p KeyProvider) {
 }
 
 // RegisterKeyProviders registers the key providers of an ocicrypt.conf. Those of
-// the file that $OCICRYPT_KEYPROVIDER_CONFIG names are known without.
+// the file that $OCICRYPT_KEYPROVIDER_CONFIG names are known without. An error
+// may be ignored: it is part of the error of a layer that needs a key provider
+// which is not known.
 func RegisterKeyProviders(file string) error {
 	all, err := readProviders(file)
 	for name, p := range all {
 		RegisterKeyProvider(name, p)
+	}
+	if err != nil {
+		providers.mu.Lock()
+		defer providers.mu.Unlock()
+		providers.err = err
 	}
 	return err
 }
@@ -91,7 +99,7 @@ func (b broken) UnwrapKey(context.Context, []byte) ([]byte, error) { return nil,
 // provider returns the key provider of that name.
 func provider(name string) (KeyProvider, error) {
 	providers.mu.Lock()
-	p := providers.byName[name]
+	p, unread := providers.byName[name], providers.err
 	providers.mu.Unlock()
 	if p != nil {
 		return p, nil
@@ -99,6 +107,9 @@ func provider(name string) (KeyProvider, error) {
 	all, err := fromEnvironment()
 	if p := all[name]; p != nil {
 		return p, nil
+	}
+	if err == nil {
+		err = unread
 	}
 	missing := fmt.Errorf("key provider %.60q is not configured: name it in the file that $%s points to", name, keyproviderconfig.ENVVARNAME)
 	if err != nil {
