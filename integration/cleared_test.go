@@ -24,7 +24,7 @@ func (p *process) inMemory(t testing.TB, what []byte) (n int) {
 	}
 	defer memory.Close()
 	for line := range strings.Lines(read(t, fmt.Sprintf("/proc/%d/maps", p.cmd.Process.Pid))) {
-		var from, to int64
+		var from, to uint64
 		var mode string
 		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode); err != nil {
 			t.Fatalf("%s: %v", line, err)
@@ -33,7 +33,7 @@ func (p *process) inMemory(t testing.TB, what []byte) (n int) {
 			continue
 		}
 		b := make([]byte, min(to-from, 1<<30))
-		if got, err := memory.ReadAt(b, from); err == nil || got > 0 {
+		if got, err := memory.ReadAt(b, int64(from)); err == nil || got > 0 {
 			n += bytes.Count(b[:got], what)
 		}
 	}
