@@ -24,13 +24,16 @@ var (
 	ErrKeyDamaged  = errors.New("the password is wrong, or the private key is damaged")
 )
 
-// NormalizePrivateKey returns a private key in the form that ocicrypt's key
-// wrappers read, unencrypted PKCS #8 in PEM, if b has it in one that they do
-// not read: PEM of an EC key in SEC 1 (RFC 5915), as "openssl ecparam -genkey"
-// writes it, with or without the legacy encryption of RFC 1421, or of PKCS #8
-// encrypted with PBES2 (RFC 8018), as "openssl genpkey -aes256" writes it. It
-// returns nil for everything else, which is ocicrypt's to read. A nil password
-// means none was given. The caller must clear the key.
+// NormalizePrivateKey returns a private key in a form that ocicrypt reads,
+// unencrypted PKCS #8 in PEM, if b contains one in a form that it does not read:
+//   - an EC key in SEC 1 form (RFC 5915) in PEM, as "openssl ecparam -genkey"
+//     writes it, also with the encryption of RFC 1421;
+//   - PKCS #8 encrypted with PBES2 (RFC 8018), in PEM or DER, as "openssl genpkey
+//     -aes256" writes it.
+//
+// It returns nil for everything else, which is ocicrypt's to read. A nil password
+// means none was given. Errors contain nothing of b. The caller must clear the
+// key.
 func NormalizePrivateKey(b, password []byte) (key []byte, err error) {
 	block := privateKeyBlock(b)
 	if block == nil {
@@ -52,12 +55,24 @@ func NormalizePrivateKey(b, password []byte) (key []byte, err error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
 
+// NeedsNormalizing reports whether b is for [NormalizePrivateKey].
+func NeedsNormalizing(b []byte) bool {
+	block := privateKeyBlock(b)
+	return block != nil && (block.Type == "EC PRIVATE KEY" || block.Type == "ENCRYPTED PRIVATE KEY")
+}
+
 // privateKeyBlock returns the first PEM block, except for the parameters of the
-// curve that OpenSSL writes before an EC key.
+// curve that OpenSSL writes before an EC key. For an encrypted key in DER it
+// returns the block that the key would have in PEM.
 func privateKeyBlock(b []byte) *pem.Block {
 	block, rest := pem.Decode(b)
 	if block != nil && block.Type == "EC PARAMETERS" {
 		block, _ = pem.Decode(rest)
+	}
+	if len(b) > 0 && b[0] == derSequence {
+		if rest, err := asn1.Unmarshal(b, new(encryptedPrivateKeyInfo)); err == nil && len(rest) == 0 {
+			return &pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: b}
+		}
 	}
 	return block
 }
@@ -115,12 +130,15 @@ var (
 	}
 )
 
-// fromEncrypted decrypts an EncryptedPrivateKeyInfo (RFC 5958).
+// encryptedPrivateKeyInfo is EncryptedPrivateKeyInfo of RFC 5958.
+type encryptedPrivateKeyInfo struct {
+	Algorithm pkix.AlgorithmIdentifier
+	Data      []byte
+}
+
+// fromEncrypted decrypts an EncryptedPrivateKeyInfo.
 func fromEncrypted(der, password []byte) ([]byte, error) {
-	var in struct {
-		Algorithm pkix.AlgorithmIdentifier
-		Data      []byte
-	}
+	var in encryptedPrivateKeyInfo
 	var scheme struct{ KDF, Cipher pkix.AlgorithmIdentifier }
 	var kdf struct {
 		Salt       []byte
