@@ -70,7 +70,12 @@ func keyArguments(cmd *cli.Command) parsehelpers.EncArgs {
 func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.DecryptConfig, error) {
 	registerKeyProviders()
 	args, withPGP := keyArguments(cmd), layers
-	if !slices.ContainsFunc(layers, hasPGP) {
+	taken, err := takeKeys(&args)
+	if err != nil {
+		return nil, fmt.Errorf("keys: %w", err)
+	}
+	// gpg's keyring counts only if no key is given.
+	if taken != nil && len(args.Key) == 0 || !slices.ContainsFunc(layers, hasPGP) {
 		withPGP = nil
 	}
 	cc, err := parsehelpers.CreateDecryptCryptoConfig(args, withPGP)
@@ -82,10 +87,7 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 	if err != nil {
 		return nil, fmt.Errorf("keys: %w", err)
 	}
-	if cc.DecryptConfig == nil {
-		return &config.DecryptConfig{}, nil
-	}
-	return cc.DecryptConfig, nil
+	return config.CombineCryptoConfigs([]config.CryptoConfig{cc, {DecryptConfig: taken}}).DecryptConfig, nil
 }
 
 // encryptConfig returns the recipients in args, and the keys to add them to
@@ -104,6 +106,10 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 			return nil, fmt.Errorf("recipient %s: %w", r, err)
 		}
 	}
+	taken, err := takeKeys(&args)
+	if err != nil {
+		return nil, fmt.Errorf("keys: %w", err)
+	}
 	if !slices.ContainsFunc(layers, hasPGP) {
 		layers = nil
 	}
@@ -111,6 +117,7 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 	if err != nil {
 		return nil, fmt.Errorf("recipients: %w", err)
 	}
+	cc.EncryptConfig.AttachDecryptConfig(taken)
 	return cc.EncryptConfig, nil
 }
 

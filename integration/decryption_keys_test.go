@@ -24,7 +24,7 @@ func strayFiles(t testing.TB, dir string) map[string]struct {
 	}
 	password := openssl("password.pem", "pkey", "-in", private, "-aes256", "-passout", "pass:secret")
 	legacy := openssl("legacy.pem", "rsa", "-in", private, "-traditional", "-aes128", "-passout", "pass:secret")
-	sec1 := openssl("sec1.pem", "ecparam", "-name", "prime256v1", "-genkey")
+	sec1 := openssl("secp256k1.pem", "ecparam", "-name", "secp256k1", "-genkey")
 	file := func(content string) func(string) { return func(path string) { write(t, path, content) } }
 	link := func(target string) func(string) {
 		return func(path string) {
@@ -37,18 +37,18 @@ func strayFiles(t testing.TB, dir string) map[string]struct {
 		put    func(path string)
 		reason string
 	}{
-		"README":       {file("The keys of this node.\n"), "neither a private key nor a certificate"},
-		"public.pem":   {file(read(t, public)), "a public key"},
-		"password.pem": {file(password), "a private key with a password"},
-		"legacy.pem":   {file(legacy), "a private key with a password"},
-		"sec1.pem":     {file(sec1), "an EC private key in SEC 1 form"},
-		"key.pem.tmp":  {file(key[:len(key)/2]), "damaged or only half written"},
-		"null":         {file(""), "empty"},
-		"huge":         {file(key + strings.Repeat("\n", 2<<20)), "larger than 1024 KiB"},
-		"key.yaml":     {file("pkcs11:\n  uri: pkcs11:token=pilot;id=%A1;object=image?pin-value=1234&module-name=softhsm2\n"), "a PKCS#11 key"},
-		"dangling":     {link("nowhere"), "a link to"},
-		"loop":         {link("loop"), "a loop of links"},
-		"self":         {link("."), ""},
+		"README":        {file("The keys of this node.\n"), "neither a private key nor a certificate"},
+		"public.pem":    {file(read(t, public)), "a public key"},
+		"password.pem":  {file(password), "a private key with a password"},
+		"legacy.pem":    {file(legacy), "a private key with a password"},
+		"secp256k1.pem": {file(sec1), "on another curve than P-256, P-384 and P-521"},
+		"key.pem.tmp":   {file(key[:len(key)/2]), "damaged or only half written"},
+		"null":          {file(""), "empty"},
+		"huge":          {file(key + strings.Repeat("\n", 2<<20)), "larger than 1024 KiB"},
+		"key.yaml":      {file("pkcs11:\n  uri: pkcs11:token=pilot;id=%A1;object=image?pin-value=1234&module-name=softhsm2\n"), "a PKCS#11 key"},
+		"dangling":      {link("nowhere"), "a link to"},
+		"loop":          {link("loop"), "a loop of links"},
+		"self":          {link("."), ""},
 		"pipe": {func(path string) {
 			if err := syscall.Mkfifo(path, 0o600); err != nil {
 				t.Fatal(err)

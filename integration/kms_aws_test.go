@@ -40,10 +40,7 @@ const (
 
 func newLocalKMS(t *testing.T) *localKMS {
 	t.Helper()
-	t.Setenv("AWS_ACCESS_KEY_ID", "id")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "key")
-	t.Setenv("AWS_CONFIG_FILE", "/dev/null")
-	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+	awsEnvironment(t)
 	k := &localKMS{t: t, dir: tempDir(t)}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -61,6 +58,15 @@ func newLocalKMS(t *testing.T) *localKMS {
 		}
 	}()
 	return k
+}
+
+// awsEnvironment has AWS's SDK find credentials, and no configuration.
+func awsEnvironment(t *testing.T) {
+	t.Helper()
+	t.Setenv("AWS_ACCESS_KEY_ID", "id")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "key")
+	t.Setenv("AWS_CONFIG_FILE", "/dev/null")
+	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 }
 
 // start starts it with as many versions of each key as told, the old ones the
@@ -127,19 +133,19 @@ func (k *localKMS) forward(from net.Conn) {
 	io.Copy(from, to)
 }
 
-func (k *localKMS) open() kms.Wrapper {
-	k.t.Helper()
-	b, err := kms.Open("aws-kms", kmstest.Settings("region = 'eu-central-1'\nendpoint = '"+k.url+"'"))
+func openAWS(t testing.TB, url string) kms.Wrapper {
+	t.Helper()
+	b, err := kms.Open("aws-kms", kmstest.Settings("region = 'eu-central-1'\nendpoint = '"+url+"'"))
 	if err != nil {
-		k.t.Fatal(err)
+		t.Fatal(err)
 	}
-	k.t.Cleanup(func() { b.Close() })
+	t.Cleanup(func() { b.Close() })
 	return b.(kms.Wrapper)
 }
 
 func TestAWSKMS(t *testing.T) {
 	k := newLocalKMS(t)
-	w := k.open()
+	w := openAWS(t, k.url)
 	kmstest.Refuses(t, "not there yet", w, "alias/a", []byte("wrapped"), kms.ErrUnavailable)
 	p := k.start(1)
 	kmstest.CheckWrapper(t, w, "alias/a", "alias/b")

@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -42,6 +44,40 @@ func newVault(t testing.TB) *vaultServer {
 	v.connect(&api.Config{Address: v.url})
 	v.engines()
 	return v
+}
+
+// newOpenBao is newVault with OpenBao, which keeps its storage in memory.
+func newOpenBao(t testing.TB) *vaultServer {
+	t.Helper()
+	bao := filepath.Join(tools, "bin/bao")
+	if _, err := os.Stat(bao); err != nil {
+		t.Fatalf("OpenBao is missing: install it with \"scripts/install-tools.sh %s\"", tools)
+	}
+	v := &vaultServer{t: t, dir: tempDir(t)}
+	v.url = "unix://" + v.dir + "/vault.sock"
+	conf := write(t, v.dir+"/openbao.hcl", fmt.Sprintf("storage \"inmem\" {}\nlistener \"unix\" { address = %q }\nlog_level = \"warn\"\n", v.dir+"/vault.sock"))
+	v.process = start(t, v.dir, "openbao", exec.Command(bao, "server", "-config", conf))
+	await(t, "OpenBao", answers(v.dir+"/vault.sock"))
+	write(t, v.dir+"/root-token", "") // there is none yet
+	v.connect(&api.Config{Address: v.url})
+	init, err := v.Sys().Init(&api.InitRequest{SecretShares: 1, SecretThreshold: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.Sys().Unseal(init.Keys[0]); err != nil {
+		t.Fatal(err)
+	}
+	write(t, v.dir+"/root-token", init.RootToken)
+	v.SetToken(init.RootToken)
+	v.engines()
+	return v
+}
+
+// eachVault runs a test with Vault and with OpenBao.
+func eachVault(t *testing.T, test func(*testing.T, *vaultServer)) {
+	t.Parallel()
+	t.Run("Vault", func(t *testing.T) { test(t, newVault(t)) })
+	t.Run("OpenBao", func(t *testing.T) { test(t, newOpenBao(t)) })
 }
 
 // start starts the server, with more flags of vault-dev.
@@ -193,9 +229,9 @@ func within(t testing.TB) context.Context {
 	return ctx
 }
 
-func TestVaultGivesKeys(t *testing.T) {
-	t.Parallel()
-	v := newVault(t)
+func TestVaultGivesKeys(t *testing.T) { eachVault(t, testVaultGivesKeys) }
+
+func testVaultGivesKeys(t *testing.T, v *vaultServer) {
 	keys := [][]byte{nil, v.put("team-a"), v.put("team-a"), v.put("team-a"), v.put("team-a")}
 	v.put("team-x")
 	b := v.open("vault-kv", v.token("vault-kv"))
@@ -223,7 +259,7 @@ func TestVaultGivesKeys(t *testing.T) {
 	givesNot(t, b, "team-a", 0, kms.ErrNotFound, `version 2 has no field "kek"`)
 
 	b = v.open("vault-kv", fmt.Sprintf("token-file = %q", write(t, tempDir(t)+"/token", "hvs.wrong")))
-	givesNot(t, b, "team-a", 0, kms.ErrForbidden, "permission denied")
+	givesNot(t, b, "team-a", 0, kms.ErrForbidden, "permission denied", "has expired, was revoked, or is not of this server")
 	root := fmt.Sprintf("token-file = %q\n", v.dir+"/root-token")
 	givesNot(t, v.open("vault-kv", root+`mount = "nowhere"`), "team-a", 0, kms.ErrNotFound, "no handler for route")
 
@@ -232,9 +268,9 @@ func TestVaultGivesKeys(t *testing.T) {
 	givesNot(t, v.open("vault-kv", root+`mount = "old"`), "team-a", 0, kms.ErrNotFound, "no key-value engine of version 2")
 }
 
-func TestVaultRotatesKeys(t *testing.T) {
-	t.Parallel()
-	v := newVault(t)
+func TestVaultRotatesKeys(t *testing.T) { eachVault(t, testVaultRotatesKeys) }
+
+func testVaultRotatesKeys(t *testing.T, v *vaultServer) {
 	first := v.put("team-a")
 	isRotator := func(b kms.Backend) kms.Rotator { return b.(kms.Rotator) }
 
@@ -307,9 +343,9 @@ func TestVaultRotatesKeys(t *testing.T) {
 	isKMSError(t, err, kms.ErrNotFound, "there is no such secret")
 }
 
-func TestVaultTransit(t *testing.T) {
-	t.Parallel()
-	v := newVault(t)
+func TestVaultTransit(t *testing.T) { eachVault(t, testVaultTransit) }
+
+func testVaultTransit(t *testing.T, v *vaultServer) {
 	v.write("transit/keys/team-b", "{}")
 	v.write("transit/keys/other", "{}")
 	root := v.open("vault-transit", fmt.Sprintf("token-file = %q", v.dir+"/root-token")).(kms.Wrapper)
@@ -402,8 +438,8 @@ func TestVaultTransit(t *testing.T) {
 	isKMSError(t, err, kms.ErrUnavailable, "not supported")
 }
 
-// TestVaultLogsInAgain has tokens that end after two seconds, and then one that
-// is revoked.
+// TestVaultLogsInAgain has tokens that end after two seconds, and then some that
+// are revoked.
 func TestVaultLogsInAgain(t *testing.T) {
 	t.Parallel()
 	v := newVault(t)
@@ -418,19 +454,58 @@ func TestVaultLogsInAgain(t *testing.T) {
 	v.write("auth/approle/role/copilot", `{"token_ttl": "1h", "token_max_ttl": "1h"}`)
 	time.Sleep(2 * time.Second)
 	gives(t, b, "team-a", 0, key, 1)
-	revoke := func() {
-		t.Helper()
-		time.Sleep(6 * time.Second) // a younger token is not given up for a refusal
-		v.write("sys/leases/revoke-prefix/auth/approle/login", "{}")
-	}
-	revoke()
+	v.write("sys/leases/revoke-prefix/auth/approle/login", "{}")
 	gives(t, b, "team-a", 0, key, 1)
-
 	write(t, secretIDFile, "wrong")
-	revoke()
+	v.write("sys/leases/revoke-prefix/auth/approle/login", "{}")
 	givesNot(t, b, "team-a", 0, kms.ErrForbidden, "auth/approle/login", "does not let the broker log in")
 	write(t, secretIDFile, v.secretID())
 	gives(t, b, "team-a", 0, key, 1)
+}
+
+// TestVaultTokenEnds has tokens that were revoked, beside policies that deny
+// something: only the first call for a new token.
+func TestVaultTokenEnds(t *testing.T) {
+	eachVault(t, func(t *testing.T, v *vaultServer) {
+		key := v.put("team-a")
+		v.put("denied")
+		settings, _ := v.appRole("1h", "vault-kv")
+		// Tokens without the policy "default" may not look themselves up.
+		for _, alone := range []bool{false, true} {
+			v.write("auth/approle/role/copilot", fmt.Sprintf(`{"token_no_default_policy": %v}`, alone))
+			b := v.open("vault-kv", settings)
+			for range 3 {
+				gives(t, b, "team-a", 0, key, 1)
+				v.write("sys/leases/revoke-prefix/auth/approle/login", "{}")
+			}
+			gives(t, b, "team-a", 0, key, 1)
+			for range 3 {
+				givesNot(t, b, "denied", 0, kms.ErrForbidden, `path "secret/data/denied" { capabilities = ["read"] }`)
+			}
+			s, err := v.Logical().List("auth/token/accessors")
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The root token and one that is still good.
+			if n := len(s.Data["keys"].([]any)); n != 2 {
+				t.Errorf("%d tokens: a denied request makes new ones", n)
+			}
+			v.write("sys/leases/revoke-prefix/auth/approle/login", "{}")
+		}
+
+		created := v.write("auth/token/create", fmt.Sprintf(`{"policies": %s, "ttl": "1h"}`, v.policy("vault-kv"))).Auth
+		file := write(t, tempDir(t)+"/token", created.ClientToken)
+		b := v.open("vault-kv", fmt.Sprintf("token-file = %q\n", file))
+		w := v.open("vault-transit", fmt.Sprintf("token-file = %q\n", file)).(kms.Wrapper)
+		gives(t, b, "team-a", 0, key, 1)
+		givesNot(t, b, "denied", 0, kms.ErrForbidden, "the policy of the broker's token needs")
+		v.write("auth/token/revoke", fmt.Sprintf(`{"token": %q}`, created.ClientToken))
+		hint := "the token in " + file + " has expired, was revoked, or is not of this server: put a new one there"
+		givesNot(t, b, "team-a", 0, kms.ErrForbidden, hint)
+		if _, _, err := w.Wrap(within(t), "team-b", key); err == nil || !strings.HasSuffix(err.Error(), hint) {
+			t.Errorf("wrap with a revoked token: %v", err)
+		}
+	})
 }
 
 // TestVaultRenewsToken: one that would end after six seconds.

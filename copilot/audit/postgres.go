@@ -13,6 +13,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/ctrlplane/pilot/copilot/postgres"
 )
 
 // appendWithin bounds the wait for the database, which all requests share.
@@ -36,7 +38,7 @@ func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, appendWithin)
 	defer cancel()
-	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+	err = postgres.InTransaction(ctx, pool, func(tx pgx.Tx) error {
 		// Two brokers that make a table at once would get in each other's way.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('copilot_audit'))`); err != nil {
 			return err
@@ -46,7 +48,7 @@ func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
 	})
 	if err != nil {
 		pool.Close()
-		return nil, fmt.Errorf("audit log: %w", err)
+		return nil, fmt.Errorf("audit log: %w", postgres.Explain(err))
 	}
 	return newLog(key, table{pool}, false)
 }
@@ -54,13 +56,7 @@ func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
 // connect returns connections that only the log uses: a change of a KEK that
 // waits for its line must not have taken the last one.
 func connect(ctx context.Context, url string) (*pgxpool.Pool, error) {
-	conf, err := pgxpool.ParseConfig(url)
-	if err != nil {
-		return nil, fmt.Errorf("audit log: %w", err) // it leaves out the password
-	}
-	conf.MaxConns = 2
-	conf.ConnConfig.RuntimeParams["application_name"] = "copilot audit"
-	pool, err := pgxpool.NewWithConfig(ctx, conf)
+	pool, err := postgres.Connect(ctx, url, "copilot audit", 2)
 	if err != nil {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}
@@ -84,7 +80,7 @@ func (t table) append(chain string, seq int64, lines [][]byte) error {
 	}
 	_, err := t.pool.Exec(ctx, `INSERT INTO copilot_audit (chain, seq, line)
 		SELECT $1, $2 + n - 1, line FROM unnest($3::text[]) WITH ORDINALITY AS l(line, n)`, chain, seq, texts)
-	return err
+	return postgres.Explain(err)
 }
 
 func (t table) head(_ Key, chain string) ([]byte, error) {
@@ -99,7 +95,7 @@ func (t table) head(_ Key, chain string) ([]byte, error) {
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, nil
 	}
-	return []byte(line), err
+	return []byte(line), postgres.Explain(err)
 }
 
 // ReadPostgres returns the lines of all chains in the database that url tells,
@@ -112,7 +108,7 @@ func ReadPostgres(ctx context.Context, url string) (io.ReadCloser, error) {
 	rows, err := pool.Query(ctx, `SELECT line FROM copilot_audit ORDER BY chain, seq`)
 	if err != nil {
 		pool.Close()
-		return nil, fmt.Errorf("audit log: %w", err)
+		return nil, fmt.Errorf("audit log: %w", postgres.Explain(err))
 	}
 	r, w := io.Pipe()
 	go func() {

@@ -11,8 +11,9 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/ctrlplane/pilot/copilot/postgres"
 )
 
 // postgresDB is a database that several brokers share.
@@ -41,34 +42,22 @@ const (
 	// within bounds each call of the database, those that wait for another
 	// broker's transaction too.
 	within = 10 * time.Second
-	// lockSpace keeps our advisory locks apart from those of others.
-	lockSpace = 0x70696c74
+	// lockSpace keeps our advisory locks apart from those of others. They end
+	// with their transaction, so a connection pooler may stand between.
+	lockSpace int32 = 0x70696c74
 )
 
 func init() { openPostgres = newPostgres }
 
-// newPostgres opens the database that url tells, and makes the tables that are
-// missing.
+// newPostgres opens the database at url and creates the tables that are missing.
 func newPostgres(ctx context.Context, url string) (database, error) {
-	conf, err := pgxpool.ParseConfig(url)
-	if err != nil {
-		return nil, fmt.Errorf("database: %w", err) // it leaves out the password
-	}
-	if conf.ConnConfig.ConnectTimeout == 0 {
-		conf.ConnConfig.ConnectTimeout = 5 * time.Second
-	}
-	params := conf.ConnConfig.RuntimeParams
-	params["application_name"] = "copilot"
-	// No broker waits for one that died in the middle of a change.
-	params["lock_timeout"] = "8s"
-	params["idle_in_transaction_session_timeout"] = "20s"
-	pool, err := pgxpool.NewWithConfig(ctx, conf)
+	pool, err := postgres.Connect(ctx, url, "copilot", 0)
 	if err != nil {
 		return nil, fmt.Errorf("database: %w", err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	err = pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+	err = postgres.InTransaction(ctx, pool, func(tx pgx.Tx) error {
 		// Two brokers that make a table at once would get in each other's way.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, 0)`, lockSpace); err != nil {
 			return err
@@ -78,7 +67,7 @@ func newPostgres(ctx context.Context, url string) (database, error) {
 	})
 	if err != nil {
 		pool.Close()
-		return nil, fmt.Errorf("database: %w", err)
+		return nil, fmt.Errorf("database: %w", postgres.Explain(err))
 	}
 	return &postgresDB{pool}, nil
 }
@@ -141,7 +130,7 @@ func (d *postgresDB) locked(ctx context.Context, name string, do func(context.Co
 	h := fnv.New32a()
 	h.Write([]byte(name))
 	var failed error
-	err := pgx.BeginFunc(ctx, d.pool, func(tx pgx.Tx) (err error) {
+	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) (err error) {
 		// A lock on the row would not keep two from making it.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, $2)`, lockSpace, int32(h.Sum32()|1)); err != nil {
 			return err
@@ -197,29 +186,27 @@ func (d *postgresDB) wraps(ctx context.Context, id string) (map[int]int64, error
 func (d *postgresDB) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	var standby bool
-	if err := d.pool.QueryRow(ctx, `SELECT pg_is_in_recovery()`).Scan(&standby); err != nil {
+	var readOnly, standby bool
+	if err := d.pool.QueryRow(ctx, `SELECT current_setting('transaction_read_only')::bool, pg_is_in_recovery()`).Scan(&readOnly, &standby); err != nil {
 		return d.explain(err)
 	}
-	if standby {
-		return fmt.Errorf("%w: the database is a standby that takes no changes", ErrUnavailable)
+	switch {
+	case standby:
+		return fmt.Errorf("%w: the database is a standby: %s", ErrUnavailable, postgres.ReadOnlyHint)
+	case readOnly:
+		return fmt.Errorf("%w: the database is read-only: %s", ErrUnavailable, postgres.ReadOnlyHint)
 	}
 	return nil
 }
 
 // explain wraps [ErrUnavailable] around the errors of a database that may work
-// again later: all but those that it gives as an answer to what was asked.
+// again later.
 func (*postgresDB) explain(err error) error {
-	var said *pgconn.PgError
-	if errors.As(err, &said) {
-		switch said.Code[:2] {
-		case "08", "53", "55", "57", "40", "25": // connection, resources, locks, shutdown, conflicts, read-only
-		default:
-			return fmt.Errorf("database: %w", err)
-		}
-	}
-	if err == nil {
+	switch {
+	case err == nil:
 		return nil
+	case !postgres.Temporary(err):
+		return fmt.Errorf("database: %w", err)
 	}
-	return fmt.Errorf("%w: database: %w", ErrUnavailable, err)
+	return fmt.Errorf("%w: database: %w", ErrUnavailable, postgres.Explain(err))
 }

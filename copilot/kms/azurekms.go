@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
@@ -50,7 +52,7 @@ func openAzure(settings Settings) (Backend, error) {
 		return nil, err
 	}
 	// It reads the environment. A token is fetched when it is needed.
-	credential, err := azidentity.NewDefaultAzureCredential(nil)
+	credential, err := azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{ClientOptions: azureOptions(nil)})
 	if err != nil {
 		return nil, err
 	}
@@ -74,8 +76,44 @@ func newAzure(s azureSettings, credential azcore.TokenCredential, transport poli
 		return nil, fmt.Errorf("algorithm = %q: it is neither RSA-OAEP-256 nor A256KW", s.Algorithm)
 	}
 	var err error
-	b.client, err = azkeys.NewClient(s.VaultURL, credential, &azkeys.ClientOptions{ClientOptions: azcore.ClientOptions{Transport: transport}})
+	b.client, err = azkeys.NewClient(s.VaultURL, credential, &azkeys.ClientOptions{ClientOptions: azureOptions(transport)})
 	return b, err
+}
+
+// azureOptions has the SDK try three times within about a second. Its own
+// back-off outlasts the deadline of our callers, who then learn nothing but that.
+// An answer that asks for a longer pause is not retried.
+func azureOptions(transport policy.Transporter) azcore.ClientOptions {
+	return azcore.ClientOptions{
+		Transport:        transport,
+		Retry:            policy.RetryOptions{MaxRetries: 2, RetryDelay: 200 * time.Millisecond, MaxRetryDelay: time.Second},
+		PerRetryPolicies: []policy.Policy{recordRefusal{}},
+	}
+}
+
+// recordRefusal stores the last answer that is no success in the
+// [azureRefusal] of the request's context: when the context ends between two
+// tries, the SDK returns no more than that.
+type recordRefusal struct{}
+
+func (recordRefusal) Do(req *policy.Request) (*http.Response, error) {
+	resp, err := req.Next()
+	if last, ok := req.Raw().Context().Value(azureRefusalKey{}).(*azureRefusal); ok && err == nil && resp.StatusCode >= http.StatusBadRequest {
+		if answer, ok := errors.AsType[*azcore.ResponseError](runtime.NewResponseError(resp)); ok {
+			last.Store(answer)
+		}
+	}
+	return resp, err
+}
+
+type (
+	azureRefusal    = atomic.Pointer[azcore.ResponseError]
+	azureRefusalKey struct{}
+)
+
+func withAzureRefusal(ctx context.Context) (context.Context, *azureRefusal) {
+	last := new(azureRefusal)
+	return context.WithValue(ctx, azureRefusalKey{}, last), last
 }
 
 func (b *azureKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
@@ -89,9 +127,10 @@ func (b *azureKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int
 	defer clear(frame)
 	frame[0] = byte(len(plaintext))
 	copy(frame[1:], plaintext)
+	ctx, last := withAzureRefusal(ctx)
 	out, err := b.client.WrapKey(ctx, path, "", azkeys.KeyOperationParameters{Algorithm: &b.algorithm, Value: frame}, nil)
 	if err != nil {
-		return 0, nil, azureError(path, err, ErrUnavailable)
+		return 0, nil, azureError(path, err, last.Load(), ErrUnavailable)
 	}
 	if out.KID == nil || out.KID.Name() != path || !azureVersion.MatchString(out.KID.Version()) || len(out.Result) == 0 {
 		return 0, nil, fmt.Errorf("key %s: %w: it does not say what it wrapped with", path, ErrUnavailable)
@@ -116,9 +155,10 @@ func (b *azureKMS) Unwrap(ctx context.Context, path string, version int, wrapped
 	if !ok {
 		return nil, fmt.Errorf("key %s: %w: it is not what Azure gave", path, ErrUnwrap)
 	}
+	ctx, last := withAzureRefusal(ctx)
 	out, err := b.client.UnwrapKey(ctx, path, v, azkeys.KeyOperationParameters{Algorithm: &b.algorithm, Value: value}, nil)
 	if err != nil {
-		return nil, azureError(path, err, ErrUnwrap)
+		return nil, azureError(path, err, last.Load(), ErrUnwrap)
 	}
 	frame := out.Result
 	if len(frame) != frameSize || frame[0] < 1 || frame[0] > MaxPlaintext {
@@ -148,9 +188,10 @@ func checkAzureName(path string) error {
 	return nil
 }
 
-// azureError says what an error means to our caller. Invalid is what it means
-// that Azure does not like what is in the request.
-func azureError(path string, err, invalid error) error {
+// azureError says what an error means to our caller. Last is the last answer that
+// was no success, or nil. Invalid is what it means that Azure does not like what
+// is in the request.
+func azureError(path string, err error, last *azcore.ResponseError, invalid error) error {
 	sentinel := ErrUnavailable
 	if answer, ok := errors.AsType[*azcore.ResponseError](err); ok {
 		switch answer.StatusCode {
@@ -164,6 +205,8 @@ func azureError(path string, err, invalid error) error {
 		err = errors.New(azureMessage(answer))
 	} else if answer, ok := errors.AsType[*azidentity.AuthenticationFailedError](err); ok && answer.RawResponse != nil && answer.RawResponse.StatusCode < 500 {
 		sentinel = ErrForbidden
+	} else if last != nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
+		err = fmt.Errorf("%w, and the last answer was %s", err, azureMessage(last))
 	}
 	return fmt.Errorf("key %s: %w: %w", path, sentinel, err)
 }

@@ -41,6 +41,9 @@ type keyVault struct {
 	hangs  bool         // instead of answering
 	status int          // and body of each answer, if not 0
 	body   string
+	tries  atomic.Int32 // requests that were answered with status
+	then   bool         // hang, after one of them
+	pause  string       // Retry-After
 }
 
 func newKeyVault(t *testing.T) *keyVault {
@@ -85,6 +88,12 @@ func (v *keyVault) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if v.status != 0 {
+		if v.tries.Add(1) > 1 && v.then {
+			io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+			return
+		}
+		w.Header().Set("Retry-After", v.pause)
 		w.WriteHeader(v.status)
 		fmt.Fprint(w, v.body)
 		return
@@ -222,4 +231,40 @@ func TestAzure(t *testing.T) {
 			kmstest.Unavailable(t, "no credentials", openVault(t, server, kmstest.ClosedPort(t), algorithm, token{errors.New("no credentials")}), "a")
 		})
 	}
+}
+
+// TestAzureSaysWhy: what Azure answers is in the error, long before the deadline.
+func TestAzureSaysWhy(t *testing.T) {
+	v := newKeyVault(t)
+	server := httptest.NewTLSServer(v)
+	t.Cleanup(server.Close)
+	w := openVault(t, server, server.Listener.Addr().String(), "", token{})
+	_, wrapped, err := w.Wrap(t.Context(), "a", kmstest.Secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const answer = "503: ServiceUnavailable: The service is overloaded"
+	v.status, v.body = 503, `{"error":{"code":"ServiceUnavailable","message":"The service is overloaded"}}`
+	check := func(timeout time.Duration, tries int32, do func(context.Context) error) {
+		t.Helper()
+		v.tries.Store(0)
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		start := time.Now()
+		err := do(ctx)
+		if !errors.Is(err, kms.ErrUnavailable) || !strings.Contains(err.Error(), answer) || strings.Contains(err.Error(), "context") != v.then {
+			t.Error(err)
+		}
+		if n, took := v.tries.Load(), time.Since(start); n != tries || took > time.Minute {
+			t.Errorf("%d tries, not %d, in %v", n, tries, took)
+		}
+	}
+	wrap := func(ctx context.Context) error { _, _, err := w.Wrap(ctx, "a", kmstest.Secret); return err }
+	unwrap := func(ctx context.Context) error { _, err := w.Unwrap(ctx, "a", 1, wrapped); return err }
+	check(10*time.Minute, 3, wrap)
+	check(10*time.Minute, 3, unwrap)
+	v.pause = "30" // seconds, which nobody waits for
+	check(10*time.Minute, 1, wrap)
+	v.pause, v.then = "", true
+	check(5*time.Second, 2, unwrap)
 }

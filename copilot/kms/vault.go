@@ -28,8 +28,8 @@ import (
 // one secret by default.
 const maxVaultAnswer = 1 << 20
 
-// loginPause is how old a token has to be for another one to be worth a try
-// when Vault does not say why it refuses something.
+// loginPause is how old a token must be for a new login to be worth a try when
+// Vault does not say whether it refuses the token or what it may do.
 const loginPause = 5 * time.Second
 
 // vaultSettings are what the backends of HashiCorp Vault have in common.
@@ -210,6 +210,7 @@ type vaultRefusal struct {
 	said   string // by Vault; may be empty
 	kind   error  // of the errors of this package
 	hint   string // what to do; may be empty
+	token  bool   // the token was refused, whatever was asked
 }
 
 func (e *vaultRefusal) Error() string {
@@ -249,22 +250,45 @@ func (v *vault) do(ctx context.Context, r vaultRequest, out any) error {
 		return err
 	}
 	err = v.send(ctx, token.value, r, out)
-	if _, forbidden := refused(err, http.StatusForbidden); !forbidden {
+	refusal, forbidden := refused(err, http.StatusForbidden)
+	if !forbidden {
 		return err
 	}
-	// Old Vaults do not say whether it is the token that they refuse. A policy
-	// that denies something is not to cost a login each time.
-	if _, ended := refused(err, http.StatusForbidden, "invalid token", "bad token"); !ended && time.Since(token.since) < loginPause {
+	ended, alive := v.tokenState(ctx, token.value, refusal)
+	if alive || !ended && time.Since(token.since) < loginPause {
 		return err
 	}
 	fresh, loginErr := v.currentToken(ctx, token.value)
 	if loginErr != nil {
 		return loginErr
 	}
-	if fresh.value == token.value {
-		return err
+	if fresh.value != token.value {
+		return v.send(ctx, fresh.value, r, out)
 	}
-	return v.send(ctx, fresh.value, r, out)
+	if ended {
+		refusal.token = true
+		refusal.hint = fmt.Sprintf("the token in %s has expired, was revoked, or is not of this server: put a new one there", v.tokenFile)
+	}
+	return err
+}
+
+// tokenState reports whether a token that was refused has ended, and whether it
+// is known to be alive, so that the refusal is about a policy. If it is neither,
+// the server does not say.
+func (v *vault) tokenState(ctx context.Context, token string, refusal *vaultRefusal) (ended, alive bool) {
+	err := v.send(ctx, token, vaultRequest{path: "auth/token/lookup-self"}, nil)
+	if err == nil {
+		return false, true
+	}
+	if _, forbidden := refused(err, http.StatusForbidden); !forbidden {
+		return false, false
+	}
+	// A token without the policy "default" may not look itself up. Then the text
+	// decides. Of a token that has ended, Vault 1.14 and OpenBao say "permission
+	// denied" and no more, newer Vaults "2 errors occurred: * permission denied *
+	// invalid token"; of a policy, both "1 error occurred: * permission denied".
+	_, invalid := refused(refusal, http.StatusForbidden, "invalid token", "bad token")
+	return invalid || refusal.said == "permission denied", false
 }
 
 // send is do with a token, or none if it is empty.

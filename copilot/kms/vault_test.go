@@ -582,7 +582,7 @@ func TestVaultTransit(t *testing.T) {
 		"version 0":     {200, `{"data":{"ciphertext":"vault:v0:AAAA"}}`, kms.ErrUnavailable, "no ciphertext"},
 		"no version":    {200, `{"data":{"ciphertext":"vault:v:AAAA"}}`, kms.ErrUnavailable, "no ciphertext"},
 		"other version": {200, `{"data":{"ciphertext":"vault:v+1:AAAA"}}`, kms.ErrUnavailable, "no ciphertext"},
-		"forbidden":     {403, `{"errors":["permission denied"]}`, kms.ErrForbidden, `path "transit/encrypt/team-a" { capabilities = ["update"] }, or there is no such key`},
+		"forbidden":     {403, `{"errors":["1 error occurred:\n\t* permission denied\n\n"]}`, kms.ErrForbidden, `path "transit/encrypt/team-a" { capabilities = ["update"] }, or there is no such key`},
 		"no key":        {400, `{"errors":["encryption key not found"]}`, kms.ErrNotFound, "encryption key not found"},
 		"signing key":   {400, `{"errors":["message encryption not supported for key type ed25519"]}`, kms.ErrUnavailable, "not supported"},
 	} {
@@ -602,7 +602,7 @@ func TestVaultTransit(t *testing.T) {
 		"retired version":    {1, "vault:v1:AAAA", 400, `{"errors":["ciphertext or signature version is disallowed by policy (too old)"]}`, kms.ErrNotFound},
 		"future version":     {9, "vault:v9:AAAA", 400, `{"errors":["invalid ciphertext: version is too new"]}`, kms.ErrNotFound},
 		"no key":             {1, "vault:v1:AAAA", 400, `{"errors":["encryption key not found"]}`, kms.ErrNotFound},
-		"forbidden":          {1, "vault:v1:AAAA", 403, `{"errors":["permission denied"]}`, kms.ErrForbidden},
+		"forbidden":          {1, "vault:v1:AAAA", 403, `{"errors":["1 error occurred:\n\t* permission denied\n\n"]}`, kms.ErrForbidden},
 		"broken server":      {1, "vault:v1:AAAA", 500, `{"errors":["internal error"]}`, kms.ErrUnavailable},
 		"no plaintext":       {1, "vault:v1:AAAA", 200, `{"data":{}}`, kms.ErrUnavailable},
 		"no base64":          {1, "vault:v1:AAAA", 200, `{"data":{"plaintext":"*"}}`, kms.ErrUnavailable},

@@ -76,7 +76,7 @@ func (t vaultTransit) Wrap(ctx context.Context, path string, plaintext []byte) (
 		Plaintext []byte `json:"plaintext"`
 	}{plaintext}
 	if err := t.ask(ctx, "encrypt/"+name, question, &answer); err != nil {
-		if r, ok := refused(err, http.StatusForbidden); ok {
+		if r, ok := refused(err, http.StatusForbidden); ok && !r.token {
 			r.hint += ", or there is no such key, which it would then make: vault write -f " + t.mount + "/keys/" + name
 		}
 		return 0, nil, err

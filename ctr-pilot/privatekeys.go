@@ -1,0 +1,90 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
+	"github.com/containers/ocicrypt/config"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// takeKeys removes the private keys from args that imgcrypt does not read, and
+// returns them in a form that it does, or nil if there are none.
+func takeKeys(args *parsehelpers.EncArgs) (*config.DecryptConfig, error) {
+	var rest []string
+	var keys, passwords [][]byte
+	for _, arg := range args.Key {
+		key, err := normalizedKey(arg)
+		if err != nil {
+			return nil, err
+		}
+		if key == nil {
+			rest = append(rest, arg)
+			continue
+		}
+		keys, passwords = append(keys, key), append(passwords, nil)
+	}
+	if keys == nil {
+		return nil, nil
+	}
+	args.Key = rest
+	cc, err := config.DecryptWithPrivKeys(keys, passwords)
+	return cc.DecryptConfig, err
+}
+
+// normalizedKey returns the key that a --key names if imgcrypt does not read
+// it, else nil. Whatever is wrong with a key that imgcrypt might read is
+// imgcrypt's to report.
+func normalizedKey(arg string) ([]byte, error) {
+	if strings.HasPrefix(arg, "provider:") {
+		return nil, nil
+	}
+	parts := strings.Split(arg, ":")
+	b, err := os.ReadFile(parts[0])
+	if err != nil {
+		return nil, nil
+	}
+	defer clear(b)
+	if !processor.NeedsNormalizing(b) {
+		return nil, nil
+	}
+	var password []byte
+	if len(parts) == 2 {
+		if password, err = keyPassword(parts[1]); err != nil {
+			return nil, fmt.Errorf("password of %s: %w", parts[0], err)
+		}
+		defer clear(password)
+	}
+	key, err := processor.NormalizePrivateKey(b, password)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", parts[0], err)
+	}
+	return key, nil
+}
+
+// keyPassword reads a password as imgcrypt does: PASSWORD, pass=PASSWORD,
+// file=FILE or fd=NUMBER.
+func keyPassword(arg string) ([]byte, error) {
+	if name, ok := strings.CutPrefix(arg, "file="); ok {
+		return os.ReadFile(name)
+	}
+	if number, ok := strings.CutPrefix(arg, "fd="); ok {
+		fd, err := strconv.Atoi(number)
+		if err != nil {
+			return nil, fmt.Errorf("fd=%s is not a number", number)
+		}
+		f := os.NewFile(uintptr(fd), "password")
+		if f == nil {
+			return nil, fmt.Errorf("fd=%s is not an open file descriptor", number)
+		}
+		defer f.Close()
+		b := make([]byte, 64) // as much as imgcrypt reads
+		n, err := f.Read(b)
+		return b[:n], err
+	}
+	return []byte(strings.TrimPrefix(arg, "pass=")), nil
+}
