@@ -256,6 +256,9 @@ func TestBuildKit(t *testing.T) {
 		builtOn(t, c.manifestOf(base), c.manifestOf(inline), 2)
 		for _, from := range []string{"type=registry,ref=" + cache, "type=local,src=" + localCache, "type=registry,ref=" + inline} {
 			b.forget(t)
+			// BuildKit may have containerd collect the base's manifest before it
+			// unpacks the layers, unless the image is there.
+			output(t, b.in("images", "pull", "--plain-http", base))
 			says(t, b.build(dockerfile+"RUN [\"/hello\"]\n", files, "--import-cache", from), "CACHED", greeting)
 		}
 	})

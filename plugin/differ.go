@@ -65,6 +65,7 @@ type Differ struct {
 	keys     *processor.KeyDir
 	places   chan struct{}
 	metrics  *metrics
+	siblings siblings
 }
 
 // New returns a Differ that reads layers from store. mounts may be nil.

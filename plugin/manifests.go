@@ -55,7 +55,7 @@ func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc oc
 	if processor.HasRecipients(desc) {
 		return d.unwrapOne(ctx, dc, desc)
 	}
-	found, err := describedBy(ctx, d.store, desc)
+	found, err := d.describedBy(ctx, desc)
 	switch {
 	case err != nil:
 		return nil, err
@@ -94,13 +94,15 @@ func (d *Differ) unwrapOne(ctx context.Context, dc *config.DecryptConfig, desc o
 }
 
 // describedBy returns desc once with each different set of key annotations that
-// the manifests of the context's namespace have for the layer, at least one.
+// the manifests of the context's namespace have for the layer, at least one. If no
+// manifest names the layer, those count that did when a layer beside it was searched.
 // Other namespaces are not searched: they may be other tenants'.
-func describedBy(ctx context.Context, store content.Store, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	blobs, err := possibleManifests(ctx, store, desc.Digest)
+func (d *Differ) describedBy(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	blobs, err := possibleManifests(ctx, d.store, desc.Digest)
 	if err != nil {
 		return nil, err
 	}
+	namespace, _ := namespaces.Namespace(ctx)
 	var found []ocispec.Descriptor
 	without := 0 // manifests that name the layer without its key
 	bytesLeft := int64(maxBlobBytes)
@@ -109,7 +111,7 @@ func describedBy(ctx context.Context, store content.Store, desc ocispec.Descript
 			logrus.WithFields(logrus.Fields{"digest": desc.Digest, "read": i, "of": len(blobs)}).Warn("not all manifests that may name the layer were read")
 			break
 		}
-		layers, err := layersNamed(ctx, store, info, desc.Digest)
+		layers, err := layersBeside(ctx, d.store, info, desc.Digest)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
@@ -118,7 +120,14 @@ func describedBy(ctx context.Context, store content.Store, desc ocispec.Descript
 			continue
 		}
 		for _, l := range layers {
-			if !processor.HasRecipients(l) {
+			hasKeys := processor.HasRecipients(l)
+			if hasKeys {
+				d.siblings.add(namespace, l)
+			}
+			if l.Digest != desc.Digest {
+				continue
+			}
+			if !hasKeys {
 				without++
 				continue
 			}
@@ -128,15 +137,18 @@ func describedBy(ctx context.Context, store content.Store, desc ocispec.Descript
 			}
 		}
 	}
+	if len(found) == 0 && without == 0 {
+		found = d.siblings.of(namespace, desc)
+	}
 	if len(found) > 0 {
 		return found, nil
 	}
-	namespace, _ := namespaces.Namespace(ctx)
 	if without > 0 {
 		return nil, fmt.Errorf("%w: neither the layer's descriptor nor a manifest in namespace %s has its key: "+
 			"the image was built on an encrypted one and lost the key on the way; put it back with \"ctr-pilot images encrypt --keys-from BASE\"", processor.ErrNoKey, namespace)
 	}
-	return nil, fmt.Errorf("%w: the layer's descriptor has no key annotations, and no manifest in namespace %s names the layer", processor.ErrNoKey, namespace)
+	return nil, fmt.Errorf("%[1]w: the layer's descriptor has no key annotations, and no manifest in namespace %[2]s names the layer: "+
+		"pull the image that it belongs to into that namespace, such as by \"ctr-pilot --namespace %[2]s images pull IMAGE\"", processor.ErrNoKey, namespace)
 }
 
 // possibleManifests returns the blobs that may be manifests of the layer, those
@@ -193,9 +205,9 @@ func sameSource(a, b map[string]string) bool {
 	return false
 }
 
-// layersNamed returns the descriptors with which a manifest names the layer, or
+// layersBeside returns the encrypted layers of a manifest that names the layer, or
 // none if the blob is something else.
-func layersNamed(ctx context.Context, store content.Store, info content.Info, layer digest.Digest) ([]ocispec.Descriptor, error) {
+func layersBeside(ctx context.Context, store content.Store, info content.Info, layer digest.Digest) ([]ocispec.Descriptor, error) {
 	ra, err := store.ReaderAt(ctx, ocispec.Descriptor{Digest: info.Digest, Size: info.Size})
 	if err != nil {
 		return nil, err
@@ -213,7 +225,7 @@ func layersNamed(ctx context.Context, store content.Store, info content.Info, la
 		return nil, err
 	}
 	return slices.DeleteFunc(manifest.Layers, func(l ocispec.Descriptor) bool {
-		return l.Digest != layer || !processor.IsEncrypted(l.MediaType)
+		return !processor.IsEncrypted(l.MediaType)
 	}), nil
 }
 

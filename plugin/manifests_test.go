@@ -104,8 +104,16 @@ func (b *builder) named(like ocispec.Descriptor, add map[string]string) ocispec.
 // apply unpacks the layer that has no annotations.
 func (b *builder) apply() error {
 	b.t.Helper()
+	return b.applyWith(b.differ())
+}
+
+func (b *builder) differ() *Differ {
+	return New(b, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 30 * time.Second})
+}
+
+func (b *builder) applyWith(d *Differ) error {
+	b.t.Helper()
 	mounts, dir := overlay(b.t)
-	d := New(b, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 30 * time.Second})
 	applied, err := d.Apply(b.ctx, b.bare, mounts)
 	if err != nil {
 		return err
@@ -165,6 +173,64 @@ func TestKeysInNoManifest(t *testing.T) {
 
 	b.manifest(b.ctx, fromApp, b.bare)
 	b.refuses("neither the layer's descriptor nor a manifest in namespace buildkit has its key", "encrypt --keys-from BASE")
+}
+
+// TestKeysOfCollectedManifest has containerd collect the manifest after the first
+// layer of the image was unpacked.
+func TestKeysOfCollectedManifest(t *testing.T) {
+	b := newBuilder(t)
+	second := b.encrypted(b.plain)
+	b.manifest(b.ctx, fromApp, b.layer, second)
+	d := b.differ()
+	if err := b.applyWith(d); err != nil {
+		t.Fatal(err)
+	}
+	err := b.Walk(b.ctx, func(info content.Info) error {
+		if info.Digest != b.layer.Digest && info.Digest != second.Digest {
+			return b.Delete(b.ctx, info.Digest)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, layer := range []ocispec.Descriptor{second, b.layer} {
+		b.bare.Digest, b.bare.Size = layer.Digest, layer.Size
+		if err := b.applyWith(d); err != nil {
+			t.Error(err)
+		}
+		b.refuses("no manifest in namespace buildkit names the layer") // by another differ
+	}
+	tenant := *b
+	tenant.ctx = namespaces.WithNamespace(t.Context(), "other")
+	ciphertext, err := content.ReadBlob(b.ctx, b, b.bare)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tenant.put(tenant.ctx, ciphertext, fromApp)
+	if err := tenant.applyWith(d); err == nil || !strings.Contains(err.Error(), "no manifest in namespace other names the layer") {
+		t.Errorf("in another namespace: %v", err)
+	}
+	// An image that lost the key on the way does not get it from memory.
+	b.manifest(b.ctx, fromApp, b.bare)
+	if err := b.applyWith(d); err == nil || !strings.Contains(err.Error(), "encrypt --keys-from BASE") {
+		t.Errorf("with a manifest without the key: %v", err)
+	}
+}
+
+// TestSiblingsAreBounded remembers more than there is room for.
+func TestSiblingsAreBounded(t *testing.T) {
+	var s siblings
+	for i := range 20 {
+		l := ocispec.Descriptor{Digest: digest.FromString(fmt.Sprint(i)), Annotations: map[string]string{annotationKeysJWE: strings.Repeat("x", maxSiblingBytes/8)}}
+		s.add("buildkit", l)
+		if s.bytes > maxSiblingBytes || len(s.layers) > 8 {
+			t.Fatalf("%d layers of %d bytes", len(s.layers), s.bytes)
+		}
+		if found := s.of("buildkit", ocispec.Descriptor{Digest: l.Digest}); len(found) != 1 || found[0].Annotations[annotationKeysJWE] != l.Annotations[annotationKeysJWE] {
+			t.Errorf("of the last one: %d", len(found))
+		}
+	}
 }
 
 // countingProvider unwraps nothing and counts how often it is asked.
