@@ -14,7 +14,7 @@
 #   make test-packages  installs, upgrades, removes and purges the packages
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
-#   make test-engines   pulls, runs, saves and builds with Docker Engine 29, which takes some minutes to build
+#   make test-engines   with Docker Engine 29, BuildKit and CRI-O, which take some minutes to build
 #   make test-race      all of make test, with programs that look for data races
 #   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
@@ -112,7 +112,7 @@ test-kubernetes:
 
 test-engines:
 	scripts/install-tools.sh $(PILOT_TOOLS) engines
-	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29)$$' ./integration
+	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*)$$' ./integration
 
 ROUNDS ?= 7
 bench: tools
@@ -141,7 +141,7 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy|TestCRIOBooted)$$' -v ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
 
 ROUNDS_LONG ?= 300
 test-long: tools

@@ -1,4 +1,4 @@
-//go:build node || packages || kubernetes
+//go:build node || packages || kubernetes || engines
 
 package integration
 

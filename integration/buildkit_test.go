@@ -1,3 +1,5 @@
+//go:build engines
+
 package integration
 
 import (
@@ -27,7 +29,7 @@ func newBuilder(t testing.TB, n *node, registry string) *builder {
 	t.Helper()
 	for _, name := range []string{"buildkitd", "buildctl"} {
 		if _, err := os.Stat(filepath.Join(tools, "bin", name)); err != nil {
-			t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
+			t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s engines\"", name, tools)
 		}
 	}
 	b := &builder{node: n, address: "unix://" + n.dir + "/buildkitd.sock"}
@@ -255,6 +257,9 @@ func TestBuildKit(t *testing.T) {
 		builtOn(t, c.manifestOf(base), c.manifestOf(inline), 2)
 		for _, from := range []string{"type=registry,ref=" + cache, "type=local,src=" + localCache, "type=registry,ref=" + inline} {
 			b.forget(t)
+			// BuildKit may have containerd collect the base's manifest before it
+			// unpacks the layers, unless the image is there.
+			output(t, b.in("images", "pull", "--plain-http", base))
 			says(t, b.build(dockerfile+"RUN [\"/hello\"]\n", files, "--import-cache", from), "CACHED", greeting)
 		}
 	})
@@ -350,4 +355,17 @@ func fileIn(t testing.TB, archive, name string) string {
 			return string(content)
 		}
 	}
+}
+
+// TestBuiltinBuildKit builds on an encrypted image with a containerd that has
+// pilot's differ in it.
+func TestBuiltinBuildKit(t *testing.T) {
+	t.Parallel()
+	dir := tempDir(t)
+	_, brokerURL := broker(t, dir+"/broker", "team-a")
+	_, ociConf := pilot(t, dir+"/ci", brokerURL)
+	c := newCI(t, dir+"/ci", ociConf)
+	b := newBuilder(t, builtinNode(t, dir, ociConf), c.registry)
+	image := c.image(kinds[1], "provider:pilot:team-a")
+	says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\n", nil), "hello, "+c.secrets[image])
 }

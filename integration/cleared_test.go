@@ -44,6 +44,7 @@ func (p *process) inMemory(t testing.TB, what []byte) (n int) {
 // unwrapped a layer key, and of pilot, which asked for that: neither has the key
 // any more.
 func TestKeysCleared(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	kek, layerKey := make([]byte, 32), make([]byte, 48)
 	rand.Read(kek)

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// crioMachine makes a machine with CRI-O and no containerd.
+// crioMachine makes a machine with the files of CRI-O, but not its programs, and no
+// containerd.
 func crioMachine(t testing.TB) *machine {
 	t.Helper()
 	m := newMachine(t, filepath.Join(tools, "trixie"))
@@ -15,13 +16,10 @@ func crioMachine(t testing.TB) *machine {
 	return m
 }
 
-// onlyCRIO replaces the machine's containerd by CRI-O.
+// onlyCRIO replaces the machine's containerd by what CRI-O has but its programs.
 func (m *machine) onlyCRIO() {
 	t := m.t
 	t.Helper()
-	for _, name := range []string{"crio", "pinns"} {
-		m.copy(tool(t, name))
-	}
 	for _, name := range []string{"usr/bin/containerd", "etc/containerd"} {
 		if err := os.RemoveAll(filepath.Join(m.root, name)); err != nil {
 			t.Fatal(err)
@@ -42,53 +40,6 @@ monitor_cgroup = "pod"
 		t.Fatal(err)
 	}
 	write(t, m.root+"/etc/containers/policy.json", `{"default": [{"type": "insecureAcceptAnything"}]}`)
-}
-
-// TestCRIONode sets a machine with CRI-O up with one command, pulls, and puts it
-// back.
-func TestCRIONode(t *testing.T) {
-	t.Parallel()
-	dir := tempDir(t)
-	_, brokerURL := broker(t, dir+"/broker", "team-a")
-	_, ociConf := pilot(t, dir+"/ci", brokerURL)
-	c := newCI(t, dir+"/ci", ociConf)
-	image := c.image(kinds[1], "provider:pilot:team-a")
-	m := crioMachine(t)
-	before := m.files()
-	m.brokerAt(brokerURL)
-
-	diff := output(t, m.pilot("node", "install", "--dry-run"))
-	if !strings.Contains(diff, "+++ /etc/systemd/system/crio.service.d/pilot.conf") || strings.Contains(diff, "/etc/containerd") {
-		t.Errorf("dry run: %s", diff)
-	}
-	m.same(before)
-	output(t, m.pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
-	after := m.files()
-	if out := output(t, m.pilot("node", "install")); !strings.Contains(out, "nothing to change: the files are as they should be") {
-		t.Errorf("a second time: %s", out)
-	}
-	m.same(after)
-	if out := said(t, command(t, "systemd-analyze", "verify", "--man=no", "--root="+m.root, "crio.service", "pilot.service", "pilot-keyprovider.socket")); strings.Contains(newerSystemd.ReplaceAllString(strings.ReplaceAll(out, m.root, ""), ""), "pilot") {
-		t.Errorf("systemd-analyze verify: %s", out)
-	}
-
-	m.start(t, "pilot", "serve")
-	await(t, "pilot", answers(m.root+"/run/pilot/keyprovider.sock"))
-	// As systemd starts it.
-	_, variable, _ := strings.Cut(read(t, m.root+"/etc/systemd/system/crio.service.d/pilot.conf"), "\nEnvironment=")
-	m.start(t, "env", strings.TrimSpace(variable), "crio")
-	n := &node{t: t, dir: filepath.Dir(m.root), socket: m.root + "/run/crio/crio.sock"}
-	await(t, "CRI-O", func() error { return n.crictl("info").Run() })
-	if out := output(t, m.run("pilot", "node", "doctor", "--kek", "team-a")); strings.Contains(out, "failed") || !strings.Contains(out, "ok       unwrap") {
-		t.Errorf("doctor: %s", out)
-	}
-	output(t, n.crictl("pull", image))
-	if !contains(t, m.root+"/var/lib/containers", c.secrets[image]) {
-		t.Error("the secret is not in CRI-O's storage")
-	}
-
-	output(t, m.pilot("node", "uninstall"))
-	m.same(before)
 }
 
 // TestCRIONodeConflicts installs where something is in the way.

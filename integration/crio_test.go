@@ -1,3 +1,5 @@
+//go:build engines
+
 package integration
 
 import (
@@ -15,7 +17,7 @@ func tool(t testing.TB, name string) string {
 	t.Helper()
 	path := filepath.Join(tools, "bin", name)
 	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s\"", path, tools)
+		t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s engines\"", path, tools)
 	}
 	return path
 }

@@ -69,7 +69,8 @@ func setUp() error {
 		"0": {"./cmd/pilot", "./cmd/pilot-decoder", "./integration/testdata/hello"},
 		"1": {"./cmd/copilot", "./ctr-pilot"},
 	} {
-		flags := []string{"build", "-buildvcs=false", "-o", bin + "/"}
+		// As make build does, so that Go takes what that has compiled.
+		flags := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", bin + "/"}
 		if os.Getenv("PILOT_RACE") != "" {
 			cgo, flags = "1", append(flags, "-race")
 		}

@@ -25,6 +25,7 @@ var lost = map[string]func(t *testing.T, m *machine){
 // TestNodeStateLost loses the note of what was installed on machines of several
 // kinds: installing takes the files over, and uninstalling removes them.
 func TestNodeStateLost(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		version, file, at string
 		stays             []string // besides directories, with another text than before
@@ -113,6 +114,7 @@ func TestNodeStateLost(t *testing.T) {
 // TestNodeStateLostAndChanged loses the note on a machine with files that were
 // changed since they were installed, which are nobody's to remove.
 func TestNodeStateLostAndChanged(t *testing.T) {
+	t.Parallel()
 	const dropIn = "/etc/containerd/conf.d/pilot.toml"
 	m := configured(t, "2.4.2", "version = 3\n")
 	output(t, m.pilot("node", "install"))

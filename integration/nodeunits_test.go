@@ -13,6 +13,7 @@ import (
 // TestNodeUnits installs for a containerd whose unit has its configuration file in
 // quotes and in variables, and refuses one that only systemd can read.
 func TestNodeUnits(t *testing.T) {
+	t.Parallel()
 	const file = "/opt/my c/config.toml"
 	for name, unit := range map[string]string{
 		"escaped": "ExecStart=/usr/bin/containerd \\\n  --config /opt/my\\x20c/config.toml",
@@ -46,6 +47,7 @@ func TestNodeUnits(t *testing.T) {
 // TestNodeProgramMoved has containerd's program move, with and without its unit, and
 // its unit read another file, before it starts.
 func TestNodeProgramMoved(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	const unit = "/etc/systemd/system/containerd.service.d/ours.conf"
 	output(t, m.pilot("node", "install"))
@@ -82,6 +84,7 @@ func TestNodeProgramMoved(t *testing.T) {
 // imports: containerd waits for a named pipe, reads a device without end, does not
 // start with a directory, and takes /dev/null for an empty file.
 func TestNodeOddFiles(t *testing.T) {
+	t.Parallel()
 	const odd = "/etc/containerd/conf.d/odd.toml"
 	for name, test := range map[string]struct{ make, want string }{
 		"named pipe": {"mkfifo " + odd, "a named pipe"},
@@ -116,6 +119,7 @@ func TestNodeOddFiles(t *testing.T) {
 // TestNodeCopilotBeside uninstalls where containerd's configuration was written from
 // a dump with pilot in it, and has copilot's name in it, too.
 func TestNodeCopilotBeside(t *testing.T) {
+	t.Parallel()
 	const copilot = "version = 2\nroot = '/var/lib/copilot'\nstate = '/run/pilot/state'\n[plugins.'io.containerd.grpc.v1.cri'.registry]\n  config_path = '/etc/pilot-certs'\n"
 	m := configured(t, "2.2.9", copilot)
 	output(t, m.pilot("node", "install"))
@@ -138,6 +142,7 @@ func TestNodeCopilotBeside(t *testing.T) {
 // TestNodeStaleTrials finds what a trial has left that was killed, and directories
 // of the same name that are not root's own.
 func TestNodeStaleTrials(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	long := time.Now().Add(-time.Hour)
 	for name, test := range map[string]struct {
@@ -175,6 +180,7 @@ func TestNodeStaleTrials(t *testing.T) {
 
 // TestNodeNamedContainerd has root run another program under containerd's name.
 func TestNodeNamedContainerd(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	m.start(t, "bash", "-c", "exec -a containerd sleep 1000")
 	await(t, "the other program", func() error {
@@ -195,6 +201,7 @@ func TestNodeNamedContainerd(t *testing.T) {
 // TestNodeFixedConfiguration installs where containerd's configuration file can't be
 // replaced.
 func TestNodeFixedConfiguration(t *testing.T) {
+	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	before := m.files()
 	source := m.root + "/opt/config.toml"

@@ -68,6 +68,7 @@ func (p *pooler) url(database string) string {
 // TestPgBouncer has two brokers share a database, each through a PgBouncer of
 // another version, in transaction mode and with the defaults.
 func TestPgBouncer(t *testing.T) {
+	t.Parallel()
 	d := postgres(t)
 	m := bareMachine(t, filepath.Join(tools, "trixie"))
 	m.mount(d.dir, d.dir, "", syscall.MS_BIND, "")
@@ -193,6 +194,7 @@ func TestPgBouncer(t *testing.T) {
 
 // TestReadOnlyDatabase: a broker on one is not ready, and says why.
 func TestReadOnlyDatabase(t *testing.T) {
+	t.Parallel()
 	d := postgres(t)
 	r := replicas(t, d, 1)[0]
 	output(t, r.keys(t, "create", "team-a"))

@@ -8,6 +8,7 @@ import (
 // TestPrivateKeyForms decrypts with private keys in each form that OpenSSL
 // writes.
 func TestPrivateKeyForms(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	c := newCI(t, dir+"/ci", write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`))
 	file := func(name string) string { return dir + "/" + name }

@@ -8,6 +8,7 @@ import (
 // TestProviderNames has pilot be two key providers of an ocicrypt.conf: it wraps
 // and unwraps as either, also in the differ.
 func TestProviderNames(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, url := broker(t, dir, "team-a", "team-b")
 	pilot(t, dir+"/node", url, "--provider-name", "pilot, pilot-eu")
@@ -40,6 +41,7 @@ func TestProviderNames(t *testing.T) {
 // TestBrokenKeyProviders has $OCICRYPT_KEYPROVIDER_CONFIG name a file that is not
 // there, or is none of key providers. That matters only to who needs one.
 func TestBrokenKeyProviders(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	for name, conf := range map[string]string{
 		"missing": dir + "/nonexistent.conf", "broken": write(t, dir+"/broken.conf", "{"), "other": write(t, dir+"/other.conf", "key-providers: []"), "directory": dir,

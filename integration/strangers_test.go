@@ -43,6 +43,7 @@ var strangers = map[string][3]string{
 // with the KEK that it has, as while no broker answers, and asks the next broker
 // if there is one. Only copilot's own no takes the KEK from it.
 func TestStrangers(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	broker(t, dir, "team-a")
 	address, behind := loopbacktest.FreeAddress(t), dir+"/behind"
@@ -122,6 +123,7 @@ func TestStrangers(t *testing.T) {
 // TestWrongPath has a proxy change the path in front of copilot, which then
 // rightly says that there is nothing. That is no word on the KEK.
 func TestWrongPath(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	address := loopbacktest.FreeAddress(t)
 	output(t, command(t, "copilot", "keys", "create", "--dir", dir, "team-a"))
@@ -138,6 +140,7 @@ func TestWrongPath(t *testing.T) {
 // original's format come that no version of the KEK unwraps. Those of others are
 // unwrapped as before.
 func TestDoubtInOutage(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	process, url := broker(t, dir, "team-a")
 	pilot(t, dir+"/node", url, "--broker-timeout", "1s", "--annotation-format", "original", "--default-keks", "team-a", "--diff-listen", "off")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # install-tools.sh DIR [kubernetes|engines] [PACKAGE...]: installs what the tests and
-# the demo run with, what the tests on Kubernetes or of other engines need besides,
+# the demo run with, what the tests on Kubernetes or with other engines need besides,
 # and Debian's packages that are named. It takes Debian's packages where they will
 # do, builds the rest into DIR/bin, and makes DIR/trixie, a root of Debian 13, for
 # the tools that are too old in Debian 12. It is quick when all is there.
@@ -10,7 +10,7 @@ shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc conmon docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql libevent-2.1-7 libc-ares2 python3-venv iproute2)
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql libevent-2.1-7 libc-ares2 python3-venv iproute2)
 kubernetes=
 if [ "${1-}" = kubernetes ]; then
 	kubernetes=1
@@ -20,7 +20,7 @@ fi
 engines=
 if [ "${1-}" = engines ]; then
 	engines=1
-	packages+=(libseccomp-dev pkg-config gcc libc6-dev)
+	packages+=(conmon libseccomp-dev pkg-config gcc libc6-dev)
 	shift
 fi
 packages+=("$@")
@@ -123,29 +123,30 @@ build_module() {
 }
 build_module vault-dev vault
 
-# BuildKit's go.mod excludes versions, which go install refuses.
-version=$(cat "$(dirname "$0")"/../integration/buildkit/go.{mod,sum} | sha256sum)
-if [ "$(cat "$dir/bin/.buildkit" 2>/dev/null)" != "$version" ]; then
-	echo "building BuildKit (takes some minutes)"
-	(cd "$(dirname "$0")/../integration/buildkit" && CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "-s -w" -o "$dir/bin/" tool)
-	echo "$version" >"$dir/bin/.buildkit"
-fi
-
-# CRI-O, its helper that pins namespaces, and its pull with a newer library.
-crio_tags=containers_image_openpgp,containers_image_ostree_stub,exclude_graphdriver_btrfs
-build_module crio crio "" $crio_tags github.com/cri-o/cri-o/cmd/crio
-if [ ! -e "$dir/bin/pinns" ]; then
-	cc -O2 -o "$dir/bin/pinns" "$(cd "$(dirname "$0")/../integration/crio" && go list -m -f '{{.Dir}}' github.com/cri-o/cri-o)"/pinns/src/*.c
-fi
-build_module criopull criopull "" $crio_tags
 if [ -n "$kubernetes" ]; then
 	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")
 	build_module kubernetes kubernetes "-X k8s.io/component-base/version.gitVersion=$version"
 fi
 
-# Docker Engine 29 with its client, and the runc that it needs, which is newer than
-# Debian's.
 if [ -n "$engines" ]; then
+	# BuildKit's go.mod excludes versions, which go install refuses.
+	version=$(cat "$(dirname "$0")"/../integration/buildkit/go.{mod,sum} | sha256sum)
+	if [ "$(cat "$dir/bin/.buildkit" 2>/dev/null)" != "$version" ]; then
+		echo "building BuildKit (takes some minutes)"
+		(cd "$(dirname "$0")/../integration/buildkit" && CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -ldflags "-s -w" -o "$dir/bin/" tool)
+		echo "$version" >"$dir/bin/.buildkit"
+	fi
+
+	# CRI-O, its helper that pins namespaces, and its pull with a newer library.
+	crio_tags=containers_image_openpgp,containers_image_ostree_stub,exclude_graphdriver_btrfs
+	build_module crio crio "" $crio_tags github.com/cri-o/cri-o/cmd/crio
+	if [ ! -e "$dir/bin/pinns" ]; then
+		cc -O2 -o "$dir/bin/pinns" "$(cd "$(dirname "$0")/../integration/crio" && go list -m -f '{{.Dir}}' github.com/cri-o/cri-o)"/pinns/src/*.c
+	fi
+	build_module criopull criopull "" $crio_tags
+
+	# Docker Engine 29 with its client, and the runc that it needs, which is newer than
+	# Debian's.
 	source=$(cd "$(dirname "$0")/../integration/docker" && pwd)
 	runc=v1.5.3
 	version="$(cat "$source"/go.{mod,sum} | sha256sum) $runc"
