@@ -64,6 +64,16 @@ func TestKeysCleared(t *testing.T) {
 			t.Fatalf("%d %s", status, answer)
 		}
 	}
+	for range 3 {
+		status, wrapped := ask(t, dir+"/copilot.sock", "POST", "/api/v2/keks/team-a/wrap", `{"plaintext":"`+base64.StdEncoding.EncodeToString(layerKey)+`"}`)
+		if status != 200 {
+			t.Fatalf("%d %s", status, wrapped)
+		}
+		status, answer := ask(t, dir+"/copilot.sock", "POST", "/api/v2/keks/team-a/unwrap", strings.Replace(wrapped, `"id":"team-a",`, "", 1))
+		if status != 200 || !strings.Contains(answer, base64.StdEncoding.EncodeToString(layerKey)) {
+			t.Fatalf("%d %s", status, answer)
+		}
+	}
 	provider, _ := pilot(t, dir+"/node", "unix://"+dir+"/copilot.sock", "--annotation-format", "copilot", "--diff-listen", "off")
 	node := askPilot(t, dir+"/node")
 	service := ocicryptpb.NewKeyProviderServiceClient(node.conn)
