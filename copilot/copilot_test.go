@@ -153,7 +153,7 @@ func TestClient(t *testing.T) {
 		{"POST", "/api/v2/keks/team-a/wrap", `{}`, 400},
 		{"POST", "/api/v2/keks/team-a/wrap", `{"plaintext":"AA==","more":1}`, 400},
 		{"POST", "/api/v2/keks/team-a/wrap", `{"plaintext":"AA=="} x`, 400},
-		{"POST", "/api/v2/keks/team-a/wrap", strings.Repeat("x", 200<<10), 400},
+		{"POST", "/api/v2/keks/team-a/wrap", strings.Repeat("x", 200<<10), 413},
 		{"POST", "/api/v2/keks/team-a/wrap", `{"plaintext":"` + strings.Repeat("A", 200<<10) + `"}`, 413},
 		{"POST", "/api/v2/keks/team-a/unwrap", `{"version":1,"wrappedKey":"AAAA"}`, 400},
 		{"GET", "/", "", 404},
