@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -60,6 +61,9 @@ func normalizedKey(arg string) ([]byte, error) {
 		defer clear(password)
 	}
 	key, err := processor.NormalizePrivateKey(b, password)
+	if errors.Is(err, processor.ErrKeyPassword) {
+		err = fmt.Errorf("%w: give it as FILE:pass=PASSWORD, FILE:file=FILE or FILE:fd=NUMBER", err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", parts[0], err)
 	}

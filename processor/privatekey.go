@@ -20,7 +20,7 @@ import (
 
 // Errors of [NormalizePrivateKey].
 var (
-	ErrKeyPassword = errors.New("the private key has a password: give it as FILE:pass=PASSWORD, FILE:file=FILE or FILE:fd=NUMBER")
+	ErrKeyPassword = errors.New("the private key has a password")
 	ErrKeyDamaged  = errors.New("the password is wrong, or the private key is damaged")
 )
 

@@ -91,14 +91,15 @@ func azureOptions(transport policy.Transporter) azcore.ClientOptions {
 	}
 }
 
-// recordRefusal stores the last answer that is no success in the
-// [azureRefusal] of the request's context: when the context ends between two
-// tries, the SDK returns no more than that.
+// recordRefusal stores the last answer that the SDK retries in the [azureRefusal]
+// of the request's context: when the context ends before the next one, the SDK
+// returns the context's error alone.
 type recordRefusal struct{}
 
 func (recordRefusal) Do(req *policy.Request) (*http.Response, error) {
 	resp, err := req.Next()
-	if last, ok := req.Raw().Context().Value(azureRefusalKey{}).(*azureRefusal); ok && err == nil && resp.StatusCode >= http.StatusBadRequest {
+	last, ok := req.Raw().Context().Value(azureRefusalKey{}).(*azureRefusal)
+	if ok && err == nil && (resp.StatusCode == http.StatusRequestTimeout || resp.StatusCode >= http.StatusTooManyRequests) {
 		if answer, ok := errors.AsType[*azcore.ResponseError](runtime.NewResponseError(resp)); ok {
 			last.Store(answer)
 		}
@@ -188,8 +189,8 @@ func checkAzureName(path string) error {
 	return nil
 }
 
-// azureError says what an error means to our caller. Last is the last answer that
-// was no success, or nil. Invalid is what it means that Azure does not like what
+// azureError says what an error means to our caller. Last is what recordRefusal
+// stored, or nil. Invalid is what it means that Azure does not like what
 // is in the request.
 func azureError(path string, err error, last *azcore.ResponseError, invalid error) error {
 	sentinel := ErrUnavailable
