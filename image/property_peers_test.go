@@ -26,14 +26,14 @@ func (c *trial) checkPeers(e *export, result Result) {
 	}
 	dc := &config.DecryptConfig{Parameters: c.to[i].dc}
 	for _, desc := range e.encrypted {
-		r, d, err := ocicrypt.DecryptLayer(dc, bytes.NewReader(e.blobs[desc.Digest]), desc, false)
+		r, _, err := ocicrypt.DecryptLayer(dc, bytes.NewReader(e.blobs[desc.Digest]), desc, false)
 		if err != nil {
 			c.problem("ocicrypt does not decrypt a layer", "%s for %s: %v", desc.MediaType, c.to[i], err)
 			continue
 		}
 		b, err := io.ReadAll(r)
-		if err != nil || digest.FromBytes(b) != d || c.Blobs[d] == nil {
-			c.problem("ocicrypt decrypts to something else", "%s for %s: %v", desc.MediaType, c.to[i], err)
+		if d := digest.FromBytes(b); err != nil || d != c.plain[desc.Digest] {
+			c.problem("ocicrypt decrypts to something else", "%s for %s: %s, not %s: %v", desc.MediaType, c.to[i], d, c.plain[desc.Digest], err)
 		}
 	}
 	known := true

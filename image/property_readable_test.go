@@ -61,13 +61,13 @@ func (e *export) value(s *store, v any) {
 	case map[string]any:
 		for key, member := range v {
 			e.text.WriteString(key + "\n")
-			if key == "config" {
-				// What looks like a document there is none.
-				if config, ok := member.(map[string]any); ok {
-					if d, ok := config["digest"].(string); ok {
-						e.follow(s, digest.Digest(d), false)
-					}
-				}
+			if config, ok := member.(map[string]any); ok && key == "config" {
+				// It names the diff IDs of layers, which is their digest if they
+				// are not compressed.
+				d, _ := config["digest"].(string)
+				e.follow(s, digest.Digest(d), false)
+				e.strings(config, 0)
+				continue
 			}
 			e.value(s, member)
 		}

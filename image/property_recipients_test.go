@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/ProtonMail/go-crypto/openpgp"
+	"github.com/ProtonMail/go-crypto/openpgp/packet"
 	"github.com/containers/ocicrypt/config"
 	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -167,7 +168,12 @@ func jwe(t testing.TB, key crypto.Signer, jwk bool) recipient {
 		t.Fatal(err)
 	}
 	if jwk {
-		if public, err = (jose.JSONWebKey{Key: key.Public()}).MarshalJSON(); err != nil {
+		// ocicrypt takes a JWK without an algorithm for one of RSA.
+		alg := string(jose.RSA_OAEP_256)
+		if _, ok := key.(*ecdsa.PrivateKey); ok {
+			alg = string(jose.ECDH_ES_A256KW)
+		}
+		if public, err = (jose.JSONWebKey{Key: key.Public(), Algorithm: alg}).MarshalJSON(); err != nil {
 			t.Fatal(err)
 		}
 	} else {
@@ -192,7 +198,7 @@ func pkcs7(t testing.TB, key *rsa.PrivateKey, name string) recipient {
 
 func pgp(t testing.TB, mail string) recipient {
 	t.Helper()
-	entity, err := openpgp.NewEntity("recipient", "", mail, nil)
+	entity, err := openpgp.NewEntity("recipient", "", mail, &packet.Config{Algorithm: packet.PubKeyAlgoEdDSA})
 	if err != nil {
 		t.Fatal(err)
 	}
