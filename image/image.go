@@ -221,7 +221,7 @@ func visitKey(desc ocispec.Descriptor) string {
 	if desc.Platform != nil {
 		key += " " + platforms.FormatAll(*desc.Platform)
 	}
-	if isAttestation(desc) {
+	if IsAttestation(desc) {
 		key += " attestation"
 	}
 	return key
@@ -310,7 +310,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	mode := w.op.mode()
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && !top {
-		if w.platform(desc.Platform) && len(w.Platforms) > 0 && !isAttestation(desc) {
+		if w.platform(desc.Platform) && len(w.Platforms) > 0 && !IsAttestation(desc) {
 			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: pull it first", platforms.FormatAll(*desc.Platform), desc.Digest)
 		}
 		return outcome{}, errAbsent
@@ -324,7 +324,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	}
 	platform := w.platformOf(ctx, desc, manifest)
 	selected := w.platform(platform)
-	kept := mode == encrypting && w.Attestations == KeepAttestations && isAttestation(desc)
+	kept := mode == encrypting && w.Attestations == KeepAttestations && IsAttestation(desc)
 
 	var chosen []int
 	plain := make(map[int]Reason)

@@ -25,7 +25,7 @@ type indexWork struct {
 func (w *indexWork) run(ctx context.Context, depth int) error {
 	for _, attestations := range []bool{false, true} {
 		for i, e := range w.list {
-			if isAttestation(e) != attestations {
+			if IsAttestation(e) != attestations {
 				continue
 			}
 			if err := w.entry(ctx, i, e, depth); err != nil {
@@ -48,7 +48,7 @@ func (w *indexWork) run(ctx context.Context, depth int) error {
 
 // entry works on entry i.
 func (w *indexWork) entry(ctx context.Context, i int, e ocispec.Descriptor, depth int) error {
-	if isAttestation(e) && w.op.mode() == encrypting &&
+	if IsAttestation(e) && w.op.mode() == encrypting &&
 		(w.Attestations == DropAttestations || w.isRemoved(digest.Digest(e.Annotations[attestationAnnotation]))) {
 		w.leaveOut(i)
 		return nil

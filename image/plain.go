@@ -73,9 +73,9 @@ var reasonTexts = map[Reason]string{
 	ReasonConfig:       "a configuration is never encrypted",
 	ReasonNotSelected:  "not selected by --layer or --platform",
 	ReasonAttestation:  "kept by --attestations=keep",
-	ReasonAbsent:       "its content is not here, so it stays as it is (pull it with --all-platforms)",
-	ReasonForeign:      "a foreign layer whose content is not here, so it stays as it is",
-	ReasonNotImage:     "neither a manifest nor an index, so it and what it refers to stay as they are",
+	ReasonAbsent:       "its content is not here (pull it with --all-platforms)",
+	ReasonForeign:      "a foreign layer whose content is not here",
+	ReasonNotImage:     "neither a manifest nor an index; what it refers to is readable too",
 	ReasonMediaType:    "its media type has no encrypted form",
 	ReasonSharedConfig: "encrypted as a layer, but also the configuration of a manifest, which is readable",
 	ReasonURLs:         "encrypted, but readable where it was published",
@@ -260,9 +260,9 @@ func inlined(desc ocispec.Descriptor) []byte {
 	return desc.Data
 }
 
-// isAttestation reports whether an entry of an index is an attestation about
+// IsAttestation reports whether an entry of an index is an attestation about
 // another entry.
-func isAttestation(entry ocispec.Descriptor) bool {
+func IsAttestation(entry ocispec.Descriptor) bool {
 	return entry.Annotations[attestationAnnotation] != "" || entry.Annotations[attestationTypeAnnotation] == "attestation-manifest"
 }
 
@@ -274,13 +274,13 @@ func (w *work) ofSelection(ctx context.Context, entries []ocispec.Descriptor) []
 	}
 	about := make(map[string]*ocispec.Platform)
 	for _, e := range entries {
-		if !isAttestation(e) {
+		if !IsAttestation(e) {
 			about[e.Digest.String()] = w.entryPlatform(ctx, e)
 		}
 	}
 	entries = slices.Clone(entries)
 	for i, e := range entries {
-		if p := about[e.Annotations[attestationAnnotation]]; p != nil && isAttestation(e) {
+		if p := about[e.Annotations[attestationAnnotation]]; p != nil && IsAttestation(e) {
 			entries[i].Platform = p
 		}
 	}

@@ -345,7 +345,7 @@ func TestLeftOut(t *testing.T) {
 			if err := json.Unmarshal([]byte(got), &index); err != nil {
 				t.Fatal(err)
 			}
-			i := slices.IndexFunc(index.Manifests, isAttestation)
+			i := slices.IndexFunc(index.Manifests, IsAttestation)
 			if about := index.Manifests[i].Annotations[attestationAnnotation]; about != docker.Digest.String() {
 				t.Errorf("the attestation is about %s", about)
 			}
