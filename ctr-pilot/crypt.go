@@ -50,6 +50,12 @@ var encryptCommand = &cli.Command{
 name, or the image's own. A layer that is encrypted already is not touched: the
 recipients are added to those that it has.
 
+Blobs of every media type are encrypted, and SBOMs and provenance too. What stays
+readable is named, and is an error before anything is encrypted, unless
+--allow-plain accepts it or it is not selected by --layer and --platform. Platforms
+whose content is not here are left out of the new image. An image's configuration
+is readable in every encrypted image: everything that handles images has to read it.
+
 An image that BuildKit built on an encrypted one has the layers of that without
 their keys. --keys-from names the image that it was built on, in containerd or in
 its registry. Each key is checked against its layer before it is put back.
@@ -68,7 +74,7 @@ Example:
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
-	}, selectionFlags("encrypt"), keyFlags(), commands.RegistryFlags),
+	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), commands.RegistryFlags),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		for _, f := range commands.RegistryFlags {
@@ -88,6 +94,8 @@ Example:
 			if opts.KeysFrom, err = keysFrom(ctx, client, cmd); err != nil {
 				return image.Result{}, err
 			}
+			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
+			opts.Attestations = image.Attestations(cmd.String("attestations"))
 			return image.Encrypt(ctx, plugin.Store(client), target, ec, opts)
 		})
 	},
@@ -148,10 +156,15 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		if err == nil && ctx.Err() != nil {
 			err = ctx.Err()
 		}
+		if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
+			err = refused(cmd, plain)
+		}
 		if err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
-		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
+		if verb == "decrypt" {
+			warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
+		}
 		if result.Layers == 0 {
 			if verb == "encrypt" {
 				return fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
@@ -162,6 +175,11 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		if err := putImage(ctx, client.ImageService(), img); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
+		if verb == "encrypt" {
+			if err := reportEncrypted(cmd, newName, result); err != nil || cmd.Bool("json") {
+				return err
+			}
+		}
 		fmt.Printf("%s %s (%d layers %sed)\n", newName, img.Target.Digest, result.Layers, verb)
 		return nil
 	})
@@ -170,12 +188,16 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 // warnSkipped tells of manifests that stay as they are, and why.
 func warnSkipped(skipped []ocispec.Descriptor, why string) {
 	for _, s := range skipped {
-		platform := "of no platform"
-		if s.Platform != nil {
-			platform = "of " + platforms.FormatAll(*s.Platform)
-		}
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", s.Digest, platform, why)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", s.Digest, ofPlatform(s), why)
 	}
+}
+
+// ofPlatform says of which platform an entry of an index is.
+func ofPlatform(entry ocispec.Descriptor) string {
+	if entry.Platform == nil {
+		return "of no platform"
+	}
+	return shown("of " + platforms.FormatAll(*entry.Platform))
 }
 
 // putImage creates the image, or makes the one of that name point to its target.

@@ -145,7 +145,7 @@ func TestRewrap(t *testing.T) {
 		plain := target
 		for _, ec := range []*config.EncryptConfig{kek("pilot", "team-a"), s.ec} {
 			ec.DecryptConfig = *s.dc
-			out, err := Encrypt(s.ctx, s, target, ec, Options{})
+			out, err := Encrypt(s.ctx, s, target, ec, Options{AllowPlain: true})
 			if err != nil {
 				t.Fatal(err)
 			}
