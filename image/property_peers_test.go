@@ -46,7 +46,7 @@ func (c *trial) checkPeers(e *export, result Result) {
 	for _, feature := range []string{"absent manifest", "absent layer", "absent config", "nested index", "entry of another type", "old artifact", "unusual manifest type", "stale annotations of encryption"} {
 		known = known && !c.Features[feature]
 	}
-	if !known || result.Layers == 0 || len(c.opts.Layers) > 0 || slices.ContainsFunc(c.to, func(r recipient) bool { return r.kek != "" }) {
+	if !known || result.Layers == 0 || len(c.opts.Layers)+len(c.opts.Platforms) > 0 || slices.ContainsFunc(c.to, func(r recipient) bool { return r.kek != "" }) {
 		return
 	}
 	all := func(ocispec.Descriptor) bool { return true }

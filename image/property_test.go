@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -73,7 +74,7 @@ func TestProperty(t *testing.T) {
 	for class, ids := range classes {
 		t.Errorf("%d of %d images: %s (%s)", len(ids), count, class, strings.Join(ids[:min(len(ids), 5)], ", "))
 	}
-	t.Logf("%d images from seed %d: %d encrypted, %d refused, %d with nothing to encrypt", count, first, p.encrypted, p.refused, p.nothing)
+	t.Logf("%d images from seed %d: %d encrypted (%d only with AllowPlain), %d refused, %d with nothing to encrypt", count, first, p.encrypted, p.failedClosed, p.refused, p.nothing)
 }
 
 // maxSize is that of the largest images.
@@ -85,7 +86,7 @@ type properties struct {
 	db         *metadata.DB
 	recipients *recipients
 
-	encrypted, refused, nothing int
+	encrypted, refused, nothing, failedClosed int
 }
 
 func newProperties(t testing.TB) *properties {
@@ -124,6 +125,7 @@ type trial struct {
 	to       []recipient
 	plain    map[digest.Digest]digest.Digest // of encrypted layers, as their keys say
 	opts     Options
+	leftOut  map[digest.Digest]bool
 	problems []string
 }
 
@@ -134,7 +136,7 @@ func (c *trial) problem(class, format string, args ...any) {
 // check makes an image and returns what is wrong with what becomes of it, each
 // with a class of problems before a colon.
 func (p *properties) check(seed uint64, size int) (problems []string) {
-	c := &trial{plain: make(map[digest.Digest]digest.Digest), properties: p, Image: imagetest.New(seed, size), rng: rand.New(rand.NewPCG(seed, 0))}
+	c := &trial{plain: make(map[digest.Digest]digest.Digest), leftOut: make(map[digest.Digest]bool), properties: p, Image: imagetest.New(seed, size), rng: rand.New(rand.NewPCG(seed, 0))}
 	ctx := namespaces.WithNamespace(p.t.Context(), "n"+strings.ReplaceAll(c.ID, "/", "-"))
 	c.s = &store{Store: p.db.ContentStore(), t: p.t, ctx: ctx}
 	defer func() {
@@ -150,15 +152,46 @@ func (p *properties) check(seed uint64, size int) (problems []string) {
 		return nil
 	}
 	c.to = p.recipients.choose(c.rng)
-	if c.rng.IntN(8) == 0 {
-		c.opts.Layers = []int{c.rng.IntN(3) - 1}
-	}
+	c.opts = c.options()
 	c.run()
 	return c.problems
 }
 
+// options selects all of most images.
+func (c *trial) options() Options {
+	opts := Options{AllowPlain: c.rng.IntN(2) == 0, KeepAbsent: c.rng.IntN(4) == 0}
+	switch c.rng.IntN(12) {
+	case 0:
+		opts.Layers = []int{c.rng.IntN(3) - 1}
+	case 1:
+		opts.Platforms = []ocispec.Platform{{OS: "linux", Architecture: "amd64"}}
+	case 2:
+		opts.Attestations = DropAttestations
+	case 3:
+		opts.Attestations = KeepAttestations
+	}
+	return opts
+}
+
 func (c *trial) run() {
+	before := c.s.blobs()
 	result, err := Encrypt(c.s.ctx, c.s, c.Target, encryptConfig(c.to), c.opts)
+	var plain *PlainError
+	if errors.As(err, &plain) {
+		c.failedClosed++
+		if c.opts.AllowPlain || c.s.blobs() != before || len(plain.Plain) == 0 {
+			c.problem("an image that may stay plain is refused, or was written", "%d blobs, were %d: %v", c.s.blobs(), before, err)
+		}
+		c.opts.AllowPlain = true
+		result, err = Encrypt(c.s.ctx, c.s, c.Target, encryptConfig(c.to), c.opts)
+		for _, p := range plain.Plain {
+			if !slices.ContainsFunc(result.Plain, func(q Plain) bool { return p.Digest == q.Digest && p.Manifest == q.Manifest && p.Reason == q.Reason }) && err == nil {
+				c.problem("refused for what the report does not name", "%s", p)
+			}
+		}
+	} else if left := Unaccepted(result.Plain); err == nil && !c.opts.AllowPlain && len(left) > 0 {
+		c.problem("not accepted, and not refused", "%s", left[0])
+	}
 	switch {
 	case err != nil:
 		c.refused++
@@ -203,8 +236,6 @@ func (p *properties) collect(ctx context.Context) {
 // checkRefusal checks that an image is refused only for a reason.
 func (c *trial) checkRefusal(err error) {
 	for _, reason := range []struct{ feature, text string }{
-		{"inlined layer", "stands in the document itself"},
-		{"inlined manifest", "stands in the document itself"},
 		{"absent layer", "is not here"},
 		{"absent layer", "no layers of this image are here"},
 		{"absent foreign layer", "is not here"}, // the same content, under another type
@@ -216,45 +247,61 @@ func (c *trial) checkRefusal(err error) {
 			return
 		}
 	}
-	if len(c.opts.Layers) > 0 && strings.Contains(err.Error(), "the image has no layer") {
-		return
+	for _, text := range []string{"the image has no layer", "the image has no platform", "is not here: pull"} {
+		if len(c.opts.Layers)+len(c.opts.Platforms) > 0 && strings.Contains(err.Error(), text) {
+			return
+		}
 	}
 	c.problem("refused without a reason", "%v", err)
 }
 
-// named are the blobs that the report says are as they were, and all that they
-// refer to.
-func (c *trial) named(result Result) map[digest.Digest]bool {
-	all := make(map[digest.Digest]bool)
-	var add func(d digest.Digest)
-	add = func(d digest.Digest) {
-		if all[d] || c.Blobs[d] == nil {
+// named are the blobs that the report says are as they were, with all that they
+// refer to where it says that this is not reported.
+func (c *trial) named(result Result) map[digest.Digest]Reason {
+	all := make(map[digest.Digest]Reason)
+	var add func(d digest.Digest, reason Reason)
+	add = func(d digest.Digest, reason Reason) {
+		if all[d] != "" || c.Blobs[d] == nil {
 			return
 		}
-		all[d] = true
+		all[d] = reason
 		for _, child := range c.Blobs[d].Children {
-			add(child.Digest)
+			add(child.Digest, reason)
 		}
 	}
-	for _, desc := range result.Skipped {
-		add(desc.Digest)
+	for _, p := range result.Plain {
+		switch p.Reason {
+		case ReasonAbsent, ReasonNotImage:
+			add(p.Digest, p.Reason)
+		case ReasonURLs: // encrypted here
+		default:
+			all[p.Digest] = p.Reason
+		}
 	}
 	return all
 }
 
-// checkReadable checks that what the report does not name can't be read.
+// checkReadable checks that what the report does not name can't be read, and that
+// what it names can, if it is here.
 func (c *trial) checkReadable(e *export, result Result) {
 	named := c.named(result)
 	for _, d := range c.Digests(imagetest.Content) {
 		b := c.Blobs[d]
 		readable, mentioned := e.holds(d, b.Marker), e.mentions(d)
 		switch {
-		case named[d]:
-		case readable:
+		case named[d] == "" && readable:
 			c.problem(fmt.Sprintf("readable and not named, %q", b.MediaType), "%s", d)
-		case mentioned:
+		case named[d] == "" && mentioned:
 			c.problem(fmt.Sprintf("digest told and not named, absent %v", b.Absent), "%s %s", b.MediaType, d)
+		case named[d] != "" && named[d] != ReasonAbsent && !readable && !mentioned:
+			c.problem("named and not readable", "%s %s: %s", b.MediaType, d, named[d])
 		}
+	}
+	for _, left := range result.LeftOut {
+		if !c.Blobs[left.Digest].Absent && e.blobs[left.Digest] != nil && named[left.Digest] == "" {
+			c.problem("left out, and there", "%s %s", left.MediaType, left.Digest)
+		}
+		c.leftOut[left.Digest] = true
 	}
 	for _, child := range e.encrypted {
 		if len(e.blobs[child.Digest]) != int(child.Size) {
@@ -316,7 +363,7 @@ func (c *trial) checkOriginal(how string, got ocispec.Descriptor) {
 	var walk func(desc ocispec.Descriptor)
 	walk = func(desc ocispec.Descriptor) {
 		b := c.Blobs[desc.Digest]
-		if b == nil || b.Absent || seen[desc.Digest] {
+		if b == nil || b.Absent || c.leftOut[desc.Digest] || seen[desc.Digest] {
 			return
 		}
 		seen[desc.Digest] = true
