@@ -29,7 +29,7 @@ var layerinfoCommand = &cli.Command{
 	Usage:     "show how an image's layers are encrypted, and for whom",
 	ArgsUsage: "[flags] <image>",
 	Description: `Lists the layers of an image, of whatever media type, with the ways in which their
-keys are wrapped, and for whom as far as that can be seen without a key. Then it says
+keys are wrapped, and for whom as far as that can be seen without a key. On standard error it says
 whether all of them are encrypted, and names what is not or can't be seen here.
 
 An image's configuration, which is never encrypted, does not count.
@@ -100,31 +100,29 @@ Examples:
 	},
 }
 
-// printLayers prints a table of the layers, and what is not encrypted.
+// printLayers prints a table of the layers, in the columns of imgcrypt's, which its
+// users' scripts read, and on standard error what is not encrypted.
 func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS\tMEDIA TYPE")
+	fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS")
 	for _, r := range rows {
 		encryption := shown(strings.Join(r.Encryption, ","))
-		switch {
-		case !r.Encrypted:
-			encryption = "PLAIN"
-		case len(r.Encryption) == 0:
+		if r.Encrypted && len(r.Encryption) == 0 {
 			encryption = "NO KEY"
 		}
-		fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
-			encryption, shown(strings.Join(r.Recipients, ", ")), shown(r.MediaType))
+		fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
+			encryption, shown(strings.Join(r.Recipients, ", ")))
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
 	if len(notEncrypted) == 0 {
-		fmt.Println("fully encrypted, except configurations, which are never encrypted")
+		fmt.Fprintln(os.Stderr, "fully encrypted, except configurations, which are never encrypted")
 		return nil
 	}
-	fmt.Println("not fully encrypted:")
+	fmt.Fprintln(os.Stderr, "not fully encrypted:")
 	for _, p := range notEncrypted {
-		fmt.Println("  " + p.String())
+		fmt.Fprintln(os.Stderr, "  "+p.String())
 	}
 	return nil
 }

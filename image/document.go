@@ -165,7 +165,7 @@ func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byt
 	if err != nil {
 		return nil, err
 	}
-	return e.follow(element)
+	return e.follow(element, at, notes)
 }
 
 // encrypted edits the descriptor of something that was encrypted, noting what
@@ -324,7 +324,7 @@ func setDescriptor(doc []byte, had, desc ocispec.Descriptor) (_ []byte, err erro
 
 // follow makes the entry of an attestation refer to the manifest that took the
 // place of the one that it refers to.
-func (e *edit) follow(element []byte) ([]byte, error) {
+func (e *edit) follow(element []byte, at string, notes restore) ([]byte, error) {
 	if len(e.renamed) == 0 {
 		return element, nil
 	}
@@ -339,6 +339,17 @@ func (e *edit) follow(element []byte) ([]byte, error) {
 	annotations, err := get(element, "annotations")
 	if err != nil {
 		return nil, err
+	}
+	had, err := get(annotations, attestationAnnotation)
+	if err != nil {
+		return nil, err
+	}
+	if e.mode == encrypting && string(had) != string(quote(unquote(had))) {
+		mask, err := escapesOf(had)
+		if err != nil {
+			return nil, err
+		}
+		notes.note(at+"/annotations/"+attestationAnnotation, quote(mask))
 	}
 	return setAnnotations(element, annotations, map[string]string{attestationAnnotation: to.Digest.String()})
 }

@@ -273,9 +273,10 @@ func (c *trial) named(result Result) map[digest.Digest]Reason {
 		switch p.Reason {
 		case ReasonAbsent, ReasonNotImage:
 			add(p.Digest, p.Reason)
-		case ReasonURLs: // encrypted here
 		default:
-			all[p.Digest] = p.Reason
+			if all[p.Digest] == "" || all[p.Digest] == ReasonURLs {
+				all[p.Digest] = p.Reason
+			}
 		}
 	}
 	return all
@@ -289,11 +290,12 @@ func (c *trial) checkReadable(e *export, result Result) {
 		b := c.Blobs[d]
 		readable, mentioned := e.holds(d, b.Marker), e.mentions(d)
 		switch {
-		case named[d] == "" && readable:
+		case len(b.Bytes) == 0: // it is the same when it is encrypted
+		case (named[d] == "" || named[d] == ReasonURLs) && readable:
 			c.problem(fmt.Sprintf("readable and not named, %q", b.MediaType), "%s", d)
 		case named[d] == "" && mentioned:
 			c.problem(fmt.Sprintf("digest told and not named, absent %v", b.Absent), "%s %s", b.MediaType, d)
-		case named[d] != "" && named[d] != ReasonAbsent && !readable && !mentioned:
+		case named[d] != "" && named[d] != ReasonAbsent && named[d] != ReasonURLs && !readable && !mentioned:
 			c.problem("named and not readable", "%s %s: %s", b.MediaType, d, named[d])
 		}
 	}

@@ -143,6 +143,16 @@ func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descript
 			return nil, fmt.Errorf("%s: %w", at, err)
 		}
 	}
+	if mask := r[at+"/annotations/"+attestationAnnotation]; mask != "" {
+		doc, err = edited(doc, "annotations", func(annotations []byte) ([]byte, error) {
+			return edited(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
+				return escaped(unquote(text), unquote([]byte(mask))), nil
+			})
+		})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", at, err)
+		}
+	}
 	if r[at+"/data"] == "" {
 		return doc, nil
 	}
