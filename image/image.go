@@ -28,15 +28,8 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-const (
-	// maxManifest bounds a manifest or an index, in bytes; registries
-	// refuse larger ones than 4 MiB.
-	maxManifest = 8 << 20
-	// maxDepth bounds how deep indexes stand in each other.
-	maxDepth = 8
-	// layersAtOnce is how many layers are encrypted or decrypted at once.
-	layersAtOnce = 4
-)
+// layersAtOnce is how many layers are encrypted or decrypted at once.
+const layersAtOnce = 4
 
 // Options select layers and report progress. The zero value selects all.
 type Options struct {
@@ -58,7 +51,8 @@ type Options struct {
 type Result struct {
 	// Target describes the new image; what was given if nothing changed.
 	Target ocispec.Descriptor
-	// Layers is how many layers were changed.
+	// Layers is how many layers were changed. A layer that several manifests
+	// have counts once.
 	Layers int
 	// Skipped are the manifests that stay as they are because their
 	// content is not in the store, as with platforms that were not pulled.
@@ -69,13 +63,22 @@ type Result struct {
 // Layers that are encrypted already are not touched: ec's recipients are added
 // to theirs, for which ec.DecryptConfig has to hold a key, or a key provider
 // has to unwrap. An encrypted layer without key annotations is an error unless
-// opts.KeysFrom has its key.
+// opts.KeysFrom has its key. Adding recipients reads no layer.
+//
+// The keys are wrapped for all recipients, and the manifests made, before the first
+// layer is read, so that what can't be written is found out then. The error wraps
+// [ErrLimit] or [processor.ErrTooManyRecipients] if the result would be too large.
 //
 // Foreign (nondistributable) layers and what is not a layer stay as they are.
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
 func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, ec *config.EncryptConfig, opts Options) (Result, error) {
-	return run(ctx, cs, target, opts, &encryption{ec: ec})
+	e := &encryption{ec: ec}
+	defer e.clear()
+	if err := e.plan(ctx, cs, target, opts); err != nil {
+		return Result{}, err
+	}
+	return run(ctx, cs, target, opts, e)
 }
 
 // Decrypt decrypts the layers of the image target with the keys in dc or with
@@ -101,11 +104,13 @@ type work struct {
 	op      operation
 	dry     bool  // nothing is written
 	blobs   blobs // by op
+	visits  map[visit]visited
+	usage   usage
 	skipped []ocispec.Descriptor
-	seen    int          // manifests that are here, with what is needed of them
-	changed int          // layers
-	matched map[int]bool // by index into Options.Platforms
-	inRange map[int]bool // the Layers that some manifest has
+	seen    int             // manifests that are here, with what is needed of them
+	changed map[string]bool // layers, each once however many manifests have it
+	matched map[int]bool    // by index into Options.Platforms
+	inRange map[int]bool    // the Layers that some manifest has
 }
 
 func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
@@ -114,6 +119,7 @@ func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts 
 }
 
 func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, error) {
+	w.changed = make(map[string]bool)
 	out, err := w.any(ctx, target, 0)
 	if err != nil {
 		return Result{}, err
@@ -126,10 +132,10 @@ func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, erro
 	}
 	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
 	out.desc.Platform = target.Platform
-	if w.changed == 0 {
+	if len(w.changed) == 0 {
 		out.desc = target
 	}
-	return Result{Target: out.desc, Layers: w.changed, Skipped: w.skipped}, nil
+	return Result{Target: out.desc, Layers: len(w.changed), Skipped: w.skipped}, nil
 }
 
 // checkSelection refuses a selection of what the image does not have.
@@ -158,7 +164,21 @@ type outcome struct {
 // errAbsent is the error of a manifest whose content is not in the store.
 var errAbsent = errors.New("its content is not here")
 
+// any changes an index or a manifest, once however often it is listed.
 func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+	key := visitOf(desc)
+	if v, ok := w.visits[key]; ok {
+		return v.outcome, v.err
+	}
+	out, err := w.each(ctx, desc, depth)
+	if w.visits == nil {
+		w.visits = make(map[visit]visited)
+	}
+	w.visits[key] = visited{out, err}
+	return out, err
+}
+
+func (w *work) each(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	switch {
 	case images.IsIndexType(desc.MediaType):
 		return w.index(ctx, desc, depth)
@@ -172,7 +192,7 @@ func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (out
 
 func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	if depth >= maxDepth {
-		return outcome{}, fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+		return outcome{}, errDepth(desc.Digest)
 	}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
@@ -252,6 +272,9 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if err := json.Unmarshal(doc, &manifest); err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
+	if err := w.usage.manifest(manifest.Layers); err != nil {
+		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+	}
 	platform := w.platformOf(ctx, desc, manifest)
 	selected := w.platform(platform)
 
@@ -261,11 +284,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 			chosen = append(chosen, i)
 		}
 	}
-	needed := chosen
-	if w.op.mode() == rewrapping {
-		needed = nil // it reads no layer
-	}
-	for _, i := range needed {
+	for _, i := range w.toRead(manifest.Layers, chosen) {
 		switch _, err := w.Info(ctx, manifest.Layers[i].Digest); {
 		case errdefs.IsNotFound(err) && !top && len(w.Platforms) == 0:
 			return outcome{}, errAbsent
@@ -293,7 +312,9 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if len(changes) == 0 {
 		return out, nil
 	}
-	w.changed += len(changes)
+	for i := range changes {
+		w.changed[manifest.Layers[i].MediaType+" "+manifest.Layers[i].Digest.String()] = true
+	}
 	out.changed = true
 	e := &edit{list: "layers", changes: changes, mode: w.op.mode(), done: !out.encrypted, fresh: !out.was}
 	out.desc, err = w.rewrite(ctx, desc, doc, e, append([]ocispec.Descriptor{manifest.Config}, layers...))
@@ -305,6 +326,11 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	doc, mediaType, err := e.apply(doc, desc.MediaType)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("rewrite %s: %w", desc.Digest, err)
+	}
+	if w.op.mode() != decrypting {
+		if err := checkPushed(doc); err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("%s: %w", desc.Digest, err)
+		}
 	}
 	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
 	if w.dry {
@@ -319,13 +345,16 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 // document reads a manifest or an index. One that is both is an error: whoever
 // reads it as the other sees another image (CVE-2021-41190).
 func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	if err := w.usage.document(); err != nil {
+		return nil, err
+	}
 	ra, err := w.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer ra.Close()
-	if size := max(ra.Size(), desc.Size); size > maxManifest {
-		return nil, fmt.Errorf("it has %d bytes, more than %d", size, maxManifest)
+	if err := w.usage.read(max(ra.Size(), desc.Size)); err != nil {
+		return nil, err
 	}
 	doc := make([]byte, ra.Size())
 	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {

@@ -221,10 +221,10 @@ func TestSelection(t *testing.T) {
 		layers int
 		want   string
 	}{
-		{Options{}, 4, ""},
+		{Options{}, 3, ""},
 		{Options{Platforms: []ocispec.Platform{amd64}}, 1, ""},
 		{Options{Layers: []int{0}}, 2, ""},
-		{Options{Layers: []int{-1}}, 2, ""},
+		{Options{Layers: []int{-1}}, 1, ""},
 		{Options{Layers: []int{2, 1}}, 2, ""},
 		{Options{Layers: []int{7}}, 0, "no layer 7"},
 		{Options{Layers: []int{-9}}, 0, "no layer -9"},

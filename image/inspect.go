@@ -29,7 +29,7 @@ type Layer struct {
 // is in an image's manifest but no layer, as in an attestation, is not among
 // them, and neither are the layers of manifests that are not in the store.
 func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
-	w := &work{Store: cs, Options: opts, matched: map[int]bool{}, inRange: map[int]bool{}}
+	w := &work{Store: cs, Options: opts, visits: map[visit]visited{}, matched: map[int]bool{}, inRange: map[int]bool{}}
 	var list []Layer
 	err := w.visit(ctx, target, 0, func(l Layer, total int) error {
 		if w.platform(l.Platform) && w.layer(l.Index, total) {
@@ -63,8 +63,13 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 	return nil
 }
 
-// visit calls f for each layer.
+// visit calls f for each layer of each manifest, once however often that is listed.
 func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f func(l Layer, total int) error) error {
+	key := visitOf(desc)
+	if _, ok := w.visits[key]; ok {
+		return nil
+	}
+	w.visits[key] = visited{}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
 		w.platform(desc.Platform) // it has that platform, even if not here
@@ -76,7 +81,7 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 	switch {
 	case images.IsIndexType(desc.MediaType):
 		if depth >= maxDepth {
-			return fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+			return errDepth(desc.Digest)
 		}
 		var index ocispec.Index
 		if err := json.Unmarshal(doc, &index); err != nil {
@@ -94,6 +99,9 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 	case images.IsManifestType(desc.MediaType):
 		var manifest ocispec.Manifest
 		if err := json.Unmarshal(doc, &manifest); err != nil {
+			return fmt.Errorf("manifest %s: %w", desc.Digest, err)
+		}
+		if err := w.usage.manifest(manifest.Layers); err != nil {
 			return fmt.Errorf("manifest %s: %w", desc.Digest, err)
 		}
 		platform := w.platformOf(ctx, desc, manifest)
