@@ -54,7 +54,7 @@ Example:
 			return err
 		}
 		defer cancel()
-		img, err := client.ImageService().Get(ctx, cmd.Args().First())
+		img, err := getImage(ctx, client, cmd.Args().First())
 		if err != nil {
 			return err
 		}

@@ -76,7 +76,7 @@ func checkPush(ctx context.Context, cmd *cli.Command) error {
 	}
 	defer cancel()
 	defer client.Close()
-	img, err := client.ImageService().Get(ctx, name)
+	img, err := getImage(ctx, client, name)
 	if err != nil {
 		return err
 	}

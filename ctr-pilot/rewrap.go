@@ -242,6 +242,7 @@ func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (ima
 		return image.Rewrapped{}, err
 	}
 	warnSkipped(out.Skipped, p.absent())
+	warnLacking(out.Lacking)
 	unfit := !r.several && r.unfit(out) != nil
 	same := newName == name && out.Target.Digest == img.target.Digest
 	if r.how.DryRun || unfit || same {

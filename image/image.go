@@ -36,6 +36,9 @@ type Options struct {
 	// Layers are indexes into the layers of each manifest, from 0, or from
 	// -1 downwards to count from the topmost.
 	Layers []int
+	// Base are layers of the image that this one was built on. [Encrypt],
+	// [Decrypt] and [Rewrap] leave those as they are.
+	Base []ocispec.Descriptor
 	// Platforms are those to work on.
 	Platforms []ocispec.Platform
 	// KeysFrom are layers of other images. Where [Encrypt] finds a layer that
@@ -57,6 +60,9 @@ type Result struct {
 	// Skipped are the manifests that stay as they are because their
 	// content is not in the store, as with platforms that were not pulled.
 	Skipped []ocispec.Descriptor
+	// Lacking says which of the selected layers some manifest does not have, a
+	// sentence each.
+	Lacking []string
 }
 
 // Encrypt encrypts the layers of the image target for the recipients in ec.
@@ -111,6 +117,8 @@ type work struct {
 	changed map[string]bool // layers, each once however many manifests have it
 	matched map[int]bool    // by index into Options.Platforms
 	inRange map[int]bool    // the Layers that some manifest has
+	hasBase bool            // some manifest has a layer of Base
+	lacking []string
 }
 
 func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
@@ -124,18 +132,18 @@ func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, erro
 	if err != nil {
 		return Result{}, err
 	}
-	if err := w.checkSelection(); err != nil {
+	if err := errors.Join(w.checkSelection(), w.checkBase()); err != nil {
 		return Result{}, err
 	}
 	if w.seen == 0 && len(w.skipped) > 0 {
-		return Result{}, fmt.Errorf("no layers of this image are here: pull it with its content first (%w)", errdefs.ErrNotFound)
+		return Result{}, fmt.Errorf("no layers of this image are here: %w", errdefs.ErrNotFound)
 	}
 	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
 	out.desc.Platform = target.Platform
 	if len(w.changed) == 0 {
 		out.desc = target
 	}
-	return Result{Target: out.desc, Layers: len(w.changed), Skipped: w.skipped}, nil
+	return Result{Target: out.desc, Layers: len(w.changed), Skipped: w.skipped, Lacking: w.lacking}, nil
 }
 
 // checkSelection refuses a selection of what the image does not have.
@@ -261,7 +269,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && !top {
 		if w.platform(desc.Platform) && len(w.Platforms) > 0 {
-			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: pull it first", platforms.FormatAll(*desc.Platform), desc.Digest)
+			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: %w", platforms.FormatAll(*desc.Platform), desc.Digest, errdefs.ErrNotFound)
 		}
 		return outcome{}, errAbsent
 	}
@@ -279,8 +287,11 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	selected := w.platform(platform)
 
 	var chosen []int
+	if selected {
+		w.noteLacking(platform, manifest.Layers)
+	}
 	for i, l := range manifest.Layers {
-		if selected && w.layer(i, len(manifest.Layers)) && isLayer(l.MediaType) && w.op.wants(l.MediaType) {
+		if selected && w.layer(i, len(manifest.Layers)) && !w.inBase(l) && isLayer(l.MediaType) && w.op.wants(l.MediaType) {
 			chosen = append(chosen, i)
 		}
 	}
@@ -289,7 +300,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		case errdefs.IsNotFound(err) && !top && len(w.Platforms) == 0:
 			return outcome{}, errAbsent
 		case errdefs.IsNotFound(err):
-			return outcome{}, fmt.Errorf("layer %s%s is not here: pull the image with its content first: %w", manifest.Layers[i].Digest, ofPlatform(platform), err)
+			return outcome{}, fmt.Errorf("layer %s%s is not here: %w", manifest.Layers[i].Digest, ofPlatform(platform), err)
 		case err != nil:
 			return outcome{}, fmt.Errorf("layer %s: %w", manifest.Layers[i].Digest, err)
 		}
