@@ -46,7 +46,7 @@ Example:
 		if err := checkPush(ctx, cmd); err != nil {
 			return err
 		}
-		return stock(ctx, cmd)
+		return explainRefusal(stock(ctx, cmd))
 	}
 }
 

@@ -36,7 +36,7 @@ func (n newName) check(ctx context.Context) error {
 	}
 	_, err := n.store.Get(ctx, n.name)
 	if err == nil {
-		return fmt.Errorf("there is an image %s %w: remove it first, or replace it with --force", n.name, errdefs.ErrAlreadyExists)
+		return fmt.Errorf("image %s %w: remove it first, or replace it with --force", n.name, errdefs.ErrAlreadyExists)
 	}
 	if errdefs.IsNotFound(err) {
 		return nil

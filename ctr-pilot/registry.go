@@ -226,7 +226,7 @@ func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name st
 		return err
 	}
 	if _, err := remotes.PushHandler(pusher, d)(ctx, desc); err != nil {
-		return fmt.Errorf("push %s: %w", name, err)
+		return fmt.Errorf("push %s: %w", name, explainRefusal(err))
 	}
 	return nil
 }
