@@ -162,7 +162,7 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 			err = ctx.Err()
 		}
 		if err != nil {
-			return fmt.Errorf("%s %s: %w", verb, name, withFetch(err, img))
+			return fmt.Errorf("%s %s: %w", verb, name, withFetch(ctx, err, img))
 		}
 		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
 		warnLacking(result.Lacking)

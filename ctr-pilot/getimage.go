@@ -73,7 +73,7 @@ func spellings(name string) []string {
 
 // withFetch says how to get the content that an image lacks: after a pull of CRI's
 // that discarded layers, or found them unpacked already, pulling again fetches none.
-func withFetch(err error, img images.Image) error {
+func withFetch(ctx context.Context, err error, img images.Image) error {
 	if !errors.Is(err, errdefs.ErrNotFound) || errors.Is(err, processor.ErrNoKey) {
 		return err
 	}
@@ -84,5 +84,7 @@ func withFetch(err error, img images.Image) error {
 	if !strings.Contains(repository, "/") {
 		return err
 	}
-	return fmt.Errorf("%w; \"ctr-pilot content fetch --all-platforms %s@%s\" fetches what is missing from the registry", err, repository, img.Target.Digest)
+	namespace, _ := namespaces.Namespace(ctx)
+	return fmt.Errorf("%w; \"ctr-pilot --namespace %s content fetch --all-platforms %s@%s\" fetches what is missing from the registry",
+		err, namespace, repository, img.Target.Digest)
 }
