@@ -58,7 +58,7 @@ Examples:
 			return err
 		}
 		defer cancel()
-		img, err := client.ImageService().Get(ctx, cmd.Args().First())
+		img, err := getImage(ctx, client, cmd.Args().First())
 		if err != nil {
 			return err
 		}

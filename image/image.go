@@ -28,21 +28,17 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-const (
-	// maxManifest bounds a manifest or an index, in bytes; registries
-	// refuse larger ones than 4 MiB.
-	maxManifest = 8 << 20
-	// maxDepth bounds how deep indexes stand in each other.
-	maxDepth = 8
-	// layersAtOnce is how many layers are encrypted or decrypted at once.
-	layersAtOnce = 4
-)
+// layersAtOnce is how many layers are encrypted or decrypted at once.
+const layersAtOnce = 4
 
 // Options select layers and report progress. The zero value selects all.
 type Options struct {
 	// Layers are indexes into the layers of each manifest, from 0, or from
 	// -1 downwards to count from the topmost.
 	Layers []int
+	// Base are layers of the image that this one was built on. [Encrypt],
+	// [Decrypt] and [Rewrap] leave those as they are.
+	Base []ocispec.Descriptor
 	// Platforms are those to work on.
 	Platforms []ocispec.Platform
 	// KeysFrom are layers of other images. Where [Encrypt] finds a layer that
@@ -65,7 +61,8 @@ type Options struct {
 type Result struct {
 	// Target describes the new image; what was given if nothing changed.
 	Target ocispec.Descriptor
-	// Layers is how many layers were changed.
+	// Layers is how many layers were changed. A layer that several manifests
+	// have counts once.
 	Layers int
 	// Skipped are the manifests that stay as they are because their
 	// content is not in the store, as with platforms that were not pulled.
@@ -74,18 +71,25 @@ type Result struct {
 	LeftOut []ocispec.Descriptor
 	// Plain is what [Encrypt] left readable in Target.
 	Plain []Plain
+	// Lacking says which of the selected layers some manifest does not have, a
+	// sentence each.
+	Lacking []string
 }
 
 // Encrypt encrypts the layers of the image target for the recipients in ec,
 // whatever their media types. Layers that are encrypted already are not touched:
 // ec's recipients are added to theirs, for which ec.DecryptConfig has to hold a
 // key, or a key provider has to unwrap. An encrypted layer without key annotations
-// is an error unless opts.KeysFrom has its key.
+// is an error unless opts.KeysFrom has its key. Adding recipients reads no layer.
 //
 // What stays readable is in the result. Before anything is written it is a
 // [*PlainError], unless opts select layers or platforms, and it is not selected,
 // or other options accept it. Manifests and other entries of an index that are not
 // in the store are left out of the new index.
+//
+// The keys are wrapped for all recipients, and the manifests made, before the first
+// layer is read, so that what can't be written is found out then. The error wraps
+// [ErrLimit] or [processor.ErrTooManyRecipients] if the result would be too large.
 //
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
@@ -95,16 +99,16 @@ func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, e
 	default:
 		return Result{}, fmt.Errorf("attestations can't be treated as %q: use encrypt, drop or keep", opts.Attestations)
 	}
-	planning := newWork(cs, opts, &encryption{ec: ec, plan: true})
-	planning.dry = true
-	plan, err := planning.run(ctx, target)
+	e := &encryption{ec: ec}
+	defer e.clear()
+	plan, err := e.plan(ctx, cs, target, opts)
 	if err != nil {
 		return Result{}, err
 	}
 	if refused := Unaccepted(plan.Plain); len(refused) > 0 && !opts.AllowPlain {
 		return Result{}, &PlainError{refused}
 	}
-	return run(ctx, cs, target, opts, &encryption{ec: ec})
+	return run(ctx, cs, target, opts, e)
 }
 
 // Decrypt decrypts the layers of the image target with the keys in dc or with
@@ -130,6 +134,7 @@ type work struct {
 	op      operation
 	dry     bool  // nothing is written
 	blobs   blobs // by op
+	usage   usage
 	skipped []ocispec.Descriptor
 	leftOut []ocispec.Descriptor
 	plain   []Plain
@@ -140,9 +145,11 @@ type work struct {
 	entries   map[digest.Digest]indexEntry         // of indexes
 	renamed   map[digest.Digest]ocispec.Descriptor // what took the place of a manifest or index
 	seen      int                                  // manifests that are here, with what is needed of them
-	changed   int                                  // layers
+	changed   map[string]bool                      // layers, each once however many manifests have it
 	matched   map[int]bool                         // by index into Options.Platforms
 	inRange   map[int]bool                         // the Layers that some manifest has
+	hasBase   bool                                 // some manifest has a layer of Base
+	lacking   []string
 }
 
 func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
@@ -157,23 +164,24 @@ func newWork(cs content.Store, opts Options, op operation) *work {
 }
 
 func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, error) {
+	w.changed = make(map[string]bool)
 	out, err := w.any(ctx, target, 0)
 	if err != nil {
 		return Result{}, err
 	}
-	if err := w.checkSelection(); err != nil {
+	if err := errors.Join(w.checkSelection(), w.checkBase()); err != nil {
 		return Result{}, err
 	}
 	if w.seen == 0 && len(w.skipped)+len(w.leftOut) > 0 {
-		return Result{}, fmt.Errorf("no layers of this image are here: pull it with its content first (%w)", errdefs.ErrNotFound)
+		return Result{}, fmt.Errorf("no layers of this image are here: %w", errdefs.ErrNotFound)
 	}
 	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
 	out.desc.Platform = target.Platform
-	if w.changed == 0 {
+	if len(w.changed) == 0 {
 		out.desc = target
 	}
 	w.addShared()
-	return Result{Target: out.desc, Layers: w.changed, Skipped: w.skipped, LeftOut: w.leftOut, Plain: w.plain}, nil
+	return Result{Target: out.desc, Layers: len(w.changed), Skipped: w.skipped, LeftOut: w.leftOut, Plain: w.plain, Lacking: w.lacking}, nil
 }
 
 // checkSelection refuses a selection of what the image does not have.
@@ -217,14 +225,11 @@ type visited struct {
 // visitKey returns what the outcome of a manifest or index depends on: the same
 // manifest may be there for several platforms, of which one is selected.
 func visitKey(desc ocispec.Descriptor) string {
-	key := desc.MediaType + " " + desc.Digest.String()
-	if desc.Platform != nil {
-		key += " " + platforms.FormatAll(*desc.Platform)
+	platform, err := json.Marshal(desc.Platform)
+	if err != nil {
+		panic(err) // strings
 	}
-	if IsAttestation(desc) {
-		key += " attestation"
-	}
-	return key
+	return fmt.Sprint(desc.MediaType, desc.Digest, desc.Size, string(platform), IsAttestation(desc))
 }
 
 // any works on a manifest or an index, once however often it is there.
@@ -258,7 +263,7 @@ func (w *work) visitOnce(ctx context.Context, desc ocispec.Descriptor, depth int
 
 func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	if depth >= maxDepth {
-		return outcome{}, fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+		return outcome{}, errDepth(desc.Digest)
 	}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
@@ -311,7 +316,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && !top {
 		if w.platform(desc.Platform) && len(w.Platforms) > 0 && !IsAttestation(desc) {
-			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: pull it first", platforms.FormatAll(*desc.Platform), desc.Digest)
+			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: %w", platforms.FormatAll(*desc.Platform), desc.Digest, errdefs.ErrNotFound)
 		}
 		return outcome{}, errAbsent
 	}
@@ -322,18 +327,24 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if err := json.Unmarshal(doc, &manifest); err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
+	if err := w.usage.manifest(manifest.Layers); err != nil {
+		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+	}
 	platform := w.platformOf(ctx, desc, manifest)
 	selected := w.platform(platform)
 	kept := mode == encrypting && w.Attestations == KeepAttestations && IsAttestation(desc)
 
 	var chosen []int
+	if selected {
+		w.noteLacking(platform, manifest.Layers)
+	}
 	plain := make(map[int]Reason)
 	for i, l := range manifest.Layers {
 		reason, err := w.unencryptable(ctx, l)
 		switch {
 		case err != nil:
 			return outcome{}, fmt.Errorf("layer %s: %w", l.Digest, err)
-		case !selected || !w.layer(i, len(manifest.Layers)):
+		case !selected || !w.layer(i, len(manifest.Layers)) || w.inBase(l):
 			plain[i] = ReasonNotSelected
 		case kept:
 			plain[i] = ReasonAttestation
@@ -356,7 +367,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		case !here && !top && len(w.Platforms) == 0:
 			return outcome{}, errAbsent
 		case !here:
-			return outcome{}, fmt.Errorf("layer %s%s is not here: pull the image with its content first: %w", manifest.Layers[i].Digest, ofPlatform(platform), errdefs.ErrNotFound)
+			return outcome{}, fmt.Errorf("layer %s%s is not here: %w", manifest.Layers[i].Digest, ofPlatform(platform), errdefs.ErrNotFound)
 		}
 	}
 
@@ -379,7 +390,9 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if len(changes) == 0 && e.subject == nil {
 		return out, nil
 	}
-	w.changed += len(changes)
+	for i := range changes {
+		w.changed[manifest.Layers[i].MediaType+" "+manifest.Layers[i].Digest.String()] = true
+	}
 	out.changed = true
 	out.desc, err = w.rewrite(ctx, desc, doc, e, append([]ocispec.Descriptor{manifest.Config}, layers...))
 	return out, err
@@ -453,6 +466,11 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("rewrite %s: %w", desc.Digest, err)
 	}
+	if w.op.mode() != decrypting {
+		if err := checkPushed(doc); err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("%s: %w", desc.Digest, err)
+		}
+	}
 	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
 	if w.dry {
 		return out, nil
@@ -466,13 +484,16 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 // document reads a manifest or an index. One that is both is an error: whoever
 // reads it as the other sees another image (CVE-2021-41190).
 func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	if err := w.usage.document(); err != nil {
+		return nil, err
+	}
 	ra, err := w.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer ra.Close()
-	if size := max(ra.Size(), desc.Size); size > maxManifest {
-		return nil, fmt.Errorf("it has %d bytes, more than %d", size, maxManifest)
+	if err := w.usage.read(max(ra.Size(), desc.Size)); err != nil {
+		return nil, err
 	}
 	doc := make([]byte, ra.Size())
 	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {

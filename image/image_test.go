@@ -223,13 +223,13 @@ func TestSelection(t *testing.T) {
 		want   string
 	}{
 		// The attestation has one layer, and is about linux/amd64.
-		{Options{}, 5, ""},
-		{Options{Attestations: KeepAttestations}, 4, ""},
-		{Options{Attestations: DropAttestations}, 4, ""},
+		{Options{}, 4, ""},
+		{Options{Attestations: KeepAttestations}, 3, ""},
+		{Options{Attestations: DropAttestations}, 3, ""},
 		{Options{Attestations: "burn"}, 0, "use encrypt, drop or keep"},
 		{Options{Platforms: []ocispec.Platform{amd64}}, 2, ""},
 		{Options{Layers: []int{0}}, 3, ""},
-		{Options{Layers: []int{-1}}, 3, ""},
+		{Options{Layers: []int{-1}}, 2, ""},
 		{Options{Layers: []int{2, 1}}, 2, ""},
 		{Options{Layers: []int{7}}, 0, "no layer 7"},
 		{Options{Layers: []int{-9}}, 0, "no layer -9"},

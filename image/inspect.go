@@ -62,8 +62,13 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 	return nil
 }
 
-// visit calls f for each layer.
+// visit calls f for each layer of each manifest, once however often that is listed.
 func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f func(l Layer, total int) error) error {
+	key := visitKey(desc)
+	if w.done[key] != nil {
+		return nil
+	}
+	w.done[key] = &visited{}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
 		w.platform(desc.Platform) // it has that platform, even if not here
@@ -75,7 +80,7 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 	switch {
 	case isIndex(desc.MediaType):
 		if depth >= maxDepth {
-			return fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+			return errDepth(desc.Digest)
 		}
 		var index ocispec.Index
 		if err := json.Unmarshal(doc, &index); err != nil {
@@ -93,6 +98,9 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 	case isManifest(desc.MediaType):
 		var manifest ocispec.Manifest
 		if err := json.Unmarshal(doc, &manifest); err != nil {
+			return fmt.Errorf("manifest %s: %w", desc.Digest, err)
+		}
+		if err := w.usage.manifest(manifest.Layers); err != nil {
 			return fmt.Errorf("manifest %s: %w", desc.Digest, err)
 		}
 		platform := w.platformOf(ctx, desc, manifest)

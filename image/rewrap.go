@@ -111,6 +111,9 @@ func (r *rewrap) layer(ctx context.Context, _ *work, desc ocispec.Descriptor) (c
 	l := &layerRewrap{rewrap: r, desc: desc, fresh: map[Recipient]bool{}}
 	defer l.clear()
 	annotations, err := l.annotations(ctx)
+	if err == nil {
+		err = readable(desc.Annotations, annotations)
+	}
 	if err != nil {
 		return change{}, err
 	}
