@@ -192,7 +192,7 @@ func TestNestedIndexes(t *testing.T) {
 		}
 	}, func() {
 		defer close(release)
-		out = fails(t, rewrap("--image-timeout", "30s", app+"*"), "app:held: it took longer than 30s (--image-timeout)", "app:too-deep: ", "indexes are nested more than 8 deep",
+		out = fails(t, rewrap("--image-timeout", "15s", app+"*"), "app:held: it took longer than 15s (--image-timeout)", "app:too-deep: ", "indexes are nested more than 8 deep",
 			"6 images: 4 changed", ", 2 failed")
 	})
 	for _, tag := range []string{"a", "nested", "wide", "z"} {
