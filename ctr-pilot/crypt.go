@@ -47,8 +47,8 @@ var encryptCommand = &cli.Command{
 	ArgsUsage: "[flags] <image> [<new name>]",
 	Description: `Encrypts the layers of an image for recipients, and gives the result the new
 name, or the image's own. Another image of that name is replaced only with --force,
-and a name by digest, NAME@sha256:…, never is. A layer that is encrypted already is not touched: the
-recipients are added to those that it has.
+and a name by digest, NAME@sha256:…, never is. A layer that is encrypted already is
+not touched: the recipients are added to those that it has.
 
 Blobs of every media type are encrypted, and SBOMs and provenance too. What stays
 readable is named, and is an error before anything is encrypted, unless

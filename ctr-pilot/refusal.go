@@ -22,20 +22,29 @@ func explainRefusal(err error) error {
 		return err
 	}
 	err = fmt.Errorf("the registry refused the manifest: %w", status)
-	if reason := reasonOf(status.Body); reason != "" {
+	reason, codes := reasonOf(status.Body)
+	if reason != "" {
 		err = fmt.Errorf("%w: %s", err, reason)
 	}
-	// What a registry answers to a manifest that it does not like.
-	refusals := []int{http.StatusBadRequest, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity}
-	if slices.Contains(refusals, status.StatusCode) {
+	if maybeMediaTypes(status.StatusCode, codes) {
 		err = fmt.Errorf("%w (some registries, such as Amazon ECR, JFrog Artifactory and Quay, refuse media types that they do not know, as encrypted layers have, unless they are configured to take them)", err)
 	}
 	return err
 }
 
-// reasonOf returns what the errors in a registry's answer say:
+// maybeMediaTypes reports whether a registry that refuses a manifest may do so because
+// of its media types: it answers that the request is wrong, and names no other reason.
+func maybeMediaTypes(status int, codes []string) bool {
+	wrong := []int{http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity}
+	other := func(code string) bool {
+		return code != "" && code != "MANIFEST_INVALID" && code != "UNSUPPORTED" && code != "UNKNOWN"
+	}
+	return slices.Contains(wrong, status) && !slices.ContainsFunc(codes, other)
+}
+
+// reasonOf returns what the errors in a registry's answer say, and their codes:
 // https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#error-codes.
-func reasonOf(body []byte) string {
+func reasonOf(body []byte) (reason string, codes []string) {
 	var list struct {
 		Errors []struct {
 			Code    string          `json:"code"`
@@ -44,19 +53,19 @@ func reasonOf(body []byte) string {
 		} `json:"errors"`
 	}
 	if json.Unmarshal(body, &list) != nil {
-		return ""
+		return "", nil
 	}
 	var reasons []string
 	for _, e := range list.Errors {
-		reason := strings.Trim(e.Code+": "+e.Message, ": ")
+		text := strings.Trim(e.Code+": "+e.Message, ": ")
 		if detail := string(e.Detail); detail != "" && detail != "null" && detail != "{}" {
-			reason += ": " + strings.Trim(detail, `"`)
+			text += ": " + strings.Trim(detail, `"`)
 		}
-		reasons = append(reasons, reason)
+		reasons, codes = append(reasons, text), append(codes, e.Code)
 	}
-	text := shownText(strings.Join(reasons, "; "))
-	if len(text) > maxDetail {
-		text = strings.ToValidUTF8(text[:maxDetail], "") + "…"
+	reason = shownText(strings.Join(reasons, "; "))
+	if len(reason) > maxDetail {
+		reason = strings.ToValidUTF8(reason[:maxDetail], "") + "…"
 	}
-	return text
+	return reason, codes
 }

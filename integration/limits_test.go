@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"net/http"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -192,7 +193,7 @@ func TestNestedIndexes(t *testing.T) {
 		}
 	}, func() {
 		defer close(release)
-		out = fails(t, rewrap("--image-timeout", "30s", app+"*"), "app:held: it took longer than 30s (--image-timeout)", "app:too-deep: ", "indexes are nested more than 8 deep",
+		out = fails(t, rewrap("--image-timeout", "15s", app+"*"), "app:held: it took longer than 15s (--image-timeout)", "app:too-deep: ", "indexes are nested more than 8 deep",
 			"6 images: 4 changed", ", 2 failed")
 	})
 	for _, tag := range []string{"a", "nested", "wide", "z"} {
@@ -248,4 +249,18 @@ func TestRefusedManifest(t *testing.T) {
 	fails(t, c.ctrPilot("images", "push", "--plain-http", refusing+"/app:2", "example.com/app:2"), want...)
 	output(t, c.ctrPilot("images", "push", "--plain-http", c.registry+"/app:2", "example.com/app:2"))
 	fails(t, c.ctrPilot("images", "rewrap", "--registry", "--plain-http", "--key", dir+"/keys/0.pem", "--recipient", "jwe:"+public[0], refusing+"/app:2", refusing+"/app:3"), want...)
+
+	// A registry that misses a layer says which, and media types are not why.
+	layers, _ := watch(t, c.registry).keks("app", "2")
+	for _, l := range layers {
+		link := c.storage + "/docker/registry/v2/repositories/app/_layers/sha256/" + strings.TrimPrefix(l, "sha256:")
+		if err := os.RemoveAll(link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out := fails(t, c.ctrPilot("images", "rewrap", "--registry", "--plain-http", "--key", dir+"/keys/0.pem", "--recipient", "jwe:"+public[0], c.registry+"/app:2", c.registry+"/app:3"),
+		"the registry refused the manifest", "MANIFEST_BLOB_UNKNOWN", layers[0])
+	if strings.Contains(out, "media types") {
+		t.Errorf("media types are blamed: %s", out)
+	}
 }
