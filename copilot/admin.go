@@ -60,15 +60,16 @@ func (b *broker) describe(ctx context.Context, k kek) (Info, error) {
 func (a *api) create(r *http.Request, e *entry) (any, error) {
 	var in newKEK
 	// Whether it may be made is known only once its name is.
-	if err := decodeBody(r, &in); err != nil {
-		return nil, err
-	}
-	e.KEK = in.ID
+	err := decodeSecret(r.Body, &in, "id", "key")
 	var key []byte
 	if in.Key != nil {
 		e.Action, key = "import", *in.Key
 		defer clear(key)
 	}
+	if err != nil {
+		return nil, err
+	}
+	e.KEK = in.ID
 	if !a.owner {
 		if v := a.decide(e.Who, e.KEK, policy.Admin); !v.Allowed {
 			return nil, &refusal{who: e.Who, reason: v.Reason}

@@ -45,8 +45,14 @@ func (t *tooMany) Error() string {
 	return fmt.Sprintf("too many requests: try again in %s", t.after.Round(time.Millisecond))
 }
 
-// raw is an answer that is no JSON: a key, in the original's API.
+// raw is an answer that is no JSON: a key, in the original's API. It is cleared
+// once it is written.
 type raw []byte
+
+// secret is an answer that is JSON already, and holds a key. It is cleared once
+// it is written. What is left are the buffers of net/http, which the next answer
+// overwrites.
+type secret []byte
 
 // document is an answer that is JSON already, and no secret.
 type document []byte
@@ -79,8 +85,11 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 				e.Reason = refused.reason
 			}
 		}
-		if key, ok := answer.(raw); ok {
-			defer clear(key)
+		switch answer := answer.(type) {
+		case raw:
+			defer clear(answer)
+		case secret:
+			defer clear(answer)
 		}
 		if (err != nil || !e.written) && !a.suppressed(e, err) {
 			if auditErr := a.audit.Write(e.Entry); auditErr != nil {
@@ -171,11 +180,13 @@ func statusOf(err error) (int, string) {
 		return http.StatusNotFound, audit.Denied
 	case errors.Is(err, errNotExported):
 		return http.StatusConflict, audit.Denied
+	case errors.Is(err, errLimit): // what it has wrapped may still be unwrapped
+		return http.StatusConflict, audit.Denied
 	case errors.Is(err, audit.ErrUnavailable), errors.Is(err, keystore.ErrUnavailable), errors.Is(err, kms.ErrUnavailable):
 		return http.StatusServiceUnavailable, audit.Failed
 	case errors.Is(err, kms.ErrForbidden):
 		return http.StatusBadGateway, audit.Failed
-	case errors.Is(err, keystore.ErrDisabled), errors.Is(err, errLimit):
+	case errors.Is(err, keystore.ErrDisabled):
 		return http.StatusForbidden, audit.Denied
 	case errors.Is(err, keystore.ErrNotFound), errors.Is(err, kms.ErrNotFound):
 		return http.StatusNotFound, audit.Denied
@@ -201,6 +212,9 @@ func writeAnswer(w http.ResponseWriter, e *entry, answer any, err error) {
 	case raw:
 		h.Set("Content-Type", "application/octet-stream")
 		b = answer
+	case secret:
+		h.Set("Content-Type", "application/json")
+		b = answer
 	case document:
 		h.Set("Content-Type", "application/json")
 		b = answer
@@ -210,15 +224,19 @@ func writeAnswer(w http.ResponseWriter, e *entry, answer any, err error) {
 			writeProblem(w, e, err)
 			return
 		}
-		defer clear(b)
 		h.Set("Content-Type", "application/json")
 	}
 	w.Write(b)
 }
 
-// typeNotExported is the problem type by which pilot knows that it has to have
-// copilot wrap and unwrap.
-const typeNotExported = "urn:pilot:problem:not-exported"
+// Types of problems that pilot decides by.
+const (
+	// typeNotExported: pilot has to have copilot wrap and unwrap.
+	typeNotExported = "urn:pilot:problem:not-exported"
+	// typeNoSuchPath: what pilot asked for is not at this path, which says
+	// nothing about a KEK. A proxy may have changed the path.
+	typeNoSuchPath = "urn:pilot:problem:no-such-path"
+)
 
 // writeProblem writes problem details (RFC 9457). What is wrong inside the
 // broker is in its log, under the request's id.
@@ -235,6 +253,10 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		detail += ": see its log for request " + e.Request
 	case errors.Is(err, errNotExported):
 		kind = typeNotExported
+	case errors.Is(err, errNoSuchPath):
+		kind = typeNoSuchPath
+	case errors.Is(err, errLimit):
+		detail = errLimit.Error()
 	case errors.Is(err, kms.ErrUnwrap):
 		detail = kms.ErrUnwrap.Error()
 	case errors.Is(err, kms.ErrNotFound):

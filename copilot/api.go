@@ -19,6 +19,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/loopback"
 	"github.com/ctrlplane/pilot/status"
 )
@@ -262,7 +263,8 @@ func (a *api) export(r *http.Request, e *entry) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return exported{e.KEK, e.Version, key}, nil
+	defer clear(key)
+	return secret(keyjson.Object(keyjson.Value("id", e.KEK), keyjson.Value("version", e.Version), keyjson.Key("key", key))), nil
 }
 
 // number returns a number of the query, from 1, or what it is if it is absent.
@@ -278,24 +280,18 @@ func number(r *http.Request, name string, absent int) (int, error) {
 	return int(n), nil
 }
 
-type exported struct {
-	ID      string `json:"id"`
-	Version int    `json:"version"`
-	Key     []byte `json:"key"`
-}
-
 func (a *api) wrap(r *http.Request, e *entry) (any, error) {
 	var in struct {
 		Plaintext []byte `json:"plaintext"`
 	}
 	k, err := a.allowed(r.Context(), e, policy.Wrap)
 	if err == nil {
-		err = decodeBody(r, &in)
+		err = decodeSecret(r.Body, &in, "plaintext")
 	}
+	defer clear(in.Plaintext)
 	if err != nil {
 		return nil, err
 	}
-	defer clear(in.Plaintext)
 	if len(in.Plaintext) == 0 || len(in.Plaintext) > maxPlaintext {
 		return nil, fmt.Errorf("%w: plaintext has %d bytes, not 1 to %d", keystore.ErrInput, len(in.Plaintext), maxPlaintext)
 	}
@@ -329,11 +325,36 @@ func (a *api) unwrap(r *http.Request, e *entry) (any, error) {
 	}
 	e.Version = in.Version
 	plaintext, err := a.keks.unwrap(r.Context(), k, in)
-	return unwrapped{plaintext}, err
+	if err != nil {
+		return nil, err
+	}
+	defer clear(plaintext)
+	return secret(keyjson.Object(keyjson.Key("plaintext", plaintext))), nil
 }
 
-type unwrapped struct {
-	Plaintext []byte `json:"plaintext"`
+// decodeSecret is decodeBody for a body that holds a key, in a member of one of
+// those names.
+func decodeSecret(body io.Reader, v any, names ...string) error {
+	b, err := keyjson.ReadAll(body)
+	defer clear(b)
+	if err != nil {
+		return bodyError(err)
+	}
+	if err := keyjson.Decode(b, v, names...); err != nil {
+		return errBody
+	}
+	return nil
+}
+
+// errBody does not quote the body, which may hold keys.
+var errBody = fmt.Errorf("%w: the body is not the JSON that this path takes", keystore.ErrInput)
+
+// bodyError returns the error of a body that could not be read or decoded.
+func bodyError(err error) error {
+	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+		return err
+	}
+	return errBody
 }
 
 // decodeBody decodes one JSON value with no unknown fields.
@@ -346,12 +367,8 @@ func decodeBody(r *http.Request, v any) error {
 			err = errors.New("something follows")
 		}
 	}
-	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return err
-	}
 	if err != nil {
-		// The error of encoding/json may quote its input, which holds keys.
-		return fmt.Errorf("%w: the body is not the JSON that this path takes", keystore.ErrInput)
+		return bodyError(err)
 	}
 	return nil
 }

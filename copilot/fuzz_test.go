@@ -13,6 +13,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // FuzzAPI sends whatever comes to mind to copilot, as somebody who may use the
@@ -97,7 +99,7 @@ const otherSecret = "secret of the other"
 // wrapped returns the body of a request to unwrap otherSecret.
 func (k *Keys) wrapped(kek string) (string, error) {
 	var w json.RawMessage
-	err := k.call(http.MethodPost, "/"+kek+"/wrap", map[string][]byte{"plaintext": []byte(otherSecret)}, &w)
+	err := k.call(http.MethodPost, "/"+kek+"/wrap", keyjson.Object(keyjson.Key("plaintext", []byte(otherSecret))), &w)
 	var fields map[string]any
 	if err == nil {
 		err = json.Unmarshal(w, &fields)

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // Keys manages KEKs: those of a server, or of a store that no server has open.
@@ -112,12 +114,12 @@ func (k *Keys) Close() error { return k.close() }
 // Create makes a KEK with a new random key of 32 bytes, or with key, of 16, 24
 // or 32 bytes, if that is not nil.
 func (k *Keys) Create(id string, key []byte) (Info, error) {
-	in := newKEK{ID: id}
+	members := []keyjson.Member{keyjson.Value("id", id)}
 	if key != nil {
-		in.Key = &key
+		members = append(members, keyjson.Key("key", key))
 	}
 	var info Info
-	err := k.call(http.MethodPost, "", in, &info)
+	err := k.call(http.MethodPost, "", keyjson.Object(members...), &info)
 	return info, err
 }
 
@@ -165,22 +167,27 @@ func (k *Keys) Reinstate(id, identity string) (Info, error) {
 }
 
 func (k *Keys) change(id, verb string, in any) (info Info, err error) {
-	err = k.call(http.MethodPost, "/"+url.PathEscape(id)+"/"+verb, in, &info)
+	var body []byte
+	if in != nil {
+		if body, err = json.Marshal(in); err != nil {
+			return Info{}, err
+		}
+	}
+	err = k.call(http.MethodPost, "/"+url.PathEscape(id)+"/"+verb, body, &info)
 	return info, err
 }
 
-func (k *Keys) call(method, path string, in, out any) error {
-	var body []byte
-	if in != nil {
-		var err error
-		if body, err = json.Marshal(in); err != nil {
-			return err
-		}
-		defer clear(body)
-	}
-	req, err := http.NewRequest(method, k.base+"/api/v2/keks"+path, bytes.NewReader(body))
+// call clears body, which may hold a key.
+func (k *Keys) call(method, path string, body []byte, out any) error {
+	secret := keyjson.NewBody(body)
+	defer secret.Clear()
+	req, err := http.NewRequest(method, k.base+"/api/v2/keks"+path, nil)
 	if err != nil {
 		return err
+	}
+	if len(body) > 0 {
+		req.Body, req.ContentLength = secret.Reader(), int64(len(body))
+		req.GetBody = func() (io.ReadCloser, error) { return secret.Reader(), nil }
 	}
 	resp, err := k.http.Do(req)
 	if err != nil {

@@ -80,6 +80,9 @@ func (r *keyring) rotateFull(ctx context.Context, k kek, version int) error {
 	if errors.Is(err, keystore.ErrState) {
 		return nil // another replica was first
 	}
+	if errors.Is(err, kms.ErrForbidden) {
+		err = fmt.Errorf("%w: %w", errLimit, err)
+	}
 	if err != nil {
 		_, e.Verdict = statusOf(err)
 		e.Reason += ": " + err.Error()

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -21,20 +20,13 @@ import (
 // defaultKeyProviders names the key providers when no variable does.
 const defaultKeyProviders = "/etc/pilot/ocicrypt.conf"
 
-// registerKeyProviders does for the default file what ocicrypt does for the
-// one that its variable names.
-var registerKeyProviders = sync.OnceValue(func() error {
-	if name := os.Getenv(keyproviderconfig.ENVVARNAME); name != "" {
-		if _, err := os.Stat(name); err != nil {
-			return fmt.Errorf("%s: %w", keyproviderconfig.ENVVARNAME, err)
-		}
-		return nil
+// registerKeyProviders makes the key providers of the default file known if no
+// variable names another. What is wrong with either file is part of the error of
+// whoever needs a key provider.
+var registerKeyProviders = sync.OnceFunc(func() {
+	if os.Getenv(keyproviderconfig.ENVVARNAME) == "" {
+		processor.RegisterKeyProviders(defaultKeyProviders)
 	}
-	err := processor.RegisterKeyProviders(defaultKeyProviders)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
-		return nil
-	}
-	return err
 })
 
 // keyFlags are imgcrypt's flags for whatever decrypts.
@@ -76,9 +68,7 @@ func keyArguments(cmd *cli.Command) parsehelpers.EncArgs {
 // decryptConfig returns the keys that the flags name. If they name none, gpg's
 // keyring is asked for those of layers that have a pgp recipient.
 func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.DecryptConfig, error) {
-	if err := registerKeyProviders(); err != nil {
-		return nil, err
-	}
+	registerKeyProviders()
 	args, withPGP := keyArguments(cmd), layers
 	if !slices.ContainsFunc(layers, hasPGP) {
 		withPGP = nil
@@ -104,9 +94,7 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 	if len(args.Recipient) == 0 {
 		return nil, errors.New("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
 	}
-	if err := registerKeyProviders(); err != nil {
-		return nil, err
-	}
+	registerKeyProviders()
 	for _, r := range args.Recipient {
 		if !strings.HasPrefix(r, "pgp:") {
 			continue

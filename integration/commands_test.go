@@ -130,7 +130,7 @@ func TestCommands(t *testing.T) {
 	t.Run("key providers", func(t *testing.T) {
 		missing := &node{t: t, socket: c.socket, ocicrypt: "/nonexistent"}
 		output(t, missing.ctrPilot("version")) // which needs none
-		fails(t, missing.ctrPilot("images", "encrypt", "--recipient", "jwe:"+public, ref+"other", "x"), "OCICRYPT_KEYPROVIDER_CONFIG", "/nonexistent")
+		fails(t, missing.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", ref+"plain", "x"), "OCICRYPT_KEYPROVIDER_CONFIG", "/nonexistent")
 	})
 	c.nothingPending()
 }

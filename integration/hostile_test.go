@@ -150,6 +150,7 @@ func TestHostileBroker(t *testing.T) {
 			for k, v := range with {
 				o[k] = v
 			}
+			w.Header().Set("Content-Type", "application/json")
 			json.NewEncoder(w).Encode(o)
 		}
 	}

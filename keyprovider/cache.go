@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
@@ -44,7 +43,7 @@ type cache struct {
 
 	metrics *Metrics // may be nil
 
-	flight singleflight.Group
+	flights flights
 
 	mu      sync.Mutex
 	entries map[cacheKey]*list.Element
@@ -64,6 +63,7 @@ type cacheEntry struct {
 	kek       copilot.KEK
 	fetched   time.Time
 	isCurrent time.Time // when it was last fetched as the current version, or zero
+	doubted   bool      // another version may be current since
 	used      time.Time
 	told      bool // that it is used past its ttl
 }
@@ -104,7 +104,7 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 		return kek, err
 	}
 	c.tell(outcomeMiss)
-	fetched := c.flight.DoChan(fmt.Sprintf("%t %d %s", fresh, key.version, key.id), func() (any, error) {
+	return c.flights.do(ctx, flightKey{key, fresh}, func() (copilot.KEK, error) {
 		if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 			return kek, err
 		}
@@ -116,12 +116,6 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 		c.store(key, kek)
 		return kek, nil
 	})
-	select {
-	case r := <-fetched:
-		return copyOf(r.Val.(copilot.KEK)), r.Err
-	case <-ctx.Done():
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", key.id, ctx.Err())
-	}
 }
 
 func (c *cache) tell(outcome string) {
@@ -191,6 +185,11 @@ func (c *cache) use(el *list.Element, now time.Time) copilot.KEK {
 // stale reports whether the broker has to be asked, if it answers, before the
 // entry of a KEK is used.
 func (c *cache) stale(el *list.Element, key cacheKey, now time.Time) bool {
+	return c.overdue(el, key, now) || key.version == 0 && el.Value.(*cacheEntry).doubted
+}
+
+// overdue reports whether the ttl is over for the entry of a KEK.
+func (c *cache) overdue(el *list.Element, key cacheKey, now time.Time) bool {
 	e := el.Value.(*cacheEntry)
 	return c.past(e.fetched, 0, now) || key.version == 0 && c.past(e.isCurrent, 0, now)
 }
@@ -212,16 +211,19 @@ func (c *cache) notExportedFor() time.Duration {
 	return notExportedFor
 }
 
-// forgetCurrent makes the next get of a KEK's current version ask which that is,
+// doubtCurrent makes the next get of a KEK's current version ask which that is,
 // and reports whether this can change anything: not right after it was asked.
-func (c *cache) forgetCurrent(id string) bool {
+// While no broker answers, what is known stays good, or anybody's annotation
+// could take it from the layers of others.
+func (c *cache) doubtCurrent(id string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	el, ok := c.current[id]
-	if !ok || c.now().Sub(el.Value.(*cacheEntry).isCurrent) < errorTTL {
+	now := c.now()
+	if f := c.failed[cacheKey{id, 0}]; !ok || now.Sub(el.Value.(*cacheEntry).isCurrent) < errorTTL || f.isOutage() && f.spares(staleFor, now) {
 		return false
 	}
-	delete(c.current, id)
+	el.Value.(*cacheEntry).doubted = true
 	return true
 }
 
@@ -242,6 +244,7 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 	if kek.Version != 0 {
 		// What was wrapped with the current one will ask for it by its version.
 		e.key.version = kek.Version
+		delete(c.failed, e.key)
 	}
 	current := key.version == 0
 	if current {
@@ -250,7 +253,7 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 	if el, ok := c.entries[e.key]; ok {
 		if old := el.Value.(*cacheEntry); !current {
 			current = c.current[key.id] == el // as far as we know
-			e.isCurrent = old.isCurrent
+			e.isCurrent, e.doubted = old.isCurrent, old.doubted
 		}
 		c.remove(el)
 	}
@@ -284,7 +287,7 @@ func (c *cache) miss(key cacheKey, err error, fresh bool) (copilot.KEK, error) {
 		if el == nil || fresh {
 			break
 		}
-		if e := el.Value.(*cacheEntry); !e.told && c.stale(el, key, now) {
+		if e := el.Value.(*cacheEntry); !e.told && c.overdue(el, key, now) {
 			e.told = true
 			logrus.WithError(err).WithFields(logrus.Fields{"kek": key.id, "version": e.kek.Version, "age": now.Sub(e.fetched)}).
 				Warn("KEK used past its kek-cache-ttl")

@@ -7,6 +7,8 @@ import (
 	"io"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
+
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // maxInput bounds the JSON of one request, in bytes: gRPC's own bound.
@@ -15,11 +17,11 @@ const maxInput = 4 << 20
 // Exec is ocicrypt's key provider as an executable: it reads one request from
 // r, has p do what its op says, and writes the answer to w.
 func Exec(ctx context.Context, p KeyProvider, r io.Reader, w io.Writer) error {
-	input, err := io.ReadAll(io.LimitReader(r, maxInput+1))
+	input, err := keyjson.ReadAll(io.LimitReader(r, maxInput+1))
+	defer clear(input)
 	if err != nil {
 		return fmt.Errorf("read the request: %w", err)
 	}
-	defer clear(input)
 	if len(input) > maxInput {
 		return fmt.Errorf("%w: it has more than %d bytes", ErrInput, maxInput)
 	}

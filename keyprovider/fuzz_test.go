@@ -28,7 +28,7 @@ func FuzzExec(f *testing.F) {
 		}
 		version := 1
 		fmt.Sscan(r.URL.Query().Get("version"), &version)
-		fmt.Fprintf(w, `{"id":%q,"version":%d,"key":%q}`, id, version, base64.StdEncoding.EncodeToString([]byte(kek)))
+		reply(w, map[string]any{"id": id, "version": version, "key": []byte(kek)})
 	}))
 	defer broker.Close()
 	client, err := copilot.New(copilot.Config{URLs: []string{broker.URL}})

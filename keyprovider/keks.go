@@ -86,7 +86,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 		ids = p.conf.DefaultKEKs
 	}
 	if len(ids) == 0 {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Name)
+		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Names[0])
 	}
 	var errs []error
 	for _, id := range ids {
@@ -106,7 +106,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 // any. It returns the KEK without its key.
 func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
 	optsdata, kek, err := p.tryVersions(ctx, a, id)
-	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.forgetCurrent(id) {
+	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.doubtCurrent(id) {
 		// It may have been wrapped with a version newer than what was
 		// current when that was fetched.
 		return p.tryVersions(ctx, a, id)

@@ -72,7 +72,12 @@ func (k *keeper) count(verb string) int {
 func problem(w http.ResponseWriter, code int, kind, detail string) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(code)
-	json.NewEncoder(w).Encode(map[string]any{"type": kind, "title": http.StatusText(code), "status": code, "detail": detail})
+	json.NewEncoder(w).Encode(map[string]any{"type": kind, "title": http.StatusText(code), "status": code, "detail": detail, "request": "0123456789abcdef"})
+}
+
+func reply(w http.ResponseWriter, answer any) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(answer)
 }
 
 // find returns the cipher of a version, and says why there is none.
@@ -100,7 +105,7 @@ func (k *keeper) key(w http.ResponseWriter, r *http.Request) {
 		problem(w, http.StatusConflict, "urn:pilot:problem:not-exported", "it stays in the HSM")
 		return
 	}
-	json.NewEncoder(w).Encode(map[string]any{"id": id, "version": version, "key": key})
+	reply(w, map[string]any{"id": id, "version": version, "key": key})
 }
 
 func (k *keeper) wrap(w http.ResponseWriter, r *http.Request) {
@@ -118,7 +123,7 @@ func (k *keeper) wrap(w http.ResponseWriter, r *http.Request) {
 	}
 	nonce := make([]byte, aead.NonceSize())
 	rand.Read(nonce)
-	json.NewEncoder(w).Encode(map[string]any{"id": id, "version": version, "method": "copilot", "wrappedKey": aead.Seal(nonce, nonce, in.Plaintext, fmt.Appendf(nil, "%s@%d", id, version))})
+	reply(w, map[string]any{"id": id, "version": version, "method": "copilot", "wrappedKey": aead.Seal(nonce, nonce, in.Plaintext, fmt.Appendf(nil, "%s@%d", id, version))})
 }
 
 func (k *keeper) unwrap(w http.ResponseWriter, r *http.Request) {
@@ -146,7 +151,7 @@ func (k *keeper) unwrap(w http.ResponseWriter, r *http.Request) {
 		problem(w, http.StatusBadRequest, "about:blank", "this KEK did not wrap that key, or it was changed")
 		return
 	}
-	json.NewEncoder(w).Encode(map[string]any{"plaintext": plaintext})
+	reply(w, map[string]any{"plaintext": plaintext})
 }
 
 func decodeStrictly(r *http.Request, v any) error {

@@ -12,12 +12,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
 	"github.com/ctrlplane/pilot/errline"
+	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -34,9 +36,9 @@ const answerWithin = 30 * time.Second
 
 // Config says how a [Provider] works.
 type Config struct {
-	// Name is the key provider's name in ocicrypt.conf, under which
-	// ocicrypt passes its parameters. Default: pilot.
-	Name string
+	// Names are the key provider's in ocicrypt.conf, under which ocicrypt
+	// passes its parameters. Default: pilot.
+	Names []string
 	// Format is how wrapped keys are written. Default: FormatA256GCMKW.
 	Format Format
 	// DefaultKEKs are tried in order on an annotation that does not name
@@ -65,8 +67,8 @@ type Provider struct {
 
 // New returns a Provider that gets its KEKs from broker.
 func New(broker *copilot.Client, conf Config) *Provider {
-	if conf.Name == "" {
-		conf.Name = "pilot"
+	if len(conf.Names) == 0 {
+		conf.Names = []string{"pilot"}
 	}
 	if conf.Format == "" {
 		conf.Format = FormatA256GCMKW
@@ -114,7 +116,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 		return nil, err
 	}
 	if len(ids) == 0 {
-		return nil, fmt.Errorf("%w: no KEK is named: use the recipient provider:%s:KEK", ErrInput, p.conf.Name)
+		return nil, fmt.Errorf("%w: no KEK is named: use the recipient provider:%s:KEK%s", ErrInput, p.conf.Names[0], p.otherNames(in.KeyWrapParams.Ec.Parameters))
 	}
 	if len(ids) > 1 && p.conf.Format == FormatOriginal {
 		return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
@@ -182,20 +184,40 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 		}
 		defer clear(optsdata)
 		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
-		return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
-			KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: optsdata},
-		})
+		results := keyjson.Object(keyjson.Key("optsdata", optsdata))
+		defer clear(results)
+		return keyjson.Object(keyjson.Value("keywrapresults", ocicrypt.KeyWrapResults{}), keyjson.Raw("keyunwrapresults", results)), nil
 	}
 	return nil, errline.Join(errs...)
 }
 
-// parameters returns the KEK ids among the parameters that ocicrypt passes.
+// notProviders are ocicrypt's parameters that are for no key provider.
+var notProviders = []string{"pubkeys", "x509s", "gpg-recipients", "gpg-pubkeyringfile", "pkcs11-pubkeys", "pkcs11-yamls", "pkcs11-config"}
+
+// otherNames says what to do if the caller knows pilot by another name, if it
+// seems to.
+func (p *Provider) otherNames(params map[string][][]byte) string {
+	for _, name := range slices.Sorted(maps.Keys(params)) {
+		if !slices.Contains(p.conf.Names, name) && !slices.Contains(notProviders, name) {
+			return fmt.Sprintf(", or add %.60q to provider-name if pilot has that name in ocicrypt.conf", name)
+		}
+	}
+	return ""
+}
+
+// parameters returns the KEK ids among the parameters that ocicrypt passes. It
+// passes those of all key providers, and does not say by which name it found
+// this one.
 func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
-	if n := len(params[p.conf.Name]); n > maxRecipients {
+	var named [][]byte
+	for _, name := range p.conf.Names {
+		named = append(named, params[name]...)
+	}
+	if n := len(named); n > maxRecipients {
 		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, n, maxRecipients)
 	}
 	var ids []string
-	for _, b := range params[p.conf.Name] {
+	for _, b := range named {
 		id := string(b)
 		// ocicrypt passes this for a recipient without a parameter.
 		if id == "" || id == "Enabled" {

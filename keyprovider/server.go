@@ -38,6 +38,7 @@ func (s service) UnWrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWra
 }
 
 func answer(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput, op func(context.Context, []byte) ([]byte, error)) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
+	defer clear(in.GetKeyProviderKeyWrapProtocolInput()) // it may hold a layer key, and nobody reads it any more
 	out, err := op(ctx, in.GetKeyProviderKeyWrapProtocolInput())
 	if err != nil {
 		// The caller may be a runtime that tells nobody, so say it here too.

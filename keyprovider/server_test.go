@@ -118,13 +118,15 @@ func TestCodesOfBadBroker(t *testing.T) {
 		code  codes.Code
 		want  string
 	}{
-		{"refuses", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }, codes.PermissionDenied, "403"},
+		{"refuses", func(w http.ResponseWriter, _ *http.Request) { problem(w, 403, "about:blank", "not you") }, codes.PermissionDenied, "403"},
 		{"wants a login", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }, codes.Unavailable, "401"},
-		{"knows no KEK", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, codes.NotFound, "404"},
+		{"knows no KEK", func(w http.ResponseWriter, _ *http.Request) { problem(w, 404, "about:blank", "no such KEK") }, codes.NotFound, "404"},
+		{"is a firewall", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }, codes.Unavailable, "not from copilot"},
+		{"is another service", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, codes.Unavailable, "not from copilot"},
 		{"fails", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, codes.Unavailable, "500"},
 		{"is overloaded", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, codes.Unavailable, "broker gives no usable answer"},
-		{"talks nonsense", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>SECRET") }, codes.Unavailable, "not the JSON that copilot sends"},
-		{"has no key in it", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"id":"a","version":1}`) }, codes.Unavailable, "no AES key"},
+		{"talks nonsense", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>SECRET") }, codes.Unavailable, "text/html"},
+		{"has no key in it", func(w http.ResponseWriter, _ *http.Request) { reply(w, map[string]any{"id": "a", "version": 1}) }, codes.Unavailable, "no AES key"},
 		{"hangs", hang, codes.Unavailable, "broker gives no usable answer"},
 		{"hangs halfway", func(w http.ResponseWriter, r *http.Request) {
 			w.Write([]byte("{"))

@@ -11,6 +11,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
+	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
@@ -26,6 +27,7 @@ type KeyProvider interface {
 var providers struct {
 	mu     sync.Mutex
 	byName map[string]KeyProvider
+	err    error // why there are none of a file
 }
 
 // RegisterKeyProvider makes p answer for the key provider of that name, whatever
@@ -40,11 +42,18 @@ func RegisterKeyProvider(name string, p KeyProvider) {
 }
 
 // RegisterKeyProviders registers the key providers of an ocicrypt.conf. Those of
-// the file that $OCICRYPT_KEYPROVIDER_CONFIG names are known without.
+// the file that $OCICRYPT_KEYPROVIDER_CONFIG names are known without. An error
+// may be ignored: it is part of the error of a layer that needs a key provider
+// which is not known.
 func RegisterKeyProviders(file string) error {
 	all, err := readProviders(file)
 	for name, p := range all {
 		RegisterKeyProvider(name, p)
+	}
+	if err != nil {
+		providers.mu.Lock()
+		defer providers.mu.Unlock()
+		providers.err = err
 	}
 	return err
 }
@@ -90,7 +99,7 @@ func (b broken) UnwrapKey(context.Context, []byte) ([]byte, error) { return nil,
 // provider returns the key provider of that name.
 func provider(name string) (KeyProvider, error) {
 	providers.mu.Lock()
-	p := providers.byName[name]
+	p, unread := providers.byName[name], providers.err
 	providers.mu.Unlock()
 	if p != nil {
 		return p, nil
@@ -98,6 +107,9 @@ func provider(name string) (KeyProvider, error) {
 	all, err := fromEnvironment()
 	if p := all[name]; p != nil {
 		return p, nil
+	}
+	if err == nil {
+		err = unread
 	}
 	missing := fmt.Errorf("key provider %.60q is not configured: name it in the file that $%s points to", name, keyproviderconfig.ENVVARNAME)
 	if err != nil {
@@ -113,14 +125,8 @@ type providerWrapper struct {
 	provider KeyProvider
 }
 
-// request and answer are the protocol's. Some key providers want the members
-// of a request that it does not use, too, as ocicrypt sends them: with nulls.
-type request struct {
-	Op     string       `json:"op"`
-	Wrap   wrapParams   `json:"keywrapparams"`
-	Unwrap unwrapParams `json:"keyunwrapparams"`
-}
-
+// What follows is the protocol's. Some key providers want the members of a
+// request that it does not use, too, as ocicrypt sends them: with nulls.
 type wrapParams struct {
 	Ec       *config.EncryptConfig `json:"ec"`
 	OptsData []byte                `json:"optsdata"`
@@ -144,7 +150,10 @@ func (providerWrapper) possible(*config.DecryptConfig) bool { return true }
 
 func (w providerWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
 	own := &config.EncryptConfig{Parameters: map[string][][]byte{w.name: ec.Parameters[w.name]}}
-	out, err := ask(ctx, w.provider.WrapKey, request{Op: "keywrap", Wrap: wrapParams{own, private}})
+	params := keyjson.Object(keyjson.Value("ec", own), keyjson.Key("optsdata", private))
+	defer clear(params)
+	out, err := ask(ctx, w.provider.WrapKey,
+		keyjson.Object(keyjson.Value("op", "keywrap"), keyjson.Raw("keywrapparams", params), keyjson.Value("keyunwrapparams", unwrapParams{})))
 	return out.Wrap.Annotation, err
 }
 
@@ -153,15 +162,12 @@ func (w providerWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, w
 	if params := dc.Parameters[w.name]; len(params) > 0 {
 		own.Parameters = map[string][][]byte{w.name: params}
 	}
-	out, err := ask(ctx, w.provider.UnwrapKey, request{Op: "keyunwrap", Unwrap: unwrapParams{own, wrapped}})
+	out, err := ask(ctx, w.provider.UnwrapKey,
+		keyjson.Object(keyjson.Value("op", "keyunwrap"), keyjson.Value("keywrapparams", wrapParams{}), keyjson.Value("keyunwrapparams", unwrapParams{own, wrapped})))
 	return out.Unwrap.OptsData, err
 }
 
-func ask(ctx context.Context, call func(context.Context, []byte) ([]byte, error), r request) (answer, error) {
-	input, err := json.Marshal(r)
-	if err != nil {
-		return answer{}, err
-	}
+func ask(ctx context.Context, call func(context.Context, []byte) ([]byte, error), input []byte) (answer, error) {
 	b, err := call(ctx, input)
 	if err != nil {
 		return answer{}, err

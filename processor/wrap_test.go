@@ -16,9 +16,12 @@ import (
 
 	"github.com/containers/ocicrypt/blockcipher"
 	"github.com/containers/ocicrypt/config"
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
 // pair is a key pair in PEM.
@@ -134,23 +137,38 @@ func register(t *testing.T, conf string) {
 // TestRequests compares what a key provider is sent with what ocicrypt sends.
 func TestRequests(t *testing.T) {
 	for _, r := range []struct {
-		ours   request
+		ours   []byte
 		theirs protocol.KeyProviderKeyWrapProtocolInput
 	}{
-		{request{Op: "keywrap", Wrap: wrapParams{&config.EncryptConfig{}, []byte("key")}}, protocol.KeyProviderKeyWrapProtocolInput{
-			Operation: protocol.OpKeyWrap, KeyWrapParams: protocol.KeyWrapParams{Ec: &config.EncryptConfig{}, OptsData: []byte("key")}}},
-		{request{Op: "keyunwrap", Unwrap: unwrapParams{&config.DecryptConfig{}, []byte("{}")}}, protocol.KeyProviderKeyWrapProtocolInput{
+		{sent(t, func(w providerWrapper) {
+			w.wrap(t.Context(), &config.EncryptConfig{Parameters: map[string][][]byte{"p": {[]byte("team-a")}, "other": {[]byte("x")}}}, []byte("key"))
+		}), protocol.KeyProviderKeyWrapProtocolInput{
+			Operation: protocol.OpKeyWrap, KeyWrapParams: protocol.KeyWrapParams{Ec: &config.EncryptConfig{Parameters: map[string][][]byte{"p": {[]byte("team-a")}}}, OptsData: []byte("key")}}},
+		{sent(t, func(w providerWrapper) { w.unwrap(t.Context(), &config.DecryptConfig{}, []byte("{}")) }), protocol.KeyProviderKeyWrapProtocolInput{
 			Operation: protocol.OpKeyUnwrap, KeyUnwrapParams: protocol.KeyUnwrapParams{Dc: &config.DecryptConfig{}, Annotation: []byte("{}")}}},
 	} {
-		ours, err := json.Marshal(r.ours)
-		if err != nil {
-			t.Fatal(err)
-		}
 		theirs, err := json.Marshal(r.theirs)
-		if err != nil || string(ours) != string(theirs) {
-			t.Errorf("%s\nwant %s, %v", ours, theirs, err)
+		if err != nil || string(r.ours) != string(theirs) {
+			t.Errorf("%s\nwant %s, %v", r.ours, theirs, err)
 		}
 	}
+}
+
+// sent returns what do has the key provider p sent.
+func sent(t *testing.T, do func(providerWrapper)) []byte {
+	t.Helper()
+	script := filepath.Join(t.TempDir(), "provider")
+	writeScript(t, script, `cat >"$0.seen"; echo {}`)
+	p, err := client.New(keyproviderconfig.KeyProviderAttrs{Command: &keyproviderconfig.Command{Path: script}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	do(providerWrapper{"p", p})
+	b, err := os.ReadFile(script + ".seen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 // TestOtherRecipients unwraps with a key provider for a layer that somebody has

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -8,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -16,6 +16,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 var keysCommand = &cli.Command{
@@ -299,7 +300,8 @@ func readKey(c *cli.Context) ([]byte, error) {
 		}
 		defer file.Close()
 	}
-	b, err := io.ReadAll(io.LimitReader(file, maxKeyFile+1))
+	b, err := keyjson.ReadAll(io.LimitReader(file, maxKeyFile+1))
+	defer clear(b)
 	if err != nil {
 		return nil, err
 	}
@@ -310,22 +312,24 @@ func readKey(c *cli.Context) ([]byte, error) {
 }
 
 func decodeKey(b []byte, isHex, isBase64 bool) ([]byte, error) {
-	text := strings.TrimSpace(string(b))
+	text := bytes.TrimSpace(b)
 	switch {
 	case isHex:
-		key, err := hex.DecodeString(text)
+		key, err := hex.AppendDecode(nil, text)
 		if err != nil {
+			clear(key)
 			return nil, errors.New("the key file does not hold hexadecimal digits") // err quotes one
 		}
 		return key, nil
 	case isBase64:
-		key, err := base64.StdEncoding.DecodeString(text)
+		key, err := base64.StdEncoding.AppendDecode(nil, text)
 		if err != nil {
+			clear(key)
 			return nil, errors.New("the key file does not hold standard base64")
 		}
 		return key, nil
 	}
-	return append([]byte{}, b...), nil
+	return bytes.Clone(b), nil
 }
 
 func printJSON(v any) error {

@@ -41,7 +41,7 @@ type configuration struct {
 	BrokerKey        text
 	BrokerTokenFile  text
 	BrokerTimeout    duration
-	ProviderName     text
+	ProviderName     providerNames
 	AnnotationFormat keyprovider.Format
 	DefaultKEKs      kekIDs
 	KEKCacheTTL      duration
@@ -63,7 +63,7 @@ func defaults() configuration {
 		Listen:           defaultListen,
 		Broker:           urls{"unix:///run/copilot/copilot.sock"},
 		BrokerTimeout:    duration(10 * time.Second),
-		ProviderName:     "pilot",
+		ProviderName:     providerNames{"pilot"},
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
 		KEKCacheTTL:      duration(5 * time.Minute),
 		KEKCacheGrace:    duration(time.Hour),
@@ -99,7 +99,7 @@ var settings = []setting{
 	{"broker-key", "private key of broker-cert", func(c *configuration) value { return &c.BrokerKey }},
 	{"broker-token-file", "file with a bearer token (JWT) to show the broker, over https or a unix socket", func(c *configuration) value { return &c.BrokerTokenFile }},
 	{"broker-timeout", "how long to try to get an answer from the brokers, such as 10s", func(c *configuration) value { return &c.BrokerTimeout }},
-	{"provider-name", "pilot's name among the key providers of ocicrypt.conf", func(c *configuration) value { return &c.ProviderName }},
+	{"provider-name", "pilot's name among the key providers of ocicrypt.conf; several, separated by commas, if it has several there", func(c *configuration) value { return &c.ProviderName }},
 	{"annotation-format", "how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original", func(c *configuration) value { return &c.AnnotationFormat }},
 	{"default-keks", "KEKs to try on keys in the original's format, separated by commas", func(c *configuration) value { return &c.DefaultKEKs }},
 	{"kek-cache-ttl", "how long to keep a KEK after it was fetched; 0s: for ever", func(c *configuration) value { return &c.KEKCacheTTL }},
@@ -271,9 +271,6 @@ func (c *configuration) check() error {
 			return fmt.Errorf("metrics-listen = %q is not HOST:PORT", c.MetricsListen)
 		}
 	}
-	if c.ProviderName == "" {
-		return errors.New("provider-name is empty")
-	}
 	if _, isUnix := c.Listen.unix(); isUnix {
 		if c.TLSCert != "" {
 			return errors.New("tls-cert is for a TCP address, and listen is a unix socket")
@@ -308,7 +305,7 @@ func (c *configuration) client() (*copilot.Client, error) {
 // provider returns the key provider that the configuration describes.
 func (c *configuration) provider(broker *copilot.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
-		Name:        string(c.ProviderName),
+		Names:       c.ProviderName,
 		Format:      c.AnnotationFormat,
 		DefaultKEKs: c.DefaultKEKs,
 		CacheTTL:    time.Duration(c.KEKCacheTTL),

@@ -116,7 +116,7 @@ func newDoctor(c *cli.Context) *node.Doctor {
 		d.Provider = conf.provider(d.Brokers, nil)
 	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
-	d.ProviderName = string(conf.ProviderName)
+	d.ProviderNames = conf.ProviderName
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
 	d.DecryptionKeysPath = string(conf.DecryptionKeys)

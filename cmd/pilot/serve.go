@@ -233,7 +233,9 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	if err != nil {
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
-	processor.RegisterKeyProvider(string(c.ProviderName), provider)
+	for _, name := range c.ProviderName {
+		processor.RegisterKeyProvider(name, provider)
+	}
 	s := grpc.NewServer(grpc.ConnectionTimeout(connectWithin), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{

@@ -24,9 +24,12 @@ func TestServeTraces(t *testing.T) {
 	broker := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		passedOn.Store(r.Header.Get("traceparent"))
 		if strings.Contains(r.URL.Path, "nobody") {
+			w.Header().Set("Content-Type", "application/problem+json")
 			w.WriteHeader(http.StatusNotFound)
+			w.Write([]byte(`{"type":"about:blank","title":"Not Found","status":404,"detail":"no such KEK","request":"0123456789abcdef"}`))
 			return
 		}
+		w.Header().Set("Content-Type", "application/json")
 		w.Write([]byte(`{"id":"team-a","version":7,"key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}`))
 	}))
 	t.Cleanup(broker.Close)

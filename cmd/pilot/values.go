@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -77,6 +78,28 @@ func (u *urls) UnmarshalText(b []byte) error {
 			return errors.New("a URL is empty")
 		}
 		*u = append(*u, s)
+	}
+	return nil
+}
+
+// providerNames are names of a key provider, with commas between them.
+type providerNames []string
+
+func (n *providerNames) String() string { return strings.Join(*n, ",") }
+
+func (n *providerNames) UnmarshalText(b []byte) error {
+	*n = nil
+	for name := range strings.SplitSeq(string(b), ",") {
+		name = strings.TrimSpace(name)
+		switch {
+		case name == "":
+			return errors.New("a name is empty")
+		case strings.ContainsAny(name, ": "):
+			return fmt.Errorf("%.60q can't be the name of a key provider: it has a colon or a space", name)
+		case slices.Contains(*n, name):
+			return fmt.Errorf("duplicate name %q", name)
+		}
+		*n = append(*n, name)
 	}
 	return nil
 }

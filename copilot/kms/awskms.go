@@ -84,6 +84,11 @@ func (b *awsKMS) Unwrap(ctx context.Context, path string, version int, wrapped [
 	return out.Plaintext, nil
 }
 
+// Unlimited implements [Unlimited]. AWS encrypts with a key that it derives for
+// each call from a random nonce of 128 bits:
+// https://aws.amazon.com/blogs/security/how-aws-kms-and-aws-encryption-sdk-overcome-symmetric-encryption-bounds/
+func (b *awsKMS) Unlimited() {}
+
 func (b *awsKMS) Close() error { return nil }
 
 // awsContext is what a wrapped key is bound to besides the AWS key, as two paths

@@ -101,6 +101,9 @@ func (b *azureKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int
 	return 1, append(wrapped, out.Result...), nil
 }
 
+// Unlimited implements [Unlimited]. RSA-OAEP and A256KW (RFC 3394) have no nonce.
+func (b *azureKMS) Unlimited() {}
+
 // Unwrap asks for the very version: Azure does not look for it.
 func (b *azureKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	if err := checkOnlyVersion(version); err != nil {

@@ -3,6 +3,7 @@
 package kms
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,8 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"strconv"
+	"strings"
 
 	kms "cloud.google.com/go/kms/apiv1"
 	"cloud.google.com/go/kms/apiv1/kmspb"
@@ -24,8 +27,10 @@ import (
 func init() { types["gcp-kms"] = openGCP }
 
 // gcpKMS wraps with symmetric keys of Google Cloud KMS. The path of a key is the
-// CryptoKey's resource name. Google rotates it, and keeps its versions to itself.
-// Wrapped is Google's ciphertext. It is bound to the path.
+// CryptoKey's resource name. Google rotates it. Its versions are the
+// CryptoKeyVersions. Wrapped is "vN:", N being the version, and Google's
+// ciphertext, which is bound to the path. What was wrapped before versions were
+// told apart is the ciphertext alone, and has version 1.
 type gcpKMS struct {
 	options []option.ClientOption
 	turn    chan struct{} // holds one while a call looks at client
@@ -109,12 +114,26 @@ func (b *gcpKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, 
 	if !out.VerifiedPlaintextCrc32C || !out.VerifiedAdditionalAuthenticatedDataCrc32C || out.CiphertextCrc32C.GetValue() != checksum(out.Ciphertext).Value {
 		return 0, nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, ErrUnavailable)
 	}
-	return 1, out.Ciphertext, nil
+	version, ok := googleVersion(path, out.Name)
+	if !ok {
+		return 0, nil, fmt.Errorf("key %s: %w: it does not say which version it wrapped with, but %.200q", path, ErrUnavailable, out.Name)
+	}
+	return version, append(googlePrefix(version), out.Ciphertext...), nil
 }
 
+// googleVersion returns N of PATH/cryptoKeyVersions/N.
+func googleVersion(path, name string) (int, bool) {
+	number, ok := strings.CutPrefix(name, path+"/cryptoKeyVersions/")
+	version, err := strconv.ParseInt(number, 10, 32)
+	return int(version), ok && err == nil && version > 0
+}
+
+func googlePrefix(version int) []byte { return fmt.Appendf(nil, "v%d:", version) }
+
 func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
-	if err := checkOnlyVersion(version); err != nil {
-		return nil, err
+	ciphertext, ok := bytes.CutPrefix(wrapped, googlePrefix(version))
+	if !ok && version != 1 {
+		return nil, fmt.Errorf("key %s: %w: it is not what version %d wraps", path, ErrUnwrap, version)
 	}
 	client, err := b.connect(ctx, path)
 	if err != nil {
@@ -122,8 +141,8 @@ func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped [
 	}
 	out, err := client.Decrypt(ctx, &kmspb.DecryptRequest{
 		Name:                              path,
-		Ciphertext:                        wrapped,
-		CiphertextCrc32C:                  checksum(wrapped),
+		Ciphertext:                        ciphertext,
+		CiphertextCrc32C:                  checksum(ciphertext),
 		AdditionalAuthenticatedData:       []byte(path),
 		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
 	})

@@ -14,6 +14,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"net"
@@ -47,6 +48,7 @@ type googleKMS struct {
 	hangs    bool  // instead of answering
 	corrupt  bool  // answers
 	lostCRC  bool
+	noName   bool // in answers
 }
 
 func (g *googleKMS) begin(ctx context.Context, name string, fields map[*wrapperspb.Int64Value][]byte) ([][]byte, error) {
@@ -104,8 +106,12 @@ func (g *googleKMS) Encrypt(ctx context.Context, r *kmspb.EncryptRequest) (*kmsp
 	if g.corrupt {
 		ciphertext[5] ^= 1
 	}
+	name := fmt.Sprintf("%s/cryptoKeyVersions/%d", r.Name, n)
+	if g.noName {
+		name = r.Name
+	}
 	return &kmspb.EncryptResponse{
-		Name:                    fmt.Sprintf("%s/cryptoKeyVersions/%d", r.Name, n),
+		Name:                    name,
 		Ciphertext:              ciphertext,
 		CiphertextCrc32C:        sum,
 		VerifiedPlaintextCrc32C: !g.lostCRC, VerifiedAdditionalAuthenticatedDataCrc32C: true,
@@ -198,12 +204,29 @@ func TestGCP(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.keys[googleKeys+"a"] = append(g.keys[googleKeys+"a"], bytes.Repeat([]byte("2"), 32))
-	if got, err := w.Unwrap(t.Context(), googleKeys+"a", 1, wrapped); err != nil || !bytes.Equal(got, kmstest.Secret) {
-		t.Errorf("unwrap after a rotation: %q, %v", got, err)
+	// What earlier copilots wrapped says nothing of a version.
+	for name, wrapped := range map[string][]byte{"": wrapped, ", without a version": bytes.TrimPrefix(wrapped, []byte("v1:"))} {
+		if got, err := w.Unwrap(t.Context(), googleKeys+"a", 1, wrapped); err != nil || !bytes.Equal(got, kmstest.Secret) {
+			t.Errorf("unwrap after a rotation%s: %q, %v", name, got, err)
+		}
 	}
-	if _, after, err := w.Wrap(t.Context(), googleKeys+"a", kmstest.Secret); err != nil || after[0] != 2 {
-		t.Errorf("wrap after a rotation: %v", err)
+	version, after, err := w.Wrap(t.Context(), googleKeys+"a", kmstest.Secret)
+	if err != nil || version != 2 {
+		t.Errorf("wrap after a rotation: version %d, %v", version, err)
 	}
+	if got, err := w.Unwrap(t.Context(), googleKeys+"a", 2, after); err != nil || !bytes.Equal(got, kmstest.Secret) {
+		t.Errorf("unwrap with the new version: %q, %v", got, err)
+	}
+	for _, version := range []int{0, 1, 3} {
+		if _, err := w.Unwrap(t.Context(), googleKeys+"a", version, after); !errors.Is(err, kms.ErrUnwrap) {
+			t.Errorf("unwrap as version %d: %v", version, err)
+		}
+	}
+	g.noName = true
+	if _, _, err := w.Wrap(t.Context(), googleKeys+"a", kmstest.Secret); !errors.Is(err, kms.ErrUnavailable) {
+		t.Errorf("wrapped with nobody knows what: %v", err)
+	}
+	g.noName = false
 
 	kmstest.Refuses(t, "missing", w, googleKeys+"missing", wrapped, kms.ErrNotFound)
 	kmstest.Refuses(t, "no name of a key", w, "team-a", wrapped, kms.ErrNotFound)

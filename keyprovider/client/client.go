@@ -20,6 +20,7 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // maxAnswer bounds an answer, in bytes: gRPC's own bound.
@@ -99,7 +100,7 @@ func run(ctx context.Context, command keyproviderconfig.Command, input []byte) (
 type answerBuffer struct{ kept []byte }
 
 func (a *answerBuffer) Write(p []byte) (int, error) {
-	a.kept = append(a.kept, p[:min(len(p), maxAnswer+1-len(a.kept))]...)
+	a.kept = keyjson.Append(a.kept, p[:min(len(p), maxAnswer+1-len(a.kept))])
 	return len(p), nil
 }
 

@@ -122,11 +122,13 @@ func (s *server) unary(ctx context.Context, method string, message []byte) ([]by
 		}
 		conn, scheme = secured, "https"
 	}
-	body := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)))
+	body := binary.BigEndian.AppendUint32(make([]byte, 1, messageHeader+len(message)), uint32(len(message)))
+	body = append(body, message...)
+	defer clear(body)
 	resp, err := roundTrip(conn, []field{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: s.authority()},
 		{Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"}, {Name: "user-agent", Value: "pilot"},
-	}, append(body, message...))
+	}, body)
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package client
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // What follows is the part of HTTP/2 (RFC 9113) that one request on a connection
@@ -80,6 +83,7 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 		streamWindow: defaultWindow, connWindow: defaultWindow, initialWindow: defaultWindow, maxFrame: maxFrame,
 		response: response{header: map[string]string{"grpc-status": "", "grpc-message": ""}}, // which always fit
 	}
+	defer x.clear()
 	x.headers = hpack.NewDecoder(4096, x.headerField)
 	x.headers.SetMaxStringLength(maxHeader)
 	x.w.WriteString(preface)
@@ -106,6 +110,15 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 		return nil, err
 	}
 	return &x.response, nil
+}
+
+// clear overwrites the buffers, which held keys.
+func (x *exchange) clear() {
+	zeros := make([]byte, maxFrame)
+	x.w.Reset(io.Discard)
+	x.w.Write(zeros[:maxFrame-1]) // it fits, and so stays there
+	x.r.Reset(bytes.NewReader(zeros))
+	x.r.Peek(maxFrame)
 }
 
 // errNoAnswer is the error of a connection that ended before the answer began,
@@ -248,7 +261,7 @@ func (x *exchange) receive() error {
 		if err != nil {
 			return err
 		}
-		if x.body = append(x.body, payload...); len(x.body) > messageHeader+maxAnswer {
+		if x.body = keyjson.Append(x.body, payload); len(x.body) > messageHeader+maxAnswer {
 			return fmt.Errorf("it answers more than %d bytes", maxAnswer)
 		}
 		x.done = flags&flagEndStream != 0

@@ -41,7 +41,7 @@ func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) 
 
 	all := c.nearest()
 	left := slices.Clone(all)
-	var rounds backOff
+	rounds := backOff{most: c.rounds}
 	for {
 		for i, b := range left {
 			if ctx.Err() != nil {

@@ -4,6 +4,7 @@
 package copilot
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // Errors that a caller may decide by. What is wrapped around them says which
@@ -66,12 +69,13 @@ type Client struct {
 	token    *tokenFile // may be nil
 	timeout  time.Duration
 	try      time.Duration
+	rounds   int // of tries, at most
 }
 
 // New returns a client for the brokers that conf describes. It does not
 // connect yet.
 func New(conf Config) (*Client, error) {
-	c := &Client{timeout: conf.Timeout}
+	c := &Client{timeout: conf.Timeout, rounds: maxTries}
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}
@@ -87,11 +91,10 @@ func New(conf Config) (*Client, error) {
 		return nil, err
 	}
 	for i, b := range c.brokers {
-		original := strings.HasSuffix(b.base.Path, originalPath)
-		if i > 0 && original != c.original {
+		if i > 0 && b.original != c.original {
 			return nil, fmt.Errorf("%s and %s have different APIs, the original's and copilot's own: name brokers of one kind", c.brokers[0].url, b.url)
 		}
-		c.original = original
+		c.original = b.original
 	}
 	if conf.TokenFile != "" {
 		c.token = &tokenFile{name: conf.TokenFile}
@@ -121,10 +124,13 @@ func (c *Client) Original() bool { return c.original }
 // Errors wrap one of those above where they can.
 func (c *Client) KEK(ctx context.Context, id string, version int) (KEK, error) {
 	kek := KEK{ID: id}
-	r := request{name: "key", method: http.MethodGet, path: []string{id}}
+	r := request{name: "key", method: http.MethodGet, path: []string{id}, original: c.original}
 	accept := func(answer []byte) error {
-		kek.Key = append([]byte(nil), answer...)
-		return checkSize(kek.Key)
+		if err := checkSize(answer); err != nil {
+			return err
+		}
+		kek.Key = bytes.Clone(answer)
+		return nil
 	}
 	if !c.original {
 		r.path = keyPath(id, "key")
@@ -154,9 +160,14 @@ func parseKEK(answer []byte, id string, version int) (KEK, error) {
 		return KEK{}, err
 	}
 	if a.ID != id || a.Version < 1 || version != 0 && a.Version != version {
+		clear(a.Key)
 		return KEK{}, fmt.Errorf("%w: it answered with KEK %.60q version %d, and was asked for version %d", ErrUnavailable, a.ID, a.Version, version)
 	}
-	return KEK{ID: id, Version: a.Version, Key: a.Key}, checkSize(a.Key)
+	if err := checkSize(a.Key); err != nil {
+		clear(a.Key)
+		return KEK{}, err
+	}
+	return KEK{ID: id, Version: a.Version, Key: a.Key}, nil
 }
 
 // Wrapped is a layer key that the broker wrapped, or is to unwrap.
@@ -175,12 +186,18 @@ type Wrapped struct {
 // Wrap has the broker wrap plaintext, at most 64 KiB, with the current version
 // of the KEK named id. Only copilot's own API can.
 func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (w Wrapped, err error) {
-	err = c.post(ctx, id, "wrap", map[string]any{"plaintext": plaintext}, func(answer []byte) error {
-		w = Wrapped{}
-		if err := decode(answer, &w); err != nil {
+	err = c.post(ctx, id, "wrap", keyjson.Object(keyjson.Key("plaintext", plaintext)), func(answer []byte) error {
+		var a struct {
+			ID string `json:"id"`
+			Wrapped
+		}
+		if err := decode(answer, &a); err != nil {
 			return err
 		}
-		if w.Version < 1 || len(w.Key) == 0 {
+		if a.ID != id {
+			return fmt.Errorf("%w: it wrapped with KEK %.60q", ErrUnavailable, a.ID)
+		}
+		if w = a.Wrapped; w.Version < 1 || len(w.Key) == 0 {
 			return fmt.Errorf("%w: it answered without a wrapped key", ErrUnavailable)
 		}
 		if len(w.Key) > MaxWrappedKey {
@@ -196,7 +213,11 @@ func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (w Wrapp
 
 // Unwrap has the broker unwrap what it, or somebody who has the KEK, wrapped.
 func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []byte, err error) {
-	err = c.post(ctx, id, "unwrap", w, func(answer []byte) error {
+	body, err := json.Marshal(w)
+	if err != nil {
+		return nil, err
+	}
+	err = c.post(ctx, id, "unwrap", body, func(answer []byte) error {
 		var a struct {
 			Plaintext []byte `json:"plaintext"`
 		}
@@ -215,17 +236,13 @@ func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []
 	return plaintext, nil
 }
 
-// post has copilot's own API do something with a KEK.
-func (c *Client) post(ctx context.Context, id, verb string, body any, accept func(answer []byte) error) error {
+// post has copilot's own API do something with a KEK. It clears body.
+func (c *Client) post(ctx context.Context, id, verb string, body []byte, accept func(answer []byte) error) error {
+	secret := keyjson.NewBody(body)
+	defer secret.Clear()
 	if c.original {
 		return errors.New("the original's API hands out keys only: use a broker URL without " + originalPath)
 	}
-	b, err := json.Marshal(body)
-	if err != nil {
-		return err
-	}
-	secret := &secretBody{bytes: b}
-	defer secret.clear()
 	return c.ask(ctx, request{name: verb, method: http.MethodPost, path: keyPath(id, verb), body: secret}, accept)
 }
 

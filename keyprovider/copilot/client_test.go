@@ -22,28 +22,28 @@ func TestHostileBroker(t *testing.T) {
 		is    error
 		want  string
 	}{
-		{"good", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, goodAnswer) }, 1, nil, ""},
+		{"good", func(_ int32, w http.ResponseWriter) { reply(w, goodAnswer) }, 1, nil, ""},
 		{"unavailable at first", func(try int32, w http.ResponseWriter) {
 			if try < 3 {
 				w.WriteHeader(503)
 				return
 			}
-			fmt.Fprint(w, goodAnswer)
+			reply(w, goodAnswer)
 		}, 3, nil, ""},
 		{"unavailable", func(_ int32, w http.ResponseWriter) { w.WriteHeader(503) }, 0, ErrUnavailable, "503"},
 		{"come back in an hour", func(_ int32, w http.ResponseWriter) { w.Header().Set("Retry-After", "3600"); w.WriteHeader(429) }, 1, ErrUnavailable, "429"},
-		{"not found", func(_ int32, w http.ResponseWriter) { w.WriteHeader(404) }, 1, ErrNotFound, "copilot keys create"},
+		{"not found", func(_ int32, w http.ResponseWriter) { refuse(w, 404, "no such KEK") }, 1, ErrNotFound, "copilot keys create"},
 		{"forbidden", func(_ int32, w http.ResponseWriter) {
-			w.WriteHeader(403)
-			fmt.Fprint(w, `{"detail":"not you\n\u001b[31m"}`)
+			refuse(w, 403, "not you\n\x1b[31m")
 		}, 1, ErrForbidden, "not you"},
-		{"its fault", func(_ int32, w http.ResponseWriter) { w.WriteHeader(500) }, 1, ErrUnavailable, "500"},
-		{"redirect", func(_ int32, w http.ResponseWriter) { w.Header().Set("Location", "http://evil"); w.WriteHeader(302) }, 1, ErrUnavailable, "302"},
-		{"web page", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, "<html>SECRET") }, 1, ErrUnavailable, "is something else at that address"},
-		{"huge", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, strings.Repeat("x", maxAnswer+1)) }, 1, ErrUnavailable, "more than 131072 bytes"},
-		{"another KEK", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, strings.Replace(goodAnswer, `"a"`, `"b"`, 1)) }, 1, ErrUnavailable, `KEK "b"`},
-		{"no version", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, strings.Replace(goodAnswer, `1`, `0`, 1)) }, 1, ErrUnavailable, "version 0"},
-		{"short key", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, `{"id":"a","version":1,"key":"U0VDUkVU"}`) }, 1, ErrUnavailable, "6 bytes"},
+		{"its fault", func(_ int32, w http.ResponseWriter) { refuse(w, 500, "no") }, 1, ErrUnavailable, "500"},
+		{"redirect", func(_ int32, w http.ResponseWriter) { w.Header().Set("Location", "http://evil"); w.WriteHeader(302) }, 0, ErrUnavailable, "302"},
+		{"web page", func(_ int32, w http.ResponseWriter) { fmt.Fprint(w, "<html>SECRET") }, 0, ErrUnavailable, "text/html"},
+		{"other JSON", func(_ int32, w http.ResponseWriter) { reply(w, `["SECRET"]`) }, 0, ErrUnavailable, "is something else at that address"},
+		{"huge", func(_ int32, w http.ResponseWriter) { reply(w, strings.Repeat("x", maxAnswer+1)) }, 0, ErrUnavailable, "more than 131072 bytes"},
+		{"another KEK", func(_ int32, w http.ResponseWriter) { reply(w, strings.Replace(goodAnswer, `"a"`, `"b"`, 1)) }, 0, ErrUnavailable, `KEK "b"`},
+		{"no version", func(_ int32, w http.ResponseWriter) { reply(w, strings.Replace(goodAnswer, `1`, `0`, 1)) }, 0, ErrUnavailable, "version 0"},
+		{"short key", func(_ int32, w http.ResponseWriter) { reply(w, `{"id":"a","version":1,"key":"U0VDUkVU"}`) }, 0, ErrUnavailable, "6 bytes"},
 		{"cut", func(_ int32, w http.ResponseWriter) { w.Header().Set("Content-Length", "900"); fmt.Fprint(w, "{") }, 0, ErrUnavailable, "breaks off"},
 		{"silent", nil, 0, ErrUnavailable, "nothing came within 4"},
 	} {
@@ -91,8 +91,10 @@ func TestOriginalBroker(t *testing.T) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.EscapedPath() {
 		case "/api/v1/key/a%2Fb+=":
+			w.Header().Set("Content-Type", "application/octet-stream")
 			fmt.Fprint(w, strings.Repeat("k", 24))
 		case "/api/v1/key/short":
+			w.Header().Set("Content-Type", "application/octet-stream")
 			fmt.Fprint(w, "SECRET")
 		default:
 			w.WriteHeader(404)
@@ -159,6 +161,7 @@ func TestNobodyThere(t *testing.T) {
 // FuzzAnswers has the broker answer anything.
 func FuzzAnswers(f *testing.F) {
 	f.Add(200, goodAnswer)
+	f.Add(404, problemText(404, "no such KEK"))
 	f.Add(200, `{"version":1,"method":"A256GCMKW","iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAA"}`)
 	f.Add(200, `{"plaintext":"AAAA"}`)
 	f.Add(403, `{"title":"no","detail":"not you\n"}`)
@@ -166,6 +169,10 @@ func FuzzAnswers(f *testing.F) {
 	var status int
 	var answer string
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		if status != 200 {
+			w.Header().Set("Content-Type", "application/problem+json")
+		}
 		w.WriteHeader(status)
 		fmt.Fprint(w, answer)
 	}))
@@ -174,10 +181,10 @@ func FuzzAnswers(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	c.timeout, c.try = time.Minute, time.Minute
+	c.timeout, c.try, c.rounds = time.Minute, time.Minute, 1
 	f.Fuzz(func(t *testing.T, code int, text string) {
-		if code < 200 || code > 599 || code == 204 || code == 304 || code == 429 || code >= 500 {
-			return // which are asked again, or have no body
+		if code < 200 || code > 599 || code == 204 || code == 304 {
+			return // which have no body
 		}
 		status, answer = code, text
 		check := func(err error) {

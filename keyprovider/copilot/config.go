@@ -75,6 +75,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 			MaxIdleConnsPerHost:    16,
 			IdleConnTimeout:        15 * time.Second,
 			ForceAttemptHTTP2:      true,
+			DisableCompression:     true, // or a copy of a key stays in the decompressor
 			MaxResponseHeaderBytes: 16 << 10,
 			HTTP2:                  &http.HTTP2Config{SendPingTimeout: aliveWithin, PingTimeout: aliveWithin},
 		}
@@ -93,8 +94,9 @@ func (c Config) brokers() ([]*endpoint, error) {
 				Transport:     t,
 				CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			},
-			cert:   cert,
-			health: health{rtt: notMeasured, probeAt: time.Now().Add(measureFirst)},
+			cert:     cert,
+			original: strings.HasSuffix(base.Path, originalPath),
+			health:   health{rtt: notMeasured, probeAt: time.Now().Add(measureFirst)},
 		})
 	}
 	return list, nil

@@ -2,22 +2,16 @@ package copilot
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/ctrlplane/pilot/certfile"
-)
-
-const (
-	maxAnswer       = 128 << 10 // bytes of an answer that are read: 64 KiB in base64, and more
-	maxErrorMessage = 300       // bytes of a broker's error message that are repeated
+	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // endpoint is the broker at one address.
@@ -26,6 +20,8 @@ type endpoint struct {
 	base *url.URL
 	http *http.Client
 	cert *certfile.Pair // to show it; may be nil
+
+	original bool // it has the original's API
 	health
 }
 
@@ -38,8 +34,9 @@ type request struct {
 	method        string
 	path          []string // elements below the broker's base URL
 	query         url.Values
-	body          *secretBody
+	body          *keyjson.Body
 	authorization string // may be empty
+	original      bool   // it is of the original's API
 }
 
 // target returns the URL of a request.
@@ -72,9 +69,9 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		return retry{}, err
 	}
 	if r.body != nil {
-		req.Body, req.ContentLength = r.body.reader(), int64(len(r.body.bytes))
+		req.Body, req.ContentLength = r.body.Reader(), int64(r.body.Len())
 		// A broker that ends a connection may not have begun with this.
-		req.GetBody = func() (io.ReadCloser, error) { return r.body.reader(), nil }
+		req.GetBody = func() (io.ReadCloser, error) { return r.body.Reader(), nil }
 		req.Header.Set("Content-Type", "application/json")
 	}
 	passOn(ctx, req.Header)
@@ -87,7 +84,7 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		if expired := b.expired(); expired != nil {
 			return retry{}, fmt.Errorf("%w: %w: %w", ErrUnavailable, expired, err)
 		}
-		if kind := permanent(err); kind != nil {
+		if kind := permanent(err, b.cert != nil); kind != nil {
 			return retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
@@ -100,21 +97,19 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		return retry{possible: true}, err
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	answer, err := keyjson.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	defer clear(answer)
 	switch {
 	case err != nil:
 		return retry{possible: true}, fmt.Errorf("its answer breaks off: %w", err)
 	case len(answer) > maxAnswer:
-		return retry{}, fmt.Errorf("%w: it has more than %d bytes", ErrUnavailable, maxAnswer)
-	case resp.StatusCode == http.StatusOK:
-		return retry{}, accept(answer)
+		return retry{possible: true}, fmt.Errorf("%w: it has more than %d bytes", ErrUnavailable, maxAnswer)
 	}
-	err = statusError(resp, answer)
+	again, err := r.check(resp, answer, accept)
 	if expired := b.expired(); expired != nil && resp.StatusCode == http.StatusUnauthorized {
 		err = fmt.Errorf("%w: %w", expired, err)
 	}
-	return retryOf(resp), err
+	return again, err
 }
 
 // expired returns an error if the certificate to show has expired. A broker that
@@ -138,43 +133,6 @@ func withoutURL(err error) error {
 	return err
 }
 
-// notExported is the type of problem that says ErrNotExported.
-const notExported = "urn:pilot:problem:not-exported"
-
-// statusError turns an answer other than 200 into an error.
-func statusError(resp *http.Response, body []byte) error {
-	said := resp.Status
-	var problem struct {
-		Type   string `json:"type"`
-		Title  string `json:"title"`
-		Detail string `json:"detail"`
-	}
-	if json.Unmarshal(body, &problem) == nil {
-		if problem.Detail == ErrNotFound.Error() {
-			// It is said already.
-		} else if problem.Detail != "" {
-			said += ": " + problem.Detail
-		} else if problem.Title != "" {
-			said += ": " + problem.Title
-		}
-	}
-	said = printable(said)
-	if resp.StatusCode == http.StatusConflict && problem.Type == notExported {
-		return fmt.Errorf("%w (%s)", ErrNotExported, said)
-	}
-	switch resp.StatusCode {
-	case http.StatusNotFound:
-		return fmt.Errorf("%w (%s): check the name, or create it with \"copilot keys create\"", ErrNotFound, said)
-	case http.StatusUnauthorized: // it says nothing of a KEK
-		return fmt.Errorf("%w: it does not know who asks (%s)", ErrUnavailable, said)
-	case http.StatusForbidden:
-		return fmt.Errorf("%w (%s)", ErrForbidden, said)
-	case http.StatusBadRequest, http.StatusConflict, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
-		return fmt.Errorf("%w (%s)", ErrRejected, said)
-	}
-	return fmt.Errorf("%w: it answered %s", ErrUnavailable, said)
-}
-
 // printable bounds what somebody else says and keeps it in one line.
 func printable(s string) string {
 	s = strings.Map(func(r rune) rune {
@@ -187,36 +145,4 @@ func printable(s string) string {
 		s = strings.ToValidUTF8(s[:maxErrorMessage], "") + "…"
 	}
 	return s
-}
-
-// secretBody is a request's body that can be cleared while a connection, which
-// outlives the request, still reads it.
-type secretBody struct {
-	mu    sync.Mutex
-	bytes []byte
-}
-
-func (b *secretBody) clear() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	clear(b.bytes)
-}
-
-// reader returns a reader of the whole body.
-func (b *secretBody) reader() io.ReadCloser { return io.NopCloser(&secretReader{body: b}) }
-
-type secretReader struct {
-	body *secretBody
-	read int // bytes so far
-}
-
-func (r *secretReader) Read(p []byte) (int, error) {
-	r.body.mu.Lock()
-	defer r.body.mu.Unlock()
-	if r.read == len(r.body.bytes) {
-		return 0, io.EOF
-	}
-	n := copy(p, r.body.bytes[r.read:])
-	r.read += n
-	return n, nil
 }

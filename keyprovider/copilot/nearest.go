@@ -119,9 +119,9 @@ func (b *endpoint) probed(rtt time.Duration, err error) {
 	}
 }
 
-// probe asks a broker how it is, which also one does that has the original's
-// API: it has no such path, and says so. The time is that of an answer over a
-// connection that exists.
+// probe asks a broker how it is. One of the original has no such path, and says
+// so. What else answers in a broker's place is none. The time is that of an
+// answer over a connection that exists.
 func (b *endpoint) probe(ctx context.Context) (rtt time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, probeWithin)
 	defer cancel()
@@ -140,8 +140,8 @@ func (b *endpoint) probe(ctx context.Context) (rtt time.Duration, err error) {
 		rtt = time.Since(start)
 		io.Copy(io.Discard, io.LimitReader(resp.Body, maxAnswer))
 		resp.Body.Close()
-		if resp.StatusCode >= http.StatusInternalServerError {
-			return 0, errors.New(resp.Status)
+		if resp.StatusCode != http.StatusNoContent && !(b.original && resp.StatusCode == http.StatusNotFound) {
+			return 0, errors.New(stranger(resp, "204 No Content"))
 		}
 	}
 	return rtt, nil

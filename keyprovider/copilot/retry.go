@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -24,15 +23,16 @@ const (
 // doubled each time, so that many nodes do not come back all at once. The tries
 // last for some 1.5 seconds, in which a broker may be restarted.
 type backOff struct {
-	made int // tries so far
+	most int // tries
+	made int // so far
 }
 
 // wait waits before another try, and for after before that, which a broker may
 // have said to many. It reports false if there
-// is to be none: six were made, or ctx will not last.
+// is to be none: enough were made, or ctx will not last.
 func (b *backOff) wait(ctx context.Context, after time.Duration) bool {
 	b.made++
-	if b.made >= maxTries {
+	if b.made >= b.most {
 		return false
 	}
 	d := max(after, 0) + rand.N(firstBackOff<<(b.made-1))
@@ -47,24 +47,11 @@ func (b *backOff) wait(ctx context.Context, after time.Duration) bool {
 	}
 }
 
-// retryOf says whether the broker may answer better next time.
-func retryOf(resp *http.Response) retry {
-	switch resp.StatusCode {
-	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-	default:
-		return retry{}
-	}
-	r := retry{possible: true}
-	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
-		r.after = time.Duration(min(seconds, 3600)) * time.Second
-	}
-	return r
-}
-
 // permanent returns nil unless a connection failed for a reason that will still
 // hold in a moment, and then the error that says what it means: a certificate
-// that one side does not accept, or something that is no TLS.
-func permanent(err error) error {
+// that one side does not accept, or something that is no TLS. withCert says
+// whether there is a certificate to show the broker.
+func permanent(err error, withCert bool) error {
 	var (
 		verification *tls.CertificateVerificationError
 		authority    x509.UnknownAuthorityError
@@ -77,6 +64,9 @@ func permanent(err error) error {
 		// crypto/tls keeps the type of a peer's alert to itself.
 		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
 			// Anybody on the way there can send this, so it is no "no".
+			if !withCert {
+				return fmt.Errorf("%w: the broker takes only clients that show a certificate: set broker-cert and broker-key, or, on the broker, the issuer of the tokens that it is to take ([issuers] in copilot.toml)", ErrUnavailable)
+			}
 			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
 		}
 	}

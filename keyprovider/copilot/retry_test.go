@@ -24,7 +24,7 @@ func TestRetryAfter(t *testing.T) {
 		defer mu.Unlock()
 		if at, ok := refused[r.URL.Path]; ok {
 			after = append(after, time.Since(at))
-			fmt.Fprintf(w, `{"id":%q,"version":1,"key":"AAAAAAAAAAAAAAAAAAAAAA=="}`, strings.Split(r.URL.Path, "/")[4])
+			reply(w, fmt.Sprintf(`{"id":%q,"version":1,"key":"AAAAAAAAAAAAAAAAAAAAAA=="}`, strings.Split(r.URL.Path, "/")[4]))
 			return
 		}
 		refused[r.URL.Path] = time.Now()

@@ -115,7 +115,7 @@ func TestTLS(t *testing.T) {
 		want, reason string
 	}{
 		{"right", Config{CAFile: ca.File, CertFile: right.Cert, KeyFile: right.Key}, nil, "", ""},
-		{"no certificate", Config{CAFile: ca.File}, ErrUnavailable, "does not accept broker-cert", "didn't provide a certificate"},
+		{"no certificate", Config{CAFile: ca.File}, ErrUnavailable, "set broker-cert and broker-key", "didn't provide a certificate"},
 		{"another CA's certificate", Config{CAFile: ca.File, CertFile: wrong.Cert, KeyFile: wrong.Key}, ErrUnavailable, "does not accept broker-cert", "unknown authority"},
 		{"an expired certificate", Config{CAFile: ca.File, CertFile: expired.Cert, KeyFile: expired.Key}, ErrUnavailable, "broker-cert has expired on", "expired"},
 		{"a broker of another CA", Config{CAFile: other.File, CertFile: right.Cert, KeyFile: right.Key}, ErrUnavailable, "unknown authority", "bad certificate"},

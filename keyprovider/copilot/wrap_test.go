@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -29,21 +30,26 @@ func TestWrapAnswers(t *testing.T) {
 		{"no version", "wrap", 200, `{"id":"a","wrappedKey":"AAAA"}`, ErrUnavailable},
 		{"no key", "wrap", 200, `{"id":"a","version":2}`, ErrUnavailable},
 		{"web page", "wrap", 200, `<html>SECRET`, ErrUnavailable},
-		{"not allowed", "wrap", 403, ``, ErrForbidden},
-		{"conflict", "wrap", 409, `{"type":"about:blank","detail":"SECRET no"}`, ErrRejected},
-		{"too large", "wrap", 413, ``, ErrRejected},
+		{"not allowed", "wrap", 403, problemText(403, "no"), ErrForbidden},
+		{"conflict", "wrap", 409, problemText(409, "SECRET no"), ErrRejected},
+		{"too large", "wrap", 413, problemText(413, "no"), ErrRejected},
 		{"fails", "wrap", 500, ``, ErrUnavailable},
 		{"good", "unwrap", 200, `{"plaintext":"AAAA"}`, nil},
 		{"nothing", "unwrap", 200, `{}`, ErrUnavailable},
 		{"no base64", "unwrap", 200, `{"plaintext":"SECRET!"}`, ErrUnavailable},
-		{"changed", "unwrap", 400, `{"detail":"this KEK did not wrap that key"}`, ErrRejected},
-		{"no such version", "unwrap", 404, ``, ErrNotFound},
-		{"not exported", "key", 409, `{"type":"urn:pilot:problem:not-exported","detail":"it stays in the HSM"}`, ErrNotExported},
-		{"not exported, by another status", "key", 500, `{"type":"urn:pilot:problem:not-exported"}`, ErrUnavailable},
-		{"conflict", "key", 409, `{"type":"urn:pilot:problem:other"}`, ErrRejected},
-		{"conflict without a body", "key", 409, ``, ErrRejected},
+		{"changed", "unwrap", 400, problemText(400, "this KEK did not wrap that key"), ErrRejected},
+		{"no such version", "unwrap", 404, problemText(404, "no such KEK"), ErrNotFound},
+		{"not exported", "key", 409, strings.Replace(problemText(409, "it stays in the HSM"), "about:blank", typeNotExported, 1), ErrNotExported},
+		{"not exported, by another status", "key", 500, strings.Replace(problemText(500, "no"), "about:blank", typeNotExported, 1), ErrUnavailable},
+		{"conflict", "key", 409, strings.Replace(problemText(409, "no"), "about:blank", "urn:pilot:problem:other", 1), ErrRejected},
+		{"wrong path", "key", 404, strings.Replace(problemText(404, "no"), "about:blank", typeNoSuchPath, 1), ErrUnavailable},
+		{"another KEK", "wrap", 200, `{"id":"b","version":2,"wrappedKey":"AAAA"}`, ErrUnavailable},
 	} {
 		b := startAsked(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			if test.code != 200 {
+				w.Header().Set("Content-Type", "application/problem+json")
+			}
 			w.WriteHeader(test.code)
 			fmt.Fprint(w, test.body)
 		})
@@ -74,7 +80,8 @@ func TestWrapRequests(t *testing.T) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		asked = append(asked, fmt.Sprintf("%s %s %s %s", r.Method, r.URL.EscapedPath(), r.Header.Get("Content-Type"), body))
-		fmt.Fprint(w, `{"version":2,"wrappedKey":"AAAA","plaintext":"AAAA"}`)
+		id, _ := url.PathUnescape(strings.Split(r.URL.EscapedPath(), "/")[4])
+		reply(w, fmt.Sprintf(`{"id":%q,"version":2,"wrappedKey":"AAAA","plaintext":"AAAA"}`, id))
 	}))
 	defer s.Close()
 	c := newClient(t, time.Minute, s.URL)

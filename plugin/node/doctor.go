@@ -30,8 +30,8 @@ type Doctor struct {
 	// takes client certificates, of which the doctor has none.
 	Listen    string
 	ListenTLS bool
-	// ProviderName is the key provider's name in ocicrypt.conf.
-	ProviderName string
+	// ProviderNames are the key provider's in ocicrypt.conf, at least one.
+	ProviderNames []string
 	// Brokers is the client of the node's broker, or of several. Provider
 	// asks them in this process, with no KEK in its cache.
 	Brokers  *copilot.Client
@@ -160,6 +160,8 @@ type examination struct {
 
 	runningCRIO *runningCRIO                       // from StepCRIO on
 	crioAttrs   keyproviderconfig.KeyProviderAttrs // of pilot in CRI-O's ocicrypt.conf
+
+	crioProvider string // pilot's name there
 }
 
 func (e *examination) step(ctx context.Context, c check) Step {

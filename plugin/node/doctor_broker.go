@@ -65,8 +65,8 @@ func (e *examination) broker(ctx context.Context) Step {
 // has in its cache.
 func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) Step {
 	direct := make(chan error, 1)
-	go func() { direct <- roundTrip(ctx, e.ProviderName, kek, e.Provider.WrapKey, e.Provider.UnwrapKey) }()
-	err := roundTrip(ctx, e.ProviderName, kek, wrap, unwrap)
+	go func() { direct <- roundTrip(ctx, e.ProviderNames[0], kek, e.Provider.WrapKey, e.Provider.UnwrapKey) }()
+	err := roundTrip(ctx, e.ProviderNames[0], kek, wrap, unwrap)
 	directly := <-direct
 	if err == nil && directly == nil {
 		return inOrder("")

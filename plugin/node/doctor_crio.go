@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -78,12 +79,15 @@ func (e *examination) crioKeyProvider(ctx context.Context) Step {
 	if err := json.Unmarshal(text, &conf); err != nil {
 		return failed(fmt.Sprintf("%s: %s", name, err), "correct "+name, restartCRIO[1])
 	}
-	attrs, ok := conf.KeyProviderConfig[e.ProviderName]
+	i := slices.IndexFunc(e.ProviderNames, func(n string) bool { _, ok := conf.KeyProviderConfig[n]; return ok })
+	if i < 0 {
+		return failed(fmt.Sprintf("%s, which CRI-O reads, has no key provider %q", name, strings.Join(e.ProviderNames, ", ")), "correct "+name, restartCRIO[1])
+	}
+	provider := e.ProviderNames[i]
+	attrs := conf.KeyProviderConfig[provider]
 	switch {
-	case !ok:
-		return failed(fmt.Sprintf("%s, which CRI-O reads, has no key provider %q", name, e.ProviderName), "correct "+name, restartCRIO[1])
 	case attrs.Grpc == "" && attrs.Command == nil:
-		return failed(fmt.Sprintf("%s: key provider %q has neither grpc nor cmd", name, e.ProviderName), "correct "+name, restartCRIO[1])
+		return failed(fmt.Sprintf("%s: key provider %q has neither grpc nor cmd", name, provider), "correct "+name, restartCRIO[1])
 	case attrs.Grpc != "" && grpcSocket(attrs.Grpc) != grpcSocket(e.Listen):
 		return failed(fmt.Sprintf("%s has CRI-O ask %s, and pilot listens at %s", name, attrs.Grpc, e.Listen), "correct "+name+" or listen in "+e.Configuration, restartCRIO[1])
 	}
@@ -95,7 +99,7 @@ func (e *examination) crioKeyProvider(ctx context.Context) Step {
 	if info.ModTime().After(c.started.Add(time.Second)) {
 		return failed(fmt.Sprintf("%s was changed %s, after CRI-O had read it (%s)", name, info.ModTime().Format(time.DateTime), c.started.Format(time.DateTime)), restartCRIO[1])
 	}
-	e.crioAttrs = attrs
+	e.crioProvider, e.crioAttrs = provider, attrs
 	return inOrder(fmt.Sprintf("CRI-O asks pilot: %s=%s", keyproviderconfig.ENVVARNAME, name))
 }
 
@@ -124,9 +128,9 @@ func (e *examination) unwrapLayer(ctx context.Context) Step {
 	if step, none := e.withoutKEK(); none {
 		return step
 	}
-	layer, err := newTestLayer(ctx, e.ProviderName, e.Listen, e.kek)
+	layer, err := newTestLayer(ctx, e.crioProvider, e.Listen, e.kek)
 	if err == nil {
-		err = layer.decrypt(ctx, e.ProviderName, e.crioAttrs)
+		err = layer.decrypt(ctx, e.crioProvider, e.crioAttrs)
 	}
 	if err != nil {
 		return failed(err.Error(), "journalctl -u pilot.service -n 30")

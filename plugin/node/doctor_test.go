@@ -85,7 +85,7 @@ func TestDoctorKnowsPilot(t *testing.T) {
 	diffs := grpc.NewServer(grpc.UnaryInterceptor(plugin.Interceptor(containerd)))
 	plugin.Register(diffs, plugin.New(plugin.Store(containerd), nil, plugin.Config{}))
 
-	d := &Doctor{Configuration: os.DevNull, Listen: "unix://" + serve(t, keys), DiffSocket: serve(t, diffs), Containerd: nobody, ProviderName: "pilot"}
+	d := &Doctor{Configuration: os.DevNull, Listen: "unix://" + serve(t, keys), DiffSocket: serve(t, diffs), Containerd: nobody, ProviderNames: []string{"pilot"}}
 	steps := examine(t, d)
 	if ok := results(steps, OK); !slices.Equal(ok, []string{StepConfiguration, StepDiffer, StepKeyProvider}) {
 		t.Errorf("in order: %v in %v", ok, steps)

@@ -47,7 +47,7 @@ func (e *examination) unpackLayer(ctx context.Context) Step {
 	if e.withDiffer() && !e.builtIn && e.broken[StepDiffer] {
 		return needs(StepDiffer)
 	}
-	layer, err := newTestLayer(ctx, e.ProviderName, e.Listen, e.kek)
+	layer, err := newTestLayer(ctx, e.ProviderNames[0], e.Listen, e.kek)
 	if err != nil {
 		return failed(err.Error(), "journalctl -u pilot.service -n 30")
 	}
@@ -128,7 +128,7 @@ func (e *examination) transfer(ctx context.Context) Step {
 	if step, none := e.withoutKEK(); none {
 		return step
 	}
-	layer, err := newTestLayer(ctx, e.ProviderName, e.Listen, e.kek)
+	layer, err := newTestLayer(ctx, e.ProviderNames[0], e.Listen, e.kek)
 	if err != nil {
 		return failed(err.Error(), "journalctl -u pilot.service -n 30")
 	}
