@@ -58,7 +58,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"pilot", "second", "original", "remote"} {
-		conf := keyprovider.Config{Name: name, CacheSize: 10}
+		conf := keyprovider.Config{Names: []string{name}, CacheSize: 10}
 		switch name {
 		case "original":
 			conf.Format = keyprovider.FormatOriginal
