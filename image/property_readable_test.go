@@ -69,6 +69,10 @@ func (e *export) value(s *store, v any) {
 				e.strings(config, 0)
 				continue
 			}
+			if key == "subject" {
+				e.strings(member, 0) // it is not part of the image
+				continue
+			}
 			e.value(s, member)
 		}
 		if d, ok := v["digest"].(string); ok && digest.Digest(d).Validate() == nil {
