@@ -97,7 +97,8 @@ test-repeat: tools
 # The tests that need neither root nor other programs.
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover -timeout 30m $$(go list -buildvcs=false ./... | grep -v /integration)
+	go test -buildvcs=false -race -cover -timeout 30m -skip '^TestProperty$$' $$(go list -buildvcs=false ./... | grep -v /integration) && \
+	go test -buildvcs=false -timeout 30m -run '^TestProperty$$' ./image
 
 # Each version of containerd with each configuration.
 test-nodes: tools
