@@ -248,7 +248,7 @@ func (c *trial) checkRefusal(err error) {
 			return
 		}
 	}
-	for _, text := range []string{"the image has no layer", "the image has no platform", "is not here: pull"} {
+	for _, text := range []string{"the image has no layer", "the image has no platform", "is not here"} {
 		if len(c.opts.Layers)+len(c.opts.Platforms) > 0 && strings.Contains(err.Error(), text) {
 			return
 		}
