@@ -19,6 +19,7 @@
 #   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
 #   make soak           pulls, runs and rewraps for an hour, and looks whether anything grows (SOAK=10m)
+#   make test-property  encrypts IMAGES=5000 random images and checks what is readable (SEED=: a seed, or the ID of one that failed)
 #   make fuzz           each fuzz target for a minute (FUZZTIME=)
 #   make check          formatting, vet, staticcheck, licences, govulncheck
 #   make bench          compares pilot with its peers, side by side (ROUNDS=7), into bench.json
@@ -46,7 +47,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long soak fuzz bench bench-go check tools clean
+.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
@@ -99,7 +100,8 @@ test-repeat: tools
 # The tests that need neither root nor other programs.
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover -timeout 30m $$(go list -buildvcs=false ./... | grep -v /integration)
+	go test -buildvcs=false -race -cover -timeout 30m -skip '^TestProperty$$' $$(go list -buildvcs=false ./... | grep -v /integration) && \
+	go test -buildvcs=false -timeout 30m -run '^TestProperty$$' ./image
 
 # Each version of containerd with each configuration.
 test-nodes: tools
@@ -151,6 +153,11 @@ test-long: tools
 SOAK ?= 1h
 soak: tools
 	PILOT_SOAK=$(SOAK) go test -buildvcs=false -tags soak -timeout 0 -count=1 -run '^TestSoak$$' -v ./integration
+
+IMAGES ?= 5000
+SEED   ?= $(shell date +%s)
+test-property:
+	PILOT_IMAGES=$(IMAGES) PILOT_SEED=$(SEED) go test -buildvcs=false -count=1 -timeout 0 -run '^TestProperty$$' -v ./image
 
 FUZZTIME ?= 60s
 fuzz:

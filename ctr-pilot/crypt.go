@@ -13,7 +13,6 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -27,9 +26,9 @@ import (
 // selectionFlags choose layers of an image.
 func selectionFlags(verb string) []cli.Flag {
 	return []cli.Flag{
-		&cli.IntSliceFlag{
+		&cli.StringSliceFlag{
 			Name:  "layer",
-			Usage: "`LAYER` to " + verb + ", counted from 0, or from -1 downwards for the topmost; by default all",
+			Usage: "`LAYER` to " + verb + ", counted from 0, or from -1 downwards for the topmost, or several, as in 2-5 or 0,2,-1; by default all",
 		},
 		&cli.StringSliceFlag{
 			Name:  "platform",
@@ -47,12 +46,21 @@ var encryptCommand = &cli.Command{
 	Usage:     "encrypt an image",
 	ArgsUsage: "[flags] <image> [<new name>]",
 	Description: `Encrypts the layers of an image for recipients, and gives the result the new
-name, or the image's own. A layer that is encrypted already is not touched: the
-recipients are added to those that it has.
+name, or the image's own. Another image of that name is replaced only with --force,
+and a name by digest, NAME@sha256:…, never is. A layer that is encrypted already is
+not touched: the recipients are added to those that it has.
+
+Blobs of every media type are encrypted, and SBOMs and provenance too. What stays
+readable is named, and is an error before anything is encrypted, unless
+--allow-plain accepts it or it is not selected by --layer and --platform. Platforms
+whose content is not here are left out of the new image. An image's configuration
+is readable in every encrypted image: everything that handles images has to read it.
 
 An image that BuildKit built on an encrypted one has the layers of that without
 their keys. --keys-from names the image that it was built on, in containerd or in
 its registry. Each key is checked against its layer before it is put back.
+
+--layer and --all-but-base leave the other layers readable.
 
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
@@ -68,15 +76,21 @@ Example:
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
-	}, selectionFlags("encrypt"), keyFlags(), commands.RegistryFlags),
+		forceFlag,
+		allButBaseFlag,
+	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), commands.RegistryFlags),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		for _, f := range commands.RegistryFlags {
-			if name := f.Names()[0]; cmd.IsSet(name) && !cmd.IsSet("keys-from") {
-				return fmt.Errorf("--%s is for --keys-from", name)
+			if name := f.Names()[0]; cmd.IsSet(name) && !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
+				return fmt.Errorf("--%s is for --keys-from and --all-but-base", name)
 			}
 		}
 		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+			var err error
+			if opts.Base, err = baseLayers(ctx, client, cmd); err != nil {
+				return image.Result{}, err
+			}
 			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
 			if err != nil {
 				return image.Result{}, err
@@ -88,6 +102,8 @@ Example:
 			if opts.KeysFrom, err = keysFrom(ctx, client, cmd); err != nil {
 				return image.Result{}, err
 			}
+			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
+			opts.Attestations = image.Attestations(cmd.String("attestations"))
 			return image.Encrypt(ctx, plugin.Store(client), target, ec, opts)
 		})
 	},
@@ -99,11 +115,12 @@ var decryptCommand = &cli.Command{
 	ArgsUsage: "[flags] <image> [<new name>]",
 	Description: `Decrypts the layers of an image with the keys given, gpg's keyring, and key
 providers, and gives the result the new name, or the image's own. An image that
-was encrypted with ctr-pilot becomes what it was, byte for byte.
+was encrypted with ctr-pilot becomes what it was, byte for byte. Another image of the
+new name is replaced only with --force, and a name by digest never is.
 
 Example:
    ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1`,
-	Flags:                     append(selectionFlags("decrypt"), keyFlags()...),
+	Flags:                     slices.Concat([]cli.Flag{forceFlag}, selectionFlags("decrypt"), keyFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
@@ -124,21 +141,25 @@ type cryptFunc func(context.Context, *containerd.Client, ocispec.Descriptor, ima
 
 // crypt does do to the image that the command names.
 func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) error {
-	name, newName := cmd.Args().First(), cmd.Args().Get(1)
+	name, toName := cmd.Args().First(), cmd.Args().Get(1)
 	if name == "" || cmd.NArg() > 2 {
 		return fmt.Errorf("%s takes the name of an image and a new name, after the flags, and got %d arguments", verb, cmd.NArg())
 	}
-	if newName == "" {
-		newName = name
+	if toName == "" {
+		toName = name
 	}
 	opts, err := selection(cmd)
 	if err != nil {
 		return err
 	}
 	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
-		img, err := client.ImageService().Get(ctx, name)
+		img, err := getImage(ctx, client, name)
 		if err != nil {
 			return err
+		}
+		to := newName{client.ImageService(), img, toName, cmd.Bool("force")}
+		if err := to.check(ctx); err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
 
 		progress := newProgress(verb)
@@ -148,21 +169,31 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		if err == nil && ctx.Err() != nil {
 			err = ctx.Err()
 		}
-		if err != nil {
-			return fmt.Errorf("%s %s: %w", verb, name, err)
+		if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
+			err = refused(cmd, plain)
 		}
-		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, withFetch(ctx, err, img))
+		}
+		if verb == "decrypt" {
+			warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
+		}
+		warnLacking(result.Lacking)
 		if result.Layers == 0 {
 			if verb == "encrypt" {
 				return fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
 			}
 			fmt.Printf("%s has no encrypted layers\n", name)
 		}
-		img.Name, img.Target = newName, result.Target
-		if err := putImage(ctx, client.ImageService(), img); err != nil {
+		if err := to.set(ctx, result.Target); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
-		fmt.Printf("%s %s (%d layers %sed)\n", newName, img.Target.Digest, result.Layers, verb)
+		if verb == "encrypt" {
+			if err := reportEncrypted(cmd, toName, result); err != nil || cmd.Bool("json") {
+				return err
+			}
+		}
+		fmt.Printf("%s %s (%d layers %sed)\n", toName, result.Target.Digest, result.Layers, verb)
 		return nil
 	})
 }
@@ -170,21 +201,16 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 // warnSkipped tells of manifests that stay as they are, and why.
 func warnSkipped(skipped []ocispec.Descriptor, why string) {
 	for _, s := range skipped {
-		platform := "of no platform"
-		if s.Platform != nil {
-			platform = "of " + platforms.FormatAll(*s.Platform)
-		}
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", s.Digest, platform, why)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", s.Digest, ofPlatform(s), why)
 	}
 }
 
-// putImage creates the image, or makes the one of that name point to its target.
-func putImage(ctx context.Context, store images.Store, img images.Image) error {
-	_, err := store.Create(ctx, img)
-	if errdefs.IsAlreadyExists(err) {
-		_, err = store.Update(ctx, img, "target")
+// ofPlatform says of which platform an entry of an index is.
+func ofPlatform(entry ocispec.Descriptor) string {
+	if entry.Platform == nil {
+		return "of no platform"
 	}
-	return err
+	return shown("of " + platforms.FormatAll(*entry.Platform))
 }
 
 // withClient calls do with a client of the containerd that the command names,
@@ -240,7 +266,11 @@ var errBothPlatforms = errors.New("--platform and --all-platforms exclude each o
 
 // selection returns what --layer and --platform choose.
 func selection(cmd *cli.Command) (image.Options, error) {
-	opts := image.Options{Layers: cmd.IntSlice("layer")}
+	layers, err := parseLayers(cmd.StringSlice("layer"))
+	if err != nil {
+		return image.Options{}, err
+	}
+	opts := image.Options{Layers: layers}
 	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
 		return image.Options{}, errBothPlatforms
 	}

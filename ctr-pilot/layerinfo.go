@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -29,13 +28,18 @@ var layerinfoCommand = &cli.Command{
 	Name:      "layerinfo",
 	Usage:     "show how an image's layers are encrypted, and for whom",
 	ArgsUsage: "[flags] <image>",
-	Description: `Lists the layers of an image with the ways in which their keys are wrapped, and
-for whom as far as that can be told without a key.
+	Description: `Lists the layers of an image, of whatever media type, with the ways in which their
+keys are wrapped, and for whom as far as that can be seen without a key. On standard error it says
+whether all of them are encrypted, and names what is not or can't be seen here.
 
-Example:
-   ctr-pilot images layerinfo --json app:encrypted`,
+An image's configuration, which is never encrypted, does not count.
+
+Examples:
+   ctr-pilot images layerinfo app:encrypted
+   ctr-pilot images layerinfo --require-encrypted --json app:encrypted`,
 	Flags: append(selectionFlags("show"),
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 1 unless all of it is encrypted"},
 		&cli.StringFlag{Name: "gpg-homedir", Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)"},
 		&cli.StringFlag{Name: "gpg-version", Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)"},
 		&cli.BoolFlag{Name: "n", Usage: "show the key IDs of pgp recipients, not their names"},
@@ -54,7 +58,7 @@ Example:
 			return err
 		}
 		defer cancel()
-		img, err := client.ImageService().Get(ctx, cmd.Args().First())
+		img, err := getImage(ctx, client, cmd.Args().First())
 		if err != nil {
 			return err
 		}
@@ -62,6 +66,11 @@ Example:
 		if err != nil {
 			return err
 		}
+		plain, err := image.Inspect(ctx, client.ContentStore(), img.Target, opts)
+		if err != nil {
+			return err
+		}
+		notEncrypted := image.NotEncrypted(plain)
 		var gpg ocicrypt.GPGClient
 		if !cmd.Bool("n") {
 			// Without gpg, key IDs are shown.
@@ -80,22 +89,42 @@ Example:
 				"nobody can decrypt them until \"images encrypt --keys-from BASE\" puts the keys back\n", withoutKey)
 		}
 		if cmd.Bool("json") {
-			e := json.NewEncoder(os.Stdout)
-			e.SetIndent("", "  ")
-			return e.Encode(rows)
+			err = printJSON(imageInfo{len(notEncrypted) == 0, rows, plain})
+		} else {
+			err = printLayers(rows, notEncrypted)
 		}
-		w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
-		fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS")
-		for _, r := range rows {
-			encryption := shown(strings.Join(r.Encryption, ","))
-			if r.Encrypted && len(r.Encryption) == 0 {
-				encryption = "NO KEY"
-			}
-			fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
-				encryption, shown(strings.Join(r.Recipients, ", ")))
+		if err == nil && len(notEncrypted) > 0 && cmd.Bool("require-encrypted") {
+			err = fmt.Errorf("%s is not fully encrypted", cmd.Args().First())
 		}
-		return w.Flush()
+		return err
 	},
+}
+
+// printLayers prints a table of the layers, in the columns of imgcrypt's, which its
+// users' scripts read, and on standard error what is not encrypted.
+func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(w, "#\tDIGEST\tPLATFORM\tSIZE\tENCRYPTION\tRECIPIENTS")
+	for _, r := range rows {
+		encryption := shown(strings.Join(r.Encryption, ","))
+		if r.Encrypted && len(r.Encryption) == 0 {
+			encryption = "NO KEY"
+		}
+		fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
+			encryption, shown(strings.Join(r.Recipients, ", ")))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if len(notEncrypted) == 0 {
+		fmt.Fprintln(os.Stderr, "fully encrypted, except configurations, which are never encrypted")
+		return nil
+	}
+	fmt.Fprintln(os.Stderr, "not fully encrypted:")
+	for _, p := range notEncrypted {
+		fmt.Fprintln(os.Stderr, "  "+p.String())
+	}
+	return nil
 }
 
 // shown returns what an image's author wrote as it can be shown in a table on a
@@ -113,6 +142,14 @@ func shownText(s string) string {
 		}
 		return r
 	}, s)
+}
+
+// imageInfo is the JSON of layerinfo.
+type imageInfo struct {
+	// FullyEncrypted says that Plain holds nothing but configurations.
+	FullyEncrypted bool          `json:"fullyEncrypted"`
+	Layers         []layerInfo   `json:"layers"`
+	Plain          []image.Plain `json:"plain"`
 }
 
 // layerInfo is a row of layerinfo, and its JSON.

@@ -46,7 +46,7 @@ Example:
 		if err := checkPush(ctx, cmd); err != nil {
 			return err
 		}
-		return stock(ctx, cmd)
+		return explainRefusal(stock(ctx, cmd))
 	}
 }
 
@@ -76,7 +76,7 @@ func checkPush(ctx context.Context, cmd *cli.Command) error {
 	}
 	defer cancel()
 	defer client.Close()
-	img, err := client.ImageService().Get(ctx, name)
+	img, err := getImage(ctx, client, name)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,9 @@ import (
 	"github.com/ctrlplane/pilot/version"
 )
 
+// suppressDeprecations is a variable of ctr's. Set to false, the warnings appear.
+const suppressDeprecations = "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS"
+
 func main() {
 	os.Exit(run())
 }
@@ -23,6 +26,14 @@ func run() int {
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintln(os.Stderr, "ctr-pilot: core dumps can't be disabled:", err)
 		return 1
+	}
+	// containerd's deprecations are its administrator's concern: "deprecations
+	// list" shows them, and each command of ctr's would.
+	if os.Getenv(suppressDeprecations) == "" {
+		if err := os.Setenv(suppressDeprecations, "true"); err != nil {
+			fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
+			return 1
+		}
 	}
 	if err := newApp().Run(context.Background(), os.Args); err != nil {
 		fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
@@ -50,6 +61,7 @@ in ` + defaultKeyProviders + `.`
 	wrapPull(subcommand(images, "pull"))
 	wrapImport(subcommand(images, "import"))
 	wrapPush(subcommand(images, "push"))
+	wrapExport(subcommand(images, "export"))
 	// All of ctr's commands that use the transfer service.
 	for _, name := range []string{"pull", "push", "import", "export", "tag"} {
 		alwaysLocal(subcommand(images, name))

@@ -70,39 +70,18 @@ func namedByDigest(name string) bool {
 	return strings.Contains(name, "@") || strings.HasPrefix(name, "sha256:")
 }
 
-func (c inContainerd) open(ctx context.Context, name, newName string) (*openImage, error) {
-	if namedByDigest(newName) {
-		return nil, errDigest(newName)
-	}
+func (c inContainerd) open(ctx context.Context, name, toName string) (*openImage, error) {
 	store := c.client.ImageService()
-	img, err := store.Get(ctx, name)
+	img, err := getImage(ctx, c.client, name)
 	if err != nil {
 		return nil, err
 	}
-	if newName != name {
-		if _, err := store.Get(ctx, newName); !errdefs.IsNotFound(err) {
-			if err == nil {
-				err = errTaken(newName)
-			}
-			return nil, err
+	to := newName{store: store, from: img, name: toName}
+	if err := to.check(ctx); err != nil {
+		if errdefs.IsAlreadyExists(err) {
+			err = errTaken(toName)
 		}
+		return nil, err
 	}
-	return &openImage{plugin.Store(c.client), img.Target, func(ctx context.Context, target ocispec.Descriptor) error {
-		// Nobody else's image is to be lost who came meanwhile.
-		if newName != name {
-			img.Name, img.Target = newName, target
-			_, err := store.Create(ctx, img)
-			return err
-		}
-		now, err := store.Get(ctx, name)
-		if err != nil {
-			return err
-		}
-		if now.Target.Digest != img.Target.Digest {
-			return fmt.Errorf("it became %s meanwhile: rewrap it again", now.Target.Digest)
-		}
-		now.Target = target
-		_, err = store.Update(ctx, now, "target")
-		return err
-	}}, nil
+	return &openImage{plugin.Store(c.client), img.Target, to.set}, nil
 }

@@ -152,7 +152,7 @@ type documents struct {
 	configs bool
 
 	mu      sync.Mutex
-	fetched map[digest.Digest]bool
+	fetched map[digest.Digest]bool // or pushed
 }
 
 func newDocuments(r *inRegistry, fetcher remotes.Fetcher) *documents {
@@ -192,7 +192,7 @@ func isDocument(desc ocispec.Descriptor) bool {
 	return images.IsIndexType(desc.MediaType) || images.IsManifestType(desc.MediaType)
 }
 
-// pushChildren pushes what is new of what an index lists.
+// pushChildren pushes what is new of what an index lists, each once.
 func (d *documents) pushChildren(ctx context.Context, resolver remotes.Resolver, repository string, desc ocispec.Descriptor) error {
 	if !images.IsIndexType(desc.MediaType) {
 		return nil
@@ -211,6 +211,9 @@ func (d *documents) pushChildren(ctx context.Context, resolver remotes.Resolver,
 		if err := d.push(ctx, resolver, repository+"@"+child.Digest.String(), child); err != nil {
 			return err
 		}
+		d.mu.Lock()
+		d.fetched[child.Digest] = true
+		d.mu.Unlock()
 	}
 	return nil
 }
@@ -223,7 +226,7 @@ func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name st
 		return err
 	}
 	if _, err := remotes.PushHandler(pusher, d)(ctx, desc); err != nil {
-		return fmt.Errorf("push %s: %w", name, err)
+		return fmt.Errorf("push %s: %w", name, explainRefusal(err))
 	}
 	return nil
 }

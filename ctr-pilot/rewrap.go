@@ -54,6 +54,7 @@ Examples:
 		&cli.StringFlag{Name: "file", Usage: "`FILE` that lists images, one on each line, - for standard input; # begins a comment"},
 		&cli.BoolFlag{Name: "dry-run", Usage: "show what would be done; keys are unwrapped and wrapped, and nothing is written"},
 		&cli.BoolFlag{Name: "registry", Usage: "the images are in a registry"},
+		&cli.DurationFlag{Name: "image-timeout", Value: 5 * time.Minute, Usage: "`TIME` that each of several images may take, so that one does not hold up the others"},
 	}, selectionFlags("rewrap"), keyFlags(), commands.RegistryFlags),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
@@ -93,6 +94,9 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	r := &rewrapper{cmd: cmd, how: image.Rewrapping{From: cmd.String("from"), To: cmd.String("to"), DryRun: cmd.Bool("dry-run")}}
 	if (r.how.From == "") != (r.how.To == "") {
 		return nil, errors.New("--from and --to need each other")
+	}
+	if cmd.Duration("image-timeout") <= 0 {
+		return nil, errors.New("--image-timeout takes a time of more than 0, as in 5m")
 	}
 	if r.opts, err = selection(cmd); err != nil {
 		return nil, err
@@ -242,6 +246,7 @@ func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (ima
 		return image.Rewrapped{}, err
 	}
 	warnSkipped(out.Skipped, p.absent())
+	warnLacking(out.Lacking)
 	unfit := !r.several && r.unfit(out) != nil
 	same := newName == name && out.Target.Digest == img.target.Digest
 	if r.how.DryRun || unfit || same {

@@ -41,7 +41,7 @@ func (r *rewrapper) all(ctx context.Context, p place) error {
 		if ctx.Err() != nil {
 			break
 		}
-		out, err := r.one(ctx, p, name, "")
+		out, err := r.oneOfMany(ctx, p, name)
 		if err != nil && ctx.Err() != nil {
 			break // it was not its fault
 		}
@@ -72,6 +72,18 @@ func (r *rewrapper) all(ctx context.Context, p place) error {
 		return r.unfit(image.Rewrapped{Encrypted: 1, Missing: t.missing, Had: t.had})
 	}
 	return nil
+}
+
+// oneOfMany rewraps an image, if it does not take too long.
+func (r *rewrapper) oneOfMany(ctx context.Context, p place, name string) (image.Rewrapped, error) {
+	timeout := r.cmd.Duration("image-timeout")
+	within, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	out, err := r.one(within, p, name, "")
+	if err != nil && within.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("it took longer than %s (--image-timeout): %w", timeout, err)
+	}
+	return out, err
 }
 
 // expand returns the images that the names and patterns stand for, each once.

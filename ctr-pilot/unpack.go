@@ -185,7 +185,7 @@ func prepareUse(ctx context.Context, cmd *cli.Command) error {
 		return err
 	}
 	defer cancel()
-	img, err := client.ImageService().Get(ctx, cmd.Args().First())
+	img, err := getImage(ctx, client, cmd.Args().First())
 	if err != nil {
 		return err
 	}

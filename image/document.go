@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,10 @@ import (
 // manifest that the entry makes a statement about, as BuildKit writes it.
 const attestationAnnotation = "vnd.docker.reference.digest"
 
+// attestationTypeAnnotation, on an entry of an index, says that it is an
+// attestation, as BuildKit writes it.
+const attestationTypeAnnotation = "vnd.docker.reference.type"
+
 // dockerTypes are Docker's media types and the OCI's for the same thing.
 var dockerTypes = map[string]string{
 	images.MediaTypeDockerSchema2ManifestList:     ocispec.MediaTypeImageIndex,
@@ -34,9 +39,12 @@ var dockerTypes = map[string]string{
 
 // edit is how a manifest or an index changes.
 type edit struct {
-	list    string                          // the key of the array whose elements change: layers or manifests
-	changes map[int]change                  // by index into it
-	renamed map[digest.Digest]digest.Digest // what attestations refer to
+	list    string                                   // the key of the array whose elements change: layers or manifests
+	changes map[int]change                           // by index into it
+	removed []int                                    // indexes into it, in order, of elements to leave out
+	renamed map[digest.Digest]ocispec.Descriptor     // what attestations refer to
+	subject *ocispec.Descriptor                      // what took the place of the subject, if anything did
+	content func(ocispec.Descriptor) ([]byte, error) // reads a small blob
 	mode    mode
 	plain   []string // digests of entries of an index that are known not to be encrypted
 	// done says that no encrypted layer is left after decrypting, and fresh
@@ -51,6 +59,7 @@ const (
 	encrypting mode = iota // media types, and annotations of encryption are added
 	decrypting             // the same, undone
 	rewrapping             // annotations of recipients, and nothing else
+	inspecting             // nothing
 )
 
 // change is how a descriptor changes. Its other members stay.
@@ -88,12 +97,26 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
+	if array, err = notes.removeElements(array, e.list, e.removed); err != nil {
+		return nil, "", err
+	}
 	if doc, err = set(doc, e.list, array); err != nil {
 		return nil, "", err
 	}
+	if e.subject != nil {
+		doc, err = edited(doc, "subject", func(subject []byte) ([]byte, error) {
+			if err := unambiguous(subject); err != nil {
+				return nil, err
+			}
+			return e.redescribed(subject, *e.subject, "/subject", notes)
+		})
+		if err != nil {
+			return nil, "", fmt.Errorf("/subject: %w", err)
+		}
+	}
 	switch {
 	case e.mode == decrypting && e.done:
-		return notes.apply(doc, mediaType, e.list)
+		return notes.apply(doc, mediaType, e.list, e.content)
 	case e.mode != encrypting:
 		return doc, mediaType, nil
 	}
@@ -142,7 +165,7 @@ func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byt
 	if err != nil {
 		return nil, err
 	}
-	return e.follow(element)
+	return e.follow(element, at, notes)
 }
 
 // encrypted edits the descriptor of something that was encrypted, noting what
@@ -152,19 +175,7 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 	if err := json.Unmarshal(element, &had); err != nil {
 		return nil, err
 	}
-	if len(had.Data) > 0 {
-		return nil, errData(had)
-	}
-	for _, m := range []struct{ key, had string }{{"mediaType", had.MediaType}, {"digest", had.Digest.String()}} {
-		text, err := get(element, m.key)
-		if err != nil {
-			return nil, err
-		}
-		if text != nil && (string(text) != string(quote(m.had)) || e.list == "layers" && dockerTypes[m.had] != "") {
-			notes.note(at+"/"+m.key, text)
-		}
-	}
-	element, err := setDescriptor(element, had, c.desc)
+	element, err := e.redescribed(element, c.desc, at, notes)
 	if err != nil || e.list != "layers" {
 		return element, err
 	}
@@ -196,24 +207,70 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 	return setAnnotations(element, annotations, c.annotations)
 }
 
-// errData is the error of content that stands in the document itself, where what
-// takes its place would not count.
+// redescribed returns the descriptor element with the media type, digest and size
+// of what it is to describe, noting what it had that can't be derived, if it was
+// encrypted. The content that it may hold becomes empty.
+func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, notes restore) ([]byte, error) {
+	var had ocispec.Descriptor
+	if err := json.Unmarshal(element, &had); err != nil {
+		return nil, err
+	}
+	if e.mode != encrypting {
+		if len(had.Data) > 0 {
+			return nil, errData(had)
+		}
+		return setDescriptor(element, had, desc)
+	}
+	text, err := get(element, "mediaType")
+	if err != nil {
+		return nil, err
+	}
+	plain, encrypted := processor.PlainMediaType(desc.MediaType)
+	if text != nil && (string(text) != string(quote(had.MediaType)) || encrypted && had.MediaType != desc.MediaType && had.MediaType != plain) {
+		notes.note(at+"/mediaType", text)
+	}
+	if text, err = get(element, "digest"); err != nil {
+		return nil, err
+	}
+	if text != nil && string(text) != string(quote(had.Digest.String())) {
+		mask, err := escapesOf(text)
+		if err != nil {
+			return nil, err
+		}
+		notes.note(at+"/digest", quote(mask))
+	}
+	if len(had.Data) > 0 {
+		text, err := get(element, "data")
+		if err != nil {
+			return nil, err
+		}
+		if inlined(had) == nil || string(text) != string(dataText(had.Data)) {
+			return nil, errData(had)
+		}
+		notes.note(at+"/data", []byte("true"))
+		if element, err = set(element, "data", []byte(`""`)); err != nil {
+			return nil, err
+		}
+	}
+	return setDescriptor(element, had, desc)
+}
+
+// dataText returns content as the data of a descriptor holds it.
+func dataText(content []byte) []byte {
+	return quote(base64.StdEncoding.EncodeToString(content))
+}
+
+// errData is the error of a descriptor that holds other content in its data than
+// what it describes, or in other words than usual, so that it can't be restored.
 func errData(desc ocispec.Descriptor) error {
-	return fmt.Errorf("%s stands in the document itself (data), where it would stay readable: remove that first", desc.Digest)
+	return fmt.Errorf("the descriptor of %s has data that is not its content in base64: it would stay readable, so remove it first", desc.Digest)
 }
 
 // rewrapped edits the descriptor of a layer that has other recipients, or of a
 // manifest of such layers.
 func (e *edit) rewrapped(element []byte, c change) ([]byte, error) {
 	if e.list != "layers" {
-		var had ocispec.Descriptor
-		if err := json.Unmarshal(element, &had); err != nil {
-			return nil, err
-		}
-		if len(had.Data) > 0 {
-			return nil, errData(had)
-		}
-		return setDescriptor(element, had, c.desc)
+		return e.redescribed(element, c.desc, "", nil)
 	}
 	annotations, err := get(element, "annotations")
 	if err != nil {
@@ -267,7 +324,7 @@ func setDescriptor(doc []byte, had, desc ocispec.Descriptor) (_ []byte, err erro
 
 // follow makes the entry of an attestation refer to the manifest that took the
 // place of the one that it refers to.
-func (e *edit) follow(element []byte) ([]byte, error) {
+func (e *edit) follow(element []byte, at string, notes restore) ([]byte, error) {
 	if len(e.renamed) == 0 {
 		return element, nil
 	}
@@ -283,7 +340,18 @@ func (e *edit) follow(element []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return setAnnotations(element, annotations, map[string]string{attestationAnnotation: to.String()})
+	had, err := get(annotations, attestationAnnotation)
+	if err != nil {
+		return nil, err
+	}
+	if e.mode == encrypting && string(had) != string(quote(unquote(had))) {
+		mask, err := escapesOf(had)
+		if err != nil {
+			return nil, err
+		}
+		notes.note(at+"/annotations/"+attestationAnnotation, quote(mask))
+	}
+	return setAnnotations(element, annotations, map[string]string{attestationAnnotation: to.Digest.String()})
 }
 
 // ofEncryption reports whether an annotation is one of those that say how a

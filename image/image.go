@@ -28,27 +28,30 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-const (
-	// maxManifest bounds a manifest or an index, in bytes; registries
-	// refuse larger ones than 4 MiB.
-	maxManifest = 8 << 20
-	// maxDepth bounds how deep indexes stand in each other.
-	maxDepth = 8
-	// layersAtOnce is how many layers are encrypted or decrypted at once.
-	layersAtOnce = 4
-)
+// layersAtOnce is how many layers are encrypted or decrypted at once.
+const layersAtOnce = 4
 
 // Options select layers and report progress. The zero value selects all.
 type Options struct {
 	// Layers are indexes into the layers of each manifest, from 0, or from
 	// -1 downwards to count from the topmost.
 	Layers []int
+	// Base are layers of the image that this one was built on. [Encrypt],
+	// [Decrypt] and [Rewrap] leave those as they are.
+	Base []ocispec.Descriptor
 	// Platforms are those to work on.
 	Platforms []ocispec.Platform
 	// KeysFrom are layers of other images. Where [Encrypt] finds a layer that
 	// is encrypted and has no key annotations, as in an image that BuildKit
 	// built on an encrypted one, it takes those of the same layer here.
 	KeysFrom []ocispec.Descriptor
+	// Attestations says what [Encrypt] does with attestations.
+	Attestations Attestations
+	// KeepAbsent has [Encrypt] keep manifests and indexes that are not in the
+	// store, as they are. By default they are left out of the new index.
+	KeepAbsent bool
+	// AllowPlain has [Encrypt] accept everything that stays readable.
+	AllowPlain bool
 	// Progress, if not nil, is told how many bytes of a layer were read,
 	// each time some were. It is called from several goroutines.
 	Progress func(layer ocispec.Descriptor, n int)
@@ -58,24 +61,54 @@ type Options struct {
 type Result struct {
 	// Target describes the new image; what was given if nothing changed.
 	Target ocispec.Descriptor
-	// Layers is how many layers were changed.
+	// Layers is how many layers were changed. A layer that several manifests
+	// have counts once.
 	Layers int
 	// Skipped are the manifests that stay as they are because their
 	// content is not in the store, as with platforms that were not pulled.
 	Skipped []ocispec.Descriptor
+	// LeftOut are the entries of indexes that [Encrypt] left out.
+	LeftOut []ocispec.Descriptor
+	// Plain is what [Encrypt] left readable in Target.
+	Plain []Plain
+	// Lacking says which of the selected layers some manifest does not have, a
+	// sentence each.
+	Lacking []string
 }
 
-// Encrypt encrypts the layers of the image target for the recipients in ec.
-// Layers that are encrypted already are not touched: ec's recipients are added
-// to theirs, for which ec.DecryptConfig has to hold a key, or a key provider
-// has to unwrap. An encrypted layer without key annotations is an error unless
-// opts.KeysFrom has its key.
+// Encrypt encrypts the layers of the image target for the recipients in ec,
+// whatever their media types. Layers that are encrypted already are not touched:
+// ec's recipients are added to theirs, for which ec.DecryptConfig has to hold a
+// key, or a key provider has to unwrap. An encrypted layer without key annotations
+// is an error unless opts.KeysFrom has its key. Adding recipients reads no layer.
 //
-// Foreign (nondistributable) layers and what is not a layer stay as they are.
+// What stays readable is in the result. Before anything is written it is a
+// [*PlainError], unless opts select layers or platforms, and it is not selected,
+// or other options accept it. Manifests and other entries of an index that are not
+// in the store are left out of the new index.
+//
+// The keys are wrapped for all recipients, and the manifests made, before the first
+// layer is read, so that what can't be written is found out then. The error wraps
+// [ErrLimit] or [processor.ErrTooManyRecipients] if the result would be too large.
+//
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
 func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, ec *config.EncryptConfig, opts Options) (Result, error) {
-	return run(ctx, cs, target, opts, &encryption{ec: ec})
+	switch opts.Attestations {
+	case "", EncryptAttestations, DropAttestations, KeepAttestations:
+	default:
+		return Result{}, fmt.Errorf("attestations can't be treated as %q: use encrypt, drop or keep", opts.Attestations)
+	}
+	e := &encryption{ec: ec}
+	defer e.clear()
+	plan, err := e.plan(ctx, cs, target, opts)
+	if err != nil {
+		return Result{}, err
+	}
+	if refused := Unaccepted(plan.Plain); len(refused) > 0 && !opts.AllowPlain {
+		return Result{}, &PlainError{refused}
+	}
+	return run(ctx, cs, target, opts, e)
 }
 
 // Decrypt decrypts the layers of the image target with the keys in dc or with
@@ -101,35 +134,54 @@ type work struct {
 	op      operation
 	dry     bool  // nothing is written
 	blobs   blobs // by op
+	usage   usage
 	skipped []ocispec.Descriptor
-	seen    int          // manifests that are here, with what is needed of them
-	changed int          // layers
-	matched map[int]bool // by index into Options.Platforms
-	inRange map[int]bool // the Layers that some manifest has
+	leftOut []ocispec.Descriptor
+	plain   []Plain
+	// encrypted are the layers, as they are in target, of which the blob is
+	// encrypted, or will be.
+	encrypted []Plain
+	done      map[string]*visited                  // by [visitKey]
+	entries   map[digest.Digest]indexEntry         // of indexes
+	renamed   map[digest.Digest]ocispec.Descriptor // what took the place of a manifest or index
+	seen      int                                  // manifests that are here, with what is needed of them
+	changed   map[string]bool                      // layers, each once however many manifests have it
+	matched   map[int]bool                         // by index into Options.Platforms
+	inRange   map[int]bool                         // the Layers that some manifest has
+	hasBase   bool                                 // some manifest has a layer of Base
+	lacking   []string
 }
 
 func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
-	w := &work{Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{}}
-	return w.run(ctx, target)
+	return newWork(cs, opts, op).run(ctx, target)
+}
+
+func newWork(cs content.Store, opts Options, op operation) *work {
+	return &work{
+		Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{},
+		done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
+	}
 }
 
 func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, error) {
+	w.changed = make(map[string]bool)
 	out, err := w.any(ctx, target, 0)
 	if err != nil {
 		return Result{}, err
 	}
-	if err := w.checkSelection(); err != nil {
+	if err := errors.Join(w.checkSelection(), w.checkBase()); err != nil {
 		return Result{}, err
 	}
-	if w.seen == 0 && len(w.skipped) > 0 {
-		return Result{}, fmt.Errorf("no layers of this image are here: pull it with its content first (%w)", errdefs.ErrNotFound)
+	if w.seen == 0 && len(w.skipped)+len(w.leftOut) > 0 {
+		return Result{}, fmt.Errorf("no layers of this image are here: %w", errdefs.ErrNotFound)
 	}
 	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
 	out.desc.Platform = target.Platform
-	if w.changed == 0 {
+	if len(w.changed) == 0 {
 		out.desc = target
 	}
-	return Result{Target: out.desc, Layers: w.changed, Skipped: w.skipped}, nil
+	w.addShared()
+	return Result{Target: out.desc, Layers: len(w.changed), Skipped: w.skipped, LeftOut: w.leftOut, Plain: w.plain, Lacking: w.lacking}, nil
 }
 
 // checkSelection refuses a selection of what the image does not have.
@@ -158,11 +210,50 @@ type outcome struct {
 // errAbsent is the error of a manifest whose content is not in the store.
 var errAbsent = errors.New("its content is not here")
 
+// indexEntry is an entry of an index.
+type indexEntry struct {
+	ocispec.Descriptor
+	depth int
+}
+
+// visited is a manifest or index that was worked on, or is being worked on.
+type visited struct {
+	outcome
+	err error
+}
+
+// visitKey returns what the outcome of a manifest or index depends on: the same
+// manifest may be there for several platforms, of which one is selected.
+func visitKey(desc ocispec.Descriptor) string {
+	platform, err := json.Marshal(desc.Platform)
+	if err != nil {
+		panic(err) // strings
+	}
+	return fmt.Sprint(desc.MediaType, desc.Digest, desc.Size, string(platform), IsAttestation(desc))
+}
+
+// any works on a manifest or an index, once however often it is there.
 func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+	key := visitKey(desc)
+	if v := w.done[key]; v != nil {
+		return v.outcome, v.err
+	}
+	v := &visited{outcome: outcome{desc: desc}}
+	w.done[key] = v
+	v.outcome, v.err = w.visitOnce(ctx, desc, depth)
+	if v.err == nil && v.changed {
+		if _, ok := w.renamed[desc.Digest]; !ok {
+			w.renamed[desc.Digest] = v.desc
+		}
+	}
+	return v.outcome, v.err
+}
+
+func (w *work) visitOnce(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	switch {
-	case images.IsIndexType(desc.MediaType):
+	case isIndex(desc.MediaType):
 		return w.index(ctx, desc, depth)
-	case images.IsManifestType(desc.MediaType):
+	case isManifest(desc.MediaType):
 		return w.manifest(ctx, desc, depth == 0)
 	case desc.MediaType == images.MediaTypeDockerSchema1Manifest:
 		return outcome{}, fmt.Errorf("%s is a Docker image of schema 1, which can't be encrypted: convert it first, as with \"skopeo copy --format oci\"", desc.Digest)
@@ -172,7 +263,7 @@ func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (out
 
 func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	if depth >= maxDepth {
-		return outcome{}, fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+		return outcome{}, errDepth(desc.Digest)
 	}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
@@ -189,59 +280,43 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	if err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
 	}
-	known := notes.plain() // not to be encrypted, even if absent
-	out := outcome{desc: desc}
-	var absent []string
-	children := slices.Clone(index.Manifests)
-	e := &edit{list: "manifests", changes: make(map[int]change), renamed: make(map[digest.Digest]digest.Digest), mode: w.op.mode()}
-	for i, child := range index.Manifests {
-		if !images.IsIndexType(child.MediaType) && !images.IsManifestType(child.MediaType) {
-			continue
-		}
-		c, err := w.any(ctx, child, depth+1)
-		if errors.Is(err, errAbsent) {
-			if len(w.Platforms) == 0 {
-				w.skipped = append(w.skipped, child)
-			}
-			absent = append(absent, child.Digest.String())
-			continue
-		}
-		if err != nil {
-			return outcome{}, err
-		}
-		out.encrypted, out.was = out.encrypted || c.encrypted, out.was || c.was
-		if !c.encrypted {
-			e.plain = append(e.plain, c.desc.Digest.String())
-		}
-		if c.changed {
-			out.changed = true
-			children[i].MediaType, children[i].Digest, children[i].Size = c.desc.MediaType, c.desc.Digest, c.desc.Size
-			e.changes[i] = change{desc: children[i]}
-			e.renamed[child.Digest] = c.desc.Digest
-		}
+	iw := &indexWork{work: w, desc: desc, list: w.ofSelection(ctx, index.Manifests), known: notes.plain(), out: outcome{desc: desc}, absent: map[digest.Digest]bool{}}
+	iw.edit = &edit{list: "manifests", changes: make(map[int]change), renamed: w.renamed, mode: w.op.mode(), content: w.small(ctx)}
+	for _, e := range iw.list {
+		w.entries[e.Digest] = indexEntry{e, depth + 1}
 	}
-	// What is not here may be encrypted, unless nothing here ever was.
-	for _, d := range absent {
-		if slices.Contains(known, d) || w.op.mode() != decrypting && !out.was {
-			e.plain = append(e.plain, d)
-		} else {
-			out.encrypted = true
-		}
+	if err := iw.run(ctx, depth); err != nil {
+		return outcome{}, err
 	}
-	if !out.changed {
+	e, out := iw.edit, iw.out
+	if len(iw.list) > 0 && len(e.removed) == len(iw.list) && depth > 0 {
+		return outcome{}, errAbsent
+	}
+	e.subject = w.subject(ctx, index.Subject)
+	e.done, e.fresh = !out.encrypted, !out.was
+	// An index may have changed by what was left out, and by nothing else.
+	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
+	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores; !out.changed {
 		return out, nil
 	}
-	e.done, e.fresh = !out.encrypted, !out.was
+	children := slices.Clone(index.Manifests)
+	for i, c := range e.changes {
+		children[i].MediaType, children[i].Digest, children[i].Size = c.desc.MediaType, c.desc.Digest, c.desc.Size
+	}
+	for _, i := range slices.Backward(e.removed) {
+		children = slices.Delete(children, i, i+1)
+	}
 	out.desc, err = w.rewrite(ctx, desc, doc, e, children)
 	return out, err
 }
 
 func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) (outcome, error) {
 	out := outcome{desc: desc}
+	mode := w.op.mode()
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && !top {
-		if w.platform(desc.Platform) && len(w.Platforms) > 0 {
-			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: pull it first", platforms.FormatAll(*desc.Platform), desc.Digest)
+		if w.platform(desc.Platform) && len(w.Platforms) > 0 && !IsAttestation(desc) {
+			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: %w", platforms.FormatAll(*desc.Platform), desc.Digest, errdefs.ErrNotFound)
 		}
 		return outcome{}, errAbsent
 	}
@@ -252,31 +327,52 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if err := json.Unmarshal(doc, &manifest); err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
+	if err := w.usage.manifest(manifest.Layers); err != nil {
+		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+	}
 	platform := w.platformOf(ctx, desc, manifest)
 	selected := w.platform(platform)
+	kept := mode == encrypting && w.Attestations == KeepAttestations && IsAttestation(desc)
 
 	var chosen []int
+	if selected {
+		w.noteLacking(platform, manifest.Layers)
+	}
+	plain := make(map[int]Reason)
 	for i, l := range manifest.Layers {
-		if selected && w.layer(i, len(manifest.Layers)) && isLayer(l.MediaType) && w.op.wants(l.MediaType) {
+		reason, err := w.unencryptable(ctx, l)
+		switch {
+		case err != nil:
+			return outcome{}, fmt.Errorf("layer %s: %w", l.Digest, err)
+		case !selected || !w.layer(i, len(manifest.Layers)) || w.inBase(l):
+			plain[i] = ReasonNotSelected
+		case kept:
+			plain[i] = ReasonAttestation
+		case mode == encrypting && reason != "":
+			plain[i] = reason
+		case w.op.wants(l.MediaType):
 			chosen = append(chosen, i)
 		}
 	}
-	needed := chosen
-	if w.op.mode() == rewrapping {
-		needed = nil // it reads no layer
-	}
-	for _, i := range needed {
-		switch _, err := w.Info(ctx, manifest.Layers[i].Digest); {
-		case errdefs.IsNotFound(err) && !top && len(w.Platforms) == 0:
-			return outcome{}, errAbsent
-		case errdefs.IsNotFound(err):
-			return outcome{}, fmt.Errorf("layer %s%s is not here: pull the image with its content first: %w", manifest.Layers[i].Digest, ofPlatform(platform), err)
+	for _, i := range chosen {
+		if l := manifest.Layers[i]; mode == encrypting && len(l.Data) > 0 && inlined(l) == nil {
+			return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, errData(l))
+		}
+		if !w.reads(manifest.Layers[i]) {
+			continue
+		}
+		switch here, err := w.has(ctx, manifest.Layers[i]); {
 		case err != nil:
 			return outcome{}, fmt.Errorf("layer %s: %w", manifest.Layers[i].Digest, err)
+		case !here && !top && len(w.Platforms) == 0:
+			return outcome{}, errAbsent
+		case !here:
+			return outcome{}, fmt.Errorf("layer %s%s is not here: %w", manifest.Layers[i].Digest, ofPlatform(platform), errdefs.ErrNotFound)
 		}
 	}
 
 	w.seen++
+	w.report(desc, manifest, platform, selected, plain, chosen)
 	changes, err := w.change(ctx, manifest.Layers, chosen)
 	if err != nil && desc.Platform != nil {
 		err = fmt.Errorf("platform %s: %w", platforms.FormatAll(*desc.Platform), err)
@@ -290,14 +386,78 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	}
 	isEncrypted := func(l ocispec.Descriptor) bool { return processor.IsEncrypted(l.MediaType) }
 	out.encrypted, out.was = slices.ContainsFunc(layers, isEncrypted), slices.ContainsFunc(manifest.Layers, isEncrypted)
-	if len(changes) == 0 {
+	e := &edit{list: "layers", changes: changes, mode: mode, done: !out.encrypted, fresh: !out.was, content: w.small(ctx), subject: w.subject(ctx, manifest.Subject)}
+	if len(changes) == 0 && e.subject == nil {
 		return out, nil
 	}
-	w.changed += len(changes)
+	for i := range changes {
+		w.changed[manifest.Layers[i].MediaType+" "+manifest.Layers[i].Digest.String()] = true
+	}
 	out.changed = true
-	e := &edit{list: "layers", changes: changes, mode: w.op.mode(), done: !out.encrypted, fresh: !out.was}
 	out.desc, err = w.rewrite(ctx, desc, doc, e, append([]ocispec.Descriptor{manifest.Config}, layers...))
 	return out, err
+}
+
+// reads reports whether the operation reads the blob of a layer that it changes.
+func (w *work) reads(l ocispec.Descriptor) bool {
+	switch w.op.mode() {
+	case rewrapping:
+		return false
+	case encrypting: // more recipients for an encrypted layer take its key alone
+		return !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)
+	}
+	return true
+}
+
+// report reports what is readable in a manifest, or will be.
+func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
+	mode := w.op.mode()
+	if mode != encrypting && mode != inspecting {
+		return
+	}
+	if m.Config.Digest != "" && (selected || mode == encrypting) {
+		w.addPlain(desc, m.Config, platform, ReasonConfig)
+	}
+	for i, l := range m.Layers {
+		reason := plain[i]
+		switch {
+		case mode == inspecting && reason != ReasonNotSelected:
+			w.inspectLayer(desc, l, platform)
+		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
+			w.addPlain(desc, l, platform, reason)
+		case mode == encrypting && len(l.URLs) > 0:
+			w.addPlain(desc, l, platform, ReasonURLs)
+		}
+		if slices.Contains(chosen, i) {
+			w.encrypted = append(w.encrypted, newPlain(desc, l, platform, ""))
+		}
+	}
+}
+
+// subject returns what took the place of the manifest or index that a subject is,
+// after working on that if it is in this image, or nil if nothing did.
+func (w *work) subject(ctx context.Context, subject *ocispec.Descriptor) *ocispec.Descriptor {
+	if subject == nil {
+		return nil
+	}
+	if e, ok := w.entries[subject.Digest]; ok {
+		// Its error is that of its own entry.
+		_, _ = w.any(ctx, e.Descriptor, e.depth)
+	}
+	if now, ok := w.renamed[subject.Digest]; ok {
+		return &now
+	}
+	return nil
+}
+
+// small returns a function that reads a blob that is no larger than a manifest.
+func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
+	return func(desc ocispec.Descriptor) ([]byte, error) {
+		if desc.Size > maxManifest {
+			return nil, fmt.Errorf("blob %s has %d bytes, more than %d", desc.Digest, desc.Size, maxManifest)
+		}
+		return content.ReadBlob(ctx, w.Store, desc)
+	}
 }
 
 // rewrite writes the edited document and returns what describes it.
@@ -305,6 +465,11 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	doc, mediaType, err := e.apply(doc, desc.MediaType)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("rewrite %s: %w", desc.Digest, err)
+	}
+	if w.op.mode() != decrypting {
+		if err := checkPushed(doc); err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("%s: %w", desc.Digest, err)
+		}
 	}
 	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
 	if w.dry {
@@ -319,13 +484,16 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 // document reads a manifest or an index. One that is both is an error: whoever
 // reads it as the other sees another image (CVE-2021-41190).
 func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	if err := w.usage.document(); err != nil {
+		return nil, err
+	}
 	ra, err := w.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer ra.Close()
-	if size := max(ra.Size(), desc.Size); size > maxManifest {
-		return nil, fmt.Errorf("it has %d bytes, more than %d", size, maxManifest)
+	if err := w.usage.read(max(ra.Size(), desc.Size)); err != nil {
+		return nil, err
 	}
 	doc := make([]byte, ra.Size())
 	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {
@@ -383,6 +551,22 @@ func (w *work) layer(i, n int) bool {
 		}
 	}
 	return found
+}
+
+// entryPlatform returns the platform of an entry of an index, as platformOf does.
+func (w *work) entryPlatform(ctx context.Context, e ocispec.Descriptor) *ocispec.Platform {
+	if e.Platform != nil || !isManifest(e.MediaType) {
+		return e.Platform
+	}
+	doc, err := w.document(ctx, e)
+	if err != nil {
+		return nil // an error of that entry's own
+	}
+	var m ocispec.Manifest
+	if json.Unmarshal(doc, &m) != nil {
+		return nil
+	}
+	return w.platformOf(ctx, e, m)
 }
 
 func ofPlatform(p *ocispec.Platform) string {

@@ -155,7 +155,8 @@ func testImages(s *store) map[string]ocispec.Descriptor {
 func TestRoundTrip(t *testing.T) {
 	s := newStore(t)
 	for name, target := range testImages(s) {
-		encrypted, err := Encrypt(s.ctx, s, target, s.ec, Options{})
+		// Docker's foreign layer is not here.
+		encrypted, err := Encrypt(s.ctx, s, target, s.ec, Options{AllowPlain: true})
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -168,7 +169,7 @@ func TestRoundTrip(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		for _, l := range layers {
-			if strings.Contains(l.Descriptor.MediaType, "in-toto") || strings.Contains(l.Descriptor.MediaType, "nondistributable") {
+			if strings.Contains(l.Descriptor.MediaType, "nondistributable") {
 				continue
 			}
 			if !processor.IsEncrypted(l.Descriptor.MediaType) || strings.Contains(s.get(l.Descriptor), "layer") {
@@ -176,7 +177,7 @@ func TestRoundTrip(t *testing.T) {
 			}
 		}
 		// More recipients change nothing of the layers.
-		again, err := Encrypt(s.ctx, s, encrypted.Target, &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}, Options{})
+		again, err := Encrypt(s.ctx, s, encrypted.Target, &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}, Options{AllowPlain: true})
 		if err != nil || again.Layers != encrypted.Layers {
 			t.Errorf("%s, more recipients: %+v, %v", name, again, err)
 		}
@@ -198,7 +199,7 @@ func TestRoundTrip(t *testing.T) {
 func TestLayerByLayer(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["docker"]
-	result, err := Encrypt(s.ctx, s, target, s.ec, Options{})
+	result, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{1, 2}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,9 +222,13 @@ func TestSelection(t *testing.T) {
 		layers int
 		want   string
 	}{
+		// The attestation has one layer, and is about linux/amd64.
 		{Options{}, 4, ""},
-		{Options{Platforms: []ocispec.Platform{amd64}}, 1, ""},
-		{Options{Layers: []int{0}}, 2, ""},
+		{Options{Attestations: KeepAttestations}, 3, ""},
+		{Options{Attestations: DropAttestations}, 3, ""},
+		{Options{Attestations: "burn"}, 0, "use encrypt, drop or keep"},
+		{Options{Platforms: []ocispec.Platform{amd64}}, 2, ""},
+		{Options{Layers: []int{0}}, 3, ""},
 		{Options{Layers: []int{-1}}, 2, ""},
 		{Options{Layers: []int{2, 1}}, 2, ""},
 		{Options{Layers: []int{7}}, 0, "no layer 7"},
@@ -236,8 +241,8 @@ func TestSelection(t *testing.T) {
 			t.Errorf("%+v: %+v, %v", test.opts, result, err)
 		}
 	}
-	result, err := Encrypt(s.ctx, s, index, s.ec, Options{})
-	if err != nil || len(result.Skipped) != 1 || result.Skipped[0].Platform.Architecture != "s390x" {
+	result, err := Encrypt(s.ctx, s, index, s.ec, Options{KeepAbsent: true})
+	if err != nil || len(result.Skipped) != 1 || len(result.LeftOut) != 0 || result.Skipped[0].Platform.Architecture != "s390x" {
 		t.Errorf("skipped: %+v, %v", result.Skipped, err)
 	}
 	var encrypted ocispec.Index
@@ -335,7 +340,8 @@ func TestErrors(t *testing.T) {
 	}{
 		{"twice", manifest(layer + `,"digest":"` + a.Digest.String() + `"}`), `key "digest" stands there twice`},
 		{"case", manifest(layer + `,"Digest":"` + a.Digest.String() + `"}`), `can be taken for "digest"`},
-		{"data", manifest(layer + `,"data":"bGF5ZXIgYQ=="}`), "stands in the document itself"},
+		{"data", manifest(layer + `,"data":"bGF5ZXIgYg=="}`), "data that is not its content"},
+		{"data in other words", manifest(layer + `,"data":"bGF5ZXIgYQ\u003d="}`), "data that is not its content"},
 		{"size", manifest(strings.Replace(layer, `"size":7`, `"size":8`, 1) + "}"), "has 7 bytes, and the manifest says 8"},
 		{"absent layer", manifest(`{"mediaType":"` + a.MediaType + `","digest":"` + digest.FromString("no").String() + `","size":2}`), "is not here"},
 		{"no JSON", s.put(ociManifest, `{"layers":`), "manifest sha256:"},

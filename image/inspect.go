@@ -25,11 +25,10 @@ type Layer struct {
 	Descriptor ocispec.Descriptor
 }
 
-// Layers returns the selected layers of an image, manifest by manifest. What
-// is in an image's manifest but no layer, as in an attestation, is not among
-// them, and neither are the layers of manifests that are not in the store.
+// Layers returns the selected layers of an image, of whatever media type, manifest
+// by manifest. Those of manifests that are not in the store are not among them.
 func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
-	w := &work{Store: cs, Options: opts, matched: map[int]bool{}, inRange: map[int]bool{}}
+	w := newWork(cs, opts, inspection{})
 	var list []Layer
 	err := w.visit(ctx, target, 0, func(l Layer, total int) error {
 		if w.platform(l.Platform) && w.layer(l.Index, total) {
@@ -63,8 +62,13 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 	return nil
 }
 
-// visit calls f for each layer.
+// visit calls f for each layer of each manifest, once however often that is listed.
 func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f func(l Layer, total int) error) error {
+	key := visitKey(desc)
+	if w.done[key] != nil {
+		return nil
+	}
+	w.done[key] = &visited{}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
 		w.platform(desc.Platform) // it has that platform, even if not here
@@ -74,16 +78,16 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 		return fmt.Errorf("%s: %w", desc.Digest, err)
 	}
 	switch {
-	case images.IsIndexType(desc.MediaType):
+	case isIndex(desc.MediaType):
 		if depth >= maxDepth {
-			return fmt.Errorf("index %s: more than %d indexes stand in each other", desc.Digest, maxDepth)
+			return errDepth(desc.Digest)
 		}
 		var index ocispec.Index
 		if err := json.Unmarshal(doc, &index); err != nil {
 			return fmt.Errorf("index %s: %w", desc.Digest, err)
 		}
-		for _, child := range index.Manifests {
-			if !images.IsIndexType(child.MediaType) && !images.IsManifestType(child.MediaType) {
+		for _, child := range w.ofSelection(ctx, index.Manifests) {
+			if !isIndex(child.MediaType) && !isManifest(child.MediaType) {
 				continue
 			}
 			if err := w.visit(ctx, child, depth+1, f); err != nil {
@@ -91,16 +95,16 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 			}
 		}
 		return nil
-	case images.IsManifestType(desc.MediaType):
+	case isManifest(desc.MediaType):
 		var manifest ocispec.Manifest
 		if err := json.Unmarshal(doc, &manifest); err != nil {
 			return fmt.Errorf("manifest %s: %w", desc.Digest, err)
 		}
+		if err := w.usage.manifest(manifest.Layers); err != nil {
+			return fmt.Errorf("manifest %s: %w", desc.Digest, err)
+		}
 		platform := w.platformOf(ctx, desc, manifest)
 		for i, l := range manifest.Layers {
-			if !images.IsLayerType(l.MediaType) && !isLayer(l.MediaType) {
-				continue
-			}
 			if err := f(Layer{Index: i, Platform: platform, Descriptor: l}, len(manifest.Layers)); err != nil {
 				return err
 			}
@@ -108,11 +112,4 @@ func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f 
 		return nil
 	}
 	return fmt.Errorf("%s is no image but of type %q", desc.Digest, desc.MediaType)
-}
-
-// isLayer reports whether mediaType is that of a layer that is encrypted or
-// can be.
-func isLayer(mediaType string) bool {
-	_, ok := processor.EncryptedMediaType(mediaType)
-	return ok || processor.IsEncrypted(mediaType)
 }

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -32,7 +33,10 @@ const keyWithin = time.Minute
 const abortWithin = 5 * time.Second
 
 // encryption is the operation of [Encrypt].
-type encryption struct{ ec *config.EncryptConfig }
+type encryption struct {
+	ec    *config.EncryptConfig
+	plans plans
+}
 
 func (*encryption) mode() mode { return encrypting }
 
@@ -40,36 +44,11 @@ func (*encryption) mode() mode { return encrypting }
 func (*encryption) wants(string) bool { return true }
 
 func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
-	c := change{desc: desc}
-	if processor.IsEncrypted(desc.MediaType) && !processor.HasRecipients(desc) {
-		var err error
-		c.annotations, err = e.restoreKeys(ctx, w, desc)
-		return c, err
+	p, err := e.plans.of(desc)
+	if err != nil || p.key == nil {
+		return p.change, err
 	}
-	if processor.IsEncrypted(desc.MediaType) {
-		ctx, cancel := context.WithTimeout(ctx, keyWithin)
-		defer cancel()
-		key, err := processor.Unwrap(ctx, &e.ec.DecryptConfig, desc)
-		if err != nil {
-			return change{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
-		}
-		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, e.ec, desc.Annotations)
-		return c, err
-	}
-	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
-	if !ok {
-		return change{}, fmt.Errorf("media type %s can't be encrypted", desc.MediaType)
-	}
-	c.desc.MediaType = mediaType
-	key := processor.NewLayerKey(desc.Digest)
-	defer key.Clear()
-	wrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
-	defer cancel()
-	var err error
-	if c.annotations, err = key.Wrap(wrapCtx, e.ec, nil); err != nil {
-		return change{}, err
-	}
+	c, key := p.change, p.key
 	err = w.read(ctx, desc, func(r io.Reader) error {
 		encrypter, err := processor.NewEncrypter(r, key)
 		if err != nil {
@@ -155,11 +134,11 @@ type blobs struct {
 }
 
 func (b *blobs) change(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
-	if processor.IsEncrypted(desc.MediaType) && w.op.mode() != decrypting {
-		return w.op.layer(ctx, w, desc) // only its annotations change
-	}
 	b.mu.Lock()
 	name := desc.MediaType + " " + desc.Digest.String()
+	if processor.IsEncrypted(desc.MediaType) && w.op.mode() != decrypting {
+		name = planKey(desc) // only its annotations change
+	}
 	do, ok := b.done[name]
 	if !ok {
 		do = sync.OnceValues(func() (change, error) { return w.op.layer(ctx, w, desc) })
@@ -174,6 +153,9 @@ func (b *blobs) change(ctx context.Context, w *work, desc ocispec.Descriptor) (c
 
 // read calls f with a reader of a blob of the size that its descriptor says.
 func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Reader) error) error {
+	if data := inlined(desc); data != nil {
+		return f(bytes.NewReader(data))
+	}
 	ra, err := w.ReaderAt(ctx, desc)
 	if err != nil {
 		return err

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -17,8 +19,10 @@ const restoreAnnotation = processor.AnnotationPrefix + "pilot.restore"
 
 // restore is what restoreAnnotation holds, as a JSON object of strings: JSON
 // pointers (RFC 6901) into the document, and the JSON text that stood there: a
-// media type of Docker's or an unusual spelling of one or of a digest,
-// annotations that are empty or were of encryption, URLs.
+// media type of Docker's or of a foreign layer's or an unusual spelling of one,
+// annotations that are empty or were of encryption, URLs. Of a digest it holds how
+// it was spelled, and of data that it was there, so that it helps nobody to find or
+// to read the plain blob.
 type restore map[string]string
 
 // plainKey is the key in restore of a list of digests, with spaces between
@@ -94,7 +98,7 @@ func dropRestore(doc []byte, whole bool) ([]byte, error) {
 
 // apply gives doc back what it had, where that still fits, and returns it with
 // its media type.
-func (r restore) apply(doc []byte, mediaType, list string) (_ []byte, _ string, err error) {
+func (r restore) apply(doc []byte, mediaType, list string, content func(ocispec.Descriptor) ([]byte, error)) (_ []byte, _ string, err error) {
 	if doc, err = dropRestore(doc, r["/annotations"] == ""); err != nil {
 		return nil, "", err
 	}
@@ -113,18 +117,58 @@ func (r restore) apply(doc []byte, mediaType, list string) (_ []byte, _ string, 
 	if err != nil {
 		return nil, "", err
 	}
+	if err != nil {
+		return nil, "", err
+	}
 	doc, err = edited(doc, list, func(array []byte) ([]byte, error) {
-		return mapElements(array, func(i int, element []byte) (_ []byte, err error) {
-			at := "/" + list + "/" + strconv.Itoa(i)
-			for _, key := range []string{"/mediaType", "/digest", "/annotations", "/urls"} {
-				if element, err = r.replace(element, at+key); err != nil {
-					return nil, fmt.Errorf("%s: %w", at, err)
-				}
-			}
-			return element, nil
+		array, err := mapElements(array, func(i int, element []byte) ([]byte, error) {
+			return r.descriptor(element, "/"+list+"/"+strconv.Itoa(i), content)
 		})
+		if err != nil {
+			return nil, err
+		}
+		return r.restoreElements(array)
 	})
+	if err != nil {
+		return nil, "", err
+	}
+	doc, err = edited(doc, "subject", func(subject []byte) ([]byte, error) { return r.descriptor(subject, "/subject", content) })
 	return doc, mediaType, err
+}
+
+// descriptor gives a descriptor back what it had.
+func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descriptor) ([]byte, error)) (_ []byte, err error) {
+	for _, key := range []string{"/mediaType", "/digest", "/annotations", "/urls"} {
+		if doc, err = r.replace(doc, at+key); err != nil {
+			return nil, fmt.Errorf("%s: %w", at, err)
+		}
+	}
+	if mask := r[at+"/annotations/"+attestationAnnotation]; mask != "" {
+		doc, err = edited(doc, "annotations", func(annotations []byte) ([]byte, error) {
+			return edited(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
+				return escaped(unquote(text), unquote([]byte(mask))), nil
+			})
+		})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", at, err)
+		}
+	}
+	if r[at+"/data"] == "" {
+		return doc, nil
+	}
+	if text, err := get(doc, "data"); err != nil || string(text) != `""` {
+		return doc, err
+	}
+	var desc ocispec.Descriptor
+	if err := json.Unmarshal(doc, &desc); err != nil {
+		return nil, fmt.Errorf("%s: %w", at, err)
+	}
+	desc.Data = nil
+	data, err := content(desc)
+	if err != nil {
+		return nil, fmt.Errorf("%s/data: %w", at, err)
+	}
+	return set(doc, "data", dataText(data))
 }
 
 // replace puts back the text that stood at a place, which is a member of doc,
@@ -136,8 +180,14 @@ func (r restore) replace(doc []byte, at string) ([]byte, error) {
 	}
 	key := at[strings.LastIndex(at, "/")+1:]
 	has, err := get(doc, key)
-	if err != nil || has == nil || !same(key, []byte(text), has) {
+	if err != nil || has == nil {
 		return doc, err
+	}
+	if mask := unquote([]byte(text)); key == "digest" && !strings.Contains(mask, ":") {
+		text = string(escaped(unquote(has), mask))
+	}
+	if !same(key, []byte(text), has) {
+		return doc, nil
 	}
 	return set(doc, key, []byte(text))
 }
@@ -147,8 +197,10 @@ func (r restore) replace(doc []byte, at string) ([]byte, error) {
 func same(key string, had, has []byte) bool {
 	switch key {
 	case "mediaType":
-		had := unquote(had)
-		return had != "" && (had == unquote(has) || dockerTypes[had] == unquote(has))
+		had, has := unquote(had), unquote(has)
+		encrypted, _ := processor.EncryptedMediaType(had)
+		plain, _ := processor.PlainMediaType(encrypted)
+		return had != "" && (had == has || dockerTypes[had] == has || plain == has)
 	case "digest":
 		return unquote(had) != "" && unquote(had) == unquote(has)
 	case "urls":

@@ -55,6 +55,11 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 	if len(inOrder) == 0 {
 		return nil, errors.New("it has no recipients, so nobody can decrypt it")
 	}
+	if len(l.Remove) == 0 {
+		if err := processor.CheckWrappedKeys(l.desc.Annotations); err != nil {
+			return nil, err
+		}
+	}
 	left := 0
 	for _, k := range inOrder {
 		a, err := l.plan(ctx, k, inOrder)
@@ -196,9 +201,16 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 		return nil
 	}
 	var first error
+	optional := 0
 	for _, k := range inOrder {
 		if k.json == nil {
 			continue
+		}
+		if actions[k] == keep || actions[k] == drop {
+			// Anyone can add more than a broker has time for.
+			if optional++; optional > processor.MaxWrappedKeys {
+				continue
+			}
 		}
 		key, err := l.unwrap(ctx, k, l.Keys)
 		switch {
@@ -264,6 +276,16 @@ func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer
 	}
 	if newer && got[0].KEK == k.KEK && got[0].Version <= k.Version {
 		return keep, nil
+	}
+	if newer {
+		// The key that it had unwrapped, so this one has to.
+		key, err := l.unwrap(ctx, &got[0], l.Keys)
+		if err != nil {
+			return keep, fmt.Errorf("%s was wrapped for anew, and the result does not unwrap: %w", k, err)
+		}
+		if err := l.accept(&got[0], key); err != nil {
+			return keep, err
+		}
 	}
 	*k = got[0]
 	l.fresh[Recipient{Scheme: k.Scheme, KEK: kek}] = true

@@ -58,7 +58,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"pilot", "second", "original", "remote"} {
-		conf := keyprovider.Config{Name: name, CacheSize: 10}
+		conf := keyprovider.Config{Names: []string{name}, CacheSize: 10}
 		switch name {
 		case "original":
 			conf.Format = keyprovider.FormatOriginal
@@ -145,7 +145,7 @@ func TestRewrap(t *testing.T) {
 		plain := target
 		for _, ec := range []*config.EncryptConfig{kek("pilot", "team-a"), s.ec} {
 			ec.DecryptConfig = *s.dc
-			out, err := Encrypt(s.ctx, s, target, ec, Options{})
+			out, err := Encrypt(s.ctx, s, target, ec, Options{AllowPlain: true})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -64,7 +64,7 @@ func BenchmarkImages(b *testing.B) {
 	// How the cost grows.
 	again := func(name string) func() float64 {
 		return func() float64 {
-			return ours("encrypt", "--recipient", "jwe:"+other, "--key", private, name, name+"-both")
+			return ours("encrypt", "--force", "--recipient", "jwe:"+other, "--key", private, name, name+"-both")
 		}
 	}
 	imported("small", 4, 1<<20)

@@ -39,26 +39,28 @@ func TestEncryptPushPullRun(t *testing.T) {
 				output(t, ci.ctrPilot("images", "import", "--all-platforms", archive))
 
 				output(t, ci.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", plain, encrypted))
-				var layers []struct {
-					Platform, Digest, MediaType string
-					Encrypted                   bool
-					Recipients                  []string
+				var info struct {
+					FullyEncrypted bool
+					Layers         []struct {
+						Platform, Digest, MediaType string
+						Encrypted                   bool
+						Recipients                  []string
+					}
 				}
-				if err := json.Unmarshal([]byte(output(t, ci.ctrPilot("images", "layerinfo", "--json", encrypted))), &layers); err != nil {
+				if err := json.Unmarshal([]byte(output(t, ci.ctrPilot("images", "layerinfo", "--json", encrypted))), &info); err != nil {
 					t.Fatal(err)
 				}
-				images := 0
-				for _, layer := range layers {
+				for _, layer := range info.Layers {
+					mediaType := k.oci
 					if strings.Contains(layer.Platform, "unknown") {
-						continue
+						mediaType = "application/vnd.in-toto+json"
 					}
-					images++
-					if !layer.Encrypted || len(layer.Recipients) != 1 || layer.Recipients[0] != "team-a@1" || layer.MediaType != k.oci+"+encrypted" {
+					if !layer.Encrypted || len(layer.Recipients) != 1 || layer.Recipients[0] != "team-a@1" || layer.MediaType != mediaType+"+encrypted" {
 						t.Errorf("layerinfo: %+v", layer)
 					}
 				}
-				if want := map[string]int{"index": 4}[format]; images != max(want, 2) {
-					t.Errorf("layerinfo shows %d layers", images)
+				if want := map[string]int{"index": 5}[format]; len(info.Layers) != max(want, 2) || !info.FullyEncrypted {
+					t.Errorf("layerinfo shows %d layers, fully encrypted: %v", len(info.Layers), info.FullyEncrypted)
 				}
 				output(t, ci.ctrPilot("images", "push", "--plain-http", encrypted))
 				if k.name == "tar" && contains(t, storage, secret) {

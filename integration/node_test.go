@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // TestNodeInstall sets machines up with one command, pulls and runs with each
@@ -259,6 +262,56 @@ func TestNodeErofs(t *testing.T) {
 			}
 		}
 		fails(t, n.crictl("pull", c.tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })), "pilot: layer sha256:", "HMAC does not match")
+	}
+
+	// Layers that are EROFS file systems themselves.
+	hello, err := os.ReadFile(filepath.Join(bin, "hello"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, mediaType := range []string{"application/vnd.erofs.layer.v1", "application/vnd.erofs.layer.v1+zstd"} {
+		secret := newSecret()
+		write(t, m.root+"/root/layer/hello", string(hello))
+		if err := os.Chmod(m.root+"/root/layer/hello", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, m.root+"/root/layer/secret", secret)
+		output(t, m.run("mkfs.erofs", "/root/layer.erofs", "/root/layer"))
+		plain := []byte(read(t, m.root+"/root/layer.erofs"))
+		blob := plain
+		if strings.HasSuffix(mediaType, "zstd") {
+			blob = zstandard(t, plain)
+		}
+		l := newLayout(t)
+		config := l.json("application/vnd.oci.image.config.v1+json", object{
+			"architecture": goarch, "os": "linux", "config": object{"Cmd": []string{"/hello"}},
+			"rootfs": object{"type": "layers", "diff_ids": []string{digest.FromBytes(plain).String()}},
+		})
+		image := l.json("application/vnd.oci.image.manifest.v1+json", object{
+			"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": []object{l.blob(mediaType, blob)},
+		})
+		name := fmt.Sprintf("%s/native:%d", c.registry, len(blob))
+		c.publish(l, name, image, "provider:pilot:team-a")
+		if info := output(t, c.ctrPilot("images", "layerinfo", "--require-encrypted", name)); !strings.Contains(info, mediaType+"+encrypted") {
+			t.Errorf("layerinfo: %s", info)
+		}
+		output(t, n.crictl("pull", name))
+		output(t, n.crictl("rmi", name))
+		for _, pull := range [][]string{{"images", "pull", "--plain-http", name}, {"images", "pull", "--local", "--plain-http", name}} {
+			output(t, m.run("ctr", append(pull, "--snapshotter", "erofs")...))
+			if out := output(t, m.run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, secret) {
+				t.Errorf("%s, %s: %s", pull, name, out)
+			}
+			output(t, m.run("ctr", "images", "remove", "--sync", name))
+		}
+		fails(t, m.run("ctr", "images", "pull", "--plain-http", "--local", "--snapshotter", "overlayfs", name), "is for the snapshotter erofs")
+		for _, change := range []func(b []byte) []byte{
+			func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+			func(b []byte) []byte { b[len(b)-1] ^= 1; return b },
+			func(b []byte) []byte { return b[:len(b)-1] },
+		} {
+			fails(t, n.crictl("pull", c.tamper(name, change)), "pilot: layer sha256:", "HMAC does not match")
+		}
 	}
 }
 

@@ -19,15 +19,17 @@ func rotate(t testing.TB, dir, kek string) {
 // wrappedFor returns the digests of an image's layers, and who each is wrapped for.
 func (n *node) wrappedFor(name string) (digests, recipients []string) {
 	n.t.Helper()
-	var layers []struct {
-		Digest     string
-		Encrypted  bool
-		Recipients []string
+	var info struct {
+		Layers []struct {
+			Digest     string
+			Encrypted  bool
+			Recipients []string
+		}
 	}
-	if err := json.Unmarshal([]byte(output(n.t, n.ctrPilot("images", "layerinfo", "--json", name))), &layers); err != nil {
+	if err := json.Unmarshal([]byte(output(n.t, n.ctrPilot("images", "layerinfo", "--json", name))), &info); err != nil {
 		n.t.Fatal(err)
 	}
-	for _, l := range layers {
+	for _, l := range info.Layers {
 		digests = append(digests, l.Digest)
 		if l.Encrypted {
 			recipients = append(recipients, strings.Join(l.Recipients, " "))
@@ -100,7 +102,7 @@ func TestRewrap(t *testing.T) {
 	})
 	rotate(t, dir+"/broker", "team-a")
 	unchanged("example.com/app:1", func() {
-		if out := output(t, rewrap("--dry-run", "example.com/app:1")); !strings.Contains(out, "would change (4 layers: provider:pilot:team-a@1 -> provider:pilot:team-a@2") {
+		if out := output(t, rewrap("--dry-run", "example.com/app:1")); !strings.Contains(out, "would change (2 layers: provider:pilot:team-a@1 -> provider:pilot:team-a@2") {
 			t.Errorf("dry run: %s", out)
 		}
 	})

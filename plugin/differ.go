@@ -184,6 +184,9 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, err
 	}
 	defer d.leave()
+	if len(mounts) > 0 && isErofs(desc.MediaType) {
+		return d.applyErofs(ctx, desc, key, mounts, opts...)
+	}
 	layer := &decryption{key: key}
 	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
 	layer.end()

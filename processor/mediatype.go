@@ -9,54 +9,47 @@ import (
 // encryptedSuffix marks the media type of an encrypted layer.
 const encryptedSuffix = "+encrypted"
 
-// mediaTypeWasm is the layer of an image that holds a WebAssembly module.
-const mediaTypeWasm = "application/vnd.wasm.content.layer.v1+wasm"
-
-// encryptable maps the media type of a layer that can be encrypted to its OCI
-// name. Nondistributable (foreign) layers are not in it: whoever publishes
-// them hands them out in plain.
-var encryptable = map[string]string{
-	ocispec.MediaTypeImageLayer:                         ocispec.MediaTypeImageLayer,
-	ocispec.MediaTypeImageLayerGzip:                     ocispec.MediaTypeImageLayerGzip,
-	ocispec.MediaTypeImageLayerZstd:                     ocispec.MediaTypeImageLayerZstd,
-	mediaTypeWasm:                                       mediaTypeWasm,
-	"application/vnd.docker.image.rootfs.diff.tar":      ocispec.MediaTypeImageLayer,
-	"application/vnd.docker.image.rootfs.diff.tar.gzip": ocispec.MediaTypeImageLayerGzip,
-	"application/vnd.docker.image.rootfs.diff.tar.zstd": ocispec.MediaTypeImageLayerZstd,
+// ociTypes maps the media types of layers to those that their encrypted form
+// names. Docker manifests can't have encrypted layers, so Docker's types become
+// the OCI's. An encrypted foreign (nondistributable) layer is a plain layer's
+// type: clients don't push blobs of the foreign types, and expect them at the
+// publisher's URLs, where the encrypted blob is not.
+var ociTypes = map[string]string{
+	"application/vnd.docker.image.rootfs.diff.tar":                 ocispec.MediaTypeImageLayer,
+	"application/vnd.docker.image.rootfs.diff.tar.gzip":            ocispec.MediaTypeImageLayerGzip,
+	"application/vnd.docker.image.rootfs.diff.tar.zstd":            ocispec.MediaTypeImageLayerZstd,
+	"application/vnd.docker.image.rootfs.foreign.diff.tar":         ocispec.MediaTypeImageLayer,
+	"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip":    ocispec.MediaTypeImageLayerGzip,
+	"application/vnd.oci.image.layer.nondistributable.v1.tar":      ocispec.MediaTypeImageLayer,
+	"application/vnd.oci.image.layer.nondistributable.v1.tar+gzip": ocispec.MediaTypeImageLayerGzip,
+	"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd": ocispec.MediaTypeImageLayerZstd,
 }
 
-// EncryptedMediaType returns the media type that a layer of media type mt has
-// once it is encrypted: the OCI name of mt followed by "+encrypted". It reports
-// false when layers of that type are not encrypted: nondistributable ones,
-// encrypted ones, and what is not a layer.
+// EncryptedMediaType returns the media type that a blob of media type mt has once
+// it is encrypted: mt, or its OCI name, followed by "+encrypted". Any blob can be
+// encrypted. It reports false if mt is empty or ends with "+encrypted".
 func EncryptedMediaType(mt string) (string, bool) {
-	oci, ok := encryptable[mt]
-	if !ok {
+	if mt == "" || strings.HasSuffix(mt, encryptedSuffix) {
 		return "", false
 	}
-	return oci + encryptedSuffix, true
+	if oci, ok := ociTypes[mt]; ok {
+		mt = oci
+	}
+	return mt + encryptedSuffix, true
 }
 
-// PlainMediaType returns the media type that an encrypted layer of media type
-// mt has once it is decrypted, and false when mt is not that of an encrypted
-// layer.
+// PlainMediaType returns the media type that an encrypted blob of media type mt
+// has once it is decrypted, and false if mt is not that of an encrypted blob.
 func PlainMediaType(mt string) (string, bool) {
 	plain, ok := strings.CutSuffix(mt, encryptedSuffix)
-	if !ok {
+	// Nothing is encrypted twice. What decrypts a stream relies on that.
+	if !ok || plain == "" || strings.HasSuffix(plain, encryptedSuffix) {
 		return "", false
 	}
-	switch plain {
-	case ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayerZstd, mediaTypeWasm,
-		// Deprecated, but images have them.
-		"application/vnd.oci.image.layer.nondistributable.v1.tar",
-		"application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
-		"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd":
-		return plain, true
-	}
-	return "", false
+	return plain, true
 }
 
-// IsEncrypted reports whether mt is the media type of an encrypted layer.
+// IsEncrypted reports whether mt is the media type of an encrypted blob.
 func IsEncrypted(mt string) bool {
 	_, ok := PlainMediaType(mt)
 	return ok

@@ -13,7 +13,7 @@ import (
 
 // maxAttempts bounds the recipients that [UnwrapAny] tries, of all descriptors
 // together. Each attempt may be a call to a key broker.
-const maxAttempts = 4 * maxRecipients
+const maxAttempts = 4 * MaxWrappedKeys
 
 // UnwrapAny returns the key of one encrypted layer from several descriptors of
 // it, any of which may be wrong, by accident or on purpose. It tries the first
@@ -88,14 +88,14 @@ func inTurn(descs []ocispec.Descriptor) []attempt {
 	lists := make([][]attempt, len(descs))
 	for i, desc := range descs {
 		for _, scheme := range wrappedWith(desc) {
-			for _, wrapped := range strings.SplitN(desc.Annotations[annotationKeysPrefix+scheme], ",", maxRecipients+1) {
-				if len(lists[i]) < maxRecipients {
+			for _, wrapped := range strings.SplitN(desc.Annotations[annotationKeysPrefix+scheme], ",", MaxWrappedKeys+1) {
+				if len(lists[i]) < MaxWrappedKeys {
 					lists[i] = append(lists[i], attempt{scheme, wrapped, desc.Annotations[annotationPubOpts]})
 				}
 			}
 		}
 	}
-	for round := range maxRecipients {
+	for round := range MaxWrappedKeys {
 		for _, list := range lists {
 			if round < len(list) && !seen[list[round]] {
 				seen[list[round]] = true

@@ -98,6 +98,10 @@ func (w keyWrapper) possible(dc *config.DecryptConfig) bool { return !w.NoPossib
 //
 // A key provider is told the parameters meant for it and no others, so no
 // private key in ec reaches it.
+//
+// What was wrapped is read back, and unwrapped where ec.DecryptConfig has a key for
+// it. The error wraps [ErrTooManyRecipients] where the layer would have wrapped keys
+// that [Unwrap] does not try.
 func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotations map[string]string) (map[string]string, error) {
 	private, err := k.private()
 	if err != nil {
@@ -107,22 +111,15 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 
 	out := make(map[string]string)
 	add := func(scheme string) error {
-		w, err := newWrapper(scheme)
+		value, err := wrapAll(ctx, scheme, ec, private)
 		if err != nil {
 			return err
 		}
-		wrapped, err := w.wrap(ctx, ec, private)
-		if err != nil {
-			return fmt.Errorf("wrap the layer key with %s: %w", scheme, late(err))
-		}
-		if len(wrapped) == 0 {
-			return fmt.Errorf("wrap the layer key with %s: it returned nothing", scheme)
-		}
 		id := annotationKeysPrefix + scheme
-		out[id] = base64.StdEncoding.EncodeToString(wrapped)
 		if had := annotations[id]; had != "" {
-			out[id] = had + "," + out[id]
+			value = had + "," + value
 		}
+		out[id] = value
 		return nil
 	}
 
@@ -153,7 +150,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 			out[id] = v
 		}
 	}
-	return out, nil
+	return out, CheckWrappedKeys(out)
 }
 
 // Unwrap returns the key of the encrypted layer that desc describes. It tries
@@ -165,7 +162,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
 	public := desc.Annotations[annotationPubOpts]
 	var reasons []error
-	left := maxRecipients
+	left := MaxWrappedKeys
 	for _, scheme := range wrappedWith(desc) {
 		key, err := unwrapWith(ctx, dc, scheme, desc.Annotations[annotationKeysPrefix+scheme], public, &left)
 		if err == nil {
@@ -185,10 +182,6 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 	}
 	return nil, fmt.Errorf("%w: %w", ErrNoKey, joined(reasons))
 }
-
-// maxRecipients bounds the recipients of a layer that are tried, which anybody
-// can add to.
-const maxRecipients = 64
 
 // unwrapWith returns the layer key from the recipients of one scheme, which
 // annotation holds, at most left of them.
@@ -218,7 +211,7 @@ func unwrapOne(ctx context.Context, w wrapper, dc *config.DecryptConfig, annotat
 	var reasons []error
 	for wrapped := range strings.SplitSeq(annotation, ",") {
 		if *left--; *left < 0 {
-			reasons = append(reasons, fmt.Errorf("the layer has more than %d recipients: the others are not tried", maxRecipients))
+			reasons = append(reasons, fmt.Errorf("the layer has more than %d wrapped keys: the others are not tried", MaxWrappedKeys))
 			break
 		}
 		b, err := base64.StdEncoding.DecodeString(wrapped)

@@ -1,0 +1,74 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+)
+
+// forceFlag is for commands that give their result a name.
+var forceFlag = &cli.BoolFlag{
+	Name:  "force",
+	Usage: "replace an image that has the new name, or that changed while the command ran",
+}
+
+// newName is the name that a command gives its result, another or that of the image
+// that it was made from.
+type newName struct {
+	store images.Store
+	from  images.Image
+	name  string
+	force bool
+}
+
+// check returns an error if the name can't be given: it is taken, or it says which
+// image it is of.
+func (n newName) check(ctx context.Context) error {
+	if namedByDigest(n.name) {
+		return errDigest(n.name)
+	}
+	if n.force || n.name == n.from.Name {
+		return nil
+	}
+	_, err := n.store.Get(ctx, n.name)
+	if err == nil {
+		return fmt.Errorf("image %s %w: remove it first, or replace it with --force", n.name, errdefs.ErrAlreadyExists)
+	}
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// set makes the name that of target. Without force it replaces nothing that came
+// there since the command began.
+func (n newName) set(ctx context.Context, target ocispec.Descriptor) error {
+	img := n.from
+	if n.name != n.from.Name {
+		img.Name, img.Target = n.name, target
+		_, err := n.store.Create(ctx, img)
+		if errdefs.IsAlreadyExists(err) && n.force {
+			_, err = n.store.Update(ctx, img, "target")
+		}
+		return err
+	}
+	now, err := n.store.Get(ctx, n.name)
+	if n.force && errdefs.IsNotFound(err) {
+		img.Target = target
+		_, err = n.store.Create(ctx, img)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	if now.Target.Digest != img.Target.Digest && !n.force {
+		return fmt.Errorf("it became %s meanwhile: do it again, or replace that with --force", now.Target.Digest)
+	}
+	now.Target = target
+	_, err = n.store.Update(ctx, now, "target")
+	return err
+}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+)
+
+// maxDetail bounds what is shown of a registry's reason, in bytes.
+const maxDetail = 500
+
+// explainRefusal makes the error of a push say why the registry refused a manifest,
+// which containerd leaves out, and that encrypted layers may be why.
+func explainRefusal(err error) error {
+	var status remoteerrors.ErrUnexpectedStatus
+	if !errors.As(err, &status) || status.RequestMethod != http.MethodPut || !strings.Contains(status.RequestURL, "/manifests/") {
+		return err
+	}
+	err = fmt.Errorf("the registry refused the manifest: %w", status)
+	reason, codes := reasonOf(status.Body)
+	if reason != "" {
+		err = fmt.Errorf("%w: %s", err, reason)
+	}
+	if maybeMediaTypes(status.StatusCode, codes) {
+		err = fmt.Errorf("%w (some registries, such as Amazon ECR, JFrog Artifactory and Quay, refuse media types that they do not know, as encrypted layers have, unless they are configured to take them)", err)
+	}
+	return err
+}
+
+// maybeMediaTypes reports whether a registry that refuses a manifest may do so because
+// of its media types: it answers that the request is wrong, and names no other reason.
+func maybeMediaTypes(status int, codes []string) bool {
+	wrong := []int{http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity}
+	other := func(code string) bool {
+		return code != "" && code != "MANIFEST_INVALID" && code != "UNSUPPORTED" && code != "UNKNOWN"
+	}
+	return slices.Contains(wrong, status) && !slices.ContainsFunc(codes, other)
+}
+
+// reasonOf returns what the errors in a registry's answer say, and their codes:
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#error-codes.
+func reasonOf(body []byte) (reason string, codes []string) {
+	var list struct {
+		Errors []struct {
+			Code    string          `json:"code"`
+			Message string          `json:"message"`
+			Detail  json.RawMessage `json:"detail"`
+		} `json:"errors"`
+	}
+	if json.Unmarshal(body, &list) != nil {
+		return "", nil
+	}
+	var reasons []string
+	for _, e := range list.Errors {
+		text := strings.Trim(e.Code+": "+e.Message, ": ")
+		if detail := string(e.Detail); detail != "" && detail != "null" && detail != "{}" {
+			text += ": " + strings.Trim(detail, `"`)
+		}
+		reasons, codes = append(reasons, text), append(codes, e.Code)
+	}
+	reason = shownText(strings.Join(reasons, "; "))
+	if len(reason) > maxDetail {
+		reason = strings.ToValidUTF8(reason[:maxDetail], "") + "…"
+	}
+	return reason, codes
+}

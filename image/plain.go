@@ -1,0 +1,288 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// Plain is a blob that is readable in an image, or may be. Manifests, indexes and
+// what is in them, such as annotations, are always readable and not reported.
+type Plain struct {
+	// Platform is that of the manifest that refers to the blob, such as
+	// linux/amd64, or empty if nothing says it.
+	Platform string `json:"platform,omitempty"`
+	// Manifest is the digest of the manifest or index that refers to the blob,
+	// in the image that was examined, or in the one that was to be encrypted.
+	Manifest  digest.Digest `json:"manifest"`
+	Digest    digest.Digest `json:"digest"`
+	MediaType string        `json:"mediaType"`
+	Size      int64         `json:"size"`
+	Reason    Reason        `json:"reason"`
+	// URLs are where anyone may get the plain blob.
+	URLs []string `json:"urls,omitempty"`
+}
+
+// Reason is why a blob is readable.
+type Reason string
+
+const (
+	// ReasonConfig is the configuration of an image or artifact. Everything that
+	// handles images has to read it, so it is never encrypted.
+	ReasonConfig Reason = "config"
+	// ReasonNotSelected is a layer that [Options] did not select.
+	ReasonNotSelected Reason = "not-selected"
+	// ReasonAttestation is a blob of an attestation that is kept as it is.
+	ReasonAttestation Reason = "attestation"
+	// ReasonAbsent is a manifest or an index that is not in the store, or whose
+	// layers are not. What it is in a registry is not known here.
+	ReasonAbsent Reason = "absent"
+	// ReasonForeign is a layer that is not in the store, because its publisher
+	// hands it out.
+	ReasonForeign Reason = "foreign"
+	// ReasonNotImage is an entry of an index that is neither a manifest nor an
+	// index. It may refer to blobs that are not reported.
+	ReasonNotImage Reason = "not-an-image"
+	// ReasonMediaType is a layer whose media type has no encrypted form.
+	ReasonMediaType Reason = "media-type"
+	// ReasonSharedConfig is an encrypted layer that is also the configuration of
+	// a manifest, which stays readable.
+	ReasonSharedConfig Reason = "also-config"
+	// ReasonURLs is an encrypted layer that was plain at URLs, where it may still
+	// be.
+	ReasonURLs Reason = "urls"
+	// ReasonNotEncrypted is a layer that is not encrypted.
+	ReasonNotEncrypted Reason = "not-encrypted"
+	// ReasonNoKey is a layer whose media type says that it is encrypted, and that
+	// has no wrapped key, so nothing shows that it is.
+	ReasonNoKey Reason = "no-key"
+)
+
+// reasonTexts say what a reason is, after a description of the blob.
+var reasonTexts = map[Reason]string{
+	ReasonConfig:       "a configuration is never encrypted",
+	ReasonNotSelected:  "not selected by --layer or --platform",
+	ReasonAttestation:  "kept by --attestations=keep",
+	ReasonAbsent:       "its content is not here (pull it with --all-platforms)",
+	ReasonForeign:      "a foreign layer whose content is not here",
+	ReasonNotImage:     "neither a manifest nor an index; what it refers to is readable too",
+	ReasonMediaType:    "its media type has no encrypted form",
+	ReasonSharedConfig: "encrypted as a layer, but also the configuration of a manifest, which is readable",
+	ReasonURLs:         "encrypted, but readable where it was published",
+	ReasonNotEncrypted: "not encrypted",
+	ReasonNoKey:        "its media type says that it is encrypted, but it has no key that shows it",
+}
+
+// String returns one line that names the blob and says why it is readable. What it
+// quotes of the image can't hold control characters.
+func (p Plain) String() string {
+	platform := p.Platform
+	if platform == "" {
+		platform = "no platform"
+	}
+	text := fmt.Sprintf("%.100q, manifest %s, blob %s (%.200q, %d bytes): %s", platform, p.Manifest, p.Digest, p.MediaType, p.Size, reasonTexts[p.Reason])
+	if len(p.URLs) > 0 {
+		text += fmt.Sprintf(" (%.1000q)", strings.Join(p.URLs, " "))
+	}
+	return strings.ReplaceAll(text, `"`, "")
+}
+
+// Attestations says what [Encrypt] does with the attestations in an index, such as
+// BuildKit's SBOMs and provenance.
+type Attestations string
+
+const (
+	// EncryptAttestations encrypts them like images. It is the default.
+	EncryptAttestations Attestations = "encrypt"
+	// DropAttestations leaves them out of the new index.
+	DropAttestations Attestations = "drop"
+	// KeepAttestations leaves them readable.
+	KeepAttestations Attestations = "keep"
+)
+
+// PlainError is the error of [Encrypt] for an image of which something would stay
+// readable that the [Options] do not accept. Nothing was written.
+type PlainError struct {
+	// Plain is what the options do not accept, at least one.
+	Plain []Plain
+}
+
+func (e *PlainError) Error() string {
+	text := "this would stay readable: " + e.Plain[0].String()
+	if more := len(e.Plain) - 1; more > 0 {
+		text += fmt.Sprintf("; and %d more", more)
+	}
+	return text
+}
+
+// Unaccepted returns those in list that nothing accepts but AllowPlain.
+func Unaccepted(list []Plain) []Plain {
+	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool {
+		switch p.Reason {
+		case ReasonConfig, ReasonURLs: // not readable by what this does
+			return true
+		case ReasonNotSelected, ReasonAttestation, ReasonAbsent: // asked for
+			return true
+		}
+		return false
+	})
+}
+
+// Inspect returns what is readable in the selected part of an image, blob by blob.
+// The image is fully encrypted if [NotEncrypted] finds none in it.
+func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
+	w := newWork(cs, opts, inspection{})
+	if _, err := w.any(ctx, target, 0); err != nil {
+		return nil, err
+	}
+	w.addShared()
+	return w.plain, w.checkSelection()
+}
+
+// NotEncrypted returns those in a list of [Inspect] that could be encrypted, or are
+// not known to be: all but configurations.
+func NotEncrypted(list []Plain) []Plain {
+	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool { return p.Reason == ReasonConfig })
+}
+
+// inspection is the operation of [Inspect].
+type inspection struct{}
+
+func (inspection) mode() mode { return inspecting }
+
+func (inspection) wants(string) bool { return false }
+
+func (inspection) layer(context.Context, *work, ocispec.Descriptor) (change, error) {
+	return change{none: true}, nil
+}
+
+// addPlain reports a blob that parent refers to.
+func (w *work) addPlain(parent, blob ocispec.Descriptor, platform *ocispec.Platform, reason Reason) {
+	w.plain = append(w.plain, newPlain(parent, blob, platform, reason))
+}
+
+func newPlain(parent, blob ocispec.Descriptor, platform *ocispec.Platform, reason Reason) Plain {
+	p := Plain{Manifest: parent.Digest, Digest: blob.Digest, MediaType: blob.MediaType, Size: blob.Size, Reason: reason}
+	if platform != nil {
+		p.Platform = platforms.FormatAll(*platform)
+	}
+	if reason == ReasonForeign || reason == ReasonURLs {
+		p.URLs = blob.URLs
+	}
+	return p
+}
+
+// unencryptable returns why [Encrypt] can't encrypt a layer, or an empty reason.
+func (w *work) unencryptable(ctx context.Context, l ocispec.Descriptor) (Reason, error) {
+	if processor.IsEncrypted(l.MediaType) {
+		return "", nil
+	}
+	if _, ok := processor.EncryptedMediaType(l.MediaType); !ok {
+		return ReasonMediaType, nil
+	}
+	if len(l.URLs) == 0 && !images.IsNonDistributable(l.MediaType) {
+		return "", nil
+	}
+	here, err := w.has(ctx, l)
+	if err == nil && !here {
+		return ReasonForeign, nil
+	}
+	return "", err
+}
+
+// inspectLayer reports a layer of an image that is not being changed.
+func (w *work) inspectLayer(parent, l ocispec.Descriptor, platform *ocispec.Platform) {
+	switch {
+	case !processor.IsEncrypted(l.MediaType):
+		w.addPlain(parent, l, platform, ReasonNotEncrypted)
+	case !processor.HasRecipients(l):
+		w.addPlain(parent, l, platform, ReasonNoKey)
+	case len(l.URLs) > 0:
+		w.addPlain(parent, l, platform, ReasonURLs)
+	}
+}
+
+// addShared reports the layers that were or are to be encrypted and are also
+// configurations, which stay as they are.
+func (w *work) addShared() {
+	for _, p := range w.plain {
+		if p.Reason != ReasonConfig || p.Digest == ocispec.DescriptorEmptyJSON.Digest {
+			continue
+		}
+		for _, l := range w.encrypted {
+			if l.Digest == p.Digest {
+				l.Reason = ReasonSharedConfig
+				w.plain = append(w.plain, l)
+			}
+		}
+	}
+}
+
+// isManifest and isIndex report whether a media type is that of a manifest or of an
+// index, in whatever spelling: some readers take any.
+func isManifest(mediaType string) bool { return images.IsManifestType(usual(mediaType)) }
+
+func isIndex(mediaType string) bool { return images.IsIndexType(usual(mediaType)) }
+
+// usual returns a media type in lower case and without parameters.
+func usual(mediaType string) string {
+	mediaType, _, _ = strings.Cut(mediaType, ";")
+	return strings.ToLower(strings.TrimSpace(mediaType))
+}
+
+// has reports whether a blob is here.
+func (w *work) has(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+	if inlined(desc) != nil {
+		return true, nil
+	}
+	_, err := w.Info(ctx, desc.Digest)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// inlined returns the content of a blob that its descriptor holds, or nil.
+func inlined(desc ocispec.Descriptor) []byte {
+	if int64(len(desc.Data)) != desc.Size || digest.FromBytes(desc.Data) != desc.Digest {
+		return nil
+	}
+	return desc.Data
+}
+
+// IsAttestation reports whether an entry of an index is an attestation about
+// another entry.
+func IsAttestation(entry ocispec.Descriptor) bool {
+	return entry.Annotations[attestationAnnotation] != "" || entry.Annotations[attestationTypeAnnotation] == "attestation-manifest"
+}
+
+// ofSelection returns the entries of an index, attestations with the platform of
+// what they are about, so that a selection of that selects them too.
+func (w *work) ofSelection(ctx context.Context, entries []ocispec.Descriptor) []ocispec.Descriptor {
+	if len(w.Platforms) == 0 {
+		return entries
+	}
+	about := make(map[string]*ocispec.Platform)
+	for _, e := range entries {
+		if !IsAttestation(e) {
+			about[e.Digest.String()] = w.entryPlatform(ctx, e)
+		}
+	}
+	entries = slices.Clone(entries)
+	for i, e := range entries {
+		if p := about[e.Annotations[attestationAnnotation]]; p != nil && IsAttestation(e) {
+			entries[i].Platform = p
+		}
+	}
+	return entries
+}

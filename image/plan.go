@@ -1,0 +1,181 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/content"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// plan does all of an encryption that needs no layer and writes nothing: it wraps
+// the keys and makes the manifests, of the size that they will have. Only a layer
+// that lost its keys is read, since its key is checked first. The result says what
+// will be readable.
+func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) (Result, error) {
+	opts.Progress = nil
+	w := newWork(cs, opts, planning{e})
+	w.dry = true
+	return w.run(ctx, target)
+}
+
+// clear overwrites the layer keys.
+func (e *encryption) clear() {
+	for _, p := range e.plans.byLayer {
+		if p.key != nil {
+			p.key.Clear()
+		}
+	}
+}
+
+// planning is the operation of [encryption.plan].
+type planning struct{ *encryption }
+
+func (p planning) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
+	made, err := p.layerPlan(ctx, w, desc)
+	if err == nil {
+		err = readable(desc.Annotations, made.change.annotations)
+	}
+	if err != nil {
+		return change{}, err
+	}
+	p.plans.add(desc, made)
+	if made.key == nil {
+		return made.change, nil
+	}
+	c := made.change
+	name, value, err := publicOptionsAsLong()
+	if err != nil {
+		return change{}, err
+	}
+	c.annotations = maps.Clone(c.annotations)
+	c.annotations[name] = value
+	return c, nil
+}
+
+// layerPlan wraps the key of a layer: that which it has, or a new one.
+func (p planning) layerPlan(ctx context.Context, w *work, desc ocispec.Descriptor) (_ layerPlan, err error) {
+	c := change{desc: desc}
+	if processor.IsEncrypted(desc.MediaType) && !processor.HasRecipients(desc) {
+		c.annotations, err = p.restoreKeys(ctx, w, desc)
+		return layerPlan{change: c}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, keyWithin)
+	defer cancel()
+	if processor.IsEncrypted(desc.MediaType) {
+		key, err := processor.Unwrap(ctx, &p.ec.DecryptConfig, desc)
+		if err != nil {
+			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
+		}
+		defer key.Clear()
+		c.annotations, err = key.Wrap(ctx, p.ec, desc.Annotations)
+		return layerPlan{change: c}, err
+	}
+	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
+	if !ok {
+		return layerPlan{}, fmt.Errorf("media type %s can't be encrypted", desc.MediaType)
+	}
+	c.desc.MediaType = mediaType
+	key := processor.NewLayerKey(desc.Digest)
+	if c.annotations, err = key.Wrap(ctx, p.ec, nil); err != nil {
+		key.Clear()
+		return layerPlan{}, err
+	}
+	return layerPlan{key: key, change: c}, nil
+}
+
+// publicOptionsAsLong returns an annotation of the length that each encrypted layer
+// gets, which is known only once the layer is encrypted.
+func publicOptionsAsLong() (name, value string, err error) {
+	key := processor.NewLayerKey("")
+	defer key.Clear()
+	encrypter, err := processor.NewEncrypter(strings.NewReader(""), key)
+	if err != nil {
+		return "", "", err
+	}
+	defer encrypter.Close()
+	if _, err := io.Copy(io.Discard, encrypter); err != nil {
+		return "", "", err
+	}
+	return key.PublicOptions()
+}
+
+// layerPlan is what is to become of a layer.
+type layerPlan struct {
+	key    *processor.LayerKey // with which it is to be encrypted, or nil if it is
+	change change              // but for the digest, if it is to be encrypted
+}
+
+// plans are those of an image's layers.
+type plans struct {
+	mu      sync.Mutex
+	byLayer map[string]layerPlan
+}
+
+func (p *plans) add(desc ocispec.Descriptor, made layerPlan) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.byLayer == nil {
+		p.byLayer = make(map[string]layerPlan)
+	}
+	p.byLayer[planKey(desc)] = made
+}
+
+func (p *plans) of(desc ocispec.Descriptor) (layerPlan, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	made, ok := p.byLayer[planKey(desc)]
+	if !ok {
+		return layerPlan{}, errors.New("it was not here when the encryption began: do it again")
+	}
+	return made, nil
+}
+
+// planKey identifies a layer. One that is encrypted may have other recipients
+// elsewhere.
+func planKey(desc ocispec.Descriptor) string {
+	key := desc.MediaType + " " + desc.Digest.String()
+	if !processor.IsEncrypted(desc.MediaType) {
+		return key
+	}
+	annotations := maps.Clone(desc.Annotations)
+	maps.DeleteFunc(annotations, func(name, _ string) bool { return !ofEncryption(name) })
+	b, err := json.Marshal(annotations)
+	if err != nil {
+		panic(err) // strings
+	}
+	return key + " " + string(b)
+}
+
+// readable checks that a layer's wrapped keys are all tried when it is decrypted,
+// and that those of pilot's that it did not have before can be read.
+func readable(had, has map[string]string) error {
+	if err := processor.CheckWrappedKeys(has); err != nil {
+		return err
+	}
+	for _, scheme := range schemesOf(has) {
+		before := make(map[string]bool)
+		for text := range strings.SplitSeq(had[keysPrefix+scheme], ",") {
+			before[text] = true
+		}
+		for _, v := range values(scheme, has[keysPrefix+scheme]) {
+			if before[v.text] {
+				continue
+			}
+			for _, k := range v.keys {
+				if k.err != nil {
+					return fmt.Errorf("key provider %s wrote what can't be read: %w", strings.TrimPrefix(scheme, providerScheme), k.err)
+				}
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,287 @@
+package image
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// removedKey is the key in [restore] of the entries that were left out of an
+// index: a JSON array of removed, in the order in which they were taken out.
+const removedKey = "removed"
+
+// removed is an element that was taken out of an array.
+type removed struct {
+	// Index is where it was among the elements that were there then.
+	Index int `json:"index"`
+	// Before is the element's text with what is between it and the element
+	// before it, or After with what is between it and the one after it, if it
+	// was the first.
+	Before string `json:"before,omitempty"`
+	After  string `json:"after,omitempty"`
+	// About says which of the elements that were left an attestation is about.
+	// Its digest changes, and so is not in the text.
+	About *int `json:"about,omitempty"`
+}
+
+var errRemoved = fmt.Errorf("annotation %s is damaged: what it says was left out does not fit", restoreAnnotation)
+
+// removeElements returns array, which is that at the key list, without the
+// elements of those indexes, which are in order, and notes them.
+func (r restore) removeElements(array []byte, list string, indexes []int) ([]byte, error) {
+	if len(indexes) == 0 {
+		return array, nil
+	}
+	was, err := r.removed()
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range slices.Backward(indexes) {
+		at, err := elements(array)
+		if err != nil {
+			return nil, err
+		}
+		var one removed
+		if array, one, err = cut(array, at, i); err != nil {
+			return nil, err
+		}
+		was = append(was, one)
+		r.shift("/"+list+"/", i)
+	}
+	text, err := json.Marshal(was)
+	r[removedKey] = string(text)
+	return array, err
+}
+
+// cut takes element i, whose offsets are in at, out of array.
+func cut(array []byte, at [][2]int, i int) ([]byte, removed, error) {
+	if i >= len(at) {
+		return nil, removed{}, errors.New("no such element")
+	}
+	one := removed{Index: i}
+	from, to := at[i][0], at[i][1]
+	element, about, err := withoutAbout(array, at, i)
+	if err != nil {
+		return nil, removed{}, err
+	}
+	one.About = about
+	switch {
+	case i > 0:
+		from = at[i-1][1]
+		one.Before = string(array[from:at[i][0]]) + string(element)
+	case len(at) > 1:
+		to = at[1][0]
+		one.After = string(element) + string(array[at[0][1]:to])
+	default:
+		one.After = string(element)
+	}
+	return splice(array, from, to, nil), one, nil
+}
+
+// withoutAbout returns element i, and if it is an attestation about another element
+// without the digest of that, and the index that the other will have without i.
+func withoutAbout(array []byte, at [][2]int, i int) ([]byte, *int, error) {
+	element := array[at[i][0]:at[i][1]]
+	var attestation ocispec.Descriptor
+	if err := json.Unmarshal(element, &attestation); err != nil {
+		return nil, nil, err
+	}
+	digest := attestation.Annotations[attestationAnnotation]
+	for j := range at {
+		var other ocispec.Descriptor
+		if err := json.Unmarshal(array[at[j][0]:at[j][1]], &other); err != nil {
+			return nil, nil, err
+		}
+		if j == i || digest == "" || other.Digest.String() != digest {
+			continue
+		}
+		if j > i {
+			j--
+		}
+		element, err := setAbout(element, digest, "")
+		return element, &j, err
+	}
+	return element, nil, nil
+}
+
+// setAbout sets what an attestation is about, if it is about had and says so in the
+// usual spelling.
+func setAbout(element []byte, had, digest string) ([]byte, error) {
+	return edited(element, "annotations", func(annotations []byte) ([]byte, error) {
+		return edited(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
+			if string(text) != string(quote(had)) {
+				return text, nil
+			}
+			return quote(digest), nil
+		})
+	})
+}
+
+// text returns the text of the element and of what was between it and the next, to
+// be put back into array, whose elements' offsets are in at.
+func (one removed) text(array []byte, at [][2]int) ([]byte, error) {
+	text := []byte(one.Before + one.After)
+	if one.About == nil {
+		return text, nil
+	}
+	if j := *one.About; j < 0 || j >= len(at) {
+		return nil, errRemoved
+	}
+	var other ocispec.Descriptor
+	if err := json.Unmarshal(array[at[*one.About][0]:at[*one.About][1]], &other); err != nil {
+		return nil, err
+	}
+	from, to := bytes.IndexByte(text, '{'), bytes.LastIndexByte(text, '}')+1
+	if from < 0 || to < from {
+		return nil, errRemoved
+	}
+	element, err := setAbout(text[from:to], "", other.Digest.String())
+	if err != nil {
+		return nil, err
+	}
+	return splice(text, from, to, element), nil
+}
+
+// shift renames what is noted of the elements after i to the index before theirs,
+// and forgets what is noted of i.
+func (r restore) shift(list string, i int) {
+	moved := make(map[string]string)
+	for at, text := range r {
+		number, rest, _ := strings.Cut(strings.TrimPrefix(at, list), "/")
+		n, err := strconv.Atoi(number)
+		if !strings.HasPrefix(at, list) || err != nil || n < i {
+			continue
+		}
+		delete(r, at)
+		if n > i {
+			moved[list+strconv.Itoa(n-1)+"/"+rest] = text
+		}
+	}
+	for at, text := range moved {
+		r[at] = text
+	}
+}
+
+// removed returns what is noted under removedKey.
+func (r restore) removed() ([]removed, error) {
+	if r[removedKey] == "" {
+		return nil, nil
+	}
+	var list []removed
+	if json.Unmarshal([]byte(r[removedKey]), &list) != nil {
+		return nil, errRemoved
+	}
+	return list, nil
+}
+
+// restoreElements puts back into array what was taken out.
+func (r restore) restoreElements(array []byte) ([]byte, error) {
+	list, err := r.removed()
+	if err != nil {
+		return nil, err
+	}
+	for _, one := range slices.Backward(list) {
+		at, err := elements(array)
+		if err != nil {
+			return nil, errRemoved
+		}
+		offset := 0
+		switch i := one.Index; {
+		case i > 0 && i <= len(at):
+			offset = at[i-1][1]
+		case i == 0 && len(at) > 0:
+			offset = at[0][0]
+		case i == 0: // the only one, right after the bracket and white space
+			offset = bytes.IndexByte(array, ']')
+		default:
+			return nil, errRemoved
+		}
+		text, err := one.text(array, at)
+		if err != nil {
+			return nil, errRemoved
+		}
+		if array = splice(array, offset, offset, text); len(array) > maxManifest {
+			return nil, errRemoved
+		}
+	}
+	if len(list) > 0 && !json.Valid(array) {
+		return nil, errRemoved
+	}
+	return array, nil
+}
+
+// elements returns the offsets of the elements of a JSON array: where each begins
+// and ends.
+func elements(array []byte) (list [][2]int, err error) {
+	d := json.NewDecoder(bytes.NewReader(array))
+	if t, err := d.Token(); err != nil || t != json.Delim('[') {
+		return nil, errors.New("not a JSON array")
+	}
+	for d.More() {
+		var v json.RawMessage
+		if err := d.Decode(&v); err != nil {
+			return nil, err
+		}
+		end := int(d.InputOffset())
+		list = append(list, [2]int{end - len(v), end})
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, err
+	}
+	return list, nil
+}
+
+// escapesOf returns which characters of a JSON string are escaped, and how: a
+// character for each, which is u or U for \u with small or capital letters, or a
+// backslash, and a point for one that is not escaped. It says nothing of what the
+// string is.
+func escapesOf(text []byte) (string, error) {
+	var mask []byte
+	for i := 1; i < len(text)-1; i++ {
+		switch {
+		case text[i] != '\\':
+			mask = append(mask, '.')
+		case text[i+1] != 'u':
+			mask = append(mask, '\\')
+			i++
+		default:
+			kind := byte('u')
+			if bytes.ContainsAny(text[i+2:i+6], "ABCDEF") {
+				kind = 'U'
+			}
+			mask = append(mask, kind)
+			i += 5
+		}
+	}
+	if string(escaped(unquote(text), string(mask))) != string(text) {
+		return "", fmt.Errorf("a digest is written as %.200s, which can't be restored", text)
+	}
+	return string(mask), nil
+}
+
+// escaped returns s as a JSON string that is escaped as mask says.
+func escaped(s, mask string) []byte {
+	if len(s) != len(mask) {
+		return quote(s)
+	}
+	out := []byte{'"'}
+	for i := range len(s) {
+		switch mask[i] {
+		case 'u':
+			out = fmt.Appendf(out, `\u%04x`, s[i])
+		case 'U':
+			out = fmt.Appendf(out, `\u%04X`, s[i])
+		case '\\':
+			out = append(out, '\\', s[i])
+		default:
+			out = append(out, s[i])
+		}
+	}
+	return append(out, '"')
+}

@@ -1,0 +1,129 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/plugins/diff/erofs"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// isErofs reports whether a media type is that of a layer which is an EROFS file
+// system, perhaps compressed, as containerd's EROFS differ does.
+func isErofs(mediaType string) bool {
+	return strings.HasPrefix(mediaType, "application/vnd.erofs.layer")
+}
+
+// applyErofs decrypts a layer that is an EROFS file system and hands it to
+// containerd's EROFS differ, which knows no stream processors for such layers and
+// copies them as they are.
+func (d *Differ) applyErofs(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+	store := &decryptedStore{Store: d.store, encrypted: desc, key: key, digester: digest.Canonical.Digester()}
+	defer store.close()
+	plain := desc
+	plain.MediaType, _ = processor.PlainMediaType(desc.MediaType)
+	applied, err := erofs.NewErofsDiffer(store).Apply(ctx, plain, mounts, opts...)
+	if errdefs.IsNotImplemented(err) {
+		return ocispec.Descriptor{}, fmt.Errorf("a layer of type %s is for the snapshotter erofs: %w", plain.MediaType, errdefs.ErrFailedPrecondition)
+	}
+	if err == nil {
+		err = store.verify()
+	} else if ctx.Err() == nil && errors.Is(d.verify(ctx, desc, key), processor.ErrTampered) {
+		err = processor.ErrTampered // whatever that led to
+	}
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if applied.Digest == desc.Digest {
+		// It returns what it was given for what it does not decompress.
+		applied.Digest = store.digester.Digest()
+	}
+	return applied, nil
+}
+
+// decryptedStore is a content store in which one layer is plain. It reads it once,
+// from its beginning to its end.
+type decryptedStore struct {
+	content.Store
+	encrypted ocispec.Descriptor
+	key       *processor.LayerKey
+	blob      content.ReaderAt
+
+	// What decompresses may read in a goroutine, and go on for a moment.
+	mu       sync.Mutex
+	layer    *processor.Decrypter
+	digester digest.Digester // of the plain layer
+	offset   int64
+}
+
+func (s *decryptedStore) ReaderAt(ctx context.Context, _ ocispec.Descriptor) (content.ReaderAt, error) {
+	if s.blob != nil {
+		return nil, fmt.Errorf("layer %s is read twice", s.encrypted.Digest)
+	}
+	blob, err := s.Store.ReaderAt(ctx, s.encrypted)
+	if err != nil {
+		return nil, err
+	}
+	s.blob = blob
+	if s.layer, err = processor.NewDecrypter(content.NewReader(blob), s.key); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// ReadAt implements io.ReaderAt, for a reader that goes from the beginning to the
+// end.
+func (s *decryptedStore) ReadAt(p []byte, offset int64) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if offset != s.offset {
+		return 0, fmt.Errorf("layer %s is read at %d instead of %d", s.encrypted.Digest, offset, s.offset)
+	}
+	n, err := io.ReadFull(s.layer, p)
+	s.offset += int64(n)
+	s.digester.Hash().Write(p[:n])
+	if err == io.ErrUnexpectedEOF {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// Size returns the size of the layer, which encryption does not change.
+func (s *decryptedStore) Size() int64 { return s.blob.Size() }
+
+// Close does nothing: the layer is yet to be verified.
+func (s *decryptedStore) Close() error { return nil }
+
+// verify reads the rest of the layer, and returns an error unless all of it is
+// authentic.
+func (s *decryptedStore) verify() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.layer == nil {
+		return nil
+	}
+	_, err := io.Copy(io.Discard, s.layer)
+	return err
+}
+
+func (s *decryptedStore) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.layer != nil {
+		s.layer.Close()
+	}
+	if s.blob != nil {
+		s.blob.Close()
+	}
+}

@@ -1,0 +1,122 @@
+package processor
+
+import (
+	"bytes"
+	"context"
+	"crypto/subtle"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containers/ocicrypt/config"
+	"github.com/go-jose/go-jose/v4"
+)
+
+// MaxWrappedKeys bounds the wrapped keys of one layer that [Unwrap] tries, all
+// schemes together, since anyone who can write the image can add some. A wrapped
+// key is one of the values, with commas between them, of a key annotation, and may
+// be for several recipients. [LayerKey.Wrap] writes no more.
+const MaxWrappedKeys = 64
+
+const (
+	// jweRecipients is how many recipients a JWE gets. Readers with go-jose
+	// 4.1.9 and later refuse to parse more than 32.
+	jweRecipients = 32
+	// maxJWERecipients bounds the recipients of a JWE that is read. Earlier
+	// versions of go-jose have no bound, so skopeo and imgcrypt write one JWE
+	// however many recipients there are.
+	maxJWERecipients = 1024
+)
+
+func init() { jose.MaxRecipients = maxJWERecipients }
+
+// ErrTooManyRecipients is the error of a layer that would get wrapped keys that no
+// reader tries.
+var ErrTooManyRecipients = errors.New("too many recipients")
+
+// CheckWrappedKeys reports whether all wrapped keys in the annotations of a layer
+// are tried when it is decrypted. The error wraps [ErrTooManyRecipients].
+func CheckWrappedKeys(annotations map[string]string) error {
+	n := 0
+	for key, value := range annotations {
+		if strings.HasPrefix(key, annotationKeysPrefix) && value != "" {
+			n += strings.Count(value, ",") + 1
+		}
+	}
+	if n <= MaxWrappedKeys {
+		return nil
+	}
+	return fmt.Errorf("%w: the layer would have %d wrapped keys, and only %d are tried when it is decrypted: "+
+		"name several recipients in one command, which share one, or remove some with \"ctr-pilot images rewrap --remove\"",
+		ErrTooManyRecipients, n, MaxWrappedKeys)
+}
+
+// split returns what a scheme wraps for, in as many parts as it writes wrapped keys.
+func split(scheme string, ec *config.EncryptConfig) []*config.EncryptConfig {
+	keys := ec.Parameters["pubkeys"]
+	if scheme != "jwe" || len(keys) <= jweRecipients {
+		return []*config.EncryptConfig{ec}
+	}
+	var parts []*config.EncryptConfig
+	for chunk := range slices.Chunk(keys, jweRecipients) {
+		parts = append(parts, &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": chunk}, DecryptConfig: ec.DecryptConfig})
+	}
+	return parts
+}
+
+// JWE algorithms, as ocicrypt reads them.
+var (
+	jweKeyAlgorithms = []jose.KeyAlgorithm{jose.RSA_OAEP, jose.RSA_OAEP_256, jose.ECDH_ES_A128KW, jose.ECDH_ES_A192KW, jose.ECDH_ES_A256KW}
+	jweEncryptions   = []jose.ContentEncryption{jose.A256GCM}
+)
+
+// readBack checks that a wrapped key can be read, and that it unwraps to private
+// where dc has a key for it. A key provider is not asked: who may wrap may not
+// always unwrap, and the broker's audit log would have a denial for each layer.
+func readBack(ctx context.Context, scheme string, w wrapper, dc *config.DecryptConfig, wrapped, private []byte) error {
+	if strings.HasPrefix(scheme, providerScheme) {
+		return nil
+	}
+	if scheme == "jwe" {
+		if _, err := jose.ParseEncrypted(string(wrapped), jweKeyAlgorithms, jweEncryptions); err != nil {
+			return fmt.Errorf("what was written can't be read: %w", err)
+		}
+	}
+	if !w.possible(dc) {
+		return nil
+	}
+	got, err := w.unwrap(ctx, dc, wrapped)
+	if err != nil {
+		return ctx.Err() // the keys in dc may be those of other recipients
+	}
+	defer clear(got)
+	if subtle.ConstantTimeCompare(got, private) != 1 {
+		return errors.New("what was written unwraps to another key")
+	}
+	return nil
+}
+
+// wrapAll wraps private with one scheme and returns the value of its annotation.
+func wrapAll(ctx context.Context, scheme string, ec *config.EncryptConfig, private []byte) (string, error) {
+	w, err := newWrapper(scheme)
+	if err != nil {
+		return "", err
+	}
+	var values [][]byte
+	for _, part := range split(scheme, ec) {
+		wrapped, err := w.wrap(ctx, part, private)
+		if err == nil && len(wrapped) == 0 {
+			err = errors.New("it returned nothing")
+		}
+		if err == nil {
+			err = readBack(ctx, scheme, w, &ec.DecryptConfig, wrapped, private)
+		}
+		if err != nil {
+			return "", fmt.Errorf("wrap the layer key with %s: %w", scheme, late(err))
+		}
+		values = append(values, base64.StdEncoding.AppendEncode(nil, wrapped))
+	}
+	return string(bytes.Join(values, []byte(","))), nil
+}

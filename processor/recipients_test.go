@@ -1,0 +1,144 @@
+package processor
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/containers/ocicrypt"
+	"github.com/containers/ocicrypt/config"
+	"github.com/containers/ocicrypt/keywrap/jwe"
+	"github.com/go-jose/go-jose/v4"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// newECPairs returns key pairs that are made faster than RSA's.
+func newECPairs(t *testing.T, n int) []pair {
+	t.Helper()
+	pairs := make([]pair, n)
+	for i := range pairs {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		private, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pairs[i] = pair{
+			pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}),
+			pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}),
+		}
+	}
+	return pairs
+}
+
+func forAll(pairs []pair) *config.EncryptConfig {
+	var keys [][]byte
+	for _, p := range pairs {
+		keys = append(keys, p.public)
+	}
+	return &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": keys}}
+}
+
+// encryptedKey returns a layer key that has encrypted a layer, and the layer.
+func encryptedKey(t *testing.T) (*LayerKey, []byte) {
+	t.Helper()
+	key := NewLayerKey("")
+	encrypter, err := NewEncrypter(strings.NewReader("layer"), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer encrypter.Close()
+	b, err := io.ReadAll(encrypter)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key, b
+}
+
+// TestJWERecipients wraps for more recipients than go-jose parses in one JWE by
+// default. Each of them unwraps, with ours and with ocicrypt under that default.
+func TestJWERecipients(t *testing.T) {
+	key, layer := encryptedKey(t)
+	for _, n := range []int{32, 33, 65, 150} {
+		pairs := newECPairs(t, n)
+		annotations := wrapped(t, key, forAll(pairs), nil)
+		desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer + "+encrypted", Annotations: annotations}
+		for _, i := range []int{0, 31, n / 2, n - 1} {
+			got, err := Unwrap(t.Context(), pairs[i].decrypt(), desc)
+			if err != nil || !got.Equal(key) {
+				t.Errorf("recipient %d of %d: %v", i, n, err)
+			}
+			jose.MaxRecipients = 32
+			_, _, err = ocicrypt.DecryptLayer(pairs[i].decrypt(), bytes.NewReader(layer), desc, false)
+			jose.MaxRecipients = maxJWERecipients
+			if err != nil {
+				t.Errorf("ocicrypt, recipient %d of %d: %v", i, n, err)
+			}
+		}
+		if _, err := Unwrap(t.Context(), newPair(t).decrypt(), desc); !errors.Is(err, ErrNoKey) {
+			t.Errorf("%d recipients, a stranger: %v", n, err)
+		}
+	}
+}
+
+// TestOneJWE unwraps what ocicrypt wrote, which has all recipients in one JWE.
+func TestOneJWE(t *testing.T) {
+	key, _ := encryptedKey(t)
+	pairs := newECPairs(t, 200)
+	private, err := key.private()
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, err := jwe.NewKeyWrapper().WrapKeys(forAll(pairs), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	annotations := wrapped(t, key, forAll(pairs[:1]), nil)
+	annotations[annotationKeysPrefix+"jwe"] = base64.StdEncoding.EncodeToString(one)
+	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer + "+encrypted", Annotations: annotations}
+	if got, err := Unwrap(t.Context(), pairs[199].decrypt(), desc); err != nil || !got.Equal(key) {
+		t.Errorf("unwrap: %v", err)
+	}
+}
+
+// TestTooManyWrappedKeys wraps until no more are tried. All that were written unwrap.
+func TestTooManyWrappedKeys(t *testing.T) {
+	key, _ := encryptedKey(t)
+	pairs := newECPairs(t, MaxWrappedKeys+1)
+	var annotations map[string]string
+	for i, p := range pairs {
+		got, err := key.Wrap(t.Context(), p.encrypt(), annotations)
+		if i == MaxWrappedKeys {
+			if !errors.Is(err, ErrTooManyRecipients) {
+				t.Errorf("one too many: %v", err)
+			}
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		annotations = got
+	}
+	name, value, err := key.PublicOptions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	annotations[name] = value
+	if got, err := Unwrap(t.Context(), pairs[MaxWrappedKeys-1].decrypt(), ocispec.Descriptor{Annotations: annotations}); err != nil || !got.Equal(key) {
+		t.Errorf("the last: %v", err)
+	}
+}
