@@ -178,7 +178,7 @@ func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (out
 	if v, ok := w.visits[key]; ok {
 		return v.outcome, v.err
 	}
-	out, err := w.each(ctx, desc, depth)
+	out, err := w.dispatch(ctx, desc, depth)
 	if w.visits == nil {
 		w.visits = make(map[visit]visited)
 	}
@@ -186,7 +186,7 @@ func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (out
 	return out, err
 }
 
-func (w *work) each(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+func (w *work) dispatch(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	switch {
 	case images.IsIndexType(desc.MediaType):
 		return w.index(ctx, desc, depth)
