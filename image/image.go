@@ -81,7 +81,7 @@ type Result struct {
 func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, ec *config.EncryptConfig, opts Options) (Result, error) {
 	e := &encryption{ec: ec}
 	defer e.clear()
-	if err := e.plan(ctx, cs, target, opts); err != nil {
+	if err := e.wrapKeys(ctx, cs, target, opts); err != nil {
 		return Result{}, err
 	}
 	return run(ctx, cs, target, opts, e)
@@ -108,9 +108,9 @@ type work struct {
 	content.Store
 	Options
 	op      operation
-	dry     bool  // nothing is written
-	blobs   blobs // by op
-	visits  map[visit]visited
+	dry     bool                // nothing is written
+	blobs   blobs               // by op
+	done    map[string]*visited // by [visitKey]
 	usage   usage
 	skipped []ocispec.Descriptor
 	seen    int             // manifests that are here, with what is needed of them
@@ -122,12 +122,17 @@ type work struct {
 }
 
 func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options, op operation) (Result, error) {
-	w := &work{Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{}}
-	return w.run(ctx, target)
+	return newWork(cs, opts, op).run(ctx, target)
+}
+
+func newWork(cs content.Store, opts Options, op operation) *work {
+	return &work{
+		Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{},
+		done: map[string]*visited{}, changed: map[string]bool{},
+	}
 }
 
 func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, error) {
-	w.changed = make(map[string]bool)
 	out, err := w.any(ctx, target, 0)
 	if err != nil {
 		return Result{}, err
@@ -172,21 +177,18 @@ type outcome struct {
 // errAbsent is the error of a manifest whose content is not in the store.
 var errAbsent = errors.New("its content is not here")
 
-// any changes an index or a manifest, once however often it is listed.
+// any works on a manifest or an index, once however often it is there.
 func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
-	key := visitOf(desc)
-	if v, ok := w.visits[key]; ok {
+	key := visitKey(desc)
+	if v := w.done[key]; v != nil {
 		return v.outcome, v.err
 	}
-	out, err := w.dispatch(ctx, desc, depth)
-	if w.visits == nil {
-		w.visits = make(map[visit]visited)
-	}
-	w.visits[key] = visited{out, err}
+	out, err := w.visitOnce(ctx, desc, depth)
+	w.done[key] = &visited{out, err}
 	return out, err
 }
 
-func (w *work) dispatch(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+func (w *work) visitOnce(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
 	switch {
 	case images.IsIndexType(desc.MediaType):
 		return w.index(ctx, desc, depth)

@@ -29,7 +29,7 @@ type Layer struct {
 // is in an image's manifest but no layer, as in an attestation, is not among
 // them, and neither are the layers of manifests that are not in the store.
 func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
-	w := &work{Store: cs, Options: opts, visits: map[visit]visited{}, matched: map[int]bool{}, inRange: map[int]bool{}}
+	w := newWork(cs, opts, nil)
 	var list []Layer
 	err := w.visit(ctx, target, 0, func(l Layer, total int) error {
 		if w.platform(l.Platform) && w.layer(l.Index, total) {
@@ -65,11 +65,11 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 
 // visit calls f for each layer of each manifest, once however often that is listed.
 func (w *work) visit(ctx context.Context, desc ocispec.Descriptor, depth int, f func(l Layer, total int) error) error {
-	key := visitOf(desc)
-	if _, ok := w.visits[key]; ok {
+	key := visitKey(desc)
+	if w.done[key] != nil {
 		return nil
 	}
-	w.visits[key] = visited{}
+	w.done[key] = &visited{}
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && depth > 0 {
 		w.platform(desc.Platform) // it has that platform, even if not here

@@ -1,10 +1,10 @@
 package image
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -78,25 +78,14 @@ func checkPushed(doc []byte) error {
 		"name fewer recipients, or one KEK of a key provider that all of them may use", ErrLimit, len(doc), maxPushed)
 }
 
-// visit identifies what a descriptor stands for: the same manifest may be listed
-// for several platforms, and a selection takes it for some of them.
-type visit struct {
-	mediaType string
-	digest    digest.Digest
-	size      int64
-	platform  string // JSON
-}
-
-func visitOf(desc ocispec.Descriptor) visit {
-	v := visit{mediaType: desc.MediaType, digest: desc.Digest, size: desc.Size}
+// visitKey returns what the outcome of a manifest or index depends on: the same
+// manifest may be there for several platforms, of which one is selected.
+func visitKey(desc ocispec.Descriptor) string {
+	key := desc.MediaType + " " + desc.Digest.String()
 	if desc.Platform != nil {
-		b, err := json.Marshal(desc.Platform)
-		if err != nil {
-			panic(err) // strings
-		}
-		v.platform = string(b)
+		key += " " + platforms.FormatAll(*desc.Platform)
 	}
-	return v
+	return key
 }
 
 // visited is what became of a manifest or an index.

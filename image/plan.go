@@ -16,12 +16,13 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// plan does all of an encryption that needs no layer and writes nothing: it wraps
+// wrapKeys does all of an encryption that needs no layer and writes nothing: it wraps
 // the keys and makes the manifests, of the size that they will have. Only a layer
 // that lost its keys is read, since its key is checked first.
-func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) error {
+func (e *encryption) wrapKeys(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) error {
 	opts.Progress = nil
-	w := &work{Store: cs, Options: opts, op: planning{e}, dry: true, matched: map[int]bool{}, inRange: map[int]bool{}}
+	w := newWork(cs, opts, planning{e})
+	w.dry = true
 	_, err := w.run(ctx, target)
 	return err
 }
@@ -35,7 +36,7 @@ func (e *encryption) clear() {
 	}
 }
 
-// planning is the operation of [encryption.plan].
+// planning is the operation of [encryption.wrapKeys].
 type planning struct{ *encryption }
 
 func (p planning) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {

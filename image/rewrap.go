@@ -71,7 +71,8 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 		how.Keys = &config.DecryptConfig{}
 	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
-	w := &work{Store: cs, Options: opts, op: r, dry: how.DryRun, matched: map[int]bool{}, inRange: map[int]bool{}}
+	w := newWork(cs, opts, r)
+	w.dry = how.DryRun
 	result, err := w.run(ctx, target)
 	if err != nil {
 		return Rewrapped{}, err
