@@ -159,12 +159,11 @@ func run(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts 
 func newWork(cs content.Store, opts Options, op operation) *work {
 	return &work{
 		Store: cs, Options: opts, op: op, matched: map[int]bool{}, inRange: map[int]bool{},
-		done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
+		changed: map[string]bool{}, done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
 	}
 }
 
 func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, error) {
-	w.changed = make(map[string]bool)
 	out, err := w.any(ctx, target, 0)
 	if err != nil {
 		return Result{}, err

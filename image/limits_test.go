@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -196,5 +197,38 @@ func TestBase(t *testing.T) {
 	out, err = Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{1}})
 	if want := []string{"platform linux/amd64/v1 has 1 layers, and no layer 1"}; err != nil || fmt.Sprint(out.Lacking) != fmt.Sprint(want) {
 		t.Errorf("lacking: %q, %v", out.Lacking, err)
+	}
+}
+
+// TestRewrapManyKEKs rewraps a layer to which someone added more KEKs than are tried.
+func TestRewrapManyKEKs(t *testing.T) {
+	newKEKs(t, "a", "b")
+	s := newStore(t)
+	ec := &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("a")}}}
+	encrypted, err := Encrypt(s.ctx, s, s.manifestOf(s.put(ocispec.MediaTypeImageLayer, "layer")), ec, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	add := func(n int) ocispec.Descriptor {
+		doc := s.get(encrypted.Target)
+		for i := range n {
+			var forged []string
+			for j := range 50 {
+				forged = append(forged, fmt.Sprintf(`{"method":"A256GCMKW","kekId":"forged-%d-%d","kekVersion":1,"iv":"AAAAAAAAAAAAAAAA","wrappedKey":"%s"}`, i, j, strings.Repeat("A", 64)))
+			}
+			text := base64.StdEncoding.EncodeToString([]byte("[" + strings.Join(forged, ",") + "]"))
+			doc = strings.Replace(doc, `keys.provider.pilot":"`, `keys.provider.pilot":"`+text+",", 1)
+		}
+		return s.put(encrypted.Target.MediaType, doc)
+	}
+	how := Rewrapping{From: "a", To: "b"}
+	if out, err := Rewrap(s.ctx, s, add(5), how, Options{}); err != nil || out.Layers != 1 {
+		t.Errorf("250 KEKs: %+v, %v", out, err)
+	}
+	if _, err := Rewrap(s.ctx, s, add(6), how, Options{}); !errors.Is(err, ErrLimit) {
+		t.Errorf("300 KEKs: %v", err)
+	}
+	if _, err := Rewrap(s.ctx, s, add(64), how, Options{}); !errors.Is(err, processor.ErrTooManyRecipients) {
+		t.Errorf("65 wrapped keys: %v", err)
 	}
 }

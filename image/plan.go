@@ -111,7 +111,7 @@ func publicOptionsAsLong() (name, value string, err error) {
 // layerPlan is what is to become of a layer.
 type layerPlan struct {
 	key    *processor.LayerKey // with which it is to be encrypted, or nil if it is
-	change change              // but for the digest, if it is to be encrypted
+	change change              // without its digest, if it is still to be encrypted
 }
 
 // plans are those of an image's layers.

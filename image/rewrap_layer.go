@@ -192,6 +192,10 @@ func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
 	return add
 }
 
+// maxCompared bounds the KEKs of a layer that are not wrapped for anew, which are
+// unwrapped only to compare the keys.
+const maxCompared = 256
+
 // learnKey unwraps the layer key, if anything changes, from each recipient that is
 // wrapped anew for its own KEK, and from each that is moved or dropped, or stays,
 // if the caller can. All have to hold the same key: whoever can write to the registry
@@ -208,8 +212,8 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 		}
 		if actions[k] == keep || actions[k] == drop {
 			// Anyone can add more than a broker has time for.
-			if optional++; optional > processor.MaxWrappedKeys {
-				continue
+			if optional++; optional > maxCompared {
+				return fmt.Errorf("%w: it is wrapped for more than %d KEKs besides those that change", ErrLimit, maxCompared)
 			}
 		}
 		key, err := l.unwrap(ctx, k, l.Keys)
