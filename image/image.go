@@ -353,7 +353,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		switch here, err := w.has(ctx, manifest.Layers[i]); {
 		case err != nil:
 			return outcome{}, fmt.Errorf("layer %s: %w", manifest.Layers[i].Digest, err)
-		case !here && !top && len(w.Platforms) == 0:
+		case !here && !top && (len(w.Platforms) == 0 || IsAttestation(desc)):
 			return outcome{}, errAbsent
 		case !here:
 			return outcome{}, fmt.Errorf("layer %s%s is not here: pull the image with its content first: %w", manifest.Layers[i].Digest, ofPlatform(platform), errdefs.ErrNotFound)
