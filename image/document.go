@@ -217,7 +217,11 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 	}
 	if e.mode != encrypting {
 		if len(had.Data) > 0 {
-			return nil, errData(had)
+			// That of what it no longer describes.
+			var err error
+			if element, err = set(element, "data", []byte(`""`)); err != nil {
+				return nil, err
+			}
 		}
 		return setDescriptor(element, had, desc)
 	}
@@ -293,11 +297,7 @@ func (e *edit) rewrapped(element []byte, c change) ([]byte, error) {
 
 // decrypted edits the descriptor of something that was decrypted.
 func (e *edit) decrypted(element []byte, c change, at string, notes restore) ([]byte, error) {
-	var had ocispec.Descriptor
-	if err := json.Unmarshal(element, &had); err != nil {
-		return nil, err
-	}
-	element, err := setDescriptor(element, had, c.desc)
+	element, err := e.redescribed(element, c.desc, at, notes)
 	if err != nil || e.list != "layers" {
 		return element, err
 	}

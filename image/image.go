@@ -260,55 +260,6 @@ func (w *work) visitOnce(ctx context.Context, desc ocispec.Descriptor, depth int
 	return outcome{}, fmt.Errorf("%s is no image but of type %q", desc.Digest, desc.MediaType)
 }
 
-func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
-	if depth >= maxDepth {
-		return outcome{}, errDepth(desc.Digest)
-	}
-	doc, err := w.document(ctx, desc)
-	if errdefs.IsNotFound(err) && depth > 0 {
-		return outcome{}, errAbsent
-	}
-	if err != nil {
-		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
-	}
-	var index ocispec.Index
-	if err := json.Unmarshal(doc, &index); err != nil {
-		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
-	}
-	notes, err := restoreOf(doc)
-	if err != nil {
-		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
-	}
-	iw := &indexWork{work: w, desc: desc, list: w.ofSelection(ctx, index.Manifests), known: notes.plain(), out: outcome{desc: desc}, absent: map[digest.Digest]bool{}}
-	iw.edit = &edit{list: "manifests", changes: make(map[int]change), renamed: w.renamed, mode: w.op.mode(), content: w.small(ctx)}
-	for _, e := range iw.list {
-		w.entries[e.Digest] = indexEntry{e, depth + 1}
-	}
-	if err := iw.run(ctx, depth); err != nil {
-		return outcome{}, err
-	}
-	e, out := iw.edit, iw.out
-	if len(iw.list) > 0 && len(e.removed) == len(iw.list) && depth > 0 {
-		return outcome{}, errAbsent
-	}
-	e.subject = w.subject(ctx, index.Subject)
-	e.done, e.fresh = !out.encrypted, !out.was
-	// An index may have changed by what was left out, and by nothing else.
-	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
-	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores; !out.changed {
-		return out, nil
-	}
-	children := slices.Clone(index.Manifests)
-	for i, c := range e.changes {
-		children[i].MediaType, children[i].Digest, children[i].Size = c.desc.MediaType, c.desc.Digest, c.desc.Size
-	}
-	for _, i := range slices.Backward(e.removed) {
-		children = slices.Delete(children, i, i+1)
-	}
-	out.desc, err = w.rewrite(ctx, desc, doc, e, children)
-	return out, err
-}
-
 func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) (outcome, error) {
 	out := outcome{desc: desc}
 	mode := w.op.mode()
@@ -363,7 +314,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		switch here, err := w.has(ctx, manifest.Layers[i]); {
 		case err != nil:
 			return outcome{}, fmt.Errorf("layer %s: %w", manifest.Layers[i].Digest, err)
-		case !here && !top && len(w.Platforms) == 0:
+		case !here && !top && (len(w.Platforms) == 0 || IsAttestation(desc)):
 			return outcome{}, errAbsent
 		case !here:
 			return outcome{}, fmt.Errorf("layer %s%s is not here: %w", manifest.Layers[i].Digest, ofPlatform(platform), errdefs.ErrNotFound)
@@ -406,57 +357,6 @@ func (w *work) reads(l ocispec.Descriptor) bool {
 		return !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)
 	}
 	return true
-}
-
-// report reports what is readable in a manifest, or will be.
-func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
-	mode := w.op.mode()
-	if mode != encrypting && mode != inspecting {
-		return
-	}
-	if m.Config.Digest != "" && (selected || mode == encrypting) {
-		w.addPlain(desc, m.Config, platform, ReasonConfig)
-	}
-	for i, l := range m.Layers {
-		reason := plain[i]
-		switch {
-		case mode == inspecting && reason != ReasonNotSelected:
-			w.inspectLayer(desc, l, platform)
-		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
-			w.addPlain(desc, l, platform, reason)
-		case mode == encrypting && len(l.URLs) > 0:
-			w.addPlain(desc, l, platform, ReasonURLs)
-		}
-		if slices.Contains(chosen, i) {
-			w.encrypted = append(w.encrypted, newPlain(desc, l, platform, ""))
-		}
-	}
-}
-
-// subject returns what took the place of the manifest or index that a subject is,
-// after working on that if it is in this image, or nil if nothing did.
-func (w *work) subject(ctx context.Context, subject *ocispec.Descriptor) *ocispec.Descriptor {
-	if subject == nil {
-		return nil
-	}
-	if e, ok := w.entries[subject.Digest]; ok {
-		// Its error is that of its own entry.
-		_, _ = w.any(ctx, e.Descriptor, e.depth)
-	}
-	if now, ok := w.renamed[subject.Digest]; ok {
-		return &now
-	}
-	return nil
-}
-
-// small returns a function that reads a blob that is no larger than a manifest.
-func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
-	return func(desc ocispec.Descriptor) ([]byte, error) {
-		if desc.Size > maxManifest {
-			return nil, fmt.Errorf("blob %s has %d bytes, more than %d", desc.Digest, desc.Size, maxManifest)
-		}
-		return content.ReadBlob(ctx, w.Store, desc)
-	}
 }
 
 // rewrite writes the edited document and returns what describes it.
@@ -550,22 +450,6 @@ func (w *work) layer(i, n int) bool {
 		}
 	}
 	return found
-}
-
-// entryPlatform returns the platform of an entry of an index, as platformOf does.
-func (w *work) entryPlatform(ctx context.Context, e ocispec.Descriptor) *ocispec.Platform {
-	if e.Platform != nil || !isManifest(e.MediaType) {
-		return e.Platform
-	}
-	doc, err := w.document(ctx, e)
-	if err != nil {
-		return nil // an error of that entry's own
-	}
-	var m ocispec.Manifest
-	if json.Unmarshal(doc, &m) != nil {
-		return nil
-	}
-	return w.platformOf(ctx, e, m)
 }
 
 func ofPlatform(p *ocispec.Platform) string {

@@ -2,9 +2,13 @@ package image
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -18,6 +22,55 @@ type indexWork struct {
 	edit   *edit
 	out    outcome
 	absent map[digest.Digest]bool
+}
+
+func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (outcome, error) {
+	if depth >= maxDepth {
+		return outcome{}, errDepth(desc.Digest)
+	}
+	doc, err := w.document(ctx, desc)
+	if errdefs.IsNotFound(err) && depth > 0 {
+		return outcome{}, errAbsent
+	}
+	if err != nil {
+		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(doc, &index); err != nil {
+		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
+	}
+	notes, err := restoreOf(doc)
+	if err != nil {
+		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
+	}
+	iw := &indexWork{work: w, desc: desc, list: w.ofSelection(ctx, index.Manifests), known: notes.plain(), out: outcome{desc: desc}, absent: map[digest.Digest]bool{}}
+	iw.edit = &edit{list: "manifests", changes: make(map[int]change), renamed: w.renamed, mode: w.op.mode(), content: w.small(ctx)}
+	for _, e := range iw.list {
+		w.entries[e.Digest] = indexEntry{e, depth + 1}
+	}
+	if err := iw.run(ctx, depth); err != nil {
+		return outcome{}, err
+	}
+	e, out := iw.edit, iw.out
+	if len(iw.list) > 0 && len(e.removed) == len(iw.list) && depth > 0 {
+		return outcome{}, errAbsent
+	}
+	e.subject = w.subject(ctx, index.Subject)
+	e.done, e.fresh = !out.encrypted, !out.was
+	// An index may have changed by what was left out, and by nothing else.
+	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
+	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores; !out.changed {
+		return out, nil
+	}
+	children := slices.Clone(index.Manifests)
+	for i, c := range e.changes {
+		children[i].MediaType, children[i].Digest, children[i].Size = c.desc.MediaType, c.desc.Digest, c.desc.Size
+	}
+	for _, i := range slices.Backward(e.removed) {
+		children = slices.Delete(children, i, i+1)
+	}
+	out.desc, err = w.rewrite(ctx, desc, doc, e, children)
+	return out, err
 }
 
 // run works on the entries of the index: attestations after the others, since what
@@ -120,4 +173,67 @@ func (w *indexWork) leaveOut(i int) {
 // isRemoved reports whether the entry of that digest is left out.
 func (w *indexWork) isRemoved(d digest.Digest) bool {
 	return slices.ContainsFunc(w.edit.removed, func(i int) bool { return w.list[i].Digest == d })
+}
+
+// subject returns what took the place of the manifest or index that a subject is,
+// after working on that if it is in this image, or nil if nothing did.
+func (w *work) subject(ctx context.Context, subject *ocispec.Descriptor) *ocispec.Descriptor {
+	if subject == nil {
+		return nil
+	}
+	if e, ok := w.entries[subject.Digest]; ok {
+		// Its error is that of its own entry.
+		_, _ = w.any(ctx, e.Descriptor, e.depth)
+	}
+	if now, ok := w.renamed[subject.Digest]; ok {
+		return &now
+	}
+	return nil
+}
+
+// small returns a function that reads a blob that is no larger than a manifest.
+func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
+	return func(desc ocispec.Descriptor) ([]byte, error) {
+		if desc.Size > maxManifest {
+			return nil, fmt.Errorf("blob %s has %d bytes, more than %d", desc.Digest, desc.Size, maxManifest)
+		}
+		return content.ReadBlob(ctx, w.Store, desc)
+	}
+}
+
+// entryPlatform returns the platform of an entry of an index, as platformOf does.
+func (w *work) entryPlatform(ctx context.Context, e ocispec.Descriptor) *ocispec.Platform {
+	if e.Platform != nil || !isManifest(e.MediaType) {
+		return e.Platform
+	}
+	doc, err := w.document(ctx, e)
+	if err != nil {
+		return nil // an error of that entry's own
+	}
+	var m ocispec.Manifest
+	if json.Unmarshal(doc, &m) != nil {
+		return nil
+	}
+	return w.platformOf(ctx, e, m)
+}
+
+// ofSelection returns the entries of an index, attestations with the platform of
+// what they are about, so that a selection of that selects them too.
+func (w *work) ofSelection(ctx context.Context, entries []ocispec.Descriptor) []ocispec.Descriptor {
+	if len(w.Platforms) == 0 {
+		return entries
+	}
+	about := make(map[string]*ocispec.Platform)
+	for _, e := range entries {
+		if !IsAttestation(e) {
+			about[e.Digest.String()] = w.entryPlatform(ctx, e)
+		}
+	}
+	entries = slices.Clone(entries)
+	for i, e := range entries {
+		if p := about[e.Annotations[attestationAnnotation]]; p != nil && IsAttestation(e) {
+			entries[i].Platform = p
+		}
+	}
+	return entries
 }

@@ -22,7 +22,7 @@ type member struct {
 
 // ourKeys are the keys that this package goes by. encoding/json, with which
 // containerd and registries read them, takes any capitalisation of them.
-var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data", "urls"}
+var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data", "urls", "subject"}
 
 // unambiguous refuses a document or descriptor in which readers may not agree
 // on which member counts, since encoding/json would take two for one.

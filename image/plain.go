@@ -212,6 +212,31 @@ func (w *work) inspectLayer(parent, l ocispec.Descriptor, platform *ocispec.Plat
 	}
 }
 
+// report reports what is readable in a manifest, or will be.
+func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
+	mode := w.op.mode()
+	if mode != encrypting && mode != inspecting {
+		return
+	}
+	if m.Config.Digest != "" && (selected || mode == encrypting) {
+		w.addPlain(desc, m.Config, platform, ReasonConfig)
+	}
+	for i, l := range m.Layers {
+		reason := plain[i]
+		switch {
+		case mode == inspecting && reason != ReasonNotSelected:
+			w.inspectLayer(desc, l, platform)
+		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
+			w.addPlain(desc, l, platform, reason)
+		case mode == encrypting && len(l.URLs) > 0:
+			w.addPlain(desc, l, platform, ReasonURLs)
+		}
+		if slices.Contains(chosen, i) {
+			w.encrypted = append(w.encrypted, newPlain(desc, l, platform, ""))
+		}
+	}
+}
+
 // addShared reports the layers that were or are to be encrypted and are also
 // configurations, which stay as they are.
 func (w *work) addShared() {
@@ -264,25 +289,4 @@ func inlined(desc ocispec.Descriptor) []byte {
 // another entry.
 func IsAttestation(entry ocispec.Descriptor) bool {
 	return entry.Annotations[attestationAnnotation] != "" || entry.Annotations[attestationTypeAnnotation] == "attestation-manifest"
-}
-
-// ofSelection returns the entries of an index, attestations with the platform of
-// what they are about, so that a selection of that selects them too.
-func (w *work) ofSelection(ctx context.Context, entries []ocispec.Descriptor) []ocispec.Descriptor {
-	if len(w.Platforms) == 0 {
-		return entries
-	}
-	about := make(map[string]*ocispec.Platform)
-	for _, e := range entries {
-		if !IsAttestation(e) {
-			about[e.Digest.String()] = w.entryPlatform(ctx, e)
-		}
-	}
-	entries = slices.Clone(entries)
-	for i, e := range entries {
-		if p := about[e.Annotations[attestationAnnotation]]; p != nil && IsAttestation(e) {
-			entries[i].Platform = p
-		}
-	}
-	return entries
 }

@@ -302,6 +302,28 @@ func TestData(t *testing.T) {
 	}
 }
 
+// TestDataOfOthers rewraps and decrypts an image whose index holds manifests.
+func TestDataOfOthers(t *testing.T) {
+	s := newStore(t)
+	img := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
+	out, err := Encrypt(s.ctx, s, img, s.ec, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := base64.StdEncoding.EncodeToString([]byte(s.get(out.Target)))
+	target := s.put(ociIndex, `{"manifests":[`+strings.TrimSuffix(entry(out.Target), "}")+`,"data":"`+data+`"}]}`)
+	rewrapped, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+	if err != nil || rewrapped.Layers != 1 {
+		t.Fatalf("rewrap: %+v, %v", rewrapped, err)
+	}
+	for _, d := range []ocispec.Descriptor{target, rewrapped.Target} {
+		decrypted, err := Decrypt(s.ctx, s, d, s.dc, Options{})
+		if err != nil || strings.Contains(s.get(decrypted.Target), data) || !strings.Contains(s.get(decrypted.Target), img.Digest.String()) {
+			t.Errorf("decrypted to %s, %v", s.get(decrypted.Target), err)
+		}
+	}
+}
+
 // TestLeftOut leaves entries out of an index, in several steps, and puts them back.
 func TestLeftOut(t *testing.T) {
 	s := newStore(t)

@@ -130,6 +130,7 @@ func TestDecryptTampered(t *testing.T) {
 		// the diff IDs of the configuration say, and containerd checks those.
 		{"order", target, func(m *ocispec.Manifest) { m.Layers[0], m.Layers[1] = m.Layers[1], m.Layers[0] }, ""},
 		{"type of compression", target, func(m *ocispec.Manifest) { m.Layers[0].MediaType = ocispec.MediaTypeImageLayerGzip + "+encrypted" }, ""},
+		{"another type", target, func(m *ocispec.Manifest) { m.Layers[0].MediaType = "application/vnd.example.layer+encrypted" }, ""},
 		{"a layer twice", target, func(m *ocispec.Manifest) { m.Layers[1] = m.Layers[0] }, ""},
 	} {
 		changed := s.edited(test.target, test.change)
@@ -165,7 +166,7 @@ func TestDecryptTampered(t *testing.T) {
 		}
 	}
 	// What is not known to be an encrypted layer is none, and stays.
-	const other = "application/vnd.example.layer+encrypted"
+	const other = "application/vnd.example.layer+encrypted+encrypted"
 	out, err := Decrypt(s.ctx, s, s.edited(target, func(m *ocispec.Manifest) { m.Layers[0].MediaType = other }), &config.DecryptConfig{}, Options{})
 	if err != nil {
 		t.Fatal(err)

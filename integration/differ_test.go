@@ -59,14 +59,13 @@ func (n *node) noSnapshots(t testing.TB) {
 	}
 }
 
-// pod makes a sandbox and a container of an image that is there, as the kubelet
-// does, and returns what the container prints.
-func (n *node) pod(t testing.TB, image string) string {
+// podCommand returns a command that makes a sandbox and a container of an image that
+// is there, as the kubelet does.
+func (n *node) podCommand(t testing.TB, image string, mounts ...object) *exec.Cmd {
 	t.Helper()
-	logs := filepath.Join(n.dir, "logs")
 	host := object{"namespace_options": object{"network": 2, "pid": 1}}
-	sandbox := object{"metadata": object{"name": "pod", "namespace": "test", "uid": "1", "attempt": 1}, "log_directory": logs, "linux": object{"security_context": host}}
-	container := object{"metadata": object{"name": "app"}, "image": object{"image": image}, "log_path": "app.log", "linux": object{"security_context": host}}
+	sandbox := object{"metadata": object{"name": "pod", "namespace": "test", "uid": "1", "attempt": 1}, "log_directory": filepath.Join(n.dir, "logs"), "linux": object{"security_context": host}}
+	container := object{"metadata": object{"name": "app"}, "image": object{"image": image}, "log_path": "app.log", "linux": object{"security_context": host}, "mounts": mounts}
 	file := func(name string, o object) string {
 		b, err := json.Marshal(o)
 		if err != nil {
@@ -74,7 +73,15 @@ func (n *node) pod(t testing.TB, image string) string {
 		}
 		return write(t, filepath.Join(n.dir, name), string(b))
 	}
-	id := strings.TrimSpace(output(t, n.crictl("run", "--no-pull", file("container.json", container), file("sandbox.json", sandbox))))
+	return n.crictl("run", "--no-pull", file("container.json", container), file("sandbox.json", sandbox))
+}
+
+// pod runs a container of an image that is there, in a sandbox, and returns what it
+// prints.
+func (n *node) pod(t testing.TB, image string, mounts ...object) string {
+	t.Helper()
+	logs := filepath.Join(n.dir, "logs")
+	id := strings.TrimSpace(output(t, n.podCommand(t, image, mounts...)))
 	defer func() {
 		output(t, n.crictl("rmp", "-f", "-a"))
 		os.RemoveAll(logs)

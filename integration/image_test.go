@@ -81,6 +81,11 @@ func (l *layout) layer(k kind, mediaType string, files map[string][]byte) (objec
 	return l.blob(mediaType, packed.Bytes()), digest.FromBytes(plain.Bytes()).String()
 }
 
+// packed adds a layer that is a tar file, and returns its descriptor and diff ID.
+func (l *layout) packed(mediaType string, b []byte) (object, string) {
+	return l.blob(mediaType, b), digest.FromBytes(b).String()
+}
+
 // manifest adds the manifest of an image of layers with these diff IDs, and its
 // configuration, and returns its descriptor.
 func (l *layout) manifest(layers []object, diffIDs []string) object {

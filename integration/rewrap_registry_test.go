@@ -189,7 +189,7 @@ func TestRewrapRegistry(t *testing.T) {
 		}
 	})
 	requests := w.during(nil, func() { output(t, rewrap(app+"1")) })
-	// What the tag is, the index, two manifests and an attestation; two manifests
+	// What the tag is, the index, two manifests and an attestation; three manifests
 	// that are new, twice what the tag is, and its new index.
 	counts := map[string]int{}
 	for _, r := range requests {
@@ -199,7 +199,7 @@ func TestRewrapRegistry(t *testing.T) {
 			t.Errorf("request %s", r)
 		}
 	}
-	if counts["GET"] != 4 || counts["PUT"] != 3 || counts["HEAD"] != 5 {
+	if counts["GET"] != 4 || counts["PUT"] != 4 || counts["HEAD"] != 6 {
 		t.Errorf("requests: %q", requests)
 	}
 	has, keks := w.keks("team/app", "1")
