@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
@@ -27,6 +28,7 @@ import (
 var repo, tools, bin string
 
 func TestMain(m *testing.M) {
+	kms.RunModule()
 	os.Exit(func() int {
 		if err := setUp(); err != nil {
 			fmt.Fprintln(os.Stderr, "integration:", err)
