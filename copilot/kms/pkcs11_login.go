@@ -47,11 +47,12 @@ func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
 	defer close(l.done)
 	pin, file, err := h.settings.pin()
 	defer clear(pin)
+	known := false // what the token would say
 	switch r := h.refused; {
 	case err != nil:
 		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	case r != nil && os.SameFile(r.file, file) && r.file.ModTime().Equal(file.ModTime()) && r.file.Size() == file.Size():
-		err = r.err
+		err, known = r.err, true
 	default:
 		if w != nil {
 			if err = h.open(w, pin); err != nil && !errors.Is(err, ErrForbidden) {
@@ -76,7 +77,9 @@ func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
 		w = nil
 	}
 	h.worker, h.loggedIn = w, err == nil
-	if refused, ok := errors.AsType[*remoteError](err); ok && refused.kind == replyPIN {
+	if known {
+		// Nothing was tried.
+	} else if refused, ok := errors.AsType[*remoteError](err); ok && refused.kind == replyPIN {
 		err = fmt.Errorf("%w: it is not tried again until %s changes", err, h.settings.PINFile)
 		h.refused = &refusal{file, err}
 	} else if err != nil {

@@ -40,6 +40,7 @@ func runModule() error {
 	}
 	// It ends when the pipe does: systemd and terminals signal all processes.
 	signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defaultSignals()
 	const requests, replies = 3, 4
 	var st syscall.Stat_t
 	for _, fd := range []int{requests, replies} {

@@ -38,9 +38,8 @@ var (
 	errRetired = errors.New("the module's process is being replaced")
 )
 
-// notForWorkers are variables that a worker does not get: systemd's are for the
-// process that it started, and one of Go's is set.
-var notForWorkers = []string{"NOTIFY_SOCKET=", "WATCHDOG_PID=", "WATCHDOG_USEC=", "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "GOTRACEBACK="}
+// systemd's variables are for the process that it started.
+var notForWorkers = []string{"NOTIFY_SOCKET=", "WATCHDOG_PID=", "WATCHDOG_USEC=", "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES="}
 
 // startWorker starts a process, which has not loaded its module yet. onEnd is
 // called once, when it ends without having been retired.
@@ -65,11 +64,10 @@ func startWorker(onEnd func(*hsmWorker)) (*hsmWorker, error) {
 		Path: "/proc/self/exe", Args: []string{os.Args[0], moduleArgument},
 		Stdout: os.Stderr, Stderr: os.Stderr, ExtraFiles: []*os.File{requestR, replyW},
 		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+		Env: slices.DeleteFunc(os.Environ(), func(v string) bool {
+			return slices.ContainsFunc(notForWorkers, func(name string) bool { return strings.HasPrefix(v, name) })
+		}),
 	}
-	// Traces of Go's say nothing about a module that crashes, and have registers.
-	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return slices.ContainsFunc(notForWorkers, func(name string) bool { return strings.HasPrefix(v, name) })
-	}), "GOTRACEBACK=none")
 	started := make(chan error)
 	go func() {
 		// The kernel sends Pdeathsig when the thread ends that started the
@@ -82,7 +80,7 @@ func startWorker(onEnd func(*hsmWorker)) (*hsmWorker, error) {
 		started <- err
 		if err == nil {
 			cmd.Wait()
-			w.end(errors.New(ending(cmd.ProcessState)))
+			w.end(errors.New(cmd.ProcessState.String()))
 			close(w.exited)
 		}
 	}()
@@ -92,15 +90,6 @@ func startWorker(onEnd func(*hsmWorker)) (*hsmWorker, error) {
 	}
 	go w.receive()
 	return w, nil
-}
-
-// ending says how a process ended. Go's runtime exits with 2 on the signal of a
-// crash, after it has printed which one.
-func ending(s *os.ProcessState) string {
-	if s.ExitCode() == 2 {
-		return "it crashed (exit status 2): the signal is in what it printed"
-	}
-	return s.String()
 }
 
 func (w *hsmWorker) receive() {

@@ -5,6 +5,7 @@ package kms
 /*
 #cgo linux LDFLAGS: -ldl
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdlib.h>
 
 // A PKCS#11 function list, as all platforms but Windows lay it out: the version,
@@ -26,6 +27,12 @@ static unsigned long function_list(const char *path, struct function_list **list
 static unsigned long encrypt(struct function_list *list, unsigned long session, void *in, unsigned long in_size, void *out, unsigned long *out_size) {
 	unsigned long (*f)(unsigned long, void *, unsigned long, void *, unsigned long *) = list->function[C_Encrypt];
 	return f(session, in, in_size, out, out_size);
+}
+
+static void default_signals(void) {
+	int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS};
+	for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
+		signal(signals[i], SIG_DFL);
 }
 */
 import "C"
@@ -65,3 +72,7 @@ func (l functionList) encrypt(session pkcs11.SessionHandle, plaintext []byte) ([
 // reserved returns parameters as C_Initialize takes them in pReserved. A module may
 // keep them, so they are never freed.
 func reserved(parameters string) unsafe.Pointer { return unsafe.Pointer(C.CString(parameters)) }
+
+// defaultSignals has a crash end this process by its signal. Go's runtime would print
+// traces, which say nothing about a module, and the registers, and exit with 2.
+func defaultSignals() { C.default_signals() }
