@@ -11,11 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
-
-	"github.com/miekg/pkcs11"
-
-	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 )
 
 // hsmBroker is a copilot with a KEK "a" in an HSM, and a KEK "local" in its store.
@@ -313,59 +308,4 @@ wait $copilot
 	await(t, "openCryptoki", func() error { return b.try("a") })
 	output(t, command(t, "chroot", m.root, "copilot", "keys", "rotate", "--config", "/run/copilot.toml", "a"))
 	await(t, "the new version", func() error { return b.try("a") })
-}
-
-// BenchmarkHSM wraps with a key in SoftHSM: through copilot's backend and the process
-// of its module, and by the same PKCS#11 calls in this process.
-func BenchmarkHSM(b *testing.B) {
-	k := newToken(b, "a")
-	h := k.open()
-	p, s := k.session()
-	wrap := func() error {
-		_, _, err := h.Wrap(b.Context(), "a", kmstest.Secret)
-		return err
-	}
-	direct := func() error {
-		if err := p.FindObjectsInit(s, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, "a")}); err != nil {
-			return err
-		}
-		keys, _, err := p.FindObjects(s, 64)
-		if err == nil {
-			err = p.FindObjectsFinal(s)
-		}
-		if err != nil || len(keys) != 1 {
-			return fmt.Errorf("%d keys, %v", len(keys), err)
-		}
-		if _, err := p.GetAttributeValue(s, keys[0], []*pkcs11.Attribute{
-			pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil), pkcs11.NewAttribute(pkcs11.CKA_ID, nil),
-			pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, nil), pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, nil),
-		}); err != nil {
-			return err
-		}
-		params := pkcs11.NewGCMParams(make([]byte, 12), []byte("a"), 128)
-		defer params.Free()
-		if err := p.EncryptInit(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, keys[0]); err != nil {
-			return err
-		}
-		_, err = p.Encrypt(s, kmstest.Secret)
-		return err
-	}
-	// A round is long enough to measure, and the two take turns.
-	const wraps = 200
-	took := make(map[string]time.Duration)
-	for b.Loop() {
-		for name, f := range map[string]func() error{"process": wrap, "direct": direct} {
-			start := time.Now()
-			for range wraps {
-				if err := f(); err != nil {
-					b.Fatal(name, err)
-				}
-			}
-			took[name] += time.Since(start)
-		}
-	}
-	n := float64(b.N * wraps)
-	b.ReportMetric(float64(took["process"].Microseconds())/n, "process-µs/wrap")
-	b.ReportMetric(float64(took["direct"].Microseconds())/n, "direct-µs/wrap")
-	b.ReportMetric(float64(took["process"])/float64(took["direct"]), "process/direct")
 }
