@@ -57,15 +57,22 @@ func (k *token) add(key, id string, size int) {
 func (k *token) faulty() (dir string) {
 	k.t.Helper()
 	dir = k.dir + "/module"
-	k.module = dir + "/faulty.so"
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		k.t.Fatal(err)
-	}
-	headers := command(k.t, "go", "list", "-buildvcs=false", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11")
-	headers.Dir = repo
-	output(k.t, command(k.t, "cc", "-shared", "-fPIC", "-Wall", "-D_GNU_SOURCE", `-DSOFTHSM="`+softHSM+`"`, "-I", strings.TrimSpace(output(k.t, headers)),
-		"-o", k.module, filepath.Join(repo, "integration/testdata/pkcs11/faulty.c"), "-ldl"))
+	k.module = faultyModule(k.t, dir)
 	return dir
+}
+
+// faultyModule builds it into a new directory.
+func faultyModule(t testing.TB, dir string) (module string) {
+	t.Helper()
+	module = dir + "/faulty.so"
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	headers := command(t, "go", "list", "-buildvcs=false", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11")
+	headers.Dir = repo
+	output(t, command(t, "cc", "-shared", "-fPIC", "-Wall", "-D_GNU_SOURCE", `-DSOFTHSM="`+softHSM+`"`, "-I", strings.TrimSpace(output(t, headers)),
+		"-o", module, filepath.Join(repo, "integration/testdata/pkcs11/faulty.c"), "-ldl"))
+	return module
 }
 
 func (k *token) settings() string {

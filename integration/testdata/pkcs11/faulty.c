@@ -80,11 +80,22 @@ static CK_RV FindObjectsInit(CK_SESSION_HANDLE session, CK_ATTRIBUTE_PTR templat
 	return real->C_FindObjectsInit(session, template, count);
 }
 
-// slow: it hangs. crash: it crashes, once. crashes: each time. own-nonce: it takes zeros for a nonce, and makes its own.
-static CK_RV EncryptInit(CK_SESSION_HANDLE session, CK_MECHANISM_PTR mechanism, CK_OBJECT_HANDLE key)
+static void may_crash(void)
 {
 	if (unlink(file("crash")) == 0 || fault("crashes"))
 		*(volatile int *)8 = 1;
+}
+
+static CK_RV DecryptInit(CK_SESSION_HANDLE session, CK_MECHANISM_PTR mechanism, CK_OBJECT_HANDLE key)
+{
+	may_crash();
+	return real->C_DecryptInit(session, mechanism, key);
+}
+
+// slow: it hangs. crash: it crashes, once. crashes: each time. own-nonce: it takes zeros for a nonce, and makes its own.
+static CK_RV EncryptInit(CK_SESSION_HANDLE session, CK_MECHANISM_PTR mechanism, CK_OBJECT_HANDLE key)
+{
+	may_crash();
 	while (fault("slow"))
 		usleep(10000);
 	if (fault("own-nonce")) {
@@ -120,6 +131,7 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR list)
 	faulty.C_Login = Login;
 	faulty.C_FindObjectsInit = FindObjectsInit;
 	faulty.C_EncryptInit = EncryptInit;
+	faulty.C_DecryptInit = DecryptInit;
 	faulty.C_SetAttributeValue = SetAttributeValue;
 	*list = &faulty;
 	return CKR_OK;
