@@ -68,6 +68,7 @@ func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) 
 			delete(r.backends, name)
 			return nil, fmt.Errorf("backends.%s: %w", name, err)
 		}
+		m.backend(name, r.backends[name])
 	}
 	return r, nil
 }

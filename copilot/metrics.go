@@ -8,6 +8,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
 // metrics are what Prometheus reads. No label holds an identity, of which there
@@ -79,6 +81,16 @@ func (m *metrics) kms(backend, operation string, took time.Duration, err error) 
 	m.kmsSeconds.WithLabelValues(backend, operation).Observe(took.Seconds())
 	if err != nil {
 		m.kmsErrors.WithLabelValues(backend, operation).Inc()
+	}
+}
+
+// backend adds what a backend counts itself.
+func (m *metrics) backend(name string, b kms.Backend) {
+	if r, ok := b.(interface{ Restarts() uint64 }); ok {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "copilot_kms_module_restarts_total", Help: "Restarts of the process that a PKCS#11 module runs in.",
+			ConstLabels: prometheus.Labels{"backend": name},
+		}, func() float64 { return float64(r.Restarts()) }))
 	}
 }
 

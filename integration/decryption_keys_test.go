@@ -276,6 +276,22 @@ func TestDecryptionKeysPKCS11(t *testing.T) {
 	output(t, n.crictl("pull", image))
 	output(t, n.crictl("rmi", image))
 
+	// A module that crashes does not take pilot along.
+	p.stop(t)
+	module := faultyModule(t, dir+"/module")
+	t.Setenv("OCICRYPT_CONFIG", write(t, dir+"/modules.conf", "pkcs11:\n  module-directories:\n  - "+dir+"/module\n  allowed-module-paths:\n  - "+dir+"/module/\n"))
+	write(t, home+"/keys/key.yaml", strings.Replace(read(t, hsm), "module-name=softhsm2", "module-path="+module, 1))
+	p = serve()
+	write(t, dir+"/module/crash", "")
+	fails(t, n.crictl("pull", image), "the PKCS#11 module's process failed")
+	output(t, n.crictl("pull", image))
+	output(t, n.crictl("rmi", image))
+	select {
+	case <-p.done:
+		t.Error("pilot has ended")
+	default:
+	}
+
 	// Without ocicrypt's configuration of modules none is loaded.
 	p.stop(t)
 	t.Setenv("OCICRYPT_CONFIG", "")

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
@@ -27,6 +28,7 @@ import (
 var repo, tools, bin string
 
 func TestMain(m *testing.M) {
+	kms.RunModule()
 	os.Exit(func() int {
 		if err := setUp(); err != nil {
 			fmt.Fprintln(os.Stderr, "integration:", err)
@@ -51,12 +53,12 @@ func setUp() error {
 	if tools = os.Getenv("PILOT_TOOLS"); tools == "" {
 		tools = filepath.Join(repo, ".cache", "tools")
 	}
-	for _, name := range []string{"bin/containerd", "bin/containerd-shim-runc-v2", "bin/crictl", "bin/local-kms", "bin/vault-dev", "trixie/usr/bin/skopeo"} {
+	for _, name := range []string{"bin/containerd", "bin/containerd-shim-runc-v2", "bin/crictl", "bin/local-kms", "bin/vault-dev", "trixie/usr/bin/skopeo", "trixie/usr/sbin/pkcsslotd"} {
 		if _, err := os.Stat(filepath.Join(tools, name)); err != nil {
 			return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", filepath.Join(tools, name), tools)
 		}
 	}
-	for _, name := range []string{"/usr/bin/containerd", "runc", "docker-registry", "softhsm2-util", "gpg", "openssl", "ip"} {
+	for _, name := range []string{"/usr/bin/containerd", "runc", "docker-registry", "softhsm2-util", "certutil", "gpg", "openssl", "ip"} {
 		if _, err := exec.LookPath(name); err != nil {
 			return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
 		}

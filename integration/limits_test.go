@@ -40,6 +40,7 @@ func ecKeys(t testing.TB, dir string, n int) (private, public []string) {
 // TestManyRecipients encrypts for more recipients than go-jose parses in one JWE by
 // default, and reads what skopeo wrote for as many.
 func TestManyRecipients(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := newCI(t, dir+"/ci", conf)
@@ -107,6 +108,7 @@ func TestManyRecipients(t *testing.T) {
 // TestLargeManifest refuses an image whose manifest would be larger than registries
 // take, before it reads the first layer: that has another size than the manifest says.
 func TestLargeManifest(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	c := newNode(t, dir+"/ci", containerd2(), write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`), "")
 	_, public := ecKeys(t, dir+"/keys", 60)
@@ -131,6 +133,7 @@ func TestLargeManifest(t *testing.T) {
 // TestNestedIndexes rewraps all tags of a repository, where some are images of few
 // kilobytes that stand for millions of manifests, or that the registry does not give.
 func TestNestedIndexes(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, conf := pilot(t, dir+"/ci", brokerURL)
@@ -232,6 +235,7 @@ func TestNestedIndexes(t *testing.T) {
 
 // TestRefusedManifest has a registry refuse what it does not know, as some do.
 func TestRefusedManifest(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, public := ecKeys(t, dir+"/keys", 1)
 	c := newCI(t, dir+"/ci", write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`))

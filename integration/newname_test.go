@@ -12,6 +12,7 @@ import (
 // TestNoImageReplaced gives results the names of other images, and has a name
 // become another image while the command works.
 func TestNoImageReplaced(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	c := newNode(t, dir+"/ci", containerd2(), "", "")
@@ -85,6 +86,7 @@ func TestNoImageReplaced(t *testing.T) {
 // TestMissingLayers encrypts and decrypts an image that a node pulled after its plain
 // twin, so that it has no layers, and does what the error advises.
 func TestMissingLayers(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a", "team-b")
 	_, conf := pilot(t, dir+"/ci", brokerURL)
@@ -129,6 +131,7 @@ func TestMissingLayers(t *testing.T) {
 // TestImageElsewhere names images that are in another namespace or under a longer
 // name, and layers that some platform does not have.
 func TestImageElsewhere(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, public := ecKeys(t, dir+"/keys", 1)
 	conf := "[plugins.'io.containerd.cri.v1.images'.registry.mirrors.'example.com']\n  endpoint = ['https://mirror.example.com']\n"

@@ -39,6 +39,7 @@ func parseReport(t testing.TB, text string) (e plainReport) {
 
 // TestPlain encrypts images of which something can't be encrypted, or is not to be.
 func TestPlain(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	conf := write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := newCI(t, dir+"/ci", conf)
@@ -221,6 +222,7 @@ func TestPlain(t *testing.T) {
 // TestImageVolume mounts encrypted artifacts into containers, as Kubernetes' image
 // volumes do.
 func TestImageVolume(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, ociConf := pilot(t, dir+"/ci", brokerURL)

@@ -19,6 +19,7 @@ import (
 // containerd, ctr-pilot and skopeo: what ctr-pilot does not name is nowhere in
 // containerd's content store, each recipient gets the original back, and skopeo gets its layers.
 func TestPropertySample(t *testing.T) {
+	t.Parallel()
 	dir := tempDir(t)
 	_, brokerURL := broker(t, dir+"/broker", "team-a")
 	_, conf := pilot(t, dir+"/ci", brokerURL)

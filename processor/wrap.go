@@ -14,7 +14,6 @@ import (
 	"github.com/containers/ocicrypt/keywrap"
 	"github.com/containers/ocicrypt/keywrap/jwe"
 	"github.com/containers/ocicrypt/keywrap/pgp"
-	"github.com/containers/ocicrypt/keywrap/pkcs11"
 	"github.com/containers/ocicrypt/keywrap/pkcs7"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -62,7 +61,7 @@ func newWrapper(scheme string) (wrapper, error) {
 	case "pgp":
 		return keyWrapper{pgp.NewKeyWrapper()}, nil
 	case "pkcs11":
-		return keyWrapper{pkcs11.NewKeyWrapper()}, nil
+		return newPKCS11Wrapper(), nil
 	}
 	return nil, fmt.Errorf("%.60q is not a way to wrap keys that is known here", scheme)
 }

@@ -10,7 +10,7 @@ shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
-packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 openssl procps systemd systemd-container postgresql libevent-2.1-7 libc-ares2 python3-venv iproute2)
+packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 libnss3 libnss3-tools openssl procps systemd systemd-container postgresql libevent-2.1-7 libc-ares2 python3-venv iproute2)
 kubernetes=
 if [ "${1-}" = kubernetes ]; then
 	kubernetes=1
@@ -163,11 +163,12 @@ if [ -n "$engines" ]; then
 	fi
 fi
 
-if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ] || [ ! -e "$dir/trixie/usr/sbin/pgbouncer" ]; then
+if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ] || [ ! -e "$dir/trixie/usr/sbin/pgbouncer" ] ||
+	[ ! -e "$dir/trixie/usr/sbin/pkcsslotd" ]; then
 	echo "making a root of Debian 13"
 	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
-	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus,pgbouncer \
-		--customize-hook='rm -f "$1/etc/systemd/system/multi-user.target.wants/pgbouncer.service"' \
+	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus,pgbouncer,opencryptoki \
+		--customize-hook='rm -f "$1/etc/systemd/system/multi-user.target.wants/pgbouncer.service" "$1/etc/systemd/system/multi-user.target.wants/pkcsslotd.service"' \
 		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
 		{ cat "$dir/mmdebstrap.log"; exit 1; }
 	mv "$dir/trixie.part" "$dir/trixie"

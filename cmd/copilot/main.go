@@ -7,6 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/version"
 )
@@ -17,6 +18,7 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
+	kms.RunModule()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1

@@ -8,12 +8,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/sirupsen/logrus"
 )
 
 func init() { types["pkcs11"] = openHSM }
@@ -25,23 +27,47 @@ func init() { types["pkcs11"] = openHSM }
 //
 // Wrapped is a nonce of 12 bytes, the AES-GCM ciphertext, as long as the
 // plaintext, and its tag of 16 bytes.
+//
+// The module runs in a process of its own, a worker, so that a fault in it takes
+// nothing else down.
 type hsm struct {
 	settings hsmSettings
+	timeout  time.Duration // of a call to the module
 	calls    chan struct{} // holds one for each call that is in the module
 	rotating chan struct{} // holds one during a rotation
 
-	mu      sync.Mutex
-	conn    *hsmConn // nil if there is none
-	old     *hsmConn // the last one, which calls may still be in
-	refused *refusal
-	closed  bool
+	mu       sync.Mutex
+	worker   *hsmWorker // nil if none runs
+	loggedIn bool       // the worker is
+	login    *hsmLogin  // that is being made, or nil
+	refused  *refusal
+	failures int       // one after the other
+	retryAt  time.Time // the next login is not before
+	failure  error     // of the last one
+	starts   uint64    // of workers
+	closed   bool
+}
+
+// hsmLogin is a login that is being made.
+type hsmLogin struct {
+	done   chan struct{} // closed when there is a result
+	worker *hsmWorker
+	err    error
+}
+
+// refusal is a PIN that the token did not accept.
+type refusal struct {
+	file os.FileInfo
+	err  error
 }
 
 type hsmSettings struct {
-	Module  string `toml:"module"`   // the PKCS#11 library's file
-	Token   string `toml:"token"`    // the token's label
-	Serial  string `toml:"serial"`   // or its serial number, or both
-	PINFile string `toml:"pin-file"` // with the user's PIN and nothing else
+	Module      string `toml:"module"`            // the PKCS#11 library's file
+	Parameters  string `toml:"module-parameters"` // what C_Initialize gets as pReserved, with a zero byte after it
+	Token       string `toml:"token"`             // the token's label
+	Serial      string `toml:"serial"`            // or its serial number, or both
+	PINFile     string `toml:"pin-file"`          // with the user's PIN and nothing else
+	CallTimeout string `toml:"call-timeout"`      // a call that takes longer has the module's process killed
 }
 
 const (
@@ -49,12 +75,19 @@ const (
 	// count.
 	maxCalls = 8
 
+	// defaultCallTimeout is longer than a failover of most HSMs.
+	defaultCallTimeout = 30 * time.Second
+
+	// Between logins that fail, twice as long each time.
+	minRetryInterval = 250 * time.Millisecond
+	maxRetryInterval = 30 * time.Second
+
 	gcmNonce = 12 // bytes
 	gcmTag   = 16 // bytes
 )
 
 func openHSM(settings Settings) (Backend, error) {
-	h := &hsm{calls: make(chan struct{}, maxCalls), rotating: make(chan struct{}, 1)}
+	h := &hsm{calls: make(chan struct{}, maxCalls), rotating: make(chan struct{}, 1), timeout: defaultCallTimeout}
 	if err := settings(&h.settings); err != nil {
 		return nil, err
 	}
@@ -65,13 +98,23 @@ func openHSM(settings Settings) (Backend, error) {
 		return nil, errors.New("give the token's label as token, or its serial number as serial")
 	case s.PINFile == "":
 		return nil, errors.New("give a file with the PIN of the token's user as pin-file")
+	case strings.ContainsRune(s.Parameters, 0):
+		return nil, errors.New("module-parameters has a zero byte in it")
+	}
+	if s := h.settings.CallTimeout; s != "" {
+		var err error
+		if h.timeout, err = time.ParseDuration(s); err != nil || h.timeout < time.Second || h.timeout > time.Hour {
+			return nil, fmt.Errorf("call-timeout = %q: it is not a duration from 1s to 1h", s)
+		}
 	}
 	if _, err := os.Stat(h.settings.Module); err != nil {
 		return nil, fmt.Errorf("module: %w", err)
 	}
-	if _, _, err := h.settings.pin(); err != nil {
+	pin, _, err := h.settings.pin()
+	if err != nil {
 		return nil, fmt.Errorf("pin-file: %w", err)
 	}
+	clear(pin)
 	return h, nil
 }
 
@@ -79,67 +122,45 @@ func (h *hsm) Wrap(ctx context.Context, path string, plaintext []byte) (int, []b
 	if err := checkPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
-	a, err := h.call(ctx, path, plaintext, func(s *hsmSession, plaintext []byte) (hsmAnswer, error) {
-		keys, err := s.keys(path)
-		if err != nil {
-			return hsmAnswer{}, err
-		}
-		may := slices.DeleteFunc(slices.Clone(keys), func(k hsmKey) bool { return !k.encrypts })
-		if len(may) == 0 {
-			return hsmAnswer{}, fmt.Errorf("%w: none of its %d versions may encrypt (CKA_ENCRYPT)", ErrForbidden, len(keys))
-		}
-		current := may[len(may)-1]
-		if len(may) > 1 && may[len(may)-2].version == current.version {
-			return hsmAnswer{}, fmt.Errorf("%w: it has two keys of version %d: rotate it", ErrUnavailable, current.version)
-		}
-		wrapped, err := s.seal(current, plaintext, hsmAAD(path, current.version))
-		return hsmAnswer{current.version, wrapped}, err
-	})
-	return a.version, a.bytes, err
+	m, err := h.call(ctx, path, hsmMessage{kind: requestWrap, fields: [][]byte{[]byte(path), plaintext}})
+	if err != nil {
+		return 0, nil, err
+	}
+	return m.version, m.fields[0], nil
 }
 
 func (h *hsm) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	if len(wrapped) <= gcmNonce+gcmTag || len(wrapped) > gcmNonce+MaxPlaintext+gcmTag {
 		return nil, fmt.Errorf("%w: it has %d bytes", ErrUnwrap, len(wrapped))
 	}
-	a, err := h.call(ctx, path, wrapped, func(s *hsmSession, wrapped []byte) (hsmAnswer, error) {
-		keys, err := s.keys(path)
-		if err != nil {
-			return hsmAnswer{}, err
-		}
-		err = fmt.Errorf("%w: version %d", ErrNotFound, version)
-		// Somebody may have made two of a version.
-		for _, k := range keys {
-			if k.version == version {
-				var plaintext []byte
-				if plaintext, err = s.open(k, wrapped, hsmAAD(path, version)); err == nil {
-					return hsmAnswer{version, plaintext}, nil
-				}
-			}
-		}
-		return hsmAnswer{}, err
-	})
-	return a.bytes, err
+	if version < 1 || version >= math.MaxInt32 {
+		return nil, fmt.Errorf("key %q in %s: %w: version %d", path, h.settings, ErrNotFound, version)
+	}
+	m, err := h.call(ctx, path, hsmMessage{kind: requestUnwrap, version: version, fields: [][]byte{[]byte(path), wrapped}})
+	if err != nil {
+		return nil, err
+	}
+	return m.fields[0], nil
 }
 
+// Restarts returns how often the module's process was started again.
+func (h *hsm) Restarts() uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return max(h.starts, 1) - 1
+}
+
+// Close ends the module's process.
 func (h *hsm) Close() error {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.closed = true
-		if h.conn != nil {
-			h.conn.release()
-			h.conn = nil
-		}
-	}()
-	select {
-	case <-done:
-		return nil
-	case <-time.After(2 * time.Second):
-		return fmt.Errorf("%w: module %s hangs", ErrUnavailable, h.settings.Module)
+	h.mu.Lock()
+	h.closed = true
+	w := h.worker
+	h.worker, h.loggedIn = nil, false
+	h.mu.Unlock()
+	if w != nil {
+		w.close()
 	}
+	return nil
 }
 
 // hsmAAD is what a wrapped key is bound to.
@@ -148,46 +169,44 @@ func hsmAAD(path string, version int) []byte {
 	return append(aad, path...)
 }
 
-// hsmAnswer is what a call gives: a version, bytes, or both.
-type hsmAnswer struct {
-	version int
-	bytes   []byte
-}
-
-// call has f called with a session and a copy of input, which is cleared after
-// it. PKCS#11 has no way to stop a call: when ctx is done, it is left to itself.
-func (h *hsm) call(ctx context.Context, path string, input []byte, f func(s *hsmSession, input []byte) (hsmAnswer, error)) (hsmAnswer, error) {
+// call sends a copy of a request, which is cleared after it. PKCS#11 has no way to
+// stop a call: when ctx is done, it is left to itself.
+func (h *hsm) call(ctx context.Context, path string, request hsmMessage) (hsmMessage, error) {
 	select {
 	case <-ctx.Done():
-		return hsmAnswer{}, h.late(ctx, path, "not asked")
+		return hsmMessage{}, h.late(ctx, path, "not asked")
 	default:
 	}
 	select {
 	case h.calls <- struct{}{}:
 	case <-ctx.Done():
-		return hsmAnswer{}, h.late(ctx, path, "all calls to its module hang")
+		return hsmMessage{}, h.late(ctx, path, "all calls to its module hang")
 	}
 	type result struct {
-		hsmAnswer
+		hsmMessage
 		err error
 	}
 	done := make(chan result, 1)
-	input = bytes.Clone(input)
+	fields := make([][]byte, len(request.fields))
+	for i, f := range request.fields {
+		fields[i] = bytes.Clone(f)
+	}
+	request.fields = fields
 	go func() {
 		defer func() { <-h.calls }()
-		defer clear(input)
-		a, err := h.try(func(s *hsmSession) (hsmAnswer, error) { return f(s, input) })
-		done <- result{a, err}
+		defer request.clear()
+		m, err := h.try(ctx, request)
+		done <- result{m, err}
 	}()
 	select {
 	case r := <-done:
 		if r.err != nil {
-			return hsmAnswer{}, fmt.Errorf("key %q in %s: %w", path, h.settings, r.err)
+			return hsmMessage{}, fmt.Errorf("key %q in %s: %w", path, h.settings, r.err)
 		}
-		return r.hsmAnswer, nil
+		return r.hsmMessage, nil
 	case <-ctx.Done():
-		go func() { clear((<-done).bytes) }()
-		return hsmAnswer{}, h.late(ctx, path, "its module takes too long")
+		go func() { (<-done).clear() }()
+		return hsmMessage{}, h.late(ctx, path, "its module takes too long")
 	}
 }
 
@@ -196,46 +215,66 @@ func (h *hsm) late(ctx context.Context, path, what string) error {
 	return fmt.Errorf("key %q in %s: %w: %s: %w", path, h.settings, ErrUnavailable, what, context.Cause(ctx))
 }
 
-// try calls f, and once more with a new connection if the one there was is
-// lost. An HSM that forgot a session is not worth an error.
-func (h *hsm) try(f func(*hsmSession) (hsmAnswer, error)) (hsmAnswer, error) {
-	for again := false; ; again = true {
-		c, fresh, err := h.connect()
+// try sends a request, and once more if the login or the process is lost meanwhile.
+// An HSM that forgot a session is not worth an error.
+func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
+	for again := false; ; {
+		w, fresh, err := h.connect()
 		if err != nil {
-			return hsmAnswer{}, err
+			return hsmMessage{}, err
 		}
-		a, err := c.with(f)
-		_, lost := errors.AsType[*lostError](err)
-		if lost {
-			h.drop(c)
+		reply, err := w.do(request, h.timeout)
+		switch {
+		case errors.Is(err, errRetired):
+			continue // with the new one
+		case err != nil:
+			// What has made or renamed a key must not do so twice.
+			repeats := request.kind == requestWrap || request.kind == requestUnwrap
+			if !errors.Is(err, errEnded) || !repeats || again || ctx.Err() != nil {
+				return hsmMessage{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			}
+			again = true
+			continue
+		case reply.kind == replyLost:
+			h.lost(w)
+		case reply.kind == replyOld:
+			h.replace()
+		default:
+			fresh = true
 		}
-		c.release()
-		if !lost || fresh || again {
-			return a, err
+		if fresh || again || ctx.Err() != nil {
+			if err := reply.error(); err != nil {
+				return hsmMessage{}, err
+			}
+			if want := request.kind == requestWrap || request.kind == requestUnwrap; want != (len(reply.fields) == 1) {
+				return hsmMessage{}, fmt.Errorf("%w: %w", ErrUnavailable, errMessage)
+			}
+			return reply, nil
 		}
+		again = true
 	}
 }
 
-// pin reads the PIN.
-func (s hsmSettings) pin() (string, os.FileInfo, error) {
+// pin reads the PIN, which the caller clears.
+func (s hsmSettings) pin() ([]byte, os.FileInfo, error) {
 	f, err := os.Open(s.PINFile)
 	if err != nil {
-		return "", nil, err
+		return nil, nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return "", nil, err
+		return nil, nil, err
 	}
 	if info.Mode().Perm()&0o007 != 0 {
-		return "", nil, fmt.Errorf("every user of this machine can read %s (mode %04o): chmod 0600 it, and change the PIN", s.PINFile, info.Mode().Perm())
+		return nil, nil, fmt.Errorf("every user of this machine can read %s (mode %04o): chmod 0600 it, and change the PIN", s.PINFile, info.Mode().Perm())
 	}
 	b := make([]byte, 256)
 	n, err := f.Read(b)
-	defer clear(b)
-	pin := strings.TrimRight(string(b[:n]), "\r\n")
-	if err != nil || pin == "" || n == len(b) || strings.ContainsAny(pin, "\r\n") {
-		return "", nil, fmt.Errorf("%s is not one line with a PIN", s.PINFile)
+	pin := bytes.TrimRight(b[:n], "\r\n")
+	if err != nil || len(pin) == 0 || n == len(b) || bytes.ContainsAny(pin, "\r\n") {
+		clear(b)
+		return nil, nil, fmt.Errorf("%s is not one line with a PIN", s.PINFile)
 	}
 	return pin, info, nil
 }
@@ -245,4 +284,8 @@ func (s hsmSettings) String() string {
 		return fmt.Sprintf("token with serial number %q", s.Serial)
 	}
 	return fmt.Sprintf("token %q", s.Token)
+}
+
+func (h *hsm) log() *logrus.Entry {
+	return logrus.WithFields(logrus.Fields{"module": h.settings.Module, "token": h.settings.String()})
 }

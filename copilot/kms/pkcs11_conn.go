@@ -5,23 +5,19 @@ package kms
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/miekg/pkcs11"
 )
 
-// hsmConn is a login to a token, with its sessions. It is closed when the
-// backend has dropped it and the last call has left it.
+// hsmConn is a login to a token, with its sessions. It is closed when it
+// is no longer the current one and the last call has left it.
 type hsmConn struct {
 	*hsmModule
-	settings hsmSettings
-	slot     uint
-	login    pkcs11.SessionHandle // open as long as the login has to last
-	made     time.Time
-	gone     chan struct{} // closed with it
+	label, serial string // of the token; either may be empty
+	slot          uint
+	login         pkcs11.SessionHandle // open as long as the login has to last
 
 	mu   sync.Mutex
 	idle []pkcs11.SessionHandle
@@ -34,72 +30,23 @@ type hsmSession struct {
 	handle pkcs11.SessionHandle
 }
 
-// refusal is a PIN that the token did not take.
-type refusal struct {
-	file os.FileInfo
-	err  error
-}
+// pinError is a PIN that the token did not accept.
+type pinError struct{ err error }
 
-// connect returns a connection, to be released, and whether it was made now.
-func (h *hsm) connect() (c *hsmConn, fresh bool, err error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.closed {
-		return nil, false, fmt.Errorf("%w: closed", ErrUnavailable)
-	}
-	if h.conn == nil {
-		if h.old != nil {
-			// Many modules find a token again only when they are initialized
-			// anew, which no call may be in them for.
-			select {
-			case <-h.old.gone:
-			case <-time.After(time.Second):
-			}
-		}
-		if h.conn, err = h.logIn(); err != nil {
-			return nil, false, err
-		}
-		h.old, fresh = h.conn, true
-	}
-	h.conn.hold()
-	return h.conn, fresh, nil
-}
+func (e *pinError) Error() string { return e.err.Error() }
+func (e *pinError) Unwrap() error { return e.err }
 
-// drop takes a connection out of use.
-func (h *hsm) drop(c *hsmConn) {
-	h.mu.Lock()
-	current := h.conn == c
-	if current {
-		h.conn = nil
-	}
-	h.mu.Unlock()
-	if current {
-		c.release()
-	}
-}
-
-func (h *hsm) logIn() (*hsmConn, error) {
-	pin, file, err := h.settings.pin()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
-	}
-	if r := h.refused; r != nil && os.SameFile(r.file, file) && r.file.ModTime().Equal(file.ModTime()) && r.file.Size() == file.Size() {
-		return nil, r.err
-	}
-	m, err := useModule(h.settings.Module)
-	if err != nil {
-		return nil, err
-	}
-	c := &hsmConn{hsmModule: m, settings: h.settings, made: time.Now(), gone: make(chan struct{}), uses: 1}
+// logIn logs in to the token with a label, a serial number, or both.
+func (m *hsmModule) logIn(label, serial, pin string) (*hsmConn, error) {
+	c := &hsmConn{hsmModule: m, label: label, serial: serial, uses: 1}
 	flags, err := c.findToken()
 	if err == nil {
 		c.login, err = c.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION)
 	}
 	if err != nil {
-		m.leave()
 		return nil, hsmError("connect", err)
 	}
-	// A token counts wrong PINs, and locks itself for good.
+	// A token counts wrong PINs, and locks itself permanently.
 	switch {
 	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
 		err = fmt.Errorf("%w: its PIN is locked: the security officer has to unlock it", ErrForbidden)
@@ -107,11 +54,10 @@ func (h *hsm) logIn() (*hsmConn, error) {
 		err = fmt.Errorf("%w: one more wrong PIN would lock it, so none is tried: log in with another program once, with the right one", ErrForbidden)
 	default:
 		if err = c.Login(c.login, pkcs11.CKU_USER, pin); errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
-			err = nil // by another backend of this process
+			err = nil // by a connection that calls are still in
 		}
 		if refusesPIN(err) {
-			err = fmt.Errorf("%w: it does not take the PIN in %s (%s), which is not tried again until that file changes", ErrForbidden, h.settings.PINFile, hsmCode(err))
-			h.refused = &refusal{file, err}
+			err = &pinError{fmt.Errorf("%w: it does not accept the PIN (%s)", ErrForbidden, hsmCode(err))}
 		} else if err != nil {
 			err = hsmError("log in", err)
 		}
@@ -145,7 +91,7 @@ func (c *hsmConn) findToken() (flags uint, err error) {
 		switch {
 		case err != nil:
 			others = append(others, fmt.Sprintf("slot %d: %s", slot, hsmCode(err)))
-		case c.settings.is(info):
+		case c.is(info):
 			c.slot, flags = slot, info.Flags
 			found++
 		case info.Label != "":
@@ -154,23 +100,23 @@ func (c *hsmConn) findToken() (flags uint, err error) {
 	}
 	switch {
 	case found > 1:
-		return 0, fmt.Errorf("%w: %d tokens are labelled so: give the serial number, too", ErrUnavailable, found)
+		return 0, fmt.Errorf("%w: %d tokens have this label: set serial, too", ErrUnavailable, found)
 	case found == 0 && len(others) > 0:
-		return 0, fmt.Errorf("%w: it is not there, only %s", ErrUnavailable, strings.Join(others, ", "))
+		return 0, fmt.Errorf("%w: no such token: the module has only %s", ErrUnavailable, strings.Join(others, ", "))
 	case found == 0:
-		return 0, fmt.Errorf("%w: it is not there, nor any other", ErrUnavailable)
+		return 0, fmt.Errorf("%w: no such token: the module has none", ErrUnavailable)
 	}
 	return flags, nil
 }
 
-func (s hsmSettings) is(t pkcs11.TokenInfo) bool {
-	return (s.Token == "" || s.Token == t.Label) && (s.Serial == "" || s.Serial == t.SerialNumber)
+func (c *hsmConn) is(t pkcs11.TokenInfo) bool {
+	return (c.label == "" || c.label == t.Label) && (c.serial == "" || c.serial == t.SerialNumber)
 }
 
 // present checks that the token is still there.
 func (c *hsmConn) present() error {
 	info, err := c.GetTokenInfo(c.slot)
-	if err == nil && !c.settings.is(info) {
+	if err == nil && !c.is(info) {
 		err = pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT)
 	}
 	if err != nil {
@@ -181,7 +127,7 @@ func (c *hsmConn) present() error {
 
 // with calls f with a session. One that f failed in is not used again, as
 // something may be left in it.
-func (c *hsmConn) with(f func(*hsmSession) (hsmAnswer, error)) (a hsmAnswer, err error) {
+func (c *hsmConn) with(f func(*hsmSession) (hsmMessage, error)) (a hsmMessage, err error) {
 	s := &hsmSession{hsmConn: c}
 	c.mu.Lock()
 	if n := len(c.idle); n > 0 {
@@ -232,61 +178,14 @@ func (c *hsmConn) release() {
 	for _, handle := range append(c.idle, c.login) {
 		c.CloseSession(handle) // fails if it is gone with the token
 	}
-	c.leave()
-	close(c.gone)
 }
 
-// hsmModule is a PKCS#11 library. It is initialized while it has users. It is
-// never unloaded: libraries that start threads crash when they are.
-type hsmModule struct {
-	*pkcs11.Ctx
-	mu    sync.Mutex
-	users int
-}
-
-var modules = struct {
-	sync.Mutex
-	m map[string]*hsmModule
-}{m: map[string]*hsmModule{}}
-
-// useModule returns a module to leave when it is no longer used.
-func useModule(path string) (*hsmModule, error) {
-	modules.Lock()
-	m := modules.m[path]
-	if m == nil {
-		m = &hsmModule{}
-		modules.m[path] = m
-	}
-	modules.Unlock()
-
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.Ctx == nil {
-		if m.Ctx = pkcs11.New(path); m.Ctx == nil {
-			return nil, fmt.Errorf("%w: %s can't be loaded: it or a library that it needs is missing, or it is none of PKCS#11", ErrUnavailable, path)
-		}
-	}
-	if m.users == 0 {
-		if err := m.Initialize(); err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
-			return nil, fmt.Errorf("%w: %s does not start: %s", ErrUnavailable, path, hsmCode(err))
-		}
-	}
-	m.users++
-	return m, nil
-}
-
-func (m *hsmModule) leave() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.users--; m.users == 0 {
-		m.Finalize() // what fails here is gone already
-	}
-}
-
-// lostError is an error after which a new connection may help.
+// lostError is an error after which a new login may help, or, if old, a new
+// process.
 type lostError struct {
 	err  error
 	code pkcs11.Error
+	old  bool
 }
 
 func (e *lostError) Error() string { return e.err.Error() }

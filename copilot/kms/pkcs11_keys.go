@@ -23,6 +23,13 @@ type hsmKey struct {
 	encrypts bool
 }
 
+// loaded is when this process started, to which a module's view of a token may be
+// limited.
+var loaded = time.Now()
+
+// maxAge is how old a process may be whose module finds no key at a path.
+const maxAge = 30 * time.Second
+
 // keys returns the versions of a key, of which there is at least one, in order.
 func (s *hsmSession) keys(path string) ([]hsmKey, error) {
 	keys, skipped, err := s.find(pkcs11.NewAttribute(pkcs11.CKA_LABEL, path))
@@ -34,10 +41,64 @@ func (s *hsmSession) keys(path string) ([]hsmKey, error) {
 	if err := s.present(); err != nil {
 		return nil, err
 	}
-	if time.Since(s.made) > 10*time.Second {
-		return nil, &lostError{err: ErrNotFound}
+	if !s.hasGCM() {
+		return nil, errNoGCM
 	}
-	return nil, fmt.Errorf("%w: no AES-256 key with this CKA_LABEL and a CKA_ID from 1%s", ErrNotFound, skipped)
+	err = fmt.Errorf("%w: no AES-256 key with this CKA_LABEL and a CKA_ID from 1%s", ErrNotFound, skipped)
+	if time.Since(loaded) > maxAge {
+		err = &lostError{err: err, old: true}
+	}
+	return nil, err
+}
+
+// errNoGCM: the token has no mechanism that is as safe. RSA-OAEP does not say who
+// wrapped; AES key wrap is bound to neither the KEK nor its version.
+var errNoGCM = fmt.Errorf("%w: the token has no CKM_AES_GCM, without which copilot can't use it", ErrUnavailable)
+
+// hasGCM reports whether the token has AES-GCM, or may have it.
+func (c *hsmConn) hasGCM() bool {
+	_, err := c.GetMechanismInfo(c.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, nil)})
+	return !errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID))
+}
+
+// wrap wraps plaintext with the current version.
+func (s *hsmSession) wrap(path string, plaintext []byte) (hsmMessage, error) {
+	keys, err := s.keys(path)
+	if err != nil {
+		return hsmMessage{}, err
+	}
+	may := slices.DeleteFunc(slices.Clone(keys), func(k hsmKey) bool { return !k.encrypts })
+	if len(may) == 0 {
+		return hsmMessage{}, fmt.Errorf("%w: none of its %d versions may encrypt (CKA_ENCRYPT)", ErrForbidden, len(keys))
+	}
+	current := may[len(may)-1]
+	if len(may) > 1 && may[len(may)-2].version == current.version {
+		return hsmMessage{}, fmt.Errorf("%w: it has two keys of version %d: rotate it", ErrUnavailable, current.version)
+	}
+	wrapped, err := s.seal(current, plaintext, hsmAAD(path, current.version))
+	return hsmMessage{version: current.version, fields: [][]byte{wrapped}}, err
+}
+
+// unwrap undoes wrap.
+func (s *hsmSession) unwrap(path string, version int, wrapped []byte) (hsmMessage, error) {
+	keys, err := s.keys(path)
+	if err != nil {
+		return hsmMessage{}, err
+	}
+	err = fmt.Errorf("%w: version %d", ErrNotFound, version)
+	if time.Since(loaded) > maxAge {
+		err = &lostError{err: err, old: true} // another broker may have made it
+	}
+	// Somebody may have made two of a version.
+	for _, k := range keys {
+		if k.version == version {
+			var plaintext []byte
+			if plaintext, err = s.open(k, wrapped, hsmAAD(path, version)); err == nil {
+				return hsmMessage{version: version, fields: [][]byte{plaintext}}, nil
+			}
+		}
+	}
+	return hsmMessage{}, err
 }
 
 // find returns the AES-256 keys that have the attributes given. Skipped tells of
@@ -124,6 +185,9 @@ func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
 			return nil, fmt.Errorf("%w: the HSM takes no random nonce for CKM_AES_GCM and makes none", ErrUnavailable)
 		}
 	}
+	if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID)) {
+		return nil, errNoGCM
+	}
 	if err != nil {
 		return nil, hsmError("wrap", err)
 	}
@@ -141,7 +205,7 @@ func (s *hsmSession) encrypt(k hsmKey, nonce, plaintext, aad []byte) (used, seal
 	if err = s.EncryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, k.handle); err != nil {
 		return nil, nil, err
 	}
-	sealed, err = s.Encrypt(s.handle, plaintext)
+	sealed, err = s.functions.encrypt(s.handle, plaintext)
 	return params.IV(), sealed, err
 }
 

@@ -45,48 +45,53 @@ const pendingMark = " pending "
 // rotate makes a version, or 0 if another broker was about to make the same.
 func (h *hsm) rotate(ctx context.Context, path string) (int, error) {
 	label := path + pendingMark + rand.Text()
-	made, err := h.call(ctx, path, nil, func(s *hsmSession, _ []byte) (hsmAnswer, error) {
-		if _, err := s.keys(path); err != nil {
-			return hsmAnswer{}, err
-		}
-		all, err := s.rotated(path)
-		if err != nil {
-			return hsmAnswer{}, err
-		}
-		version := all[len(all)-1].version + 1
-		if err := s.generate(label, version); err != nil {
-			return hsmAnswer{}, err
-		}
-		// A module may know only of the keys that were there when it was
-		// initialized, and of its own.
-		h.drop(s.hsmConn)
-		return hsmAnswer{version: version}, nil
-	})
+	made, err := h.call(ctx, path, hsmMessage{kind: requestGenerate, fields: [][]byte{[]byte(path), []byte(label)}})
 	if err != nil {
 		return 0, err
 	}
-	a, err := h.call(ctx, path, nil, func(s *hsmSession, _ []byte) (hsmAnswer, error) {
-		all, err := s.rotated(path)
-		if err != nil {
-			return hsmAnswer{}, err
-		}
-		all = slices.DeleteFunc(all, func(k hsmKey) bool { return k.version != made.version })
-		if len(all) == 1 && all[0].label == label {
-			if err = s.rename(all[0], path); err == nil {
-				return made, nil
-			}
-		}
-		for _, k := range all {
-			if k.label == label {
-				err = errors.Join(err, s.destroy(k))
-			}
-		}
-		return hsmAnswer{}, err
-	})
+	// A module may know only of the keys that were there when it was
+	// initialized, and of its own.
+	h.replace()
+	a, err := h.call(ctx, path, hsmMessage{kind: requestConfirm, version: made.version, fields: [][]byte{[]byte(path), []byte(label)}})
 	if err != nil {
 		return 0, fmt.Errorf("version %d was made, but is not in use: %w", made.version, err)
 	}
 	return a.version, nil
+}
+
+// generateNext makes the version after the highest one, not in use yet, and returns
+// it.
+func (s *hsmSession) generateNext(path, label string) (int, error) {
+	if _, err := s.keys(path); err != nil {
+		return 0, err
+	}
+	all, err := s.rotated(path)
+	if err != nil {
+		return 0, err
+	}
+	version := all[len(all)-1].version + 1
+	return version, s.generate(label, version)
+}
+
+// confirm puts the version with a label into use and returns it, or destroys it and
+// returns 0 if another broker made that version, too.
+func (s *hsmSession) confirm(path, label string, version int) (int, error) {
+	all, err := s.rotated(path)
+	if err != nil {
+		return 0, err
+	}
+	all = slices.DeleteFunc(all, func(k hsmKey) bool { return k.version != version })
+	if len(all) == 1 && all[0].label == label {
+		if err = s.rename(all[0], path); err == nil {
+			return version, nil
+		}
+	}
+	for _, k := range all {
+		if k.label == label {
+			err = errors.Join(err, s.destroy(k))
+		}
+	}
+	return 0, err
 }
 
 // rotated returns the versions of a key and those that may become some, in
@@ -95,7 +100,7 @@ func (s *hsmSession) rotated(path string) ([]hsmKey, error) {
 	keys, _, err := s.find()
 	keys = slices.DeleteFunc(keys, func(k hsmKey) bool { return k.label != path && !strings.HasPrefix(k.label, path+pendingMark) })
 	if err == nil && len(keys) == 0 {
-		err = &lostError{err: ErrNotFound}
+		err = &lostError{err: ErrNotFound, old: true}
 	}
 	return keys, err
 }

@@ -18,6 +18,7 @@ import (
 )
 
 func main() {
+	kms.RunModule()
 	if err := run(os.Args[1], os.Args[2], os.Args[3]); err != nil {
 		fmt.Fprintln(os.Stderr, "hsmrotate:", err)
 		os.Exit(1)

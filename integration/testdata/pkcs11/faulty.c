@@ -1,5 +1,6 @@
 // faulty.c is SoftHSM with faults. They are files beside the library, named
-// for them; each says below what it does. Logins are counted in the file "logins".
+// for them; each says below what it does. Initializations and logins are counted in
+// the files "initialized" and "logins".
 #include <dlfcn.h>
 #include <libgen.h>
 #include <stdio.h>
@@ -20,6 +21,19 @@ static const char *file(const char *name)
 }
 
 static int fault(const char *name) { return access(file(name), F_OK) == 0; }
+
+static void count(const char *name)
+{
+	FILE *f = fopen(file(name), "a");
+	fputc('.', f);
+	fclose(f);
+}
+
+static CK_RV Initialize(CK_VOID_PTR args)
+{
+	count("initialized");
+	return real->C_Initialize(args);
+}
 
 // removed: the token is not there.
 static CK_RV GetSlotList(CK_BBOOL present, CK_SLOT_ID_PTR list, CK_ULONG_PTR count)
@@ -49,9 +63,7 @@ static CK_RV OpenSession(CK_SLOT_ID slot, CK_FLAGS flags, CK_VOID_PTR app, CK_NO
 
 static CK_RV Login(CK_SESSION_HANDLE session, CK_USER_TYPE user, CK_UTF8CHAR_PTR pin, CK_ULONG len)
 {
-	FILE *f = fopen(file("logins"), "a");
-	fputc('.', f);
-	fclose(f);
+	count("logins");
 	return real->C_Login(session, user, pin, len);
 }
 
@@ -68,9 +80,22 @@ static CK_RV FindObjectsInit(CK_SESSION_HANDLE session, CK_ATTRIBUTE_PTR templat
 	return real->C_FindObjectsInit(session, template, count);
 }
 
-// slow: it hangs. own-nonce: it takes zeros for a nonce, and makes its own.
+static void may_crash(void)
+{
+	if (unlink(file("crash")) == 0 || fault("crashes"))
+		*(volatile int *)8 = 1;
+}
+
+static CK_RV DecryptInit(CK_SESSION_HANDLE session, CK_MECHANISM_PTR mechanism, CK_OBJECT_HANDLE key)
+{
+	may_crash();
+	return real->C_DecryptInit(session, mechanism, key);
+}
+
+// slow: it hangs. crash: it crashes, once. crashes: each time. own-nonce: it takes zeros for a nonce, and makes its own.
 static CK_RV EncryptInit(CK_SESSION_HANDLE session, CK_MECHANISM_PTR mechanism, CK_OBJECT_HANDLE key)
 {
+	may_crash();
 	while (fault("slow"))
 		usleep(10000);
 	if (fault("own-nonce")) {
@@ -99,12 +124,14 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR list)
 	snprintf(dir, sizeof dir, "%s", self.dli_fname);
 	dirname(dir);
 	faulty = *real;
+	faulty.C_Initialize = Initialize;
 	faulty.C_GetSlotList = GetSlotList;
 	faulty.C_GetTokenInfo = GetTokenInfo;
 	faulty.C_OpenSession = OpenSession;
 	faulty.C_Login = Login;
 	faulty.C_FindObjectsInit = FindObjectsInit;
 	faulty.C_EncryptInit = EncryptInit;
+	faulty.C_DecryptInit = DecryptInit;
 	faulty.C_SetAttributeValue = SetAttributeValue;
 	*list = &faulty;
 	return CKR_OK;
