@@ -3,12 +3,15 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
 
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
 	"github.com/containers/ocicrypt/config"
+	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -19,6 +22,10 @@ func takeKeys(args *parsehelpers.EncArgs) (*config.DecryptConfig, error) {
 	var rest []string
 	var keys, passwords [][]byte
 	for _, arg := range args.Key {
+		arg, err := rereadable(arg)
+		if err != nil {
+			return nil, err
+		}
 		key, err := normalizedKey(arg)
 		if err != nil {
 			return nil, err
@@ -29,13 +36,59 @@ func takeKeys(args *parsehelpers.EncArgs) (*config.DecryptConfig, error) {
 		}
 		keys, passwords = append(keys, key), append(passwords, nil)
 	}
+	args.Key = rest
 	if keys == nil {
 		return nil, nil
 	}
-	args.Key = rest
 	cc, err := config.DecryptWithPrivKeys(keys, passwords)
 	return cc.DecryptConfig, err
 }
+
+// maxPipedKey bounds a key that comes out of a pipe, in bytes.
+const maxPipedKey = 1 << 20
+
+// rereadable returns a --key whose file can be read again by imgcrypt. What a pipe
+// has, as in --key <(vault kv get ...), goes to a file in memory.
+func rereadable(arg string) (string, error) {
+	if again, ok := pipedKeys[arg]; ok {
+		return again, nil
+	}
+	name, rest, hasRest := strings.Cut(arg, ":")
+	info, err := os.Stat(name)
+	if err != nil || strings.HasPrefix(arg, "provider:") || info.Mode()&fs.ModeNamedPipe == 0 {
+		return arg, nil
+	}
+	pipe, err := os.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer pipe.Close()
+	fd, err := unix.MemfdCreate("key", unix.MFD_CLOEXEC)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", name, err)
+	}
+	// It stays open until the program ends.
+	again := fmt.Sprintf("/proc/self/fd/%d", fd)
+	b, err := io.ReadAll(io.LimitReader(pipe, maxPipedKey+1))
+	defer clear(b)
+	if err == nil && len(b) > maxPipedKey {
+		err = fmt.Errorf("a key has at most %d bytes", maxPipedKey)
+	}
+	if err == nil {
+		err = os.WriteFile(again, b, 0)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", name, err)
+	}
+	if hasRest {
+		again += ":" + rest
+	}
+	pipedKeys[arg] = again
+	return again, nil
+}
+
+// pipedKeys are the keys that came out of pipes, which can be read only once.
+var pipedKeys = map[string]string{}
 
 // normalizedKey returns the key that a --key names if imgcrypt does not read
 // it, else nil. Whatever is wrong with a key that imgcrypt might read is

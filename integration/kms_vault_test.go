@@ -466,7 +466,6 @@ func TestVaultLogsInAgain(t *testing.T) {
 // TestVaultTokenEnds has tokens that were revoked, beside policies that deny
 // something: only the first call for a new token.
 func TestVaultTokenEnds(t *testing.T) {
-	t.Parallel()
 	eachVault(t, func(t *testing.T, v *vaultServer) {
 		key := v.put("team-a")
 		v.put("denied")

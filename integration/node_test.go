@@ -292,7 +292,7 @@ func TestNodeErofs(t *testing.T) {
 		})
 		name := fmt.Sprintf("%s/native:%d", c.registry, len(blob))
 		c.publish(l, name, image, "provider:pilot:team-a")
-		if info := output(t, c.ctrPilot("images", "layerinfo", "--require-encrypted", name)); !strings.Contains(info, mediaType+"+encrypted") {
+		if info := output(t, c.ctrPilot("images", "layerinfo", "--json", "--require-encrypted", name)); !strings.Contains(info, mediaType+"+encrypted") {
 			t.Errorf("layerinfo: %s", info)
 		}
 		output(t, n.crictl("pull", name))

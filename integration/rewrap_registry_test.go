@@ -184,7 +184,7 @@ func TestRewrapRegistry(t *testing.T) {
 			t.Errorf("up to date: %s", out)
 		}
 		rotate(t, dir+"/broker", "team-a")
-		if out := output(t, rewrap("--dry-run", app+"1")); !strings.Contains(out, "would change (2 layers: ") {
+		if out := output(t, rewrap("--dry-run", app+"1")); !strings.Contains(out, "would change (3 layers: ") {
 			t.Errorf("dry run: %s", out)
 		}
 	})

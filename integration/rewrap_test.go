@@ -102,7 +102,7 @@ func TestRewrap(t *testing.T) {
 	})
 	rotate(t, dir+"/broker", "team-a")
 	unchanged("example.com/app:1", func() {
-		if out := output(t, rewrap("--dry-run", "example.com/app:1")); !strings.Contains(out, "would change (2 layers: provider:pilot:team-a@1 -> provider:pilot:team-a@2") {
+		if out := output(t, rewrap("--dry-run", "example.com/app:1")); !strings.Contains(out, "would change (3 layers: provider:pilot:team-a@1 -> provider:pilot:team-a@2") {
 			t.Errorf("dry run: %s", out)
 		}
 	})
