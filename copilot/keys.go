@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
@@ -24,6 +25,21 @@ type Keys struct {
 	http  http.Client
 	base  string
 	close func() error
+	made  string
+}
+
+// Made says which store was made since there was none, or is empty.
+func (k *Keys) Made() string { return k.made }
+
+// store describes a store that was made, or returns "" if it was there.
+func store(conf Config, s *keystore.Store) string {
+	switch {
+	case !s.Made():
+		return ""
+	case conf.Database != "":
+		return "made a new store in the database, and its master key is in " + conf.Dir
+	}
+	return "made a new store in " + conf.Dir + ", with its master key: keep a backup of both, apart"
 }
 
 // OpenKeys manages the KEKs of the store that conf tells, through the server
@@ -41,7 +57,7 @@ func OpenKeys(ctx context.Context, conf Config) (*Keys, error) {
 		return nil, err
 	}
 	k := newKeys("http://copilot", here{newAdminAPI(b)})
-	k.close = b.close
+	k.close, k.made = b.close, store(conf, b.keks.store)
 	return k, nil
 }
 
@@ -58,7 +74,11 @@ func adminOf(dir string) *Keys {
 func RemoteKeys(url string, transport http.RoundTripper) *Keys { return newKeys(url, transport) }
 
 func newKeys(base string, transport http.RoundTripper) *Keys {
-	k := &Keys{http: http.Client{Timeout: 30 * time.Second, Transport: transport}, base: base}
+	k := &Keys{http: http.Client{
+		Timeout: 30 * time.Second, Transport: transport,
+		// copilot answers itself: a key goes nowhere else.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}, base: base}
 	k.close = func() error {
 		k.http.CloseIdleConnections()
 		return nil

@@ -58,6 +58,22 @@ func (l *limits) take(who string, p *policy.Policy) time.Duration {
 	return 0
 }
 
+// exhausted returns how long to wait where who has no request left, and 0 where it
+// has, which it leaves there.
+func (l *limits) exhausted(who string) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	el, ok := l.by[who]
+	if !ok {
+		return 0
+	}
+	bucket := el.Value.(*caller).bucket
+	if bucket == nil || bucket.Tokens() >= 1 {
+		return 0
+	}
+	return time.Duration((1 - bucket.Tokens()) / float64(bucket.Limit()) * float64(time.Second))
+}
+
 // note reports whether who was written down so many times in the last second, or
 // else remarks how many requests were not written down before.
 func (l *limits) note(who string, most int) (remark string, suppressed bool) {

@@ -54,6 +54,9 @@ func Serve(ctx context.Context, conf Config) error {
 		return err
 	}
 	defer b.close()
+	if made := store(conf, b.keks.store); made != "" {
+		logrus.Warn(made)
+	}
 	b.policyRead()
 	b.metrics.registry.MustRegister(status.Certificates("copilot_cert_not_after_seconds", func() map[string]string {
 		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA}

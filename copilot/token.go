@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -73,7 +74,7 @@ func newIssuers(conf map[string]Issuer) (*issuers, error) {
 		}
 		all.byURL[c.URL] = &issuer{name: name, conf: c, client: &http.Client{
 			Timeout:   issuerWithin,
-			Transport: withToken{transport, c.TokenFile},
+			Transport: newIssuerTransport(withToken{transport, c.TokenFile}, c.URL, c.KeysURL),
 		}}
 	}
 	return all, nil
@@ -113,11 +114,18 @@ func (all *issuers) identity(ctx context.Context, token string) (string, error) 
 	}
 	verifier, err := i.get(ctx)
 	if err != nil {
-		return "", fmt.Errorf("issuer %s: %w: %w", i.name, errIssuer, err)
+		if !errors.Is(err, errIssuer) {
+			err = fmt.Errorf("%w: %w", errIssuer, err)
+		}
+		return "", fmt.Errorf("issuer %s: %w", i.name, err)
 	}
-	verified, err := verifier.Verify(oidc.ClientContext(ctx, i.client), token)
-	if err != nil && strings.Contains(err.Error(), "fetching keys") {
-		return "", fmt.Errorf("issuer %s: %w: %w", i.name, errIssuer, err)
+	var unfetched error
+	verified, err := verifier.Verify(context.WithValue(oidc.ClientContext(ctx, i.client), fetchKey{}, &unfetched), token)
+	if unfetched != nil {
+		if !errors.Is(unfetched, errIssuer) {
+			unfetched = fmt.Errorf("%w: %w", errIssuer, unfetched)
+		}
+		return "", fmt.Errorf("issuer %s: %w", i.name, unfetched)
 	}
 	if err != nil {
 		return "", fmt.Errorf("token of issuer %s: %s", i.name, withoutPrefix(err))
@@ -127,8 +135,6 @@ func (all *issuers) identity(ctx context.Context, token string) (string, error) 
 	}
 	return i.name + ":" + verified.Subject, nil
 }
-
-var errIssuer = errors.New("the keys of the token's issuer can't be had")
 
 func withoutPrefix(err error) string { return strings.TrimPrefix(err.Error(), "oidc: ") }
 
@@ -144,6 +150,9 @@ func issuerOf(token string) (string, error) {
 	b, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil || json.Unmarshal(b, &claims) != nil {
 		return "", errors.New("the bearer token is no JSON web token")
+	}
+	if err := checkClaims(b); err != nil {
+		return "", fmt.Errorf("the bearer token can't be used: %w", err)
 	}
 	return claims.Issuer, nil
 }
@@ -177,15 +186,30 @@ func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	}
 }
 
+// signingAlgorithms are those with public keys: an issuer's are public.
+var signingAlgorithms = []string{oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA}
+
 func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	conf := &oidc.Config{ClientID: i.conf.Audience}
 	if i.conf.KeysURL != "" {
-		conf.SupportedSigningAlgs = []string{oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA}
-		return oidc.NewVerifier(i.conf.URL, oidc.NewRemoteKeySet(ctx, i.conf.KeysURL), conf), nil
+		conf.SupportedSigningAlgs = signingAlgorithms
+		return oidc.NewVerifier(i.conf.URL, noticingKeys{oidc.NewRemoteKeySet(ctx, i.conf.KeysURL)}, conf), nil
 	}
 	provider, err := oidc.NewProvider(ctx, i.conf.URL)
 	if err != nil {
 		return nil, err
 	}
-	return provider.VerifierContext(ctx, conf), nil
+	var metadata struct {
+		KeysURL    string   `json:"jwks_uri"`
+		Algorithms []string `json:"id_token_signing_alg_values_supported"`
+	}
+	if err := provider.Claims(&metadata); err != nil {
+		return nil, err
+	}
+	for _, alg := range metadata.Algorithms {
+		if slices.Contains(signingAlgorithms, alg) {
+			conf.SupportedSigningAlgs = append(conf.SupportedSigningAlgs, alg)
+		}
+	}
+	return oidc.NewVerifier(i.conf.URL, noticingKeys{oidc.NewRemoteKeySet(ctx, metadata.KeysURL)}, conf), nil
 }

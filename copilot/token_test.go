@@ -155,7 +155,10 @@ func TestTokens(t *testing.T) {
 	// The issuer has new keys.
 	issuer.newKey(t)
 	pod.token = issuer.token(t, nil)
-	pod.want(t, 200, "GET", path, "")
+	eventually(t, func() bool { // its keys are not fetched again for some seconds
+		status, _ := pod.do(t, "GET", path, "")
+		return status == 200
+	})
 	pod.token = issuer.token(t, func(c *jwt.Claims) { c.Subject = "system:serviceaccount:prod:other" })
 	pod.want(t, 403, "GET", path, "")
 	log := read(t, filepath.Join(dir, "audit.log"))
@@ -235,5 +238,108 @@ func TestUnknownCallers(t *testing.T) {
 	most := 20 * (int(time.Since(begin)/time.Second) + 2)
 	if lines := len(audited(t, dir)) - before; lines < 1 || lines > most || counts[401] == 0 || counts[429] == 0 || counts[401]+counts[429] != 500 {
 		t.Errorf("%d lines, at most %d: %v", lines, most, counts)
+	}
+}
+
+// TestIssuerMisbehaves has an issuer that leads elsewhere, and tokens that would have
+// copilot ask it for each request.
+func TestIssuerMisbehaves(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	var strangers, keys atomic.Int32
+	stranger := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		strangers.Add(1)
+		t.Errorf("%s was asked for %s, with %q", r.Host, r.URL, r.Header.Get("Authorization"))
+	}))
+	defer stranger.Close()
+	issuer := newOIDCIssuer(t)
+	issuer.bearer = "Bearer its own"
+	var mu sync.Mutex
+	keysAt, redirect := "", ""
+	plain := issuer.Server.Config.Handler
+	issuer.Server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		keysURL, to := keysAt, redirect
+		mu.Unlock()
+		switch {
+		case r.URL.Path == "/keys" && to != "":
+			http.Redirect(w, r, to, http.StatusFound)
+			return
+		case r.URL.Path == "/keys":
+			keys.Add(1)
+		case keysURL != "":
+			json.NewEncoder(w).Encode(map[string]any{"issuer": issuer.URL, "jwks_uri": keysURL, "id_token_signing_alg_values_supported": []string{"ES256"}})
+			return
+		}
+		plain.ServeHTTP(w, r)
+	})
+	serve := func() *remote {
+		t.Helper()
+		dir := t.TempDir()
+		create(t, dir, map[string][]byte{"team-a": nil})
+		address := serveTLS(t, dir, ca, copilot.Config{
+			TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
+			Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot",
+				CA:        writeFile(t, filepath.Join(dir, "issuer.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw}))),
+				TokenFile: writeFile(t, filepath.Join(dir, "token"), "its own")}},
+		})
+		return newRemote(t, address, ca, nil)
+	}
+	const path = "/api/v2/keks/team-a/key?version=1"
+	for name, elsewhere := range map[string][2]string{
+		"keys elsewhere":     {stranger.URL + "/keys", ""},
+		"keys over HTTP":     {strings.Replace(issuer.URL, "https", "http", 1) + "0/keys", ""},
+		"redirect elsewhere": {"", stranger.URL + "/keys"},
+	} {
+		mu.Lock()
+		keysAt, redirect = elsewhere[0], elsewhere[1]
+		mu.Unlock()
+		pod := serve()
+		pod.token = issuer.token(t, nil)
+		if answer := pod.want(t, 503, "GET", path, ""); strings.Contains(answer, "its own") {
+			t.Errorf("%s: %s", name, answer)
+		}
+	}
+	mu.Lock()
+	keysAt, redirect = "", ""
+	mu.Unlock()
+	pod := serve()
+	pod.token = issuer.token(t, nil)
+	pod.want(t, 200, "GET", path, "")
+	before := keys.Load()
+	foreign := newOIDCIssuer(t)
+	foreign.URL = issuer.URL
+	began := time.Now()
+	for range 20 {
+		pod.token = foreign.token(t, nil)
+		pod.want(t, 401, "GET", path, "")
+		foreign.newKey(t)
+	}
+	if n := keys.Load() - before; n > 1+int32(time.Since(began)/(5*time.Second)) {
+		t.Errorf("20 tokens of unknown keys: the issuer was asked %d times in %s", n, time.Since(began))
+	}
+
+	// Claims that are there twice.
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: issuer.key, KeyID: issuer.keyID()}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, claims := range []string{
+		`{"iss":"ISS","sub":"system:serviceaccount:evil:x","aud":"copilot","exp":4000000000,"sub":"system:serviceaccount:prod:puller"}`,
+		`{"iss":"ISS","sub":"system:serviceaccount:evil:x","aud":"copilot","exp":4000000000,"SUB":"system:serviceaccount:prod:puller"}`,
+		`{"iss":"ISS","Sub":"system:serviceaccount:prod:puller","aud":"copilot","exp":4000000000}`,
+	} {
+		signed, err := signer.Sign([]byte(strings.Replace(claims, "ISS", issuer.URL, 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if pod.token, err = signed.CompactSerialize(); err != nil {
+			t.Fatal(err)
+		}
+		pod.want(t, 401, "GET", path, "")
+	}
+	if strangers.Load() > 0 {
+		t.Error("a stranger was asked")
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/tracing"
 )
 
@@ -107,7 +108,8 @@ Example:
 	},
 }
 
-// openKeys returns the KEKs that the command's flags tell.
+// openKeys returns the KEKs that the command's flags name. Only commands that make
+// KEKs make a store for them.
 func openKeys(c *cli.Context) (*copilot.Keys, error) {
 	if c.IsSet("server") {
 		return remoteKeys(c)
@@ -116,12 +118,20 @@ func openKeys(c *cli.Context) (*copilot.Keys, error) {
 	if err != nil {
 		return nil, err
 	}
+	if makes := c.Command.Name == "create" || c.Command.Name == "import"; !makes && conf.Database == "" {
+		if err := keystore.Exists(conf.Dir); err != nil {
+			return nil, err
+		}
+	}
 	keys, err := copilot.OpenKeys(c.Context, conf)
 	if errors.Is(err, context.Canceled) {
 		return nil, errors.New("stopped")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open the KEKs: %w", err)
+	}
+	if made := keys.Made(); made != "" {
+		fmt.Fprintf(os.Stderr, "copilot: %s\n", made)
 	}
 	return keys, nil
 }

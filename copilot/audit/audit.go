@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 	"unicode"
+
+	"github.com/sirupsen/logrus"
 )
 
 // Verdicts of an entry.
@@ -239,6 +241,16 @@ func (l *Log) write(batch []*waiting) error {
 		}
 		l.unsure = false
 	}
+	if f, ok := l.sink.(*file); ok {
+		if how := f.lost(); how != "" {
+			logrus.WithField("file", f.name).Error("audit log: " + how + ": its lines go on in a new file")
+			if err := f.reopen(); err != nil {
+				return err
+			}
+			// The chain goes on, so the lines before are missed.
+			batch = append([]*waiting{{entry: continued(how)}}, batch...)
+		}
+	}
 	at := l.at
 	lines := make([][]byte, len(batch))
 	for i, w := range batch {
@@ -281,9 +293,14 @@ func (l *Log) Close() error {
 func (l *Log) Reopen() error {
 	changed, err := l.reopen()
 	if err == nil && changed {
-		err = l.Write(Entry{Action: "continue", Who: "copilot", From: "copilot", Verdict: Allowed, Reason: "the log goes on in a new file"})
+		err = l.Write(continued("the log goes on in a new file"))
 	}
 	return err
+}
+
+// continued returns the first entry in a new file.
+func continued(reason string) Entry {
+	return Entry{Time: time.Now().UTC(), Action: "continue", Who: "copilot", From: "copilot", Verdict: Allowed, Reason: reason}
 }
 
 func (l *Log) reopen() (changed bool, err error) {

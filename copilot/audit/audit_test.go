@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -195,6 +196,76 @@ func TestReopen(t *testing.T) {
 
 // TestClockMoved writes entries whose times are not in order. The log's order is
 // that in which it was written, not that of the clock.
+// TestFileLost deletes, moves, replaces and truncates the file under a log that is
+// being written: lines that come after are in the file of that name, and show that
+// others are missing.
+func TestFileLost(t *testing.T) {
+	for name, test := range map[string]struct {
+		lose     func(t *testing.T, file string) error
+		reason   string
+		problems int // in the file alone
+	}{
+		"deleted": {func(_ *testing.T, file string) error { return os.Remove(file) }, "its file was deleted", 1},
+		"moved":   {func(_ *testing.T, file string) error { return os.Rename(file, file+".1") }, "its file was moved or replaced", 1},
+		"replaced": {func(t *testing.T, file string) error {
+			if err := os.WriteFile(file+".new", []byte("half a li"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return os.Rename(file+".new", file)
+		}, "its file was deleted", 1},
+		"truncated": {func(_ *testing.T, file string) error { return os.Truncate(file, 0) }, "its file was truncated", 1},
+		"kept":      {func(*testing.T, string) error { return nil }, "", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "log")
+			l := openLog(t, file)
+			write := func(kek string) {
+				t.Helper()
+				if err := l.Write(Entry{Action: "export", KEK: kek, Who: "uid:0", From: "@", Verdict: Allowed}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write("a")
+			write("b")
+			if err := test.lose(t, file); err != nil {
+				t.Fatal(err)
+			}
+			write("c")
+			write("d")
+			text := strings.Join(linesOf(t, file), "")
+			if !strings.Contains(text, `"kek":"c"`) || !strings.Contains(text, `"kek":"d"`) || strings.Count(text, `"action":"continue"`) != min(test.problems, 1) || !strings.Contains(text, test.reason) {
+				t.Errorf("the log: %s", text)
+			}
+			if r := verify(t, linesOf(t, file)); len(r.Problems) != test.problems {
+				t.Errorf("%+v", r)
+			}
+			if name == "moved" {
+				if r := verify(t, join(linesOf(t, file+".1"), linesOf(t, file))); r.Lines != 5 || len(r.Problems) != 0 {
+					t.Errorf("with the file that was moved: %+v", r)
+				}
+			}
+			if err := l.Close(); err != nil {
+				t.Fatal(err)
+			}
+			write2 := openLog(t, file)
+			if err := write2.Write(Entry{Action: "export", KEK: "e", Who: "uid:0", From: "@", Verdict: Allowed}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	dir := filepath.Join(t.TempDir(), "dir")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l := openLog(t, filepath.Join(dir, "log"))
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Write(Entry{Action: "export"}); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("its directory is gone: %v", err)
+	}
+}
+
 func TestClockMoved(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "log")
 	l := openLog(t, name)

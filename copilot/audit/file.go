@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -47,6 +48,7 @@ func (stdout) Close() error                     { return nil }
 type file struct {
 	name string
 	f    *os.File
+	size int64 // at least, after what was written
 }
 
 func (s *file) Close() error { return s.f.Close() }
@@ -58,6 +60,7 @@ func (s *file) reopen() error {
 		return fmt.Errorf("audit log: %w", err)
 	}
 	if s.f != nil && sameFile(s.f, f) {
+		s.size = 0
 		return f.Close()
 	}
 	// A pipe or a device can't be locked.
@@ -68,8 +71,41 @@ func (s *file) reopen() error {
 	if s.f != nil {
 		s.f.Close()
 	}
-	s.f = f
-	return nil
+	s.f, s.size = f, 0
+	return s.endLine()
+}
+
+// endLine ends a line that the file has a part of, left by a crash or by others.
+func (s *file) endLine() error {
+	info, err := s.f.Stat()
+	if err != nil || info.Size() == 0 || !info.Mode().IsRegular() {
+		return err
+	}
+	last := make([]byte, 1)
+	if _, err := s.f.ReadAt(last, info.Size()-1); err != nil || last[0] == '\n' {
+		return err
+	}
+	_, err = s.f.Write([]byte("\n"))
+	return err
+}
+
+// lost says how the file is no longer the one that its name leads to, or returns ""
+// while it is. What is written to it then can't be found by its name.
+func (s *file) lost() string {
+	mine, err := s.f.Stat()
+	if err != nil || !mine.Mode().IsRegular() {
+		return "" // append says what is wrong
+	}
+	if sys, ok := mine.Sys().(*syscall.Stat_t); ok && sys.Nlink == 0 {
+		return "its file was deleted"
+	}
+	if named, err := os.Stat(s.name); err != nil || !os.SameFile(mine, named) {
+		return "its file was moved or replaced"
+	}
+	if mine.Size() < s.size {
+		return "its file was truncated"
+	}
+	return ""
 }
 
 func sameFile(a, b *os.File) bool {
@@ -95,11 +131,13 @@ func (s *file) append(_ string, _ int64, lines [][]byte) error {
 	if err != nil && n > 0 {
 		err = errors.Join(err, s.f.Truncate(info.Size()))
 	}
+	if err == nil {
+		s.size = info.Size() + int64(n)
+	}
 	return err
 }
 
-// head returns the last line that this key sealed. If a crash left a part of a
-// line after it, that becomes a line of its own.
+// head returns the last line that this key sealed.
 func (s *file) head(key Key, _ string) ([]byte, error) {
 	info, err := s.f.Stat()
 	if err != nil || info.Size() == 0 || !info.Mode().IsRegular() {
@@ -108,11 +146,6 @@ func (s *file) head(key Key, _ string) ([]byte, error) {
 	tail := make([]byte, min(info.Size(), 2*maxBatch*maxLine))
 	if _, err := s.f.ReadAt(tail, info.Size()-int64(len(tail))); err != nil && err != io.EOF {
 		return nil, err
-	}
-	if tail[len(tail)-1] != '\n' {
-		if _, err := s.f.Write([]byte("\n")); err != nil {
-			return nil, err
-		}
 	}
 	for rest := bytes.TrimRight(tail, "\n"); len(rest) > 0; {
 		i := bytes.LastIndexByte(rest, '\n')

@@ -9,6 +9,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -38,6 +41,25 @@ type Store struct {
 	seal   cipher.AEAD
 	counts counts
 	now    func() time.Time
+	made   bool
+}
+
+// Made reports whether there was no store before: Open has made it, with a new
+// master key unless there was one.
+func (s *Store) Made() bool { return s.made }
+
+// ErrNoStore is the error of a store that does not exist.
+var ErrNoStore = errors.New("there is no store")
+
+// Exists returns an error that wraps [ErrNoStore] unless the directory holds a
+// store.
+func Exists(dir string) error {
+	name := filepath.Join(dir, boltFile)
+	_, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w in %s: %s is missing: check the directory (--dir, --config), or restore it", ErrNoStore, dir, boltFile)
+	}
+	return err
 }
 
 // openPostgres is nil in a program that was built without PostgreSQL.
@@ -77,6 +99,7 @@ const masterCheck = "check"
 // that it is the one that the store was made with.
 func (s *Store) unlock(ctx context.Context, dir string) error {
 	sealed, err := s.db.once(ctx, masterCheck, func() ([]byte, error) {
+		s.made = true
 		key, err := masterKey(dir, true)
 		if err != nil {
 			return nil, err

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -189,6 +190,9 @@ func (ca *CA) IssueClient(c Client, certFile, keyFile string) error {
 	return writePair(certFile, der, keyFile, key)
 }
 
+// minRSA is the least size of an RSA key, in bits (NIST SP 800-131A).
+const minRSA = 2048
+
 // SignClient writes a certificate for the key of a certificate signing request
 // in PEM, of which nothing else counts.
 func (ca *CA) SignClient(c Client, request []byte, certFile string) error {
@@ -202,6 +206,9 @@ func (ca *CA) SignClient(c Client, request []byte, certFile string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("certificate signing request: %w", err)
+	}
+	if key, ok := csr.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() < minRSA {
+		return fmt.Errorf("certificate signing request: its RSA key has %d bits, and %d are needed", key.N.BitLen(), minRSA)
 	}
 	if der, err = ca.client(c, csr.PublicKey); err != nil {
 		return err
