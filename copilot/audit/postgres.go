@@ -106,7 +106,10 @@ func (t table) append(chain string, seq int64, lines [][]byte) error {
 	}
 	_, err := t.pool.Exec(ctx, `INSERT INTO copilot_audit (chain, seq, line)
 		SELECT $1, $2 + n - 1, line FROM unnest($3::text[]) WITH ORDINALITY AS l(line, n)`, chain, seq, texts)
-	return postgres.Explain(err)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errDatabase, postgres.Explain(err))
+	}
+	return nil
 }
 
 func (t table) head(_ Key, chain string) ([]byte, error) {
