@@ -103,7 +103,7 @@ func TestNoAuditNoChange(t *testing.T) {
 			"list":    func() error { _, err := admin.List(); return err },
 			"get":     func() error { _, err := admin.Get("team-a"); return err },
 		} {
-			if err := change(); err == nil || !strings.Contains(err.Error(), "can't be audited") {
+			if err := change(); err == nil || !strings.Contains(err.Error(), "can't be written") {
 				t.Errorf("%s: %v", name, err)
 			}
 		}

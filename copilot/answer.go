@@ -254,7 +254,10 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 				detail = known.Error()
 			}
 		}
-		detail += ": see its log for request " + e.Request
+		if cause := audit.Cause(err); cause != "" && errors.Is(err, audit.ErrUnavailable) {
+			detail += " (" + cause + ")"
+		}
+		detail += ": see copilot's log for request " + e.Request
 	case errors.Is(err, errNotExported):
 		kind = typeNotExported
 	case errors.Is(err, errNoSuchPath):

@@ -190,5 +190,9 @@ func (b *broker) ready(ctx context.Context) error {
 		logrus.WithError(err).Warn("not ready")
 		return keystore.ErrUnavailable
 	}
+	if err := b.audit.Ready(); err != nil {
+		logrus.WithError(err).Warn("not ready")
+		return audit.ErrUnavailable
+	}
 	return nil
 }

@@ -190,7 +190,7 @@ func TestClient(t *testing.T) {
 	}
 }
 
-// TestNoAudit checks that a request which can't be audited is refused.
+// TestNoAudit checks that a request that can't be audited is refused.
 func TestNoAudit(t *testing.T) {
 	dir := t.TempDir()
 	keys := open(t, dir)
@@ -199,8 +199,17 @@ func TestNoAudit(t *testing.T) {
 	}
 	keys.Close()
 	url := serve(t, dir, copilot.Config{AuditLog: "/dev/full"})
+	if status, body := request(t, url, "GET", "/readyz", ""); status != 204 {
+		t.Errorf("before it is known: %d, %q", status, body)
+	}
 	if status, body := request(t, url, "GET", "/api/v1/key/team-a", ""); status != 503 || len(body) == 32 {
 		t.Errorf("%d, %q", status, body)
+	}
+	if status, body := request(t, url, "GET", "/api/v2/keks/team-a/key", ""); status != 503 || !strings.Contains(body, "the audit log can't be written (no space left on device): see copilot's log for request") {
+		t.Errorf("%d, %q", status, body)
+	}
+	if status, body := request(t, url, "GET", "/readyz", ""); status != 503 || !strings.Contains(body, "the audit log can't be written") {
+		t.Errorf("readyz: %d, %q", status, body)
 	}
 }
 

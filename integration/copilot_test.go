@@ -215,7 +215,7 @@ func TestFullDisk(t *testing.T) {
 			if failed != 3 {
 				t.Fatal("a full disk takes everything")
 			}
-			fails(t, copilot("keys", "rotate", "team-a"), "see its log for request")
+			fails(t, copilot("keys", "rotate", "team-a"), "see copilot's log for request")
 			if log := read(t, p.log); !strings.Contains(log, "no space left on device") {
 				t.Errorf("the log does not say why:\n%s", log)
 			}

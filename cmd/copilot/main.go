@@ -38,7 +38,7 @@ func newApp() *cli.App {
 		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It gives
 pilot what it may have of them, decides that by a policy, and writes each
 request down. "copilot init" makes a configuration to start from.`,
-		Commands:             []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, policyCommand, auditCommand},
+		Commands:             []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, storeCommand, policyCommand, auditCommand},
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {},
 	}

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 	"unicode"
 
@@ -43,7 +44,23 @@ type Entry struct {
 }
 
 // ErrUnavailable is the error of an entry that could not be written.
-var ErrUnavailable = errors.New("the request can't be audited")
+var ErrUnavailable = errors.New("the audit log can't be written")
+
+// errDatabase is the error of a log in a database.
+var errDatabase = errors.New("its database failed")
+
+// Cause says in a few words why an entry could not be written, or returns "". It
+// names no path and no address.
+func Cause(err error) string {
+	var errno syscall.Errno
+	switch {
+	case errors.Is(err, errDatabase):
+		return errDatabase.Error()
+	case errors.As(err, &errno):
+		return errno.Error()
+	}
+	return ""
+}
 
 // maxText bounds what a caller can write into one field, in bytes.
 const maxText = 512
@@ -110,6 +127,8 @@ type Log struct {
 	queue   []*waiting
 	writing bool // somebody writes, and has at and unsure to itself
 	closed  bool
+
+	failed bool // the last entry could not be written
 
 	at     Head
 	after  string // for the first line
@@ -223,7 +242,7 @@ func (l *Log) writeQueue() {
 		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	l.mu.Lock()
-	l.writing = false
+	l.writing, l.failed = false, err != nil
 	for _, w := range batch {
 		w.done, w.err = true, err
 	}
@@ -270,6 +289,18 @@ func (l *Log) write(batch []*waiting) error {
 	}
 	l.at = at
 	return nil
+}
+
+// Ready reports why entries can't be written. If the last one could not, it tries to
+// write one that says so: nothing else is written while no request is let in.
+func (l *Log) Ready() error {
+	l.mu.Lock()
+	failed := l.failed
+	l.mu.Unlock()
+	if !failed {
+		return nil
+	}
+	return l.Write(Entry{Action: "resume", Who: "copilot", From: "copilot", Verdict: Allowed, Reason: "the log can be written again"})
 }
 
 // Close closes the log once what is being written has been.

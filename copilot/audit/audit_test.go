@@ -337,7 +337,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	limit(uint64(info.Size()) + 40) // in the middle of a line
 	for range 2 {
-		if err := l.Write(Entry{Action: "2"}); err == nil || !strings.Contains(err.Error(), "can't be audited") {
+		if err := l.Write(Entry{Action: "2"}); err == nil || !strings.Contains(err.Error(), "can't be written") {
 			t.Errorf("written to a full disk: %v", err)
 		}
 	}

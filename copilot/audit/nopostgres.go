@@ -15,3 +15,6 @@ func OpenPostgres(context.Context, string, Key) (*Log, error) { return nil, errN
 
 // ReadPostgres fails in a program that was built without PostgreSQL.
 func ReadPostgres(context.Context, string) (io.ReadCloser, error) { return nil, errNoPostgres }
+
+// CopyToPostgres fails in a program that was built without PostgreSQL.
+func CopyToPostgres(context.Context, string) (Copier, error) { return nil, errNoPostgres }

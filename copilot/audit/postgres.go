@@ -32,6 +32,32 @@ const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 // OpenPostgres begins a log in the table copilot_audit of the database that
 // url tells, where each run of a broker has a chain of its own.
 func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
+	t, err := openTable(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	return newLog(key, t, false)
+}
+
+// CopyToPostgres returns what copies a log into the database that url tells, whose
+// table must be empty.
+func CopyToPostgres(ctx context.Context, url string) (Copier, error) {
+	t, err := openTable(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	last, err := t.head(nil, "")
+	if err == nil && last != nil {
+		err = errors.New("the database has an audit log already: copy to an empty one")
+	}
+	if err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
+	return t, nil
+}
+
+// openTable opens the table, which it makes if it is missing.
+func openTable(ctx context.Context, url string) (sink, error) {
 	pool, err := connect(ctx, url)
 	if err != nil {
 		return nil, err
@@ -50,7 +76,7 @@ func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
 		pool.Close()
 		return nil, fmt.Errorf("audit log: %w", postgres.Explain(err))
 	}
-	return newLog(key, table{pool}, false)
+	return table{pool}, nil
 }
 
 // connect returns connections that only the log uses: a change of a KEK that
@@ -80,7 +106,10 @@ func (t table) append(chain string, seq int64, lines [][]byte) error {
 	}
 	_, err := t.pool.Exec(ctx, `INSERT INTO copilot_audit (chain, seq, line)
 		SELECT $1, $2 + n - 1, line FROM unnest($3::text[]) WITH ORDINALITY AS l(line, n)`, chain, seq, texts)
-	return postgres.Explain(err)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errDatabase, postgres.Explain(err))
+	}
+	return nil
 }
 
 func (t table) head(_ Key, chain string) ([]byte, error) {

@@ -4,6 +4,7 @@
 package keystore
 
 import (
+	"cmp"
 	"context"
 	"crypto/cipher"
 	"encoding/json"
@@ -70,16 +71,7 @@ var openPostgres func(ctx context.Context, url string) (database, error)
 // is in $CREDENTIALS_DIRECTORY/copilot-master-key if that exists, else in the
 // file master.key in dir, which is made if the store is new.
 func Open(ctx context.Context, dir, url string) (*Store, error) {
-	var db database
-	var err error
-	switch {
-	case url == "":
-		db, err = openBolt(dir)
-	case openPostgres == nil:
-		err = errors.New("this copilot was built without PostgreSQL")
-	default:
-		db, err = openPostgres(ctx, url)
-	}
+	db, err := openDatabase(ctx, cmp.Or(url, dir))
 	if err != nil {
 		return nil, err
 	}

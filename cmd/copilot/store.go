@@ -1,0 +1,145 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/keystore"
+)
+
+var storeCommand = &cli.Command{
+	Name:  "store",
+	Usage: "copy the store to another database",
+	Subcommands: []*cli.Command{{
+		Name: "copy", Usage: "copy KEKs and audit log from a file to PostgreSQL, or back", ArgsUsage: "FROM TO",
+		Description: `FROM and TO are each a directory or a PostgreSQL URL. All KEKs are copied, with
+their versions, states, revocations and counts of wraps, and the audit log with
+its chains. Nothing is decrypted: the master key stays the same, and is read from
+--dir, or from FROM if that is a directory. TO must be empty. Stop copilot first:
+what changes meanwhile is not copied.
+
+Example:
+   systemctl stop copilot
+   copilot store copy /var/lib/copilot 'postgres:///copilot?host=/var/run/postgresql'`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of master.key (default: the store's directory, or " + defaultDir + " between databases)"},
+			&cli.StringFlag{Name: "audit-from", Usage: "`FILE` of the audit log (default: audit.log in FROM, or the database)"},
+			&cli.StringFlag{Name: "audit-to", Usage: "`FILE` to copy the audit log to (default: audit.log in TO, or the database)"},
+		},
+		Action: storeCopy,
+	}},
+}
+
+func storeCopy(c *cli.Context) error {
+	if c.NArg() != 2 {
+		return fmt.Errorf("store copy takes FROM and TO, after the flags, and got %d arguments", c.NArg())
+	}
+	from, to := c.Args().Get(0), c.Args().Get(1)
+	master := c.String("dir")
+	for _, name := range []string{from, to} {
+		if keystore.IsDatabase(name) {
+			continue
+		}
+		if conn, err := net.DialTimeout("unix", filepath.Join(name, "admin.sock"), time.Second); err == nil {
+			conn.Close()
+			return fmt.Errorf("store copy: a copilot serves with %s: stop it first (systemctl stop copilot)", name)
+		}
+		// Of two directories, the first is where the key is.
+		master = cmp.Or(master, name)
+	}
+	master = cmp.Or(master, defaultDir)
+	n, err := keystore.Copy(c.Context, from, to, master)
+	if err != nil {
+		return fmt.Errorf("store copy: %w", err)
+	}
+	fmt.Printf("copied %d KEKs\n", n)
+	lines, err := auditCopy(c, from, to, master)
+	if err != nil {
+		return fmt.Errorf("store copy: audit log: %w", err)
+	}
+	fmt.Printf("copied %d lines of the audit log\n", lines)
+	return nil
+}
+
+// auditCopy copies the audit log, after verifying it, and verifies the copy.
+func auditCopy(c *cli.Context, from, to, master string) (int, error) {
+	key, err := keystore.AuditKey(master)
+	if err != nil {
+		return 0, err
+	}
+	source := auditOf(c.String("audit-from"), from)
+	before, err := verified(c.Context, source, key)
+	if errors.Is(err, fs.ErrNotExist) && c.String("audit-from") == "" {
+		fmt.Fprintf(os.Stderr, "copilot: %s does not exist: no audit log is copied\n", source)
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	if len(before.Problems) > 0 {
+		fmt.Fprintf(os.Stderr, "copilot: the audit log has %d problems, which \"copilot audit verify\" names: it is copied as it is\n", len(before.Problems))
+	}
+	target := auditOf(c.String("audit-to"), to)
+	var copier audit.Copier
+	if keystore.IsDatabase(target) {
+		copier, err = audit.CopyToPostgres(c.Context, target)
+	} else {
+		copier, err = audit.CopyToFile(target)
+	}
+	if err != nil {
+		return 0, err
+	}
+	n, err := copyLines(c.Context, copier, source, key)
+	if err = errors.Join(err, copier.Close()); err != nil {
+		return n, err
+	}
+	after, err := verified(c.Context, target, key)
+	if err == nil && (after.Lines != before.Lines || len(after.Problems) != len(before.Problems)) {
+		err = fmt.Errorf("the copy has %d lines and %d problems, and the log %d and %d", after.Lines, len(after.Problems), before.Lines, len(before.Problems))
+	}
+	return n, err
+}
+
+// auditOf returns where the audit log of a store is: a file, or a PostgreSQL URL.
+func auditOf(file, store string) string {
+	if file != "" || keystore.IsDatabase(store) {
+		return cmp.Or(file, store)
+	}
+	return filepath.Join(store, "audit.log")
+}
+
+func openAudit(ctx context.Context, name string) (io.ReadCloser, error) {
+	if keystore.IsDatabase(name) {
+		return audit.ReadPostgres(ctx, name)
+	}
+	return os.Open(name)
+}
+
+func verified(ctx context.Context, name string, key audit.Key) (audit.Report, error) {
+	r, err := openAudit(ctx, name)
+	if err != nil {
+		return audit.Report{}, err
+	}
+	defer r.Close()
+	return audit.Verify(r, key)
+}
+
+func copyLines(ctx context.Context, to audit.Copier, name string, key audit.Key) (int, error) {
+	r, err := openAudit(ctx, name)
+	if err != nil {
+		return 0, err
+	}
+	defer r.Close()
+	return audit.Copy(to, r, key)
+}

@@ -1,0 +1,109 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// TestStoreCopy moves a store from a file to PostgreSQL and back to another file: an
+// image's key is unwrapped after each, and nothing of a KEK's life is lost.
+func TestStoreCopy(t *testing.T) {
+	t.Parallel()
+	dir := tempDir(t)
+	store, back := dir+"/store", dir+"/back"
+	keys := func(store string, args ...string) string {
+		t.Helper()
+		verb, rest := args[0], args[1:]
+		return output(t, command(t, "copilot", append([]string{"keys", verb, "--dir", store}, rest...)...))
+	}
+	for _, kek := range []string{"team-a", "team-b", "other/c"} {
+		keys(store, "create", kek)
+	}
+	first, url := broker(t, store)
+	_, conf := pilot(t, dir+"/ci", url)
+	c := newCI(t, dir+"/ci", conf)
+	image := c.image(kinds[1], "provider:pilot:team-a")
+	keys(store, "rotate", "team-a")
+	keys(store, "revoke", "--identity", "uid:4242", "team-b")
+	keys(store, "disable", "--key-version", "1", "other/c")
+	fails(t, command(t, "copilot", "store", "copy", store, back), "a copilot serves with "+store, "stop it first")
+	described := func(store string, more ...string) string {
+		t.Helper()
+		var all strings.Builder
+		for _, kek := range []string{"team-a", "team-b", "other/c"} {
+			all.WriteString(keys(store, append(append([]string{"show"}, more...), "--json", kek)...))
+		}
+		return all.String()
+	}
+	want := described(store)
+	if !strings.Contains(want, "uid:4242") || !strings.Contains(want, "disabled") {
+		t.Fatal(want)
+	}
+	first.stop(t)
+
+	d := postgres(t)
+	lines := func(out string) string {
+		t.Helper()
+		n := regexp.MustCompile(`copied 3 KEKs\ncopied (\d+) lines of the audit log\n`).FindStringSubmatch(out)
+		if n == nil || n[1] == "0" {
+			t.Fatal(out)
+		}
+		return n[1]
+	}
+	n := lines(output(t, command(t, "copilot", "store", "copy", store, d.url())))
+	fails(t, command(t, "copilot", "store", "copy", store, d.url()), "has KEKs already", "copy to an empty store")
+	if out := output(t, command(t, "copilot", "audit", "verify", "--dir", store, "--database", d.url())); !strings.HasPrefix(out, n+" lines, none changed or missing") {
+		t.Errorf("the copy in the database: %s", out)
+	}
+	if got := described(store, "--database", d.url()); got != want {
+		t.Errorf("in the database: %s, want %s", got, want)
+	}
+	works := func(name string, args ...string) {
+		t.Helper()
+		socket := dir + "/" + name + ".sock"
+		p := start(t, dir+"/"+name, "copilot", exec.Command("copilot", append([]string{"serve", "--listen", "unix://" + socket}, args...)...))
+		await(t, "copilot", answers(socket))
+		_, conf := pilot(t, dir+"/"+name+"-ci", "unix://"+socket)
+		other := *c.node
+		other.ocicrypt = conf
+		plain := fmt.Sprintf("%s-%s", image, name)
+		output(t, other.ctrPilot("images", "decrypt", image, plain))
+		p.stop(t)
+	}
+	works("database", "--dir", store, "--database", d.url())
+
+	// As the documentation says.
+	output(t, d.command(t, "pg_dump", "-h", d.dir, "-U", "copilot", "--format=custom", "--table=copilot_*", "--file="+d.dir+"/dump", "postgres"))
+	output(t, d.command(t, "createdb", "-h", d.dir, "-U", "copilot", "restored"))
+	output(t, d.command(t, "pg_restore", "-h", d.dir, "-U", "copilot", "--dbname=restored", d.dir+"/dump"))
+	restored := strings.Replace(d.url(), "/postgres?", "/restored?", 1)
+	if got := described(store, "--database", restored); got != want {
+		t.Errorf("restored: %s, want %s", got, want)
+	}
+	works("restored", "--dir", store, "--database", restored)
+
+	n = lines(output(t, command(t, "copilot", "store", "copy", "--dir", store, d.url(), back)))
+	if out := output(t, command(t, "copilot", "audit", "verify", "--dir", back)); !strings.HasPrefix(out, n+" lines, none changed or missing") {
+		t.Errorf("the copy in a file: %s", out)
+	}
+	if read(t, back+"/master.key") != read(t, store+"/master.key") {
+		t.Error("the copy has another master key")
+	}
+	if got := described(back); got != want {
+		t.Errorf("back in a file: %s, want %s", got, want)
+	}
+	works("back", "--dir", back)
+
+	// What can't be copied.
+	fails(t, command(t, "copilot", "store", "copy", dir+"/nowhere", dir+"/new"), "there is no store in "+dir+"/nowhere")
+	other := dir + "/other"
+	keys(other, "create", "x")
+	fails(t, command(t, "copilot", "store", "copy", "--dir", other, back, dir+"/new"), "is not the one that the KEKs in "+back+" are sealed with")
+	if _, err := os.Stat(dir + "/new"); err == nil {
+		t.Error("a store was made")
+	}
+}
