@@ -310,7 +310,7 @@ func testVaultRotatesKeys(t *testing.T, v *vaultServer) {
 		})
 	}
 	wg.Wait()
-	if slices.Sort(versions); !slices.Equal(versions, []int{3, 4, 5, 6}) {
+	if slices.Sort(versions); len(slices.Compact(slices.Clone(versions))) != 4 || versions[0] < 3 {
 		t.Errorf("versions %v", versions)
 	}
 	gives(t, b, "team-a", 1, first, 1)
@@ -405,8 +405,8 @@ func testVaultTransit(t *testing.T, v *vaultServer) {
 		wg.Go(func() {
 			version, err := r.Rotate(within(t), "team-b")
 			for errors.Is(err, kms.ErrUnavailable) {
-				// Of several rotations at once, OpenBao may refuse some:
-				// "transaction commit failed".
+				// Of several rotations at once, OpenBao may refuse some, "transaction
+				// commit failed", and leave out a number.
 				version, err = r.Rotate(within(t), "team-b")
 			}
 			if err != nil {
@@ -418,7 +418,7 @@ func testVaultTransit(t *testing.T, v *vaultServer) {
 		})
 	}
 	wg.Wait()
-	if slices.Sort(versions); !slices.Equal(versions, []int{3, 4, 5, 6}) {
+	if slices.Sort(versions); len(slices.Compact(slices.Clone(versions))) != 4 || versions[0] < 3 {
 		t.Errorf("versions %v", versions)
 	}
 
