@@ -166,7 +166,7 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	output(t, e.node.ctrPilot("--namespace", "moby", "images", "encrypt", "--recipient", "provider:pilot:team-a",
 		"--keys-from", d.base, "--plain-http", byBuildKit))
 	output(t, e.docker("push", byBuildKit))
-	d.pushedEncrypted(byBuildKit, 4)
+	d.pushedEncrypted(byBuildKit, 5) // one is an attestation
 
 	// The node may not use that KEK.
 	fails(t, e.docker("pull", d.denied), "pilot: layer sha256:", `KEK "team-b"`, "spiffe://example.com/node/docker1 may not")

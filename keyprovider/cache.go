@@ -101,21 +101,22 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 	}
 	if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 		c.tell(outcome)
-		return kek, err
+		return kek, inTrace(ctx, err)
 	}
 	c.tell(outcomeMiss)
-	return c.flights.do(ctx, flightKey{key, fresh}, func() (copilot.KEK, error) {
+	kek, err := c.flights.do(ctx, flightKey{key, fresh}, func() (copilot.KEK, error) {
 		if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 			return kek, err
 		}
 		// The fetch serves every caller, so it must not stop with the first.
 		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
 		if err != nil {
-			return c.miss(key, err, fresh)
+			return c.miss(key, &traced{err, traceOf(ctx)}, fresh)
 		}
 		c.store(key, kek)
 		return kek, nil
 	})
+	return kek, inTrace(ctx, err)
 }
 
 func (c *cache) tell(outcome string) {
