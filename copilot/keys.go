@@ -42,15 +42,31 @@ func store(conf Config, s *keystore.Store) string {
 	return "made a new store in " + conf.Dir + ", with its master key: keep a backup of both, apart"
 }
 
-// OpenKeys manages the KEKs of the store that conf tells, through the server
-// that runs there if one does, else in the store itself.
+// OpenKeys manages the KEKs of the store that conf names, through the server
+// that runs there if one does, else in the store itself, which it makes if there
+// is none.
 func OpenKeys(ctx context.Context, conf Config) (*Keys, error) {
+	return openKeys(ctx, conf, true)
+}
+
+// OpenExistingKeys is OpenKeys for a store that has to be there. If it is a file
+// that is missing, the error wraps [keystore.ErrNoStore].
+func OpenExistingKeys(ctx context.Context, conf Config) (*Keys, error) {
+	return openKeys(ctx, conf, false)
+}
+
+func openKeys(ctx context.Context, conf Config, mayMake bool) (*Keys, error) {
 	if conn, err := net.DialTimeout("unix", filepath.Join(conf.Dir, adminSocket), time.Second); err == nil {
 		conn.Close()
 		return adminOf(conf.Dir), nil
 	}
 	if err := conf.check(); err != nil {
 		return nil, err
+	}
+	if !mayMake && conf.Database == "" {
+		if err := keystore.Exists(conf.Dir); err != nil {
+			return nil, err
+		}
 	}
 	b, err := newBroker(ctx, conf)
 	if err != nil {

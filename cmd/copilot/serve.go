@@ -118,12 +118,14 @@ func openKeys(c *cli.Context) (*copilot.Keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	if makes := c.Command.Name == "create" || c.Command.Name == "import"; !makes && conf.Database == "" {
-		if err := keystore.Exists(conf.Dir); err != nil {
-			return nil, err
-		}
+	open := copilot.OpenExistingKeys
+	if c.Command.Name == "create" || c.Command.Name == "import" {
+		open = copilot.OpenKeys
 	}
-	keys, err := copilot.OpenKeys(c.Context, conf)
+	keys, err := open(c.Context, conf)
+	if errors.Is(err, keystore.ErrNoStore) {
+		return nil, err
+	}
 	if errors.Is(err, context.Canceled) {
 		return nil, errors.New("stopped")
 	}
