@@ -144,6 +144,7 @@ type work struct {
 	done      map[string]*visited                  // by [visitKey]
 	entries   map[digest.Digest]indexEntry         // of indexes
 	renamed   map[digest.Digest]ocispec.Descriptor // what took the place of a manifest or index
+	unchanged []digest.Digest                      // of manifests and indexes that stay as they are
 	seen      int                                  // manifests that are here, with what is needed of them
 	changed   map[string]bool                      // layers, each once however many manifests have it
 	matched   map[int]bool                         // by index into Options.Platforms
@@ -240,10 +241,12 @@ func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (out
 	v := &visited{outcome: outcome{desc: desc}}
 	w.done[key] = v
 	v.outcome, v.err = w.visitOnce(ctx, desc, depth)
-	if v.err == nil && v.changed {
-		if _, ok := w.renamed[desc.Digest]; !ok {
-			w.renamed[desc.Digest] = v.desc
-		}
+	switch _, renamed := w.renamed[desc.Digest]; {
+	case v.err != nil:
+	case !v.changed:
+		w.unchanged = append(w.unchanged, desc.Digest)
+	case !renamed:
+		w.renamed[desc.Digest] = v.desc
 	}
 	return v.outcome, v.err
 }
@@ -273,6 +276,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
+	w.addUnlike(desc, doc)
 	var manifest ocispec.Manifest
 	if err := json.Unmarshal(doc, &manifest); err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
@@ -398,14 +402,14 @@ func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, e
 	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {
 		return nil, err
 	}
-	var both struct{ Config, Layers, Manifests json.RawMessage }
-	if err := json.Unmarshal(doc, &both); err != nil {
-		return nil, err
+	kind, err := kindOf(doc)
+	if err == nil && kind == bothKinds {
+		err = errors.New("it is an index and a manifest at once")
 	}
-	if both.Manifests != nil && (both.Config != nil || both.Layers != nil) {
-		return nil, errors.New("it is an index and a manifest at once")
+	if mode := w.op.mode(); err == nil && (mode == encrypting || mode == inspecting) {
+		err = oneReading(doc) // or what somebody else finds in it is not reported
 	}
-	return doc, nil
+	return doc, err
 }
 
 // platformOf returns the platform that the index says, or else the image's

@@ -35,6 +35,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	if err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
 	}
+	w.addUnlike(desc, doc)
 	var index ocispec.Index
 	if err := json.Unmarshal(doc, &index); err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)

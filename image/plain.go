@@ -51,13 +51,17 @@ const (
 	// hands it out.
 	ReasonForeign Reason = "foreign"
 	// ReasonNotImage is an entry of an index that is neither a manifest nor an
-	// index. It may refer to blobs that are not reported.
+	// index, or whose content is not what its media type says. It may refer to
+	// blobs that are not reported.
 	ReasonNotImage Reason = "not-an-image"
 	// ReasonMediaType is a layer whose media type has no encrypted form.
 	ReasonMediaType Reason = "media-type"
 	// ReasonSharedConfig is an encrypted layer that is also the configuration of
 	// a manifest, which stays readable.
 	ReasonSharedConfig Reason = "also-config"
+	// ReasonSharedManifest is an encrypted layer that is also a manifest or an index
+	// of the image, which stays readable.
+	ReasonSharedManifest Reason = "also-manifest"
 	// ReasonURLs is an encrypted layer that was plain at URLs, where it may still
 	// be.
 	ReasonURLs Reason = "urls"
@@ -70,17 +74,18 @@ const (
 
 // reasonTexts say what a reason is, after a description of the blob.
 var reasonTexts = map[Reason]string{
-	ReasonConfig:       "a configuration is never encrypted",
-	ReasonNotSelected:  "not selected by --layer or --platform",
-	ReasonAttestation:  "kept by --attestations=keep",
-	ReasonAbsent:       "its content is not here (pull it with --all-platforms)",
-	ReasonForeign:      "a foreign layer whose content is not here",
-	ReasonNotImage:     "neither a manifest nor an index; what it refers to is readable too",
-	ReasonMediaType:    "its media type has no encrypted form",
-	ReasonSharedConfig: "encrypted as a layer, but also the configuration of a manifest, which is readable",
-	ReasonURLs:         "encrypted, but readable where it was published",
-	ReasonNotEncrypted: "not encrypted",
-	ReasonNoKey:        "its media type says that it is encrypted, but it has no key that shows it",
+	ReasonConfig:         "a configuration is never encrypted",
+	ReasonNotSelected:    "not selected by --layer or --platform",
+	ReasonAttestation:    "kept by --attestations=keep",
+	ReasonAbsent:         "its content is not here (pull it with --all-platforms)",
+	ReasonForeign:        "a foreign layer whose content is not here",
+	ReasonNotImage:       "neither a manifest nor an index; what it refers to is readable too",
+	ReasonMediaType:      "its media type has no encrypted form",
+	ReasonSharedConfig:   "encrypted as a layer, but also the configuration of a manifest, which is readable",
+	ReasonSharedManifest: "encrypted as a layer, but also a manifest or an index of the image, which is readable",
+	ReasonURLs:           "encrypted, but readable where it was published",
+	ReasonNotEncrypted:   "not encrypted",
+	ReasonNoKey:          "its media type says that it is encrypted, but it has no key that shows it",
 }
 
 // String returns one line that names the blob and says why it is readable. What it
@@ -238,18 +243,24 @@ func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *oci
 }
 
 // addShared reports the layers that were or are to be encrypted and are also
-// configurations, which stay as they are.
+// configurations or manifests, which stay as they are.
 func (w *work) addShared() {
+	var configs []digest.Digest
 	for _, p := range w.plain {
-		if p.Reason != ReasonConfig || p.Digest == ocispec.DescriptorEmptyJSON.Digest {
+		if p.Reason == ReasonConfig && p.Digest != ocispec.DescriptorEmptyJSON.Digest {
+			configs = append(configs, p.Digest)
+		}
+	}
+	for _, l := range w.encrypted {
+		switch {
+		case slices.Contains(configs, l.Digest):
+			l.Reason = ReasonSharedConfig
+		case slices.Contains(w.unchanged, l.Digest):
+			l.Reason = ReasonSharedManifest
+		default:
 			continue
 		}
-		for _, l := range w.encrypted {
-			if l.Digest == p.Digest {
-				l.Reason = ReasonSharedConfig
-				w.plain = append(w.plain, l)
-			}
-		}
+		w.plain = append(w.plain, l)
 	}
 }
 
