@@ -114,3 +114,19 @@ func TestRemovedOfManifest(t *testing.T) {
 		t.Errorf("%s, %v", s.get(out.Target), err)
 	}
 }
+
+// TestPlainIsPrintable has an image name blobs by digests that a terminal would obey.
+func TestPlainIsPrintable(t *testing.T) {
+	s := newStore(t)
+	layer := `{"mediaType":"x/y","digest":"sha256:\u001b]0;x\u0007\u202e","size":1}`
+	target := s.put(ociIndex, `{"manifests":[`+entry(s.manifest(ociManifest, layer, ""))+`,`+layer+`]}`)
+	plain, err := Inspect(s.ctx, s, target, Options{})
+	if err != nil || len(plain) < 3 {
+		t.Fatalf("%v, %v", plain, err)
+	}
+	for _, p := range plain {
+		if text := p.String(); strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) {
+			t.Errorf("%q", text)
+		}
+	}
+}

@@ -95,7 +95,7 @@ func (p Plain) String() string {
 	if platform == "" {
 		platform = "no platform"
 	}
-	text := fmt.Sprintf("%.100q, manifest %s, blob %s (%.200q, %d bytes): %s", platform, p.Manifest, p.Digest, p.MediaType, p.Size, reasonTexts[p.Reason])
+	text := fmt.Sprintf("%.100q, manifest %.200q, blob %.200q (%.200q, %d bytes): %s", platform, p.Manifest, p.Digest, p.MediaType, p.Size, reasonTexts[p.Reason])
 	if len(p.URLs) > 0 {
 		text += fmt.Sprintf(" (%.1000q)", strings.Join(p.URLs, " "))
 	}
