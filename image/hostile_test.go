@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"strconv"
@@ -128,5 +129,23 @@ func TestPlainIsPrintable(t *testing.T) {
 		if text := p.String(); strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) {
 			t.Errorf("%q", text)
 		}
+	}
+}
+
+// TestStrangeData has an encrypted layer whose descriptor still has the plain one.
+func TestStrangeData(t *testing.T) {
+	s := newStore(t)
+	doc := s.get(s.encrypted(s.ec))
+	data := `"data":"` + base64.StdEncoding.EncodeToString([]byte("layer b")) + `","digest":`
+	at := strings.LastIndex(doc, `"digest":`)
+	target := s.put(ociManifest, doc[:at]+data+doc[at+len(`"digest":`):])
+	readable, err := Inspect(s.ctx, s, target, Options{})
+	if list := NotEncrypted(readable); err != nil || len(list) != 1 || list[0].Reason != ReasonData {
+		t.Errorf("%v, %v", readable, err)
+	}
+	s.ec.DecryptConfig = *s.dc
+	out, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{0}})
+	if refused := new(PlainError); !errors.As(err, &refused) || refused.Plain[0].Reason != ReasonData {
+		t.Errorf("%+v, %v", out, err)
 	}
 }

@@ -309,7 +309,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		}
 	}
 	for _, i := range chosen {
-		if l := manifest.Layers[i]; mode == encrypting && len(l.Data) > 0 && inlined(l) == nil {
+		if l := manifest.Layers[i]; mode == encrypting && strangeData(l) {
 			return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, errData(l))
 		}
 		if !w.reads(manifest.Layers[i]) {

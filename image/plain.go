@@ -65,6 +65,9 @@ const (
 	// ReasonURLs is an encrypted layer that was plain at URLs, where it may still
 	// be.
 	ReasonURLs Reason = "urls"
+	// ReasonData is an encrypted layer whose descriptor has data that is not its
+	// blob. It may be the plain one.
+	ReasonData Reason = "data"
 	// ReasonNotEncrypted is a layer that is not encrypted.
 	ReasonNotEncrypted Reason = "not-encrypted"
 	// ReasonNoKey is a layer whose media type says that it is encrypted, and that
@@ -84,6 +87,7 @@ var reasonTexts = map[Reason]string{
 	ReasonSharedConfig:   "encrypted as a layer, but also the configuration of a manifest, which is readable",
 	ReasonSharedManifest: "encrypted as a layer, but also a manifest or an index of the image, which is readable",
 	ReasonURLs:           "encrypted, but readable where it was published",
+	ReasonData:           "encrypted, but its descriptor has data that is something else",
 	ReasonNotEncrypted:   "not encrypted",
 	ReasonNoKey:          "its media type says that it is encrypted, but it has no key that shows it",
 }
@@ -212,10 +216,16 @@ func (w *work) inspectLayer(parent, l ocispec.Descriptor, platform *ocispec.Plat
 		w.addPlain(parent, l, platform, ReasonNotEncrypted)
 	case !processor.HasRecipients(l):
 		w.addPlain(parent, l, platform, ReasonNoKey)
+	case strangeData(l):
+		w.addPlain(parent, l, platform, ReasonData)
 	case len(l.URLs) > 0:
 		w.addPlain(parent, l, platform, ReasonURLs)
 	}
 }
+
+// strangeData reports whether a descriptor has data that is not the content of what
+// it describes.
+func strangeData(desc ocispec.Descriptor) bool { return len(desc.Data) > 0 && inlined(desc) == nil }
 
 // report reports what is readable in a manifest, or will be.
 func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
@@ -233,6 +243,8 @@ func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *oci
 			w.inspectLayer(desc, l, platform)
 		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
 			w.addPlain(desc, l, platform, reason)
+		case mode == encrypting && strangeData(l):
+			w.addPlain(desc, l, platform, ReasonData)
 		case mode == encrypting && len(l.URLs) > 0:
 			w.addPlain(desc, l, platform, ReasonURLs)
 		}

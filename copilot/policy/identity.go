@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -43,7 +44,7 @@ func Canonical(identity string, issuers []string) (string, error) {
 		return id.String(), nil
 	case kind == "dns":
 		name := CanonicalDNS(rest)
-		if name == "" || strings.ContainsAny(name, "*/: ") {
+		if strings.ContainsAny(name, "*/: ") || slices.Contains(strings.Split(name, "."), "") {
 			return "", fmt.Errorf("%q: %q is not a host name", identity, rest)
 		}
 		return "dns:" + name, nil
@@ -80,6 +81,9 @@ func canonicalPattern(pattern string, issuers []string) (string, error) {
 	}
 	switch kind {
 	case "dns":
+		if strings.HasSuffix(pattern, ".") {
+			return "", fmt.Errorf("%q matches no host name: they are compared without the dot at their end", pattern)
+		}
 		return strings.ToLower(pattern), nil
 	case "spiffe":
 		// Up to the star it has to be what a SPIFFE ID begins with.
