@@ -149,3 +149,45 @@ func TestStrangeData(t *testing.T) {
 		t.Errorf("%+v, %v", out, err)
 	}
 }
+
+// TestHostileData decrypts a manifest that says that each of its layers was in it.
+func TestHostileData(t *testing.T) {
+	s := newStore(t)
+	const count = 20
+	layer := s.put(ocispec.MediaTypeImageLayer, strings.Repeat("layer", 200_000)) // 1 MB
+	out, err := Encrypt(s.ctx, s, s.manifest(ociManifest, strings.TrimSuffix(strings.Repeat(entry(layer)+",", count), ","), ""), s.ec, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	notes := restore{}
+	for i := range count {
+		notes["/layers/"+strconv.Itoa(i)+"/data"] = "true"
+	}
+	note, err := json.Marshal(notes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := strings.ReplaceAll(s.get(out.Target), `"digest":`, `"data":"","digest":`)
+	doc = strings.Replace(doc, `"layers":`, `"annotations":{"`+restoreAnnotation+`":`+string(quote(string(note)))+`},"layers":`, 1)
+	out, err = Decrypt(s.ctx, s, s.put(ociManifest, doc), s.dc, Options{})
+	if !errors.Is(err, ErrLimit) {
+		t.Errorf("decrypted to %d bytes, %v", out.Target.Size, err)
+	}
+}
+
+// TestHostileSizes has small sizes for a blob that is too large to be held in memory.
+func TestHostileSizes(t *testing.T) {
+	s := newStore(t)
+	huge := s.put(ocispec.MediaTypeImageConfig, `{"os":"linux","architecture":"amd64"}`+strings.Repeat(" ", maxManifest))
+	huge.Size = 1
+	doc := s.get(s.encrypted(s.ec))
+	at := strings.Index(doc, `"layers":`)
+	target := s.put(ociManifest, `{"config":`+entry(huge)+`,"subject":{"data":"",`+entry(huge)[1:]+`,"annotations":{"`+restoreAnnotation+`":"{\"/subject/data\":\"true\"}"},`+doc[at:])
+	layers, err := Layers(s.ctx, s, target, Options{})
+	if err != nil || len(layers) == 0 || layers[0].Platform != nil {
+		t.Errorf("%+v, %v", layers, err)
+	}
+	if out, err := Decrypt(s.ctx, s, target, s.dc, Options{}); err == nil || !strings.Contains(err.Error(), "the manifest says 1") {
+		t.Errorf("decrypted to %d bytes, %v", out.Target.Size, err)
+	}
+}

@@ -421,6 +421,9 @@ func (w *work) platformOf(ctx context.Context, desc ocispec.Descriptor, m ocispe
 	if !images.IsConfigType(m.Config.MediaType) {
 		return nil
 	}
+	if info, err := w.Info(ctx, m.Config.Digest); err == nil && info.Size > maxManifest {
+		return nil // it would be read into memory
+	}
 	p, err := images.ConfigPlatform(ctx, w.Store, m.Config)
 	if err != nil || p.OS == "" {
 		return nil
