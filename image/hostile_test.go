@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -189,5 +193,40 @@ func TestHostileSizes(t *testing.T) {
 	}
 	if out, err := Decrypt(s.ctx, s, target, s.dc, Options{}); err == nil || !strings.Contains(err.Error(), "the manifest says 1") {
 		t.Errorf("decrypted to %d bytes, %v", out.Target.Size, err)
+	}
+}
+
+// vanishing is a store that loses a blob once it was asked for it so often.
+type vanishing struct {
+	content.Store
+	blob digest.Digest
+	left int
+}
+
+func (v *vanishing) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
+	if d == v.blob {
+		if v.left--; v.left < 0 {
+			return content.Info{}, errdefs.ErrNotFound
+		}
+	}
+	return v.Store.Info(ctx, d)
+}
+
+// TestVanishes has a foreign layer vanish at any time. It is encrypted, or an error.
+func TestVanishes(t *testing.T) {
+	s := newStore(t)
+	foreign := s.put(dockerForeign, "foreign")
+	other := s.put(ocispec.MediaTypeImageLayer, "layer a")
+	target := s.manifest(ociManifest, entry(other)+","+entry(foreign), "")
+	succeeded := false
+	for left := range 10 {
+		out, err := Encrypt(s.ctx, &vanishing{s.Store, foreign.Digest, left}, target, s.ec, Options{})
+		if err == nil && strings.Contains(s.get(out.Target), foreign.Digest.String()) {
+			t.Errorf("the layer stays readable when it vanishes after %d", left)
+		}
+		succeeded = succeeded || err == nil
+	}
+	if !succeeded {
+		t.Error("it was never encrypted")
 	}
 }

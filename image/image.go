@@ -101,14 +101,28 @@ func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, e
 	}
 	e := &encryption{ec: ec}
 	defer e.clear()
-	plan, err := e.plan(ctx, cs, target, opts)
+	result, err := e.plan(ctx, cs, target, opts)
+	if err == nil {
+		err = refusal(result, opts)
+	}
 	if err != nil {
 		return Result{}, err
 	}
-	if refused := Unaccepted(plan.Plain); len(refused) > 0 && !opts.AllowPlain {
-		return Result{}, &PlainError{refused}
+	if result, err = run(ctx, cs, target, opts, e); err == nil {
+		err = refusal(result, opts) // content may have gone since
 	}
-	return run(ctx, cs, target, opts, e)
+	if err != nil {
+		return Result{}, err
+	}
+	return result, nil
+}
+
+// refusal returns an error if something is readable that the options do not accept.
+func refusal(result Result, opts Options) error {
+	if refused := Unaccepted(result.Plain); len(refused) > 0 && !opts.AllowPlain {
+		return &PlainError{refused}
+	}
+	return nil
 }
 
 // Decrypt decrypts the layers of the image target with the keys in dc or with

@@ -120,7 +120,8 @@ const (
 )
 
 // PlainError is the error of [Encrypt] for an image of which something would stay
-// readable that the [Options] do not accept. Nothing was written.
+// readable that the [Options] do not accept. Nothing was written, unless content
+// vanished meanwhile.
 type PlainError struct {
 	// Plain is what the options do not accept, at least one.
 	Plain []Plain
