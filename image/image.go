@@ -147,6 +147,7 @@ type work struct {
 	Options
 	op      operation
 	dry     bool  // nothing is written
+	strict  bool  // a document that can be read in several ways is an error
 	blobs   blobs // by op
 	usage   usage
 	skipped []ocispec.Descriptor
@@ -420,7 +421,7 @@ func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, e
 	if err == nil && kind == bothKinds {
 		err = errors.New("it is an index and a manifest at once")
 	}
-	if mode := w.op.mode(); err == nil && (mode == encrypting || mode == inspecting) {
+	if err == nil && (w.op.mode() == encrypting || w.strict) {
 		err = oneReading(doc) // or what somebody else finds in it is not reported
 	}
 	return doc, err

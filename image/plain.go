@@ -152,6 +152,7 @@ func Unaccepted(list []Plain) []Plain {
 // The image is fully encrypted if [NotEncrypted] finds none in it.
 func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
 	w := newWork(cs, opts, inspection{})
+	w.strict = true
 	if _, err := w.any(ctx, target, 0); err != nil {
 		return nil, err
 	}
