@@ -16,9 +16,9 @@ const Anonymous = "anonymous"
 // identityForms are the identities that there are, for errors.
 const identityForms = "identities are spiffe://DOMAIN/PATH, dns:NAME, cn:NAME, uid:NUMBER, ISSUER:SUBJECT and " + Anonymous
 
-// CanonicalDNS returns a host name as identities have it: in lower case, and
+// canonicalDNS returns a host name as identities have it: in lower case, and
 // without the dot at its end (RFC 4343, RFC 1034 section 3.1).
-func CanonicalDNS(name string) string {
+func canonicalDNS(name string) string {
 	return strings.ToLower(strings.TrimSuffix(name, "."))
 }
 
@@ -43,7 +43,7 @@ func Canonical(identity string, issuers []string) (string, error) {
 		}
 		return id.String(), nil
 	case kind == "dns":
-		name := CanonicalDNS(rest)
+		name := canonicalDNS(rest)
 		if strings.ContainsAny(name, "*/: ") || slices.Contains(strings.Split(name, "."), "") {
 			return "", fmt.Errorf("%q: %q is not a host name", identity, rest)
 		}
