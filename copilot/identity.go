@@ -144,9 +144,9 @@ func boundTo(ca *x509.Certificate, id spiffeid.ID) error {
 // IsRevoked reports whether an identity is among those that a KEK was revoked for.
 func IsRevoked(revoked []string, identity string) bool {
 	return slices.ContainsFunc(revoked, func(r string) bool {
-		// Earlier versions noted host names as they were spelled.
-		if name, ok := strings.CutPrefix(r, "dns:"); ok {
-			r = "dns:" + policy.CanonicalDNS(name)
+		// Earlier versions noted identities as they were spelled.
+		if canonical, err := policy.Canonical(r, nil); err == nil {
+			r = canonical
 		}
 		return r == identity
 	})

@@ -201,7 +201,7 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 // warnSkipped tells of manifests that stay as they are, and why.
 func warnSkipped(skipped []ocispec.Descriptor, why string) {
 	for _, s := range skipped {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", s.Digest, ofPlatform(s), why)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", shown(s.Digest.String()), ofPlatform(s), why)
 	}
 }
 

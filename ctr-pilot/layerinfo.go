@@ -137,7 +137,7 @@ func shown(s string) string {
 // shownText returns what others say without what a terminal would obey.
 func shownText(s string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) && r != '\n' && r != '\t' {
+		if !unicode.IsPrint(r) && r != '\n' && r != '\t' {
 			return unicode.ReplacementChar
 		}
 		return r

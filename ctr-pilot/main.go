@@ -36,7 +36,7 @@ func run() int {
 		}
 	}
 	if err := newApp().Run(context.Background(), os.Args); err != nil {
-		fmt.Fprintln(os.Stderr, "ctr-pilot:", err)
+		fmt.Fprintln(os.Stderr, "ctr-pilot:", shownText(err.Error())) // images and registries are quoted in it
 		return 1
 	}
 	return 0

@@ -44,7 +44,7 @@ type leftOut struct {
 func reportEncrypted(cmd *cli.Command, name string, result image.Result) error {
 	if !cmd.Bool("json") {
 		for _, d := range result.LeftOut {
-			fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", d.Digest, ofPlatform(d), whyLeftOut(cmd, d))
+			fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", shown(d.Digest.String()), ofPlatform(d), whyLeftOut(cmd, d))
 		}
 		printPlain("stays readable", image.NotEncrypted(result.Plain))
 		return nil

@@ -101,14 +101,28 @@ func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, e
 	}
 	e := &encryption{ec: ec}
 	defer e.clear()
-	plan, err := e.plan(ctx, cs, target, opts)
+	result, err := e.plan(ctx, cs, target, opts)
+	if err == nil {
+		err = refusal(result, opts)
+	}
 	if err != nil {
 		return Result{}, err
 	}
-	if refused := Unaccepted(plan.Plain); len(refused) > 0 && !opts.AllowPlain {
-		return Result{}, &PlainError{refused}
+	if result, err = run(ctx, cs, target, opts, e); err == nil {
+		err = refusal(result, opts) // content may have gone since
 	}
-	return run(ctx, cs, target, opts, e)
+	if err != nil {
+		return Result{}, err
+	}
+	return result, nil
+}
+
+// refusal returns an error if something is readable that the options do not accept.
+func refusal(result Result, opts Options) error {
+	if refused := Unaccepted(result.Plain); len(refused) > 0 && !opts.AllowPlain {
+		return &PlainError{refused}
+	}
+	return nil
 }
 
 // Decrypt decrypts the layers of the image target with the keys in dc or with
@@ -133,6 +147,7 @@ type work struct {
 	Options
 	op      operation
 	dry     bool  // nothing is written
+	strict  bool  // a document that can be read in several ways is an error
 	blobs   blobs // by op
 	usage   usage
 	skipped []ocispec.Descriptor
@@ -144,6 +159,7 @@ type work struct {
 	done      map[string]*visited                  // by [visitKey]
 	entries   map[digest.Digest]indexEntry         // of indexes
 	renamed   map[digest.Digest]ocispec.Descriptor // what took the place of a manifest or index
+	unchanged []digest.Digest                      // of manifests and indexes that stay as they are
 	seen      int                                  // manifests that are here, with what is needed of them
 	changed   map[string]bool                      // layers, each once however many manifests have it
 	matched   map[int]bool                         // by index into Options.Platforms
@@ -240,10 +256,12 @@ func (w *work) any(ctx context.Context, desc ocispec.Descriptor, depth int) (out
 	v := &visited{outcome: outcome{desc: desc}}
 	w.done[key] = v
 	v.outcome, v.err = w.visitOnce(ctx, desc, depth)
-	if v.err == nil && v.changed {
-		if _, ok := w.renamed[desc.Digest]; !ok {
-			w.renamed[desc.Digest] = v.desc
-		}
+	switch _, renamed := w.renamed[desc.Digest]; {
+	case v.err != nil:
+	case !v.changed:
+		w.unchanged = append(w.unchanged, desc.Digest)
+	case !renamed:
+		w.renamed[desc.Digest] = v.desc
 	}
 	return v.outcome, v.err
 }
@@ -273,6 +291,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	if err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
+	w.addUnlike(desc, doc)
 	var manifest ocispec.Manifest
 	if err := json.Unmarshal(doc, &manifest); err != nil {
 		return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
@@ -305,7 +324,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		}
 	}
 	for _, i := range chosen {
-		if l := manifest.Layers[i]; mode == encrypting && len(l.Data) > 0 && inlined(l) == nil {
+		if l := manifest.Layers[i]; mode == encrypting && strangeData(l) {
 			return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, errData(l))
 		}
 		if !w.reads(manifest.Layers[i]) {
@@ -398,14 +417,14 @@ func (w *work) document(ctx context.Context, desc ocispec.Descriptor) ([]byte, e
 	if _, err := io.ReadFull(content.NewReader(ra), doc); err != nil {
 		return nil, err
 	}
-	var both struct{ Config, Layers, Manifests json.RawMessage }
-	if err := json.Unmarshal(doc, &both); err != nil {
-		return nil, err
+	kind, err := kindOf(doc)
+	if err == nil && kind == bothKinds {
+		err = errors.New("it is an index and a manifest at once")
 	}
-	if both.Manifests != nil && (both.Config != nil || both.Layers != nil) {
-		return nil, errors.New("it is an index and a manifest at once")
+	if err == nil && (w.op.mode() == encrypting || w.strict) {
+		err = oneReading(doc) // or what somebody else finds in it is not reported
 	}
-	return doc, nil
+	return doc, err
 }
 
 // platformOf returns the platform that the index says, or else the image's
@@ -416,6 +435,9 @@ func (w *work) platformOf(ctx context.Context, desc ocispec.Descriptor, m ocispe
 	}
 	if !images.IsConfigType(m.Config.MediaType) {
 		return nil
+	}
+	if info, err := w.Info(ctx, m.Config.Digest); err == nil && info.Size > maxManifest {
+		return nil // it would be read into memory
 	}
 	p, err := images.ConfigPlatform(ctx, w.Store, m.Config)
 	if err != nil || p.OS == "" {

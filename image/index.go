@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -35,6 +35,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	if err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
 	}
+	w.addUnlike(desc, doc)
 	var index ocispec.Index
 	if err := json.Unmarshal(doc, &index); err != nil {
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
@@ -191,13 +192,21 @@ func (w *work) subject(ctx context.Context, subject *ocispec.Descriptor) *ocispe
 	return nil
 }
 
-// small returns a function that reads a blob that is no larger than a manifest.
+// small returns a function that reads blobs that are no larger in all than a manifest,
+// into which they are to be put back.
 func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
+	left := int64(maxManifest)
 	return func(desc ocispec.Descriptor) ([]byte, error) {
-		if desc.Size > maxManifest {
-			return nil, fmt.Errorf("blob %s has %d bytes, more than %d", desc.Digest, desc.Size, maxManifest)
+		if desc.Size < 0 || desc.Size > left {
+			return nil, fmt.Errorf("%w: its descriptors would hold more than %d bytes", ErrLimit, maxManifest)
 		}
-		return content.ReadBlob(ctx, w.Store, desc)
+		left -= desc.Size
+		var blob []byte
+		err := w.read(ctx, desc, func(r io.Reader) (err error) {
+			blob, err = io.ReadAll(r)
+			return err
+		})
+		return blob, err
 	}
 }
 

@@ -51,16 +51,23 @@ const (
 	// hands it out.
 	ReasonForeign Reason = "foreign"
 	// ReasonNotImage is an entry of an index that is neither a manifest nor an
-	// index. It may refer to blobs that are not reported.
+	// index, or whose content is not what its media type says. It may refer to
+	// blobs that are not reported.
 	ReasonNotImage Reason = "not-an-image"
 	// ReasonMediaType is a layer whose media type has no encrypted form.
 	ReasonMediaType Reason = "media-type"
 	// ReasonSharedConfig is an encrypted layer that is also the configuration of
 	// a manifest, which stays readable.
 	ReasonSharedConfig Reason = "also-config"
+	// ReasonSharedManifest is an encrypted layer that is also a manifest or an index
+	// of the image, which stays readable.
+	ReasonSharedManifest Reason = "also-manifest"
 	// ReasonURLs is an encrypted layer that was plain at URLs, where it may still
 	// be.
 	ReasonURLs Reason = "urls"
+	// ReasonData is an encrypted layer whose descriptor has data that is not its
+	// blob. It may be the plain one.
+	ReasonData Reason = "data"
 	// ReasonNotEncrypted is a layer that is not encrypted.
 	ReasonNotEncrypted Reason = "not-encrypted"
 	// ReasonNoKey is a layer whose media type says that it is encrypted, and that
@@ -70,17 +77,19 @@ const (
 
 // reasonTexts say what a reason is, after a description of the blob.
 var reasonTexts = map[Reason]string{
-	ReasonConfig:       "a configuration is never encrypted",
-	ReasonNotSelected:  "not selected by --layer or --platform",
-	ReasonAttestation:  "kept by --attestations=keep",
-	ReasonAbsent:       "its content is not here (pull it with --all-platforms)",
-	ReasonForeign:      "a foreign layer whose content is not here",
-	ReasonNotImage:     "neither a manifest nor an index; what it refers to is readable too",
-	ReasonMediaType:    "its media type has no encrypted form",
-	ReasonSharedConfig: "encrypted as a layer, but also the configuration of a manifest, which is readable",
-	ReasonURLs:         "encrypted, but readable where it was published",
-	ReasonNotEncrypted: "not encrypted",
-	ReasonNoKey:        "its media type says that it is encrypted, but it has no key that shows it",
+	ReasonConfig:         "a configuration is never encrypted",
+	ReasonNotSelected:    "not selected by --layer or --platform",
+	ReasonAttestation:    "kept by --attestations=keep",
+	ReasonAbsent:         "its content is not here (pull it with --all-platforms)",
+	ReasonForeign:        "a foreign layer whose content is not here",
+	ReasonNotImage:       "neither a manifest nor an index; what it refers to is readable too",
+	ReasonMediaType:      "its media type has no encrypted form",
+	ReasonSharedConfig:   "encrypted as a layer, but also the configuration of a manifest, which is readable",
+	ReasonSharedManifest: "encrypted as a layer, but also a manifest or an index of the image, which is readable",
+	ReasonURLs:           "encrypted, but readable where it was published",
+	ReasonData:           "encrypted, but its descriptor has data that is something else",
+	ReasonNotEncrypted:   "not encrypted",
+	ReasonNoKey:          "its media type says that it is encrypted, but it has no key that shows it",
 }
 
 // String returns one line that names the blob and says why it is readable. What it
@@ -90,7 +99,7 @@ func (p Plain) String() string {
 	if platform == "" {
 		platform = "no platform"
 	}
-	text := fmt.Sprintf("%.100q, manifest %s, blob %s (%.200q, %d bytes): %s", platform, p.Manifest, p.Digest, p.MediaType, p.Size, reasonTexts[p.Reason])
+	text := fmt.Sprintf("%.100q, manifest %.200q, blob %.200q (%.200q, %d bytes): %s", platform, p.Manifest, p.Digest, p.MediaType, p.Size, reasonTexts[p.Reason])
 	if len(p.URLs) > 0 {
 		text += fmt.Sprintf(" (%.1000q)", strings.Join(p.URLs, " "))
 	}
@@ -111,7 +120,8 @@ const (
 )
 
 // PlainError is the error of [Encrypt] for an image of which something would stay
-// readable that the [Options] do not accept. Nothing was written.
+// readable that the [Options] do not accept. Nothing was written, unless content
+// vanished meanwhile.
 type PlainError struct {
 	// Plain is what the options do not accept, at least one.
 	Plain []Plain
@@ -142,6 +152,7 @@ func Unaccepted(list []Plain) []Plain {
 // The image is fully encrypted if [NotEncrypted] finds none in it.
 func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
 	w := newWork(cs, opts, inspection{})
+	w.strict = true
 	if _, err := w.any(ctx, target, 0); err != nil {
 		return nil, err
 	}
@@ -207,10 +218,16 @@ func (w *work) inspectLayer(parent, l ocispec.Descriptor, platform *ocispec.Plat
 		w.addPlain(parent, l, platform, ReasonNotEncrypted)
 	case !processor.HasRecipients(l):
 		w.addPlain(parent, l, platform, ReasonNoKey)
+	case strangeData(l):
+		w.addPlain(parent, l, platform, ReasonData)
 	case len(l.URLs) > 0:
 		w.addPlain(parent, l, platform, ReasonURLs)
 	}
 }
+
+// strangeData reports whether a descriptor has data that is not the content of what
+// it describes.
+func strangeData(desc ocispec.Descriptor) bool { return len(desc.Data) > 0 && inlined(desc) == nil }
 
 // report reports what is readable in a manifest, or will be.
 func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
@@ -228,6 +245,8 @@ func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *oci
 			w.inspectLayer(desc, l, platform)
 		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
 			w.addPlain(desc, l, platform, reason)
+		case mode == encrypting && strangeData(l):
+			w.addPlain(desc, l, platform, ReasonData)
 		case mode == encrypting && len(l.URLs) > 0:
 			w.addPlain(desc, l, platform, ReasonURLs)
 		}
@@ -238,18 +257,24 @@ func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *oci
 }
 
 // addShared reports the layers that were or are to be encrypted and are also
-// configurations, which stay as they are.
+// configurations or manifests, which stay as they are.
 func (w *work) addShared() {
+	var configs []digest.Digest
 	for _, p := range w.plain {
-		if p.Reason != ReasonConfig || p.Digest == ocispec.DescriptorEmptyJSON.Digest {
+		if p.Reason == ReasonConfig && p.Digest != ocispec.DescriptorEmptyJSON.Digest {
+			configs = append(configs, p.Digest)
+		}
+	}
+	for _, l := range w.encrypted {
+		switch {
+		case slices.Contains(configs, l.Digest):
+			l.Reason = ReasonSharedConfig
+		case slices.Contains(w.unchanged, l.Digest):
+			l.Reason = ReasonSharedManifest
+		default:
 			continue
 		}
-		for _, l := range w.encrypted {
-			if l.Digest == p.Digest {
-				l.Reason = ReasonSharedConfig
-				w.plain = append(w.plain, l)
-			}
-		}
+		w.plain = append(w.plain, l)
 	}
 }
 

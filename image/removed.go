@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -53,6 +54,9 @@ func (r restore) removeElements(array []byte, list string, indexes []int) ([]byt
 		}
 		was = append(was, one)
 		r.shift("/"+list+"/", i)
+	}
+	if len(was) > maxDocuments {
+		return nil, fmt.Errorf("%w: more than %d entries would be left out of an index", ErrLimit, maxDocuments)
 	}
 	text, err := json.Marshal(was)
 	r[removedKey] = string(text)
@@ -124,28 +128,25 @@ func setAbout(element []byte, had, digest string) ([]byte, error) {
 }
 
 // text returns the text of the element and of what was between it and the next, to
-// be put back into array, whose elements' offsets are in at.
-func (one removed) text(array []byte, at [][2]int) ([]byte, error) {
-	text := []byte(one.Before + one.After)
-	if one.About == nil {
-		return text, nil
-	}
-	if j := *one.About; j < 0 || j >= len(at) {
-		return nil, errRemoved
-	}
-	var other ocispec.Descriptor
-	if err := json.Unmarshal(array[at[*one.About][0]:at[*one.About][1]], &other); err != nil {
-		return nil, err
-	}
+// be put back into an array of elements with those digests, and where the element is
+// in the text.
+func (one removed) text(digests []digest.Digest) (text []byte, at [2]int, err error) {
+	text = []byte(one.Before + one.After)
 	from, to := bytes.IndexByte(text, '{'), bytes.LastIndexByte(text, '}')+1
 	if from < 0 || to < from {
-		return nil, errRemoved
+		return nil, at, errRemoved
 	}
-	element, err := setAbout(text[from:to], "", other.Digest.String())
-	if err != nil {
-		return nil, err
+	if one.About != nil {
+		if j := *one.About; j < 0 || j >= len(digests) {
+			return nil, at, errRemoved
+		}
+		element, err := setAbout(text[from:to], "", digests[*one.About].String())
+		if err != nil {
+			return nil, at, errRemoved
+		}
+		text, to = splice(text, from, to, element), from+len(element)
 	}
-	return splice(text, from, to, element), nil
+	return text, [2]int{from, to}, nil
 }
 
 // shift renames what is noted of the elements after i to the index before theirs,
@@ -174,7 +175,7 @@ func (r restore) removed() ([]removed, error) {
 		return nil, nil
 	}
 	var list []removed
-	if json.Unmarshal([]byte(r[removedKey]), &list) != nil {
+	if json.Unmarshal([]byte(r[removedKey]), &list) != nil || len(list) > maxDocuments {
 		return nil, errRemoved
 	}
 	return list, nil
@@ -183,16 +184,20 @@ func (r restore) removed() ([]removed, error) {
 // restoreElements puts back into array what was taken out.
 func (r restore) restoreElements(array []byte) ([]byte, error) {
 	list, err := r.removed()
+	if err != nil || len(list) == 0 {
+		return array, err
+	}
+	at, err := elements(array)
 	if err != nil {
-		return nil, err
+		return nil, errRemoved
+	}
+	digests := make([]digest.Digest, len(at))
+	for i, a := range at {
+		digests[i] = digestOf(array[a[0]:a[1]])
 	}
 	for _, one := range slices.Backward(list) {
-		at, err := elements(array)
-		if err != nil {
-			return nil, errRemoved
-		}
-		offset := 0
-		switch i := one.Index; {
+		offset, i := 0, one.Index
+		switch {
 		case i > 0 && i <= len(at):
 			offset = at[i-1][1]
 		case i == 0 && len(at) > 0:
@@ -202,18 +207,32 @@ func (r restore) restoreElements(array []byte) ([]byte, error) {
 		default:
 			return nil, errRemoved
 		}
-		text, err := one.text(array, at)
+		text, element, err := one.text(digests)
 		if err != nil {
-			return nil, errRemoved
+			return nil, err
 		}
 		if array = splice(array, offset, offset, text); len(array) > maxManifest {
 			return nil, errRemoved
 		}
+		for j := i; j < len(at); j++ {
+			at[j][0], at[j][1] = at[j][0]+len(text), at[j][1]+len(text)
+		}
+		at = slices.Insert(at, i, [2]int{offset + element[0], offset + element[1]})
+		digests = slices.Insert(digests, i, digestOf(text[element[0]:element[1]]))
 	}
-	if len(list) > 0 && !json.Valid(array) {
+	if !json.Valid(array) {
 		return nil, errRemoved
 	}
 	return array, nil
+}
+
+// digestOf returns the digest in the text of a descriptor, or nothing.
+func digestOf(element []byte) digest.Digest {
+	var desc ocispec.Descriptor
+	if json.Unmarshal(element, &desc) != nil {
+		return ""
+	}
+	return desc.Digest
 }
 
 // elements returns the offsets of the elements of a JSON array: where each begins

@@ -117,15 +117,12 @@ func (r restore) apply(doc []byte, mediaType, list string, content func(ocispec.
 	if err != nil {
 		return nil, "", err
 	}
-	if err != nil {
-		return nil, "", err
-	}
 	doc, err = edited(doc, list, func(array []byte) ([]byte, error) {
 		array, err := mapElements(array, func(i int, element []byte) ([]byte, error) {
 			return r.descriptor(element, "/"+list+"/"+strconv.Itoa(i), content)
 		})
-		if err != nil {
-			return nil, err
+		if err != nil || list != "manifests" {
+			return array, err
 		}
 		return r.restoreElements(array)
 	})

@@ -56,6 +56,18 @@ type (
 	}
 )
 
+// newPKCS11Request returns a request with the parameters that ocicrypt needs for it.
+// The others are private keys and passwords that are none of a module's business.
+func newPKCS11Request(dc *config.DecryptConfig, wrapped []byte) pkcs11Request {
+	r := pkcs11Request{Keys: make(map[string][][]byte), Wrapped: wrapped}
+	for _, name := range []string{"pkcs11-yamls", "pkcs11-config"} {
+		if values, ok := dc.Parameters[name]; ok {
+			r.Keys[name] = values
+		}
+	}
+	return r
+}
+
 func unwrapPKCS11() error {
 	if err := coredump.Disable(); err != nil {
 		return fmt.Errorf("core dumps can't be disabled: %w", err)
@@ -90,7 +102,7 @@ type pkcs11Wrapper struct{ keyWrapper }
 const maxPKCS11Reply = 1 << 20
 
 func (w pkcs11Wrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
-	request, err := json.Marshal(pkcs11Request{dc.Parameters, wrapped})
+	request, err := json.Marshal(newPKCS11Request(dc, wrapped))
 	if err != nil {
 		return nil, err
 	}

@@ -94,7 +94,7 @@ func certsRotateCA(c *cli.Context) error {
 			return fmt.Errorf("certs rotate-ca: %w", err)
 		}
 		if n == 0 {
-			fmt.Printf("%s has one CA only\n", filepath.Join(dir, pki.CertFile))
+			fmt.Printf("%s has no old CA\n", filepath.Join(dir, pki.CertFile))
 			return nil
 		}
 		fmt.Printf("removed the old CA from %s: copy it to every node\n", filepath.Join(dir, pki.CertFile))

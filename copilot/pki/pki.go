@@ -38,6 +38,9 @@ const backdate = 5 * time.Minute
 type CA struct {
 	cert *x509.Certificate
 	key  crypto.Signer
+	// file are the certificates in its file: its own, those of the CAs that it
+	// replaces, and those of others that are trusted.
+	file []*x509.Certificate
 }
 
 // Create makes a CA in dir, for trustDomain, that holds for that time. The
@@ -96,7 +99,7 @@ func Load(dir string) (*CA, error) {
 		return nil, fmt.Errorf("CA: %s and %s in %s are no certificate and private key in PEM", CertFile, KeyFile, dir)
 	}
 	defer clear(key)
-	ca := &CA{}
+	ca := &CA{file: certs}
 	parsed, err := x509.ParsePKCS8PrivateKey(key)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %s: it is no PKCS#8 key", KeyFile)
@@ -137,8 +140,10 @@ func parseAll(b []byte) ([]*x509.Certificate, error) {
 
 // TrustDomain returns what the SPIFFE IDs of the CA's certificates begin with,
 // after spiffe://.
-func (ca *CA) TrustDomain() string {
-	for _, u := range ca.cert.URIs {
+func (ca *CA) TrustDomain() string { return trustDomain(ca.cert) }
+
+func trustDomain(cert *x509.Certificate) string {
+	for _, u := range cert.URIs {
 		if u.Scheme == "spiffe" {
 			return u.Host
 		}

@@ -16,9 +16,11 @@ import (
 	"time"
 )
 
-// Renew replaces a certificate that the CA, or one of the same trust domain before
-// it, has issued, by one for the same name, usage and key. It is valid for the time
-// given, or for as long as the one before if that is 0. The file keeps its owner and mode, and is replaced as a whole.
+// Renew replaces a certificate that the CA has issued, or one before it that is still
+// in its file, by one for the same name, usage and key. Any other is an error: who
+// hands a certificate in may have written it. The new one is valid for the time
+// given, or for as long as the one before if that is 0. The file keeps its owner and
+// mode, and is replaced as a whole.
 //
 // If keyFile is not empty, a new private key replaces the one in that file, too.
 // Programs that read the pair between the two replacements find that they do not
@@ -80,7 +82,7 @@ func (ca *CA) renewable(old *x509.Certificate) error {
 		if len(old.URIs)+len(old.EmailAddresses) > 0 {
 			return errors.New("it was not issued by copilot")
 		}
-		return nil
+		return ca.issued(old)
 	case len(old.URIs) != 1 || len(old.DNSNames)+len(old.IPAddresses)+len(old.EmailAddresses) > 0:
 		return errors.New("it was not issued by copilot: it has no SPIFFE ID, or other names besides")
 	}
@@ -95,7 +97,29 @@ func (ca *CA) renewable(old *x509.Certificate) error {
 	if again.String() != id.String() {
 		return fmt.Errorf("it is for %s, and the CA's trust domain is %s", id, ca.TrustDomain())
 	}
-	return nil
+	return ca.issued(old)
+}
+
+// issued returns an error unless the certificate's signature is that of the CA, or of
+// one before it. Those of other trust domains must not name clients of this one.
+func (ca *CA) issued(cert *x509.Certificate) error {
+	for _, c := range append([]*x509.Certificate{ca.cert}, ca.replaced()...) {
+		if cert.CheckSignatureFrom(c) == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("it was not issued by this CA, nor by one before it that is in %s: issue a new one with \"copilot enroll\"", CertFile)
+}
+
+// replaced returns the CAs before this one that are in its file: those of its trust
+// domain.
+func (ca *CA) replaced() (list []*x509.Certificate) {
+	for _, c := range ca.file {
+		if !c.Equal(ca.cert) && trustDomain(c) == ca.TrustDomain() {
+			list = append(list, c)
+		}
+	}
+	return list
 }
 
 // again signs what an earlier certificate says.

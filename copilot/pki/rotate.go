@@ -11,8 +11,8 @@ import (
 )
 
 // Rotate makes a new CA for the trust domain of the one in dir and has it take its
-// place. The certificate of the one before stays in the file, after the new one, so
-// that programs that trust the file trust what both have issued.
+// place. The certificates that are in the file stay there, after the new one, so that
+// programs that trust the file trust what all of them have issued.
 //
 // Interrupted, it leaves the CA before in force, and can be run again.
 func Rotate(dir string, valid time.Duration) error {
@@ -38,7 +38,7 @@ func Rotate(dir string, valid time.Duration) error {
 		return err
 	}
 	defer os.Remove(newKey.temporary)
-	newCert, err := prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encode("CERTIFICATE", before.cert.Raw)))
+	newCert, err := prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encodeAll(before.file)))
 	if err != nil {
 		return err
 	}
@@ -50,43 +50,41 @@ func Rotate(dir string, valid time.Duration) error {
 	return newKey.replace()
 }
 
-// DropOld removes all certificates but the one of the CA in force from the file of
-// the CA in dir. It returns how many those were. The certificates in inUse, which
+// DropOld removes the certificates of the CAs before the one in force from the file
+// of the CA in dir. It returns how many those were. The certificates in inUse, which
 // are files, must not have been issued by one of them.
 func DropOld(dir string, inUse []string) (int, error) {
 	ca, err := Load(dir)
 	if err != nil {
 		return 0, err
 	}
-	name := filepath.Join(dir, CertFile)
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return 0, err
-	}
-	certs, err := parseAll(b)
-	if err != nil {
-		return 0, err
+	replaced := ca.replaced()
+	if len(replaced) == 0 {
+		return 0, nil
 	}
 	var errs []error
 	for _, file := range inUse {
 		cert, err := ReadCertificate(file)
-		if err == nil {
-			if err = cert.CheckSignatureFrom(ca.cert); err != nil {
-				err = fmt.Errorf("%s was not issued by the new CA: renew it first", file)
-			}
+		if err == nil && slices.ContainsFunc(replaced, func(c *x509.Certificate) bool { return cert.CheckSignatureFrom(c) == nil }) {
+			err = fmt.Errorf("%s was not issued by the new CA: renew it first", file)
 		}
 		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return 0, err
 	}
-	if len(certs) == 1 {
-		return 0, nil
-	}
-	r, err := prepare(name, encode("CERTIFICATE", ca.cert.Raw))
+	left := slices.DeleteFunc(slices.Clone(ca.file), func(c *x509.Certificate) bool { return slices.ContainsFunc(replaced, c.Equal) })
+	r, err := prepare(filepath.Join(dir, CertFile), encodeAll(left))
 	if err != nil {
 		return 0, err
 	}
 	defer os.Remove(r.temporary)
-	return len(certs) - 1, r.replace()
+	return len(replaced), r.replace()
+}
+
+func encodeAll(certs []*x509.Certificate) (text []byte) {
+	for _, c := range certs {
+		text = append(text, encode("CERTIFICATE", c.Raw)...)
+	}
+	return text
 }

@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,9 +16,9 @@ const Anonymous = "anonymous"
 // identityForms are the identities that there are, for errors.
 const identityForms = "identities are spiffe://DOMAIN/PATH, dns:NAME, cn:NAME, uid:NUMBER, ISSUER:SUBJECT and " + Anonymous
 
-// CanonicalDNS returns a host name as identities have it: in lower case, and
+// canonicalDNS returns a host name as identities have it: in lower case, and
 // without the dot at its end (RFC 4343, RFC 1034 section 3.1).
-func CanonicalDNS(name string) string {
+func canonicalDNS(name string) string {
 	return strings.ToLower(strings.TrimSuffix(name, "."))
 }
 
@@ -42,8 +43,8 @@ func Canonical(identity string, issuers []string) (string, error) {
 		}
 		return id.String(), nil
 	case kind == "dns":
-		name := CanonicalDNS(rest)
-		if name == "" || strings.ContainsAny(name, "*/: ") {
+		name := canonicalDNS(rest)
+		if strings.ContainsAny(name, "*/: ") || slices.Contains(strings.Split(name, "."), "") {
 			return "", fmt.Errorf("%q: %q is not a host name", identity, rest)
 		}
 		return "dns:" + name, nil
@@ -80,6 +81,9 @@ func canonicalPattern(pattern string, issuers []string) (string, error) {
 	}
 	switch kind {
 	case "dns":
+		if strings.HasSuffix(pattern, ".") {
+			return "", fmt.Errorf("%q matches no host name: they are compared without the dot at their end", pattern)
+		}
 		return strings.ToLower(pattern), nil
 	case "spiffe":
 		// Up to the star it has to be what a SPIFFE ID begins with.

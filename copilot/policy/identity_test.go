@@ -37,6 +37,9 @@ func TestCanonical(t *testing.T) {
 		"spiffe:/example.com/node/a":       "SPIFFE ID",
 		"dns:*.example.com":                "not a host name",
 		"dns:.":                            "not a host name",
+		"dns:a..":                          "not a host name",
+		"dns:a..example.com":               "not a host name",
+		"dns:.example.com":                 "not a host name",
 		"uid:root":                         "not a user's number",
 		"uid:-1":                           "not a user's number",
 		"other:subject":                    "no issuer \"other\"",
@@ -69,6 +72,7 @@ func TestPatternsMatchSomebody(t *testing.T) {
 		"spiffe://Example.com/node/*": "trust domains are in lower case",
 		"spiffe:/*":                   "",
 		"spiffe:x/*":                  "begins with spiffe://",
+		"dns:*.example.com.":          "without the dot",
 		"spiffe://example.com/%6e/*":  "percent-encoding",
 	} {
 		if err := rule(identity); want != "" && (err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "rule 1")) {

@@ -59,7 +59,9 @@ func Temporary(err error) bool {
 	if lostStatement(answer) {
 		return true
 	}
-	switch answer.Code[:2] {
+	switch answer.Code[:min(2, len(answer.Code))] {
+	case "": // a pooler's own
+		return true
 	case "08", "53", "55", "57", "40", "25": // connection, resources, locks, shutdown, conflicts, read-only
 		return true
 	}

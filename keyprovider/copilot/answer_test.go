@@ -103,3 +103,9 @@ func TestOriginalStranger(t *testing.T) {
 		}
 	}
 }
+
+func TestPrintable(t *testing.T) {
+	if got, want := printable("a\x1b[2J\u009b2J\u202eb\xff\nc é"), "a [2J 2J b  c é"; got != want {
+		t.Errorf("%q, not %q", got, want)
+	}
+}

@@ -9,6 +9,8 @@ import (
 	"net/url"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/internal/keyjson"
@@ -136,7 +138,7 @@ func withoutURL(err error) error {
 // printable bounds what somebody else says and keeps it in one line.
 func printable(s string) string {
 	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r == 0xfffd {
+		if !unicode.IsPrint(r) || r == utf8.RuneError {
 			return ' '
 		}
 		return r
