@@ -6,13 +6,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 )
 
 // Rotate makes a new CA for the trust domain of the one in dir and has it take its
-// place. The certificate of the one before stays in the file, after the new one, so
-// that programs that trust the file trust what both have issued.
+// place. The certificates of those before stay in the file, after the new one, so
+// that programs that trust the file trust what all of them have issued, until
+// [DropOld].
 //
 // Interrupted, it leaves the CA before in force, and can be run again.
 func Rotate(dir string, valid time.Duration) error {
@@ -23,6 +23,10 @@ func Rotate(dir string, valid time.Duration) error {
 	domain := before.TrustDomain()
 	if domain == "" {
 		return errors.New("the CA has no trust domain: it was not made by copilot init")
+	}
+	trusted, err := os.ReadFile(filepath.Join(dir, CertFile))
+	if err != nil {
+		return err
 	}
 	key, der, err := newCA(domain, valid)
 	if err != nil {
@@ -38,7 +42,7 @@ func Rotate(dir string, valid time.Duration) error {
 		return err
 	}
 	defer os.Remove(newKey.temporary)
-	newCert, err := prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encode("CERTIFICATE", before.cert.Raw)))
+	newCert, err := prepare(filepath.Join(dir, CertFile), append(encode("CERTIFICATE", der), trusted...))
 	if err != nil {
 		return err
 	}
