@@ -117,9 +117,6 @@ func (r restore) apply(doc []byte, mediaType, list string, content func(ocispec.
 	if err != nil {
 		return nil, "", err
 	}
-	if err != nil {
-		return nil, "", err
-	}
 	doc, err = edited(doc, list, func(array []byte) ([]byte, error) {
 		array, err := mapElements(array, func(i int, element []byte) ([]byte, error) {
 			return r.descriptor(element, "/"+list+"/"+strconv.Itoa(i), content)
