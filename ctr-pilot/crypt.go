@@ -262,7 +262,7 @@ func withLease(ctx context.Context, client *containerd.Client) (context.Context,
 	}, nil
 }
 
-var errBothPlatforms = errors.New("--platform and --all-platforms exclude each other")
+var errBothPlatforms = errors.New("--platform and --all-platforms are mutually exclusive")
 
 // selection returns what --layer and --platform choose.
 func selection(cmd *cli.Command) (image.Options, error) {
