@@ -181,7 +181,7 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		warnLacking(result.Lacking)
 		if result.Layers == 0 {
 			if verb == "encrypt" {
-				return fmt.Errorf("encrypt %s: it has no layer that can be encrypted", name)
+				return fmt.Errorf("encrypt %s: no layer was encrypted: it has none, or the flags leave out all that it has", name)
 			}
 			fmt.Printf("%s has no encrypted layers\n", name)
 		}
@@ -262,7 +262,7 @@ func withLease(ctx context.Context, client *containerd.Client) (context.Context,
 	}, nil
 }
 
-var errBothPlatforms = errors.New("--platform and --all-platforms exclude each other")
+var errBothPlatforms = errors.New("--platform and --all-platforms are mutually exclusive")
 
 // selection returns what --layer and --platform choose.
 func selection(cmd *cli.Command) (image.Options, error) {

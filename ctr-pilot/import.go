@@ -68,7 +68,7 @@ func importImages(ctx context.Context, cmd *cli.Command) error {
 // importOptions returns what ctr's flags mean.
 func importOptions(cmd *cli.Command) ([]containerd.ImportOpt, error) {
 	if cmd.Bool("discard-unpacked-layers") && cmd.Bool("no-unpack") {
-		return nil, errors.New("--discard-unpacked-layers and --no-unpack exclude each other")
+		return nil, errors.New("--discard-unpacked-layers and --no-unpack are mutually exclusive")
 	}
 	if cmd.Bool("skip-digest-for-named") && !cmd.Bool("digests") {
 		return nil, errors.New("--skip-digest-for-named needs --digests")

@@ -90,6 +90,9 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 	return config.CombineCryptoConfigs([]config.CryptoConfig{cc, {DecryptConfig: taken}}).DecryptConfig, nil
 }
 
+// recipientSchemes are the first words of recipients.
+var recipientSchemes = []string{"provider", "jwe", "pkcs7", "pgp", "pkcs11"}
+
 // encryptConfig returns the recipients in args, and the keys to add them to
 // layers that are encrypted already.
 func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*config.EncryptConfig, error) {
@@ -98,7 +101,11 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 	}
 	registerKeyProviders()
 	for _, r := range args.Recipient {
-		if !strings.HasPrefix(r, "pgp:") {
+		scheme, _, ok := strings.Cut(r, ":")
+		if !ok || !slices.Contains(recipientSchemes, scheme) {
+			return nil, fmt.Errorf("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+		}
+		if scheme != "pgp" {
 			continue
 		}
 		// imgcrypt leaves such a recipient out if it finds no gpg.
@@ -115,10 +122,23 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 	}
 	cc, err := parsehelpers.CreateCryptoConfig(args, layers)
 	if err != nil {
-		return nil, fmt.Errorf("recipients: %w", err)
+		return nil, errArguments(args, err)
 	}
 	cc.EncryptConfig.AttachDecryptConfig(taken)
 	return cc.EncryptConfig, nil
+}
+
+// errArguments returns err, which imgcrypt has for recipients and keys, and names the
+// recipient that it is about.
+func errArguments(args parsehelpers.EncArgs, err error) error {
+	for _, r := range args.Recipient {
+		one := args
+		one.Recipient, one.Key, one.DecRecipient = []string{r}, nil, nil
+		if _, err := parsehelpers.CreateCryptoConfig(one, nil); err != nil {
+			return fmt.Errorf("recipient %s: %w", r, err)
+		}
+	}
+	return fmt.Errorf("keys: %w", err)
 }
 
 func hasPGP(l ocispec.Descriptor) bool {

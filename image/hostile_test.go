@@ -27,7 +27,7 @@ func TestDisguised(t *testing.T) {
 		mediaType, doc string
 		err            string // or else it is named
 	}{
-		"layers twice":           {ociManifest, `{"config":` + conf + `,"layers":[` + entry(secret) + `],"layers":[]}`, "twice"},
+		"layers twice":           {ociManifest, `{"config":` + conf + `,"layers":[` + entry(secret) + `],"layers":[]}`, "duplicate key"},
 		"layers in two cases":    {ociManifest, `{"config":` + conf + `,"layers":[` + entry(secret) + `],"Layers":[]}`, "can be taken for"},
 		"layers in a long s":     {ociManifest, `{"config":` + conf + `,"layers":[` + entry(secret) + `],"layerſ":[]}`, "can be taken for"},
 		"digest in two cases":    {ociIndex, `{"manifests":[{"mediaType":"x/y",` + ref(secret) + `,"Digest":"` + ordinary.Digest.String() + `"}]}`, "can be taken for"},

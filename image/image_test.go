@@ -338,7 +338,7 @@ func TestErrors(t *testing.T) {
 		target ocispec.Descriptor
 		want   string
 	}{
-		{"twice", manifest(layer + `,"digest":"` + a.Digest.String() + `"}`), `key "digest" stands there twice`},
+		{"twice", manifest(layer + `,"digest":"` + a.Digest.String() + `"}`), `duplicate key "digest"`},
 		{"case", manifest(layer + `,"Digest":"` + a.Digest.String() + `"}`), `can be taken for "digest"`},
 		{"data", manifest(layer + `,"data":"bGF5ZXIgYg=="}`), "data that is not its content"},
 		{"data in other words", manifest(layer + `,"data":"bGF5ZXIgYQ\u003d="}`), "data that is not its content"},

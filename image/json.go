@@ -67,7 +67,7 @@ func members(doc []byte) ([]member, error) {
 	seen := make(map[string]bool, len(list))
 	for _, m := range list {
 		if seen[m.key] {
-			return nil, fmt.Errorf("key %q stands there twice", m.key)
+			return nil, fmt.Errorf("duplicate key %q", m.key)
 		}
 		seen[m.key] = true
 	}
@@ -153,28 +153,44 @@ func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
 	return append(out, doc[from:]...), nil
 }
 
-// mapElements returns the array doc with each element replaced by what f
-// returns for it.
-func mapElements(doc []byte, f func(i int, element []byte) ([]byte, error)) ([]byte, error) {
-	d := json.NewDecoder(bytes.NewReader(doc))
+// elements returns the offsets of the elements of a JSON array: where each begins
+// and ends.
+func elements(array []byte) (list [][2]int, err error) {
+	d := json.NewDecoder(bytes.NewReader(array))
 	if t, err := d.Token(); err != nil || t != json.Delim('[') {
 		return nil, errors.New("not a JSON array")
 	}
-	var out bytes.Buffer
-	copied := 0
-	for i := 0; d.More(); i++ {
+	for d.More() {
 		var v json.RawMessage
 		if err := d.Decode(&v); err != nil {
 			return nil, err
 		}
 		end := int(d.InputOffset())
-		edited, err := f(i, v)
+		list = append(list, [2]int{end - len(v), end})
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, err
+	}
+	return list, nil
+}
+
+// mapElements returns the array doc with each element replaced by what f
+// returns for it.
+func mapElements(doc []byte, f func(i int, element []byte) ([]byte, error)) ([]byte, error) {
+	at, err := elements(doc)
+	if err != nil {
+		return nil, err
+	}
+	var out bytes.Buffer
+	copied := 0
+	for i, e := range at {
+		edited, err := f(i, doc[e[0]:e[1]])
 		if err != nil {
 			return nil, err
 		}
-		out.Write(doc[copied : end-len(v)])
+		out.Write(doc[copied:e[0]])
 		out.Write(edited)
-		copied = end
+		copied = e[1]
 	}
 	out.Write(doc[copied:])
 	return out.Bytes(), nil

@@ -52,8 +52,8 @@ func TestMembersErrors(t *testing.T) {
 	for doc, want := range map[string]string{
 		``: "not a JSON object", `[]`: "not a JSON object", `null`: "not a JSON object",
 		`{"a":1`: "EOF", `{"a":1}x`: "follows", `{"a":1}{}`: "follows",
-		`{"a":1,"a":2}`:           "twice",
-		`{"layers":1,"layers":2}`: "twice",
+		`{"a":1,"a":2}`:           "duplicate key",
+		`{"layers":1,"layers":2}`: "duplicate key",
 		`{"Layers":1}`:            `"Layers" can be taken for "layers"`,
 		`{"mediatype":1}`:         `can be taken for "mediaType"`,
 		"{\"digeſt\":1}":          `can be taken for "digest"`,

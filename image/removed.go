@@ -235,27 +235,6 @@ func digestOf(element []byte) digest.Digest {
 	return desc.Digest
 }
 
-// elements returns the offsets of the elements of a JSON array: where each begins
-// and ends.
-func elements(array []byte) (list [][2]int, err error) {
-	d := json.NewDecoder(bytes.NewReader(array))
-	if t, err := d.Token(); err != nil || t != json.Delim('[') {
-		return nil, errors.New("not a JSON array")
-	}
-	for d.More() {
-		var v json.RawMessage
-		if err := d.Decode(&v); err != nil {
-			return nil, err
-		}
-		end := int(d.InputOffset())
-		list = append(list, [2]int{end - len(v), end})
-	}
-	if _, err := d.Token(); err != nil {
-		return nil, err
-	}
-	return list, nil
-}
-
 // escapesOf returns which characters of a JSON string are escaped, and how: a
 // character for each, which is u or U for \u with small or capital letters, or a
 // backslash, and a point for one that is not escaped. It says nothing of what the

@@ -59,7 +59,7 @@ func TestCertificatesExpire(t *testing.T) {
 			t.Errorf("%s: it took %s", what, took)
 		}
 	}
-	expires("pilot's certificate", "broker-cert", "expired", "copilot enroll")
+	expires("pilot's certificate", "broker-cert", "expired", "copilot certs renew")
 	// copilot keeps no connection for a certificate that ends within three minutes.
 	const soonOver = "170s"
 	begin := time.Now()

@@ -207,6 +207,7 @@ func TestImageElsewhere(t *testing.T) {
 		}
 	}
 	fails(t, in("images", "encrypt", "--recipient", "jwe:"+public[0], "--layer", "0", "--all-but-base", "example.com/base:1", "docker.io/library/app:latest", "x"), "mutually exclusive")
+	fails(t, in("images", "encrypt", "--recipient", "jwe:"+public[0], "--all-but-base", "docker.io/library/app:latest", "docker.io/library/app:latest", "x"), "no layer was encrypted: it has none, or the flags leave out all")
 
 	// An archive that Docker's graph drivers can't load.
 	export := in("images", "export", "--all-platforms", dir+"/encrypted.tar", "example.com/app:several")

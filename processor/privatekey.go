@@ -21,7 +21,7 @@ import (
 // Errors of [NormalizePrivateKey].
 var (
 	ErrKeyPassword = errors.New("the private key has a password")
-	ErrKeyDamaged  = errors.New("the password is wrong, or the private key is damaged")
+	errKeyDamaged  = errors.New("the password is wrong, or the private key is damaged")
 )
 
 // NormalizePrivateKey returns a private key in a form that ocicrypt reads,
@@ -87,7 +87,7 @@ func fromSEC1(block *pem.Block, password []byte) ([]byte, error) {
 		var err error
 		//lint:ignore SA1019 OpenSSL still writes such files
 		if der, err = x509.DecryptPEMBlock(block, password); err != nil {
-			return nil, ErrKeyDamaged
+			return nil, errKeyDamaged
 		}
 		defer clear(der)
 	}
@@ -148,14 +148,14 @@ func fromEncrypted(der, password []byte) ([]byte, error) {
 	}
 	var iv []byte
 	if rest, err := asn1.Unmarshal(der, &in); err != nil || len(rest) > 0 {
-		return nil, ErrKeyDamaged
+		return nil, errKeyDamaged
 	}
 	unknown := errors.New("encrypted private key: only PBES2 with PBKDF2 and AES-CBC is supported: convert it (openssl pkcs8 -topk8 -v2 aes-256-cbc -in FILE -out FILE.new)")
 	if !in.Algorithm.Algorithm.Equal(oidPBES2) {
 		return nil, unknown
 	}
 	if _, err := asn1.Unmarshal(in.Algorithm.Parameters.FullBytes, &scheme); err != nil {
-		return nil, ErrKeyDamaged
+		return nil, errKeyDamaged
 	}
 	size, ok := keySizesOfCBC[scheme.Cipher.Algorithm.String()]
 	if !ok || !scheme.KDF.Algorithm.Equal(oidPBKDF2) {
@@ -164,7 +164,7 @@ func fromEncrypted(der, password []byte) ([]byte, error) {
 	_, err := asn1.Unmarshal(scheme.KDF.Parameters.FullBytes, &kdf)
 	_, err2 := asn1.Unmarshal(scheme.Cipher.Parameters.FullBytes, &iv)
 	if err != nil || err2 != nil || len(iv) != aes.BlockSize || len(in.Data) == 0 || len(in.Data)%aes.BlockSize != 0 || kdf.Iterations < 1 || kdf.Iterations > maxIterations {
-		return nil, ErrKeyDamaged
+		return nil, errKeyDamaged
 	}
 	newHash := sha1.New // the default
 	if kdf.PRF.Algorithm != nil {
@@ -189,12 +189,12 @@ func fromEncrypted(der, password []byte) ([]byte, error) {
 	n := int(plain[len(plain)-1])
 	if n < 1 || n > aes.BlockSize {
 		clear(plain)
-		return nil, ErrKeyDamaged
+		return nil, errKeyDamaged
 	}
 	plain = plain[:len(plain)-n]
 	if _, err := x509.ParsePKCS8PrivateKey(plain); err != nil {
 		clear(plain)
-		return nil, ErrKeyDamaged
+		return nil, errKeyDamaged
 	}
 	return plain, nil
 }

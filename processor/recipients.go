@@ -80,7 +80,7 @@ func readBack(ctx context.Context, scheme string, w wrapper, dc *config.DecryptC
 		return nil
 	}
 	if scheme == "jwe" {
-		if _, err := jose.ParseEncrypted(string(wrapped), jweKeyAlgorithms, jweEncryptions); err != nil {
+		if _, err := jose.ParseEncryptedJSON(string(wrapped), jweKeyAlgorithms, jweEncryptions); err != nil {
 			return fmt.Errorf("what was written can't be read: %w", err)
 		}
 	}

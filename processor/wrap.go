@@ -294,14 +294,14 @@ const (
 	maxReasons = 4
 )
 
-// joined makes one line of several errors: of the first few.
+// joined makes one line of several errors: of the first few that differ.
 func joined(errs []error) error {
 	if len(errs) == 1 {
 		return errs[0]
 	}
 	var lines []string
 	for i, err := range errs {
-		if i == maxReasons {
+		if len(lines) == maxReasons {
 			lines = append(lines, fmt.Sprintf("and %d more", len(errs)-i))
 			break
 		}
@@ -309,7 +309,9 @@ func joined(errs []error) error {
 		if len(line) > maxReason {
 			line = strings.ToValidUTF8(line[:maxReason], "") + "…"
 		}
-		lines = append(lines, line)
+		if !slices.Contains(lines, line) {
+			lines = append(lines, line)
+		}
 	}
 	return errors.New(strings.Join(lines, "; "))
 }

@@ -262,16 +262,21 @@ func TestUnwrapGivesUp(t *testing.T) {
 }
 
 // TestManyRecipients unwraps for a layer that somebody has given very many
-// recipients.
+// recipients. The error names each reason once.
 func TestManyRecipients(t *testing.T) {
 	alice := newPair(t)
-	for name, annotation := range map[string]string{
-		"empty":     strings.Repeat("AA==,", 100000),
-		"no base64": strings.Repeat("!,", 100000),
+	var damaged []string
+	for i := range MaxWrappedKeys + 1 {
+		damaged = append(damaged, strings.Repeat("A", i)+"!")
+	}
+	for name, c := range map[string]struct{ annotation, want string }{
+		"empty":           {strings.Repeat("AA==,", 100000), "jwe: jose.ParseEncrypted failed; the layer has more than 64 wrapped keys"},
+		"no base64":       {strings.Repeat("!,", 100000), "jwe: annotation is not base64: illegal base64 data at input byte 0; the layer has more than 64 wrapped keys"},
+		"damaged in many": {strings.Join(damaged, ","), "and 61 more"},
 	} {
-		_, err := Unwrap(t.Context(), alice.decrypt(), ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.jwe": annotation}})
-		if !errors.Is(err, ErrNoKey) || len(err.Error()) > 4000 || !strings.Contains(err.Error(), "and 61 more") {
-			t.Errorf("%s: an error of %d bytes: %.200s", name, len(err.Error()), err)
+		_, err := Unwrap(t.Context(), alice.decrypt(), ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.jwe": c.annotation}})
+		if !errors.Is(err, ErrNoKey) || len(err.Error()) > 4000 || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: an error of %d bytes: %.400s", name, len(err.Error()), err)
 		}
 	}
 }

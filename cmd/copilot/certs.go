@@ -50,7 +50,7 @@ Example:
    copilot certs renew /etc/copilot/server.pem /etc/copilot/admin.pem`,
 			Flags: []cli.Flag{
 				configDirFlag(),
-				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h (default: as long as the one before)", Value: newDays(0), DefaultText: ""},
+				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h", Value: newDays(0), DefaultText: "as long as the one before"},
 				&cli.BoolFlag{Name: "new-key", Usage: "make a new private key as well, in NAME-key.pem beside NAME.pem"},
 			},
 			Action: certsRenew,

@@ -290,7 +290,7 @@ const maxKeyFile = 4096
 // readKey reads the key that --file, --hex and --base64 tell of.
 func readKey(c *cli.Context) ([]byte, error) {
 	if c.Bool("hex") && c.Bool("base64") {
-		return nil, errors.New("--hex and --base64 exclude each other")
+		return nil, errors.New("--hex and --base64 are mutually exclusive")
 	}
 	file := os.Stdin
 	if name := c.String("file"); name != "-" {

@@ -11,8 +11,9 @@ import (
 )
 
 // Rotate makes a new CA for the trust domain of the one in dir and has it take its
-// place. The certificates that are in the file stay there, after the new one, so that
-// programs that trust the file trust what all of them have issued.
+// place. The certificates of those before stay in the file, after the new one, so
+// that programs that trust the file trust what all of them have issued, until
+// [DropOld].
 //
 // Interrupted, it leaves the CA before in force, and can be run again.
 func Rotate(dir string, valid time.Duration) error {

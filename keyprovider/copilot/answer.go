@@ -130,14 +130,10 @@ func stranger(resp *http.Response, want string) string {
 	return printable(s)
 }
 
-// retryOf says whether the broker may answer better next time.
+// retryOf says whether copilot may answer better next time. With 502, its KMS
+// denies it something, which takes an administrator.
 func retryOf(resp *http.Response) retry {
-	switch resp.StatusCode {
-	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-	default:
-		return retry{}
-	}
-	r := retry{possible: true}
+	r := retry{possible: resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable}
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
 		r.after = time.Duration(min(seconds, 3600)) * time.Second
 	}

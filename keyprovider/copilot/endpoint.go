@@ -121,7 +121,7 @@ func (b *endpoint) expired() error {
 		return nil
 	}
 	if end := b.cert.Certificate().Leaf.NotAfter; time.Now().After(end) {
-		return fmt.Errorf("broker-cert has expired on %s: put a new one in its place (\"copilot enroll\")", end.Format(time.RFC3339))
+		return fmt.Errorf("broker-cert has expired on %s: put a new one in its place (\"copilot certs renew\")", end.Format(time.RFC3339))
 	}
 	return nil
 }

@@ -145,6 +145,18 @@ func TestFinalAnswer(t *testing.T) {
 	}
 }
 
+// TestDeniedByKMS has copilot's KMS deny it the KEK. Another copilot may be allowed to
+// use it, and asking the same one again does not help.
+func TestDeniedByKMS(t *testing.T) {
+	denied, second := startAsked(t, func(w http.ResponseWriter, _ *http.Request) { refuse(w, 502, "the KMS forbids it") }), startAsked(t, good)
+	if _, err := newClient(t, time.Minute, denied.url, second.url).KEK(t.Context(), "a", 0); err != nil || denied.calls.Load() != 1 {
+		t.Errorf("another is there: %d calls, %v", denied.calls.Load(), err)
+	}
+	if _, err := newClient(t, time.Minute, denied.url).KEK(t.Context(), "a", 0); !errors.Is(err, ErrUnavailable) || denied.calls.Load() != 2 {
+		t.Errorf("alone: %d calls, %v", denied.calls.Load(), err)
+	}
+}
+
 // TestNoBroker checks that all are tried, again where that may help, within the
 // time that there is, and that the error tells of each.
 func TestNoBroker(t *testing.T) {
