@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -152,7 +153,16 @@ func startProgram(t *testing.T, program, name string, credential *syscall.Creden
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	return cmd.Process.Pid
+	// Start returns as soon as the kernel has begun to execute the program, which
+	// may be before its command line is there.
+	for range 6000 {
+		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); err == nil && strings.HasPrefix(string(b), name+"\x00") {
+			return cmd.Process.Pid
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%s does not start", program)
+	return 0
 }
 
 // TestProcessesOfRootOnly starts a program that a user calls containerd. Root must
