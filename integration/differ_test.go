@@ -3,6 +3,7 @@ package integration
 import (
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -91,8 +92,11 @@ func (n *node) pod(t testing.TB, image string, mounts ...object) string {
 		if out := output(t, n.crictl("ps", "-a", "--id", id, "-o", "json")); !strings.Contains(out, "CONTAINER_EXITED") {
 			return fmt.Errorf("it has not: %s", out)
 		}
+		// What it printed may come later.
 		b, err := os.ReadFile(filepath.Join(logs, "app.log"))
-		said = string(b)
+		if said = string(b); err == nil && said == "" {
+			err = errors.New("its log is empty")
+		}
 		return err
 	})
 	return said

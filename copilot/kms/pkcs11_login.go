@@ -19,6 +19,9 @@ func (h *hsm) connect() (w *hsmWorker, fresh bool, err error) {
 		h.mu.Unlock()
 		return nil, false, fmt.Errorf("%w: closed", ErrUnavailable)
 	}
+	if h.loggedIn && h.worker.hasEnded() {
+		h.gone(h.worker) // before ended is called
+	}
 	if h.loggedIn {
 		defer h.mu.Unlock()
 		if time.Since(h.worker.started) > stable {
@@ -122,12 +125,20 @@ func (h *hsm) ended(w *hsmWorker) {
 	if h.worker != w {
 		return // it is logging in, which fails
 	}
+	h.gone(w)
+}
+
+// gone forgets the worker, which has ended. h.mu is held.
+func (h *hsm) gone(w *hsmWorker) {
 	h.worker, h.loggedIn = nil, false
 	if h.login != nil {
 		return
 	}
+	w.mu.Lock()
+	reason := w.reason
+	w.mu.Unlock()
 	// A module that crashes once is there again at once.
-	h.failed(fmt.Errorf("%w: %w: %w", ErrUnavailable, errEnded, w.reason), 0)
+	h.failed(fmt.Errorf("%w: %w: %w", ErrUnavailable, errEnded, reason), 0)
 }
 
 // failed has the next login wait, the longer the more failures there were in a
