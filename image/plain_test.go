@@ -177,6 +177,8 @@ func TestPlain(t *testing.T) {
 		"foreign":               {s.manifest(ociManifest, entry(a)+","+goneLayer, ""), Options{}, []string{"foreign linux/amd64"}, 0, true},
 		"foreign, not selected": {s.manifest(ociManifest, entry(a)+","+goneLayer, ""), Options{Layers: []int{0}}, []string{"not-selected linux/amd64"}, 0, false},
 		"urls":                  {s.manifest(ociManifest, strings.TrimSuffix(entry(a), "}")+`,"urls":["https://example.com/a"]}`, ""), Options{}, []string{"urls linux/amd64"}, 0, false},
+		"dropped, and no layer": {index(on(s.manifest(ociManifest, "", ""), "amd64", ""), about(amd)), Options{Attestations: DropAttestations}, nil, 1, false},
+		"absent, and no layer":  {index(on(s.manifest(ociManifest, "", ""), "amd64", ""), entry(s.manifest(ociManifest, entry(a)+","+entry(ocispec.Descriptor{MediaType: a.MediaType, Digest: gone.Digest, Size: 4}), ""))), Options{}, nil, 1, false},
 		"no manifest":           {index(on(amd, "amd64", ""), entry(other)), Options{}, []string{"not-an-image "}, 0, true},
 		"absent no manifest":    {index(on(amd, "amd64", ""), entry(ocispec.Descriptor{MediaType: "application/vnd.other", Digest: gone.Digest})), Options{}, nil, 1, false},
 		"capital manifest":      {index(on(amd, "amd64", ""), entry(ocispec.Descriptor{MediaType: strings.ToUpper(ociManifest), Digest: arm.Digest, Size: arm.Size})), Options{}, nil, 0, false},
