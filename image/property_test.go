@@ -265,7 +265,7 @@ func (c *trial) named(result Result) map[digest.Digest]Reason {
 	all := make(map[digest.Digest]Reason)
 	var add func(d digest.Digest, reason Reason)
 	add = func(d digest.Digest, reason Reason) {
-		if all[d] != "" || c.Blobs[d] == nil {
+		if all[d] != "" && all[d] != ReasonURLs || c.Blobs[d] == nil {
 			return
 		}
 		all[d] = reason
