@@ -47,6 +47,7 @@ type edit struct {
 	content func(ocispec.Descriptor) ([]byte, error) // reads a small blob
 	mode    mode
 	plain   []string // digests of entries of an index that are known not to be encrypted
+	nested  bool     // another index refers to it
 	// done says that no encrypted layer is left after decrypting, and fresh
 	// that there was none before encrypting.
 	done, fresh bool
@@ -139,7 +140,8 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	if len(notes) > 0 && len(e.plain) > 0 {
+	// What is to be restored may be in the index around it, too.
+	if len(e.plain) > 0 && (len(notes) > 0 || e.nested) {
 		notes[plainKey] = strings.Join(e.plain, " ")
 	}
 	doc, err = notes.write(doc)

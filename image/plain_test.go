@@ -386,6 +386,41 @@ func TestLeftOut(t *testing.T) {
 	}
 }
 
+// TestNestedAbsent has an index get back what it had although one inside it has an
+// entry that is not in the store, which was so when it was encrypted, or came later.
+func TestNestedAbsent(t *testing.T) {
+	s := newStore(t)
+	a := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
+	b := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer b")), "")
+	none := s.manifest(ociManifest, "", "")
+	gone := entry(ocispec.Descriptor{MediaType: ociManifest, Digest: digest.FromString("gone"), Size: 4})
+	docker := func(list string) ocispec.Descriptor {
+		return s.put(dockerList, `{"mediaType":"`+dockerList+`","manifests":[`+list+`]}`)
+	}
+	for name, inner := range map[string]string{
+		"changed":       entry(b) + "," + gone,
+		"unchanged":     gone + "," + entry(none),
+		"plain and not": entry(none) + "," + entry(b),
+	} {
+		middle := docker(entry(a) + "," + entry(s.put(ociIndex, `{"manifests":[`+inner+`]}`)))
+		target := docker(entry(middle))
+		out, err := Encrypt(s.ctx, s, target, s.ec, Options{KeepAbsent: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name == "plain and not" {
+			if err := s.Delete(s.ctx, none.Digest); err != nil {
+				t.Fatal(err)
+			}
+		}
+		out, err = Decrypt(s.ctx, s, out.Target, s.dc, Options{})
+		if err != nil || out.Target.Digest != target.Digest {
+			t.Errorf("%s: came back as %s, %v", name, s.get(out.Target), err)
+		}
+		none = s.manifest(ociManifest, "", "")
+	}
+}
+
 // TestDigestNotNoted spells digests unusually, and finds them nowhere afterwards.
 func TestDigestNotNoted(t *testing.T) {
 	s := newStore(t)
