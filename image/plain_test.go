@@ -419,6 +419,19 @@ func TestNestedAbsent(t *testing.T) {
 		}
 		none = s.manifest(ociManifest, "", "")
 	}
+
+	// The inner index is decrypted first, and its note goes.
+	two := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer c"))+","+entry(s.put(ocispec.MediaTypeImageLayer, "layer d")), "")
+	target := docker(entry(two) + "," + entry(s.put(ociIndex, `{"manifests":[`+entry(b)+","+gone+`]}`)))
+	out, err := Encrypt(s.ctx, s, target, s.ec, Options{KeepAbsent: true})
+	for _, opts := range []Options{{Layers: []int{0}}, {}} {
+		if err == nil {
+			out, err = Decrypt(s.ctx, s, out.Target, s.dc, opts)
+		}
+	}
+	if err != nil || out.Target.Digest != target.Digest {
+		t.Errorf("in two steps it came back as %s, %v", s.get(out.Target), err)
+	}
 }
 
 // TestDigestNotNoted spells digests unusually, and finds them nowhere afterwards.
