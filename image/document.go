@@ -47,6 +47,7 @@ type edit struct {
 	content func(ocispec.Descriptor) ([]byte, error) // reads a small blob
 	mode    mode
 	plain   []string // digests of entries of an index that are known not to be encrypted
+	nested  bool     // another index refers to it
 	// done says that no encrypted layer is left after decrypting, and fresh
 	// that there was none before encrypting.
 	done, fresh bool
@@ -117,6 +118,9 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	switch {
 	case e.mode == decrypting && e.done:
 		return notes.apply(doc, mediaType, e.list, e.content)
+	case e.mode == decrypting && e.notePlain(notes):
+		doc, err = notes.write(doc)
+		return doc, mediaType, err
 	case e.mode != encrypting:
 		return doc, mediaType, nil
 	}
@@ -139,11 +143,20 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	if len(notes) > 0 && len(e.plain) > 0 {
-		notes[plainKey] = strings.Join(e.plain, " ")
-	}
+	e.notePlain(notes)
 	doc, err = notes.write(doc)
 	return doc, mediaType, err
+}
+
+// notePlain notes which entries are not encrypted, and reports whether it did: it
+// matters if there is something to restore, which may be in the index around it.
+func (e *edit) notePlain(notes restore) bool {
+	delete(notes, plainKey) // of entries that are encrypted now
+	if len(e.plain) == 0 || len(notes) == 0 && !e.nested {
+		return false
+	}
+	notes[plainKey] = strings.Join(e.plain, " ")
+	return true
 }
 
 // element edits one element of the list.

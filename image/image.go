@@ -192,7 +192,7 @@ func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, erro
 	}
 	out.desc.Annotations, out.desc.URLs = target.Annotations, target.URLs
 	out.desc.Platform = target.Platform
-	if len(w.changed) == 0 {
+	if !out.changed { // not even by what was left out of it
 		out.desc = target
 	}
 	w.addShared()

@@ -57,7 +57,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 		return outcome{}, errAbsent
 	}
 	e.subject = w.subject(ctx, index.Subject)
-	e.done, e.fresh = !out.encrypted, !out.was
+	e.done, e.fresh, e.nested = !out.encrypted, !out.was, depth > 0
 	// An index may have changed by what was left out, and by nothing else.
 	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
 	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores; !out.changed {
@@ -118,6 +118,8 @@ func (w *indexWork) entry(ctx context.Context, i int, e ocispec.Descriptor, dept
 	case err != nil:
 		return err
 	}
+	// Entries of an index that was not encrypted may be absent.
+	c.encrypted = c.encrypted && !slices.Contains(w.known, e.Digest.String())
 	w.out.encrypted, w.out.was = w.out.encrypted || c.encrypted, w.out.was || c.was
 	if !c.encrypted {
 		w.edit.plain = append(w.edit.plain, c.desc.Digest.String())

@@ -177,6 +177,8 @@ func TestPlain(t *testing.T) {
 		"foreign":               {s.manifest(ociManifest, entry(a)+","+goneLayer, ""), Options{}, []string{"foreign linux/amd64"}, 0, true},
 		"foreign, not selected": {s.manifest(ociManifest, entry(a)+","+goneLayer, ""), Options{Layers: []int{0}}, []string{"not-selected linux/amd64"}, 0, false},
 		"urls":                  {s.manifest(ociManifest, strings.TrimSuffix(entry(a), "}")+`,"urls":["https://example.com/a"]}`, ""), Options{}, []string{"urls linux/amd64"}, 0, false},
+		"dropped, and no layer": {index(on(s.manifest(ociManifest, "", ""), "amd64", ""), about(amd)), Options{Attestations: DropAttestations}, nil, 1, false},
+		"absent, and no layer":  {index(on(s.manifest(ociManifest, "", ""), "amd64", ""), entry(s.manifest(ociManifest, entry(a)+","+entry(ocispec.Descriptor{MediaType: a.MediaType, Digest: gone.Digest, Size: 4}), ""))), Options{}, nil, 1, false},
 		"no manifest":           {index(on(amd, "amd64", ""), entry(other)), Options{}, []string{"not-an-image "}, 0, true},
 		"absent no manifest":    {index(on(amd, "amd64", ""), entry(ocispec.Descriptor{MediaType: "application/vnd.other", Digest: gone.Digest})), Options{}, nil, 1, false},
 		"capital manifest":      {index(on(amd, "amd64", ""), entry(ocispec.Descriptor{MediaType: strings.ToUpper(ociManifest), Digest: arm.Digest, Size: arm.Size})), Options{}, nil, 0, false},
@@ -381,6 +383,54 @@ func TestLeftOut(t *testing.T) {
 		if got, err := (restore{removedKey: text}).restoreElements([]byte(`[{}]`)); err == nil {
 			t.Errorf("%s made it %s", text, got)
 		}
+	}
+}
+
+// TestNestedAbsent has an index get back what it had although one inside it has an
+// entry that is not in the store, which was so when it was encrypted, or came later.
+func TestNestedAbsent(t *testing.T) {
+	s := newStore(t)
+	a := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
+	b := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer b")), "")
+	none := s.manifest(ociManifest, "", "")
+	gone := entry(ocispec.Descriptor{MediaType: ociManifest, Digest: digest.FromString("gone"), Size: 4})
+	docker := func(list string) ocispec.Descriptor {
+		return s.put(dockerList, `{"mediaType":"`+dockerList+`","manifests":[`+list+`]}`)
+	}
+	for name, inner := range map[string]string{
+		"changed":       entry(b) + "," + gone,
+		"unchanged":     gone + "," + entry(none),
+		"plain and not": entry(none) + "," + entry(b),
+	} {
+		middle := docker(entry(a) + "," + entry(s.put(ociIndex, `{"manifests":[`+inner+`]}`)))
+		target := docker(entry(middle))
+		out, err := Encrypt(s.ctx, s, target, s.ec, Options{KeepAbsent: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name == "plain and not" {
+			if err := s.Delete(s.ctx, none.Digest); err != nil {
+				t.Fatal(err)
+			}
+		}
+		out, err = Decrypt(s.ctx, s, out.Target, s.dc, Options{})
+		if err != nil || out.Target.Digest != target.Digest {
+			t.Errorf("%s: came back as %s, %v", name, s.get(out.Target), err)
+		}
+		none = s.manifest(ociManifest, "", "")
+	}
+
+	// The inner index is decrypted first, and its note goes.
+	two := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer c"))+","+entry(s.put(ocispec.MediaTypeImageLayer, "layer d")), "")
+	target := docker(entry(two) + "," + entry(s.put(ociIndex, `{"manifests":[`+entry(b)+","+gone+`]}`)))
+	out, err := Encrypt(s.ctx, s, target, s.ec, Options{KeepAbsent: true})
+	for _, opts := range []Options{{Layers: []int{0}}, {}} {
+		if err == nil {
+			out, err = Decrypt(s.ctx, s, out.Target, s.dc, opts)
+		}
+	}
+	if err != nil || out.Target.Digest != target.Digest {
+		t.Errorf("in two steps it came back as %s, %v", s.get(out.Target), err)
 	}
 }
 

@@ -265,7 +265,7 @@ func (c *trial) named(result Result) map[digest.Digest]Reason {
 	all := make(map[digest.Digest]Reason)
 	var add func(d digest.Digest, reason Reason)
 	add = func(d digest.Digest, reason Reason) {
-		if all[d] != "" || c.Blobs[d] == nil {
+		if all[d] != "" && all[d] != ReasonURLs || c.Blobs[d] == nil {
 			return
 		}
 		all[d] = reason
@@ -297,7 +297,7 @@ func (c *trial) checkReadable(e *export, result Result) {
 		case len(b.Bytes) == 0: // it is the same when it is encrypted
 		case (named[d] == "" || named[d] == ReasonURLs) && readable:
 			c.problem(fmt.Sprintf("readable and not named, %q", b.MediaType), "%s", d)
-		case named[d] == "" && mentioned:
+		case named[d] == "" && mentioned && !slices.ContainsFunc(result.LeftOut, func(left ocispec.Descriptor) bool { return left.Digest == d }): // that is noted
 			c.problem(fmt.Sprintf("digest told and not named, absent %v", b.Absent), "%s %s", b.MediaType, d)
 		case named[d] != "" && named[d] != ReasonAbsent && named[d] != ReasonURLs && !readable && !mentioned:
 			c.problem("named and not readable", "%s %s: %s", b.MediaType, d, named[d])
