@@ -171,7 +171,7 @@ func giveTo(name, store, serverKey string) error {
 			return err
 		}
 	}
-	return os.Chown(serverKey, uid, gid)
+	return giveKeyTo(name, serverKey)
 }
 
 // giveKeyTo gives a server's key to the user that reads it.

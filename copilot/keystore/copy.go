@@ -127,16 +127,8 @@ func openDatabase(ctx context.Context, name string) (database, error) {
 // putMaster writes the master key into a directory that has none.
 func putMaster(dir string, key []byte) error {
 	name := filepath.Join(dir, masterFile)
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	if err != nil {
+	if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	_, err = f.Write(key)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return errors.Join(err, os.Remove(name))
-	}
-	return syncDir(dir)
+	return writeMaster(name, key)
 }

@@ -66,16 +66,25 @@ func readMaster(name string, forbidden fs.FileMode) ([]byte, error) {
 	return key, nil
 }
 
-// makeMaster makes a master key that is whole on disk or not there at all.
+// makeMaster makes a master key in a file.
 func makeMaster(name string) ([]byte, error) {
 	key := make([]byte, masterSize)
 	rand.Read(key) // never fails
-	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+	if err := writeMaster(name, key); err != nil {
+		clear(key)
 		return nil, err
+	}
+	return key, nil
+}
+
+// writeMaster writes a master key that is whole on disk or not there at all.
+func writeMaster(name string, key []byte) error {
+	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+		return err
 	}
 	f, err := os.CreateTemp(filepath.Dir(name), masterFile+".*")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer os.Remove(f.Name()) // fails once it is renamed
 	_, err = f.Write(key)
@@ -87,10 +96,9 @@ func makeMaster(name string) ([]byte, error) {
 		err = syncDir(filepath.Dir(name))
 	}
 	if err != nil {
-		clear(key)
-		return nil, fmt.Errorf("make %s: %w", name, err)
+		return fmt.Errorf("make %s: %w", name, err)
 	}
-	return key, nil
+	return nil
 }
 
 func syncDir(name string) error {
