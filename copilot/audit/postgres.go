@@ -39,8 +39,8 @@ func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
 	return newLog(key, t, false)
 }
 
-// CopyToPostgres returns what copies a log into the database that url tells, whose
-// table must be empty.
+// CopyToPostgres copies a log into the PostgreSQL database at url. Its table must be
+// empty.
 func CopyToPostgres(ctx context.Context, url string) (Copier, error) {
 	t, err := openTable(ctx, url)
 	if err != nil {
