@@ -293,10 +293,22 @@ func TestNodeKilled(t *testing.T) {
 	}
 	output(t, m.pilot("node", "uninstall"))
 	m.same(before)
-	// The same, killed in its first write.
-	write(t, m.root+"/var/lib/pilot/.node.json.pilot-new", "half a f")
-	output(t, m.pilot("node", "uninstall"))
-	m.same(before)
+	// The same, killed before and in its first write.
+	for _, retry := range []bool{false, true} {
+		for _, begun := range []bool{false, true} {
+			if err := os.MkdirAll(m.root+"/var/lib/pilot", 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if begun {
+				write(t, m.root+"/var/lib/pilot/.node.json.pilot-new", "half a f")
+			}
+			if retry {
+				output(t, m.pilot("node", "install"))
+			}
+			output(t, m.pilot("node", "uninstall"))
+			m.same(before)
+		}
+	}
 	const times = 10
 	for i := range times {
 		cmd := m.pilot("node", "install")

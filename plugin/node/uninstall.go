@@ -39,10 +39,6 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Lstat(unfinished(o.path(stateFile))); err == nil && len(s.Files) == 0 {
-		// An installation was killed before it had noted anything.
-		s.Dirs = append(s.Dirs, filepath.Dir(stateFile))
-	}
 	if err := s.disconnect(ctx, o); err != nil {
 		return nil, err
 	}
@@ -66,7 +62,9 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err := o.writeState(s); err != nil {
 		errs = append(errs, err)
 	}
-	o.removeDirs(s.Dirs)
+	// stateDir is not in the state if an installation was killed before it had
+	// written one.
+	o.removeDirs(append(s.Dirs, stateDir))
 	return unsure, errors.Join(errs...)
 }
 
