@@ -402,13 +402,10 @@ func testVaultTransit(t *testing.T, v *vaultServer) {
 	var versions []int
 	var wg sync.WaitGroup
 	for range 4 {
+		// Of several copilots. OpenBao refuses some with "transaction commit failed".
+		r := v.open("vault-transit", v.token("vault-transit", "vault-transit, rotating")).(kms.Rotator)
 		wg.Go(func() {
 			version, err := r.Rotate(within(t), "team-b")
-			for errors.Is(err, kms.ErrUnavailable) {
-				// Of several rotations at once, OpenBao may refuse some, "transaction
-				// commit failed", and leave out a number.
-				version, err = r.Rotate(within(t), "team-b")
-			}
 			if err != nil {
 				t.Error(err)
 			}

@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 )
 
 func init() { types["vault-transit"] = openVaultTransit }
@@ -22,7 +24,10 @@ type vaultTransitSettings struct {
 // name of a key, as "team-a", or the one of Vault's API, as
 // "transit/keys/team-a". What Wrap returns is Vault's ciphertext, as
 // "vault:v1:…".
-type vaultTransit struct{ *vault }
+type vaultTransit struct {
+	*vault
+	rotating *sync.Mutex
+}
 
 func openVaultTransit(settings Settings) (Backend, error) {
 	var s vaultTransitSettings
@@ -33,7 +38,7 @@ func openVaultTransit(settings Settings) (Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	return vaultTransit{v}, nil
+	return vaultTransit{v, new(sync.Mutex)}, nil
 }
 
 // transitName matches what Vault takes as the name of a key.
@@ -126,7 +131,16 @@ func (t vaultTransit) Unwrap(ctx context.Context, path string, version int, wrap
 	return answer.Data.Plaintext, err
 }
 
+// rotations is how often a rotation is tried that the server refuses with a 500.
+const rotations = 10
+
 // Rotate implements [Rotator].
+//
+// OpenBao answers 500 to some of the rotations that come at the same time. Their
+// versions exist in its memory, where the next encryption uses them, and are stored
+// with the next rotation that succeeds; if there is none, they are lost at its next
+// restart (2.7.2, findings/openbao-transit-rotate-at-once.sh). So Rotate makes one at
+// a time, and tries until it succeeds.
 func (t vaultTransit) Rotate(ctx context.Context, path string) (int, error) {
 	name, err := t.name(path)
 	if err != nil {
@@ -138,8 +152,25 @@ func (t vaultTransit) Rotate(ctx context.Context, path string) (int, error) {
 		} `json:"data"`
 	}
 	var answer json.RawMessage // old servers have none
-	if err := t.ask(ctx, "keys/"+name+"/rotate", struct{}{}, &answer); err != nil {
-		return 0, err
+	t.rotating.Lock()
+	defer t.rotating.Unlock()
+	for try := 1; ; try++ {
+		err := t.ask(ctx, "keys/"+name+"/rotate", struct{}{}, &answer)
+		if err == nil {
+			break
+		}
+		r, ok := refused(err, http.StatusInternalServerError)
+		if ok && try == rotations {
+			r.hint = "rotate it again until that succeeds: until then OpenBao may use a version that it loses when it restarts"
+		}
+		if !ok || try == rotations {
+			return 0, err
+		}
+		select {
+		case <-ctx.Done():
+			return 0, err
+		case <-time.After(time.Duration(try) * 50 * time.Millisecond):
+		}
 	}
 	if json.Unmarshal(answer, &key) != nil || key.Data.Latest == 0 {
 		if err := t.do(ctx, vaultRequest{path: t.mount + "/keys/" + name}, &key); err != nil {
