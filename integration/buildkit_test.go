@@ -323,7 +323,7 @@ func (c *ci) usable(t testing.TB, b *builder, n *node, name, greeting, base stri
 		}
 	}
 	output(t, n.ctr("images", "pull", "--plain-http", name))
-	if out := says(t, n.ctr("run", "--rm", name, "c", "/hello")); !strings.Contains(out, greeting) {
+	if out := containerOutput(t, n.ctr("run", "--rm", name, "c", "/hello")); !strings.Contains(out, greeting) {
 		t.Errorf("%s: %s", name, out)
 	}
 	output(t, n.ctr("images", "remove", "--sync", name))

@@ -57,7 +57,7 @@ func TestBuiltin(t *testing.T) {
 		output(t, n.crictl("rmi", image))
 		for _, args := range [][]string{{"--local"}, {}} {
 			output(t, n.ctr(append([]string{"images", "pull", "--plain-http", image}, args...)...))
-			if out := says(t, n.ctr("run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
+			if out := containerOutput(t, n.ctr("run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
 				t.Errorf("%s: %s", k.name, out)
 			}
 			output(t, n.ctr("images", "remove", "--sync", image))

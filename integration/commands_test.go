@@ -53,7 +53,7 @@ func TestCommands(t *testing.T) {
 		if !strings.Contains(out, "unpacking "+ref+"encrypted") {
 			t.Errorf("import: %s", out)
 		}
-		if out := says(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", containerID())); !strings.Contains(out, secret) {
+		if out := containerOutput(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run: %s", out)
 		}
 		foreign := newLayout(t)
@@ -85,12 +85,12 @@ func TestCommands(t *testing.T) {
 		output(t, n.ctrPilot("containers", "delete", "created"))
 		// It is unpacked now.
 		fails(t, n.ctrPilot("run", "--rm", ref+"encrypted", containerID()), "not authorized")
-		if out := says(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", ref+"encrypted", containerID())); !strings.Contains(out, secret) {
+		if out := containerOutput(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", ref+"encrypted", containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run: %s", out)
 		}
 		output(t, n.ctrPilot("images", "remove", "--sync", ref+"encrypted"))
 		output(t, n.ctrPilot("images", "pull", "--plain-http", "--key", private, ref+"encrypted"))
-		if out := says(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", containerID())); !strings.Contains(out, secret) {
+		if out := containerOutput(t, n.ctrPilot("run", "--rm", "--key", private, ref+"encrypted", containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run: %s", out)
 		}
 		n.nothingPending()

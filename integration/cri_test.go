@@ -140,7 +140,7 @@ func TestCRI(t *testing.T) {
 			n.t = t
 			for name, image := range forNode {
 				output(t, n.crictl("pull", image))
-				if out := says(t, n.ctrPilot("--namespace", "k8s.io", "run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
+				if out := containerOutput(t, n.ctrPilot("--namespace", "k8s.io", "run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
 					t.Errorf("%s: %s", name, out)
 				}
 				output(t, n.crictl("rmi", image))

@@ -83,7 +83,7 @@ func TestEncryptPushPullRun(t *testing.T) {
 				output(t, ci.ctrPilot("images", "push", "--plain-http", name+":both"))
 
 				output(t, receiver.ctrPilot("images", "pull", "--plain-http", encrypted))
-				if out := says(t, receiver.ctrPilot("run", "--rm", encrypted, containerID())); !strings.Contains(out, "hello, "+secret) {
+				if out := containerOutput(t, receiver.ctrPilot("run", "--rm", encrypted, containerID())); !strings.Contains(out, "hello, "+secret) {
 					t.Errorf("run: %s", out)
 				}
 
@@ -97,7 +97,7 @@ func TestEncryptPushPullRun(t *testing.T) {
 				output(t, stranger.ctrPilot("images", "remove", encrypted))
 				// It has team-b.
 				output(t, stranger.ctrPilot("images", "pull", "--plain-http", name+":both"))
-				if out := says(t, stranger.ctrPilot("run", "--rm", name+":both", containerID())); !strings.Contains(out, secret) {
+				if out := containerOutput(t, stranger.ctrPilot("run", "--rm", name+":both", containerID())); !strings.Contains(out, secret) {
 					t.Errorf("run with the second recipient: %s", out)
 				}
 				for _, n := range []*node{ci, receiver, stranger} {

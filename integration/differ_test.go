@@ -181,14 +181,14 @@ func TestDiffer(t *testing.T) {
 						continue // 1.7's transfer service unpacks with the built-in differ only
 					}
 					output(t, n.ctr(append(pull, "--snapshotter", test.snapshotter)...))
-					if out := says(t, n.ctr("run", "--rm", "--snapshotter", test.snapshotter, image, containerID())); !strings.Contains(out, said) {
+					if out := containerOutput(t, n.ctr("run", "--rm", "--snapshotter", test.snapshotter, image, containerID())); !strings.Contains(out, said) {
 						t.Errorf("%s, %s: %s", client, name, out)
 					}
 					output(t, n.ctr("images", "remove", "--sync", image))
 				}
 
 				output(t, n.ctrPilot("images", "pull", "--plain-http", "--snapshotter", test.snapshotter, image))
-				if out := says(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", "--snapshotter", test.snapshotter, image, containerID())); !strings.Contains(out, said) {
+				if out := containerOutput(t, n.ctrPilot("run", "--rm", "--skip-decrypt-auth", "--snapshotter", test.snapshotter, image, containerID())); !strings.Contains(out, said) {
 					t.Errorf("ctr-pilot, %s: %s", name, out)
 				}
 				output(t, n.ctrPilot("images", "remove", "--sync", image))
@@ -463,7 +463,7 @@ func TestDifferOverAPI(t *testing.T) {
 	for _, k := range kinds {
 		image := c.image(k, "provider:pilot:team-a")
 		output(t, n.crictl("pull", image))
-		if out := says(t, n.ctr("--namespace", "k8s.io", "run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
+		if out := containerOutput(t, n.ctr("--namespace", "k8s.io", "run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[image]) {
 			t.Errorf("%s: %s", k.name, out)
 		}
 	}

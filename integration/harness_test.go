@@ -256,10 +256,10 @@ func output(t testing.TB, cmd *exec.Cmd) string {
 	return string(out)
 }
 
-// says runs a container by ctr or ctr-pilot, and returns what it writes. Both lose
+// containerOutput runs a container by ctr or ctr-pilot, and returns what it writes. Both lose
 // the output of a container that ends before they have opened its pipe, and
 // succeed, so what writes nothing is run again.
-func says(t testing.TB, cmd *exec.Cmd) string {
+func containerOutput(t testing.TB, cmd *exec.Cmd) string {
 	t.Helper()
 	for range 10 {
 		again := &exec.Cmd{Path: cmd.Path, Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, SysProcAttr: cmd.SysProcAttr, Err: cmd.Err}

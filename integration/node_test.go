@@ -57,7 +57,7 @@ func TestNodeInstall(t *testing.T) {
 			}
 			for _, image := range images {
 				output(t, n.crictl("pull", image))
-				if out := says(t, m.run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+				if out := containerOutput(t, m.run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
 					t.Errorf("crictl, %s: %s", image, out)
 				}
 				output(t, n.crictl("rmi", image))
@@ -70,7 +70,7 @@ func TestNodeInstall(t *testing.T) {
 				}
 				for _, pull := range pulls {
 					output(t, m.run(pull[0], pull[1:]...))
-					if out := says(t, m.run("ctr", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
+					if out := containerOutput(t, m.run("ctr", "run", "--rm", image, "c")); !strings.Contains(out, c.secrets[image]) {
 						t.Errorf("%s, %s: %s", pull, image, out)
 					}
 					output(t, m.run("ctr", "images", "remove", "--sync", image))
@@ -255,7 +255,7 @@ func TestNodeErofs(t *testing.T) {
 			output(t, n.crictl("rmi", name))
 			for _, pull := range [][]string{{"images", "pull", "--plain-http", name}, {"images", "pull", "--local", "--plain-http", name}} {
 				output(t, m.run("ctr", append(pull, "--snapshotter", "erofs")...))
-				if out := says(t, m.run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, c.secrets[name]) {
+				if out := containerOutput(t, m.run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, c.secrets[name]) {
 					t.Errorf("%s, %s: %s", pull, name, out)
 				}
 				output(t, m.run("ctr", "images", "remove", "--sync", name))
@@ -299,7 +299,7 @@ func TestNodeErofs(t *testing.T) {
 		output(t, n.crictl("rmi", name))
 		for _, pull := range [][]string{{"images", "pull", "--plain-http", name}, {"images", "pull", "--local", "--plain-http", name}} {
 			output(t, m.run("ctr", append(pull, "--snapshotter", "erofs")...))
-			if out := says(t, m.run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, secret) {
+			if out := containerOutput(t, m.run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, secret) {
 				t.Errorf("%s, %s: %s", pull, name, out)
 			}
 			output(t, m.run("ctr", "images", "remove", "--sync", name))

@@ -22,7 +22,7 @@ func TestProviderNames(t *testing.T) {
 			t.Errorf("layerinfo:\n%s", out)
 		}
 		output(t, n.ctr("images", "pull", "--plain-http", name))
-		if out := says(t, n.ctr("run", "--rm", name, containerID())); !strings.Contains(out, c.secrets[name]) {
+		if out := containerOutput(t, n.ctr("run", "--rm", name, containerID())); !strings.Contains(out, c.secrets[name]) {
 			t.Errorf("run: %s", out)
 		}
 		for _, key := range []string{"", "provider:pilot-eu:team-a"} {

@@ -117,7 +117,7 @@ func TestTools(t *testing.T) {
 	byLayerTool := c.registry + "/skopeo:v1"
 	output(t, d.run("skopeo", "copy", "--dest-tls-verify=false", "--dest-compress", "--encryption-key", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", "docker://"+byLayerTool))
 	output(t, c.ctrPilot("images", "pull", "--plain-http", byLayerTool))
-	if out := says(t, c.ctrPilot("run", "--rm", byLayerTool, containerID())); !strings.Contains(out, secret) {
+	if out := containerOutput(t, c.ctrPilot("run", "--rm", byLayerTool, containerID())); !strings.Contains(out, secret) {
 		t.Errorf("run of what skopeo encrypted: %s", out)
 	}
 	output(t, c.ctrPilot("images", "decrypt", byLayerTool, byLayerTool+"-plain"))
@@ -145,7 +145,7 @@ func TestTools(t *testing.T) {
 		id := strings.TrimSpace(output(t, d.run("buildah", "pull", "-q", "oci:"+dir+"/plain:v1")))
 		output(t, d.run("buildah", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", id, "docker://"+image))
 		output(t, c.ctrPilot("images", "pull", "--plain-http", image))
-		if out := says(t, c.ctrPilot("run", "--rm", image, containerID())); !strings.Contains(out, secret) {
+		if out := containerOutput(t, c.ctrPilot("run", "--rm", image, containerID())); !strings.Contains(out, secret) {
 			t.Errorf("run of what buildah encrypted: %s", out)
 		}
 		output(t, d.run("buildah", "rmi", "-f", id))
@@ -158,7 +158,7 @@ func TestTools(t *testing.T) {
 		image := c.registry + "/podman:v1"
 		output(t, d.run("podman", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", ours, image))
 		output(t, c.ctrPilot("images", "pull", "--plain-http", image))
-		if out := says(t, c.ctrPilot("run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[ours]) {
+		if out := containerOutput(t, c.ctrPilot("run", "--rm", image, containerID())); !strings.Contains(out, c.secrets[ours]) {
 			t.Errorf("run of what podman encrypted: %s", out)
 		}
 	})
