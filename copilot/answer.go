@@ -62,6 +62,10 @@ type document []byte
 func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
+		if !a.opened.Load() {
+			a.refuseNotOpen(w, action, start)
+			return
+		}
 		id := make([]byte, 8)
 		rand.Read(id) // never fails
 		e := &entry{Entry: audit.Entry{
@@ -247,6 +251,7 @@ const (
 func writeProblem(w http.ResponseWriter, e *entry, err error) {
 	kind, detail := "about:blank", err.Error()
 	switch {
+	case errors.As(err, new(*notOpen)): // the detail is for whoever asks
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker could not do it"
 		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, errIssuer} {
