@@ -88,6 +88,9 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 			if refused := new(refusal); errors.As(err, &refused) {
 				e.Reason = refused.reason
 			}
+			if refused := new(notRenewed); errors.As(err, &refused) {
+				e.Reason = refused.reason
+			}
 		}
 		switch answer := answer.(type) {
 		case raw:
@@ -174,8 +177,10 @@ func statusOf(err error) (int, string) {
 	switch {
 	case errors.As(err, &tooLarge):
 		return http.StatusRequestEntityTooLarge, audit.Failed
-	case errors.As(err, &refused):
+	case errors.As(err, &refused), errors.As(err, new(*notRenewed)):
 		return http.StatusForbidden, audit.Denied
+	case errors.Is(err, errNoNodeCA):
+		return http.StatusConflict, audit.Failed
 	case errors.As(err, &many):
 		return http.StatusTooManyRequests, audit.Denied
 	case errors.Is(err, errIssuer):
@@ -244,6 +249,8 @@ const (
 	// typeNoSuchPath: what pilot asked for is not at this path, which says
 	// nothing about a KEK. A proxy may have changed the path.
 	typeNoSuchPath = "urn:pilot:problem:no-such-path"
+	// typeNoNodeCA: this broker renews nobody's certificate.
+	typeNoNodeCA = "urn:pilot:problem:no-node-ca"
 )
 
 // writeProblem writes problem details (RFC 9457). What is wrong inside the
@@ -267,6 +274,8 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		kind = typeNotExported
 	case errors.Is(err, errNoSuchPath):
 		kind = typeNoSuchPath
+	case errors.Is(err, errNoNodeCA):
+		kind = typeNoNodeCA
 	case errors.Is(err, errLimit):
 		detail = errLimit.Error()
 	case errors.Is(err, kms.ErrUnwrap):

@@ -29,6 +29,8 @@ type broker struct {
 	policy    *policy.File
 	issuers   *issuers
 	limits    *limits
+	renewals  *limits
+	nodeCA    *nodeCA // that renews clients' certificates; may be nil
 	metrics   *metrics
 	anonymous bool // those who do not say who they are may ask, on loopback
 
@@ -59,6 +61,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 	}
 	b = &broker{
 		limits:    &limits{},
+		renewals:  &limits{},
 		metrics:   newMetrics(),
 		anonymous: conf.InsecureLoopback && !conf.hasTLS(),
 		keks:      &keyring{},

@@ -54,12 +54,15 @@ func Serve(ctx context.Context, conf Config) error {
 		return err
 	}
 	defer b.close()
+	if b.nodeCA, err = newNodeCA(conf); err != nil {
+		return err
+	}
 	if err := b.tryOpen(ctx, conf); err != nil {
 		return err
 	}
 	b.policyRead()
 	b.metrics.registry.MustRegister(status.Certificates("copilot_cert_not_after_seconds", func() map[string]string {
-		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA}
+		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA}
 	}))
 
 	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), errorLog: log.New(serverLog{b}, "", 0)}
