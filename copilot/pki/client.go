@@ -47,7 +47,7 @@ func (ca *CA) RenewClient(old *x509.Certificate, trusted string, request []byte)
 	if err == nil && (now.Before(old.NotBefore) || now.After(old.NotAfter)) {
 		err = fmt.Errorf("it is valid from %s until %s", old.NotBefore.Format(time.RFC3339), old.NotAfter.Format(time.RFC3339))
 	}
-	hold := old.NotAfter.Sub(old.NotBefore) - backdate
+	hold := old.NotAfter.Sub(old.NotBefore) - Backdate
 	if left := ca.cert.NotAfter.Sub(now).Truncate(time.Second); err == nil && hold > left {
 		if hold = left; !ca.cert.NotAfter.After(old.NotAfter) {
 			err = fmt.Errorf("its CA expires on %s: replace the CA first (\"copilot certs rotate-ca\")", ca.cert.NotAfter.Format(time.RFC3339))

@@ -32,8 +32,9 @@ const (
 	KeyFile  = "ca-key.pem"
 )
 
-// backdate lets machines use a certificate whose clocks are behind.
-const backdate = 5 * time.Minute
+// Backdate is how long before it is issued a certificate is valid, so that machines can
+// use it whose clocks are behind.
+const Backdate = 5 * time.Minute
 
 // CA issues certificates.
 type CA struct {
@@ -312,7 +313,7 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 		return nil, err
 	}
 	now := time.Now()
-	template.SerialNumber, template.NotBefore, template.NotAfter = serial, now.Add(-backdate), now.Add(hold)
+	template.SerialNumber, template.NotBefore, template.NotAfter = serial, now.Add(-Backdate), now.Add(hold)
 	if parent == nil {
 		parent = template
 	} else if template.NotAfter.After(parent.NotAfter) {

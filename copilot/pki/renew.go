@@ -131,7 +131,7 @@ func (ca *CA) replaced() []*x509.Certificate {
 // again signs what an earlier certificate says.
 func (ca *CA) again(old *x509.Certificate, public crypto.PublicKey, valid time.Duration) ([]byte, error) {
 	if valid == 0 {
-		valid = old.NotAfter.Sub(old.NotBefore) - backdate
+		valid = old.NotAfter.Sub(old.NotBefore) - Backdate
 	}
 	return sign(&x509.Certificate{
 		RawSubject:  old.RawSubject,
