@@ -4,6 +4,8 @@ package certfile
 
 import (
 	"crypto/tls"
+	"encoding/pem"
+	"os"
 	"sync"
 
 	"github.com/sirupsen/logrus"
@@ -21,11 +23,10 @@ type Pair struct {
 // Load reads a pair for the first time.
 func Load(certFile, keyFile string) (*Pair, error) {
 	p := &Pair{certFile: certFile, keyFile: keyFile}
-	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
-	if err != nil {
+	var err error
+	if p.last, err = loadPair(certFile, keyFile); err != nil {
 		return nil, err
 	}
-	p.last = &cert
 	return p, nil
 }
 
@@ -34,11 +35,44 @@ func Load(certFile, keyFile string) (*Pair, error) {
 func (p *Pair) Certificate() *tls.Certificate {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	cert, err := tls.LoadX509KeyPair(p.certFile, p.keyFile)
+	cert, err := loadPair(p.certFile, p.keyFile)
 	if err != nil {
 		logrus.WithError(err).WithField("certificate", p.certFile).Warn("certificate not read again: the one before is used")
 		return p.last
 	}
-	p.last = &cert
+	p.last = cert
 	return p.last
+}
+
+// loadPair reads a pair. Where the certificate is not the key's, it is the pair in the
+// key's file, if there is one: see [ReplacePair].
+func loadPair(certFile, keyFile string) (*tls.Certificate, error) {
+	cert, key, err := readPair(certFile, keyFile)
+	defer clear(key)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		var inKey error
+		if pair, inKey = tls.X509KeyPair(key, key); inKey != nil {
+			return nil, err
+		}
+	}
+	return &pair, nil
+}
+
+func readPair(certFile, keyFile string) (cert, key []byte, err error) {
+	if cert, err = os.ReadFile(certFile); err != nil {
+		return nil, nil, err
+	}
+	key, err = os.ReadFile(keyFile)
+	return cert, key, err
+}
+
+func encodeChain(chain [][]byte) (text []byte) {
+	for _, der := range chain {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	return text
 }

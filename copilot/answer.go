@@ -62,6 +62,10 @@ type document []byte
 func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
+		if !a.opened.Load() {
+			a.refuseNotOpen(w, action, start)
+			return
+		}
 		id := make([]byte, 8)
 		rand.Read(id) // never fails
 		e := &entry{Entry: audit.Entry{
@@ -82,6 +86,9 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 			e.Status, e.Verdict = statusOf(err)
 			e.Reason = err.Error()
 			if refused := new(refusal); errors.As(err, &refused) {
+				e.Reason = refused.reason
+			}
+			if refused := new(notRenewed); errors.As(err, &refused) {
 				e.Reason = refused.reason
 			}
 		}
@@ -170,8 +177,10 @@ func statusOf(err error) (int, string) {
 	switch {
 	case errors.As(err, &tooLarge):
 		return http.StatusRequestEntityTooLarge, audit.Failed
-	case errors.As(err, &refused):
+	case errors.As(err, &refused), errors.As(err, new(*notRenewed)):
 		return http.StatusForbidden, audit.Denied
+	case errors.Is(err, errNoNodeCA):
+		return http.StatusConflict, audit.Failed
 	case errors.As(err, &many):
 		return http.StatusTooManyRequests, audit.Denied
 	case errors.Is(err, errIssuer):
@@ -240,6 +249,8 @@ const (
 	// typeNoSuchPath: what pilot asked for is not at this path, which says
 	// nothing about a KEK. A proxy may have changed the path.
 	typeNoSuchPath = "urn:pilot:problem:no-such-path"
+	// typeNoNodeCA: this broker renews nobody's certificate.
+	typeNoNodeCA = "urn:pilot:problem:no-node-ca"
 )
 
 // writeProblem writes problem details (RFC 9457). What is wrong inside the
@@ -247,6 +258,7 @@ const (
 func writeProblem(w http.ResponseWriter, e *entry, err error) {
 	kind, detail := "about:blank", err.Error()
 	switch {
+	case errors.As(err, new(*notOpen)): // the detail is for whoever asks
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker could not do it"
 		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, errIssuer} {
@@ -262,6 +274,8 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		kind = typeNotExported
 	case errors.Is(err, errNoSuchPath):
 		kind = typeNoSuchPath
+	case errors.Is(err, errNoNodeCA):
+		kind = typeNoNodeCA
 	case errors.Is(err, errLimit):
 		detail = errLimit.Error()
 	case errors.Is(err, kms.ErrUnwrap):

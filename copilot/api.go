@@ -67,6 +67,7 @@ func (a *api) handler() http.Handler {
 		"POST /api/v2/keks/{id}/destroy":   {"destroy", a.destroy},
 		"POST /api/v2/keks/{id}/revoke":    {"revoke", a.revoke},
 		"POST /api/v2/keks/{id}/reinstate": {"reinstate", a.reinstate},
+		"POST /api/v2/certificate/renew":   {"renew", a.renew},
 		"/":                                {"other", noSuchPath},
 	} {
 		mux.Handle(pattern, a.audited(do.action, do.do))

@@ -29,57 +29,86 @@ type broker struct {
 	policy    *policy.File
 	issuers   *issuers
 	limits    *limits
+	renewals  *limits
+	nodeCA    *nodeCA // that renews clients' certificates; may be nil
 	metrics   *metrics
 	anonymous bool // those who do not say who they are may ask, on loopback
 
+	// opened says that the store and the audit log are open. Until then, nobody
+	// else uses them.
+	opened atomic.Bool
+	// waiting is why they are not open yet.
+	waiting  atomic.Pointer[string]
 	stopping atomic.Bool
 }
 
 // newBroker opens what the configuration tells.
-func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
+func newBroker(ctx context.Context, conf Config) (*broker, error) {
+	b, err := closedBroker(conf)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.open(ctx, conf); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// closedBroker returns a broker whose store is still to be opened.
+func closedBroker(conf Config) (b *broker, err error) {
 	if err := checkOwner(conf.Dir); err != nil {
 		return nil, err
 	}
-	b := &broker{
+	b = &broker{
 		limits:    &limits{},
+		renewals:  &limits{},
 		metrics:   newMetrics(),
 		anonymous: conf.InsecureLoopback && !conf.hasTLS(),
 		keks:      &keyring{},
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, b.close())
-		}
-	}()
 	if b.policy, err = openPolicy(conf); err != nil {
 		return nil, err
 	}
 	if b.issuers, err = newIssuers(conf.Issuers); err != nil {
 		return nil, err
 	}
+	return b, nil
+}
+
+// open opens the store, the audit log and the KMSs. If it fails, it can be called
+// again.
+func (b *broker) open(ctx context.Context, conf Config) (err error) {
+	var opened broker
+	opened.keks = &keyring{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, opened.close())
+		}
+	}()
 	store, err := keystore.Open(ctx, conf.Dir, conf.Database)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	b.keks.store = store
+	opened.keks.store = store
 	key, err := keystore.AuditKey(conf.Dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if to := conf.AuditTo(); to == auditDatabase {
-		b.audit, err = audit.OpenPostgres(ctx, conf.Database, key)
+		opened.audit, err = audit.OpenPostgres(ctx, conf.Database, key)
 	} else {
-		b.audit, err = audit.OpenFile(to, key)
+		opened.audit, err = audit.OpenFile(to, key)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	keks, err := newKeyring(conf, store, b.audit, b.metrics)
+	keks, err := newKeyring(conf, store, opened.audit, b.metrics)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	b.keks = keks
-	return b, nil
+	b.keks, b.audit = keks, opened.audit
+	b.opened.Store(true)
+	return nil
 }
 
 // checkOwner keeps root from making files in a store that belongs to the user
@@ -185,6 +214,9 @@ var errStopping = errors.New("copilot is about to stop")
 func (b *broker) ready(ctx context.Context) error {
 	if b.stopping.Load() {
 		return errStopping
+	}
+	if !b.opened.Load() {
+		return keystore.ErrUnavailable
 	}
 	if err := b.keks.store.Ready(ctx); err != nil {
 		logrus.WithError(err).Warn("not ready")

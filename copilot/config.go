@@ -33,6 +33,11 @@ type Config struct {
 	TLSCert     string `toml:"tls-cert"`
 	TLSKey      string `toml:"tls-key"`
 	TLSClientCA string `toml:"tls-client-ca"`
+	// NodeCA and NodeCAKey are a CA's PEM files, with which clients' certificates
+	// are renewed for those who show them. Default: they are not. The CA has to
+	// be in TLSClientCA too.
+	NodeCA    string `toml:"node-ca"`
+	NodeCAKey string `toml:"node-ca-key"`
 	// InsecureLoopback allows a loopback address without TLS, at which
 	// everybody is anonymous who has no token.
 	InsecureLoopback bool `toml:"insecure-loopback"`
@@ -137,6 +142,12 @@ func (c *Config) check() error {
 	}
 	if c.hasTLS() && (c.TLSCert == "" || c.TLSKey == "" || c.TLSClientCA == "" && len(c.Issuers) == 0) {
 		return errors.New("tls-cert, tls-key and tls-client-ca go together")
+	}
+	if (c.NodeCA == "") != (c.NodeCAKey == "") {
+		return errors.New("node-ca and node-ca-key go together")
+	}
+	if c.NodeCA != "" && c.TLSClientCA == "" {
+		return errors.New("node-ca is for clients with certificates, and tls-client-ca is not set")
 	}
 	if c.MetricsListen != "" {
 		if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil {

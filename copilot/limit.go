@@ -50,12 +50,29 @@ func (l *limits) take(who string, p *policy.Policy) time.Duration {
 		}
 		c.policy = p
 	}
+	return c.take()
+}
+
+// take takes one request, and returns 0, or how long to wait.
+func (c *caller) take() time.Duration {
 	r := c.bucket.Reserve()
 	if after := r.Delay(); after > 0 {
 		r.Cancel()
 		return after
 	}
 	return 0
+}
+
+// takeAt is take with a rate of its own. A limits has either callers with rates of
+// their own or those with the policy's.
+func (l *limits) takeAt(who string, perSecond float64, burst int) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.caller(who)
+	if c.bucket == nil {
+		c.bucket = rate.NewLimiter(rate.Limit(perSecond), burst)
+	}
+	return c.take()
 }
 
 // exhausted returns how long to wait where who has no request left, and 0 where it

@@ -3,6 +3,11 @@ package copilot_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"io"
 	"net"
 	"net/http"
@@ -11,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
@@ -18,6 +24,8 @@ import (
 	"github.com/getkin/kin-openapi/routers/gorillamux"
 
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
 // TestOpenAPI makes requests of each kind, good and bad, and checks that each
@@ -43,7 +51,7 @@ func TestOpenAPI(t *testing.T) {
 	policy := filepath.Join(dir, "policy.toml")
 	if err := os.WriteFile(policy, []byte(`
 [[rule]]
-identities = ["uid:*"]
+identities = ["uid:*", "spiffe://example.com/node/*"]
 keks = ["team-b"]
 actions = ["wrap"]
 [[limit]]
@@ -53,7 +61,35 @@ burst = 8
 `), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	public := strings.TrimPrefix(serve(t, dir, copilot.Config{Policy: policy}), "unix://")
+	ca, err := pki.Create(dir, "example.com", 240*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.LoadX509KeyPair(in("node.pem"), in("node-key.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	renew, err := json.Marshal(map[string]string{"csr": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// node is the address for the holder of a certificate.
+	node := loopbacktest.FreeAddress(t)
+	public := strings.TrimPrefix(serve(t, dir, copilot.Config{
+		Policy: policy, Listen: []string{node}, TLSCert: in("server.pem"), TLSKey: in("server-key.pem"), TLSClientCA: in("ca.pem"),
+		NodeCA: in("ca.pem"), NodeCAKey: in("ca-key.pem"),
+	}), "unix://")
 	admin := filepath.Join(dir, "admin.sock")
 	seen := make(map[string]bool)
 	wrapped := ""
@@ -96,6 +132,9 @@ burst = 8
 		{admin, "POST", "/api/v2/keks/team%2Fa/destroy", `{"version":1}`, 200},
 		{admin, "POST", "/api/v2/keks/team%2Fa/destroy", `{"afterSeconds":0}`, 200},
 		{admin, "GET", "/api/v2/keks/team%2Fa", "", 200},
+		{node, "POST", "/api/v2/certificate/renew", string(renew), 200},
+		{node, "POST", "/api/v2/certificate/renew", `{"csr":"none"}`, 400},
+		{admin, "POST", "/api/v2/certificate/renew", string(renew), 400},
 		{public, "GET", "/api/v2/keks/nobody", "", 403},
 		{public, "GET", "/api/v2/keks/team%2Fa", "", 403},
 		{public, "GET", "/api/v2/keks/team-b", "", 200},
@@ -108,6 +147,9 @@ burst = 8
 	} {
 		name := test.method + " " + test.path
 		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			if test.socket == node {
+				return (&tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{pair}}}).DialContext(ctx, "tcp", node)
+			}
 			return new(net.Dialer).DialContext(ctx, "unix", test.socket)
 		}}}
 		body := strings.Replace(test.body, "WRAPPED", wrapped, 1)

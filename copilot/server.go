@@ -49,17 +49,20 @@ func Serve(ctx context.Context, conf Config) error {
 			return fmt.Errorf("TLS: %w", err)
 		}
 	}
-	b, err := newBroker(ctx, conf)
+	b, err := closedBroker(conf)
 	if err != nil {
 		return err
 	}
 	defer b.close()
-	if made := store(conf, b.keks.store); made != "" {
-		logrus.Warn(made)
+	if b.nodeCA, err = newNodeCA(conf); err != nil {
+		return err
+	}
+	if err := b.tryOpen(ctx, conf); err != nil {
+		return err
 	}
 	b.policyRead()
 	b.metrics.registry.MustRegister(status.Certificates("copilot_cert_not_after_seconds", func() map[string]string {
-		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA}
+		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA}
 	}))
 
 	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), errorLog: log.New(serverLog{b}, "", 0)}
@@ -75,6 +78,9 @@ func Serve(ctx context.Context, conf Config) error {
 		s.serve(ctx, g, l)
 	}
 	g.Go(func() error {
+		if err := b.awaitOpen(ctx, conf); err != nil {
+			return err
+		}
 		b.tend(ctx, hangup)
 		return nil
 	})
@@ -216,7 +222,7 @@ func (l serverLog) Write(b []byte) (int, error) {
 		line += remark
 	}
 	logrus.Warn(line)
-	if ok && reason != "EOF" { // a probe that said nothing
+	if ok && l.opened.Load() && reason != "EOF" { // a probe that said nothing
 		e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
 		if strings.Contains(reason, "certificate") {
 			e.Verdict = audit.Denied

@@ -75,6 +75,7 @@ Example:
 			},
 			Action: certsRotateCA,
 		},
+		nodeCACommand,
 	},
 }
 

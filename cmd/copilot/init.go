@@ -41,6 +41,7 @@ Example:
 		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", Value: defaultDir, EnvVars: []string{"COPILOT_DIR"}},
 		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address by which nodes reach this broker; may be repeated", Required: true},
 		&cli.IntFlag{Name: "port", Usage: "`PORT` to answer on", Value: 8443},
+		&cli.BoolFlag{Name: "node-ca", Usage: "let copilot renew nodes' certificates, with a CA of its own (copilot certs node-ca)"},
 		&cli.StringFlag{Name: "trust-domain", Usage: "`DOMAIN` that the identities of nodes begin with (default: the first --host that is a name)"},
 	},
 	Action: initialize,
@@ -105,8 +106,15 @@ func initialize(c *cli.Context) error {
 	if err := giveTo(serviceUser, store, in("server-key.pem")); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
+	text := fmt.Sprintf(configText, store, c.Int("port"), dir)
+	if c.Bool("node-ca") {
+		if err := makeNodeCA(dir, caFor); err != nil {
+			return fmt.Errorf("init: %w", err)
+		}
+		text += nodeCAText(dir, "")
+	}
 	// Last, so that a copilot that finds it finds the rest.
-	if err := writeNew(in("copilot.toml"), fmt.Sprintf(configText, store, c.Int("port"), dir)); err != nil {
+	if err := writeNew(in("copilot.toml"), text); err != nil {
 		return err
 	}
 	fmt.Printf(`%s is ready.

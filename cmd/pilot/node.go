@@ -65,6 +65,7 @@ Example:
    pilot node refresh`,
 			Action: nodeRefresh,
 		},
+		renewCommand,
 		deployCommand,
 		doctorCommand,
 	},

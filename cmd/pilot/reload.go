@@ -57,6 +57,12 @@ func (r *reloadable) current() *keyprovider.Provider {
 	return r.provider
 }
 
+func (r *reloadable) configuration() configuration {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.conf
+}
+
 // certificates returns the files of certificates that are in use, by the setting
 // that names each.
 func (r *reloadable) certificates() map[string]string {

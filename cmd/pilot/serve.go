@@ -131,6 +131,7 @@ func serve(c *cli.Context) error {
 	}
 	serveUntilDone(ctx, g, server, l)
 	go provider.onHangup(ctx, c, hangup)
+	go provider.renewCertificates(ctx)
 	go watchdog.Run(ctx, ready)
 
 	logrus.WithFields(logrus.Fields{

@@ -30,13 +30,18 @@ const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 )`
 
 // OpenPostgres begins a log in the table copilot_audit of the database that
-// url tells, where each run of a broker has a chain of its own.
+// url tells, where each run of a broker has a chain of its own. Errors of the
+// database wrap [ErrUnavailable].
 func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
 	t, err := openTable(ctx, url)
 	if err != nil {
 		return nil, err
 	}
-	return newLog(key, t, false)
+	log, err := newLog(key, t, false)
+	if err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
+	return log, nil
 }
 
 // CopyToPostgres copies a log into the PostgreSQL database at url. Its table must be
@@ -74,7 +79,7 @@ func openTable(ctx context.Context, url string) (sink, error) {
 	})
 	if err != nil {
 		pool.Close()
-		return nil, fmt.Errorf("audit log: %w", postgres.Explain(err))
+		return nil, fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err))
 	}
 	return table{pool}, nil
 }
@@ -124,7 +129,10 @@ func (t table) head(_ Key, chain string) ([]byte, error) {
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, nil
 	}
-	return []byte(line), postgres.Explain(err)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err))
+	}
+	return []byte(line), nil
 }
 
 // ReadPostgres returns the lines of all chains in the database that url tells,

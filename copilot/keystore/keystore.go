@@ -29,6 +29,8 @@ var (
 	// ErrDisabled: the KEK, or its version, is not to be used.
 	ErrDisabled    = errors.New("the KEK is disabled")
 	ErrUnavailable = errors.New("the key store can't be reached")
+	// ErrDatabase: PostgreSQL does not do what it was asked to.
+	ErrDatabase = errors.New("database")
 )
 
 // KeySize is the size in bytes of the KEKs that the store makes.

@@ -50,6 +50,7 @@ const (
 func init() { openPostgres = newPostgres }
 
 // newPostgres opens the database at url and creates the tables that are missing.
+// Errors of the database wrap [ErrDatabase], and one of url does not.
 func newPostgres(ctx context.Context, url string) (database, error) {
 	pool, err := postgres.Connect(ctx, url, "copilot", 0)
 	if err != nil {
@@ -67,7 +68,7 @@ func newPostgres(ctx context.Context, url string) (database, error) {
 	})
 	if err != nil {
 		pool.Close()
-		return nil, fmt.Errorf("database: %w", postgres.Explain(err))
+		return nil, fmt.Errorf("%w: %w", ErrDatabase, postgres.Explain(err))
 	}
 	return &postgresDB{pool}, nil
 }
@@ -206,7 +207,7 @@ func (*postgresDB) explain(err error) error {
 	case err == nil:
 		return nil
 	case !postgres.Temporary(err):
-		return fmt.Errorf("database: %w", err)
+		return fmt.Errorf("%w: %w", ErrDatabase, err)
 	}
-	return fmt.Errorf("%w: database: %w", ErrUnavailable, postgres.Explain(err))
+	return fmt.Errorf("%w: %w: %w", ErrUnavailable, ErrDatabase, postgres.Explain(err))
 }

@@ -5,6 +5,7 @@ package pki
 import (
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
@@ -31,8 +32,9 @@ const (
 	KeyFile  = "ca-key.pem"
 )
 
-// backdate lets machines use a certificate whose clocks are behind.
-const backdate = 5 * time.Minute
+// Backdate is how long before it is issued a certificate is valid, so that machines can
+// use it whose clocks are behind.
+const Backdate = 5 * time.Minute
 
 // CA issues certificates.
 type CA struct {
@@ -49,7 +51,7 @@ func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	if !validDomain.MatchString(trustDomain) {
 		return nil, fmt.Errorf("trust domain %q: use lower-case letters, digits, dots, dashes and underscores, as in example.com", trustDomain)
 	}
-	key, der, err := newCA(trustDomain, hold)
+	key, der, err := newCA(trustDomain, hold, false)
 	if err != nil {
 		return nil, err
 	}
@@ -62,65 +64,83 @@ func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	return Load(dir)
 }
 
-// newCA returns a CA's private key and its certificate.
-func newCA(trustDomain string, hold time.Duration) (*ecdsa.PrivateKey, []byte, error) {
+// newCA returns a CA's private key and its certificate. One for nodes issues
+// clients' certificates only.
+func newCA(trustDomain string, hold time.Duration, forNodes bool) (*ecdsa.PrivateKey, []byte, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, err
 	}
-	der, err := sign(&x509.Certificate{
-		Subject:               pkix.Name{CommonName: "copilot CA of " + trustDomain},
+	template := &x509.Certificate{
+		Subject:               pkix.Name{CommonName: caName + trustDomain},
 		URIs:                  []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		IsCA:                  true,
 		MaxPathLenZero:        true,
 		BasicConstraintsValid: true,
-	}, nil, key.Public(), key, hold)
+	}
+	if forNodes {
+		template.Subject.CommonName = nodeCAName + trustDomain
+		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	}
+	der, err := sign(template, nil, key.Public(), key, hold)
 	return key, der, err
 }
 
-// Load reads the CA in dir. Of several certificates in its file it is the one that
-// belongs to the key: the others are trusted, too, while the CA is replaced.
+// The common names of the CAs that are made here begin so, and end in the trust domain.
+const (
+	caName     = "copilot CA of "
+	nodeCAName = "copilot node CA of "
+)
+
+// Load reads the CA in dir, as [LoadFiles] does.
 func Load(dir string) (*CA, error) {
-	certPEM, err := os.ReadFile(filepath.Join(dir, CertFile))
+	return LoadFiles(filepath.Join(dir, CertFile), filepath.Join(dir, KeyFile))
+}
+
+// LoadFiles reads a CA. Of several certificates in its file it is the one that
+// belongs to the key: the others are trusted, too, while the CA is replaced.
+func LoadFiles(certFile, keyFile string) (*CA, error) {
+	certs, err := readAll(certFile)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
-	keyPEM, err := os.ReadFile(filepath.Join(dir, KeyFile))
+	keyPEM, err := os.ReadFile(keyFile)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
-	certs, err := parseAll(certPEM)
-	if err != nil {
-		return nil, fmt.Errorf("CA: %s: %w", CertFile, err)
-	}
+	defer clear(keyPEM)
 	key := decode(keyPEM, "PRIVATE KEY")
 	if len(certs) == 0 || key == nil {
-		return nil, fmt.Errorf("CA: %s and %s in %s are no certificate and private key in PEM", CertFile, KeyFile, dir)
+		return nil, fmt.Errorf("CA: %s and %s are no certificate and private key in PEM", certFile, keyFile)
 	}
 	defer clear(key)
 	ca := &CA{file: certs}
 	parsed, err := x509.ParsePKCS8PrivateKey(key)
 	if err != nil {
-		return nil, fmt.Errorf("CA: %s: it is no PKCS#8 key", KeyFile)
+		return nil, fmt.Errorf("CA: %s: it is no PKCS#8 key", keyFile)
 	}
 	var ok bool
 	if ca.key, ok = parsed.(crypto.Signer); !ok {
-		return nil, fmt.Errorf("CA: %s can't sign", KeyFile)
+		return nil, fmt.Errorf("CA: %s can't sign", keyFile)
 	}
 	public, ok := ca.key.Public().(interface{ Equal(crypto.PublicKey) bool })
 	i := slices.IndexFunc(certs, func(c *x509.Certificate) bool { return ok && public.Equal(c.PublicKey) })
 	if i < 0 {
-		return nil, fmt.Errorf("CA: %s is not the key of %s", KeyFile, CertFile)
+		return nil, fmt.Errorf("CA: %s is not the key of %s", keyFile, certFile)
 	}
 	if ca.cert = certs[i]; !ca.cert.IsCA {
-		return nil, fmt.Errorf("CA: %s in %s is no CA's certificate", CertFile, dir)
+		return nil, fmt.Errorf("CA: %s is no CA's certificate", certFile)
 	}
 	return ca, nil
 }
 
-// parseAll returns the certificates of a file in PEM.
-func parseAll(b []byte) ([]*x509.Certificate, error) {
+// readAll returns the certificates of a file in PEM.
+func readAll(name string) ([]*x509.Certificate, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
 	var certs []*x509.Certificate
 	for {
 		var block *pem.Block
@@ -132,7 +152,7 @@ func parseAll(b []byte) ([]*x509.Certificate, error) {
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		certs = append(certs, cert)
 	}
@@ -195,30 +215,52 @@ func (ca *CA) IssueClient(c Client, certFile, keyFile string) error {
 	return writePair(certFile, der, keyFile, key)
 }
 
-// minRSA is the least size of an RSA key, in bits (NIST SP 800-131A).
-const minRSA = 2048
+// Sizes of RSA keys that are signed, in bits: the least is that of NIST SP 800-131A,
+// and larger ones than the most take a server long to verify.
+const (
+	minRSA = 2048
+	maxRSA = 8192
+)
 
 // SignClient writes a certificate for the key of a certificate signing request
 // in PEM, of which nothing else counts.
 func (ca *CA) SignClient(c Client, request []byte, certFile string) error {
-	der := decode(request, "CERTIFICATE REQUEST")
-	if der == nil {
-		return errors.New("it is no certificate signing request in PEM")
-	}
-	csr, err := x509.ParseCertificateRequest(der)
-	if err == nil {
-		err = csr.CheckSignature()
-	}
+	csr, err := parseRequest(request)
 	if err != nil {
-		return fmt.Errorf("certificate signing request: %w", err)
+		return err
 	}
-	if key, ok := csr.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() < minRSA {
-		return fmt.Errorf("certificate signing request: its RSA key has %d bits, and %d are needed", key.N.BitLen(), minRSA)
-	}
-	if der, err = ca.client(c, csr.PublicKey); err != nil {
+	der, err := ca.client(c, csr.PublicKey)
+	if err != nil {
 		return err
 	}
 	return writeNew(certFile, "CERTIFICATE", der, 0o644)
+}
+
+// parseRequest returns a certificate signing request in PEM whose sender has the
+// private key.
+func parseRequest(request []byte) (*x509.CertificateRequest, error) {
+	der := decode(request, "CERTIFICATE REQUEST")
+	if der == nil {
+		return nil, errors.New("it is no certificate signing request in PEM")
+	}
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, fmt.Errorf("certificate signing request: %w", err)
+	}
+	// Before the signature, which takes as long as the key is large.
+	switch key := csr.PublicKey.(type) {
+	case *ecdsa.PublicKey, ed25519.PublicKey:
+	case *rsa.PublicKey:
+		if n := key.N.BitLen(); n < minRSA || n > maxRSA {
+			return nil, fmt.Errorf("certificate signing request: its RSA key has %d bits, and %d to %d are possible", n, minRSA, maxRSA)
+		}
+	default:
+		return nil, fmt.Errorf("certificate signing request: keys of the type %s are not signed: use ECDSA, Ed25519 or RSA", csr.PublicKeyAlgorithm)
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("certificate signing request: %w", err)
+	}
+	return csr, nil
 }
 
 func (ca *CA) client(c Client, public crypto.PublicKey) ([]byte, error) {
@@ -271,7 +313,7 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 		return nil, err
 	}
 	now := time.Now()
-	template.SerialNumber, template.NotBefore, template.NotAfter = serial, now.Add(-backdate), now.Add(hold)
+	template.SerialNumber, template.NotBefore, template.NotAfter = serial, now.Add(-Backdate), now.Add(hold)
 	if parent == nil {
 		parent = template
 	} else if template.NotAfter.After(parent.NotAfter) {

@@ -10,10 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
+
+	"github.com/ctrlplane/pilot/certfile"
 )
 
 // Renew replaces a certificate that the CA has issued, or one before it that is still
@@ -47,27 +47,27 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 	if err != nil {
 		return nil, err
 	}
-	newCert, err := prepare(certFile, encode("CERTIFICATE", der))
+	newCert, err := certfile.Prepare(certFile, encode("CERTIFICATE", der))
 	if err != nil {
 		return nil, err
 	}
-	defer os.Remove(newCert.temporary)
+	defer newCert.Discard()
 	if key != nil {
 		keyDER, err := x509.MarshalPKCS8PrivateKey(key)
 		if err != nil {
 			return nil, err
 		}
 		defer clear(keyDER)
-		newKey, err := prepare(keyFile, encode("PRIVATE KEY", keyDER))
+		newKey, err := certfile.Prepare(keyFile, encode("PRIVATE KEY", keyDER))
 		if err != nil {
 			return nil, err
 		}
-		defer os.Remove(newKey.temporary)
-		if err := newKey.replace(); err != nil {
+		defer newKey.Discard()
+		if err := newKey.Commit(); err != nil {
 			return nil, err
 		}
 	}
-	if err := newCert.replace(); err != nil {
+	if err := newCert.Commit(); err != nil {
 		return nil, err
 	}
 	return x509.ParseCertificate(der)
@@ -82,7 +82,7 @@ func (ca *CA) renewable(old *x509.Certificate) error {
 		if len(old.URIs)+len(old.EmailAddresses) > 0 {
 			return errors.New("it was not issued by copilot")
 		}
-		return ca.issued(old)
+		return ca.issued(old, ca.replaced())
 	case len(old.URIs) != 1 || len(old.DNSNames)+len(old.IPAddresses)+len(old.EmailAddresses) > 0:
 		return errors.New("it was not issued by copilot: it has no SPIFFE ID, or other names besides")
 	}
@@ -97,13 +97,13 @@ func (ca *CA) renewable(old *x509.Certificate) error {
 	if again.String() != id.String() {
 		return fmt.Errorf("it is for %s, and the CA's trust domain is %s", id, ca.TrustDomain())
 	}
-	return ca.issued(old)
+	return ca.issued(old, ca.siblings())
 }
 
 // issued returns an error unless the certificate's signature is that of the CA, or of
-// one before it. Those of other trust domains must not name clients of this one.
-func (ca *CA) issued(cert *x509.Certificate) error {
-	for _, c := range append([]*x509.Certificate{ca.cert}, ca.replaced()...) {
+// one of others.
+func (ca *CA) issued(cert *x509.Certificate, others []*x509.Certificate) error {
+	for _, c := range append([]*x509.Certificate{ca.cert}, others...) {
 		if cert.CheckSignatureFrom(c) == nil {
 			return nil
 		}
@@ -111,9 +111,9 @@ func (ca *CA) issued(cert *x509.Certificate) error {
 	return fmt.Errorf("it was not issued by this CA, nor by one before it that is in %s: issue a new one with \"copilot enroll\"", CertFile)
 }
 
-// replaced returns the CAs before this one that are in its file: those of its trust
-// domain.
-func (ca *CA) replaced() (list []*x509.Certificate) {
+// siblings returns the other CAs in the CA's file whose clients are its own: those of
+// its trust domain. Those of other trust domains must not name clients of this one.
+func (ca *CA) siblings() (list []*x509.Certificate) {
 	for _, c := range ca.file {
 		if !c.Equal(ca.cert) && trustDomain(c) == ca.TrustDomain() {
 			list = append(list, c)
@@ -122,10 +122,16 @@ func (ca *CA) replaced() (list []*x509.Certificate) {
 	return list
 }
 
+// replaced returns the CAs before this one that are in its file. A CA for nodes
+// replaces those for nodes only, and any other CA the others.
+func (ca *CA) replaced() []*x509.Certificate {
+	return slices.DeleteFunc(ca.siblings(), func(c *x509.Certificate) bool { return forNodes(c) != forNodes(ca.cert) })
+}
+
 // again signs what an earlier certificate says.
 func (ca *CA) again(old *x509.Certificate, public crypto.PublicKey, valid time.Duration) ([]byte, error) {
 	if valid == 0 {
-		valid = old.NotAfter.Sub(old.NotBefore) - backdate
+		valid = old.NotAfter.Sub(old.NotBefore) - Backdate
 	}
 	return sign(&x509.Certificate{
 		RawSubject:  old.RawSubject,
@@ -156,52 +162,4 @@ func ReadCertificate(name string) (*x509.Certificate, error) {
 
 func encode(kind string, der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
-}
-
-// replacement is a file that is going to take another's place.
-type replacement struct{ temporary, name string }
-
-// prepare writes a replacement with the owner and mode of the file that is there.
-// It clears the content, which may be a key.
-func prepare(name string, content []byte) (r replacement, err error) {
-	defer clear(content)
-	if r.name, err = filepath.EvalSymlinks(name); err != nil {
-		return r, err
-	}
-	info, err := os.Stat(r.name)
-	if err != nil {
-		return r, err
-	}
-	if !info.Mode().IsRegular() {
-		return r, fmt.Errorf("%s is not a regular file", r.name)
-	}
-	// 0600 until the owner is right.
-	f, err := os.CreateTemp(filepath.Dir(r.name), "."+filepath.Base(r.name)+".*")
-	if err != nil {
-		return r, err
-	}
-	r.temporary = f.Name()
-	_, err = f.Write(content)
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && err == nil {
-		err = f.Chown(int(owner.Uid), int(owner.Gid))
-	}
-	if err == nil {
-		err = f.Chmod(info.Mode().Perm())
-	}
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		os.Remove(r.temporary)
-	}
-	return r, err
-}
-
-// replace puts it in place, so that it survives a power failure.
-func (r replacement) replace() error {
-	if err := os.Rename(r.temporary, r.name); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(r.name))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

@@ -95,11 +95,7 @@ func TestRotateKeepsTrust(t *testing.T) {
 		}
 	}
 	trusted := func() (n int, err error) {
-		b, err := os.ReadFile(in(CertFile))
-		if err != nil {
-			return 0, err
-		}
-		certs, err := parseAll(b)
+		certs, err := readAll(in(CertFile))
 		if err != nil {
 			return 0, err
 		}

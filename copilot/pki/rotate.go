@@ -4,10 +4,11 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
+
+	"github.com/ctrlplane/pilot/certfile"
 )
 
 // Rotate makes a new CA for the trust domain of the one in dir and has it take its
@@ -25,7 +26,7 @@ func Rotate(dir string, valid time.Duration) error {
 	if domain == "" {
 		return errors.New("the CA has no trust domain: it was not made by copilot init")
 	}
-	key, der, err := newCA(domain, valid)
+	key, der, err := newCA(domain, valid, false)
 	if err != nil {
 		return err
 	}
@@ -34,21 +35,21 @@ func Rotate(dir string, valid time.Duration) error {
 		return err
 	}
 	defer clear(keyDER)
-	newKey, err := prepare(filepath.Join(dir, KeyFile), encode("PRIVATE KEY", keyDER))
+	newKey, err := certfile.Prepare(filepath.Join(dir, KeyFile), encode("PRIVATE KEY", keyDER))
 	if err != nil {
 		return err
 	}
-	defer os.Remove(newKey.temporary)
-	newCert, err := prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encodeAll(before.file)))
+	defer newKey.Discard()
+	newCert, err := certfile.Prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encodeAll(before.file)))
 	if err != nil {
 		return err
 	}
-	defer os.Remove(newCert.temporary)
+	defer newCert.Discard()
 	// Trust first: the key decides which of the two issues certificates.
-	if err := newCert.replace(); err != nil {
+	if err := newCert.Commit(); err != nil {
 		return err
 	}
-	return newKey.replace()
+	return newKey.Commit()
 }
 
 // DropOld removes the certificates of the CAs before the one in force from the file
@@ -75,12 +76,12 @@ func DropOld(dir string, inUse []string) (int, error) {
 		return 0, err
 	}
 	left := slices.DeleteFunc(slices.Clone(ca.file), func(c *x509.Certificate) bool { return slices.ContainsFunc(replaced, c.Equal) })
-	r, err := prepare(filepath.Join(dir, CertFile), encodeAll(left))
+	r, err := certfile.Prepare(filepath.Join(dir, CertFile), encodeAll(left))
 	if err != nil {
 		return 0, err
 	}
-	defer os.Remove(r.temporary)
-	return len(replaced), r.replace()
+	defer r.Discard()
+	return len(replaced), r.Commit()
 }
 
 func encodeAll(certs []*x509.Certificate) (text []byte) {

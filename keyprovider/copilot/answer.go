@@ -2,6 +2,7 @@ package copilot
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"mime"
 	"net/http"
@@ -21,6 +22,9 @@ const (
 	typeNotExported = "urn:pilot:problem:not-exported"
 	typeNoSuchPath  = "urn:pilot:problem:no-such-path"
 )
+
+// errNoSuchPath: copilot does not have what was asked for, nor says anything of a KEK.
+var errNoSuchPath = errors.New("the path in the broker's URL is wrong")
 
 // problem is copilot's problem document (RFC 9457).
 type problem struct {
@@ -85,7 +89,7 @@ func (p problem) err() error {
 	said = printable(said)
 	switch {
 	case p.Type == typeNoSuchPath:
-		return fmt.Errorf("%w: the path in the broker's URL is wrong, or a proxy changes it (%s)", ErrUnavailable, said)
+		return fmt.Errorf("%w: %w, or a proxy changes it (%s)", ErrUnavailable, errNoSuchPath, said)
 	case p.Type == typeNotExported && p.Status == http.StatusConflict:
 		return fmt.Errorf("%w (%s)", ErrNotExported, said)
 	}

@@ -27,7 +27,7 @@ type candidate struct {
 // again, if that may help. It takes no longer than the client's timeout, of
 // which each broker has its share.
 func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) error) error {
-	if c.token != nil {
+	if c.token != nil && !r.byCertificate {
 		var err error
 		if r.authorization, err = c.token.authorization(); err != nil {
 			// It may be in the middle of being replaced.

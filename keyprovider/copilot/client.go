@@ -35,6 +35,12 @@ var (
 	// ErrUnavailable: no broker gave an answer in time, or none that can be
 	// used.
 	ErrUnavailable = errors.New("the broker gives no usable answer")
+
+	// ErrCertExpired, ErrCertNotYetValid and ErrCertRejected say what is wrong with
+	// the certificate that the client shows.
+	ErrCertExpired     = errors.New("broker-cert has expired")
+	ErrCertNotYetValid = errors.New("broker-cert is not valid")
+	ErrCertRejected    = errors.New("the broker does not accept broker-cert")
 )
 
 // KEK is a key encryption key.
@@ -70,12 +76,14 @@ type Client struct {
 	timeout  time.Duration
 	try      time.Duration
 	rounds   int // of tries, at most
+
+	certFile, keyFile string // to show the brokers; may be empty
 }
 
 // New returns a client for the brokers that conf describes. It does not
 // connect yet.
 func New(conf Config) (*Client, error) {
-	c := &Client{timeout: conf.Timeout, rounds: maxTries}
+	c := &Client{timeout: conf.Timeout, rounds: maxTries, certFile: conf.CertFile, keyFile: conf.KeyFile}
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}

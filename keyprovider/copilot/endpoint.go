@@ -2,6 +2,7 @@ package copilot
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -39,6 +40,7 @@ type request struct {
 	body          *keyjson.Body
 	authorization string // may be empty
 	original      bool   // it is of the original's API
+	byCertificate bool   // it shows no token
 }
 
 // target returns the URL of a request.
@@ -114,14 +116,23 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	return again, err
 }
 
-// expired returns an error if the certificate to show has expired. A broker that
-// refuses it may hang up before its reason is read.
+// expired returns an error if the certificate to show has expired, or is not valid
+// yet. A broker that refuses it may hang up before its reason is read.
 func (b *endpoint) expired() error {
 	if b.cert == nil {
 		return nil
 	}
-	if end := b.cert.Certificate().Leaf.NotAfter; time.Now().After(end) {
-		return fmt.Errorf("broker-cert has expired on %s: put a new one in its place (\"copilot certs renew\")", end.Format(time.RFC3339))
+	return checkTime(b.cert.Certificate().Leaf)
+}
+
+// checkTime returns an error that wraps [ErrCertExpired] or [ErrCertNotYetValid]
+// unless it is the certificate's time.
+func checkTime(cert *x509.Certificate) error {
+	switch now := time.Now(); {
+	case now.After(cert.NotAfter):
+		return fmt.Errorf("%w on %s: put a new one in its place (\"copilot certs renew\")", ErrCertExpired, cert.NotAfter.Format(time.RFC3339))
+	case now.Before(cert.NotBefore):
+		return fmt.Errorf("%w until %s: compare the clocks of this machine and the broker's", ErrCertNotYetValid, cert.NotBefore.Format(time.RFC3339))
 	}
 	return nil
 }

@@ -67,7 +67,7 @@ func permanent(err error, withCert bool) error {
 			if !withCert {
 				return fmt.Errorf("%w: the broker takes only clients that show a certificate: set broker-cert and broker-key, or, on the broker, the issuer of the tokens that it is to take ([issuers] in copilot.toml)", ErrUnavailable)
 			}
-			return fmt.Errorf("%w: the broker does not accept broker-cert", ErrUnavailable)
+			return fmt.Errorf("%w: %w", ErrUnavailable, ErrCertRejected)
 		}
 	}
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {

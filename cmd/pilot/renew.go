@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
+)
+
+var renewCommand = &cli.Command{
+	Name:  "renew",
+	Usage: "have copilot renew this machine's broker-cert",
+	Description: `Makes a new private key, has copilot issue a certificate for it with the same name
+as the present one, which must still be valid, and replaces both files. They keep
+their owner and mode, and pilot uses them for its next connection. copilot has to
+be set up for this: see "Renew by themselves" in docs/copilot.md.
+
+pilot serve does this by itself when a third of the certificate's time is left.
+
+Example:
+   pilot node renew`,
+	Flags:  configFlags(),
+	Action: renew,
+}
+
+func renew(c *cli.Context) error {
+	if err := nodeArguments(c); err != nil {
+		return err
+	}
+	conf, err := loadConfiguration(c)
+	if err != nil {
+		return err
+	}
+	if conf.BrokerCert == "" {
+		return usageError{errors.New("broker-cert is not set, so there is no certificate to renew")}
+	}
+	client, err := conf.client()
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	cert, err := client.RenewCertificate(ctx)
+	if err != nil {
+		return fmt.Errorf("%w%s", err, remedy(err, conf))
+	}
+	var names []string
+	for _, u := range cert.URIs {
+		names = append(names, u.String())
+	}
+	fmt.Printf("%s: %s, valid until %s\n", conf.BrokerCert, strings.Join(names, ", "), cert.NotAfter.UTC().Format(time.RFC3339))
+	return nil
+}
+
+// remedy says what else renews a certificate, or returns "".
+func remedy(err error, conf configuration) string {
+	if errors.Is(err, copilot.ErrCertExpired) {
+		return fmt.Sprintf(": it can't be shown any more. On the broker's machine run \"copilot certs renew\" with a copy of %s, and copy the result back: the key stays here", conf.BrokerCert)
+	}
+	return ""
+}
+
+// A certificate is renewed when renewAt of its span is left, or a random part of
+// renewSpread earlier: nodes that were enrolled together do not all come at once.
+const (
+	renewAt     = 1.0 / 3
+	renewSpread = 1.0 / 12
+)
+
+// renewCertificates renews broker-cert in time, until ctx is done, as long as it is one
+// that copilot issued: others have renewals of their own.
+func (r *reloadable) renewCertificates(ctx context.Context) {
+	var serial, warned string
+	var warnedAt time.Time
+	early := 0.0
+	for wait := time.Duration(0); ; {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+		conf := r.configuration()
+		wait = time.Minute
+		if conf.BrokerCert == "" {
+			continue
+		}
+		if err := certfile.CompletePair(string(conf.BrokerCert), string(conf.BrokerKey)); err != nil {
+			logrus.WithError(err).Warn("renewal of broker-cert not completed")
+		}
+		pair, err := certfile.Load(string(conf.BrokerCert), string(conf.BrokerKey))
+		if err != nil {
+			continue // each connection reports it
+		}
+		cert := pair.Certificate().Leaf
+		if !strings.HasPrefix(cert.Issuer.CommonName, "copilot ") {
+			continue
+		}
+		if s := cert.SerialNumber.String(); s != serial {
+			serial, early, warned = s, renewSpread*rand.Float64(), ""
+		}
+		span := cert.NotAfter.Sub(cert.NotBefore.Add(pki.Backdate))
+		due := cert.NotAfter.Add(-time.Duration((renewAt + early) * float64(span)))
+		// Often enough to notice a file that somebody replaces, or another clock.
+		wait = min(max(span/500, time.Second), 10*time.Minute)
+		if time.Now().Before(due) || time.Now().After(cert.NotAfter) {
+			continue
+		}
+		err = conf.renew(ctx)
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		// The same for all spans: until the end there are many tries, and few at a time.
+		wait = min(max(span/200, time.Second), time.Hour)
+		wait = wait/2 + rand.N(wait)
+		if text := err.Error(); text != warned || time.Since(warnedAt) > 24*time.Hour {
+			warned, warnedAt = text, time.Now()
+			logrus.WithError(err).WithFields(logrus.Fields{"certificate": string(conf.BrokerCert), "until": cert.NotAfter.UTC().Format(time.RFC3339)}).
+				Warn("broker-cert not renewed: tried again until it expires")
+		}
+	}
+}
+
+// renew renews broker-cert by a client of its own, so by new connections.
+func (c *configuration) renew(ctx context.Context) error {
+	client, err := c.client()
+	if err != nil {
+		return err
+	}
+	defer client.CloseIdleConnections()
+	cert, err := client.RenewCertificate(ctx)
+	if err != nil {
+		return err
+	}
+	logrus.WithFields(logrus.Fields{"certificate": string(c.BrokerCert), "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
+	return nil
+}

@@ -1,0 +1,504 @@
+package integration
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net/url"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ctrlplane/pilot/copilot/pki"
+)
+
+// renews lets copilot renew nodes' certificates.
+func (b *madeBroker) renews(t testing.TB, ca, key string) {
+	t.Helper()
+	b.process.stop(t)
+	config, _, _ := strings.Cut(read(t, b.dir+"/copilot.toml"), "node-ca")
+	write(t, b.dir+"/copilot.toml", config+fmt.Sprintf("node-ca = %q\nnode-ca-key = %q\n", b.dir+"/"+ca, b.dir+"/"+key))
+	b.start(t)
+}
+
+// renew is the command that renews the certificate of a node.
+func (b *madeBroker) renew(t testing.TB, cert, key string, args ...string) *exec.Cmd {
+	t.Helper()
+	return command(t, "pilot", append([]string{"node", "renew", "--config", "/dev/null", "--broker", b.url(), "--broker-ca", b.dir + "/ca.pem",
+		"--broker-cert", cert, "--broker-key", key}, args...)...)
+}
+
+func certificate(t testing.TB, name string) *x509.Certificate {
+	t.Helper()
+	cert, err := pki.ReadCertificate(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// TestNodeRenews has nodes renew their certificates, and those who may not.
+func TestNodeRenews(t *testing.T) {
+	t.Parallel()
+	b := initialized(t, "team-a", "team-b")
+	cert, key := b.enroll(t, "worker-1", "--for", "30d")
+	fails(t, b.renew(t, cert, key), "this broker renews no certificates", "copilot certs renew")
+
+	output(t, command(t, "copilot", "certs", "node-ca", "--config-dir", b.dir))
+	b.renews(t, "node-ca.pem", "node-ca-key.pem")
+	for name, mode := range map[string]os.FileMode{cert: 0o640, key: 0o600} {
+		if err := os.Chown(name, 12345, 54321); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(name, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before, keyBefore := certificate(t, cert), read(t, key)
+	works := func(cert, key, when string) {
+		t.Helper()
+		if status, body := b.as(t, cert, key, "GET", "/api/v2/keks/team-a/key", ""); status != 200 {
+			t.Errorf("%s: %d %s", when, status, body)
+		}
+	}
+	if out := output(t, b.renew(t, cert, key)); !strings.Contains(out, "spiffe://example.com/node/worker-1, valid until") {
+		t.Error(out)
+	}
+	after := certificate(t, cert)
+	if after.SerialNumber.Cmp(before.SerialNumber) == 0 || read(t, key) == keyBefore || before.PublicKey.(*ecdsa.PublicKey).Equal(after.PublicKey) {
+		t.Error("the certificate or the key is the one before")
+	}
+	if len(after.URIs) != 1 || after.URIs[0].String() != "spiffe://example.com/node/worker-1" || after.Subject.String() != before.Subject.String() ||
+		len(after.ExtKeyUsage) != 1 || after.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth || after.IsCA {
+		t.Errorf("%v %v %v", after.URIs, after.Subject, after.ExtKeyUsage)
+	}
+	if is, was := after.NotAfter.Sub(after.NotBefore), before.NotAfter.Sub(before.NotBefore); is > was || is < was-time.Minute {
+		t.Errorf("it is valid for %s, and the one before was for %s", is, was)
+	}
+	if err := after.CheckSignatureFrom(certificate(t, b.dir+"/node-ca.pem")); err != nil {
+		t.Error(err)
+	}
+	for name, mode := range map[string]os.FileMode{cert: 0o640, key: 0o600} {
+		info, err := os.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 12345 || owner.Gid != 54321 || info.Mode() != mode {
+			t.Errorf("%s belongs to %d:%d, mode %v", name, owner.Uid, owner.Gid, info.Mode())
+		}
+	}
+	works(cert, key, "renewed")
+	log := read(t, b.dir+"/store/audit.log")
+	if !strings.Contains(log, `"action":"renew","subject":"spiffe://example.com/node/worker-1"`) || !strings.Contains(log, fmt.Sprintf("certificate %x instead of %x", after.SerialNumber, before.SerialNumber)) {
+		t.Error("the audit log does not tell of it")
+	}
+	// The admin's command takes up what the node CA has issued.
+	output(t, command(t, "copilot", "certs", "renew", "--config-dir", b.dir, cert))
+	works(cert, key, "renewed by the admin")
+
+	// It is cut short after the key was replaced.
+	whole := read(t, key)
+	output(t, b.renew(t, cert, key))
+	write(t, cert, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: before.Raw})))
+	home := b.dir + "/home"
+	serves, _ := pilot(t, home, b.url(), "--broker-ca", b.dir+"/ca.pem", "--broker-cert", cert, "--broker-key", key, "--diff-listen", "off")
+	if _, err := askPilot(t, home).wrap(t.Context()); err != nil || read(t, key) == whole {
+		t.Errorf("between the two replacements: %v", err)
+	}
+	await(t, "the replacement is completed", func() error {
+		if certificate(t, cert).SerialNumber.Cmp(before.SerialNumber) == 0 {
+			return fmt.Errorf("log:\n%s", read(t, serves.log))
+		}
+		return nil
+	})
+	works(cert, key, "completed")
+
+	await(t, "it renews too often", func() error {
+		out, err := b.renew(t, cert, key, "--broker-timeout", "2s").CombinedOutput()
+		if err != nil && strings.Contains(string(out), "too many requests") {
+			return nil
+		}
+		return fmt.Errorf("%v: %s", err, out)
+	})
+
+	// Nothing can be written.
+	locked, lockedKey := b.enroll(t, "locked")
+	ro := b.dir + "/ro"
+	write(t, ro+"/locked.pem", read(t, locked))
+	write(t, ro+"/locked-key.pem", read(t, lockedKey))
+	output(t, command(t, "unshare", "-m", "sh", "-c", `mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && ! pilot node renew --config /dev/null --broker "$2" --broker-ca "$3" --broker-cert "$1/locked.pem" --broker-key "$1/locked-key.pem" 2>"$4" && grep -q "can't be written" "$4"`,
+		"sh", ro, b.url(), b.dir+"/ca.pem", b.dir+"/ro.log"))
+
+	refused := func(name, cert, key, reason string) {
+		t.Helper()
+		was, keyWas := read(t, cert), read(t, key)
+		fails(t, b.renew(t, cert, key), "this certificate is not renewed")
+		if read(t, cert) != was || read(t, key) != keyWas {
+			t.Errorf("%s: the files were changed", name)
+		}
+		if log := read(t, b.dir+"/store/audit.log"); !strings.Contains(log, reason) {
+			t.Errorf("%s: the audit log does not say %q", name, reason)
+		}
+	}
+	// Revoked for one of the KEKs, which it may not even use.
+	cert, key = b.enroll(t, "worker-2")
+	output(t, b.command(t, "keys", "revoke", "--identity", "spiffe://example.com/node/worker-2", "team-b"))
+	refused("revoked", cert, key, "the KEK team-b was revoked for spiffe://example.com/node/worker-2")
+	output(t, b.command(t, "keys", "revoke", "--undo", "--identity", "spiffe://example.com/node/worker-2", "team-b"))
+	output(t, b.renew(t, cert, key))
+	// Denied by the policy, or not named in it.
+	stolen, stolenKey := b.enroll(t, "stolen")
+	policy := read(t, b.dir+"/policy.toml")
+	write(t, b.dir+"/policy.toml", policy+`
+[[rule]]
+identities = ["spiffe://example.com/node/stolen"]
+keks = ["**"]
+actions = ["wrap", "unwrap", "export", "admin"]
+deny = true
+`)
+	await(t, "the policy counts", func() error {
+		if status, _ := b.as(t, stolen, stolenKey, "GET", "/api/v2/keks/team-a/key", ""); status != 403 {
+			return fmt.Errorf("%d", status)
+		}
+		return nil
+	})
+	refused("denied", stolen, stolenKey, "the policy lets spiffe://example.com/node/stolen use no KEK")
+	nobody, nobodyKey := b.enroll(t, "x", "--role", "stranger")
+	refused("of no rule", nobody, nobodyKey, "the policy lets spiffe://example.com/stranger/x use no KEK")
+	refused("an admin", b.dir+"/admin.pem", b.dir+"/admin-key.pem", "may admin KEKs")
+	// An expired one.
+	cert, key = b.enroll(t, "worker-3", "--for", "1s")
+	await(t, "it expires", func() error {
+		if time.Now().Before(certificate(t, cert).NotAfter.Add(time.Second)) {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	})
+	fails(t, b.renew(t, cert, key), "broker-cert has expired", "copilot certs renew", "copy the result back")
+
+	hostileRequests(t, b)
+	otherCA(t, b)
+}
+
+// hostileRequests asks for more than a renewal.
+func hostileRequests(t *testing.T, b *madeBroker) {
+	small, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ec, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	admin, _ := url.Parse("spiffe://example.com/admin")
+	request := func(key crypto.Signer, template *x509.CertificateRequest) []byte {
+		der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return der
+	}
+	encoded := func(kind string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	}
+	forged := request(ec, &x509.CertificateRequest{})
+	forged[len(forged)-1] ^= 1
+	caExtension, err := asn1.Marshal(struct{ CA bool }{true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := 0
+	for name, test := range map[string]struct {
+		csr    string
+		status int
+		want   string
+	}{
+		"RSA 1024":            {encoded("CERTIFICATE REQUEST", request(small, &x509.CertificateRequest{})), 400, "1024 bits"},
+		"another name":        {encoded("CERTIFICATE REQUEST", request(ec, &x509.CertificateRequest{URIs: []*url.URL{admin}})), 400, "it asks for names"},
+		"another subject":     {encoded("CERTIFICATE REQUEST", request(ec, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "admin"}})), 400, "it asks for names"},
+		"a host":              {encoded("CERTIFICATE REQUEST", request(ec, &x509.CertificateRequest{DNSNames: []string{"copilot.example.com"}})), 400, "it asks for names"},
+		"a CA":                {encoded("CERTIFICATE REQUEST", request(ec, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 19}, Critical: true, Value: caExtension}}})), 400, "it asks for names"},
+		"somebody else's key": {encoded("CERTIFICATE REQUEST", forged), 400, "bad certificate signing request"},
+		"no request":          {encoded("CERTIFICATE", certificate(t, b.dir+"/admin.pem").Raw), 400, "no certificate signing request"},
+		"nothing":             {"", 400, "no certificate signing request"},
+		"large":               {encoded("CERTIFICATE REQUEST", make([]byte, 20<<10)), 400, "at most 16384"},
+		"giant":               {strings.Repeat("A", 200<<10), 413, ""},
+		"a giant RSA key":     {encoded("CERTIFICATE REQUEST", giantRSA(t)), 400, "bits"},
+	} {
+		i++
+		cert, key := b.enroll(t, fmt.Sprintf("hostile-%d", i))
+		body, err := json.Marshal(object{"csr": test.csr})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if status, answer := b.as(t, cert, key, "POST", "/api/v2/certificate/renew", string(body)); status != test.status || !strings.Contains(answer, test.want) {
+			t.Errorf("%s: %d %.500s, want %d and %q", name, status, answer, test.status, test.want)
+		}
+	}
+
+	// An attribute that is no extension, such as a challenge password, counts nothing.
+	cert, key := b.enroll(t, "attributes")
+	body, err := json.Marshal(object{"csr": encoded("CERTIFICATE REQUEST", challenging(t, ec))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, answer := b.as(t, cert, key, "POST", "/api/v2/certificate/renew", string(body))
+	var got struct{ Certificate string }
+	if json.Unmarshal([]byte(answer), &got); status != 200 {
+		t.Fatalf("a challenge password: %d %s", status, answer)
+	}
+	write(t, b.dir+"/a.pem", got.Certificate)
+	if c := certificate(t, b.dir+"/a.pem"); c.URIs[0].Path != "/node/attributes" || len(c.Extensions) != len(certificate(t, cert).Extensions) {
+		t.Errorf("%v, extensions %v", c.URIs, c.Extensions)
+	}
+
+	// By a token, or over a socket, nobody has a certificate to renew.
+	if status, answer := ask(t, b.dir+"/copilot.sock", "POST", "/api/v2/certificate/renew", string(body)); status != 400 {
+		t.Errorf("over a socket: %d %s", status, answer)
+	}
+}
+
+// giantRSA returns a request with a key that would take long to verify, which nobody
+// has.
+func giantRSA(t *testing.T) []byte {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var csr pkcs10
+	if _, err := asn1.Unmarshal(der, &csr); err != nil {
+		t.Fatal(err)
+	}
+	n := new(big.Int).Lsh(big.NewInt(1), 64<<10)
+	giant, err := asn1.Marshal(struct {
+		N *big.Int
+		E int
+	}{n.Add(n, big.NewInt(1)), 65537})
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr.Info.Key.Key = asn1.BitString{Bytes: giant, BitLength: 8 * len(giant)}
+	if der, err = asn1.Marshal(csr); err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// pkcs10 is a certificate signing request (RFC 2986).
+type pkcs10 struct {
+	Info struct {
+		Version int
+		Subject asn1.RawValue
+		Key     struct {
+			Algorithm pkix.AlgorithmIdentifier
+			Key       asn1.BitString
+		}
+		Attributes asn1.RawValue `asn1:"tag:0"`
+	}
+	Algorithm pkix.AlgorithmIdentifier
+	Signature asn1.BitString
+}
+
+// challenging returns a request with a challenge password (RFC 2985, section 5.4.1).
+func challenging(t *testing.T, key *ecdsa.PrivateKey) []byte {
+	t.Helper()
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var csr pkcs10
+	if _, err := asn1.Unmarshal(der, &csr); err != nil {
+		t.Fatal(err)
+	}
+	attribute, err := asn1.Marshal(struct {
+		ID     asn1.ObjectIdentifier
+		Values []string `asn1:"set"`
+	}{asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 9, 7}, []string{"admin"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr.Info.Attributes = asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: attribute}
+	info, err := asn1.Marshal(csr.Info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := sha256.Sum256(info)
+	signature, err := ecdsa.SignASN1(rand.Reader, key, hash[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr.Signature = asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)}
+	if der, err = asn1.Marshal(csr); err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// otherCA shows a certificate of a CA that is trusted, and not copilot's.
+func otherCA(t *testing.T, b *madeBroker) {
+	ec, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	domain, _ := url.Parse("spiffe://example.com")
+	id, _ := url.Parse("spiffe://example.com/node/spire")
+	ca := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "SPIRE"}, URIs: []*url.URL{domain}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	caDER, err := x509.CreateCertificate(rand.Reader, ca, ca, ec.Public(), ec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{id}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, ca, ec.Public(), ec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(ec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trusted := read(t, b.dir+"/ca.pem")
+	write(t, b.dir+"/ca.pem", trusted+string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})))
+	defer write(t, b.dir+"/ca.pem", trusted)
+	cert := write(t, b.dir+"/spire.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	key := write(t, b.dir+"/spire-key.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})))
+	if status, body := b.as(t, cert, key, "GET", "/api/v2/keks/team-a/key", ""); status != 200 {
+		t.Errorf("a certificate of SPIRE: %d %s", status, body)
+	}
+	fails(t, b.renew(t, cert, key), "this certificate is not renewed")
+	if log := read(t, b.dir+"/store/audit.log"); !strings.Contains(log, "it was not issued by this CA") {
+		t.Error("the audit log does not tell why SPIRE's certificate is not renewed")
+	}
+}
+
+// TestNodeRenewsWhileCAIsReplaced renews while the CA is exchanged: that which copilot
+// uses itself, and one for nodes.
+func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
+	t.Parallel()
+	b := initialized(t, "team-a")
+	certs := func(args ...string) string {
+		return output(t, command(t, "copilot", append([]string{"certs", args[0], "--config-dir", b.dir}, args[1:]...)...))
+	}
+	issued := func(name, cert, by string) {
+		t.Helper()
+		if err := certificate(t, cert).CheckSignatureFrom(certificate(t, by)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if status, body := b.as(t, cert, strings.TrimSuffix(cert, ".pem")+"-key.pem", "GET", "/api/v2/keks/team-a/key", ""); status != 200 {
+			t.Errorf("%s: %d %s", name, status, body)
+		}
+	}
+	// The key of the CA itself.
+	b.renews(t, "ca.pem", "ca-key.pem")
+	cert, key := b.enroll(t, "worker-1")
+	before := write(t, b.dir+"/before/ca.pem", read(t, b.dir+"/ca.pem"))
+	certs("rotate-ca")
+	issued("before it renews", cert, before)
+	output(t, b.renew(t, cert, key))
+	issued("renewed", cert, b.dir+"/ca.pem") // its first certificate is the new CA's
+	certs("renew", b.dir+"/server.pem", b.dir+"/admin.pem")
+	certs("rotate-ca", "--finish")
+	issued("the old CA is gone", cert, b.dir+"/ca.pem")
+
+	// A CA for nodes, without the key of the CA.
+	if err := os.Rename(b.dir+"/ca-key.pem", b.dir+"/before/ca-key.pem"); err != nil {
+		t.Fatal(err)
+	}
+	certs("node-ca")
+	b.renews(t, "node-ca.pem", "node-ca-key.pem")
+	output(t, b.renew(t, cert, key))
+	issued("by the CA for nodes", cert, b.dir+"/node-ca.pem")
+	before = write(t, b.dir+"/before/node-ca.pem", read(t, b.dir+"/node-ca.pem"))
+	certs("node-ca")
+	issued("before it renews again", cert, before)
+	cert2, key2 := cert, key
+	output(t, b.renew(t, cert2, key2))
+	issued("by the new CA for nodes", cert2, b.dir+"/node-ca.pem")
+	if out := certs("node-ca", "--finish"); !strings.Contains(out, "removed the old CA for nodes") {
+		t.Error(out)
+	}
+	issued("the old CA for nodes is gone", cert2, b.dir+"/node-ca.pem")
+	if n := strings.Count(read(t, b.dir+"/ca.pem"), "BEGIN CERTIFICATE"); n != 2 {
+		t.Errorf("ca.pem has %d CAs", n)
+	}
+	// No rotation of the CA takes the CA for nodes with it.
+	if err := os.Rename(b.dir+"/before/ca-key.pem", b.dir+"/ca-key.pem"); err != nil {
+		t.Fatal(err)
+	}
+	certs("rotate-ca")
+	certs("renew", b.dir+"/server.pem", b.dir+"/admin.pem")
+	certs("rotate-ca", "--finish")
+	issued("the CA was replaced", cert2, b.dir+"/node-ca.pem")
+
+	// A CA that nobody would accept, and one whose key others can read.
+	b.process.stop(t)
+	serve := func() *exec.Cmd {
+		return command(t, "copilot", "serve", "--config", b.dir+"/copilot.toml", "--listen", b.address)
+	}
+	trusted := read(t, b.dir+"/ca.pem")
+	write(t, b.dir+"/ca.pem", trusted[:strings.Index(trusted, "-----END CERTIFICATE-----\n")+len("-----END CERTIFICATE-----\n")])
+	fails(t, serve(), "node-ca", "is not in "+b.dir+"/ca.pem")
+	write(t, b.dir+"/ca.pem", trusted)
+	if err := os.Chmod(b.dir+"/node-ca-key.pem", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, serve(), "node-ca", "can be read by others")
+}
+
+// TestPilotRenews leaves pilot alone with a certificate that ends soon, for longer than
+// that.
+func TestPilotRenews(t *testing.T) {
+	t.Parallel()
+	b := initialized(t, "team-a")
+	output(t, command(t, "copilot", "certs", "node-ca", "--config-dir", b.dir))
+	b.renews(t, "node-ca.pem", "node-ca-key.pem")
+	cert, key := b.enroll(t, "worker-7", "--for", "45s")
+	first := certificate(t, cert)
+	home := b.dir + "/node"
+	p, _ := pilot(t, home, b.url(), "--broker-ca", b.dir+"/ca.pem", "--broker-cert", cert, "--broker-key", key,
+		"--kek-cache-size", "0", "--diff-listen", "off", "--admin-listen", "unix://"+home+"/admin.sock")
+	k := askPilot(t, home)
+	annotation, err := k.wrap(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for time.Now().Before(first.NotAfter.Add(5 * time.Second)) {
+		if err := k.unwrap(t.Context(), annotation); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if p.logged(t, "broker-cert renewed") == 0 || p.logged(t, "level=warning") > 0 {
+		t.Errorf("log:\n%s", read(t, p.log))
+	}
+	if at := k.metric(t, `pilot_cert_not_after_seconds{cert="broker-cert"}`); at <= float64(first.NotAfter.Unix()) {
+		t.Errorf("the metric is %v", at)
+	}
+
+	// Where it is not renewed, the log says so, once for each reason.
+	output(t, b.command(t, "keys", "revoke", "--identity", "spiffe://example.com/node/worker-7", "team-a"))
+	await(t, "the log says that it was not renewed", func() error {
+		if p.logged(t, "broker-cert not renewed") == 0 {
+			return fmt.Errorf("log:\n%s", read(t, p.log))
+		}
+		return nil
+	})
+}
