@@ -24,6 +24,7 @@ import (
 var (
 	errNoSuchPath = errors.New("there is no such path, or not with this method")
 	errHost       = errors.New("the request is for another host")
+	errWebPage    = errors.New("a web page made the request, and copilot answers none")
 	errWho        = errors.New("copilot does not know who asks")
 )
 
@@ -180,6 +181,8 @@ func statusOf(err error) (int, string) {
 		return http.StatusUnauthorized, audit.Denied
 	case errors.Is(err, errHost):
 		return http.StatusMisdirectedRequest, audit.Denied
+	case errors.Is(err, errWebPage):
+		return http.StatusForbidden, audit.Denied
 	case errors.Is(err, errNoSuchPath):
 		return http.StatusNotFound, audit.Denied
 	case errors.Is(err, errNotExported):
