@@ -108,7 +108,8 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		if e.Status >= http.StatusInternalServerError {
 			logrus.WithFields(logrus.Fields{"request": e.Request, "trace": e.Trace, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
 		}
-		if certificateEnds(r) {
+		// A client may have a better certificate by now.
+		if certificateEnds(r) || r.TLS != nil && errors.Is(err, errWho) {
 			w.Header().Set("Connection", "close")
 		}
 		writeAnswer(w, e, answer, err)
@@ -122,7 +123,7 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 		return nil, &tooMany{after}
 	}
 	var err error
-	e.Who, err = a.issuers.of(r)
+	e.Who, err = a.identify(r)
 	if err == nil && e.Who == anonymous && !a.anonymous {
 		err = errors.New("show a client certificate or a bearer token")
 	}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"github.com/ctrlplane/pilot/internal/filestamp"
 )
 
 // File is a policy that is read again when its file changes. It is safe for
@@ -14,7 +16,7 @@ type File struct {
 	current atomic.Pointer[Policy]
 
 	mu   sync.Mutex
-	seen stamp // of what was read last, whether it could be used or not
+	seen filestamp.Stamp // of what was read last, whether it could be used or not
 }
 
 // Open reads the policy in a file, as [Load] does. It has to be right at first.
@@ -48,11 +50,11 @@ func (f *File) Reload(always bool) (changed bool, err error) {
 	if f.name == "" {
 		return false, nil
 	}
-	now, err := stampOf(f.name)
+	now, err := filestamp.Of(f.name)
 	if err == nil && now == f.seen && !always {
 		return false, nil
 	}
-	gone := f.seen == stamp{}
+	gone := f.seen == filestamp.Stamp{}
 	if err != nil && gone && !always {
 		return false, nil // it was said before
 	}
@@ -63,7 +65,7 @@ func (f *File) Reload(always bool) (changed bool, err error) {
 }
 
 // load reads the file once it is whole, and returns the stamp of what it read.
-func (f *File) load() (stamp, error) {
+func (f *File) load() (filestamp.Stamp, error) {
 	b, read, err := readWhole(f.name)
 	if err != nil {
 		return read, fmt.Errorf("policy: %w", err)
