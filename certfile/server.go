@@ -2,18 +2,16 @@ package certfile
 
 import (
 	"crypto/tls"
-	"crypto/x509"
+	"errors"
 	"fmt"
-	"sync"
-
-	"github.com/sirupsen/logrus"
 )
 
 // Server returns TLS for a server that shows the pair of certFile and keyFile.
-// Clients need a certificate from a CA in caFile; if optional is true, they may
-// have none. The files are read again for each connection, so that all three
-// can be replaced. An empty caFile, with optional, accepts no certificate.
-func Server(certFile, keyFile, caFile string, optional bool) (*tls.Config, error) {
+// Clients need a certificate from one of the authorities; if optional is true, they
+// may have none. The files are read again for each connection, so that all three
+// can be replaced. Clients may be nil if optional is true: then no certificate
+// is accepted.
+func Server(certFile, keyFile string, clients *Authorities, optional bool) (*tls.Config, error) {
 	pair, err := Load(certFile, keyFile)
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
@@ -25,32 +23,19 @@ func Server(certFile, keyFile, caFile string, optional bool) (*tls.Config, error
 		// A session that goes on would go on past a change of the CA.
 		SessionTicketsDisabled: true,
 	}
-	if optional {
-		conf.ClientAuth = tls.VerifyClientCertIfGiven
-	}
-	if caFile == "" && optional {
+	switch {
+	case clients == nil && !optional:
+		return nil, errors.New("the CA of the clients is not set")
+	case clients == nil:
 		conf.ClientAuth = tls.NoClientCert
-	} else if conf.ClientCAs, err = Pool(caFile); err != nil {
-		return nil, fmt.Errorf("CA of the clients: %w", err)
-	}
-	var mu sync.Mutex
-	last := conf.ClientCAs
-	authorities := func() *x509.CertPool {
-		mu.Lock()
-		defer mu.Unlock()
-		pool, err := Pool(caFile)
-		if err != nil {
-			logrus.WithError(err).WithField("ca", caFile).Warn("CA not read again: the one before is used")
-			return last
-		}
-		last = pool
-		return pool
+	case optional:
+		conf.ClientAuth = tls.VerifyClientCertIfGiven
 	}
 	return &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 		fresh := conf.Clone()
 		fresh.Certificates = []tls.Certificate{*pair.Certificate()}
-		if fresh.ClientAuth != tls.NoClientCert {
-			fresh.ClientCAs = authorities()
+		if clients != nil {
+			fresh.ClientCAs = clients.Pool()
 		}
 		return fresh, nil
 	}}, nil

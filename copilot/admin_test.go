@@ -113,7 +113,7 @@ func TestNoAuditNoChange(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	list, err := s.List(t.Context())
+	list, err := s.List(t.Context(), keystore.All)
 	if err != nil || len(list) != 1 || list[0].ID != "team-a" || len(list[0].Versions) != 1 || len(list[0].Revoked) != 0 {
 		t.Fatalf("left: %+v, %v, want team-a in one version", list, err)
 	}

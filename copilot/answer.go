@@ -24,6 +24,7 @@ import (
 var (
 	errNoSuchPath = errors.New("there is no such path, or not with this method")
 	errHost       = errors.New("the request is for another host")
+	errWebPage    = errors.New("a web page made the request, and copilot answers none")
 	errWho        = errors.New("copilot does not know who asks")
 )
 
@@ -114,7 +115,8 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		if e.Status >= http.StatusInternalServerError {
 			logrus.WithFields(logrus.Fields{"request": e.Request, "trace": e.Trace, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
 		}
-		if certificateEnds(r) {
+		// A client may have a better certificate by now.
+		if certificateEnds(r) || r.TLS != nil && errors.Is(err, errWho) {
 			w.Header().Set("Connection", "close")
 		}
 		writeAnswer(w, e, answer, err)
@@ -128,7 +130,7 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 		return nil, &tooMany{after}
 	}
 	var err error
-	e.Who, err = a.issuers.of(r)
+	e.Who, err = a.identify(r)
 	if err == nil && e.Who == anonymous && !a.anonymous {
 		err = errors.New("show a client certificate or a bearer token")
 	}
@@ -189,6 +191,8 @@ func statusOf(err error) (int, string) {
 		return http.StatusUnauthorized, audit.Denied
 	case errors.Is(err, errHost):
 		return http.StatusMisdirectedRequest, audit.Denied
+	case errors.Is(err, errWebPage):
+		return http.StatusForbidden, audit.Denied
 	case errors.Is(err, errNoSuchPath):
 		return http.StatusNotFound, audit.Denied
 	case errors.Is(err, errNotExported):

@@ -92,13 +92,17 @@ func noSuchPath(r *http.Request, _ *entry) (any, error) {
 	return nil, fmt.Errorf("%w: %s %s", errNoSuchPath, r.Method, r.URL.EscapedPath())
 }
 
-// forLoopback returns h for requests whose Host is this machine. Without that,
-// a web page in a browser here could ask for KEKs by giving its own name the
-// address 127.0.0.1.
+// forLoopback returns h for requests whose Host is this machine, and that no web
+// page of elsewhere has a browser here make. Without that, a page could ask for
+// KEKs by giving its own name the address 127.0.0.1, or use them without seeing the
+// answers.
 func forLoopback(h http.Handler, b *broker) http.Handler {
 	a := &api{b, false}
 	other := a.audited("other", func(r *http.Request, _ *entry) (any, error) {
 		return nil, fmt.Errorf("%w, %.80q", errHost, r.Host)
+	})
+	foreign := a.audited("other", func(r *http.Request, _ *entry) (any, error) {
+		return nil, fmt.Errorf("%w (Origin %.80q, Sec-Fetch-Site %.20q)", errWebPage, r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site"))
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.Host)
@@ -109,8 +113,20 @@ func forLoopback(h http.Handler, b *broker) http.Handler {
 			other.ServeHTTP(w, r)
 			return
 		}
+		if fromWebPage(r) {
+			foreign.ServeHTTP(w, r)
+			return
+		}
 		h.ServeHTTP(w, r)
 	})
+}
+
+// fromWebPage reports whether a browser made the request for a page of elsewhere.
+// copilot has no pages of its own.
+func fromWebPage(r *http.Request) bool {
+	origin := r.Header.Values("Origin")
+	site := r.Header.Get("Sec-Fetch-Site")
+	return len(origin) > 0 && !(len(origin) == 1 && origin[0] == "http://"+r.Host) || site != "" && site != "none" && site != "same-origin"
 }
 
 // allowed returns the KEK that a request is about, if whoever makes it may do
@@ -205,13 +221,17 @@ func (a *api) describeTo(ctx context.Context, who string, k kek) (Info, error) {
 }
 
 func (a *api) list(r *http.Request, e *entry) (any, error) {
-	all, err := a.keks.list(r.Context())
+	wanted := keystore.All
+	if !a.owner {
+		wanted = a.policy.Policy().Usable(e.Who, time.Now())
+	}
+	all, err := a.keks.list(r.Context(), wanted)
 	if err != nil {
 		return nil, err
 	}
 	list := []Info{}
 	for _, k := range all {
-		if !a.owner && (!a.policy.Policy().May(e.Who, k.ID, time.Now()) || IsRevoked(k.Revoked, e.Who)) {
+		if !a.owner && IsRevoked(k.Revoked, e.Who) {
 			continue
 		}
 		info, err := a.describeTo(r.Context(), e.Who, k)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
@@ -24,14 +25,16 @@ import (
 
 // broker is what all listeners of a server share.
 type broker struct {
-	keks      *keyring
-	audit     *audit.Log
-	policy    *policy.File
-	issuers   *issuers
-	limits    *limits
-	renewals  *limits
-	nodeCA    *nodeCA // that renews clients' certificates; may be nil
-	metrics   *metrics
+	keks     *keyring
+	audit    *audit.Log
+	policy   *policy.File
+	issuers  *issuers
+	limits   *limits
+	renewals *limits
+	nodeCA   *nodeCA // that renews clients' certificates; may be nil
+	metrics  *metrics
+	// clients are the CAs of their certificates; nil if they show none.
+	clients   *certfile.Authorities
 	anonymous bool // those who do not say who they are may ask, on loopback
 
 	// opened says that the store and the audit log are open. Until then, nobody

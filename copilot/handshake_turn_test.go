@@ -18,7 +18,7 @@ import (
 func TestTurns(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	pair := ca.Issue(t, x509.Certificate{})
-	conf, err := certfile.Server(pair.Cert, pair.Key, "", true)
+	conf, err := certfile.Server(pair.Cert, pair.Key, nil, true)
 	if err != nil {
 		t.Fatal(err)
 	}

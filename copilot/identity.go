@@ -15,14 +15,21 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 
+	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
-// peerKey is the context key of the unix credentials of a connection's peer.
-type peerKey struct{}
+// Context keys: of the unix credentials of a connection's peer, and of what
+// verifying its certificate came to.
+type (
+	peerKey     struct{}
+	verifiedKey struct{}
+)
 
-// withPeer notes who is at the other end of a unix socket.
+// withPeer notes who is at the other end of a unix socket, and has room for who is
+// at that of another connection.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
+	ctx = context.WithValue(ctx, verifiedKey{}, new(certfile.Verified))
 	u, ok := c.(*net.UnixConn)
 	if !ok {
 		return ctx
@@ -42,23 +49,38 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 // anonymous is whoever says nothing of who they are.
 const anonymous = "anonymous"
 
-// of tells who makes a request: whom a bearer token tells, else a
+// identify returns who makes a request: whom a bearer token names, else a
 // client's certificate, else the user at the other end of a unix socket, else
-// anonymous. A token that is not good is an error, whatever else there is.
-func (all *issuers) of(r *http.Request) (string, error) {
+// anonymous. A token that is not good is an error, whatever else there is, and so is
+// a certificate whose CA is no longer trusted.
+func (b *broker) identify(r *http.Request) (string, error) {
+	var chains [][]*x509.Certificate
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		if err := expired(r.TLS.PeerCertificates[0]); err != nil {
+			return anonymous, err
+		}
+		v, ok := r.Context().Value(verifiedKey{}).(*certfile.Verified)
+		if !ok || b.clients == nil {
+			return anonymous, errors.New("the certificate was not verified")
+		}
+		var err error
+		if chains, err = v.Verify(b.clients, r.TLS.PeerCertificates); err != nil {
+			return anonymous, fmt.Errorf("the certificate is no longer good: get one from a CA that is in tls-client-ca now: %w", err)
+		}
+	}
 	if header := r.Header.Get("Authorization"); header != "" {
 		scheme, token, _ := strings.Cut(header, " ")
 		if !strings.EqualFold(scheme, "Bearer") {
 			return anonymous, fmt.Errorf("authorization by %.20q is not known here: it takes Bearer", scheme)
 		}
-		who, err := all.identity(r.Context(), strings.TrimSpace(token))
+		who, err := b.issuers.identity(r.Context(), strings.TrimSpace(token))
 		if err != nil {
 			return anonymous, err
 		}
 		return who, nil
 	}
-	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		return certificateIdentity(r)
+	if len(chains) > 0 {
+		return certificateIdentity(r.TLS.PeerCertificates[0], chains)
 	}
 	if peer, ok := r.Context().Value(peerKey{}).(*unix.Ucred); ok {
 		return fmt.Sprintf("uid:%d", peer.Uid), nil
@@ -77,14 +99,17 @@ func certificateEnds(r *http.Request) bool {
 	return r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && time.Until(r.TLS.PeerCertificates[0].NotAfter) < lastOfCertificate
 }
 
+// expired returns an error if a certificate has expired, since the connection was made.
+func expired(cert *x509.Certificate) error {
+	if !time.Now().After(cert.NotAfter) {
+		return nil
+	}
+	return fmt.Errorf("the certificate has expired on %s: put a new one in its place (\"copilot certs renew\")", cert.NotAfter.Format(time.RFC3339))
+}
+
 // certificateIdentity is the SPIFFE ID, else the first DNS name, else the
 // common name.
-func certificateIdentity(r *http.Request) (string, error) {
-	cert := r.TLS.PeerCertificates[0]
-	// The connection may be older than that.
-	if now := time.Now(); now.After(cert.NotAfter) {
-		return anonymous, fmt.Errorf("the certificate has expired on %s: put a new one in its place (\"copilot certs renew\")", cert.NotAfter.Format(time.RFC3339))
-	}
+func certificateIdentity(cert *x509.Certificate, chains [][]*x509.Certificate) (string, error) {
 	if cert.IsCA {
 		return anonymous, errors.New("the certificate is a CA's, not a client's")
 	}
@@ -100,7 +125,7 @@ func certificateIdentity(r *http.Request) (string, error) {
 	}
 	switch {
 	case id != nil:
-		return spiffeIdentity(id, r.TLS.VerifiedChains)
+		return spiffeIdentity(id, chains)
 	case len(cert.DNSNames) > 0:
 		return policy.Canonical("dns:"+cert.DNSNames[0], nil)
 	case cert.Subject.CommonName != "":

@@ -132,9 +132,10 @@ func (r *keyring) find(ctx context.Context, id string) (kek, error) {
 	return k, err
 }
 
-// list returns all KEKs, in the order of their names.
-func (r *keyring) list(ctx context.Context) ([]kek, error) {
-	stored, err := r.store.List(ctx)
+// list returns the KEKs whose ids are wanted, in the order of their ids. The others
+// are not read.
+func (r *keyring) list(ctx context.Context, wanted func(id string) bool) ([]kek, error) {
+	stored, err := r.store.List(ctx, wanted)
 	if errors.Is(err, keystore.ErrUnavailable) {
 		return nil, err
 	}
@@ -146,6 +147,9 @@ func (r *keyring) list(ctx context.Context) ([]kek, error) {
 		all[k.ID] = kek{KEK: k}
 	}
 	for id := range r.conf {
+		if !wanted(id) {
+			continue
+		}
 		k, err := r.find(ctx, id)
 		if errors.Is(err, keystore.ErrUnavailable) {
 			return nil, err

@@ -90,11 +90,14 @@ func (a *api) renew(r *http.Request, e *entry) (any, error) {
 
 // mayRenew returns an error unless an identity is a machine's that may use KEKs.
 func (a *api) mayRenew(r *http.Request, e *entry) error {
-	all, err := a.keks.list(r.Context())
+	// All of them: a KEK that was revoked for it may be one that the policy does not
+	// let it use any more.
+	all, err := a.keks.list(r.Context(), func(string) bool { return true })
 	if err != nil {
 		return err
 	}
 	may, now := false, time.Now()
+	usable := a.policy.Policy().Usable(e.Who, now)
 	for _, k := range all {
 		if IsRevoked(k.Revoked, e.Who) {
 			return &notRenewed{fmt.Sprintf("the KEK %s was revoked for %s", k.ID, e.Who)}
@@ -103,7 +106,7 @@ func (a *api) mayRenew(r *http.Request, e *entry) error {
 		if p.Decide(e.Who, k.ID, policy.Admin, now).Allowed {
 			return &notRenewed{e.Who + " may admin KEKs: an admin's certificate is renewed on the broker's machine"}
 		}
-		may = may || p.May(e.Who, k.ID, now)
+		may = may || usable(k.ID)
 	}
 	if !may {
 		return &notRenewed{"the policy lets " + e.Who + " use no KEK"}

@@ -43,9 +43,16 @@ func Serve(ctx context.Context, conf Config) error {
 		return err
 	}
 	var tlsConfig *tls.Config
+	var clients *certfile.Authorities
+	if conf.TLSClientCA != "" {
+		var err error
+		if clients, err = certfile.LoadAuthorities(conf.TLSClientCA); err != nil {
+			return fmt.Errorf("TLS: CA of the clients: %w", err)
+		}
+	}
 	if conf.hasTLS() {
 		var err error
-		if tlsConfig, err = certfile.Server(conf.TLSCert, conf.TLSKey, conf.TLSClientCA, len(conf.Issuers) > 0); err != nil {
+		if tlsConfig, err = certfile.Server(conf.TLSCert, conf.TLSKey, clients, len(conf.Issuers) > 0); err != nil {
 			return fmt.Errorf("TLS: %w", err)
 		}
 	}
@@ -54,6 +61,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return err
 	}
 	defer b.close()
+	b.clients = clients
 	if b.nodeCA, err = newNodeCA(conf); err != nil {
 		return err
 	}

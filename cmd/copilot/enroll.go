@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path"
 	"path/filepath"
 	"strings"
 	"time"
@@ -75,7 +74,10 @@ func enroll(c *cli.Context) error {
 		fmt.Printf("%s: %s and %s\n", strings.Join(hosts, ", "), cert, key)
 		return nil
 	}
-	client := pki.Client{Path: path.Join(c.String("role"), name), Hold: valid}
+	client := pki.Client{Path: name, Hold: valid}
+	if role := c.String("role"); role != "" {
+		client.Path = role + "/" + name // as it is, so that none of its parts goes away
+	}
 	id, err := ca.ID(client.Path)
 	if err != nil {
 		return fmt.Errorf("enroll: %w", err)

@@ -254,7 +254,11 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	conf, err := certfile.Server(string(c.TLSCert), string(c.TLSKey), string(c.TLSClientCA), false)
+	clients, err := certfile.LoadAuthorities(string(c.TLSClientCA))
+	if err != nil {
+		return nil, fmt.Errorf("TLS: CA of the clients: %w", err)
+	}
+	conf, err := certfile.Server(string(c.TLSCert), string(c.TLSKey), clients, false)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}

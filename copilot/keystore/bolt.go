@@ -72,9 +72,14 @@ func (d *boltDB) get(_ context.Context, id string) (b []byte, err error) {
 	return b, err
 }
 
-func (d *boltDB) list(_ context.Context, do func(string, []byte) error) error {
+func (d *boltDB) list(_ context.Context, wanted func(string) bool, do func(string, []byte) error) error {
 	return d.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error { return do(string(id), bytes.Clone(b)) })
+		return tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error {
+			if name := string(id); wanted(name) {
+				return do(name, bytes.Clone(b))
+			}
+			return nil
+		})
 	})
 }
 

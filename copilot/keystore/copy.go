@@ -60,7 +60,7 @@ func Copy(ctx context.Context, from, to, masterDir string) (n int, err error) {
 		return 0, err
 	}
 	defer target.close()
-	if err := target.list(ctx, func(id string, _ []byte) error {
+	if err := target.list(ctx, All, func(id string, _ []byte) error {
 		return fmt.Errorf("%s has KEKs already, such as %s: copy to an empty store", to, id)
 	}); err != nil {
 		return 0, err
@@ -77,7 +77,7 @@ func Copy(ctx context.Context, from, to, masterDir string) (n int, err error) {
 			return 0, err
 		}
 	}
-	err = source.list(ctx, func(id string, record []byte) error {
+	err = source.list(ctx, All, func(id string, record []byte) error {
 		n++
 		if err := copyKEK(ctx, source, target, id, record); err != nil {
 			return fmt.Errorf("copy %s: %w", id, err)

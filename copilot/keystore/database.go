@@ -7,8 +7,9 @@ import "context"
 type database interface {
 	// get returns a record, or nil if there is none of that id.
 	get(ctx context.Context, id string) ([]byte, error)
-	// list calls do with each record, in the order of ids.
-	list(ctx context.Context, do func(id string, b []byte) error) error
+	// list calls do with each record whose id is wanted, in the order of ids. The
+	// others are not read.
+	list(ctx context.Context, wanted func(id string) bool, do func(id string, b []byte) error) error
 	// update replaces the record, nil if there is none, with what change
 	// returns, in a transaction that excludes other changes of this record
 	// and is not made if change fails.

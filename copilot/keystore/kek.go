@@ -286,7 +286,7 @@ func (s *Store) forget(v *Version) bool {
 // KEK that changes. A record that is damaged is an error, and no reason not to
 // go on.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
-	list, damaged := s.List(ctx)
+	list, damaged := s.List(ctx, All)
 	for _, k := range list {
 		due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
 		if !slices.ContainsFunc(k.Versions, due) {

@@ -159,12 +159,15 @@ func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
 	return s.decode(id, b)
 }
 
-// List returns all KEKs, in the order of their names. Those that are damaged
-// are missing, and errors besides.
-func (s *Store) List(ctx context.Context) ([]KEK, error) {
+// All is the filter of [Store.List] for all KEKs.
+func All(string) bool { return true }
+
+// List returns the KEKs whose ids are wanted, in the order of their ids. Those that
+// are damaged are missing, and errors besides. The others are not read.
+func (s *Store) List(ctx context.Context, wanted func(id string) bool) ([]KEK, error) {
 	var list []KEK
 	var damaged []error
-	err := s.db.list(ctx, func(id string, b []byte) error {
+	err := s.db.list(ctx, wanted, func(id string, b []byte) error {
 		k, err := s.decode(id, b)
 		if err != nil {
 			damaged = append(damaged, err)

@@ -88,14 +88,27 @@ func (d *postgresDB) get(ctx context.Context, id string) (b []byte, err error) {
 	return b, d.explain(err)
 }
 
-func (d *postgresDB) list(ctx context.Context, do func(string, []byte) error) error {
+func (d *postgresDB) list(ctx context.Context, wanted func(string) bool, do func(string, []byte) error) error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	rows, err := d.pool.Query(ctx, `SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`)
+	rows, err := d.pool.Query(ctx, `SELECT id FROM copilot_keks`)
 	if err != nil {
 		return d.explain(err)
 	}
 	var id string
+	var ids []string
+	_, err = pgx.ForEachRow(rows, []any{&id}, func() error {
+		if wanted(id) {
+			ids = append(ids, id)
+		}
+		return nil
+	})
+	if err != nil || len(ids) == 0 {
+		return d.explain(err)
+	}
+	if rows, err = d.pool.Query(ctx, `SELECT id, record FROM copilot_keks WHERE id = ANY($1) ORDER BY id COLLATE "C"`, ids); err != nil {
+		return d.explain(err)
+	}
 	var b []byte
 	var failed error
 	_, err = pgx.ForEachRow(rows, []any{&id, &b}, func() error {

@@ -1,11 +1,11 @@
 package policy
 
 import (
-	"os"
+	"fmt"
 	"sync"
 	"sync/atomic"
-	"syscall"
-	"time"
+
+	"github.com/ctrlplane/pilot/internal/filestamp"
 )
 
 // File is a policy that is read again when its file changes. It is safe for
@@ -16,13 +16,7 @@ type File struct {
 	current atomic.Pointer[Policy]
 
 	mu   sync.Mutex
-	seen stamp // of what was read last, whether it could be used or not
-}
-
-type stamp struct {
-	modified time.Time
-	size     int64
-	inode    uint64
+	seen filestamp.Stamp // of what was read last, whether it could be used or not
 }
 
 // Open reads the policy in a file, as [Load] does. It has to be right at first.
@@ -30,12 +24,10 @@ func Open(name string, issuers []string) (*File, error) {
 	f := &File{name: name, issuers: issuers}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.seen, _ = stampOf(name)
-	p, err := Load(name, issuers)
-	if err != nil {
+	var err error
+	if f.seen, err = f.load(); err != nil {
 		return nil, err
 	}
-	f.current.Store(p)
 	return f, nil
 }
 
@@ -49,39 +41,39 @@ func Fixed(p *Policy) *File {
 // Policy returns the policy that was read last and can be used.
 func (f *File) Policy() *Policy { return f.current.Load() }
 
-// Reload reads the file again, if it changed or always is true. One that can't
-// be used is an error, and the policy stays what it was.
+// Reload reads the file again, if it changed or always is true, once nobody has
+// written it for half a second. One that can't be used is an error, and the policy
+// stays what it was.
 func (f *File) Reload(always bool) (changed bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.name == "" {
 		return false, nil
 	}
-	now, err := stampOf(f.name)
+	now, err := filestamp.Of(f.name)
 	if err == nil && now == f.seen && !always {
 		return false, nil
 	}
-	gone := f.seen == stamp{}
-	f.seen = now
+	gone := f.seen == filestamp.Stamp{}
 	if err != nil && gone && !always {
 		return false, nil // it was said before
 	}
-	p, err := Load(f.name, f.issuers)
-	if err != nil {
+	if f.seen, err = f.load(); err != nil {
 		return false, err
 	}
-	f.current.Store(p)
 	return true, nil
 }
 
-func stampOf(name string) (stamp, error) {
-	info, err := os.Stat(name)
+// load reads the file once it is whole, and returns the stamp of what it read.
+func (f *File) load() (filestamp.Stamp, error) {
+	b, read, err := readWhole(f.name)
 	if err != nil {
-		return stamp{}, err
+		return read, fmt.Errorf("policy: %w", err)
 	}
-	s := stamp{modified: info.ModTime(), size: info.Size()}
-	if sys, ok := info.Sys().(*syscall.Stat_t); ok {
-		s.inode = sys.Ino
+	p, err := Parse(f.name, b, f.issuers)
+	if err != nil {
+		return read, err
 	}
-	return s, nil
+	f.current.Store(p)
+	return read, nil
 }

@@ -84,7 +84,7 @@ func TestPatternsMatchSomebody(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, identity := range []string{"dns:ci.example.com", "dns:a.example.org"} {
-		if !p.May(identity, "k", anyTime) {
+		if !p.Usable(identity, anyTime)("k") {
 			t.Errorf("%s is not matched", identity)
 		}
 	}

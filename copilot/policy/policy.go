@@ -59,9 +59,6 @@ const (
 	DefaultBurst     = 200
 )
 
-// maxFile bounds a policy, in bytes.
-const maxFile = 4 << 20
-
 // Load reads the policy in a file. Issuers are the names of those whose tokens are
 // accepted: rules for other issuers are errors, unless it is nil.
 func Load(name string, issuers []string) (*Policy, error) {
@@ -100,6 +97,9 @@ func Parse(name string, b []byte, issuers []string) (*Policy, error) {
 		if err := p.limits[i].check(issuers); err != nil {
 			return nil, fmt.Errorf("policy: %s: limit %d: %w", name, i+1, err)
 		}
+	}
+	if len(file.Rule) == 0 {
+		return nil, fmt.Errorf("policy: %s has no rules, as while it is written or after it was cut off: a rule with deny = true denies everything", name)
 	}
 	return p, nil
 }
@@ -224,9 +224,33 @@ func (p *Policy) whyNot(identity, kek string, action Action) string {
 	return fmt.Sprintf("no rule of %s names %s", p.name, identity)
 }
 
-// May reports whether identity may do anything at all with kek at the time now.
-func (p *Policy) May(identity, kek string, now time.Time) bool {
-	return slices.ContainsFunc(Actions, func(a Action) bool { return p.Decide(identity, kek, a, now).Allowed })
+// Usable returns what reports whether identity may do anything at all with a KEK at
+// the time now.
+func (p *Policy) Usable(identity string, now time.Time) func(kek string) bool {
+	var rules []*rule
+	for i := range p.rules {
+		if r := &p.rules[i]; r.holds(now) && matchAny(r.Identities, identity) {
+			rules = append(rules, r)
+		}
+	}
+	return func(kek string) bool {
+		var allowed, denied []Action
+		for _, r := range rules {
+			switch {
+			case !matchAny(r.KEKs, kek):
+			case r.Deny:
+				denied = append(denied, r.Actions...)
+			default:
+				allowed = append(allowed, r.Actions...)
+			}
+		}
+		return slices.ContainsFunc(allowed, func(a Action) bool { return !slices.Contains(denied, a) })
+	}
+}
+
+// holds reports whether the time now is between not-before and not-after.
+func (r *rule) holds(now time.Time) bool {
+	return (r.NotBefore.IsZero() || !now.Before(r.NotBefore)) && (r.NotAfter.IsZero() || now.Before(r.NotAfter))
 }
 
 // Limit returns how many requests a second identity may make, and how many at

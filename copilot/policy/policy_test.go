@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -105,7 +106,7 @@ func TestDecide(t *testing.T) {
 			t.Errorf("%s %s %s: %+v", test.identity, test.action, test.kek, v)
 		}
 	}
-	if !p.May("spiffe://example.com/node/7", "team-a", in2026) || p.May("spiffe://example.com/node/7", "team-b", in2026) {
+	if !p.Usable("spiffe://example.com/node/7", in2026)("team-a") || p.Usable("spiffe://example.com/node/7", in2026)("team-b") {
 		t.Error("May is wrong")
 	}
 	if r, b := p.Limit("dns:ci.example"); r != 5 || b != 7 {
@@ -114,9 +115,8 @@ func TestDecide(t *testing.T) {
 	if r, b := p.Limit("dns:other"); r != DefaultPerSecond || b != DefaultBurst {
 		t.Errorf("limit %v %v", r, b)
 	}
-	empty, err := Parse("empty", nil, nil)
-	if err != nil || empty.Decide("uid:0", "team-a", Unwrap, in2026).Allowed {
-		t.Errorf("an empty policy allows: %v", err)
+	if _, err := Parse("empty", nil, nil); err == nil || !strings.Contains(err.Error(), "empty has no rules") {
+		t.Errorf("an empty policy: %v", err)
 	}
 }
 
@@ -151,7 +151,11 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		p.Decide("dns:a", "team-a", Wrap, time.Now())
+		now := time.Now()
+		may := slices.ContainsFunc(Actions, func(a Action) bool { return p.Decide("dns:a", "team-a", a, now).Allowed })
+		if p.Usable("dns:a", now)("team-a") != may {
+			t.Errorf("a list has the KEK: %t", !may)
+		}
 		p.Limit("dns:a")
 	})
 }
@@ -199,7 +203,12 @@ func TestFile(t *testing.T) {
 	if !may(f) {
 		t.Error("a missing file took the policy away")
 	}
-	put("")
+	put("# what follows is not written yet")
+	reload(f, false, true)
+	if !may(f) {
+		t.Error("an empty file took the policy away")
+	}
+	put("[[rule]]\nidentities=[\"**\"]\nkeks=[\"**\"]\nactions=[\"wrap\"]\ndeny=true\n")
 	reload(f, true, false)
 	if may(f) {
 		t.Error("the new policy does not count")

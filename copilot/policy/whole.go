@@ -1,0 +1,47 @@
+package policy
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/ctrlplane/pilot/internal/filestamp"
+)
+
+const (
+	// settleTries is how often it is waited until a policy file is whole.
+	settleTries = 10
+	// maxFile bounds a policy, in bytes.
+	maxFile = 4 << 20
+)
+
+// readWhole returns what is in a file once nobody is writing it, and the stamp of
+// that. It waits up to 5 seconds.
+func readWhole(name string) ([]byte, filestamp.Stamp, error) {
+	before, err := filestamp.Of(name)
+	for range settleTries {
+		if err != nil {
+			return nil, before, err
+		}
+		var now filestamp.Stamp
+		if wait := before.Wait(); wait > 0 {
+			time.Sleep(wait)
+			if now, err = filestamp.Of(name); now != before {
+				before = now
+				continue
+			}
+		}
+		if before.Size() > maxFile {
+			return nil, before, fmt.Errorf("%s has %d bytes, more than %d", name, before.Size(), maxFile)
+		}
+		b, err := os.ReadFile(name)
+		if err != nil {
+			return nil, before, err
+		}
+		if now, err = filestamp.Of(name); err == nil && now == before {
+			return b, before, nil
+		}
+		before = now
+	}
+	return nil, before, fmt.Errorf("%s is being written all the time", name)
+}

@@ -1,0 +1,110 @@
+package integration
+
+import (
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/certfile"
+)
+
+// TestRemovedCA has connections open while the CA of their certificates is taken out
+// of tls-client-ca: no request on them is answered any more, and those of clients of
+// the other CA are.
+func TestRemovedCA(t *testing.T) {
+	t.Parallel()
+	b := initialized(t, "team-a")
+	stays, staysKey := b.enroll(t, "stays")
+	goes, goesKey := b.enroll(t, "goes")
+	// The node that goes is of another CA, of the same trust domain.
+	other := tempDir(t)
+	output(t, command(t, "copilot", "init", "--config-dir", other, "--dir", other+"/store", "--host", "127.0.0.1", "--trust-domain", "example.com"))
+	os.Remove(goes)
+	os.Remove(goesKey)
+	output(t, command(t, "copilot", "enroll", "--config-dir", other, "--out", b.dir, "goes"))
+	own := read(t, b.dir+"/ca.pem")
+	conf := read(t, b.dir+"/copilot.toml")
+	write(t, b.dir+"/clients.pem", own+read(t, other+"/ca.pem"))
+	write(t, b.dir+"/copilot.toml", strings.Replace(conf, b.dir+"/ca.pem", b.dir+"/clients.pem", 1))
+	b.process.stop(t)
+	b.start(t)
+
+	type client struct {
+		http.Client
+		reused bool
+	}
+	connect := func(cert, key string, http2 bool) *client {
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool, err := certfile.Pool(b.dir + "/ca.pem")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &client{Client: http.Client{Timeout: patience, Transport: &http.Transport{
+			TLSClientConfig: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}, ForceAttemptHTTP2: http2,
+		}}}
+	}
+	ask := func(c *client) (int, string) {
+		req, err := http.NewRequest("GET", b.url()+"/api/v2/keks/team-a/key", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.reused = false
+		req = req.WithContext(httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{
+			GotConn: func(info httptrace.GotConnInfo) { c.reused = info.Reused },
+		}))
+		resp, err := c.Do(req)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(body)
+	}
+	var staying, going []*client
+	for _, http2 := range []bool{false, true} {
+		staying = append(staying, connect(stays, staysKey, http2))
+		going = append(going, connect(goes, goesKey, http2))
+	}
+	for i, c := range append(staying[:2:2], going...) {
+		for range 2 {
+			if status, body := ask(c); status != 200 {
+				t.Fatalf("client %d: %d %s", i, status, body)
+			}
+		}
+		if !c.reused {
+			t.Fatal("no connection is open")
+		}
+	}
+	write(t, b.dir+"/clients.pem", own)
+	for _, c := range going {
+		await(t, "an open connection gets no more answers", func() error {
+			status, body := ask(c)
+			if status == 200 {
+				return fmt.Errorf("%d on a connection that was open: %t", status, c.reused)
+			}
+			if !c.reused || status != 401 || !strings.Contains(body, "from a CA that is in tls-client-ca now") {
+				t.Errorf("%d %s on a connection that was open: %t", status, body, c.reused)
+			}
+			return nil
+		})
+		if status, body := ask(c); status != 0 || c.reused {
+			t.Errorf("a new connection: %d %s", status, body)
+		}
+	}
+	for i, c := range staying {
+		if status, body := ask(c); status != 200 || !c.reused {
+			t.Errorf("the other CA's client %d: %d %s on a connection that was open: %t", i, status, body, c.reused)
+		}
+	}
+	if log := read(t, b.dir+"/store/audit.log"); !strings.Contains(log, `"status":401`) || !strings.Contains(log, "x509: certificate signed by unknown authority") {
+		t.Error("the audit log does not have it")
+	}
+}
