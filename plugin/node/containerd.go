@@ -1,18 +1,15 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	continuity "github.com/containerd/continuity/fs"
 	"github.com/containerd/platforms"
@@ -29,9 +26,6 @@ type containerd struct {
 	ours         []string       // pilot's drop-ins that are there, or were
 	plain        map[string]any // the effective configuration without pilot's drop-in
 }
-
-// runTimeout bounds a run of containerd's binary.
-const runTimeout = 20 * time.Second
 
 // look finds out about the machine's containerd.
 func look(ctx context.Context, o Options, before state) (*containerd, error) {
@@ -140,26 +134,7 @@ func parseVersion(text string) (major, minor int, err error) {
 
 // run runs containerd's program and returns what it prints.
 func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, runTimeout)
-	defer cancel()
-	args = append([]string{c.program}, args...)
-	if o.Root != "" {
-		args = append([]string{"chroot", o.Root}, args...)
-	}
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = []string{"PATH=" + strings.Join(binDirs, ":"), "HOME=/root"}
-	cmd.WaitDelay = time.Second // for what a script has started, which holds its output
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil && ctx.Err() != nil {
-		return nil, fmt.Errorf("%s was stopped: %w", strings.Join(args, " "), ctx.Err())
-	}
-	if err != nil {
-		lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
-		return nil, fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, lines[len(lines)-1])
-	}
-	return out, nil
+	return o.runProgram(ctx, c.program, args...)
 }
 
 // path returns where a file of the machine is for this process, after all

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -105,13 +104,7 @@ func (o Options) examineDocker(version string, pid int, args []string) (*Docker,
 
 // dockerVersion returns dockerd's version; empty if it does not say one.
 func (o Options) dockerVersion(ctx context.Context, binary string) string {
-	ctx, cancel := context.WithTimeout(ctx, runTimeout)
-	defer cancel()
-	args := []string{binary, "--version"}
-	if o.Root != "" {
-		args = append([]string{"chroot", o.Root}, args...)
-	}
-	out, err := exec.CommandContext(ctx, args[0], args[1:]...).Output()
+	out, err := o.runProgram(ctx, binary, "--version")
 	if err != nil {
 		return ""
 	}

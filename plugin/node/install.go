@@ -19,6 +19,8 @@ type Options struct {
 	// Root is the root directory of a machine that does not run, such as an
 	// unpacked node image; empty for this machine.
 	Root string
+	// TrustRoot has programs of Root run in a bare chroot instead of a sandbox.
+	TrustRoot bool
 	// ContainerdBinary, ContainerdConfig and ContainerdAddress name the
 	// containerd to set up: its program, its configuration file, and its
 	// socket's path. One that runs has to have those that are given. Default:
