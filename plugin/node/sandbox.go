@@ -83,6 +83,8 @@ func (o Options) runProgram(ctx context.Context, program string, args ...string)
 	case o.Root == machineRoot:
 		// The machine's own, seen from a container.
 		return runCommand(ctx, exec.CommandContext(ctx, "chroot", append([]string{o.Root, program}, args...)...), nil)
+	case !isolatesRoots:
+		return nil, errors.New("programs of a root directory can't be run here: IsolateRoots was not called")
 	case o.TrustRoot:
 		return o.runSandboxed(ctx, bareChroot, program, args)
 	}

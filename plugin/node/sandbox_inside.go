@@ -17,11 +17,15 @@ import (
 // directory. After it come the mode, the root, the program and its arguments.
 const sandboxArgument = "run-in-root"
 
+// isolatesRoots says that this program can become one of a root's.
+var isolatesRoots bool
+
 // IsolateRoots must be called first in programs that set up root directories. In a
 // process that is to become a program of one it does not return: such a process is
 // this program again, which confines itself and then runs the other.
 func IsolateRoots() {
 	if len(os.Args) < 5 || os.Args[1] != sandboxArgument {
+		isolatesRoots = true
 		return
 	}
 	// Capabilities belong to a thread, and the one that calls exec passes them on.
