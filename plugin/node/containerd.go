@@ -5,13 +5,11 @@ import (
 	"debug/elf"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 
-	continuity "github.com/containerd/continuity/fs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
@@ -85,7 +83,7 @@ func (c *containerd) checkVersion() error {
 // readAll returns what the configuration comes to as it is.
 func (c *containerd) readAll(ctx context.Context, o Options) (map[string]any, error) {
 	args := []string{"--config", c.config, "config", "dump"}
-	if !exists(o.path(c.config)) {
+	if !o.has(c.config) {
 		args = []string{"config", "default"} // which 1.x takes then
 	}
 	dump, err := c.readDump(ctx, o, args...)
@@ -135,25 +133,6 @@ func parseVersion(text string) (major, minor int, err error) {
 // run runs containerd's program and returns what it prints.
 func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte, error) {
 	return o.runProgram(ctx, c.program, args...)
-}
-
-// path returns where a file of the machine is for this process, after all
-// symbolic links, which lead to nowhere outside the machine's root.
-func (o Options) path(name string) string {
-	root := o.Root
-	if root == "" {
-		root = "/"
-	}
-	resolved, err := continuity.RootPath(root, name)
-	if err != nil {
-		return filepath.Join(root, name) // which fails as well
-	}
-	return resolved
-}
-
-// linkPath is path for what may be a symbolic link itself.
-func (o Options) linkPath(name string) string {
-	return filepath.Join(o.path(filepath.Dir(name)), filepath.Base(name))
 }
 
 // usesDiffer reports whether this containerd can have pilot as its differ.

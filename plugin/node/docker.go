@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -117,8 +116,8 @@ func (o Options) dockerVersion(ctx context.Context, binary string) string {
 // findContainerd works out which containerd dockerd uses when it starts.
 func (d *Docker) findContainerd(o Options, s dockerSettings) {
 	own := filepath.Join(s.ExecRoot, "containerd", "containerd.sock")
-	_, noSystem := os.Stat(o.path(defaultAddress))
-	_, noOwn := os.Stat(o.path(own))
+	_, noSystem := o.stat(defaultAddress)
+	_, noOwn := o.stat(own)
 	switch {
 	case d.embedded:
 		d.OwnContainerd = true
@@ -159,7 +158,7 @@ func (d *Docker) findStore(o Options, s dockerSettings) {
 	}
 	for _, name := range graphDrivers {
 		dir := filepath.Join(s.DataRoot, name)
-		if entries, err := os.ReadDir(o.path(dir)); err == nil && len(entries) > 0 && name != "vfs" {
+		if entries, err := o.readDir(dir); err == nil && len(entries) > 0 && name != "vfs" {
 			d.Store, d.StoreReason = GraphDriverStore, dir+" is not empty, so Docker 29 stays with it"
 			return
 		}
