@@ -42,27 +42,30 @@ var runEnvironment = []string{"PATH=" + strings.Join(binDirs, ":"), "HOME=/", "L
 type sandboxMode string
 
 const (
-	// ownUser: a user ID that nothing else has, and mount, PID, network, IPC, UTS
-	// and cgroup namespaces. The root is its whole file system, read-only, without
-	// device nodes, and with an empty /proc, /sys and /dev. It can read what root
-	// can there, by an ID-mapped mount.
+	// ownUser: a user namespace whose user IDs nothing else has, and mount, PID,
+	// network, IPC, UTS and cgroup namespaces. The root is its whole file system, by an
+	// ID-mapped mount, read-only, without device nodes, and with an empty /proc, /sys
+	// and /dev. It has CAP_DAC_READ_SEARCH there, as configuration may belong to any user.
 	ownUser sandboxMode = "user"
-	// ownUserns: the same with a user namespace in place of the user ID, where the
+	// ownUserns: the same with the user IDs of the process that runs this, where the
 	// root's file system has no ID-mapped mounts, or pilot may not make them.
 	ownUserns sandboxMode = "user-namespace"
-	// ownNamespaces: the same as root without capabilities, where user namespaces
-	// are turned off.
+	// ownNamespaces: the same without a user namespace, where they are turned off, and
+	// without any capability: that one would open the machine's files by their handles.
 	ownNamespaces sandboxMode = "namespaces"
-	// bareChroot: no namespaces, and the root can be written. Processes that it
-	// leaves in other sessions are not ended. Only on request.
+	// bareChroot: no namespaces, no capabilities, and what root owns in the root can be
+	// written. Processes that it leaves in other sessions are not ended. Only on request.
 	bareChroot sandboxMode = "chroot"
 )
 
 const sandboxNamespaces = syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP
 
-// sandboxUser is the first of the 65536 user IDs that stand for those of the root.
-// It is beyond what useradd, /etc/subuid and systemd give out (systemd.io/UIDS-GIDS).
-const sandboxUser = 0x70000000
+// sandboxUser is the first of the sandboxUsers user IDs that stand for those of the
+// root. It is beyond what useradd, /etc/subuid and systemd give out (systemd.io/UIDS-GIDS).
+const (
+	sandboxUser  = 0x70000000
+	sandboxUsers = 1 << 16
+)
 
 // errNoSandbox is the error of a machine on which no sandbox can be made.
 type errNoSandbox struct{ reasons []error }
@@ -119,17 +122,19 @@ func (o Options) runSandboxed(ctx context.Context, mode sandboxMode, program str
 	cmd.ExtraFiles = []*os.File{report}
 	switch mode {
 	case ownUser:
-		ids := fmt.Sprintf("0:%d:65536", sandboxUser)
-		userns, err := mount.GetUsernsFD(ids, ids)
+		tree, err := mappedTree(o.Root)
 		if err != nil {
 			return nil, errSetup{err}
 		}
-		defer userns.Close()
-		cmd.ExtraFiles = append(cmd.ExtraFiles, userns)
+		defer tree.Close()
+		cmd.ExtraFiles = append(cmd.ExtraFiles, tree)
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: sandboxUser, Size: sandboxUsers}}
+		cmd.SysProcAttr.GidMappings = cmd.SysProcAttr.UidMappings
 	case ownUserns:
 		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}}
-		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}}
+		cmd.SysProcAttr.UidMappings = sameIDs("/proc/self/uid_map", os.Geteuid())
+		cmd.SysProcAttr.GidMappings = sameIDs("/proc/self/gid_map", os.Getegid())
 	case bareChroot:
 		cmd.SysProcAttr.Cloneflags = 0
 	}
@@ -143,6 +148,35 @@ func (o Options) runSandboxed(ctx context.Context, mode sandboxMode, program str
 		return nil
 	})
 	return out, err
+}
+
+// mappedTree returns the root's mounts, attached nowhere, with the user IDs of the
+// sandbox in place of the root's.
+func mappedTree(root string) (*os.File, error) {
+	ids := fmt.Sprintf("0:%d:%d", sandboxUser, sandboxUsers)
+	userns, err := mount.GetUsernsFD(ids, ids)
+	if err != nil {
+		return nil, err
+	}
+	defer userns.Close()
+	return mountTree(root, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd())})
+}
+
+// sameIDs returns the mapping of a user namespace that has the same IDs as this
+// process's, which a file of /proc has. Others than root may only map their own ID.
+func sameIDs(file string, own int) []syscall.SysProcIDMap {
+	text, err := os.ReadFile(file)
+	if err != nil || own != 0 {
+		return []syscall.SysProcIDMap{{HostID: own, Size: 1}}
+	}
+	var list []syscall.SysProcIDMap
+	for line := range strings.Lines(string(text)) {
+		var inside, outside, size int
+		if _, err := fmt.Sscan(line, &inside, &outside, &size); err == nil {
+			list = append(list, syscall.SysProcIDMap{ContainerID: inside, HostID: inside, Size: size})
+		}
+	}
+	return list
 }
 
 // runCommand runs a command in a clean environment and returns what it prints, up to

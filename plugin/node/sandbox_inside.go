@@ -9,7 +9,6 @@ import (
 	"runtime"
 	"syscall"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 )
 
@@ -66,32 +65,49 @@ func enterSandbox(mode sandboxMode, root, program string, argv []string) error {
 	return nil
 }
 
+// mountTree returns the mounts at and below a directory, attached nowhere, with more
+// attributes: read-only, without device nodes and set-user-ID programs.
+func mountTree(dir string, attr unix.MountAttr) (*os.File, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if err != nil {
+		return nil, fmt.Errorf("mounts of %s: %w", dir, err)
+	}
+	tree := os.NewFile(uintptr(fd), dir)
+	attr.Attr_set |= unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID
+	attr.Propagation = unix.MS_PRIVATE
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
+		tree.Close()
+		return nil, fmt.Errorf("attributes of the mounts of %s: %w", dir, err)
+	}
+	return tree, nil
+}
+
 // enterRoot makes the root the whole file system of this process, which has a mount
-// namespace of its own: read-only, without device nodes and set-user-ID programs.
+// namespace of its own.
 func enterRoot(mode sandboxMode, root string) error {
-	const attributes = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("mounts: %w", err)
 	}
-	if mode == ownUser {
-		if err := mount.IDMapMountWithAttrs(root, root, 4, attributes, 0); err != nil {
+	tree := os.NewFile(4, root)
+	if mode != ownUser {
+		var err error
+		if tree, err = mountTree(root, unix.MountAttr{}); err != nil {
 			return err
 		}
-	} else {
-		if err := unix.Mount(root, root, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-			return fmt.Errorf("mount %s: %w", root, err)
-		}
-		if err := unix.MountSetattr(unix.AT_FDCWD, root, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: attributes}); err != nil {
-			return fmt.Errorf("make the mount of %s read-only: %w", root, err)
-		}
 	}
+	// Any directory that everybody can reach does, and this one is there.
+	const at = "/proc"
+	if err := unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount %s: %w", root, err)
+	}
+	root = at
 	// The root may have the machine's own there, as chroot needs them.
 	for _, dir := range []string{"proc", "sys", "dev"} {
 		name := filepath.Join(root, dir)
 		if info, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil || !info.IsDir() {
-			return fmt.Errorf("%s is not a directory", name)
+			return fmt.Errorf("/%s of the root is not a directory", dir)
 		}
 		if err := unix.Mount("none", name, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC|unix.MS_NODEV, "mode=0755,size=64k"); err != nil {
 			return fmt.Errorf("mount %s: %w", name, err)
@@ -157,37 +173,19 @@ func dropPrivileges(mode sandboxMode) error {
 	if _, err := unix.KeyctlInt(unix.KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("keyring: %w", err)
 	}
-	if mode == ownUser {
-		if err := setUser(sandboxUser); err != nil {
-			return err
-		}
-	}
 	// With it, root gets none of its capabilities back by starting a program.
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var none [2]unix.CapUserData
-	if err := unix.Capset(&header, &none[0]); err != nil {
+	var keep [2]unix.CapUserData
+	if mode == ownUser || mode == ownUserns {
+		// In its own user namespace it is worth nothing but reading the root.
+		keep[0] = unix.CapUserData{Effective: 1 << unix.CAP_DAC_READ_SEARCH, Permitted: 1 << unix.CAP_DAC_READ_SEARCH}
+	}
+	if err := unix.Capset(&header, &keep[0]); err != nil {
 		return fmt.Errorf("drop capabilities: %w", err)
 	}
-	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
-		return fmt.Errorf("ambient capabilities: %w", err)
-	}
-	// A change of user clears it.
-	return unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(syscall.SIGKILL), 0, 0, 0)
-}
-
-// setUser gives this thread another user and group.
-func setUser(id int) error {
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0); errno != 0 {
-		return fmt.Errorf("groups: %w", errno)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(id), uintptr(id), uintptr(id)); errno != 0 {
-		return fmt.Errorf("group: %w", errno)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(id), uintptr(id), uintptr(id)); errno != 0 {
-		return fmt.Errorf("user: %w", errno)
-	}
+	// Ambient ones are gone with those.
 	return nil
 }

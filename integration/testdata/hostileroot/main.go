@@ -24,7 +24,8 @@ type attack struct {
 	Port    string // of a listener on the machine's loopback address
 	Secret  string // what the environment or a file of the machine has
 	Outside string // a directory of the machine's, with a file that has Secret
-	User    int    // the user ID that it should have
+	// Capabilities are those that it may have.
+	Capabilities uint32
 }
 
 func main() {
@@ -115,16 +116,24 @@ func (a attack) harm() (done []string) {
 		did("sent its parent a signal", syscall.Kill(os.Getppid(), 0))
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var has [2]unix.CapUserData
-	if err := unix.Capget(&header, &has[0]); err != nil || has != [2]unix.CapUserData{} {
+	var has, may [2]unix.CapUserData
+	may[0] = unix.CapUserData{Effective: a.Capabilities, Permitted: a.Capabilities}
+	if err := unix.Capget(&header, &has[0]); err != nil || has != may {
 		done = append(done, fmt.Sprintf("has capabilities %v, %v", has, err))
 	}
 	// With no_new_privs, root gets none of them back by starting a program.
 	if v, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil || v != 1 {
 		done = append(done, "may gain privileges")
 	}
-	if os.Getuid() != a.User {
-		done = append(done, fmt.Sprintf("is user %d", os.Getuid()))
+	// With CAP_DAC_READ_SEARCH on the machine, a handle opens any file of its file system.
+	if handle, _, err := unix.NameToHandleAt(unix.AT_FDCWD, "/attack", 0); err == nil {
+		if root, err := os.Open("/"); err == nil {
+			if fd, err := unix.OpenByHandleAt(int(root.Fd()), handle, unix.O_RDONLY); err == nil {
+				unix.Close(fd)
+				done = append(done, "opened a file by its handle")
+			}
+			root.Close()
+		}
 	}
 	return done
 }
