@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/plugin/node"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/version"
 )
@@ -22,6 +23,7 @@ func main() {
 // run runs the command line and returns the exit status.
 func run() int {
 	processor.IsolatePKCS11()
+	node.IsolateRoots()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "pilot: core dumps can't be disabled: %s\n", err)
 		return 1

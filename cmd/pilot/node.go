@@ -75,6 +75,7 @@ Example:
 func nodeFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "root", Usage: "root `DIRECTORY` of an unpacked node image, instead of this machine"},
+		&cli.BoolFlag{Name: "trust-root", Usage: "run programs of --root in a bare chroot, where no sandbox can be made: only if you trust them all"},
 		&cli.BoolFlag{Name: "now", Usage: "start or stop pilot, and restart containerd or CRI-O if its configuration changes"},
 	}
 }
@@ -100,6 +101,7 @@ func brokerFlag(name string) cli.Flag {
 func nodeInstall(c *cli.Context) error {
 	o := node.Options{
 		Root:              c.String("root"),
+		TrustRoot:         c.Bool("trust-root"),
 		ContainerdBinary:  c.String("containerd-binary"),
 		ContainerdConfig:  c.String("containerd-config"),
 		ContainerdAddress: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
@@ -183,7 +185,7 @@ func nodeUninstall(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	o := node.Options{Root: c.String("root"), KeepConfig: c.Bool("keep-config")}
+	o := node.Options{Root: c.String("root"), TrustRoot: c.Bool("trust-root"), KeepConfig: c.Bool("keep-config")}
 	had, err := node.Installed(o)
 	if err != nil {
 		return err

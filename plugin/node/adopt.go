@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -77,7 +76,7 @@ func (a *adoption) all() bool {
 			continue
 		}
 		link := filepath.Join(unitDir, wants, unit)
-		if to, err := os.Readlink(a.o.linkPath(link)); err == nil && to == path {
+		if to, err := a.o.readlink(link); err == nil && to == path {
 			a.s.Files = append(a.s.Files, installed{Path: link, Link: to})
 			dirs[filepath.Dir(link)] = true
 		}
@@ -94,11 +93,11 @@ func (a *adoption) file(path string, ours func(text []byte) bool) bool {
 	if a.s.file(path) != nil {
 		return true
 	}
-	info, err := os.Lstat(a.o.path(path))
+	info, err := a.o.stat(path)
 	if err != nil || !info.Mode().IsRegular() {
 		return false
 	}
-	text, err := os.ReadFile(a.o.path(path))
+	text, err := a.o.readFile(path)
 	if err != nil || !ours(text) {
 		return false
 	}
@@ -143,7 +142,7 @@ func (a *adoption) inserted(files *configFiles, dropIn string) {
 			continue
 		}
 		f := installed{Path: files.main, Mode: 0o644, SHA256: hash(files.text), Inserted: "'" + pattern + "'"}
-		if info, err := os.Stat(a.o.path(files.main)); err == nil {
+		if info, err := a.o.stat(files.main); err == nil {
 			f.Mode = info.Mode().Perm()
 		}
 		text := string(files.text)
@@ -300,13 +299,16 @@ func (s *state) leftOver(o Options) []string {
 	}
 	slices.Sort(paths)
 	return slices.DeleteFunc(slices.Compact(paths), func(path string) bool {
-		info, err := os.Lstat(o.linkPath(path))
+		info, err := o.lstat(path)
 		if err != nil {
 			return true
 		}
 		// A directory with something in it is not left for pilot's sake.
-		entries, _ := os.ReadDir(o.linkPath(path))
-		return info.IsDir() && len(entries) > 0
+		if !info.IsDir() {
+			return false
+		}
+		entries, _ := o.readDir(path)
+		return len(entries) > 0
 	})
 }
 

@@ -84,7 +84,7 @@ const (
 
 func (o Options) readState() (state, error) {
 	var s state
-	b, err := os.ReadFile(o.path(stateFile))
+	b, err := o.readFile(stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
 	}
@@ -94,21 +94,21 @@ func (o Options) readState() (state, error) {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return s, lostState(err)
 	}
-	return s, nil
+	return s, s.check()
 }
 
 func (o Options) writeState(s state) error {
 	if len(s.Files) == 0 {
-		return errors.Join(removeUnfinished(o.path(stateFile)), ignoreNotExist(os.Remove(o.path(stateFile))))
+		return errors.Join(o.removeUnfinished(stateFile), ignoreNotExist(o.remove(stateFile)))
 	}
 	b, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(o.path(stateFile)), 0o700); err != nil {
+	if err := o.mkdirAll(filepath.Dir(stateFile), 0o700); err != nil {
 		return err
 	}
-	return writeFile(o.path(stateFile), append(b, '\n'), 0o600)
+	return o.writeFile(stateFile, append(b, '\n'), 0o600)
 }
 
 // file returns the state of a file.
@@ -157,7 +157,7 @@ func (f *installed) is(content []byte) bool {
 func (s *state) noteDir(o Options, dir string) {
 	var missing []string
 	for ; ; dir = filepath.Dir(dir) {
-		if _, err := os.Stat(o.path(dir)); err == nil || slices.Contains(s.Dirs, dir) {
+		if o.has(dir) || slices.Contains(s.Dirs, dir) {
 			break
 		}
 		missing = append(missing, dir)
@@ -169,37 +169,33 @@ func (s *state) noteDir(o Options, dir string) {
 // removeDirs removes directories that were made, unless something is in them.
 func (o Options) removeDirs(dirs []string) {
 	for _, dir := range slices.Backward(dirs) {
-		os.Remove(o.path(dir))
+		o.removeDir(dir)
 	}
 }
 
 // make makes the change, unless somebody else has changed the file since the
 // change was planned.
 func (c Change) make(o Options) error {
-	name := o.path(c.Path)
 	if c.Link == "" {
 		if err := c.finds(o, c.Old); err != nil {
 			return err
 		}
 	}
 	if c.Remove {
-		return whyFixed(name, os.Remove(name))
+		return o.remove(c.Path)
 	}
-	if c.Link != "" {
-		name = o.linkPath(c.Path)
-	}
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+	if err := o.mkdirAll(filepath.Dir(c.Path), 0o755); err != nil {
 		return err
 	}
 	if c.Link != "" {
-		return whyFixed(name, os.Symlink(c.Link, name))
+		return o.symlink(c.Link, c.Path)
 	}
-	return writeFile(name, c.New, c.Mode)
+	return o.writeFile(c.Path, c.New, c.Mode)
 }
 
 // finds reports an error if the file's content is another. Nil: there is none.
 func (c Change) finds(o Options, content []byte) error {
-	has, err := os.ReadFile(o.path(c.Path))
+	has, err := o.readFile(c.Path)
 	if ignoreNotExist(err) != nil {
 		return err
 	}
@@ -218,26 +214,24 @@ func (c Change) revert(o Options) error {
 		}
 	}
 	if c.Old != nil {
-		return writeFile(o.path(c.Path), c.Old, c.Mode)
+		return o.writeFile(c.Path, c.Old, c.Mode)
 	}
-	return ignoreNotExist(os.Remove(o.linkPath(c.Path)))
+	return ignoreNotExist(o.removeLink(c.Path))
 }
 
 // undo puts a file back as it was. One that was changed in the meantime loses
 // what was inserted into it, or else stays: then undo reports why.
 func (s *state) undo(o Options, f installed) error {
-	name := o.path(f.Path)
-	if err := removeUnfinished(name); err != nil {
+	if err := o.removeUnfinished(f.Path); err != nil {
 		return err
 	}
 	if f.Link != "" {
-		name = o.linkPath(f.Path)
-		if to, err := os.Readlink(name); err != nil || to != f.Link {
+		if to, err := o.readlink(f.Path); err != nil || to != f.Link {
 			return ignoreNotExist(err)
 		}
-		return os.Remove(name)
+		return o.removeLink(f.Path)
 	}
-	has, err := os.ReadFile(name)
+	has, err := o.readFile(f.Path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // somebody has removed it
 	}
@@ -248,11 +242,11 @@ func (s *state) undo(o Options, f installed) error {
 	case f.Before != nil && bytes.Equal(has, f.Before):
 		return nil
 	case f.is(has) && f.Before == nil:
-		return named(f.Path, whyFixed(name, os.Remove(name)))
+		return named(f.Path, o.remove(f.Path))
 	case f.is(has):
-		return named(f.Path, writeFile(name, f.Before, f.Mode))
+		return named(f.Path, o.writeFile(f.Path, f.Before, f.Mode))
 	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
-		return named(f.Path, writeFile(name, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode))
+		return named(f.Path, o.writeFile(f.Path, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode))
 	case f.Inserted != "" && !bytes.Contains(has, imported(f.Inserted)):
 		return nil // somebody has removed it
 	case f.Inserted != "":
@@ -306,10 +300,16 @@ func (o Options) tryLock() (release func(), err error) {
 // lockFile opens what is locked: on a machine that runs, what only root can
 // lock; in a root directory, nothing that would stay in it.
 func (o Options) lockFile() (*os.File, error) {
+	name, flags := "/etc", os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_DIRECTORY
 	if o.Root == "" || o.Root == machineRoot {
-		return os.OpenFile(o.path("/run/pilot-install.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+		name, flags = "/run/pilot-install.lock", os.O_RDWR|os.O_CREATE
 	}
-	return os.Open(o.path("/etc"))
+	var f *os.File
+	err := o.inRoot(name, func(root *os.Root, name string) (err error) {
+		f, err = root.OpenFile(name, flags, 0o600)
+		return err
+	})
+	return f, err
 }
 
 func ignoreNotExist(err error) error {

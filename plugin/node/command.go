@@ -3,7 +3,6 @@ package node
 import (
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -71,11 +70,10 @@ func (e environment) set(value string) error {
 func (e environment) read(o Options, file string) {
 	paths, _ := o.glob(strings.TrimPrefix(file, "-"))
 	for _, path := range paths {
-		info, err := os.Stat(o.path(path))
-		if err != nil || !info.Mode().IsRegular() || info.Size() > maxUnit {
+		text, err := o.readFile(path)
+		if err != nil {
 			continue
 		}
-		text, _ := os.ReadFile(o.path(path))
 		joined := strings.ReplaceAll(string(text), "\\\n", "")
 		for line := range strings.Lines(joined) {
 			name, value, ok := strings.Cut(strings.TrimSpace(line), "=")

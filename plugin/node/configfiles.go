@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -45,15 +44,14 @@ func readConfigFiles(o Options, main string) (configFiles, error) {
 // containerd would wait for or read without end, or would not start with. /dev/null
 // is an empty file to containerd, too.
 func (o Options) readConfig(name string) ([]byte, error) {
-	path := o.path(name)
-	info, err := os.Stat(path)
+	info, err := o.stat(name)
 	if err != nil {
 		return nil, err
 	}
 	kind := ""
 	switch mode := info.Mode(); {
 	case mode.IsRegular() || isNull(info):
-		return os.ReadFile(path)
+		return o.readFile(name)
 	case mode.IsDir():
 		kind = "a directory"
 	case mode&fs.ModeNamedPipe != 0:
@@ -137,23 +135,6 @@ func (f *configFiles) withFile(o Options, patterns []string, file string, withou
 		}
 	}
 	return files, nil
-}
-
-// glob is filepath.Glob inside the root.
-func (o Options) glob(pattern string) ([]string, error) {
-	dir, name := filepath.Split(pattern)
-	if strings.ContainsAny(dir, "*?[") {
-		matches, err := filepath.Glob(filepath.Join("/", o.Root, pattern))
-		for i := range matches {
-			matches[i] = strings.TrimPrefix(matches[i], o.Root)
-		}
-		return matches, err
-	}
-	matches, err := filepath.Glob(filepath.Join(o.path(dir), name))
-	for i := range matches {
-		matches[i] = filepath.Join(dir, filepath.Base(matches[i]))
-	}
-	return matches, err
 }
 
 // all returns all files that containerd reads, in its order, and those that are

@@ -1,20 +1,15 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
-	continuity "github.com/containerd/continuity/fs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
@@ -29,9 +24,6 @@ type containerd struct {
 	ours         []string       // pilot's drop-ins that are there, or were
 	plain        map[string]any // the effective configuration without pilot's drop-in
 }
-
-// runTimeout bounds a run of containerd's binary.
-const runTimeout = 20 * time.Second
 
 // look finds out about the machine's containerd.
 func look(ctx context.Context, o Options, before state) (*containerd, error) {
@@ -91,7 +83,7 @@ func (c *containerd) checkVersion() error {
 // readAll returns what the configuration comes to as it is.
 func (c *containerd) readAll(ctx context.Context, o Options) (map[string]any, error) {
 	args := []string{"--config", c.config, "config", "dump"}
-	if !exists(o.path(c.config)) {
+	if !o.has(c.config) {
 		args = []string{"config", "default"} // which 1.x takes then
 	}
 	dump, err := c.readDump(ctx, o, args...)
@@ -140,45 +132,7 @@ func parseVersion(text string) (major, minor int, err error) {
 
 // run runs containerd's program and returns what it prints.
 func (c *containerd) run(ctx context.Context, o Options, args ...string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, runTimeout)
-	defer cancel()
-	args = append([]string{c.program}, args...)
-	if o.Root != "" {
-		args = append([]string{"chroot", o.Root}, args...)
-	}
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = []string{"PATH=" + strings.Join(binDirs, ":"), "HOME=/root"}
-	cmd.WaitDelay = time.Second // for what a script has started, which holds its output
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil && ctx.Err() != nil {
-		return nil, fmt.Errorf("%s was stopped: %w", strings.Join(args, " "), ctx.Err())
-	}
-	if err != nil {
-		lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
-		return nil, fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, lines[len(lines)-1])
-	}
-	return out, nil
-}
-
-// path returns where a file of the machine is for this process, after all
-// symbolic links, which lead to nowhere outside the machine's root.
-func (o Options) path(name string) string {
-	root := o.Root
-	if root == "" {
-		root = "/"
-	}
-	resolved, err := continuity.RootPath(root, name)
-	if err != nil {
-		return filepath.Join(root, name) // which fails as well
-	}
-	return resolved
-}
-
-// linkPath is path for what may be a symbolic link itself.
-func (o Options) linkPath(name string) string {
-	return filepath.Join(o.path(filepath.Dir(name)), filepath.Base(name))
+	return o.runProgram(ctx, c.program, args...)
 }
 
 // usesDiffer reports whether this containerd can have pilot as its differ.

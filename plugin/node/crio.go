@@ -30,7 +30,7 @@ const (
 // options name none either.
 func PullsWithCRIO(o Options) bool {
 	named := o.ContainerdBinary != "" || o.ContainerdConfig != "" || o.ContainerdAddress != ""
-	if named || exists(o.path(defaultConfig)) || o.Root == "" && exists(defaultAddress) || o.lookPath("containerd", binDirs) != "" {
+	if named || o.has(defaultConfig) || o.Root == "" && exists(defaultAddress) || o.lookPath("containerd", binDirs) != "" {
 		return false
 	}
 	return o.Root == "" && exists(CRIOSocket) || o.hasUnit(CRIOService)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,7 +42,7 @@ func (c *containerd) processorConfig(o Options) (map[string]any, error) {
 		return nil, &Conflict{c.config, fmt.Sprintf("image_decryption.key_model is %q", model), `make it "node"`}
 	}
 	decoder := filepath.Join(filepath.Dir(o.PilotBinary), "pilot-decoder")
-	if _, err := os.Stat(o.path(decoder)); err != nil {
+	if _, err := o.stat(decoder); err != nil {
 		return nil, fmt.Errorf("containerd %d.%d needs pilot-decoder beside pilot: %w", c.major, c.minor, err)
 	}
 	had, _ := c.plain["stream_processors"].(map[string]any)
@@ -129,7 +128,7 @@ func (c *containerd) keysOf(o Options, id string) (string, error) {
 		keys = value
 	}
 	if keys == imgcryptKeys {
-		if entries, err := os.ReadDir(o.path(keys)); err != nil || len(entries) == 0 {
+		if entries, err := o.readDir(keys); err != nil || len(entries) == 0 {
 			return "", nil
 		}
 	}
@@ -139,7 +138,7 @@ func (c *containerd) keysOf(o Options, id string) (string, error) {
 // providersIn returns the names of the key providers of an ocicrypt.conf, none if
 // there is no such file.
 func (o Options) providersIn(file string) ([]string, error) {
-	text, err := os.ReadFile(o.path(file))
+	text, err := o.readFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
@@ -144,7 +145,7 @@ func (d *Deployment) install(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(o.path(mark)); had.Present && err != nil {
+	if had.Present && !o.has(mark) {
 		logrus.Warn("pilot was set up on this node by hand, and stays when the DaemonSet is deleted")
 	} else if err := put(ctx, o, mark, []byte(d.DaemonSet.String()+"\n"), 0o644); err != nil {
 		return err
@@ -182,17 +183,17 @@ func (o Options) intact() bool {
 	s, err := o.readState()
 	return err == nil && Connected(o) && !slices.ContainsFunc(s.Files, func(f installed) bool {
 		if isDropIn(f.Path) {
-			text, err := os.ReadFile(o.path(f.Path))
+			text, err := o.readFile(f.Path)
 			return err != nil || string(text) == leftOut
 		}
-		return !exists(o.path(f.Path))
+		return !o.has(f.Path)
 	})
 }
 
 // packaged reports whether the machine has pilot from a package.
 func packaged(o Options) bool {
 	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
-		if _, err := os.Stat(o.path(filepath.Join(dir, pilotService))); err == nil {
+		if o.has(filepath.Join(dir, pilotService)) {
 			return true
 		}
 	}
@@ -225,7 +226,7 @@ func (d *Deployment) putPrograms(ctx context.Context, o Options) error {
 // refresh gives the machine the pod's files if they are others than before.
 func (d *Deployment) refresh(ctx context.Context, o Options) error {
 	if d.TokenFrom != "" {
-		token, err := os.ReadFile(d.TokenFrom)
+		token, err := regular.Read(d.TokenFrom, regular.MaxConfig)
 		if err != nil {
 			return err
 		}
@@ -236,7 +237,7 @@ func (d *Deployment) refresh(ctx context.Context, o Options) error {
 	if d.CAFrom == "" {
 		return nil
 	}
-	ca, err := os.ReadFile(d.CAFrom)
+	ca, err := regular.Read(d.CAFrom, regular.MaxConfig)
 	if err != nil {
 		return err
 	}
@@ -289,7 +290,7 @@ func (d *Deployment) end(ctx context.Context) error {
 		return nil
 	}
 	o := Options{Root: machineRoot}
-	if _, err := os.Stat(o.path(mark)); err != nil {
+	if !o.has(mark) {
 		log.Info("pilot was not installed by the DaemonSet, and stays on this node")
 		return nil
 	}

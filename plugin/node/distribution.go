@@ -1,7 +1,6 @@
 package node
 
 import (
-	"os"
 	"path/filepath"
 	"strings"
 )
@@ -47,7 +46,7 @@ func (o Options) distributionAt(config, parent string) distribution {
 	case parent == "k0s" || strings.HasPrefix(config, "/etc/k0s/"):
 		d := distribution{name: k0s}
 		// Without this line the file is the user's own.
-		if text, err := os.ReadFile(o.path(config)); err == nil && strings.Contains(string(text), "k0s_managed=true") {
+		if text, err := o.readFile(config); err == nil && strings.Contains(string(text), "k0s_managed=true") {
 			d.dropIns, d.rewritten = filepath.Join(filepath.Dir(config), "containerd.d"), true
 		}
 		return d
@@ -68,7 +67,7 @@ func (o Options) distributionAt(config, parent string) distribution {
 // systemRefusal returns why this operating system's containerd, which reads
 // config, can't be set up, or nil.
 func (o Options) systemRefusal(config string) *refusal {
-	text, err := os.ReadFile(o.path("/etc/os-release"))
+	text, err := o.readFile("/etc/os-release")
 	if err != nil {
 		return nil
 	}

@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -105,13 +103,7 @@ func (o Options) examineDocker(version string, pid int, args []string) (*Docker,
 
 // dockerVersion returns dockerd's version; empty if it does not say one.
 func (o Options) dockerVersion(ctx context.Context, binary string) string {
-	ctx, cancel := context.WithTimeout(ctx, runTimeout)
-	defer cancel()
-	args := []string{binary, "--version"}
-	if o.Root != "" {
-		args = append([]string{"chroot", o.Root}, args...)
-	}
-	out, err := exec.CommandContext(ctx, args[0], args[1:]...).Output()
+	out, err := o.runProgram(ctx, binary, "--version")
 	if err != nil {
 		return ""
 	}
@@ -124,8 +116,8 @@ func (o Options) dockerVersion(ctx context.Context, binary string) string {
 // findContainerd works out which containerd dockerd uses when it starts.
 func (d *Docker) findContainerd(o Options, s dockerSettings) {
 	own := filepath.Join(s.ExecRoot, "containerd", "containerd.sock")
-	_, noSystem := os.Stat(o.path(defaultAddress))
-	_, noOwn := os.Stat(o.path(own))
+	_, noSystem := o.stat(defaultAddress)
+	_, noOwn := o.stat(own)
 	switch {
 	case d.embedded:
 		d.OwnContainerd = true
@@ -166,7 +158,7 @@ func (d *Docker) findStore(o Options, s dockerSettings) {
 	}
 	for _, name := range graphDrivers {
 		dir := filepath.Join(s.DataRoot, name)
-		if entries, err := os.ReadDir(o.path(dir)); err == nil && len(entries) > 0 && name != "vfs" {
+		if entries, err := o.readDir(dir); err == nil && len(entries) > 0 && name != "vfs" {
 			d.Store, d.StoreReason = GraphDriverStore, dir+" is not empty, so Docker 29 stays with it"
 			return
 		}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -39,7 +38,7 @@ func (o Options) dockerSettings(args []string) (dockerSettings, error) {
 		file, explicit = f[len(f)-1], true
 	}
 	var s dockerSettings
-	b, err := os.ReadFile(o.path(file))
+	b, err := o.readFile(file)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && !explicit:
 	case err != nil:

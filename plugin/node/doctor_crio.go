@@ -71,7 +71,7 @@ func (e *examination) crioKeyProvider(ctx context.Context) Step {
 		}
 		return failed(fmt.Sprintf("%s is not in CRI-O's environment, so it knows no key provider", keyproviderconfig.ENVVARNAME), append([]string{"pilot node install"}, restartCRIO...)...)
 	}
-	text, err := os.ReadFile(c.path(name))
+	text, err := c.root().readFile(name)
 	if err != nil {
 		return failed(fmt.Sprintf("CRI-O's %s: %s", keyproviderconfig.ENVVARNAME, err), append([]string{"pilot node install"}, restartCRIO...)...)
 	}

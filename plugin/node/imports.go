@@ -91,6 +91,9 @@ func importsToo(was, is, file string) bool {
 	return reflect.DeepEqual(before, after)
 }
 
+// insertedImport is what insertImport inserts for a drop-in.
+var insertedImport = regexp.MustCompile(`^(\n?imports = \[|,? |)'[^'\n]*pilot\*?\.toml'(\]\n)?$`)
+
 // imported returns the file that what insertImport has inserted imports.
 func imported(inserted string) []byte {
 	return bytes.Split([]byte(inserted), []byte("'"))[1]

@@ -19,6 +19,8 @@ type Options struct {
 	// Root is the root directory of a machine that does not run, such as an
 	// unpacked node image; empty for this machine.
 	Root string
+	// TrustRoot has programs of Root run in a bare chroot instead of a sandbox.
+	TrustRoot bool
 	// ContainerdBinary, ContainerdConfig and ContainerdAddress name the
 	// containerd to set up: its program, its configuration file, and its
 	// socket's path. One that runs has to have those that are given. Default:
@@ -128,7 +130,7 @@ func (o *Options) defaults() error {
 		return o.checkPilotBinary()
 	}
 	for _, name := range []string{"/usr/local/bin/pilot", "/usr/bin/pilot"} {
-		if _, err := os.Stat(o.path(name)); err == nil {
+		if o.has(name) {
 			o.PilotBinary = name
 			return nil
 		}
@@ -233,7 +235,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 	mode := fs.FileMode(0o644)
 	if c.files.text == nil {
 		text = fmt.Sprintf("version = %d\n", c.newestFormat())
-	} else if info, err := os.Stat(p.options.path(c.config)); err == nil {
+	} else if info, err := p.options.stat(c.config); err == nil {
 		mode = info.Mode().Perm()
 	}
 	edited, inserted := insertImport(text, d.pattern)
@@ -247,7 +249,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 
 // remove plans the removal of a file that was installed.
 func (p *Plan) remove(before state, path string) error {
-	old, err := os.ReadFile(p.options.path(path))
+	old, err := p.options.readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
-	"os"
 	"strings"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
@@ -74,7 +73,7 @@ func (p *Plan) crioPilotConfig(before state) error {
 func (o Options) checkCRIOEnvironment() error {
 	files := append([]string{"/etc/sysconfig/crio", "/etc/default/crio"}, o.unitFiles(CRIOService)...)
 	for _, name := range files {
-		text, err := os.ReadFile(o.path(name))
+		text, err := o.readFile(name)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -22,7 +22,7 @@ func (p *Plan) own(before state, path string, text []byte, keep func([]byte) err
 }
 
 func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode, keep func([]byte) error) error {
-	old, err := os.ReadFile(p.options.path(path))
+	old, err := p.options.readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: mode})
 		return nil
@@ -70,7 +70,7 @@ func (p *Plan) pilotConfig(c *containerd, before state, keys string) error {
 // that was installed keeps what it was given then.
 func (o Options) withInstalled(settings map[string]string) (map[string]string, error) {
 	wanted := maps.Clone(settings)
-	old, err := os.ReadFile(o.path(pilotConfig))
+	old, err := o.readFile(pilotConfig)
 	if err != nil {
 		return wanted, ignoreNotExist(err)
 	}
@@ -190,7 +190,7 @@ func checkKeyProviders(had []byte) error {
 // hasSystemd reports whether the machine is run by systemd.
 func (o Options) hasSystemd() bool {
 	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
-		if info, err := os.Stat(o.path(dir)); err == nil && info.IsDir() {
+		if info, err := o.stat(dir); err == nil && info.IsDir() {
 			return true
 		}
 	}
@@ -218,7 +218,7 @@ func (p *Plan) units(before state, differ bool) error {
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		path := filepath.Join(unitDir, name)
 		for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
-			if _, err := os.Stat(p.options.path(filepath.Join(dir, name))); err == nil {
+			if p.options.has(filepath.Join(dir, name)) {
 				path = filepath.Join(dir, name)
 			}
 		}
@@ -236,7 +236,7 @@ func (p *Plan) units(before state, differ bool) error {
 			}
 		}
 		link := filepath.Join(unitDir, names[name], name)
-		if _, err := os.Lstat(p.options.linkPath(link)); errors.Is(err, fs.ErrNotExist) {
+		if _, err := p.options.lstat(link); errors.Is(err, fs.ErrNotExist) {
 			p.Changes = append(p.Changes, Change{Path: link, Link: path})
 		}
 	}

@@ -21,7 +21,7 @@ const (
 func (o Options) owe(services []string) error {
 	var errs []error
 	for _, s := range services {
-		errs = append(errs, os.MkdirAll(o.path(pendingDir), 0o755), os.WriteFile(o.path(filepath.Join(pendingDir, s)), nil, 0o644))
+		errs = append(errs, o.mkdirAll(pendingDir, 0o755), o.writeFile(filepath.Join(pendingDir, s), nil, 0o644))
 	}
 	return errors.Join(errs...)
 }
@@ -30,7 +30,7 @@ func (o Options) owe(services []string) error {
 func (o Options) forgive(services []string) error {
 	var errs []error
 	for _, s := range services {
-		errs = append(errs, ignoreNotExist(os.Remove(o.path(filepath.Join(pendingDir, s)))))
+		errs = append(errs, ignoreNotExist(o.remove(filepath.Join(pendingDir, s))))
 	}
 	return errors.Join(errs...)
 }
@@ -40,7 +40,7 @@ func (o Options) forgive(services []string) error {
 func Pending() []string { return Options{}.pending() }
 
 func (o Options) pending() []string {
-	entries, err := os.ReadDir(o.path(pendingDir))
+	entries, err := o.readDir(pendingDir)
 	if err != nil {
 		return nil
 	}

@@ -1,9 +1,8 @@
 package node
 
 import (
-	"io"
+	"bytes"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -15,7 +14,7 @@ var unitDirs = []string{unitDir, "/run/systemd/system", "/usr/local/lib/systemd/
 
 // hasUnit reports whether the machine has a unit.
 func (o Options) hasUnit(name string) bool {
-	return slices.ContainsFunc(unitDirs, func(dir string) bool { return exists(o.path(filepath.Join(dir, name))) })
+	return slices.ContainsFunc(unitDirs, func(dir string) bool { return o.has(filepath.Join(dir, name)) })
 }
 
 // unitFiles returns the files of a unit inside the root, in systemd's order: the
@@ -24,7 +23,7 @@ func (o Options) hasUnit(name string) bool {
 func (o Options) unitFiles(name string) []string {
 	var files []string
 	for _, dir := range unitDirs {
-		if path := filepath.Join(dir, name); len(files) == 0 && exists(o.path(path)) {
+		if path := filepath.Join(dir, name); len(files) == 0 && o.has(path) {
 			files = append(files, path)
 		}
 	}
@@ -43,17 +42,13 @@ func (o Options) unitFiles(name string) []string {
 
 // unitSettings returns the settings of a unit's file, none if it can't be read.
 func (o Options) unitSettings(file string) []*unit.UnitOption {
-	f, err := os.Open(o.path(file))
+	text, err := o.readFile(file)
 	if err != nil {
 		return nil
 	}
-	defer f.Close()
-	settings, err := unit.DeserializeOptions(io.LimitReader(f, maxUnit))
+	settings, err := unit.DeserializeOptions(bytes.NewReader(text))
 	if err != nil {
 		return nil
 	}
 	return settings
 }
-
-// maxUnit is the most that is read of a unit's file, in bytes.
-const maxUnit = 1 << 20

@@ -186,7 +186,7 @@ func (o Options) lookPath(name string, dirs []string) string {
 		}
 	}
 	for _, c := range candidates {
-		if info, err := os.Stat(o.path(c)); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0 {
+		if info, err := o.stat(c); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0 {
 			return c
 		}
 	}

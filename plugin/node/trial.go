@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,11 +42,11 @@ func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[strin
 	if d == nil && c.files.text == nil {
 		return c.readDump(ctx, o, "config", "default") // which 1.x takes without a file
 	}
-	dir, inside, err := o.tempDir()
+	dir, err := o.tempDir()
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
+	defer o.removeAll(dir)
 	var files []string
 	main := c.files
 	switch {
@@ -63,8 +62,8 @@ func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[strin
 		}
 		files, err = main.withFile(o, patterns, d.path, c.ours)
 		if i := slices.Index(files, d.path); err == nil && i >= 0 {
-			files[i] = filepath.Join(inside, "drop-in.toml")
-			err = os.WriteFile(filepath.Join(dir, "drop-in.toml"), d.text, 0o600)
+			files[i] = filepath.Join(dir, "drop-in.toml")
+			err = o.addFile(filepath.Join(dir, "drop-in.toml"), d.text)
 		}
 	}
 	if err != nil {
@@ -74,10 +73,10 @@ func (c *containerd) trial(ctx context.Context, o Options, d *dropIn) (map[strin
 	if err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config.toml"), text, 0o600); err != nil {
+	if err := o.addFile(filepath.Join(dir, "config.toml"), text); err != nil {
 		return nil, err
 	}
-	return c.readDump(ctx, o, "--config", filepath.Join(inside, "config.toml"), "config", "dump")
+	return c.readDump(ctx, o, "--config", filepath.Join(dir, "config.toml"), "config", "dump")
 }
 
 const trialPrefix = "pilot-trial-"
@@ -89,7 +88,7 @@ const staleTrial = 10 * time.Minute
 // removeStaleTrials removes what trials have left in a directory that were killed.
 // Anybody may write there, so it has to be a directory of root's own.
 func (o Options) removeStaleTrials(parent string) {
-	entries, _ := os.ReadDir(o.path(parent))
+	entries, _ := o.readDir(parent)
 	for _, e := range entries {
 		if !strings.HasPrefix(e.Name(), trialPrefix) {
 			continue
@@ -99,24 +98,23 @@ func (o Options) removeStaleTrials(parent string) {
 			continue
 		}
 		if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid == 0 {
-			os.RemoveAll(filepath.Join(o.path(parent), e.Name()))
+			o.removeAll(filepath.Join(parent, e.Name()))
 		}
 	}
 }
 
-// tempDir makes a directory that only root can read, and returns where it is for
-// this process and inside the root. Some node images have no /tmp, or none that
+// tempDir makes a directory that only root can read. Some node images have no /tmp, or none that
 // can be written.
-func (o Options) tempDir() (dir, inside string, err error) {
+func (o Options) tempDir() (dir string, err error) {
 	var errs []error
 	for _, parent := range []string{"/tmp", "/run", "/var/tmp"} {
 		o.removeStaleTrials(parent)
-		if dir, err = os.MkdirTemp(o.path(parent), trialPrefix); err == nil {
-			return dir, filepath.Join(parent, filepath.Base(dir)), nil
+		if dir, err = o.makeTemp(parent, trialPrefix); err == nil {
+			return dir, nil
 		}
 		errs = append(errs, err)
 	}
-	return "", "", errors.Join(errs...)
+	return "", errors.Join(errs...)
 }
 
 // readDump runs containerd and reads the configuration that it prints.

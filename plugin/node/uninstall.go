@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -81,7 +80,7 @@ func (s *state) disconnect(ctx context.Context, o Options) error {
 	var undone []Change
 	putBack := func(err error) error {
 		for _, c := range slices.Backward(undone) {
-			err = errors.Join(err, writeFile(o.path(c.Path), c.Old, c.Mode))
+			err = errors.Join(err, o.writeFile(c.Path, c.Old, c.Mode))
 		}
 		return err
 	}
@@ -90,7 +89,7 @@ func (s *state) disconnect(ctx context.Context, o Options) error {
 			continue
 		}
 		was := Change{Path: f.Path, Mode: f.Mode}
-		if was.Old, err = os.ReadFile(o.path(f.Path)); err != nil {
+		if was.Old, err = o.readFile(f.Path); err != nil {
 			continue // it is gone, or undo says why it can't be read
 		}
 		if err := s.undo(o, f); err == nil {
@@ -135,7 +134,7 @@ func (s *state) target(o Options) (*target, error) {
 	if program != "" && config == t.config {
 		t.program = program
 	}
-	if !exists(o.path(t.program)) {
+	if !o.has(t.program) {
 		moved := o.lookPath("containerd", binDirs)
 		if moved == "" || t.name != "" { // a distribution has its own
 			return nil, fmt.Errorf("%s, which pilot was installed for, is gone: run \"pilot node install\" once containerd is there: %w", t.program, exec.ErrNotFound)

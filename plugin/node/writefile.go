@@ -17,34 +17,39 @@ func unfinished(name string) string {
 	return filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".pilot-new")
 }
 
-func removeUnfinished(name string) error {
-	if _, err := os.Lstat(unfinished(name)); err != nil {
-		return ignoreNotExist(err)
-	}
-	return os.Remove(unfinished(name))
+func (o Options) removeUnfinished(name string) error {
+	return o.inRoot(name, func(root *os.Root, name string) error {
+		if _, err := root.Lstat(unfinished(name)); err != nil {
+			return ignoreNotExist(err)
+		}
+		return root.Remove(unfinished(name))
+	})
 }
 
 // writeFile replaces a file as a whole, keeping its owner. The error is an
 // [errFixed] for one that can't be replaced.
-func writeFile(name string, b []byte, mode fs.FileMode) error {
-	if err := removeUnfinished(name); err != nil {
+func (o Options) writeFile(name string, b []byte, mode fs.FileMode) error {
+	if err := o.removeUnfinished(name); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(unfinished(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return whyFixed(name, err)
-	}
-	defer os.Remove(f.Name()) // fails once it is renamed
-	_, err = f.Write(b)
-	if info, statErr := os.Stat(name); statErr == nil {
-		owner := info.Sys().(*syscall.Stat_t)
-		err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)))
-	}
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err != nil {
-		return err
-	}
-	return whyFixed(name, os.Rename(f.Name(), name))
+	return o.inRoot(name, func(root *os.Root, name string) error {
+		path := filepath.Join(o.root(), name) // for messages
+		f, err := root.OpenFile(unfinished(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return whyFixed(path, err)
+		}
+		defer root.Remove(unfinished(name)) // fails once it is renamed
+		_, err = f.Write(b)
+		if info, statErr := root.Stat(name); statErr == nil {
+			owner := info.Sys().(*syscall.Stat_t)
+			err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)))
+		}
+		err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+		if err != nil {
+			return err
+		}
+		return whyFixed(path, root.Rename(unfinished(name), name))
+	})
 }
 
 // errFixed is the error of a file that can't be replaced or removed as long as the
