@@ -20,6 +20,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // broker is what all listeners of a server share.
@@ -52,10 +53,10 @@ func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
 		}
 	}()
 	if b.policy, err = openPolicy(conf); err != nil {
-		return nil, err
+		return nil, exit.UsageError(err)
 	}
 	if b.issuers, err = newIssuers(conf.Issuers); err != nil {
-		return nil, err
+		return nil, exit.UsageError(err)
 	}
 	store, err := keystore.Open(ctx, conf.Dir, conf.Database)
 	if err != nil {
