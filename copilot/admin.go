@@ -21,6 +21,10 @@ type Info struct {
 	ID string `json:"id"`
 	// Backend is the KMS in which the KEK lives; empty for the broker's store.
 	Backend string `json:"backend,omitempty"`
+	Type    string `json:"type,omitempty"` // of the backend
+	Path    string `json:"path,omitempty"` // there
+	// StaysInKMS says that the KEK wraps inside its KMS and is never given out.
+	StaysInKMS bool `json:"staysInKMS,omitempty"`
 	// Version is the current one; 0 if the KMS keeps that to itself.
 	Version  int           `json:"version,omitempty"`
 	Disabled bool          `json:"disabled,omitempty"`
@@ -41,7 +45,7 @@ type VersionInfo struct {
 
 func (b *broker) describe(ctx context.Context, k kek) (Info, error) {
 	wraps, err := b.keks.store.Wraps(ctx, k.ID)
-	i := Info{ID: k.ID, Backend: k.Backend, Disabled: k.Disabled, Revoked: k.Revoked, Versions: []VersionInfo{}}
+	i := Info{ID: k.ID, Backend: k.Backend, Type: b.keks.types[k.Backend], Path: k.path, StaysInKMS: !k.wrapsHere(), Disabled: k.Disabled, Revoked: k.Revoked, Versions: []VersionInfo{}}
 	if k.Backend == "" {
 		i.Version = k.Current()
 	}
@@ -54,6 +58,7 @@ func (b *broker) describe(ctx context.Context, k kek) (Info, error) {
 				i.Versions = append(i.Versions, VersionInfo{Version: version, State: keystore.Enabled, Wraps: n})
 			}
 		}
+		slices.SortFunc(i.Versions, func(a, b VersionInfo) int { return a.Version - b.Version })
 	}
 	return i, err
 }
@@ -89,9 +94,9 @@ type newKEK struct {
 }
 
 // changed answers a change with what became of the KEK.
-func (a *api) changed(ctx context.Context, k kek, err error) (any, error) {
+func (a *api) changed(ctx context.Context, k kek, err error) (Info, error) {
 	if err != nil {
-		return nil, err
+		return Info{}, err
 	}
 	// It is made, even if it can't be said how many keys were wrapped.
 	info, err := a.describe(ctx, k)
@@ -110,7 +115,12 @@ func (a *api) rotate(r *http.Request, e *entry) (any, error) {
 		return nil, err
 	}
 	k, err = a.keks.rotate(r.Context(), k, 0, e)
-	return a.changed(r.Context(), k, err)
+	if err != nil {
+		return nil, err
+	}
+	info, err := a.changed(r.Context(), k, nil)
+	info.Version = e.Version // which the KEK does not say if it is in a KMS
+	return info, err
 }
 
 // versionBody tells a version, or all of them if it is absent.

@@ -68,6 +68,7 @@ func (a *api) handler() http.Handler {
 		"POST /api/v2/keks/{id}/revoke":    {"revoke", a.revoke},
 		"POST /api/v2/keks/{id}/reinstate": {"reinstate", a.reinstate},
 		"POST /api/v2/certificate/renew":   {"renew", a.renew},
+		"POST /api/v2/keks/{id}/check":     {"check", a.check},
 		"/":                                {"other", noSuchPath},
 	} {
 		mux.Handle(pattern, a.audited(do.action, do.do))
@@ -215,7 +216,7 @@ func (a *api) info(r *http.Request, e *entry) (any, error) {
 func (a *api) describeTo(ctx context.Context, who string, k kek) (Info, error) {
 	info, err := a.describe(ctx, k)
 	if !a.owner && !a.decide(who, k.ID, policy.Admin).Allowed {
-		info.Revoked = nil
+		info.Revoked, info.Path = nil, ""
 	}
 	return info, err
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // broker is what all listeners of a server share.
@@ -70,10 +71,10 @@ func closedBroker(conf Config) (b *broker, err error) {
 		keks:      &keyring{},
 	}
 	if b.policy, err = openPolicy(conf); err != nil {
-		return nil, err
+		return nil, exit.UsageError(err)
 	}
 	if b.issuers, err = newIssuers(conf.Issuers); err != nil {
-		return nil, err
+		return nil, exit.UsageError(err)
 	}
 	return b, nil
 }

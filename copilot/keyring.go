@@ -17,12 +17,14 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // keyring has the KEKs of the store and those that live in KMSs.
 type keyring struct {
 	store    *keystore.Store
 	backends map[string]kms.Backend
+	types    map[string]string // of the backends
 	conf     map[string]KEKConfig
 	limit    int64 // wraps of a version
 	audit    *audit.Log
@@ -57,7 +59,7 @@ var (
 
 func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) (_ *keyring, err error) {
 	m.wrapLimit.Set(float64(conf.WrapLimit))
-	r := &keyring{store: store, backends: make(map[string]kms.Backend), conf: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m}
+	r := &keyring{store: store, backends: make(map[string]kms.Backend), types: make(map[string]string), conf: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -66,8 +68,9 @@ func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) 
 	for name, settings := range conf.Backends {
 		if r.backends[name], err = openBackend(settings); err != nil {
 			delete(r.backends, name)
-			return nil, fmt.Errorf("backends.%s: %w", name, err)
+			return nil, exit.Usagef("backends.%s: %w", name, err)
 		}
+		r.types[name], _ = settings["type"].(string)
 		m.backend(name, r.backends[name])
 	}
 	return r, nil

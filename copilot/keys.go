@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
@@ -56,12 +58,16 @@ func OpenExistingKeys(ctx context.Context, conf Config) (*Keys, error) {
 }
 
 func openKeys(ctx context.Context, conf Config, mayMake bool) (*Keys, error) {
-	if conn, err := net.DialTimeout("unix", filepath.Join(conf.Dir, adminSocket), time.Second); err == nil {
+	conn, err := net.DialTimeout("unix", filepath.Join(conf.Dir, adminSocket), time.Second)
+	if err == nil {
 		conn.Close()
 		return adminOf(conf.Dir), nil
 	}
-	if err := conf.check(); err != nil {
+	if errors.Is(err, fs.ErrPermission) {
 		return nil, err
+	}
+	if err := conf.check(); err != nil {
+		return nil, exit.UsageError(err)
 	}
 	if !mayMake && conf.Database == "" {
 		if err := keystore.Exists(conf.Dir); err != nil {
@@ -243,5 +249,19 @@ func (k *Keys) call(method, path string, body []byte, out any) error {
 	if json.Unmarshal(answer, &problem) != nil || problem.Detail == "" {
 		problem.Detail = resp.Status
 	}
-	return errors.New(problem.Detail)
+	return &StatusError{resp.StatusCode, problem.Detail}
+}
+
+// StatusError is what a broker says is wrong.
+type StatusError struct {
+	Status int // of HTTP
+	Detail string
+}
+
+func (e *StatusError) Error() string { return e.Detail }
+
+// Denied reports whether the broker works, and the answer is no: the caller may not,
+// or the KEK is not there.
+func (e *StatusError) Denied() bool {
+	return e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden || e.Status == http.StatusNotFound
 }

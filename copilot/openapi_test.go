@@ -114,6 +114,10 @@ burst = 8
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?version=2", "", 404},
 		{admin, "POST", "/api/v2/keks/team%2Fa/wrap", `{"plaintext":"AAAA"}`, 200},
 		{admin, "POST", "/api/v2/keks/short/wrap", `{"plaintext":"AAAA"}`, 400},
+		{admin, "POST", "/api/v2/keks/team%2Fa/check", "", 200},
+		{admin, "POST", "/api/v2/keks/short/check", "{}", 200}, // it says what is wrong
+		{admin, "POST", "/api/v2/keks/short/check", `{"version":1}`, 400},
+		{admin, "POST", "/api/v2/keks/nobody/check", "", 404},
 		{admin, "POST", "/api/v2/keks/nobody/wrap", `{"plaintext":"AAAA"}`, 404},
 		{admin, "POST", "/api/v2/keks/team%2Fa/unwrap", `WRAPPED`, 200},
 		{admin, "POST", "/api/v2/keks/team%2Fa/unwrap", `{"version":1,"method":"copilot","wrappedKey":"AAAA"}`, 400},

@@ -21,6 +21,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/status"
 	"github.com/ctrlplane/pilot/unixsocket"
 	"github.com/ctrlplane/pilot/watchdog"
@@ -37,10 +38,10 @@ const stopWithin = 10 * time.Second
 // reads its policy again, and opens its audit log again, on SIGHUP.
 func Serve(ctx context.Context, conf Config) error {
 	if err := conf.check(); err != nil {
-		return err
+		return exit.UsageError(err)
 	}
 	if err := conf.checkListen(); err != nil {
-		return err
+		return exit.UsageError(err)
 	}
 	var tlsConfig *tls.Config
 	var clients *certfile.Authorities

@@ -16,13 +16,31 @@ import (
 // not give the key out.
 func (r *keyring) wrap(ctx context.Context, k kek, plaintext []byte) (wrapped, error) {
 	if !k.wrapsHere() {
-		return r.wrapInside(ctx, k, plaintext)
+		return r.wrapInside(ctx, k, plaintext, true)
 	}
 	key, version, err := r.current(ctx, k, 1)
 	if err != nil {
 		return wrapped{}, err
 	}
 	defer clear(key)
+	return k.wrapWith(key, version, plaintext)
+}
+
+// wrapUncounted is wrap for a try, which wears no version out.
+func (r *keyring) wrapUncounted(ctx context.Context, k kek, plaintext []byte) (wrapped, error) {
+	if !k.wrapsHere() {
+		return r.wrapInside(ctx, k, plaintext, false)
+	}
+	key, version, err := r.key(ctx, k, 0)
+	if err != nil {
+		return wrapped{}, err
+	}
+	defer clear(key)
+	return k.wrapWith(key, version, plaintext)
+}
+
+// wrapWith wraps plaintext with the key of a version.
+func (k kek) wrapWith(key []byte, version int, plaintext []byte) (wrapped, error) {
 	aead, err := newGCM(key)
 	if err != nil {
 		return wrapped{}, err
@@ -33,7 +51,8 @@ func (r *keyring) wrap(ctx context.Context, k kek, plaintext []byte) (wrapped, e
 	return w, nil
 }
 
-func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte) (w wrapped, err error) {
+// wrapInside wraps inside a KMS, and counts that if it is counted.
+func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte, counted bool) (w wrapped, err error) {
 	wrapper, ok := k.backend.(kms.Wrapper)
 	if !ok {
 		return wrapped{}, fmt.Errorf("%s neither gives keys out nor wraps", k.Backend)
@@ -57,7 +76,7 @@ func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte) (w wr
 	if err != nil {
 		return wrapped{}, err
 	}
-	if _, unlimited := k.backend.(kms.Unlimited); !unlimited {
+	if _, unlimited := k.backend.(kms.Unlimited); !unlimited && counted {
 		over, err := r.count(ctx, k, w.Version, 1)
 		if err == nil && over {
 			err = r.rotateFull(ctx, k, w.Version)

@@ -3,13 +3,15 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 var auditCommand = &cli.Command{
@@ -17,19 +19,33 @@ var auditCommand = &cli.Command{
 	Usage: "verify the audit log",
 	Subcommands: []*cli.Command{{
 		Name: "verify", Usage: "find lines of the audit log that were changed, removed or put in", ArgsUsage: "[FILE]...",
-		Description: `Reads the log that the configuration tells, or the files named, oldest first, or
-- for standard input. It needs the master key, with which lines are
-authenticated. It prints where each chain ends: keep that elsewhere, and give it
-as --since the next time, so that lines cut off at the end are found too, and
-older files need not be there any more.
+		Description: `Reads the log that the configuration names, with the files that logrotate has
+moved away, or the files given, oldest first, or - for standard input. It needs
+the master key, which authenticates the lines. It prints where each chain ends.
+
+With --since FILE, lines that were cut off at the end are found too: if there is
+no problem, FILE is replaced with the ends that were found, for the next time. It
+must exist, and is empty at first. --since also takes such a line itself.
+
+The exit status is 3 if there is a problem, and 1 if the log can't be read.
 
 Example:
-   copilot audit verify --since 6f1c0a9b2d3e/1234/Jd3k… audit.log.1 audit.log`,
+   copilot audit verify --since /root/copilot-audit`,
 		Flags: configFlags(
-			&cli.StringSliceFlag{Name: "since", Usage: "`LINE` that an earlier verification ended with; may be repeated"},
+			&cli.StringSliceFlag{Name: "since", Usage: "`FILE` with the lines that the last verification ended with, or such a line; may be repeated"},
+			jsonFlag(),
 		),
 		Action: verifyAudit,
 	}},
+}
+
+// auditReport is what "audit verify --json" prints.
+type auditReport struct {
+	OK       bool     `json:"ok"`
+	Lines    int      `json:"lines"`
+	Heads    []string `json:"heads"` // the ends of the chains, for --since
+	Problems []string `json:"problems"`
+	Notes    []string `json:"notes"`
 }
 
 func verifyAudit(c *cli.Context) error {
@@ -37,62 +53,85 @@ func verifyAudit(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	since, file, err := readSince(c.StringSlice("since"))
+	if err != nil {
+		return fmt.Errorf("--since: %w", err)
+	}
 	key, err := keystore.AuditKey(conf.Dir)
 	if err != nil {
-		return err
+		return asOwner(err)
 	}
-	var since []audit.Head
-	for _, s := range c.StringSlice("since") {
-		h, err := audit.ParseHead(s)
-		if err != nil {
-			return fmt.Errorf("--since: %w", err)
-		}
-		since = append(since, h)
+	log, err := openAuditLog(c, conf)
+	if err != nil {
+		return asOwner(err)
 	}
-	var readers []io.Reader
-	files := c.Args().Slice()
-	switch to := conf.AuditTo(); {
-	case len(files) > 0:
-	case to == "database":
-		r, err := audit.ReadPostgres(c.Context, conf.Database)
-		if err != nil {
-			return err
-		}
-		defer r.Close()
-		readers = append(readers, r)
-	case to == "-":
-		return errors.New("the log goes to standard output: name the files in which it was collected")
-	default:
-		files = []string{to}
-	}
-	for _, name := range files {
-		if name == "-" {
-			readers = append(readers, os.Stdin)
-			continue
-		}
-		f, err := os.Open(name)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		readers = append(readers, f)
-	}
-	report, err := audit.Verify(io.MultiReader(readers...), key, since...)
+	defer log.Close()
+	report, err := audit.Verify(log, key, since...)
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
-	for _, n := range report.Notes {
-		fmt.Fprintln(os.Stderr, "note:", n)
+	if file != "" && len(since) == 0 {
+		report.Notes = append(report.Notes, file+" is empty: lines cut off at the end before now can't be found")
 	}
-	for _, p := range report.Problems {
-		fmt.Fprintln(os.Stderr, "PROBLEM:", p)
+	if len(report.Problems) == 0 && file != "" {
+		if err := audit.WriteHeads(file, report.Heads); err != nil {
+			return fmt.Errorf("--since: the log has no problem, and the file can't be written: %w", err)
+		}
 	}
-	if len(report.Problems) > 0 {
-		return fmt.Errorf("audit log: %d problems in %d lines", len(report.Problems), report.Lines)
+	return printReport(c.Bool("json"), report)
+}
+
+// readSince reads the values of --since, each of which is a head or a file of heads,
+// and returns the file.
+func readSince(values []string) (heads []audit.Head, file string, err error) {
+	for _, v := range values {
+		if h, err := audit.ParseHead(v); err == nil {
+			heads = append(heads, h)
+			continue
+		}
+		read, err := audit.ReadHeads(v)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, "", fmt.Errorf("%s is neither a line that a verification ended with nor a file: for the first time, make an empty file (install -m 0600 /dev/null %[1]s)", v)
+		}
+		if err != nil {
+			return nil, "", err
+		}
+		if file != "" {
+			return nil, "", exit.Usagef("%s and %s: give one file", file, v)
+		}
+		heads, file = append(heads, read...), v
 	}
-	fmt.Printf("%d lines, none changed or missing\n", report.Lines)
-	for _, h := range report.Heads {
-		fmt.Println(h)
+	return heads, file, nil
+}
+
+func printReport(asJSON bool, report audit.Report) error {
+	bad := len(report.Problems) > 0
+	if asJSON {
+		out := auditReport{!bad, report.Lines, []string{}, append([]string{}, report.Problems...), append([]string{}, report.Notes...)}
+		for _, h := range report.Heads {
+			out.Heads = append(out.Heads, h.String())
+		}
+		if err := printJSON(out); err != nil {
+			return err
+		}
+	} else {
+		for _, n := range report.Notes {
+			fmt.Fprintln(os.Stderr, "note:", n)
+		}
+		for _, p := range report.Problems {
+			fmt.Fprintln(os.Stderr, "PROBLEM:", p)
+		}
+	}
+	if bad {
+		return exit.DeniedError(fmt.Errorf("audit log: %d problems in %d lines", len(report.Problems), report.Lines))
+	}
+	if !asJSON {
+		fmt.Printf("%d lines, none changed or missing\n", report.Lines)
+		var heads strings.Builder
+		for _, h := range report.Heads {
+			fmt.Fprintln(&heads, h)
+		}
+		fmt.Print(heads.String())
 	}
 	return nil
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +14,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 var certsCommand = &cli.Command{
@@ -50,7 +51,7 @@ Example:
    copilot certs renew /etc/copilot/server.pem /etc/copilot/admin.pem`,
 			Flags: []cli.Flag{
 				configDirFlag(),
-				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h", Value: newDays(0), DefaultText: "as long as the one before"},
+				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: &commandline.When{}, DefaultText: "as long as the one before"},
 				&cli.BoolFlag{Name: "new-key", Usage: "make a new private key as well, in NAME-key.pem beside NAME.pem"},
 			},
 			Action: certsRenew,
@@ -70,7 +71,7 @@ Example:
    copilot certs rotate-ca`,
 			Flags: []cli.Flag{
 				configDirFlag(),
-				&cli.GenericFlag{Name: "for", Usage: "how long the new CA's certificate is valid", Value: newDays(caFor)},
+				&cli.GenericFlag{Name: "for", Usage: "how long the new CA's certificate is valid, as in 3650d, or until when", Value: commandline.After(caFor)},
 				&cli.BoolFlag{Name: "finish", Usage: "remove the old CA from ca.pem"},
 			},
 			Action: certsRotateCA,
@@ -101,7 +102,11 @@ func certsRotateCA(c *cli.Context) error {
 		fmt.Printf("removed the old CA from %s: copy it to every node\n", filepath.Join(dir, pki.CertFile))
 		return nil
 	}
-	if err := pki.Rotate(dir, time.Duration(*c.Generic("for").(*days))); err != nil {
+	valid, err := until(c, "for")
+	if err != nil {
+		return err
+	}
+	if err := pki.Rotate(dir, valid); err != nil {
 		return fmt.Errorf("certs rotate-ca: %w", err)
 	}
 	fmt.Printf(`%s has the new CA and the old one.
@@ -152,14 +157,12 @@ func certsList(c *cli.Context) error {
 		list = append(list, certificateStatus{name, subject(cert), cert.NotAfter.UTC(), now.After(cert.NotAfter) || now.Before(cert.NotBefore)})
 	}
 	if c.Bool("json") {
-		out := json.NewEncoder(os.Stdout)
-		out.SetIndent("", "  ")
-		return errors.Join(append(errs, out.Encode(list))...)
+		return errors.Join(append(errs, printJSON(list))...)
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "FILE\tSUBJECT\tEXPIRES\tLEFT")
 	for _, s := range list {
-		left := newDays(s.NotAfter.Sub(now).Truncate(unit(s.NotAfter.Sub(now)))).String()
+		left := commandline.Days(s.NotAfter.Sub(now).Truncate(unit(s.NotAfter.Sub(now))))
 		switch {
 		case now.After(s.NotAfter):
 			left = "expired"
@@ -173,8 +176,8 @@ func certsList(c *cli.Context) error {
 
 // unit is what the time that is left is shown in.
 func unit(left time.Duration) time.Duration {
-	if left > 2*day {
-		return day
+	if left > 48*time.Hour {
+		return 24 * time.Hour
 	}
 	return time.Minute
 }
@@ -200,7 +203,7 @@ func subject(cert *x509.Certificate) string {
 
 func certsRenew(c *cli.Context) error {
 	if c.NArg() == 0 {
-		return errors.New("certs renew: name the certificates to renew, such as /etc/copilot/server.pem")
+		return exit.Usagef("certs renew: name the certificates to renew, such as /etc/copilot/server.pem")
 	}
 	ca, err := pki.Load(c.String("config-dir"))
 	if err != nil {
@@ -216,7 +219,10 @@ func certsRenew(c *cli.Context) error {
 }
 
 func renew(c *cli.Context, ca *pki.CA, name string) error {
-	valid := time.Duration(*c.Generic("for").(*days))
+	valid, err := until(c, "for")
+	if err != nil {
+		return err
+	}
 	keyFile := ""
 	if c.Bool("new-key") {
 		base, ok := strings.CutSuffix(name, ".pem")

@@ -11,6 +11,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 var enrollCommand = &cli.Command{
@@ -31,25 +33,29 @@ Example:
 		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server, which the certificate is for; may be repeated"},
 		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
 		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
-		&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h", Value: newDays(clientFor)},
+		&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: commandline.After(clientFor)},
 		&cli.StringFlag{Name: "csr", Usage: "certificate signing request to sign, `FILE` in PEM, or - for standard input"},
+		jsonFlag(),
 	},
 	Action: enroll,
 }
 
 func enroll(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return fmt.Errorf("enroll takes one name, after the flags, and got %d arguments", c.NArg())
+		return exit.Usagef("enroll takes one name, and got %d arguments", c.NArg())
 	}
 	name := c.Args().First()
 	if filepath.Base(name) != name || name == "." || name == ".." {
-		return fmt.Errorf("enroll: %q is the name of files too, so it has no slashes", name)
+		return exit.Usagef("enroll: %q is the name of files too, so it has no slashes", name)
 	}
 	ca, err := pki.Load(c.String("config-dir"))
 	if err != nil {
 		return fmt.Errorf("enroll: %w", err)
 	}
-	valid := time.Duration(*c.Generic("for").(*days))
+	valid, err := until(c, "for")
+	if err != nil {
+		return fmt.Errorf("enroll: %w", err)
+	}
 	out := c.String("out")
 	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
 	for _, file := range []string{cert, key} {
@@ -71,8 +77,7 @@ func enroll(c *cli.Context) error {
 		if err != nil {
 			return fmt.Errorf("enroll: %w", err)
 		}
-		fmt.Printf("%s: %s and %s\n", strings.Join(hosts, ", "), cert, key)
-		return nil
+		return printIssued(c, strings.Join(hosts, ", "), cert, key)
 	}
 	client := pki.Client{Path: name, Hold: valid}
 	if role := c.String("role"); role != "" {
@@ -90,13 +95,35 @@ func enroll(c *cli.Context) error {
 		if err != nil {
 			return fmt.Errorf("enroll: %w", err)
 		}
-		fmt.Printf("%s: %s\n", id, cert)
-		return nil
+		return printIssued(c, id.String(), cert, "")
 	}
 	if err := ca.IssueClient(client, cert, key); err != nil {
 		return fmt.Errorf("enroll: %w", err)
 	}
-	fmt.Printf("%s: %s and %s\n", id, cert, key)
+	return printIssued(c, id.String(), cert, key)
+}
+
+// issued is what "enroll --json" prints.
+type issued struct {
+	Subject     string    `json:"subject"`
+	Certificate string    `json:"certificate"`   // its file
+	Key         string    `json:"key,omitempty"` // its file, unless the key was made elsewhere
+	NotAfter    time.Time `json:"notAfter"`
+}
+
+func printIssued(c *cli.Context, subject, certFile, keyFile string) error {
+	if c.Bool("json") {
+		cert, err := pki.ReadCertificate(certFile)
+		if err != nil {
+			return err
+		}
+		return printJSON(issued{subject, certFile, keyFile, cert.NotAfter.UTC()})
+	}
+	files := certFile
+	if keyFile != "" {
+		files += " and " + keyFile
+	}
+	fmt.Printf("%s: %s\n", subject, files)
 	return nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 const (
@@ -63,10 +64,10 @@ func initialize(c *cli.Context) error {
 		}
 	}
 	if domain == "" {
-		return errors.New("init: --host is an address only: say --trust-domain, as in example.com")
+		return exit.Usagef("init: --host is an address only: say --trust-domain, as in example.com")
 	}
 	if err := checkHosts(hosts); err != nil {
-		return fmt.Errorf("init: %w", err)
+		return exit.Usagef("init: %w", err)
 	}
 	dir, err := filepath.Abs(c.String("config-dir"))
 	if err != nil {

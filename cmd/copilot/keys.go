@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"text/tabwriter"
 	"time"
@@ -16,6 +17,8 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
@@ -25,13 +28,15 @@ var keysCommand = &cli.Command{
 	Description: `Works on the store that the configuration tells, through the copilot that serves
 there if one does, or with --server on one elsewhere. No command shows a key.
 
+With --json, each prints the KEK, as "copilot keys show" does.
+
 Example:
    copilot keys create team-a`,
 	Subcommands: []*cli.Command{
 		{
 			Name: "create", Usage: "make a new random KEK", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(_ *cli.Context, keys *copilot.Keys, id string) error {
-				return done(keys.Create(id, nil))("created")
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+				return done(keys.Create(id, nil))(c, "created")
 			}),
 		},
 		{
@@ -52,8 +57,8 @@ Example:
 					return fmt.Errorf("keys import: %w", err)
 				}
 				defer clear(key)
-				return onKEK(func(_ *cli.Context, keys *copilot.Keys, id string) error {
-					return done(keys.Create(id, key))("imported")
+				return onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+					return done(keys.Create(id, key))(c, "imported")
 				})(c)
 			},
 		},
@@ -65,8 +70,8 @@ with, until "ctr-pilot images rewrap" moves them to the new one.
 Example:
    copilot keys rotate team-a`,
 			Flags: keysFlags(),
-			Action: onKEK(func(_ *cli.Context, keys *copilot.Keys, id string) error {
-				return done(keys.Rotate(id))("rotated")
+			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+				return done(keys.Rotate(id))(c, "rotated")
 			}),
 		},
 		{
@@ -78,7 +83,7 @@ Example:
    copilot keys disable --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag()),
 			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
-				return done(keys.Disable(id, c.Int("key-version")))("disabled" + ofVersion(c))
+				return done(keys.Disable(id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
 			}),
 		},
 		{
@@ -87,7 +92,7 @@ Example:
    copilot keys enable team-a`,
 			Flags: keysFlags(versionFlag()),
 			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
-				return done(keys.Enable(id, c.Int("key-version")))("enabled" + ofVersion(c))
+				return done(keys.Enable(id, c.Int("key-version")))(c, "enabled"+ofVersion(c))
 			}),
 		},
 		{
@@ -98,15 +103,18 @@ over. Until then, "copilot keys enable" takes it back.
 Example:
    copilot keys destroy --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag(),
-				&cli.DurationFlag{Name: "after", Usage: "how long to wait", Value: copilot.DestroyAfter},
+				&cli.GenericFlag{Name: "after", Usage: "how long to wait, as in 30d or 12h, or until when, as in 2030-01-01", Value: commandline.After(copilot.DestroyAfter)},
 				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: yes, what was encrypted for it shall be unreadable for ever, now"},
 			),
 			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
-				after := c.Duration("after")
-				if after < time.Second && !c.Bool("yes") {
-					return fmt.Errorf("images encrypted for %s could never be decrypted again: say --yes if that is what you want", id)
+				after, err := until(c, "after")
+				if err != nil {
+					return err
 				}
-				return done(keys.Destroy(id, c.Int("key-version"), after))("destroyed" + ofVersion(c) + ", for ever from " + time.Now().Add(after).Format(time.RFC3339) + " on")
+				if after < time.Second && !c.Bool("yes") {
+					return exit.Usagef("images encrypted for %s could never be decrypted again: say --yes if that is what you want", id)
+				}
+				return done(keys.Destroy(id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", for ever from "+time.Now().Add(after).Format(time.RFC3339)+" on")
 			}),
 		},
 		{
@@ -121,13 +129,13 @@ Example:
 			),
 			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
 				if c.Bool("undo") {
-					return done(keys.Reinstate(id, c.String("identity")))("no longer revoked for " + c.String("identity"))
+					return done(keys.Reinstate(id, c.String("identity")))(c, "no longer revoked for "+c.String("identity"))
 				}
-				return done(keys.Revoke(id, c.String("identity")))("revoked for " + c.String("identity"))
+				return done(keys.Revoke(id, c.String("identity")))(c, "revoked for "+c.String("identity"))
 			}),
 		},
 		{
-			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(jsonFlag()),
+			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(),
 			Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
 				info, err := keys.Get(id)
 				if err != nil {
@@ -139,8 +147,9 @@ Example:
 				return show(info)
 			}),
 		},
+		checkKEKCommand,
 		{
-			Name: "list", Usage: "list the KEKs", Flags: keysFlags(jsonFlag()),
+			Name: "list", Usage: "list the KEKs", Flags: keysFlags(),
 			Action: func(c *cli.Context) error {
 				if err := noArguments(c); err != nil {
 					return err
@@ -152,7 +161,7 @@ Example:
 				defer keys.Close()
 				list, err := keys.List()
 				if err != nil {
-					return err
+					return fmt.Errorf("keys list: %w", withStatus(err))
 				}
 				if c.Bool("json") {
 					return printJSON(list)
@@ -168,6 +177,18 @@ func show(info copilot.Info) error {
 	fmt.Println(head(info))
 	for _, who := range info.Revoked {
 		fmt.Printf("revoked for %s\n", who)
+	}
+	if info.Backend != "" {
+		if info.Path != "" {
+			fmt.Printf("%s, path %s\n", info.Type, info.Path)
+		}
+		if info.StaysInKMS {
+			fmt.Println("never given out: copilot has the KMS wrap and unwrap")
+		}
+		fmt.Printf("its versions are in the KMS, and these are those that copilot has used: \"copilot keys check %s\" asks for the current one\n", info.ID)
+		if len(info.Versions) == 0 {
+			return nil
+		}
 	}
 	table := newTable("VERSION", "BITS", "STATE", "WRAPS", "CREATED")
 	for _, v := range info.Versions {
@@ -233,7 +254,7 @@ func date(t time.Time) string {
 }
 
 func keysFlags(more ...cli.Flag) []cli.Flag {
-	return configFlags(append(serverFlags(), more...)...)
+	return configFlags(append(append(serverFlags(), jsonFlag()), more...)...)
 }
 
 func versionFlag() cli.Flag {
@@ -255,7 +276,7 @@ func jsonFlag() cli.Flag {
 func onKEK(do func(*cli.Context, *copilot.Keys, string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if c.NArg() != 1 {
-			return fmt.Errorf("keys %s takes one KEK id, after the flags, and got %d arguments", c.Command.Name, c.NArg())
+			return exit.Usagef("keys %s takes one KEK id, and got %d arguments", c.Command.Name, c.NArg())
 		}
 		keys, err := openKeys(c)
 		if err != nil {
@@ -264,15 +285,32 @@ func onKEK(do func(*cli.Context, *copilot.Keys, string) error) cli.ActionFunc {
 		defer keys.Close()
 		id := c.Args().First()
 		if err := do(c, keys, id); err != nil {
-			return fmt.Errorf("keys %s %s: %w", c.Command.Name, id, err)
+			return fmt.Errorf("keys %s %s: %w", c.Command.Name, id, withStatus(err))
 		}
 		return nil
 	}
 }
 
+// withStatus gives the broker's errors their exit status.
+func withStatus(err error) error {
+	e := new(copilot.StatusError)
+	switch {
+	case !errors.As(err, &e):
+		return err
+	case e.Denied():
+		return exit.DeniedError(err)
+	case e.Status == http.StatusBadRequest:
+		return exit.UsageError(err)
+	}
+	return err
+}
+
 // done returns a function that prints what happened to a KEK, if it did.
-func done(info copilot.Info, err error) func(verb string) error {
-	return func(verb string) error {
+func done(info copilot.Info, err error) func(c *cli.Context, verb string) error {
+	return func(c *cli.Context, verb string) error {
+		if err == nil && c.Bool("json") {
+			return printJSON(info)
+		}
 		if err == nil {
 			version := ""
 			if info.Version != 0 {
@@ -290,7 +328,7 @@ const maxKeyFile = 4096
 // readKey reads the key that --file, --hex and --base64 tell of.
 func readKey(c *cli.Context) ([]byte, error) {
 	if c.Bool("hex") && c.Bool("base64") {
-		return nil, errors.New("--hex and --base64 are mutually exclusive")
+		return nil, exit.Usagef("--hex and --base64 are mutually exclusive")
 	}
 	file := os.Stdin
 	if name := c.String("file"); name != "-" {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/version"
 )
 
@@ -23,11 +25,7 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1
 	}
-	if err := newApp().Run(os.Args); err != nil {
-		fmt.Fprintf(os.Stderr, "copilot: %s\n", err)
-		return 1
-	}
-	return 0
+	return commandline.Run(newApp())
 }
 
 func newApp() *cli.App {
@@ -38,12 +36,10 @@ func newApp() *cli.App {
 		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It gives
 pilot what it may have of them, decides that by a policy, and writes each
 request down. "copilot init" makes a configuration to start from.`,
-		Commands:             []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, storeCommand, policyCommand, auditCommand},
-		EnableBashCompletion: true,
-		ExitErrHandler:       func(*cli.Context, error) {},
+		Commands: []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, storeCommand, policyCommand, auditCommand},
 	}
 	withoutHelpCommands(app.Commands)
-	return app
+	return commandline.Complete(app)
 }
 
 // withoutHelpCommands has commands take "h" and "help" for what they are given, such
@@ -57,7 +53,7 @@ func withoutHelpCommands(commands []*cli.Command) {
 
 func noArguments(c *cli.Context) error {
 	if c.NArg() > 0 {
-		return fmt.Errorf("%s takes no argument, and got %q", c.Command.Name, c.Args().First())
+		return exit.Usagef("%s takes no argument, and got %q", c.Command.Name, c.Args().First())
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/commandline"
 )
 
 var nodeCACommand = &cli.Command{
@@ -25,7 +26,7 @@ Example:
    copilot certs node-ca`,
 	Flags: []cli.Flag{
 		configDirFlag(),
-		&cli.GenericFlag{Name: "for", Usage: "how long the CA's certificate is valid", Value: newDays(caFor)},
+		&cli.GenericFlag{Name: "for", Usage: "how long the CA's certificate is valid, as in 3650d, or until when", Value: commandline.After(caFor)},
 		&cli.BoolFlag{Name: "finish", Usage: "remove the CA for nodes that was replaced"},
 	},
 	Action: certsNodeCA,
@@ -51,7 +52,11 @@ func certsNodeCA(c *cli.Context) error {
 		fmt.Printf("removed the old CA for nodes from %s and %s\n", filepath.Join(dir, pki.CertFile), filepath.Join(dir, pki.NodeCertFile))
 		return nil
 	}
-	if err := makeNodeCA(dir, time.Duration(*c.Generic("for").(*days))); err != nil {
+	valid, err := until(c, "for")
+	if err != nil {
+		return err
+	}
+	if err := makeNodeCA(dir, valid); err != nil {
 		return fmt.Errorf("certs node-ca: %w", err)
 	}
 	fmt.Printf(`%s is ready, and %s has it.

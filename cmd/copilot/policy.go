@@ -12,6 +12,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 var policyCommand = &cli.Command{
@@ -22,12 +24,13 @@ var policyCommand = &cli.Command{
 		Description: `Identities look as in the audit log: spiffe://DOMAIN/PATH, dns:NAME or cn:NAME of
 a certificate, uid:NUMBER over a unix socket, ISSUER:SUBJECT of a token. Actions
 are wrap, unwrap, export and admin. Without arguments, it checks the file only.
-The exit status is 0 if it is allowed.
+The exit status is 0 if it is allowed, and 3 if it is denied.
 
 Example:
    copilot policy check spiffe://example.com/node/worker-7 team-a unwrap`,
 		Flags: configFlags(
-			&cli.TimestampFlag{Name: "at", Usage: "`TIME` to check for, as in 2026-01-02T03:04:05Z (default: now)", Layout: time.RFC3339},
+			&cli.GenericFlag{Name: "at", Usage: "`TIME` to check for, as in 2030-01-01, 2030-01-02T03:04:05Z or 90d", Value: &commandline.When{}, DefaultText: "now"},
+			jsonFlag(),
 		),
 		Action: checkPolicy,
 	}},
@@ -39,70 +42,102 @@ func checkPolicy(c *cli.Context) error {
 		return err
 	}
 	if conf.Policy == "" {
-		return errors.New("policy check: there is none: name its file with --policy, or in the configuration")
+		return exit.Usagef("policy check: there is none: name its file with --policy, or in the configuration")
+	}
+	if n := c.NArg(); n != 0 && n != 3 {
+		return exit.Usagef("policy check takes an identity, a KEK and an action, and got %d arguments", n)
 	}
 	p, err := policy.Load(conf.Policy, conf.IssuerNames())
 	if err != nil {
-		return err
+		return exit.UsageError(err)
 	}
 	if c.NArg() == 0 {
+		if c.Bool("json") {
+			return printJSON(map[string]any{"policy": conf.Policy, "usable": true})
+		}
 		fmt.Printf("%s can be used\n", conf.Policy)
 		return nil
 	}
-	if c.NArg() != 3 {
-		return fmt.Errorf("policy check takes an identity, a KEK and an action, after the flags, and got %d arguments", c.NArg())
-	}
 	identity, kek, action := c.Args().Get(0), c.Args().Get(1), policy.Action(c.Args().Get(2))
 	if !slices.Contains(policy.Actions, action) {
-		return fmt.Errorf("policy check: %q is no action: there are wrap, unwrap, export and admin", action)
+		return exit.Usagef("policy check: %q is no action: there are wrap, unwrap, export and admin", action)
 	}
 	if identity, err = policy.Canonical(identity, conf.IssuerNames()); err != nil {
-		return fmt.Errorf("policy check: %w", err)
+		return exit.Usagef("policy check: %w", err)
 	}
-	now := time.Now()
-	if at := c.Timestamp("at"); at != nil {
-		now = *at
-	}
+	now := c.Generic("at").(*commandline.When).At(time.Now())
 	v := p.Decide(identity, kek, action, now)
 	if v.Allowed {
-		if reason := refusedByKEK(c, kek, identity); reason != "" {
+		reason, err := refusedByKEK(c, kek, identity)
+		if err != nil {
+			return err
+		}
+		if reason != "" {
 			v.Allowed = false
 			v.Reason += ", but " + reason
 		}
 	}
 	if !v.Allowed {
 		// With the KEK itself, it needs nobody to wrap and unwrap.
-		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(identity, kek, policy.Export, now).Allowed && refusedByKEK(c, kek, identity) == "" {
-			v.Reason += fmt.Sprintf(": but it may export the KEK, and so can %s with it", action)
+		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(identity, kek, policy.Export, now).Allowed {
+			reason, err := refusedByKEK(c, kek, identity)
+			if err != nil {
+				return err
+			}
+			if reason == "" {
+				v.Reason += fmt.Sprintf(": but it may export the KEK, and so can %s with it", action)
+			}
 		}
-		return fmt.Errorf("denied: %s", v.Reason)
 	}
-	fmt.Printf("allowed: %s\n", v.Reason)
+	if c.Bool("json") {
+		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC()}); err != nil {
+			return err
+		}
+	}
+	if !v.Allowed {
+		return exit.DeniedError(fmt.Errorf("denied: %s", v.Reason))
+	}
+	if !c.Bool("json") {
+		fmt.Printf("allowed: %s\n", v.Reason)
+	}
 	return nil
+}
+
+// policyVerdict is what "policy check --json" prints.
+type policyVerdict struct {
+	Allowed  bool          `json:"allowed"`
+	Reason   string        `json:"reason"`
+	Identity string        `json:"identity"`
+	KEK      string        `json:"kek"`
+	Action   policy.Action `json:"action"`
+	At       time.Time     `json:"at"`
 }
 
 // refusedByKEK says why a KEK is not given to an identity that the policy
 // allows to have it, or nothing.
-func refusedByKEK(c *cli.Context, id, identity string) string {
+func refusedByKEK(c *cli.Context, id, identity string) (string, error) {
 	keys, err := openKeys(c)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "copilot: warning: what was revoked and disabled is not known here: %s\n", err)
-		return ""
+		return "", nil
 	}
 	defer keys.Close()
 	info, err := keys.Get(id)
+	if e := new(copilot.StatusError); errors.As(err, &e) && e.Denied() {
+		return "of the KEK: " + err.Error(), nil
+	}
 	switch {
 	case err != nil:
-		return "of the KEK: " + err.Error()
+		return "", fmt.Errorf("policy check: %w", err)
 	case copilot.IsRevoked(info.Revoked, identity):
-		return "the KEK was revoked for " + identity
+		return "the KEK was revoked for " + identity, nil
 	case info.Disabled:
-		return "the KEK is disabled"
+		return "the KEK is disabled", nil
 	}
 	for _, v := range info.Versions {
 		if v.Version == info.Version && v.State != keystore.Enabled {
-			return fmt.Sprintf("its current version, %d, is %s", v.Version, v.State)
+			return fmt.Sprintf("its current version, %d, is %s", v.Version, v.State), nil
 		}
 	}
-	return ""
+	return "", nil
 }

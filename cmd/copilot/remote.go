@@ -2,8 +2,6 @@ package main
 
 import (
 	"crypto/tls"
-	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
 
@@ -11,6 +9,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // serverFlags are those of commands that a copilot elsewhere can carry out.
@@ -26,22 +25,22 @@ func serverFlags() []cli.Flag {
 func remoteKeys(c *cli.Context) (*copilot.Keys, error) {
 	server := c.String("server")
 	if u, err := url.Parse(server); err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" && u.Path != "/" {
-		return nil, fmt.Errorf("--server %s: it is https://HOST:PORT", server)
+		return nil, exit.Usagef("--server %s: it is https://HOST:PORT", server)
 	}
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
 	if name := c.String("ca"); name != "" {
 		pool, err := certfile.Pool(name)
 		if err != nil {
-			return nil, fmt.Errorf("--ca: %w", err)
+			return nil, exit.Usagef("--ca: %w", err)
 		}
 		conf.RootCAs = pool
 	}
 	if c.String("cert") == "" || c.String("key") == "" {
-		return nil, errors.New("--server needs --cert and --key, which say who asks")
+		return nil, exit.Usagef("--server needs --cert and --key, which say who asks")
 	}
 	pair, err := tls.LoadX509KeyPair(c.String("cert"), c.String("key"))
 	if err != nil {
-		return nil, fmt.Errorf("--cert: %w", err)
+		return nil, exit.Usagef("--cert: %w", err)
 	}
 	conf.Certificates = []tls.Certificate{pair}
 	return copilot.RemoteKeys(server, &http.Transport{TLSClientConfig: conf, ForceAttemptHTTP2: true}), nil

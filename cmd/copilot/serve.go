@@ -8,12 +8,15 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/tracing"
 )
 
@@ -47,7 +50,7 @@ func configuration(c *cli.Context) (copilot.Config, error) {
 	if err := conf.ReadConfig(name); errors.Is(err, fs.ErrNotExist) && !required {
 		// It is not needed.
 	} else if err != nil {
-		return conf, err
+		return conf, exit.UsageError(err)
 	}
 	for name, to := range map[string]*string{
 		"dir": &conf.Dir, "database": &conf.Database, "audit-log": &conf.AuditLog, "policy": &conf.Policy,
@@ -130,10 +133,27 @@ func openKeys(c *cli.Context) (*copilot.Keys, error) {
 		return nil, errors.New("stopped")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the KEKs: %w", err)
+		return nil, fmt.Errorf("open the KEKs: %w", asOwner(err))
 	}
 	if made := keys.Made(); made != "" {
 		fmt.Fprintf(os.Stderr, "copilot: %s\n", made)
 	}
 	return keys, nil
+}
+
+// asOwner says as whom to run a command that may not use the store.
+func asOwner(err error) error {
+	if !errors.Is(err, fs.ErrPermission) || os.Geteuid() == 0 {
+		return err
+	}
+	return fmt.Errorf("%w: run this as root, or as the user that copilot runs as (sudo -u copilot copilot …)", err)
+}
+
+// until returns how far the time of a flag is away.
+func until(c *cli.Context, name string) (time.Duration, error) {
+	d, err := c.Generic(name).(*commandline.When).Until(time.Now())
+	if err != nil {
+		return 0, exit.Usagef("--%s: %w", name, err)
+	}
+	return d, nil
 }

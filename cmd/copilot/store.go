@@ -16,6 +16,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 var storeCommand = &cli.Command{
@@ -43,7 +44,7 @@ Example:
 
 func storeCopy(c *cli.Context) error {
 	if c.NArg() != 2 {
-		return fmt.Errorf("store copy takes FROM and TO, after the flags, and got %d arguments", c.NArg())
+		return exit.Usagef("store copy takes FROM and TO, and got %d arguments", c.NArg())
 	}
 	from, to := c.Args().Get(0), c.Args().Get(1)
 	master := c.String("dir")
@@ -61,7 +62,7 @@ func storeCopy(c *cli.Context) error {
 	master = cmp.Or(master, defaultDir)
 	n, err := keystore.Copy(c.Context, from, to, master)
 	if err != nil {
-		return fmt.Errorf("store copy: %w", err)
+		return fmt.Errorf("store copy: %w", asOwner(err))
 	}
 	fmt.Printf("copied %d KEKs\n", n)
 	lines, err := auditCopy(c, from, to, master)

@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 	"github.com/ctrlplane/pilot/tomlfile"
@@ -158,23 +159,23 @@ func loadConfiguration(c *cli.Context) (configuration, error) {
 	conf := defaults()
 	if c.Bool("original-defaults") {
 		if err := originalDefaults(&conf, os.Getenv); err != nil {
-			return conf, usageError{err}
+			return conf, exit.UsageError(err)
 		}
 	}
 	file := c.String("config")
 	if err := readConfigFile(&conf, file); err != nil {
-		return conf, usageError{err}
+		return conf, exit.UsageError(err)
 	}
 	for _, s := range settings {
 		if !c.IsSet(s.name) {
 			continue
 		}
 		if err := s.set(&conf, fmt.Sprint(c.Value(s.name))); err != nil {
-			return conf, usageError{fmt.Errorf("--%s (%s): %w", s.name, s.env(), err)}
+			return conf, exit.Usagef("--%s (%s): %w", s.name, s.env(), err)
 		}
 	}
 	if err := conf.check(); err != nil {
-		return conf, usageError{err}
+		return conf, exit.UsageError(err)
 	}
 	logrus.SetLevel(logrus.Level(conf.LogLevel))
 	return conf, nil
@@ -294,10 +295,10 @@ func (c *configuration) client() (*copilot.Client, error) {
 		Timeout:   time.Duration(c.BrokerTimeout),
 	})
 	if err != nil {
-		return nil, usageError{fmt.Errorf("broker: %w", err)}
+		return nil, exit.Usagef("broker: %w", err)
 	}
 	if client.Original() && c.AnnotationFormat == keyprovider.FormatCopilot {
-		return nil, usageError{fmt.Errorf("annotation-format %s: a broker with the original's API does not wrap", c.AnnotationFormat)}
+		return nil, exit.Usagef("annotation-format %s: a broker with the original's API does not wrap", c.AnnotationFormat)
 	}
 	return client, nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"os"
 	"os/signal"
 	"slices"
@@ -9,6 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/plugin/node"
 )
 
@@ -55,12 +55,12 @@ func nodeDeploy(c *cli.Context) error {
 	}
 	for from, name := range map[string]string{"broker-ca-from": "broker-ca", "broker-token-from": "broker-token-file"} {
 		if c.IsSet(from) && c.IsSet(name) {
-			return usageError{fmt.Errorf("--%s and --%s are two ways to give one thing: leave one out", from, name)}
+			return exit.Usagef("--%s and --%s are two ways to give one thing: leave one out", from, name)
 		}
 	}
 	set, err := node.NewDaemonSet(c.String("namespace"), c.String("daemonset"))
 	if err != nil {
-		return usageError{err}
+		return exit.UsageError(err)
 	}
 	d := &node.Deployment{
 		BinDir:    c.String("bin-dir"),

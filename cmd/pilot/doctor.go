@@ -13,6 +13,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin/node"
 )
@@ -44,15 +45,15 @@ Example:
 
 func doctor(c *cli.Context) error {
 	if c.NArg() > 0 {
-		return usageError{fmt.Errorf("doctor takes no argument, and got %q", c.Args().First())}
+		return exit.Usagef("doctor takes no argument, and got %q", c.Args().First())
 	}
 	if os.Geteuid() != 0 {
-		return usageError{errors.New("doctor uses sockets and mounts that only root may: sudo pilot node doctor")}
+		return exit.Usagef("doctor uses sockets and mounts that only root may: sudo pilot node doctor")
 	}
 	keks := c.StringSlice("kek")
 	for _, kek := range keks {
 		if err := keyprovider.ValidateKEKID(kek); err != nil {
-			return usageError{fmt.Errorf("--kek: %w", err)}
+			return exit.Usagef("--kek: %w", err)
 		}
 	}
 	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
@@ -90,7 +91,7 @@ func doctor(c *cli.Context) error {
 	}
 	switch {
 	case d.ConfigurationError != nil:
-		return usageError{errors.New("pilot's configuration can't be used")}
+		return exit.Usagef("pilot's configuration can't be used")
 	case ctx.Err() != nil:
 		return errors.New("interrupted")
 	case len(wrong) > 0:

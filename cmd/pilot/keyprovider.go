@@ -1,13 +1,13 @@
 package main
 
 import (
-	"fmt"
 	"os"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/client"
 )
@@ -26,7 +26,7 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		&cli.StringFlag{Name: "daemon", Usage: "unix socket of a running pilot serve to go through, as unix:///`PATH`"}),
 	Action: func(c *cli.Context) error {
 		if c.NArg() > 0 {
-			return usageError{fmt.Errorf("keyprovider takes no argument, and got %q", c.Args().First())}
+			return exit.Usagef("keyprovider takes no argument, and got %q", c.Args().First())
 		}
 		conf, err := loadConfiguration(c)
 		if err != nil {
@@ -49,11 +49,11 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 
 func forward(c *cli.Context, daemon address) error {
 	if path, ok := daemon.unix(); !ok || path == "" {
-		return usageError{fmt.Errorf("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)}
+		return exit.Usagef("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)
 	}
 	provider, err := client.New(keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)})
 	if err != nil {
-		return usageError{fmt.Errorf("--daemon: %w", err)}
+		return exit.Usagef("--daemon: %w", err)
 	}
 	return keyprovider.Exec(c.Context, provider, os.Stdin, os.Stdout)
 }

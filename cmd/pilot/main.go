@@ -3,7 +3,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 
@@ -11,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/plugin/node"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/version"
@@ -30,19 +30,11 @@ func run() int {
 	}
 	logrus.SetOutput(os.Stderr)
 	unsetEmptyVariables()
-	err := newApp().Run(os.Args)
-	if err == nil {
-		return 0
-	}
-	fmt.Fprintf(os.Stderr, "pilot: %s\n", err)
-	if errors.As(err, new(usageError)) {
-		return 2
-	}
-	return 1
+	return commandline.Run(newApp())
 }
 
 func newApp() *cli.App {
-	return &cli.App{
+	return commandline.Complete(&cli.App{
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
 		Version: version.Version,
@@ -52,13 +44,6 @@ A tool finds it by a file such as
    {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
 
 that OCICRYPT_KEYPROVIDER_CONFIG names.`,
-		Commands:             []*cli.Command{serveCommand, keyproviderCommand, nodeCommand},
-		EnableBashCompletion: true,
-		ExitErrHandler:       func(*cli.Context, error) {},
-	}
+		Commands: []*cli.Command{serveCommand, keyproviderCommand, nodeCommand},
+	})
 }
-
-// usageError is the error of a configuration that can't work: exit status 2.
-type usageError struct{ error }
-
-func (e usageError) Unwrap() error { return e.error }

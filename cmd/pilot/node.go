@@ -12,6 +12,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/plugin/node"
 )
 
@@ -118,15 +119,15 @@ func nodeInstall(c *cli.Context) error {
 		}
 		v := c.String(s.name)
 		if strings.HasPrefix(s.name, "broker-") && !filepath.IsAbs(v) {
-			return usageError{fmt.Errorf("--%s %s: the daemon runs in another directory: give an absolute path", s.name, v)}
+			return exit.Usagef("--%s %s: the daemon runs in another directory: give an absolute path", s.name, v)
 		}
 		if err := s.set(&conf, v); err != nil {
-			return usageError{fmt.Errorf("--%s: %w", s.name, err)}
+			return exit.Usagef("--%s: %w", s.name, err)
 		}
 		o.Settings[s.name] = v
 	}
 	if err := conf.check(); err != nil {
-		return usageError{err}
+		return exit.UsageError(err)
 	}
 	if o.Root == "" {
 		// On a node image the files may come later.
@@ -232,10 +233,10 @@ func nodeRefresh(c *cli.Context) error {
 
 func nodeArguments(c *cli.Context) error {
 	if c.NArg() > 0 {
-		return usageError{fmt.Errorf("node %s takes no argument, and got %q", c.Command.Name, c.Args().First())}
+		return exit.Usagef("node %s takes no argument, and got %q", c.Command.Name, c.Args().First())
 	}
 	if c.Bool("now") && c.String("root") != "" {
-		return usageError{fmt.Errorf("--now is for a machine that runs, and --root for one that does not")}
+		return exit.Usagef("--now is for a machine that runs, and --root for one that does not")
 	}
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -44,7 +45,7 @@ func renew(c *cli.Context) error {
 		return err
 	}
 	if conf.BrokerCert == "" {
-		return usageError{errors.New("broker-cert is not set, so there is no certificate to renew")}
+		return exit.Usagef("broker-cert is not set, so there is no certificate to renew")
 	}
 	client, err := conf.client()
 	if err != nil {

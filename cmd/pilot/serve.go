@@ -25,6 +25,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
@@ -63,7 +64,7 @@ const (
 
 func serve(c *cli.Context) error {
 	if c.NArg() > 0 {
-		return usageError{fmt.Errorf("serve takes no argument, and got %q", c.Args().First())}
+		return exit.Usagef("serve takes no argument, and got %q", c.Args().First())
 	}
 	conf, err := loadConfiguration(c)
 	if err != nil {
@@ -77,11 +78,11 @@ func serve(c *cli.Context) error {
 	registry.MustRegister(status.Certificates("pilot_cert_not_after_seconds", provider.certificates))
 	options, err := conf.serverOptions()
 	if err != nil {
-		return usageError{err}
+		return exit.UsageError(err)
 	}
 	stopTracing, err := tracing.Start(c.Context, "pilot")
 	if err != nil {
-		return usageError{err}
+		return exit.UsageError(err)
 	}
 	defer endTracing(stopTracing)
 	passed, err := activation.ListenersWithNames()

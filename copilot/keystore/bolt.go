@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -55,6 +56,9 @@ func openBolt(dir string) (database, error) {
 		if err != nil {
 			db.Close()
 		}
+	}
+	if pathError := new(fs.PathError); errors.As(err, &pathError) {
+		return nil, err // names it
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", name, err)

@@ -1,0 +1,43 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ctrlplane/pilot/copilot"
+)
+
+var checkKEKCommand = &cli.Command{
+	Name: "check", Usage: "try a KEK: wrap a random key with it and unwrap that", ArgsUsage: "ID",
+	Description: `Uses the KMS that the KEK is in, if it is in one, and says which version it tried
+and how long that took, or what is wrong and what to do. It does not count as a
+wrap of the KEK, and the audit log has it as "check". The exit status is 1 if the
+KEK can't be used.
+
+Example:
+   copilot keys check team-a`,
+	Flags: keysFlags(),
+	Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+		found, err := keys.Check(id)
+		if err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			if err := printJSON(found); err != nil {
+				return err
+			}
+		}
+		where := "copilot's store"
+		if found.Backend != "" {
+			where = fmt.Sprintf("%s (%s, path %s)", found.Backend, found.Type, found.Path)
+		}
+		if !found.OK {
+			return fmt.Errorf("in %s: %s", where, found.Error)
+		}
+		if !c.Bool("json") {
+			fmt.Printf("%s works, in %s: version %d, wrap %.1f ms, unwrap %.1f ms\n", id, where, found.Version, found.WrapMillis, found.UnwrapMillis)
+		}
+		return nil
+	}),
+}
