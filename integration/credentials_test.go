@@ -69,6 +69,13 @@ func TestRegistryCredentials(t *testing.T) {
 	output(t, c.ctrPilot("images", "import", "--no-unpack", "--all-platforms", l.tar(dir+"/image.tar", app+"plain", l.image(kinds[1], false, goarch, newSecret()))))
 	output(t, c.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", app+"plain", app+"1"))
 
+	// A denial by the broker has an exit status of its own, through the daemon.
+	nobody := c.ctrPilot("images", "encrypt", "--recipient", "provider:pilot:nobody", app+"plain", app+"x")
+	fails(t, nobody, "no such KEK")
+	if status := nobody.ProcessState.ExitCode(); status != 3 {
+		t.Errorf("encrypt for no KEK: exit status %d", status)
+	}
+
 	// ways are environments. Each has its own home, so that nothing else counts.
 	run := func(env []string, args ...string) *exec.Cmd {
 		cmd := c.ctrPilot(args...)

@@ -98,6 +98,13 @@ func TestOtherUsers(t *testing.T) {
 	output(t, d.run(ci, "podman", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", ours, registry+"/app:v2"))
 	output(t, d.run(node, "ctr-pilot", "images", "rewrap", "--registry", "--plain-http", "--dry-run", registry+"/app:v2"))
 
+	// A denial by the broker has an exit status of its own, through the executable.
+	rotate := d.run(ci, "ctr-pilot", "images", "rewrap", "--registry", "--plain-http", registry+"/app:v2")
+	fails(t, rotate, "not allowed")
+	if status := rotate.ProcessState.ExitCode(); status != 3 {
+		t.Errorf("rewrap without a right: exit status %d", status)
+	}
+
 	// What is root's says so, once, with what to do.
 	own := "name pilot as a cmd in their ocicrypt.conf, with a pilot.toml of their own"
 	forwarding := d.write("forwarding.conf", fmt.Sprintf(`{"key-providers": {"pilot": {"cmd": {"path": "/usr/local/bin/pilot", "args": ["keyprovider", "--daemon", "unix://%s/daemon/keyprovider.sock"]}}}}`, dir))
