@@ -20,6 +20,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/plugin"
 )
 
@@ -78,13 +79,16 @@ Example:
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
 		forceFlag,
 		allButBaseFlag,
-	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), commands.RegistryFlags),
+	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
-		for _, f := range commands.RegistryFlags {
+		for _, f := range registryFlags() {
 			if name := f.Names()[0]; cmd.IsSet(name) && !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
-				return fmt.Errorf("--%s is for --keys-from and --all-but-base", name)
+				return exit.Usagef("--%s is for --keys-from and --all-but-base", name)
 			}
+		}
+		if err := readPassword(cmd); err != nil {
+			return err
 		}
 		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
 			var err error
@@ -143,7 +147,7 @@ type cryptFunc func(context.Context, *containerd.Client, ocispec.Descriptor, ima
 func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) error {
 	name, toName := cmd.Args().First(), cmd.Args().Get(1)
 	if name == "" || cmd.NArg() > 2 {
-		return fmt.Errorf("%s takes the name of an image and a new name, after the flags, and got %d arguments", verb, cmd.NArg())
+		return exit.Usagef("%s takes the name of an image and a new name, and got %d arguments", verb, cmd.NArg())
 	}
 	if toName == "" {
 		toName = name
@@ -262,7 +266,7 @@ func withLease(ctx context.Context, client *containerd.Client) (context.Context,
 	}, nil
 }
 
-var errBothPlatforms = errors.New("--platform and --all-platforms are mutually exclusive")
+var errBothPlatforms = exit.Usagef("--platform and --all-platforms are mutually exclusive")
 
 // selection returns what --layer and --platform choose.
 func selection(cmd *cli.Command) (image.Options, error) {

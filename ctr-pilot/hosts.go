@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net/http"
 	"sync"
@@ -15,22 +14,29 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // registryHosts returns what ctr's flags say of registries. ctr's own resolver
 // can't list tags and does not say whom it asks.
 func registryHosts(ctx context.Context, cmd *cli.Command) (docker.RegistryHosts, error) {
-	user, err := commands.NewStaticCredentials(ctx, cmd, "")
-	if err != nil {
-		return nil, err
-	}
 	options := config.HostOptions{Credentials: func(host string) (string, string, error) {
-		c, err := user.GetCredentials(ctx, "", host)
-		return c.Username, c.Secret, err
+		return storedCredentials(ctx, host)
 	}}
+	if namesUser(cmd) {
+		user, err := commands.NewStaticCredentials(ctx, cmd, "")
+		if err != nil {
+			return nil, err
+		}
+		options.Credentials = func(host string) (string, string, error) {
+			c, err := user.GetCredentials(ctx, "", host)
+			return c.Username, c.Secret, err
+		}
+	}
 	if cmd.Bool("plain-http") {
 		options.DefaultScheme = "http"
 	}
+	var err error
 	if options.DefaultTLS, err = registryTLS(cmd); err != nil {
 		return nil, err
 	}
@@ -79,7 +85,7 @@ func registryTLS(cmd *cli.Command) (*tls.Config, error) {
 		}
 	}
 	if (cert == "") != (key == "") {
-		return nil, errors.New("--tlscert and --tlskey need each other")
+		return nil, exit.Usagef("--tlscert and --tlskey need each other")
 	}
 	if cert != "" {
 		pair, err := tls.LoadX509KeyPair(cert, key)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +13,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // wrapImport makes ctr's import read archives itself, as its --local does, and
@@ -29,7 +30,7 @@ keys given here or those of the node. Archives are read as with --local.
 
 func importImages(ctx context.Context, cmd *cli.Command) error {
 	if cmd.NArg() != 1 {
-		return errors.New("import takes one archive, or - for standard input, after the flags")
+		return exit.Usagef("import takes one archive, or - for standard input")
 	}
 	opts, err := importOptions(cmd)
 	if err != nil {
@@ -68,10 +69,10 @@ func importImages(ctx context.Context, cmd *cli.Command) error {
 // importOptions returns what ctr's flags mean.
 func importOptions(cmd *cli.Command) ([]containerd.ImportOpt, error) {
 	if cmd.Bool("discard-unpacked-layers") && cmd.Bool("no-unpack") {
-		return nil, errors.New("--discard-unpacked-layers and --no-unpack are mutually exclusive")
+		return nil, exit.Usagef("--discard-unpacked-layers and --no-unpack are mutually exclusive")
 	}
 	if cmd.Bool("skip-digest-for-named") && !cmd.Bool("digests") {
-		return nil, errors.New("--skip-digest-for-named needs --digests")
+		return nil, exit.Usagef("--skip-digest-for-named needs --digests")
 	}
 	opts := []containerd.ImportOpt{containerd.WithAllPlatforms(cmd.Bool("all-platforms"))}
 	prefix := cmd.String("base-name")

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -97,13 +97,13 @@ var recipientSchemes = []string{"provider", "jwe", "pkcs7", "pgp", "pkcs11"}
 // layers that are encrypted already.
 func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*config.EncryptConfig, error) {
 	if len(args.Recipient) == 0 {
-		return nil, errors.New("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
+		return nil, exit.Usagef("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
 	}
 	registerKeyProviders()
 	for _, r := range args.Recipient {
 		scheme, _, ok := strings.Cut(r, ":")
 		if !ok || !slices.Contains(recipientSchemes, scheme) {
-			return nil, fmt.Errorf("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+			return nil, exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
 		}
 		if scheme != "pgp" {
 			continue

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -20,6 +19,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -39,7 +39,7 @@ Examples:
    ctr-pilot images layerinfo --require-encrypted --json app:encrypted`,
 	Flags: append(selectionFlags("show"),
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
-		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 1 unless all of it is encrypted"},
+		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 3 unless all of it is encrypted"},
 		&cli.StringFlag{Name: "gpg-homedir", Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)"},
 		&cli.StringFlag{Name: "gpg-version", Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)"},
 		&cli.BoolFlag{Name: "n", Usage: "show the key IDs of pgp recipients, not their names"},
@@ -47,7 +47,7 @@ Examples:
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		if cmd.NArg() != 1 {
-			return errors.New("layerinfo takes the name of one image, after the flags")
+			return exit.Usagef("layerinfo takes the name of one image")
 		}
 		opts, err := selection(cmd)
 		if err != nil {
@@ -94,7 +94,7 @@ Examples:
 			err = printLayers(rows, notEncrypted)
 		}
 		if err == nil && len(notEncrypted) > 0 && cmd.Bool("require-encrypted") {
-			err = fmt.Errorf("%s is not fully encrypted", cmd.Args().First())
+			err = exit.DeniedError(fmt.Errorf("%s is not fully encrypted", cmd.Args().First()))
 		}
 		return err
 	},

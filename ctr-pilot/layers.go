@@ -12,6 +12,8 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // layerRange is a number of --layer, or the first and the last of several.
@@ -25,7 +27,7 @@ func parseLayers(values []string) ([]int, error) {
 		for part := range strings.SplitSeq(value, ",") {
 			m := layerRange.FindStringSubmatch(part)
 			if m == nil {
-				return nil, fmt.Errorf("--layer %s: %q is no layer: use a number, as in 2 or -1, a range, as in 2-5, or several, as in 0,2-5", value, part)
+				return nil, exit.Usagef("--layer %s: %q is no layer: use a number, as in 2 or -1, a range, as in 2-5, or several, as in 0,2-5", value, part)
 			}
 			first, _ := strconv.Atoi(m[1]) // four digits
 			last := first
@@ -33,7 +35,7 @@ func parseLayers(values []string) ([]int, error) {
 				last, _ = strconv.Atoi(m[2])
 			}
 			if last < first || first < 0 && last >= 0 {
-				return nil, fmt.Errorf("--layer %s: a range takes the lower number first, and both count from the same end, as in 2-5 or -3--1", value)
+				return nil, exit.Usagef("--layer %s: a range takes the lower number first, and both count from the same end, as in 2-5 or -3--1", value)
 			}
 			for n := first; n <= last; n++ {
 				list = append(list, n)
@@ -55,7 +57,7 @@ func baseLayers(ctx context.Context, client *containerd.Client, cmd *cli.Command
 		return nil, nil
 	}
 	if len(cmd.StringSlice("layer")) > 0 {
-		return nil, errors.New("--layer and --all-but-base are mutually exclusive")
+		return nil, exit.Usagef("--layer and --all-but-base are mutually exclusive")
 	}
 	layers, err := layersOf(ctx, client, cmd, name)
 	if err == nil && len(layers) == 0 {

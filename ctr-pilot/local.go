@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,6 +10,8 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
 	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // alwaysLocal makes one of ctr's commands work as it does with --local on every
@@ -26,7 +27,7 @@ func alwaysLocal(c *cli.Command) {
 	stock := c.Action
 	c.Action = func(ctx context.Context, cmd *cli.Command) error {
 		if !cmd.Bool("local") {
-			return errors.New("--local=false: ctr-pilot does not use containerd's transfer service: leave the flag out")
+			return exit.Usagef("--local=false: ctr-pilot does not use containerd's transfer service: leave the flag out")
 		}
 		return stock(ctx, cmd)
 	}
@@ -48,6 +49,7 @@ Example:
 		}
 		return explainRefusal(stock(ctx, cmd))
 	}
+	withStoredCredentials(c)
 }
 
 // checkPush returns an error if ctr's push would push something else than the
@@ -56,12 +58,12 @@ func checkPush(ctx context.Context, cmd *cli.Command) error {
 	wanted := cmd.StringSlice("platform")
 	switch {
 	case cmd.NArg() > 2:
-		return fmt.Errorf("push takes a remote reference and the name of a local image, after the flags, and got %q too", cmd.Args().Get(2))
+		return exit.Usagef("push takes a remote reference and the name of a local image, and got %q too", cmd.Args().Get(2))
 	case cmd.IsSet("manifest") || cmd.IsSet("manifest-type"):
 		// ctr sends a manifest of size 0, and succeeds when the registry refuses it.
-		return errors.New("--manifest and --manifest-type push nothing: name a local image, and --platform for one platform of it")
+		return exit.Usagef("--manifest and --manifest-type push nothing: name a local image, and --platform for one platform of it")
 	case len(wanted) > 1:
-		return errors.New("push takes one --platform: leave it out to push all platforms")
+		return exit.Usagef("push takes one --platform: leave it out to push all platforms")
 	case len(wanted) == 0 || cmd.NArg() == 0:
 		return nil
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/version"
 )
 
@@ -37,7 +38,7 @@ func run() int {
 	}
 	if err := newApp().Run(context.Background(), os.Args); err != nil {
 		fmt.Fprintln(os.Stderr, "ctr-pilot:", shownText(err.Error())) // images and registries are quoted in it
-		return 1
+		return status(err)
 	}
 	return 0
 }
@@ -56,7 +57,10 @@ func newApp() *cli.Command {
    ctr-pilot images pull registry.example.com/app:encrypted
 
 Key providers are found in the file that OCICRYPT_KEYPROVIDER_CONFIG names, or
-in ` + defaultKeyProviders + `.`
+in ` + defaultKeyProviders + `.
+
+` + exit.Help + ` "run", "tasks exec" and the like exit with the status of
+what ran in the container.`
 	images := subcommand(a, "images")
 	wrapPull(subcommand(images, "pull"))
 	wrapImport(subcommand(images, "import"))
@@ -74,6 +78,8 @@ in ` + defaultKeyProviders + `.`
 	for _, name := range []string{"pull", "push", "import", "export"} {
 		a.Commands = append(a.Commands, subcommand(images, name))
 	}
+	withStoredCredentials(subcommand(subcommand(a, "content"), "fetch"))
+	explainUsage(a, a.Name)
 	return a
 }
 

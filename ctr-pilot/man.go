@@ -5,14 +5,16 @@ package main
 import (
 	"fmt"
 	"os"
+	"strings"
 
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/packaging/man"
 )
 
 // init makes this program print the manual page of what ctr does not have.
 func init() {
 	app := newApp()
-	page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: app.Description + `
+	page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.Split(app.Description, "\n\n"+exit.Help)[0] + `
 
 All other commands are ctr's own: ctr-pilot --help tells them.`}
 	images := subcommand(app, "images")

@@ -22,6 +22,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // inRegistry are the images of registries. Their manifests are kept in a
@@ -128,7 +130,7 @@ func (r *inRegistry) open(ctx context.Context, name, newName string) (*openImage
 func parseReference(name string) (reference.Spec, error) {
 	spec, err := reference.Parse(name)
 	if err == nil && (spec.Object == "" || !strings.Contains(spec.Locator, "/")) {
-		err = errors.New("it takes a registry, a repository and a tag, as in registry.example.com/app:1")
+		err = exit.Usagef("it takes a registry, a repository and a tag, as in registry.example.com/app:1")
 	}
 	if err != nil {
 		return reference.Spec{}, fmt.Errorf("%q: %w", name, err)

@@ -12,10 +12,10 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -38,6 +38,7 @@ them, or a pattern stands for them: * is any characters, slashes too, and ? is o
 In a registry, patterns are for tags. What fails does not stop the others.
 
 With --registry, images are changed in their registry, and no containerd is needed.
+Without --user, the credentials are those of docker login or podman login.
 Only manifests are fetched and pushed. A digest can't be moved, so an image named by
 its digest takes a new name: another tag in the same repository.
 
@@ -45,7 +46,7 @@ Examples:
    ctr-pilot images rewrap app:1
    ctr-pilot images rewrap --from team-a --to team-b app:1 app:1-b
    ctr-pilot images rewrap --remove provider:pilot:team-c 'registry.example.com/app:*'
-   ctr-pilot images rewrap --registry --user ci:password registry.example.com/app:1`,
+   ctr-pilot images rewrap --registry registry.example.com/app:1`,
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringFlag{Name: "from", Usage: "`KEK` whose place another takes"},
 		&cli.StringFlag{Name: "to", Usage: "`KEK` that takes its place"},
@@ -54,8 +55,9 @@ Examples:
 		&cli.StringFlag{Name: "file", Usage: "`FILE` that lists images, one on each line, - for standard input; # begins a comment"},
 		&cli.BoolFlag{Name: "dry-run", Usage: "show what would be done; keys are unwrapped and wrapped, and nothing is written"},
 		&cli.BoolFlag{Name: "registry", Usage: "the images are in a registry"},
+		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 		&cli.DurationFlag{Name: "image-timeout", Value: 5 * time.Minute, Usage: "`TIME` that each of several images may take, so that one does not hold up the others"},
-	}, selectionFlags("rewrap"), keyFlags(), commands.RegistryFlags),
+	}, selectionFlags("rewrap"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		r, err := newRewrapper(cmd)
@@ -93,10 +95,10 @@ type rewrapper struct {
 func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	r := &rewrapper{cmd: cmd, how: image.Rewrapping{From: cmd.String("from"), To: cmd.String("to"), DryRun: cmd.Bool("dry-run")}}
 	if (r.how.From == "") != (r.how.To == "") {
-		return nil, errors.New("--from and --to need each other")
+		return nil, exit.Usagef("--from and --to need each other")
 	}
 	if cmd.Duration("image-timeout") <= 0 {
-		return nil, errors.New("--image-timeout takes a time of more than 0, as in 5m")
+		return nil, exit.Usagef("--image-timeout takes a time of more than 0, as in 5m")
 	}
 	if r.opts, err = selection(cmd); err != nil {
 		return nil, err
@@ -108,12 +110,18 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 		}
 		r.how.Remove = append(r.how.Remove, rec)
 	}
-	for _, f := range commands.RegistryFlags {
+	for _, f := range registryFlags() {
 		if name := f.Names()[0]; cmd.IsSet(name) && !cmd.Bool("registry") {
-			return nil, fmt.Errorf("--%s is for --registry", name)
+			return nil, exit.Usagef("--%s is for --registry", name)
 		}
 	}
+	if r.cmd.String("file") == "-" && cmd.Bool("password-stdin") {
+		return nil, exit.Usagef("--file - and --password-stdin both read standard input")
+	}
 	if err := r.images(); err != nil {
+		return nil, err
+	}
+	if err := readPassword(cmd); err != nil {
 		return nil, err
 	}
 	if len(cmd.StringSlice("recipient")) > 0 {
@@ -146,7 +154,7 @@ func (r *rewrapper) images() error {
 		}
 	}
 	if len(r.names) == 0 && file == "" {
-		return errors.New("rewrap takes the name of an image and a new name, or several images, after the flags")
+		return exit.Usagef("rewrap takes the name of an image and a new name, or several images")
 	}
 	if !r.several && len(r.names) == 2 {
 		r.names, r.newName = r.names[:1], r.names[1]
@@ -179,19 +187,19 @@ func listedIn(file string) ([]string, error) {
 	return names, nil
 }
 
-// run rewraps the image or the images.
 // oneRegistry refuses names in several registries, each of which would be shown
 // the password that is meant for one.
 func oneRegistry(names []string) error {
 	for _, name := range names {
 		first, _, _ := strings.Cut(names[0], "/")
 		if host, _, _ := strings.Cut(name, "/"); host != first {
-			return fmt.Errorf("--user is for one registry, and these images are in %s and %s: rewrap them apart", first, host)
+			return exit.Usagef("--user is for one registry, and these images are in %s and %s: rewrap them apart", first, host)
 		}
 	}
 	return nil
 }
 
+// run rewraps the image or the images.
 func (r *rewrapper) run(ctx context.Context, p place) error {
 	if r.several {
 		return r.all(ctx, p)
@@ -201,13 +209,19 @@ func (r *rewrapper) run(ctx context.Context, p place) error {
 	if err == nil {
 		err = r.unfit(out)
 	}
+	if r.newName != "" && err == nil {
+		name = r.newName
+	}
+	if r.cmd.Bool("json") {
+		if err := printJSON([]rewrapResult{r.result(name, out, start, err)}); err != nil {
+			return err
+		}
+	} else if err == nil {
+		fmt.Println(r.line(name, out, start))
+	}
 	if err != nil {
 		return fmt.Errorf("rewrap %s: %w", name, err)
 	}
-	if r.newName != "" {
-		name = r.newName
-	}
-	fmt.Println(r.line(name, out, start))
 	return nil
 }
 

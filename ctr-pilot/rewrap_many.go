@@ -28,12 +28,13 @@ type tally struct {
 	changed, same, plain, failed int
 	missing                      []string // of what was to be moved or removed, what none had so far
 	had                          []image.Recipient
+	results                      []rewrapResult // for --json
 }
 
 // all rewraps several images. It goes on after one failed, and stops when ctx is
 // done.
 func (r *rewrapper) all(ctx context.Context, p place) error {
-	t := &tally{}
+	t := &tally{results: []rewrapResult{}}
 	names := r.expand(ctx, p, t)
 	tried := 0
 	for _, name := range names {
@@ -46,23 +47,19 @@ func (r *rewrapper) all(ctx context.Context, p place) error {
 			break // it was not its fault
 		}
 		tried++
+		t.results = append(t.results, r.result(name, out, start, err))
 		if err != nil {
 			t.fail(name, err)
 			continue
 		}
 		t.count(out)
-		fmt.Println(r.line(name, out, start))
+		if !r.cmd.Bool("json") {
+			fmt.Println(r.line(name, out, start))
+		}
 	}
-
-	changed := "changed"
-	if r.how.DryRun {
-		changed = "would change"
+	if err := r.printSum(t, len(names), tried); err != nil {
+		return err
 	}
-	fmt.Printf("%d images: %d %s, %d up to date, %d not encrypted, %d failed", len(names), t.changed, changed, t.same, t.plain, t.failed)
-	if left := len(names) - tried; left > 0 {
-		fmt.Printf(", %d not tried", left)
-	}
-	fmt.Println()
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("stopped: %w", ctx.Err())
@@ -71,6 +68,24 @@ func (r *rewrapper) all(ctx context.Context, p place) error {
 	case t.changed+t.same > 0 && len(t.missing) > 0:
 		return r.unfit(image.Rewrapped{Encrypted: 1, Missing: t.missing, Had: t.had})
 	}
+	return nil
+}
+
+// printSum prints what became of the images in all.
+func (r *rewrapper) printSum(t *tally, images, tried int) error {
+	if r.cmd.Bool("json") {
+		return printJSON(t.results)
+	}
+
+	changed := "changed"
+	if r.how.DryRun {
+		changed = "would change"
+	}
+	fmt.Printf("%d images: %d %s, %d up to date, %d not encrypted, %d failed", images, t.changed, changed, t.same, t.plain, t.failed)
+	if left := images - tried; left > 0 {
+		fmt.Printf(", %d not tried", left)
+	}
+	fmt.Println()
 	return nil
 }
 
@@ -99,6 +114,7 @@ func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
 				err = errors.New("no image matches")
 			}
 			if err != nil {
+				t.results = append(t.results, r.result(name, image.Rewrapped{}, time.Now(), err))
 				t.fail(name, err)
 			}
 		}

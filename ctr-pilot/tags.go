@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -15,6 +14,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/containerd/v2/version"
 	"github.com/containerd/errdefs"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 const (
@@ -30,7 +31,7 @@ var aTag = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error) {
 	colon := strings.LastIndex(pattern, ":")
 	if colon <= strings.LastIndex(pattern, "/") || isPattern(pattern[:colon]) || strings.Contains(pattern, "@") {
-		return nil, errors.New("in a registry, a pattern stands for tags, as in 'registry.example.com/app:*'")
+		return nil, exit.Usagef("in a registry, a pattern stands for tags, as in 'registry.example.com/app:*'")
 	}
 	repository, matches := pattern[:colon], matcher(pattern[colon+1:])
 	spec, err := parseReference(repository + ":x")

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -13,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/cmd/ctr/commands/content"
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/imgcrypt/v2"
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
@@ -22,6 +22,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -82,8 +83,8 @@ func encryptedLayers(ctx context.Context, client *containerd.Client, target ocis
 // wrapPull makes ctr's pull fetch images itself, as its --local does, and
 // unpack encrypted ones.
 func wrapPull(c *cli.Command) {
-	c.Flags = append(c.Flags, keyFlags()...)
-	c.Description += `
+	c.Flags = append(append(c.Flags, keyFlags()...), passwordFlag())
+	c.Description += credentialsHelp + `
 Encrypted images are decrypted while they are unpacked, by containerd, with the
 keys given here or those of the node. All images are fetched as with --local, so
 what containerd's transfer service is told about registries does not count.
@@ -97,15 +98,25 @@ Example:
 func pull(ctx context.Context, cmd *cli.Command) error {
 	ref := cmd.Args().First()
 	if ref == "" || cmd.NArg() > 1 {
-		return errors.New("pull takes one image reference, after the flags")
+		return exit.Usagef("pull takes one image reference")
 	}
 	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
 		return errBothPlatforms
+	}
+	if err := readPassword(cmd); err != nil {
+		return err
 	}
 	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
 		conf, err := content.NewFetchConfig(ctx, cmd)
 		if err != nil {
 			return err
+		}
+		if !namesUser(cmd) {
+			hosts, err := registryHosts(ctx, cmd)
+			if err != nil {
+				return err
+			}
+			conf.Resolver = docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
 		}
 		if n := cmd.Int("max-concurrent-downloads"); n > 0 {
 			conf.RemoteOpts = append(conf.RemoteOpts, containerd.WithMaxConcurrentDownloads(n))

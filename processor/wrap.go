@@ -16,6 +16,8 @@ import (
 	"github.com/containers/ocicrypt/keywrap/pgp"
 	"github.com/containers/ocicrypt/keywrap/pkcs7"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
 // ErrNoKey is the error of a layer whose key could not be unwrapped: it is
@@ -313,5 +315,14 @@ func joined(errs []error) error {
 			lines = append(lines, line)
 		}
 	}
-	return errors.New(strings.Join(lines, "; "))
+	all := errors.New(strings.Join(lines, "; "))
+	if !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, client.ErrDenied) }) {
+		return &allDenied{all}
+	}
+	return all
 }
+
+// allDenied is the error of several recipients each of which was denied.
+type allDenied struct{ error }
+
+func (e *allDenied) Is(target error) bool { return target == client.ErrDenied }

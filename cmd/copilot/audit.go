@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -127,11 +126,9 @@ func printReport(asJSON bool, report audit.Report) error {
 	}
 	if !asJSON {
 		fmt.Printf("%d lines, none changed or missing\n", report.Lines)
-		var heads strings.Builder
 		for _, h := range report.Heads {
-			fmt.Fprintln(&heads, h)
+			fmt.Println(h)
 		}
-		fmt.Print(heads.String())
 	}
 	return nil
 }

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/keyprovider/client"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/version"
 )
@@ -29,7 +31,7 @@ const pipeSize = 1 << 20
 const usage = `pilot-decoder: decrypt an image layer for containerd
 
    pilot-decoder [--decryption-keys-path DIRECTORY]
-   pilot-decoder --version
+   pilot-decoder version
 
 containerd runs this program for each encrypted layer that it unpacks, when its
 configuration has an entry such as
@@ -45,6 +47,8 @@ descriptor 3, and writes the plain layer to standard output.
 
    --decryption-keys-path DIRECTORY   private keys to try, besides the key providers
    --version                          print the version
+
+` + exit.Help + `
 `
 
 func main() {
@@ -59,7 +63,7 @@ func main() {
 			keepOutputOpen()
 		}
 		fmt.Fprintf(os.Stderr, "pilot-decoder: %s%s", oneLine(err), end)
-		os.Exit(1)
+		os.Exit(status(err))
 	}
 }
 
@@ -77,9 +81,13 @@ func decode(args []string) error {
 		fmt.Print(usage)
 		return nil
 	case err != nil:
-		return err
+		return exit.Usagef("%w (see \"pilot-decoder --help\")", err)
+	case flags.NArg() == 1 && flags.Arg(0) == "version":
+		*showVersion = true
 	case flags.NArg() > 0:
-		return fmt.Errorf("it takes no argument, and got %q", flags.Arg(0))
+		return exit.Usagef("it takes no argument, and got %q", flags.Arg(0))
+	}
+	switch {
 	case *showVersion:
 		fmt.Println("pilot-decoder version", version.Version)
 		return nil
@@ -120,6 +128,14 @@ func decrypt(ctx context.Context, payload *os.File, keys *processor.KeyDir) erro
 		return fmt.Errorf("%s: %w", layer, err)
 	}
 	return nil
+}
+
+// status returns the exit status for an error.
+func status(err error) int {
+	if errors.Is(err, client.ErrDenied) {
+		return exit.Denied
+	}
+	return exit.Status(err)
 }
 
 // oneLine returns the message of err in one line, with what to do about it

@@ -129,9 +129,19 @@ func TestDecrypt(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for arg, want := range map[string]string{"--version": "pilot-decoder version dev\n", "--help": usage, "-h": usage} {
+	for arg, want := range map[string]string{"--version": "pilot-decoder version dev\n", "version": "pilot-decoder version dev\n", "--help": usage, "-h": usage} {
 		if out, said, ok := (run{args: []string{arg}}).do(t); !ok || string(out) != want || said != "" {
 			t.Errorf("%s: %q, said %q", arg, out, said)
+		}
+	}
+}
+
+func TestUsageStatus(t *testing.T) {
+	for _, arg := range []string{"--key", "x"} {
+		cmd := exec.Command(os.Args[0], arg)
+		cmd.Env = append(os.Environ(), "PILOT_DECODER_TEST=1", "GOCOVERDIR="+os.Getenv("GOCOVERDIR"))
+		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 2 {
+			t.Errorf("%s: %s, %s", arg, cmd.ProcessState, out)
 		}
 	}
 }

@@ -295,6 +295,9 @@ func (c *configuration) client() (*copilot.Client, error) {
 		Timeout:   time.Duration(c.BrokerTimeout),
 	})
 	if err != nil {
+		if errors.Is(err, fs.ErrPermission) {
+			err = fmt.Errorf("%w: run pilot as root, or give this user a pilot.toml with a certificate and key of its own", err)
+		}
 		return nil, exit.Usagef("broker: %w", err)
 	}
 	if client.Original() && c.AnnotationFormat == keyprovider.FormatCopilot {

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"os"
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
@@ -10,6 +12,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/client"
+	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 var keyproviderCommand = &cli.Command{
@@ -37,14 +40,26 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 			logrus.SetLevel(logrus.WarnLevel)
 		}
 		if daemon := c.String("daemon"); daemon != "" {
-			return forward(c, address(daemon))
+			return denied(forward(c, address(daemon)))
 		}
 		broker, err := conf.client()
 		if err != nil {
 			return err
 		}
-		return keyprovider.Exec(c.Context, conf.provider(broker, nil), os.Stdin, os.Stdout)
+		return denied(keyprovider.Exec(c.Context, conf.provider(broker, nil), os.Stdin, os.Stdout))
 	},
+}
+
+// denied gives the error of a broker that works, and does not do it, its exit status.
+// Where the broker was not sure of one of several KEKs, it is a failure.
+func denied(err error) error {
+	switch {
+	case err == nil, errors.Is(err, copilot.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case errors.Is(err, copilot.ErrForbidden), errors.Is(err, copilot.ErrNotFound), errors.Is(err, client.ErrDenied):
+		return exit.DeniedError(err)
+	}
+	return err
 }
 
 func forward(c *cli.Context, daemon address) error {

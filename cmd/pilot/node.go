@@ -37,6 +37,7 @@ Example:
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
+				&cli.BoolFlag{Name: "json", Usage: "with --dry-run: print JSON"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
 			}, settingFlags()),
 			Action: nodeInstall,
@@ -112,6 +113,9 @@ func nodeInstall(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
+	if c.Bool("json") && !c.Bool("dry-run") {
+		return exit.Usagef("--json is for --dry-run")
+	}
 	conf := defaults()
 	for _, s := range settings {
 		if !c.IsSet(s.name) {
@@ -145,10 +149,7 @@ func nodeInstall(c *cli.Context) error {
 		fmt.Fprintf(os.Stderr, "%s. These files were written by pilot, and are taken over: %s\n", why, strings.Join(files, ", "))
 	}
 	if c.Bool("dry-run") {
-		for _, change := range plan.Changes {
-			fmt.Print(change.Diff())
-		}
-		return nil
+		return printPlan(plan, c.Bool("json"))
 	}
 	if err := plan.Install(c.Context); err != nil {
 		return err

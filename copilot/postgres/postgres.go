@@ -73,6 +73,7 @@ const (
 	protocolViolation          = "08P01"
 	readOnlyTransaction        = "25006"
 	invalidStatementName       = "26000"
+	invalidAuthorization       = "28000"
 	duplicatePreparedStatement = "42P05"
 )
 
@@ -93,6 +94,8 @@ func Explain(err error) error {
 		return fmt.Errorf("%w: a connection pooler gave the prepared statement to another session: remove default_query_exec_mode from the database's URL", err)
 	case answer.Code == protocolViolation && strings.Contains(answer.Message, "startup parameter"):
 		return fmt.Errorf("%w: a connection pooler refuses it: remove it from the database's URL, or add it to the pooler's ignore_startup_parameters", err)
+	case answer.Code == invalidAuthorization:
+		return fmt.Errorf("%w: name the role in the database's URL, or run this as the user that copilot runs as (runuser -u copilot -- copilot …)", err)
 	case answer.Code == readOnlyTransaction:
 		return fmt.Errorf("%w: %s", err, ReadOnlyHint)
 	}

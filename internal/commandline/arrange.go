@@ -6,9 +6,9 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
-	"github.com/xrash/smetrics"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/mistyped"
 )
 
 // completionFlag is what shells append to ask what can follow.
@@ -129,7 +129,7 @@ func (l level) unknownCommand(name string) error {
 	for _, c := range l.commands {
 		names = append(names, c.Names()...)
 	}
-	return l.usage("unknown command %q%s", name, DidYouMean(name, names))
+	return l.usage("unknown command %q%s", name, mistyped.DidYouMean(name, names))
 }
 
 func (l level) unknownFlag(arg, name string) error {
@@ -141,25 +141,7 @@ func (l level) unknownFlag(arg, name string) error {
 		names[i] = dashed(n)
 	}
 	arg, _, _ = strings.Cut(arg, "=")
-	return l.usage("unknown flag %s%s", arg, DidYouMean(dashed(name), names))
-}
-
-// maxMistakes is how many letters may be wrong in a name that is taken for another.
-const maxMistakes = 2
-
-// DidYouMean returns a question to append to the error of an unknown name of a
-// command or flag, or nothing if no known one is near.
-func DidYouMean(name string, known []string) string {
-	best, nearest := maxMistakes+1, ""
-	for _, k := range known {
-		if n := smetrics.WagnerFischer(name, k, 1, 1, 1); n < best && n < max(len(k), len(name))-1 {
-			best, nearest = n, k
-		}
-	}
-	if nearest == "" {
-		return ""
-	}
-	return fmt.Sprintf(": did you mean %s?", nearest)
+	return l.usage("unknown flag %s%s", arg, mistyped.DidYouMean(dashed(name), names))
 }
 
 func dashed(name string) string {

@@ -20,11 +20,16 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
 // maxAnswer bounds an answer, in bytes: gRPC's own bound.
 const maxAnswer = 4 << 20
+
+// ErrDenied is the error of a key provider that works, and does not do it: it may
+// not use the KEK, or there is none of that name.
+var ErrDenied = errors.New("denied")
 
 // Client asks one key provider. It is safe for concurrent use.
 type Client struct {
@@ -84,6 +89,9 @@ func run(ctx context.Context, command keyproviderconfig.Command, input []byte) (
 		err = nil // it succeeded, and left something running, such as an agent
 	}
 	if err != nil {
+		if e := new(exec.ExitError); errors.As(err, &e) && e.ExitCode() == exit.Denied {
+			err = &deniedError{err}
+		}
 		err = fmt.Errorf("%s: %w", command.Path, err)
 		if said := bytes.TrimSpace(said.kept); len(said) > 0 {
 			err = fmt.Errorf("%w: %s", err, said)
@@ -95,6 +103,12 @@ func run(ctx context.Context, command keyproviderconfig.Command, input []byte) (
 	}
 	return answer.kept, nil
 }
+
+// deniedError is the error of an executable, such as pilot's, that exited with the
+// status for a denial.
+type deniedError struct{ error }
+
+func (e *deniedError) Unwrap() []error { return []error{e.error, ErrDenied} }
 
 // answerBuffer keeps an answer, and a byte more of one that is too long.
 type answerBuffer struct{ kept []byte }

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/url"
 	"slices"
@@ -89,6 +90,9 @@ func (s *server) call(ctx context.Context, method string, input []byte) ([]byte,
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
+		if errors.Is(err, fs.ErrPermission) {
+			err = fmt.Errorf("%w: other users than the daemon's name pilot as a cmd in their ocicrypt.conf, with a pilot.toml of their own", err)
+		}
 		return nil, fmt.Errorf("key provider at %s: %w", s.target, err)
 	}
 	return answer, err
@@ -146,9 +150,20 @@ func (s *server) unary(ctx context.Context, method string, message []byte) ([]by
 }
 
 // statusError is what the key provider says is wrong.
-type statusError struct{ message string }
+type statusError struct{ code, message string }
 
 func (e *statusError) Error() string { return e.message }
+
+// Is reports whether it is [ErrDenied].
+func (e *statusError) Is(target error) bool {
+	return target == ErrDenied && (e.code == notFound || e.code == permissionDenied)
+}
+
+// gRPC's status codes: https://grpc.io/docs/guides/status-codes/.
+const (
+	notFound         = "5"
+	permissionDenied = "7"
+)
 
 func newStatusError(code, message string) error {
 	if code == "" {
@@ -160,5 +175,5 @@ func newStatusError(code, message string) error {
 	if message == "" {
 		message = "the key provider says gRPC status " + code
 	}
-	return &statusError{strings.ToValidUTF8(message, "\uFFFD")}
+	return &statusError{code, strings.ToValidUTF8(message, "\uFFFD")}
 }
