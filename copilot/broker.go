@@ -27,6 +27,7 @@ import (
 type broker struct {
 	keks    *keyring
 	audit   *audit.Log
+	heads   *headNotes
 	policy  *policy.File
 	issuers *issuers
 	limits  *limits
@@ -65,18 +66,11 @@ func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
 		return nil, err
 	}
 	b.keks.store = store
-	key, err := keystore.AuditKey(conf.Dir)
-	if err != nil {
+	if b.audit, err = openAudit(ctx, conf, store); err != nil {
 		return nil, err
 	}
-	if to := conf.AuditTo(); to == auditDatabase {
-		b.audit, err = audit.OpenPostgres(ctx, conf.Database, key)
-	} else {
-		b.audit, err = audit.OpenFile(to, key)
-	}
-	if err != nil {
-		return nil, err
-	}
+	b.metrics.auditLosses(b.audit.Losses)
+	b.heads = &headNotes{log: b.audit, store: store, name: conf.AuditName()}
 	keks, err := newKeyring(conf, store, b.audit, b.metrics)
 	if err != nil {
 		return nil, err
@@ -105,6 +99,9 @@ func checkOwner(dir string) error {
 
 func (b *broker) close() error {
 	err := b.keks.close()
+	if b.heads != nil {
+		b.heads.note(context.Background())
+	}
 	if b.keks.store != nil {
 		err = errors.Join(err, b.keks.store.Close())
 	}

@@ -84,6 +84,13 @@ func (m *metrics) kms(backend, operation string, took time.Duration, err error) 
 	}
 }
 
+// auditLosses adds how often lines of the audit log were found missing.
+func (m *metrics) auditLosses(losses func() int) {
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "copilot_audit_losses_total", Help: "How often lines of the audit log were found missing since the start: cut off, deleted or replaced.",
+	}, func() float64 { return float64(losses()) }))
+}
+
 // backend adds what a backend counts itself.
 func (m *metrics) backend(name string, b kms.Backend) {
 	if r, ok := b.(interface{ Restarts() uint64 }); ok {

@@ -87,6 +87,10 @@ func Serve(ctx context.Context, conf Config) error {
 		return nil
 	})
 	g.Go(func() error {
+		b.heads.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
 		watchdog.Run(ctx, adminOf(conf.Dir).alive)
 		return nil
 	})

@@ -129,8 +129,11 @@ type Log struct {
 	closed  bool
 
 	failed bool // the last entry could not be written
+	head   Head // the last line that is on disk
+	losses int  // how often lines were found missing
 
 	at     Head
+	first  *Entry // is written before the next entry
 	after  string // for the first line
 	unsure bool   // what of the last lines the sink has taken
 }
@@ -171,17 +174,25 @@ const (
 )
 
 // newLog returns a log that goes on where the sink's last line ends, or with a
-// chain of its own.
-func newLog(key Key, s sink, goOn bool) (*Log, error) {
+// chain of its own. One that goes on does so after the line that is known to have
+// been written last, if the sink has lost that.
+func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
 	l := &Log{key: key, sink: s}
 	l.turn.L = &l.mu
 	last, err := l.last("")
 	if err != nil {
 		return nil, err
 	}
+	if goOn {
+		written, ended := latest(known, last.Chain)
+		if ended || last.Seq < written.Seq || last.Seq == written.Seq && last != written {
+			l.miss("the lines of chain %s up to %d are missing here: the file was truncated, deleted, moved, replaced or put back from a backup while copilot did not run", written.Chain, written.Seq)
+			last = written
+		}
+	}
 	switch {
 	case goOn && last != Head{}:
-		l.at = last
+		l.at, l.head = last, last
 		return l, nil
 	case last != Head{}:
 		l.after = last.String()
@@ -190,6 +201,42 @@ func newLog(key Key, s sink, goOn bool) (*Log, error) {
 	rand.Read(id) // never fails
 	l.at.Chain = fmt.Sprintf("%x", id)
 	return l, nil
+}
+
+// latest returns the head that is known of a chain or, if none is, the last one of
+// all, whose chain was another's end then.
+func latest(known []Head, chain string) (h Head, other bool) {
+	for _, h := range known {
+		if h.Chain == chain {
+			return h, false
+		}
+	}
+	if len(known) == 0 {
+		return Head{}, false
+	}
+	return known[len(known)-1], true
+}
+
+// miss reports that lines are missing, in the log of the process and in this one.
+func (l *Log) miss(format string, a ...any) {
+	e := continued(fmt.Sprintf(format, a...))
+	logrus.Error("audit log: " + e.Reason)
+	l.first = &e
+	l.losses++
+}
+
+// Head returns the last line that is on disk. Its number is 0 if there is none.
+func (l *Log) Head() Head {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head
+}
+
+// Losses returns how often lines were found missing.
+func (l *Log) Losses() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.losses
 }
 
 // last returns the last line that the sink has, of a chain or of all.
@@ -243,6 +290,9 @@ func (l *Log) writeQueue() {
 	}
 	l.mu.Lock()
 	l.writing, l.failed = false, err != nil
+	if err == nil {
+		l.head = l.at
+	}
 	for _, w := range batch {
 		w.done, w.err = true, err
 	}
@@ -267,8 +317,15 @@ func (l *Log) write(batch []*waiting) error {
 				return err
 			}
 			// The chain goes on, so the lines before are missed.
-			batch = append([]*waiting{{entry: continued(how)}}, batch...)
+			e := continued(how)
+			l.first = &e
+			l.mu.Lock()
+			l.losses++
+			l.mu.Unlock()
 		}
+	}
+	if l.first != nil {
+		batch = append([]*waiting{{entry: *l.first}}, batch...)
 	}
 	at := l.at
 	lines := make([][]byte, len(batch))
@@ -287,7 +344,7 @@ func (l *Log) write(batch []*waiting) error {
 		l.unsure = true
 		return err
 	}
-	l.at = at
+	l.at, l.first = at, nil
 	return nil
 }
 
