@@ -92,7 +92,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		case secret:
 			defer clear(answer)
 		}
-		if (err != nil || !e.written) && !a.suppressed(e, err) {
+		if e.written && err != nil || !e.written && (err == nil || !a.summedUp(e, err)) {
 			if auditErr := a.audit.Write(e.Entry); auditErr != nil {
 				a.metrics.auditFailures.Inc()
 				e.Status, e.Verdict, err = http.StatusServiceUnavailable, audit.Failed, auditErr
@@ -151,19 +151,14 @@ func source(from string) string {
 	return "from " + host
 }
 
-// suppressed reports whether an entry need not be written, since others of its
-// kind were just now: those of somebody who sends too many requests, or of
-// nobody known. They would fill the disk.
-func (a *api) suppressed(e *entry, err error) bool {
-	who, most := e.Who, 1
-	if errors.Is(err, errWho) || who == anonymous && !a.anonymous {
-		who, most = source(e.From), noteUnknown
-	} else if many := new(tooMany); !errors.As(err, &many) {
-		return false
+// summedUp reports whether a refused request gets no line of its own.
+func (a *api) summedUp(e *entry, err error) bool {
+	caller := e.Who
+	if errors.Is(err, errWho) || caller == anonymous && !a.anonymous {
+		caller = source(e.From)
 	}
-	remark, suppressed := a.limits.note(who, most)
-	e.Reason += remark
-	return suppressed
+	many := new(tooMany)
+	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))
 }
 
 // statusOf returns the HTTP status and the audit log's verdict for an error.

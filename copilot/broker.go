@@ -25,13 +25,14 @@ import (
 
 // broker is what all listeners of a server share.
 type broker struct {
-	keks    *keyring
-	audit   *audit.Log
-	heads   *headNotes
-	policy  *policy.File
-	issuers *issuers
-	limits  *limits
-	metrics *metrics
+	keks     *keyring
+	audit    *audit.Log
+	heads    *headNotes
+	policy   *policy.File
+	issuers  *issuers
+	limits   *limits
+	refusals *refusals
+	metrics  *metrics
 	// clients are the CAs of their certificates; nil if they show none.
 	clients   *certfile.Authorities
 	anonymous bool // those who do not say who they are may ask, on loopback
@@ -69,6 +70,7 @@ func newBroker(ctx context.Context, conf Config) (_ *broker, err error) {
 	if b.audit, err = openAudit(ctx, conf, store); err != nil {
 		return nil, err
 	}
+	b.refusals = &refusals{write: b.audit.Write}
 	b.metrics.auditLosses(b.audit.Losses)
 	b.heads = &headNotes{log: b.audit, store: store, name: conf.AuditName()}
 	keks, err := newKeyring(conf, store, b.audit, b.metrics)
@@ -99,6 +101,9 @@ func checkOwner(dir string) error {
 
 func (b *broker) close() error {
 	err := b.keks.close()
+	if b.refusals != nil {
+		b.refusals.look(time.Now(), true)
+	}
 	if b.heads != nil {
 		b.heads.note(context.Background())
 	}

@@ -91,6 +91,10 @@ func Serve(ctx context.Context, conf Config) error {
 		return nil
 	})
 	g.Go(func() error {
+		b.refusals.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
 		watchdog.Run(ctx, adminOf(conf.Dir).alive)
 		return nil
 	})
@@ -215,27 +219,28 @@ func (l serverLog) Write(b []byte) (int, error) {
 	line := strings.TrimSpace(string(b))
 	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
 	from, reason, _ := strings.Cut(refused, ": ")
-	if ok {
-		who, most := source(from), noteUnknown
-		if reason == errOverload.Error() { // those come from many at once
-			who, most = errOverload.Error(), 1
-		}
-		remark, suppressed := l.limits.note(who, most)
-		if suppressed {
-			return len(b), nil
-		}
-		reason += remark
-		line += remark
+	switch {
+	case !ok:
+		logrus.Warn(line)
+		return len(b), nil
+	case reason == "EOF": // a probe that said nothing
+		logrus.Debug(line)
+		return len(b), nil
+	}
+	e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
+	if strings.Contains(reason, "certificate") {
+		e.Verdict = audit.Denied
+	}
+	caller, many := source(from), reason == errOverload.Error()
+	if many { // those come from many at once
+		caller = reason
+	}
+	if !l.refusals.note(caller, e, many) {
+		return len(b), nil
 	}
 	logrus.Warn(line)
-	if ok && reason != "EOF" { // a probe that said nothing
-		e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
-		if strings.Contains(reason, "certificate") {
-			e.Verdict = audit.Denied
-		}
-		if err := l.audit.Write(e); err != nil {
-			logrus.WithError(err).Error("refused connection not audited")
-		}
+	if err := l.audit.Write(e); err != nil {
+		logrus.WithError(err).Error("refused connection not audited")
 	}
 	return len(b), nil
 }

@@ -4,6 +4,7 @@
 package audit
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -15,7 +16,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
 
 	"github.com/sirupsen/logrus"
 )
@@ -41,6 +41,12 @@ type Entry struct {
 	Verdict string    `json:"verdict"`
 	Status  int       `json:"status,omitempty"` // HTTP
 	Reason  string    `json:"reason,omitempty"`
+	// Count is how many requests like this one were refused from Since on, up to
+	// this one, that have no line of their own. It is 0 in the line of a request.
+	Count int64     `json:"count,omitempty"`
+	Since time.Time `json:"since,omitzero"`
+
+	shown bool // its fields are as a line has them
 }
 
 // ErrUnavailable is the error of an entry that could not be written.
@@ -61,9 +67,6 @@ func Cause(err error) string {
 	}
 	return ""
 }
-
-// maxText bounds what a caller can write into one field, in bytes.
-const maxText = 512
 
 // Key is what entries are authenticated with: 32 bytes that whoever writes the
 // log has, and whoever verifies it.
@@ -95,11 +98,15 @@ func (k Key) mac(b []byte) string {
 }
 
 // seal returns the line with its MAC.
-func (k Key) seal(l line) (text []byte, mac string, err error) {
-	b, err := json.Marshal(l)
-	if err != nil {
+func (k Key) seal(l line) (sealed []byte, mac string, err error) {
+	// Without escapes for HTML, which would make a line six times as long.
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(l); err != nil {
 		return nil, "", err
 	}
+	b := bytes.TrimSuffix(text.Bytes(), []byte("\n"))
 	mac = k.mac(b)
 	b = append(b[:len(b)-1], macMember...)
 	return append(append(b, mac...), macEnd...), mac, nil
@@ -257,9 +264,7 @@ func (l *Log) last(chain string) (Head, error) {
 // [ErrUnavailable].
 func (l *Log) Write(e Entry) error {
 	e.Time = time.Now().UTC()
-	for _, s := range []*string{&e.Request, &e.KEK, &e.Subject, &e.Who, &e.From, &e.Reason} {
-		*s = bounded(*s)
-	}
+	e.bound()
 	w := &waiting{entry: e}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -404,19 +409,4 @@ func (l *Log) reopen() (changed bool, err error) {
 	before := f.f
 	err = f.reopen()
 	return f.f != before, err
-}
-
-// bounded returns s in a length and with characters that a line can have: no
-// database takes a zero byte in JSON.
-func bounded(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
-	if len(s) > maxText {
-		return strings.ToValidUTF8(s[:maxText], "") + "…"
-	}
-	return s
 }
