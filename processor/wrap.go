@@ -16,6 +16,8 @@ import (
 	"github.com/containers/ocicrypt/keywrap/pgp"
 	"github.com/containers/ocicrypt/keywrap/pkcs7"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 )
 
 // ErrNoKey is the error of a layer whose key could not be unwrapped: it is
@@ -159,6 +161,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 // The error wraps [ErrNoKey] when none of them gave the key, and says why each
 // did not.
 func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
+	ctx = layerbudget.With(ctx)
 	public := desc.Annotations[annotationPubOpts]
 	var reasons []error
 	left := MaxWrappedKeys
