@@ -40,9 +40,15 @@ func (r *refusal) Error() string {
 }
 
 // tooMany is the error of a request that is one too many.
-type tooMany struct{ after time.Duration }
+type tooMany struct {
+	after       time.Duration
+	connections int // that are open, if those are too many
+}
 
 func (t *tooMany) Error() string {
+	if t.connections > 0 {
+		return fmt.Sprintf("too many connections: %d are open, which is as many as there may be: use one for several requests, or set connections in a limit of the policy", t.connections)
+	}
 	return fmt.Sprintf("too many requests: try again in %s", t.after.Round(time.Millisecond))
 }
 
@@ -109,7 +115,8 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 			logrus.WithFields(logrus.Fields{"request": e.Request, "trace": e.Trace, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
 		}
 		// A client may have a better certificate by now.
-		if certificateEnds(r) || r.TLS != nil && errors.Is(err, errWho) {
+		many := new(tooMany)
+		if certificateEnds(r) || r.TLS != nil && errors.Is(err, errWho) || errors.As(err, &many) && many.connections > 0 {
 			w.Header().Set("Connection", "close")
 		}
 		writeAnswer(w, e, answer, err)
@@ -120,7 +127,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
 	// Before a token is looked at: that may take a request to its issuer.
 	if after := a.limits.exhausted(source(e.From)); after > 0 {
-		return nil, &tooMany{after}
+		return nil, &tooMany{after: after}
 	}
 	var err error
 	e.Who, err = a.identify(r)
@@ -129,13 +136,17 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 	}
 	if err != nil {
 		if after := a.limits.take(source(e.From), a.policy.Policy()); after > 0 {
-			return nil, &tooMany{after}
+			return nil, &tooMany{after: after}
 		}
 		return nil, fmt.Errorf("%w: %w", errWho, err)
 	}
 	if !a.owner {
+		conn, _ := r.Context().Value(connectionKey{}).(*connection)
+		if err := conn.of(e.Who, a.policy.Policy().Connections(e.Who)); err != nil {
+			return nil, err
+		}
 		if after := a.limits.take(e.Who, a.policy.Policy()); after > 0 {
-			return nil, &tooMany{after}
+			return nil, &tooMany{after: after}
 		}
 	}
 	return do(r, e)

@@ -70,7 +70,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA}
 	}))
 
-	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), errorLog: log.New(serverLog{b}, "", 0)}
+	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), connections: &connections{refused: b.metrics.refused}, errorLog: log.New(serverLog{b}, "", 0)}
 	defer s.closeListeners()
 	if err := s.listen(conf, tlsConfig); err != nil {
 		return err
@@ -122,14 +122,16 @@ func warn(conf Config) {
 // server is what listens.
 type server struct {
 	*broker
-	handshakes *handshakes
-	errorLog   *log.Logger
-	listeners  []listener
+	handshakes  *handshakes
+	connections *connections
+	errorLog    *log.Logger
+	listeners   []listener
 }
 
 type listener struct {
 	net.Listener
 	handler http.Handler
+	admin   bool
 }
 
 func (s *server) closeListeners() {
@@ -147,13 +149,13 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 	public := http.NewServeMux()
 	status.Health(public, s.ready)
 	public.Handle("GET /metrics", s.metrics.handler())
-	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker)})
+	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker), true})
 	if conf.MetricsListen != "" {
 		l, err := net.Listen("tcp", conf.MetricsListen)
 		if err != nil {
 			return fmt.Errorf("metrics-listen: %w", err)
 		}
-		s.listeners = append(s.listeners, listener{l, public})
+		s.listeners = append(s.listeners, listener{Listener: l, handler: public})
 	}
 	for _, address := range conf.Listen {
 		l := listener{handler: newAPI(s.broker)}
@@ -182,8 +184,18 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 // serve adds to g a server that answers on l until ctx is done.
 func (s *server) serve(ctx context.Context, g *errgroup.Group, l listener) {
 	h := &http.Server{
-		Handler:           l.handler,
-		ConnContext:       withPeer,
+		Handler: l.handler,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if ctx = withPeer(ctx, c); l.admin {
+				return ctx
+			}
+			return s.connections.opened(ctx, c)
+		},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				s.connections.closed(c)
+			}
+		},
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       20 * time.Second,
 		WriteTimeout:      20 * time.Second,
