@@ -40,9 +40,15 @@ func (r *refusal) Error() string {
 }
 
 // tooMany is the error of a request that is one too many.
-type tooMany struct{ after time.Duration }
+type tooMany struct {
+	after       time.Duration
+	connections int // that are open, if those are too many
+}
 
 func (t *tooMany) Error() string {
+	if t.connections > 0 {
+		return fmt.Sprintf("too many connections: %d are open, which is as many as there may be: use one for several requests, or set connections in a limit of the policy", t.connections)
+	}
 	return fmt.Sprintf("too many requests: try again in %s", t.after.Round(time.Millisecond))
 }
 
@@ -99,7 +105,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		case secret:
 			defer clear(answer)
 		}
-		if (err != nil || !e.written) && !a.suppressed(e, err) {
+		if e.written && err != nil || !e.written && (err == nil || !a.summedUp(e, err)) {
 			if auditErr := a.audit.Write(e.Entry); auditErr != nil {
 				a.metrics.auditFailures.Inc()
 				e.Status, e.Verdict, err = http.StatusServiceUnavailable, audit.Failed, auditErr
@@ -116,7 +122,8 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 			logrus.WithFields(logrus.Fields{"request": e.Request, "trace": e.Trace, "action": e.Action, "kek": e.KEK}).WithError(err).Error("request failed")
 		}
 		// A client may have a better certificate by now.
-		if certificateEnds(r) || r.TLS != nil && errors.Is(err, errWho) {
+		many := new(tooMany)
+		if certificateEnds(r) || r.TLS != nil && errors.Is(err, errWho) || errors.As(err, &many) && many.connections > 0 {
 			w.Header().Set("Connection", "close")
 		}
 		writeAnswer(w, e, answer, err)
@@ -127,7 +134,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
 	// Before a token is looked at: that may take a request to its issuer.
 	if after := a.limits.exhausted(source(e.From)); after > 0 {
-		return nil, &tooMany{after}
+		return nil, &tooMany{after: after}
 	}
 	var err error
 	e.Who, err = a.identify(r)
@@ -136,13 +143,17 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 	}
 	if err != nil {
 		if after := a.limits.take(source(e.From), a.policy.Policy()); after > 0 {
-			return nil, &tooMany{after}
+			return nil, &tooMany{after: after}
 		}
 		return nil, fmt.Errorf("%w: %w", errWho, err)
 	}
 	if !a.owner {
+		conn, _ := r.Context().Value(connectionKey{}).(*connection)
+		if err := conn.of(e.Who, a.policy.Policy().Connections(e.Who)); err != nil {
+			return nil, err
+		}
 		if after := a.limits.take(e.Who, a.policy.Policy()); after > 0 {
-			return nil, &tooMany{after}
+			return nil, &tooMany{after: after}
 		}
 	}
 	return do(r, e)
@@ -158,19 +169,14 @@ func source(from string) string {
 	return "from " + host
 }
 
-// suppressed reports whether an entry need not be written, since others of its
-// kind were just now: those of somebody who sends too many requests, or of
-// nobody known. They would fill the disk.
-func (a *api) suppressed(e *entry, err error) bool {
-	who, most := e.Who, 1
-	if errors.Is(err, errWho) || who == anonymous && !a.anonymous {
-		who, most = source(e.From), noteUnknown
-	} else if many := new(tooMany); !errors.As(err, &many) {
-		return false
+// summedUp reports whether a refused request gets no line of its own.
+func (a *api) summedUp(e *entry, err error) bool {
+	caller := e.Who
+	if errors.Is(err, errWho) || caller == anonymous && !a.anonymous {
+		caller = source(e.From)
 	}
-	remark, suppressed := a.limits.note(who, most)
-	e.Reason += remark
-	return suppressed
+	many := new(tooMany)
+	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))
 }
 
 // statusOf returns the HTTP status and the audit log's verdict for an error.

@@ -47,6 +47,7 @@ func (a *api) handler() http.Handler {
 	status.Health(mux, a.ready)
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
+		mux.HandleFunc("GET "+auditHeadsPath, a.auditHeads)
 		status.Profiles(mux)
 	}
 	for pattern, do := range map[string]struct {

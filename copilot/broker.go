@@ -28,9 +28,11 @@ import (
 type broker struct {
 	keks     *keyring
 	audit    *audit.Log
+	heads    *headNotes
 	policy   *policy.File
 	issuers  *issuers
 	limits   *limits
+	refusals *refusals
 	renewals *limits
 	nodeCA   *nodeCA // that renews clients' certificates; may be nil
 	metrics  *metrics
@@ -70,6 +72,12 @@ func closedBroker(conf Config) (b *broker, err error) {
 		anonymous: conf.InsecureLoopback && !conf.hasTLS(),
 		keks:      &keyring{},
 	}
+	b.refusals = &refusals{write: func(e audit.Entry) error {
+		if !b.opened.Load() {
+			return nil
+		}
+		return b.audit.Write(e)
+	}}
 	if b.policy, err = openPolicy(conf); err != nil {
 		return nil, exit.UsageError(err)
 	}
@@ -94,16 +102,7 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 		return err
 	}
 	opened.keks.store = store
-	key, err := keystore.AuditKey(conf.Dir)
-	if err != nil {
-		return err
-	}
-	if to := conf.AuditTo(); to == auditDatabase {
-		opened.audit, err = audit.OpenPostgres(ctx, conf.Database, key)
-	} else {
-		opened.audit, err = audit.OpenFile(to, key)
-	}
-	if err != nil {
+	if opened.audit, err = openAudit(ctx, conf, store); err != nil {
 		return err
 	}
 	keks, err := newKeyring(conf, store, opened.audit, b.metrics)
@@ -111,6 +110,8 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 		return err
 	}
 	b.keks, b.audit = keks, opened.audit
+	b.heads = &headNotes{log: b.audit, store: store, name: conf.AuditName()}
+	b.metrics.auditLosses(b.audit.Losses)
 	b.opened.Store(true)
 	return nil
 }
@@ -135,6 +136,12 @@ func checkOwner(dir string) error {
 
 func (b *broker) close() error {
 	err := b.keks.close()
+	if b.refusals != nil {
+		b.refusals.look(time.Now(), true)
+	}
+	if b.heads != nil {
+		b.heads.note(context.Background())
+	}
 	if b.keks.store != nil {
 		err = errors.Join(err, b.keks.store.Close())
 	}

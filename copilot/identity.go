@@ -46,6 +46,14 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
+// peerOf returns the identity of the user at the other end of a unix socket, or "".
+func peerOf(ctx context.Context) string {
+	if peer, ok := ctx.Value(peerKey{}).(*unix.Ucred); ok {
+		return fmt.Sprintf("uid:%d", peer.Uid)
+	}
+	return ""
+}
+
 // anonymous is whoever says nothing of who they are.
 const anonymous = "anonymous"
 
@@ -82,8 +90,8 @@ func (b *broker) identify(r *http.Request) (string, error) {
 	if len(chains) > 0 {
 		return certificateIdentity(r.TLS.PeerCertificates[0], chains)
 	}
-	if peer, ok := r.Context().Value(peerKey{}).(*unix.Ucred); ok {
-		return fmt.Sprintf("uid:%d", peer.Uid), nil
+	if peer := peerOf(r.Context()); peer != "" {
+		return peer, nil
 	}
 	return anonymous, nil
 }

@@ -2,7 +2,6 @@ package copilot
 
 import (
 	"container/list"
-	"fmt"
 	"sync"
 	"time"
 
@@ -11,16 +10,9 @@ import (
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
-const (
-	// maxCallers is how many identities are told apart; those that were not
-	// heard of for longest are forgotten, and begin anew.
-	maxCallers = 16384
-	// noteEvery is the time in which only so many lines are written about one
-	// who is refused.
-	noteEvery = time.Second
-	// noteUnknown is how many those are of nobody known at one address.
-	noteUnknown = 20
-)
+// maxCallers is how many identities are told apart; those that were not
+// heard of for longest are forgotten, and begin anew.
+const maxCallers = 16384
 
 // limits bounds how often each identity may ask. It is safe for concurrent use.
 type limits struct {
@@ -33,9 +25,6 @@ type caller struct {
 	who    string
 	bucket *rate.Limiter
 	policy *policy.Policy // that bucket was made by
-	noted  time.Time      // the first of the last second
-	lines  int            // that were written down in it
-	more   int            // requests that were refused since and not written down
 }
 
 // take takes one request of who's, and returns 0, or how long to wait.
@@ -89,27 +78,6 @@ func (l *limits) exhausted(who string) time.Duration {
 		return 0
 	}
 	return time.Duration((1 - bucket.Tokens()) / float64(bucket.Limit()) * float64(time.Second))
-}
-
-// note reports whether who was written down so many times in the last second, or
-// else remarks how many requests were not written down before.
-func (l *limits) note(who string, most int) (remark string, suppressed bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	c := l.caller(who)
-	if time.Since(c.noted) >= noteEvery {
-		c.noted, c.lines = time.Now(), 0
-	}
-	if c.lines >= most {
-		c.more++
-		return "", true
-	}
-	c.lines++
-	if c.more > 0 {
-		remark = fmt.Sprintf(" (and %d more since the last such line)", c.more)
-		c.more = 0
-	}
-	return remark, false
 }
 
 func (l *limits) caller(who string) *caller {

@@ -24,6 +24,7 @@ type metrics struct {
 	wrapLimit     prometheus.Gauge
 	auditFailures prometheus.Counter
 	shed          prometheus.Counter
+	refused       prometheus.Counter
 	policyUsable  prometheus.Gauge
 	policyLoaded  prometheus.Gauge
 }
@@ -56,6 +57,9 @@ func newMetrics() *metrics {
 		shed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "copilot_connections_shed_total", Help: "Connections turned away since they waited too long for their TLS handshake.",
 		}),
+		refused: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "copilot_connections_refused_total", Help: "Connections refused since an identity, or an address, had too many open.",
+		}),
 		policyUsable: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "copilot_policy_usable", Help: "1 if the policy file could be used when it was read last, else 0: the one before counts.",
 		}),
@@ -63,7 +67,7 @@ func newMetrics() *metrics {
 			Name: "copilot_policy_loaded_timestamp_seconds", Help: "When the policy that counts was read.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.wrapLimit, m.auditFailures, m.shed, m.policyUsable, m.policyLoaded,
+	m.registry.MustRegister(m.requests, m.seconds, m.kmsSeconds, m.kmsErrors, m.wrapCount, m.wrapLimit, m.auditFailures, m.shed, m.refused, m.policyUsable, m.policyLoaded,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewBuildInfoCollector())
 	return m
 }
@@ -82,6 +86,13 @@ func (m *metrics) kms(backend, operation string, took time.Duration, err error) 
 	if err != nil {
 		m.kmsErrors.WithLabelValues(backend, operation).Inc()
 	}
+}
+
+// auditLosses adds how often lines of the audit log were found missing.
+func (m *metrics) auditLosses(losses func() int) {
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "copilot_audit_losses_total", Help: "How often lines of the audit log were found missing since the start: cut off, deleted or replaced.",
+	}, func() float64 { return float64(losses()) }))
 }
 
 // backend adds what a backend counts itself.

@@ -56,7 +56,7 @@ func (a *api) renew(r *http.Request, e *entry) (any, error) {
 		return nil, &notRenewed{"the certificate has no SPIFFE ID"}
 	}
 	if after := a.renewals.takeAt(e.Who, 1/renewInterval.Seconds(), renewBurst); after > 0 {
-		return nil, &tooMany{after}
+		return nil, &tooMany{after: after}
 	}
 	if err := a.mayRenew(r, e); err != nil {
 		return nil, err

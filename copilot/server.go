@@ -74,7 +74,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA}
 	}))
 
-	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), errorLog: log.New(serverLog{b}, "", 0)}
+	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), connections: &connections{refused: b.metrics.refused}, errorLog: log.New(serverLog{b}, "", 0)}
 	defer s.closeListeners()
 	if err := s.listen(conf, tlsConfig); err != nil {
 		return err
@@ -91,6 +91,14 @@ func Serve(ctx context.Context, conf Config) error {
 			return err
 		}
 		b.tend(ctx, hangup)
+		return nil
+	})
+	g.Go(func() error {
+		b.heads.run(ctx)
+		return nil
+	})
+	g.Go(func() error {
+		b.refusals.run(ctx)
 		return nil
 	})
 	g.Go(func() error {
@@ -121,14 +129,16 @@ func warn(conf Config) {
 // server is what listens.
 type server struct {
 	*broker
-	handshakes *handshakes
-	errorLog   *log.Logger
-	listeners  []listener
+	handshakes  *handshakes
+	connections *connections
+	errorLog    *log.Logger
+	listeners   []listener
 }
 
 type listener struct {
 	net.Listener
 	handler http.Handler
+	admin   bool
 }
 
 func (s *server) closeListeners() {
@@ -146,13 +156,13 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 	public := http.NewServeMux()
 	status.Health(public, s.ready)
 	public.Handle("GET /metrics", s.metrics.handler())
-	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker)})
+	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker), true})
 	if conf.MetricsListen != "" {
 		l, err := net.Listen("tcp", conf.MetricsListen)
 		if err != nil {
 			return fmt.Errorf("metrics-listen: %w", err)
 		}
-		s.listeners = append(s.listeners, listener{l, public})
+		s.listeners = append(s.listeners, listener{Listener: l, handler: public})
 	}
 	for _, address := range conf.Listen {
 		l := listener{handler: newAPI(s.broker)}
@@ -181,8 +191,18 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 // serve adds to g a server that answers on l until ctx is done.
 func (s *server) serve(ctx context.Context, g *errgroup.Group, l listener) {
 	h := &http.Server{
-		Handler:           l.handler,
-		ConnContext:       withPeer,
+		Handler: l.handler,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if ctx = withPeer(ctx, c); l.admin {
+				return ctx
+			}
+			return s.connections.opened(ctx, c)
+		},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				s.connections.closed(c)
+			}
+		},
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       20 * time.Second,
 		WriteTimeout:      20 * time.Second,
@@ -218,24 +238,27 @@ func (l serverLog) Write(b []byte) (int, error) {
 	line := strings.TrimSpace(string(b))
 	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
 	from, reason, _ := strings.Cut(refused, ": ")
-	if ok {
-		who, most := source(from), noteUnknown
-		if reason == errOverload.Error() { // those come from many at once
-			who, most = errOverload.Error(), 1
-		}
-		remark, suppressed := l.limits.note(who, most)
-		if suppressed {
-			return len(b), nil
-		}
-		reason += remark
-		line += remark
+	switch {
+	case !ok:
+		logrus.Warn(line)
+		return len(b), nil
+	case reason == "EOF": // a probe that said nothing
+		logrus.Debug(line)
+		return len(b), nil
+	}
+	e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
+	if strings.Contains(reason, "certificate") {
+		e.Verdict = audit.Denied
+	}
+	caller, many := source(from), reason == errOverload.Error()
+	if many { // those come from many at once
+		caller = reason
+	}
+	if !l.refusals.note(caller, e, many) {
+		return len(b), nil
 	}
 	logrus.Warn(line)
-	if ok && l.opened.Load() && reason != "EOF" { // a probe that said nothing
-		e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
-		if strings.Contains(reason, "certificate") {
-			e.Verdict = audit.Denied
-		}
+	if l.opened.Load() {
 		if err := l.audit.Write(e); err != nil {
 			logrus.WithError(err).Error("refused connection not audited")
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -50,7 +51,8 @@ type cache struct {
 	current map[string]*list.Element // by id, the entries that were current when they were fetched
 	recent  list.List                // of *cacheEntry, the most recently used first
 	failed  map[cacheKey]failure
-	kept    map[string]failure // by id, the KEKs that the broker does not give out
+	kept    map[string]failure   // by id, the KEKs that the broker does not give out
+	refused map[cacheKey]failure // KEKs that the broker does not unwrap with for us
 }
 
 type cacheKey struct {
@@ -102,6 +104,9 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.K
 	if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 		c.tell(outcome)
 		return kek, inTrace(ctx, err)
+	}
+	if !layerbudget.Take(ctx) {
+		return copilot.KEK{}, ErrTooManyKeys
 	}
 	c.tell(outcomeMiss)
 	kek, err := c.flights.do(ctx, flightKey{key, fresh}, func() (copilot.KEK, error) {
@@ -304,6 +309,34 @@ func (c *cache) miss(key cacheKey, err error, fresh bool) (copilot.KEK, error) {
 	return copilot.KEK{}, err
 }
 
+// refuse remembers that the broker does not unwrap with a KEK for us.
+func (c *cache) refuse(key cacheKey, err error, trace string) {
+	if !errors.Is(err, copilot.ErrForbidden) && !errors.Is(err, copilot.ErrNotFound) {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	remember(&c.refused, key, failure{&traced{err, trace}, c.now()})
+}
+
+// refusal returns what refuse was told just now.
+func (c *cache) refusal(key cacheKey) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if f := c.refused[key]; f.spares(errorTTL, c.now()) {
+		return f.err
+	}
+	return nil
+}
+
+// has reports whether a version of a KEK is in memory.
+func (c *cache) has(id string, version int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, ok := c.entries[cacheKey{id, version}]
+	return ok
+}
+
 // remember notes a failure, and forgets all if there are too many.
 func remember[K comparable](m *map[K]failure, key K, f failure) {
 	if len(*m) >= maxErrors || *m == nil {
@@ -328,6 +361,7 @@ func (c *cache) sweep() {
 	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool {
 		return !f.spares(errorTTL, now) && !(f.isOutage() && f.spares(staleFor, now))
 	})
+	maps.DeleteFunc(c.refused, func(_ cacheKey, f failure) bool { return !f.spares(errorTTL, now) })
 	maps.DeleteFunc(c.kept, func(_ string, f failure) bool { return !f.spares(c.notExportedFor(), now) })
 }
 

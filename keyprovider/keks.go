@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/errline"
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -51,7 +52,16 @@ func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte)
 }
 
 // unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW or copilot.
+// What the broker refused for the KEK just now, it is not asked again.
 func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata []byte, _ copilot.KEK, err error) {
+	key := cacheKey{a.KEKID, a.KEKVersion}
+	if err := p.keks.refusal(key); err != nil {
+		return nil, copilot.KEK{}, inTrace(ctx, err)
+	}
+	if !layerbudget.Take(ctx) {
+		return nil, copilot.KEK{}, ErrTooManyKeys
+	}
+	defer func() { p.keks.refuse(key, err, traceOf(ctx)) }()
 	defer func(start time.Time) { p.metrics.asked("unwrap", start, err) }(time.Now())
 	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, copilot.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
 	if errors.Is(err, copilot.ErrRejected) {
@@ -94,7 +104,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 		if err == nil {
 			return optsdata, kek, nil
 		}
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || errors.Is(err, ErrTooManyKeys) {
 			return nil, copilot.KEK{}, err
 		}
 		errs = append(errs, err)

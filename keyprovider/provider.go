@@ -20,6 +20,7 @@ import (
 
 	"github.com/ctrlplane/pilot/errline"
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -29,6 +30,10 @@ var ErrInput = errors.New("bad request")
 
 // ErrWrongKEK is the error of a layer key that the KEKs at hand do not unwrap.
 var ErrWrongKEK = errors.New("layer key not unwrapped")
+
+// ErrTooManyKeys is the error of a layer that is wrapped with so many KEKs that the
+// broker was not asked about all of them.
+var ErrTooManyKeys = fmt.Errorf("the layer names too many KEKs: the broker is asked %d times for one layer at most, and no KEK in memory unwraps it", layerbudget.Calls)
 
 // answerWithin bounds the time that a request takes, since ocicrypt's callers
 // set no deadline of their own.
@@ -151,9 +156,12 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 
 // UnwrapKey answers a keyunwrap request of the key provider protocol. The
 // annotation says which KEK it takes; if the caller names KEKs too, only those
-// are used. It takes 30 seconds at most.
+// are used. KEKs in memory are tried first. The broker is asked a bounded number of
+// times for one layer: if ctx is not that of a layer, for the annotation. It takes 30
+// seconds at most.
 func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
 	defer func(start time.Time) { p.metrics.request("unwrap", start, err) }(time.Now())
+	ctx = layerbudget.With(ctx)
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)
@@ -171,13 +179,26 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 		}
 	}
 
+	cached := func(a Annotation) bool {
+		return a.Method == methodA256GCMKW && a.KEKVersion != 0 && p.keks.has(a.KEKID, a.KEKVersion)
+	}
+	slices.SortStableFunc(annotations, func(a, b Annotation) int {
+		switch inMemory := cached(a); {
+		case inMemory == cached(b):
+			return 0
+		case inMemory:
+			return -1
+		}
+		return 1
+	})
+
 	var errs []error
 	for _, a := range annotations {
 		start := time.Now()
 		optsdata, kek, err := p.unwrap(ctx, a, allowed)
 		if err != nil {
 			errs = append(errs, err)
-			if ctx.Err() != nil {
+			if ctx.Err() != nil || errors.Is(err, ErrTooManyKeys) {
 				break
 			}
 			continue

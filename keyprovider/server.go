@@ -7,8 +7,10 @@ import (
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
@@ -21,12 +23,13 @@ type KeyProvider interface {
 
 // Register makes s answer keyprovider.KeyProviderService with p.
 func Register(s grpc.ServiceRegistrar, p KeyProvider) {
-	ocicryptpb.RegisterKeyProviderServiceServer(s, service{provider: p})
+	ocicryptpb.RegisterKeyProviderServiceServer(s, service{provider: p, layers: new(layerbudget.Layers)})
 }
 
 type service struct {
 	ocicryptpb.UnimplementedKeyProviderServiceServer
 	provider KeyProvider
+	layers   *layerbudget.Layers
 }
 
 func (s service) WrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
@@ -34,6 +37,9 @@ func (s service) WrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapP
 }
 
 func (s service) UnWrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
+	if ids := metadata.ValueFromIncomingContext(ctx, layerbudget.Header); len(ids) == 1 {
+		ctx = s.layers.With(ctx, ids[0])
+	}
 	return answer(ctx, in, s.provider.UnwrapKey)
 }
 
@@ -63,6 +69,8 @@ func code(err error) codes.Code {
 		return codes.PermissionDenied
 	case errors.Is(err, copilot.ErrNotFound):
 		return codes.NotFound
+	case errors.Is(err, ErrTooManyKeys):
+		return codes.ResourceExhausted
 	case errors.Is(err, ErrInput):
 		return codes.InvalidArgument
 	case errors.Is(err, ErrWrongKEK), errors.Is(err, copilot.ErrNotExported):

@@ -9,6 +9,8 @@ import (
 
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 )
 
 // maxAttempts bounds the recipients that [UnwrapAny] tries, of all descriptors
@@ -28,6 +30,7 @@ const maxAttempts = 4 * MaxWrappedKeys
 // attempt gets half of what is left of it, the last one all. The error wraps
 // [ErrNoKey] if no recipient gave the layer's key.
 func UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
+	ctx = layerbudget.With(ctx)
 	var reasons []error
 	timedOut := false
 	left := maxAttempts

@@ -17,6 +17,7 @@ import (
 	"github.com/containers/ocicrypt/keywrap/pkcs7"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
@@ -161,6 +162,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 // The error wraps [ErrNoKey] when none of them gave the key, and says why each
 // did not.
 func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
+	ctx = layerbudget.With(ctx)
 	public := desc.Annotations[annotationPubOpts]
 	var reasons []error
 	left := MaxWrappedKeys

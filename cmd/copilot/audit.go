@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -20,11 +22,13 @@ var auditCommand = &cli.Command{
 		Name: "verify", Usage: "find lines of the audit log that were changed, removed or put in", ArgsUsage: "[FILE]...",
 		Description: `Reads the log that the configuration names, with the files that logrotate has
 moved away, or the files given, oldest first, or - for standard input. It needs
-the master key, which authenticates the lines. It prints where each chain ends.
+the master key, which authenticates the lines. Lines that were cut off at the end
+are found by what copilot notes in its store. It prints where each chain ends.
 
-With --since FILE, lines that were cut off at the end are found too: if there is
-no problem, FILE is replaced with the ends that were found, for the next time. It
-must exist, and is empty at first. --since also takes such a line itself.
+With --since FILE, a log that was put back together with an older store is found
+too: if there is no problem, FILE is replaced with the ends that were found, for
+the next time. It must exist, and is empty at first. --since also takes such a
+line itself. Files that end before those lines need not be there any more.
 
 The exit status is 3 if there is a problem, and 1 if the log can't be read.
 
@@ -60,17 +64,31 @@ func verifyAudit(c *cli.Context) error {
 	if err != nil {
 		return asOwner(err)
 	}
+	// Before the log is read, which goes on meanwhile.
+	heads, unread := copilot.AuditHeads(c.Context, conf)
+	written := copilot.HeadsOf(heads, conf.AuditName())
+	var older []audit.Head // where the log itself is not among what is read
+	if files := c.Args().Slice(); len(files) > 0 && !slices.Contains(files, conf.AuditTo()) {
+		written, older = nil, written
+	}
 	log, err := openAuditLog(c, conf)
 	if err != nil {
 		return asOwner(err)
 	}
 	defer log.Close()
-	report, err := audit.Verify(log, key, since...)
+	report, err := audit.VerifyTo(log, key, written, since...)
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
-	if file != "" && len(since) == 0 {
-		report.Notes = append(report.Notes, file+" is empty: lines cut off at the end before now can't be found")
+	ends := make(map[string]audit.Head)
+	for _, h := range report.Heads {
+		ends[h.Chain] = h
+	}
+	for _, h := range audit.Cut(older, ends, since) {
+		report.Notes = append(report.Notes, fmt.Sprintf("chain %s goes on to line %d, which these files do not have", h.Chain, h.Seq))
+	}
+	if unread != nil {
+		report.Notes = append(report.Notes, fmt.Sprintf("what the store notes of the log can't be read, so lines that were cut off at its end are found by --since only: %s", unread))
 	}
 	if len(report.Problems) == 0 && file != "" {
 		if err := audit.WriteHeads(file, report.Heads); err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -60,7 +61,13 @@ func storeCopy(c *cli.Context) error {
 		master = cmp.Or(master, name)
 	}
 	master = cmp.Or(master, defaultDir)
-	n, err := keystore.Copy(c.Context, from, to, master)
+	oldName, newName := logName(c.String("audit-from"), from), logName(c.String("audit-to"), to)
+	n, err := keystore.Copy(c.Context, from, to, master, func(log string) string {
+		if log == oldName {
+			return newName
+		}
+		return log
+	})
 	if err != nil {
 		return fmt.Errorf("store copy: %w", asOwner(err))
 	}
@@ -110,6 +117,21 @@ func auditCopy(c *cli.Context, from, to, master string) (int, error) {
 		err = fmt.Errorf("the copy has %d lines and %d problems, and the log %d and %d", after.Lines, len(after.Problems), before.Lines, len(before.Problems))
 	}
 	return n, err
+}
+
+// logName returns what a store calls its audit log, which is in a file unless that is
+// empty, or in the place that is the default.
+func logName(file, store string) string {
+	conf := copilot.Config{AuditLog: file}
+	if keystore.IsDatabase(store) {
+		conf.Database = store
+	} else {
+		conf.Dir = store
+	}
+	if keystore.IsDatabase(file) {
+		conf.AuditLog = "database"
+	}
+	return conf.AuditName()
 }
 
 // auditOf returns where the audit log of a store is: a file, or a PostgreSQL URL.

@@ -4,6 +4,7 @@
 package audit
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -15,7 +16,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
 
 	"github.com/sirupsen/logrus"
 )
@@ -41,6 +41,12 @@ type Entry struct {
 	Verdict string    `json:"verdict"`
 	Status  int       `json:"status,omitempty"` // HTTP
 	Reason  string    `json:"reason,omitempty"`
+	// Count is how many requests like this one were refused from Since on, up to
+	// this one, that have no line of their own. It is 0 in the line of a request.
+	Count int64     `json:"count,omitempty"`
+	Since time.Time `json:"since,omitzero"`
+
+	shown bool // its fields are as a line has them
 }
 
 // ErrUnavailable is the error of an entry that could not be written.
@@ -61,9 +67,6 @@ func Cause(err error) string {
 	}
 	return ""
 }
-
-// maxText bounds what a caller can write into one field, in bytes.
-const maxText = 512
 
 // Key is what entries are authenticated with: 32 bytes that whoever writes the
 // log has, and whoever verifies it.
@@ -95,11 +98,15 @@ func (k Key) mac(b []byte) string {
 }
 
 // seal returns the line with its MAC.
-func (k Key) seal(l line) (text []byte, mac string, err error) {
-	b, err := json.Marshal(l)
-	if err != nil {
+func (k Key) seal(l line) (sealed []byte, mac string, err error) {
+	// Without escapes for HTML, which would make a line six times as long.
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(l); err != nil {
 		return nil, "", err
 	}
+	b := bytes.TrimSuffix(text.Bytes(), []byte("\n"))
 	mac = k.mac(b)
 	b = append(b[:len(b)-1], macMember...)
 	return append(append(b, mac...), macEnd...), mac, nil
@@ -129,8 +136,11 @@ type Log struct {
 	closed  bool
 
 	failed bool // the last entry could not be written
+	head   Head // the last line that is on disk
+	losses int  // how often lines were found missing
 
 	at     Head
+	first  *Entry // is written before the next entry
 	after  string // for the first line
 	unsure bool   // what of the last lines the sink has taken
 }
@@ -171,17 +181,25 @@ const (
 )
 
 // newLog returns a log that goes on where the sink's last line ends, or with a
-// chain of its own.
-func newLog(key Key, s sink, goOn bool) (*Log, error) {
+// chain of its own. One that goes on does so after the line that is known to have
+// been written last, if the sink has lost that.
+func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
 	l := &Log{key: key, sink: s}
 	l.turn.L = &l.mu
 	last, err := l.last("")
 	if err != nil {
 		return nil, err
 	}
+	if goOn {
+		written, ended := latest(known, last.Chain)
+		if ended || last.Seq < written.Seq || last.Seq == written.Seq && last != written {
+			l.miss("the lines of chain %s up to %d are missing here: the file was truncated, deleted, moved, replaced or put back from a backup while copilot did not run", written.Chain, written.Seq)
+			last = written
+		}
+	}
 	switch {
 	case goOn && last != Head{}:
-		l.at = last
+		l.at, l.head = last, last
 		return l, nil
 	case last != Head{}:
 		l.after = last.String()
@@ -190,6 +208,42 @@ func newLog(key Key, s sink, goOn bool) (*Log, error) {
 	rand.Read(id) // never fails
 	l.at.Chain = fmt.Sprintf("%x", id)
 	return l, nil
+}
+
+// latest returns the head that is known of a chain or, if none is, the last one of
+// all, whose chain was another's end then.
+func latest(known []Head, chain string) (h Head, other bool) {
+	for _, h := range known {
+		if h.Chain == chain {
+			return h, false
+		}
+	}
+	if len(known) == 0 {
+		return Head{}, false
+	}
+	return known[len(known)-1], true
+}
+
+// miss reports that lines are missing, in the log of the process and in this one.
+func (l *Log) miss(format string, a ...any) {
+	e := continued(fmt.Sprintf(format, a...))
+	logrus.Error("audit log: " + e.Reason)
+	l.first = &e
+	l.losses++
+}
+
+// Head returns the last line that is on disk. Its number is 0 if there is none.
+func (l *Log) Head() Head {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head
+}
+
+// Losses returns how often lines were found missing.
+func (l *Log) Losses() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.losses
 }
 
 // last returns the last line that the sink has, of a chain or of all.
@@ -210,9 +264,7 @@ func (l *Log) last(chain string) (Head, error) {
 // [ErrUnavailable].
 func (l *Log) Write(e Entry) error {
 	e.Time = time.Now().UTC()
-	for _, s := range []*string{&e.Request, &e.KEK, &e.Subject, &e.Who, &e.From, &e.Reason} {
-		*s = bounded(*s)
-	}
+	e.bound()
 	w := &waiting{entry: e}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -243,6 +295,9 @@ func (l *Log) writeQueue() {
 	}
 	l.mu.Lock()
 	l.writing, l.failed = false, err != nil
+	if err == nil {
+		l.head = l.at
+	}
 	for _, w := range batch {
 		w.done, w.err = true, err
 	}
@@ -267,8 +322,15 @@ func (l *Log) write(batch []*waiting) error {
 				return err
 			}
 			// The chain goes on, so the lines before are missed.
-			batch = append([]*waiting{{entry: continued(how)}}, batch...)
+			e := continued(how)
+			l.first = &e
+			l.mu.Lock()
+			l.losses++
+			l.mu.Unlock()
 		}
+	}
+	if l.first != nil {
+		batch = append([]*waiting{{entry: *l.first}}, batch...)
 	}
 	at := l.at
 	lines := make([][]byte, len(batch))
@@ -287,7 +349,7 @@ func (l *Log) write(batch []*waiting) error {
 		l.unsure = true
 		return err
 	}
-	l.at = at
+	l.at, l.first = at, nil
 	return nil
 }
 
@@ -347,19 +409,4 @@ func (l *Log) reopen() (changed bool, err error) {
 	before := f.f
 	err = f.reopen()
 	return f.f != before, err
-}
-
-// bounded returns s in a length and with characters that a line can have: no
-// database takes a zero byte in JSON.
-func bounded(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
-	if len(s) > maxText {
-		return strings.ToValidUTF8(s[:maxText], "") + "…"
-	}
-	return s
 }

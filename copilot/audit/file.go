@@ -13,16 +13,18 @@ import (
 
 // OpenFile goes on with the log in the file named name, of mode 0600, which it
 // makes if it is missing, or writes a new log to standard output if name is
-// "-". One process at a time can write a file.
-func OpenFile(name string, key Key) (*Log, error) {
+// "-". One process at a time can write a file. Known are the last lines of its
+// chains that are known to be on disk, the last one at the end: if the file does not
+// have them, that is logged, and the chain goes on after them.
+func OpenFile(name string, key Key, known ...Head) (*Log, error) {
 	if name == "-" {
-		return newLog(key, stdout{}, false)
+		return newLog(key, stdout{}, false, nil)
 	}
 	f := &file{name: name}
 	if err := f.reopen(); err != nil {
 		return nil, err
 	}
-	l, err := newLog(key, f, true)
+	l, err := newLog(key, f, true, known)
 	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("audit log: %w", err)

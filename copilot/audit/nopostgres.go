@@ -11,7 +11,7 @@ import (
 var errNoPostgres = errors.New("audit log: this copilot was built without PostgreSQL")
 
 // OpenPostgres fails in a program that was built without PostgreSQL.
-func OpenPostgres(context.Context, string, Key) (*Log, error) { return nil, errNoPostgres }
+func OpenPostgres(context.Context, string, Key, ...Head) (*Log, error) { return nil, errNoPostgres }
 
 // ReadPostgres fails in a program that was built without PostgreSQL.
 func ReadPostgres(context.Context, string) (io.ReadCloser, error) { return nil, errNoPostgres }

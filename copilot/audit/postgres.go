@@ -30,18 +30,42 @@ const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 )`
 
 // OpenPostgres begins a log in the table copilot_audit of the database that
-// url tells, where each run of a broker has a chain of its own. Errors of the
-// database wrap [ErrUnavailable].
-func OpenPostgres(ctx context.Context, url string, key Key) (*Log, error) {
+// url tells, where each run of a broker has a chain of its own. Known are the last
+// lines of chains that are known to be there: those that are not are logged. Errors of
+// the database wrap [ErrUnavailable].
+func OpenPostgres(ctx context.Context, url string, key Key, known ...Head) (*Log, error) {
 	t, err := openTable(ctx, url)
 	if err != nil {
 		return nil, err
 	}
-	log, err := newLog(key, t, false)
-	if err != nil {
-		return nil, errors.Join(err, t.Close())
+	missing, err := t.missing(ctx, known)
+	var l *Log
+	if err == nil {
+		l, err = newLog(key, t, false, nil)
 	}
-	return log, nil
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err)), t.Close())
+	}
+	if len(missing) > 0 {
+		l.miss("%d chains, among them %.80q, do not have the last line that copilot has noted: lines were deleted, or put back from a backup", len(missing), missing[0])
+	}
+	return l, nil
+}
+
+// missing returns the chains of known whose line is not there, or is another.
+func (t table) missing(ctx context.Context, known []Head) ([]string, error) {
+	var chains, ends []string
+	var seqs []int64
+	for _, h := range known {
+		chains, seqs, ends = append(chains, h.Chain), append(seqs, h.Seq), append(ends, macMember+h.MAC+macEnd)
+	}
+	rows, err := t.pool.Query(ctx, `SELECT h.chain FROM unnest($1::text[], $2::bigint[], $3::text[]) AS h(chain, seq, ending)
+		LEFT JOIN copilot_audit a ON a.chain = h.chain AND a.seq = h.seq
+		WHERE a.line IS NULL OR right(a.line, length(h.ending)) <> h.ending ORDER BY h.chain`, chains, seqs, ends)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
 // CopyToPostgres copies a log into the PostgreSQL database at url. Its table must be
@@ -62,10 +86,10 @@ func CopyToPostgres(ctx context.Context, url string) (Copier, error) {
 }
 
 // openTable opens the table, which it makes if it is missing.
-func openTable(ctx context.Context, url string) (sink, error) {
+func openTable(ctx context.Context, url string) (table, error) {
 	pool, err := connect(ctx, url)
 	if err != nil {
-		return nil, err
+		return table{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, appendWithin)
 	defer cancel()
@@ -79,7 +103,7 @@ func openTable(ctx context.Context, url string) (sink, error) {
 	})
 	if err != nil {
 		pool.Close()
-		return nil, fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err))
+		return table{}, fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err))
 	}
 	return table{pool}, nil
 }

@@ -50,7 +50,16 @@ const maxProblems = 100
 // can be found only by a head that is known from elsewhere: a chain in since
 // that is neither in the log nor continued there is a problem.
 func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
+	return VerifyTo(r, key, nil, since...)
+}
+
+// VerifyTo is Verify for a log that has to go on at least to the lines written.
+func VerifyTo(r io.Reader, key Key, written []Head, since ...Head) (Report, error) {
 	var report Report
+	ends := make(map[string]Head)
+	for _, h := range written {
+		ends[h.Chain] = h
+	}
 	problem := func(format string, a ...any) {
 		if len(report.Problems) < maxProblems {
 			report.Problems = append(report.Problems, fmt.Sprintf(format, a...))
@@ -101,6 +110,9 @@ func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
 			}
 			delete(expected, l.Chain)
 		}
+		if end := ends[l.Chain]; l.Seq == end.Seq && mac != end.MAC {
+			problem("line %d is another line %d of chain %s than the one that copilot has noted in its store", number, l.Seq, l.Chain)
+		}
 		chains[l.Chain] = Head{l.Chain, l.Seq, mac}
 		if after, err := ParseHead(l.After); err == nil {
 			before[l.Chain] = after
@@ -111,6 +123,9 @@ func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
 	}
 	for _, h := range slices.Sorted(maps.Keys(expected)) {
 		problem("the lines of chain %s up to %d, which were there before, are missing", h, expected[h].Seq)
+	}
+	for _, h := range Cut(written, chains, since) {
+		problem("chain %s ends with line %d, and copilot has noted line %d in its store: lines were cut off, or the log was deleted, replaced or put back from a backup", h.Chain, chains[h.Chain].Seq, h.Seq)
 	}
 	for _, id := range slices.Sorted(maps.Keys(before)) {
 		after := before[id]
@@ -123,4 +138,12 @@ func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
 		report.Heads = append(report.Heads, chains[id])
 	}
 	return report, nil
+}
+
+// Cut returns those of written that chains, by their ids, do not reach, and since
+// does not tell of.
+func Cut(written []Head, chains map[string]Head, since []Head) []Head {
+	return slices.DeleteFunc(slices.Clone(written), func(h Head) bool {
+		return chains[h.Chain].Seq >= h.Seq || slices.ContainsFunc(since, func(s Head) bool { return s.Chain == h.Chain && s.Seq >= h.Seq })
+	})
 }

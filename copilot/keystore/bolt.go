@@ -66,6 +66,18 @@ func openBolt(dir string) (database, error) {
 	return &boltDB{db}, nil
 }
 
+// readBolt opens a file that is there, to read.
+func readBolt(name string) (database, error) {
+	db, err := bolt.Open(name, 0o600, &bolt.Options{Timeout: lockWait, ReadOnly: true})
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, fmt.Errorf("%s is in use by another copilot", name)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", name, err)
+	}
+	return &boltDB{db}, nil
+}
+
 func (d *boltDB) close() error { return d.db.Close() }
 
 func (d *boltDB) get(_ context.Context, id string) (b []byte, err error) {
@@ -110,6 +122,26 @@ func (d *boltDB) once(_ context.Context, name string, made func() ([]byte, error
 		return bucket.Put([]byte(name), b)
 	})
 	return b, err
+}
+
+func (d *boltDB) put(_ context.Context, name string, b []byte) error {
+	return d.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOnce).Put([]byte(name), b) })
+}
+
+func (d *boltDB) named(_ context.Context, prefix string, do func(string, []byte) error) error {
+	return d.db.View(func(tx *bolt.Tx) error {
+		bucket := tx.Bucket(bucketOnce)
+		if bucket == nil {
+			return nil // it was opened to read, and is new
+		}
+		c := bucket.Cursor()
+		for k, v := c.Seek([]byte(prefix)); bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
+			if err := do(string(k), bytes.Clone(v)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func (d *boltDB) addWraps(_ context.Context, id string, version int, n int64) (sum int64, err error) {

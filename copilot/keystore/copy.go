@@ -20,11 +20,12 @@ func IsDatabase(name string) bool {
 // or a PostgreSQL URL. Records go as they are, sealed: KEKs with all versions, their
 // states, revocations and how often they have wrapped. The master key is the one
 // of masterDir, as for [Open]. A directory that it is copied to gets a master.key
-// unless it has one.
+// unless it has one. The last lines of audit logs are copied, too: renamed returns
+// where a log will be, by where it was (see [AuditHead]).
 //
 // Nothing may use either store meanwhile. Copy reads back what it wrote and returns
 // the number of KEKs.
-func Copy(ctx context.Context, from, to, masterDir string) (n int, err error) {
+func Copy(ctx context.Context, from, to, masterDir string, renamed func(log string) string) (n int, err error) {
 	if !IsDatabase(from) {
 		if err := Exists(from); err != nil {
 			return 0, err
@@ -84,6 +85,9 @@ func Copy(ctx context.Context, from, to, masterDir string) (n int, err error) {
 		}
 		return nil
 	})
+	if err == nil {
+		err = copyAuditHeads(ctx, source, target, seal, renamed)
+	}
 	return n, err
 }
 
@@ -119,7 +123,7 @@ func openDatabase(ctx context.Context, name string) (database, error) {
 	case !IsDatabase(name):
 		return openBolt(name)
 	case openPostgres == nil:
-		return nil, errors.New("this copilot was built without PostgreSQL")
+		return nil, errNoPostgres
 	}
 	return openPostgres(ctx, name)
 }

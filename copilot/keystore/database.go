@@ -17,6 +17,11 @@ type database interface {
 	// once keeps what made returns under a name if it has nothing there
 	// yet, and returns what it has then. Of several at once, one makes it.
 	once(ctx context.Context, name string, made func() ([]byte, error)) ([]byte, error)
+	// put keeps b under a name of its own, instead of what was there.
+	put(ctx context.Context, name string, b []byte) error
+	// named calls do with all that put and once have kept under names that begin
+	// with prefix.
+	named(ctx context.Context, prefix string, do func(name string, b []byte) error) error
 	// addWraps adds n to the wraps of a version and returns the sum.
 	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)
 	// wraps returns the sums of all versions.

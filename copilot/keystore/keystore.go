@@ -65,8 +65,9 @@ func Exists(dir string) error {
 	return err
 }
 
-// openPostgres is nil in a program that was built without PostgreSQL.
-var openPostgres func(ctx context.Context, url string) (database, error)
+// Both are nil in a program that was built without PostgreSQL. readPostgres opens a
+// database that is there, to read.
+var openPostgres, readPostgres func(ctx context.Context, url string) (database, error)
 
 // Open opens the store in the PostgreSQL database that url tells, or, if url is
 // empty, in a file in the directory dir, making what is missing. The master key

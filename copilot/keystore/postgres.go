@@ -47,7 +47,7 @@ const (
 	lockSpace int32 = 0x70696c74
 )
 
-func init() { openPostgres = newPostgres }
+func init() { openPostgres, readPostgres = newPostgres, oldPostgres }
 
 // newPostgres opens the database at url and creates the tables that are missing.
 // Errors of the database wrap [ErrDatabase], and one of url does not.
@@ -69,6 +69,15 @@ func newPostgres(ctx context.Context, url string) (database, error) {
 	if err != nil {
 		pool.Close()
 		return nil, fmt.Errorf("%w: %w", ErrDatabase, postgres.Explain(err))
+	}
+	return &postgresDB{pool}, nil
+}
+
+// oldPostgres opens the database at url as it is.
+func oldPostgres(ctx context.Context, url string) (database, error) {
+	pool, err := postgres.Connect(ctx, url, "copilot", 0)
+	if err != nil {
+		return nil, fmt.Errorf("database: %w", err)
 	}
 	return &postgresDB{pool}, nil
 }
@@ -170,6 +179,31 @@ func (d *postgresDB) once(ctx context.Context, name string, made func() ([]byte,
 		return nil, err
 	})
 	return b, err
+}
+
+func (d *postgresDB) put(ctx context.Context, name string, b []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	_, err := d.pool.Exec(ctx, `INSERT INTO copilot_once (name, value) VALUES ($1, $2)
+		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, b)
+	return d.explain(err)
+}
+
+func (d *postgresDB) named(ctx context.Context, prefix string, do func(string, []byte) error) error {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	rows, err := d.pool.Query(ctx, `SELECT name, value FROM copilot_once WHERE starts_with(name, $1) ORDER BY name`, prefix)
+	if err != nil {
+		return d.explain(err)
+	}
+	var name string
+	var b []byte
+	var failed error
+	_, err = pgx.ForEachRow(rows, []any{&name, &b}, func() error {
+		failed = do(name, b)
+		return failed
+	})
+	return cmp.Or(failed, d.explain(err))
 }
 
 func (d *postgresDB) addWraps(ctx context.Context, id string, version int, n int64) (sum int64, err error) {

@@ -2,6 +2,7 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -51,12 +52,17 @@ type limit struct {
 	Identities []string `toml:"identities"`
 	PerSecond  float64  `toml:"per-second"`
 	Burst      int      `toml:"burst"`
+	// Connections is how many the identity may have open at once. Default:
+	// DefaultConnections.
+	Connections int `toml:"connections"`
 }
 
 // The rate of an identity that no limit names.
 const (
 	DefaultPerSecond = 100
 	DefaultBurst     = 200
+	// DefaultConnections is how many connections an identity may have open.
+	DefaultConnections = 4096
 )
 
 // Load reads the policy in a file. Issuers are the names of those whose tokens are
@@ -131,6 +137,9 @@ func (l *limit) check(issuers []string) error {
 	}
 	if !(l.PerSecond > 0) || l.Burst < 1 {
 		return errors.New("per-second has to be above 0, and burst at least 1")
+	}
+	if l.Connections < 0 {
+		return errors.New("connections has to be at least 1")
 	}
 	return canonicalPatterns(l.Identities, issuers)
 }
@@ -262,6 +271,16 @@ func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
 		}
 	}
 	return DefaultPerSecond, DefaultBurst
+}
+
+// Connections returns how many connections identity may have open.
+func (p *Policy) Connections(identity string) int {
+	for _, l := range p.limits {
+		if matchAny(l.Identities, identity) {
+			return cmp.Or(l.Connections, DefaultConnections)
+		}
+	}
+	return DefaultConnections
 }
 
 func (r *rule) String() string { return fmt.Sprintf("rule %d", r.number) }

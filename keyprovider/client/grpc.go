@@ -15,6 +15,7 @@ import (
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
+	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/wire"
 )
 
@@ -129,10 +130,14 @@ func (s *server) unary(ctx context.Context, method string, message []byte) ([]by
 	body := binary.BigEndian.AppendUint32(make([]byte, 1, messageHeader+len(message)), uint32(len(message)))
 	body = append(body, message...)
 	defer clear(body)
-	resp, err := roundTrip(conn, []field{
+	header := []field{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: method}, {Name: ":authority", Value: s.authority()},
 		{Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"}, {Name: "user-agent", Value: "pilot"},
-	}, body)
+	}
+	if layer := layerbudget.ID(ctx); layer != "" {
+		header = append(header, field{Name: layerbudget.Header, Value: layer})
+	}
+	resp, err := roundTrip(conn, header, body)
 	if err != nil {
 		return nil, err
 	}
