@@ -90,7 +90,7 @@ func New(broker *copilot.Client, conf Config) *Provider {
 }
 
 func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copilot.KEK, err error) {
-	defer func(start time.Time) { p.metrics.asked("kek", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.asked(ctx, "kek", start, err) }(time.Now())
 	return p.broker.KEK(ctx, id, version)
 }
 
@@ -100,7 +100,7 @@ func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copil
 // asked which version of a KEK is current, even if the KEK is in memory. It takes
 // 30 seconds at most.
 func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
-	defer func(start time.Time) { p.metrics.request("wrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.request(ctx, "wrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
@@ -153,7 +153,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 // annotation says which KEK it takes; if the caller names KEKs too, only those
 // are used. It takes 30 seconds at most.
 func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
-	defer func(start time.Time) { p.metrics.request("unwrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.request(ctx, "unwrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)
