@@ -3,6 +3,8 @@ package certfile
 import (
 	"bytes"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -39,7 +41,8 @@ func ReplacePair(certFile, keyFile string, cert, key []byte) error {
 }
 
 // CompletePair puts the certificate that is in the key's file into the certificate's
-// own file, if that has one of another key: [ReplacePair] was cut short.
+// own file, if that has an older one of another key: [ReplacePair] was cut short. A
+// newer one is somebody's who is going to replace the key, too.
 func CompletePair(certFile, keyFile string) error {
 	cert, key, err := readPair(certFile, keyFile)
 	defer clear(key)
@@ -51,7 +54,10 @@ func CompletePair(certFile, keyFile string) error {
 	}
 	whole, err := tls.X509KeyPair(key, key)
 	if err != nil {
-		return nil // it was somebody else who is replacing them
+		return nil // it was not ReplacePair
+	}
+	if old := leaf(cert); old == nil || !old.NotBefore.Before(whole.Leaf.NotBefore) {
+		return nil
 	}
 	newCert, err := Prepare(certFile, encodeChain(whole.Certificate))
 	if err != nil {
@@ -59,6 +65,19 @@ func CompletePair(certFile, keyFile string) error {
 	}
 	defer newCert.Discard()
 	return newCert.Commit()
+}
+
+// leaf returns the first certificate in PEM, or nil.
+func leaf(text []byte) *x509.Certificate {
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil
+	}
+	return cert
 }
 
 // Replacement is a file that is going to take another's place.

@@ -259,6 +259,8 @@ const (
 	// typeNoSuchPath: what pilot asked for is not at this path, which says
 	// nothing about a KEK. A proxy may have changed the path.
 	typeNoSuchPath = "urn:pilot:problem:no-such-path"
+	// typeNoSuchVersion: the KEK is there, and not in the version that was asked for.
+	typeNoSuchVersion = "urn:pilot:problem:no-such-version"
 	// typeNoNodeCA: this broker renews nobody's certificate.
 	typeNoNodeCA = "urn:pilot:problem:no-node-ca"
 )
@@ -286,6 +288,8 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		kind = typeNoSuchPath
 	case errors.Is(err, errNoNodeCA):
 		kind = typeNoNodeCA
+	case errors.Is(err, keystore.ErrNoVersion):
+		kind = typeNoSuchVersion
 	case errors.Is(err, errLimit):
 		detail = errLimit.Error()
 	case errors.Is(err, kms.ErrUnwrap):

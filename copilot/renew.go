@@ -83,7 +83,6 @@ func (a *api) renew(r *http.Request, e *entry) (any, error) {
 	case err != nil:
 		return nil, err
 	}
-	e.Subject = e.Who
 	e.Reason = fmt.Sprintf("certificate %x instead of %x, until %s", cert.SerialNumber, old.SerialNumber, cert.NotAfter.UTC().Format(time.RFC3339))
 	return renewed{string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})), cert.NotAfter.UTC()}, nil
 }

@@ -87,7 +87,7 @@ func Serve(ctx context.Context, conf Config) error {
 		s.serve(ctx, g, l)
 	}
 	g.Go(func() error {
-		if err := b.awaitOpen(ctx, conf); err != nil {
+		if err := b.awaitOpen(ctx, conf); err != nil || ctx.Err() != nil {
 			return err
 		}
 		b.tend(ctx, hangup)

@@ -106,5 +106,9 @@ func TestDatabaseAwayAtStart(t *testing.T) {
 
 	// It stops while it waits.
 	d.crash(t)
-	serve("stopped", d.url()).process.stop(t)
+	r = serve("stopped", d.url())
+	r.process.stop(t)
+	if code := r.process.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("it ends with status %d:\n%s", code, read(t, r.process.log))
+	}
 }

@@ -102,7 +102,7 @@ func TestNodeRenews(t *testing.T) {
 	}
 	works(cert, key, "renewed")
 	log := read(t, b.dir+"/store/audit.log")
-	if !strings.Contains(log, `"action":"renew","subject":"spiffe://example.com/node/worker-1"`) || !strings.Contains(log, fmt.Sprintf("certificate %x instead of %x", after.SerialNumber, before.SerialNumber)) {
+	if !strings.Contains(log, `"action":"renew","who":"spiffe://example.com/node/worker-1"`) || !strings.Contains(log, fmt.Sprintf("certificate %x instead of %x", after.SerialNumber, before.SerialNumber)) {
 		t.Error("the audit log does not tell of it")
 	}
 	// The admin's command takes up what the node CA has issued.

@@ -39,7 +39,7 @@ func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (Annota
 }
 
 func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte) (_ Annotation, _ int, err error) {
-	defer func(start time.Time) { p.metrics.asked("wrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.asked(ctx, "wrap", start, err) }(time.Now())
 	w, err := p.broker.Wrap(ctx, id, optsdata)
 	if err != nil {
 		return Annotation{}, 0, err
@@ -62,7 +62,7 @@ func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata [
 		return nil, copilot.KEK{}, ErrTooManyKeys
 	}
 	defer func() { p.keks.refuse(key, err, traceOf(ctx)) }()
-	defer func(start time.Time) { p.metrics.asked("unwrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.asked(ctx, "unwrap", start, err) }(time.Now())
 	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, copilot.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
 	if errors.Is(err, copilot.ErrRejected) {
 		err = fmt.Errorf("%w: %w", ErrWrongKEK, err)

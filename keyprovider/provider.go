@@ -95,7 +95,7 @@ func New(broker *copilot.Client, conf Config) *Provider {
 }
 
 func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copilot.KEK, err error) {
-	defer func(start time.Time) { p.metrics.asked("kek", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.asked(ctx, "kek", start, err) }(time.Now())
 	return p.broker.KEK(ctx, id, version)
 }
 
@@ -105,7 +105,7 @@ func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copil
 // asked which version of a KEK is current, even if the KEK is in memory. It takes
 // 30 seconds at most.
 func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
-	defer func(start time.Time) { p.metrics.request("wrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.request(ctx, "wrap", start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
@@ -160,7 +160,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 // times for one layer: if ctx is not that of a layer, for the annotation. It takes 30
 // seconds at most.
 func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
-	defer func(start time.Time) { p.metrics.request("unwrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.request(ctx, "unwrap", start, err) }(time.Now())
 	ctx = layerbudget.With(ctx)
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()

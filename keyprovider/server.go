@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -45,10 +46,15 @@ func (s service) UnWrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWra
 
 func answer(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrapProtocolInput, op func(context.Context, []byte) ([]byte, error)) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
 	defer clear(in.GetKeyProviderKeyWrapProtocolInput()) // it may hold a layer key, and nobody reads it any more
+	ctx = withProbe(ctx)
 	out, err := op(ctx, in.GetKeyProviderKeyWrapProtocolInput())
 	if err != nil {
 		// The caller may be a runtime that tells nobody, so say it here too.
-		logOf(ctx).WithError(err).Warn("request failed")
+		level := logrus.WarnLevel
+		if isProbe(ctx) {
+			level = logrus.DebugLevel
+		}
+		logOf(ctx).WithError(err).Log(level, "request failed")
 		return nil, status.Error(code(err), err.Error())
 	}
 	return &ocicryptpb.KeyProviderKeyWrapProtocolOutput{KeyProviderKeyWrapProtocolOutput: out}, nil

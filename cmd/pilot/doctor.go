@@ -29,7 +29,9 @@ serves with. It takes a minute at most.
 Where CRI-O pulls, it checks CRI-O's environment and directory of keys instead
 of containerd, and decrypts a small layer with the key provider that CRI-O has.
 
-The exit status is 0 if all is well, 1 if something is wrong, and 2 if pilot's
+It warns of certificates that expire within 14 days.
+
+The exit status is 0 if all is well or a warning, 1 if something is wrong, and 2 if pilot's
 configuration or an argument can't be used.
 
 Example:
@@ -118,6 +120,7 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderNames = conf.ProviderName
+	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, string(conf.BrokerCA), string(conf.BrokerCert)
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
 	d.DecryptionKeysPath = string(conf.DecryptionKeys)

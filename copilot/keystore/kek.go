@@ -93,13 +93,13 @@ func (s *Store) CheckUse(k KEK, version int) error {
 		if k.Backend != "" {
 			return nil // nothing was ever said of it
 		}
-		return fmt.Errorf("%w version %d", ErrNotFound, version)
+		return fmt.Errorf("%w %d", ErrNoVersion, version)
 	}
 	switch v.In(s.now()) {
 	case Enabled:
 		return nil
 	case Destroyed:
-		return fmt.Errorf("%w version %d: it was destroyed", ErrNotFound, v.Version)
+		return fmt.Errorf("%w %d: it was destroyed", ErrNoVersion, v.Version)
 	case Destroying:
 		return fmt.Errorf("%w: version %d is to be destroyed on %s", ErrDisabled, v.Version, v.DestroyAt.Format(time.RFC3339))
 	}
@@ -350,7 +350,7 @@ func (k *KEK) change(version int, do func(*Version) error) error {
 		i = slices.IndexFunc(k.Versions, func(v Version) bool { return v.Version == version })
 	}
 	if i < 0 {
-		return fmt.Errorf("%w version %d", ErrNotFound, version)
+		return fmt.Errorf("%w %d", ErrNoVersion, version)
 	}
 	return do(&k.Versions[i])
 }

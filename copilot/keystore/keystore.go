@@ -22,8 +22,10 @@ import (
 // Errors that a caller may decide by.
 var (
 	ErrNotFound = errors.New("no such KEK")
-	ErrExists   = errors.New("there is a KEK of that name already")
-	ErrInput    = errors.New("bad request")
+	// ErrNoVersion: there is a KEK, and not in that version. It wraps ErrNotFound.
+	ErrNoVersion = fmt.Errorf("%w version", ErrNotFound)
+	ErrExists    = errors.New("there is a KEK of that name already")
+	ErrInput     = errors.New("bad request")
 	// ErrState: the KEK is not in a state in which this can be done.
 	ErrState = errors.New("not in this state")
 	// ErrDisabled: the KEK, or its version, is not to be used.

@@ -19,8 +19,9 @@ const (
 
 // Types of copilot's problem documents that a client decides by.
 const (
-	typeNotExported = "urn:pilot:problem:not-exported"
-	typeNoSuchPath  = "urn:pilot:problem:no-such-path"
+	typeNotExported   = "urn:pilot:problem:not-exported"
+	typeNoSuchPath    = "urn:pilot:problem:no-such-path"
+	typeNoSuchVersion = "urn:pilot:problem:no-such-version"
 )
 
 // errNoSuchPath: copilot does not have what was asked for, nor says anything of a KEK.
@@ -90,6 +91,8 @@ func (p problem) err() error {
 	switch {
 	case p.Type == typeNoSuchPath:
 		return fmt.Errorf("%w: %w, or a proxy changes it (%s)", ErrUnavailable, errNoSuchPath, said)
+	case p.Type == typeNoSuchVersion && p.Status == http.StatusNotFound:
+		return fmt.Errorf("%w (%s)", ErrNoVersion, said)
 	case p.Type == typeNotExported && p.Status == http.StatusConflict:
 		return fmt.Errorf("%w (%s)", ErrNotExported, said)
 	}

@@ -24,6 +24,9 @@ import (
 var (
 	// ErrNotFound: the broker has no such KEK, or does not say so to us.
 	ErrNotFound = errors.New("no such KEK")
+	// ErrNoVersion: it has the KEK, and not in the version that was asked for, which
+	// may have been destroyed. It wraps ErrNotFound.
+	ErrNoVersion = fmt.Errorf("%w version", ErrNotFound)
 	// ErrForbidden: the broker does not let us use the KEK.
 	ErrForbidden = errors.New("not allowed")
 	// ErrNotExported: the broker does not give out the KEK, but wraps and

@@ -3,11 +3,14 @@ package copilot
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -145,6 +148,50 @@ func (b *endpoint) probe(ctx context.Context) (rtt time.Duration, err error) {
 		}
 	}
 	return rtt, nil
+}
+
+// BrokerCertificate is the certificate that the broker at URL shows.
+type BrokerCertificate struct {
+	URL         string
+	Certificate *x509.Certificate
+}
+
+// Certificates returns the certificates of the brokers that show one which is
+// accepted.
+func (c *Client) Certificates(ctx context.Context) []BrokerCertificate {
+	found := make([]*x509.Certificate, len(c.brokers))
+	var wg sync.WaitGroup
+	for i, b := range c.brokers {
+		if b.base.Scheme == "https" {
+			wg.Go(func() { found[i] = b.certificate(ctx) })
+		}
+	}
+	wg.Wait()
+	var list []BrokerCertificate
+	for i, cert := range found {
+		if cert != nil {
+			list = append(list, BrokerCertificate{c.brokers[i].url, cert})
+		}
+	}
+	return list
+}
+
+// certificate returns the certificate that the broker shows, or nil if it shows none
+// that is accepted.
+func (b *endpoint) certificate(ctx context.Context) *x509.Certificate {
+	ctx, cancel := context.WithTimeout(ctx, probeWithin)
+	defer cancel()
+	host := b.base.Host
+	if b.base.Port() == "" {
+		host = net.JoinHostPort(b.base.Hostname(), "443")
+	}
+	conf := b.http.Transport.(*http.Transport).TLSClientConfig.Clone()
+	conn, err := (&tls.Dialer{Config: conf}).DialContext(ctx, "tcp", host)
+	if err != nil {
+		return nil
+	}
+	defer conn.Close()
+	return conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
 }
 
 // Check returns, in one line, why brokers do not answer, and nil if all do.

@@ -4,9 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"iter"
-	"os"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -36,6 +35,10 @@ type Doctor struct {
 	// asks them in this process, with no KEK in its cache.
 	Brokers  *copilot.Client
 	Provider *keyprovider.Provider
+	// BrokerURLs, BrokerCA and BrokerCert are the settings of that name, for
+	// messages. The files may be empty.
+	BrokerURLs           []string
+	BrokerCA, BrokerCert string
 	// KEKs are those that the node has to be able to use. May be empty.
 	KEKs []string
 
@@ -79,6 +82,8 @@ const (
 	OK      Result = "ok"
 	Failed  Result = "failed"
 	Skipped Result = "skipped"
+	// Warning is something that works, and will not for long.
+	Warning Result = "warning"
 )
 
 // The steps, in their order.
@@ -91,6 +96,7 @@ const (
 	StepBroker           = "broker"
 	StepLayer            = "layer"
 	StepTransfer         = "transfer"
+	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
 	StepDocker           = "docker"
 )
@@ -115,7 +121,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
-		for _, c := range append(e.checks(), e.decryptionKeysCheck()...) {
+		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck()) {
 			step := e.step(ctx, c)
 			step.Name = c.name
 			if step.Result == "" {
@@ -191,7 +197,7 @@ func (e *examination) configuration(context.Context) Step {
 		return failed(fmt.Sprintf("pilot can't start with %s: %s", e.Configuration, e.ConfigurationError),
 			"correct "+e.Configuration, "systemctl restart pilot.service")
 	}
-	if _, err := os.Stat(e.Configuration); errors.Is(err, fs.ErrNotExist) {
+	if !exists(e.Configuration) {
 		return inOrder("defaults: " + e.Configuration + " does not exist")
 	}
 	return inOrder(e.Configuration)

@@ -12,8 +12,8 @@ import (
 
 	"github.com/containers/ocicrypt/config"
 	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
+
+	"github.com/ctrlplane/pilot/keyprovider"
 )
 
 // broker wraps and unwraps a secret with each KEK.
@@ -66,13 +66,13 @@ func (e *examination) broker(ctx context.Context) Step {
 func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) Step {
 	direct := make(chan error, 1)
 	go func() { direct <- roundTrip(ctx, e.ProviderNames[0], kek, e.Provider.WrapKey, e.Provider.UnwrapKey) }()
-	err := roundTrip(ctx, e.ProviderNames[0], kek, wrap, unwrap)
+	err := roundTrip(keyprovider.Probe(ctx), e.ProviderNames[0], kek, wrap, unwrap)
 	directly := <-direct
 	if err == nil && directly == nil {
 		return inOrder("")
 	}
 	if err == nil {
-		return failed(fmt.Sprintf("pilot still knows KEK %q, and the broker does not give it now: %s", kek, directly), mendBroker...)
+		return failed(fmt.Sprintf("pilot still knows KEK %q, and the broker does not give it now: %s", kek, directly), e.mendBroker(kek, directly)...)
 	}
 	detail := said(err)
 	if !strings.Contains(detail, kek) {
@@ -81,18 +81,9 @@ func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) 
 	if directly == nil {
 		return failed(fmt.Sprintf("%s (with the settings of %s the broker gives it: pilot was started with others)", detail, e.Configuration), restartPilot...)
 	}
-	switch status.Code(err) {
-	case codes.NotFound:
-		return failed(detail, "on the broker's machine: copilot keys create "+kek)
-	case codes.PermissionDenied:
-		return failed(detail, mendBroker[1])
-	case codes.Unavailable:
-		return failed(detail, mendBroker...)
-	}
-	return failed(detail, "journalctl -u pilot.service -n 30")
+	// The daemon has the same settings, and its error has lost its type.
+	return failed(detail, e.mendBroker(kek, directly)...)
 }
-
-var mendBroker = []string{"on the broker's machine: systemctl restart copilot.service", "on the broker's machine: journalctl -u copilot.service -n 30"}
 
 // roundTrip wraps a secret as a tool that encrypts does, and unwraps it as a
 // pull does, which names no KEK.

@@ -19,6 +19,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+
+	"github.com/ctrlplane/pilot/keyprovider"
 )
 
 // keyProvider has the key provider refuse an annotation that nobody wrote,
@@ -30,7 +32,7 @@ func (e *examination) keyProvider(ctx context.Context) Step {
 	who := ""
 	if path, isUnix := strings.CutPrefix(e.Listen, "unix://"); isUnix {
 		var wrong *Step
-		if who, wrong = examineSocket(path); wrong != nil {
+		if who, wrong = e.socket(path); wrong != nil {
 			return *wrong
 		}
 	}
@@ -46,7 +48,7 @@ func (e *examination) keyProvider(ctx context.Context) Step {
 	if err != nil {
 		return failed(err.Error())
 	}
-	_, err = unwrapAt(conn)(ctx, in)
+	_, err = unwrapAt(conn)(keyprovider.Probe(ctx), in)
 	if status.Code(err) == codes.InvalidArgument {
 		return inOrder(e.Listen + who)
 	}
@@ -59,7 +61,7 @@ func (e *examination) differ(ctx context.Context) Step {
 	if e.DiffSocket == "" {
 		return skipped("diff-listen is off")
 	}
-	who, wrong := examineSocket(e.DiffSocket)
+	who, wrong := e.socket(e.DiffSocket)
 	if wrong != nil {
 		return *wrong
 	}
@@ -105,15 +107,20 @@ var (
 	restartPilot = []string{"systemctl restart pilot.service", "journalctl -u pilot.service -n 30"}
 )
 
-// examineSocket looks at the file of a socket of pilot's. It returns who else
-// may use it, or else what is wrong.
-func examineSocket(path string) (who string, wrong *Step) {
+// installPilot is the command that sets up a node that has no pilot.
+const installPilot = "pilot node install --now --broker https://copilot.example.com:8443 …"
+
+// socket looks at the file of a socket of pilot's. It returns who else may use it,
+// or else what is wrong.
+func (e *examination) socket(path string) (who string, wrong *Step) {
 	fail := func(detail string, mend ...string) (string, *Step) {
 		step := failed(detail, mend...)
 		return "", &step
 	}
 	info, err := os.Stat(path)
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && !exists(e.Configuration):
+		return fail(fmt.Sprintf("%s does not exist, nor does %s: pilot is not installed on this machine", path, e.Configuration), installPilot)
 	case errors.Is(err, fs.ErrNotExist):
 		return fail(path+" does not exist: pilot does not run", startPilot...)
 	case err != nil:

@@ -54,6 +54,18 @@ func TestDoctorUnusableConfiguration(t *testing.T) {
 	}
 }
 
+// TestDoctorNotInstalled examines a machine that has no pilot.
+func TestDoctorNotInstalled(t *testing.T) {
+	dir := t.TempDir()
+	d := &Doctor{Configuration: filepath.Join(dir, "pilot.toml"), Listen: "unix://" + filepath.Join(dir, "k"), DiffSocket: filepath.Join(dir, "d"), Containerd: filepath.Join(dir, "c"), ProviderNames: []string{"pilot"}}
+	steps := examine(t, d)
+	for _, name := range []string{StepKeyProvider, StepDiffer} {
+		if s := steps[name]; s.Result != Failed || !slices.Equal(s.Mend, []string{installPilot}) {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
 // serve answers on a socket until the test ends.
 func serve(t *testing.T, s *grpc.Server) (socket string) {
 	t.Helper()
