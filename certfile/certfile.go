@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // Pair is a certificate and its private key, in PEM files. It is safe for
@@ -18,10 +20,25 @@ type Pair struct {
 	last *tls.Certificate
 }
 
+// KeyPair reads a certificate and its private key from PEM files, as
+// [tls.LoadX509KeyPair] does, if they are regular files.
+func KeyPair(certFile, keyFile string) (tls.Certificate, error) {
+	cert, err := regular.Read(certFile, regular.MaxConfig)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	key, err := regular.Read(keyFile, regular.MaxConfig)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	defer clear(key)
+	return tls.X509KeyPair(cert, key)
+}
+
 // Load reads a pair for the first time.
 func Load(certFile, keyFile string) (*Pair, error) {
 	p := &Pair{certFile: certFile, keyFile: keyFile}
-	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+	cert, err := KeyPair(certFile, keyFile)
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +51,7 @@ func Load(certFile, keyFile string) (*Pair, error) {
 func (p *Pair) Certificate() *tls.Certificate {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	cert, err := tls.LoadX509KeyPair(p.certFile, p.keyFile)
+	cert, err := KeyPair(p.certFile, p.keyFile)
 	if err != nil {
 		logrus.WithError(err).WithField("certificate", p.certFile).Warn("certificate not read again: the one before is used")
 		return p.last

@@ -82,7 +82,7 @@ func registryTLS(cmd *cli.Command) (*tls.Config, error) {
 		return nil, errors.New("--tlscert and --tlskey need each other")
 	}
 	if cert != "" {
-		pair, err := tls.LoadX509KeyPair(cert, key)
+		pair, err := certfile.KeyPair(cert, key)
 		if err != nil {
 			return nil, fmt.Errorf("--tlscert: %w", err)
 		}

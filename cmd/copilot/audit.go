@@ -10,6 +10,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var auditCommand = &cli.Command{
@@ -70,7 +71,7 @@ func verifyAudit(c *cli.Context) error {
 			readers = append(readers, os.Stdin)
 			continue
 		}
-		f, err := os.Open(name)
+		f, err := regular.Open(name)
 		if err != nil {
 			return err
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var enrollCommand = &cli.Command{
@@ -102,13 +103,8 @@ func enroll(c *cli.Context) error {
 const maxRequest = 64 << 10
 
 func readFile(name string) ([]byte, error) {
-	f := os.Stdin
-	if name != "-" {
-		var err error
-		if f, err = os.Open(name); err != nil {
-			return nil, err
-		}
-		defer f.Close()
+	if name == "-" {
+		return io.ReadAll(io.LimitReader(os.Stdin, maxRequest))
 	}
-	return io.ReadAll(io.LimitReader(f, maxRequest))
+	return regular.Read(name, maxRequest)
 }

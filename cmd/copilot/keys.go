@@ -17,6 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var keysCommand = &cli.Command{
@@ -295,7 +296,7 @@ func readKey(c *cli.Context) ([]byte, error) {
 	file := os.Stdin
 	if name := c.String("file"); name != "-" {
 		var err error
-		if file, err = os.Open(name); err != nil {
+		if file, err = regular.Open(name); err != nil {
 			return nil, err
 		}
 		defer file.Close()

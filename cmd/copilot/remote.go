@@ -39,7 +39,7 @@ func remoteKeys(c *cli.Context) (*copilot.Keys, error) {
 	if c.String("cert") == "" || c.String("key") == "" {
 		return nil, errors.New("--server needs --cert and --key, which say who asks")
 	}
-	pair, err := tls.LoadX509KeyPair(c.String("cert"), c.String("key"))
+	pair, err := certfile.KeyPair(c.String("cert"), c.String("key"))
 	if err != nil {
 		return nil, fmt.Errorf("--cert: %w", err)
 	}

@@ -23,6 +23,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // The files of a CA in its directory.
@@ -82,11 +84,11 @@ func newCA(trustDomain string, hold time.Duration) (*ecdsa.PrivateKey, []byte, e
 // Load reads the CA in dir. Of several certificates in its file it is the one that
 // belongs to the key: the others are trusted, too, while the CA is replaced.
 func Load(dir string) (*CA, error) {
-	certPEM, err := os.ReadFile(filepath.Join(dir, CertFile))
+	certPEM, err := regular.Read(filepath.Join(dir, CertFile), regular.MaxConfig)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
-	keyPEM, err := os.ReadFile(filepath.Join(dir, KeyFile))
+	keyPEM, err := regular.Read(filepath.Join(dir, KeyFile), regular.MaxConfig)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}

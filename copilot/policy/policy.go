@@ -4,11 +4,11 @@ package policy
 import (
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/tomlfile"
 )
 
@@ -65,14 +65,7 @@ const maxFile = 4 << 20
 // Load reads the policy in a file. Issuers are the names of those whose tokens are
 // accepted: rules for other issuers are errors, unless it is nil.
 func Load(name string, issuers []string) (*Policy, error) {
-	info, err := os.Stat(name)
-	if err != nil {
-		return nil, fmt.Errorf("policy: %w", err)
-	}
-	if info.Size() > maxFile {
-		return nil, fmt.Errorf("policy: %s has %d bytes, more than %d", name, info.Size(), maxFile)
-	}
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
