@@ -4,11 +4,12 @@ import (
 	"bytes"
 	"crypto/x509"
 	"fmt"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // Authorities are the CAs of clients in a PEM file, which may be replaced while
@@ -42,7 +43,7 @@ func (a *Authorities) Pool() *x509.CertPool {
 }
 
 func (a *Authorities) read() error {
-	b, err := os.ReadFile(a.file)
+	b, err := regular.Read(a.file, regular.MaxConfig)
 	if err != nil || a.pool != nil && bytes.Equal(b, a.pem) {
 		return err
 	}

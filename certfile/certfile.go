@@ -5,10 +5,11 @@ package certfile
 import (
 	"crypto/tls"
 	"encoding/pem"
-	"os"
 	"sync"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // Pair is a certificate and its private key, in PEM files. It is safe for
@@ -18,6 +19,17 @@ type Pair struct {
 
 	mu   sync.Mutex
 	last *tls.Certificate
+}
+
+// KeyPair reads a certificate and its private key from PEM files, as
+// [tls.LoadX509KeyPair] does, if they are regular files.
+func KeyPair(certFile, keyFile string) (tls.Certificate, error) {
+	cert, key, err := readPair(certFile, keyFile)
+	defer clear(key)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.X509KeyPair(cert, key)
 }
 
 // Load reads a pair for the first time.
@@ -63,10 +75,10 @@ func loadPair(certFile, keyFile string) (*tls.Certificate, error) {
 }
 
 func readPair(certFile, keyFile string) (cert, key []byte, err error) {
-	if cert, err = os.ReadFile(certFile); err != nil {
+	if cert, err = regular.Read(certFile, regular.MaxConfig); err != nil {
 		return nil, nil, err
 	}
-	key, err = os.ReadFile(keyFile)
+	key, err = regular.Read(keyFile, regular.MaxConfig)
 	return cert, key, err
 }
 

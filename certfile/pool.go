@@ -3,13 +3,14 @@ package certfile
 import (
 	"crypto/x509"
 	"fmt"
-	"os"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // Pool returns the certificates in a PEM file as those that are trusted. That
 // there is none is an error.
 func Pool(file string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(file)
+	pem, err := regular.Read(file, regular.MaxConfig)
 	if err != nil {
 		return nil, err
 	}

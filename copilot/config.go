@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/loopback"
 	"github.com/ctrlplane/pilot/tomlfile"
 )
@@ -95,7 +96,7 @@ const MaxWraps = 1 << 32
 // ReadConfig reads a configuration file over c. Errors name the file and the
 // line.
 func (c *Config) ReadConfig(name string) error {
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if err != nil {
 		return err
 	}

@@ -61,7 +61,7 @@ func openKeys(ctx context.Context, conf Config, mayMake bool) (*Keys, error) {
 	conn, err := net.DialTimeout("unix", filepath.Join(conf.Dir, adminSocket), time.Second)
 	if err == nil {
 		conn.Close()
-		return adminOf(conf.Dir), nil
+		return adminOf(conf.Dir), checkAdminSocket(filepath.Join(conf.Dir, adminSocket))
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return nil, err
@@ -87,8 +87,27 @@ func openKeys(ctx context.Context, conf Config, mayMake bool) (*Keys, error) {
 func adminOf(dir string) *Keys {
 	socket := filepath.Join(dir, adminSocket)
 	return newKeys("http://copilot", &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		if err := checkAdminSocket(socket); err != nil {
+			return nil, err
+		}
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}})
+}
+
+// checkAdminSocket refuses a socket of somebody else, who would get the keys that are
+// imported.
+func checkAdminSocket(name string) error {
+	info, err := os.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%s is not a socket: remove it", name)
+	}
+	if err := keystore.CheckOwner(name, info); err != nil {
+		return fmt.Errorf("admin socket: %w, else remove it", err)
+	}
+	return nil
 }
 
 // RemoteKeys manages the KEKs of the server at a URL, https://HOST:PORT, by the

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +17,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 const (
@@ -88,7 +88,7 @@ type withToken struct {
 
 func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.file != "" {
-		b, err := os.ReadFile(t.file)
+		b, err := regular.Read(t.file, maxToken)
 		if err != nil {
 			return nil, err
 		}

@@ -88,7 +88,7 @@ func registryTLS(cmd *cli.Command) (*tls.Config, error) {
 		return nil, exit.Usagef("--tlscert and --tlskey need each other")
 	}
 	if cert != "" {
-		pair, err := tls.LoadX509KeyPair(cert, key)
+		pair, err := certfile.KeyPair(cert, key)
 		if err != nil {
 			return nil, fmt.Errorf("--tlscert: %w", err)
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -101,9 +102,14 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 	}
 	registerKeyProviders()
 	for _, r := range args.Recipient {
-		scheme, _, ok := strings.Cut(r, ":")
+		scheme, name, ok := strings.Cut(r, ":")
 		if !ok || !slices.Contains(recipientSchemes, scheme) {
 			return nil, exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+		}
+		if scheme == "jwe" || scheme == "pkcs7" || scheme == "pkcs11" {
+			if err := regular.Check(name, regular.MaxConfig); err != nil {
+				return nil, fmt.Errorf("recipient %s: %w", r, err)
+			}
 		}
 		if scheme != "pgp" {
 			continue

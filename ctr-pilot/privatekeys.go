@@ -13,6 +13,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"golang.org/x/sys/unix"
 
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -98,9 +99,12 @@ func normalizedKey(arg string) ([]byte, error) {
 		return nil, nil
 	}
 	parts := strings.Split(arg, ":")
-	b, err := os.ReadFile(parts[0])
-	if err != nil {
+	if _, err := os.Stat(parts[0]); err != nil {
 		return nil, nil
+	}
+	b, err := regular.Read(parts[0], regular.MaxConfig)
+	if err != nil {
+		return nil, err
 	}
 	defer clear(b)
 	if !processor.NeedsNormalizing(b) {
@@ -127,7 +131,7 @@ func normalizedKey(arg string) ([]byte, error) {
 // file=FILE or fd=NUMBER.
 func keyPassword(arg string) ([]byte, error) {
 	if name, ok := strings.CutPrefix(arg, "file="); ok {
-		return os.ReadFile(name)
+		return regular.Read(name, regular.MaxConfig)
 	}
 	if number, ok := strings.CutPrefix(arg, "fd="); ok {
 		fd, err := strconv.Atoi(number)

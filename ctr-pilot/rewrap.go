@@ -16,6 +16,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -166,7 +167,7 @@ func (r *rewrapper) images() error {
 func listedIn(file string) ([]string, error) {
 	in := io.Reader(os.Stdin)
 	if file != "-" {
-		f, err := os.Open(file)
+		f, err := regular.Open(file)
 		if err != nil {
 			return nil, err
 		}

@@ -192,6 +192,9 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 	if err != nil || e.list != "layers" {
 		return element, err
 	}
+	if i := slices.IndexFunc(had.URLs, strangeURL); i >= 0 {
+		return nil, fmt.Errorf("%s has the URL %q, which decrypting would not put back: only https:// and http:// URLs without user and fragment can be kept", at, had.URLs[i])
+	}
 	if len(had.URLs) > 0 {
 		// There the layer is in plain, and containerd would look there first.
 		element, err = edited(element, "urls", func(text []byte) ([]byte, error) {
@@ -211,11 +214,10 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 		if err != nil {
 			return nil, err
 		}
-		if len(had.Annotations) == 0 || string(left) != string(annotations) {
-			// None, or some of an encryption that is no more.
+		if len(had.Annotations) == 0 {
 			notes.note(at+"/annotations", annotations)
-			annotations = left
 		}
+		annotations = left // without those of an encryption that is no more
 	}
 	return setAnnotations(element, annotations, c.annotations)
 }

@@ -41,6 +41,48 @@ func unambiguous(doc []byte) error {
 	return nil
 }
 
+// distinct refuses text that is not JSON, and text in which an object, at whatever
+// depth, has two members of the same key.
+func distinct(text []byte) error {
+	d := json.NewDecoder(bytes.NewReader(text))
+	type object struct {
+		keys map[string]bool // nil: an array
+		key  bool            // a key is next
+	}
+	var open []object
+	for {
+		t, err := d.Token()
+		if err == io.EOF && len(open) == 0 && json.Valid(text) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("not JSON: %w", err)
+		}
+		in := len(open) - 1
+		switch {
+		case t == json.Delim('}') || t == json.Delim(']'):
+			open = open[:in]
+			in--
+		case in >= 0 && open[in].key:
+			key := t.(string)
+			if open[in].keys[key] {
+				return fmt.Errorf("duplicate key %q", key)
+			}
+			open[in].keys[key], open[in].key = true, false
+			continue
+		case t == json.Delim('{'):
+			open = append(open, object{map[string]bool{}, true})
+			continue
+		case t == json.Delim('['):
+			open = append(open, object{})
+			continue
+		}
+		if in >= 0 && open[in].keys != nil {
+			open[in].key = true // after a value
+		}
+	}
+}
+
 // members finds the members of the object that doc is, white space around it
 // aside. Two of the same key are an error.
 func members(doc []byte) ([]member, error) {

@@ -136,6 +136,10 @@ func (one removed) text(digests []digest.Digest) (text []byte, at [2]int, err er
 	if from < 0 || to < from {
 		return nil, at, errRemoved
 	}
+	between := strings.Trim(string(text[:from])+string(text[to:]), " \t\r\n")
+	if between != "" && between != "," || len(digests) > 0 && between == "" {
+		return nil, at, errRemoved
+	}
 	if one.About != nil {
 		if j := *one.About; j < 0 || j >= len(digests) {
 			return nil, at, errRemoved
@@ -145,6 +149,9 @@ func (one removed) text(digests []digest.Digest) (text []byte, at [2]int, err er
 			return nil, at, errRemoved
 		}
 		text, to = splice(text, from, to, element), from+len(element)
+	}
+	if err := checkRestored(text[from:to]); err != nil {
+		return nil, at, fmt.Errorf("%w: %w", errRemoved, err)
 	}
 	return text, [2]int{from, to}, nil
 }

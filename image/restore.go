@@ -2,8 +2,11 @@ package image
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -20,7 +23,7 @@ const restoreAnnotation = processor.AnnotationPrefix + "pilot.restore"
 // restore is what restoreAnnotation holds, as a JSON object of strings: JSON
 // pointers (RFC 6901) into the document, and the JSON text that stood there: a
 // media type of Docker's or of a foreign layer's or an unusual spelling of one,
-// annotations that are empty or were of encryption, URLs. Of a digest it holds how
+// annotations that are empty, URLs. Of a digest it holds how
 // it was spelled, and of data that it was there, so that it helps nobody to find or
 // to read the plain blob.
 type restore map[string]string
@@ -172,7 +175,7 @@ func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descript
 // if it says the same as what is there now.
 func (r restore) replace(doc []byte, at string) ([]byte, error) {
 	text := r[at]
-	if text == "" || !json.Valid([]byte(text)) {
+	if text == "" || distinct([]byte(text)) != nil {
 		return doc, nil
 	}
 	key := at[strings.LastIndex(at, "/")+1:]
@@ -190,26 +193,58 @@ func (r restore) replace(doc []byte, at string) ([]byte, error) {
 }
 
 // same reports whether the text that a member of a document or a descriptor had
-// and that which it has say the same, but for encryption.
+// and that which it has say the same, but for encryption. Annotations of an
+// encryption that is no more are not among them: a stranger's could not be told from
+// one's own.
 func same(key string, had, has []byte) bool {
 	switch key {
 	case "mediaType":
 		had, has := unquote(had), unquote(has)
 		encrypted, _ := processor.EncryptedMediaType(had)
 		plain, _ := processor.PlainMediaType(encrypted)
-		return had != "" && (had == has || dockerTypes[had] == has || plain == has)
+		return had != "" && (had == has || !processor.IsEncrypted(had) && (dockerTypes[had] == has || plain == has))
 	case "digest":
 		return unquote(had) != "" && unquote(had) == unquote(has)
 	case "urls":
 		var was, is []string
-		return json.Unmarshal(had, &was) == nil && json.Unmarshal(has, &is) == nil && len(is) == 0
+		return json.Unmarshal(had, &was) == nil && json.Unmarshal(has, &is) == nil && len(is) == 0 && !slices.ContainsFunc(was, strangeURL)
 	case "annotations":
 		var was, is map[string]string
 		if json.Unmarshal(had, &was) != nil || json.Unmarshal(has, &is) != nil {
 			return false
 		}
-		maps.DeleteFunc(was, func(key, _ string) bool { return ofEncryption(key) })
 		return maps.Equal(was, is)
 	}
 	return false
+}
+
+// strangeURL reports whether no registry's layer has this URL, from which clients
+// would fetch it.
+func strangeURL(text string) bool {
+	u, err := url.Parse(text)
+	return err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || u.Fragment != ""
+}
+
+// checkRestored refuses a descriptor of which an annotation says that an image had it,
+// and which no image that was not encrypted has.
+func checkRestored(doc []byte) error {
+	if err := errors.Join(distinct(doc), unambiguous(doc)); err != nil {
+		return err
+	}
+	var desc ocispec.Descriptor
+	if err := json.Unmarshal(doc, &desc); err != nil {
+		return err
+	}
+	if desc.Size < 0 || processor.IsEncrypted(desc.MediaType) {
+		return fmt.Errorf("%d bytes of %s", desc.Size, desc.MediaType)
+	}
+	for key := range desc.Annotations {
+		if ofEncryption(key) {
+			return fmt.Errorf("annotation %s", key)
+		}
+	}
+	if i := slices.IndexFunc(desc.URLs, strangeURL); i >= 0 {
+		return fmt.Errorf("URL %q", desc.URLs[i])
+	}
+	return nil
 }

@@ -74,6 +74,13 @@ func TestUnusual(t *testing.T) {
 			t.Errorf("%s: decrypt: %v", name, err)
 			continue
 		}
+		if strings.HasSuffix(name, " stale") || strings.HasPrefix(name, "stale annotation") {
+			// Annotations of an encryption that is no more could be a stranger's, and are gone.
+			if doc := s.get(decrypted.Target); strings.Contains(doc, "AAAA") || strings.Contains(doc, "enc.") || name == "stale annotation" && !strings.Contains(doc, `"c":"d"`) {
+				t.Errorf("%s: came back as %s", name, doc)
+			}
+			continue
+		}
 		if got := decrypted.Target; got.Digest != target.Digest || got.MediaType != target.MediaType || got.Size != target.Size {
 			t.Errorf("%s: came back as %s\n%s\nwas\n%s\nencrypted\n%s", name, got.MediaType, s.get(got), s.get(target), doc)
 		}
@@ -179,7 +186,7 @@ func FuzzRestore(f *testing.F) {
 // FuzzUndo edits a manifest as encrypting it does, and back.
 func FuzzUndo(f *testing.F) {
 	f.Add(`{"mediaType":"` + dockerManifest + `","layers":[{"mediaType":"` + dockerGzip + `","digest":"sha256:aa","size":1,"annotations":{ }}],"annotations":null}`)
-	f.Add(`{"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"sha256:aa","urls":["x"],"annotations":{"a":"b"}}, {}],"config":{"mediaType":"` + dockerConfig + `"}}`)
+	f.Add(`{"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"sha256:aa","urls":["https://example.com/x"],"annotations":{"a":"b"}}, {}],"config":{"mediaType":"` + dockerConfig + `"}}`)
 	f.Fuzz(func(t *testing.T, doc string) {
 		var was, is ocispec.Manifest
 		if !utf8.ValidString(doc) || strings.Contains(doc, "restore") || json.Unmarshal([]byte(doc), &was) != nil {
@@ -193,6 +200,11 @@ func FuzzUndo(f *testing.F) {
 				}}
 			} else if processor.IsEncrypted(l.MediaType) {
 				return
+			}
+			for key := range l.Annotations {
+				if ofEncryption(key) {
+					return // which is not put back
+				}
 			}
 		}
 		encrypted, mediaType, err := to.apply([]byte(doc), ociManifest)
@@ -213,4 +225,110 @@ func FuzzUndo(f *testing.F) {
 			t.Fatalf("%q became\n%q and that\n%q, %v", doc, encrypted, decrypted, err)
 		}
 	})
+}
+
+// TestHostileRestore has the author of an image write the annotation by which
+// decrypting puts back what the plain image had.
+func TestHostileRestore(t *testing.T) {
+	s := newStore(t)
+	a := s.put(ocispec.MediaTypeImageLayerGzip, "layer a")
+	plain := s.manifest(ociManifest, strings.TrimSuffix(entry(a), "}")+`,"urls":["https://example.com/a"],"annotations":{"a":"b"}}`, `,"annotations":{"c":"d"}`)
+	index := s.put(ociIndex, `{"manifests":[`+entry(plain)+`,{"mediaType":"`+ociManifest+`","digest":"`+digest.FromString("x").String()+`","size":3,"platform":{"os":"linux","architecture":"s390x"}}]}`)
+	hostile := func(t *testing.T, target ocispec.Descriptor, notes restore) (string, error) {
+		t.Helper()
+		text, err := json.Marshal(notes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		doc := s.get(target)
+		annotations, err := get([]byte(doc), "annotations")
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed, err := setAnnotations([]byte(doc), annotations, map[string]string{restoreAnnotation: string(text)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		result, err := Decrypt(s.ctx, s, s.put(target.MediaType, string(changed)), s.dc, Options{})
+		if err != nil {
+			return "", err
+		}
+		return s.get(result.Target), nil
+	}
+	encrypted, err := Encrypt(s.ctx, s, plain, s.ec, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, notes := range map[string]restore{
+		"none":                   {},
+		"encrypted type":         {"/layers/0/mediaType": `"application/vnd.oci.image.layer.v1.tar+gzip+encrypted"`},
+		"encrypted twice":        {"/layers/0/mediaType": `"application/vnd.oci.image.layer.v1.tar+gzip+encrypted+encrypted"`},
+		"another type":           {"/layers/0/mediaType": `"application/vnd.evil"`, "/config/mediaType": `"application/vnd.evil"`, "/mediaType": `"application/vnd.evil"`},
+		"file URL":               {"/layers/0/urls": `["file:///etc/shadow"]`},
+		"relative URL":           {"/layers/0/urls": `["//evil/x"]`},
+		"URL with a user":        {"/layers/0/urls": `["https://user:pass@evil/x"]`},
+		"one strange URL":        {"/layers/0/urls": `["https://example.com/a","javascript:x"]`},
+		"no list of URLs":        {"/layers/0/urls": `"https://example.com/a"`},
+		"encryption annotations": {"/layers/0/annotations": `{"a":"b","org.opencontainers.image.enc.keys.provider.pilot":"eyJ9"}`},
+		"doubled annotation":     {"/layers/0/annotations": `{"a":"evil","a":"b"}`},
+		"doubled, escaped":       {"/layers/0/annotations": `{"\u0061":"evil","a":"b"}`},
+		"on the manifest":        {"/annotations": `{"c":"evil","c":"d"}`},
+		"encryption's on it":     {"/annotations": `{"c":"d","org.opencontainers.image.enc.keys.jwe":"x"}`},
+		"two values":             {"/layers/0/annotations": `{"a":"b"},"urls":["https://evil/"]`},
+		"other members":          {"/layers/0/data": `"ZXZpbA=="`, "/layers/0/size": `1`, "/layers/0/platform": `{"os":"evil"}`, "/schemaVersion": `1`},
+		"another digest":         {"/layers/0/digest": `"` + digest.FromString("evil").String() + `"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			doc, err := hostile(t, encrypted.Target, notes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// What does not fit is as if it was not there.
+			want := strings.Replace(s.get(plain), `["https://example.com/a"]`, `[]`, 1)
+			if doc != want {
+				t.Errorf("came back as\n%s\nwant\n%s", doc, want)
+			}
+		})
+	}
+	kept, err := Encrypt(s.ctx, s, index, s.ec, Options{AllowPlain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	element := func(more string) string {
+		return `{"mediaType":"` + ociManifest + `","digest":"` + digest.FromString("y").String() + `","size":3` + more + `}`
+	}
+	for name, test := range map[string]struct {
+		before string
+		good   bool
+	}{
+		"good":              {"," + element(""), true},
+		"strange URL":       {"," + element(`,"urls":["file:///x"]`), false},
+		"annotations":       {"," + element(`,"annotations":{"org.opencontainers.image.enc.keys.jwe":"x"}`), false},
+		"encrypted type":    {"," + strings.Replace(element(""), "json", "json+encrypted", 1), false},
+		"doubled key":       {"," + element(`,"size":3`), false},
+		"doubled below":     {"," + element(`,"platform":{"os":"linux","os":"evil","architecture":"x"}`), false},
+		"capitals":          {"," + element(`,"URLs":["https://evil/"]`), false},
+		"two elements":      {"," + element("") + "," + element(""), false},
+		"something between": {`,"x",` + element(""), false},
+	} {
+		t.Run("left out: "+name, func(t *testing.T) {
+			list, err := json.Marshal([]removed{{Index: 1, Before: test.before}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if doc, err := hostile(t, kept.Target, restore{removedKey: string(list)}); (err == nil) != test.good || err != nil && !errors.Is(err, errRemoved) {
+				t.Errorf("%s, %v", doc, err)
+			}
+		})
+	}
+}
+
+// TestStrangeURL encrypts a layer with a URL that would not come back.
+func TestStrangeURL(t *testing.T) {
+	s := newStore(t)
+	a := s.put(ocispec.MediaTypeImageLayerGzip, "layer a")
+	target := s.manifest(ociManifest, strings.TrimSuffix(entry(a), "}")+`,"urls":["ftp://example.com/a"]}`, "")
+	if _, err := Encrypt(s.ctx, s, target, s.ec, Options{}); err == nil || !strings.Contains(err.Error(), "ftp://example.com/a") {
+		t.Errorf("error %v", err)
+	}
 }

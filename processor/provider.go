@@ -12,6 +12,7 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
@@ -68,7 +69,7 @@ var fromEnvironment = sync.OnceValues(func() (map[string]KeyProvider, error) {
 })
 
 func readProviders(file string) (map[string]KeyProvider, error) {
-	b, err := os.ReadFile(file)
+	b, err := regular.Read(file, regular.MaxConfig)
 	if err != nil {
 		return nil, err
 	}

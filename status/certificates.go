@@ -4,11 +4,12 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"os"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // certificates is a metric of when certificates expire.
@@ -47,7 +48,7 @@ func (c *certificates) Collect(metrics chan<- prometheus.Metric) {
 
 // notAfter returns when the first of the certificates in a file in PEM expires.
 func notAfter(name string) (time.Time, error) {
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if err != nil {
 		return time.Time{}, err
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // auditLog is an audit log that is read.
@@ -71,7 +72,7 @@ func (l *auditLog) open(name string) (io.Reader, error) {
 	if name == "-" {
 		return os.Stdin, nil
 	}
-	f, err := os.Open(name)
+	f, err := regular.Open(name)
 	if err != nil {
 		return nil, err
 	}

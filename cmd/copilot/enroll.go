@@ -13,6 +13,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var enrollCommand = &cli.Command{
@@ -131,13 +132,8 @@ func printIssued(c *cli.Context, subject, certFile, keyFile string) error {
 const maxRequest = 64 << 10
 
 func readFile(name string) ([]byte, error) {
-	f := os.Stdin
-	if name != "-" {
-		var err error
-		if f, err = os.Open(name); err != nil {
-			return nil, err
-		}
-		defer f.Close()
+	if name == "-" {
+		return io.ReadAll(io.LimitReader(os.Stdin, maxRequest))
 	}
-	return io.ReadAll(io.LimitReader(f, maxRequest))
+	return regular.Read(name, maxRequest)
 }

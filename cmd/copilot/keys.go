@@ -20,6 +20,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var keysCommand = &cli.Command{
@@ -333,7 +334,7 @@ func readKey(c *cli.Context) ([]byte, error) {
 	file := os.Stdin
 	if name := c.String("file"); name != "-" {
 		var err error
-		if file, err = os.Open(name); err != nil {
+		if file, err = regular.Open(name); err != nil {
 			return nil, err
 		}
 		defer file.Close()

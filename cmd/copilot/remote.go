@@ -38,7 +38,7 @@ func remoteKeys(c *cli.Context) (*copilot.Keys, error) {
 	if c.String("cert") == "" || c.String("key") == "" {
 		return nil, exit.Usagef("--server needs --cert and --key, which say who asks")
 	}
-	pair, err := tls.LoadX509KeyPair(c.String("cert"), c.String("key"))
+	pair, err := certfile.KeyPair(c.String("cert"), c.String("key"))
 	if err != nil {
 		return nil, exit.Usagef("--cert: %w", err)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var storeCommand = &cli.Command{
@@ -146,7 +147,7 @@ func openAudit(ctx context.Context, name string) (io.ReadCloser, error) {
 	if keystore.IsDatabase(name) {
 		return audit.ReadPostgres(ctx, name)
 	}
-	return os.Open(name)
+	return regular.Open(name)
 }
 
 func verified(ctx context.Context, name string, key audit.Key) (audit.Report, error) {

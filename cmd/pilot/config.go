@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/copilot"
 	"github.com/ctrlplane/pilot/tomlfile"
@@ -188,7 +189,7 @@ func readConfigFile(conf *configuration, name string) error {
 	if !required {
 		name = defaultConfigFile
 	}
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if errors.Is(err, fs.ErrNotExist) && !required {
 		return nil
 	}

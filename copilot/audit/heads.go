@@ -8,11 +8,13 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // ReadHeads reads the heads that [WriteHeads] wrote to a file. An empty file has none.
 func ReadHeads(name string) ([]Head, error) {
-	f, err := os.Open(name)
+	f, err := regular.Open(name)
 	if err != nil {
 		return nil, err
 	}

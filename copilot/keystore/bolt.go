@@ -39,7 +39,22 @@ func openBolt(dir string) (database, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
+	if err := CheckDir(dir); err != nil {
+		return nil, err
+	}
 	name := filepath.Join(dir, boltFile)
+	if info, err := os.Stat(name); err == nil {
+		if !info.Mode().IsRegular() {
+			return nil, fmt.Errorf("%s is not a regular file", name)
+		}
+		forbidden := fs.FileMode(0o022)
+		if in, err := os.Stat(dir); err == nil && isFSGroup(in) {
+			forbidden = 0o002
+		}
+		if err := checkFile(name, info, forbidden, "written", "chmod 0600 it"); err != nil {
+			return nil, err
+		}
+	}
 	db, err := bolt.Open(name, 0o600, &bolt.Options{Timeout: lockWait})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s is in use by another copilot", name)

@@ -10,6 +10,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 const (
@@ -24,14 +26,14 @@ const (
 // and mayMake says that no KEK is sealed yet.
 func masterKey(dir string, mayMake bool) ([]byte, error) {
 	if credentials := os.Getenv("CREDENTIALS_DIRECTORY"); credentials != "" {
-		// systemd sees to it that only the service reads it.
-		key, err := readMaster(filepath.Join(credentials, masterCredential), 0)
+		// systemd sees to it that only the service reads it; a pod's fsGroup may.
+		key, err := readMaster(filepath.Join(credentials, masterCredential), 0o027, "chmod 0440 it, or give a Secret's volume defaultMode: 0440")
 		if !errors.Is(err, fs.ErrNotExist) {
 			return key, err
 		}
 	}
 	name := filepath.Join(dir, masterFile)
-	key, err := readMaster(name, 0o077)
+	key, err := readMaster(name, 0o077, "chmod 0600 it")
 	if !errors.Is(err, fs.ErrNotExist) {
 		return key, err
 	}
@@ -42,9 +44,9 @@ func masterKey(dir string, mayMake bool) ([]byte, error) {
 }
 
 // readMaster reads a master key from a file that has none of the mode bits in
-// forbidden.
-func readMaster(name string, forbidden fs.FileMode) ([]byte, error) {
-	f, err := os.Open(name)
+// forbidden, which fix removes.
+func readMaster(name string, forbidden fs.FileMode, fix string) ([]byte, error) {
+	f, err := regular.Open(name)
 	if err != nil {
 		return nil, err
 	}
@@ -53,8 +55,8 @@ func readMaster(name string, forbidden fs.FileMode) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if info.Mode().Perm()&forbidden != 0 {
-		return nil, fmt.Errorf("%s can be read by others (mode %04o): chmod 0600 it, and if others could have read it, import the KEKs into a new store", name, info.Mode().Perm())
+	if err := checkFile(name, info, forbidden, "read", fix+", and if others could have read it, import the KEKs into a new store"); err != nil {
+		return nil, err
 	}
 	if info.Size() != masterSize {
 		return nil, fmt.Errorf("%s has %d bytes, not %d: it is no master key", name, info.Size(), masterSize)

@@ -11,7 +11,6 @@ import (
 	"hash/crc32"
 	"net"
 	"net/url"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -22,6 +21,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 func init() { types["gcp-kms"] = openGCP }
@@ -77,7 +78,7 @@ func openGCP(settings Settings) (Backend, error) {
 }
 
 func credentialsType(name string) (option.CredentialsType, error) {
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if err != nil {
 		return "", err
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 func init() { types["pkcs11"] = openHSM }
@@ -257,7 +259,7 @@ func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
 
 // pin reads the PIN, which the caller clears.
 func (s hsmSettings) pin() ([]byte, os.FileInfo, error) {
-	f, err := os.Open(s.PINFile)
+	f, err := regular.Open(s.PINFile)
 	if err != nil {
 		return nil, nil, err
 	}

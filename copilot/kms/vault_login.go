@@ -10,13 +10,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // vaultLogins are the ways to get a token. One of them is set.
@@ -117,12 +116,7 @@ func (v *vault) setLogin(s vaultLogins) error {
 
 // readSecret reads a line from a small file.
 func readSecret(setting, name string) (string, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return "", fmt.Errorf("%w: %s: %w", ErrUnavailable, setting, err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	b, err := regular.Read(name, 64<<10)
 	if err != nil {
 		return "", fmt.Errorf("%w: %s: %w", ErrUnavailable, setting, err)
 	}

@@ -24,6 +24,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // The files of a CA in its directory.
@@ -105,7 +107,7 @@ func LoadFiles(certFile, keyFile string) (*CA, error) {
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
-	keyPEM, err := os.ReadFile(keyFile)
+	keyPEM, err := regular.Read(keyFile, regular.MaxConfig)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
@@ -137,7 +139,7 @@ func LoadFiles(certFile, keyFile string) (*CA, error) {
 
 // readAll returns the certificates of a file in PEM.
 func readAll(name string) ([]*x509.Certificate, error) {
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if err != nil {
 		return nil, err
 	}

@@ -9,11 +9,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"time"
 
 	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // Renew replaces a certificate that the CA has issued, or one before it that is still
@@ -145,7 +145,7 @@ func (ca *CA) again(old *x509.Certificate, public crypto.PublicKey, valid time.D
 
 // ReadCertificate returns the first certificate of a file in PEM.
 func ReadCertificate(name string) (*x509.Certificate, error) {
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if err != nil {
 		return nil, err
 	}

@@ -5,11 +5,11 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/tomlfile"
 )
 
@@ -68,14 +68,7 @@ const (
 // Load reads the policy in a file. Issuers are the names of those whose tokens are
 // accepted: rules for other issuers are errors, unless it is nil.
 func Load(name string, issuers []string) (*Policy, error) {
-	info, err := os.Stat(name)
-	if err != nil {
-		return nil, fmt.Errorf("policy: %w", err)
-	}
-	if info.Size() > maxFile {
-		return nil, fmt.Errorf("policy: %s has %d bytes, more than %d", name, info.Size(), maxFile)
-	}
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}

@@ -2,10 +2,10 @@ package policy
 
 import (
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/ctrlplane/pilot/internal/filestamp"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 const (
@@ -34,7 +34,7 @@ func readWhole(name string) ([]byte, filestamp.Stamp, error) {
 		if before.Size() > maxFile {
 			return nil, before, fmt.Errorf("%s has %d bytes, more than %d", name, before.Size(), maxFile)
 		}
-		b, err := os.ReadFile(name)
+		b, err := regular.Read(name, regular.MaxConfig)
 		if err != nil {
 			return nil, before, err
 		}

@@ -1,6 +1,9 @@
 // Package regular reads configuration, certificates and keys from files that have
 // to be regular files. A named pipe in place of one would keep a program waiting,
 // and a device or a huge file would take all of its memory.
+//
+// Two others are taken: /dev/null, as an empty file, and a pipe that the process was
+// started with, as the shell's <(command) is one.
 package regular
 
 import (
@@ -9,17 +12,14 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strings"
 	"syscall"
 )
 
-// Sizes of files, in bytes.
-const (
-	// MaxConfig is the most that configuration, certificates and keys may have.
-	MaxConfig = 4 << 20
-)
+// MaxConfig is the most that configuration, certificates and keys may have, in bytes.
+const MaxConfig = 4 << 20
 
-// Open opens a regular file, or what symbolic links lead to, without waiting. It
-// takes /dev/null, too, as an empty file.
+// Open opens a regular file, or what symbolic links lead to, without waiting.
 func Open(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -30,6 +30,23 @@ func Open(name string) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// Check returns the error with which [Read] would fail, for what others read.
+func Check(name string, most int) error {
+	f, err := Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.Size() > int64(most) {
+		return tooLarge(name, most)
+	}
+	return nil
+}
+
+func tooLarge(name string, most int) error {
+	return fmt.Errorf("%s is too large: at most %d KiB are read", name, most>>10)
 }
 
 // Read reads a file that [Open] takes. More than most bytes are an error.
@@ -61,7 +78,7 @@ func ReadAll(f *os.File, most int) ([]byte, error) {
 	}
 	if b.Len() > most {
 		clear(b.Bytes())
-		return nil, fmt.Errorf("%s is too large: at most %d KiB are read", f.Name(), most>>10)
+		return nil, tooLarge(f.Name(), most)
 	}
 	return b.Bytes(), nil
 }
@@ -72,13 +89,16 @@ func check(f *os.File) error {
 		return err
 	}
 	kind := "a device"
+	given := strings.HasPrefix(f.Name(), "/dev/fd/") || strings.HasPrefix(f.Name(), "/proc/self/fd/") || f.Name() == "/dev/stdin"
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
 		return nil
 	case mode.IsDir():
 		kind = "a directory"
+	case mode&fs.ModeNamedPipe != 0 && given:
+		return nil
 	case mode&fs.ModeNamedPipe != 0:
-		kind = "a pipe"
+		kind = "a named pipe"
 	case mode&fs.ModeSocket != 0:
 		kind = "a socket"
 	case mode&fs.ModeCharDevice != 0:

@@ -146,7 +146,7 @@ func tlsConfig(attrs *keyproviderconfig.GrpcTLS, host string) (*tls.Config, erro
 		}
 	}
 	if attrs.CertFile != "" || attrs.KeyFile != "" {
-		pair, err := tls.LoadX509KeyPair(attrs.CertFile, attrs.KeyFile)
+		pair, err := certfile.KeyPair(attrs.CertFile, attrs.KeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("cert-file and key-file: %w", err)
 		}

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // maxToken bounds a bearer token, in bytes. That of a service account has some
@@ -45,7 +47,7 @@ func (f *tokenFile) authorization() (string, error) {
 }
 
 func readToken(name string) (string, error) {
-	file, err := os.Open(name)
+	file, err := regular.Open(name)
 	if err != nil {
 		return "", fmt.Errorf("can't be read: %w", err)
 	}

@@ -13,10 +13,11 @@ import (
 	"slices"
 	"time"
 
-	"github.com/ctrlplane/pilot/certfile"
-	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // Deployment keeps pilot on a machine that runs, from a pod of a DaemonSet: a

@@ -5,12 +5,12 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/ctrlplane/pilot/errline"
+	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // warnBefore is how long before a certificate expires the doctor warns, as the alerts
@@ -85,7 +85,7 @@ func (e *examination) certificates(ctx context.Context) Step {
 
 // readCertificates returns the certificates in a file in PEM, at least one.
 func readCertificates(name string) (certs []*x509.Certificate, err error) {
-	b, err := os.ReadFile(name)
+	b, err := regular.Read(name, regular.MaxConfig)
 	if err != nil {
 		return nil, err
 	}
