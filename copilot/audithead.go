@@ -53,9 +53,17 @@ func (n *headNotes) note(ctx context.Context) {
 	if err != nil && !n.failed {
 		logrus.WithError(err).Warn("the audit log's last line is not noted in the store: it is tried again")
 	}
-	if n.failed = err != nil; !n.failed {
-		n.noted = h
+	if n.failed = err != nil; n.failed {
+		return
 	}
+	if ended := n.log.Ended(); n.noted.Seq == 0 && ended.Seq > 0 {
+		// What is in the log names that line now: nothing is looked for by the store.
+		err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: ended.Chain, Seq: ended.Seq, MAC: ended.MAC, At: time.Now().UTC()})
+		if err != nil {
+			return
+		}
+	}
+	n.noted = h
 }
 
 // run notes the last line now and then, until ctx is done.

@@ -138,6 +138,7 @@ type Log struct {
 	failed bool // the last entry could not be written
 	head   Head // the last line that is on disk
 	losses int  // how often lines were found missing
+	ended  Head // the known line that this log's chain began after, since it was lost
 
 	at     Head
 	first  *Entry // is written before the next entry
@@ -181,8 +182,9 @@ const (
 )
 
 // newLog returns a log that goes on where the sink's last line ends, or with a
-// chain of its own. One that goes on does so after the line that is known to have
-// been written last, if the sink has lost that.
+// chain of its own: also if the sink has lost a line that is known to have been
+// written. Then the chain names that line as the one that was there before. It does
+// not go on with its number: there may have been more lines than are known.
 func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
 	l := &Log{key: key, sink: s}
 	l.turn.L = &l.mu
@@ -194,7 +196,7 @@ func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
 		written, ended := latest(known, last.Chain)
 		if ended || last.Seq < written.Seq || last.Seq == written.Seq && last != written {
 			l.miss("the lines of chain %s up to %d are missing here: the file was truncated, deleted, moved, replaced or put back from a backup while copilot did not run", written.Chain, written.Seq)
-			last = written
+			goOn, last, l.ended = false, written, written
 		}
 	}
 	switch {
@@ -238,6 +240,10 @@ func (l *Log) Head() Head {
 	defer l.mu.Unlock()
 	return l.head
 }
+
+// Ended returns the known line that was missing when the log was opened, and that its
+// first line names. Its number is 0 if none was.
+func (l *Log) Ended() Head { return l.ended }
 
 // Losses returns how often lines were found missing.
 func (l *Log) Losses() int {

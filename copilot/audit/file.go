@@ -15,7 +15,7 @@ import (
 // makes if it is missing, or writes a new log to standard output if name is
 // "-". One process at a time can write a file. Known are the last lines of its
 // chains that are known to be on disk, the last one at the end: if the file does not
-// have them, that is logged, and the chain goes on after them.
+// have them, that is logged, and a new chain begins after them.
 func OpenFile(name string, key Key, known ...Head) (*Log, error) {
 	if name == "-" {
 		return newLog(key, stdout{}, false, nil)
