@@ -4,7 +4,6 @@ package certfile
 
 import (
 	"crypto/tls"
-	"encoding/pem"
 	"os"
 	"sync"
 
@@ -68,11 +67,4 @@ func readPair(certFile, keyFile string) (cert, key []byte, err error) {
 	}
 	key, err = os.ReadFile(keyFile)
 	return cert, key, err
-}
-
-func encodeChain(chain [][]byte) (text []byte) {
-	for _, der := range chain {
-		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
-	}
-	return text
 }

@@ -101,7 +101,7 @@ func TestDoctorCauses(t *testing.T) {
 		mend     string
 	}{
 		"expired":       {"team-a", identified(expired, expiredKey, ca), "broker-cert has expired", "on the broker's machine: copilot certs renew expired.pem"},
-		"not yet valid": {"team-a", identified(early, key, ca), "broker-cert is not valid until", "date -u (on this machine and on the broker's: compare the clocks)"},
+		"not yet valid": {"team-a", identified(early, key, ca), "broker-cert is not valid yet", "date -u (on this machine and on the broker's: compare the clocks)"},
 		"another CA's":  {"team-a", identified(other+"/stranger.pem", other+"/stranger-key.pem", ca), "the broker does not accept broker-cert", "openssl x509 -noout -issuer -subject -dates -in " + other + "/stranger.pem"},
 		"wrong CA":      {"team-a", identified(cert, key, other+"/ca.pem"), "unknown authority", "copy /etc/copilot/ca.pem of the broker's machine to " + other + "/ca.pem"},
 		"wrong name": {"team-a", []string{"--broker", "https://localhost:" + port, "--broker-ca", ca, "--broker-cert", cert, "--broker-key", key},
