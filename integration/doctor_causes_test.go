@@ -93,6 +93,12 @@ func TestDoctorCauses(t *testing.T) {
 	output(t, command(t, "copilot", "enroll", "--config-dir", other, "--out", other, "stranger"))
 	write(t, b.dir+"/policy.toml", strings.Replace(read(t, b.dir+"/policy.toml"), `keks = ["**"]`, `keks = ["team-a", "absent"]`, 1))
 	output(t, b.command(t, "keys", "create", "team-b"))
+	await(t, "the policy counts", func() error {
+		if status, body := b.as(t, cert, key, "GET", "/api/v2/keks/team-b/key", ""); status != 403 {
+			return fmt.Errorf("%d %s", status, body)
+		}
+		return nil
+	})
 	_, port, _ := strings.Cut(b.address, ":")
 	for name, test := range map[string]struct {
 		kek      string
