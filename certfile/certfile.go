@@ -4,7 +4,6 @@ package certfile
 
 import (
 	"crypto/tls"
-	"encoding/pem"
 	"sync"
 
 	"github.com/sirupsen/logrus"
@@ -80,11 +79,4 @@ func readPair(certFile, keyFile string) (cert, key []byte, err error) {
 	}
 	key, err = regular.Read(keyFile, regular.MaxConfig)
 	return cert, key, err
-}
-
-func encodeChain(chain [][]byte) (text []byte) {
-	for _, der := range chain {
-		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
-	}
-	return text
 }

@@ -1,3 +1,5 @@
+//go:build unix
+
 package certfile
 
 import (
@@ -65,6 +67,13 @@ func CompletePair(certFile, keyFile string) error {
 	}
 	defer newCert.Discard()
 	return newCert.Commit()
+}
+
+func encodeChain(chain [][]byte) (text []byte) {
+	for _, der := range chain {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	return text
 }
 
 // leaf returns the first certificate in PEM, or nil.

@@ -93,6 +93,12 @@ func TestDoctorCauses(t *testing.T) {
 	output(t, command(t, "copilot", "enroll", "--config-dir", other, "--out", other, "stranger"))
 	write(t, b.dir+"/policy.toml", strings.Replace(read(t, b.dir+"/policy.toml"), `keks = ["**"]`, `keks = ["team-a", "absent"]`, 1))
 	output(t, b.command(t, "keys", "create", "team-b"))
+	await(t, "the policy counts", func() error {
+		if status, body := b.as(t, cert, key, "GET", "/api/v2/keks/team-b/key", ""); status != 403 {
+			return fmt.Errorf("%d %s", status, body)
+		}
+		return nil
+	})
 	_, port, _ := strings.Cut(b.address, ":")
 	for name, test := range map[string]struct {
 		kek      string
@@ -101,7 +107,7 @@ func TestDoctorCauses(t *testing.T) {
 		mend     string
 	}{
 		"expired":       {"team-a", identified(expired, expiredKey, ca), "broker-cert has expired", "on the broker's machine: copilot certs renew expired.pem"},
-		"not yet valid": {"team-a", identified(early, key, ca), "broker-cert is not valid until", "date -u (on this machine and on the broker's: compare the clocks)"},
+		"not yet valid": {"team-a", identified(early, key, ca), "broker-cert is not valid yet", "date -u (on this machine and on the broker's: compare the clocks)"},
 		"another CA's":  {"team-a", identified(other+"/stranger.pem", other+"/stranger-key.pem", ca), "the broker does not accept broker-cert", "openssl x509 -noout -issuer -subject -dates -in " + other + "/stranger.pem"},
 		"wrong CA":      {"team-a", identified(cert, key, other+"/ca.pem"), "unknown authority", "copy /etc/copilot/ca.pem of the broker's machine to " + other + "/ca.pem"},
 		"wrong name": {"team-a", []string{"--broker", "https://localhost:" + port, "--broker-ca", ca, "--broker-cert", cert, "--broker-key", key},

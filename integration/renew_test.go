@@ -111,6 +111,12 @@ func TestNodeRenews(t *testing.T) {
 
 	// It is cut short after the key was replaced.
 	whole := read(t, key)
+	await(t, "the next certificate is a newer one", func() error {
+		if time.Since(before.NotBefore) < pki.Backdate+2*time.Second {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	})
 	output(t, b.renew(t, cert, key))
 	write(t, cert, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: before.Raw})))
 	home := b.dir + "/home"

@@ -85,6 +85,13 @@ const (
 func (r *reloadable) renewCertificates(ctx context.Context) {
 	var serial, warned string
 	var warnedAt time.Time
+	// warn logs each reason once a day.
+	warn := func(conf configuration, err error) {
+		if text := err.Error(); text != warned || time.Since(warnedAt) > 24*time.Hour {
+			warned, warnedAt = text, time.Now()
+			logrus.WithError(err).WithField("certificate", string(conf.BrokerCert)).Warn("broker-cert not renewed: tried again until it expires")
+		}
+	}
 	early := 0.0
 	for wait := time.Duration(0); ; {
 		select {
@@ -98,7 +105,8 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 			continue
 		}
 		if err := certfile.CompletePair(string(conf.BrokerCert), string(conf.BrokerKey)); err != nil {
-			logrus.WithError(err).Warn("renewal of broker-cert not completed")
+			warn(conf, err)
+			continue // nothing could be written now, either
 		}
 		pair, err := certfile.Load(string(conf.BrokerCert), string(conf.BrokerKey))
 		if err != nil {
@@ -122,14 +130,10 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 		if err == nil || ctx.Err() != nil {
 			continue
 		}
-		// The same for all spans: until the end there are many tries, and few at a time.
+		// Many tries before it expires, and not those of all nodes at once.
 		wait = min(max(span/200, time.Second), time.Hour)
 		wait = wait/2 + rand.N(wait)
-		if text := err.Error(); text != warned || time.Since(warnedAt) > 24*time.Hour {
-			warned, warnedAt = text, time.Now()
-			logrus.WithError(err).WithFields(logrus.Fields{"certificate": string(conf.BrokerCert), "until": cert.NotAfter.UTC().Format(time.RFC3339)}).
-				Warn("broker-cert not renewed: tried again until it expires")
-		}
+		warn(conf, fmt.Errorf("it expires on %s: %w", cert.NotAfter.UTC().Format(time.RFC3339), err))
 	}
 }
 

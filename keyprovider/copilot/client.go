@@ -42,7 +42,7 @@ var (
 	// ErrCertExpired, ErrCertNotYetValid and ErrCertRejected say what is wrong with
 	// the certificate that the client shows.
 	ErrCertExpired     = errors.New("broker-cert has expired")
-	ErrCertNotYetValid = errors.New("broker-cert is not valid")
+	ErrCertNotYetValid = errors.New("broker-cert is not valid yet")
 	ErrCertRejected    = errors.New("the broker does not accept broker-cert")
 )
 

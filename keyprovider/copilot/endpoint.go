@@ -132,7 +132,7 @@ func checkTime(cert *x509.Certificate) error {
 	case now.After(cert.NotAfter):
 		return fmt.Errorf("%w on %s: put a new one in its place (\"copilot certs renew\")", ErrCertExpired, cert.NotAfter.Format(time.RFC3339))
 	case now.Before(cert.NotBefore):
-		return fmt.Errorf("%w until %s: compare the clocks of this machine and the broker's", ErrCertNotYetValid, cert.NotBefore.Format(time.RFC3339))
+		return fmt.Errorf("%w, only from %s on: compare the clocks of this machine and the broker's", ErrCertNotYetValid, cert.NotBefore.Format(time.RFC3339))
 	}
 	return nil
 }
