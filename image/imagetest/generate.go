@@ -112,7 +112,7 @@ func (g *generator) elements(list []reference) []object {
 }
 
 // annotations returns annotations of a document or a descriptor, or nothing.
-func (g *generator) annotations(stale bool) object {
+func (g *generator) annotations() object {
 	switch {
 	case g.chance(0.6):
 		return nil
@@ -124,10 +124,6 @@ func (g *generator) annotations(stale bool) object {
 	o := object{{"com.example.kept", "v<&>é\n"}}
 	if g.chance(0.3) {
 		o = append(o, member{"", ""}, member{"ключ/\u2028", strings.Repeat("x", g.IntN(200))})
-	}
-	if stale && g.chance(0.1) {
-		g.image.Features["stale annotations of encryption"] = true
-		o = append(o, member{"org.opencontainers.image.enc.keys.jwe", "c3RhbGU="}, member{"org.opencontainers.image.enc.pubopts", "e30="})
 	}
 	return object{{"annotations", o}}
 }
@@ -144,7 +140,7 @@ func (g *generator) layer(types []string) reference {
 			}
 			r.mediaType = mediaType
 		}
-		r.more = g.annotations(true)
+		r.more = g.annotations()
 		return r
 	}
 	b, marker, plain := g.content(mediaType)
@@ -154,7 +150,7 @@ func (g *generator) layer(types []string) reference {
 		r.plain = b
 	}
 	g.contents = append(g.contents, r)
-	r.more = g.annotations(true)
+	r.more = g.annotations()
 	return r
 }
 
@@ -260,7 +256,7 @@ func (g *generator) document(mediaType, list string, config reference, children 
 		all = append([]reference{config}, children...)
 	}
 	o = append(o, member{list, g.elements(children)})
-	o = append(o, g.annotations(false)...)
+	o = append(o, g.annotations()...)
 	if g.chance(0.1) {
 		o = append(o, member{"x-unknown", json.RawMessage(`[1.50e2,{"layers":[]},null]`)})
 	}
@@ -294,7 +290,7 @@ func (g *generator) index(depth int) reference {
 	}
 	for i, e := range entries {
 		if e.more == nil && !slices.ContainsFunc(e.more, func(m member) bool { return m.key == "annotations" }) {
-			entries[i].more = g.annotations(false)
+			entries[i].more = g.annotations()
 		}
 		b := g.image.Blobs[e.digest]
 		switch {
