@@ -112,7 +112,7 @@ func (g *generator) elements(list []reference) []object {
 }
 
 // annotations returns annotations of a document or a descriptor, or nothing.
-func (g *generator) annotations() object {
+func (g *generator) annotations(stale bool) object {
 	switch {
 	case g.chance(0.6):
 		return nil
@@ -124,6 +124,11 @@ func (g *generator) annotations() object {
 	o := object{{"com.example.kept", "v<&>é\n"}}
 	if g.chance(0.3) {
 		o = append(o, member{"", ""}, member{"ключ/\u2028", strings.Repeat("x", g.IntN(200))})
+	}
+	if stale {
+		// Annotations of another encryption were here, which decrypting does not put
+		// back. The images of all seeds stay the same otherwise.
+		g.chance(0.1)
 	}
 	return object{{"annotations", o}}
 }
@@ -140,7 +145,7 @@ func (g *generator) layer(types []string) reference {
 			}
 			r.mediaType = mediaType
 		}
-		r.more = g.annotations()
+		r.more = g.annotations(true)
 		return r
 	}
 	b, marker, plain := g.content(mediaType)
@@ -150,7 +155,7 @@ func (g *generator) layer(types []string) reference {
 		r.plain = b
 	}
 	g.contents = append(g.contents, r)
-	r.more = g.annotations()
+	r.more = g.annotations(true)
 	return r
 }
 
@@ -256,7 +261,7 @@ func (g *generator) document(mediaType, list string, config reference, children 
 		all = append([]reference{config}, children...)
 	}
 	o = append(o, member{list, g.elements(children)})
-	o = append(o, g.annotations()...)
+	o = append(o, g.annotations(false)...)
 	if g.chance(0.1) {
 		o = append(o, member{"x-unknown", json.RawMessage(`[1.50e2,{"layers":[]},null]`)})
 	}
@@ -290,7 +295,7 @@ func (g *generator) index(depth int) reference {
 	}
 	for i, e := range entries {
 		if e.more == nil && !slices.ContainsFunc(e.more, func(m member) bool { return m.key == "annotations" }) {
-			entries[i].more = g.annotations()
+			entries[i].more = g.annotations(false)
 		}
 		b := g.image.Blobs[e.digest]
 		switch {
