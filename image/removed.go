@@ -70,6 +70,9 @@ func cut(array []byte, at [][2]int, i int) ([]byte, removed, error) {
 	}
 	one := removed{Index: i}
 	from, to := at[i][0], at[i][1]
+	if err := checkRestored(array[from:to]); err != nil {
+		return nil, removed{}, fmt.Errorf("entry %d of the index can't be left out, since decrypting would not put it back: %w", i, err)
+	}
 	element, about, err := withoutAbout(array, at, i)
 	if err != nil {
 		return nil, removed{}, err

@@ -1,0 +1,38 @@
+package integration
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// TestRootOfUserNamespace asks over copilot's socket, which everybody may use, as root
+// of a user namespace that another user has made: to copilot it is that user.
+func TestRootOfUserNamespace(t *testing.T) {
+	t.Parallel()
+	dir := tempDir(t)
+	output(t, command(t, "chmod", "0755", dir))
+	output(t, command(t, "copilot", "keys", "create", "--dir", dir+"/store", "team-a"))
+	policy := write(t, dir+"/policy.toml", "[[rule]]\nwho = [\"uid:0\"]\nkeks = [\"team-a\"]\nallow = [\"export\"]\n")
+	socket := dir + "/s"
+	start(t, dir, "copilot", exec.Command("copilot", "serve", "--config", write(t, dir+"/copilot.toml", "socket-mode = \"0666\"\n"), "--dir", dir+"/store", "--policy", policy, "--listen", "unix://"+socket))
+	await(t, "copilot", answers(socket))
+	ask := func(prefix ...string) string {
+		args := append(prefix, "curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--unix-socket", socket, "http://copilot/api/v2/keks/team-a/key")
+		return strings.TrimSpace(output(t, command(t, args[0], args[1:]...)))
+	}
+	if got := ask(); got != "200" {
+		t.Fatalf("root: %s", got)
+	}
+	asNobody := []string{"setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"}
+	if got := ask(asNobody...); got != "403" {
+		t.Errorf("nobody: %s", got)
+	}
+	inNamespace := append(asNobody, "unshare", "--user", "--map-root-user")
+	if id := strings.TrimSpace(output(t, command(t, inNamespace[0], append(inNamespace[1:], "id", "-u")...))); id != "0" {
+		t.Fatalf("it is user %s in its namespace", id)
+	}
+	if got := ask(inNamespace...); got != "403" {
+		t.Errorf("root of nobody's user namespace: %s", got)
+	}
+}
