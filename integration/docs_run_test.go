@@ -44,20 +44,20 @@ func runPage(t *testing.T, p *page, root, debs string) {
 	write(t, b.path("root/page"), p.script())
 	before := filepath.Join("testdata/docs", strings.TrimSuffix(filepath.Base(p.name), ".md")+".sh")
 	write(t, b.path("root/before"), read(t, "testdata/docs/all.sh")+read(t, before))
-	cmd := b.inside("timeout", "180", "bash", "-c", `trap 'kill $(pidof pilot copilot)' EXIT; cd /root; . ./before; . ./page`)
+	cmd := b.inside("timeout", "180", "bash", "-c", `trap 'kill $(pidof pilot copilot) || true' EXIT; cd /root; . ./before; . ./page`)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
-		t.Fatalf("%v\n%s\n%s", err, &out, said(t, b.run("journalctl", "--no-pager", "-n", "20", "-u", "pilot", "-u", "copilot", "-u", "containerd")))
+		lines := strings.Split(out.String(), "\n")
+		t.Fatalf("%v\n%s\n%s", err, strings.Join(lines[max(0, len(lines)-40):], "\n"), said(t, b.run("journalctl", "--no-pager", "-n", "20", "-u", "pilot", "-u", "copilot", "-u", "containerd")))
 	}
-	t.Logf("%s", &out)
 	for _, block := range p.blocks {
 		if !block.runs() || block.language != "console" {
 			continue
 		}
 		for _, s := range block.shown() {
-			if printed := read(t, b.path("tmp/shown/"+strconv.Itoa(s.line))); !s.matches(printed) {
-				t.Errorf("%s:%d: the page shows\n%sand the command prints\n%s", p.name, s.line, s.output, printed)
+			if printed := read(t, b.path("root/shown/"+strconv.Itoa(s.line))); !s.matches(printed) {
+				t.Errorf("%s:%d: the page shows\n%sand the command prints\n%s\n%s", p.name, s.line, s.output, printed, &out)
 			}
 		}
 	}
@@ -109,6 +109,8 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 		for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot", "copilot"} {
 			m.copy(filepath.Join(bin, name))
 		}
+	case "docs/kms.md":
+		m.copy(filepath.Join(tools, "bin/bao"))
 	default:
 		for _, name := range []string{"pilot", "copilot"} {
 			output(t, command(t, "cp", packageFile(t, debs, name, "deb"), m.root+"/root/"))

@@ -157,17 +157,24 @@ func (p *page) attach() error {
 // pages returns the pages of the documentation.
 func pages(t testing.TB) map[string]*page {
 	t.Helper()
-	files, err := filepath.Glob(repo + "/docs/*.md")
+	return pagesBelow(t, repo, "SECURITY.md")
+}
+
+// pagesBelow returns README.md, docs/*.md and more pages of a directory, by their
+// names from there.
+func pagesBelow(t testing.TB, dir string, more ...string) map[string]*page {
+	t.Helper()
+	files, err := filepath.Glob(dir + "/docs/*.md")
 	if err != nil || len(files) < 15 {
-		t.Fatalf("%q, %v", files, err)
+		t.Fatalf("pages below %s: %q, %v", dir, files, err)
+	}
+	names := append(more, "README.md")
+	for _, file := range files {
+		names = append(names, "docs/"+filepath.Base(file))
 	}
 	all := map[string]*page{}
-	for _, file := range append(files, repo+"/README.md", repo+"/SECURITY.md") {
-		name, err := filepath.Rel(repo, file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if all[name], err = readPage(name, []byte(read(t, file))); err != nil {
+	for _, name := range names {
+		if all[name], err = readPage(name, []byte(read(t, filepath.Join(dir, name)))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -176,11 +183,11 @@ func pages(t testing.TB) map[string]*page {
 
 // script returns the page's commands as a script for bash. Each is on the line that
 // it has in the page, so bash names the line of one that fails. What commands with
-// output beside them say is written to files named by their line in /tmp/shown.
+// output beside them say is written to files named by their line in /root/shown.
 func (p *page) script() string {
 	lines := make([]string, p.lines)
 	put := func(line int, text string) { lines[line-1] = text } // from 1
-	put(1, `set -eE -o pipefail; trap 'echo "`+p.name+`:$LINENO: status $?: $BASH_COMMAND" >&2' ERR; mkdir -p /tmp/shown`)
+	put(1, `set -eE -o pipefail; trap 'echo "`+p.name+`:$LINENO: status $?: $BASH_COMMAND" >&2' ERR; mkdir -p /root/shown`)
 	for _, b := range p.blocks {
 		text := strings.Split(strings.TrimSuffix(b.text, "\n"), "\n")
 		switch {
@@ -202,7 +209,7 @@ func (p *page) script() string {
 			put(b.fence[1], fmt.Sprintf("} & timeout 60 sh -c 'until test -S %s; do sleep 0.1; done'", b.arg))
 		case b.language == "console":
 			for _, s := range b.shown() {
-				end := fmt.Sprintf("; } 2>&1 | tee /tmp/shown/%d", s.line)
+				end := fmt.Sprintf("; } 2>&1 | tee /root/shown/%d", s.line)
 				if b.verb == "fails" {
 					end += " && { echo 'this has to fail' >&2; exit 1; } || true"
 				}
