@@ -44,7 +44,7 @@ func runPage(t *testing.T, p *page, root, debs string) {
 	write(t, b.path("root/page"), p.script())
 	before := filepath.Join("testdata/docs", strings.TrimSuffix(filepath.Base(p.name), ".md")+".sh")
 	write(t, b.path("root/before"), read(t, "testdata/docs/all.sh")+read(t, before))
-	cmd := b.inside("timeout", "180", "bash", "-c", `trap 'kill $(pidof pilot copilot) || true' EXIT; cd /root; . ./before; . ./page`)
+	cmd := b.inside("bash", "-c", `trap 'pidof pilot copilot | xargs -r kill' EXIT; cd /root; . ./before; . ./page`)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
@@ -76,7 +76,7 @@ func (b *booted) inside(name string, args ...string) *exec.Cmd {
 // our programs, as packages or as "make install" installs them.
 func prepareForDocs(m *machine, p *page, debs, secret string) {
 	t := m.t
-	write(t, m.root+"/etc/hosts", "127.0.0.1 localhost copilot.example.com registry.example.com vault.example.com db.example.com\n")
+	write(t, m.root+"/etc/hosts", "127.0.0.1 localhost copilot.example.com registry.example.com\n")
 	write(t, m.root+"/etc/docker/registry/config.yml", `version: 0.1
 log: {level: error, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: /var/lib/docker-registry}, delete: {enabled: true}}
@@ -87,8 +87,7 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 	write(t, m.root+"/etc/containers/storage.conf", "[storage]\ndriver = \"vfs\"\nrunroot = \"/run/containers\"\ngraphroot = \"/var/lib/containers\"\n")
 	output(t, command(t, "sh", "-euc", `cd "$1/etc/docker/registry"
 		chmod 0644 "$1/etc/hosts"
-		openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj "/CN=docs" -keyout server-key.pem -out server.pem \
-			-addext subjectAltName=DNS:registry.example.com,DNS:vault.example.com 2>&1
+		openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj "/CN=docs" -keyout server-key.pem -out server.pem -addext subjectAltName=DNS:registry.example.com 2>&1
 		cat server.pem >>"$1/etc/ssl/certs/ca-certificates.crt"`, "sh", m.root))
 
 	l := newLayout(t)

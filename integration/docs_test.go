@@ -22,7 +22,7 @@ import (
 //	<!-- test: skip REASON -->        the next block is not run
 //	<!-- test: run COMMANDS -->       commands that readers don't need, such as copying a file to another machine
 //	<!-- test: background SOCKET -->  the next block's command goes on running, and is ready once SOCKET is there
-//	<!-- test: fails -->              the next block's commands fail
+//	<!-- test: fails -->              the commands of the next block, a console, fail
 //	<!-- test: file PATH -->          the next block is written to that file
 //	<!-- test: config PROGRAM -->     the next block is a configuration of that program's
 //
@@ -37,12 +37,11 @@ type page struct {
 
 // block is a fenced block of code, or the commands of a comment.
 type block struct {
-	line, lines int    // its first line, after the fence, and how many it has
-	fence       [2]int // the lines of its fences, or the first and last of its comment
-	language    string // "" means commands
-	text        string // without indentation
-	verb, arg   string // of the comment before it, if any
-	comment     [2]int // the lines of that comment
+	line      int    // its first line, after the fence
+	fence     [2]int // the lines of its fences, or the first and last of its comment
+	language  string // "" means commands
+	text      string // without indentation
+	verb, arg string // of the comment before it, if any
 }
 
 // directive is a comment that says how a block is tested.
@@ -72,8 +71,10 @@ func readPage(name string, source []byte) (*page, error) {
 				return 0, fmt.Errorf("%s: a block is empty", name)
 			}
 			first := lineOf(n.Lines().At(0).Start)
-			b := block{line: first, lines: n.Lines().Len(), fence: [2]int{first - 1, first + n.Lines().Len()},
-				language: string(n.Language(source)), text: string(n.Lines().Value(source))}
+			b := block{line: first, fence: [2]int{first - 1, first + n.Lines().Len()}, language: string(n.Language(source)), text: string(n.Lines().Value(source))}
+			if b.language == "console" && len(b.shown()) == 0 {
+				return 0, fmt.Errorf("%s:%d: no line of this console begins with \"$ \"", name, first)
+			}
 			if !b.commands() && !slices.Contains(languages, b.language) {
 				return 0, fmt.Errorf("%s:%d: the test knows no language %q: it is one of %q, or none for commands", name, b.fence[0], b.language, languages)
 			}
@@ -89,7 +90,7 @@ func readPage(name string, source []byte) (*page, error) {
 			if !strings.Contains(all, "test:") {
 				break
 			}
-			b := block{line: first, lines: count, fence: [2]int{first, first + count - 1}}
+			b := block{line: first, fence: [2]int{first, first + count - 1}}
 			m := directive.FindStringSubmatch(all)
 			if m == nil || m[2] == "" && m[1] != "fails" {
 				return 0, fmt.Errorf("%s:%d: the test does not understand %q", name, first, all)
@@ -145,7 +146,10 @@ func (p *page) attach() error {
 				return fmt.Errorf("%s:%d: no block follows the comment on the next line", p.name, b.fence[0])
 			}
 			next := p.blocks[i]
-			next.verb, next.arg, next.comment = b.verb, b.arg, b.fence
+			next.verb, next.arg = b.verb, b.arg
+			if b.verb == "fails" && next.language != "console" {
+				return fmt.Errorf("%s:%d: only a console shows how a command fails", p.name, next.line)
+			}
 			b = next
 		}
 		blocks = append(blocks, b)
@@ -201,9 +205,6 @@ func (p *page) script() string {
 			put(b.fence[1], "END OF FILE")
 		case !b.runs():
 			continue
-		case b.verb == "fails" && b.language != "console":
-			put(b.fence[0], "if {")
-			put(b.fence[1], "}; then echo 'this has to fail' >&2; exit 1; fi")
 		case b.verb == "background":
 			put(b.fence[0], "{")
 			put(b.fence[1], fmt.Sprintf("} & timeout 60 sh -c 'until test -S %s; do sleep 0.1; done'", b.arg))

@@ -9,4 +9,3 @@ export OCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf
 skopeo copy -q oci:app docker://registry.example.com/app:1
 ctr-pilot images import --no-unpack --all-platforms windows.tar
 ctr-pilot images import --no-unpack app.tar
-ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted

@@ -12,5 +12,5 @@ vault secrets enable transit
 softhsm2-util --init-token --free --label team --pin 1234 --so-pin 1234
 # It asks for the PIN on a terminal.
 pkcs11-tool() {
-	{ while echo 1234; do sleep 1; done 2>/dev/null || true; } | script -qec "/usr/bin/pkcs11-tool $*" /dev/null
+	script -qec "/usr/bin/pkcs11-tool $*" /dev/null < <(while echo 1234 2>/dev/null; do sleep 1; done)
 }
