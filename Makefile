@@ -11,7 +11,7 @@
 # All tests install what they need first.
 #   make test           all tests but for these:
 #   make test-nodes     sets up nodes with each containerd and each configuration that nodes have
-#   make test-packages  installs, upgrades, removes and purges the packages
+#   make test-packages  installs, upgrades, removes and purges the packages, and runs the documentation's commands
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-engines   with Docker Engine 29, BuildKit and CRI-O, which take some minutes to build

@@ -160,6 +160,10 @@ func testPackagedFiles(t *testing.T, built string) {
 		if err != nil || len(manuals) != 6 {
 			t.Errorf("manual pages: %q, %v", manuals, err)
 		}
+		for _, name := range []string{"pilot", "copilot"} {
+			dir := filepath.Join(files, "usr/share/doc", name)
+			checkLinks(t, dir, pagesBelow(t, dir))
+		}
 		for _, page := range manuals {
 			cmd := command(t, "man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", page)
 			cmd.Stdout = io.Discard // the page

@@ -131,6 +131,10 @@ stage=$dir/.stage
 rm -rf "$stage"
 mkdir -p "$stage"/{units,man,doc}
 cp -r packaging docs README.md LICENSE "$stage/"
+# Pages refer to sources, which are not in the packages.
+sources=https://github.com/ctrlplane/pilot/blob/main
+sed -Ei "s,\\]\\((CHANGELOG|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
+sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$stage"/docs/*.md
 cp plugin/node/units/* packaging/*.service "$stage/units/"
 manuals "$stage/man"
 completions "$stage/completions"
@@ -152,7 +156,7 @@ for arch in "${archs[@]}"; do
 		if [ "$format" = tar ]; then
 			name=pilot-${version#v}-linux-$arch
 			mkdir "$stage/$name"
-			cp -r "$bin"/* "$stage"/{man,completions} README.md LICENSE CHANGELOG.md "$stage/$name/"
+			cp -r "$bin"/* "$stage"/{man,completions,docs,README.md} LICENSE CHANGELOG.md "$stage/$name/"
 			scripts/notices.sh "$bin"/* >"$stage/$name/third-party-notices"
 			tar -C "$stage" --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner -c "$name" | gzip -9n >"$dir/$name.tar.gz"
 			continue

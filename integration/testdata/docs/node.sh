@@ -1,0 +1,1 @@
+# The page installs all that it needs.
