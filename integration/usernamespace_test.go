@@ -13,7 +13,7 @@ func TestRootOfUserNamespace(t *testing.T) {
 	dir := tempDir(t)
 	output(t, command(t, "chmod", "0755", dir))
 	output(t, command(t, "copilot", "keys", "create", "--dir", dir+"/store", "team-a"))
-	policy := write(t, dir+"/policy.toml", "[[rule]]\nwho = [\"uid:0\"]\nkeks = [\"team-a\"]\nallow = [\"export\"]\n")
+	policy := write(t, dir+"/policy.toml", "[[rule]]\nidentities = [\"uid:0\"]\nkeks = [\"team-a\"]\nactions = [\"export\"]\n")
 	socket := dir + "/s"
 	start(t, dir, "copilot", exec.Command("copilot", "serve", "--config", write(t, dir+"/copilot.toml", "socket-mode = \"0666\"\n"), "--dir", dir+"/store", "--policy", policy, "--listen", "unix://"+socket))
 	await(t, "copilot", answers(socket))
