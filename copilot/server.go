@@ -90,11 +90,11 @@ func Serve(ctx context.Context, conf Config) error {
 		if err := b.awaitOpen(ctx, conf); err != nil || ctx.Err() != nil {
 			return err
 		}
+		g.Go(func() error {
+			b.heads.run(ctx)
+			return nil
+		})
 		b.tend(ctx, hangup)
-		return nil
-	})
-	g.Go(func() error {
-		b.heads.run(ctx)
 		return nil
 	})
 	g.Go(func() error {
