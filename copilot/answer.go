@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -169,11 +171,26 @@ func source(from string) string {
 	return "from " + host
 }
 
+// network is source for the audit log's lines: an address of IPv6 stands for its
+// network of 64 bits, all of whose addresses one machine can have.
+func network(from string) string {
+	from = source(from)
+	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))
+	if err != nil || !ip.Is6() || ip.Is4In6() || ip.IsLoopback() {
+		return from
+	}
+	prefix, err := ip.WithZone("").Prefix(64)
+	if err != nil {
+		return from
+	}
+	return "from " + prefix.String()
+}
+
 // summedUp reports whether a refused request gets no line of its own.
 func (a *api) summedUp(e *entry, err error) bool {
 	caller := e.Who
 	if errors.Is(err, errWho) || caller == anonymous && !a.anonymous {
-		caller = source(e.From)
+		caller = network(e.From)
 	}
 	many := new(tooMany)
 	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))

@@ -250,7 +250,7 @@ func (l serverLog) Write(b []byte) (int, error) {
 	if strings.Contains(reason, "certificate") {
 		e.Verdict = audit.Denied
 	}
-	caller, many := source(from), reason == errOverload.Error()
+	caller, many := network(from), reason == errOverload.Error()
 	if many { // those come from many at once
 		caller = reason
 	}
