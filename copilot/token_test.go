@@ -339,6 +339,7 @@ func TestIssuerMisbehaves(t *testing.T) {
 		`{"iss":"ISS","sub":"system:serviceaccount:evil:x","aud":"copilot","exp":4000000000,"sub":"system:serviceaccount:prod:puller"}`,
 		`{"iss":"ISS","sub":"system:serviceaccount:evil:x","aud":"copilot","exp":4000000000,"SUB":"system:serviceaccount:prod:puller"}`,
 		`{"iss":"ISS","Sub":"system:serviceaccount:prod:puller","aud":"copilot","exp":4000000000}`,
+		"{\"iss\":\"ISS\",\"sub\":\"system:serviceaccount:evil:x\",\"aud\":\"copilot\",\"exp\":4000000000,\"\u017fub\":\"system:serviceaccount:prod:puller\"}",
 	} {
 		signed, err := signer.Sign([]byte(strings.Replace(claims, "ISS", issuer.URL, 1)))
 		if err != nil {
