@@ -12,8 +12,8 @@ import (
 	"slices"
 	"time"
 
-	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // Renew replaces a certificate that the CA has issued, or one before it that is still
@@ -47,7 +47,7 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 	if err != nil {
 		return nil, err
 	}
-	newCert, err := certfile.Prepare(certFile, encode("CERTIFICATE", der))
+	newCert, err := replacefile.Prepare(certFile, encode("CERTIFICATE", der))
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +58,7 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 			return nil, err
 		}
 		defer clear(keyDER)
-		newKey, err := certfile.Prepare(keyFile, encode("PRIVATE KEY", keyDER))
+		newKey, err := replacefile.Prepare(keyFile, encode("PRIVATE KEY", keyDER))
 		if err != nil {
 			return nil, err
 		}
