@@ -35,6 +35,9 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 	if err := ca.renewable(old); err != nil {
 		return nil, fmt.Errorf("%s: %w", certFile, err)
 	}
+	if err := onlyCertificate(certFile); err != nil {
+		return nil, err
+	}
 	public := old.PublicKey
 	var key *ecdsa.PrivateKey
 	if keyFile != "" {
@@ -141,6 +144,21 @@ func (ca *CA) again(old *x509.Certificate, public crypto.PublicKey, valid time.D
 		KeyUsage:    old.KeyUsage,
 		ExtKeyUsage: old.ExtKeyUsage,
 	}, ca.cert, public, ca.key, valid)
+}
+
+// onlyCertificate returns an error if a file in PEM has anything else than one
+// certificate, such as its private key, which would be lost with the file.
+func onlyCertificate(name string) error {
+	b, err := regular.Read(name, regular.MaxConfig)
+	if err != nil {
+		return err
+	}
+	defer clear(b)
+	_, rest := pem.Decode(b)
+	if more, _ := pem.Decode(rest); more != nil {
+		return fmt.Errorf("%s holds more than one certificate (%s): renew a copy that has only the first", name, more.Type)
+	}
+	return nil
 }
 
 // ReadCertificate returns the first certificate of a file in PEM.
