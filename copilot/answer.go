@@ -291,7 +291,7 @@ const (
 func writeProblem(w http.ResponseWriter, e *entry, err error) {
 	kind, detail := "about:blank", err.Error()
 	switch {
-	case errors.As(err, new(*notOpen)): // the detail is for whoever asks
+	case errors.As(err, new(*notOpen)): // the detail is for the caller
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker could not do it"
 		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, errIssuer} {
