@@ -7,12 +7,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
-	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"syscall"
+
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // ReplacePair replaces the files of a pair by a certificate and its key, both in PEM.
@@ -24,14 +21,14 @@ import (
 // that later.
 func ReplacePair(certFile, keyFile string, cert, key []byte) error {
 	defer clear(key)
-	newKey, err := Prepare(keyFile, slices.Concat(key, cert))
+	newKey, err := replacefile.Prepare(keyFile, slices.Concat(key, cert))
 	if err != nil {
 		return err
 	}
 	defer newKey.Discard()
 	newCert := newKey
 	if certFile != keyFile {
-		if newCert, err = Prepare(certFile, bytes.Clone(cert)); err != nil {
+		if newCert, err = replacefile.Prepare(certFile, bytes.Clone(cert)); err != nil {
 			return err
 		}
 		defer newCert.Discard()
@@ -61,7 +58,7 @@ func CompletePair(certFile, keyFile string) error {
 	if old := leaf(cert); old == nil || !old.NotBefore.Before(whole.Leaf.NotBefore) {
 		return nil
 	}
-	newCert, err := Prepare(certFile, encodeChain(whole.Certificate))
+	newCert, err := replacefile.Prepare(certFile, encodeChain(whole.Certificate))
 	if err != nil {
 		return err
 	}
@@ -87,55 +84,4 @@ func leaf(text []byte) *x509.Certificate {
 		return nil
 	}
 	return cert
-}
-
-// Replacement is a file that is going to take another's place.
-type Replacement struct{ temporary, name string }
-
-// Prepare writes a replacement with the owner and mode of the file that is there.
-// It clears the content, which may be a key.
-func Prepare(name string, content []byte) (r Replacement, err error) {
-	defer clear(content)
-	if r.name, err = filepath.EvalSymlinks(name); err != nil {
-		return r, err
-	}
-	info, err := os.Stat(r.name)
-	if err != nil {
-		return r, err
-	}
-	if !info.Mode().IsRegular() {
-		return r, fmt.Errorf("%s is not a regular file", r.name)
-	}
-	// 0600 until the owner is right.
-	f, err := os.CreateTemp(filepath.Dir(r.name), "."+filepath.Base(r.name)+".*")
-	if err != nil {
-		return r, err
-	}
-	r.temporary = f.Name()
-	_, err = f.Write(content)
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && err == nil {
-		err = f.Chown(int(owner.Uid), int(owner.Gid))
-	}
-	if err == nil {
-		err = f.Chmod(info.Mode().Perm())
-	}
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		os.Remove(r.temporary)
-	}
-	return r, err
-}
-
-// Discard removes a replacement that was not committed.
-func (r Replacement) Discard() { os.Remove(r.temporary) }
-
-// Commit puts the replacement in place, so that it survives a power failure.
-func (r Replacement) Commit() error {
-	if err := os.Rename(r.temporary, r.name); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(r.name))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

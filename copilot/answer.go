@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -132,9 +134,13 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 
 // answer finds out who asks, and does what they want if they are not too many.
 func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
-	// Before a token is looked at: that may take a request to its issuer.
-	if after := a.limits.exhausted(source(e.From)); after > 0 {
-		return nil, &tooMany{after: after}
+	// Before a token is looked at: that may take a request to its issuer. Those who
+	// show a certificate do not wait for others at their address, as a node does not
+	// for its pods.
+	if r.Header.Get("Authorization") != "" {
+		if after := a.limits.exhausted(source(e.From)); after > 0 {
+			return nil, &tooMany{after: after}
+		}
 	}
 	var err error
 	e.Who, err = a.identify(r)
@@ -169,11 +175,26 @@ func source(from string) string {
 	return "from " + host
 }
 
+// network is source for the audit log's lines: an address of IPv6 stands for its
+// network of 64 bits, all of whose addresses one machine can have.
+func network(from string) string {
+	from = source(from)
+	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))
+	if err != nil || !ip.Is6() || ip.Is4In6() || ip.IsLoopback() {
+		return from
+	}
+	prefix, err := ip.WithZone("").Prefix(64)
+	if err != nil {
+		return from
+	}
+	return "from " + prefix.String()
+}
+
 // summedUp reports whether a refused request gets no line of its own.
 func (a *api) summedUp(e *entry, err error) bool {
 	caller := e.Who
 	if errors.Is(err, errWho) || caller == anonymous && !a.anonymous {
-		caller = source(e.From)
+		caller = network(e.From)
 	}
 	many := new(tooMany)
 	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))
@@ -270,7 +291,7 @@ const (
 func writeProblem(w http.ResponseWriter, e *entry, err error) {
 	kind, detail := "about:blank", err.Error()
 	switch {
-	case errors.As(err, new(*notOpen)): // the detail is for whoever asks
+	case errors.As(err, new(*notOpen)): // the detail is for the caller
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker could not do it"
 		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, errIssuer} {

@@ -90,11 +90,11 @@ func Serve(ctx context.Context, conf Config) error {
 		if err := b.awaitOpen(ctx, conf); err != nil || ctx.Err() != nil {
 			return err
 		}
+		g.Go(func() error {
+			b.heads.run(ctx)
+			return nil
+		})
 		b.tend(ctx, hangup)
-		return nil
-	})
-	g.Go(func() error {
-		b.heads.run(ctx)
 		return nil
 	})
 	g.Go(func() error {
@@ -250,7 +250,7 @@ func (l serverLog) Write(b []byte) (int, error) {
 	if strings.Contains(reason, "certificate") {
 		e.Verdict = audit.Denied
 	}
-	caller, many := source(from), reason == errOverload.Error()
+	caller, many := network(from), reason == errOverload.Error()
 	if many { // those come from many at once
 		caller = reason
 	}
