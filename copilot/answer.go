@@ -105,7 +105,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		case secret:
 			defer clear(answer)
 		}
-		if e.written && err != nil || !e.written && (err == nil || !a.summedUp(e, err)) {
+		if e.written && err != nil || !e.written && (err == nil || !a.summedUp(r, e, err)) {
 			if auditErr := a.audit.Write(e.Entry); auditErr != nil {
 				a.metrics.auditFailures.Inc()
 				e.Status, e.Verdict, err = http.StatusServiceUnavailable, audit.Failed, auditErr
@@ -132,9 +132,13 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 
 // answer finds out who asks, and does what they want if they are not too many.
 func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
-	// Before a token is looked at: that may take a request to its issuer.
-	if after := a.limits.exhausted(source(e.From)); after > 0 {
-		return nil, &tooMany{after: after}
+	// Before a token is looked at: that may take a request to its issuer. Who shows
+	// none is not kept out by others at the same address who do.
+	if r.Header.Get("Authorization") != "" {
+		if after := a.limits.exhausted(sourceOf(r)); after > 0 {
+			e.unknown(r)
+			return nil, &tooMany{after: after}
+		}
 	}
 	var err error
 	e.Who, err = a.identify(r)
@@ -142,7 +146,8 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 		err = errors.New("show a client certificate or a bearer token")
 	}
 	if err != nil {
-		if after := a.limits.take(source(e.From), a.policy.Policy()); after > 0 {
+		e.unknown(r)
+		if after := a.limits.take(sourceOf(r), a.policy.Policy()); after > 0 {
 			return nil, &tooMany{after: after}
 		}
 		return nil, fmt.Errorf("%w: %w", errWho, err)
@@ -169,11 +174,29 @@ func source(from string) string {
 	return "from " + host
 }
 
+// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
+// socket is told apart from others there.
+func (e *entry) unknown(r *http.Request) {
+	e.Who = anonymous
+	if peer := peerOf(r.Context()); peer != "" {
+		e.From += " (" + peer + ")"
+	}
+}
+
+// sourceOf is source for a request. All users of a unix socket have the same address,
+// so each is a source by itself.
+func sourceOf(r *http.Request) string {
+	if peer := peerOf(r.Context()); peer != "" {
+		return "from " + peer
+	}
+	return source(r.RemoteAddr)
+}
+
 // summedUp reports whether a refused request gets no line of its own.
-func (a *api) summedUp(e *entry, err error) bool {
+func (a *api) summedUp(r *http.Request, e *entry, err error) bool {
 	caller := e.Who
-	if errors.Is(err, errWho) || caller == anonymous && !a.anonymous {
-		caller = source(e.From)
+	if caller == anonymous {
+		caller = sourceOf(r)
 	}
 	many := new(tooMany)
 	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))

@@ -116,6 +116,10 @@ const auditHeadsPath = "/audit/heads"
 
 // auditHeads answers with the heads in the store.
 func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
+	if !b.opened.Load() {
+		http.Error(w, "not ready", http.StatusServiceUnavailable)
+		return
+	}
 	b.heads.note(r.Context())
 	heads, err := b.keks.store.AuditHeads(r.Context())
 	if err != nil {

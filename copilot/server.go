@@ -90,11 +90,12 @@ func Serve(ctx context.Context, conf Config) error {
 		if err := b.awaitOpen(ctx, conf); err != nil || ctx.Err() != nil {
 			return err
 		}
+		// Nothing has a head to note before, nor a store to note it in.
+		g.Go(func() error {
+			b.heads.run(ctx)
+			return nil
+		})
 		b.tend(ctx, hangup)
-		return nil
-	})
-	g.Go(func() error {
-		b.heads.run(ctx)
 		return nil
 	})
 	g.Go(func() error {
