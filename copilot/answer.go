@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"time"
 
@@ -165,11 +166,15 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 }
 
 // source is the caller that stands, for rates, for all at an address who do
-// not say who they are.
+// not say who they are. Of IPv6, that is a network of 64 bits: each host has all of
+// its addresses.
 func source(from string) string {
 	host, _, err := net.SplitHostPort(from)
 	if err != nil {
 		host = from
+	}
+	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() && !addr.Is4In6() {
+		host = netip.PrefixFrom(addr.WithZone(""), 64).Masked().String()
 	}
 	return "from " + host
 }
