@@ -44,7 +44,7 @@ func runPage(t *testing.T, p *page, root, debs string) {
 	write(t, b.path("root/page"), p.script())
 	before := filepath.Join("testdata/docs", strings.TrimSuffix(filepath.Base(p.name), ".md")+".sh")
 	write(t, b.path("root/before"), read(t, "testdata/docs/all.sh")+read(t, before))
-	cmd := b.inside("bash", "-c", `trap 'pidof pilot copilot | xargs -r kill' EXIT; cd /root; . ./before; . ./page`)
+	cmd := b.inside("bash", "-c", `trap 'pidof pilot copilot | xargs -r kill || true' EXIT; cd /root; . ./before; . ./page`)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {

@@ -11,6 +11,7 @@ timeout 60 sh -c 'until bao status >/dev/null 2>&1; do sleep 0.1; done'
 vault secrets enable transit
 softhsm2-util --init-token --free --label team --pin 1234 --so-pin 1234
 # It asks for the PIN on a terminal.
-pkcs11-tool() {
-	script -qec "/usr/bin/pkcs11-tool $*" /dev/null < <(while echo 1234 2>/dev/null; do sleep 1; done)
-}
+pkcs11-tool() (
+	set +o pipefail
+	while echo 1234 2>/dev/null; do sleep 1; done | script -qec "/usr/bin/pkcs11-tool $*" /dev/null
+)
