@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -107,7 +106,7 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 		case secret:
 			defer clear(answer)
 		}
-		if e.written && err != nil || !e.written && (err == nil || !a.summedUp(e, err)) {
+		if e.written && err != nil || !e.written && (err == nil || !a.summedUp(r, e, err)) {
 			if auditErr := a.audit.Write(e.Entry); auditErr != nil {
 				a.metrics.auditFailures.Inc()
 				e.Status, e.Verdict, err = http.StatusServiceUnavailable, audit.Failed, auditErr
@@ -138,7 +137,8 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 	// show a certificate do not wait for others at their address, as a node does not
 	// for its pods.
 	if r.Header.Get("Authorization") != "" {
-		if after := a.limits.exhausted(source(e.From)); after > 0 {
+		if after := a.limits.exhausted(sourceOf(r)); after > 0 {
+			e.unknown(r)
 			return nil, &tooMany{after: after}
 		}
 	}
@@ -148,7 +148,8 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 		err = errors.New("show a client certificate or a bearer token")
 	}
 	if err != nil {
-		if after := a.limits.take(source(e.From), a.policy.Policy()); after > 0 {
+		e.unknown(r)
+		if after := a.limits.take(sourceOf(r), a.policy.Policy()); after > 0 {
 			return nil, &tooMany{after: after}
 		}
 		return nil, fmt.Errorf("%w: %w", errWho, err)
@@ -166,35 +167,42 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 }
 
 // source is the caller that stands, for rates, for all at an address who do
-// not say who they are.
+// not say who they are. Of IPv6, that is a network of 64 bits: each host has all of
+// its addresses.
 func source(from string) string {
 	host, _, err := net.SplitHostPort(from)
 	if err != nil {
 		host = from
 	}
+	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() && !addr.Is4In6() && !addr.IsLoopback() {
+		host = netip.PrefixFrom(addr.WithZone(""), 64).Masked().String()
+	}
 	return "from " + host
 }
 
-// network is source for the audit log's lines: an address of IPv6 stands for its
-// network of 64 bits, all of whose addresses one machine can have.
-func network(from string) string {
-	from = source(from)
-	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))
-	if err != nil || !ip.Is6() || ip.Is4In6() || ip.IsLoopback() {
-		return from
+// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
+// socket is told apart from others there.
+func (e *entry) unknown(r *http.Request) {
+	e.Who = anonymous
+	if peer := peerOf(r.Context()); peer != "" {
+		e.From += " (" + peer + ")"
 	}
-	prefix, err := ip.WithZone("").Prefix(64)
-	if err != nil {
-		return from
+}
+
+// sourceOf is source for a request. All users of a unix socket have the same address,
+// so each is a source by itself.
+func sourceOf(r *http.Request) string {
+	if peer := peerOf(r.Context()); peer != "" {
+		return "from " + peer
 	}
-	return "from " + prefix.String()
+	return source(r.RemoteAddr)
 }
 
 // summedUp reports whether a refused request gets no line of its own.
-func (a *api) summedUp(e *entry, err error) bool {
+func (a *api) summedUp(r *http.Request, e *entry, err error) bool {
 	caller := e.Who
-	if errors.Is(err, errWho) || caller == anonymous && !a.anonymous {
-		caller = network(e.From)
+	if caller == anonymous && !a.anonymous || errors.Is(err, errWho) {
+		caller = sourceOf(r)
 	}
 	many := new(tooMany)
 	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))

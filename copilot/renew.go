@@ -11,7 +11,6 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/pki"
-	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
 // maxRequest bounds a certificate signing request, in bytes. One for an RSA key of
@@ -96,14 +95,14 @@ func (a *api) mayRenew(r *http.Request, e *entry) error {
 		return err
 	}
 	may, now := false, time.Now()
-	usable := a.policy.Policy().Usable(e.Who, now)
+	p := a.policy.Policy()
+	if p.Admins(e.Who, now) { // also KEKs that are still to be made
+		return &notRenewed{e.Who + " may admin KEKs: an admin's certificate is renewed on the broker's machine"}
+	}
+	usable := p.Usable(e.Who, now)
 	for _, k := range all {
 		if IsRevoked(k.Revoked, e.Who) {
 			return &notRenewed{fmt.Sprintf("the KEK %s was revoked for %s", k.ID, e.Who)}
-		}
-		p := a.policy.Policy()
-		if p.Decide(e.Who, k.ID, policy.Admin, now).Allowed {
-			return &notRenewed{e.Who + " may admin KEKs: an admin's certificate is renewed on the broker's machine"}
 		}
 		may = may || usable(k.ID)
 	}

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -87,6 +90,9 @@ func verifyAudit(c *cli.Context) error {
 	for _, h := range audit.Cut(older, ends, since) {
 		report.Notes = append(report.Notes, fmt.Sprintf("chain %s goes on to line %d, which these files do not have", h.Chain, h.Seq))
 	}
+	if other := otherLogs(heads, conf.AuditName()); len(other) > 0 {
+		report.Notes = append(report.Notes, "copilot has written other audit logs, too, which are not verified here: "+strings.Join(other, ", "))
+	}
 	if errors.Is(unread, keystore.ErrAuditHead) {
 		report.Problems = append(report.Problems, unread.Error()+": lines may have been cut off at the log's end")
 	} else if unread != nil {
@@ -108,6 +114,22 @@ func isSameFile(a, b string) bool {
 	infoA, errA := os.Stat(a)
 	infoB, errB := os.Stat(b)
 	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
+}
+
+// otherLogs returns the logs that the store knows of besides one: those of other
+// copilots, or of one whose configuration was changed for a while.
+func otherLogs(heads []keystore.AuditHead, log string) []string {
+	last := make(map[string]time.Time)
+	for _, h := range heads {
+		if h.Log != log && h.Log != "" && h.At.After(last[h.Log]) {
+			last[h.Log] = h.At
+		}
+	}
+	var list []string
+	for _, name := range slices.Sorted(maps.Keys(last)) {
+		list = append(list, fmt.Sprintf("%s (until %s)", name, last[name].UTC().Format(time.RFC3339)))
+	}
+	return list
 }
 
 // readSince reads the values of --since, each of which is a head or a file of heads,

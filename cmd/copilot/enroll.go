@@ -70,10 +70,7 @@ func enroll(c *cli.Context) error {
 	if hosts := c.StringSlice("host"); len(hosts) > 0 {
 		err := checkHosts(hosts)
 		if err == nil {
-			err = ca.IssueServer(hosts, valid, cert, key)
-		}
-		if err == nil {
-			err = giveKeyTo(serviceUser, key)
+			err = ca.IssueServerTo(hosts, valid, cert, key, giveToService)
 		}
 		if err != nil {
 			return fmt.Errorf("enroll: %w", err)

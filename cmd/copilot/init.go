@@ -94,7 +94,7 @@ func initialize(c *cli.Context) error {
 		return fmt.Errorf("init: %w", err)
 	}
 	domain = ca.TrustDomain()
-	if err := ca.IssueServer(hosts, serverFor, in("server.pem"), in("server-key.pem")); err != nil {
+	if err := ca.IssueServerTo(hosts, serverFor, in("server.pem"), in("server-key.pem"), giveToService); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
 	admin := pki.Client{Path: "admin", Hold: serverFor}
@@ -104,7 +104,7 @@ func initialize(c *cli.Context) error {
 	if err := writeNew(in("policy.toml"), fmt.Sprintf(policyText, domain)); err != nil {
 		return err
 	}
-	if err := giveTo(serviceUser, store, in("server-key.pem")); err != nil {
+	if err := makeStore(store); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
 	text := fmt.Sprintf(configText, store, c.Int("port"), dir)
@@ -166,30 +166,28 @@ func existingCA(dir, domain string) (*pki.CA, error) {
 // serviceUser is the user that the package makes.
 const serviceUser = "copilot"
 
-// giveTo gives the server what it has to read and to write, if root runs this
-// and the server has a user of its own.
-func giveTo(name, store, serverKey string) error {
-	uid, gid, ok, err := owner(name)
+// makeStore makes the server's store, if root runs this and the server has a user of
+// its own, to whom it belongs.
+func makeStore(store string) error {
+	uid, gid, ok, err := owner(serviceUser)
 	if err != nil || !ok {
 		return err
 	}
-	if err := os.Mkdir(store, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := os.Mkdir(store, 0o700); errors.Is(err, fs.ErrExist) {
+		return nil
+	} else if err != nil {
 		return err
-	} else if err == nil {
-		if err := os.Chown(store, uid, gid); err != nil {
-			return err
-		}
 	}
-	return giveKeyTo(name, serverKey)
+	return os.Lchown(store, uid, gid)
 }
 
-// giveKeyTo gives a server's key to the user that reads it.
-func giveKeyTo(name, serverKey string) error {
-	uid, gid, ok, err := owner(name)
+// giveToService gives a file to the server's user, if there is one.
+func giveToService(f *os.File) error {
+	uid, gid, ok, err := owner(serviceUser)
 	if err != nil || !ok {
 		return err
 	}
-	return os.Chown(serverKey, uid, gid)
+	return f.Chown(uid, gid)
 }
 
 // owner returns a user's IDs. It reports false where there is no such user, or

@@ -70,7 +70,7 @@ func certsNodeCA(c *cli.Context) error {
 
 // makeNodeCA makes a CA for nodes in dir, whose key belongs to the server's user.
 func makeNodeCA(dir string, valid time.Duration) error {
-	return pki.RotateNodeCA(dir, valid, func(keyFile string) error { return giveKeyTo(serviceUser, keyFile) })
+	return pki.RotateNodeCA(dir, valid, giveToService)
 }
 
 // nodeCAText is what copilot.toml says of the CA for nodes in dir.

@@ -254,6 +254,24 @@ func TestFileLost(t *testing.T) {
 			}
 		})
 	}
+	file := filepath.Join(t.TempDir(), "log")
+	nowhere := openLog(t, file)
+	entry := Entry{Action: "export", KEK: "a", Who: "uid:0", From: "@", Verdict: Allowed}
+	if err := errors.Join(nowhere.Write(entry), os.Rename(file, file+".1"), os.Symlink(os.DevNull, file)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := nowhere.Write(entry); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("a device in its place: %v", err)
+		}
+	}
+	if err := errors.Join(os.Rename(file+".1", file), nowhere.Write(entry)); err != nil {
+		t.Errorf("the file is back: %v", err)
+	}
+	if r := verify(t, linesOf(t, file)); r.Lines != 2 || len(r.Problems) != 0 {
+		t.Errorf("%+v", r)
+	}
+
 	dir := filepath.Join(t.TempDir(), "dir")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)

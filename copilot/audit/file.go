@@ -65,6 +65,11 @@ func (s *file) reopen() error {
 		s.size = 0
 		return f.Close()
 	}
+	if s.f != nil && isRegular(s.f) && !isRegular(f) {
+		// Where lines would go that nobody finds again, or that nobody reads.
+		f.Close()
+		return fmt.Errorf("audit log: a device or a pipe was put in the place of %s: move it away, and if somebody could, see who can write to its directory", s.name)
+	}
 	// A pipe or a device can't be locked.
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		f.Close()
@@ -108,6 +113,11 @@ func (s *file) lost() string {
 		return "its file was truncated"
 	}
 	return ""
+}
+
+func isRegular(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode().IsRegular()
 }
 
 func sameFile(a, b *os.File) bool {

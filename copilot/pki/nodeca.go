@@ -30,11 +30,11 @@ func forNodes(c *x509.Certificate) bool {
 // RotateNodeCA makes a CA for nodes in dir, or a new one in place of the one that is
 // there, for the trust domain of the CA in dir, whose key it does not need. Its
 // certificate is added to the file of the CA, so that its clients are accepted, as
-// those of the one before still are. The new key's file is passed to own before it is
-// put in place.
+// those of the one before still are. The new key's file is passed to own while it is
+// open: whoever can write to dir may have put another in its place later.
 //
 // Interrupted, it can be run again.
-func RotateNodeCA(dir string, valid time.Duration, own func(keyFile string) error) error {
+func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) error {
 	trusted := filepath.Join(dir, CertFile)
 	all, err := readAll(trusted)
 	if err != nil {
@@ -60,10 +60,7 @@ func RotateNodeCA(dir string, valid time.Duration, own func(keyFile string) erro
 		return err
 	}
 	defer os.Remove(newKey)
-	if err := writeKey(newKey, key); err != nil {
-		return err
-	}
-	if err := own(newKey); err != nil {
+	if err := writeKey(newKey, key, own); err != nil {
 		return err
 	}
 	// Trust first, and the key last: it decides which of the CAs issues certificates.
@@ -77,7 +74,7 @@ func RotateNodeCA(dir string, valid time.Duration, own func(keyFile string) erro
 	}
 	if len(before) == 0 {
 		os.Remove(certFile) // whatever it is, it holds no certificate
-		err = writeNew(certFile, "CERTIFICATE", der, 0o644)
+		err = writeNew(certFile, "CERTIFICATE", der, 0o644, nil)
 	} else {
 		var r replacefile.Replacement
 		if r, err = replacefile.Prepare(certFile, slices.Concat(encode("CERTIFICATE", der), encodeAll(before))); err == nil {

@@ -2,6 +2,7 @@ package pki
 
 import (
 	"crypto/x509"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 func TestNodeCAIssuesNoServers(t *testing.T) {
 	_, dir := newTestCA(t, "example.com")
 	in := func(name string) string { return filepath.Join(dir, name) }
-	if err := RotateNodeCA(dir, 24*time.Hour, func(string) error { return nil }); err != nil {
+	if err := RotateNodeCA(dir, 24*time.Hour, func(*os.File) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	node, err := LoadFiles(in(NodeCertFile), in(NodeKeyFile))
@@ -54,7 +55,7 @@ func TestNodeCAIssuesNoServers(t *testing.T) {
 		t.Errorf("the CA does not renew a node's: %v", err)
 	}
 	// The CA before it goes, and the other CA stays.
-	if err := RotateNodeCA(dir, 24*time.Hour, func(string) error { return nil }); err != nil {
+	if err := RotateNodeCA(dir, 24*time.Hour, func(*os.File) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := DropOld(dir, nil); err != nil || n != 0 {

@@ -57,10 +57,10 @@ func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := writeKey(filepath.Join(dir, KeyFile), key); err != nil {
+	if err := writeKey(filepath.Join(dir, KeyFile), key, nil); err != nil {
 		return nil, err
 	}
-	if err := writeNew(filepath.Join(dir, CertFile), "CERTIFICATE", der, 0o644); err != nil {
+	if err := writeNew(filepath.Join(dir, CertFile), "CERTIFICATE", der, 0o644, nil); err != nil {
 		return nil, err
 	}
 	return Load(dir)
@@ -214,7 +214,7 @@ func (ca *CA) IssueClient(c Client, certFile, keyFile string) error {
 	if err != nil {
 		return err
 	}
-	return writePair(certFile, der, keyFile, key)
+	return writePair(certFile, der, keyFile, key, nil)
 }
 
 // Sizes of RSA keys that are signed, in bits: the least is that of NIST SP 800-131A,
@@ -235,7 +235,7 @@ func (ca *CA) SignClient(c Client, request []byte, certFile string) error {
 	if err != nil {
 		return err
 	}
-	return writeNew(certFile, "CERTIFICATE", der, 0o644)
+	return writeNew(certFile, "CERTIFICATE", der, 0o644, nil)
 }
 
 // parseRequest returns a certificate signing request in PEM whose sender has the
@@ -281,6 +281,13 @@ func (ca *CA) client(c Client, public crypto.PublicKey) ([]byte, error) {
 // IssueServer writes a new private key and its certificate for hosts, which are
 // names and addresses, into files that must not exist.
 func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string) error {
+	return ca.IssueServerTo(hosts, hold, certFile, keyFile, nil)
+}
+
+// IssueServerTo is IssueServer with a private key whose file is passed to own while it
+// is open, unless that is nil: whoever can write to its directory may have put another
+// file in its place once it is closed.
+func (ca *CA) IssueServerTo(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: "copilot"},
 		KeyUsage:    x509.KeyUsageDigitalSignature,
@@ -301,7 +308,7 @@ func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile 
 	if err != nil {
 		return err
 	}
-	return writePair(certFile, der, keyFile, key)
+	return writePair(certFile, der, keyFile, key, own)
 }
 
 // sign signs a certificate, by itself if parent is nil, that holds for that
@@ -324,24 +331,24 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 	return x509.CreateCertificate(rand.Reader, template, parent, public, key)
 }
 
-func writePair(certFile string, der []byte, keyFile string, key *ecdsa.PrivateKey) error {
-	if err := writeKey(keyFile, key); err != nil {
+func writePair(certFile string, der []byte, keyFile string, key *ecdsa.PrivateKey, own func(*os.File) error) error {
+	if err := writeKey(keyFile, key, own); err != nil {
 		return err
 	}
-	return writeNew(certFile, "CERTIFICATE", der, 0o644)
+	return writeNew(certFile, "CERTIFICATE", der, 0o644, nil)
 }
 
-func writeKey(name string, key *ecdsa.PrivateKey) error {
+func writeKey(name string, key *ecdsa.PrivateKey, own func(*os.File) error) error {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return err
 	}
 	defer clear(der)
-	return writeNew(name, "PRIVATE KEY", der, 0o600)
+	return writeNew(name, "PRIVATE KEY", der, 0o600, own)
 }
 
 // writeNew writes a file that is whole on disk or not there at all.
-func writeNew(name, kind string, der []byte, mode os.FileMode) error {
+func writeNew(name, kind string, der []byte, mode os.FileMode, own func(*os.File) error) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("%s is there already, and is not overwritten", name)
@@ -350,6 +357,9 @@ func writeNew(name, kind string, der []byte, mode os.FileMode) error {
 		return err
 	}
 	err = pem.Encode(f, &pem.Block{Type: kind, Bytes: der})
+	if err == nil && own != nil {
+		err = own(f)
+	}
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return errors.Join(err, os.Remove(name))
 	}

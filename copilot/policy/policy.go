@@ -250,6 +250,24 @@ func (p *Policy) Usable(identity string, now time.Time) func(kek string) bool {
 	}
 }
 
+// Admins reports whether identity may admin KEKs at the time now, whether there are
+// any of those names or not. Only a rule that denies it that for all KEKs counts
+// against one that allows it.
+func (p *Policy) Admins(identity string, now time.Time) bool {
+	admins := false
+	for i := range p.rules {
+		r := &p.rules[i]
+		switch {
+		case !r.holds(now) || !slices.Contains(r.Actions, Admin) || !matchAny(r.Identities, identity):
+		case !r.Deny:
+			admins = true
+		case slices.Contains(r.KEKs, "**"):
+			return false
+		}
+	}
+	return admins
+}
+
 // holds reports whether the time now is between not-before and not-after.
 func (r *rule) holds(now time.Time) bool {
 	return (r.NotBefore.IsZero() || !now.Before(r.NotBefore)) && (r.NotAfter.IsZero() || now.Before(r.NotAfter))

@@ -214,3 +214,40 @@ func TestFile(t *testing.T) {
 		t.Error("the new policy does not count")
 	}
 }
+
+// TestAdmins asks who may admin KEKs that need not be there.
+func TestAdmins(t *testing.T) {
+	p, err := Parse("p", []byte(`
+[[rule]]
+identities = ["dns:admin", "dns:both", "dns:not-all"]
+keks = ["made-later-*"]
+actions = ["admin", "unwrap"]
+[[rule]]
+identities = ["dns:node"]
+keks = ["**"]
+actions = ["unwrap"]
+[[rule]]
+identities = ["dns:was"]
+keks = ["**"]
+actions = ["admin"]
+not-after = 2025-01-01T00:00:00Z
+[[rule]]
+identities = ["dns:both"]
+keks = ["**"]
+actions = ["admin"]
+deny = true
+[[rule]]
+identities = ["dns:not-all"]
+keks = ["made-later-1"]
+actions = ["admin"]
+deny = true
+`), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for identity, admins := range map[string]bool{"dns:admin": true, "dns:both": false, "dns:not-all": true, "dns:node": false, "dns:was": false} {
+		if p.Admins(identity, time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)) != admins {
+			t.Errorf("%s: not %t", identity, admins)
+		}
+	}
+}

@@ -46,3 +46,57 @@ func TestReplace(t *testing.T) {
 		t.Errorf("left behind: %v", entries)
 	}
 }
+
+// TestLinkOfAnother replaces files by names that another user has chosen where to lead.
+func TestLinkOfAnother(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("takes root")
+	}
+	const other = 65534
+	dir, theirs := t.TempDir(), filepath.Join(t.TempDir(), "theirs")
+	target, link := filepath.Join(dir, "target"), filepath.Join(theirs, "key.pem")
+	replace := func(name string) error {
+		r, err := Prepare(name, []byte("new"))
+		if err != nil {
+			return err
+		}
+		defer r.Discard()
+		return r.Commit()
+	}
+	for _, err := range []error{os.Mkdir(theirs, 0o755), os.WriteFile(target, []byte("old"), 0o644), os.Symlink(target, link)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := replace(link); err != nil {
+		t.Errorf("root's link: %v", err)
+	}
+	os.WriteFile(target, []byte("old"), 0o644)
+	for _, of := range []string{link, theirs} {
+		if err := os.Lchown(of, other, other); err != nil {
+			t.Fatal(err)
+		}
+		if err := replace(link); err == nil {
+			t.Errorf("with another user's %s it is followed", of)
+		}
+		if b, _ := os.ReadFile(target); string(b) != "old" {
+			t.Errorf("root's file has %q now", b)
+		}
+		os.Lchown(link, 0, 0)
+	}
+	// To what is theirs.
+	if err := os.Chown(target, other, other); err != nil {
+		t.Fatal(err)
+	}
+	if err := replace(link); err != nil {
+		t.Errorf("their own file: %v", err)
+	}
+	if info, err := os.Stat(target); err != nil || userOf(info) != other || info.Mode().Perm() != 0o644 {
+		t.Errorf("%v %v", info, err)
+	}
+	for _, d := range []string{dir, theirs} {
+		if left, _ := filepath.Glob(filepath.Join(d, ".*")); len(left) != 0 {
+			t.Errorf("left: %q", left)
+		}
+	}
+}
