@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -133,8 +134,9 @@ func (a *api) audited(action string, do func(*http.Request, *entry) (any, error)
 
 // answer finds out who asks, and does what they want if they are not too many.
 func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (any, error)) (any, error) {
-	// Before a token is looked at: that may take a request to its issuer. Who shows
-	// none is not kept out by others at the same address who do.
+	// Before a token is looked at: that may take a request to its issuer. Those who
+	// show a certificate do not wait for others at their address, as a node does not
+	// for its pods.
 	if r.Header.Get("Authorization") != "" {
 		if after := a.limits.exhausted(sourceOf(r)); after > 0 {
 			e.unknown(r)
@@ -166,26 +168,28 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 }
 
 // source is the caller that stands, for rates, for all at an address who do
-// not say who they are. Of IPv6, that is a network of 64 bits: each host has all of
-// its addresses.
+// not say who they are.
 func source(from string) string {
 	host, _, err := net.SplitHostPort(from)
 	if err != nil {
 		host = from
 	}
-	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() && !addr.Is4In6() {
-		host = netip.PrefixFrom(addr.WithZone(""), 64).Masked().String()
-	}
 	return "from " + host
 }
 
-// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
-// socket is told apart from others there.
-func (e *entry) unknown(r *http.Request) {
-	e.Who = anonymous
-	if peer := peerOf(r.Context()); peer != "" {
-		e.From += " (" + peer + ")"
+// network is source for the audit log's lines: an address of IPv6 stands for its
+// network of 64 bits, all of whose addresses one machine can have.
+func network(from string) string {
+	from = source(from)
+	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))
+	if err != nil || !ip.Is6() || ip.Is4In6() || ip.IsLoopback() {
+		return from
 	}
+	prefix, err := ip.WithZone("").Prefix(64)
+	if err != nil {
+		return from
+	}
+	return "from " + prefix.String()
 }
 
 // sourceOf is source for a request. All users of a unix socket have the same address,
@@ -197,11 +201,24 @@ func sourceOf(r *http.Request) string {
 	return source(r.RemoteAddr)
 }
 
+// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
+// socket is told apart from others there.
+func (e *entry) unknown(r *http.Request) {
+	e.Who = anonymous
+	if peer := peerOf(r.Context()); peer != "" {
+		e.From += " (" + peer + ")"
+	}
+}
+
 // summedUp reports whether a refused request gets no line of its own.
 func (a *api) summedUp(r *http.Request, e *entry, err error) bool {
 	caller := e.Who
-	if caller == anonymous {
-		caller = sourceOf(r)
+	switch peer := peerOf(r.Context()); {
+	case caller != anonymous:
+	case peer != "":
+		caller = "from " + peer
+	default:
+		caller = network(e.From)
 	}
 	many := new(tooMany)
 	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))
@@ -298,7 +315,7 @@ const (
 func writeProblem(w http.ResponseWriter, e *entry, err error) {
 	kind, detail := "about:blank", err.Error()
 	switch {
-	case errors.As(err, new(*notOpen)): // the detail is for whoever asks
+	case errors.As(err, new(*notOpen)): // the detail is for the caller
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker could not do it"
 		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, errIssuer} {

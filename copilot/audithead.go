@@ -3,6 +3,7 @@ package copilot
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -117,11 +118,15 @@ const auditHeadsPath = "/audit/heads"
 // auditHeads answers with the heads in the store.
 func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
 	if !b.opened.Load() {
-		http.Error(w, "not ready", http.StatusServiceUnavailable)
+		http.Error(w, "copilot's database can't be used", http.StatusServiceUnavailable)
 		return
 	}
 	b.heads.note(r.Context())
 	heads, err := b.keks.store.AuditHeads(r.Context())
+	if errors.Is(err, keystore.ErrAuditHead) {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
 	if err != nil {
 		logrus.WithError(err).Error("heads of the audit log not read")
 		http.Error(w, "see copilot's log", http.StatusServiceUnavailable)
@@ -132,7 +137,8 @@ func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
 }
 
 // AuditHeads returns what the store notes of audit logs: from the copilot that runs
-// with it, or from the store.
+// with it, or from the store. The error wraps [keystore.ErrAuditHead] if that was
+// changed there.
 func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) {
 	admin := adminOf(conf.Dir)
 	defer admin.Close()
@@ -145,7 +151,11 @@ func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) 
 		return keystore.ReadAuditHeads(ctx, conf.Dir, conf.Database)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	switch resp.StatusCode {
+	case http.StatusOK:
+	case http.StatusInternalServerError:
+		return nil, fmt.Errorf("a last line of the audit log was %w", keystore.ErrAuditHead)
+	default:
 		return nil, fmt.Errorf("the running copilot answered %s", resp.Status)
 	}
 	var heads []keystore.AuditHead

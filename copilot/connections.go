@@ -30,6 +30,7 @@ type connection struct {
 	all      *connections
 	from     string // while it is not known whose it is
 	identity string // of the first request
+	closed   bool
 }
 
 // connectionKey is the context key of a request's *connection.
@@ -65,6 +66,7 @@ func (all *connections) closed(c net.Conn) {
 		return
 	}
 	delete(all.by, c)
+	conn.closed = true
 	if conn.identity != "" {
 		less(all.known, conn.identity)
 	} else {
@@ -86,7 +88,8 @@ func (c *connection) of(identity string, most int) error {
 	}
 	c.all.mu.Lock()
 	defer c.all.mu.Unlock()
-	if c.identity != "" {
+	// Requests of HTTP/2 may outlive their connection, which is not counted any more.
+	if c.identity != "" || c.closed {
 		return nil
 	}
 	if c.all.known[identity] >= most {

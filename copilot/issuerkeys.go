@@ -138,13 +138,14 @@ func checkClaims(payload []byte) error {
 			return errors.New("its claims are not JSON")
 		}
 		name := token.(string)
-		folded := strings.ToLower(name)
+		// As encoding/json compares names: it takes U+017F for an s, and U+212A for a k.
+		folded := strings.ToLower(strings.ToUpper(name))
 		if seen[folded] {
 			return fmt.Errorf("it has two claims %.50q", folded)
 		}
 		seen[folded] = true
 		if name != folded && slices.Contains([]string{"iss", "sub", "aud", "exp", "nbf", "iat"}, folded) {
-			return fmt.Errorf("its claim %q is spelled in upper case", folded)
+			return fmt.Errorf("its claim %q is spelled %q", folded, name)
 		}
 		var value json.RawMessage
 		if err := d.Decode(&value); err != nil {

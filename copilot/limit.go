@@ -10,7 +10,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
-// maxCallers is how many identities are told apart; those that were not
+// maxCallers is how many identities are counted separately; those that were not
 // heard of for longest are forgotten, and begin anew.
 const maxCallers = 16384
 

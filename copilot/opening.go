@@ -53,6 +53,8 @@ func (b *broker) awaitOpen(ctx context.Context, conf Config) error {
 			return nil
 		case <-tick.C:
 		}
+		// What is decided from then on is decided by the policy of now.
+		b.reload(false)
 		if err := b.tryOpen(ctx, conf); ctx.Err() != nil {
 			return nil
 		} else if err != nil {

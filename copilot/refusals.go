@@ -21,7 +21,7 @@ import (
 const (
 	refusalBurst    = 60
 	refusalInterval = 10 * time.Second
-	// maxKinds is how many kinds of refusals are told apart, of all callers, and
+	// maxKinds is how many kinds of refusals are counted separately, of all callers, and
 	// maxCallerKinds of one: more are one kind for each action and status.
 	maxKinds       = 4096
 	maxCallerKinds = 128

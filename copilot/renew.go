@@ -42,7 +42,7 @@ type renewed struct {
 
 // renew issues a client another certificate for the same identity and for the key of
 // its request, as long as that identity may use a KEK. No KEK may be revoked for it:
-// whoever was suspected once does not stay for ever.
+// an identity that was suspected once does not get certificates without end.
 func (a *api) renew(r *http.Request, e *entry) (any, error) {
 	if a.nodeCA == nil {
 		return nil, errNoNodeCA

@@ -225,8 +225,11 @@ func TestUnknownCallers(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	issuer := newOIDCIssuer(t)
 	address := serveTLS(t, dir, ca, copilot.Config{
-		Issuers: map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+		TLSClientCA: ca.File,
+		Issuers:     map[string]copilot.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
 	})
+	files := ca.Issue(t, spiffe("/node/1"))
+	node := newRemote(t, address, ca, &files)
 	unknown := newRemote(t, address, ca, nil)
 	unknown.token = "a.b.c"
 	unknown.client.Transport.(*http.Transport).DisableKeepAlives = false
@@ -237,6 +240,7 @@ func TestUnknownCallers(t *testing.T) {
 		counts[status]++
 	}
 	took := time.Since(begin)
+	node.want(t, 403, "GET", "/api/v2/keks/team-a/key", "") // from the same address
 	most := 64 + int(took/time.Second)/5
 	if lines := len(audited(t, dir)) - before; lines < 1 || lines > most || counts[401] == 0 || counts[401]+counts[429] != 500 {
 		t.Errorf("%d lines, at most %d: %v", lines, most, counts)
@@ -335,6 +339,7 @@ func TestIssuerMisbehaves(t *testing.T) {
 		`{"iss":"ISS","sub":"system:serviceaccount:evil:x","aud":"copilot","exp":4000000000,"sub":"system:serviceaccount:prod:puller"}`,
 		`{"iss":"ISS","sub":"system:serviceaccount:evil:x","aud":"copilot","exp":4000000000,"SUB":"system:serviceaccount:prod:puller"}`,
 		`{"iss":"ISS","Sub":"system:serviceaccount:prod:puller","aud":"copilot","exp":4000000000}`,
+		"{\"iss\":\"ISS\",\"sub\":\"system:serviceaccount:evil:x\",\"aud\":\"copilot\",\"exp\":4000000000,\"\u017fub\":\"system:serviceaccount:prod:puller\"}",
 	} {
 		signed, err := signer.Sign([]byte(strings.Replace(claims, "ISS", issuer.URL, 1)))
 		if err != nil {

@@ -49,7 +49,7 @@ type edit struct {
 	plain   []string // digests of entries of an index that are known not to be encrypted
 	nested  bool     // another index refers to it
 	// done says that no encrypted layer is left after decrypting, and fresh
-	// that there was none before encrypting.
+	// that there was none before encrypting: in the whole image, for an index.
 	done, fresh bool
 }
 
@@ -178,7 +178,7 @@ func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byt
 	if err != nil {
 		return nil, err
 	}
-	return e.follow(element, at, notes)
+	return e.follow(i, element, at, notes)
 }
 
 // encrypted edits the descriptor of something that was encrypted, noting what
@@ -337,9 +337,9 @@ func setDescriptor(doc []byte, had, desc ocispec.Descriptor) (_ []byte, err erro
 	return doc, nil
 }
 
-// follow makes the entry of an attestation refer to the manifest that took the
+// follow makes entry i, if it is an attestation, refer to the manifest that took the
 // place of the one that it refers to.
-func (e *edit) follow(element []byte, at string, notes restore) ([]byte, error) {
+func (e *edit) follow(i int, element []byte, at string, notes restore) ([]byte, error) {
 	if len(e.renamed) == 0 {
 		return element, nil
 	}
@@ -350,6 +350,9 @@ func (e *edit) follow(element []byte, at string, notes restore) ([]byte, error) 
 	to, ok := e.renamed[digest.Digest(desc.Annotations[attestationAnnotation])]
 	if !ok {
 		return element, nil
+	}
+	if slices.Contains(e.removed, i) && !e.changesTo(to.Digest) {
+		return nil, fmt.Errorf("the attestation %s is about %s in another index, and can't be left out, since decrypting would not put that back: keep it, or remove it first", desc.Digest, desc.Annotations[attestationAnnotation])
 	}
 	annotations, err := get(element, "annotations")
 	if err != nil {
@@ -367,6 +370,16 @@ func (e *edit) follow(element []byte, at string, notes restore) ([]byte, error) 
 		notes.note(at+"/annotations/"+attestationAnnotation, quote(mask))
 	}
 	return setAnnotations(element, annotations, map[string]string{attestationAnnotation: to.Digest.String()})
+}
+
+// changesTo reports whether an element of the list becomes one of that digest.
+func (e *edit) changesTo(d digest.Digest) bool {
+	for _, c := range e.changes {
+		if c.desc.Digest == d {
+			return true
+		}
+	}
+	return false
 }
 
 // ofEncryption reports whether an annotation is one of those that say how a

@@ -108,7 +108,9 @@ func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, e
 	if err != nil {
 		return Result{}, err
 	}
-	if result, err = run(ctx, cs, target, opts, e); err == nil {
+	w := newWork(cs, opts, e)
+	w.was = e.was
+	if result, err = w.run(ctx, target); err == nil {
 		err = refusal(result, opts) // content may have gone since
 	}
 	if err != nil {
@@ -147,6 +149,7 @@ type work struct {
 	Options
 	op      operation
 	dry     bool  // nothing is written
+	was     bool  // some manifest had encrypted layers, as far as is known
 	strict  bool  // a document that can be read in several ways is an error
 	blobs   blobs // by op
 	usage   usage
@@ -355,6 +358,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	}
 	isEncrypted := func(l ocispec.Descriptor) bool { return processor.IsEncrypted(l.MediaType) }
 	out.encrypted, out.was = slices.ContainsFunc(layers, isEncrypted), slices.ContainsFunc(manifest.Layers, isEncrypted)
+	w.was = w.was || out.was
 	e := &edit{list: "layers", changes: changes, mode: mode, done: !out.encrypted, fresh: !out.was, content: w.small(ctx), subject: w.subject(ctx, manifest.Subject)}
 	if len(changes) == 0 && e.subject == nil {
 		return out, nil

@@ -53,14 +53,18 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 		return outcome{}, err
 	}
 	e, out := iw.edit, iw.out
-	if len(iw.list) > 0 && len(e.removed) == len(iw.list) && depth > 0 {
+	if len(iw.list) > 0 && len(e.removed) == len(iw.list) {
+		if depth == 0 {
+			return out, nil // which is an error: nothing of the image is here
+		}
 		return outcome{}, errAbsent
 	}
 	e.subject = w.subject(ctx, index.Subject)
-	e.done, e.fresh, e.nested = !out.encrypted, !out.was, depth > 0
-	// An index may have changed by what was left out, and by nothing else.
+	e.done, e.fresh, e.nested = !out.encrypted, !w.was, depth > 0
+	// An index may have changed by what was left out, or by what an attestation is
+	// about, and by nothing else.
 	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
-	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores; !out.changed {
+	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores || iw.follows(); !out.changed {
 		return out, nil
 	}
 	children := slices.Clone(index.Manifests)
@@ -176,6 +180,15 @@ func (w *indexWork) leaveOut(i int) {
 // isRemoved reports whether the entry of that digest is left out.
 func (w *indexWork) isRemoved(d digest.Digest) bool {
 	return slices.ContainsFunc(w.edit.removed, func(i int) bool { return w.list[i].Digest == d })
+}
+
+// follows reports whether an attestation is about something that changed, which may
+// be in another index.
+func (w *indexWork) follows() bool {
+	return slices.ContainsFunc(w.list, func(e ocispec.Descriptor) bool {
+		_, ok := w.renamed[digest.Digest(e.Annotations[attestationAnnotation])]
+		return ok
+	})
 }
 
 // subject returns what took the place of the manifest or index that a subject is,

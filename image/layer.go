@@ -36,6 +36,7 @@ const abortWithin = 5 * time.Second
 type encryption struct {
 	ec    *config.EncryptConfig
 	plans plans
+	was   bool // the image has encrypted layers already
 }
 
 func (*encryption) mode() mode { return encrypting }

@@ -24,7 +24,9 @@ func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.
 	opts.Progress = nil
 	w := newWork(cs, opts, planning{e})
 	w.dry = true
-	return w.run(ctx, target)
+	result, err := w.run(ctx, target)
+	e.was = w.was
+	return result, err
 }
 
 // clear overwrites the layer keys.

@@ -35,7 +35,8 @@ import (
 // implementations agree.
 //
 // PILOT_IMAGES is how many images, 100 if it is not set. PILOT_SEED is the seed
-// of the first, or the ID of one image, as a failure prints it.
+// of the first, or the ID of one image, as a failure prints it. Without it, the
+// images that failed before are checked too.
 func TestProperty(t *testing.T) {
 	count, first := 100, uint64(1)
 	var only int
@@ -55,6 +56,17 @@ func TestProperty(t *testing.T) {
 		}
 	}
 	p := newProperties(t)
+	if os.Getenv("PILOT_SEED") == "" {
+		for _, id := range failedBefore {
+			seed, size, err := imagetest.Parse(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, problem := range p.check(seed, size) {
+				t.Errorf("PILOT_SEED=%s: %s", id, problem)
+			}
+		}
+	}
 	if only > 0 {
 		t.Log(imagetest.New(first, only))
 		for _, problem := range p.check(first, only) {
@@ -76,6 +88,12 @@ func TestProperty(t *testing.T) {
 		t.Errorf("%d of %d images: %s (%s)", len(ids), count, class, strings.Join(ids[:min(len(ids), 5)], ", "))
 	}
 	t.Logf("%d images from seed %d: %d encrypted (%d only with AllowPlain), %d refused, %d with nothing to encrypt", count, first, p.encrypted, p.failedClosed, p.refused, p.nothing)
+}
+
+// failedBefore are the IDs of images that failed once. An ID stands for another
+// image when imagetest changes: each has a case in a test of its own too.
+var failedBefore = []string{
+	"1795860834/5", // TestEntriesComeBack
 }
 
 // maxSize is that of the largest images.

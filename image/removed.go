@@ -29,12 +29,15 @@ type removed struct {
 	// About says which of the elements that were left an attestation is about.
 	// Its digest changes, and so is not in the text.
 	About *int `json:"about,omitempty"`
+	// Spelling is how that digest was escaped, as escapesOf returns it, if it was.
+	Spelling string `json:"spelling,omitempty"`
 }
 
 var errRemoved = fmt.Errorf("annotation %s is damaged: what it says was left out does not fit", restoreAnnotation)
 
 // removeElements returns array, which is that at the key list, without the
-// elements of those indexes, which are in order, and notes them.
+// elements of those indexes, which are in order, and notes them. Elements
+// that restoreElements would not put back are an error.
 func (r restore) removeElements(array []byte, list string, indexes []int) ([]byte, error) {
 	if len(indexes) == 0 {
 		return array, nil
@@ -43,6 +46,8 @@ func (r restore) removeElements(array []byte, list string, indexes []int) ([]byt
 	if err != nil {
 		return nil, err
 	}
+	whole, before := array, len(was)
+	spellings := make([]string, 0, len(indexes))
 	for _, i := range slices.Backward(indexes) {
 		at, err := elements(array)
 		if err != nil {
@@ -53,10 +58,19 @@ func (r restore) removeElements(array []byte, list string, indexes []int) ([]byt
 			return nil, err
 		}
 		was = append(was, one)
+		spellings = append(spellings, unquote([]byte(r[fmt.Sprintf("/%s/%d/annotations/%s", list, i, attestationAnnotation)])))
 		r.shift("/"+list+"/", i)
 	}
 	if len(was) > maxDocuments {
 		return nil, fmt.Errorf("%w: more than %d entries would be left out of an index", ErrLimit, maxDocuments)
+	}
+	if back, err := putBack(array, was[before:]); err != nil || string(back) != string(whole) {
+		return nil, fmt.Errorf("decrypting could not put back the %d entries that would be left out of an index: keep them, or remove them first", len(indexes))
+	}
+	for i, spelling := range spellings {
+		if one := &was[before+i]; one.About != nil {
+			one.Spelling = spelling
+		}
 	}
 	text, err := json.Marshal(was)
 	r[removedKey] = string(text)
@@ -111,21 +125,21 @@ func withoutAbout(array []byte, at [][2]int, i int) ([]byte, *int, error) {
 		if j > i {
 			j--
 		}
-		element, err := setAbout(element, digest, "")
+		element, err := setAbout(element, digest, "", "")
 		return element, &j, err
 	}
 	return element, nil, nil
 }
 
-// setAbout sets what an attestation is about, if it is about had and says so in the
-// usual spelling.
-func setAbout(element []byte, had, digest string) ([]byte, error) {
+// setAbout sets what an attestation is about, in a spelling as escapesOf returns it,
+// if it is about had and says so without escapes.
+func setAbout(element []byte, had, digest, spelling string) ([]byte, error) {
 	return edited(element, "annotations", func(annotations []byte) ([]byte, error) {
 		return edited(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
 			if string(text) != string(quote(had)) {
 				return text, nil
 			}
-			return quote(digest), nil
+			return escaped(digest, spelling), nil
 		})
 	})
 }
@@ -147,7 +161,7 @@ func (one removed) text(digests []digest.Digest) (text []byte, at [2]int, err er
 		if j := *one.About; j < 0 || j >= len(digests) {
 			return nil, at, errRemoved
 		}
-		element, err := setAbout(text[from:to], "", digests[*one.About].String())
+		element, err := setAbout(text[from:to], "", digests[*one.About].String(), one.Spelling)
 		if err != nil {
 			return nil, at, errRemoved
 		}
@@ -197,6 +211,11 @@ func (r restore) restoreElements(array []byte) ([]byte, error) {
 	if err != nil || len(list) == 0 {
 		return array, err
 	}
+	return putBack(array, list)
+}
+
+// putBack puts back into array what was taken out, the last first.
+func putBack(array []byte, list []removed) ([]byte, error) {
 	at, err := elements(array)
 	if err != nil {
 		return nil, errRemoved
@@ -273,7 +292,7 @@ func escapesOf(text []byte) (string, error) {
 	return string(mask), nil
 }
 
-// escaped returns s as a JSON string that is escaped as mask says.
+// escaped returns s as a JSON string that is escaped as mask says, if that is one.
 func escaped(s, mask string) []byte {
 	if len(s) != len(mask) {
 		return quote(s)
@@ -291,5 +310,8 @@ func escaped(s, mask string) []byte {
 			out = append(out, s[i])
 		}
 	}
-	return append(out, '"')
+	if out = append(out, '"'); unquote(out) != s {
+		return quote(s)
+	}
+	return out
 }

@@ -319,7 +319,7 @@ func (c *cache) refuse(key cacheKey, err error, trace string) {
 	remember(&c.refused, key, failure{&traced{err, trace}, c.now()})
 }
 
-// refusal returns what refuse was told just now.
+// refusal returns the refusal that was noted just now, or nil.
 func (c *cache) refusal(key cacheKey) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

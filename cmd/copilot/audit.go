@@ -71,7 +71,7 @@ func verifyAudit(c *cli.Context) error {
 	heads, unread := copilot.AuditHeads(c.Context, conf)
 	written := copilot.HeadsOf(heads, conf.AuditName())
 	var older []audit.Head // where the log itself is not among what is read
-	if files := c.Args().Slice(); len(files) > 0 && !slices.Contains(files, conf.AuditTo()) {
+	if files := c.Args().Slice(); len(files) > 0 && !slices.ContainsFunc(files, func(name string) bool { return isSameFile(name, conf.AuditTo()) }) {
 		written, older = nil, written
 	}
 	log, err := openAuditLog(c, conf)
@@ -93,7 +93,9 @@ func verifyAudit(c *cli.Context) error {
 	if other := otherLogs(heads, conf.AuditName()); len(other) > 0 {
 		report.Notes = append(report.Notes, "copilot has written other audit logs, too, which are not verified here: "+strings.Join(other, ", "))
 	}
-	if unread != nil {
+	if errors.Is(unread, keystore.ErrAuditHead) {
+		report.Problems = append(report.Problems, unread.Error()+": lines may have been cut off at the log's end")
+	} else if unread != nil {
 		report.Notes = append(report.Notes, fmt.Sprintf("what the store notes of the log can't be read, so lines that were cut off at its end are found by --since only: %s", unread))
 	}
 	if len(report.Problems) == 0 && file != "" {
@@ -102,6 +104,16 @@ func verifyAudit(c *cli.Context) error {
 		}
 	}
 	return printReport(c.Bool("json"), report)
+}
+
+// isSameFile reports whether two names are those of one file, or the same.
+func isSameFile(a, b string) bool {
+	if a == b {
+		return true
+	}
+	infoA, errA := os.Stat(a)
+	infoB, errB := os.Stat(b)
+	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
 }
 
 // otherLogs returns the logs that the store knows of besides one: those of other

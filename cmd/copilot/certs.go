@@ -130,8 +130,9 @@ type certificateStatus struct {
 	File     string    `json:"file"`
 	Subject  string    `json:"subject"`
 	NotAfter time.Time `json:"notAfter"`
-	// Expired is also true before the certificate's time.
-	Expired bool `json:"expired"`
+	Expired  bool      `json:"expired"`
+	// NotYetValid says that its time has not come, as by a clock that is behind.
+	NotYetValid bool `json:"notYetValid,omitempty"`
 }
 
 func certsList(c *cli.Context) error {
@@ -154,7 +155,7 @@ func certsList(c *cli.Context) error {
 			errs = append(errs, fmt.Errorf("certs list: %w", err))
 			continue
 		}
-		list = append(list, certificateStatus{name, subject(cert), cert.NotAfter.UTC(), now.After(cert.NotAfter) || now.Before(cert.NotBefore)})
+		list = append(list, certificateStatus{name, subject(cert), cert.NotAfter.UTC(), now.After(cert.NotAfter), now.Before(cert.NotBefore)})
 	}
 	if c.Bool("json") {
 		return errors.Join(append(errs, printJSON(list))...)
@@ -164,9 +165,9 @@ func certsList(c *cli.Context) error {
 	for _, s := range list {
 		left := commandline.Days(s.NotAfter.Sub(now).Truncate(unit(s.NotAfter.Sub(now))))
 		switch {
-		case now.After(s.NotAfter):
-			left = "expired"
 		case s.Expired:
+			left = "expired"
+		case s.NotYetValid:
 			left = "not valid yet"
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", s.File, s.Subject, s.NotAfter.Format(time.RFC3339), left)

@@ -115,7 +115,7 @@ Example:
 				if after < time.Second && !c.Bool("yes") {
 					return exit.Usagef("images encrypted for %s could never be decrypted again: say --yes if that is what you want", id)
 				}
-				return done(keys.Destroy(id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", for ever from "+time.Now().Add(after).Format(time.RFC3339)+" on")
+				return done(keys.Destroy(id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
 			}),
 		},
 		{

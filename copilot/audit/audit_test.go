@@ -98,6 +98,7 @@ func TestVerify(t *testing.T) {
 		"all removed":             {nil, []Head{all}, "the lines of chain"},
 		"old ones put away":       {join(w[3:]), []Head{three}, ""},
 		"one more of them":        {join(w[2:]), []Head{three}, ""},
+		"all but the last":        {join(w[4:]), []Head{all}, ""},
 		"too many put away":       {join(w[4:]), []Head{three}, "begins with line 5"},
 		"nothing since":           {join(w), []Head{all}, ""},
 		"another at that place":   {join(w), []Head{{all.Chain, 3, all.MAC}}, "is another line 3"},

@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // ReadHeads reads the heads that [WriteHeads] wrote to a file. An empty file has none.
@@ -42,7 +42,7 @@ func WriteHeads(name string, heads []Head) error {
 	for _, h := range heads {
 		text = fmt.Appendln(text, h)
 	}
-	r, err := certfile.Prepare(name, text)
+	r, err := replacefile.Prepare(name, text)
 	if err != nil {
 		return err
 	}

@@ -26,6 +26,9 @@ type AuditHead struct {
 // auditHead begins the names under which heads are kept, which end with the chain.
 const auditHead = "audit head "
 
+// ErrAuditHead is the error of a head that was not sealed by this store as it is.
+var ErrAuditHead = errors.New("damaged or tampered with in the store")
+
 // NoteAuditHead keeps a head instead of the one before of its chain.
 func (s *Store) NoteAuditHead(ctx context.Context, h AuditHead) error {
 	return putAuditHead(ctx, s.db, s.seal, h)
@@ -54,7 +57,7 @@ func auditHeads(ctx context.Context, db database, seal cipher.AEAD) ([]AuditHead
 			err = json.Unmarshal(b, &h)
 		}
 		if err != nil || auditHead+h.Chain != name {
-			return fmt.Errorf("the last line of the audit log's chain %s is damaged or was tampered with in the store", strings.TrimPrefix(name, auditHead))
+			return fmt.Errorf("the last line of the audit log's chain %s was %w", strings.TrimPrefix(name, auditHead), ErrAuditHead)
 		}
 		heads = append(heads, h)
 		return nil

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // The files of the CA that a broker renews its clients' certificates with, beside
@@ -64,7 +64,7 @@ func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) err
 		return err
 	}
 	// Trust first, and the key last: it decides which of the CAs issues certificates.
-	trust, err := certfile.Prepare(trusted, slices.Concat(encodeAll(all), encode("CERTIFICATE", der)))
+	trust, err := replacefile.Prepare(trusted, slices.Concat(encodeAll(all), encode("CERTIFICATE", der)))
 	if err != nil {
 		return err
 	}
@@ -76,8 +76,8 @@ func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) err
 		os.Remove(certFile) // whatever it is, it holds no certificate
 		err = writeNew(certFile, "CERTIFICATE", der, 0o644, nil)
 	} else {
-		var r certfile.Replacement
-		if r, err = certfile.Prepare(certFile, slices.Concat(encode("CERTIFICATE", der), encodeAll(before))); err == nil {
+		var r replacefile.Replacement
+		if r, err = replacefile.Prepare(certFile, slices.Concat(encode("CERTIFICATE", der), encodeAll(before))); err == nil {
 			defer r.Discard()
 			err = r.Commit()
 		}
@@ -105,7 +105,7 @@ func DropOldNodeCAs(dir string) (int, error) {
 		left := slices.DeleteFunc(slices.Clone(all), func(c *x509.Certificate) bool {
 			return forNodes(c) && !c.Equal(ca.cert) && trustDomain(c) == ca.TrustDomain()
 		})
-		r, err := certfile.Prepare(name, encodeAll(left))
+		r, err := replacefile.Prepare(name, encodeAll(left))
 		if err != nil {
 			return 0, err
 		}

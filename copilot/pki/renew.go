@@ -12,8 +12,8 @@ import (
 	"slices"
 	"time"
 
-	"github.com/ctrlplane/pilot/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // Renew replaces a certificate that the CA has issued, or one before it that is still
@@ -35,6 +35,9 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 	if err := ca.renewable(old); err != nil {
 		return nil, fmt.Errorf("%s: %w", certFile, err)
 	}
+	if err := onlyCertificate(certFile); err != nil {
+		return nil, err
+	}
 	public := old.PublicKey
 	var key *ecdsa.PrivateKey
 	if keyFile != "" {
@@ -47,7 +50,7 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 	if err != nil {
 		return nil, err
 	}
-	newCert, err := certfile.Prepare(certFile, encode("CERTIFICATE", der))
+	newCert, err := replacefile.Prepare(certFile, encode("CERTIFICATE", der))
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +61,7 @@ func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certif
 			return nil, err
 		}
 		defer clear(keyDER)
-		newKey, err := certfile.Prepare(keyFile, encode("PRIVATE KEY", keyDER))
+		newKey, err := replacefile.Prepare(keyFile, encode("PRIVATE KEY", keyDER))
 		if err != nil {
 			return nil, err
 		}
@@ -141,6 +144,21 @@ func (ca *CA) again(old *x509.Certificate, public crypto.PublicKey, valid time.D
 		KeyUsage:    old.KeyUsage,
 		ExtKeyUsage: old.ExtKeyUsage,
 	}, ca.cert, public, ca.key, valid)
+}
+
+// onlyCertificate returns an error if a file in PEM has anything else than one
+// certificate, such as its private key, which would be lost with the file.
+func onlyCertificate(name string) error {
+	b, err := regular.Read(name, regular.MaxConfig)
+	if err != nil {
+		return err
+	}
+	defer clear(b)
+	_, rest := pem.Decode(b)
+	if more, _ := pem.Decode(rest); more != nil {
+		return fmt.Errorf("%s holds more than one certificate (%s): renew a copy that has only the first", name, more.Type)
+	}
+	return nil
 }
 
 // ReadCertificate returns the first certificate of a file in PEM.

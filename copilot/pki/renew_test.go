@@ -79,6 +79,34 @@ func TestRenewsOnlyItsOwn(t *testing.T) {
 	}
 }
 
+// TestRenewKeepsKeyInFile refuses a file in which more than the certificate would be
+// replaced.
+func TestRenewKeepsKeyInFile(t *testing.T) {
+	ca, dir := newTestCA(t, "example.com")
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if err := ca.IssueClient(Client{"node/worker-7", time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	cert, err := os.ReadFile(in("node.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := os.ReadFile(in("node-key.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	both := append(cert, key...)
+	if err := os.WriteFile(in("both.pem"), both, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ca.Renew(in("both.pem"), "", 0); err == nil || !strings.Contains(err.Error(), "more than one certificate (PRIVATE KEY)") {
+		t.Error(err)
+	}
+	if after, err := os.ReadFile(in("both.pem")); err != nil || string(after) != string(both) {
+		t.Error("it was replaced")
+	}
+}
+
 // TestRotateKeepsTrust replaces a CA twice before the certificates of the first are
 // renewed, beside a CA of another trust domain.
 func TestRotateKeepsTrust(t *testing.T) {

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // Rotate makes a new CA for the trust domain of the one in dir and has it take its
@@ -35,12 +35,12 @@ func Rotate(dir string, valid time.Duration) error {
 		return err
 	}
 	defer clear(keyDER)
-	newKey, err := certfile.Prepare(filepath.Join(dir, KeyFile), encode("PRIVATE KEY", keyDER))
+	newKey, err := replacefile.Prepare(filepath.Join(dir, KeyFile), encode("PRIVATE KEY", keyDER))
 	if err != nil {
 		return err
 	}
 	defer newKey.Discard()
-	newCert, err := certfile.Prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encodeAll(before.file)))
+	newCert, err := replacefile.Prepare(filepath.Join(dir, CertFile), slices.Concat(encode("CERTIFICATE", der), encodeAll(before.file)))
 	if err != nil {
 		return err
 	}
@@ -76,7 +76,7 @@ func DropOld(dir string, inUse []string) (int, error) {
 		return 0, err
 	}
 	left := slices.DeleteFunc(slices.Clone(ca.file), func(c *x509.Certificate) bool { return slices.ContainsFunc(replaced, c.Equal) })
-	r, err := certfile.Prepare(filepath.Join(dir, CertFile), encodeAll(left))
+	r, err := replacefile.Prepare(filepath.Join(dir, CertFile), encodeAll(left))
 	if err != nil {
 		return 0, err
 	}

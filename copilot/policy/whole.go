@@ -16,7 +16,8 @@ const (
 )
 
 // readWhole returns what is in a file once nobody is writing it, and the stamp of
-// that. It waits up to 5 seconds.
+// that. It waits up to 5 seconds. If that is not enough, it returns the stamp of no
+// file, so that it is read again, whether it changes or not.
 func readWhole(name string) ([]byte, filestamp.Stamp, error) {
 	before, err := filestamp.Of(name)
 	for range settleTries {
@@ -34,7 +35,7 @@ func readWhole(name string) ([]byte, filestamp.Stamp, error) {
 		if before.Size() > maxFile {
 			return nil, before, fmt.Errorf("%s has %d bytes, more than %d", name, before.Size(), maxFile)
 		}
-		b, err := regular.Read(name, regular.MaxConfig)
+		b, err := regular.Read(name, maxFile)
 		if err != nil {
 			return nil, before, err
 		}
@@ -43,5 +44,5 @@ func readWhole(name string) ([]byte, filestamp.Stamp, error) {
 		}
 		before = now
 	}
-	return nil, before, fmt.Errorf("%s is being written all the time", name)
+	return nil, filestamp.Stamp{}, fmt.Errorf("%s is being written all the time", name)
 }

@@ -1,5 +1,5 @@
-// Package layerbudget bounds how often a key broker is asked for one layer, whoever
-// made the layer and however many keys it says that it is wrapped with.
+// Package layerbudget bounds how often a key broker is asked for one layer,
+// however many keys the layer says that it is wrapped with.
 package layerbudget
 
 import (
@@ -19,7 +19,7 @@ const Calls = 128
 // are about one layer.
 const Header = "pilot-layer"
 
-// maxLayers is how many layers are told apart that others ask for.
+// maxLayers is how many layers are counted separately that others ask for.
 const maxLayers = 1024
 
 type key struct{}

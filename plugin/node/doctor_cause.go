@@ -27,7 +27,7 @@ var (
 
 const compareClocks = "date -u (on this machine and on the broker's: compare the clocks)"
 
-// mendBroker returns what mends a broker that did not give a KEK, with err. Of several
+// mendBroker returns what fixes a broker that did not give a KEK, with err. Of several
 // brokers, each may need something else.
 func (e *examination) mendBroker(kek string, err error) (mend []string) {
 	add := func(commands ...string) { mend = append(mend, commands...) }

@@ -20,7 +20,7 @@ import (
 // This file reads, writes and removes files of the machine. Symbolic links are
 // followed as on the machine itself: an absolute one leads from the machine's root.
 // What the links come to is then opened below that directory by [os.Root], so that
-// nothing outside of it is reached, whoever changes a link or a directory at the same time.
+// nothing outside of it is reached, even if a link or a directory changes at the same time.
 
 // path returns where a file of the machine is for this process, after all
 // symbolic links, which lead to nowhere outside the machine's root. It is for
