@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -167,26 +168,28 @@ func (a *api) answer(r *http.Request, e *entry, do func(*http.Request, *entry) (
 }
 
 // source is the caller that stands, for rates, for all at an address who do
-// not say who they are. Of IPv6, that is a network of 64 bits: each host has all of
-// its addresses.
+// not say who they are.
 func source(from string) string {
 	host, _, err := net.SplitHostPort(from)
 	if err != nil {
 		host = from
 	}
-	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() && !addr.Is4In6() && !addr.IsLoopback() {
-		host = netip.PrefixFrom(addr.WithZone(""), 64).Masked().String()
-	}
 	return "from " + host
 }
 
-// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
-// socket is told apart from others there.
-func (e *entry) unknown(r *http.Request) {
-	e.Who = anonymous
-	if peer := peerOf(r.Context()); peer != "" {
-		e.From += " (" + peer + ")"
+// network is source for the audit log's lines: an address of IPv6 stands for its
+// network of 64 bits, all of whose addresses one machine can have.
+func network(from string) string {
+	from = source(from)
+	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))
+	if err != nil || !ip.Is6() || ip.Is4In6() || ip.IsLoopback() {
+		return from
 	}
+	prefix, err := ip.WithZone("").Prefix(64)
+	if err != nil {
+		return from
+	}
+	return "from " + prefix.String()
 }
 
 // sourceOf is source for a request. All users of a unix socket have the same address,
@@ -198,11 +201,24 @@ func sourceOf(r *http.Request) string {
 	return source(r.RemoteAddr)
 }
 
+// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
+// socket is told apart from others there.
+func (e *entry) unknown(r *http.Request) {
+	e.Who = anonymous
+	if peer := peerOf(r.Context()); peer != "" {
+		e.From += " (" + peer + ")"
+	}
+}
+
 // summedUp reports whether a refused request gets no line of its own.
 func (a *api) summedUp(r *http.Request, e *entry, err error) bool {
 	caller := e.Who
-	if caller == anonymous && !a.anonymous || errors.Is(err, errWho) {
-		caller = sourceOf(r)
+	switch peer := peerOf(r.Context()); {
+	case caller != anonymous:
+	case peer != "":
+		caller = "from " + peer
+	default:
+		caller = network(e.From)
 	}
 	many := new(tooMany)
 	return !a.refusals.note(caller, e.Entry, errors.As(err, &many))

@@ -13,7 +13,7 @@ func TestNetwork(t *testing.T) {
 		"[::1]:443":              "from ::1",
 		"@":                      "from @",
 	} {
-		if got := source(from); got != want {
+		if got := network(from); got != want {
 			t.Errorf("%s: %q", from, got)
 		}
 	}

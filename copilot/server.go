@@ -90,7 +90,6 @@ func Serve(ctx context.Context, conf Config) error {
 		if err := b.awaitOpen(ctx, conf); err != nil || ctx.Err() != nil {
 			return err
 		}
-		// Nothing has a head to note before, nor a store to note it in.
 		g.Go(func() error {
 			b.heads.run(ctx)
 			return nil
@@ -251,7 +250,7 @@ func (l serverLog) Write(b []byte) (int, error) {
 	if strings.Contains(reason, "certificate") {
 		e.Verdict = audit.Denied
 	}
-	caller, many := source(from), reason == errOverload.Error()
+	caller, many := network(from), reason == errOverload.Error()
 	if many { // those come from many at once
 		caller = reason
 	}

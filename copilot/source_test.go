@@ -63,20 +63,3 @@ func TestFloodOfBadTokens(t *testing.T) {
 		}
 	}
 }
-
-// TestSource has a host use all addresses of its network.
-func TestSource(t *testing.T) {
-	for from, want := range map[string]string{
-		"192.0.2.1:5":            "from 192.0.2.1",
-		"[2001:db8::1]:5":        "from 2001:db8::/64",
-		"[2001:db8::ff:0:0:1]:6": "from 2001:db8::/64",
-		"[2001:db8:0:1::1]:5":    "from 2001:db8:0:1::/64",
-		"[fe80::1%eth0]:5":       "from fe80::/64",
-		"[::ffff:192.0.2.1]:5":   "from ::ffff:192.0.2.1",
-		"@":                      "from @",
-	} {
-		if got := source(from); got != want {
-			t.Errorf("%s: %s, want %s", from, got, want)
-		}
-	}
-}

@@ -67,8 +67,9 @@ func checkPolicy(c *cli.Context) error {
 	}
 	now := c.Generic("at").(*commandline.When).At(time.Now())
 	v := p.Decide(identity, kek, action, now)
+	unknown := ""
 	if v.Allowed {
-		reason, err := refusedByKEK(c, kek, identity)
+		reason, err := refusedByKEK(c, kek, identity, &unknown)
 		if err != nil {
 			return err
 		}
@@ -80,7 +81,7 @@ func checkPolicy(c *cli.Context) error {
 	if !v.Allowed {
 		// With the KEK itself, it needs nobody to wrap and unwrap.
 		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(identity, kek, policy.Export, now).Allowed {
-			reason, err := refusedByKEK(c, kek, identity)
+			reason, err := refusedByKEK(c, kek, identity, &unknown)
 			if err != nil {
 				return err
 			}
@@ -90,7 +91,7 @@ func checkPolicy(c *cli.Context) error {
 		}
 	}
 	if c.Bool("json") {
-		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC()}); err != nil {
+		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown}); err != nil {
 			return err
 		}
 	}
@@ -111,13 +112,16 @@ type policyVerdict struct {
 	KEK      string        `json:"kek"`
 	Action   policy.Action `json:"action"`
 	At       time.Time     `json:"at"`
+	// Unknown says why it is not known here what was revoked and disabled, if so.
+	Unknown string `json:"unknown,omitempty"`
 }
 
 // refusedByKEK says why a KEK is not given to an identity that the policy
-// allows to have it, or nothing.
-func refusedByKEK(c *cli.Context, id, identity string) (string, error) {
+// allows to have it, or nothing. Unknown is set where that is not known here.
+func refusedByKEK(c *cli.Context, id, identity string, unknown *string) (string, error) {
 	keys, err := openKeys(c)
 	if err != nil {
+		*unknown = err.Error()
 		fmt.Fprintf(os.Stderr, "copilot: warning: what was revoked and disabled is not known here: %s\n", err)
 		return "", nil
 	}
