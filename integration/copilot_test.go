@@ -185,7 +185,7 @@ func TestFullDisk(t *testing.T) {
 			if err := os.Mkdir(store, 0o700); err != nil {
 				t.Fatal(err)
 			}
-			if err := syscall.Mount("tmpfs", store, "tmpfs", 0, "size=1m"); err != nil {
+			if err := syscall.Mount("tmpfs", store, "tmpfs", 0, "size=1m,mode=0755"); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { syscall.Unmount(store, syscall.MNT_DETACH) })

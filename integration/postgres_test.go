@@ -215,7 +215,7 @@ func TestReplicas(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := strings.TrimSpace(d.sql(t, `SELECT count(*) > 0 FROM copilot_audit WHERE entry->>'kek' LIKE 'a_b'`)); n != "t" {
+	if n := strings.TrimSpace(d.sql(t, `SELECT count(*) > 0 FROM copilot_audit WHERE entry->>'kek' LIKE '%a%b%'`)); n != "t" {
 		t.Error("a request with a zero byte is not in the audit log")
 	}
 

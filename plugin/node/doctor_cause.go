@@ -133,7 +133,7 @@ func (e *examination) mendConnection(err error) (mend []string) {
 				add("curl -sSo /dev/null " + u + "/healthz (does a firewall drop it?)")
 			}
 		}
-		add(copilotLog)
+		add(restartCopilot, copilotLog)
 	}
 	return mend
 }

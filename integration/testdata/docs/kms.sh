@@ -8,7 +8,6 @@ systemctl start bao
 export VAULT_ADDR=http://127.0.0.1:8200 VAULT_TOKEN=root
 vault() { bao "$@"; }
 timeout 60 sh -c 'until bao status >/dev/null 2>&1; do sleep 0.1; done'
-vault secrets enable transit
 softhsm2-util --init-token --free --label team --pin 1234 --so-pin 1234
 # It asks for the PIN on a terminal.
 pkcs11-tool() (
