@@ -23,67 +23,151 @@ import (
 	"github.com/ctrlplane/pilot/loopback/loopbacktest"
 )
 
-// repo and tools are where the project and the programs of
-// scripts/install-tools.sh are; bin is where ours are built to.
-var repo, tools, bin string
+var (
+	// repo is the project's directory.
+	repo string
+	// tools is the directory of the programs of scripts/install-tools.sh.
+	tools string
+	// bin is the directory of our programs, as these tests have built them.
+	bin string
+)
 
 func TestMain(m *testing.M) {
-	kms.RunModule()
-	os.Exit(func() int {
-		if err := setUp(); err != nil {
-			fmt.Fprintln(os.Stderr, "integration:", err)
-			return 1
-		}
-		defer os.RemoveAll(bin)
-		code := m.Run()
-		if err := printRows(); err != nil {
-			fmt.Fprintln(os.Stderr, "integration:", err)
-			return 1
-		}
-		return code
-	}())
+	code := runTests(m, needPilot, needCopilot, needCtrPilot, needHello, needContainerd, needRegistry, needDebian13,
+		needOpenSSL, needGPG, needNetworks, needSoftHSM, needNSS, needOpenCryptoki, needLocalKMS, needVault)
+	if err := printRows(); err != nil {
+		fmt.Fprintln(os.Stderr, "integration:", err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
-func setUp() error {
+// need is what has to be there for a package's tests: a program, or several that
+// belong together.
+type need struct {
+	packages []string // ours, which are built
+	cgo      bool     // whether they use C libraries
+	tools    []string // files in the directory of the tools
+	path     []string // programs in $PATH
+}
+
+// The needs of tests.
+var (
+	needPilot        = need{packages: []string{"./cmd/pilot", "./cmd/pilot-decoder"}}
+	needCopilot      = need{packages: []string{"./cmd/copilot"}, cgo: true}
+	needCtrPilot     = need{packages: []string{"./ctr-pilot"}, cgo: true}
+	needHello        = need{packages: []string{"./integration/testdata/hello"}} // the program in images
+	needContainerd   = need{tools: []string{"bin/containerd", "bin/containerd-shim-runc-v2", "bin/ctr", "bin/crictl"}, path: []string{"/usr/bin/containerd", "runc"}}
+	needRegistry     = need{path: []string{"docker-registry"}}
+	needDebian13     = need{tools: []string{"trixie/usr/bin/skopeo"}}
+	needOpenSSL      = need{path: []string{"openssl"}}
+	needGPG          = need{path: []string{"gpg"}}
+	needNetworks     = need{path: []string{"ip"}}
+	needSoftHSM      = need{path: []string{"softhsm2-util"}}
+	needNSS          = need{path: []string{"certutil"}}
+	needOpenCryptoki = need{tools: []string{"trixie/usr/sbin/pkcsslotd"}}
+	needLocalKMS     = need{tools: []string{"bin/local-kms"}}
+	needVault        = need{tools: []string{"bin/vault-dev"}}
+)
+
+// runTests builds and looks for what the tests of a package need, runs them, and
+// returns the exit code.
+func runTests(m *testing.M, needs ...need) int {
+	kms.RunModule()
+	if err := setUp(needs); err != nil {
+		fmt.Fprintln(os.Stderr, "integration:", err)
+		return 1
+	}
+	defer os.RemoveAll(bin)
+	return m.Run()
+}
+
+func setUp(needs []need) error {
 	if os.Getuid() != 0 {
 		return errors.New("these tests run containers and so need root; \"make test-unit\" runs those that do not")
 	}
 	_, file, _, _ := runtime.Caller(0)
-	repo = filepath.Dir(filepath.Dir(file))
+	repo = file[:strings.LastIndex(file, "/integration/")]
 	if tools = os.Getenv("PILOT_TOOLS"); tools == "" {
 		tools = filepath.Join(repo, ".cache", "tools")
 	}
-	for _, name := range []string{"bin/containerd", "bin/containerd-shim-runc-v2", "bin/crictl", "bin/local-kms", "bin/vault-dev", "trixie/usr/bin/skopeo", "trixie/usr/sbin/pkcsslotd"} {
-		if _, err := os.Stat(filepath.Join(tools, name)); err != nil {
-			return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", filepath.Join(tools, name), tools)
+	for _, n := range needs {
+		for _, name := range n.tools {
+			if _, err := os.Stat(filepath.Join(tools, name)); err != nil {
+				return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", filepath.Join(tools, name), tools)
+			}
 		}
-	}
-	for _, name := range []string{"/usr/bin/containerd", "runc", "docker-registry", "softhsm2-util", "certutil", "gpg", "openssl", "ip"} {
-		if _, err := exec.LookPath(name); err != nil {
-			return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
+		for _, name := range n.path {
+			if _, err := exec.LookPath(name); err != nil {
+				return fmt.Errorf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
+			}
 		}
 	}
 	var err error
 	if bin, err = os.MkdirTemp("", "pilot-bin-"); err != nil {
 		return err
 	}
-	for cgo, packages := range map[string][]string{
-		"0": {"./cmd/pilot", "./cmd/pilot-decoder", "./integration/testdata/hello"},
-		"1": {"./cmd/copilot", "./ctr-pilot"},
-	} {
-		// As make build does, so that Go takes what that has compiled.
-		flags := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", bin + "/"}
-		if os.Getenv("PILOT_RACE") != "" {
-			cgo, flags = "1", append(flags, "-race")
-		}
-		build := exec.Command("go", append(flags, packages...)...)
-		build.Dir, build.Env = repo, append(os.Environ(), "CGO_ENABLED="+cgo)
-		if out, err := build.CombinedOutput(); err != nil {
-			return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
-		}
+	if err := build(needs); err != nil {
+		os.RemoveAll(bin)
+		return err
 	}
 	// containerd looks for its shim in PATH.
 	return os.Setenv("PATH", filepath.Join(tools, "bin")+":"+bin+":"+os.Getenv("PATH"))
+}
+
+// build builds our programs into bin. All packages of tests build them in one
+// directory, one after the other, so that the first links them and the others
+// find them there. Each has links of its own to them: go build replaces files.
+func build(needs []need) error {
+	race := os.Getenv("PILOT_RACE") != ""
+	shared := filepath.Join(repo, ".cache", "programs")
+	if race {
+		shared += "-race"
+	}
+	if err := os.MkdirAll(shared, 0o755); err != nil {
+		return err
+	}
+	lock, err := os.Open(shared)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", shared, err)
+	}
+	packages := map[bool][]string{} // by whether they use C libraries
+	for _, n := range needs {
+		packages[n.cgo] = append(packages[n.cgo], n.packages...)
+	}
+	for cgo, packages := range packages {
+		if len(packages) == 0 {
+			continue
+		}
+		// As make build does, so that Go takes what that has compiled.
+		flags := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", shared + "/"}
+		if race {
+			cgo, flags = true, append(flags, "-race")
+		}
+		build := exec.Command("go", append(flags, packages...)...)
+		build.Dir, build.Env = repo, append(os.Environ(), "CGO_ENABLED=0")
+		if cgo {
+			build.Env = append(build.Env, "CGO_ENABLED=1")
+		}
+		if out, err := build.CombinedOutput(); err != nil {
+			return fmt.Errorf("%v: %w\n%s", build.Args, err, out)
+		}
+		for _, p := range packages {
+			from, to := filepath.Join(shared, filepath.Base(p)), filepath.Join(bin, filepath.Base(p))
+			if os.Link(from, to) == nil {
+				continue
+			}
+			// The directories are on two disks.
+			if out, err := exec.Command("cp", from, to).CombinedOutput(); err != nil {
+				return fmt.Errorf("copy %s: %w: %s", from, err, out)
+			}
+		}
+	}
+	return nil
 }
 
 // tempDir returns a directory whose path is short enough for unix sockets.
