@@ -32,7 +32,7 @@ PILOT_TOOLS ?= $(CURDIR)/.cache/tools
 export PILOT_TOOLS
 
 VERSION := $(shell scripts/version.sh 2>/dev/null || echo dev)
-GOFLAGS_BUILD := -trimpath -buildvcs=false -ldflags '-s -w -X github.com/ctrlplane/pilot/version.Version=$(VERSION)'
+GOFLAGS_BUILD := -trimpath -buildvcs=false -ldflags '-s -w -X github.com/ctrlplane/pilot/internal/version.Version=$(VERSION)'
 
 # pilot and pilot-decoder run on every node, so they depend on no library there.
 # ocicrypt talks to PKCS#11 modules through cgo.
@@ -138,7 +138,7 @@ test-packages:
 NODE_IMAGE_DEB ?=
 node-image:
 	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
-	node-image/build.sh $(or $(NODE_IMAGE_DEB),$(DIST)/pilot_*_$$(dpkg --print-architecture).deb) $(DIST)/node-image/pilot-node.raw
+	packaging/node-image/build.sh $(or $(NODE_IMAGE_DEB),$(DIST)/pilot_*_$$(dpkg --print-architecture).deb) $(DIST)/node-image/pilot-node.raw
 
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image

@@ -9,7 +9,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/mistyped"
-	"github.com/ctrlplane/pilot/keyprovider/client"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 )
 
 // explainUsage has a command and those below it answer a mistake with one line,
@@ -68,7 +68,7 @@ func status(err error) int {
 	if coder := cli.ExitCoder(nil); errors.As(err, &coder) {
 		return coder.ExitCode()
 	}
-	if status := exit.Status(err); status != exit.Failed || !errors.Is(err, client.ErrDenied) {
+	if status := exit.Status(err); status != exit.Failed || !errors.Is(err, ocicryptclient.ErrDenied) {
 		return status
 	}
 	return exit.Denied

@@ -13,7 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/httpdbg"
 	"github.com/urfave/cli/v3"
 
-	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 

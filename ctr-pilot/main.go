@@ -10,9 +10,9 @@ import (
 	"github.com/containerd/containerd/v2/cmd/ctr/app"
 	"github.com/urfave/cli/v3"
 
-	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/version"
+	"github.com/ctrlplane/pilot/internal/version"
 )
 
 // suppressDeprecations is a variable of ctr's. Set to false, the warnings appear.

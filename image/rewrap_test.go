@@ -14,22 +14,22 @@ import (
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/keyprovider"
-	client "github.com/ctrlplane/pilot/keyprovider/copilot"
 	"github.com/ctrlplane/pilot/processor"
 )
 
 // newKEKs starts a broker that has KEKs, and pilot under the names pilot, second,
 // original, which writes the original's format, and remote, which has the broker
 // wrap.
-func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
+func newKEKs(t testing.TB, ids ...string) *server.Keys {
 	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- copilot.Serve(ctx, copilot.Config{Dir: dir, Listen: []string{"unix://" + socket}}) }()
+	go func() { done <- server.Serve(ctx, server.Config{Dir: dir, Listen: []string{"unix://" + socket}}) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-done; err != nil {
@@ -43,7 +43,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	keys, err := copilot.OpenKeys(t.Context(), copilot.Config{Dir: dir})
+	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,7 @@ func newKEKs(t testing.TB, ids ...string) *copilot.Keys {
 	return keys
 }
 
-func rotate(t testing.TB, keys *copilot.Keys, id string) {
+func rotate(t testing.TB, keys *server.Keys, id string) {
 	t.Helper()
 	if _, err := keys.Rotate(id); err != nil {
 		t.Fatal(err)

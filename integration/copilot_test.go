@@ -13,8 +13,8 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/ctrlplane/pilot/certfile"
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // ask makes a request to a broker's unix socket.

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // TestDoctorCauses examines nodes that get no KEK from their broker, each for a reason of

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // patient is a machine that pilot node doctor examines.

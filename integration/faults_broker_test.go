@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // faulty is what stands between pilot and a broker, and passes on what they say

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // limited returns a command that may have only so many open files.

@@ -20,7 +20,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 var (

@@ -20,7 +20,7 @@ import (
 
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
 
-	"github.com/ctrlplane/pilot/unixsocket"
+	"github.com/ctrlplane/pilot/internal/unixsocket"
 )
 
 // hostile stands before a broker, writes down all that it is told, and answers

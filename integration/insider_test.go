@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // TestListByName lists KEKs of which some can't be unsealed: to those who may not use

@@ -21,9 +21,9 @@ import (
 	"github.com/hashicorp/vault/api"
 	"github.com/pelletier/go-toml/v2"
 
-	"github.com/ctrlplane/pilot/certfile/certtest"
 	"github.com/ctrlplane/pilot/copilot/kms"
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/certfile/certtest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // vaultServer is a Vault with an engine of each kind, and what its

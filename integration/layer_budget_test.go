@@ -14,7 +14,7 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/keyprovider/client"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -45,7 +45,7 @@ func TestLayerBudget(t *testing.T) {
 		}
 	}
 	pilot(t, dir, "unix://"+dir+"/copilot.sock", "--provider-name", name, "--admin-listen", "unix://"+dir+"/admin.sock")
-	provider, err := client.New(keyproviderconfig.KeyProviderAttrs{Grpc: "unix://" + dir + "/keyprovider.sock"})
+	provider, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Grpc: "unix://" + dir + "/keyprovider.sock"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,8 +26,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
+	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/copilot/pki"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // issuer is an OpenID Connect issuer, as a cluster is.
@@ -71,7 +71,7 @@ func (i *issuer) token(t testing.TB, subject string) string {
 
 // herd is many nodes that come back at once, and what became of it.
 type herd struct {
-	nodes []*copilot.Client
+	nodes []*client.Client
 	keks  []string
 
 	connections, refused, requests, failed atomic.Int64
@@ -192,7 +192,7 @@ func powerCut(t *testing.T, size int, certificates bool) {
 		return fmt.Sprintf("site:node-%d", n)
 	}
 	for n := range size {
-		conf := copilot.Config{URLs: []string{b.url()}, CAFile: b.dir + "/ca.pem"}
+		conf := client.Config{URLs: []string{b.url()}, CAFile: b.dir + "/ca.pem"}
 		if certificates {
 			conf.CertFile, conf.KeyFile = fmt.Sprintf("%s/nodes/%d.pem", b.dir, n), fmt.Sprintf("%s/nodes/%d-key.pem", b.dir, n)
 			if err := os.MkdirAll(b.dir+"/nodes", 0o700); err != nil {
@@ -204,7 +204,7 @@ func powerCut(t *testing.T, size int, certificates bool) {
 		} else {
 			conf.TokenFile = write(t, fmt.Sprintf("%s/nodes/%d", b.dir, n), i.token(t, fmt.Sprintf("node-%d", n)))
 		}
-		node, err := copilot.New(conf)
+		node, err := client.New(conf)
 		if err != nil {
 			t.Fatal(err)
 		}

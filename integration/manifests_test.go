@@ -12,8 +12,8 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/ctrlplane/pilot/certfile"
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // TestCopilotInCluster runs copilot as its Deployment does: as nobody in

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // TestRemovedCA has connections open while the CA of their certificates is taken out

@@ -25,8 +25,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
-	"github.com/ctrlplane/pilot/tracing/tracetest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/internal/tracing/tracetest"
 )
 
 // dumpable returns cmd as whoever wants a core dump of it starts it.

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/ctrlplane/pilot/tracing/tracetest"
+	"github.com/ctrlplane/pilot/internal/tracing/tracetest"
 )
 
 // TestTraces follows a layer key from who wants it wrapped, through pilot, to

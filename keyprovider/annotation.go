@@ -8,7 +8,7 @@ import (
 	"io"
 	"strings"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // Format is a way to write down a wrapped layer key.
@@ -135,8 +135,8 @@ func (a *Annotation) validateCopilot() error {
 		return fmt.Errorf("annotation: KEK version %d is not from 1", a.KEKVersion)
 	case a.IV != nil:
 		return fmt.Errorf("annotation: method %s has no IV", methodCopilot)
-	case n == 0 || n > copilot.MaxWrappedKey:
-		return fmt.Errorf("annotation: wrapped key of %d bytes, not 1 to %d", n, copilot.MaxWrappedKey)
+	case n == 0 || n > client.MaxWrappedKey:
+		return fmt.Errorf("annotation: wrapped key of %d bytes, not 1 to %d", n, client.MaxWrappedKey)
 	}
 	if err := ValidateKEKID(a.KEKID); err != nil {
 		return fmt.Errorf("annotation: %w", err)

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // TestOriginalVectors unwraps what a JVM wrapped, with the original's code.
@@ -29,7 +29,7 @@ func TestOriginalVectors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := unwrap(copilot.KEK{Key: v.KEK}, list[0])
+		got, err := unwrap(client.KEK{Key: v.KEK}, list[0])
 		if err != nil || !bytes.Equal(got, v.Optsdata) {
 			t.Errorf("vector %d: got %q, %v", n, got, err)
 		}
@@ -49,7 +49,7 @@ func TestWrapUnwrap(t *testing.T) {
 		{FormatA256GCMKW, 32, true}, {FormatA256GCMKW, 16, false}, {FormatA256GCMKW, 24, false}, {FormatA256GCMKW, 0, false},
 		{FormatOriginal, 16, true}, {FormatOriginal, 24, true}, {FormatOriginal, 32, true}, {FormatOriginal, 31, false},
 	} {
-		kek := copilot.KEK{ID: "team-a", Version: 3, Key: bytes.Repeat([]byte{7}, test.size)}
+		kek := client.KEK{ID: "team-a", Version: 3, Key: bytes.Repeat([]byte{7}, test.size)}
 		a, err := wrap(kek, test.format, secret)
 		if (err == nil) != test.ok {
 			t.Errorf("%s with %d bytes: %v", test.format, test.size, err)
@@ -77,7 +77,7 @@ func TestWrapUnwrap(t *testing.T) {
 // TestOriginalFields checks that the original, which refuses unknown fields,
 // gets no others than its own.
 func TestOriginalFields(t *testing.T) {
-	a, err := wrap(copilot.KEK{ID: "team-a", Version: 2, Key: make([]byte, 32)}, FormatOriginal, []byte("x"))
+	a, err := wrap(client.KEK{ID: "team-a", Version: 2, Key: make([]byte, 32)}, FormatOriginal, []byte("x"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +97,7 @@ func TestOriginalFields(t *testing.T) {
 
 // TestBound checks that nothing that an annotation says can be changed.
 func TestBound(t *testing.T) {
-	kek := copilot.KEK{ID: "team-a", Version: 3, Key: make([]byte, 32)}
+	kek := client.KEK{ID: "team-a", Version: 3, Key: make([]byte, 32)}
 	for name, change := range map[string]func(*Annotation){
 		"KEK":         func(a *Annotation) { a.KEKID = "team-b" },
 		"version":     func(a *Annotation) { a.KEKVersion = 2 },
@@ -172,7 +172,7 @@ func FuzzParseAnnotation(f *testing.F) {
 			return
 		}
 		for _, a := range list {
-			if _, err := unwrap(copilot.KEK{Key: make([]byte, 32)}, a); err == nil {
+			if _, err := unwrap(client.KEK{Key: make([]byte, 32)}, a); err == nil {
 				t.Fatalf("%s unwraps with a KEK of zeros", b)
 			}
 		}

@@ -13,9 +13,9 @@ import (
 	"github.com/containers/ocicrypt/config"
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
-	broker "github.com/ctrlplane/pilot/copilot"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	"github.com/ctrlplane/pilot/copilot/client"
+	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // testBroker is a real broker.
@@ -90,7 +90,7 @@ func (b *testBroker) asked(t testing.TB, id string) int {
 // newProvider returns a provider with nothing in its cache.
 func newProvider(t testing.TB, url string, conf Config) *Provider {
 	t.Helper()
-	c, err := copilot.New(copilot.Config{URLs: []string{url}, Timeout: time.Minute})
+	c, err := client.New(client.Config{URLs: []string{url}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // errorTTL is how long a failed fetch is remembered, so that the many layers
@@ -35,7 +35,7 @@ const notExportedFor = 5 * time.Minute
 // cache holds KEKs by id and version. Version 0 stands for whichever is
 // current. It is safe for concurrent use.
 type cache struct {
-	fetch func(ctx context.Context, id string, version int) (copilot.KEK, error)
+	fetch func(ctx context.Context, id string, version int) (client.KEK, error)
 	ttl   time.Duration // a KEK is kept this long after it was fetched; 0: for ever
 	grace time.Duration // and this much longer as long as the broker gives no usable answer
 	idle  time.Duration // a KEK is kept this long after it was last used; 0: for ever
@@ -62,7 +62,7 @@ type cacheKey struct {
 
 type cacheEntry struct {
 	key       cacheKey
-	kek       copilot.KEK
+	kek       client.KEK
 	fetched   time.Time
 	isCurrent time.Time // when it was last fetched as the current version, or zero
 	doubted   bool      // another version may be current since
@@ -81,35 +81,35 @@ func (f failure) spares(d time.Duration, now time.Time) bool {
 }
 
 // isOutage reports whether the broker gave no usable answer, rather than a no.
-func (f failure) isOutage() bool { return errors.Is(f.err, copilot.ErrUnavailable) }
+func (f failure) isOutage() bool { return errors.Is(f.err, client.ErrUnavailable) }
 
 // get returns a KEK, whose key the caller clears. However many callers ask for
 // it at once, the broker is asked once; each stops waiting when its own ctx is
 // done.
-func (c *cache) get(ctx context.Context, id string, version int) (copilot.KEK, error) {
+func (c *cache) get(ctx context.Context, id string, version int) (client.KEK, error) {
 	return c.obtain(ctx, cacheKey{id, version}, false)
 }
 
 // latest returns a KEK in the version that the broker says is current, whose key
 // the caller clears. What is remembered as current may have been rotated, so
 // without the broker nothing is wrapped.
-func (c *cache) latest(ctx context.Context, id string) (copilot.KEK, error) {
+func (c *cache) latest(ctx context.Context, id string) (client.KEK, error) {
 	return c.obtain(ctx, cacheKey{id, 0}, true)
 }
 
-func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (copilot.KEK, error) {
+func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (client.KEK, error) {
 	if err := ctx.Err(); err != nil {
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", key.id, err)
+		return client.KEK{}, fmt.Errorf("KEK %q: %w", key.id, err)
 	}
 	if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 		c.tell(outcome)
 		return kek, inTrace(ctx, err)
 	}
 	if !layerbudget.Take(ctx) {
-		return copilot.KEK{}, ErrTooManyKeys
+		return client.KEK{}, ErrTooManyKeys
 	}
 	c.tell(outcomeMiss)
-	kek, err := c.flights.do(ctx, flightKey{key, fresh}, func() (copilot.KEK, error) {
+	kek, err := c.flights.do(ctx, flightKey{key, fresh}, func() (client.KEK, error) {
 		if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 			return kek, err
 		}
@@ -132,7 +132,7 @@ func (c *cache) tell(outcome string) {
 
 // copyOf returns kek with a key of its own, since the cache clears the keys
 // that it drops and callers those that they have used.
-func copyOf(kek copilot.KEK) copilot.KEK {
+func copyOf(kek client.KEK) client.KEK {
 	kek.Key = slices.Clone(kek.Key)
 	return kek
 }
@@ -140,12 +140,12 @@ func copyOf(kek copilot.KEK) copilot.KEK {
 // lookup returns a copy of what is known of a KEK, unless it has to be fresh, or
 // how fetching it failed just now. The outcome is outcomeMiss if the broker has to be
 // asked.
-func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, outcome string, _ error) {
+func (c *cache) lookup(key cacheKey, fresh bool) (_ client.KEK, outcome string, _ error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
 	if f := c.kept[key.id]; f.spares(c.notExportedFor(), now) {
-		return copilot.KEK{}, outcomeNotExported, f.err
+		return client.KEK{}, outcomeNotExported, f.err
 	}
 	f := c.failed[key]
 	if el := c.find(key, now); el != nil && !fresh {
@@ -157,9 +157,9 @@ func (c *cache) lookup(key cacheKey, fresh bool) (_ copilot.KEK, outcome string,
 		}
 	}
 	if f.spares(errorTTL, now) {
-		return copilot.KEK{}, outcomeRefused, f.err
+		return client.KEK{}, outcomeRefused, f.err
 	}
-	return copilot.KEK{}, outcomeMiss, nil
+	return client.KEK{}, outcomeMiss, nil
 }
 
 // find returns the entry of a KEK, if there is one that may be used.
@@ -181,7 +181,7 @@ func (c *cache) find(key cacheKey, now time.Time) *list.Element {
 	return el
 }
 
-func (c *cache) use(el *list.Element, now time.Time) copilot.KEK {
+func (c *cache) use(el *list.Element, now time.Time) client.KEK {
 	e := el.Value.(*cacheEntry)
 	e.used = now
 	c.recent.MoveToFront(el)
@@ -234,7 +234,7 @@ func (c *cache) doubtCurrent(id string) bool {
 }
 
 // store keeps a KEK that was fetched.
-func (c *cache) store(key cacheKey, kek copilot.KEK) {
+func (c *cache) store(key cacheKey, kek client.KEK) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
@@ -277,18 +277,18 @@ func (c *cache) store(key cacheKey, kek copilot.KEK) {
 // miss remembers that a KEK could not be fetched, and returns the error or, if
 // the broker gave no usable answer, the KEK as it was known, unless it has to be
 // fresh.
-func (c *cache) miss(key cacheKey, err error, fresh bool) (copilot.KEK, error) {
+func (c *cache) miss(key cacheKey, err error, fresh bool) (client.KEK, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	if errors.Is(err, copilot.ErrNotExported) {
+	if errors.Is(err, client.ErrNotExported) {
 		remember(&c.kept, key.id, failure{err, now})
 		c.removeAll(key.id)
-		return copilot.KEK{}, err
+		return client.KEK{}, err
 	}
 	remember(&c.failed, key, failure{err, now})
 	switch {
-	case errors.Is(err, copilot.ErrUnavailable):
+	case errors.Is(err, client.ErrUnavailable):
 		el := c.find(key, now)
 		if el == nil || fresh {
 			break
@@ -299,19 +299,19 @@ func (c *cache) miss(key cacheKey, err error, fresh bool) (copilot.KEK, error) {
 				Warn("KEK used past its kek-cache-ttl")
 		}
 		return c.use(el, now), nil
-	case errors.Is(err, copilot.ErrNotFound) && key.version != 0:
+	case errors.Is(err, client.ErrNotFound) && key.version != 0:
 		if el, ok := c.entries[key]; ok {
 			c.remove(el)
 		}
-	case errors.Is(err, copilot.ErrNotFound), errors.Is(err, copilot.ErrForbidden):
+	case errors.Is(err, client.ErrNotFound), errors.Is(err, client.ErrForbidden):
 		c.removeAll(key.id) // nor may an outage bring the other versions back
 	}
-	return copilot.KEK{}, err
+	return client.KEK{}, err
 }
 
 // refuse remembers that the broker does not unwrap with a KEK for us.
 func (c *cache) refuse(key cacheKey, err error, trace string) {
-	if !errors.Is(err, copilot.ErrForbidden) && !errors.Is(err, copilot.ErrNotFound) {
+	if !errors.Is(err, client.ErrForbidden) && !errors.Is(err, client.ErrNotFound) {
 		return
 	}
 	c.mu.Lock()

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // counted is a cache whose clock the test moves and whose fetches it counts.
@@ -24,15 +24,15 @@ type counted struct {
 func newCounted(ttl, idle time.Duration, size int) *counted {
 	c := &counted{clock: time.Unix(1e9, 0)}
 	c.cache = cache{ttl: ttl, idle: idle, size: size, now: func() time.Time { return c.clock },
-		fetch: func(_ context.Context, id string, version int) (copilot.KEK, error) {
+		fetch: func(_ context.Context, id string, version int) (client.KEK, error) {
 			c.fetches.Add(1)
 			if c.err != nil {
-				return copilot.KEK{}, c.err
+				return client.KEK{}, c.err
 			}
 			if version == 0 {
 				version = 5
 			}
-			return copilot.KEK{ID: id, Version: version, Key: []byte(id)}, nil
+			return client.KEK{ID: id, Version: version, Key: []byte(id)}, nil
 		}}
 	return c
 }
@@ -168,14 +168,14 @@ func TestCacheLateError(t *testing.T) {
 	asked, fail := make(chan struct{}), make(chan struct{})
 	down := errors.New("broker down")
 	var fetches atomic.Int32
-	c := &cache{size: 10, now: time.Now, fetch: func(_ context.Context, id string, version int) (copilot.KEK, error) {
+	c := &cache{size: 10, now: time.Now, fetch: func(_ context.Context, id string, version int) (client.KEK, error) {
 		fetches.Add(1)
 		if version == 0 {
-			return copilot.KEK{ID: id, Version: 5, Key: []byte("key")}, nil
+			return client.KEK{ID: id, Version: 5, Key: []byte("key")}, nil
 		}
 		close(asked)
 		<-fail
-		return copilot.KEK{}, down
+		return client.KEK{}, down
 	}}
 	late := make(chan error)
 	go func() {
@@ -268,12 +268,12 @@ func TestCacheOneFetch(t *testing.T) {
 	asked, answer := make(chan struct{}), make(chan struct{})
 	var fetches atomic.Int32
 	c := &cache{ttl: time.Hour, size: 10, now: time.Now,
-		fetch: func(ctx context.Context, id string, version int) (copilot.KEK, error) {
+		fetch: func(ctx context.Context, id string, version int) (client.KEK, error) {
 			if fetches.Add(1) == 1 {
 				close(asked)
 			}
 			<-answer
-			return copilot.KEK{ID: id, Version: version}, ctx.Err()
+			return client.KEK{ID: id, Version: version}, ctx.Err()
 		}}
 	first, giveUp := context.WithCancel(t.Context())
 	gaveUp := make(chan error)
@@ -322,8 +322,8 @@ func TestCacheClock(t *testing.T) {
 	if _, err := p.keks.latest(t.Context(), "a"); err != nil {
 		t.Fatal(err)
 	}
-	p.keks.miss(cacheKey{"b", 0}, copilot.ErrUnavailable, true)
-	p.keks.miss(cacheKey{"c", 0}, copilot.ErrNotExported, true)
+	p.keks.miss(cacheKey{"b", 0}, client.ErrUnavailable, true)
+	p.keks.miss(cacheKey{"c", 0}, client.ErrNotExported, true)
 	e := p.keks.recent.Front().Value.(*cacheEntry)
 	for name, at := range map[string]time.Time{
 		"now": p.keks.now(), "fetched": e.fetched, "current": e.isCurrent, "used": e.used,
@@ -345,7 +345,7 @@ func TestCacheClock(t *testing.T) {
 	c.expect(t, "a", 0, 2)
 	c.clock = c.clock.Add(day + time.Hour)
 	c.expect(t, "a", 0, 3)
-	c.err = copilot.ErrUnavailable
+	c.err = client.ErrUnavailable
 	c.clock = c.clock.Add(day) // and the grace is over
 	c.fail(t, "a", 0, 4)
 }

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"sync"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // flights has callers that want the same at the same time share one fetch. Each
@@ -25,13 +25,13 @@ type flightKey struct {
 type flight struct {
 	landed  chan struct{} // closed when kek and err are there
 	waiting int           // callers that have not taken them yet, nor given up
-	kek     copilot.KEK
+	kek     client.KEK
 	err     error
 }
 
 // do returns what fetch returns, to each caller that asks for key before it
 // does. A caller stops waiting when its ctx is done; the fetch goes on.
-func (f *flights) do(ctx context.Context, key flightKey, fetch func() (copilot.KEK, error)) (copilot.KEK, error) {
+func (f *flights) do(ctx context.Context, key flightKey, fetch func() (client.KEK, error)) (client.KEK, error) {
 	f.mu.Lock()
 	current, ok := f.current[key]
 	if !ok {
@@ -51,11 +51,11 @@ func (f *flights) do(ctx context.Context, key flightKey, fetch func() (copilot.K
 		return copyOf(current.kek), current.err
 	case <-ctx.Done():
 		f.leave(current)
-		return copilot.KEK{}, fmt.Errorf("KEK %q: %w", key.id, ctx.Err())
+		return client.KEK{}, fmt.Errorf("KEK %q: %w", key.id, ctx.Err())
 	}
 }
 
-func (f *flights) fly(key flightKey, current *flight, fetch func() (copilot.KEK, error)) {
+func (f *flights) fly(key flightKey, current *flight, fetch func() (client.KEK, error)) {
 	kek, err := fetch()
 	f.mu.Lock()
 	defer f.mu.Unlock()

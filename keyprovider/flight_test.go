@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // TestFetchedKeyCleared has many callers share fetches, some of whom give up.
@@ -17,10 +17,10 @@ func TestFetchedKeyCleared(t *testing.T) {
 		c := newCounted(time.Hour, 0, 0) // nothing is kept
 		fetched := bytes.Repeat([]byte("k"), 32)
 		asked, answer := make(chan bool), make(chan bool)
-		c.fetch = func(context.Context, string, int) (copilot.KEK, error) {
+		c.fetch = func(context.Context, string, int) (client.KEK, error) {
 			asked <- true
 			<-answer
-			return copilot.KEK{ID: "a", Version: 1, Key: fetched}, nil
+			return client.KEK{ID: "a", Version: 1, Key: fetched}, nil
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var stay, giveUp sync.WaitGroup

@@ -5,15 +5,13 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/sirupsen/logrus"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
 	"testing"
-
-	"github.com/sirupsen/logrus"
-
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // FuzzExec asks a key provider, whose broker has each KEK, anything. No request
@@ -31,7 +29,7 @@ func FuzzExec(f *testing.F) {
 		reply(w, map[string]any{"id": id, "version": version, "key": []byte(kek)})
 	}))
 	defer broker.Close()
-	client, err := copilot.New(copilot.Config{URLs: []string{broker.URL}})
+	client, err := brokerclient.New(brokerclient.Config{URLs: []string{broker.URL}})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -11,13 +11,13 @@ import (
 
 	"github.com/sirupsen/logrus"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 var (
-	errDown = fmt.Errorf("%w: it is away", copilot.ErrUnavailable)
-	errNo   = fmt.Errorf("%w: go away", copilot.ErrForbidden)
-	errGone = fmt.Errorf("%w: deleted", copilot.ErrNotFound)
+	errDown = fmt.Errorf("%w: it is away", client.ErrUnavailable)
+	errNo   = fmt.Errorf("%w: go away", client.ErrForbidden)
+	errGone = fmt.Errorf("%w: deleted", client.ErrNotFound)
 )
 
 func newGraceful(idle time.Duration) *counted {
@@ -170,10 +170,10 @@ func TestGraceAtOnce(t *testing.T) {
 	c.expect(t, "a", 5, 1)
 	c.pass(10 * time.Second)
 	var fetches atomic.Int32
-	c.fetch = func(context.Context, string, int) (copilot.KEK, error) {
+	c.fetch = func(context.Context, string, int) (client.KEK, error) {
 		fetches.Add(1)
 		time.Sleep(50 * time.Millisecond)
-		return copilot.KEK{}, errDown
+		return client.KEK{}, errDown
 	}
 	done := make(chan error, 50)
 	for range cap(done) {

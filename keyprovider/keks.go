@@ -8,9 +8,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/ctrlplane/pilot/errline"
+	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // maxVersions is how many versions of a KEK are tried, newest first, on an
@@ -26,9 +26,9 @@ func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (Annota
 	}
 	kek, err := p.keks.latest(ctx, id)
 	switch {
-	case errors.Is(err, copilot.ErrNotExported) && p.conf.Format == FormatOriginal:
+	case errors.Is(err, client.ErrNotExported) && p.conf.Format == FormatOriginal:
 		return Annotation{}, 0, fmt.Errorf("annotation-format %s takes the KEK itself: %w", FormatOriginal, err)
-	case errors.Is(err, copilot.ErrNotExported):
+	case errors.Is(err, client.ErrNotExported):
 		return p.wrapAtBroker(ctx, id, optsdata)
 	case err != nil:
 		return Annotation{}, 0, err
@@ -53,36 +53,36 @@ func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte)
 
 // unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW or copilot.
 // What the broker refused for the KEK just now, it is not asked again.
-func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata []byte, _ copilot.KEK, err error) {
+func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata []byte, _ client.KEK, err error) {
 	key := cacheKey{a.KEKID, a.KEKVersion}
 	if err := p.keks.refusal(key); err != nil {
-		return nil, copilot.KEK{}, inTrace(ctx, err)
+		return nil, client.KEK{}, inTrace(ctx, err)
 	}
 	if !layerbudget.Take(ctx) {
-		return nil, copilot.KEK{}, ErrTooManyKeys
+		return nil, client.KEK{}, ErrTooManyKeys
 	}
 	defer func() { p.keks.refuse(key, err, traceOf(ctx)) }()
 	defer func(start time.Time) { p.metrics.asked(ctx, "unwrap", start, err) }(time.Now())
-	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, copilot.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
-	if errors.Is(err, copilot.ErrRejected) {
+	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, client.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
+	if errors.Is(err, client.ErrRejected) {
 		err = fmt.Errorf("%w: %w", ErrWrongKEK, err)
 	}
-	return optsdata, copilot.KEK{ID: a.KEKID, Version: a.KEKVersion}, err
+	return optsdata, client.KEK{ID: a.KEKID, Version: a.KEKVersion}, err
 }
 
 // unwrap tries the KEKs that may open a.
-func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
+func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) ([]byte, client.KEK, error) {
 	if a.Method == methodAESGCM {
 		return p.unwrapOriginal(ctx, a, allowed)
 	}
 	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
+		return nil, client.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
 	}
 	if a.Method == methodCopilot {
 		return p.unwrapAtBroker(ctx, a)
 	}
 	optsdata, kek, err := p.unwrapWith(ctx, a, a.KEKID)
-	if errors.Is(err, copilot.ErrNotExported) {
+	if errors.Is(err, client.ErrNotExported) {
 		return p.unwrapAtBroker(ctx, a)
 	}
 	return optsdata, kek, err
@@ -90,13 +90,13 @@ func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) (
 
 // unwrapOriginal tries each KEK that is named, or else the default ones, on an
 // annotation that does not say which it takes.
-func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, copilot.KEK, error) {
+func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, client.KEK, error) {
 	ids := allowed
 	if len(ids) == 0 {
 		ids = p.conf.DefaultKEKs
 	}
 	if len(ids) == 0 {
-		return nil, copilot.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Names[0])
+		return nil, client.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Names[0])
 	}
 	var errs []error
 	for _, id := range ids {
@@ -105,16 +105,16 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 			return optsdata, kek, nil
 		}
 		if ctx.Err() != nil || errors.Is(err, ErrTooManyKeys) {
-			return nil, copilot.KEK{}, err
+			return nil, client.KEK{}, err
 		}
 		errs = append(errs, err)
 	}
-	return nil, copilot.KEK{}, errline.Join(errs...)
+	return nil, client.KEK{}, errline.Join(errs...)
 }
 
 // unwrapWith unwraps a with the version of the KEK that it names, or else with
 // any. It returns the KEK without its key.
-func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
+func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, client.KEK, error) {
 	optsdata, kek, err := p.tryVersions(ctx, a, id)
 	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.doubtCurrent(id) {
 		// It may have been wrapped with a version newer than what was
@@ -124,7 +124,7 @@ func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]b
 	return optsdata, kek, err
 }
 
-func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]byte, copilot.KEK, error) {
+func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]byte, client.KEK, error) {
 	var first error
 	version := a.KEKVersion
 	for range maxVersions {
@@ -152,5 +152,5 @@ func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]
 			break
 		}
 	}
-	return nil, copilot.KEK{}, first
+	return nil, client.KEK{}, first
 }

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // keeper is a broker that wraps and unwraps with KEKs, of which it gives out
@@ -250,7 +250,7 @@ func TestNotExportedHere(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := unwraps(t, node, b); !errors.Is(err, ErrWrongKEK) || errors.Is(err, copilot.ErrUnavailable) || !strings.Contains(err.Error(), k.URL) {
+			if err := unwraps(t, node, b); !errors.Is(err, ErrWrongKEK) || errors.Is(err, client.ErrUnavailable) || !strings.Contains(err.Error(), k.URL) {
 				t.Errorf("with another %s: %v", name, err)
 			}
 		}
@@ -275,7 +275,7 @@ func TestFormatCopilot(t *testing.T) {
 	if n := k.count("key"); n != 0 {
 		t.Errorf("a KEK was asked for %d times", n)
 	}
-	if _, err := p.WrapKey(t.Context(), wrapRequest(t, "nobody")); !errors.Is(err, copilot.ErrNotFound) {
+	if _, err := p.WrapKey(t.Context(), wrapRequest(t, "nobody")); !errors.Is(err, client.ErrNotFound) {
 		t.Errorf("no such KEK: %v", err)
 	}
 }
@@ -306,7 +306,7 @@ func TestOriginalNotExported(t *testing.T) {
 		t.Errorf("with the second of the default KEKs: %v", err)
 	}
 	_, err := p.WrapKey(t.Context(), wrapRequest(t, "team-a"))
-	if !errors.Is(err, copilot.ErrNotExported) || !strings.Contains(err.Error(), "annotation-format original") {
+	if !errors.Is(err, client.ErrNotExported) || !strings.Contains(err.Error(), "annotation-format original") {
 		t.Errorf("got %v", err)
 	}
 	if n := k.count("wrap"); n != 0 {
@@ -324,7 +324,7 @@ func TestOriginalNotExported(t *testing.T) {
 func TestManyNotExported(t *testing.T) {
 	c := newCounted(0, 0, 10)
 	c.expect(t, "a", 5, 1)
-	c.err = fmt.Errorf("%w: 409", copilot.ErrNotExported)
+	c.err = fmt.Errorf("%w: 409", client.ErrNotExported)
 	c.pass(errorTTL)
 	for i := range int32(maxErrors + 10) {
 		c.fail(t, fmt.Sprintf("kek-%d", i), 0, 2+i)
@@ -349,7 +349,7 @@ func TestNoLongerExported(t *testing.T) {
 	c := newGraceful(0)
 	c.expect(t, "a", 0, 1)
 	c.expect(t, "a", 4, 2)
-	c.err = fmt.Errorf("%w: 409", copilot.ErrNotExported)
+	c.err = fmt.Errorf("%w: 409", client.ErrNotExported)
 	c.pass(10 * time.Second)
 	c.fail(t, "a", 0, 3)
 	if len(c.entries) != 0 {

@@ -9,7 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 	"google.golang.org/grpc/codes"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // Metrics are what Prometheus reads of a [Provider], and of others in its place
@@ -87,7 +87,7 @@ func (m *Metrics) asked(ctx context.Context, operation string, start time.Time, 
 		return
 	}
 	result := code(err)
-	if errors.Is(err, copilot.ErrNotExported) {
+	if errors.Is(err, client.ErrNotExported) {
 		result = codes.OK // the answer is to ask otherwise
 	}
 	m.broker.WithLabelValues(operation, result.String()).Inc()

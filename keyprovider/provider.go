@@ -18,10 +18,10 @@ import (
 
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
-	"github.com/ctrlplane/pilot/errline"
+	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // ErrInput is the error of a request that no broker could serve: it is not
@@ -65,13 +65,13 @@ type Config struct {
 // Provider wraps and unwraps layer keys. It is safe for concurrent use.
 type Provider struct {
 	conf    Config
-	broker  *copilot.Client
+	broker  *client.Client
 	keks    cache
 	metrics *Metrics
 }
 
 // New returns a Provider that gets its KEKs from broker.
-func New(broker *copilot.Client, conf Config) *Provider {
+func New(broker *client.Client, conf Config) *Provider {
 	if len(conf.Names) == 0 {
 		conf.Names = []string{"pilot"}
 	}
@@ -94,7 +94,7 @@ func New(broker *copilot.Client, conf Config) *Provider {
 	return p
 }
 
-func (p *Provider) fetch(ctx context.Context, id string, version int) (kek copilot.KEK, err error) {
+func (p *Provider) fetch(ctx context.Context, id string, version int) (kek client.KEK, err error) {
 	defer func(start time.Time) { p.metrics.asked(ctx, "kek", start, err) }(time.Now())
 	return p.broker.KEK(ctx, id, version)
 }

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 // TestSeveralKEKs wraps for three KEKs and unwraps where there is only one.
@@ -32,7 +32,7 @@ func TestSeveralKEKs(t *testing.T) {
 	}
 	foreign := startBroker(t, map[string][]byte{"b": nil, "d": nil})
 	err := unwraps(t, newProvider(t, foreign.url, Config{}), annotation)
-	if !errors.Is(err, copilot.ErrNotFound) || !errors.Is(err, ErrWrongKEK) {
+	if !errors.Is(err, client.ErrNotFound) || !errors.Is(err, ErrWrongKEK) {
 		t.Errorf("with none of them: %v", err)
 	}
 	for _, id := range []string{"a", "b", "c"} {

@@ -11,8 +11,8 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 // KeyProvider answers requests of ocicrypt's key provider protocol, in its JSON.
@@ -67,21 +67,21 @@ func code(err error) codes.Code {
 		return codes.OK
 	case errors.Is(err, context.Canceled):
 		return codes.Canceled
-	case errors.Is(err, copilot.ErrUnavailable):
+	case errors.Is(err, client.ErrUnavailable):
 		return codes.Unavailable
 	case errors.Is(err, context.DeadlineExceeded):
 		return codes.DeadlineExceeded
-	case errors.Is(err, copilot.ErrForbidden):
+	case errors.Is(err, client.ErrForbidden):
 		return codes.PermissionDenied
-	case errors.Is(err, copilot.ErrNotFound):
+	case errors.Is(err, client.ErrNotFound):
 		return codes.NotFound
 	case errors.Is(err, ErrTooManyKeys):
 		return codes.ResourceExhausted
 	case errors.Is(err, ErrInput):
 		return codes.InvalidArgument
-	case errors.Is(err, ErrWrongKEK), errors.Is(err, copilot.ErrNotExported):
+	case errors.Is(err, ErrWrongKEK), errors.Is(err, client.ErrNotExported):
 		return codes.FailedPrecondition
-	case errors.Is(err, copilot.ErrRejected):
+	case errors.Is(err, client.ErrRejected):
 		return codes.InvalidArgument
 	}
 	return codes.Unknown

@@ -19,15 +19,15 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
-	"github.com/ctrlplane/pilot/unixsocket"
+	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/unixsocket"
 )
 
 // serveGRPC answers the key provider protocol on a unix socket, with KEKs from
 // the broker at url, and returns a client.
 func serveGRPC(t *testing.T, url string, timeout time.Duration) ocicryptpb.KeyProviderServiceClient {
 	t.Helper()
-	broker, err := copilot.New(copilot.Config{URLs: []string{url}, Timeout: timeout})
+	broker, err := client.New(client.Config{URLs: []string{url}, Timeout: timeout})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestCodesOfBadBroker(t *testing.T) {
 // refused wraps and unwraps with the broker at url, and expects no answer.
 func refused(t *testing.T, url string, timeout time.Duration, code codes.Code, want string) {
 	t.Helper()
-	a, err := wrap(copilot.KEK{ID: "a", Version: 1, Key: bytes.Repeat([]byte{1}, 32)}, FormatA256GCMKW, []byte(secret))
+	a, err := wrap(client.KEK{ID: "a", Version: 1, Key: bytes.Repeat([]byte{1}, 32)}, FormatA256GCMKW, []byte(secret))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
+	"github.com/ctrlplane/pilot/copilot/client"
 )
 
 const (
@@ -21,7 +21,7 @@ var errWrongKEK = errors.New("does not unwrap this layer key: the KEK was replac
 
 // wrap wraps optsdata, the layer key in ocicrypt's JSON, with kek, in
 // FormatA256GCMKW or FormatOriginal.
-func wrap(kek copilot.KEK, format Format, optsdata []byte) (Annotation, error) {
+func wrap(kek client.KEK, format Format, optsdata []byte) (Annotation, error) {
 	a := Annotation{Method: methodAESGCM, IV: make([]byte, originalIVSize)}
 	if format == FormatA256GCMKW {
 		if len(kek.Key) != kekSize {
@@ -39,7 +39,7 @@ func wrap(kek copilot.KEK, format Format, optsdata []byte) (Annotation, error) {
 }
 
 // unwrap returns the optsdata that a holds, or errWrongKEK.
-func unwrap(kek copilot.KEK, a Annotation) ([]byte, error) {
+func unwrap(kek client.KEK, a Annotation) ([]byte, error) {
 	if a.Method == methodA256GCMKW && len(kek.Key) != kekSize {
 		return nil, fmt.Errorf("has %d bytes, and %s takes %d", len(kek.Key), a.Method, kekSize)
 	}

@@ -4,8 +4,8 @@ import (
 	"bytes"
 	"testing"
 
+	"github.com/ctrlplane/pilot/internal/protofield"
 	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/wire"
 )
 
 // FuzzReadPayload has containerd pass anything.
@@ -22,7 +22,7 @@ func FuzzReadPayload(f *testing.F) {
 		if err == nil && p.Descriptor.Digest == "" {
 			t.Error("a payload without a layer is accepted")
 		}
-		url, _ := wire.Field(b, 1) // which is no key, and is told
+		url, _ := protofield.Field(b, 1) // which is no key, and is told
 		if err != nil && bytes.Contains([]byte(err.Error()), []byte(secret)) && !bytes.Contains(url, []byte(secret)) {
 			t.Errorf("the error repeats keys: %v", err)
 		}

@@ -12,7 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
-	"github.com/ctrlplane/pilot/wire"
+	"github.com/ctrlplane/pilot/internal/protofield"
 )
 
 // ErrNoPayload is the error of a stream processor that containerd started
@@ -63,8 +63,8 @@ func ReadPayload(ctx context.Context, r io.Reader) (*Payload, error) {
 	if len(data) > maxPayload {
 		return nil, fmt.Errorf("the decryption payload has more than %d bytes", maxPayload)
 	}
-	url, urlErr := wire.Field(data, 1)
-	value, err := wire.Field(data, 2)
+	url, urlErr := protofield.Field(data, 1)
+	value, err := protofield.Field(data, 2)
 	if urlErr != nil || err != nil {
 		return nil, errors.New("the decryption payload is not a protobuf Any")
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/containers/ocicrypt/keywrap/pkcs11"
 
-	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/coredump"
 )
 
 // pkcs11Argument is the only argument of a process that unwraps one layer key with

@@ -12,8 +12,8 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/internal/regular"
-	"github.com/ctrlplane/pilot/keyprovider/client"
 )
 
 // KeyProvider wraps and unwraps layer keys for others. Requests and answers are
@@ -79,7 +79,7 @@ func readProviders(file string) (map[string]KeyProvider, error) {
 	}
 	all := make(map[string]KeyProvider)
 	for name, attrs := range conf.KeyProviderConfig {
-		c, err := client.New(attrs)
+		c, err := ocicryptclient.New(attrs)
 		if err != nil {
 			all[name] = broken{fmt.Errorf("%s: %w", file, err)}
 			continue

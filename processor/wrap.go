@@ -18,7 +18,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/layerbudget"
-	"github.com/ctrlplane/pilot/keyprovider/client"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 )
 
 // ErrNoKey is the error of a layer whose key could not be unwrapped: it is
@@ -318,7 +318,7 @@ func joined(errs []error) error {
 		}
 	}
 	all := errors.New(strings.Join(lines, "; "))
-	if !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, client.ErrDenied) }) {
+	if !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, ocicryptclient.ErrDenied) }) {
 		return &allDenied{all}
 	}
 	return all
@@ -327,4 +327,4 @@ func joined(errs []error) error {
 // allDenied is the error of several recipients each of which was denied.
 type allDenied struct{ error }
 
-func (e *allDenied) Is(target error) bool { return target == client.ErrDenied }
+func (e *allDenied) Is(target error) bool { return target == ocicryptclient.ErrDenied }

@@ -21,7 +21,7 @@ import (
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/keyprovider/client"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 )
 
 // pair is a key pair in PEM.
@@ -159,7 +159,7 @@ func sent(t *testing.T, do func(providerWrapper)) []byte {
 	t.Helper()
 	script := filepath.Join(t.TempDir(), "provider")
 	writeScript(t, script, `cat >"$0.seen"; echo {}`)
-	p, err := client.New(keyproviderconfig.KeyProviderAttrs{Command: &keyproviderconfig.Command{Path: script}})
+	p, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Command: &keyproviderconfig.Command{Path: script}})
 	if err != nil {
 		t.Fatal(err)
 	}

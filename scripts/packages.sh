@@ -60,7 +60,7 @@ install_tool() {
 	echo "$2" >"$tools/.$name"
 }
 
-ldflags="-s -w -X github.com/ctrlplane/pilot/version.Version=$version"
+ldflags="-s -w -X github.com/ctrlplane/pilot/internal/version.Version=$version"
 flags=(-trimpath -buildvcs=false -ldflags "$ldflags")
 # build ARCH TO: the programs. pilot and pilot-decoder depend on no library;
 # the others reach PKCS#11 modules through cgo.
@@ -135,7 +135,7 @@ cp -r packaging docs README.md LICENSE "$stage/"
 sources=https://github.com/ctrlplane/pilot/blob/main
 sed -Ei "s,\\]\\((CHANGELOG|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
 sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$stage"/docs/*.md
-cp plugin/node/units/* packaging/*.service "$stage/units/"
+cp node/units/* packaging/*.service "$stage/units/"
 manuals "$stage/man"
 completions "$stage/completions"
 gzip -9n <CHANGELOG.md >"$stage/doc/changelog.gz"

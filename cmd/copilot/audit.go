@@ -12,9 +12,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
@@ -68,8 +68,8 @@ func verifyAudit(c *cli.Context) error {
 		return asOwner(err)
 	}
 	// Before the log is read, which goes on meanwhile.
-	heads, unread := copilot.AuditHeads(c.Context, conf)
-	written := copilot.HeadsOf(heads, conf.AuditName())
+	heads, unread := server.AuditHeads(c.Context, conf)
+	written := server.HeadsOf(heads, conf.AuditName())
 	var older []audit.Head // where the log itself is not among what is read
 	if files := c.Args().Slice(); len(files) > 0 && !slices.ContainsFunc(files, func(name string) bool { return isSameFile(name, conf.AuditTo()) }) {
 		written, older = nil, written

@@ -14,8 +14,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
@@ -35,7 +35,7 @@ func (l *auditLog) Close() (err error) {
 
 // openAuditLog opens the files named, or the log of the configuration. The caller
 // closes it.
-func openAuditLog(c *cli.Context, conf copilot.Config) (*auditLog, error) {
+func openAuditLog(c *cli.Context, conf server.Config) (*auditLog, error) {
 	files := c.Args().Slice()
 	switch to := conf.AuditTo(); {
 	case len(files) > 0:

@@ -5,7 +5,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
+	"github.com/ctrlplane/pilot/copilot/server"
 )
 
 var checkKEKCommand = &cli.Command{
@@ -18,7 +18,7 @@ KEK can't be used.
 Example:
    copilot keys check team-a`,
 	Flags: keysFlags(),
-	Action: onKEK(func(c *cli.Context, keys *copilot.Keys, id string) error {
+	Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
 		found, err := keys.Check(id)
 		if err != nil {
 			return err

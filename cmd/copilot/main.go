@@ -8,10 +8,10 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
-	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/version"
+	"github.com/ctrlplane/pilot/internal/version"
 )
 
 func main() {

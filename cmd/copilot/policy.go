@@ -9,9 +9,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
@@ -127,13 +127,13 @@ func refusedByKEK(c *cli.Context, id, identity string, unknown *string) (string,
 	}
 	defer keys.Close()
 	info, err := keys.Get(id)
-	if e := new(copilot.StatusError); errors.As(err, &e) && e.Denied() {
+	if e := new(server.StatusError); errors.As(err, &e) && e.Denied() {
 		return "of the KEK: " + err.Error(), nil
 	}
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("policy check: %w", err)
-	case copilot.IsRevoked(info.Revoked, identity):
+	case server.IsRevoked(info.Revoked, identity):
 		return "the KEK was revoked for " + identity, nil
 	case info.Disabled:
 		return "the KEK is disabled", nil

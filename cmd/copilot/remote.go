@@ -7,8 +7,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/certfile"
-	"github.com/ctrlplane/pilot/copilot"
+	copilot "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 

@@ -13,11 +13,11 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/tracing"
+	"github.com/ctrlplane/pilot/internal/tracing"
 )
 
 // defaultConfigFile is read if it exists; another has to exist.
@@ -40,8 +40,8 @@ const (
 )
 
 // configuration returns the defaults, changed by the file, changed by flags.
-func configuration(c *cli.Context) (copilot.Config, error) {
-	conf := copilot.Config{Dir: defaultDir}
+func configuration(c *cli.Context) (server.Config, error) {
+	conf := server.Config{Dir: defaultDir}
 	name := c.String("config")
 	required := name != ""
 	if !required {
@@ -107,13 +107,13 @@ Example:
 		}()
 		ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 		defer stop()
-		return copilot.Serve(ctx, conf)
+		return server.Serve(ctx, conf)
 	},
 }
 
 // openKeys returns the KEKs that the command's flags name. Only commands that make
 // KEKs make a store for them.
-func openKeys(c *cli.Context) (*copilot.Keys, error) {
+func openKeys(c *cli.Context) (*server.Keys, error) {
 	if c.IsSet("server") {
 		return remoteKeys(c)
 	}
@@ -121,9 +121,9 @@ func openKeys(c *cli.Context) (*copilot.Keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	open := copilot.OpenExistingKeys
+	open := server.OpenExistingKeys
 	if c.Command.Name == "create" || c.Command.Name == "import" {
-		open = copilot.OpenKeys
+		open = server.OpenKeys
 	}
 	keys, err := open(c.Context, conf)
 	if errors.Is(err, keystore.ErrNoStore) {

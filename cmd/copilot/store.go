@@ -14,9 +14,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/copilot"
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
@@ -123,7 +123,7 @@ func auditCopy(c *cli.Context, from, to, master string) (int, error) {
 // logName returns what a store calls its audit log, which is in a file unless that is
 // empty, or in the place that is the default.
 func logName(file, store string) string {
-	conf := copilot.Config{AuditLog: file}
+	conf := server.Config{AuditLog: file}
 	if keystore.IsDatabase(store) {
 		conf.Database = store
 	} else {

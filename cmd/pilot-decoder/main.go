@@ -14,11 +14,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/keyprovider/client"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
+	"github.com/ctrlplane/pilot/internal/version"
 	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/version"
 )
 
 // unwrapWithin bounds the wait for the payload and for the layer key.
@@ -132,7 +132,7 @@ func decrypt(ctx context.Context, payload *os.File, keys *processor.KeyDir) erro
 
 // status returns the exit status for an error.
 func status(err error) int {
-	if errors.Is(err, client.ErrDenied) {
+	if errors.Is(err, ocicryptclient.ErrDenied) {
 		return exit.Denied
 	}
 	return exit.Status(err)

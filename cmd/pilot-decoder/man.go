@@ -8,8 +8,8 @@ import (
 	"strings"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/version"
 	"github.com/ctrlplane/pilot/packaging/man"
-	"github.com/ctrlplane/pilot/version"
 )
 
 // init makes this program print its manual page.

@@ -12,9 +12,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/ctrlplane/pilot/status"
-	"github.com/ctrlplane/pilot/unixsocket"
-	"github.com/ctrlplane/pilot/version"
+	"github.com/ctrlplane/pilot/internal/status"
+	"github.com/ctrlplane/pilot/internal/unixsocket"
+	"github.com/ctrlplane/pilot/internal/version"
 )
 
 // newRegistry returns what pilot's metrics are registered with.

@@ -14,11 +14,11 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/tomlfile"
 	"github.com/ctrlplane/pilot/keyprovider"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
-	"github.com/ctrlplane/pilot/tomlfile"
 )
 
 // defaultConfigFile is read if it exists; another has to exist.
@@ -286,8 +286,8 @@ func (c *configuration) check() error {
 }
 
 // client returns the client of the brokers that the configuration names.
-func (c *configuration) client() (*copilot.Client, error) {
-	client, err := copilot.New(copilot.Config{
+func (c *configuration) client() (*brokerclient.Client, error) {
+	client, err := brokerclient.New(brokerclient.Config{
 		URLs:      c.Broker,
 		CAFile:    string(c.BrokerCA),
 		CertFile:  string(c.BrokerCert),
@@ -308,7 +308,7 @@ func (c *configuration) client() (*copilot.Client, error) {
 }
 
 // provider returns the key provider that the configuration describes.
-func (c *configuration) provider(broker *copilot.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
+func (c *configuration) provider(broker *brokerclient.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
 		Names:       c.ProviderName,
 		Format:      c.AnnotationFormat,

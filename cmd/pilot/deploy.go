@@ -9,7 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/plugin/node"
+	"github.com/ctrlplane/pilot/node"
 )
 
 // brokerFlags are the settings for pilot.toml that install and deploy take.

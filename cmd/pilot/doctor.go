@@ -15,7 +15,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/keyprovider"
-	"github.com/ctrlplane/pilot/plugin/node"
+	"github.com/ctrlplane/pilot/node"
 )
 
 var doctorCommand = &cli.Command{

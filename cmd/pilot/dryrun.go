@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/ctrlplane/pilot/plugin/node"
+	"github.com/ctrlplane/pilot/node"
 )
 
 // plannedChange is what "node install --dry-run --json" prints of each file.

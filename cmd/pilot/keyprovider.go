@@ -9,10 +9,10 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
+	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/keyprovider"
-	"github.com/ctrlplane/pilot/keyprovider/client"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 var keyproviderCommand = &cli.Command{
@@ -54,9 +54,9 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 // Where the broker was not sure of one of several KEKs, it is a failure.
 func denied(err error) error {
 	switch {
-	case err == nil, errors.Is(err, copilot.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
+	case err == nil, errors.Is(err, client.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
 		return err
-	case errors.Is(err, copilot.ErrForbidden), errors.Is(err, copilot.ErrNotFound), errors.Is(err, client.ErrDenied):
+	case errors.Is(err, client.ErrForbidden), errors.Is(err, client.ErrNotFound), errors.Is(err, ocicryptclient.ErrDenied):
 		return exit.DeniedError(err)
 	}
 	return err
@@ -66,7 +66,7 @@ func forward(c *cli.Context, daemon address) error {
 	if path, ok := daemon.unix(); !ok || path == "" {
 		return exit.Usagef("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)
 	}
-	provider, err := client.New(keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)})
+	provider, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)})
 	if err != nil {
 		return exit.Usagef("--daemon: %w", err)
 	}

@@ -9,11 +9,11 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v2"
 
-	"github.com/ctrlplane/pilot/coredump"
 	"github.com/ctrlplane/pilot/internal/commandline"
-	"github.com/ctrlplane/pilot/plugin/node"
+	"github.com/ctrlplane/pilot/internal/coredump"
+	"github.com/ctrlplane/pilot/internal/version"
+	"github.com/ctrlplane/pilot/node"
 	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/version"
 )
 
 func main() {

@@ -13,7 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/plugin/node"
+	"github.com/ctrlplane/pilot/node"
 )
 
 var nodeCommand = &cli.Command{

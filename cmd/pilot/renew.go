@@ -4,20 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/sirupsen/logrus"
+	"github.com/urfave/cli/v2"
 	"math/rand/v2"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
-
-	"github.com/ctrlplane/pilot/certfile"
-	"github.com/ctrlplane/pilot/copilot/pki"
-	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/keyprovider/copilot"
 )
 
 var renewCommand = &cli.Command{
@@ -67,7 +65,7 @@ func renew(c *cli.Context) error {
 
 // remedy says what else renews a certificate, or returns "".
 func remedy(err error, conf configuration) string {
-	if errors.Is(err, copilot.ErrCertExpired) {
+	if errors.Is(err, brokerclient.ErrCertExpired) {
 		return fmt.Sprintf(": it can't be shown any more. On the broker's machine run \"copilot certs renew\" with a copy of %s, and copy the result back: the key stays here", conf.BrokerCert)
 	}
 	return ""

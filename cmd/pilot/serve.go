@@ -24,15 +24,15 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
-	"github.com/ctrlplane/pilot/certfile"
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/status"
+	"github.com/ctrlplane/pilot/internal/tracing"
+	"github.com/ctrlplane/pilot/internal/unixsocket"
+	"github.com/ctrlplane/pilot/internal/watchdog"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/status"
-	"github.com/ctrlplane/pilot/tracing"
-	"github.com/ctrlplane/pilot/unixsocket"
-	"github.com/ctrlplane/pilot/watchdog"
 )
 
 // stopWithin is how long requests under way may take when pilot is told to

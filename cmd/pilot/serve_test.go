@@ -18,9 +18,9 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"github.com/ctrlplane/pilot/certfile/certtest"
-	broker "github.com/ctrlplane/pilot/copilot"
-	"github.com/ctrlplane/pilot/loopback/loopbacktest"
+	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/internal/certfile/certtest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // startBroker runs a broker that has the KEK team-a.

@@ -14,7 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/ctrlplane/pilot/tracing/tracetest"
+	"github.com/ctrlplane/pilot/internal/tracing/tracetest"
 )
 
 // TestServeTraces follows a call from a client by way of pilot to the broker.

@@ -12,8 +12,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/keyprovider"
-	"github.com/ctrlplane/pilot/loopback"
 )
 
 // The types of the settings. Each reads itself from text and refuses what

@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"net/url"
 
-	"github.com/ctrlplane/pilot/loopback"
+	"github.com/ctrlplane/pilot/internal/loopback"
 )
 
 // checkPlaintext refuses what a [Wrapper] need not take.

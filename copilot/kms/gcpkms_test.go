@@ -33,9 +33,9 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
-	"github.com/ctrlplane/pilot/certfile/certtest"
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
+	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
 // googleKMS is Cloud KMS as its API is documented. It is not the real service.

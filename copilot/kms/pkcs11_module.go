@@ -14,7 +14,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
-	"github.com/ctrlplane/pilot/coredump"
+	"github.com/ctrlplane/pilot/internal/coredump"
 )
 
 // moduleArgument is the only argument of a process for a PKCS#11 module.

@@ -20,8 +20,8 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
-	"github.com/ctrlplane/pilot/certfile"
-	"github.com/ctrlplane/pilot/loopback"
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/loopback"
 )
 
 // maxVaultAnswer is how much a Vault may answer, in bytes: what it stores in

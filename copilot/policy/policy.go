@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/internal/regular"
-	"github.com/ctrlplane/pilot/tomlfile"
+	"github.com/ctrlplane/pilot/internal/tomlfile"
 )
 
 // Action is what somebody wants to do with a KEK.

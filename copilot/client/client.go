@@ -1,0 +1,275 @@
+// Package client is the client of the key broker. It speaks copilot's own
+// HTTP API and that of the original broker, to one broker or to the nearest of
+// several.
+package client
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ctrlplane/pilot/internal/keyjson"
+)
+
+// Errors that a caller may decide by. What is wrapped around them says which
+// KEK and which broker it was about, and what to do.
+var (
+	// ErrNotFound: the broker has no such KEK, or does not say so to us.
+	ErrNotFound = errors.New("no such KEK")
+	// ErrNoVersion: it has the KEK, and not in the version that was asked for, which
+	// may have been destroyed. It wraps ErrNotFound.
+	ErrNoVersion = fmt.Errorf("%w version", ErrNotFound)
+	// ErrForbidden: the broker does not let us use the KEK.
+	ErrForbidden = errors.New("not allowed")
+	// ErrNotExported: the broker does not give out the KEK, but wraps and
+	// unwraps with it for us.
+	ErrNotExported = errors.New("the broker does not give out this KEK")
+	// ErrRejected: the broker can't do what was asked, and no other can:
+	// a key was not wrapped with that KEK, or was changed.
+	ErrRejected = errors.New("the broker rejects the request")
+	// ErrUnavailable: no broker gave an answer in time, or none that can be
+	// used.
+	ErrUnavailable = errors.New("the broker gives no usable answer")
+
+	// ErrCertExpired, ErrCertNotYetValid and ErrCertRejected say what is wrong with
+	// the certificate that the client shows.
+	ErrCertExpired     = errors.New("broker-cert has expired")
+	ErrCertNotYetValid = errors.New("broker-cert is not valid yet")
+	ErrCertRejected    = errors.New("the broker does not accept broker-cert")
+)
+
+// KEK is a key encryption key.
+type KEK struct {
+	// ID is the name it was asked for by.
+	ID string
+	// Version counts from 1. It is 0 when the broker has no versions.
+	Version int
+	// Key has 16, 24 or 32 bytes.
+	Key []byte
+}
+
+const (
+	originalPath   = "/api/v1/key" // what the original's base URL ends in
+	defaultTimeout = 10 * time.Second
+	leastTry       = 3 * time.Second // for one try, if the whole timeout is that long
+
+	// wrapsAtOnce is how many layer keys may be wrapped with the current version
+	// of a KEK that was asked for: by the one who asked, and by those who did at
+	// the same time and got the same answer. The broker counts them.
+	wrapsAtOnce = 256
+
+	// MaxWrappedKey bounds what a broker makes of a layer key, in bytes.
+	MaxWrappedKey = 90 << 10
+)
+
+// Client asks a broker, or the nearest of several that answers. It is safe for
+// concurrent use.
+type Client struct {
+	brokers  []*endpoint
+	original bool       // the brokers are the original's
+	token    *tokenFile // may be nil
+	timeout  time.Duration
+	try      time.Duration
+	rounds   int // of tries, at most
+
+	certFile, keyFile string // to show the brokers; may be empty
+}
+
+// New returns a client for the brokers that conf describes. It does not
+// connect yet.
+func New(conf Config) (*Client, error) {
+	c := &Client{timeout: conf.Timeout, rounds: maxTries, certFile: conf.CertFile, keyFile: conf.KeyFile}
+	if c.timeout <= 0 {
+		c.timeout = defaultTimeout
+	}
+	// Where there is no other broker to turn to, one that is slow to answer is
+	// given more time: who connects anew waits at the end of its queue again.
+	part := time.Duration(3)
+	if len(conf.URLs) == 1 {
+		part = 2
+	}
+	c.try = min(c.timeout, max(leastTry, c.timeout/part))
+	var err error
+	if c.brokers, err = conf.brokers(); err != nil {
+		return nil, err
+	}
+	for i, b := range c.brokers {
+		if i > 0 && b.original != c.original {
+			return nil, fmt.Errorf("%s and %s have different APIs, the original's and copilot's own: name brokers of one kind", c.brokers[0].url, b.url)
+		}
+		c.original = b.original
+	}
+	if conf.TokenFile != "" {
+		c.token = &tokenFile{name: conf.TokenFile}
+		// What a reboot removes from /run may come later.
+		later := strings.HasPrefix(conf.TokenFile, "/run/")
+		if _, err := c.token.authorization(); err != nil && !(later && errors.Is(err, fs.ErrNotExist)) {
+			return nil, err
+		}
+	}
+	return c, nil
+}
+
+// CloseIdleConnections closes the connections to brokers: those that are in use,
+// once they are not.
+func (c *Client) CloseIdleConnections() {
+	for _, b := range c.brokers {
+		b.http.CloseIdleConnections()
+	}
+}
+
+// Original reports whether the brokers have the original's API, which hands
+// out KEKs and does nothing else.
+func (c *Client) Original() bool { return c.original }
+
+// KEK returns the KEK named id in a version, or in its current one if version
+// is 0. The original's API has no versions and always gives the current one.
+// Errors wrap one of those above where they can.
+func (c *Client) KEK(ctx context.Context, id string, version int) (KEK, error) {
+	kek := KEK{ID: id}
+	r := request{name: "key", method: http.MethodGet, path: []string{id}, original: c.original}
+	accept := func(answer []byte) error {
+		if err := checkSize(answer); err != nil {
+			return err
+		}
+		kek.Key = bytes.Clone(answer)
+		return nil
+	}
+	if !c.original {
+		r.path = keyPath(id, "key")
+		if version != 0 {
+			r.query = url.Values{"version": {strconv.Itoa(version)}}
+		} else {
+			r.query = url.Values{"wraps": {strconv.Itoa(wrapsAtOnce)}}
+		}
+		accept = func(answer []byte) (err error) {
+			kek, err = parseKEK(answer, id, version)
+			return err
+		}
+	}
+	if err := c.ask(ctx, r, accept); err != nil {
+		return KEK{}, fmt.Errorf("KEK %q: %w", id, err)
+	}
+	return kek, nil
+}
+
+func parseKEK(answer []byte, id string, version int) (KEK, error) {
+	var a struct {
+		ID      string `json:"id"`
+		Version int    `json:"version"`
+		Key     []byte `json:"key"`
+	}
+	if err := decode(answer, &a); err != nil {
+		return KEK{}, err
+	}
+	if a.ID != id || a.Version < 1 || version != 0 && a.Version != version {
+		clear(a.Key)
+		return KEK{}, fmt.Errorf("%w: it answered with KEK %.60q version %d, and was asked for version %d", ErrUnavailable, a.ID, a.Version, version)
+	}
+	if err := checkSize(a.Key); err != nil {
+		clear(a.Key)
+		return KEK{}, err
+	}
+	return KEK{ID: id, Version: a.Version, Key: a.Key}, nil
+}
+
+// Wrapped is a layer key that the broker wrapped, or is to unwrap.
+type Wrapped struct {
+	// Version is the KEK's, from 1.
+	Version int `json:"version"`
+	// Method is that of pilot's annotations: A256GCMKW for what whoever has the
+	// KEK can unwrap, copilot for what only the broker can.
+	Method string `json:"method"`
+	// IV has 12 bytes, and is nil with the method copilot.
+	IV []byte `json:"iv,omitempty"`
+	// Key has at most [MaxWrappedKey] bytes.
+	Key []byte `json:"wrappedKey"`
+}
+
+// Wrap has the broker wrap plaintext, at most 64 KiB, with the current version
+// of the KEK named id. Only copilot's own API can.
+func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (w Wrapped, err error) {
+	err = c.post(ctx, id, "wrap", keyjson.Object(keyjson.Key("plaintext", plaintext)), func(answer []byte) error {
+		var a struct {
+			ID string `json:"id"`
+			Wrapped
+		}
+		if err := decode(answer, &a); err != nil {
+			return err
+		}
+		if a.ID != id {
+			return fmt.Errorf("%w: it wrapped with KEK %.60q", ErrUnavailable, a.ID)
+		}
+		if w = a.Wrapped; w.Version < 1 || len(w.Key) == 0 {
+			return fmt.Errorf("%w: it answered without a wrapped key", ErrUnavailable)
+		}
+		if len(w.Key) > MaxWrappedKey {
+			return fmt.Errorf("%w: its wrapped key has more than %d bytes", ErrUnavailable, MaxWrappedKey)
+		}
+		return nil
+	})
+	if err != nil {
+		return Wrapped{}, fmt.Errorf("wrap with KEK %q: %w", id, err)
+	}
+	return w, nil
+}
+
+// Unwrap has the broker unwrap what it, or somebody who has the KEK, wrapped.
+func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []byte, err error) {
+	body, err := json.Marshal(w)
+	if err != nil {
+		return nil, err
+	}
+	err = c.post(ctx, id, "unwrap", body, func(answer []byte) error {
+		var a struct {
+			Plaintext []byte `json:"plaintext"`
+		}
+		if err := decode(answer, &a); err != nil {
+			return err
+		}
+		if len(a.Plaintext) == 0 {
+			return fmt.Errorf("%w: it answered without a key", ErrUnavailable)
+		}
+		plaintext = a.Plaintext
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("unwrap with KEK %q version %d: %w", id, w.Version, err)
+	}
+	return plaintext, nil
+}
+
+// post has copilot's own API do something with a KEK. It clears body.
+func (c *Client) post(ctx context.Context, id, verb string, body []byte, accept func(answer []byte) error) error {
+	secret := keyjson.NewBody(body)
+	defer secret.Clear()
+	if c.original {
+		return errors.New("the original's API hands out keys only: use a broker URL without " + originalPath)
+	}
+	return c.ask(ctx, request{name: verb, method: http.MethodPost, path: keyPath(id, verb), body: secret}, accept)
+}
+
+func keyPath(id, verb string) []string { return []string{"api", "v2", "keks", id, verb} }
+
+func decode(answer []byte, v any) error {
+	if json.Unmarshal(answer, v) != nil {
+		return fmt.Errorf("%w: it is not the JSON that copilot sends: is something else at that address?", ErrUnavailable)
+	}
+	return nil
+}
+
+func checkSize(key []byte) error {
+	switch len(key) {
+	case 16, 24, 32:
+		return nil
+	}
+	return fmt.Errorf("%w: it is no AES key: %d bytes, not 16, 24 or 32", ErrUnavailable, len(key))
+}

@@ -1,0 +1,161 @@
+package client
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/keyjson"
+)
+
+// endpoint is the broker at one address.
+type endpoint struct {
+	url  string // for messages
+	base *url.URL
+	http *http.Client
+	cert *certfile.Pair // to show it; may be nil
+
+	original bool // it has the original's API
+	health
+}
+
+// String returns the broker's address.
+func (b *endpoint) String() string { return "copilot at " + b.url }
+
+// request is what a broker is asked for.
+type request struct {
+	name          string // for traces
+	method        string
+	path          []string // elements below the broker's base URL
+	query         url.Values
+	body          *keyjson.Body
+	authorization string // may be empty
+	original      bool   // it is of the original's API
+	byCertificate bool   // it shows no token
+}
+
+// target returns the URL of a request.
+func (b *endpoint) target(r request) string {
+	u := *b.base
+	for _, element := range r.path {
+		u.RawPath = u.EscapedPath() + "/" + url.PathEscape(element)
+		u.Path += "/" + element
+	}
+	u.RawQuery = r.query.Encode()
+	return u.String()
+}
+
+// retry says whether another try may help, and when at the earliest.
+type retry struct {
+	possible bool
+	after    time.Duration
+}
+
+// once makes a request and has accept look at the answer, which is cleared
+// then.
+func (b *endpoint) once(ctx context.Context, within time.Duration, r request, accept func(answer []byte) error) (_ retry, err error) {
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	ctx, span := startSpan(ctx, b, r)
+	defer func() { endSpan(span, err) }()
+	req, err := http.NewRequestWithContext(ctx, r.method, b.target(r), nil)
+	if err != nil {
+		return retry{}, err
+	}
+	if r.body != nil {
+		req.Body, req.ContentLength = r.body.Reader(), int64(r.body.Len())
+		// A broker that ends a connection may not have begun with this.
+		req.GetBody = func() (io.ReadCloser, error) { return r.body.Reader(), nil }
+		req.Header.Set("Content-Type", "application/json")
+	}
+	passOn(ctx, req.Header)
+	if r.authorization != "" {
+		req.Header.Set("Authorization", r.authorization)
+	}
+	resp, err := b.http.Do(req)
+	if err != nil {
+		err = withoutURL(err)
+		if expired := b.expired(); expired != nil {
+			return retry{}, fmt.Errorf("%w: %w: %w", ErrUnavailable, expired, err)
+		}
+		if kind := permanent(err, b.cert != nil); kind != nil {
+			return retry{}, fmt.Errorf("%w: %w", kind, err)
+		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
+		}
+		if b.cert != nil && strings.Contains(err.Error(), "client conn could not be established") {
+			// Its reason was not read in time.
+			err = fmt.Errorf("it hangs up at once, as one that does not accept broker-cert: %w", err)
+		}
+		return retry{possible: true}, err
+	}
+	defer resp.Body.Close()
+	answer, err := keyjson.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	defer clear(answer)
+	switch {
+	case err != nil:
+		return retry{possible: true}, fmt.Errorf("its answer breaks off: %w", err)
+	case len(answer) > maxAnswer:
+		return retry{possible: true}, fmt.Errorf("%w: it has more than %d bytes", ErrUnavailable, maxAnswer)
+	}
+	again, err := r.check(resp, answer, accept)
+	if expired := b.expired(); expired != nil && resp.StatusCode == http.StatusUnauthorized {
+		err = fmt.Errorf("%w: %w", expired, err)
+	}
+	return again, err
+}
+
+// expired returns an error if the certificate to show has expired, or is not valid
+// yet. A broker that refuses it may hang up before its reason is read.
+func (b *endpoint) expired() error {
+	if b.cert == nil {
+		return nil
+	}
+	return checkTime(b.cert.Certificate().Leaf)
+}
+
+// checkTime returns an error that wraps [ErrCertExpired] or [ErrCertNotYetValid]
+// unless it is the certificate's time.
+func checkTime(cert *x509.Certificate) error {
+	switch now := time.Now(); {
+	case now.After(cert.NotAfter):
+		return fmt.Errorf("%w on %s: put a new one in its place (\"copilot certs renew\")", ErrCertExpired, cert.NotAfter.Format(time.RFC3339))
+	case now.Before(cert.NotBefore):
+		return fmt.Errorf("%w, only from %s on: compare the clocks of this machine and the broker's", ErrCertNotYetValid, cert.NotBefore.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// withoutURL returns what an HTTP client's error says besides the URL, which
+// the caller says.
+func withoutURL(err error) error {
+	if e := new(url.Error); errors.As(err, &e) {
+		return e.Err
+	}
+	return err
+}
+
+// printable bounds what somebody else says and keeps it in one line.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) || r == utf8.RuneError {
+			return ' '
+		}
+		return r
+	}, s)
+	if len(s) > maxErrorMessage {
+		s = strings.ToValidUTF8(s[:maxErrorMessage], "") + "…"
+	}
+	return s
+}

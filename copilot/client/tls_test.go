@@ -1,0 +1,228 @@
+package client
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ctrlplane/pilot/copilot/audit"
+	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/internal/certfile/certtest"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
+)
+
+// tlsBroker is a real broker that answers TLS on 127.0.0.1 and has the KEK
+// team-a.
+type tlsBroker struct{ url, auditLog string }
+
+func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Authority) tlsBroker {
+	t.Helper()
+	dir := t.TempDir()
+	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.Create("team-a", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := keys.Close(); err != nil {
+		t.Fatal(err)
+	}
+	address := loopbacktest.FreeAddress(t)
+	policy := filepath.Join(dir, "policy.toml")
+	if err := os.WriteFile(policy, []byte("[[rule]]\nidentities = ['**']\nkeks = ['**']\nactions = ['export']\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// The socket is opened last, so once it answers the address does too.
+	socket := filepath.Join(dir, "s")
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- broker.Serve(ctx, broker.Config{
+			Dir: dir, Listen: []string{address, "unix://" + socket},
+			TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File, Policy: policy,
+		})
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	for range 6000 { // a minute
+		if conn, err := net.Dial("unix", socket); err == nil {
+			conn.Close()
+			return tlsBroker{"https://" + address, filepath.Join(dir, "audit.log")}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the broker does not start")
+	return tlsBroker{}
+}
+
+// audited returns the audit log's entries of an action.
+func (b tlsBroker) audited(t *testing.T, action string) []audit.Entry {
+	t.Helper()
+	log, err := os.ReadFile(b.auditLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []audit.Entry
+	for line := range bytes.Lines(log) {
+		var e audit.Entry
+		if err := json.Unmarshal(line, &e); err == nil && e.Action == action {
+			list = append(list, e)
+		}
+	}
+	return list
+}
+
+// newTLSClient returns a client and its transport.
+func newTLSClient(t *testing.T, conf Config) (*Client, *http.Transport) {
+	t.Helper()
+	conf.Timeout = time.Minute
+	c, err := New(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.brokers[0].http.CloseIdleConnections)
+	return c, c.brokers[0].http.Transport.(*http.Transport)
+}
+
+func TestTLS(t *testing.T) {
+	t.Parallel()
+	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
+	b := startTLSBroker(t, ca.Issue(t, certtest.Named("broker")), ca)
+	right, wrong := ca.Issue(t, certtest.Named("node")), other.Issue(t, certtest.Named("node"))
+	expired := ca.Issue(t, x509.Certificate{NotAfter: time.Now().Add(-time.Minute)})
+	for _, test := range []struct {
+		name         string
+		conf         Config
+		is           error // nil: it works
+		want, reason string
+	}{
+		{"right", Config{CAFile: ca.File, CertFile: right.Cert, KeyFile: right.Key}, nil, "", ""},
+		{"no certificate", Config{CAFile: ca.File}, ErrUnavailable, "set broker-cert and broker-key", "didn't provide a certificate"},
+		{"another CA's certificate", Config{CAFile: ca.File, CertFile: wrong.Cert, KeyFile: wrong.Key}, ErrUnavailable, "does not accept broker-cert", "unknown authority"},
+		{"an expired certificate", Config{CAFile: ca.File, CertFile: expired.Cert, KeyFile: expired.Key}, ErrUnavailable, "broker-cert has expired on", "expired"},
+		{"a broker of another CA", Config{CAFile: other.File, CertFile: right.Cert, KeyFile: right.Key}, ErrUnavailable, "unknown authority", "bad certificate"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.conf.URLs = []string{b.url}
+			c, transport := newTLSClient(t, test.conf)
+			var connections atomic.Int32
+			transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+				connections.Add(1)
+				return new(net.Dialer).DialContext(ctx, network, address)
+			}
+			before := len(b.audited(t, "connect"))
+			kek, err := c.KEK(t.Context(), "team-a", 0)
+			// A broker's alert may come too late to be read, and then it is
+			// asked again.
+			if got := connections.Load(); got < 1 || got > maxTries || test.is == nil && got != 1 {
+				t.Errorf("%d connections, want 1", got)
+			}
+			if test.is == nil {
+				if err != nil || len(kek.Key) != 32 {
+					t.Errorf("got %d bytes, %v", len(kek.Key), err)
+				}
+				return
+			}
+			// On a busy machine all of them may come too late.
+			for end := time.Now().Add(time.Minute); errors.Is(err, test.is) && !strings.Contains(err.Error(), test.want) && time.Now().Before(end); {
+				_, err = c.KEK(t.Context(), "team-a", 0)
+			}
+			if !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got %v, want %v: %q", err, test.is, test.want)
+			}
+			// The broker notices when the client is gone already.
+			for range 6000 { // a minute
+				for _, line := range b.audited(t, "connect")[before:] {
+					if line.Verdict == "denied" && strings.Contains(line.Reason, test.reason) && strings.HasPrefix(line.From, "127.0.0.1:") {
+						return
+					}
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			t.Errorf("audited: %+v, want one denied for %q", b.audited(t, "connect")[before:], test.reason)
+		})
+	}
+	if got := len(b.audited(t, "export")); got != 1 {
+		t.Errorf("%d KEKs were handed out, want 1", got)
+	}
+}
+
+// TestReplacedCertificates replaces the files of both sides while both run.
+func TestReplacedCertificates(t *testing.T) {
+	t.Parallel()
+	ca := certtest.NewAuthority(t)
+	server, node := ca.Issue(t, certtest.Named("first broker")), ca.Issue(t, certtest.Named("first node"))
+	b := startTLSBroker(t, server, ca)
+	c, transport := newTLSClient(t, Config{URLs: []string{b.url}, CAFile: ca.File, CertFile: node.Cert, KeyFile: node.Key})
+	var answered atomic.Value
+	transport.TLSClientConfig.VerifyConnection = func(state tls.ConnectionState) error {
+		answered.Store(state.PeerCertificates[0].Subject.CommonName)
+		return nil
+	}
+	expect := func(which string) {
+		t.Helper()
+		c.brokers[0].http.CloseIdleConnections()
+		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := answered.Load(); got != which+" broker" {
+			t.Errorf("the certificate of %q answers, want the %s", got, which)
+		}
+		lines := b.audited(t, "export")
+		if got := lines[len(lines)-1].Who; got != "cn:"+which+" node" {
+			t.Errorf("%q asks, want the %s", got, which)
+		}
+	}
+	expect("first")
+	ca.Reissue(t, server, certtest.Named("second broker"))
+	ca.Reissue(t, node, certtest.Named("second node"))
+	expect("second")
+}
+
+// TestIdentity checks how the holder of a certificate stands in the audit log.
+func TestIdentity(t *testing.T) {
+	t.Parallel()
+	ca := certtest.NewAuthority(t)
+	b := startTLSBroker(t, ca.Issue(t, certtest.Named("broker")), ca)
+	subject := pkix.Name{CommonName: "node-7"}
+	names := []string{"node-7.example.com", "other.example.com"}
+	web := &url.URL{Scheme: "https", Host: "example.com"}
+	spiffe := &url.URL{Scheme: "spiffe", Host: "example.com", Path: "/node/7"}
+	for _, test := range []struct {
+		template x509.Certificate
+		want     string
+	}{
+		{x509.Certificate{Subject: subject, DNSNames: names, URIs: []*url.URL{web, spiffe}}, "spiffe://example.com/node/7"},
+		{x509.Certificate{Subject: subject, DNSNames: names, URIs: []*url.URL{web}}, "dns:node-7.example.com"},
+		{x509.Certificate{Subject: subject}, "cn:node-7"},
+	} {
+		files := ca.Issue(t, test.template)
+		c, _ := newTLSClient(t, Config{URLs: []string{b.url}, CAFile: ca.File, CertFile: files.Cert, KeyFile: files.Key})
+		if _, err := c.KEK(t.Context(), "team-a", 0); err != nil {
+			t.Errorf("%s: %v", test.want, err)
+			continue
+		}
+		lines := b.audited(t, "export")
+		if got := lines[len(lines)-1].Who; got != test.want {
+			t.Errorf("audited as %q, want %q", got, test.want)
+		}
+	}
+}

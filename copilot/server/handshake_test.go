@@ -1,0 +1,40 @@
+package server_test
+
+import (
+	"crypto/tls"
+	"net"
+	"testing"
+
+	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/internal/certfile/certtest"
+)
+
+// TestSilentConnections has many connect who say nothing, or only hello: they keep
+// nobody waiting.
+func TestSilentConnections(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	address := serveTLS(t, dir, ca, server.Config{
+		TLSClientCA: ca.File, Policy: writeFile(t, dir+"/policy.toml", accessPolicy),
+	})
+	for i := range 200 {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if i%2 == 0 {
+			// It says hello, and does not read the answer.
+			go tls.Client(helloOnly{conn}, &tls.Config{InsecureSkipVerify: true}).Handshake()
+		}
+	}
+	files := ca.Issue(t, spiffe("/node/7"))
+	// If they had the turns, the broker would refuse this one after handshakeWait.
+	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+}
+
+// helloOnly is a connection of a client that hears nothing.
+type helloOnly struct{ net.Conn }
+
+func (helloOnly) Read([]byte) (int, error) { select {} }
