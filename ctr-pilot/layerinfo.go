@@ -20,7 +20,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -215,7 +215,7 @@ func providerRecipients(scheme, wrapped string) []string {
 	if err != nil {
 		return unknown
 	}
-	annotations, err := keyprovider.ParseAnnotation(b)
+	annotations, err := wireformat.ParseAnnotation(b)
 	if err != nil {
 		return unknown
 	}

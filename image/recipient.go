@@ -9,7 +9,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -108,8 +108,8 @@ func pilots(scheme, text string) ([]wrapped, error) {
 	}
 	b, err := base64.StdEncoding.DecodeString(text)
 	if err == nil {
-		var annotations []keyprovider.Annotation
-		if annotations, err = keyprovider.ParseAnnotation(b); err == nil {
+		var annotations []wireformat.Annotation
+		if annotations, err = wireformat.ParseAnnotation(b); err == nil {
 			return separate(scheme, b, annotations)
 		}
 	}
@@ -120,7 +120,7 @@ func pilots(scheme, text string) ([]wrapped, error) {
 }
 
 // separate returns the keys in the text of annotations, one or an array.
-func separate(scheme string, text []byte, annotations []keyprovider.Annotation) ([]wrapped, error) {
+func separate(scheme string, text []byte, annotations []wireformat.Annotation) ([]wrapped, error) {
 	texts := []json.RawMessage{text}
 	if bytes.HasPrefix(bytes.TrimSpace(text), []byte("[")) {
 		if err := json.Unmarshal(text, &texts); err != nil {

@@ -9,7 +9,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -96,7 +96,7 @@ func TestRewrapTampered(t *testing.T) {
 
 // fake is a value that is wrapped with no KEK.
 func fake(id string) string {
-	b, err := json.Marshal(keyprovider.Annotation{Method: "A256GCMKW", KEKID: id, KEKVersion: 1, IV: make([]byte, 12), WrappedKey: make([]byte, 50)})
+	b, err := json.Marshal(wireformat.Annotation{Method: "A256GCMKW", KEKID: id, KEKVersion: 1, IV: make([]byte, 12), WrappedKey: make([]byte, 50)})
 	if err != nil {
 		panic(err)
 	}

@@ -13,7 +13,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -63,7 +63,7 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 		return Rewrapped{}, errors.New("a KEK is replaced by another: name both")
 	}
 	if how.To != "" {
-		if err := keyprovider.ValidateKEKID(how.To); err != nil {
+		if err := wireformat.ValidateKEKID(how.To); err != nil {
 			return Rewrapped{}, err
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // maxVersions is how many versions of a KEK are tried, newest first, on an
@@ -20,40 +21,40 @@ const maxVersions = 16
 
 // wrap wraps optsdata with the current version of the KEK named id, here or,
 // where it has to be, at the broker. It returns that version too.
-func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (Annotation, int, error) {
+func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (wireformat.Annotation, int, error) {
 	if p.conf.Format == FormatCopilot {
 		return p.wrapAtBroker(ctx, id, optsdata)
 	}
 	kek, err := p.keks.latest(ctx, id)
 	switch {
 	case errors.Is(err, client.ErrNotExported) && p.conf.Format == FormatOriginal:
-		return Annotation{}, 0, fmt.Errorf("annotation-format %s takes the KEK itself: %w", FormatOriginal, err)
+		return wireformat.Annotation{}, 0, fmt.Errorf("annotation-format %s takes the KEK itself: %w", FormatOriginal, err)
 	case errors.Is(err, client.ErrNotExported):
 		return p.wrapAtBroker(ctx, id, optsdata)
 	case err != nil:
-		return Annotation{}, 0, err
+		return wireformat.Annotation{}, 0, err
 	}
 	defer clear(kek.Key)
 	a, err := wrap(kek, p.conf.Format, optsdata)
 	return a, kek.Version, err
 }
 
-func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte) (_ Annotation, _ int, err error) {
+func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte) (_ wireformat.Annotation, _ int, err error) {
 	defer func(start time.Time) { p.metrics.asked(ctx, "wrap", start, err) }(time.Now())
 	w, err := p.broker.Wrap(ctx, id, optsdata)
 	if err != nil {
-		return Annotation{}, 0, err
+		return wireformat.Annotation{}, 0, err
 	}
-	a := Annotation{Method: w.Method, KEKID: id, KEKVersion: w.Version, IV: w.IV, WrappedKey: w.Key}
-	if err := a.validate(); err != nil {
-		return Annotation{}, 0, fmt.Errorf("wrap with KEK %q: the broker's answer: %w", id, err)
+	a := wireformat.Annotation{Method: w.Method, KEKID: id, KEKVersion: w.Version, IV: w.IV, WrappedKey: w.Key}
+	if err := a.Validate(); err != nil {
+		return wireformat.Annotation{}, 0, fmt.Errorf("wrap with KEK %q: the broker's answer: %w", id, err)
 	}
 	return a, w.Version, nil
 }
 
 // unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW or copilot.
 // What the broker refused for the KEK just now, it is not asked again.
-func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata []byte, _ client.KEK, err error) {
+func (p *Provider) unwrapAtBroker(ctx context.Context, a wireformat.Annotation) (optsdata []byte, _ client.KEK, err error) {
 	key := cacheKey{a.KEKID, a.KEKVersion}
 	if err := p.keks.refusal(key); err != nil {
 		return nil, client.KEK{}, inTrace(ctx, err)
@@ -71,14 +72,14 @@ func (p *Provider) unwrapAtBroker(ctx context.Context, a Annotation) (optsdata [
 }
 
 // unwrap tries the KEKs that may open a.
-func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) ([]byte, client.KEK, error) {
-	if a.Method == methodAESGCM {
+func (p *Provider) unwrap(ctx context.Context, a wireformat.Annotation, allowed []string) ([]byte, client.KEK, error) {
+	if a.Method == wireformat.MethodAESGCM {
 		return p.unwrapOriginal(ctx, a, allowed)
 	}
 	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
 		return nil, client.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
 	}
-	if a.Method == methodCopilot {
+	if a.Method == wireformat.MethodCopilot {
 		return p.unwrapAtBroker(ctx, a)
 	}
 	optsdata, kek, err := p.unwrapWith(ctx, a, a.KEKID)
@@ -90,13 +91,13 @@ func (p *Provider) unwrap(ctx context.Context, a Annotation, allowed []string) (
 
 // unwrapOriginal tries each KEK that is named, or else the default ones, on an
 // annotation that does not say which it takes.
-func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []string) ([]byte, client.KEK, error) {
+func (p *Provider) unwrapOriginal(ctx context.Context, a wireformat.Annotation, allowed []string) ([]byte, client.KEK, error) {
 	ids := allowed
 	if len(ids) == 0 {
 		ids = p.conf.DefaultKEKs
 	}
 	if len(ids) == 0 {
-		return nil, client.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, methodAESGCM, p.conf.Names[0])
+		return nil, client.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, wireformat.MethodAESGCM, p.conf.Names[0])
 	}
 	var errs []error
 	for _, id := range ids {
@@ -114,7 +115,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a Annotation, allowed []s
 
 // unwrapWith unwraps a with the version of the KEK that it names, or else with
 // any. It returns the KEK without its key.
-func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]byte, client.KEK, error) {
+func (p *Provider) unwrapWith(ctx context.Context, a wireformat.Annotation, id string) ([]byte, client.KEK, error) {
 	optsdata, kek, err := p.tryVersions(ctx, a, id)
 	if errors.Is(err, ErrWrongKEK) && a.KEKVersion == 0 && p.keks.doubtCurrent(id) {
 		// It may have been wrapped with a version newer than what was
@@ -124,7 +125,7 @@ func (p *Provider) unwrapWith(ctx context.Context, a Annotation, id string) ([]b
 	return optsdata, kek, err
 }
 
-func (p *Provider) tryVersions(ctx context.Context, a Annotation, id string) ([]byte, client.KEK, error) {
+func (p *Provider) tryVersions(ctx context.Context, a wireformat.Annotation, id string) ([]byte, client.KEK, error) {
 	var first error
 	version := a.KEKVersion
 	for range maxVersions {

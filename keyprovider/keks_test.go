@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // keeper is a broker that wraps and unwraps with KEKs, of which it gives out
@@ -160,9 +161,9 @@ func decodeStrictly(r *http.Request, v any) error {
 	return d.Decode(v)
 }
 
-func parsed(t *testing.T, annotation []byte) []Annotation {
+func parsed(t *testing.T, annotation []byte) []wireformat.Annotation {
 	t.Helper()
-	list, err := ParseAnnotation(annotation)
+	list, err := wireformat.ParseAnnotation(annotation)
 	if err != nil {
 		t.Fatalf("%s: %v", annotation, err)
 	}
@@ -231,16 +232,16 @@ func TestNotExportedHere(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		for name, change := range map[string]func(*Annotation){
-			"KEK":         func(a *Annotation) { a.KEKID = "team-b" },
-			"version":     func(a *Annotation) { a.KEKVersion = 2 },
-			"wrapped key": func(a *Annotation) { a.WrappedKey[20] ^= 1 },
-			"cut":         func(a *Annotation) { a.WrappedKey = a.WrappedKey[:len(a.WrappedKey)-1] },
-			"method": func(a *Annotation) {
-				if a.Method == methodCopilot {
-					a.Method, a.IV, a.WrappedKey = methodA256GCMKW, a.WrappedKey[:12], a.WrappedKey[12:]
+		for name, change := range map[string]func(*wireformat.Annotation){
+			"KEK":         func(a *wireformat.Annotation) { a.KEKID = "team-b" },
+			"version":     func(a *wireformat.Annotation) { a.KEKVersion = 2 },
+			"wrapped key": func(a *wireformat.Annotation) { a.WrappedKey[20] ^= 1 },
+			"cut":         func(a *wireformat.Annotation) { a.WrappedKey = a.WrappedKey[:len(a.WrappedKey)-1] },
+			"method": func(a *wireformat.Annotation) {
+				if a.Method == wireformat.MethodCopilot {
+					a.Method, a.IV, a.WrappedKey = wireformat.MethodA256GCMKW, a.WrappedKey[:12], a.WrappedKey[12:]
 				} else {
-					a.Method, a.IV, a.WrappedKey = methodCopilot, nil, append(a.IV, a.WrappedKey...)
+					a.Method, a.IV, a.WrappedKey = wireformat.MethodCopilot, nil, append(a.IV, a.WrappedKey...)
 				}
 			},
 		} {

@@ -22,6 +22,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // ErrInput is the error of a request that no broker could serve: it is not
@@ -127,7 +128,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 		return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
 	}
 
-	annotations := make([]Annotation, len(ids))
+	annotations := make([]wireformat.Annotation, len(ids))
 	for i, id := range ids {
 		start := time.Now()
 		a, version, err := p.wrap(ctx, id, in.KeyWrapParams.OptsData)
@@ -146,8 +147,8 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 	if err != nil {
 		return nil, err
 	}
-	if len(b) > maxAnnotation {
-		return nil, fmt.Errorf("%w: wrapped for all these KEKs, the layer key would have more than %d bytes: name fewer", ErrInput, maxAnnotation)
+	if len(b) > wireformat.MaxAnnotation {
+		return nil, fmt.Errorf("%w: wrapped for all these KEKs, the layer key would have more than %d bytes: name fewer", ErrInput, wireformat.MaxAnnotation)
 	}
 	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
 		KeyWrapResults: ocicrypt.KeyWrapResults{Annotation: b},
@@ -168,7 +169,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 	if err != nil {
 		return nil, err
 	}
-	annotations, err := ParseAnnotation(in.KeyUnwrapParams.Annotation)
+	annotations, err := wireformat.ParseAnnotation(in.KeyUnwrapParams.Annotation)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInput, err)
 	}
@@ -179,10 +180,10 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 		}
 	}
 
-	cached := func(a Annotation) bool {
-		return a.Method == methodA256GCMKW && a.KEKVersion != 0 && p.keks.has(a.KEKID, a.KEKVersion)
+	cached := func(a wireformat.Annotation) bool {
+		return a.Method == wireformat.MethodA256GCMKW && a.KEKVersion != 0 && p.keks.has(a.KEKID, a.KEKVersion)
 	}
-	slices.SortStableFunc(annotations, func(a, b Annotation) int {
+	slices.SortStableFunc(annotations, func(a, b wireformat.Annotation) int {
 		switch inMemory := cached(a); {
 		case inMemory == cached(b):
 			return 0
@@ -234,8 +235,8 @@ func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
 	for _, name := range p.conf.Names {
 		named = append(named, params[name]...)
 	}
-	if n := len(named); n > maxRecipients {
-		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, n, maxRecipients)
+	if n := len(named); n > wireformat.MaxRecipients {
+		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, n, wireformat.MaxRecipients)
 	}
 	var ids []string
 	for _, b := range named {
@@ -244,7 +245,7 @@ func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
 		if id == "" || id == "Enabled" {
 			continue
 		}
-		if err := ValidateKEKID(id); err != nil {
+		if err := wireformat.ValidateKEKID(id); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrInput, err)
 		}
 		if !slices.Contains(ids, id) {

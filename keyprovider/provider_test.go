@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // TestSeveralKEKs wraps for three KEKs and unwraps where there is only one.
@@ -20,7 +21,7 @@ func TestSeveralKEKs(t *testing.T) {
 		keks[id] = bytes.Repeat([]byte(id), 32)
 	}
 	annotation := wrapFor(t, newProvider(t, startBroker(t, keks).url, Config{}), "a", "b", "c", "a")
-	var list []Annotation
+	var list []wireformat.Annotation
 	if err := json.Unmarshal(annotation, &list); err != nil || len(list) != 3 {
 		t.Fatalf("annotation %s is no array of three: %v", annotation, err)
 	}
@@ -48,7 +49,7 @@ func TestOneKEK(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil})
 	for _, format := range []Format{FormatA256GCMKW, FormatOriginal} {
 		annotation := wrapFor(t, newProvider(t, b.url, Config{Format: format}), "a")
-		if err := json.Unmarshal(annotation, new(Annotation)); err != nil {
+		if err := json.Unmarshal(annotation, new(wireformat.Annotation)); err != nil {
 			t.Errorf("%s: %s: %v", format, annotation, err)
 		}
 	}
@@ -223,7 +224,7 @@ func TestWrapAfterRotation(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil})
 	p := newProvider(t, b.url, Config{CacheSize: 10})
 	for want := 1; want <= 3; want++ {
-		list, err := ParseAnnotation(wrapFor(t, p, "a"))
+		list, err := wireformat.ParseAnnotation(wrapFor(t, p, "a"))
 		if err != nil || list[0].KEKVersion != want {
 			t.Errorf("wrapped with %+v, %v, want version %d", list, err, want)
 		}

@@ -8,12 +8,7 @@ import (
 	"fmt"
 
 	"github.com/ctrlplane/pilot/copilot/client"
-)
-
-const (
-	tagSize        = 16 // of AES-GCM, in bytes
-	originalIVSize = 16 // in bytes
-	kekSize        = 32 // of A256GCMKW, in bytes
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // errWrongKEK says that a KEK does not open an annotation.
@@ -21,33 +16,33 @@ var errWrongKEK = errors.New("does not unwrap this layer key: the KEK was replac
 
 // wrap wraps optsdata, the layer key in ocicrypt's JSON, with kek, in
 // FormatA256GCMKW or FormatOriginal.
-func wrap(kek client.KEK, format Format, optsdata []byte) (Annotation, error) {
-	a := Annotation{Method: methodAESGCM, IV: make([]byte, originalIVSize)}
+func wrap(kek client.KEK, format Format, optsdata []byte) (wireformat.Annotation, error) {
+	a := wireformat.Annotation{Method: wireformat.MethodAESGCM, IV: make([]byte, wireformat.OriginalIVSize)}
 	if format == FormatA256GCMKW {
-		if len(kek.Key) != kekSize {
-			return Annotation{}, fmt.Errorf("%w: KEK %q has %d bytes, and %s takes %d: create a KEK of that size, or write the original's format", ErrInput, kek.ID, len(kek.Key), FormatA256GCMKW, kekSize)
+		if len(kek.Key) != wireformat.KEKSize {
+			return wireformat.Annotation{}, fmt.Errorf("%w: KEK %q has %d bytes, and %s takes %d: create a KEK of that size, or write the original's format", ErrInput, kek.ID, len(kek.Key), FormatA256GCMKW, wireformat.KEKSize)
 		}
-		a = Annotation{Method: methodA256GCMKW, KEKID: kek.ID, KEKVersion: kek.Version, IV: make([]byte, 12)}
+		a = wireformat.Annotation{Method: wireformat.MethodA256GCMKW, KEKID: kek.ID, KEKVersion: kek.Version, IV: make([]byte, wireformat.IVSize)}
 	}
 	aead, err := newGCM(kek.Key, len(a.IV))
 	if err != nil {
-		return Annotation{}, fmt.Errorf("KEK %q: %w", kek.ID, err)
+		return wireformat.Annotation{}, fmt.Errorf("KEK %q: %w", kek.ID, err)
 	}
 	rand.Read(a.IV) // never fails
-	a.WrappedKey = aead.Seal(nil, a.IV, optsdata, a.additionalData())
+	a.WrappedKey = aead.Seal(nil, a.IV, optsdata, a.AdditionalData())
 	return a, nil
 }
 
 // unwrap returns the optsdata that a holds, or errWrongKEK.
-func unwrap(kek client.KEK, a Annotation) ([]byte, error) {
-	if a.Method == methodA256GCMKW && len(kek.Key) != kekSize {
-		return nil, fmt.Errorf("has %d bytes, and %s takes %d", len(kek.Key), a.Method, kekSize)
+func unwrap(kek client.KEK, a wireformat.Annotation) ([]byte, error) {
+	if a.Method == wireformat.MethodA256GCMKW && len(kek.Key) != wireformat.KEKSize {
+		return nil, fmt.Errorf("has %d bytes, and %s takes %d", len(kek.Key), a.Method, wireformat.KEKSize)
 	}
 	aead, err := newGCM(kek.Key, len(a.IV))
 	if err != nil {
 		return nil, err
 	}
-	optsdata, err := aead.Open(nil, a.IV, a.WrappedKey, a.additionalData())
+	optsdata, err := aead.Open(nil, a.IV, a.WrappedKey, a.AdditionalData())
 	if err != nil {
 		return nil, errWrongKEK
 	}

@@ -14,7 +14,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/node"
 )
 
@@ -54,7 +54,7 @@ func doctor(c *cli.Context) error {
 	}
 	keks := c.StringSlice("kek")
 	for _, kek := range keks {
-		if err := keyprovider.ValidateKEKID(kek); err != nil {
+		if err := wireformat.ValidateKEKID(kek); err != nil {
 			return exit.Usagef("--kek: %w", err)
 		}
 	}

@@ -13,7 +13,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/ctrlplane/pilot/internal/loopback"
-	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // The types of the settings. Each reads itself from text and refuses what
@@ -113,7 +113,7 @@ func (k *kekIDs) UnmarshalText(b []byte) error {
 	*k = nil
 	for id := range strings.SplitSeq(string(b), ",") {
 		id = strings.TrimSpace(id)
-		if err := keyprovider.ValidateKEKID(id); err != nil {
+		if err := wireformat.ValidateKEKID(id); err != nil {
 			return err
 		}
 		*k = append(*k, id)

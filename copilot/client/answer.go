@@ -10,18 +10,13 @@ import (
 	"regexp"
 	"strconv"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 const (
 	maxAnswer       = 128 << 10 // bytes of an answer that are read: 64 KiB in base64, and more
 	maxErrorMessage = 300       // bytes of a broker's error message that are repeated
-)
-
-// Types of copilot's problem documents that a client decides by.
-const (
-	typeNotExported   = "urn:pilot:problem:not-exported"
-	typeNoSuchPath    = "urn:pilot:problem:no-such-path"
-	typeNoSuchVersion = "urn:pilot:problem:no-such-version"
 )
 
 // errNoSuchPath: copilot does not have what was asked for, nor says anything of a KEK.
@@ -89,11 +84,11 @@ func (p problem) err() error {
 	}
 	said = printable(said)
 	switch {
-	case p.Type == typeNoSuchPath:
+	case p.Type == wireformat.ProblemNoSuchPath:
 		return fmt.Errorf("%w: %w, or a proxy changes it (%s)", ErrUnavailable, errNoSuchPath, said)
-	case p.Type == typeNoSuchVersion && p.Status == http.StatusNotFound:
+	case p.Type == wireformat.ProblemNoSuchVersion && p.Status == http.StatusNotFound:
 		return fmt.Errorf("%w (%s)", ErrNoVersion, said)
-	case p.Type == typeNotExported && p.Status == http.StatusConflict:
+	case p.Type == wireformat.ProblemNotExported && p.Status == http.StatusConflict:
 		return fmt.Errorf("%w (%s)", ErrNotExported, said)
 	}
 	switch p.Status {

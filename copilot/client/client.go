@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // Errors that a caller may decide by. What is wrapped around them says which
@@ -65,9 +66,6 @@ const (
 	// of a KEK that was asked for: by the one who asked, and by those who did at
 	// the same time and got the same answer. The broker counts them.
 	wrapsAtOnce = 256
-
-	// MaxWrappedKey bounds what a broker makes of a layer key, in bytes.
-	MaxWrappedKey = 90 << 10
 )
 
 // Client asks a broker, or the nearest of several that answers. It is safe for
@@ -190,7 +188,7 @@ type Wrapped struct {
 	Method string `json:"method"`
 	// IV has 12 bytes, and is nil with the method copilot.
 	IV []byte `json:"iv,omitempty"`
-	// Key has at most [MaxWrappedKey] bytes.
+	// Key has at most 90 KiB.
 	Key []byte `json:"wrappedKey"`
 }
 
@@ -211,8 +209,8 @@ func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (w Wrapp
 		if w = a.Wrapped; w.Version < 1 || len(w.Key) == 0 {
 			return fmt.Errorf("%w: it answered without a wrapped key", ErrUnavailable)
 		}
-		if len(w.Key) > MaxWrappedKey {
-			return fmt.Errorf("%w: its wrapped key has more than %d bytes", ErrUnavailable, MaxWrappedKey)
+		if len(w.Key) > wireformat.MaxWrappedKey {
+			return fmt.Errorf("%w: its wrapped key has more than %d bytes", ErrUnavailable, wireformat.MaxWrappedKey)
 		}
 		return nil
 	})

@@ -11,13 +11,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // TestWrapAnswers has brokers answer badly to who wants a layer key wrapped or
 // unwrapped.
 func TestWrapAnswers(t *testing.T) {
-	long := base64.StdEncoding.EncodeToString(make([]byte, MaxWrappedKey))
-	longer := base64.StdEncoding.EncodeToString(make([]byte, MaxWrappedKey+1))
+	long := base64.StdEncoding.EncodeToString(make([]byte, wireformat.MaxWrappedKey))
+	longer := base64.StdEncoding.EncodeToString(make([]byte, wireformat.MaxWrappedKey+1))
 	for _, test := range []struct {
 		name, verb string
 		code       int
@@ -39,10 +41,10 @@ func TestWrapAnswers(t *testing.T) {
 		{"no base64", "unwrap", 200, `{"plaintext":"SECRET!"}`, ErrUnavailable},
 		{"changed", "unwrap", 400, problemText(400, "this KEK did not wrap that key"), ErrRejected},
 		{"no such version", "unwrap", 404, problemText(404, "no such KEK"), ErrNotFound},
-		{"not exported", "key", 409, strings.Replace(problemText(409, "it stays in the HSM"), "about:blank", typeNotExported, 1), ErrNotExported},
-		{"not exported, by another status", "key", 500, strings.Replace(problemText(500, "no"), "about:blank", typeNotExported, 1), ErrUnavailable},
+		{"not exported", "key", 409, strings.Replace(problemText(409, "it stays in the HSM"), "about:blank", wireformat.ProblemNotExported, 1), ErrNotExported},
+		{"not exported, by another status", "key", 500, strings.Replace(problemText(500, "no"), "about:blank", wireformat.ProblemNotExported, 1), ErrUnavailable},
 		{"conflict", "key", 409, strings.Replace(problemText(409, "no"), "about:blank", "urn:pilot:problem:other", 1), ErrRejected},
-		{"wrong path", "key", 404, strings.Replace(problemText(404, "no"), "about:blank", typeNoSuchPath, 1), ErrUnavailable},
+		{"wrong path", "key", 404, strings.Replace(problemText(404, "no"), "about:blank", wireformat.ProblemNoSuchPath, 1), ErrUnavailable},
 		{"another KEK", "wrap", 200, `{"id":"b","version":2,"wrappedKey":"AAAA"}`, ErrUnavailable},
 	} {
 		b := startAsked(t, func(w http.ResponseWriter, _ *http.Request) {

@@ -21,6 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 var (
@@ -297,19 +298,6 @@ func writeAnswer(w http.ResponseWriter, e *entry, answer any, err error) {
 	w.Write(b)
 }
 
-// Types of problems that pilot decides by.
-const (
-	// typeNotExported: pilot has to have copilot wrap and unwrap.
-	typeNotExported = "urn:pilot:problem:not-exported"
-	// typeNoSuchPath: what pilot asked for is not at this path, which says
-	// nothing about a KEK. A proxy may have changed the path.
-	typeNoSuchPath = "urn:pilot:problem:no-such-path"
-	// typeNoSuchVersion: the KEK is there, and not in the version that was asked for.
-	typeNoSuchVersion = "urn:pilot:problem:no-such-version"
-	// typeNoNodeCA: this broker renews nobody's certificate.
-	typeNoNodeCA = "urn:pilot:problem:no-node-ca"
-)
-
 // writeProblem writes problem details (RFC 9457). What is wrong inside the
 // broker is in its log, under the request's id.
 func writeProblem(w http.ResponseWriter, e *entry, err error) {
@@ -328,13 +316,13 @@ func writeProblem(w http.ResponseWriter, e *entry, err error) {
 		}
 		detail += ": see copilot's log for request " + e.Request
 	case errors.Is(err, errNotExported):
-		kind = typeNotExported
+		kind = wireformat.ProblemNotExported
 	case errors.Is(err, errNoSuchPath):
-		kind = typeNoSuchPath
+		kind = wireformat.ProblemNoSuchPath
 	case errors.Is(err, errNoNodeCA):
-		kind = typeNoNodeCA
+		kind = wireformat.ProblemNoNodeCA
 	case errors.Is(err, keystore.ErrNoVersion):
-		kind = typeNoSuchVersion
+		kind = wireformat.ProblemNoSuchVersion
 	case errors.Is(err, errLimit):
 		detail = errLimit.Error()
 	case errors.Is(err, kms.ErrUnwrap):

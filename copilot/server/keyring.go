@@ -44,12 +44,6 @@ const kmsWithin = 8 * time.Second
 // version to somebody who does not say how many it is for.
 const exportWraps = 1024
 
-// Methods of wrapped keys, as in pilot's annotations.
-const (
-	methodA256GCMKW = "A256GCMKW" // with a KEK that copilot has
-	methodCopilot   = "copilot"   // inside a KMS
-)
-
 var (
 	// errNotExported: the caller may use the KEK but does not get it.
 	errNotExported = errors.New("this KEK is not given out: have copilot wrap and unwrap with it")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // wrap wraps plaintext with the current version, inside the KMS if that does
@@ -45,9 +46,9 @@ func (k kek) wrapWith(key []byte, version int, plaintext []byte) (wrapped, error
 	if err != nil {
 		return wrapped{}, err
 	}
-	w := wrapped{Version: version, Method: methodA256GCMKW, IV: make([]byte, aead.NonceSize())}
+	w := wrapped{Version: version, Method: wireformat.MethodA256GCMKW, IV: make([]byte, aead.NonceSize())}
 	rand.Read(w.IV) // never fails
-	w.Key = aead.Seal(nil, w.IV, plaintext, additionalData(k.ID, version))
+	w.Key = aead.Seal(nil, w.IV, plaintext, wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, version))
 	return w, nil
 }
 
@@ -89,7 +90,7 @@ func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte, count
 	if err != nil {
 		return wrapped{}, err
 	}
-	w.Method = methodCopilot
+	w.Method = wireformat.MethodCopilot
 	w.Key, err = json.Marshal(envelope{wrappedInner, keystore.Seal(aead, plaintext, place(k.ID, w.Version))})
 	return w, err
 }
@@ -105,12 +106,12 @@ type envelope struct {
 // version, or was changed.
 func (r *keyring) unwrap(ctx context.Context, k kek, w wrapped) ([]byte, error) {
 	switch {
-	case w.Method == methodCopilot && w.IV == nil && !k.wrapsHere():
+	case w.Method == wireformat.MethodCopilot && w.IV == nil && !k.wrapsHere():
 		return r.unwrapInside(ctx, k, w.Version, w.Key)
-	case w.Method == methodA256GCMKW && len(w.IV) == 12:
+	case w.Method == wireformat.MethodA256GCMKW && len(w.IV) == wireformat.IVSize:
 	default:
 		return nil, fmt.Errorf("%w: method is %.40q with an iv of %d bytes, which this KEK does not unwrap: %s has 12, and %s, for a KEK that stays in its KMS, none",
-			keystore.ErrInput, w.Method, len(w.IV), methodA256GCMKW, methodCopilot)
+			keystore.ErrInput, w.Method, len(w.IV), wireformat.MethodA256GCMKW, wireformat.MethodCopilot)
 	}
 	key, _, err := r.key(ctx, k, w.Version)
 	if err != nil {
@@ -121,7 +122,7 @@ func (r *keyring) unwrap(ctx context.Context, k kek, w wrapped) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	return open(aead, slices.Concat(w.IV, w.Key), additionalData(k.ID, w.Version))
+	return open(aead, slices.Concat(w.IV, w.Key), wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, w.Version))
 }
 
 func (r *keyring) unwrapInside(ctx context.Context, k kek, version int, wrapped []byte) ([]byte, error) {
@@ -153,20 +154,6 @@ func (r *keyring) unwrapInside(ctx context.Context, k kek, version int, wrapped 
 		return nil, err
 	}
 	return open(aead, e.Sealed, place(k.ID, version))
-}
-
-// additionalData is what pilot's annotation binds a key to: their canonical
-// JSON (RFC 8785).
-func additionalData(id string, version int) []byte {
-	b, err := json.Marshal(struct {
-		KEKID      string `json:"kekId"`
-		KEKVersion int    `json:"kekVersion"`
-		Method     string `json:"method"`
-	}{id, version, methodA256GCMKW})
-	if err != nil {
-		panic(err) // strings and an int
-	}
-	return b
 }
 
 // place is what a key that is wrapped inside a KMS is bound to.

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // TestOriginalVectors unwraps what a JVM wrapped, with the original's code.
@@ -25,7 +26,7 @@ func TestOriginalVectors(t *testing.T) {
 		if err := json.Unmarshal(lines.Bytes(), &v); err != nil {
 			t.Fatal(err)
 		}
-		list, err := ParseAnnotation(v.Annotation)
+		list, err := wireformat.ParseAnnotation(v.Annotation)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -64,7 +65,7 @@ func TestWrapUnwrap(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		list, err := ParseAnnotation(b)
+		list, err := wireformat.ParseAnnotation(b)
 		if err != nil {
 			t.Fatalf("%s: %v", b, err)
 		}
@@ -98,15 +99,15 @@ func TestOriginalFields(t *testing.T) {
 // TestBound checks that nothing that an annotation says can be changed.
 func TestBound(t *testing.T) {
 	kek := client.KEK{ID: "team-a", Version: 3, Key: make([]byte, 32)}
-	for name, change := range map[string]func(*Annotation){
-		"KEK":         func(a *Annotation) { a.KEKID = "team-b" },
-		"version":     func(a *Annotation) { a.KEKVersion = 2 },
-		"no version":  func(a *Annotation) { a.KEKVersion = 0 },
-		"method":      func(a *Annotation) { a.Method = methodAESGCM },
-		"IV":          func(a *Annotation) { a.IV[0] ^= 1 },
-		"wrapped key": func(a *Annotation) { a.WrappedKey[0] ^= 1 },
-		"tag":         func(a *Annotation) { a.WrappedKey[len(a.WrappedKey)-1] ^= 1 },
-		"cut":         func(a *Annotation) { a.WrappedKey = a.WrappedKey[:len(a.WrappedKey)-1] },
+	for name, change := range map[string]func(*wireformat.Annotation){
+		"KEK":         func(a *wireformat.Annotation) { a.KEKID = "team-b" },
+		"version":     func(a *wireformat.Annotation) { a.KEKVersion = 2 },
+		"no version":  func(a *wireformat.Annotation) { a.KEKVersion = 0 },
+		"method":      func(a *wireformat.Annotation) { a.Method = wireformat.MethodAESGCM },
+		"IV":          func(a *wireformat.Annotation) { a.IV[0] ^= 1 },
+		"wrapped key": func(a *wireformat.Annotation) { a.WrappedKey[0] ^= 1 },
+		"tag":         func(a *wireformat.Annotation) { a.WrappedKey[len(a.WrappedKey)-1] ^= 1 },
+		"cut":         func(a *wireformat.Annotation) { a.WrappedKey = a.WrappedKey[:len(a.WrappedKey)-1] },
 	} {
 		a, err := wrap(kek, FormatA256GCMKW, []byte("secret"))
 		if err != nil {
@@ -119,55 +120,12 @@ func TestBound(t *testing.T) {
 	}
 }
 
-func TestAdditionalDataIsCanonical(t *testing.T) {
-	a := Annotation{Method: methodA256GCMKW, KEKID: `a"\/é`, KEKVersion: 12}
-	if got, want := string(a.additionalData()), `{"kekId":"a\"\\/é","kekVersion":12,"method":"A256GCMKW"}`; got != want {
-		t.Errorf("got %s, want %s", got, want)
-	}
-}
-
-func TestParseAnnotationErrors(t *testing.T) {
-	iv12, iv16, key := "AAAAAAAAAAAAAAAA", "AAAAAAAAAAAAAAAAAAAAAA==", "AAAAAAAAAAAAAAAAAAAAAAAAAAA="
-	for _, test := range []struct{ in, want string }{
-		{``, "not pilot's"},
-		{`null`, "no method"},
-		{`"x"`, "not pilot's"},
-		{`[]`, "0 recipients"},
-		{`{}`, "no method"},
-		{`{"method":"ROT13"}`, `method "ROT13" is not known`},
-		{`{"method":"AES-GCM","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "IV of 12 bytes, not 16"},
-		{`{"method":"AES-GCM","iv":"` + iv16 + `","wrappedKey":"AAAA"}`, "too short"},
-		{`{"method":"AES-GCM","kekId":"x","iv":"` + iv16 + `","wrappedKey":"` + key + `"}`, "does not name a KEK"},
-		{`{"method":"A256GCMKW","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "no KEK is named"},
-		{`{"method":"A256GCMKW","kekId":"a b","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "not allowed"},
-		{`{"method":"A256GCMKW","kekId":"a","kekVersion":-1,"iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "negative"},
-		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv16 + `","wrappedKey":"` + key + `"}`, "IV of 16 bytes, not 12"},
-		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","wrappedKey":"` + key + `","more":1}`, "more"},
-		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","wrappedKey":"` + key + `"} {}`, "follows"},
-		{`{"method":"copilot","kekId":"a","kekVersion":1,"iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "method copilot has no IV"},
-		{`{"method":"copilot","kekId":"a","kekVersion":1,"iv":"","wrappedKey":"` + key + `"}`, "method copilot has no IV"},
-		{`{"method":"copilot","kekVersion":1,"wrappedKey":"` + key + `"}`, "no KEK is named"},
-		{`{"method":"copilot","kekId":"a b","kekVersion":1,"wrappedKey":"` + key + `"}`, "not allowed"},
-		{`{"method":"copilot","kekId":"a","wrappedKey":"` + key + `"}`, "version 0 is not from 1"},
-		{`{"method":"copilot","kekId":"a","kekVersion":1}`, "wrapped key of 0 bytes"},
-		{`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"` + strings.Repeat("AAAA", 92160/3+1) + `"}`, "not 1 to 92160"},
-		{`{"method":"A256GCMKW","kekId":"a","wrappedKey":"` + key + `"}`, "IV of 0 bytes"},
-		{`{"method":"A256GCMKW","kekId":"` + strings.Repeat("a", 2049) + `"}`, "longer than 2048"},
-		{strings.Repeat(" ", maxAnnotation+1), "more than 1048576 bytes"},
-	} {
-		_, err := ParseAnnotation([]byte(test.in))
-		if err == nil || !strings.Contains(err.Error(), test.want) {
-			t.Errorf("%.80s: %v, want %q", test.in, err, test.want)
-		}
-	}
-}
-
 func FuzzParseAnnotation(f *testing.F) {
 	f.Add([]byte(`{"method":"A256GCMKW","kekId":"a","kekVersion":1,"iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}`))
 	f.Add([]byte(`[{"method":"AES-GCM","iv":"AAAAAAAAAAAAAAAAAAAAAA==","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}]`))
 	f.Add([]byte(`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"AAAA"}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		list, err := ParseAnnotation(b)
+		list, err := wireformat.ParseAnnotation(b)
 		if err != nil {
 			return
 		}
@@ -180,7 +138,7 @@ func FuzzParseAnnotation(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := ParseAnnotation(again); err != nil {
+		if _, err := wireformat.ParseAnnotation(again); err != nil {
 			t.Fatalf("%s was accepted, %s is not: %v", b, again, err)
 		}
 	})

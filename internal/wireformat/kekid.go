@@ -1,0 +1,34 @@
+package wireformat
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// maxKEKID bounds a KEK's id, in bytes. The original's are the base64 of JSON.
+const maxKEKID = 2048
+
+// ValidateKEKID refuses what can't be a KEK's name, in an annotation or as a
+// recipient. It accepts printable ASCII without spaces and without the three
+// characters that encoding/json would escape where RFC 8785 does not.
+func ValidateKEKID(id string) error {
+	if id == "" {
+		return errors.New("no KEK is named")
+	}
+	if len(id) > maxKEKID {
+		return fmt.Errorf("KEK id of %d bytes is longer than %d", len(id), maxKEKID)
+	}
+	for _, c := range []byte(id) {
+		if c <= ' ' || c > '~' || c == '<' || c == '>' || c == '&' {
+			return fmt.Errorf("KEK id %.60q has a character that is not allowed: use printable ASCII without spaces, <, > and &", id)
+		}
+	}
+	// It becomes part of the path of a URL.
+	for element := range strings.SplitSeq(id, "/") {
+		if element == "." || element == ".." {
+			return fmt.Errorf("KEK id %.60q has a part that is only dots", id)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,30 @@
+package keyprovider
+
+import "fmt"
+
+// Format is a way to write down a wrapped layer key.
+type Format string
+
+const (
+	// FormatA256GCMKW names the KEK and its version, so that a node needs
+	// no parameter to unwrap. The KEK has 32 bytes. It is the default.
+	FormatA256GCMKW Format = "A256GCMKW"
+	// FormatCopilot has the broker wrap, and unwrap. It is what the default
+	// comes to, too, for a KEK that the broker does not give out.
+	FormatCopilot Format = "copilot"
+	// FormatOriginal is that of the Java service that came before, for
+	// nodes that still run it. It does not say which KEK it takes.
+	FormatOriginal Format = "original"
+)
+
+func (f *Format) String() string { return string(*f) }
+
+// UnmarshalText sets f to one of the formats above.
+func (f *Format) UnmarshalText(b []byte) error {
+	switch v := Format(b); v {
+	case FormatA256GCMKW, FormatCopilot, FormatOriginal:
+		*f = v
+		return nil
+	}
+	return fmt.Errorf("%q is not an annotation format: use %s, %s or %s", b, FormatA256GCMKW, FormatCopilot, FormatOriginal)
+}
