@@ -1,0 +1,111 @@
+package rooms
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/ctrlplane/pilot/"
+
+// rooms says which of our packages those below a path may import, besides their own
+// and those below internal. A path that is listed later is more special.
+var rooms = []struct {
+	path      string
+	mayImport []string
+}{
+	{"cmd", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
+	{"ctr-pilot", []string{"copilot/client", "image", "keyprovider", "plugin", "processor"}},
+	{"packaging", nil},
+	{"integration", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
+	{"node", []string{"copilot/client", "keyprovider", "plugin", "processor"}},
+	{"plugin", []string{"image", "processor"}},
+	{"image", []string{"processor"}},
+	{"keyprovider", []string{"copilot/client", "processor"}},
+	{"processor", nil},
+	{"copilot", nil},
+	{"copilot/client", nil},
+	{"internal", nil},
+}
+
+// heavy are modules that the package is to do without, so that programs that import it
+// stay small and start fast.
+var heavy = map[string][]string{
+	"image":     {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/"},
+	"processor": {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+}
+
+type listed struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+}
+
+func list(t *testing.T, args ...string) []listed {
+	t.Helper()
+	var stderr bytes.Buffer
+	cmd := exec.Command("go", append([]string{"list", "-buildvcs=false", "-json=ImportPath,Imports,Deps"}, args...)...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", cmd.Args, err, stderr.Bytes())
+	}
+	var packages []listed
+	for d := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p listed
+		err := d.Decode(&p)
+		if errors.Is(err, io.EOF) {
+			return packages
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		packages = append(packages, p)
+	}
+}
+
+func below(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
+func TestPackagesImportOnlyWhatTheirRoomMay(t *testing.T) {
+	packages := list(t, module+"...")
+	if len(packages) < len(rooms) {
+		t.Fatalf("%d packages", len(packages))
+	}
+	for _, p := range packages {
+		path := strings.TrimPrefix(p.ImportPath, module)
+		i := -1
+		for j, r := range rooms {
+			if below(path, r.path) {
+				i = j
+			}
+		}
+		if i < 0 {
+			t.Errorf("%s is in no room: put it into the table here, and into docs/architecture.md", path)
+			continue
+		}
+		for _, imported := range p.Imports {
+			other, ours := strings.CutPrefix(imported, module)
+			may := slices.ContainsFunc(append(rooms[i].mayImport, rooms[i].path, "internal"), func(room string) bool { return below(other, room) })
+			if ours && !may {
+				t.Errorf("%s imports %s, which packages below %s may not", path, other, rooms[i].path)
+			}
+		}
+	}
+}
+
+func TestLibrariesStayLight(t *testing.T) {
+	for room, modules := range heavy {
+		for _, p := range list(t, module+room) {
+			for _, dep := range p.Deps {
+				if i := slices.IndexFunc(modules, func(m string) bool { return dep == m || strings.HasPrefix(dep, m) }); i >= 0 {
+					t.Errorf("%s depends on %s", room, dep)
+				}
+			}
+		}
+	}
+}
