@@ -47,7 +47,10 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 build:
 	CGO_ENABLED=$(NODE_CGO) go build $(GOFLAGS_BUILD) -o bin/ ./cmd/pilot ./cmd/pilot-decoder
