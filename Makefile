@@ -85,7 +85,7 @@ demo: build tools
 	scripts/demo.sh
 
 # Tests mostly wait, so more of them run at once than there are cores.
-PARALLEL ?= 4
+PARALLEL ?= 3
 
 test: tools test-unit
 	go test -buildvcs=false -count=1 -timeout 90m -parallel $(PARALLEL) ./integration

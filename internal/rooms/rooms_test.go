@@ -30,7 +30,7 @@ var rooms = []struct {
 	{"processor", nil},
 	{"copilot", nil},
 	{"copilot/client", nil},
-	{"internal", nil},
+	{"internal", []string{"packaging/completions"}}, // which are shell scripts
 }
 
 // heavy are modules that the package is to do without, so that programs that import it
