@@ -84,16 +84,16 @@ tools:
 demo: build tools
 	scripts/demo.sh
 
-# Tests mostly wait, so more of them run at once than there are cores.
+# Tests mostly wait, so each package runs more of them at once than there are cores.
 PARALLEL ?= 3
 
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 90m -parallel $(PARALLEL) ./integration
+	go test -buildvcs=false -count=1 -timeout 90m -parallel $(PARALLEL) ./integration/...
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit
-	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m -parallel $(PARALLEL) ./integration
+	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
 BUSY  ?= 2
@@ -108,20 +108,20 @@ test-unit:
 
 # Each version of containerd with each configuration.
 test-nodes: tools
-	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 120m -parallel $(PARALLEL) -run '^TestNode' -v ./integration
+	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 120m -parallel $(PARALLEL) -run '^TestNode' -v ./integration/broker ./integration/node
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
-	go test -buildvcs=false -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration
+	go test -buildvcs=false -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration/cluster
 
 test-engines:
 	scripts/install-tools.sh $(PILOT_TOOLS) engines
-	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*)$$' ./integration
+	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*)$$' ./integration/engines ./integration/node
 
 ROUNDS ?= 7
 bench: tools
-	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration
+	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration/bench
 
 bench-go: COUNT = 6
 bench-go:
@@ -137,7 +137,7 @@ release:
 
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
-	go test -buildvcs=false -count=1 -timeout 120m -tags packages -run '^TestPackage' ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags packages -run '^TestPackage' ./integration/docs ./integration/install
 NODE_IMAGE_DEB ?=
 node-image:
 	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
@@ -146,16 +146,16 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration
+	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration/install
 
 ROUNDS_LONG ?= 300
 test-long: tools
 	PILOT_ROUNDS=$(ROUNDS_LONG) PILOT_PULLS=64 PILOT_NODES=100,300,1000,3000,10000 \
-		go test -buildvcs=false -count=1 -timeout 2h -run '^(TestKilledAtRandom|TestPullsAtOnce|TestPowerCut)$$' -v ./integration
+		go test -buildvcs=false -count=1 -timeout 2h -run '^(TestKilledAtRandom|TestPullsAtOnce|TestPowerCut)$$' -v ./integration/faults ./integration/load
 
 SOAK ?= 1h
 soak: tools
-	PILOT_SOAK=$(SOAK) go test -buildvcs=false -tags soak -timeout 0 -count=1 -run '^TestSoak$$' -v ./integration
+	PILOT_SOAK=$(SOAK) go test -buildvcs=false -tags soak -timeout 0 -count=1 -run '^TestSoak$$' -v ./integration/load
 
 IMAGES ?= 5000
 SEED   ?= $(shell date +%s)

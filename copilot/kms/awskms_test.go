@@ -13,7 +13,7 @@ import (
 )
 
 // TestAWSErrors has AWS's documented errors answered. What works is tested with
-// a KMS in package integration.
+// a KMS in integration/kms.
 func TestAWSErrors(t *testing.T) {
 	t.Setenv("AWS_ACCESS_KEY_ID", "id")
 	t.Setenv("AWS_SECRET_ACCESS_KEY", "key")

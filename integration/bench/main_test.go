@@ -1,0 +1,20 @@
+// Package bench compares pilot with its peers, side by side.
+package bench
+
+import (
+	"fmt"
+	"os"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+func TestMain(m *testing.M) {
+	code := harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Containerd, harness.Registry,
+		harness.OpenSSL, harness.SoftHSM)
+	if err := printRows(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		code = 1
+	}
+	os.Exit(code)
+}

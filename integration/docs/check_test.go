@@ -1,0 +1,171 @@
+package docs
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"go/parser"
+	gotoken "go/token"
+	"io"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// TestDocsLinks follows the links of each page, to files and to headings.
+func TestDocsLinks(t *testing.T) {
+	t.Parallel()
+	harness.CheckLinks(t, harness.Repo, pages(t))
+}
+
+// TestDocsBlocks has the program that a configuration is for read it, and bash
+// each command. Commands that nothing runs need a reason, so that new ones are run.
+func TestDocsBlocks(t *testing.T) {
+	t.Parallel()
+	tests := map[string]bool{}
+	files, _ := filepath.Glob(harness.Repo + "/integration/*/*_test.go")
+	for _, file := range files {
+		for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllStringSubmatch(harness.Read(t, file), -1) {
+			tests[m[1]] = true
+		}
+	}
+	for name, p := range pages(t) {
+		t.Run(filepath.Base(name), func(t *testing.T) {
+			t.Parallel()
+			script := harness.Command(t, "bash", "-n")
+			script.Stdin = strings.NewReader(p.Script())
+			if out, err := script.CombinedOutput(); err != nil {
+				t.Errorf("bash: %v\n%s", err, out)
+			}
+			for _, b := range p.Blocks {
+				switch {
+				case b.Verb == "skip":
+					for _, test := range regexp.MustCompile(`Test\w+`).FindAllString(b.Arg, -1) {
+						if !tests[test] {
+							t.Errorf("%s:%d: there is no %s", name, b.Line, test)
+						}
+					}
+				case b.Language == "text", b.Language == "mermaid":
+				case b.Commands():
+					if !runsInTests[name] {
+						t.Errorf("%s:%d: these commands are not run: have a test run the page, or say why not by <!-- test: skip REASON -->", name, b.Line)
+					}
+				default:
+					if err := checkConfig(t, b); err != nil {
+						t.Errorf("%s:%d: %v", name, b.Line, err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// configPrograms are the programs that configurations are for, by the name of the
+// file.
+var configPrograms = map[string]string{
+	"pilot.toml": "pilot", "copilot.toml": "copilot", "policy.toml": "policy", "prometheus.yml": "prometheus",
+}
+
+// namedFile is a file that a configuration names. The programs read it when they start.
+var namedFile = regexp.MustCompile(`"(/etc|/run|/var/run)/[^"]*"`)
+
+// checkConfig has a block read by the program that it is for. The files that it names
+// are made, below a directory of the test's.
+func checkConfig(t *testing.T, b harness.Block) error {
+	t.Helper()
+	dir := harness.TempDir(t)
+	program := b.Arg
+	if b.Verb == "file" {
+		program = configPrograms[path.Base(b.Arg)]
+	}
+	text := b.Text
+	if slices.Contains([]string{"pilot", "copilot", "policy"}, program) {
+		harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", dir+"/ca", "--dir", dir, "--host", "localhost", "--trust-domain", "example.com"))
+		harness.Output(t, harness.Command(t, "copilot", "keys", "create", "--config", "/dev/null", "--dir", dir, "other"))
+		text = namedFile.ReplaceAllStringFunc(text, func(quoted string) string {
+			name := dir + strings.Trim(quoted, `"`)
+			content := "1234\n"
+			if strings.HasSuffix(name, "-key.pem") {
+				content = harness.Read(t, dir+"/ca/server-key.pem")
+			} else if ext := path.Ext(name); ext == ".pem" || ext == ".crt" {
+				content = harness.Read(t, dir+"/ca/server.pem")
+			}
+			return strconv.Quote(harness.Write(t, name, content))
+		})
+	}
+	file := harness.Write(t, filepath.Join(dir, "configuration"), text)
+	switch program {
+	case "pilot":
+		// It reads its settings before the request, which is empty.
+		out, _ := harness.Command(t, "pilot", "keyprovider", "--config", file).CombinedOutput()
+		if !strings.Contains(string(out), "standard input has to be a request") {
+			return errors.New(string(out))
+		}
+		return nil
+	case "copilot":
+		return succeeds(harness.Command(t, "copilot", "keys", "list", "--config", file, "--dir", dir, "--database", "", "--audit-log", "", "--policy", ""))
+	case "policy":
+		conf := harness.Write(t, dir+"/issuers", "[issuers.cluster]\nurl = 'https://localhost'\naudience = 'copilot'\n")
+		return succeeds(harness.Command(t, "copilot", "policy", "check", "--config", conf, "--policy", file))
+	case "prometheus":
+		return succeeds(harness.Command(t, "promtool", "check", "config", "--syntax-only", file))
+	case "containerd 2", "containerd 3", "containerd":
+		if version := strings.TrimPrefix(program, "containerd"); version != "" {
+			harness.Write(t, file, "version ="+version+"\n"+b.Text)
+		}
+		out, err := harness.Command(t, "containerd", "--config", file, "config", "dump").CombinedOutput()
+		if err == nil && strings.Contains(string(out), "unknown key") {
+			err = errors.New(string(out))
+		}
+		return err
+	}
+	switch b.Language {
+	case "json":
+		var any any
+		return json.Unmarshal([]byte(b.Text), &any)
+	case "hcl":
+		return succeeds(harness.Command(t, "bao", "policy", "fmt", file))
+	case "xml":
+		d := xml.NewDecoder(strings.NewReader(b.Text))
+		for {
+			if _, err := d.Token(); err == io.EOF {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+	case "go":
+		f, err := parser.ParseFile(gotoken.NewFileSet(), "", "package p\n"+b.Text, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		for _, i := range f.Imports {
+			name, _ := strconv.Unquote(i.Path.Value)
+			list := harness.Command(t, "go", "list", name)
+			list.Dir = harness.Repo
+			err = errors.Join(err, succeeds(list))
+		}
+		return err
+	}
+	return errors.New("say what it is for, by <!-- test: config PROGRAM --> or <!-- test: file PATH -->")
+}
+
+// succeeds runs a command and returns what it says if it fails.
+func succeeds(cmd *exec.Cmd) error {
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return errors.New(string(bytes.TrimSpace(out)))
+	}
+	return nil
+}
+
+// runsInTests are the pages whose commands TestPackageDocs runs.
+var runsInTests = map[string]bool{"README.md": true, "docs/node.md": true, "docs/copilot.md": true, "docs/encrypting.md": true, "docs/observability.md": true, "docs/kms.md": true, "docs/containerd.md": true}

@@ -1,0 +1,14 @@
+// Package docs tests what the documentation says: links, configurations and
+// commands.
+package docs
+
+import (
+	"os"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+func TestMain(m *testing.M) {
+	os.Exit(harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Hello, harness.Debian13, harness.OpenSSL))
+}

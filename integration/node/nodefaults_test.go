@@ -1,0 +1,335 @@
+package node
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+const containerdConfig = "/etc/containerd/config.toml"
+
+// configured makes a machine with a configuration of containerd's.
+func configured(t *testing.T, version, text string) *harness.Machine {
+	t.Helper()
+	m := harness.Machines()[version](t)
+	os.RemoveAll(m.Root + "/etc/containerd")
+	harness.Write(t, m.Root+containerdConfig, text)
+	return m
+}
+
+// script puts a script in the place of the machine's containerd, which is
+// containerd.real from then on.
+func script(m *harness.Machine, text string) {
+	m.T.Helper()
+	program := m.Root + "/usr/bin/containerd"
+	if _, err := os.Stat(program + ".real"); err != nil {
+		harness.Output(m.T, harness.Command(m.T, "mv", program, program+".real"))
+	}
+	harness.Write(m.T, program, "#!/bin/sh\n"+text)
+	if err := os.Chmod(program, 0o755); err != nil {
+		m.T.Fatal(err)
+	}
+}
+
+// TestNodeTrustsNoOtherUser has a user start a program under the name of a
+// containerd of theirs, which must not be run as root.
+func TestNodeTrustsNoOtherUser(t *testing.T) {
+	t.Parallel()
+	for name, asUser := range map[string][]string{
+		"user":      {"setpriv", "--reuid=65534", "--clear-groups"},
+		"half root": {"setpriv", "--ruid=65534"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := configured(t, "2.4.2", "version = 3\n")
+			before := m.Files()
+			harness.Write(t, m.Root+"/opt/evil/containerd", "#!/bin/sh\ntouch /run/evil\nexec /usr/bin/containerd \"$@\"\n")
+			os.Chmod(m.Root+"/opt/evil/containerd", 0o755)
+			harness.Output(t, harness.Command(t, "cp", "/bin/cat", m.Root+"/opt/evil/program"))
+			harness.Output(t, harness.Command(t, "mkfifo", m.Root+"/opt/evil/input"))
+			harness.Output(t, harness.Command(t, "chown", "-R", "65534", m.Root+"/opt/evil"))
+			p := m.Start(t, asUser[0], append(asUser[1:], "bash", "-c", "exec -a /opt/evil/containerd /opt/evil/program <>/opt/evil/input")...)
+			harness.Await(t, "the user's program", func() error {
+				found, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+				for _, file := range found {
+					if text, err := os.ReadFile(file); err == nil && string(text) == "/opt/evil/containerd\x00" {
+						return nil
+					}
+				}
+				return os.ErrNotExist
+			})
+			out := harness.Output(t, m.Run("pilot", "node", "install"))
+			if _, err := os.Stat(m.Root + "/run/evil"); err == nil {
+				t.Errorf("the user's program was run as root: %s", out)
+			}
+			if state := harness.Read(t, m.Root+"/var/lib/pilot/node.json"); strings.Contains(state, "evil") {
+				t.Errorf("noted: %s", state)
+			}
+			harness.Output(t, m.Run("pilot", "node", "uninstall"))
+			m.CheckFiles(before)
+			p.Stop(t)
+		})
+	}
+}
+
+// TestNodePilotIsALink installs with a link of root's to a pilot that a user can
+// replace.
+func TestNodePilotIsALink(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "2.4.2", "version = 3\n")
+	before := m.Files()
+	harness.Output(t, harness.Command(t, "install", "-D", filepath.Join(harness.Bin, "pilot"), m.Root+"/opt/theirs/pilot"))
+	harness.Output(t, harness.Command(t, "chown", "65534", m.Root+"/opt/theirs"))
+	harness.Output(t, harness.Command(t, "ln", "-s", "/opt/theirs/pilot", m.Root+"/usr/local/sbin/pilot"))
+	harness.ExpectFailure(t, m.Run("/usr/local/bin/pilot", "node", "install", "--pilot-binary", "/usr/local/sbin/pilot"), "others than root can change /opt/theirs")
+	m.CheckFiles(before)
+}
+
+// TestNodeFindsTheConfiguration installs for a containerd that was started with a
+// relative path, and for one that is named and is not there.
+func TestNodeFindsTheConfiguration(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "2.4.2", "version = 3\n")
+	harness.Write(t, m.Root+"/opt/c/config.toml", "version = 3\n")
+	before := m.Files()
+	m.Start(t, "sh", "-c", "cd /opt/c; exec containerd --config config.toml")
+	harness.Await(t, "containerd", harness.Reachable(m.Root+"/run/containerd/containerd.sock"))
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/none.sock"), "/run/none.sock is not known", "/run/containerd/containerd.sock")
+	m.CheckFiles(before)
+	harness.Output(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/containerd/containerd.sock"))
+	if got := harness.Read(t, m.Root+"/opt/c/config.toml"); !strings.Contains(got, "/opt/c/conf.d/pilot*.toml") {
+		t.Errorf("its configuration: %s", got)
+	}
+	// Those that come and go while it looks are no other containerds.
+	m.Start(t, "sh", "-c", "while :; do containerd --version; containerd --help; done")
+	for range 5 {
+		harness.Output(t, m.Run("pilot", "node", "install"))
+	}
+	harness.Output(t, m.Run("pilot", "node", "uninstall"))
+	m.CheckFiles(before)
+}
+
+// TestNodeOddImports installs with imports as nobody should write them.
+func TestNodeOddImports(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "2.2.9", "")
+	for name, text := range map[string]string{
+		"quoted":    "version = 2\n\"imports\" = [\"/etc/containerd/x/a*.toml\"]\n",
+		"CRLF":      "version = 2\r\nimports = [\"/etc/containerd/x/a*.toml\"]\r\n\r\n[debug]\r\n",
+		"many":      "version = 2\nimports = [\n # '/a.toml',\n \"\"\"/etc/containerd/x/a*.toml\"\"\" # c\n , '/etc/containerd/y/a*.toml' ]\n",
+		"anything":  "version = 2\nimports = [\"/etc/containerd/conf.d/*\"]\n",
+		"dotted":    "plugins.\"io.containerd.grpc.v1.cri\".sandbox_image = \"x/y:1\"\nversion = 2\ngrpc.uid = 0\n",
+		"in a line": "version = 2\nplugins = { \"io.containerd.grpc.v1.cri\" = { sandbox_image = \"x/y:1\" } }\n",
+	} {
+		harness.Write(t, m.Root+containerdConfig, text)
+		n := &installedNode{m: m, version: "2.2.9"}
+		before, untouched := m.Files(), n.dump(t)
+		harness.Output(t, m.Pilot("node", "install"))
+		n.onlyPilotDiffers(t, name, untouched)
+		if dump := m.CheckUnits(); !strings.Contains(dump, "pilot") {
+			t.Errorf("%s: %s", name, dump)
+		}
+		harness.Output(t, m.Pilot("node", "uninstall"))
+		m.CheckFiles(before)
+	}
+	// This one was written as it would break containerd, and put back.
+	harness.Write(t, m.Root+containerdConfig, "version = 2\n\"imp\\u006frts\" = ['/etc/containerd/x/a*.toml']\n")
+	before := m.Files()
+	harness.ExpectFailure(t, m.Pilot("node", "install"), containerdConfig+": its imports are written in a way", `add "/etc/containerd/conf.d/pilot*.toml"`)
+	m.CheckFiles(before)
+}
+
+// TestNodeChangedMeanwhile has another tool write containerd's configuration while
+// pilot is installed: what it wrote stays.
+func TestNodeChangedMeanwhile(t *testing.T) {
+	t.Parallel()
+	const another = "# of another tool\n"
+	t.Run("before it is written", func(t *testing.T) {
+		m := configured(t, "2.2.9", "version = 2\n")
+		script(m, `case "$*" in *pilot-trial*)
+	grep -q another `+containerdConfig+` || echo "`+strings.TrimSpace(another)+`" >>`+containerdConfig+`;;
+esac
+exec /usr/bin/containerd.real "$@"
+`)
+		before := m.Files()
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+": somebody else has changed it in the meantime", "run this again")
+		if got := harness.Read(t, m.Root+containerdConfig); got != "version = 2\n"+another {
+			t.Errorf("it is %q", got)
+		}
+		harness.Write(t, m.Root+containerdConfig, "version = 2\n")
+		m.CheckFiles(before)
+	})
+	t.Run("before it is put back", func(t *testing.T) {
+		m := configured(t, "2.2.9", "version = 2\n")
+		script(m, `case "$*" in "--config `+containerdConfig+` config dump")
+	grep -q another `+containerdConfig+` || echo "`+strings.TrimSpace(another)+`" >>`+containerdConfig+`
+	exit 1;;
+esac
+exec /usr/bin/containerd.real "$@"
+`)
+		before := m.Files()
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+" is not put back", `"pilot node uninstall" puts back what is left`)
+		script(m, "exec /usr/bin/containerd.real \"$@\"\n")
+		harness.Output(t, m.Run("pilot", "node", "uninstall"))
+		if got := harness.Read(t, m.Root+containerdConfig); got != "version = 2\n"+another {
+			t.Errorf("it is %q", got)
+		}
+		harness.Write(t, m.Root+containerdConfig, "version = 2\n")
+		m.CheckFiles(before)
+	})
+	t.Run("by hand", func(t *testing.T) {
+		m := configured(t, "2.2.9", "version = 2\n")
+		harness.Output(t, m.Pilot("node", "install"))
+		edited := strings.ReplaceAll(harness.Read(t, m.Root+containerdConfig), "'", `"`)
+		harness.Write(t, m.Root+containerdConfig, edited)
+		harness.ExpectFailure(t, m.Pilot("node", "uninstall"), "take /etc/containerd/conf.d/pilot*.toml out of its imports yourself")
+		if got := harness.Read(t, m.Root+containerdConfig); got != edited {
+			t.Errorf("it is %q", got)
+		}
+	})
+}
+
+// TestNodeContainerdHangs has containerd's program not answer: nothing waits for
+// it longer than systemd waits for containerd to start.
+func TestNodeContainerdHangs(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "2.2.9", "version = 2\n")
+	harness.Output(t, m.Pilot("node", "install"))
+	installed := m.Files()
+	// The program that hangs is not the one that is killed.
+	script(m, "case \"$*\" in *config*) sleep 1000;; *) exec /usr/bin/containerd.real \"$@\";; esac\n")
+	began := time.Now()
+	harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), "containerd's configuration")
+	if took := time.Since(began); took > 85*time.Second {
+		t.Errorf("refresh took %v", took)
+	}
+	m.CheckFiles(installed)
+	// Slow is what a busy node is; refresh gives up as a whole, and changes nothing.
+	script(m, "case \"$*\" in *config*) sleep 15;; esac\nexec /usr/bin/containerd.real \"$@\"\n")
+	harness.Write(t, m.Root+containerdConfig, "version = 2\n")
+	installed = m.Files()
+	began = time.Now()
+	harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), "stays as it was")
+	if took := time.Since(began); took > 85*time.Second {
+		t.Errorf("refresh took %v", took)
+	}
+	m.CheckFiles(installed)
+}
+
+// TestNodeRefreshFollowsUnit has the unit start another program than when pilot
+// was installed, as after an upgrade to the release of upstream.
+func TestNodeRefreshFollowsUnit(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "1.7", "version = 2\n")
+	harness.Output(t, m.Pilot("node", "install"))
+	harness.Output(t, harness.Command(t, "install", filepath.Join(harness.Tools, "containerd-2.2.9/containerd"), m.Root+"/usr/local/bin/containerd"))
+	harness.Write(t, m.Root+"/etc/systemd/system/containerd.service.d/ours.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
+	harness.Output(t, m.Run("pilot", "node", "refresh"))
+	if got := harness.Read(t, m.Root+"/etc/containerd/conf.d/pilot.toml"); !strings.Contains(got, "unpack_config") {
+		t.Errorf("for 2.2, which the unit starts: %s", got)
+	}
+}
+
+// TestNodeOfEarlierVersion refreshes what a version of pilot installed that did
+// not note for which containerd, while another than containerd.service's runs.
+func TestNodeOfEarlierVersion(t *testing.T) {
+	t.Parallel()
+	const ofK3s = "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"
+	m := configured(t, "2.2.9", "version = 2\n")
+	before := m.Files()
+	harness.Output(t, m.Pilot("node", "install"))
+	var state map[string]any
+	if err := json.Unmarshal([]byte(harness.Read(t, m.Root+"/var/lib/pilot/node.json")), &state); err != nil {
+		t.Fatal(err)
+	}
+	delete(state, "containerd")
+	noted, err := json.Marshal(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	harness.Write(t, m.Root+"/var/lib/pilot/node.json", string(noted))
+	installed := m.Files()
+	harness.Write(t, m.Root+ofK3s, harness.Read(t, "../testdata/nodes/v3-k3s.toml"))
+	containerd(t, m, "/run/k3s/containerd/containerd.sock", "-c", ofK3s)
+	harness.Output(t, m.Run("pilot", "node", "refresh"))
+	m.CheckFiles(installed)
+	if _, err := os.Stat(m.Root + filepath.Dir(ofK3s) + "/config-v3.toml.d"); err == nil {
+		t.Error("k3s' containerd was set up")
+	}
+	harness.Output(t, m.Run("pilot", "node", "uninstall"))
+	m.CheckFiles(before)
+}
+
+// TestNodeNowhereToTry installs on a machine whose /tmp is
+// read-only.
+func TestNodeNowhereToTry(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "2.2.9", "version = 2\n")
+	before := m.Files()
+	m.Mount("tmpfs", "tmp", "tmpfs", syscall.MS_RDONLY, "")
+	harness.Output(t, m.Pilot("node", "install"))
+	harness.Output(t, m.Pilot("node", "uninstall"))
+	m.CheckFiles(before)
+}
+
+// TestNodeKilled kills an installation at any time: containerd can read its
+// configuration, and uninstalling puts everything back.
+func TestNodeKilled(t *testing.T) {
+	t.Parallel()
+	m := configured(t, "2.2.9", harness.Read(t, "../testdata/nodes/v2-cri-no-imports.toml"))
+	before := m.Files()
+	began := time.Now()
+	harness.Output(t, m.Pilot("node", "install"))
+	took := time.Since(began)
+	harness.Output(t, m.Pilot("node", "uninstall"))
+	m.CheckFiles(before)
+	// What a writer leaves that is killed while it writes.
+	harness.Output(t, m.Pilot("node", "install"))
+	for _, file := range []string{"/etc/containerd/.config.toml.pilot-new", "/etc/containerd/conf.d/.pilot.toml.pilot-new", "/var/lib/pilot/.node.json.pilot-new"} {
+		harness.Write(t, m.Root+file, "half a f")
+	}
+	harness.Output(t, m.Pilot("node", "uninstall"))
+	m.CheckFiles(before)
+	// The same, killed before and in its first write.
+	for _, retry := range []bool{false, true} {
+		for _, begun := range []bool{false, true} {
+			if err := os.MkdirAll(m.Root+"/var/lib/pilot", 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if begun {
+				harness.Write(t, m.Root+"/var/lib/pilot/.node.json.pilot-new", "half a f")
+			}
+			if retry {
+				harness.Output(t, m.Pilot("node", "install"))
+			}
+			harness.Output(t, m.Pilot("node", "uninstall"))
+			m.CheckFiles(before)
+		}
+	}
+	const times = 10
+	for i := range times {
+		cmd := m.Pilot("node", "install")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(took * time.Duration(i+1) / times)
+		cmd.Process.Kill()
+		cmd.Wait()
+		m.CheckUnits()
+		if i%2 == 0 {
+			harness.Output(t, m.Run("pilot", "node", "refresh"))
+		} else {
+			harness.Output(t, m.Pilot("node", "install"))
+		}
+		harness.Output(t, m.Pilot("node", "uninstall"))
+		m.CheckFiles(before)
+		if t.Failed() {
+			t.Fatalf("killed after %d/%d of %v", i+1, times, took)
+		}
+	}
+}

@@ -1,0 +1,14 @@
+// Package pull tests how containerd pulls encrypted images with pilot.
+package pull
+
+import (
+	"os"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+func TestMain(m *testing.M) {
+	os.Exit(harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Hello, harness.Containerd, harness.Registry,
+		harness.Debian13, harness.OpenSSL, harness.SoftHSM))
+}
