@@ -238,7 +238,17 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 				return nil, err
 			}
 		}
-		return setDescriptor(element, had, desc)
+		now, err := setDescriptor(element, had, desc)
+		if err != nil {
+			return nil, err
+		}
+		// Its escapes may be those of the plain document already: of a manifest that
+		// was decrypted before its subject.
+		spelled, err := get(element, "digest")
+		if err != nil || spelled == nil {
+			return now, err
+		}
+		return set(now, "digest", spelledLike(spelled, desc.Digest.String()))
 	}
 	text, err := get(element, "mediaType")
 	if err != nil {
@@ -369,7 +379,14 @@ func (e *edit) follow(i int, element []byte, at string, notes restore) ([]byte, 
 		}
 		notes.note(at+"/annotations/"+attestationAnnotation, quote(mask))
 	}
-	return setAnnotations(element, annotations, map[string]string{attestationAnnotation: to.Digest.String()})
+	now := quote(to.Digest.String())
+	if e.mode != encrypting {
+		now = spelledLike(had, to.Digest.String())
+	}
+	if annotations, err = set(annotations, attestationAnnotation, now); err != nil {
+		return nil, err
+	}
+	return set(element, "annotations", annotations)
 }
 
 // changesTo reports whether an element of the list becomes one of that digest.

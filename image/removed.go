@@ -292,6 +292,15 @@ func escapesOf(text []byte) (string, error) {
 	return string(mask), nil
 }
 
+// spelledLike returns s as a JSON string that is escaped where had is, if it can be.
+func spelledLike(had []byte, s string) []byte {
+	mask, err := escapesOf(had)
+	if err != nil {
+		return quote(s)
+	}
+	return escaped(s, mask)
+}
+
 // escaped returns s as a JSON string that is escaped as mask says, if that is one.
 func escaped(s, mask string) []byte {
 	if len(s) != len(mask) {

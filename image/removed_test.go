@@ -97,3 +97,28 @@ func TestEntriesComeBack(t *testing.T) {
 		}
 	}
 }
+
+// TestSubjectInSteps decrypts a manifest before its subject, and an index before what
+// its attestation is about.
+func TestSubjectInSteps(t *testing.T) {
+	s := newStore(t)
+	a, b := s.put(ocispec.MediaTypeImageLayerGzip, "layer a"), s.put(ocispec.MediaTypeImageLayerGzip, "layer b")
+	subject := s.manifest(ociManifest, entry(a)+","+entry(b), "")
+	escaped := `\u0073` + subject.Digest.String()[1:]
+	signature := s.manifest(ociManifest, entry(b), `,"subject":`+strings.Replace(entry(subject), subject.Digest.String(), escaped, 1))
+	sbom := s.manifest(ociManifest, entry(s.put("application/vnd.in-toto+json", "sbom")), "")
+	attestation := strings.TrimSuffix(entry(sbom), "}") + `,"annotations":{"vnd.docker.reference.digest":"` + escaped + `","vnd.docker.reference.type":"attestation-manifest"}}`
+	target := s.put(ociIndex, `{"manifests":[`+entry(subject)+`,`+entry(signature)+`,`+entry(s.put(ociIndex, `{"manifests":[`+attestation+`]}`))+`]}`)
+	result, err := Encrypt(s.ctx, s, target, s.ec, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, layers := range [][]int{{0}, {-1}} {
+		if result, err = Decrypt(s.ctx, s, result.Target, s.dc, Options{Layers: layers}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if result.Target.Digest != target.Digest {
+		t.Errorf("came back as\n%s\nwas\n%s", s.get(result.Target), s.get(target))
+	}
+}
