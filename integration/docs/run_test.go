@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -117,4 +118,11 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 			harness.Output(t, harness.Command(t, "cp", harness.PackageFile(t, debs, name, "deb"), m.Root+"/root/"))
 		}
 	}
+}
+
+// matches reports whether a command printed what the page shows, in which … stands
+// for anything.
+func matches(s harness.Shown, printed string) bool {
+	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(s.Output)), "…", ".*")
+	return regexp.MustCompile(`(?s)^` + pattern + `$`).MatchString(strings.TrimSpace(printed))
 }
