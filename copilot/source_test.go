@@ -18,7 +18,7 @@ import (
 // summed up with its own.
 func TestFloodOfBadTokens(t *testing.T) {
 	a := &api{broker: &broker{limits: &limits{}, refusals: &refusals{}, policy: policy.Fixed(policy.Local("uid:0", "uid:1000"))}}
-	ask := func(uid int, from, token string) (error, *entry, bool) {
+	ask := func(uid int, from, token string) (*entry, bool, error) {
 		r := httptest.NewRequest(http.MethodGet, "/api/v2/keks", nil)
 		r.RemoteAddr = from
 		if uid >= 0 {
@@ -29,30 +29,30 @@ func TestFloodOfBadTokens(t *testing.T) {
 		}
 		e := &entry{Entry: audit.Entry{From: from}}
 		_, err := a.answer(r, e, func(*http.Request, *entry) (any, error) { return nil, nil })
-		return err, e, err != nil && !a.summedUp(r, e, err)
+		return e, err != nil && !a.summedUp(r, e, err), err
 	}
 	flood := func(uid int, from string) {
 		t.Helper()
 		for range 1000 {
 			ask(uid, from, "bad")
 		}
-		if err, _, _ := ask(uid, from, "bad"); !errors.As(err, new(*tooMany)) {
+		if _, err, _ := ask(uid, from, "bad"); !errors.As(err, new(*tooMany)) {
 			t.Fatalf("after a flood of %s: %v", from, err)
 		}
 	}
 	flood(1000, "@")
 	for _, uid := range []int{0, 1000} {
-		if err, _, _ := ask(uid, "@", ""); err != nil {
+		if _, err, _ := ask(uid, "@", ""); err != nil {
 			t.Errorf("user %d, without a token: %v", uid, err)
 		}
 	}
-	err, e, line := ask(0, "@", "bad")
+	e, line, err := ask(0, "@", "bad")
 	if !errors.Is(err, errWho) || !line || e.Who != anonymous || e.From != "@ (uid:0)" {
 		t.Errorf("another user's first bad token: %v, %+v, with a line: %t", err, e.Entry, line)
 	}
 	flood(-1, "192.0.2.1:1")
 	for range 1000 { // a kind of its own
-		_, e, line = ask(-1, "192.0.2.2:1", "bad")
+		e, line, _ = ask(-1, "192.0.2.2:1", "bad")
 		if line && e.From != "192.0.2.2:1" {
 			t.Errorf("%+v", e.Entry)
 		}
