@@ -36,13 +36,13 @@ func TestFloodOfBadTokens(t *testing.T) {
 		for range 1000 {
 			ask(uid, from, "bad")
 		}
-		if _, err, _ := ask(uid, from, "bad"); !errors.As(err, new(*tooMany)) {
+		if _, _, err := ask(uid, from, "bad"); !errors.As(err, new(*tooMany)) {
 			t.Fatalf("after a flood of %s: %v", from, err)
 		}
 	}
 	flood(1000, "@")
 	for _, uid := range []int{0, 1000} {
-		if _, err, _ := ask(uid, "@", ""); err != nil {
+		if _, _, err := ask(uid, "@", ""); err != nil {
 			t.Errorf("user %d, without a token: %v", uid, err)
 		}
 	}
