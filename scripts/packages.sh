@@ -133,7 +133,7 @@ mkdir -p "$stage"/{units,man,doc}
 cp -r packaging docs README.md LICENSE "$stage/"
 # Pages refer to sources, which are not in the packages.
 sources=https://github.com/ctrlplane/pilot/blob/main
-sed -Ei "s,\\]\\((CHANGELOG|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
+sed -Ei "s,\\]\\((CHANGELOG|CONTRIBUTING|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
 sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$stage"/docs/*.md
 cp node/units/* packaging/*.service "$stage/units/"
 manuals "$stage/man"
