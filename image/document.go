@@ -51,6 +51,9 @@ type edit struct {
 	// done says that no encrypted layer is left after decrypting, and fresh
 	// that there was none before encrypting: in the whole image, for an index.
 	done, fresh bool
+	// was says that something below an index is encrypted, or was until now. If it
+	// was not, there may be a subject that was, and nothing to restore.
+	was bool
 }
 
 // mode is what is done to layers, and so what changes in what describes them.
@@ -118,7 +121,7 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	switch {
 	case e.mode == decrypting && e.done:
 		return notes.apply(doc, mediaType, e.list, e.content)
-	case e.mode == decrypting && e.notePlain(notes):
+	case e.mode == decrypting && (e.was || len(notes) > 0) && e.notePlain(notes):
 		doc, err = notes.write(doc)
 		return doc, mediaType, err
 	case e.mode != encrypting:

@@ -60,7 +60,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 		return outcome{}, errAbsent
 	}
 	e.subject = w.subject(ctx, index.Subject)
-	e.done, e.fresh, e.nested = !out.encrypted, !w.was, depth > 0
+	e.done, e.fresh, e.was, e.nested = !out.encrypted, !w.was, out.was, depth > 0
 	// An index may have changed by what was left out, or by what an attestation is
 	// about, and by nothing else.
 	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
