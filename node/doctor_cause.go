@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // onBroker is a command for the broker's machine.
@@ -141,7 +142,7 @@ func (e *examination) mendConnection(err error) (mend []string) {
 // identity is whom the broker takes the node for, if that can be known here.
 func (e *examination) identity() string {
 	if e.BrokerCert != "" {
-		if cert, err := readCertificates(e.BrokerCert); err == nil {
+		if cert, err := certfile.Certificates(e.BrokerCert); err == nil {
 			for _, u := range cert[0].URIs {
 				return u.String()
 			}

@@ -2,15 +2,13 @@ package node
 
 import (
 	"context"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/errline"
-	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 // warnBefore is how long before a certificate expires the doctor warns, as the alerts
@@ -48,14 +46,14 @@ func (e *examination) certificates(ctx context.Context) Step {
 	}
 	var errs []error
 	if e.BrokerCert != "" {
-		if certs, err := readCertificates(e.BrokerCert); err != nil {
+		if certs, err := certfile.Certificates(e.BrokerCert); err != nil {
 			errs = append(errs, err)
 		} else {
 			look("broker-cert", certs[0].NotAfter, append([]string{"pilot node renew"}, e.newCertificate()...), e.newCertificate())
 		}
 	}
 	if e.BrokerCA != "" {
-		if certs, err := readCertificates(e.BrokerCA); err != nil {
+		if certs, err := certfile.Certificates(e.BrokerCA); err != nil {
 			errs = append(errs, err)
 		} else {
 			// While a CA is replaced there are two, and the other may end soon.
@@ -81,30 +79,4 @@ func (e *examination) certificates(ctx context.Context) Step {
 	}
 	step.Detail, step.Mend = strings.Join(details, "; "), unique(step.Mend)
 	return step
-}
-
-// readCertificates returns the certificates in a file in PEM, at least one.
-func readCertificates(name string) (certs []*x509.Certificate, err error) {
-	b, err := regular.Read(name, regular.MaxConfig)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		var block *pem.Block
-		if block, b = pem.Decode(b); block == nil {
-			break
-		}
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		certs = append(certs, cert)
-	}
-	if len(certs) == 0 {
-		return nil, fmt.Errorf("%s holds no certificate", name)
-	}
-	return certs, nil
 }

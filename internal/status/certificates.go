@@ -1,15 +1,12 @@
 package status
 
 import (
-	"crypto/x509"
-	"encoding/pem"
-	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 
-	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // certificates is a metric of when certificates expire.
@@ -48,29 +45,15 @@ func (c *certificates) Collect(metrics chan<- prometheus.Metric) {
 
 // notAfter returns when the first of the certificates in a file in PEM expires.
 func notAfter(name string) (time.Time, error) {
-	b, err := regular.Read(name, regular.MaxConfig)
+	certs, err := certfile.Certificates(name)
 	if err != nil {
 		return time.Time{}, err
 	}
-	var first time.Time
-	for {
-		var block *pem.Block
-		if block, b = pem.Decode(b); block == nil {
-			break
-		}
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return time.Time{}, err
-		}
-		if first.IsZero() || cert.NotAfter.Before(first) {
+	first := certs[0].NotAfter
+	for _, cert := range certs {
+		if cert.NotAfter.Before(first) {
 			first = cert.NotAfter
 		}
-	}
-	if first.IsZero() {
-		return first, errors.New("no certificate in it")
 	}
 	return first, nil
 }
