@@ -16,7 +16,7 @@ import (
 // and not with their help.
 func explainUsage(c *cli.Command, path string) {
 	c.OnUsageError = func(_ context.Context, c *cli.Command, err error, _ bool) error {
-		return usage(path, err.Error()+nearestFlag(c, err))
+		return exit.CommandUsage(path, err.Error()+nearestFlag(c, err))
 	}
 	if len(c.Commands) > 0 && c.Action == nil {
 		c.Action = func(_ context.Context, c *cli.Command) error {
@@ -31,7 +31,7 @@ func explainUsage(c *cli.Command, path string) {
 			for _, sub := range c.Commands {
 				names = append(names, sub.Names()...)
 			}
-			return usage(path, "unknown command \""+name+"\""+mistyped.DidYouMean(name, names))
+			return exit.CommandUsage(path, "unknown command \""+name+"\""+mistyped.DidYouMean(name, names))
 		}
 	}
 	for _, sub := range c.Commands {
@@ -52,14 +52,6 @@ func nearestFlag(c *cli.Command, err error) string {
 		}
 	}
 	return mistyped.DidYouMean("--"+strings.TrimLeft(flag, "-"), names)
-}
-
-// usage returns a usage error of the command at path.
-func usage(path, problem string) error {
-	if _, command, ok := strings.Cut(path, " "); ok {
-		problem = command + ": " + problem
-	}
-	return exit.Usagef("%s (see \"%s --help\")", problem, path)
 }
 
 // status returns the exit status for an error.

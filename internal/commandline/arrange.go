@@ -113,15 +113,7 @@ func (l level) flag(name string) cli.Flag {
 
 // usage returns the error of a command line, with where there is more.
 func (l level) usage(format string, a ...any) error {
-	return usage(l.path, fmt.Sprintf(format, a...))
-}
-
-// usage returns a usage error of the command at path.
-func usage(path, problem string) error {
-	if _, command, ok := strings.Cut(path, " "); ok {
-		problem = command + ": " + problem
-	}
-	return exit.Usagef("%s (see \"%s --help\")", problem, path)
+	return exit.CommandUsage(l.path, fmt.Sprintf(format, a...))
 }
 
 func (l level) unknownCommand(name string) error {

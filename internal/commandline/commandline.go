@@ -51,7 +51,7 @@ func setOnUsageError(commands []*cli.Command, path string) {
 }
 
 func onUsageError(path string) cli.OnUsageErrorFunc {
-	return func(_ *cli.Context, err error, _ bool) error { return usage(path, err.Error()) }
+	return func(_ *cli.Context, err error, _ bool) error { return exit.CommandUsage(path, err.Error()) }
 }
 
 func completionCommand(program string) *cli.Command {

@@ -5,6 +5,7 @@ package exit
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Exit statuses. 0 is success, or the answer yes.
@@ -36,6 +37,15 @@ func UsageError(err error) error { return with(err, Usage) }
 
 // Usagef returns an error of the command line or the configuration.
 func Usagef(format string, a ...any) error { return UsageError(fmt.Errorf(format, a...)) }
+
+// CommandUsage returns a usage error of the command at path, such as "copilot keys
+// create", which names it and says where there is more.
+func CommandUsage(path, problem string) error {
+	if _, command, ok := strings.Cut(path, " "); ok {
+		problem = command + ": " + problem
+	}
+	return Usagef("%s (see \"%s --help\")", problem, path)
+}
 
 // DeniedError returns err as the answer no. It is nil if err is.
 func DeniedError(err error) error { return with(err, Denied) }
