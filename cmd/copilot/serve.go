@@ -141,7 +141,7 @@ func openKeys(c *cli.Context) (*server.Keys, error) {
 	return keys, nil
 }
 
-// asOwner says as whom to run a command that may not use the store.
+// asOwner adds the user to run a command as, if this one may not use the store.
 func asOwner(err error) error {
 	if !errors.Is(err, fs.ErrPermission) || os.Geteuid() == 0 {
 		return err

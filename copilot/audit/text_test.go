@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-// TestText shows what can't be told apart by looking at it.
+// TestText checks that names which look the same are written differently.
 func TestText(t *testing.T) {
 	long := strings.Repeat("x", 600)
 	for s, want := range map[string]string{

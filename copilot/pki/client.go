@@ -75,7 +75,7 @@ func (ca *CA) Accepted(file string) ([]*x509.Certificate, error) {
 	}
 	return slices.DeleteFunc(all, func(c *x509.Certificate) bool {
 		name := c.Subject.CommonName
-		// Another CA, such as SPIRE's, decides itself whom it issues one again.
+		// Another CA, such as SPIRE's, renews its own certificates.
 		return !c.Equal(ca.cert) && name != caName+ca.TrustDomain() && name != nodeCAName+ca.TrustDomain()
 	}), nil
 }

@@ -31,7 +31,7 @@ func forNodes(c *x509.Certificate) bool {
 // there, for the trust domain of the CA in dir, whose key it does not need. Its
 // certificate is added to the file of the CA, so that its clients are accepted, as
 // those of the one before still are. The new key's file is passed to own while it is
-// open: whoever can write to dir may have put another in its place later.
+// open: somebody who can write to dir may put another file in its place later.
 //
 // Interrupted, it can be run again.
 func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) error {

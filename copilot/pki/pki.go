@@ -285,7 +285,7 @@ func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile 
 }
 
 // IssueServerTo is IssueServer with a private key whose file is passed to own while it
-// is open, unless that is nil: whoever can write to its directory may have put another
+// is open, unless that is nil: somebody who can write to its directory may put another
 // file in its place once it is closed.
 func (ca *CA) IssueServerTo(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
 	template := &x509.Certificate{

@@ -202,8 +202,8 @@ func sourceOf(r *http.Request) string {
 	return source(r.RemoteAddr)
 }
 
-// unknown notes that nobody has said who they are. Whoever showed a bad token on a unix
-// socket is told apart from others there.
+// unknown notes that the caller is not identified. On a unix socket, the peer's user
+// distinguishes callers with bad tokens.
 func (e *entry) unknown(r *http.Request) {
 	e.Who = anonymous
 	if peer := peerOf(r.Context()); peer != "" {
