@@ -56,7 +56,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 			return err
 		}
 		defer encrypter.Close()
-		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "encrypt-"+desc.Digest.Encoded(), encrypter, desc.Size, nil)
+		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "encrypt-"+desc.Digest.Encoded(), c.desc.MediaType, encrypter, desc.Size, nil)
 		return err
 	})
 	if err != nil {
@@ -97,7 +97,7 @@ func (d *decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 		// Whoever compressed and encrypted in one step named the digest of
 		// something else, so what counts is the one that comes out. The
 		// HMAC has authenticated it by then.
-		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "decrypt-"+desc.Digest.Encoded(), decrypter, desc.Size, nil)
+		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "decrypt-"+desc.Digest.Encoded(), mediaType, decrypter, desc.Size, nil)
 		return err
 	})
 	return c, err
@@ -195,10 +195,11 @@ func (r *progressReader) Read(p []byte) (int, error) {
 }
 
 // ingest writes what r reads, size bytes, as a blob that it commits only if r
-// ended without an error. It leaves nothing behind otherwise.
-func (w *work) ingest(ctx context.Context, name string, r io.Reader, size int64, labels map[string]string) (_ digest.Digest, _ int64, err error) {
+// ended without an error. It leaves nothing behind otherwise. A registry's store
+// wants to know manifests by their media type; others don't care.
+func (w *work) ingest(ctx context.Context, name, mediaType string, r io.Reader, size int64, labels map[string]string) (_ digest.Digest, _ int64, err error) {
 	ref := fmt.Sprintf("pilot-%s-%016x", name, rand.Uint64())
-	cw, err := content.OpenWriter(ctx, w.Store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Size: size}))
+	cw, err := content.OpenWriter(ctx, w.Store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType, Size: size}))
 	if err != nil {
 		return "", 0, err
 	}

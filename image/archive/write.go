@@ -26,9 +26,9 @@ import (
 // blockSize is that of tar.
 const blockSize = 512
 
-// Writer writes an archive of an OCI image layout. Blobs are written side by side, each
+// Output is an archive of an OCI image layout. Blobs are written side by side, each
 // in a place that is reserved by its size; the header, which has its digest, comes last.
-type Writer struct {
+type Output struct {
 	name, temporary string
 
 	mu      sync.Mutex
@@ -39,13 +39,13 @@ type Writer struct {
 }
 
 // Create makes an archive, which has that name once it is whole. The caller closes it.
-func Create(name string) (*Writer, error) {
+func Create(name string) (*Output, error) {
 	temporary := filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+"."+rand.Text())
 	f, err := os.OpenFile(temporary, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
 	if err != nil {
 		return nil, err
 	}
-	w := &Writer{name: name, temporary: temporary, file: f, regions: map[digest.Digest]region{}}
+	w := &Output{name: name, temporary: temporary, file: f, regions: map[digest.Digest]region{}}
 	version, err := json.Marshal(ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
 	if err == nil {
 		err = w.add(ocispec.ImageLayoutFile, version)
@@ -73,7 +73,7 @@ func header(name string, size int64) ([]byte, error) {
 }
 
 // reserve returns a place for a file.
-func (w *Writer) reserve(size int64) (region, error) {
+func (w *Output) reserve(size int64) (region, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.file == nil {
@@ -85,7 +85,7 @@ func (w *Writer) reserve(size int64) (region, error) {
 }
 
 // add writes a small file.
-func (w *Writer) add(name string, b []byte) error {
+func (w *Output) add(name string, b []byte) error {
 	r, err := w.reserve(int64(len(b)))
 	if err != nil {
 		return err
@@ -103,7 +103,7 @@ func (w *Writer) add(name string, b []byte) error {
 
 // Writer returns a writer of a new blob, of the size that [content.WithDescriptor]
 // gives.
-func (w *Writer) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+func (w *Output) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
 	var o content.WriterOpts
 	for _, opt := range opts {
 		if err := opt(&o); err != nil {
@@ -121,7 +121,7 @@ func (w *Writer) Writer(_ context.Context, opts ...content.WriterOpt) (content.W
 }
 
 type blobWriter struct {
-	archive  *Writer
+	archive  *Output
 	ref      string
 	region   region
 	n        int64
@@ -191,14 +191,14 @@ func (b *blobWriter) Close() error {
 }
 
 // Abort does nothing: an archive of which a blob is missing is not finished.
-func (w *Writer) Abort(context.Context, string) error { return nil }
+func (w *Output) Abort(context.Context, string) error { return nil }
 
 // Update does nothing: an archive keeps no labels.
-func (w *Writer) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
+func (w *Output) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
 	return info, nil
 }
 
-func (w *Writer) blob(d digest.Digest) (region, error) {
+func (w *Output) blob(d digest.Digest) (region, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	r, ok := w.regions[d]
@@ -209,13 +209,13 @@ func (w *Writer) blob(d digest.Digest) (region, error) {
 }
 
 // Info returns the size of a blob that was written, or [errdefs.ErrNotFound].
-func (w *Writer) Info(_ context.Context, d digest.Digest) (content.Info, error) {
+func (w *Output) Info(_ context.Context, d digest.Digest) (content.Info, error) {
 	r, err := w.blob(d)
 	return content.Info{Digest: d, Size: r.size}, err
 }
 
 // ReaderAt returns a reader of a blob that was written, as [Layout.ReaderAt] does.
-func (w *Writer) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+func (w *Output) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	r, err := w.blob(desc.Digest)
 	if err != nil {
 		return nil, err
@@ -226,7 +226,7 @@ func (w *Writer) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 
 // Finish makes name, if it is not empty, stand for desc, whose blobs are there, and
 // gives the archive its own name. It replaces a file of that name.
-func (w *Writer) Finish(desc ocispec.Descriptor, name string) error {
+func (w *Output) Finish(desc ocispec.Descriptor, name string) error {
 	if w.pending > 0 {
 		return fmt.Errorf("%d blobs are not whole: %w", w.pending, errdefs.ErrFailedPrecondition)
 	}
@@ -252,7 +252,7 @@ func (w *Writer) Finish(desc ocispec.Descriptor, name string) error {
 }
 
 // Close removes an archive that was not finished.
-func (w *Writer) Close() error {
+func (w *Output) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.file == nil {
