@@ -150,13 +150,17 @@ func (u *upload) sendChunk() error {
 		}
 		arrived, serr := u.arrived()
 		switch {
+		case statusOf(serr) >= 400 && statusOf(serr) != http.StatusNotFound:
+			// It can't say. If it has the chunk, it refuses it now, and at worst the
+			// digest does not match in the end.
 		case serr != nil:
 			return fmt.Errorf("send bytes %d to %d of a blob: %w", u.sent, u.sent+int64(len(rest))-1, errors.Join(err, serr))
 		case arrived < u.sent || arrived > u.sent+int64(len(rest)):
 			return fmt.Errorf("the registry has %d bytes of a blob of which it took %d: %w", arrived, u.sent, err)
+		default:
+			rest = rest[arrived-u.sent:]
+			u.sent = arrived
 		}
-		rest = rest[arrived-u.sent:]
-		u.sent = arrived
 	}
 	u.chunk = u.chunk[:0]
 	return nil
