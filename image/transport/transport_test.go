@@ -22,6 +22,7 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
 	"github.com/containers/ocicrypt/config"
@@ -82,7 +83,7 @@ func (whole) Walk(context.Context, content.WalkFunc, ...string) error {
 }
 
 // newKey returns how to encrypt and decrypt with a key of its own.
-func newKey(t *testing.T) (*config.EncryptConfig, *config.DecryptConfig) {
+func newKey(t testing.TB) (*config.EncryptConfig, *config.DecryptConfig) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -125,7 +126,7 @@ func newRegistry(t *testing.T, wrap func(http.Handler) http.Handler) string {
 	return strings.TrimPrefix(s.URL, "http://")
 }
 
-func source(t *testing.T, name string, hosts docker.RegistryHosts) Source {
+func source(t testing.TB, name string, hosts docker.RegistryHosts) Source {
 	t.Helper()
 	n, err := Parse(name)
 	if err != nil {
@@ -139,7 +140,7 @@ func source(t *testing.T, name string, hosts docker.RegistryHosts) Source {
 	return s
 }
 
-func target(t *testing.T, name string, hosts docker.RegistryHosts) Target {
+func target(t testing.TB, name string, hosts docker.RegistryHosts) Target {
 	t.Helper()
 	n, err := Parse(name)
 	if err != nil {
@@ -166,7 +167,7 @@ func write(t *testing.T, img *imagetest.Image, dir string) {
 }
 
 // crypt encrypts or decrypts from one place to another.
-func crypt(t *testing.T, from Source, to Target, do func(context.Context, content.Store, ocispec.Descriptor) (image.Result, error)) (image.Result, error) {
+func crypt(t testing.TB, from Source, to Target, do func(context.Context, content.Store, ocispec.Descriptor) (image.Result, error)) (image.Result, error) {
 	t.Helper()
 	pair := NewPair(from, to)
 	desc, err := from.Resolve(t.Context())
@@ -245,29 +246,31 @@ func TestImagesComeBackFromEachTransport(t *testing.T) {
 	}
 }
 
-// layer returns a layout with an image of one layer of n bytes.
-func layer(t *testing.T, n int) (dir string, manifest, layer ocispec.Descriptor) {
+// put writes a blob.
+func put(t testing.TB, to Target, mediaType string, b []byte) ocispec.Descriptor {
 	t.Helper()
-	dir = filepath.Join(t.TempDir(), "plain")
-	to := target(t, "oci:"+dir+":app", nil)
-	b := make([]byte, n)
-	rand.Read(b)
-	put := func(mediaType string, b []byte) ocispec.Descriptor {
-		desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}
-		if err := content.WriteBlob(t.Context(), to, "x", bytes.NewReader(b), desc); err != nil {
-			t.Fatal(err)
-		}
-		return desc
-	}
-	layer = put(ocispec.MediaTypeImageLayer, b)
-	conf := put(ocispec.MediaTypeImageConfig, []byte(`{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":["`+layer.Digest.String()+`"]}}`))
-	manifest = put(ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
-		`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":%d},"layers":[{"mediaType":%q,"digest":%q,"size":%d}]}`,
-		ocispec.MediaTypeImageManifest, conf.MediaType, conf.Digest, conf.Size, layer.MediaType, layer.Digest, layer.Size))
-	if err := to.(*layoutImage).Tag(t.Context(), manifest, "app"); err != nil {
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}
+	if err := content.WriteBlob(t.Context(), to, "x", bytes.NewReader(b), desc); err != nil {
 		t.Fatal(err)
 	}
-	return dir, manifest, layer
+	return desc
+}
+
+// oneLayer returns a layout with an image of one layer of n bytes.
+func oneLayer(t *testing.T, n int) (dir string, manifest, layer ocispec.Descriptor) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "plain")
+	layers(t, dir, 1, n)
+	from := source(t, "oci:"+dir+":app", nil)
+	manifest, err := from.Resolve(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	children, err := images.Children(t.Context(), from, manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, manifest, children[1]
 }
 
 // TestDamagedBlobsAreFound damages a layer of a layout.
@@ -287,7 +290,7 @@ func TestDamagedBlobsAreFound(t *testing.T) {
 		"shorter": func(path string) error { return os.Truncate(path, 4000) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir, _, layer := layer(t, 3<<20)
+			dir, _, layer := oneLayer(t, 3<<20)
 			if err := damage(filepath.Join(dir, "blobs", "sha256", layer.Digest.Encoded())); err != nil {
 				t.Fatal(err)
 			}
@@ -348,7 +351,7 @@ func TestUploadsSurviveABadNetwork(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir, manifest, _ := layer(t, 19<<20)
+			dir, manifest, _ := oneLayer(t, 19<<20)
 			hosts := plainHTTP(http.DefaultClient)
 			enc := "docker://" + newRegistry(t, wrap) + "/app:enc"
 			if _, err := crypt(t, source(t, "oci:"+dir+":app", hosts), target(t, enc, hosts), func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
