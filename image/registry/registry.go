@@ -30,8 +30,13 @@ import (
 	"github.com/ctrlplane/pilot/internal/verified"
 )
 
-// maxDocument bounds a manifest or an index, in bytes: what containerd takes.
-const maxDocument = 8 << 20
+const (
+	// maxDocument bounds a manifest or an index, in bytes: what containerd takes.
+	maxDocument = 8 << 20
+	// maxKept bounds the documents that were read and are kept, since package image
+	// reads them several times, in bytes.
+	maxKept = 16 << 20
+)
 
 // Repository is one repository of a registry. Manifests that are written to it are
 // kept until [Repository.Push], since registries take none whose blobs are not there.
@@ -42,7 +47,9 @@ type Repository struct {
 	push     *pushHost // nil if no host takes pushes
 
 	mu        sync.Mutex
-	documents map[digest.Digest]document
+	documents map[digest.Digest]document // that are to be pushed
+	kept      map[digest.Digest][]byte   // that were read, of no more than maxKept
+	room      int                        // for more of them
 	blobs     map[digest.Digest]int64 // that are known to be there, with their sizes
 }
 
@@ -63,7 +70,7 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	if err != nil {
 		return nil, err
 	}
-	r := &Repository{spec: spec, resolver: resolver, fetcher: fetcher, documents: map[digest.Digest]document{}, blobs: map[digest.Digest]int64{}}
+	r := &Repository{spec: spec, resolver: resolver, fetcher: fetcher, documents: map[digest.Digest]document{}, kept: map[digest.Digest][]byte{}, room: maxKept, blobs: map[digest.Digest]int64{}}
 	list, err := hosts(spec.Hostname())
 	if err != nil {
 		return nil, err
@@ -126,9 +133,13 @@ func (r *Repository) Info(ctx context.Context, d digest.Digest) (content.Info, e
 func (r *Repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	r.mu.Lock()
 	doc, ok := r.documents[desc.Digest]
+	kept, read := r.kept[desc.Digest]
 	r.mu.Unlock()
 	if ok {
 		return &memory{doc.content}, nil
+	}
+	if read {
+		return &memory{kept}, nil
 	}
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", desc.Digest, err)
@@ -140,7 +151,26 @@ func (r *Repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 	if err != nil {
 		return nil, err
 	}
-	return verified.New(s, desc), nil
+	ra := verified.New(s, desc)
+	if !isDocument(desc.MediaType) {
+		return ra, nil
+	}
+	return r.keep(ra, desc)
+}
+
+// keep reads a document and keeps it.
+func (r *Repository) keep(ra content.ReaderAt, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	defer ra.Close()
+	b := make([]byte, desc.Size)
+	if n, err := ra.ReadAt(b, 0); n < len(b) {
+		return nil, fmt.Errorf("read %s: %w", desc.Digest, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(b) <= r.room {
+		r.kept[desc.Digest], r.room = b, r.room-len(b)
+	}
+	return &memory{b}, nil
 }
 
 // Writer returns a writer of a new blob, or of a new manifest, as the media type says
