@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -86,11 +87,11 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if e.mode == encrypting && e.fresh || notes == nil {
 		notes = make(restore) // there may be one of a tool that does not know it
 	}
-	array, err := get(doc, e.list)
+	array, err := jsonedit.Get(doc, e.list)
 	if err != nil {
 		return nil, "", err
 	}
-	array, err = mapElements(array, func(i int, element []byte) ([]byte, error) {
+	array, err = jsonedit.MapElements(array, func(i int, element []byte) ([]byte, error) {
 		at := "/" + e.list + "/" + strconv.Itoa(i)
 		edited, err := e.element(i, element, at, notes)
 		if err != nil {
@@ -104,11 +105,11 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	if array, err = notes.removeElements(array, e.list, e.removed); err != nil {
 		return nil, "", err
 	}
-	if doc, err = set(doc, e.list, array); err != nil {
+	if doc, err = jsonedit.Set(doc, e.list, array); err != nil {
 		return nil, "", err
 	}
 	if e.subject != nil {
-		doc, err = edited(doc, "subject", func(subject []byte) ([]byte, error) {
+		doc, err = jsonedit.Edit(doc, "subject", func(subject []byte) ([]byte, error) {
 			if err := unambiguous(subject); err != nil {
 				return nil, err
 			}
@@ -137,7 +138,7 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 		}
 		mediaType = oci
 	}
-	doc, err = edited(doc, "config", func(config []byte) ([]byte, error) {
+	doc, err = jsonedit.Edit(doc, "config", func(config []byte) ([]byte, error) {
 		if err := unambiguous(config); err != nil {
 			return nil, err
 		}
@@ -200,7 +201,7 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 	}
 	if len(had.URLs) > 0 {
 		// There the layer is in plain, and containerd would look there first.
-		element, err = edited(element, "urls", func(text []byte) ([]byte, error) {
+		element, err = jsonedit.Edit(element, "urls", func(text []byte) ([]byte, error) {
 			notes.note(at+"/urls", text)
 			return []byte("[]"), nil
 		})
@@ -208,12 +209,12 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 			return nil, err
 		}
 	}
-	annotations, err := get(element, "annotations")
+	annotations, err := jsonedit.Get(element, "annotations")
 	if err != nil {
 		return nil, err
 	}
 	if annotations != nil && !processor.IsEncrypted(had.MediaType) {
-		left, err := remove(orEmpty(annotations), ofEncryption)
+		left, err := jsonedit.Remove(orEmpty(annotations), ofEncryption)
 		if err != nil {
 			return nil, err
 		}
@@ -237,7 +238,7 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 		if len(had.Data) > 0 {
 			// That of what it no longer describes.
 			var err error
-			if element, err = set(element, "data", []byte(`""`)); err != nil {
+			if element, err = jsonedit.Set(element, "data", []byte(`""`)); err != nil {
 				return nil, err
 			}
 		}
@@ -247,32 +248,32 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 		}
 		// Its escapes may be those of the plain document already: of a manifest that
 		// was decrypted before its subject.
-		spelled, err := get(element, "digest")
+		spelled, err := jsonedit.Get(element, "digest")
 		if err != nil || spelled == nil {
 			return now, err
 		}
-		return set(now, "digest", spelledLike(spelled, desc.Digest.String()))
+		return jsonedit.Set(now, "digest", jsonedit.QuoteLike(spelled, desc.Digest.String()))
 	}
-	text, err := get(element, "mediaType")
+	text, err := jsonedit.Get(element, "mediaType")
 	if err != nil {
 		return nil, err
 	}
 	plain, encrypted := processor.PlainMediaType(desc.MediaType)
-	if text != nil && (string(text) != string(quote(had.MediaType)) || encrypted && had.MediaType != desc.MediaType && had.MediaType != plain) {
+	if text != nil && (string(text) != string(jsonedit.Quote(had.MediaType)) || encrypted && had.MediaType != desc.MediaType && had.MediaType != plain) {
 		notes.note(at+"/mediaType", text)
 	}
-	if text, err = get(element, "digest"); err != nil {
+	if text, err = jsonedit.Get(element, "digest"); err != nil {
 		return nil, err
 	}
-	if text != nil && string(text) != string(quote(had.Digest.String())) {
-		mask, err := escapesOf(text)
+	if text != nil && string(text) != string(jsonedit.Quote(had.Digest.String())) {
+		mask, err := jsonedit.Spelling(text)
 		if err != nil {
 			return nil, err
 		}
-		notes.note(at+"/digest", quote(mask))
+		notes.note(at+"/digest", jsonedit.Quote(mask))
 	}
 	if len(had.Data) > 0 {
-		text, err := get(element, "data")
+		text, err := jsonedit.Get(element, "data")
 		if err != nil {
 			return nil, err
 		}
@@ -280,7 +281,7 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 			return nil, errData(had)
 		}
 		notes.note(at+"/data", []byte("true"))
-		if element, err = set(element, "data", []byte(`""`)); err != nil {
+		if element, err = jsonedit.Set(element, "data", []byte(`""`)); err != nil {
 			return nil, err
 		}
 	}
@@ -289,7 +290,7 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 
 // dataText returns content as the data of a descriptor holds it.
 func dataText(content []byte) []byte {
-	return quote(base64.StdEncoding.EncodeToString(content))
+	return jsonedit.Quote(base64.StdEncoding.EncodeToString(content))
 }
 
 // errData is the error of a descriptor that holds other content in its data than
@@ -304,12 +305,12 @@ func (e *edit) rewrapped(element []byte, c change) ([]byte, error) {
 	if e.list != "layers" {
 		return e.redescribed(element, c.desc, "", nil)
 	}
-	annotations, err := get(element, "annotations")
+	annotations, err := jsonedit.Get(element, "annotations")
 	if err != nil {
 		return nil, err
 	}
 	added := maps.Clone(c.annotations)
-	annotations, err = remove(orEmpty(annotations), func(key string) bool {
+	annotations, err = jsonedit.Remove(orEmpty(annotations), func(key string) bool {
 		value, ok := c.annotations[key]
 		if ok && value == "" {
 			delete(added, key)
@@ -335,17 +336,17 @@ func (e *edit) decrypted(element []byte, c change, at string, notes restore) ([]
 // setDescriptor sets the media type, digest and size of doc where they change.
 func setDescriptor(doc []byte, had, desc ocispec.Descriptor) (_ []byte, err error) {
 	if had.MediaType != desc.MediaType {
-		if doc, err = set(doc, "mediaType", quote(desc.MediaType)); err != nil {
+		if doc, err = jsonedit.Set(doc, "mediaType", jsonedit.Quote(desc.MediaType)); err != nil {
 			return nil, err
 		}
 	}
 	if had.Digest != desc.Digest {
-		if doc, err = set(doc, "digest", quote(desc.Digest.String())); err != nil {
+		if doc, err = jsonedit.Set(doc, "digest", jsonedit.Quote(desc.Digest.String())); err != nil {
 			return nil, err
 		}
 	}
 	if had.Size != desc.Size {
-		return set(doc, "size", strconv.AppendInt(nil, desc.Size, 10))
+		return jsonedit.Set(doc, "size", strconv.AppendInt(nil, desc.Size, 10))
 	}
 	return doc, nil
 }
@@ -367,29 +368,29 @@ func (e *edit) follow(i int, element []byte, at string, notes restore) ([]byte, 
 	if slices.Contains(e.removed, i) && !e.changesTo(to.Digest) {
 		return nil, fmt.Errorf("the attestation %s is about %s in another index, and can't be left out, since decrypting would not put that back: keep it, or remove it first", desc.Digest, desc.Annotations[attestationAnnotation])
 	}
-	annotations, err := get(element, "annotations")
+	annotations, err := jsonedit.Get(element, "annotations")
 	if err != nil {
 		return nil, err
 	}
-	had, err := get(annotations, attestationAnnotation)
+	had, err := jsonedit.Get(annotations, attestationAnnotation)
 	if err != nil {
 		return nil, err
 	}
-	if e.mode == encrypting && string(had) != string(quote(unquote(had))) {
-		mask, err := escapesOf(had)
+	if e.mode == encrypting && string(had) != string(jsonedit.Quote(jsonedit.Unquote(had))) {
+		mask, err := jsonedit.Spelling(had)
 		if err != nil {
 			return nil, err
 		}
-		notes.note(at+"/annotations/"+attestationAnnotation, quote(mask))
+		notes.note(at+"/annotations/"+attestationAnnotation, jsonedit.Quote(mask))
 	}
-	now := quote(to.Digest.String())
+	now := jsonedit.Quote(to.Digest.String())
 	if e.mode != encrypting {
-		now = spelledLike(had, to.Digest.String())
+		now = jsonedit.QuoteLike(had, to.Digest.String())
 	}
-	if annotations, err = set(annotations, attestationAnnotation, now); err != nil {
+	if annotations, err = jsonedit.Set(annotations, attestationAnnotation, now); err != nil {
 		return nil, err
 	}
-	return set(element, "annotations", annotations)
+	return jsonedit.Set(element, "annotations", annotations)
 }
 
 // changesTo reports whether an element of the list becomes one of that digest.
@@ -418,42 +419,43 @@ func orEmpty(had []byte) []byte {
 func setAnnotations(doc, had []byte, add map[string]string) (_ []byte, err error) {
 	had = orEmpty(had)
 	for _, key := range slices.Sorted(maps.Keys(add)) {
-		if had, err = set(had, key, quote(add[key])); err != nil {
+		if had, err = jsonedit.Set(had, key, jsonedit.Quote(add[key])); err != nil {
 			return nil, err
 		}
 	}
-	return set(doc, "annotations", had)
+	return jsonedit.Set(doc, "annotations", had)
 }
 
 // removeAnnotations removes annotations of doc's, and the member that holds
 // them if none is left and whole says so.
 func removeAnnotations(doc []byte, drop func(key string) bool, whole bool) ([]byte, error) {
-	had, err := get(doc, "annotations")
+	had, err := jsonedit.Get(doc, "annotations")
 	if err != nil || had == nil || string(had) == "null" {
 		return doc, err
 	}
-	left, err := remove(had, drop)
+	left, err := jsonedit.Remove(had, drop)
 	if err != nil {
 		return nil, err
 	}
-	if list, err := members(left); whole && err == nil && len(list) == 0 {
-		return remove(doc, func(key string) bool { return key == "annotations" })
+	var rest map[string]json.RawMessage
+	if whole && json.Unmarshal(left, &rest) == nil && len(rest) == 0 {
+		return jsonedit.Remove(doc, func(key string) bool { return key == "annotations" })
 	}
-	return set(doc, "annotations", left)
+	return jsonedit.Set(doc, "annotations", left)
 }
 
 // convert turns doc's mediaType from Docker's into the OCI's, noting the former.
 func convert(doc []byte, at string, notes restore) ([]byte, error) {
-	text, err := get(doc, "mediaType")
+	text, err := jsonedit.Get(doc, "mediaType")
 	if err != nil || text == nil {
 		return doc, err
 	}
-	oci, ok := dockerTypes[unquote(text)]
+	oci, ok := dockerTypes[jsonedit.Unquote(text)]
 	if !ok {
 		return doc, nil
 	}
 	notes.note(at+"/mediaType", text)
-	return set(doc, "mediaType", quote(oci))
+	return jsonedit.Set(doc, "mediaType", jsonedit.Quote(oci))
 }
 
 // gcLabels are the labels that keep containerd's garbage collector from what a

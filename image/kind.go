@@ -5,6 +5,8 @@ import (
 	"fmt"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
 // kind is what a document is, by its members.
@@ -49,13 +51,20 @@ func (w *work) addUnlike(desc ocispec.Descriptor, doc []byte) {
 	}
 }
 
+// ourKeys are the keys that this package reads.
+var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data", "urls", "subject"}
+
+// unambiguous refuses a document or descriptor in which readers may not agree on
+// which member counts, since encoding/json ignores the case of keys.
+func unambiguous(doc []byte) error { return jsonedit.CheckKeys(doc, ourKeys) }
+
 // oneReading refuses a document in which readers may find different descriptors.
 func oneReading(doc []byte) error {
 	if err := unambiguous(doc); err != nil {
 		return err
 	}
 	for _, key := range []string{"config", "subject"} {
-		value, err := get(doc, key)
+		value, err := jsonedit.Get(doc, key)
 		if err == nil && value != nil && string(value) != "null" {
 			err = unambiguous(value)
 		}
@@ -64,9 +73,9 @@ func oneReading(doc []byte) error {
 		}
 	}
 	for _, key := range []string{"layers", "manifests"} {
-		array, err := get(doc, key)
+		array, err := jsonedit.Get(doc, key)
 		if err == nil && array != nil && string(array) != "null" {
-			_, err = mapElements(array, func(i int, element []byte) ([]byte, error) {
+			_, err = jsonedit.MapElements(array, func(i int, element []byte) ([]byte, error) {
 				if err := unambiguous(element); err != nil {
 					return nil, fmt.Errorf("%d: %w", i, err)
 				}

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -241,7 +242,7 @@ func TestHostileRestore(t *testing.T) {
 			t.Fatal(err)
 		}
 		doc := s.get(target)
-		annotations, err := get([]byte(doc), "annotations")
+		annotations, err := jsonedit.Get([]byte(doc), "annotations")
 		if err != nil {
 			t.Fatal(err)
 		}
