@@ -57,16 +57,6 @@ type edit struct {
 	was bool
 }
 
-// mode is what is done to layers, and so what changes in what describes them.
-type mode int
-
-const (
-	encrypting mode = iota // media types, and annotations of encryption are added
-	decrypting             // the same, undone
-	rewrapping             // annotations of recipients, and nothing else
-	inspecting             // nothing
-)
-
 // change is how a descriptor changes. Its other members stay.
 type change struct {
 	desc        ocispec.Descriptor // MediaType, Digest and Size

@@ -38,8 +38,7 @@ func kindOf(doc []byte) (kind, error) {
 // addUnlike reports a document that is not what its descriptor says. Readers that
 // go by its members find blobs in it that others do not.
 func (w *work) addUnlike(desc ocispec.Descriptor, doc []byte) {
-	mode := w.op.mode()
-	if mode != encrypting && (mode != inspecting || !w.platform(desc.Platform)) {
+	if w.mode != encrypting && (w.mode != inspecting || !w.selectsPlatform(desc.Platform)) {
 		return
 	}
 	want := manifestKind

@@ -32,18 +32,14 @@ const keyWithin = time.Minute
 // abortWithin bounds the clean-up after a failure.
 const abortWithin = 5 * time.Second
 
-// encryption is the operation of [Encrypt].
+// encryption is one [Encrypt].
 type encryption struct {
 	ec    *config.EncryptConfig
 	plans plans
 	was   bool // the image has encrypted layers already
 }
 
-func (*encryption) mode() mode { return encrypting }
-
-// wants every layer: one that is encrypted gets more recipients.
-func (*encryption) wants(string) bool { return true }
-
+// layer encrypts a layer as planned.
 func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	p, err := e.plans.of(desc)
 	if err != nil || p.key == nil {
@@ -67,14 +63,11 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 	return c, err
 }
 
-// decryption is the operation of [Decrypt].
+// decryption is one [Decrypt].
 type decryption struct{ dc *config.DecryptConfig }
 
-func (*decryption) mode() mode { return decrypting }
-
-func (*decryption) wants(mediaType string) bool { return processor.IsEncrypted(mediaType) }
-
-func (d *decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
+// layer decrypts a layer.
+func (d decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	c := change{desc: desc}
 	mediaType, ok := processor.PlainMediaType(desc.MediaType)
 	if !ok {
@@ -94,17 +87,17 @@ func (d *decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 			return err
 		}
 		defer decrypter.Close()
-		// Whoever compressed and encrypted in one step named the digest of
-		// something else, so what counts is the one that comes out. The
-		// HMAC has authenticated it by then.
+		// A tool that compresses and encrypts in one step may have named the
+		// digest of something else, so the digest is that of what comes out.
+		// The HMAC has authenticated it by then.
 		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "decrypt-"+desc.Digest.Encoded(), decrypter, desc.Size, nil)
 		return err
 	})
 	return c, err
 }
 
-// change does the operation to the chosen layers, several at a time.
-func (w *work) change(ctx context.Context, layers []ocispec.Descriptor, chosen []int) (map[int]change, error) {
+// changeLayers changes the chosen layers, several at a time.
+func (w *work) changeLayers(ctx context.Context, layers []ocispec.Descriptor, chosen []int) (map[int]change, error) {
 	changes := make(map[int]change, len(chosen))
 	var mu sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
@@ -137,12 +130,12 @@ type blobs struct {
 func (b *blobs) change(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	b.mu.Lock()
 	name := desc.MediaType + " " + desc.Digest.String()
-	if processor.IsEncrypted(desc.MediaType) && w.op.mode() != decrypting {
+	if processor.IsEncrypted(desc.MediaType) && w.mode != decrypting {
 		name = planKey(desc) // only its annotations change
 	}
 	do, ok := b.done[name]
 	if !ok {
-		do = sync.OnceValues(func() (change, error) { return w.op.layer(ctx, w, desc) })
+		do = sync.OnceValues(func() (change, error) { return w.layer(ctx, w, desc) })
 		if b.done == nil {
 			b.done = make(map[string]func() (change, error))
 		}

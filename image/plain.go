@@ -151,9 +151,9 @@ func Unaccepted(list []Plain) []Plain {
 // Inspect returns what is readable in the selected part of an image, blob by blob.
 // The image is fully encrypted if [NotEncrypted] finds none in it.
 func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
-	w := newWork(cs, opts, inspection{})
+	w := newWork(cs, opts, inspecting, nil)
 	w.strict = true
-	if _, err := w.any(ctx, target, 0); err != nil {
+	if _, err := w.visit(ctx, target, 0); err != nil {
 		return nil, err
 	}
 	w.addShared()
@@ -164,17 +164,6 @@ func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, o
 // not known to be: all but configurations.
 func NotEncrypted(list []Plain) []Plain {
 	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool { return p.Reason == ReasonConfig })
-}
-
-// inspection is the operation of [Inspect].
-type inspection struct{}
-
-func (inspection) mode() mode { return inspecting }
-
-func (inspection) wants(string) bool { return false }
-
-func (inspection) layer(context.Context, *work, ocispec.Descriptor) (change, error) {
-	return change{none: true}, nil
 }
 
 // addPlain reports a blob that parent refers to.
@@ -230,28 +219,28 @@ func (w *work) inspectLayer(parent, l ocispec.Descriptor, platform *ocispec.Plat
 func strangeData(desc ocispec.Descriptor) bool { return len(desc.Data) > 0 && inlined(desc) == nil }
 
 // report reports what is readable in a manifest, or will be.
-func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
-	mode := w.op.mode()
-	if mode != encrypting && mode != inspecting {
+func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, c choice) {
+	if w.mode != encrypting && w.mode != inspecting {
 		return
 	}
-	if m.Config.Digest != "" && (selected || mode == encrypting) {
-		w.addPlain(desc, m.Config, platform, ReasonConfig)
+	if m.Config.Digest != "" && (c.selected || w.mode == encrypting) {
+		w.addPlain(desc, m.Config, c.platform, ReasonConfig)
 	}
 	for i, l := range m.Layers {
-		reason := plain[i]
+		reason := c.plain[i]
 		switch {
-		case mode == inspecting && reason != ReasonNotSelected:
-			w.inspectLayer(desc, l, platform)
-		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
-			w.addPlain(desc, l, platform, reason)
-		case mode == encrypting && strangeData(l):
-			w.addPlain(desc, l, platform, ReasonData)
-		case mode == encrypting && len(l.URLs) > 0:
-			w.addPlain(desc, l, platform, ReasonURLs)
+		case w.mode == inspecting && reason != ReasonNotSelected:
+			w.inspectLayer(desc, l, c.platform)
+		case w.mode == inspecting:
+		case reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
+			w.addPlain(desc, l, c.platform, reason)
+		case strangeData(l):
+			w.addPlain(desc, l, c.platform, ReasonData)
+		case len(l.URLs) > 0:
+			w.addPlain(desc, l, c.platform, ReasonURLs)
 		}
-		if slices.Contains(chosen, i) {
-			w.encrypted = append(w.encrypted, newPlain(desc, l, platform, ""))
+		if slices.Contains(c.layers, i) {
+			w.encrypted = append(w.encrypted, newPlain(desc, l, c.platform, ""))
 		}
 	}
 }

@@ -14,7 +14,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
-	"github.com/ctrlplane/pilot/processor"
 )
 
 // Rewrapping says how the recipients of layers change. If it asks for no
@@ -71,7 +70,7 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 		how.Keys = &config.DecryptConfig{}
 	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
-	w := newWork(cs, opts, r)
+	w := newWork(cs, opts, rewrapping, r.layer)
 	w.dry = how.DryRun
 	result, err := w.run(ctx, target)
 	if err != nil {
@@ -90,7 +89,7 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 	return out, nil
 }
 
-// rewrap is the operation of [Rewrap].
+// rewrap is one [Rewrap].
 type rewrap struct {
 	Rewrapping
 
@@ -101,10 +100,7 @@ type rewrap struct {
 	found   map[Recipient]bool // of what was to be moved or removed
 }
 
-func (*rewrap) mode() mode { return rewrapping }
-
-func (*rewrap) wants(mediaType string) bool { return processor.IsEncrypted(mediaType) }
-
+// layer gives a layer other recipients.
 func (r *rewrap) layer(ctx context.Context, _ *work, desc ocispec.Descriptor) (change, error) {
 	ctx, cancel := context.WithTimeout(ctx, keyWithin)
 	defer cancel()

@@ -1,9 +1,11 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -51,4 +53,73 @@ func (w *work) checkBase() error {
 		return errors.New("the image has no layer of the base image, so it was not built on it")
 	}
 	return nil
+}
+
+// checkSelection refuses a selection of what the image does not have.
+func (w *work) checkSelection() error {
+	for i, p := range w.Platforms {
+		if !w.matched[i] {
+			return fmt.Errorf("the image has no platform %s", platforms.FormatAll(p))
+		}
+	}
+	for _, n := range w.Layers {
+		if !w.inRange[n] {
+			return fmt.Errorf("the image has no layer %d", n)
+		}
+	}
+	return nil
+}
+
+// platformOf returns the platform that the index says, or else the image's
+// configuration, or nil if neither does.
+func (w *work) platformOf(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) *ocispec.Platform {
+	if desc.Platform != nil {
+		return desc.Platform
+	}
+	if !images.IsConfigType(m.Config.MediaType) {
+		return nil
+	}
+	if info, err := w.Info(ctx, m.Config.Digest); err == nil && info.Size > maxManifest {
+		return nil // it would be read into memory
+	}
+	p, err := images.ConfigPlatform(ctx, w.Store, m.Config)
+	if err != nil || p.OS == "" {
+		return nil
+	}
+	return &p
+}
+
+// platform reports whether a manifest for p is selected.
+func (w *work) selectsPlatform(p *ocispec.Platform) bool {
+	if len(w.Platforms) == 0 {
+		return true
+	}
+	if p == nil {
+		return false
+	}
+	found := false
+	for i, want := range w.Platforms {
+		if platforms.NewMatcher(want).Match(*p) {
+			w.matched[i], found = true, true
+		}
+	}
+	return found
+}
+
+// layer reports whether layer i of n is selected.
+func (w *work) selectsLayer(i, n int) bool {
+	found := len(w.Layers) == 0
+	for _, l := range w.Layers {
+		if l == i || l == i-n {
+			w.inRange[l], found = true, true
+		}
+	}
+	return found
+}
+
+func ofPlatform(p *ocispec.Platform) string {
+	if p == nil {
+		return ""
+	}
+	return " of platform " + platforms.FormatAll(*p)
 }
