@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/glob"
 	"github.com/ctrlplane/pilot/plugin"
 )
 
@@ -54,10 +55,9 @@ func (c inContainerd) names(ctx context.Context, pattern string) ([]string, erro
 	if err != nil {
 		return nil, err
 	}
-	matches := matcher(pattern)
 	var names []string
 	for _, img := range all {
-		if matches(img.Name) && !namedByDigest(img.Name) {
+		if glob.MatchName(pattern, img.Name) && !namedByDigest(img.Name) {
 			names = append(names, img.Name)
 		}
 	}

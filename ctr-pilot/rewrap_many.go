@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -13,15 +12,9 @@ import (
 	"github.com/ctrlplane/pilot/image"
 )
 
-// isPattern reports whether a name stands for several images.
+// isPattern reports whether a name stands for several images, as [glob.MatchName] has
+// it.
 func isPattern(name string) bool { return strings.ContainsAny(name, "*?") }
-
-// matcher returns a function that reports whether a name matches a pattern: * is
-// any characters, and ? is one.
-func matcher(pattern string) func(name string) bool {
-	expr := strings.NewReplacer(`\*`, ".*", `\?`, ".").Replace(regexp.QuoteMeta(pattern))
-	return regexp.MustCompile("^(?s:" + expr + ")$").MatchString
-}
 
 // tally counts what became of images.
 type tally struct {

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/glob"
 )
 
 const (
@@ -33,7 +34,7 @@ func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error
 	if colon <= strings.LastIndex(pattern, "/") || isPattern(pattern[:colon]) || strings.Contains(pattern, "@") {
 		return nil, exit.Usagef("in a registry, a pattern stands for tags, as in 'registry.example.com/app:*'")
 	}
-	repository, matches := pattern[:colon], matcher(pattern[colon+1:])
+	repository, tagPattern := pattern[:colon], pattern[colon+1:]
 	spec, err := parseReference(repository + ":x")
 	if err != nil {
 		return nil, err
@@ -44,7 +45,7 @@ func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error
 	}
 	var names []string
 	for _, tag := range tags {
-		if aTag.MatchString(tag) && matches(tag) {
+		if aTag.MatchString(tag) && glob.MatchName(tagPattern, tag) {
 			names = append(names, repository+":"+tag)
 		}
 	}

@@ -103,22 +103,3 @@ func TestTags(t *testing.T) {
 		}
 	}, "--user", "ci:wrong")
 }
-
-func TestMatcher(t *testing.T) {
-	for _, test := range []struct {
-		pattern, name string
-		want          bool
-	}{
-		{"registry.example.com/*", "registry.example.com/team/app:1", true},
-		{"registry.example.com/app:*", "registry.example.com/app:1", true},
-		{"registry.example.com/app:*", "registryXexample.com/app:1", false},
-		{"*/app:?", "registry.example.com/app:1", true},
-		{"*/app:?", "registry.example.com/app:10", false},
-		{"[::1]:5000/app:*", "[::1]:5000/app:1", true},
-		{"app", "app:1", false},
-	} {
-		if got := matcher(test.pattern)(test.name); got != test.want {
-			t.Errorf("%s matches %s: %t", test.pattern, test.name, got)
-		}
-	}
-}
