@@ -62,6 +62,8 @@ type change struct {
 	desc        ocispec.Descriptor // MediaType, Digest and Size
 	annotations map[string]string  // to set, or to remove where empty
 	none        bool               // nothing changes
+	// sealKey is derived from the layer key, if the layer is encrypted or decrypted.
+	sealKey []byte
 }
 
 // apply returns doc edited and its new media type; mediaType is that which it
@@ -208,10 +210,13 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 		if err != nil {
 			return nil, err
 		}
-		if len(had.Annotations) == 0 {
+		switch {
+		case string(left) != string(orEmpty(annotations)): // another encryption's
+			notes.seal(c.sealKey, at, annotations)
+		case len(had.Annotations) == 0:
 			notes.note(at+"/annotations", annotations)
 		}
-		annotations = left // without those of an encryption that is no more
+		annotations = left
 	}
 	return setAnnotations(element, annotations, c.annotations)
 }
@@ -320,7 +325,10 @@ func (e *edit) decrypted(element []byte, c change, at string, notes restore) ([]
 	if err != nil || e.list != "layers" {
 		return element, err
 	}
-	return removeAnnotations(element, ofEncryption, notes[at+"/annotations"] == "")
+	if element, err = removeAnnotations(element, ofEncryption, notes[at+"/annotations"] == ""); err != nil {
+		return nil, err
+	}
+	return notes.unseal(c.sealKey, at, element)
 }
 
 // setDescriptor sets the media type, digest and size of doc where they change.

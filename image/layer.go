@@ -81,6 +81,7 @@ func (d decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor)
 		return change{}, err
 	}
 	defer key.Clear()
+	c.sealKey = newSealKey(key)
 	err = w.read(ctx, desc, func(r io.Reader) error {
 		decrypter, err := processor.NewDecrypter(r, key)
 		if err != nil {

@@ -85,6 +85,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 	}
 	c.desc.MediaType = mediaType
 	key := processor.NewLayerKey(desc.Digest)
+	c.sealKey = newSealKey(key)
 	if c.annotations, err = key.Wrap(ctx, e.ec, nil); err != nil {
 		key.Clear()
 		return layerPlan{}, err

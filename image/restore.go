@@ -24,9 +24,9 @@ const restoreAnnotation = processor.AnnotationPrefix + "pilot.restore"
 // restore is what restoreAnnotation holds, as a JSON object of strings: JSON
 // pointers (RFC 6901) into the document, and the JSON text that stood there: a
 // media type of Docker's or of a foreign layer's or an unusual spelling of one,
-// annotations that are empty, URLs. Of a digest it holds how
-// it was spelled, and of data that it was there, so that it helps nobody to find or
-// to read the plain blob.
+// annotations that are empty, URLs. Annotations that another encryption left on a
+// layer are sealed. Of a digest it holds how it was spelled, and of data that it was
+// there, so that it helps nobody to find or to read the plain blob.
 type restore map[string]string
 
 // plainKey is the key in restore of a list of digests, with spaces between
@@ -194,9 +194,8 @@ func (r restore) replace(doc []byte, at string) ([]byte, error) {
 }
 
 // same reports whether the text that a member of a document or a descriptor had
-// and that which it has say the same, but for encryption. Annotations of an
-// encryption that is no more are not among them: a stranger's could not be told from
-// one's own.
+// and that which it has say the same, except for encryption. Annotations of another
+// encryption have to be there already: [restore.unseal] puts them back.
 func same(key string, had, has []byte) bool {
 	switch key {
 	case "mediaType":
