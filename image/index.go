@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -210,24 +209,6 @@ func (w *work) subject(ctx context.Context, subject *ocispec.Descriptor) *ocispe
 		return &now
 	}
 	return nil
-}
-
-// small returns a function that reads blobs that are no larger in all than a manifest,
-// into which they are to be put back.
-func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
-	left := int64(maxManifest)
-	return func(desc ocispec.Descriptor) ([]byte, error) {
-		if desc.Size < 0 || desc.Size > left {
-			return nil, fmt.Errorf("%w: its descriptors would hold more than %d bytes", ErrLimit, maxManifest)
-		}
-		left -= desc.Size
-		var blob []byte
-		err := w.read(ctx, desc, func(r io.Reader) (err error) {
-			blob, err = io.ReadAll(r)
-			return err
-		})
-		return blob, err
-	}
 }
 
 // entryPlatform returns the platform of an entry of an index, as platformOf does.

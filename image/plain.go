@@ -8,7 +8,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -277,26 +276,6 @@ func isIndex(mediaType string) bool { return images.IsIndexType(usual(mediaType)
 func usual(mediaType string) string {
 	mediaType, _, _ = strings.Cut(mediaType, ";")
 	return strings.ToLower(strings.TrimSpace(mediaType))
-}
-
-// has reports whether a blob is here.
-func (w *work) has(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-	if inlined(desc) != nil {
-		return true, nil
-	}
-	_, err := w.Info(ctx, desc.Digest)
-	if errdefs.IsNotFound(err) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-// inlined returns the content of a blob that its descriptor holds, or nil.
-func inlined(desc ocispec.Descriptor) []byte {
-	if int64(len(desc.Data)) != desc.Size || digest.FromBytes(desc.Data) != desc.Digest {
-		return nil
-	}
-	return desc.Data
 }
 
 // IsAttestation reports whether an entry of an index is an attestation about
