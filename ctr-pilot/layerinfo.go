@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
 	"os"
 	"slices"
@@ -20,7 +19,6 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -172,63 +170,35 @@ func newLayerInfo(l image.Layer, gpg ocicrypt.GPGClient) layerInfo {
 	if l.Platform != nil {
 		info.Platform = platforms.FormatAll(*l.Platform)
 	}
-	for key, value := range l.Descriptor.Annotations {
-		if scheme, ok := strings.CutPrefix(key, processor.AnnotationPrefix+"keys."); ok {
-			info.Encryption = append(info.Encryption, scheme)
-			info.Recipients = append(info.Recipients, recipients(scheme, value, gpg)...)
+	var keyIDs []string
+	for _, r := range image.Recipients(l.Descriptor) {
+		if !slices.Contains(info.Encryption, r.Scheme) {
+			info.Encryption = append(info.Encryption, r.Scheme)
 		}
+		if r.KeyID != "" {
+			keyIDs = append(keyIDs, r.KeyID)
+			continue
+		}
+		info.Recipients = append(info.Recipients, recipientName(r))
 	}
+	if gpg != nil && len(keyIDs) > 0 {
+		keyIDs = gpg.ResolveRecipients(keyIDs)
+	}
+	info.Recipients = append(info.Recipients, keyIDs...)
 	slices.Sort(info.Encryption)
 	slices.Sort(info.Recipients)
 	return info
 }
 
-// recipients tells the recipients in an annotation as well as it can.
-func recipients(scheme, annotation string, gpg ocicrypt.GPGClient) []string {
-	if strings.HasPrefix(scheme, "provider.") {
-		var list []string
-		for wrapped := range strings.SplitSeq(annotation, ",") {
-			list = append(list, providerRecipients(scheme, wrapped)...)
-		}
-		return list
+// recipientName returns what a row shows of a recipient that is not of pgp.
+func recipientName(r image.Recipient) string {
+	switch {
+	case r.Original:
+		return "[KEK not named]"
+	case r.KEK == "":
+		return "[" + r.Scheme + "]"
+	case r.Version == 0:
+		return r.KEK
 	}
-	unknown := []string{"[" + scheme + "]"}
-	w := ocicrypt.GetKeyWrapper(scheme)
-	if w == nil {
-		return unknown
-	}
-	list, err := w.GetRecipients(annotation)
-	if err != nil || len(list) == 0 {
-		return unknown
-	}
-	if scheme == "pgp" && gpg != nil {
-		list = gpg.ResolveRecipients(list)
-	}
-	return list
-}
-
-// providerRecipients reads pilot's annotations; other key providers' are their
-// own.
-func providerRecipients(scheme, wrapped string) []string {
-	unknown := []string{"[" + scheme + "]"}
-	b, err := base64.StdEncoding.DecodeString(wrapped)
-	if err != nil {
-		return unknown
-	}
-	annotations, err := wireformat.ParseAnnotation(b)
-	if err != nil {
-		return unknown
-	}
-	var list []string
-	for _, a := range annotations {
-		switch {
-		case a.KEKID == "":
-			list = append(list, "[KEK not named]")
-		case a.KEKVersion == 0:
-			list = append(list, a.KEKID)
-		default:
-			list = append(list, fmt.Sprintf("%s@%d", a.KEKID, a.KEKVersion))
-		}
-	}
-	return list
+	return fmt.Sprintf("%s@%d", r.KEK, r.Version)
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -146,4 +147,31 @@ func FuzzValues(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestRecipientsNameWhatAnnotationsSay(t *testing.T) {
+	newKEKs(t, "a", "b")
+	s := newStore(t)
+	ring := pgpRecipient(t, "one@example.com")
+	layer := s.parsed(s.encrypted(s.ec, kek("pilot", "a", "b"), kek("original", "a"), &config.EncryptConfig{Parameters: ring.ec})).Layers[0]
+	layer.Annotations[keysPrefix+"provider.other"] = "eA==,eQ=="
+	layer.Annotations[keysPrefix+"provider.pilot"] += ",damaged"
+	layer.Annotations[keysPrefix+"none"] = ""
+	var got []string
+	for _, r := range Recipients(layer) {
+		if r.Original {
+			r.Scheme += " original"
+		}
+		if strings.HasPrefix(r.KeyID, "0x") {
+			r.Scheme += " key"
+		}
+		got = append(got, r.String())
+	}
+	want := "jwe, pgp key, provider:original original, provider:other, provider:other, provider:pilot:a@1, provider:pilot:b@1, provider:pilot"
+	if text := strings.Join(got, ", "); text != want {
+		t.Errorf("got  %s\nwant %s", text, want)
+	}
+	if list := Recipients(ocispec.Descriptor{}); len(list) > 0 {
+		t.Errorf("a plain layer has %v", list)
+	}
 }
