@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -13,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/imgcrypt/v2"
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
@@ -63,8 +63,10 @@ func unpack(ctx context.Context, cmd *cli.Command, client *containerd.Client, im
 		return nil, err
 	}
 	err = i.Unpack(ctx, cmd.String("snapshotter"), containerd.WithUnpackApplyOpts(withPayload(dc), diff.WithSyncFs(cmd.Bool("sync-fs"))))
-	if err != nil && len(encrypted) > 0 && !strings.Contains(err.Error(), "pilot") {
-		err = fmt.Errorf("%w (the image is encrypted: is there a stream processor for %s in containerd's configuration? \"pilot-decoder --help\" shows one)", err, encrypted[0].MediaType)
+	if errdefs.IsUnknown(err) && len(encrypted) > 0 {
+		// pilot's differ classifies its errors, and stream processors, or containerd
+		// without one, do not.
+		err = fmt.Errorf("%w (the image is encrypted: \"pilot node doctor\" examines how this node decrypts it; \"pilot-decoder --help\" shows the stream processor for %s)", err, encrypted[0].MediaType)
 	}
 	return i, err
 }
