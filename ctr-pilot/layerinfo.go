@@ -5,10 +5,8 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
-	"unicode"
 
 	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
@@ -27,8 +25,8 @@ var layerinfoCommand = &cli.Command{
 	Usage:     "show how an image's layers are encrypted, and for whom",
 	ArgsUsage: "[flags] <image>",
 	Description: `Lists the layers of an image, of whatever media type, with the ways in which their
-keys are wrapped, and for whom as far as that can be seen without a key. On standard error it says
-whether all of them are encrypted, and names what is not or can't be seen here.
+keys are wrapped, and for whom, as far as that can be seen without a key. Standard error
+shows whether all of them are encrypted, and names what is not or can't be seen here.
 
 An image's configuration, which is never encrypted, does not count.
 
@@ -37,7 +35,7 @@ Examples:
    ctr-pilot images layerinfo --require-encrypted --json app:encrypted`,
 	Flags: append(selectionFlags("show"),
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
-		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 3 unless all of it is encrypted"},
+		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 3 unless the whole image is encrypted"},
 		&cli.StringFlag{Name: "gpg-homedir", Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)"},
 		&cli.StringFlag{Name: "gpg-version", Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)"},
 		&cli.BoolFlag{Name: "n", Usage: "show the key IDs of pgp recipients, not their names"},
@@ -125,26 +123,9 @@ func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
 	return nil
 }
 
-// shown returns what an image's author wrote as it can be shown in a table on a
-// terminal.
-func shown(s string) string {
-	q := strconv.Quote(s)
-	return q[1 : len(q)-1]
-}
-
-// shownText returns what others say without what a terminal would obey.
-func shownText(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) && r != '\n' && r != '\t' {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
-}
-
 // imageInfo is the JSON of layerinfo.
 type imageInfo struct {
-	// FullyEncrypted says that Plain holds nothing but configurations.
+	// FullyEncrypted is true if Plain has only configurations.
 	FullyEncrypted bool          `json:"fullyEncrypted"`
 	Layers         []layerInfo   `json:"layers"`
 	Plain          []image.Plain `json:"plain"`

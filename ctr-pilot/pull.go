@@ -7,80 +7,16 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/containerd/containerd/v2/cmd/ctr/commands/content"
-	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/imgcrypt/v2"
 	"github.com/containerd/platforms"
-	"github.com/containerd/typeurl/v2"
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
-	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/processor"
 )
-
-// payloadIDs are the stream processors that get the keys: imgcrypt's, which
-// has none for zstd, and one for that.
-var payloadIDs = append(slices.Clone(imgcrypt.PayloadToolIDs), "io.containerd.ocicrypt.decoder.v1.tar.zstd")
-
-// withPayload hands a layer's descriptor and the keys to the stream processor
-// that decrypts the layer.
-func withPayload(dc *config.DecryptConfig) diff.ApplyOpt {
-	return func(_ context.Context, desc ocispec.Descriptor, c *diff.ApplyConfig) error {
-		if !processor.IsEncrypted(desc.MediaType) {
-			return nil
-		}
-		payload, err := typeurl.MarshalAny(&imgcrypt.Payload{DecryptConfig: *dc, Descriptor: desc})
-		if err != nil {
-			return err
-		}
-		if c.ProcessorPayloads == nil {
-			c.ProcessorPayloads = make(map[string]typeurl.Any)
-		}
-		for _, id := range payloadIDs {
-			c.ProcessorPayloads[id] = payload
-		}
-		return nil
-	}
-}
-
-// unpack unpacks an image for a platform, decrypting it.
-func unpack(ctx context.Context, cmd *cli.Command, client *containerd.Client, img images.Image, p platforms.MatchComparer) (containerd.Image, error) {
-	i := containerd.NewImageWithPlatform(client, img, p)
-	encrypted, err := encryptedLayers(ctx, client, img.Target, p)
-	if err != nil {
-		return nil, err
-	}
-	dc, err := decryptConfig(cmd, encrypted)
-	if err != nil {
-		return nil, err
-	}
-	err = i.Unpack(ctx, cmd.String("snapshotter"), containerd.WithUnpackApplyOpts(withPayload(dc), diff.WithSyncFs(cmd.Bool("sync-fs"))))
-	if errdefs.IsUnknown(err) && len(encrypted) > 0 {
-		// pilot's differ classifies its errors, and stream processors, or containerd
-		// without one, do not.
-		err = fmt.Errorf("%w (the image is encrypted: \"pilot node doctor\" examines how this node decrypts it; \"pilot-decoder --help\" shows the stream processor for %s)", err, encrypted[0].MediaType)
-	}
-	return i, err
-}
-
-// encryptedLayers returns the encrypted layers of an image for a platform.
-func encryptedLayers(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, p platforms.MatchComparer) ([]ocispec.Descriptor, error) {
-	manifest, err := images.Manifest(ctx, client.ContentStore(), target, p)
-	if err != nil {
-		return nil, err
-	}
-	return slices.DeleteFunc(slices.Clone(manifest.Layers), func(l ocispec.Descriptor) bool {
-		return !processor.IsEncrypted(l.MediaType)
-	}), nil
-}
 
 // wrapPull makes ctr's pull fetch images itself, as its --local does, and
 // unpack encrypted ones.
@@ -89,7 +25,7 @@ func wrapPull(c *cli.Command) {
 	c.Description += credentialsHelp + `
 Encrypted images are decrypted while they are unpacked, by containerd, with the
 keys given here or those of the node. All images are fetched as with --local, so
-what containerd's transfer service is told about registries does not count.
+the registry configuration of containerd's transfer service is not used.
 
 Example:
    ctr-pilot images pull registry.example.com/app:encrypted
@@ -175,56 +111,4 @@ func wantedPlatform(cmd *cli.Command) (platforms.MatchComparer, error) {
 		return nil, fmt.Errorf("--platform %s: %w", s, err)
 	}
 	return platforms.Only(spec), nil
-}
-
-// wrapUse makes one of ctr's commands that use an image check that the caller
-// may decrypt it, and unpack it if it is not unpacked yet.
-func wrapUse(c *cli.Command) {
-	c.Flags = append(c.Flags, keyFlags()...)
-	stock := c.Action
-	c.Action = func(ctx context.Context, cmd *cli.Command) error {
-		if !cmd.Bool("rootfs") && !cmd.IsSet("config") && cmd.Args().First() != "" {
-			if err := prepareUse(ctx, cmd); err != nil {
-				return err
-			}
-		}
-		return stock(ctx, cmd)
-	}
-}
-
-func prepareUse(ctx context.Context, cmd *cli.Command) error {
-	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-	if err != nil {
-		return err
-	}
-	defer cancel()
-	img, err := getImage(ctx, client, cmd.Args().First())
-	if err != nil {
-		return err
-	}
-	p, err := wantedPlatform(cmd)
-	if err != nil {
-		return err
-	}
-	encrypted, err := encryptedLayers(ctx, client, img.Target, p)
-	if err != nil || len(encrypted) == 0 {
-		return err
-	}
-	if !cmd.Bool("skip-decrypt-auth") {
-		dc, err := decryptConfig(cmd, encrypted)
-		if err != nil {
-			return err
-		}
-		check, cancel := context.WithTimeout(ctx, time.Minute)
-		defer cancel()
-		if err := image.CheckAccess(check, client.ContentStore(), img.Target, dc, p); err != nil {
-			return fmt.Errorf("you are not authorized to use %s (--skip-decrypt-auth leaves that to the node): %w", img.Name, err)
-		}
-	}
-	unpacked, err := containerd.NewImageWithPlatform(client, img, p).IsUnpacked(ctx, cmd.String("snapshotter"))
-	if err != nil || unpacked {
-		return err
-	}
-	_, err = unpack(ctx, cmd, client, img, p)
-	return err
 }

@@ -20,11 +20,11 @@ import (
 )
 
 // copySize is how many bytes are read from and written to the content store
-// at once. containerd takes a call for each.
+// at once. Each is a call to containerd.
 const copySize = 1 << 20
 
-// abortWithin bounds the clean-up after a failure.
-const abortWithin = 5 * time.Second
+// abortTimeout bounds the clean-up after a failure.
+const abortTimeout = 5 * time.Second
 
 // has reports whether a blob is here.
 func (w *work) has(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
@@ -46,7 +46,7 @@ func inlined(desc ocispec.Descriptor) []byte {
 	return desc.Data
 }
 
-// read calls f with a reader of a blob of the size that its descriptor says.
+// read calls f with a reader of a blob, which must have the size in its descriptor.
 func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Reader) error) error {
 	if data := inlined(desc); data != nil {
 		return f(bytes.NewReader(data))
@@ -57,7 +57,7 @@ func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Read
 	}
 	defer ra.Close()
 	if ra.Size() != desc.Size {
-		return fmt.Errorf("its blob has %d bytes, and the manifest says %d", ra.Size(), desc.Size)
+		return fmt.Errorf("its blob has %d bytes, and its descriptor %d", ra.Size(), desc.Size)
 	}
 	var r io.Reader = bufio.NewReaderSize(io.NewSectionReader(ra, 0, desc.Size), copySize)
 	if w.Progress != nil {
@@ -68,7 +68,7 @@ func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Read
 
 // abort removes an ingest, even if ctx is done.
 func (w *work) abort(ctx context.Context, ref string) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortWithin)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
 	defer cancel()
 	if err := w.Abort(ctx, ref); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("abort ingest %s: %w", ref, err)
@@ -88,8 +88,8 @@ func (r *progressReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// ingest writes what r reads, size bytes, as a blob that it commits only if r
-// ended without an error. It leaves nothing behind otherwise.
+// ingest writes what r reads, size bytes, as a blob. It commits the blob only if r ends
+// without an error, and otherwise leaves nothing behind.
 func (w *work) ingest(ctx context.Context, name string, r io.Reader, size int64, labels map[string]string) (_ digest.Digest, _ int64, err error) {
 	ref := fmt.Sprintf("pilot-%s-%016x", name, rand.Uint64())
 	cw, err := content.OpenWriter(ctx, w.Store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Size: size}))
@@ -118,7 +118,7 @@ func (w *work) ingest(ctx context.Context, name string, r io.Reader, size int64,
 	}
 	d := cw.Digest()
 	if n == 0 {
-		d = digest.FromBytes(nil) // a client of containerd learns it with the first write
+		d = digest.FromBytes(nil) // containerd's client has it only after the first write
 	}
 	var opts []content.Opt
 	if len(labels) > 0 {
@@ -142,11 +142,11 @@ func fieldPaths(labels map[string]string) []string {
 	return paths
 }
 
-// writerOnly hides what else a content.Writer can do from io.Copy.
+// writerOnly hides the other methods of a content.Writer from io.Copy.
 type writerOnly struct{ io.Writer }
 
-// small returns a function that reads blobs that are no larger in all than a manifest,
-// into which they are to be put back.
+// small returns a function that reads blobs to put them back into a document. All of
+// them together may be no larger than a document.
 func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
 	left := int64(maxManifest)
 	return func(desc ocispec.Descriptor) ([]byte, error) {

@@ -28,8 +28,8 @@ var dockerTypes = map[string]string{
 	images.MediaTypeDockerSchema2LayerForeignGzip: "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
 }
 
-// encrypted edits the descriptor of something that was encrypted, noting what
-// can't be derived of what it was.
+// encrypted edits the descriptor of something that was encrypted, and notes what
+// decrypting can't derive.
 func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]byte, error) {
 	var had ocispec.Descriptor
 	if err := json.Unmarshal(element, &had); err != nil {
@@ -40,10 +40,10 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 		return element, err
 	}
 	if i := slices.IndexFunc(had.URLs, strangeURL); i >= 0 {
-		return nil, fmt.Errorf("%s has the URL %q, which decrypting would not put back: only https:// and http:// URLs without user and fragment can be kept", at, had.URLs[i])
+		return nil, fmt.Errorf("%s has the URL %q, which decrypting would not put back: only https:// and http:// URLs without user and fragment can be put back", at, had.URLs[i])
 	}
 	if len(had.URLs) > 0 {
-		// There the layer is in plain, and containerd would look there first.
+		// The plain layer is there, and containerd would look there first.
 		element, err = jsonedit.Edit(element, "urls", func(text []byte) ([]byte, error) {
 			notes.note(at+"/urls", text)
 			return []byte("[]"), nil
@@ -72,9 +72,9 @@ func (e *edit) encrypted(element []byte, c change, at string, notes restore) ([]
 	return setAnnotations(element, annotations, c.annotations)
 }
 
-// redescribed returns the descriptor element with the media type, digest and size
-// of what it is to describe, noting what it had that can't be derived, if it was
-// encrypted. The content that it may hold becomes empty.
+// redescribed returns the descriptor element with the media type, digest and size of
+// desc. When encrypting, it notes what decrypting can't derive. The descriptor's data,
+// if it has any, becomes empty.
 func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, notes restore) ([]byte, error) {
 	var had ocispec.Descriptor
 	if err := json.Unmarshal(element, &had); err != nil {
@@ -82,7 +82,7 @@ func (e *edit) redescribed(element []byte, desc ocispec.Descriptor, at string, n
 	}
 	if e.mode != encrypting {
 		if len(had.Data) > 0 {
-			// That of what it no longer describes.
+			// It is content that the descriptor no longer describes.
 			var err error
 			if element, err = jsonedit.Set(element, "data", []byte(`""`)); err != nil {
 				return nil, err
@@ -139,8 +139,8 @@ func dataText(content []byte) []byte {
 	return jsonedit.Quote(base64.StdEncoding.EncodeToString(content))
 }
 
-// errData is the error of a descriptor that holds other content in its data than
-// what it describes, or in other words than usual, so that it can't be restored.
+// errData is the error of a descriptor whose data is not the content that it describes,
+// or is in an unusual base64, so that it can't be restored.
 func errData(desc ocispec.Descriptor) error {
 	return fmt.Errorf("the descriptor of %s has data that is not its content in base64: it would stay readable, so remove it first", desc.Digest)
 }
@@ -200,8 +200,7 @@ func setDescriptor(doc []byte, had, desc ocispec.Descriptor) (_ []byte, err erro
 	return doc, nil
 }
 
-// ofEncryption reports whether an annotation is one of those that say how a
-// layer is encrypted.
+// ofEncryption reports whether an annotation describes how a layer is encrypted.
 func ofEncryption(key string) bool { return strings.HasPrefix(key, processor.AnnotationPrefix) }
 
 // orEmpty returns the text of an object, an empty one where had is null or nil.
@@ -223,8 +222,8 @@ func setAnnotations(doc, had []byte, add map[string]string) (_ []byte, err error
 	return jsonedit.Set(doc, "annotations", had)
 }
 
-// removeAnnotations removes annotations of doc's, and the member that holds
-// them if none is left and whole says so.
+// removeAnnotations removes annotations from doc, and the member annotations if none is
+// left and whole is true.
 func removeAnnotations(doc []byte, drop func(key string) bool, whole bool) ([]byte, error) {
 	had, err := jsonedit.Get(doc, "annotations")
 	if err != nil || had == nil || string(had) == "null" {

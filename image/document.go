@@ -18,8 +18,8 @@ import (
 // manifest that the entry makes a statement about, as BuildKit writes it.
 const attestationAnnotation = "vnd.docker.reference.digest"
 
-// attestationTypeAnnotation, on an entry of an index, says that it is an
-// attestation, as BuildKit writes it.
+// attestationTypeAnnotation, on an entry of an index, marks an attestation, as BuildKit
+// writes it.
 const attestationTypeAnnotation = "vnd.docker.reference.type"
 
 // edit is how a manifest or an index changes.
@@ -28,16 +28,16 @@ type edit struct {
 	changes map[int]change                           // by index into it
 	removed []int                                    // indexes into it, in order, of elements to leave out
 	renamed map[digest.Digest]ocispec.Descriptor     // what attestations refer to
-	subject *ocispec.Descriptor                      // what took the place of the subject, if anything did
+	subject *ocispec.Descriptor                      // replaces the subject, if not nil
 	content func(ocispec.Descriptor) ([]byte, error) // reads a small blob
 	mode    mode
 	plain   []string // digests of entries of an index that are known not to be encrypted
 	nested  bool     // another index refers to it
-	// done says that no encrypted layer is left after decrypting, and fresh
-	// that there was none before encrypting: in the whole image, for an index.
+	// done is set if no encrypted layer is left after decrypting, and fresh if there
+	// was none before encrypting: in the whole image, for an index.
 	done, fresh bool
-	// was says that something below an index is encrypted, or was until now. If it
-	// was not, there may be a subject that was, and nothing to restore.
+	// was is set if something below an index is or was encrypted. Otherwise a subject
+	// may have been, and there is nothing to restore.
 	was bool
 }
 
@@ -61,7 +61,7 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 		return nil, "", err
 	}
 	if e.mode == encrypting && e.fresh || notes == nil {
-		notes = make(restore) // there may be one of a tool that does not know it
+		notes = make(restore) // another tool may have left old ones
 	}
 	array, err := jsonedit.Get(doc, e.list)
 	if err != nil {
@@ -161,8 +161,8 @@ func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byt
 	return e.follow(i, element, at, notes)
 }
 
-// follow makes entry i, if it is an attestation, refer to the manifest that took the
-// place of the one that it refers to.
+// follow makes entry i, if it is an attestation, refer to the manifest that replaced the
+// one that it is about.
 func (e *edit) follow(i int, element []byte, at string, notes restore) ([]byte, error) {
 	if len(e.renamed) == 0 {
 		return element, nil

@@ -1,11 +1,14 @@
-// Package image encrypts and decrypts the layers of a container image in a
-// content store, an index, its manifests, and their layers, and wraps the keys
-// of its layers for others.
+// Package image encrypts and decrypts the layers of a container image in a content
+// store, through its indexes and manifests, and wraps its layer keys for other
+// recipients.
 //
-// What it does not have to change stays as it is, byte for byte, so decrypting
-// an image gives back the very image that was encrypted. The caller holds a
-// lease, without which containerd may collect what is written before the
-// image that refers to it exists.
+// Whatever does not have to change stays as it is, byte for byte, so decrypting an
+// encrypted image gives back the same image, digest for digest.
+//
+// A store is a [content.Store]: [local.NewStore] of
+// github.com/containerd/containerd/v2/plugins/content/local makes one in a directory.
+// In the store of a running containerd the caller must hold a lease. Without one,
+// containerd may collect what was written before an image refers to it.
 package image
 
 import (
@@ -17,18 +20,18 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// layersAtOnce is how many layers are encrypted or decrypted at once.
-const layersAtOnce = 4
+// maxConcurrentLayers is how many layers are encrypted or decrypted at once.
+const maxConcurrentLayers = 4
 
-// Options select layers and report progress. The zero value selects all.
+// Options select layers and report progress. The zero value selects all layers.
 type Options struct {
 	// Layers are indexes into the layers of each manifest, from 0, or from
 	// -1 downwards to count from the topmost.
 	Layers []int
-	// Base are layers of the image that this one was built on. [Encrypt],
-	// [Decrypt] and [Rewrap] leave those as they are.
+	// Base are the layers of the image that this one was built on. [Encrypt],
+	// [Decrypt] and [Rewrap] leave them as they are.
 	Base []ocispec.Descriptor
-	// Platforms are those to work on.
+	// Platforms are the platforms to work on; none means all.
 	Platforms []ocispec.Platform
 	// KeysFrom are layers of other images. Where [Encrypt] finds a layer that
 	// is encrypted and has no key annotations, as in an image that BuildKit
@@ -41,17 +44,17 @@ type Options struct {
 	KeepAbsent bool
 	// AllowPlain has [Encrypt] accept everything that stays readable.
 	AllowPlain bool
-	// Progress, if not nil, is told how many bytes of a layer were read,
-	// each time some were. It is called from several goroutines.
+	// Progress, if not nil, is called after each read of a layer with the number of
+	// bytes. It is called from several goroutines at once.
 	Progress func(layer ocispec.Descriptor, n int)
 }
 
-// Result is what became of an image.
+// Result is the outcome of [Encrypt] or [Decrypt].
 type Result struct {
-	// Target describes the new image; what was given if nothing changed.
+	// Target describes the new image. It is the one that was given if nothing
+	// changed.
 	Target ocispec.Descriptor
-	// Layers is how many layers were changed. A layer that several manifests
-	// have counts once.
+	// Layers is how many layers changed. A layer in several manifests counts once.
 	Layers int
 	// Skipped are the manifests that stay as they are because their
 	// content is not in the store, as with platforms that were not pulled.
@@ -60,8 +63,8 @@ type Result struct {
 	LeftOut []ocispec.Descriptor
 	// Plain is what [Encrypt] left readable in Target.
 	Plain []Plain
-	// Lacking says which of the selected layers some manifest does not have, a
-	// sentence each.
+	// Lacking has a sentence for each selected layer that some manifest does not
+	// have.
 	Lacking []string
 }
 
@@ -71,13 +74,13 @@ type Result struct {
 // key, or a key provider has to unwrap. An encrypted layer without key annotations
 // is an error unless opts.KeysFrom has its key. Adding recipients reads no layer.
 //
-// What stays readable is in the result. Before anything is written it is a
-// [*PlainError], unless opts select layers or platforms, and it is not selected,
-// or other options accept it. Manifests and other entries of an index that are not
-// in the store are left out of the new index.
+// What stays readable is in the result. It is a [*PlainError], before anything is
+// written, unless opts.Layers or opts.Platforms do not select it or other options
+// accept it. Manifests and other entries of an index that are not in the store are left
+// out of the new index.
 //
 // The keys are wrapped for all recipients, and the manifests made, before the first
-// layer is read, so that what can't be written is found out then. The error wraps
+// layer is read, so errors of recipients and limits come first. The error wraps
 // [ErrLimit] or [processor.ErrTooManyRecipients] if the result would be too large.
 //
 // A Docker image becomes an OCI image, since only those can have encrypted

@@ -342,7 +342,7 @@ func TestErrors(t *testing.T) {
 		{"case", manifest(layer + `,"Digest":"` + a.Digest.String() + `"}`), `can be taken for "digest"`},
 		{"data", manifest(layer + `,"data":"bGF5ZXIgYg=="}`), "data that is not its content"},
 		{"data in other words", manifest(layer + `,"data":"bGF5ZXIgYQ\u003d="}`), "data that is not its content"},
-		{"size", manifest(strings.Replace(layer, `"size":7`, `"size":8`, 1) + "}"), "has 7 bytes, and the manifest says 8"},
+		{"size", manifest(strings.Replace(layer, `"size":7`, `"size":8`, 1) + "}"), "has 7 bytes, and its descriptor 8"},
 		{"absent layer", manifest(`{"mediaType":"` + a.MediaType + `","digest":"` + digest.FromString("no").String() + `","size":2}`), "is not here"},
 		{"no JSON", s.put(ociManifest, `{"layers":`), "manifest sha256:"},
 		{"huge", ocispec.Descriptor{MediaType: ociManifest, Digest: a.Digest, Size: maxManifest + 1}, "more than"},
@@ -350,7 +350,7 @@ func TestErrors(t *testing.T) {
 		{"both", s.put(ociManifest, `{"manifests":[],"layers":[]}`), "an index and a manifest at once"},
 		{"both", s.put(ociIndex, `{"manifests":[],"config":{}}`), "an index and a manifest at once"},
 		{"schema 1", ocispec.Descriptor{MediaType: "application/vnd.docker.distribution.manifest.v1+prettyjws", Digest: a.Digest}, "schema 1"},
-		{"no image", ocispec.Descriptor{MediaType: "text/plain", Digest: a.Digest}, "is no image"},
+		{"not an image", ocispec.Descriptor{MediaType: "text/plain", Digest: a.Digest}, "is not an image"},
 	} {
 		if _, err := Encrypt(s.ctx, s, test.target, s.ec, Options{}); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %v, want %q", test.name, err, test.want)

@@ -17,14 +17,16 @@ import (
 type Layer struct {
 	// Index is its number in its manifest, from 0 at the bottom.
 	Index int
-	// Platform is that of its manifest, or nil if nothing says it.
+	// Platform is that of its manifest, or nil if it is not known.
 	Platform *ocispec.Platform
 	// Descriptor describes its blob.
 	Descriptor ocispec.Descriptor
 }
 
-// Layers returns the selected layers of an image, of whatever media type, manifest
-// by manifest. Those of manifests that are not in the store are not among them.
+// Layers returns the selected layers of an image, of any media type, manifest by
+// manifest in the order of the index, each manifest once. Manifests that are not in the
+// store are left out, unless opts.Platforms selects them: then the error wraps
+// errdefs.ErrNotFound.
 func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
 	w := newWork(cs, opts, inspecting, nil)
 	if _, err := w.visit(ctx, target, 0); err != nil {

@@ -9,7 +9,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
-// kind is what a document is, by its members.
+// kind is what a document is by its members.
 type kind int
 
 const (
@@ -35,7 +35,7 @@ func kindOf(doc []byte) (kind, error) {
 	return noKind, nil
 }
 
-// addUnlike reports a document that is not what its descriptor says. Readers that
+// addUnlike reports a document that is not of the kind in its descriptor. Readers that
 // go by its members find blobs in it that others do not.
 func (w *work) addUnlike(desc ocispec.Descriptor, doc []byte) {
 	if w.mode != encrypting && (w.mode != inspecting || !w.selectsPlatform(desc.Platform)) {

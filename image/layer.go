@@ -14,9 +14,8 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// keyWithin bounds the wait for a layer's key, by whatever unwraps it, and for
-// its wrapping.
-const keyWithin = time.Minute
+// keyTimeout bounds the unwrapping of a layer's key, and its wrapping.
+const keyTimeout = time.Minute
 
 // encryption is one [Encrypt].
 type encryption struct {
@@ -60,7 +59,7 @@ func (d decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor)
 		return change{}, fmt.Errorf("media type %s is not that of an encrypted layer", desc.MediaType)
 	}
 	c.desc.MediaType = mediaType
-	unwrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
+	unwrapCtx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	key, err := processor.Unwrap(unwrapCtx, d.dc, desc)
 	if err != nil {
@@ -88,7 +87,7 @@ func (w *work) changeLayers(ctx context.Context, layers []ocispec.Descriptor, ch
 	changes := make(map[int]change, len(chosen))
 	var mu sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(layersAtOnce)
+	g.SetLimit(maxConcurrentLayers)
 	for _, i := range chosen {
 		g.Go(func() error {
 			c, err := w.blobs.change(ctx, w, layers[i])
@@ -107,8 +106,8 @@ func (w *work) changeLayers(ctx context.Context, layers []ocispec.Descriptor, ch
 	return changes, g.Wait()
 }
 
-// blobs remembers what became of a layer, so that one which several platforms
-// share is encrypted or decrypted once.
+// blobs remembers how each layer changed, so that a layer shared by several platforms
+// is encrypted or decrypted once.
 type blobs struct {
 	mu   sync.Mutex
 	done map[string]func() (change, error)

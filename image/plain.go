@@ -19,7 +19,7 @@ import (
 // what is in them, such as annotations, are always readable and not reported.
 type Plain struct {
 	// Platform is that of the manifest that refers to the blob, such as
-	// linux/amd64, or empty if nothing says it.
+	// linux/amd64, or empty if it is not known.
 	Platform string `json:"platform,omitempty"`
 	// Manifest is the digest of the manifest or index that refers to the blob,
 	// in the image that was examined, or in the one that was to be encrypted.
@@ -46,8 +46,8 @@ const (
 	// ReasonAbsent is a manifest or an index that is not in the store, or whose
 	// layers are not. What it is in a registry is not known here.
 	ReasonAbsent Reason = "absent"
-	// ReasonForeign is a layer that is not in the store, because its publisher
-	// hands it out.
+	// ReasonForeign is a layer that is not in the store, since its publisher
+	// distributes it.
 	ReasonForeign Reason = "foreign"
 	// ReasonNotImage is an entry of an index that is neither a manifest nor an
 	// index, or whose content is not what its media type says. It may refer to
@@ -69,12 +69,12 @@ const (
 	ReasonData Reason = "data"
 	// ReasonNotEncrypted is a layer that is not encrypted.
 	ReasonNotEncrypted Reason = "not-encrypted"
-	// ReasonNoKey is a layer whose media type says that it is encrypted, and that
-	// has no wrapped key, so nothing shows that it is.
+	// ReasonNoKey is a layer with the media type of an encrypted one and no wrapped
+	// key, so it may not be encrypted.
 	ReasonNoKey Reason = "no-key"
 )
 
-// reasonTexts say what a reason is, after a description of the blob.
+// reasonTexts explain reasons, after a description of the blob.
 var reasonTexts = map[Reason]string{
 	ReasonConfig:         "a configuration is never encrypted",
 	ReasonNotSelected:    "not selected by --layer or --platform",
@@ -88,11 +88,11 @@ var reasonTexts = map[Reason]string{
 	ReasonURLs:           "encrypted, but readable where it was published",
 	ReasonData:           "encrypted, but its descriptor has data that is something else",
 	ReasonNotEncrypted:   "not encrypted",
-	ReasonNoKey:          "its media type says that it is encrypted, but it has no key that shows it",
+	ReasonNoKey:          "it has the media type of an encrypted layer, but no key, so it may not be encrypted",
 }
 
-// String returns one line that names the blob and says why it is readable. What it
-// quotes of the image can't hold control characters.
+// String returns one line with the blob and why it is readable. Text from the image is
+// quoted, so it has no control characters.
 func (p Plain) String() string {
 	platform := p.Platform
 	if platform == "" {
@@ -105,7 +105,7 @@ func (p Plain) String() string {
 	return strings.ReplaceAll(text, `"`, "")
 }
 
-// Attestations says what [Encrypt] does with the attestations in an index, such as
+// Attestations is what [Encrypt] does with the attestations in an index, such as
 // BuildKit's SBOMs and provenance.
 type Attestations string
 
@@ -120,7 +120,7 @@ const (
 
 // PlainError is the error of [Encrypt] for an image of which something would stay
 // readable that the [Options] do not accept. Nothing was written, unless content
-// vanished meanwhile.
+// was removed from the store at the same time.
 type PlainError struct {
 	// Plain is what the options do not accept, at least one.
 	Plain []Plain
@@ -134,7 +134,7 @@ func (e *PlainError) Error() string {
 	return text
 }
 
-// Unaccepted returns those in list that nothing accepts but AllowPlain.
+// Unaccepted returns those in list that only [Options].AllowPlain accepts.
 func Unaccepted(list []Plain) []Plain {
 	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool {
 		switch p.Reason {
@@ -159,8 +159,8 @@ func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, o
 	return w.plain, w.checkSelection()
 }
 
-// NotEncrypted returns those in a list of [Inspect] that could be encrypted, or are
-// not known to be: all but configurations.
+// NotEncrypted returns those in a list of [Inspect] that could be encrypted, or may not
+// be: all except configurations.
 func NotEncrypted(list []Plain) []Plain {
 	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool { return p.Reason == ReasonConfig })
 }
@@ -267,7 +267,7 @@ func (w *work) addShared() {
 }
 
 // isManifest and isIndex report whether a media type is that of a manifest or of an
-// index, in whatever spelling: some readers take any.
+// index, in any spelling, since some readers accept any.
 func isManifest(mediaType string) bool { return images.IsManifestType(usual(mediaType)) }
 
 func isIndex(mediaType string) bool { return images.IsIndexType(usual(mediaType)) }

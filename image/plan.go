@@ -18,8 +18,8 @@ import (
 
 // plan does all of an encryption that needs no layer and writes nothing: it wraps
 // the keys and makes the manifests, of the size that they will have. Only a layer
-// that lost its keys is read, since its key is checked first. The result says what
-// will be readable.
+// that lost its keys is read, since its key is checked first. The result has what will
+// be readable.
 func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) (Result, error) {
 	opts.Progress = nil
 	w := newWork(cs, opts, encrypting, e.planLayer)
@@ -68,7 +68,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 		c.annotations, err = e.restoreKeys(ctx, w, desc)
 		return layerPlan{change: c}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, keyWithin)
+	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	if processor.IsEncrypted(desc.MediaType) {
 		key, err := processor.Unwrap(ctx, &e.ec.DecryptConfig, desc)
@@ -135,7 +135,7 @@ func (p *plans) of(desc ocispec.Descriptor) (layerPlan, error) {
 	defer p.mu.Unlock()
 	made, ok := p.byLayer[planKey(desc)]
 	if !ok {
-		return layerPlan{}, errors.New("it was not here when the encryption began: do it again")
+		return layerPlan{}, errors.New("it was added to the store while the image was encrypted: try again")
 	}
 	return made, nil
 }
@@ -173,7 +173,7 @@ func readable(had, has map[string]string) error {
 			}
 			for _, k := range v.keys {
 				if k.err != nil {
-					return fmt.Errorf("key provider %s wrote what can't be read: %w", strings.TrimPrefix(scheme, providerScheme), k.err)
+					return fmt.Errorf("key provider %s returned an annotation that can't be read: %w", strings.TrimPrefix(scheme, providerScheme), k.err)
 				}
 			}
 		}

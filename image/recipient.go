@@ -70,7 +70,7 @@ func Recipients(layer ocispec.Descriptor) []Recipient {
 	return list
 }
 
-// ParseRecipient reads what names the recipients to remove: jwe, pkcs7, pgp,
+// ParseRecipient parses the name of recipients to remove: jwe, pkcs7, pgp,
 // pkcs11 or provider:NAME for all of that kind, or provider:NAME:KEK.
 func ParseRecipient(s string) (Recipient, error) {
 	scheme, rest, _ := strings.Cut(s, ":")
@@ -87,7 +87,7 @@ func ParseRecipient(s string) (Recipient, error) {
 		}
 		return Recipient{Scheme: providerScheme + name, KEK: kek}, nil
 	}
-	return Recipient{}, fmt.Errorf("%.60q names no recipients: use provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind", s)
+	return Recipient{}, fmt.Errorf("%.60q is not the name of recipients: use provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind", s)
 }
 
 // String returns what [ParseRecipient] reads, and the KEK's version after it as

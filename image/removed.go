@@ -28,14 +28,14 @@ type removed struct {
 	// was the first.
 	Before string `json:"before,omitempty"`
 	After  string `json:"after,omitempty"`
-	// About says which of the elements that were left an attestation is about.
-	// Its digest changes, and so is not in the text.
+	// About is the index of the remaining element that an attestation is about. The
+	// digest changes, so it is not in the text.
 	About *int `json:"about,omitempty"`
 	// Spelling is how that digest was escaped, as jsonedit.Spelling returns it, if it was.
 	Spelling string `json:"spelling,omitempty"`
 }
 
-var errRemoved = fmt.Errorf("annotation %s is damaged: what it says was left out does not fit", restoreAnnotation)
+var errRemoved = fmt.Errorf("annotation %s is damaged: the entries that were left out do not fit", restoreAnnotation)
 
 // removeElements returns array, which is that at the key list, without the
 // elements of those indexes, which are in order, and notes them. Elements
@@ -133,8 +133,8 @@ func withoutAbout(array []byte, at [][2]int, i int) ([]byte, *int, error) {
 	return element, nil, nil
 }
 
-// setAbout sets what an attestation is about, in a spelling as jsonedit.Spelling returns it,
-// if it is about had and says so without escapes.
+// setAbout sets what an attestation is about, in a spelling of [jsonedit.Spelling], if it
+// is about had, written without escapes.
 func setAbout(element []byte, had, digest, spelling string) ([]byte, error) {
 	return jsonedit.Edit(element, "annotations", func(annotations []byte) ([]byte, error) {
 		return jsonedit.Edit(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {

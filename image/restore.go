@@ -34,7 +34,7 @@ type restore map[string]string
 // them that is not here later can't hold encrypted layers.
 const plainKey = "plain"
 
-// note keeps the text at a place, unless one is kept already: an image may be
+// note notes the text at a place, unless there is a note already: an image may be
 // encrypted in several steps.
 func (r restore) note(at string, text []byte) {
 	if r[at] == "" {
@@ -42,8 +42,8 @@ func (r restore) note(at string, text []byte) {
 	}
 }
 
-// restoreOf returns what doc's annotation says, or nil. The annotation is
-// anybody's input, but so is the whole document.
+// restoreOf returns what is in doc's annotation, or nil. The annotation is untrusted, as
+// the whole document is.
 func restoreOf(doc []byte) (restore, error) {
 	annotations, err := jsonedit.Get(doc, "annotations")
 	if err != nil || annotations == nil || string(annotations) == "null" {
@@ -63,7 +63,7 @@ func restoreOf(doc []byte) (restore, error) {
 // plain returns the digests under plainKey.
 func (r restore) plain() []string { return strings.Fields(r[plainKey]) }
 
-// write sets doc's annotation, or removes it if there is nothing to say.
+// write sets doc's annotation, or removes it if there are no notes.
 func (r restore) write(doc []byte) ([]byte, error) {
 	if len(r) == 0 {
 		return dropRestore(doc, true)
@@ -172,8 +172,8 @@ func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descript
 	return jsonedit.Set(doc, "data", dataText(data))
 }
 
-// replace puts back the text that stood at a place, which is a member of doc,
-// if it says the same as what is there now.
+// replace puts back the text that a member of doc had, if it means the same as the text
+// that is there now.
 func (r restore) replace(doc []byte, at string) ([]byte, error) {
 	text := r[at]
 	if text == "" || jsonedit.CheckDistinct([]byte(text)) != nil {
@@ -193,8 +193,8 @@ func (r restore) replace(doc []byte, at string) ([]byte, error) {
 	return jsonedit.Set(doc, key, []byte(text))
 }
 
-// same reports whether the text that a member of a document or a descriptor had
-// and that which it has say the same, except for encryption. Annotations of another
+// same reports whether the text that a member of a document or a descriptor had means
+// the same as the text that it has, except for encryption. Annotations of another
 // encryption have to be there already: [restore.unseal] puts them back.
 func same(key string, had, has []byte) bool {
 	switch key {
@@ -218,15 +218,15 @@ func same(key string, had, has []byte) bool {
 	return false
 }
 
-// strangeURL reports whether no registry's layer has this URL, from which clients
-// would fetch it.
+// strangeURL reports whether this is not a URL that the layers of registries have, from
+// which clients would fetch them.
 func strangeURL(text string) bool {
 	u, err := url.Parse(text)
 	return err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || u.Fragment != ""
 }
 
-// checkRestored refuses a descriptor of which an annotation says that an image had it,
-// and which no image that was not encrypted has.
+// checkRestored returns an error for a descriptor that was noted as part of a plain image
+// and that no plain image has.
 func checkRestored(doc []byte) error {
 	if err := errors.Join(jsonedit.CheckDistinct(doc), unambiguous(doc)); err != nil {
 		return err

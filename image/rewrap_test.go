@@ -367,7 +367,7 @@ func TestRewrapForeignKey(t *testing.T) {
 		"add and remove": {Add: kek("pilot", "team-b"), Remove: remove},
 		"remove":         {Remove: remove},
 	} {
-		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "holds another key than the other recipients") {
+		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "has a different layer key than the other recipients") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -47,7 +47,7 @@ func (w *work) noteLacking(p *ocispec.Platform, layers []ocispec.Descriptor) {
 	w.lacking = append(w.lacking, of+" has no layer of the base image")
 }
 
-// checkBase refuses a base image that no manifest was built on.
+// checkBase returns an error if no manifest was built on the base image.
 func (w *work) checkBase() error {
 	if len(w.Base) > 0 && !w.hasBase {
 		return errors.New("the image has no layer of the base image, so it was not built on it")
@@ -55,7 +55,8 @@ func (w *work) checkBase() error {
 	return nil
 }
 
-// checkSelection refuses a selection of what the image does not have.
+// checkSelection returns an error if layers or platforms that the image does not have are
+// selected.
 func (w *work) checkSelection() error {
 	for i, p := range w.Platforms {
 		if !w.matched[i] {
@@ -70,8 +71,8 @@ func (w *work) checkSelection() error {
 	return nil
 }
 
-// platformOf returns the platform that the index says, or else the image's
-// configuration, or nil if neither does.
+// platformOf returns the platform in the index, or else in the image's configuration, or
+// nil if neither has it.
 func (w *work) platformOf(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) *ocispec.Platform {
 	if desc.Platform != nil {
 		return desc.Platform
