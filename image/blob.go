@@ -57,7 +57,7 @@ func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Read
 	}
 	defer ra.Close()
 	if ra.Size() != desc.Size {
-		return fmt.Errorf("its blob has %d bytes, and its descriptor %d", ra.Size(), desc.Size)
+		return fmt.Errorf("its blob has %d bytes, and the manifest says %d", ra.Size(), desc.Size)
 	}
 	var r io.Reader = bufio.NewReaderSize(io.NewSectionReader(ra, 0, desc.Size), copySize)
 	if w.Progress != nil {

@@ -72,7 +72,7 @@ func TestHostileRemoved(t *testing.T) {
 	s := newStore(t)
 	encrypted := s.encrypted(s.ec)
 	large := `{"mediaType":"x/y",` + ref(encrypted) + `,"annotations":{"x":"` + strings.Repeat("x", 1<<20) + `"}}`
-	for count, want := range map[int]string{maxDocuments: "", maxDocuments + 1: "does not fit", 50_000: "does not fit"} {
+	for count, want := range map[int]string{maxDocuments: "", maxDocuments + 1: "do not fit", 50_000: "do not fit"} {
 		list := make([]removed, count)
 		about := 0
 		for i := range list {

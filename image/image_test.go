@@ -342,7 +342,7 @@ func TestErrors(t *testing.T) {
 		{"case", manifest(layer + `,"Digest":"` + a.Digest.String() + `"}`), `can be taken for "digest"`},
 		{"data", manifest(layer + `,"data":"bGF5ZXIgYg=="}`), "data that is not its content"},
 		{"data in other words", manifest(layer + `,"data":"bGF5ZXIgYQ\u003d="}`), "data that is not its content"},
-		{"size", manifest(strings.Replace(layer, `"size":7`, `"size":8`, 1) + "}"), "has 7 bytes, and its descriptor 8"},
+		{"size", manifest(strings.Replace(layer, `"size":7`, `"size":8`, 1) + "}"), "has 7 bytes, and the manifest says 8"},
 		{"absent layer", manifest(`{"mediaType":"` + a.MediaType + `","digest":"` + digest.FromString("no").String() + `","size":2}`), "is not here"},
 		{"no JSON", s.put(ociManifest, `{"layers":`), "manifest sha256:"},
 		{"huge", ocispec.Descriptor{MediaType: ociManifest, Digest: a.Digest, Size: maxManifest + 1}, "more than"},

@@ -24,9 +24,8 @@ type Layer struct {
 }
 
 // Layers returns the selected layers of an image, of any media type, manifest by
-// manifest in the order of the index, each manifest once. Manifests that are not in the
-// store are left out, unless opts.Platforms selects them: then the error wraps
-// errdefs.ErrNotFound.
+// manifest in the order of the index, each manifest once. Those of manifests that are
+// not in the store are left out.
 func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
 	w := newWork(cs, opts, inspecting, nil)
 	if _, err := w.visit(ctx, target, 0); err != nil {

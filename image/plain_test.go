@@ -121,7 +121,7 @@ func TestEveryMediaType(t *testing.T) {
 	}
 }
 
-// reasons returns the reasons in a list, but for configurations, each with the
+// reasons returns the reasons in a list, except configurations, each with the
 // start of the blob's digest.
 func reasons(list []Plain) (all []string) {
 	for _, p := range NotEncrypted(list) {

@@ -17,7 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// manifest writes a manifest with the layers that the text tells.
+// manifest writes a manifest with these layers, as JSON.
 func (s *store) manifest(mediaType, layers, more string) ocispec.Descriptor {
 	s.t.Helper()
 	conf := s.put(ocispec.MediaTypeImageConfig, `{"architecture":"amd64","os":"linux"}`)

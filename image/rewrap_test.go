@@ -264,7 +264,7 @@ func TestRecipientsChange(t *testing.T) {
 		{"move nothing", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "b", To: "c"}, "", "", `KEK "b"`},
 		{"move to nobody", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a", To: "d"}, "", "no such KEK", ""},
 		{"move to nonsense", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a", To: "<>"}, "", "not allowed", ""},
-		{"move halfway", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "name both", ""},
+		{"move halfway", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "need each other", ""},
 		{"original", []*config.EncryptConfig{kek("original", "a")}, Rewrapping{}, "", "provider:original does not name its KEK", ""},
 		{"original, move", []*config.EncryptConfig{kek("original", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "b"}, "original, pilot:c@1", "", ""},
 		{"original, move another", []*config.EncryptConfig{kek("original", "a")}, Rewrapping{From: "b", To: "c"}, "", `does not unwrap with "b"`, ""},

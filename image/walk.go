@@ -186,7 +186,7 @@ func (w *work) list(key string) []Layer {
 func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) (outcome, error) {
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && !top {
-		if w.selectsPlatform(desc.Platform) && len(w.Platforms) > 0 && !IsAttestation(desc) {
+		if w.selectsPlatform(desc.Platform) && len(w.Platforms) > 0 && !IsAttestation(desc) && (w.mode != inspecting || w.strict) {
 			return outcome{}, fmt.Errorf("platform %s: manifest %s is not here: %w", platforms.FormatAll(*desc.Platform), desc.Digest, errdefs.ErrNotFound)
 		}
 		return outcome{}, errAbsent
