@@ -48,8 +48,8 @@ func takeKeys(args *parsehelpers.EncArgs) (*config.DecryptConfig, error) {
 // maxPipedKey bounds a key that comes out of a pipe, in bytes.
 const maxPipedKey = 1 << 20
 
-// rereadable returns a --key whose file can be read again by imgcrypt. What a pipe
-// has, as in --key <(vault kv get ...), goes to a file in memory.
+// rereadable returns a --key whose file imgcrypt can read again. The content of a pipe,
+// as in --key <(vault kv get ...), goes to a file in memory.
 func rereadable(arg string) (string, error) {
 	if again, ok := pipedKeys[arg]; ok {
 		return again, nil
@@ -88,12 +88,11 @@ func rereadable(arg string) (string, error) {
 	return again, nil
 }
 
-// pipedKeys are the keys that came out of pipes, which can be read only once.
+// pipedKeys are the keys that came from pipes, which can be read only once.
 var pipedKeys = map[string]string{}
 
-// normalizedKey returns the key that a --key names if imgcrypt does not read
-// it, else nil. Whatever is wrong with a key that imgcrypt might read is
-// imgcrypt's to report.
+// normalizedKey returns the key that a --key names if imgcrypt can't read it, else nil.
+// Errors of keys that imgcrypt may be able to read are left to imgcrypt.
 func normalizedKey(arg string) ([]byte, error) {
 	if strings.HasPrefix(arg, "provider:") {
 		return nil, nil

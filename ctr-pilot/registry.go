@@ -46,8 +46,8 @@ const (
 // closes it.
 func openRegistry(ctx context.Context, cmd *cli.Command) (*inRegistry, error) {
 	if !cmd.Bool("debug") {
-		// containerd's code logs which host it tries and how it keeps files,
-		// of which the user gets to know what counts as an error.
+		// containerd's code logs which hosts it tries and how it stores files. What
+		// matters of that is in errors.
 		if err := log.SetLevel("error"); err != nil {
 			return nil, err
 		}
@@ -90,7 +90,7 @@ func (r *inRegistry) open(ctx context.Context, name, newName string) (*openImage
 	if from.Locator != to.Locator {
 		return nil, fmt.Errorf("%s is in another repository than %s, where its layers are not: copy it there first", newName, name)
 	}
-	// One for each image: it remembers what it pushed, and not where to.
+	// A new one for each image: it remembers what it pushed, but not where.
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: r.hosts})
 	target, err := resolve(ctx, resolver, name)
 	if err != nil {
@@ -120,7 +120,7 @@ func (r *inRegistry) open(ctx context.Context, name, newName string) (*openImage
 			return err
 		}
 		if now.Digest != before.Digest {
-			return fmt.Errorf("%s was changed meanwhile and stays as it is: do it again", newName)
+			return fmt.Errorf("%s was changed while this command ran, and stays as it is: try again", newName)
 		}
 		return d.push(ctx, resolver, newName, target)
 	}}, nil
@@ -138,7 +138,7 @@ func parseReference(name string) (reference.Spec, error) {
 	return spec, nil
 }
 
-// resolve returns what a name stands for, or the zero value and an error.
+// resolve returns the descriptor of a name, or the zero value and an error.
 func resolve(ctx context.Context, resolver remotes.Resolver, name string) (ocispec.Descriptor, error) {
 	ctx, cancel := context.WithTimeout(ctx, registryWithin)
 	defer cancel()
@@ -179,7 +179,7 @@ func (d *documents) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (cont
 		return nil, err
 	}
 	defer body.Close()
-	// What is longer than it says it is does not fill the disk.
+	// Content that is longer than its descriptor says does not fill the disk.
 	if err := content.WriteBlob(within, d.Store, remotes.MakeRefKey(ctx, desc), io.LimitReader(body, desc.Size+1), desc); err != nil {
 		return nil, err
 	}
@@ -233,7 +233,7 @@ func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name st
 	return nil
 }
 
-// labelMap keeps the labels of blobs, for nobody: there is no garbage collector.
+// labelMap keeps the labels of blobs. Nothing reads them: there is no garbage collector.
 type labelMap struct {
 	mu  sync.Mutex
 	all map[digest.Digest]map[string]string

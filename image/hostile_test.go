@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
 // TestDisguised encrypts images with a manifest that not all readers take for the same,
@@ -70,7 +72,7 @@ func TestHostileRemoved(t *testing.T) {
 	s := newStore(t)
 	encrypted := s.encrypted(s.ec)
 	large := `{"mediaType":"x/y",` + ref(encrypted) + `,"annotations":{"x":"` + strings.Repeat("x", 1<<20) + `"}}`
-	for count, want := range map[int]string{maxDocuments: "", maxDocuments + 1: "does not fit", 50_000: "does not fit"} {
+	for count, want := range map[int]string{maxDocuments: "", maxDocuments + 1: "do not fit", 50_000: "do not fit"} {
 		list := make([]removed, count)
 		about := 0
 		for i := range list {
@@ -84,7 +86,7 @@ func TestHostileRemoved(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		target := s.put(ociIndex, `{"manifests":[`+large+`,`+entry(encrypted)+`],"annotations":{"`+restoreAnnotation+`":`+string(quote(string(note)))+`}}`)
+		target := s.put(ociIndex, `{"manifests":[`+large+`,`+entry(encrypted)+`],"annotations":{"`+restoreAnnotation+`":`+string(jsonedit.Quote(string(note)))+`}}`)
 		out, err := Decrypt(s.ctx, s, target, s.dc, Options{})
 		if want != "" {
 			if err == nil || !strings.Contains(err.Error(), want) {
@@ -108,7 +110,7 @@ func TestHostileRemoved(t *testing.T) {
 func TestRemovedOfManifest(t *testing.T) {
 	s := newStore(t)
 	target := s.encrypted(s.ec)
-	note := string(quote(`{"` + removedKey + `":"[{\"index\":0,\"after\":\"{},\"}]"}`))
+	note := string(jsonedit.Quote(`{"` + removedKey + `":"[{\"index\":0,\"after\":\"{},\"}]"}`))
 	doc := strings.Replace(s.get(target), `"layers":[`, `"annotations":{"`+restoreAnnotation+`":`+note+`},"layers":[`, 1)
 	out, err := Decrypt(s.ctx, s, s.put(ociManifest, doc), s.dc, Options{})
 	if err != nil {
@@ -172,7 +174,7 @@ func TestHostileData(t *testing.T) {
 		t.Fatal(err)
 	}
 	doc := strings.ReplaceAll(s.get(out.Target), `"digest":`, `"data":"","digest":`)
-	doc = strings.Replace(doc, `"layers":`, `"annotations":{"`+restoreAnnotation+`":`+string(quote(string(note)))+`},"layers":`, 1)
+	doc = strings.Replace(doc, `"layers":`, `"annotations":{"`+restoreAnnotation+`":`+string(jsonedit.Quote(string(note)))+`},"layers":`, 1)
 	out, err = Decrypt(s.ctx, s, s.put(ociManifest, doc), s.dc, Options{})
 	if !errors.Is(err, ErrLimit) {
 		t.Errorf("decrypted to %d bytes, %v", out.Target.Size, err)

@@ -350,7 +350,7 @@ func TestErrors(t *testing.T) {
 		{"both", s.put(ociManifest, `{"manifests":[],"layers":[]}`), "an index and a manifest at once"},
 		{"both", s.put(ociIndex, `{"manifests":[],"config":{}}`), "an index and a manifest at once"},
 		{"schema 1", ocispec.Descriptor{MediaType: "application/vnd.docker.distribution.manifest.v1+prettyjws", Digest: a.Digest}, "schema 1"},
-		{"no image", ocispec.Descriptor{MediaType: "text/plain", Digest: a.Digest}, "is no image"},
+		{"not an image", ocispec.Descriptor{MediaType: "text/plain", Digest: a.Digest}, "is not an image"},
 	} {
 		if _, err := Encrypt(s.ctx, s, test.target, s.ec, Options{}); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %v, want %q", test.name, err, test.want)

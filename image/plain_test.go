@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
 // mediaTypes are those of layers that people have in their images.
@@ -84,7 +86,7 @@ func TestEveryMediaType(t *testing.T) {
 	for _, mt := range mediaTypes {
 		l := s.put(mt, "secret of "+mt)
 		plain = append(plain, l.Digest)
-		layers = append(layers, `{"mediaType":`+string(quote(mt))+`,`+ref(l)+`,"urls":["https://example.com/x"]}`)
+		layers = append(layers, `{"mediaType":`+string(jsonedit.Quote(mt))+`,`+ref(l)+`,"urls":["https://example.com/x"]}`)
 	}
 	for _, kind := range []string{ociManifest, dockerManifest} {
 		target := s.manifest(kind, strings.Join(layers, ","), "")
@@ -119,7 +121,7 @@ func TestEveryMediaType(t *testing.T) {
 	}
 }
 
-// reasons returns the reasons in a list, but for configurations, each with the
+// reasons returns the reasons in a list, except configurations, each with the
 // start of the blob's digest.
 func reasons(list []Plain) (all []string) {
 	for _, p := range NotEncrypted(list) {

@@ -264,7 +264,7 @@ func TestRecipientsChange(t *testing.T) {
 		{"move nothing", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "b", To: "c"}, "", "", `KEK "b"`},
 		{"move to nobody", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a", To: "d"}, "", "no such KEK", ""},
 		{"move to nonsense", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a", To: "<>"}, "", "not allowed", ""},
-		{"move halfway", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "name both", ""},
+		{"move halfway", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "need each other", ""},
 		{"original", []*config.EncryptConfig{kek("original", "a")}, Rewrapping{}, "", "provider:original does not name its KEK", ""},
 		{"original, move", []*config.EncryptConfig{kek("original", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "b"}, "original, pilot:c@1", "", ""},
 		{"original, move another", []*config.EncryptConfig{kek("original", "a")}, Rewrapping{From: "b", To: "c"}, "", `does not unwrap with "b"`, ""},
@@ -367,7 +367,7 @@ func TestRewrapForeignKey(t *testing.T) {
 		"add and remove": {Add: kek("pilot", "team-b"), Remove: remove},
 		"remove":         {Remove: remove},
 	} {
-		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "holds another key than the other recipients") {
+		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "has a different layer key than the other recipients") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -10,11 +10,66 @@ import (
 	"strings"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
+
+// selectionFlags choose layers of an image.
+func selectionFlags(verb string) []cli.Flag {
+	return []cli.Flag{
+		&cli.StringSliceFlag{
+			Name:  "layer",
+			Usage: "`LAYER` to " + verb + ", counted from 0, or from -1 downwards for the topmost, or several, as in 2-5 or 0,2,-1; by default all",
+		},
+		&cli.StringSliceFlag{
+			Name:  "platform",
+			Usage: "`PLATFORM` to " + verb + ", such as linux/amd64; by default all",
+		},
+		&cli.BoolFlag{
+			Name:  "all-platforms",
+			Usage: verb + " all platforms; this is the default",
+		},
+	}
+}
+
+var errBothPlatforms = exit.Usagef("--platform and --all-platforms are mutually exclusive")
+
+// selection returns the options for --layer and --platform.
+func selection(cmd *cli.Command) (image.Options, error) {
+	layers, err := parseLayers(cmd.StringSlice("layer"))
+	if err != nil {
+		return image.Options{}, err
+	}
+	opts := image.Options{Layers: layers}
+	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
+		return image.Options{}, errBothPlatforms
+	}
+	for _, s := range cmd.StringSlice("platform") {
+		p, err := platforms.Parse(s)
+		if err != nil {
+			return image.Options{}, fmt.Errorf("--platform %s: %w", s, err)
+		}
+		opts.Platforms = append(opts.Platforms, p)
+	}
+	return opts, nil
+}
+
+func layerDescriptors(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
+	layers, err := image.Layers(ctx, cs, target, opts)
+	if err != nil {
+		return nil, err
+	}
+	descs := make([]ocispec.Descriptor, len(layers))
+	for i, l := range layers {
+		descs[i] = l.Descriptor
+	}
+	return descs, nil
+}
 
 // layerRange is a number of --layer, or the first and the last of several.
 var layerRange = regexp.MustCompile(`^(-?\d{1,4})(?:-(-?\d{1,4}))?$`)
@@ -27,7 +82,7 @@ func parseLayers(values []string) ([]int, error) {
 		for part := range strings.SplitSeq(value, ",") {
 			m := layerRange.FindStringSubmatch(part)
 			if m == nil {
-				return nil, exit.Usagef("--layer %s: %q is no layer: use a number, as in 2 or -1, a range, as in 2-5, or several, as in 0,2-5", value, part)
+				return nil, exit.Usagef("--layer %s: %q is not a layer: use a number, as in 2 or -1, a range, as in 2-5, or several, as in 0,2-5", value, part)
 			}
 			first, _ := strconv.Atoi(m[1]) // four digits
 			last := first

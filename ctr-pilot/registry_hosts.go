@@ -17,8 +17,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
-// registryHosts returns what ctr's flags say of registries. ctr's own resolver
-// can't list tags and does not say whom it asks.
+// registryHosts returns the registry hosts that ctr's flags configure. ctr's own
+// resolver can't list tags and does not show which hosts it asks.
 func registryHosts(ctx context.Context, cmd *cli.Command) (docker.RegistryHosts, error) {
 	options := config.HostOptions{Credentials: func(host string) (string, string, error) {
 		return storedCredentials(ctx, host)
@@ -71,7 +71,7 @@ func registryHosts(ctx context.Context, cmd *cli.Command) (docker.RegistryHosts,
 	}, nil
 }
 
-// registryTLS returns what the flags say, or nil if they say nothing.
+// registryTLS returns the TLS configuration of the flags, or nil if there is none.
 func registryTLS(cmd *cli.Command) (*tls.Config, error) {
 	ca, cert, key := cmd.String("tlscacert"), cmd.String("tlscert"), cmd.String("tlskey")
 	if !cmd.Bool("skip-verify") && ca == "" && cert == "" && key == "" {

@@ -1,4 +1,9 @@
-package image
+// Package jsonedit edits JSON documents in place: it changes the bytes of one value
+// and leaves all others as they are, white space and unknown members too.
+//
+// Documents are untrusted. What is not JSON, and an object that has a key twice, is
+// an error.
+package jsonedit
 
 import (
 	"bytes"
@@ -10,9 +15,6 @@ import (
 	"strings"
 )
 
-// This file edits JSON documents in place, so that whatever an image's author
-// wrote into a manifest stays as it is, white space and unknown fields too.
-
 // member is one member of a JSON object, by its offsets in the object's text.
 type member struct {
 	key        string
@@ -20,19 +22,16 @@ type member struct {
 	value, end int // of the value
 }
 
-// ourKeys are the keys that this package goes by. encoding/json, with which
-// containerd and registries read them, takes any capitalisation of them.
-var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data", "urls", "subject"}
-
-// unambiguous refuses a document or descriptor in which readers may not agree
-// on which member counts, since encoding/json would take two for one.
-func unambiguous(doc []byte) error {
-	list, err := members(doc)
+// CheckKeys returns an error if an object has a key that differs from one of keys only
+// in capitalization: encoding/json takes the one for the other, and other readers do
+// not.
+func CheckKeys(object []byte, keys []string) error {
+	list, err := members(object)
 	if err != nil {
 		return err
 	}
 	for _, m := range list {
-		for _, k := range ourKeys {
+		for _, k := range keys {
 			if m.key != k && strings.EqualFold(m.key, k) {
 				return fmt.Errorf("key %q can be taken for %q", m.key, k)
 			}
@@ -41,9 +40,9 @@ func unambiguous(doc []byte) error {
 	return nil
 }
 
-// distinct refuses text that is not JSON, and text in which an object, at whatever
-// depth, has two members of the same key.
-func distinct(text []byte) error {
+// CheckDistinct returns an error if text is not JSON, or if an object in it, at any
+// depth, has a key twice.
+func CheckDistinct(text []byte) error {
 	d := json.NewDecoder(bytes.NewReader(text))
 	type object struct {
 		keys map[string]bool // nil: an array
@@ -83,8 +82,8 @@ func distinct(text []byte) error {
 	}
 }
 
-// members finds the members of the object that doc is, white space around it
-// aside. Two of the same key are an error.
+// members finds the members of an object, which may have white space around it. A
+// duplicate key is an error.
 func members(doc []byte) ([]member, error) {
 	d := json.NewDecoder(bytes.NewReader(doc))
 	if t, err := d.Token(); err != nil || t != json.Delim('{') {
@@ -122,8 +121,8 @@ func members(doc []byte) ([]member, error) {
 	return list, nil
 }
 
-// get returns the text of the value at key, or nil.
-func get(doc []byte, key string) ([]byte, error) {
+// Get returns the text of the value at key of an object, or nil if it has none.
+func Get(doc []byte, key string) ([]byte, error) {
 	list, err := members(doc)
 	if err != nil {
 		return nil, err
@@ -136,42 +135,42 @@ func get(doc []byte, key string) ([]byte, error) {
 	return nil, nil
 }
 
-// set returns doc with the value at key replaced, or added as the last member.
-func set(doc []byte, key string, value []byte) ([]byte, error) {
+// Set returns an object with the value at key replaced, or added as the last member.
+func Set(doc []byte, key string, value []byte) ([]byte, error) {
 	list, err := members(doc)
 	if err != nil {
 		return nil, err
 	}
 	for _, m := range list {
 		if m.key == key {
-			return splice(doc, m.value, m.end, value), nil
+			return Splice(doc, m.value, m.end, value), nil
 		}
 	}
-	added := append(append(quote(key), ':'), value...)
+	added := append(append(Quote(key), ':'), value...)
 	at := bytes.IndexByte(doc, '{') + 1
 	if len(list) > 0 {
 		added = append([]byte{','}, added...)
 		at = list[len(list)-1].end
 	}
-	return splice(doc, at, at, added), nil
+	return Splice(doc, at, at, added), nil
 }
 
-// edited returns doc with the value at key replaced by what f returns for it, if
-// there is one.
-func edited(doc []byte, key string, f func([]byte) ([]byte, error)) ([]byte, error) {
-	value, err := get(doc, key)
+// Edit returns an object with the value at key, if it has one, replaced by what f
+// returns for it.
+func Edit(doc []byte, key string, f func([]byte) ([]byte, error)) ([]byte, error) {
+	value, err := Get(doc, key)
 	if err != nil || value == nil {
 		return doc, err
 	}
 	if value, err = f(value); err != nil {
 		return nil, err
 	}
-	return set(doc, key, value)
+	return Set(doc, key, value)
 }
 
-// remove returns doc without the members that drop names. It undoes set: a
-// member that was added leaves no trace.
-func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
+// Remove returns an object without the members whose keys drop selects. It undoes
+// [Set]: a member that was added leaves no trace.
+func Remove(doc []byte, drop func(key string) bool) ([]byte, error) {
 	list, err := members(doc)
 	if err != nil {
 		return nil, err
@@ -181,9 +180,9 @@ func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
 	case len(list) == 0:
 		return doc, nil
 	case kept < 0:
-		return splice(doc, list[0].start, list[len(list)-1].end, nil), nil
+		return Splice(doc, list[0].start, list[len(list)-1].end, nil), nil
 	}
-	// Commas go with the members that they stand before, but for the first.
+	// A comma is removed with the member after it, except before the first one left.
 	out := append(make([]byte, 0, len(doc)), doc[:list[0].start]...)
 	from := list[kept].start
 	for i := kept + 1; i < len(list); i++ {
@@ -195,9 +194,8 @@ func remove(doc []byte, drop func(key string) bool) ([]byte, error) {
 	return append(out, doc[from:]...), nil
 }
 
-// elements returns the offsets of the elements of a JSON array: where each begins
-// and ends.
-func elements(array []byte) (list [][2]int, err error) {
+// Elements returns the offsets of an array's elements: where each begins and ends.
+func Elements(array []byte) (list [][2]int, err error) {
 	d := json.NewDecoder(bytes.NewReader(array))
 	if t, err := d.Token(); err != nil || t != json.Delim('[') {
 		return nil, errors.New("not a JSON array")
@@ -216,10 +214,9 @@ func elements(array []byte) (list [][2]int, err error) {
 	return list, nil
 }
 
-// mapElements returns the array doc with each element replaced by what f
-// returns for it.
-func mapElements(doc []byte, f func(i int, element []byte) ([]byte, error)) ([]byte, error) {
-	at, err := elements(doc)
+// MapElements returns an array with each element replaced by what f returns for it.
+func MapElements(doc []byte, f func(i int, element []byte) ([]byte, error)) ([]byte, error) {
+	at, err := Elements(doc)
 	if err != nil {
 		return nil, err
 	}
@@ -238,16 +235,16 @@ func mapElements(doc []byte, f func(i int, element []byte) ([]byte, error)) ([]b
 	return out.Bytes(), nil
 }
 
-// splice returns doc with the bytes from one offset to another replaced.
-func splice(doc []byte, from, to int, by []byte) []byte {
+// Splice returns doc with the bytes from one offset to another replaced by others.
+func Splice(doc []byte, from, to int, by []byte) []byte {
 	out := make([]byte, 0, len(doc)-(to-from)+len(by))
 	out = append(out, doc[:from]...)
 	out = append(out, by...)
 	return append(out, doc[to:]...)
 }
 
-// quote returns s as a JSON string, with no more escapes than JSON needs.
-func quote(s string) []byte {
+// Quote returns s as a JSON string, with no more escapes than JSON needs.
+func Quote(s string) []byte {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
@@ -257,8 +254,8 @@ func quote(s string) []byte {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
-// unquote returns the string that text is in JSON, or nothing if it is none.
-func unquote(text []byte) string {
+// Unquote returns the string that text is in JSON, or an empty one if it is no string.
+func Unquote(text []byte) string {
 	var s string
 	if json.Unmarshal(text, &s) != nil {
 		return ""

@@ -4,18 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"os/signal"
 	"slices"
-	"syscall"
-	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/cmd/ctr/commands"
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/leases"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
@@ -23,24 +14,6 @@ import (
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/plugin"
 )
-
-// selectionFlags choose layers of an image.
-func selectionFlags(verb string) []cli.Flag {
-	return []cli.Flag{
-		&cli.StringSliceFlag{
-			Name:  "layer",
-			Usage: "`LAYER` to " + verb + ", counted from 0, or from -1 downwards for the topmost, or several, as in 2-5 or 0,2,-1; by default all",
-		},
-		&cli.StringSliceFlag{
-			Name:  "platform",
-			Usage: "`PLATFORM` to " + verb + ", such as linux/amd64; by default all",
-		},
-		&cli.BoolFlag{
-			Name:  "all-platforms",
-			Usage: verb + " all platforms; this is the default",
-		},
-	}
-}
 
 var encryptCommand = &cli.Command{
 	Name:      "encrypt",
@@ -113,37 +86,9 @@ Example:
 	},
 }
 
-var decryptCommand = &cli.Command{
-	Name:      "decrypt",
-	Usage:     "decrypt an image",
-	ArgsUsage: "[flags] <image> [<new name>]",
-	Description: `Decrypts the layers of an image with the keys given, gpg's keyring, and key
-providers, and gives the result the new name, or the image's own. An image that
-was encrypted with ctr-pilot becomes what it was, byte for byte. Another image of the
-new name is replaced only with --force, and a name by digest never is.
-
-Example:
-   ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1`,
-	Flags:                     slices.Concat([]cli.Flag{forceFlag}, selectionFlags("decrypt"), keyFlags()),
-	DisableSliceFlagSeparator: true,
-	Action: func(ctx context.Context, cmd *cli.Command) error {
-		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
-			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
-			if err != nil {
-				return image.Result{}, err
-			}
-			dc, err := decryptConfig(cmd, layers)
-			if err != nil {
-				return image.Result{}, err
-			}
-			return image.Decrypt(ctx, plugin.Store(client), target, dc, opts)
-		})
-	},
-}
-
 type cryptFunc func(context.Context, *containerd.Client, ocispec.Descriptor, image.Options) (image.Result, error)
 
-// crypt does do to the image that the command names.
+// crypt encrypts or decrypts the image that the command names, with do.
 func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) error {
 	name, toName := cmd.Args().First(), cmd.Args().Get(1)
 	if name == "" || cmd.NArg() > 2 {
@@ -200,102 +145,4 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		fmt.Printf("%s %s (%d layers %sed)\n", toName, result.Target.Digest, result.Layers, verb)
 		return nil
 	})
-}
-
-// warnSkipped tells of manifests that stay as they are, and why.
-func warnSkipped(skipped []ocispec.Descriptor, why string) {
-	for _, s := range skipped {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: manifest %s %s stays as it is: %s\n", shown(s.Digest.String()), ofPlatform(s), why)
-	}
-}
-
-// ofPlatform says of which platform an entry of an index is.
-func ofPlatform(entry ocispec.Descriptor) string {
-	if entry.Platform == nil {
-		return "of no platform"
-	}
-	return shown("of " + platforms.FormatAll(*entry.Platform))
-}
-
-// withClient calls do with a client of the containerd that the command names,
-// under a lease and until a signal.
-func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, *containerd.Client) error) (err error) {
-	ctx, stop := untilSignal(ctx)
-	defer stop()
-	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-	if err != nil {
-		return err
-	}
-	defer cancel()
-	ctx, release, err := withLease(ctx, client)
-	if err != nil {
-		return err
-	}
-	defer func() { release(err) }()
-	return do(ctx, client)
-}
-
-// untilSignal returns a context that is done when the user stops the command.
-func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
-	return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-}
-
-// leaseFor bounds how long containerd keeps what a killed command left behind.
-const leaseFor = 6 * time.Hour
-
-// withLease returns a context under whose lease content is kept, and a
-// function that ends that. If the work failed it waits until what it wrote is
-// gone.
-func withLease(ctx context.Context, client *containerd.Client) (context.Context, func(error), error) {
-	service := client.LeasesService()
-	l, err := service.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseFor))
-	if err != nil {
-		return nil, nil, err
-	}
-	leased := leases.WithLease(ctx, l.ID)
-	return leased, func(err error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
-		defer cancel()
-		var opts []leases.DeleteOpt
-		if err != nil {
-			opts = append(opts, leases.SynchronousDelete)
-		}
-		if err := service.Delete(ctx, l, opts...); err != nil && !errdefs.IsNotFound(err) {
-			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: delete lease %s: %v\n", l.ID, err)
-		}
-	}, nil
-}
-
-var errBothPlatforms = exit.Usagef("--platform and --all-platforms are mutually exclusive")
-
-// selection returns what --layer and --platform choose.
-func selection(cmd *cli.Command) (image.Options, error) {
-	layers, err := parseLayers(cmd.StringSlice("layer"))
-	if err != nil {
-		return image.Options{}, err
-	}
-	opts := image.Options{Layers: layers}
-	if cmd.Bool("all-platforms") && len(cmd.StringSlice("platform")) > 0 {
-		return image.Options{}, errBothPlatforms
-	}
-	for _, s := range cmd.StringSlice("platform") {
-		p, err := platforms.Parse(s)
-		if err != nil {
-			return image.Options{}, fmt.Errorf("--platform %s: %w", s, err)
-		}
-		opts.Platforms = append(opts.Platforms, p)
-	}
-	return opts, nil
-}
-
-func layerDescriptors(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
-	layers, err := image.Layers(ctx, cs, target, opts)
-	if err != nil {
-		return nil, err
-	}
-	descs := make([]ocispec.Descriptor, len(layers))
-	for i, l := range layers {
-		descs[i] = l.Descriptor
-	}
-	return descs, nil
 }

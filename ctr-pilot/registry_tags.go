@@ -16,24 +16,25 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/glob"
 )
 
 const (
-	tagsAtOnce = 1000    // that a registry is asked for
-	maxTagPage = 4 << 20 // bytes
-	maxTags    = 1_000_000
+	tagsPerPage = 1000    // requested
+	maxTagPage  = 4 << 20 // bytes
+	maxTags     = 1_000_000
 )
 
-// aTag is what the distribution specification lets a tag be.
+// aTag matches the tags that the distribution specification allows.
 var aTag = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 
 // names returns the names of the tags in a repository that match a pattern.
 func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error) {
 	colon := strings.LastIndex(pattern, ":")
 	if colon <= strings.LastIndex(pattern, "/") || isPattern(pattern[:colon]) || strings.Contains(pattern, "@") {
-		return nil, exit.Usagef("in a registry, a pattern stands for tags, as in 'registry.example.com/app:*'")
+		return nil, exit.Usagef("in a registry, patterns match tags, as in 'registry.example.com/app:*'")
 	}
-	repository, matches := pattern[:colon], matcher(pattern[colon+1:])
+	repository, tagPattern := pattern[:colon], pattern[colon+1:]
 	spec, err := parseReference(repository + ":x")
 	if err != nil {
 		return nil, err
@@ -44,14 +45,14 @@ func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error
 	}
 	var names []string
 	for _, tag := range tags {
-		if aTag.MatchString(tag) && matches(tag) {
+		if aTag.MatchString(tag) && glob.MatchName(tagPattern, tag) {
 			names = append(names, repository+":"+tag)
 		}
 	}
 	return names, nil
 }
 
-// tags lists a repository's tags, by the first host that can say:
+// tags lists a repository's tags, from the first host that has the list:
 // https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#listing-tags.
 func (r *inRegistry) tags(ctx context.Context, spec reference.Spec) ([]string, error) {
 	hosts, err := r.hosts(spec.Hostname())
@@ -76,7 +77,7 @@ func (r *inRegistry) tags(ctx context.Context, spec reference.Spec) ([]string, e
 }
 
 func tagsAt(ctx context.Context, host docker.RegistryHost, spec reference.Spec) ([]string, error) {
-	query := url.Values{"n": {fmt.Sprint(tagsAtOnce)}}
+	query := url.Values{"n": {fmt.Sprint(tagsPerPage)}}
 	if at := spec.Hostname(); host.Host != at && !(at == "docker.io" && host.Host == "registry-1.docker.io") {
 		query.Set("ns", at) // a mirror of several registries
 	}
@@ -109,7 +110,7 @@ func tagPage(ctx context.Context, host docker.RegistryHost, at *url.URL) ([]stri
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return nil, nil, fmt.Errorf("%s answered %s", at.Host, resp.Status)
+		return nil, nil, fmt.Errorf("%s returned %s", at.Host, resp.Status)
 	}
 	var page struct {
 		Tags []string `json:"tags"`
@@ -151,8 +152,7 @@ func authorized(ctx context.Context, host docker.RegistryHost, at *url.URL) (*ht
 	}
 }
 
-// nextPage returns what a Link header (RFC 8288) of an answer calls the next page,
-// or nil.
+// nextPage returns the next page in a response's Link header (RFC 8288), or nil.
 func nextPage(header http.Header, at *url.URL) (*url.URL, error) {
 	for _, link := range header.Values("Link") {
 		target, params, ok := strings.Cut(strings.TrimPrefix(strings.TrimSpace(link), "<"), ">")
@@ -163,7 +163,7 @@ func nextPage(header http.Header, at *url.URL) (*url.URL, error) {
 		if err != nil {
 			return nil, fmt.Errorf("the address of the list's next page: %w", err)
 		}
-		// The same registry, whatever a proxy before it does to addresses.
+		// The same registry, even if a proxy in front of it rewrites addresses.
 		u.Scheme, u.Host = at.Scheme, at.Host
 		return u, nil
 	}
