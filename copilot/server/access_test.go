@@ -21,7 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-func writeFile(t *testing.T, name, text string) string {
+func writeFile(t testing.TB, name, text string) string {
 	t.Helper()
 	if err := os.WriteFile(name+".new", []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -84,7 +84,7 @@ func (r *remote) want(t *testing.T, status int, method, path, body string) strin
 
 // serveTLS runs a broker that answers TLS with a certificate of ca, and returns
 // its HOST:PORT.
-func serveTLS(t *testing.T, dir string, ca *certtest.Authority, conf copilot.Config) string {
+func serveTLS(t testing.TB, dir string, ca *certtest.Authority, conf copilot.Config) string {
 	t.Helper()
 	server, address := ca.Issue(t, x509.Certificate{}), loopbacktest.FreeAddress(t)
 	conf.Listen, conf.TLSCert, conf.TLSKey = []string{address}, server.Cert, server.Key

@@ -20,7 +20,7 @@ import (
 
 // serve runs a broker on a store, until the test ends, and returns the address
 // of its socket.
-func serve(t *testing.T, dir string, conf server.Config) string {
+func serve(t testing.TB, dir string, conf server.Config) string {
 	t.Helper()
 	socket := filepath.Join(dir, "s")
 	// It is opened last: once it answers, the others in conf do too.
@@ -45,7 +45,7 @@ func serve(t *testing.T, dir string, conf server.Config) string {
 	return ""
 }
 
-func open(t *testing.T, dir string) *server.Keys {
+func open(t testing.TB, dir string) *server.Keys {
 	t.Helper()
 	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {
