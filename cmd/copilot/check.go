@@ -18,7 +18,7 @@ KEK can't be used.
 Example:
    copilot keys check team-a`,
 	Flags: keysFlags(),
-	Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+	Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 		found, err := keys.Check(id)
 		if err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/keyjson"
@@ -36,7 +37,7 @@ Example:
 	Subcommands: []*cli.Command{
 		{
 			Name: "create", Usage: "make a new random KEK", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				return done(keys.Create(id, nil))(c, "created")
 			}),
 		},
@@ -58,7 +59,7 @@ Example:
 					return fmt.Errorf("keys import: %w", err)
 				}
 				defer clear(key)
-				return onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+				return onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 					return done(keys.Create(id, key))(c, "imported")
 				})(c)
 			},
@@ -71,7 +72,7 @@ with, until "ctr-pilot images rewrap" moves them to the new one.
 Example:
    copilot keys rotate team-a`,
 			Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				return done(keys.Rotate(id))(c, "rotated")
 			}),
 		},
@@ -83,7 +84,7 @@ kek-cache-ttl, 5 minutes if nothing else is set).
 Example:
    copilot keys disable --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag()),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				return done(keys.Disable(id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
 			}),
 		},
@@ -92,7 +93,7 @@ Example:
 			Description: `Example:
    copilot keys enable team-a`,
 			Flags: keysFlags(versionFlag()),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				return done(keys.Enable(id, c.Int("key-version")))(c, "enabled"+ofVersion(c))
 			}),
 		},
@@ -107,7 +108,7 @@ Example:
 				&cli.GenericFlag{Name: "after", Usage: "how long to wait, as in 30d or 12h, or until when, as in 2030-01-01", Value: commandline.After(server.DestroyAfter)},
 				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: yes, what was encrypted for it shall be unreadable for ever, now"},
 			),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				after, err := until(c, "after")
 				if err != nil {
 					return err
@@ -128,7 +129,7 @@ Example:
 				&cli.StringFlag{Name: "identity", Usage: "whom to take it from, `ID` as in the audit log", Required: true},
 				&cli.BoolFlag{Name: "undo", Usage: "let the policy decide again"},
 			),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				if c.Bool("undo") {
 					return done(keys.Reinstate(id, c.String("identity")))(c, "no longer revoked for "+c.String("identity"))
 				}
@@ -137,7 +138,7 @@ Example:
 		},
 		{
 			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(c *cli.Context, keys server.Keys, id string) error {
 				info, err := keys.Get(id)
 				if err != nil {
 					return err
@@ -174,7 +175,7 @@ Example:
 }
 
 // show prints what is known of a KEK.
-func show(info server.Info) error {
+func show(info keyring.Info) error {
 	fmt.Println(head(info))
 	for _, who := range info.Revoked {
 		fmt.Printf("revoked for %s\n", who)
@@ -203,7 +204,7 @@ func show(info server.Info) error {
 }
 
 // head says in a line what a KEK is.
-func head(info server.Info) string {
+func head(info keyring.Info) string {
 	line := info.ID
 	if info.Version != 0 {
 		line += fmt.Sprintf(", current version %d", info.Version)
@@ -217,7 +218,7 @@ func head(info server.Info) string {
 	return line
 }
 
-func showList(list []server.Info) error {
+func showList(list []keyring.Info) error {
 	table := newTable("ID", "VERSION", "STATE", "CREATED", "ROTATED")
 	for _, info := range list {
 		state, created, rotated := keystore.Enabled, "-", "never"
@@ -274,7 +275,7 @@ func jsonFlag() cli.Flag {
 }
 
 // onKEK returns the action of a command whose argument is a KEK's id.
-func onKEK(do func(*cli.Context, *server.Keys, string) error) cli.ActionFunc {
+func onKEK(do func(*cli.Context, server.Keys, string) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if c.NArg() != 1 {
 			return exit.Usagef("keys %s takes one KEK id, and got %d arguments", c.Command.Name, c.NArg())
@@ -307,7 +308,7 @@ func withStatus(err error) error {
 }
 
 // done returns a function that prints what happened to a KEK, if it did.
-func done(info server.Info, err error) func(c *cli.Context, verb string) error {
+func done(info keyring.Info, err error) func(c *cli.Context, verb string) error {
 	return func(c *cli.Context, verb string) error {
 		if err == nil && c.Bool("json") {
 			return printJSON(info)

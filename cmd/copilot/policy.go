@@ -12,6 +12,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/authorization"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
@@ -133,7 +134,7 @@ func refusedByKEK(c *cli.Context, id, identity string, unknown *string) (string,
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("policy check: %w", err)
-	case server.IsRevoked(info.Revoked, identity):
+	case authorization.IsRevoked(info.Revoked, identity):
 		return "the KEK was revoked for " + identity, nil
 	case info.Disabled:
 		return "the KEK is disabled", nil

@@ -22,7 +22,7 @@ func serverFlags() []cli.Flag {
 	}
 }
 
-func remoteKeys(c *cli.Context) (*copilot.Keys, error) {
+func remoteKeys(c *cli.Context) (copilot.Keys, error) {
 	server := c.String("server")
 	if u, err := url.Parse(server); err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" && u.Path != "/" {
 		return nil, exit.Usagef("--server %s: it is https://HOST:PORT", server)

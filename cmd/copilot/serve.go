@@ -113,7 +113,7 @@ Example:
 
 // openKeys returns the KEKs that the command's flags name. Only commands that make
 // KEKs make a store for them.
-func openKeys(c *cli.Context) (*server.Keys, error) {
+func openKeys(c *cli.Context) (server.Keys, error) {
 	if c.IsSet("server") {
 		return remoteKeys(c)
 	}
@@ -135,7 +135,7 @@ func openKeys(c *cli.Context) (*server.Keys, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the KEKs: %w", asOwner(err))
 	}
-	if made := keys.Made(); made != "" {
+	if made := keys.Created(); made != "" {
 		fmt.Fprintf(os.Stderr, "copilot: %s\n", made)
 	}
 	return keys, nil

@@ -122,7 +122,7 @@ func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	b.heads.note(r.Context())
-	heads, err := b.keks.store.AuditHeads(r.Context())
+	heads, err := b.keks.Store.AuditHeads(r.Context())
 	if errors.Is(err, keystore.ErrAuditHead) {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return

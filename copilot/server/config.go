@@ -5,13 +5,14 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
@@ -59,34 +60,11 @@ type Config struct {
 	MetricsListen string `toml:"metrics-listen"`
 	// Issuers of bearer tokens, by the name that identities from there begin
 	// with.
-	Issuers map[string]Issuer `toml:"issuers"`
+	Issuers map[string]caller.Issuer `toml:"issuers"`
 	// Backends are KMSs by name: a type, and the settings of that type.
 	Backends map[string]map[string]any `toml:"backends"`
 	// KEKs that live in backends.
-	KEKs map[string]KEKConfig `toml:"keks"`
-}
-
-// KEKConfig says where a KEK lives.
-type KEKConfig struct {
-	Backend string `toml:"backend"`
-	Path    string `toml:"path"` // there
-}
-
-// Issuer is an OpenID Connect issuer whose tokens are accepted.
-type Issuer struct {
-	// URL is the issuer, as its tokens say.
-	URL string `toml:"url"`
-	// Audience is what tokens have to be for.
-	Audience string `toml:"audience"`
-	// CA holds the CA certificates that the issuer's must come from, in PEM.
-	// Default: the system's.
-	CA string `toml:"ca"`
-	// TokenFile holds a token to show the issuer when its keys are asked for,
-	// as Kubernetes wants by default.
-	TokenFile string `toml:"token-file"`
-	// KeysURL is where the keys are. Default: where the issuer's
-	// /.well-known/openid-configuration says.
-	KeysURL string `toml:"keys-url"`
+	KEKs map[string]keyring.Location `toml:"keks"`
 }
 
 // MaxWraps is how many keys one AES-GCM key may wrap with random nonces of 96
@@ -132,8 +110,8 @@ func (c *Config) check() error {
 	if c.WrapLimit == 0 {
 		c.WrapLimit = MaxWraps
 	}
-	if c.WrapLimit < 2*exportWraps || c.WrapLimit > MaxWraps {
-		return fmt.Errorf("wrap-limit %d is not from %d to %d", c.WrapLimit, 2*exportWraps, int64(MaxWraps))
+	if c.WrapLimit < 2*keyring.ExportWraps || c.WrapLimit > MaxWraps {
+		return fmt.Errorf("wrap-limit %d is not from %d to %d", c.WrapLimit, 2*keyring.ExportWraps, int64(MaxWraps))
 	}
 	if c.AuditLog == auditDatabase && c.Database == "" {
 		return errors.New("audit-log is in the database, and database is not set")
@@ -156,7 +134,7 @@ func (c *Config) check() error {
 		}
 	}
 	for name, i := range c.Issuers {
-		if err := i.check(name); err != nil {
+		if err := i.Check(name); err != nil {
 			return fmt.Errorf("issuers.%s: %w", name, err)
 		}
 	}
@@ -207,25 +185,6 @@ func (c Config) checkListen() error {
 			return fmt.Errorf("--listen %s: other machines reach this, so it needs --tls-cert, --tls-key and --tls-client-ca", address)
 		case !c.InsecureLoopback:
 			return fmt.Errorf("--listen %s: every user of this machine would get every KEK: use a unix socket, TLS, or --insecure-loopback", address)
-		}
-	}
-	return nil
-}
-
-func (i Issuer) check(name string) error {
-	if slices.Contains([]string{"spiffe", "dns", "cn", "uid", "anonymous", ""}, name) || strings.ContainsAny(name, ":/*") {
-		return errors.New("it can't have this name, which tells other identities")
-	}
-	if i.URL == "" || i.Audience == "" {
-		return errors.New("it needs url and audience")
-	}
-	for _, u := range []string{i.URL, i.KeysURL} {
-		if u == "" {
-			continue
-		}
-		parsed, err := url.Parse(u)
-		if err != nil || parsed.Scheme != "https" && !(parsed.Scheme == "http" && loopback.Is(parsed.Hostname())) {
-			return fmt.Errorf("%s: keys from there could be anybody's: use https", u)
 		}
 	}
 	return nil

@@ -45,7 +45,7 @@ func serve(t testing.TB, dir string, conf server.Config) string {
 	return ""
 }
 
-func open(t testing.TB, dir string) *server.Keys {
+func open(t testing.TB, dir string) server.Keys {
 	t.Helper()
 	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {

@@ -42,7 +42,7 @@ func TestListByName(t *testing.T) {
 		}
 		return nil
 	})
-	missing := func() int { return strings.Count(harness.Read(t, p.Log), "KEKs are missing in the list") }
+	missing := func() int { return strings.Count(harness.Read(t, p.Log), "KEKs are missing from the list") }
 	list := func() string {
 		t.Helper()
 		status, body := harness.RequestOverSocket(t, socket, "GET", "/api/v2/keks", "")
@@ -121,7 +121,7 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 	}
 	harness.Await(t, "the policy as it is now", func() error {
-		if !strings.Contains(harness.Read(t, p.Log), "policy read again") {
+		if !strings.Contains(harness.Read(t, p.Log), "policy reloaded") {
 			return fmt.Errorf("not read")
 		}
 		return nil

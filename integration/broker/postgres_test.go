@@ -175,7 +175,7 @@ func TestReplicas(t *testing.T) {
 	before := d.Sql(t, `SELECT encode(record, 'hex') FROM copilot_keks WHERE id = 'kek-2'`)
 	harness.Output(t, rs[0].keys(t, "disable", "kek-2"))
 	d.Sql(t, `UPDATE copilot_keks SET record = convert_to(replace(convert_from(record, 'UTF8'), '"disabled":true', '"disabled":null'), 'UTF8') WHERE id = 'kek-2'`)
-	harness.ExpectFailure(t, rs[1].keys(t, "show", "kek-2"), "the broker could not do it")
+	harness.ExpectFailure(t, rs[1].keys(t, "show", "kek-2"), "the broker failed: see copilot's log")
 	d.Sql(t, `UPDATE copilot_keks SET record = decode('`+strings.TrimSpace(before)+`', 'hex') WHERE id = 'kek-2'`)
 
 	// No key is in the database as it is.

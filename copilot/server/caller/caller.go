@@ -1,186 +1,96 @@
-package server
+// Package caller answers who makes a request to the broker: the subject of a bearer
+// token, the owner of a client certificate, or the user at the other end of a unix
+// socket.
+package caller
 
 import (
-	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/url"
-	"slices"
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sys/unix"
-
-	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
-// Context keys: of the unix credentials of a connection's peer, and of what
-// verifying its certificate came to.
-type (
-	peerKey     struct{}
-	verifiedKey struct{}
-)
+// Anonymous is the identity of a caller that shows no credentials.
+const Anonymous = "anonymous"
 
-// withPeer notes who is at the other end of a unix socket, and has room for who is
-// at that of another connection.
-func withPeer(ctx context.Context, c net.Conn) context.Context {
-	ctx = context.WithValue(ctx, verifiedKey{}, new(certfile.Verified))
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return ctx
+// ErrUnauthenticated is the error of a request without credentials that can be used.
+var ErrUnauthenticated = errors.New("not authenticated")
+
+// Authenticator authenticates requests. It is safe for concurrent use.
+type Authenticator struct {
+	// Clients are the CAs of client certificates, or nil if clients show none.
+	Clients *certfile.Authorities
+	Issuers *Issuers
+	// AllowAnonymous accepts requests without credentials, as those of [Anonymous].
+	AllowAnonymous bool
+}
+
+// Identify returns the identity that makes a request: that of a bearer token, else that
+// of a client certificate, else the user at the other end of a unix socket, else
+// [Anonymous]. A token that can't be used is an error, whatever else is shown, and so
+// is a certificate whose CA is no longer trusted. Errors wrap [ErrUnauthenticated].
+func (a *Authenticator) Identify(r *http.Request) (string, error) {
+	who, err := a.identify(r)
+	if err == nil && who == Anonymous && !a.AllowAnonymous {
+		err = errors.New("show a client certificate or a bearer token")
 	}
-	raw, err := u.SyscallConn()
 	if err != nil {
-		return ctx
+		return Anonymous, fmt.Errorf("%w: %w", ErrUnauthenticated, err)
 	}
-	raw.Control(func(fd uintptr) {
-		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			ctx = context.WithValue(ctx, peerKey{}, peer)
-		}
-	})
-	return ctx
+	return who, nil
 }
 
-// peerOf returns the identity of the user at the other end of a unix socket, or "".
-func peerOf(ctx context.Context) string {
-	if peer, ok := ctx.Value(peerKey{}).(*unix.Ucred); ok {
-		return fmt.Sprintf("uid:%d", peer.Uid)
-	}
-	return ""
-}
-
-// anonymous is whoever says nothing of who they are.
-const anonymous = "anonymous"
-
-// identify returns who makes a request: whom a bearer token names, else a
-// client's certificate, else the user at the other end of a unix socket, else
-// anonymous. A token that is not good is an error, whatever else there is, and so is
-// a certificate whose CA is no longer trusted.
-func (b *broker) identify(r *http.Request) (string, error) {
+func (a *Authenticator) identify(r *http.Request) (string, error) {
 	var chains [][]*x509.Certificate
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		if err := expired(r.TLS.PeerCertificates[0]); err != nil {
-			return anonymous, err
-		}
-		v, ok := r.Context().Value(verifiedKey{}).(*certfile.Verified)
-		if !ok || b.clients == nil {
-			return anonymous, errors.New("the certificate was not verified")
-		}
 		var err error
-		if chains, err = v.Verify(b.clients, r.TLS.PeerCertificates); err != nil {
-			return anonymous, fmt.Errorf("the certificate is no longer good: get one from a CA that is in tls-client-ca now: %w", err)
+		if chains, err = a.verify(r); err != nil {
+			return "", err
 		}
 	}
 	if header := r.Header.Get("Authorization"); header != "" {
 		scheme, token, _ := strings.Cut(header, " ")
 		if !strings.EqualFold(scheme, "Bearer") {
-			return anonymous, fmt.Errorf("authorization by %.20q is not known here: it takes Bearer", scheme)
+			return "", fmt.Errorf("the authorization scheme %.20q is not supported: use Bearer", scheme)
 		}
-		who, err := b.issuers.identity(r.Context(), strings.TrimSpace(token))
-		if err != nil {
-			return anonymous, err
-		}
-		return who, nil
+		return a.Issuers.identity(r.Context(), strings.TrimSpace(token))
 	}
 	if len(chains) > 0 {
 		return certificateIdentity(r.TLS.PeerCertificates[0], chains)
 	}
-	if peer := peerOf(r.Context()); peer != "" {
-		return peer, nil
+	if user := User(r.Context()); user != "" {
+		return user, nil
 	}
-	return anonymous, nil
+	return Anonymous, nil
 }
 
-// lastOfCertificate is how long before a client's certificate expires its
-// connections end, so that one that was replaced in time is used in time: as
-// long as a connection may be idle, and more.
+// verify verifies the certificate of a request by the CAs that are trusted now.
+func (a *Authenticator) verify(r *http.Request) ([][]*x509.Certificate, error) {
+	if cert := r.TLS.PeerCertificates[0]; time.Now().After(cert.NotAfter) { // since the handshake
+		return nil, fmt.Errorf("the certificate expired on %s: replace it (\"copilot certs renew\")", cert.NotAfter.Format(time.RFC3339))
+	}
+	v, ok := r.Context().Value(verifiedKey{}).(*certfile.Verified)
+	if !ok || a.Clients == nil {
+		return nil, errors.New("the certificate was not verified")
+	}
+	chains, err := v.Verify(a.Clients, r.TLS.PeerCertificates)
+	if err != nil {
+		return nil, fmt.Errorf("the certificate is no longer trusted: get one from a CA that is in tls-client-ca now: %w", err)
+	}
+	return chains, nil
+}
+
+// lastOfCertificate is how long before a client's certificate expires its connections
+// end, so that a replaced certificate is used in time: longer than a connection may be
+// idle.
 const lastOfCertificate = 3 * time.Minute
 
-// certificateEnds reports whether the client has to connect anew for its next
-// request.
-func certificateEnds(r *http.Request) bool {
+// CertificateEnds reports whether the client has to connect again for its next request,
+// since its certificate is about to expire.
+func CertificateEnds(r *http.Request) bool {
 	return r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && time.Until(r.TLS.PeerCertificates[0].NotAfter) < lastOfCertificate
-}
-
-// expired returns an error if a certificate has expired, since the connection was made.
-func expired(cert *x509.Certificate) error {
-	if !time.Now().After(cert.NotAfter) {
-		return nil
-	}
-	return fmt.Errorf("the certificate has expired on %s: put a new one in its place (\"copilot certs renew\")", cert.NotAfter.Format(time.RFC3339))
-}
-
-// certificateIdentity is the SPIFFE ID, else the first DNS name, else the
-// common name.
-func certificateIdentity(cert *x509.Certificate, chains [][]*x509.Certificate) (string, error) {
-	if cert.IsCA {
-		return anonymous, errors.New("the certificate is a CA's, not a client's")
-	}
-	var id *url.URL
-	for _, u := range cert.URIs {
-		if !strings.EqualFold(u.Scheme, "spiffe") {
-			continue
-		}
-		if id != nil {
-			return anonymous, errors.New("the certificate has two SPIFFE IDs")
-		}
-		id = u
-	}
-	switch {
-	case id != nil:
-		return spiffeIdentity(id, chains)
-	case len(cert.DNSNames) > 0:
-		return policy.Canonical("dns:"+cert.DNSNames[0], nil)
-	case cert.Subject.CommonName != "":
-		return "cn:" + cert.Subject.CommonName, nil
-	}
-	return anonymous, errors.New("the certificate names nobody: it has no SPIFFE ID, DNS name or common name")
-}
-
-// spiffeIdentity checks a client's SPIFFE ID. A CA that has one itself, as those
-// of "copilot init" and SPIRE do, issues those of its trust domain only.
-func spiffeIdentity(u *url.URL, chains [][]*x509.Certificate) (string, error) {
-	id, err := spiffeid.FromURI(u)
-	if err == nil && id.Path() == "" {
-		err = errors.New("it has no path, so it is a trust domain's, not a client's")
-	}
-	if err != nil {
-		return anonymous, fmt.Errorf("the certificate's SPIFFE ID %q can't be used: %w", u, err)
-	}
-	var foreign error
-	for _, chain := range chains {
-		if foreign = boundTo(chain[len(chain)-1], id); foreign == nil {
-			break
-		}
-	}
-	if foreign != nil {
-		return anonymous, foreign
-	}
-	return id.String(), nil
-}
-
-// boundTo returns an error if the CA is that of another trust domain.
-func boundTo(ca *x509.Certificate, id spiffeid.ID) error {
-	for _, u := range ca.URIs {
-		if domain, err := spiffeid.TrustDomainFromURI(u); err == nil && domain != id.TrustDomain() {
-			return fmt.Errorf("the certificate is for %s, and its CA for trust domain %s", id, domain.Name())
-		}
-	}
-	return nil
-}
-
-// IsRevoked reports whether an identity is among those that a KEK was revoked for.
-func IsRevoked(revoked []string, identity string) bool {
-	return slices.ContainsFunc(revoked, func(r string) bool {
-		// Earlier versions noted identities as they were spelled.
-		if canonical, err := policy.Canonical(r, nil); err == nil {
-			r = canonical
-		}
-		return r == identity
-	})
 }

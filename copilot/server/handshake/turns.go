@@ -1,4 +1,4 @@
-package server
+package handshake
 
 import (
 	"crypto/tls"
@@ -12,28 +12,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// handshakeWait is how long a connection waits for its turn: as long as pilot
-// gives a try.
-const handshakeWait = 5 * time.Second
+// turnTimeout is how long a connection waits for its turn: as long as pilot waits for
+// one attempt.
+const turnTimeout = 5 * time.Second
 
-var errOverload = errors.New("copilot is overloaded: the connection waited too long for its TLS handshake")
+// ErrOverload is the error of a connection that waited too long for its turn.
+var ErrOverload = errors.New("copilot is overloaded: the connection waited too long for its TLS handshake")
 
-// handshakes bounds how many TLS handshakes are worked on at once, in the order
-// in which clients said hello, and leaves out those who gave up meanwhile. When
-// thousands of nodes come back together, some are then served soon; if all were
-// worked on at once, all would run out of time and come again. Clients that are
-// slow, or say nothing, have no turn and keep nobody waiting.
-type handshakes struct {
-	turns chan struct{}
+// Turns bounds how many handshakes are computed at once, in the order in which clients
+// sent their hello, and skips clients that gave up meanwhile. When thousands of nodes
+// reconnect at the same time, some are then served soon. Without the bound, all would
+// time out and retry. Clients that are slow or silent take no turn, and delay nobody.
+type Turns struct {
+	slots chan struct{}
 	shed  prometheus.Counter
 }
 
-func newHandshakes(shed prometheus.Counter) *handshakes {
-	return &handshakes{turns: make(chan struct{}, 2*runtime.GOMAXPROCS(0)), shed: shed}
+// NewTurns returns turns for this machine's processors. Shed counts the connections that
+// got none.
+func NewTurns(shed prometheus.Counter) *Turns {
+	return &Turns{slots: make(chan struct{}, 2*runtime.GOMAXPROCS(0)), shed: shed}
 }
 
-// listener returns l with TLS as conf tells it for each connection.
-func (h *handshakes) listener(l net.Listener, conf *tls.Config) net.Listener {
+// config returns conf with the wait for a turn.
+func (t *Turns) config(conf *tls.Config) *tls.Config {
 	limited := conf.Clone()
 	limited.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		if err := hello.Conn.(*turn).take(hello); err != nil {
@@ -41,59 +43,58 @@ func (h *handshakes) listener(l net.Listener, conf *tls.Config) net.Listener {
 		}
 		return conf.GetConfigForClient(hello)
 	}
-	return tls.NewListener(turns{l, h}, limited)
+	return limited
 }
 
-type turns struct {
-	net.Listener
-	*handshakes
-}
-
-func (t turns) Accept() (net.Conn, error) {
-	c, err := t.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return &turn{Conn: c, handshakes: t.handshakes}, nil
-}
-
-// turn is a connection that has its turn from when it has said hello to when it
-// is answered: the server's signature and key agreement, and no waiting for the
-// client. What follows, such as looking at its certificate, is not bounded.
+// turn is a connection that has its turn from its hello until the server's answer is
+// written: signature and key agreement, without waiting for the client. What follows,
+// such as verifying the client's certificate, is not bounded.
 type turn struct {
 	net.Conn
-	*handshakes
-	taken atomic.Bool
+	turns    *Turns
+	taken    atomic.Bool
+	answered atomic.Bool // with a handshake message
 }
+
+// NetConn returns the connection under it.
+func (t *turn) NetConn() net.Conn { return t.Conn }
 
 func (t *turn) take(hello *tls.ClientHelloInfo) error {
 	select {
-	case t.turns <- struct{}{}:
+	case t.turns.slots <- struct{}{}:
 		t.taken.Store(true)
 		return nil
 	default:
 	}
-	timer := time.NewTimer(handshakeWait)
+	timer := time.NewTimer(turnTimeout)
 	defer timer.Stop()
 	select {
-	case t.turns <- struct{}{}:
+	case t.turns.slots <- struct{}{}:
 		t.taken.Store(true)
 	case <-timer.C:
-		t.shed.Inc()
-		return errOverload
+		t.turns.shed.Inc()
+		return ErrOverload
 	case <-hello.Context().Done():
 		return hello.Context().Err()
 	}
 	if t.left() {
-		t.shed.Inc()
-		return errOverload // nobody hears it
+		t.turns.shed.Inc()
+		return ErrOverload // the client does not see it
 	}
 	return nil
 }
 
 // left reports whether the client has closed the connection.
 func (t *turn) left() bool {
-	tcp, ok := t.Conn.(*net.TCPConn)
+	var c net.Conn = t
+	for {
+		wrapper, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		c = wrapper.NetConn()
+	}
+	tcp, ok := c.(*net.TCPConn)
 	if !ok {
 		return false
 	}
@@ -111,12 +112,19 @@ func (t *turn) left() bool {
 
 func (t *turn) end() {
 	if t.taken.CompareAndSwap(true, false) {
-		<-t.turns
+		<-t.turns.slots
 	}
 }
 
+// recordHandshake is the type of a TLS record with handshake messages: RFC 8446, section
+// 5.1. An alert has another.
+const recordHandshake = 22
+
 func (t *turn) Write(b []byte) (int, error) {
 	t.end()
+	if len(b) > 0 && b[0] == recordHandshake {
+		t.answered.Store(true)
+	}
 	return t.Conn.Write(b)
 }
 

@@ -1,4 +1,6 @@
-package server
+// Package keyring is the broker's KEKs, in its store and in key management systems
+// (KMSs): it gets their keys, wraps and unwraps with them, and rotates them.
+package keyring
 
 import (
 	"bytes"
@@ -17,18 +19,36 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
-// keyring has the KEKs of the store and those that live in KMSs.
-type keyring struct {
-	store    *keystore.Store
+// Location is where a KEK in a KMS is.
+type Location struct {
+	Backend string `toml:"backend"`
+	Path    string `toml:"path"` // there
+}
+
+// Config is the part of the broker's configuration that its keyring needs.
+type Config struct {
+	// Backends are KMSs by name: a type, and the settings of that type.
+	Backends map[string]map[string]any
+	// KEKs are those in Backends.
+	KEKs map[string]Location
+	// WrapLimit is how many keys a version of a KEK may wrap.
+	WrapLimit int64
+}
+
+// Keyring has the KEKs of a store and of KMSs. It is safe for concurrent use.
+type Keyring struct {
+	// Store holds what the broker knows of each KEK.
+	Store    *keystore.Store
 	backends map[string]kms.Backend
 	types    map[string]string // of the backends
-	conf     map[string]KEKConfig
+	located  map[string]Location
 	limit    int64 // wraps of a version
-	audit    *audit.Log
-	metrics  *metrics
+	audit    *auditing.Log
+	metrics  *Metrics
 
 	mu     sync.Mutex
 	warned map[string]bool // versions that come near the limit
@@ -37,26 +57,49 @@ type keyring struct {
 	full     map[string]int // by id, the last version that was rotated because it was full
 }
 
-// kmsWithin bounds a call of a KMS.
-const kmsWithin = 8 * time.Second
+// kmsTimeout bounds a call of a KMS.
+const kmsTimeout = 8 * time.Second
 
-// exportWraps is how many wraps a KEK counts that is handed out in its current
-// version to somebody who does not say how many it is for.
-const exportWraps = 1024
+// ExportWraps is how many wraps an exported KEK counts, in its current version, unless
+// the client says how many it needs.
+const ExportWraps = 1024
 
 var (
-	// errNotExported: the caller may use the KEK but does not get it.
-	errNotExported = errors.New("this KEK is not given out: have copilot wrap and unwrap with it")
-	// errLimit: a version has wrapped as many keys as it may.
-	errLimit = errors.New("the KEK has wrapped as many keys as it may, and copilot can't rotate it: rotate it in its KMS")
+	// ErrNotExported is the error of exporting a KEK that does not leave the broker or its
+	// KMS.
+	ErrNotExported = errors.New("this KEK is not given out: have copilot wrap and unwrap with it")
+	// ErrLimit is the error of wrapping with a KEK that has wrapped as many keys as it may.
+	ErrLimit = errors.New("the KEK has wrapped as many keys as it may, and copilot can't rotate it: rotate it in its KMS")
 )
 
-func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) (_ *keyring, err error) {
+// Verdict returns the audit log's verdict on an error of a keyring, its store or its
+// KMSs.
+func Verdict(err error) string {
+	is := func(targets ...error) bool {
+		return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
+	}
+	switch {
+	case is(ErrNotExported, ErrLimit):
+		return audit.Denied
+	case is(audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden):
+		return audit.Failed
+	case is(keystore.ErrDisabled, keystore.ErrNotFound, kms.ErrNotFound):
+		return audit.Denied
+	}
+	return audit.Failed
+}
+
+// New connects to the KMSs of a configuration. Changes of KEKs go to log. [Keyring.Close]
+// closes the KMSs, and not the store.
+func New(conf Config, store *keystore.Store, log *auditing.Log, m *Metrics) (_ *Keyring, err error) {
 	m.wrapLimit.Set(float64(conf.WrapLimit))
-	r := &keyring{store: store, backends: make(map[string]kms.Backend), types: make(map[string]string), conf: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m}
+	r := &Keyring{
+		Store: store, backends: make(map[string]kms.Backend), types: make(map[string]string),
+		located: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m,
+	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, r.close())
+			err = errors.Join(err, r.Close())
 		}
 	}()
 	for name, settings := range conf.Backends {
@@ -70,7 +113,8 @@ func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) 
 	return r, nil
 }
 
-func (r *keyring) close() error {
+// Close closes the KMSs.
+func (r *Keyring) Close() error {
 	var errs []error
 	for _, b := range r.backends {
 		errs = append(errs, b.Close())
@@ -81,7 +125,7 @@ func (r *keyring) close() error {
 func openBackend(settings map[string]any) (kms.Backend, error) {
 	kind, ok := settings["type"].(string)
 	if !ok {
-		return nil, errors.New("type says what it is")
+		return nil, errors.New("type is not set")
 	}
 	rest := maps.Clone(settings)
 	delete(rest, "type")
@@ -92,29 +136,31 @@ func openBackend(settings map[string]any) (kms.Backend, error) {
 		}
 		err = toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(v)
 		if strict := new(toml.StrictMissingError); errors.As(err, &strict) && len(strict.Errors) > 0 {
-			return fmt.Errorf("%s: a backend of type %s has no such setting", strict.Errors[0].Key()[0], kind)
+			return fmt.Errorf("%s: unknown setting of a backend of type %s", strict.Errors[0].Key()[0], kind)
 		}
 		return err
 	})
 }
 
-// kek is a KEK, and where its key lives if that is not the store.
-type kek struct {
+// KEK is a KEK, and where its key is if not in the store.
+type KEK struct {
 	keystore.KEK
+	// Who uses it: an identity.
+	Who string
+	// Path is where it is in its KMS.
+	Path    string
 	backend kms.Backend
-	path    string
-	who     string // uses it
 }
 
-// find returns a KEK that is known. Errors wrap [keystore.ErrNotFound].
-func (r *keyring) find(ctx context.Context, id string) (kek, error) {
-	k := kek{}
+// Find returns a KEK. Errors wrap [keystore.ErrNotFound].
+func (r *Keyring) Find(ctx context.Context, id string) (KEK, error) {
+	k := KEK{}
 	var err error
-	k.KEK, err = r.store.Get(ctx, id)
-	conf, elsewhere := r.conf[id]
+	k.KEK, err = r.Store.Get(ctx, id)
+	conf, elsewhere := r.located[id]
 	if !elsewhere {
 		if err == nil && k.Backend != "" {
-			err = fmt.Errorf("%w: it lived in %s, which the configuration no longer says", keystore.ErrNotFound, k.Backend)
+			err = fmt.Errorf("%w: it was in %s, and the configuration does not mention it any more", keystore.ErrNotFound, k.Backend)
 		}
 		return k, err
 	}
@@ -123,76 +169,75 @@ func (r *keyring) find(ctx context.Context, id string) (kek, error) {
 		k.Backend = conf.Backend
 	}
 	if err == nil && k.Backend == "" {
-		err = fmt.Errorf("KEK %q is in the store, and the configuration says that it lives in %s: take another name there", id, conf.Backend)
+		err = fmt.Errorf("KEK %q is in the store, and the configuration says that it is in %s: use another name there", id, conf.Backend)
 	}
-	k.backend, k.path = r.backends[conf.Backend], conf.Path
+	k.backend, k.Path = r.backends[conf.Backend], conf.Path
 	return k, err
 }
 
-// list returns the KEKs whose ids are wanted, in the order of their ids. The others
-// are not read.
-func (r *keyring) list(ctx context.Context, wanted func(id string) bool) ([]kek, error) {
-	stored, err := r.store.List(ctx, wanted)
+// List returns the KEKs whose ids are wanted, in the order of their ids. Others are not
+// read.
+func (r *Keyring) List(ctx context.Context, wanted func(id string) bool) ([]KEK, error) {
+	stored, err := r.Store.List(ctx, wanted)
 	if errors.Is(err, keystore.ErrUnavailable) {
 		return nil, err
 	}
 	if err != nil {
-		logrus.WithError(err).Error("KEKs are missing in the list")
+		logrus.WithError(err).Error("KEKs are missing from the list")
 	}
-	all := make(map[string]kek)
+	all := make(map[string]KEK)
 	for _, k := range stored {
-		all[k.ID] = kek{KEK: k}
+		all[k.ID] = KEK{KEK: k}
 	}
-	for id := range r.conf {
+	for id := range r.located {
 		if !wanted(id) {
 			continue
 		}
-		k, err := r.find(ctx, id)
+		k, err := r.Find(ctx, id)
 		if errors.Is(err, keystore.ErrUnavailable) {
 			return nil, err
 		}
 		if err != nil {
-			logrus.WithError(err).Error("KEK is missing in the list")
+			logrus.WithError(err).Error("KEK is missing from the list")
 			continue
 		}
 		all[id] = k
 	}
-	return slices.SortedFunc(maps.Values(all), func(a, b kek) int { return cmp.Compare(a.ID, b.ID) }), nil
+	return slices.SortedFunc(maps.Values(all), func(a, b KEK) int { return cmp.Compare(a.ID, b.ID) }), nil
 }
 
-// change returns what a change of k is to be logged and recorded as.
-func (k kek) change(log func(keystore.KEK) error) keystore.Change {
+// Change returns how a change of k is logged and recorded.
+func (k KEK) Change(log func(keystore.KEK) error) keystore.Change {
 	return keystore.Change{Log: log, Backend: k.Backend}
 }
 
-// wrapsHere reports whether the key is given to copilot to wrap with.
-func (k kek) wrapsHere() bool {
+// WrapsHere reports whether copilot has the key to wrap with. Otherwise its KMS keeps it.
+func (k KEK) WrapsHere() bool {
 	_, gives := k.backend.(kms.Giver)
 	return k.backend == nil || gives
 }
 
-// key returns the key of a version, or of the current one if version is 0, and
-// that version. The caller clears the key. Errors wrap errNotExported if the
-// KMS keeps it.
-func (r *keyring) key(ctx context.Context, k kek, version int) ([]byte, int, error) {
+// Key returns the key of a version, or of the current one if version is 0, and that
+// version. The caller clears the key. Errors wrap [ErrNotExported] if the KMS keeps it.
+func (r *Keyring) Key(ctx context.Context, k KEK, version int) ([]byte, int, error) {
 	if k.backend == nil {
-		return r.store.Key(k.KEK, version)
+		return r.Store.Key(k.KEK, version)
 	}
 	giver, ok := k.backend.(kms.Giver)
 	if !ok {
-		return nil, 0, errNotExported
+		return nil, 0, ErrNotExported
 	}
-	if err := r.store.CheckUse(k.KEK, version); err != nil {
+	if err := r.Store.CheckUse(k.KEK, version); err != nil {
 		return nil, 0, err
 	}
 	var key []byte
 	v := version
 	err := r.call(ctx, k, "get", func(ctx context.Context) (err error) {
-		key, v, err = giver.Key(ctx, k.path, version)
+		key, v, err = giver.Key(ctx, k.Path, version)
 		return err
 	})
 	if err == nil && version == 0 {
-		err = r.store.CheckUse(k.KEK, v)
+		err = r.Store.CheckUse(k.KEK, v)
 	}
 	if err != nil {
 		clear(key)
@@ -202,15 +247,15 @@ func (r *keyring) key(ctx context.Context, k kek, version int) ([]byte, int, err
 }
 
 // call calls a KMS.
-func (r *keyring) call(ctx context.Context, k kek, operation string, do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, kmsWithin)
+func (r *Keyring) call(ctx context.Context, k KEK, operation string, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, kmsTimeout)
 	defer cancel()
 	start := time.Now()
 	err := do(ctx)
 	if err != nil && ctx.Err() != nil && !errors.Is(err, kms.ErrUnavailable) {
 		err = fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 	}
-	r.metrics.kms(k.Backend, operation, time.Since(start), err)
+	r.metrics.call(k.Backend, operation, time.Since(start), err)
 	if err != nil {
 		return fmt.Errorf("%s: %w", k.Backend, err)
 	}

@@ -1,4 +1,4 @@
-package server
+package keyring
 
 import (
 	"context"
@@ -10,13 +10,14 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
 )
 
-// current returns the current version's key, to wrap n keys with, which it
-// counts. A version that has wrapped as many as it may is rotated first.
-func (r *keyring) current(ctx context.Context, k kek, n int64) ([]byte, int, error) {
+// Current returns the current version's key, to wrap n keys with, and counts those. A
+// version that has wrapped as many as it may is rotated first. The caller clears the key.
+func (r *Keyring) Current(ctx context.Context, k KEK, n int64) ([]byte, int, error) {
 	for range 3 {
-		key, version, err := r.key(ctx, k, 0)
+		key, version, err := r.Key(ctx, k, 0)
 		if err != nil {
 			return nil, 0, err
 		}
@@ -31,30 +32,30 @@ func (r *keyring) current(ctx context.Context, k kek, n int64) ([]byte, int, err
 		if err != nil {
 			return nil, 0, err
 		}
-		rotated, err := r.find(ctx, k.ID)
+		rotated, err := r.Find(ctx, k.ID)
 		if err != nil {
 			return nil, 0, err
 		}
 		k.KEK = rotated.KEK
 	}
-	return nil, 0, fmt.Errorf("%w: others rotate the KEK at the same time", keystore.ErrUnavailable)
+	return nil, 0, fmt.Errorf("%w: others are rotating the KEK at the same time", keystore.ErrUnavailable)
 }
 
-// count counts n keys that a version wraps, and reports whether they are too
-// many. It warns from three quarters on.
-func (r *keyring) count(ctx context.Context, k kek, version int, n int64) (over bool, err error) {
-	sum, err := r.store.Count(ctx, k.ID, version, n, r.limit)
+// count counts n keys that a version wraps, and reports whether it has reached its limit.
+// It warns from three quarters of that.
+func (r *Keyring) count(ctx context.Context, k KEK, version int, n int64) (over bool, err error) {
+	sum, err := r.Store.Count(ctx, k.ID, version, n, r.limit)
 	if err != nil {
 		return false, err
 	}
 	r.metrics.wraps(k.ID, version, sum)
 	if sum > r.limit/4*3 && r.firstWarning(k.ID, version) {
-		logrus.WithFields(logrus.Fields{"kek": k.ID, "version": version, "wraps": sum, "limit": r.limit}).Warn("KEK comes near the number of keys that it may wrap: rotate it")
+		logrus.WithFields(logrus.Fields{"kek": k.ID, "version": version, "wraps": sum, "limit": r.limit}).Warn("KEK has wrapped nearly as many keys as it may: rotate it")
 	}
 	return sum > r.limit, nil
 }
 
-func (r *keyring) firstWarning(id string, version int) bool {
+func (r *Keyring) firstWarning(id string, version int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	key := fmt.Sprintf("%d %s", version, id)
@@ -66,28 +67,28 @@ func (r *keyring) firstWarning(id string, version int) bool {
 	return !was
 }
 
-// rotateFull rotates a KEK whose current version has wrapped enough.
-func (r *keyring) rotateFull(ctx context.Context, k kek, version int) error {
-	// Others have seen that it is full, too.
+// rotateFull rotates a KEK whose current version has reached its limit.
+func (r *Keyring) rotateFull(ctx context.Context, k KEK, version int) error {
+	// Concurrent callers have noticed, too.
 	r.rotating.Lock()
 	defer r.rotating.Unlock()
 	if r.full[k.ID] >= version {
 		return nil
 	}
-	e := &entry{Entry: audit.Entry{Action: "rotate", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed,
-		Reason: fmt.Sprintf("version %d has wrapped as many keys as it may, %d, the last for %s", version, r.limit, k.who)}}
-	_, err := r.rotate(ctx, k, version, e)
+	e := &auditing.Entry{Entry: audit.Entry{Action: "rotate", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed,
+		Reason: fmt.Sprintf("version %d has wrapped as many keys as it may, %d, the last for %s", version, r.limit, k.Who)}}
+	_, err := r.Rotate(ctx, k, version, e)
 	if errors.Is(err, keystore.ErrState) {
 		return nil // another replica was first
 	}
 	if errors.Is(err, kms.ErrForbidden) {
-		err = fmt.Errorf("%w: %w", errLimit, err)
+		err = fmt.Errorf("%w: %w", ErrLimit, err)
 	}
 	if err != nil {
-		_, e.Verdict = statusOf(err)
+		e.Verdict = Verdict(err)
 		e.Reason += ": " + err.Error()
 	}
-	if err != nil || !e.written {
+	if err != nil || !e.Written() {
 		err = errors.Join(err, r.audit.Write(e.Entry))
 	}
 	if err == nil {
@@ -100,56 +101,44 @@ func (r *keyring) rotateFull(ctx context.Context, k kek, version int) error {
 	return err
 }
 
-// rotate makes a new version, unless from is not 0 and no longer the current
-// one, and logs e before.
-func (r *keyring) rotate(ctx context.Context, k kek, from int, e *entry) (kek, error) {
+// Rotate makes a new version, unless from is not 0 and no longer the current version, and
+// writes e to the audit log before.
+func (r *Keyring) Rotate(ctx context.Context, k KEK, from int, e *auditing.Entry) (KEK, error) {
 	if k.backend == nil {
 		var err error
-		k.KEK, err = r.store.Rotate(ctx, k.ID, from, k.change(r.beforeVersion(e)))
+		k.KEK, err = r.Store.Rotate(ctx, k.ID, from, k.Change(r.BeforeVersion(e)))
 		return k, err
 	}
 	rotator, ok := k.backend.(kms.Rotator)
 	if !ok {
 		if from != 0 {
-			return k, errLimit
+			return k, ErrLimit
 		}
 		return k, fmt.Errorf("%w: copilot can't rotate keys in %s: rotate it there", keystore.ErrState, k.Backend)
 	}
-	// What will be made is known only afterwards.
-	if err := r.before(e)(k.KEK); err != nil {
+	// The version is known only afterwards.
+	if err := r.Before(e)(k.KEK); err != nil {
 		return k, err
 	}
 	var version int
 	err := r.call(ctx, k, "rotate", func(ctx context.Context) (err error) {
-		version, err = rotator.Rotate(ctx, k.path)
+		version, err = rotator.Rotate(ctx, k.Path)
 		return err
 	})
 	e.Version = version
-	e.written = false // again, with the version or what went wrong
+	e.Changed() // with the version, or what failed
 	return k, err
 }
 
-// before returns what writes e down as done right before a change is made.
-func (r *keyring) before(e *entry) func(keystore.KEK) error {
-	return func(keystore.KEK) error {
-		if err := r.audit.Write(e.Entry); err != nil {
-			return err
-		}
-		e.written = true
-		return nil
-	}
+// Before returns what writes e to the audit log right before a change is made.
+func (r *Keyring) Before(e *auditing.Entry) func(keystore.KEK) error {
+	return func(keystore.KEK) error { return r.audit.WriteAhead(e) }
 }
 
-// beforeVersion does so for a change that makes a version, which it notes in e.
-func (r *keyring) beforeVersion(e *entry) func(keystore.KEK) error {
+// BeforeVersion is [Keyring.Before] for a change that makes a version, which it notes in e.
+func (r *Keyring) BeforeVersion(e *auditing.Entry) func(keystore.KEK) error {
 	return func(k keystore.KEK) error {
 		e.Version = k.Current()
-		return r.before(e)(k)
+		return r.Before(e)(k)
 	}
-}
-
-// entry is an audit entry that is being made.
-type entry struct {
-	audit.Entry
-	written bool // as what was done, which may yet fail
 }

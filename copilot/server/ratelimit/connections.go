@@ -1,4 +1,4 @@
-package server
+package ratelimit
 
 import (
 	"context"
@@ -7,97 +7,141 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 )
 
-// maxUnknown is how many connections are open at once from one address, or of one user
-// of a unix socket, on which nobody has said yet who they are. All nodes behind a NAT
-// come from one address.
-const maxUnknown = 4096
+// maxUnidentified is how many connections may be open from one address, or from one user
+// of a unix socket, before a request on them was authenticated. All nodes behind a NAT
+// share one address.
+const maxUnidentified = 4096
 
-// connections bounds how many connections each caller has open, so that no one takes
-// all files and all memory. It is safe for concurrent use.
-type connections struct {
-	refused prometheus.Counter
+// Connections bounds how many connections each caller has open, so that no caller uses
+// up all files and memory. It is safe for concurrent use.
+type Connections struct {
+	// Refused counts the refused ones.
+	Refused prometheus.Counter
 
-	mu      sync.Mutex
-	by      map[net.Conn]*connection
-	unknown map[string]int // by address or user
-	known   map[string]int // by identity
+	mu           sync.Mutex
+	unidentified map[string]int // by address or user
+	identified   map[string]int // by identity
 }
 
-// connection is one that is open.
+// Listener returns a listener of l's connections, which counts them. One too many is
+// closed: reading from it returns an [*Exceeded].
+func (all *Connections) Listener(l net.Listener) net.Listener { return listener{l, all} }
+
+type listener struct {
+	net.Listener
+	all *Connections
+}
+
+func (l listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return l.all.opened(c), nil
+}
+
+// connection is an open connection.
 type connection struct {
-	all      *connections
-	from     string // while it is not known whose it is
+	net.Conn
+	all      *Connections
+	from     string // until it is identified
 	identity string // of the first request
+	refused  bool
 	closed   bool
 }
 
-// connectionKey is the context key of a request's *connection.
-type connectionKey struct{}
-
-// opened notes a new connection, and closes it if it is one too many.
-func (all *connections) opened(ctx context.Context, c net.Conn) context.Context {
-	from := source(c.RemoteAddr().String())
-	if peer := peerOf(ctx); peer != "" {
-		from = peer
+func (all *Connections) opened(c net.Conn) *connection {
+	conn := &connection{Conn: c, all: all, from: caller.UserOf(c)}
+	if conn.from == "" {
+		conn.from = caller.Address(c.RemoteAddr().String())
 	}
 	all.mu.Lock()
 	defer all.mu.Unlock()
-	if all.by == nil {
-		all.by, all.unknown, all.known = make(map[net.Conn]*connection), make(map[string]int), make(map[string]int)
+	if all.unidentified == nil {
+		all.unidentified, all.identified = make(map[string]int), make(map[string]int)
 	}
-	if all.unknown[from] >= maxUnknown {
-		all.refused.Inc()
+	if all.unidentified[conn.from] >= maxUnidentified {
+		all.Refused.Inc()
+		conn.refused, conn.closed = true, true
 		c.Close()
-		return ctx
+		return conn
 	}
-	all.unknown[from]++
-	all.by[c] = &connection{all: all, from: from}
-	return context.WithValue(ctx, connectionKey{}, all.by[c])
+	all.unidentified[conn.from]++
+	return conn
 }
 
-// closed notes that a connection was closed.
-func (all *connections) closed(c net.Conn) {
-	all.mu.Lock()
-	defer all.mu.Unlock()
-	conn, ok := all.by[c]
-	if !ok {
-		return
+// NetConn returns the connection that is counted.
+func (c *connection) NetConn() net.Conn { return c.Conn }
+
+func (c *connection) Read(b []byte) (int, error) {
+	if c.refused {
+		return 0, &Exceeded{RetryAfter: time.Second, Connections: maxUnidentified}
 	}
-	delete(all.by, c)
-	conn.closed = true
-	if conn.identity != "" {
-		less(all.known, conn.identity)
-	} else {
-		less(all.unknown, conn.from)
-	}
+	return c.Conn.Read(b)
 }
 
-func less(m map[string]int, key string) {
+func (c *connection) Close() error {
+	c.all.mu.Lock()
+	if !c.closed {
+		c.closed = true
+		if c.identity != "" {
+			decrement(c.all.identified, c.identity)
+		} else {
+			decrement(c.all.unidentified, c.from)
+		}
+	}
+	c.all.mu.Unlock()
+	return c.Conn.Close()
+}
+
+func decrement(m map[string]int, key string) {
 	if m[key]--; m[key] <= 0 {
 		delete(m, key)
 	}
 }
 
-// of counts the connection for an identity, from its first request on. It returns an
-// error if the identity has as many as it may.
-func (c *connection) of(identity string, most int) error {
-	if c == nil {
-		return nil // on the admin socket, or in this process
+// connectionKey is the context key of a request's *connection.
+type connectionKey struct{}
+
+// OnConnection returns the context of a new connection's requests, for [Identified].
+func OnConnection(ctx context.Context, c net.Conn) context.Context {
+	for {
+		if counted, ok := c.(*connection); ok {
+			return context.WithValue(ctx, connectionKey{}, counted)
+		}
+		wrapper, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			return ctx
+		}
+		c = wrapper.NetConn()
+	}
+}
+
+// Identified counts a request's connection as one of identity, from its first
+// authenticated request on. The error is an [*Exceeded] if the identity has limit
+// connections open already. Requests over connections that are not counted, as those of
+// the admin socket, are never refused.
+func Identified(ctx context.Context, identity string, limit int) error {
+	c, ok := ctx.Value(connectionKey{}).(*connection)
+	if !ok {
+		return nil
 	}
 	c.all.mu.Lock()
 	defer c.all.mu.Unlock()
-	// Requests of HTTP/2 may outlive their connection, which is not counted any more.
+	// An HTTP/2 request may outlive its connection, which is not counted any more.
 	if c.identity != "" || c.closed {
 		return nil
 	}
-	if c.all.known[identity] >= most {
-		c.all.refused.Inc()
-		return &tooMany{after: time.Second, connections: most}
+	if c.all.identified[identity] >= limit {
+		c.all.Refused.Inc()
+		return &Exceeded{RetryAfter: time.Second, Connections: limit}
 	}
 	c.identity = identity
-	c.all.known[identity]++
-	less(c.all.unknown, c.from)
+	c.all.identified[identity]++
+	decrement(c.all.unidentified, c.from)
 	return nil
 }

@@ -1,7 +1,10 @@
-package server
+// Package ratelimit bounds how often each caller may send requests, and how many
+// connections each may have open.
+package ratelimit
 
 import (
 	"container/list"
+	"fmt"
 	"sync"
 	"time"
 
@@ -10,88 +13,104 @@ import (
 	"github.com/ctrlplane/pilot/copilot/policy"
 )
 
-// maxCallers is how many identities are counted separately; those that were not
-// heard of for longest are forgotten, and begin anew.
+// maxCallers is how many callers are counted separately. Those that have been silent
+// for longest are forgotten, and begin again.
 const maxCallers = 16384
 
-// limits bounds how often each identity may ask. It is safe for concurrent use.
-type limits struct {
+// Exceeded is the error of a request, or of a connection, that is over its limit.
+type Exceeded struct {
+	// RetryAfter is how long the caller should wait.
+	RetryAfter time.Duration
+	// Connections is how many the caller has open, if there are too many of those.
+	Connections int
+}
+
+func (e *Exceeded) Error() string {
+	if e.Connections > 0 {
+		return fmt.Sprintf("too many connections: %d are open, which is the limit: use one for several requests, or set connections in a limit of the policy", e.Connections)
+	}
+	return fmt.Sprintf("too many requests: try again in %s", e.RetryAfter.Round(time.Millisecond))
+}
+
+// Requests bounds how often each caller may send requests. The zero value is ready to
+// use, and safe for concurrent use.
+type Requests struct {
 	mu     sync.Mutex
 	by     map[string]*list.Element
-	recent list.List // of *caller, the most recent first
+	recent list.List // of *bucket, the most recent first
 }
 
-type caller struct {
+type bucket struct {
 	who    string
-	bucket *rate.Limiter
-	policy *policy.Policy // that bucket was made by
+	tokens *rate.Limiter
+	policy *policy.Policy // that tokens was made by
 }
 
-// take takes one request of who's, and returns 0, or how long to wait.
-func (l *limits) take(who string, p *policy.Policy) time.Duration {
+// Take counts a request against a caller's limit in the policy. The error is an
+// [*Exceeded].
+func (l *Requests) Take(who string, p *policy.Policy) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c := l.caller(who)
-	if c.policy != p {
+	b := l.bucket(who)
+	if b.policy != p {
 		perSecond, burst := p.Limit(who)
-		if c.bucket == nil || float64(c.bucket.Limit()) != perSecond || c.bucket.Burst() != burst {
-			c.bucket = rate.NewLimiter(rate.Limit(perSecond), burst)
+		if b.tokens == nil || float64(b.tokens.Limit()) != perSecond || b.tokens.Burst() != burst {
+			b.tokens = rate.NewLimiter(rate.Limit(perSecond), burst)
 		}
-		c.policy = p
+		b.policy = p
 	}
-	return c.take()
+	return b.take()
 }
 
-// take takes one request, and returns 0, or how long to wait.
-func (c *caller) take() time.Duration {
-	r := c.bucket.Reserve()
+// TakeAt is [Requests.Take] with a given limit. All calls for one Requests are either
+// Take or TakeAt.
+func (l *Requests) TakeAt(who string, perSecond float64, burst int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b := l.bucket(who)
+	if b.tokens == nil {
+		b.tokens = rate.NewLimiter(rate.Limit(perSecond), burst)
+	}
+	return b.take()
+}
+
+func (b *bucket) take() error {
+	r := b.tokens.Reserve()
 	if after := r.Delay(); after > 0 {
 		r.Cancel()
-		return after
+		return &Exceeded{RetryAfter: after}
 	}
-	return 0
+	return nil
 }
 
-// takeAt is take with a rate of its own. A limits has either callers with rates of
-// their own or those with the policy's.
-func (l *limits) takeAt(who string, perSecond float64, burst int) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	c := l.caller(who)
-	if c.bucket == nil {
-		c.bucket = rate.NewLimiter(rate.Limit(perSecond), burst)
-	}
-	return c.take()
-}
-
-// exhausted returns how long to wait where who has no request left, and 0 where it
-// has, which it leaves there.
-func (l *limits) exhausted(who string) time.Duration {
+// Check returns the error of [Requests.Take] for a caller that has no request left,
+// without counting one.
+func (l *Requests) Check(who string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	el, ok := l.by[who]
 	if !ok {
-		return 0
+		return nil
 	}
-	bucket := el.Value.(*caller).bucket
-	if bucket == nil || bucket.Tokens() >= 1 {
-		return 0
+	tokens := el.Value.(*bucket).tokens
+	if tokens == nil || tokens.Tokens() >= 1 {
+		return nil
 	}
-	return time.Duration((1 - bucket.Tokens()) / float64(bucket.Limit()) * float64(time.Second))
+	return &Exceeded{RetryAfter: time.Duration((1 - tokens.Tokens()) / float64(tokens.Limit()) * float64(time.Second))}
 }
 
-func (l *limits) caller(who string) *caller {
+func (l *Requests) bucket(who string) *bucket {
 	if el, ok := l.by[who]; ok {
 		l.recent.MoveToFront(el)
-		return el.Value.(*caller)
+		return el.Value.(*bucket)
 	}
 	if l.by == nil {
 		l.by = make(map[string]*list.Element)
 	}
-	c := &caller{who: who}
-	l.by[who] = l.recent.PushFront(c)
+	b := &bucket{who: who}
+	l.by[who] = l.recent.PushFront(b)
 	if l.recent.Len() > maxCallers {
-		delete(l.by, l.recent.Remove(l.recent.Back()).(*caller).who)
+		delete(l.by, l.recent.Remove(l.recent.Back()).(*bucket).who)
 	}
-	return c
+	return b
 }
