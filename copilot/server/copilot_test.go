@@ -215,7 +215,7 @@ func TestNoAudit(t *testing.T) {
 
 func TestRefusedAddresses(t *testing.T) {
 	for address, want := range map[string]string{
-		"0.0.0.0:1": "other machines reach this", "[::]:1": "other machines", "example.com:1": "other machines",
+		"0.0.0.0:1": "other machines can connect", "[::]:1": "other machines", "example.com:1": "other machines",
 		"127.0.0.1:1": "every user of this machine", "unix://relative": "absolute path", "nonsense": "neither",
 	} {
 		err := server.Serve(t.Context(), server.Config{Dir: t.TempDir(), Listen: []string{address}})

@@ -60,7 +60,7 @@ func (b *broker) awaitOpen(ctx context.Context, conf Config) error {
 			return err
 		}
 		if b.opened.Load() {
-			logrus.Info("the database can be used: ready")
+			logrus.Info("the database is available: ready")
 			daemon.SdNotify(false, "STATUS=")
 			return nil
 		}

@@ -25,7 +25,7 @@ const (
 	renewBurst    = 3
 )
 
-var errNoNodeCA = errors.New("this broker renews no certificates, since it has no node-ca: run \"copilot certs renew\" on its machine with a copy of the certificate, or see \"Renew by themselves\" in docs/copilot.md")
+var errNoNodeCA = errors.New("this broker does not renew certificates, since node-ca is not set: run \"copilot certs renew\" on its machine with a copy of the certificate, or see \"Renew by themselves\" in docs/copilot.md")
 
 // renewed is the answer to a client whose certificate was renewed.
 type renewed struct {
@@ -35,7 +35,7 @@ type renewed struct {
 
 // renew issues a client another certificate for the same identity and for the key of its
 // request, as long as that identity may use a KEK. No KEK may be revoked for it: an
-// identity that was suspected once must not stay forever.
+// identity that was suspected once must not get certificates forever.
 func (a *api) renew(r *http.Request, e *auditing.Entry) (any, error) {
 	if a.nodeCA == nil {
 		return nil, errNoNodeCA
@@ -94,7 +94,7 @@ type nodeCA struct {
 	trusted           string // tls-client-ca
 }
 
-// newNodeCA returns the CA that the configuration names, or nil if it names none.
+// newNodeCA returns the configured CA, or nil if there is none.
 func newNodeCA(conf Config) (*nodeCA, error) {
 	if conf.NodeCA == "" {
 		return nil, nil
@@ -116,7 +116,7 @@ func (n *nodeCA) load() (*pki.CA, error) {
 		return nil, err
 	}
 	if mode := info.Mode().Perm(); mode&0o027 != 0 {
-		return nil, fmt.Errorf("%s can be read by others (mode %04o): chmod 0600 it, and if others could have read it, make a new CA (\"copilot certs node-ca\")", n.keyFile, mode)
+		return nil, fmt.Errorf("%s is readable by others (mode %04o): chmod 0600 it, and if others may have read it, create a new CA (\"copilot certs node-ca\")", n.keyFile, mode)
 	}
 	ca, err := pki.LoadFiles(n.certFile, n.keyFile)
 	if err == nil && ca.TrustDomain() == "" {

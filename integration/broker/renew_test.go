@@ -47,7 +47,7 @@ func TestNodeRenews(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a", "team-b")
 	cert, key := b.Enroll(t, "worker-1", "--for", "30d")
-	harness.ExpectFailure(t, renew(t, b, cert, key), "this broker renews no certificates", "copilot certs renew")
+	harness.ExpectFailure(t, renew(t, b, cert, key), "this broker does not renew certificates", "copilot certs renew")
 
 	harness.Output(t, harness.Command(t, "copilot", "certs", "node-ca", "--config-dir", b.Dir))
 	renews(t, b, "node-ca.pem", "node-ca-key.pem")
@@ -458,7 +458,7 @@ func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
 	if err := os.Chmod(b.Dir+"/node-ca-key.pem", 0o644); err != nil {
 		t.Fatal(err)
 	}
-	harness.ExpectFailure(t, serve(), "node-ca", "can be read by others")
+	harness.ExpectFailure(t, serve(), "node-ca", "is readable by others")
 }
 
 // TestPilotRenews leaves pilot alone with a certificate that ends soon, for longer than
