@@ -117,7 +117,6 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Before any layer is unpacked: to listen takes a umask for a moment.
 	ready := func(ctx context.Context) error { return answers(ctx, conns) }
 	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
 		return err
