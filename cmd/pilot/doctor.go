@@ -120,10 +120,10 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderNames = conf.ProviderName
-	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, string(conf.BrokerCA), string(conf.BrokerCert)
+	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, conf.BrokerCA, conf.BrokerCert
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
-	d.DecryptionKeysPath = string(conf.DecryptionKeys)
+	d.DecryptionKeysPath = conf.DecryptionKeys
 	d.Containerd = string(conf.Containerd)
 	d.CRIO = c.String("crio")
 	if d.CRIO == "" && node.PullsWithCRIO(node.Options{ContainerdBinary: d.ContainerdBinary, ContainerdConfig: d.ContainerdConfig}) {

@@ -20,7 +20,7 @@ func init() {
 		conf := defaults()
 		var options []man.Option
 		for _, s := range settings {
-			options = append(options, man.Option{Name: s.name, Usage: s.usage, Default: s.value(&conf).String()})
+			options = append(options, man.Option{Name: s.name, Usage: s.usage, Default: s.text(&conf)})
 		}
 		err = man.WriteSettings(os.Stdout, options)
 	} else {

@@ -87,7 +87,7 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 	warn := func(conf configuration, err error) {
 		if text := err.Error(); text != warned || time.Since(warnedAt) > 24*time.Hour {
 			warned, warnedAt = text, time.Now()
-			logrus.WithError(err).WithField("certificate", string(conf.BrokerCert)).Warn("broker-cert not renewed: tried again until it expires")
+			logrus.WithError(err).WithField("certificate", conf.BrokerCert).Warn("broker-cert not renewed: tried again until it expires")
 		}
 	}
 	early := 0.0
@@ -102,11 +102,11 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 		if conf.BrokerCert == "" {
 			continue
 		}
-		if err := certfile.CompletePair(string(conf.BrokerCert), string(conf.BrokerKey)); err != nil {
+		if err := certfile.CompletePair(conf.BrokerCert, conf.BrokerKey); err != nil {
 			warn(conf, err)
 			continue // nothing could be written now, either
 		}
-		pair, err := certfile.Load(string(conf.BrokerCert), string(conf.BrokerKey))
+		pair, err := certfile.Load(conf.BrokerCert, conf.BrokerKey)
 		if err != nil {
 			continue // each connection reports it
 		}
@@ -146,6 +146,6 @@ func (c *configuration) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	logrus.WithFields(logrus.Fields{"certificate": string(c.BrokerCert), "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
+	logrus.WithFields(logrus.Fields{"certificate": c.BrokerCert, "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
 	return nil
 }

@@ -242,8 +242,8 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	s := grpc.NewServer(grpc.ConnectionTimeout(connectWithin), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
-		Layers:             int(c.LayersAtOnce),
-		DecryptionKeysPath: string(c.DecryptionKeys),
+		Layers:             c.LayersAtOnce,
+		DecryptionKeysPath: c.DecryptionKeys,
 		Metrics:            metrics,
 	}))
 	return s, nil
@@ -254,11 +254,11 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	clients, err := certfile.LoadAuthorities(string(c.TLSClientCA))
+	clients, err := certfile.LoadAuthorities(c.TLSClientCA)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: CA of the clients: %w", err)
 	}
-	conf, err := certfile.Server(string(c.TLSCert), string(c.TLSKey), clients, false)
+	conf, err := certfile.Server(c.TLSCert, c.TLSKey, clients, false)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
