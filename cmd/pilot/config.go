@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -78,7 +78,7 @@ func defaults() configuration {
 // configFlags returns the flags that loadConfiguration reads.
 func configFlags() []cli.Flag {
 	flags := []cli.Flag{
-		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", EnvVars: []string{"PILOT_CONFIG"}},
+		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
 		&cli.BoolFlag{Name: "original-defaults", Usage: "answer as the original pilot did: on 127.0.0.1:50051, with its variables and defaults"},
 	}
 	conf := defaults()
@@ -90,7 +90,7 @@ func configFlags() []cli.Flag {
 
 // loadConfiguration returns the configuration: the defaults, changed by the
 // file, changed by variables, changed by flags.
-func loadConfiguration(c *cli.Context) (configuration, error) {
+func loadConfiguration(c *cli.Command) (configuration, error) {
 	conf := defaults()
 	if c.Bool("original-defaults") {
 		if err := originalDefaults(&conf, os.Getenv); err != nil {

@@ -7,7 +7,7 @@ import (
 	"sync"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/keyprovider"
 )
@@ -79,7 +79,7 @@ func (r *reloadable) UnwrapKey(ctx context.Context, input []byte) ([]byte, error
 
 // onHangup reads the configuration of the command c again on each SIGHUP, until
 // ctx is done.
-func (r *reloadable) onHangup(ctx context.Context, c *cli.Context, hangup <-chan os.Signal) {
+func (r *reloadable) onHangup(ctx context.Context, c *cli.Command, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-hangup:
@@ -91,7 +91,7 @@ func (r *reloadable) onHangup(ctx context.Context, c *cli.Context, hangup <-chan
 }
 
 // reload reads the configuration again. One that can't be used changes nothing.
-func (r *reloadable) reload(ctx context.Context, c *cli.Context) {
+func (r *reloadable) reload(ctx context.Context, c *cli.Command) {
 	was := r.configuration()
 	conf, err := loadConfiguration(c)
 	var late []string

@@ -9,7 +9,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 	"math/rand/v2"
 	"os"
 	"os/signal"
@@ -34,7 +34,7 @@ Example:
 	Action: renew,
 }
 
-func renew(c *cli.Context) error {
+func renew(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func renew(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	cert, err := client.RenewCertificate(ctx)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -62,7 +62,7 @@ const (
 	diffSocket        = "diff"
 )
 
-func serve(c *cli.Context) error {
+func serve(ctx context.Context, c *cli.Command) error {
 	if c.NArg() > 0 {
 		return exit.Usagef("serve takes no argument, and got %q", c.Args().First())
 	}
@@ -72,7 +72,7 @@ func serve(c *cli.Context) error {
 	}
 	registry := newRegistry()
 	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
-	if err := provider.use(c.Context, conf); err != nil {
+	if err := provider.use(ctx, conf); err != nil {
 		return err
 	}
 	registry.MustRegister(status.Certificates("pilot_cert_not_after_seconds", provider.certificates))
@@ -80,7 +80,7 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	stopTracing, err := tracing.Start(c.Context, "pilot")
+	stopTracing, err := tracing.Start(ctx, "pilot")
 	if err != nil {
 		return exit.UsageError(err)
 	}
@@ -90,7 +90,7 @@ func serve(c *cli.Context) error {
 		return fmt.Errorf("sockets from systemd: %w", err)
 	}
 
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)

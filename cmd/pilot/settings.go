@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 )
 
 // setting is a field of [configuration], which is set in pilot.toml, by a variable or
@@ -37,9 +37,9 @@ func (s setting) env() string {
 
 func (s setting) flag(conf *configuration) cli.Flag {
 	if _, ok := s.pointer(conf).(*bool); ok {
-		return &cli.BoolFlag{Name: s.name, Usage: s.usage, EnvVars: []string{s.env()}}
+		return &cli.BoolFlag{Name: s.name, Usage: s.usage, Sources: cli.EnvVars(s.env())}
 	}
-	return &cli.StringFlag{Name: s.name, Usage: s.usage, EnvVars: []string{s.env()}, DefaultText: s.text(conf)}
+	return &cli.StringFlag{Name: s.name, Usage: s.usage, Sources: cli.EnvVars(s.env()), DefaultText: s.text(conf)}
 }
 
 // unsetEmptyVariables unsets variables that are empty, which in a unit or a manifest
