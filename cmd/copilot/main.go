@@ -25,7 +25,7 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1
 	}
-	return commandline.Run(newApp())
+	return commandline.RunV2(newApp())
 }
 
 func newApp() *cli.App {
@@ -39,7 +39,7 @@ request down. "copilot init" makes a configuration to start from.`,
 		Commands: []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, storeCommand, policyCommand, auditCommand},
 	}
 	withoutHelpCommands(app.Commands)
-	return commandline.Complete(app)
+	return commandline.CompleteV2(app)
 }
 
 // withoutHelpCommands has commands take "h" and "help" for what they are given, such

@@ -25,9 +25,21 @@ func FromV2(commands []*v2.Command, above ...string) []Command {
 	return list
 }
 
-// FromV3 returns one command, named with those above it.
-func FromV3(c *v3.Command, name string) Command {
-	return Command{name, strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)}
+// FromV3 is FromV2 for urfave/cli v3.
+func FromV3(commands []*v3.Command, above ...string) []Command {
+	var list []Command
+	for _, c := range commands {
+		if c.Hidden || c.Name == "help" {
+			continue
+		}
+		name := append(above[:len(above):len(above)], c.Name)
+		if len(c.Commands) > 0 {
+			list = append(list, FromV3(c.Commands, name...)...)
+			continue
+		}
+		list = append(list, Command{strings.Join(name, " "), strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)})
+	}
+	return list
 }
 
 // flag is what both versions' flags have.
@@ -36,6 +48,7 @@ type flag interface {
 	TakesValue() bool
 	GetUsage() string
 	GetDefaultText() string
+	GetValue() string
 	GetEnvVars() []string
 }
 
@@ -55,7 +68,11 @@ func options[F any](flags []F) []Option {
 			if m := emphasis.FindStringSubmatch(o.Usage); m != nil {
 				o.Value = m[1]
 			}
-			o.Default = strings.Trim(f.GetDefaultText(), `"`)
+			o.Default = f.GetDefaultText()
+			if o.Default == "" { // in v3, where a value is the default
+				o.Default = f.GetValue()
+			}
+			o.Default = strings.Trim(o.Default, `"`)
 		}
 		list = append(list, o)
 	}
