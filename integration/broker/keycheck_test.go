@@ -50,7 +50,7 @@ func TestKeysCheck(t *testing.T) {
 		t.Errorf("audit log:\n%s", log)
 	}
 	out := harness.Output(t, keys("show", "team-b"))
-	for _, want := range []string{"team-b, in transit\n", "vault-transit, path team-b\n", "never given out", `"copilot keys check team-b"`} {
+	for _, want := range []string{"team-b, in transit\n", "vault-transit, path team-b\n", "never exported", `"copilot keys check team-b"`} {
 		if !strings.Contains(out, want) {
 			t.Errorf("show lacks %q:\n%s", want, out)
 		}
