@@ -76,7 +76,7 @@ func request(t *testing.T, url, method, path, body string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// TestClient asks a real broker for what it was given.
+// TestClient gets KEKs from a real broker, and wraps and unwraps with them.
 func TestClient(t *testing.T) {
 	dir := t.TempDir()
 	key := []byte("0123456789abcdef0123456789abcdef")
@@ -145,7 +145,7 @@ func TestClient(t *testing.T) {
 		method, path, body string
 		status             int
 	}{
-		{"POST", "/api/v2/keks", `{"id":"evil"}`, 403}, // for who may admin
+		{"POST", "/api/v2/keks", `{"id":"evil"}`, 403}, // admins only
 		{"POST", "/api/v2/keks/team-a/rotate", "", 403},
 		{"DELETE", "/api/v2/keks/team-a", "", 404},
 		{"GET", "/api/v2/keks/team-a/key?version=x", "", 400},  //

@@ -14,7 +14,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
-// TestTurns has clients wait for their turn, of which one gives up.
+// TestTurns has clients wait for their turn. One gives up.
 func TestTurns(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	pair := ca.Issue(t, x509.Certificate{})
@@ -66,17 +66,17 @@ func TestTurns(t *testing.T) {
 	impatient.Close()
 	<-turns.slots
 	if f := <-failures; !errors.Is(f.Err, ErrOverload) || f.Denied {
-		t.Errorf("who gave up was worked on: %+v", f)
+		t.Errorf("the client that gave up had a turn: %+v", f)
 	}
 	if err := <-said; err != nil {
-		t.Errorf("who waited: %v", err)
+		t.Errorf("the client that waited: %v", err)
 	}
 	(<-accepted).Close()
 	if len(turns.slots) != cap(turns.slots)-1 {
 		t.Errorf("%d turns are taken", len(turns.slots))
 	}
 
-	// Nobody is done in time.
+	// No turn ends in time.
 	turns.slots <- struct{}{}
 	_, said = client()
 	if f := <-failures; !errors.Is(f.Err, ErrOverload) {
