@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"reflect"
@@ -98,7 +99,7 @@ func (l *listener) deliver(r result) bool {
 func (l *listener) handshake(c *turn) {
 	c.SetDeadline(time.Now().Add(timeout))
 	conn := tls.Server(c, l.conf)
-	err := conn.HandshakeContext(l.ctx)
+	err := l.do(conn)
 	if err == nil {
 		c.SetDeadline(time.Time{})
 		if !l.deliver(result{conn: conn}) {
@@ -113,6 +114,17 @@ func (l *listener) handshake(c *turn) {
 	if l.ctx.Err() == nil {
 		l.failed(Failure{c.RemoteAddr().String(), err, denied(err, c.answered.Load())})
 	}
+}
+
+// do returns a panic as an error, as net/http does: strange certificates made crypto/x509
+// panic before (CVE-2024-24783).
+func (l *listener) do(conn *tls.Conn) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	return conn.HandshakeContext(l.ctx)
 }
 
 var errHTTP = errors.New("client sent an HTTP request to an HTTPS server")

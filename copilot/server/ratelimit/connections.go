@@ -2,6 +2,7 @@ package ratelimit
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -16,6 +17,9 @@ import (
 // share one address.
 const maxUnidentified = 4096
 
+// ErrUnidentified is the error of reading from a connection that is one too many.
+var ErrUnidentified = fmt.Errorf("too many connections from one address: %d are open without an authenticated request", maxUnidentified)
+
 // Connections bounds how many connections each caller has open, so that no caller uses
 // up all files and memory. It is safe for concurrent use.
 type Connections struct {
@@ -28,7 +32,7 @@ type Connections struct {
 }
 
 // Listener returns a listener of l's connections, which counts them. One too many is
-// closed: reading from it returns an [*Exceeded].
+// closed, and reading from it returns [ErrUnidentified].
 func (all *Connections) Listener(l net.Listener) net.Listener { return listener{l, all} }
 
 type listener struct {
@@ -79,7 +83,7 @@ func (c *connection) NetConn() net.Conn { return c.Conn }
 
 func (c *connection) Read(b []byte) (int, error) {
 	if c.refused {
-		return 0, &Exceeded{RetryAfter: time.Second, Connections: maxUnidentified}
+		return 0, ErrUnidentified
 	}
 	return c.Conn.Read(b)
 }

@@ -55,7 +55,7 @@ func TestUnidentifiedConnectionOverTheLimitIsClosed(t *testing.T) {
 	all := &Connections{Refused: prometheus.NewCounter(prometheus.CounterOpts{})}
 	from := pipe(t, all).from
 	all.unidentified[from] = maxUnidentified
-	if _, err := pipe(t, all).Read(make([]byte, 1)); !errors.As(err, new(*Exceeded)) {
+	if _, err := pipe(t, all).Read(make([]byte, 1)); !errors.Is(err, ErrUnidentified) {
 		t.Errorf("read: %v", err)
 	}
 }
