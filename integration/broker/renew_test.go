@@ -232,7 +232,7 @@ func hostileRequests(t *testing.T, b *harness.TLSBroker) {
 		"somebody else's key": {encoded("CERTIFICATE REQUEST", forged), 400, "bad certificate signing request"},
 		"no request":          {encoded("CERTIFICATE", harness.Certificate(t, b.Dir+"/admin.pem").Raw), 400, "no certificate signing request"},
 		"nothing":             {"", 400, "no certificate signing request"},
-		"large":               {encoded("CERTIFICATE REQUEST", make([]byte, 20<<10)), 400, "at most 16384"},
+		"large":               {encoded("CERTIFICATE REQUEST", make([]byte, 20<<10)), 400, "the limit is 16384"},
 		"giant":               {strings.Repeat("A", 200<<10), 413, ""},
 		"a giant RSA key":     {encoded("CERTIFICATE REQUEST", giantRSA(t)), 400, "bits"},
 	} {
