@@ -3,7 +3,7 @@
 // its policy allows, and writes each use to an audit log.
 //
 // chain.go shows what a request passes. Each step is a package below: caller,
-// authorization, ratelimit, auditing. Then comes the keyring.
+// authorization, ratelimit, auditing. Then comes the keyring. TLS is in handshake.
 package server
 
 import (
