@@ -41,7 +41,7 @@ const (
 
 // configuration returns the defaults, changed by the file, changed by flags.
 func configuration(c *cli.Context) (server.Config, error) {
-	conf := server.Config{Dir: defaultDir}
+	conf := server.Config{Dir: defaultDir, KMS: kmsTypes()}
 	name := c.String("config")
 	required := name != ""
 	if !required {

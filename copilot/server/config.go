@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
@@ -62,6 +63,9 @@ type Config struct {
 	Issuers map[string]Issuer `toml:"issuers"`
 	// Backends are KMSs by name: a type, and the settings of that type.
 	Backends map[string]map[string]any `toml:"backends"`
+	// KMS are the types that Backends may have. The program that makes the server says
+	// which those are.
+	KMS kms.Types `toml:"-"`
 	// KEKs that live in backends.
 	KEKs map[string]KEKConfig `toml:"keks"`
 }

@@ -60,7 +60,7 @@ func newKeyring(conf Config, store *keystore.Store, log *audit.Log, m *metrics) 
 		}
 	}()
 	for name, settings := range conf.Backends {
-		if r.backends[name], err = openBackend(settings); err != nil {
+		if r.backends[name], err = openBackend(conf.KMS, settings); err != nil {
 			delete(r.backends, name)
 			return nil, exit.Usagef("backends.%s: %w", name, err)
 		}
@@ -78,14 +78,14 @@ func (r *keyring) close() error {
 	return errors.Join(errs...)
 }
 
-func openBackend(settings map[string]any) (kms.Backend, error) {
+func openBackend(types kms.Types, settings map[string]any) (kms.Backend, error) {
 	kind, ok := settings["type"].(string)
 	if !ok {
 		return nil, errors.New("type says what it is")
 	}
 	rest := maps.Clone(settings)
 	delete(rest, "type")
-	return kms.Open(kind, func(v any) error {
+	return types.Open(kind, func(v any) error {
 		b, err := toml.Marshal(rest)
 		if err != nil {
 			return err

@@ -1,6 +1,6 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+package pkcs11
 
 import (
 	"errors"
@@ -9,6 +9,8 @@ import (
 	"sync"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
 // hsmConn is a login to a token, with its sessions. It is closed when it
@@ -49,15 +51,15 @@ func (m *hsmModule) logIn(label, serial, pin string) (*hsmConn, error) {
 	// A token counts wrong PINs, and locks itself permanently.
 	switch {
 	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
-		err = fmt.Errorf("%w: its PIN is locked: the security officer has to unlock it", ErrForbidden)
+		err = fmt.Errorf("%w: its PIN is locked: the security officer has to unlock it", kms.ErrForbidden)
 	case flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
-		err = fmt.Errorf("%w: one more wrong PIN would lock it, so none is tried: log in with another program once, with the right one", ErrForbidden)
+		err = fmt.Errorf("%w: one more wrong PIN would lock it, so none is tried: log in with another program once, with the right one", kms.ErrForbidden)
 	default:
 		if err = c.Login(c.login, pkcs11.CKU_USER, pin); errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
 			err = nil // by a connection that calls are still in
 		}
 		if refusesPIN(err) {
-			err = &pinError{fmt.Errorf("%w: it does not accept the PIN (%s)", ErrForbidden, hsmCode(err))}
+			err = &pinError{fmt.Errorf("%w: it does not accept the PIN (%s)", kms.ErrForbidden, hsmCode(err))}
 		} else if err != nil {
 			err = hsmError("log in", err)
 		}
@@ -100,11 +102,11 @@ func (c *hsmConn) findToken() (flags uint, err error) {
 	}
 	switch {
 	case found > 1:
-		return 0, fmt.Errorf("%w: %d tokens have this label: set serial, too", ErrUnavailable, found)
+		return 0, fmt.Errorf("%w: %d tokens have this label: set serial, too", kms.ErrUnavailable, found)
 	case found == 0 && len(others) > 0:
-		return 0, fmt.Errorf("%w: no such token: the module has only %s", ErrUnavailable, strings.Join(others, ", "))
+		return 0, fmt.Errorf("%w: no such token: the module has only %s", kms.ErrUnavailable, strings.Join(others, ", "))
 	case found == 0:
-		return 0, fmt.Errorf("%w: no such token: the module has none", ErrUnavailable)
+		return 0, fmt.Errorf("%w: no such token: the module has none", kms.ErrUnavailable)
 	}
 	return flags, nil
 }
@@ -120,7 +122,7 @@ func (c *hsmConn) present() error {
 		err = pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT)
 	}
 	if err != nil {
-		return &lostError{err: fmt.Errorf("%w: the token is gone: %s", ErrUnavailable, hsmCode(err))}
+		return &lostError{err: fmt.Errorf("%w: the token is gone: %s", kms.ErrUnavailable, hsmCode(err))}
 	}
 	return nil
 }
@@ -203,10 +205,10 @@ func hsmError(doing string, err error) error {
 	if !ok {
 		return err
 	}
-	sentinel := ErrUnavailable
+	sentinel := kms.ErrUnavailable
 	switch code {
 	case pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_ACTION_PROHIBITED:
-		sentinel = ErrForbidden
+		sentinel = kms.ErrForbidden
 	}
 	err = fmt.Errorf("%w: %s: %s", sentinel, doing, hsmCode(err))
 	switch code {

@@ -1,6 +1,6 @@
 //go:build !no_vault
 
-package kms_test
+package vault_test
 
 import (
 	"bytes"
@@ -24,6 +24,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/vault"
 )
 
 const vaultToken = "hvs.secret-token"
@@ -32,7 +33,7 @@ var vaultKey = bytes.Repeat([]byte{0x5a, 0xfe}, 16)
 
 // openTOML opens a backend with settings as in the broker's configuration.
 func openTOML(kind, settings string) (kms.Backend, error) {
-	return kms.Open(kind, func(v any) error {
+	return vault.Types().Open(kind, func(v any) error {
 		return toml.NewDecoder(strings.NewReader(settings)).DisallowUnknownFields().Decode(v)
 	})
 }

@@ -1,6 +1,6 @@
 //go:build !no_gcpkms
 
-package kms_test
+package gcpkms_test
 
 import (
 	"bytes"
@@ -34,6 +34,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/gcpkms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
@@ -188,12 +189,12 @@ func TestGCP(t *testing.T) {
 	account := serviceAccount(t)
 	open := func(address string) kms.Wrapper {
 		t.Helper()
-		b, err := kms.Open("gcp-kms", kmstest.Settings(fmt.Sprintf("endpoint = 'https://%s'\ncredentials-file = '%s'", address, account)))
+		b, err := gcpkms.Types().Open("gcp-kms", kmstest.Settings(fmt.Sprintf("endpoint = 'https://%s'\ncredentials-file = '%s'", address, account)))
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { b.Close() })
-		kms.AddGoogleOption(b, option.WithGRPCDialOption(grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: ca.Pool()}))))
+		gcpkms.AddOption(b, option.WithGRPCDialOption(grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: ca.Pool()}))))
 		return b.(kms.Wrapper)
 	}
 	w := open(l.Addr().String())
@@ -249,4 +250,14 @@ func TestGCP(t *testing.T) {
 	g.mu.Unlock()
 	kmstest.TimesOut(t, "hangs", w, googleKeys+"a")
 	kmstest.Unavailable(t, "down", open(kmstest.ClosedPort(t)), googleKeys+"a")
+}
+
+func TestGCPSettings(t *testing.T) {
+	for settings, want := range map[string]string{
+		"":                                  "",
+		`endpoint = "http://127.0.0.1:1"`:   "it is not https://HOST",
+		`credentials-file = "/nonexistent"`: "/nonexistent",
+	} {
+		kmstest.Opens(t, gcpkms.Types(), "gcp-kms", settings, want)
+	}
 }

@@ -1,6 +1,6 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+package pkcs11
 
 import (
 	"context"
@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
 // Rotate makes the version after the highest one. The key has another label
@@ -35,7 +37,7 @@ func (h *hsm) Rotate(ctx context.Context, path string) (int, error) {
 			return version, err
 		}
 	}
-	return 0, fmt.Errorf("key %q in %s: %w: other brokers rotate it all the time", path, h.settings, ErrUnavailable)
+	return 0, fmt.Errorf("key %q in %s: %w: other brokers rotate it all the time", path, h.settings, kms.ErrUnavailable)
 }
 
 // pendingMark is in the labels of keys that are not in use yet, between the path
@@ -100,7 +102,7 @@ func (s *hsmSession) rotated(path string) ([]hsmKey, error) {
 	keys, _, err := s.find()
 	keys = slices.DeleteFunc(keys, func(k hsmKey) bool { return k.label != path && !strings.HasPrefix(k.label, path+pendingMark) })
 	if err == nil && len(keys) == 0 {
-		err = &lostError{err: ErrNotFound, old: true}
+		err = &lostError{err: kms.ErrNotFound, old: true}
 	}
 	return keys, err
 }

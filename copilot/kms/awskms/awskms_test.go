@@ -1,6 +1,6 @@
 //go:build !no_awskms
 
-package kms_test
+package awskms_test
 
 import (
 	"fmt"
@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/awskms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 )
 
@@ -21,7 +22,7 @@ func TestAWSErrors(t *testing.T) {
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 	open := func(endpoint string) kms.Wrapper {
 		t.Helper()
-		b, err := kms.Open("aws-kms", kmstest.Settings("region = 'eu-central-1'\nendpoint = '"+endpoint+"'"))
+		b, err := awskms.Types().Open("aws-kms", kmstest.Settings("region = 'eu-central-1'\nendpoint = '"+endpoint+"'"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -60,4 +61,19 @@ func TestAWSErrors(t *testing.T) {
 	down := open("http://" + kmstest.ClosedPort(t))
 	kmstest.Unavailable(t, "down", down, "alias/team-a")
 	kmstest.Refuses(t, "down", down, "alias/team-a", []byte("wrapped"), kms.ErrUnavailable)
+}
+
+func TestAWSSettings(t *testing.T) {
+	t.Setenv("AWS_REGION", "")
+	t.Setenv("AWS_CONFIG_FILE", "/dev/null")
+	for settings, want := range map[string]string{
+		`regions = "x"`:           "strict",
+		"":                        "give the region",
+		`region = "eu-central-1"`: "",
+		"region = 'r'\nendpoint = 'http://kms.example.com'": "use https",
+		"region = 'r'\nendpoint = 'kms.example.com'":        "it is not https://HOST",
+		"region = 'r'\nprofile = 'nobody'":                  "nobody",
+	} {
+		kmstest.Opens(t, awskms.Types(), "aws-kms", settings, want)
+	}
 }

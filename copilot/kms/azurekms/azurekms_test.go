@@ -1,6 +1,6 @@
 //go:build !no_azurekms
 
-package kms_test
+package azurekms_test
 
 import (
 	"bytes"
@@ -28,6 +28,7 @@ import (
 	josecipher "github.com/go-jose/go-jose/v4/cipher"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/azurekms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 )
 
@@ -157,7 +158,7 @@ func openVault(t *testing.T, server *httptest.Server, address, algorithm string,
 		return new(net.Dialer).DialContext(ctx, network, address)
 	}
 	t.Cleanup(transport.CloseIdleConnections)
-	b, err := kms.NewAzure("https://"+vaultHost, algorithm, credential, &http.Client{Transport: transport})
+	b, err := azurekms.New("https://"+vaultHost, algorithm, credential, &http.Client{Transport: transport})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,4 +268,15 @@ func TestAzureSaysWhy(t *testing.T) {
 	check(10*time.Minute, 1, wrap)
 	v.pause, v.then = "", true
 	check(5*time.Second, 2, unwrap)
+}
+
+func TestAzureSettings(t *testing.T) {
+	for settings, want := range map[string]string{
+		"": "give the URL of the vault",
+		`vault-url = "http://team.vault.azure.net"`:                        "use https",
+		"vault-url = 'https://team.vault.azure.net'\nalgorithm = 'RSA1_5'": "RSA1_5",
+		`vault-url = "https://team.vault.azure.net"`:                       "",
+	} {
+		kmstest.Opens(t, azurekms.Types(), "azure-key-vault", settings, want)
+	}
 }

@@ -1,6 +1,6 @@
 //go:build !no_vault
 
-package kms
+package vault
 
 import (
 	"bytes"
@@ -16,9 +16,9 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-)
 
-func init() { types["vault-kv"] = openVaultKV }
+	"github.com/ctrlplane/pilot/copilot/kms"
+)
 
 type vaultKVSettings struct {
 	vaultSettings
@@ -42,7 +42,7 @@ type vaultKV struct {
 // rotatingVaultKV may also make new versions.
 type rotatingVaultKV struct{ vaultKV }
 
-func openVaultKV(settings Settings) (Backend, error) {
+func openVaultKV(settings kms.Settings) (kms.Backend, error) {
 	var s vaultKVSettings
 	if err := settings(&s); err != nil {
 		return nil, err
@@ -81,7 +81,7 @@ func (s kvVersion) clear() {
 	}
 }
 
-// Key implements [Giver].
+// Key implements [kms.Giver].
 func (kv vaultKV) Key(ctx context.Context, path string, version int) ([]byte, int, error) {
 	name, err := kv.name(path)
 	if err != nil {
@@ -138,9 +138,9 @@ func (kv vaultKV) read(ctx context.Context, name string, version int) (s kvVersi
 	switch {
 	case err != nil:
 	case meta.Version < 1 || version != 0 && meta.Version != version:
-		err = fmt.Errorf("the Vault at %s: %s: %w: it answers with version %d, not %d", kv.address, r.path, ErrUnavailable, meta.Version, version)
+		err = fmt.Errorf("the Vault at %s: %s: %w: it answers with version %d, not %d", kv.address, r.path, kms.ErrUnavailable, meta.Version, version)
 	case s.Data.Data[kv.field] == nil:
-		err = fmt.Errorf("the Vault at %s: %s: version %d has no field %q: %w", kv.address, r.path, meta.Version, kv.field, ErrNotFound)
+		err = fmt.Errorf("the Vault at %s: %s: version %d has no field %q: %w", kv.address, r.path, meta.Version, kv.field, kms.ErrNotFound)
 	}
 	return s, err
 }
@@ -157,7 +157,7 @@ func (t *text) UnmarshalText(b []byte) error {
 func decodeKey(value json.RawMessage, encoding string) ([]byte, error) {
 	var s text
 	if json.Unmarshal(value, &s) != nil {
-		return nil, fmt.Errorf("%w: it is no string", ErrUnavailable)
+		return nil, fmt.Errorf("%w: it is no string", kms.ErrUnavailable)
 	}
 	if encoding == "raw" {
 		return s, nil
@@ -173,12 +173,12 @@ func decodeKey(value json.RawMessage, encoding string) ([]byte, error) {
 	}
 	if err != nil {
 		clear(key)
-		return nil, fmt.Errorf("%w: it is not encoded as %s: set encoding to what it is", ErrUnavailable, encoding)
+		return nil, fmt.Errorf("%w: it is not encoded as %s: set encoding to what it is", kms.ErrUnavailable, encoding)
 	}
 	return key, nil
 }
 
-// Rotate implements [Rotator]. It changes nothing but the field, and writes
+// Rotate implements [kms.Rotator]. It changes nothing but the field, and writes
 // only over the version that it read, so that of several calls at once each
 // makes a version of its own.
 func (kv rotatingVaultKV) Rotate(ctx context.Context, path string) (int, error) {
@@ -231,7 +231,7 @@ func (kv rotatingVaultKV) rotate(ctx context.Context, name string) (int, error) 
 		return 0, err
 	}
 	if answer.Data.Version != version+1 {
-		return 0, fmt.Errorf("the Vault at %s: %s: %w: it made version %d, not %d", kv.address, kv.dataPath(name), ErrUnavailable, answer.Data.Version, version+1)
+		return 0, fmt.Errorf("the Vault at %s: %s: %w: it made version %d, not %d", kv.address, kv.dataPath(name), kms.ErrUnavailable, answer.Data.Version, version+1)
 	}
 	return answer.Data.Version, nil
 }
@@ -275,4 +275,13 @@ func (kv rotatingVaultKV) keepsAll(ctx context.Context, name string, next int) e
 			kv.address, keeps, oldest, need+90, kv.mount, name)
 	}
 	return nil
+}
+
+// checkSize refuses what can't be an AES key.
+func checkSize(key []byte) error {
+	switch len(key) {
+	case 16, 24, 32:
+		return nil
+	}
+	return fmt.Errorf("%w: it is no AES key: %d bytes, not 32 (or 16 or 24, for the original's format only)", kms.ErrUnavailable, len(key))
 }

@@ -1,6 +1,6 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+package pkcs11
 
 import (
 	"bytes"

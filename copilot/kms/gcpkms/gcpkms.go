@@ -1,6 +1,8 @@
 //go:build !no_gcpkms
 
-package kms
+// Package gcpkms wraps with keys of Google Cloud KMS. The build tag no_gcpkms leaves it
+// out.
+package gcpkms
 
 import (
 	"bytes"
@@ -15,17 +17,19 @@ import (
 	"strconv"
 	"strings"
 
-	kms "cloud.google.com/go/kms/apiv1"
+	cloudkms "cloud.google.com/go/kms/apiv1"
 	"cloud.google.com/go/kms/apiv1/kmspb"
 	"google.golang.org/api/option"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
-func init() { types["gcp-kms"] = openGCP }
+// Types returns the types of backends that this package has.
+func Types() kms.Types { return kms.Types{"gcp-kms": open} }
 
 // gcpKMS wraps with symmetric keys of Google Cloud KMS. The path of a key is the
 // CryptoKey's resource name. Google rotates it. Its versions are the
@@ -35,7 +39,7 @@ func init() { types["gcp-kms"] = openGCP }
 type gcpKMS struct {
 	options []option.ClientOption
 	turn    chan struct{} // holds one while a call looks at client
-	client  *kms.KeyManagementClient
+	client  *cloudkms.KeyManagementClient
 }
 
 type gcpSettings struct {
@@ -50,7 +54,7 @@ var cryptoKey = regexp.MustCompile(`^projects/[^/]+/locations/[^/]+/keyRings/[^/
 // fields.
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func openGCP(settings Settings) (Backend, error) {
+func open(settings kms.Settings) (kms.Backend, error) {
 	var s gcpSettings
 	if err := settings(&s); err != nil {
 		return nil, err
@@ -95,7 +99,7 @@ func credentialsType(name string) (option.CredentialsType, error) {
 }
 
 func (b *gcpKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
-	if err := checkPlaintext(plaintext); err != nil {
+	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
 	client, err := b.connect(ctx, path)
@@ -110,14 +114,14 @@ func (b *gcpKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, 
 		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
 	})
 	if err != nil {
-		return 0, nil, gcpError(ctx, path, err, ErrUnavailable)
+		return 0, nil, gcpError(ctx, path, err, kms.ErrUnavailable)
 	}
 	if !out.VerifiedPlaintextCrc32C || !out.VerifiedAdditionalAuthenticatedDataCrc32C || out.CiphertextCrc32C.GetValue() != checksum(out.Ciphertext).Value {
-		return 0, nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, ErrUnavailable)
+		return 0, nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, kms.ErrUnavailable)
 	}
 	version, ok := googleVersion(path, out.Name)
 	if !ok {
-		return 0, nil, fmt.Errorf("key %s: %w: it does not say which version it wrapped with, but %.200q", path, ErrUnavailable, out.Name)
+		return 0, nil, fmt.Errorf("key %s: %w: it does not say which version it wrapped with, but %.200q", path, kms.ErrUnavailable, out.Name)
 	}
 	return version, append(googlePrefix(version), out.Ciphertext...), nil
 }
@@ -134,7 +138,7 @@ func googlePrefix(version int) []byte { return fmt.Appendf(nil, "v%d:", version)
 func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	ciphertext, ok := bytes.CutPrefix(wrapped, googlePrefix(version))
 	if !ok && version != 1 {
-		return nil, fmt.Errorf("key %s: %w: it is not what version %d wraps", path, ErrUnwrap, version)
+		return nil, fmt.Errorf("key %s: %w: it is not what version %d wraps", path, kms.ErrUnwrap, version)
 	}
 	client, err := b.connect(ctx, path)
 	if err != nil {
@@ -148,10 +152,10 @@ func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped [
 		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
 	})
 	if err != nil {
-		return nil, gcpError(ctx, path, err, ErrUnwrap)
+		return nil, gcpError(ctx, path, err, kms.ErrUnwrap)
 	}
 	if out.PlaintextCrc32C.GetValue() != checksum(out.Plaintext).Value {
-		return nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, ErrUnavailable)
+		return nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, kms.ErrUnavailable)
 	}
 	return out.Plaintext, nil
 }
@@ -167,12 +171,12 @@ func (b *gcpKMS) Close() error {
 
 // connect returns the client. It is made with the first call, as that may ask
 // the metadata server.
-func (b *gcpKMS) connect(ctx context.Context, path string) (*kms.KeyManagementClient, error) {
+func (b *gcpKMS) connect(ctx context.Context, path string) (*cloudkms.KeyManagementClient, error) {
 	if !cryptoKey.MatchString(path) {
-		return nil, fmt.Errorf("key %q: %w: its path is not projects/…/locations/…/keyRings/…/cryptoKeys/…", path, ErrNotFound)
+		return nil, fmt.Errorf("key %q: %w: its path is not projects/…/locations/…/keyRings/…/cryptoKeys/…", path, kms.ErrNotFound)
 	}
 	late := func() error {
-		return fmt.Errorf("key %s: %w: look for credentials: %w", path, ErrUnavailable, context.Cause(ctx))
+		return fmt.Errorf("key %s: %w: look for credentials: %w", path, kms.ErrUnavailable, context.Cause(ctx))
 	}
 	select {
 	case b.turn <- struct{}{}:
@@ -180,7 +184,7 @@ func (b *gcpKMS) connect(ctx context.Context, path string) (*kms.KeyManagementCl
 		return nil, late()
 	}
 	type made struct {
-		client *kms.KeyManagementClient
+		client *cloudkms.KeyManagementClient
 		err    error
 	}
 	done := make(chan made, 1)
@@ -188,14 +192,14 @@ func (b *gcpKMS) connect(ctx context.Context, path string) (*kms.KeyManagementCl
 		defer func() { <-b.turn }()
 		var err error
 		if b.client == nil {
-			b.client, err = kms.NewKeyManagementClient(context.Background(), b.options...)
+			b.client, err = cloudkms.NewKeyManagementClient(context.Background(), b.options...)
 		}
 		done <- made{b.client, err}
 	}()
 	select {
 	case m := <-done:
 		if m.err != nil {
-			return nil, fmt.Errorf("key %s: %w: %w", path, ErrUnavailable, m.err)
+			return nil, fmt.Errorf("key %s: %w: %w", path, kms.ErrUnavailable, m.err)
 		}
 		return m.client, nil
 	case <-ctx.Done():
@@ -210,12 +214,12 @@ func checksum(b []byte) *wrapperspb.Int64Value {
 // gcpError says what an error means to our caller. Invalid is what it means that
 // Google does not like what is in the request.
 func gcpError(ctx context.Context, path string, err, invalid error) error {
-	sentinel := ErrUnavailable
+	sentinel := kms.ErrUnavailable
 	switch s, _ := status.FromError(err); s.Code() {
 	case codes.NotFound:
-		sentinel = ErrNotFound
+		sentinel = kms.ErrNotFound
 	case codes.PermissionDenied, codes.Unauthenticated, codes.FailedPrecondition: // the last one if the version is disabled
-		sentinel = ErrForbidden
+		sentinel = kms.ErrForbidden
 	case codes.InvalidArgument:
 		sentinel = invalid
 	}

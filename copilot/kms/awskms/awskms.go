@@ -1,6 +1,7 @@
 //go:build !no_awskms
 
-package kms
+// Package awskms wraps with keys of AWS KMS. The build tag no_awskms leaves it out.
+package awskms
 
 import (
 	"context"
@@ -10,17 +11,20 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/service/kms"
+	service "github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/smithy-go"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
-func init() { types["aws-kms"] = openAWS }
+// Types returns the types of backends that this package has.
+func Types() kms.Types { return kms.Types{"aws-kms": open} }
 
 // awsKMS wraps with symmetric keys of AWS KMS. The path of a key is its ARN, its
 // ID, or an alias (alias/NAME or its ARN). AWS rotates it, and keeps its versions
 // to itself. Wrapped is AWS's ciphertext blob.
 type awsKMS struct {
-	client *kms.Client
+	client *service.Client
 }
 
 type awsSettings struct {
@@ -32,13 +36,13 @@ type awsSettings struct {
 // maxBlob is how long AWS's ciphertext may be, in bytes.
 const maxBlob = 6144
 
-func openAWS(settings Settings) (Backend, error) {
+func open(settings kms.Settings) (kms.Backend, error) {
 	var s awsSettings
 	if err := settings(&s); err != nil {
 		return nil, err
 	}
 	if s.Endpoint != "" {
-		if err := checkURL("endpoint", s.Endpoint); err != nil {
+		if err := kms.CheckURL("endpoint", s.Endpoint); err != nil {
 			return nil, err
 		}
 	}
@@ -50,7 +54,7 @@ func openAWS(settings Settings) (Backend, error) {
 	if conf.Region == "" {
 		return nil, errors.New(`give the region of the keys, as in region = "eu-central-1"`)
 	}
-	return &awsKMS{kms.NewFromConfig(conf, func(o *kms.Options) {
+	return &awsKMS{service.NewFromConfig(conf, func(o *service.Options) {
 		if s.Endpoint != "" {
 			o.BaseEndpoint = aws.String(s.Endpoint)
 		}
@@ -58,10 +62,10 @@ func openAWS(settings Settings) (Backend, error) {
 }
 
 func (b *awsKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
-	if err := checkPlaintext(plaintext); err != nil {
+	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
-	out, err := b.client.Encrypt(ctx, &kms.EncryptInput{KeyId: &path, Plaintext: plaintext, EncryptionContext: awsContext(path)})
+	out, err := b.client.Encrypt(ctx, &service.EncryptInput{KeyId: &path, Plaintext: plaintext, EncryptionContext: awsContext(path)})
 	if err != nil {
 		return 0, nil, awsError(path, err)
 	}
@@ -71,20 +75,20 @@ func (b *awsKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, 
 // Unwrap tells AWS the key. AWS would find it by itself, and so unwrap with
 // whichever key the broker may use.
 func (b *awsKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
-	if err := checkOnlyVersion(version); err != nil {
+	if err := kms.CheckOnlyVersion(version); err != nil {
 		return nil, err
 	}
 	if len(wrapped) < 1 || len(wrapped) > maxBlob {
-		return nil, fmt.Errorf("%w: it has %d bytes", ErrUnwrap, len(wrapped))
+		return nil, fmt.Errorf("%w: it has %d bytes", kms.ErrUnwrap, len(wrapped))
 	}
-	out, err := b.client.Decrypt(ctx, &kms.DecryptInput{KeyId: &path, CiphertextBlob: wrapped, EncryptionContext: awsContext(path)})
+	out, err := b.client.Decrypt(ctx, &service.DecryptInput{KeyId: &path, CiphertextBlob: wrapped, EncryptionContext: awsContext(path)})
 	if err != nil {
 		return nil, awsError(path, err)
 	}
 	return out.Plaintext, nil
 }
 
-// Unlimited implements [Unlimited]. AWS encrypts with a key that it derives for
+// Unlimited implements [kms.Unlimited]. AWS encrypts with a key that it derives for
 // each call from a random nonce of 128 bits:
 // https://aws.amazon.com/blogs/security/how-aws-kms-and-aws-encryption-sdk-overcome-symmetric-encryption-bounds/
 func (b *awsKMS) Unlimited() {}
@@ -104,17 +108,17 @@ func awsContext(path string) map[string]string {
 }
 
 func awsError(path string, err error) error {
-	sentinel := ErrUnavailable
+	sentinel := kms.ErrUnavailable
 	if api, ok := errors.AsType[smithy.APIError](err); ok {
 		switch api.ErrorCode() {
 		case "NotFoundException":
-			sentinel = ErrNotFound
+			sentinel = kms.ErrNotFound
 		case "AccessDeniedException", "UnrecognizedClientException", "InvalidSignatureException", "InvalidClientTokenId", "ExpiredTokenException",
 			"SignatureDoesNotMatch", "IncompleteSignature", "MissingAuthenticationToken", "DisabledException", "KMSInvalidStateException",
 			"InvalidKeyUsageException", "InvalidGrantTokenException":
-			sentinel = ErrForbidden
+			sentinel = kms.ErrForbidden
 		case "InvalidCiphertextException", "IncorrectKeyException":
-			sentinel = ErrUnwrap
+			sentinel = kms.ErrUnwrap
 		}
 	}
 	return fmt.Errorf("key %s: %w: %w", path, sentinel, err)

@@ -1,6 +1,8 @@
 //go:build !no_azurekms
 
-package kms
+// Package azurekms wraps with keys of Azure Key Vault and Managed HSM. The build tag
+// no_azurekms leaves it out.
+package azurekms
 
 import (
 	"context"
@@ -18,9 +20,12 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azkeys"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
-func init() { types["azure-key-vault"] = openAzure }
+// Types returns the types of backends that this package has.
+func Types() kms.Types { return kms.Types{"azure-key-vault": open} }
 
 // azureKMS wraps with keys of an Azure Key Vault or a Managed HSM. The path of a
 // key is its name there. Azure rotates it. Its versions have no numbers, so 1
@@ -46,7 +51,7 @@ var (
 	azureVersion = regexp.MustCompile(`^[0-9A-Za-z]{1,64}$`)
 )
 
-func openAzure(settings Settings) (Backend, error) {
+func open(settings kms.Settings) (kms.Backend, error) {
 	var s azureSettings
 	if err := settings(&s); err != nil {
 		return nil, err
@@ -64,7 +69,7 @@ func newAzure(s azureSettings, credential azcore.TokenCredential, transport poli
 	if s.VaultURL == "" {
 		return nil, errors.New(`give the URL of the vault as vault-url, as in "https://team.vault.azure.net"`)
 	}
-	if err := checkURL("vault-url", s.VaultURL); err != nil {
+	if err := kms.CheckURL("vault-url", s.VaultURL); err != nil {
 		return nil, err
 	}
 	b := &azureKMS{algorithm: azkeys.EncryptionAlgorithm(s.Algorithm)}
@@ -118,7 +123,7 @@ func withAzureRefusal(ctx context.Context) (context.Context, *azureRefusal) {
 }
 
 func (b *azureKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
-	if err := checkPlaintext(plaintext); err != nil {
+	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
 	if err := checkAzureName(path); err != nil {
@@ -131,22 +136,22 @@ func (b *azureKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int
 	ctx, last := withAzureRefusal(ctx)
 	out, err := b.client.WrapKey(ctx, path, "", azkeys.KeyOperationParameters{Algorithm: &b.algorithm, Value: frame}, nil)
 	if err != nil {
-		return 0, nil, azureError(path, err, last.Load(), ErrUnavailable)
+		return 0, nil, azureError(path, err, last.Load(), kms.ErrUnavailable)
 	}
 	if out.KID == nil || out.KID.Name() != path || !azureVersion.MatchString(out.KID.Version()) || len(out.Result) == 0 {
-		return 0, nil, fmt.Errorf("key %s: %w: it does not say what it wrapped with", path, ErrUnavailable)
+		return 0, nil, fmt.Errorf("key %s: %w: it does not say what it wrapped with", path, kms.ErrUnavailable)
 	}
 	v := out.KID.Version()
 	wrapped := append([]byte{byte(len(v))}, v...)
 	return 1, append(wrapped, out.Result...), nil
 }
 
-// Unlimited implements [Unlimited]. RSA-OAEP and A256KW (RFC 3394) have no nonce.
+// Unlimited implements [kms.Unlimited]. RSA-OAEP and A256KW (RFC 3394) have no nonce.
 func (b *azureKMS) Unlimited() {}
 
 // Unwrap asks for the very version: Azure does not look for it.
 func (b *azureKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
-	if err := checkOnlyVersion(version); err != nil {
+	if err := kms.CheckOnlyVersion(version); err != nil {
 		return nil, err
 	}
 	if err := checkAzureName(path); err != nil {
@@ -154,17 +159,17 @@ func (b *azureKMS) Unwrap(ctx context.Context, path string, version int, wrapped
 	}
 	v, value, ok := cutAzureVersion(wrapped)
 	if !ok {
-		return nil, fmt.Errorf("key %s: %w: it is not what Azure gave", path, ErrUnwrap)
+		return nil, fmt.Errorf("key %s: %w: it is not what Azure gave", path, kms.ErrUnwrap)
 	}
 	ctx, last := withAzureRefusal(ctx)
 	out, err := b.client.UnwrapKey(ctx, path, v, azkeys.KeyOperationParameters{Algorithm: &b.algorithm, Value: value}, nil)
 	if err != nil {
-		return nil, azureError(path, err, last.Load(), ErrUnwrap)
+		return nil, azureError(path, err, last.Load(), kms.ErrUnwrap)
 	}
 	frame := out.Result
-	if len(frame) != frameSize || frame[0] < 1 || frame[0] > MaxPlaintext {
+	if len(frame) != frameSize || frame[0] < 1 || frame[0] > kms.MaxPlaintext {
 		clear(frame)
-		return nil, fmt.Errorf("key %s: %w: no key is in it", path, ErrUnwrap)
+		return nil, fmt.Errorf("key %s: %w: no key is in it", path, kms.ErrUnwrap)
 	}
 	return frame[1 : 1+frame[0]], nil
 }
@@ -184,7 +189,7 @@ func (b *azureKMS) Close() error { return nil }
 
 func checkAzureName(path string) error {
 	if !azureName.MatchString(path) {
-		return fmt.Errorf("key %q: %w: keys there have names of letters, digits and dashes", path, ErrNotFound)
+		return fmt.Errorf("key %q: %w: keys there have names of letters, digits and dashes", path, kms.ErrNotFound)
 	}
 	return nil
 }
@@ -193,19 +198,19 @@ func checkAzureName(path string) error {
 // stored, or nil. Invalid is what it means that Azure does not like what
 // is in the request.
 func azureError(path string, err error, last *azcore.ResponseError, invalid error) error {
-	sentinel := ErrUnavailable
+	sentinel := kms.ErrUnavailable
 	if answer, ok := errors.AsType[*azcore.ResponseError](err); ok {
 		switch answer.StatusCode {
 		case http.StatusNotFound:
-			sentinel = ErrNotFound
+			sentinel = kms.ErrNotFound
 		case http.StatusUnauthorized, http.StatusForbidden:
-			sentinel = ErrForbidden
+			sentinel = kms.ErrForbidden
 		case http.StatusBadRequest:
 			sentinel = invalid
 		}
 		err = errors.New(azureMessage(answer))
 	} else if answer, ok := errors.AsType[*azidentity.AuthenticationFailedError](err); ok && answer.RawResponse != nil && answer.RawResponse.StatusCode < 500 {
-		sentinel = ErrForbidden
+		sentinel = kms.ErrForbidden
 	} else if last != nil && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
 		err = fmt.Errorf("%w, and the last answer was %s", err, azureMessage(last))
 	}

@@ -1,12 +1,14 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+package pkcs11
 
 import (
 	"errors"
 	"fmt"
 	"os"
 	"time"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
 // stable is how long a worker has to be logged in before failures are forgotten.
@@ -17,7 +19,7 @@ func (h *hsm) connect() (w *hsmWorker, fresh bool, err error) {
 	h.mu.Lock()
 	if h.closed {
 		h.mu.Unlock()
-		return nil, false, fmt.Errorf("%w: closed", ErrUnavailable)
+		return nil, false, fmt.Errorf("%w: closed", kms.ErrUnavailable)
 	}
 	if h.loggedIn && h.worker.hasEnded() {
 		h.gone(h.worker) // before ended is called
@@ -53,12 +55,12 @@ func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
 	known := false // what the token would say
 	switch r := h.refused; {
 	case err != nil:
-		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		err = fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 	case r != nil && os.SameFile(r.file, file) && r.file.ModTime().Equal(file.ModTime()) && r.file.Size() == file.Size():
 		err, known = r.err, true
 	default:
 		if w != nil {
-			if err = h.open(w, pin); err != nil && !errors.Is(err, ErrForbidden) {
+			if err = h.open(w, pin); err != nil && !errors.Is(err, kms.ErrForbidden) {
 				w.retire()
 				w = nil
 			}
@@ -75,7 +77,7 @@ func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
 	h.login = nil
 	if w != nil && w.hasEnded() {
 		if err == nil {
-			err = fmt.Errorf("%w: %w", ErrUnavailable, errEnded)
+			err = fmt.Errorf("%w: %w", kms.ErrUnavailable, errEnded)
 		}
 		w = nil
 	}
@@ -99,7 +101,7 @@ func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
 func (h *hsm) start() (*hsmWorker, error) {
 	w, err := startWorker(h.ended)
 	if err != nil {
-		return nil, fmt.Errorf("%w: the module's process can't be started: %w", ErrUnavailable, err)
+		return nil, fmt.Errorf("%w: the module's process can't be started: %w", kms.ErrUnavailable, err)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -112,7 +114,7 @@ func (h *hsm) open(w *hsmWorker, pin []byte) error {
 	s := h.settings
 	reply, err := w.do(hsmMessage{kind: requestOpen, fields: [][]byte{[]byte(s.Module), []byte(s.Token), []byte(s.Serial), []byte(s.Parameters), pin}}, h.timeout)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 	}
 	return reply.error()
 }
@@ -138,7 +140,7 @@ func (h *hsm) gone(w *hsmWorker) {
 	reason := w.reason
 	w.mu.Unlock()
 	// A module that crashes once is there again at once.
-	h.failed(fmt.Errorf("%w: %w: %w", ErrUnavailable, errEnded, reason), 0)
+	h.failed(fmt.Errorf("%w: %w: %w", kms.ErrUnavailable, errEnded, reason), 0)
 }
 
 // failed has the next login wait, the longer the more failures there were in a

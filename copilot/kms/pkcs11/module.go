@@ -1,6 +1,6 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+package pkcs11
 
 import (
 	"errors"
@@ -14,6 +14,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/internal/coredump"
 )
 
@@ -120,7 +121,7 @@ func (s *moduleServer) handle(m hsmMessage) hsmMessage {
 	}
 	s.mu.Unlock()
 	if c == nil {
-		return errorReply(&lostError{err: fmt.Errorf("%w: not logged in", ErrUnavailable)})
+		return errorReply(&lostError{err: fmt.Errorf("%w: not logged in", kms.ErrUnavailable)})
 	}
 	defer c.release()
 	reply, err := c.with(func(session *hsmSession) (hsmMessage, error) { return session.do(m) })
@@ -183,11 +184,11 @@ func errorReply(err error) hsmMessage {
 		kind = replyLost
 	case pin:
 		kind = replyPIN
-	case errors.Is(err, ErrNotFound):
+	case errors.Is(err, kms.ErrNotFound):
 		kind = replyNotFound
-	case errors.Is(err, ErrForbidden):
+	case errors.Is(err, kms.ErrForbidden):
 		kind = replyForbidden
-	case errors.Is(err, ErrUnwrap):
+	case errors.Is(err, kms.ErrUnwrap):
 		kind = replyUnwrap
 	}
 	return hsmMessage{kind: kind, fields: [][]byte{[]byte(err.Error())}}
@@ -204,13 +205,13 @@ func (e *remoteError) Error() string { return e.text }
 func (e *remoteError) Unwrap() error {
 	switch e.kind {
 	case replyNotFound, replyOld:
-		return ErrNotFound
+		return kms.ErrNotFound
 	case replyForbidden, replyPIN:
-		return ErrForbidden
+		return kms.ErrForbidden
 	case replyUnwrap:
-		return ErrUnwrap
+		return kms.ErrUnwrap
 	}
-	return ErrUnavailable
+	return kms.ErrUnavailable
 }
 
 // error returns the error that a reply says, or nil.
@@ -219,7 +220,7 @@ func (m hsmMessage) error() error {
 		return nil
 	}
 	if len(m.fields) != 1 {
-		return fmt.Errorf("%w: %w", ErrUnavailable, errMessage)
+		return fmt.Errorf("%w: %w", kms.ErrUnavailable, errMessage)
 	}
 	return &remoteError{string(m.fields[0]), m.kind}
 }
@@ -233,11 +234,11 @@ type hsmModule struct {
 func loadModule(path, parameters string) (*hsmModule, error) {
 	m := &hsmModule{Ctx: pkcs11.New(path)}
 	if m.Ctx == nil {
-		return nil, fmt.Errorf("%w: %s can't be loaded: it or a library that it needs is missing, or it is not a PKCS#11 module", ErrUnavailable, path)
+		return nil, fmt.Errorf("%w: %s can't be loaded: it or a library that it needs is missing, or it is not a PKCS#11 module", kms.ErrUnavailable, path)
 	}
 	var err error
 	if m.functions, err = newFunctionList(path); err != nil {
-		return nil, fmt.Errorf("%w: %s has no function list: %s", ErrUnavailable, path, hsmCode(err))
+		return nil, fmt.Errorf("%w: %s has no function list: %s", kms.ErrUnavailable, path, hsmCode(err))
 	}
 	var options []pkcs11.InitializeOption
 	if parameters != "" {
@@ -246,10 +247,10 @@ func loadModule(path, parameters string) (*hsmModule, error) {
 	err = m.Initialize(options...)
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_ARGUMENTS_BAD)) {
 		return nil, fmt.Errorf("%w: %s does not accept these module-parameters: %s: its documentation says which it needs (for NSS's softoken \"configdir='sql:/DIRECTORY'\"), if any",
-			ErrUnavailable, path, hsmCode(err))
+			kms.ErrUnavailable, path, hsmCode(err))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s can't be initialized: %s", ErrUnavailable, path, hsmCode(err))
+		return nil, fmt.Errorf("%w: %s can't be initialized: %s", kms.ErrUnavailable, path, hsmCode(err))
 	}
 	return m, nil
 }

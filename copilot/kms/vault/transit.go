@@ -1,6 +1,6 @@
 //go:build !no_vault
 
-package kms
+package vault
 
 import (
 	"context"
@@ -12,9 +12,9 @@ import (
 	"strings"
 	"sync"
 	"time"
-)
 
-func init() { types["vault-transit"] = openVaultTransit }
+	"github.com/ctrlplane/pilot/copilot/kms"
+)
 
 type vaultTransitSettings struct {
 	vaultSettings
@@ -29,7 +29,7 @@ type vaultTransit struct {
 	rotating *sync.Mutex
 }
 
-func openVaultTransit(settings Settings) (Backend, error) {
+func openVaultTransit(settings kms.Settings) (kms.Backend, error) {
 	var s vaultTransitSettings
 	if err := settings(&s); err != nil {
 		return nil, err
@@ -61,12 +61,12 @@ func (t vaultTransit) ask(ctx context.Context, path string, question, answer any
 	defer clear(body)
 	err = t.do(ctx, vaultRequest{path: t.mount + "/" + path, body: body}, answer)
 	if r, ok := refused(err, http.StatusBadRequest, "key not found"); ok {
-		r.kind = ErrNotFound
+		r.kind = kms.ErrNotFound
 	}
 	return err
 }
 
-// Wrap implements [Wrapper].
+// Wrap implements [kms.Wrapper].
 func (t vaultTransit) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
 	name, err := t.name(path)
 	if err != nil {
@@ -88,7 +88,7 @@ func (t vaultTransit) Wrap(ctx context.Context, path string, plaintext []byte) (
 	}
 	version, ok := ciphertextVersion(answer.Data.Ciphertext)
 	if !ok {
-		return 0, nil, fmt.Errorf("the Vault at %s: wrap with %s: %w: it answers with no ciphertext of a transit engine", t.address, name, ErrUnavailable)
+		return 0, nil, fmt.Errorf("the Vault at %s: wrap with %s: %w: it answers with no ciphertext of a transit engine", t.address, name, kms.ErrUnavailable)
 	}
 	return version, []byte(answer.Data.Ciphertext), nil
 }
@@ -101,14 +101,14 @@ func ciphertextVersion(ciphertext string) (int, bool) {
 	return version, ok && ok2 && err == nil && version > 0 && strconv.Itoa(version) == number && rest != ""
 }
 
-// Unwrap implements [Wrapper].
+// Unwrap implements [kms.Wrapper].
 func (t vaultTransit) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	name, err := t.name(path)
 	if err != nil {
 		return nil, err
 	}
 	if v, ok := ciphertextVersion(string(wrapped)); !ok || v != version || len(wrapped) > 64<<10 {
-		return nil, fmt.Errorf("%w: it is not what a transit engine wraps with version %d", ErrUnwrap, version)
+		return nil, fmt.Errorf("%w: it is not what a transit engine wraps with version %d", kms.ErrUnwrap, version)
 	}
 	var answer struct {
 		Data struct {
@@ -120,13 +120,13 @@ func (t vaultTransit) Unwrap(ctx context.Context, path string, version int, wrap
 	}{string(wrapped)}
 	err = t.ask(ctx, "decrypt/"+name, question, &answer)
 	if r, ok := refused(err, http.StatusBadRequest, "too old", "too new"); ok {
-		r.kind = ErrNotFound
+		r.kind = kms.ErrNotFound
 		r.hint = fmt.Sprintf("version %d: see min_decryption_version and latest_version of %s/keys/%s", version, t.mount, name)
-	} else if r, ok := refused(err, http.StatusBadRequest); ok && r.kind != ErrNotFound {
-		r.kind = ErrUnwrap
+	} else if r, ok := refused(err, http.StatusBadRequest); ok && r.kind != kms.ErrNotFound {
+		r.kind = kms.ErrUnwrap
 	}
 	if err == nil && len(answer.Data.Plaintext) == 0 {
-		err = fmt.Errorf("the Vault at %s: unwrap with %s: %w: it answers with no plaintext", t.address, name, ErrUnavailable)
+		err = fmt.Errorf("the Vault at %s: unwrap with %s: %w: it answers with no plaintext", t.address, name, kms.ErrUnavailable)
 	}
 	return answer.Data.Plaintext, err
 }
@@ -134,7 +134,7 @@ func (t vaultTransit) Unwrap(ctx context.Context, path string, version int, wrap
 // rotations is how often a rotation is tried that the server refuses with a 500.
 const rotations = 10
 
-// Rotate implements [Rotator].
+// Rotate implements [kms.Rotator].
 //
 // OpenBao answers 500 to some of the rotations that come at the same time. Their
 // versions exist in its memory, where the next encryption uses them, and are stored
@@ -178,7 +178,7 @@ func (t vaultTransit) Rotate(ctx context.Context, path string) (int, error) {
 		}
 	}
 	if key.Data.Latest < 1 {
-		return 0, fmt.Errorf("the Vault at %s: rotate %s: %w: it tells no latest_version", t.address, name, ErrUnavailable)
+		return 0, fmt.Errorf("the Vault at %s: rotate %s: %w: it tells no latest_version", t.address, name, kms.ErrUnavailable)
 	}
 	return key.Data.Latest, nil
 }

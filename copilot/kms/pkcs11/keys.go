@@ -1,6 +1,6 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+package pkcs11
 
 import (
 	"bytes"
@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
 // hsmKey is a version of a key.
@@ -44,7 +46,7 @@ func (s *hsmSession) keys(path string) ([]hsmKey, error) {
 	if !s.hasGCM() {
 		return nil, errNoGCM
 	}
-	err = fmt.Errorf("%w: no AES-256 key with this CKA_LABEL and a CKA_ID from 1%s", ErrNotFound, skipped)
+	err = fmt.Errorf("%w: no AES-256 key with this CKA_LABEL and a CKA_ID from 1%s", kms.ErrNotFound, skipped)
 	if time.Since(loaded) > maxAge {
 		err = &lostError{err: err, old: true}
 	}
@@ -53,7 +55,7 @@ func (s *hsmSession) keys(path string) ([]hsmKey, error) {
 
 // errNoGCM: the token has no mechanism that is as safe. RSA-OAEP does not say who
 // wrapped; AES key wrap is bound to neither the KEK nor its version.
-var errNoGCM = fmt.Errorf("%w: the token has no CKM_AES_GCM, without which copilot can't use it", ErrUnavailable)
+var errNoGCM = fmt.Errorf("%w: the token has no CKM_AES_GCM, without which copilot can't use it", kms.ErrUnavailable)
 
 // hasGCM reports whether the token has AES-GCM, or may have it.
 func (c *hsmConn) hasGCM() bool {
@@ -69,11 +71,11 @@ func (s *hsmSession) wrap(path string, plaintext []byte) (hsmMessage, error) {
 	}
 	may := slices.DeleteFunc(slices.Clone(keys), func(k hsmKey) bool { return !k.encrypts })
 	if len(may) == 0 {
-		return hsmMessage{}, fmt.Errorf("%w: none of its %d versions may encrypt (CKA_ENCRYPT)", ErrForbidden, len(keys))
+		return hsmMessage{}, fmt.Errorf("%w: none of its %d versions may encrypt (CKA_ENCRYPT)", kms.ErrForbidden, len(keys))
 	}
 	current := may[len(may)-1]
 	if len(may) > 1 && may[len(may)-2].version == current.version {
-		return hsmMessage{}, fmt.Errorf("%w: it has two keys of version %d: rotate it", ErrUnavailable, current.version)
+		return hsmMessage{}, fmt.Errorf("%w: it has two keys of version %d: rotate it", kms.ErrUnavailable, current.version)
 	}
 	wrapped, err := s.seal(current, plaintext, hsmAAD(path, current.version))
 	return hsmMessage{version: current.version, fields: [][]byte{wrapped}}, err
@@ -85,7 +87,7 @@ func (s *hsmSession) unwrap(path string, version int, wrapped []byte) (hsmMessag
 	if err != nil {
 		return hsmMessage{}, err
 	}
-	err = fmt.Errorf("%w: version %d", ErrNotFound, version)
+	err = fmt.Errorf("%w: version %d", kms.ErrNotFound, version)
 	if time.Since(loaded) > maxAge {
 		err = &lostError{err: err, old: true} // another broker may have made it
 	}
@@ -182,7 +184,7 @@ func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
 		// to.
 		clear(nonce)
 		if used, sealed, err = s.encrypt(k, nonce, plaintext, aad); err == nil && bytes.Equal(used, nonce) {
-			return nil, fmt.Errorf("%w: the HSM takes no random nonce for CKM_AES_GCM and makes none", ErrUnavailable)
+			return nil, fmt.Errorf("%w: the HSM takes no random nonce for CKM_AES_GCM and makes none", kms.ErrUnavailable)
 		}
 	}
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID)) {
@@ -193,7 +195,7 @@ func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
 	}
 	if len(used) != gcmNonce || len(sealed) != len(plaintext)+gcmTag {
 		return nil, fmt.Errorf("%w: for %d bytes the HSM's CKM_AES_GCM gave a nonce of %d and a ciphertext of %d bytes, not of %d and %d",
-			ErrUnavailable, len(plaintext), len(used), len(sealed), gcmNonce, len(plaintext)+gcmTag)
+			kms.ErrUnavailable, len(plaintext), len(used), len(sealed), gcmNonce, len(plaintext)+gcmTag)
 	}
 	return append(used, sealed...), nil
 }
@@ -228,5 +230,5 @@ func (s *hsmSession) open(k hsmKey, wrapped, aad []byte) ([]byte, error) {
 	if err := s.present(); err != nil {
 		return nil, err
 	}
-	return nil, fmt.Errorf("%w (%s)", ErrUnwrap, hsmCode(err))
+	return nil, fmt.Errorf("%w (%s)", kms.ErrUnwrap, hsmCode(err))
 }

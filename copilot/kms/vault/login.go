@@ -1,6 +1,6 @@
 //go:build !no_vault
 
-package kms
+package vault
 
 import (
 	"bytes"
@@ -14,6 +14,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
@@ -118,12 +119,12 @@ func (v *vault) setLogin(s vaultLogins) error {
 func readSecret(setting, name string) (string, error) {
 	b, err := regular.Read(name, 64<<10)
 	if err != nil {
-		return "", fmt.Errorf("%w: %s: %w", ErrUnavailable, setting, err)
+		return "", fmt.Errorf("%w: %s: %w", kms.ErrUnavailable, setting, err)
 	}
 	defer clear(b)
 	line := bytes.TrimSpace(b)
 	if len(line) == 0 || bytes.ContainsFunc(line, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return "", fmt.Errorf("%w: %s: %s is to hold one line, of printable ASCII", ErrUnavailable, setting, name)
+		return "", fmt.Errorf("%w: %s: %s is to hold one line, of printable ASCII", kms.ErrUnavailable, setting, name)
 	}
 	return string(line), nil
 }
@@ -145,7 +146,7 @@ func (v *vault) currentToken(ctx context.Context, refused string) (vaultToken, e
 	select {
 	case v.busy <- struct{}{}:
 	case <-ctx.Done():
-		return vaultToken{}, fmt.Errorf("%w: log in to the Vault at %s: %w", ErrUnavailable, v.address, ctx.Err())
+		return vaultToken{}, fmt.Errorf("%w: log in to the Vault at %s: %w", kms.ErrUnavailable, v.address, ctx.Err())
 	}
 	defer func() { <-v.busy }()
 	if t := v.token; t.value != "" && t.value != refused && (t.until.IsZero() || time.Now().Before(t.until)) {
@@ -160,12 +161,12 @@ func (v *vault) currentToken(ctx context.Context, refused string) (vaultToken, e
 	var answer vaultAuth
 	if err := v.send(ctx, "", vaultRequest{path: v.loginPath, body: body}, &answer); err != nil {
 		if r, ok := errors.AsType[*vaultRefusal](err); ok && r.status < 500 && r.status != 429 {
-			r.kind, r.hint = ErrForbidden, "it does not let the broker log in: check the settings of the auth method, and the role there"
+			r.kind, r.hint = kms.ErrForbidden, "it does not let the broker log in: check the settings of the auth method, and the role there"
 		}
 		return vaultToken{}, err
 	}
 	if answer.Auth.Token == "" {
-		return vaultToken{}, fmt.Errorf("the Vault at %s: %w: it answers a login with no token", v.address, ErrUnavailable)
+		return vaultToken{}, fmt.Errorf("the Vault at %s: %w: it answers a login with no token", v.address, kms.ErrUnavailable)
 	}
 	v.token = vaultToken{value: answer.Auth.Token, since: now}
 	if lease := answer.lease(); lease > 0 {

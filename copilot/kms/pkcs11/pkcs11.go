@@ -1,6 +1,8 @@
 //go:build cgo && !no_pkcs11
 
-package kms
+// Package pkcs11 wraps with keys of hardware security modules (HSMs) that have a PKCS#11
+// library. The build tag no_pkcs11 leaves it out, and so does CGO_ENABLED=0.
+package pkcs11
 
 import (
 	"bytes"
@@ -17,10 +19,12 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
-func init() { types["pkcs11"] = openHSM }
+// Types returns the types of backends that this package has.
+func Types() kms.Types { return kms.Types{"pkcs11": open} }
 
 // hsm wraps with AES-256 keys that never leave a PKCS#11 token. The path of a
 // key is its CKA_LABEL. Its versions are the keys with that label, told apart by
@@ -88,7 +92,7 @@ const (
 	gcmTag   = 16 // bytes
 )
 
-func openHSM(settings Settings) (Backend, error) {
+func open(settings kms.Settings) (kms.Backend, error) {
 	h := &hsm{calls: make(chan struct{}, maxCalls), rotating: make(chan struct{}, 1), timeout: defaultCallTimeout}
 	if err := settings(&h.settings); err != nil {
 		return nil, err
@@ -121,7 +125,7 @@ func openHSM(settings Settings) (Backend, error) {
 }
 
 func (h *hsm) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
-	if err := checkPlaintext(plaintext); err != nil {
+	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
 	m, err := h.call(ctx, path, hsmMessage{kind: requestWrap, fields: [][]byte{[]byte(path), plaintext}})
@@ -132,11 +136,11 @@ func (h *hsm) Wrap(ctx context.Context, path string, plaintext []byte) (int, []b
 }
 
 func (h *hsm) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
-	if len(wrapped) <= gcmNonce+gcmTag || len(wrapped) > gcmNonce+MaxPlaintext+gcmTag {
-		return nil, fmt.Errorf("%w: it has %d bytes", ErrUnwrap, len(wrapped))
+	if len(wrapped) <= gcmNonce+gcmTag || len(wrapped) > gcmNonce+kms.MaxPlaintext+gcmTag {
+		return nil, fmt.Errorf("%w: it has %d bytes", kms.ErrUnwrap, len(wrapped))
 	}
 	if version < 1 || version >= math.MaxInt32 {
-		return nil, fmt.Errorf("key %q in %s: %w: version %d", path, h.settings, ErrNotFound, version)
+		return nil, fmt.Errorf("key %q in %s: %w: version %d", path, h.settings, kms.ErrNotFound, version)
 	}
 	m, err := h.call(ctx, path, hsmMessage{kind: requestUnwrap, version: version, fields: [][]byte{[]byte(path), wrapped}})
 	if err != nil {
@@ -214,7 +218,7 @@ func (h *hsm) call(ctx context.Context, path string, request hsmMessage) (hsmMes
 
 // late is the error of a call whose context is done.
 func (h *hsm) late(ctx context.Context, path, what string) error {
-	return fmt.Errorf("key %q in %s: %w: %s: %w", path, h.settings, ErrUnavailable, what, context.Cause(ctx))
+	return fmt.Errorf("key %q in %s: %w: %s: %w", path, h.settings, kms.ErrUnavailable, what, context.Cause(ctx))
 }
 
 // try sends a request, and once more if the login or the process is lost meanwhile.
@@ -233,7 +237,7 @@ func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
 			// What has made or renamed a key must not do so twice.
 			repeats := request.kind == requestWrap || request.kind == requestUnwrap
 			if !errors.Is(err, errEnded) || !repeats || again || ctx.Err() != nil {
-				return hsmMessage{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+				return hsmMessage{}, fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 			}
 			again = true
 			continue
@@ -249,7 +253,7 @@ func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
 				return hsmMessage{}, err
 			}
 			if want := request.kind == requestWrap || request.kind == requestUnwrap; want != (len(reply.fields) == 1) {
-				return hsmMessage{}, fmt.Errorf("%w: %w", ErrUnavailable, errMessage)
+				return hsmMessage{}, fmt.Errorf("%w: %w", kms.ErrUnavailable, errMessage)
 			}
 			return reply, nil
 		}

@@ -1,6 +1,9 @@
 //go:build !no_vault
 
-package kms
+// Package vault has the keys of HashiCorp Vault and OpenBao: of their key-value engine,
+// which gives keys out, and of their transit engine, which wraps with them. The build tag
+// no_vault leaves it out.
+package vault
 
 import (
 	"cmp"
@@ -20,9 +23,15 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/loopback"
 )
+
+// Types returns the types of backends that this package has.
+func Types() kms.Types {
+	return kms.Types{"vault-kv": openVaultKV, "vault-transit": openVaultTransit}
+}
 
 // maxVaultAnswer is how much a Vault may answer, in bytes: what it stores in
 // one secret by default.
@@ -318,15 +327,15 @@ func (v *vault) send(ctx context.Context, token string, r vaultRequest, out any)
 	var long *http.MaxBytesError
 	switch {
 	case errors.As(err, &long):
-		err = fmt.Errorf("%w: it answers more than %d bytes", ErrUnavailable, maxVaultAnswer)
+		err = fmt.Errorf("%w: it answers more than %d bytes", kms.ErrUnavailable, maxVaultAnswer)
 	case refusal != nil:
 		return newVaultRefusal(what, r, refusal)
 	case err != nil:
-		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		err = fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent:
-		err = fmt.Errorf("%w: it answers with status %d", ErrUnavailable, resp.StatusCode)
+		err = fmt.Errorf("%w: it answers with status %d", kms.ErrUnavailable, resp.StatusCode)
 	case out != nil && resp.StatusCode == http.StatusOK && json.Unmarshal(body, out) != nil: // whose error may quote the body
-		err = fmt.Errorf("%w: it answers no JSON of Vault's API: is address right?", ErrUnavailable)
+		err = fmt.Errorf("%w: it answers no JSON of Vault's API: is address right?", kms.ErrUnavailable)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
@@ -335,17 +344,17 @@ func (v *vault) send(ctx context.Context, token string, r vaultRequest, out any)
 }
 
 func newVaultRefusal(what string, r vaultRequest, e *api.ResponseError) *vaultRefusal {
-	refusal := &vaultRefusal{what: what, status: e.StatusCode, kind: ErrUnavailable}
+	refusal := &vaultRefusal{what: what, status: e.StatusCode, kind: kms.ErrUnavailable}
 	if !e.RawError {
 		refusal.said = strings.ToValidUTF8(strings.Join(strings.Fields(strings.Join(e.Errors, "; ")), " "), "")
 		refusal.said = refusal.said[:min(len(refusal.said), 300)]
 	}
 	switch e.StatusCode {
 	case http.StatusForbidden:
-		refusal.kind = ErrForbidden
+		refusal.kind = kms.ErrForbidden
 		refusal.hint = fmt.Sprintf("the policy of the broker's token needs path %q { capabilities = [%q] }", r.path, r.capability())
 	case http.StatusNotFound:
-		refusal.kind = ErrNotFound
+		refusal.kind = kms.ErrNotFound
 	case http.StatusServiceUnavailable:
 		if strings.Contains(refusal.said, "sealed") {
 			refusal.hint = "unseal it (vault operator unseal)"
@@ -353,7 +362,7 @@ func newVaultRefusal(what string, r vaultRequest, e *api.ResponseError) *vaultRe
 	case http.StatusTooManyRequests:
 		refusal.hint = "raise its rate limit quota"
 	}
-	if refusal.said == "" && refusal.kind == ErrUnavailable {
+	if refusal.said == "" && refusal.kind == kms.ErrUnavailable {
 		refusal.said = fmt.Sprintf("status %d", e.StatusCode)
 	}
 	return refusal
