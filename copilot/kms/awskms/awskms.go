@@ -20,14 +20,14 @@ import (
 // Types returns the types of backends that this package has.
 func Types() kms.Types { return kms.Types{"aws-kms": open} }
 
-// awsKMS wraps with symmetric keys of AWS KMS. The path of a key is its ARN, its
+// backend wraps with symmetric keys of AWS KMS. The path of a key is its ARN, its
 // ID, or an alias (alias/NAME or its ARN). AWS rotates it, and keeps its versions
 // to itself. Wrapped is AWS's ciphertext blob.
-type awsKMS struct {
+type backend struct {
 	client *service.Client
 }
 
-type awsSettings struct {
+type settings struct {
 	Region   string `toml:"region"`   // default: as the SDK finds it (AWS_REGION, the profile)
 	Endpoint string `toml:"endpoint"` // default: the region's; a VPC endpoint's URL, say
 	Profile  string `toml:"profile"`  // of the shared configuration files; default: AWS_PROFILE, or "default"
@@ -36,9 +36,9 @@ type awsSettings struct {
 // maxBlob is how long AWS's ciphertext may be, in bytes.
 const maxBlob = 6144
 
-func open(settings kms.Settings) (kms.Backend, error) {
-	var s awsSettings
-	if err := settings(&s); err != nil {
+func open(decode kms.Settings) (kms.Backend, error) {
+	var s settings
+	if err := decode(&s); err != nil {
 		return nil, err
 	}
 	if s.Endpoint != "" {
@@ -54,36 +54,36 @@ func open(settings kms.Settings) (kms.Backend, error) {
 	if conf.Region == "" {
 		return nil, errors.New(`give the region of the keys, as in region = "eu-central-1"`)
 	}
-	return &awsKMS{service.NewFromConfig(conf, func(o *service.Options) {
+	return &backend{service.NewFromConfig(conf, func(o *service.Options) {
 		if s.Endpoint != "" {
 			o.BaseEndpoint = aws.String(s.Endpoint)
 		}
 	})}, nil
 }
 
-func (b *awsKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
+func (b *backend) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
 	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
-	out, err := b.client.Encrypt(ctx, &service.EncryptInput{KeyId: &path, Plaintext: plaintext, EncryptionContext: awsContext(path)})
+	out, err := b.client.Encrypt(ctx, &service.EncryptInput{KeyId: &path, Plaintext: plaintext, EncryptionContext: encryptionContext(path)})
 	if err != nil {
-		return 0, nil, awsError(path, err)
+		return 0, nil, callError(path, err)
 	}
 	return 1, out.CiphertextBlob, nil
 }
 
 // Unwrap tells AWS the key. AWS would find it by itself, and so unwrap with
 // whichever key the broker may use.
-func (b *awsKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
+func (b *backend) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	if err := kms.CheckOnlyVersion(version); err != nil {
 		return nil, err
 	}
 	if len(wrapped) < 1 || len(wrapped) > maxBlob {
 		return nil, fmt.Errorf("%w: it has %d bytes", kms.ErrUnwrap, len(wrapped))
 	}
-	out, err := b.client.Decrypt(ctx, &service.DecryptInput{KeyId: &path, CiphertextBlob: wrapped, EncryptionContext: awsContext(path)})
+	out, err := b.client.Decrypt(ctx, &service.DecryptInput{KeyId: &path, CiphertextBlob: wrapped, EncryptionContext: encryptionContext(path)})
 	if err != nil {
-		return nil, awsError(path, err)
+		return nil, callError(path, err)
 	}
 	return out.Plaintext, nil
 }
@@ -91,14 +91,14 @@ func (b *awsKMS) Unwrap(ctx context.Context, path string, version int, wrapped [
 // Unlimited implements [kms.Unlimited]. AWS encrypts with a key that it derives for
 // each call from a random nonce of 128 bits:
 // https://aws.amazon.com/blogs/security/how-aws-kms-and-aws-encryption-sdk-overcome-symmetric-encryption-bounds/
-func (b *awsKMS) Unlimited() {}
+func (b *backend) Unlimited() {}
 
-func (b *awsKMS) Close() error { return nil }
+func (b *backend) Close() error { return nil }
 
-// awsContext is what a wrapped key is bound to besides the AWS key, as two paths
+// encryptionContext is what a wrapped key is bound to besides the AWS key, as two paths
 // may be aliases of one. It leaves out account and region, so that a key's
 // replica in another region unwraps, too.
-func awsContext(path string) map[string]string {
+func encryptionContext(path string) map[string]string {
 	if arn := strings.SplitN(path, ":", 6); len(arn) == 6 {
 		path = arn[5]
 	} else if !strings.HasPrefix(path, "alias/") {
@@ -107,7 +107,7 @@ func awsContext(path string) map[string]string {
 	return map[string]string{"copilot-path": path}
 }
 
-func awsError(path string, err error) error {
+func callError(path string, err error) error {
 	sentinel := kms.ErrUnavailable
 	if api, ok := errors.AsType[smithy.APIError](err); ok {
 		switch api.ErrorCode() {

@@ -11,5 +11,5 @@ import (
 
 // New opens a vault with a credential and a transport of the caller's.
 func New(url, algorithm string, credential azcore.TokenCredential, transport policy.Transporter) (kms.Wrapper, error) {
-	return newAzure(azureSettings{VaultURL: url, Algorithm: algorithm}, credential, transport)
+	return newBackend(settings{VaultURL: url, Algorithm: algorithm}, credential, transport)
 }

@@ -10,6 +10,6 @@ import (
 
 // AddOption has a backend not used yet do as option says.
 func AddOption(b kms.Backend, o option.ClientOption) {
-	gcp := b.(*gcpKMS)
+	gcp := b.(*backend)
 	gcp.options = append(gcp.options, o)
 }

@@ -31,18 +31,18 @@ import (
 // Types returns the types of backends that this package has.
 func Types() kms.Types { return kms.Types{"gcp-kms": open} }
 
-// gcpKMS wraps with symmetric keys of Google Cloud KMS. The path of a key is the
+// backend wraps with symmetric keys of Google Cloud KMS. The path of a key is the
 // CryptoKey's resource name. Google rotates it. Its versions are the
 // CryptoKeyVersions. Wrapped is "vN:", N being the version, and Google's
 // ciphertext, which is bound to the path. What was wrapped before versions were
 // told apart is the ciphertext alone, and has version 1.
-type gcpKMS struct {
+type backend struct {
 	options []option.ClientOption
 	turn    chan struct{} // holds one while a call looks at client
 	client  *cloudkms.KeyManagementClient
 }
 
-type gcpSettings struct {
+type settings struct {
 	Endpoint        string `toml:"endpoint"`         // default: https://cloudkms.googleapis.com; a regional or private one
 	CredentialsFile string `toml:"credentials-file"` // default: as the SDK finds them (GOOGLE_APPLICATION_CREDENTIALS, the metadata server)
 }
@@ -54,12 +54,12 @@ var cryptoKey = regexp.MustCompile(`^projects/[^/]+/locations/[^/]+/keyRings/[^/
 // fields.
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func open(settings kms.Settings) (kms.Backend, error) {
-	var s gcpSettings
-	if err := settings(&s); err != nil {
+func open(decode kms.Settings) (kms.Backend, error) {
+	var s settings
+	if err := decode(&s); err != nil {
 		return nil, err
 	}
-	b := &gcpKMS{turn: make(chan struct{}, 1)}
+	b := &backend{turn: make(chan struct{}, 1)}
 	if s.Endpoint != "" {
 		u, err := url.Parse(s.Endpoint)
 		if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
@@ -98,7 +98,7 @@ func credentialsType(name string) (option.CredentialsType, error) {
 	return "", fmt.Errorf("%s has no credentials of a type that Google knows", name)
 }
 
-func (b *gcpKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
+func (b *backend) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
 	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
@@ -114,29 +114,29 @@ func (b *gcpKMS) Wrap(ctx context.Context, path string, plaintext []byte) (int, 
 		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
 	})
 	if err != nil {
-		return 0, nil, gcpError(ctx, path, err, kms.ErrUnavailable)
+		return 0, nil, callError(ctx, path, err, kms.ErrUnavailable)
 	}
 	if !out.VerifiedPlaintextCrc32C || !out.VerifiedAdditionalAuthenticatedDataCrc32C || out.CiphertextCrc32C.GetValue() != checksum(out.Ciphertext).Value {
 		return 0, nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, kms.ErrUnavailable)
 	}
-	version, ok := googleVersion(path, out.Name)
+	version, ok := versionOf(path, out.Name)
 	if !ok {
 		return 0, nil, fmt.Errorf("key %s: %w: it does not say which version it wrapped with, but %.200q", path, kms.ErrUnavailable, out.Name)
 	}
-	return version, append(googlePrefix(version), out.Ciphertext...), nil
+	return version, append(versionPrefix(version), out.Ciphertext...), nil
 }
 
-// googleVersion returns N of PATH/cryptoKeyVersions/N.
-func googleVersion(path, name string) (int, bool) {
+// versionOf returns N of PATH/cryptoKeyVersions/N.
+func versionOf(path, name string) (int, bool) {
 	number, ok := strings.CutPrefix(name, path+"/cryptoKeyVersions/")
 	version, err := strconv.ParseInt(number, 10, 32)
 	return int(version), ok && err == nil && version > 0
 }
 
-func googlePrefix(version int) []byte { return fmt.Appendf(nil, "v%d:", version) }
+func versionPrefix(version int) []byte { return fmt.Appendf(nil, "v%d:", version) }
 
-func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
-	ciphertext, ok := bytes.CutPrefix(wrapped, googlePrefix(version))
+func (b *backend) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
+	ciphertext, ok := bytes.CutPrefix(wrapped, versionPrefix(version))
 	if !ok && version != 1 {
 		return nil, fmt.Errorf("key %s: %w: it is not what version %d wraps", path, kms.ErrUnwrap, version)
 	}
@@ -152,7 +152,7 @@ func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped [
 		AdditionalAuthenticatedDataCrc32C: checksum([]byte(path)),
 	})
 	if err != nil {
-		return nil, gcpError(ctx, path, err, kms.ErrUnwrap)
+		return nil, callError(ctx, path, err, kms.ErrUnwrap)
 	}
 	if out.PlaintextCrc32C.GetValue() != checksum(out.Plaintext).Value {
 		return nil, fmt.Errorf("key %s: %w: changed on the way (CRC32C)", path, kms.ErrUnavailable)
@@ -160,7 +160,7 @@ func (b *gcpKMS) Unwrap(ctx context.Context, path string, version int, wrapped [
 	return out.Plaintext, nil
 }
 
-func (b *gcpKMS) Close() error {
+func (b *backend) Close() error {
 	b.turn <- struct{}{}
 	defer func() { <-b.turn }()
 	if b.client == nil {
@@ -171,7 +171,7 @@ func (b *gcpKMS) Close() error {
 
 // connect returns the client. It is made with the first call, as that may ask
 // the metadata server.
-func (b *gcpKMS) connect(ctx context.Context, path string) (*cloudkms.KeyManagementClient, error) {
+func (b *backend) connect(ctx context.Context, path string) (*cloudkms.KeyManagementClient, error) {
 	if !cryptoKey.MatchString(path) {
 		return nil, fmt.Errorf("key %q: %w: its path is not projects/…/locations/…/keyRings/…/cryptoKeys/…", path, kms.ErrNotFound)
 	}
@@ -211,9 +211,9 @@ func checksum(b []byte) *wrapperspb.Int64Value {
 	return wrapperspb.Int64(int64(crc32.Checksum(b, castagnoli)))
 }
 
-// gcpError says what an error means to our caller. Invalid is what it means that
+// callError says what an error means to our caller. Invalid is what it means that
 // Google does not like what is in the request.
-func gcpError(ctx context.Context, path string, err, invalid error) error {
+func callError(ctx context.Context, path string, err, invalid error) error {
 	sentinel := kms.ErrUnavailable
 	switch s, _ := status.FromError(err); s.Code() {
 	case codes.NotFound:

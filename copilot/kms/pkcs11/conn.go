@@ -13,10 +13,10 @@ import (
 	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
-// hsmConn is a login to a token, with its sessions. It is closed when it
+// conn is a login to a token, with its sessions. It is closed when it
 // is no longer the current one and the last call has left it.
-type hsmConn struct {
-	*hsmModule
+type conn struct {
+	*module
 	label, serial string // of the token; either may be empty
 	slot          uint
 	login         pkcs11.SessionHandle // open as long as the login has to last
@@ -26,9 +26,9 @@ type hsmConn struct {
 	uses int
 }
 
-// hsmSession is a session that only one call uses.
-type hsmSession struct {
-	*hsmConn
+// session is a session that only one call uses.
+type session struct {
+	*conn
 	handle pkcs11.SessionHandle
 }
 
@@ -39,14 +39,14 @@ func (e *pinError) Error() string { return e.err.Error() }
 func (e *pinError) Unwrap() error { return e.err }
 
 // logIn logs in to the token with a label, a serial number, or both.
-func (m *hsmModule) logIn(label, serial, pin string) (*hsmConn, error) {
-	c := &hsmConn{hsmModule: m, label: label, serial: serial, uses: 1}
+func (m *module) logIn(label, serial, pin string) (*conn, error) {
+	c := &conn{module: m, label: label, serial: serial, uses: 1}
 	flags, err := c.findToken()
 	if err == nil {
 		c.login, err = c.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION)
 	}
 	if err != nil {
-		return nil, hsmError("connect", err)
+		return nil, callError("connect", err)
 	}
 	// A token counts wrong PINs, and locks itself permanently.
 	switch {
@@ -59,9 +59,9 @@ func (m *hsmModule) logIn(label, serial, pin string) (*hsmConn, error) {
 			err = nil // by a connection that calls are still in
 		}
 		if refusesPIN(err) {
-			err = &pinError{fmt.Errorf("%w: it does not accept the PIN (%s)", kms.ErrForbidden, hsmCode(err))}
+			err = &pinError{fmt.Errorf("%w: it does not accept the PIN (%s)", kms.ErrForbidden, codeName(err))}
 		} else if err != nil {
-			err = hsmError("log in", err)
+			err = callError("log in", err)
 		}
 	}
 	if err != nil {
@@ -81,7 +81,7 @@ func refusesPIN(err error) bool {
 }
 
 // findToken finds the token's slot, and returns the token's flags.
-func (c *hsmConn) findToken() (flags uint, err error) {
+func (c *conn) findToken() (flags uint, err error) {
 	slots, err := c.GetSlotList(true)
 	if err != nil {
 		return 0, err
@@ -92,7 +92,7 @@ func (c *hsmConn) findToken() (flags uint, err error) {
 		info, err := c.GetTokenInfo(slot)
 		switch {
 		case err != nil:
-			others = append(others, fmt.Sprintf("slot %d: %s", slot, hsmCode(err)))
+			others = append(others, fmt.Sprintf("slot %d: %s", slot, codeName(err)))
 		case c.is(info):
 			c.slot, flags = slot, info.Flags
 			found++
@@ -111,26 +111,26 @@ func (c *hsmConn) findToken() (flags uint, err error) {
 	return flags, nil
 }
 
-func (c *hsmConn) is(t pkcs11.TokenInfo) bool {
+func (c *conn) is(t pkcs11.TokenInfo) bool {
 	return (c.label == "" || c.label == t.Label) && (c.serial == "" || c.serial == t.SerialNumber)
 }
 
 // present checks that the token is still there.
-func (c *hsmConn) present() error {
+func (c *conn) present() error {
 	info, err := c.GetTokenInfo(c.slot)
 	if err == nil && !c.is(info) {
 		err = pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT)
 	}
 	if err != nil {
-		return &lostError{err: fmt.Errorf("%w: the token is gone: %s", kms.ErrUnavailable, hsmCode(err))}
+		return &lostError{err: fmt.Errorf("%w: the token is gone: %s", kms.ErrUnavailable, codeName(err))}
 	}
 	return nil
 }
 
 // with calls f with a session. One that f failed in is not used again, as
 // something may be left in it.
-func (c *hsmConn) with(f func(*hsmSession) (hsmMessage, error)) (a hsmMessage, err error) {
-	s := &hsmSession{hsmConn: c}
+func (c *conn) with(f func(*session) (message, error)) (a message, err error) {
+	s := &session{conn: c}
 	c.mu.Lock()
 	if n := len(c.idle); n > 0 {
 		s.handle, c.idle = c.idle[n-1], c.idle[:n-1]
@@ -138,7 +138,7 @@ func (c *hsmConn) with(f func(*hsmSession) (hsmMessage, error)) (a hsmMessage, e
 	c.mu.Unlock()
 	if s.handle == 0 {
 		if s.handle, err = c.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION); err != nil {
-			return a, hsmError("open a session", err)
+			return a, callError("open a session", err)
 		}
 	}
 	if a, err = f(s); err != nil {
@@ -152,26 +152,26 @@ func (c *hsmConn) with(f func(*hsmSession) (hsmMessage, error)) (a hsmMessage, e
 }
 
 // readWrite calls f with a session that may change keys.
-func (c *hsmConn) readWrite(f func(pkcs11.SessionHandle) error) error {
+func (c *conn) readWrite(f func(pkcs11.SessionHandle) error) error {
 	rw, err := c.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
-		return hsmError("open a session that may write", err)
+		return callError("open a session that may write", err)
 	}
 	defer c.CloseSession(rw)
 	return f(rw)
 }
 
 // close closes a session, if it is not gone with the token.
-func (s *hsmSession) close() { s.CloseSession(s.handle) }
+func (s *session) close() { s.CloseSession(s.handle) }
 
-func (c *hsmConn) hold() {
+func (c *conn) hold() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.uses++
 }
 
 // release lets go of a connection. The last one to do so closes it.
-func (c *hsmConn) release() {
+func (c *conn) release() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.uses--; c.uses > 0 {
@@ -199,8 +199,8 @@ func vague(e *lostError) bool {
 	return e.code == pkcs11.CKR_GENERAL_ERROR || e.code == pkcs11.CKR_FUNCTION_FAILED
 }
 
-// hsmError says what an error of a PKCS#11 call means to our caller.
-func hsmError(doing string, err error) error {
+// callError says what an error of a PKCS#11 call means to our caller.
+func callError(doing string, err error) error {
 	code, ok := errors.AsType[pkcs11.Error](err)
 	if !ok {
 		return err
@@ -210,7 +210,7 @@ func hsmError(doing string, err error) error {
 	case pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TOKEN_WRITE_PROTECTED, pkcs11.CKR_ACTION_PROHIBITED:
 		sentinel = kms.ErrForbidden
 	}
-	err = fmt.Errorf("%w: %s: %s", sentinel, doing, hsmCode(err))
+	err = fmt.Errorf("%w: %s: %s", sentinel, doing, codeName(err))
 	switch code {
 	case pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_DEVICE_ERROR, pkcs11.CKR_DEVICE_REMOVED,
 		pkcs11.CKR_TOKEN_NOT_PRESENT, pkcs11.CKR_TOKEN_NOT_RECOGNIZED, pkcs11.CKR_SLOT_ID_INVALID,
@@ -221,8 +221,8 @@ func hsmError(doing string, err error) error {
 	return err
 }
 
-// hsmCode is an error as PKCS#11 names it.
-func hsmCode(err error) string {
+// codeName is an error as PKCS#11 names it.
+func codeName(err error) string {
 	s := err.Error()
 	return s[strings.LastIndex(s, " ")+1:]
 }

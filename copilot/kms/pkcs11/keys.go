@@ -17,8 +17,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
-// hsmKey is a version of a key.
-type hsmKey struct {
+// key is a version of a key.
+type key struct {
 	handle   pkcs11.ObjectHandle
 	label    string
 	version  int
@@ -33,7 +33,7 @@ var loaded = time.Now()
 const maxAge = 30 * time.Second
 
 // keys returns the versions of a key, of which there is at least one, in order.
-func (s *hsmSession) keys(path string) ([]hsmKey, error) {
+func (s *session) keys(path string) ([]key, error) {
 	keys, skipped, err := s.find(pkcs11.NewAttribute(pkcs11.CKA_LABEL, path))
 	if err != nil || len(keys) > 0 {
 		return keys, err
@@ -58,34 +58,34 @@ func (s *hsmSession) keys(path string) ([]hsmKey, error) {
 var errNoGCM = fmt.Errorf("%w: the token has no CKM_AES_GCM, without which copilot can't use it", kms.ErrUnavailable)
 
 // hasGCM reports whether the token has AES-GCM, or may have it.
-func (c *hsmConn) hasGCM() bool {
+func (c *conn) hasGCM() bool {
 	_, err := c.GetMechanismInfo(c.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, nil)})
 	return !errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID))
 }
 
 // wrap wraps plaintext with the current version.
-func (s *hsmSession) wrap(path string, plaintext []byte) (hsmMessage, error) {
+func (s *session) wrap(path string, plaintext []byte) (message, error) {
 	keys, err := s.keys(path)
 	if err != nil {
-		return hsmMessage{}, err
+		return message{}, err
 	}
-	may := slices.DeleteFunc(slices.Clone(keys), func(k hsmKey) bool { return !k.encrypts })
+	may := slices.DeleteFunc(slices.Clone(keys), func(k key) bool { return !k.encrypts })
 	if len(may) == 0 {
-		return hsmMessage{}, fmt.Errorf("%w: none of its %d versions may encrypt (CKA_ENCRYPT)", kms.ErrForbidden, len(keys))
+		return message{}, fmt.Errorf("%w: none of its %d versions may encrypt (CKA_ENCRYPT)", kms.ErrForbidden, len(keys))
 	}
 	current := may[len(may)-1]
 	if len(may) > 1 && may[len(may)-2].version == current.version {
-		return hsmMessage{}, fmt.Errorf("%w: it has two keys of version %d: rotate it", kms.ErrUnavailable, current.version)
+		return message{}, fmt.Errorf("%w: it has two keys of version %d: rotate it", kms.ErrUnavailable, current.version)
 	}
-	wrapped, err := s.seal(current, plaintext, hsmAAD(path, current.version))
-	return hsmMessage{version: current.version, fields: [][]byte{wrapped}}, err
+	wrapped, err := s.seal(current, plaintext, additionalData(path, current.version))
+	return message{version: current.version, fields: [][]byte{wrapped}}, err
 }
 
 // unwrap undoes wrap.
-func (s *hsmSession) unwrap(path string, version int, wrapped []byte) (hsmMessage, error) {
+func (s *session) unwrap(path string, version int, wrapped []byte) (message, error) {
 	keys, err := s.keys(path)
 	if err != nil {
-		return hsmMessage{}, err
+		return message{}, err
 	}
 	err = fmt.Errorf("%w: version %d", kms.ErrNotFound, version)
 	if time.Since(loaded) > maxAge {
@@ -95,23 +95,23 @@ func (s *hsmSession) unwrap(path string, version int, wrapped []byte) (hsmMessag
 	for _, k := range keys {
 		if k.version == version {
 			var plaintext []byte
-			if plaintext, err = s.open(k, wrapped, hsmAAD(path, version)); err == nil {
-				return hsmMessage{version: version, fields: [][]byte{plaintext}}, nil
+			if plaintext, err = s.open(k, wrapped, additionalData(path, version)); err == nil {
+				return message{version: version, fields: [][]byte{plaintext}}, nil
 			}
 		}
 	}
-	return hsmMessage{}, err
+	return message{}, err
 }
 
 // find returns the AES-256 keys that have the attributes given. Skipped tells of
 // one that can't be used.
-func (s *hsmSession) find(with ...*pkcs11.Attribute) (keys []hsmKey, skipped string, err error) {
+func (s *session) find(with ...*pkcs11.Attribute) (keys []key, skipped string, err error) {
 	handles, err := s.findHandles(append(with,
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)))
 	if err != nil {
-		return nil, "", hsmError("look for the key", err)
+		return nil, "", callError("look for the key", err)
 	}
 	for _, handle := range handles {
 		attributes, err := s.GetAttributeValue(s.handle, handle, []*pkcs11.Attribute{
@@ -124,10 +124,10 @@ func (s *hsmSession) find(with ...*pkcs11.Attribute) (keys []hsmKey, skipped str
 			continue // destroyed meanwhile
 		}
 		if err != nil {
-			return nil, "", hsmError("read the key's attributes", err)
+			return nil, "", callError("read the key's attributes", err)
 		}
 		label, id, size, encrypt := attributes[0].Value, attributes[1].Value, attributes[2].Value, attributes[3].Value
-		version, ok := hsmVersion(id)
+		version, ok := parseVersion(id)
 		if !ok {
 			skipped = fmt.Sprintf(" (but one with CKA_ID %x)", id)
 			continue
@@ -136,13 +136,13 @@ func (s *hsmSession) find(with ...*pkcs11.Attribute) (keys []hsmKey, skipped str
 			skipped = fmt.Sprintf(" (but one of another size, with CKA_ID %x)", id)
 			continue
 		}
-		keys = append(keys, hsmKey{handle, string(label), version, len(encrypt) == 1 && encrypt[0] != 0})
+		keys = append(keys, key{handle, string(label), version, len(encrypt) == 1 && encrypt[0] != 0})
 	}
-	slices.SortFunc(keys, func(a, b hsmKey) int { return a.version - b.version })
+	slices.SortFunc(keys, func(a, b key) int { return a.version - b.version })
 	return keys, skipped, nil
 }
 
-func (s *hsmSession) findHandles(with []*pkcs11.Attribute) (handles []pkcs11.ObjectHandle, err error) {
+func (s *session) findHandles(with []*pkcs11.Attribute) (handles []pkcs11.ObjectHandle, err error) {
 	if err := s.FindObjectsInit(s.handle, with); err != nil {
 		return nil, err
 	}
@@ -158,8 +158,8 @@ func (s *hsmSession) findHandles(with []*pkcs11.Attribute) (handles []pkcs11.Obj
 	}
 }
 
-// hsmVersion reads a CKA_ID.
-func hsmVersion(id []byte) (version int, ok bool) {
+// parseVersion reads a CKA_ID.
+func parseVersion(id []byte) (version int, ok bool) {
 	id = bytes.TrimLeft(id, "\x00")
 	if len(id) == 0 || len(id) > 4 {
 		return 0, false
@@ -170,12 +170,12 @@ func hsmVersion(id []byte) (version int, ok bool) {
 	return int(v), v < math.MaxInt32
 }
 
-func hsmID(version int) []byte {
+func formatVersion(version int) []byte {
 	return bytes.TrimLeft(binary.BigEndian.AppendUint32(nil, uint32(version)), "\x00")
 }
 
 // seal wraps plaintext.
-func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
+func (s *session) seal(k key, plaintext, aad []byte) ([]byte, error) {
 	nonce := make([]byte, gcmNonce)
 	rand.Read(nonce) // never fails
 	used, sealed, err := s.encrypt(k, nonce, plaintext, aad)
@@ -191,7 +191,7 @@ func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
 		return nil, errNoGCM
 	}
 	if err != nil {
-		return nil, hsmError("wrap", err)
+		return nil, callError("wrap", err)
 	}
 	if len(used) != gcmNonce || len(sealed) != len(plaintext)+gcmTag {
 		return nil, fmt.Errorf("%w: for %d bytes the HSM's CKM_AES_GCM gave a nonce of %d and a ciphertext of %d bytes, not of %d and %d",
@@ -201,7 +201,7 @@ func (s *hsmSession) seal(k hsmKey, plaintext, aad []byte) ([]byte, error) {
 }
 
 // encrypt returns also the nonce that was used. Some HSMs make their own.
-func (s *hsmSession) encrypt(k hsmKey, nonce, plaintext, aad []byte) (used, sealed []byte, err error) {
+func (s *session) encrypt(k key, nonce, plaintext, aad []byte) (used, sealed []byte, err error) {
 	params := pkcs11.NewGCMParams(nonce, aad, gcmTag*8)
 	defer params.Free()
 	if err = s.EncryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, k.handle); err != nil {
@@ -212,17 +212,17 @@ func (s *hsmSession) encrypt(k hsmKey, nonce, plaintext, aad []byte) (used, seal
 }
 
 // open undoes seal.
-func (s *hsmSession) open(k hsmKey, wrapped, aad []byte) ([]byte, error) {
+func (s *session) open(k key, wrapped, aad []byte) ([]byte, error) {
 	params := pkcs11.NewGCMParams(wrapped[:gcmNonce], aad, gcmTag*8)
 	defer params.Free()
 	if err := s.DecryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, k.handle); err != nil {
-		return nil, hsmError("unwrap", err)
+		return nil, callError("unwrap", err)
 	}
 	plaintext, err := s.Decrypt(s.handle, wrapped[gcmNonce:])
 	if err == nil {
 		return plaintext, nil
 	}
-	if err, ok := errors.AsType[*lostError](hsmError("unwrap", err)); ok && !vague(err) {
+	if err, ok := errors.AsType[*lostError](callError("unwrap", err)); ok && !vague(err) {
 		return nil, err
 	}
 	// Modules have many codes for a wrong tag. SoftHSM has CKR_GENERAL_ERROR,
@@ -230,5 +230,5 @@ func (s *hsmSession) open(k hsmKey, wrapped, aad []byte) ([]byte, error) {
 	if err := s.present(); err != nil {
 		return nil, err
 	}
-	return nil, fmt.Errorf("%w (%s)", kms.ErrUnwrap, hsmCode(err))
+	return nil, fmt.Errorf("%w (%s)", kms.ErrUnwrap, codeName(err))
 }

@@ -15,7 +15,7 @@ import (
 const stable = 10 * time.Second
 
 // connect returns a worker that is logged in, and whether the login was made now.
-func (h *hsm) connect() (w *hsmWorker, fresh bool, err error) {
+func (h *hsm) connect() (w *worker, fresh bool, err error) {
 	h.mu.Lock()
 	if h.closed {
 		h.mu.Unlock()
@@ -37,7 +37,7 @@ func (h *hsm) connect() (w *hsmWorker, fresh bool, err error) {
 			defer h.mu.Unlock()
 			return nil, false, fmt.Errorf("%w (the next attempt is in %v)", h.failure, wait.Round(time.Millisecond))
 		}
-		l = &hsmLogin{done: make(chan struct{})}
+		l = &login{done: make(chan struct{})}
 		h.login = l
 		go h.logIn(l, h.worker)
 	}
@@ -48,7 +48,7 @@ func (h *hsm) connect() (w *hsmWorker, fresh bool, err error) {
 
 // logIn makes a login in the worker that is there, or else in a new one, since many
 // modules find a token again only when they are initialized anew.
-func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
+func (h *hsm) logIn(l *login, w *worker) {
 	defer close(l.done)
 	pin, file, err := h.settings.pin()
 	defer clear(pin)
@@ -98,7 +98,7 @@ func (h *hsm) logIn(l *hsmLogin, w *hsmWorker) {
 }
 
 // start starts a worker.
-func (h *hsm) start() (*hsmWorker, error) {
+func (h *hsm) start() (*worker, error) {
 	w, err := startWorker(h.ended)
 	if err != nil {
 		return nil, fmt.Errorf("%w: the module's process can't be started: %w", kms.ErrUnavailable, err)
@@ -110,9 +110,9 @@ func (h *hsm) start() (*hsmWorker, error) {
 }
 
 // open has a worker log in.
-func (h *hsm) open(w *hsmWorker, pin []byte) error {
+func (h *hsm) open(w *worker, pin []byte) error {
 	s := h.settings
-	reply, err := w.do(hsmMessage{kind: requestOpen, fields: [][]byte{[]byte(s.Module), []byte(s.Token), []byte(s.Serial), []byte(s.Parameters), pin}}, h.timeout)
+	reply, err := w.do(message{kind: requestOpen, fields: [][]byte{[]byte(s.Module), []byte(s.Token), []byte(s.Serial), []byte(s.Parameters), pin}}, h.timeout)
 	if err != nil {
 		return fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 	}
@@ -120,7 +120,7 @@ func (h *hsm) open(w *hsmWorker, pin []byte) error {
 }
 
 // ended is called when a worker ends that was not to.
-func (h *hsm) ended(w *hsmWorker) {
+func (h *hsm) ended(w *worker) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.log().WithError(w.reason).Warn("PKCS#11 module's process ended")
@@ -131,7 +131,7 @@ func (h *hsm) ended(w *hsmWorker) {
 }
 
 // gone forgets the worker, which has ended. h.mu is held.
-func (h *hsm) gone(w *hsmWorker) {
+func (h *hsm) gone(w *worker) {
 	h.worker, h.loggedIn = nil, false
 	if h.login != nil {
 		return
@@ -155,7 +155,7 @@ func (h *hsm) failed(err error, first int) {
 }
 
 // lost notes that a worker's login is lost.
-func (h *hsm) lost(w *hsmWorker) {
+func (h *hsm) lost(w *worker) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.worker == w {

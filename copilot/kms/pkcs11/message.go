@@ -10,7 +10,7 @@ import (
 	"sync"
 )
 
-// hsmMessage is a request to the process of a PKCS#11 module, or its reply,
+// message is a request to the process of a PKCS#11 module, or its reply,
 // which has the request's ID. On the pipe it is, big-endian:
 //
 //	size      4 bytes, of what follows
@@ -18,7 +18,7 @@ import (
 //	kind      1 byte
 //	version   8 bytes
 //	fields    each 4 bytes of size, and its bytes
-type hsmMessage struct {
+type message struct {
 	id      uint64
 	kind    byte
 	version int
@@ -55,15 +55,15 @@ const (
 // errMessage is an error of the pipe that only a fault in either program makes.
 var errMessage = errors.New("malformed message")
 
-// hsmPipe sends and receives messages. Any number of goroutines may send, and
+// pipe sends and receives messages. Any number of goroutines may send, and
 // one may receive.
-type hsmPipe struct {
+type pipe struct {
 	r    io.ReadCloser
 	w    io.WriteCloser
 	send sync.Mutex
 }
 
-func (p *hsmPipe) write(m hsmMessage) error {
+func (p *pipe) write(m message) error {
 	size := headerSize
 	for _, f := range m.fields {
 		size += 4 + len(f)
@@ -89,7 +89,7 @@ func (p *hsmPipe) write(m hsmMessage) error {
 
 // read returns the next message, whose fields the caller clears if they are
 // secret. It returns [io.EOF] when the other side has closed the pipe.
-func (p *hsmPipe) read() (m hsmMessage, err error) {
+func (p *pipe) read() (m message, err error) {
 	var size [4]byte
 	if _, err := io.ReadFull(p.r, size[:]); err != nil {
 		return m, err
@@ -102,7 +102,7 @@ func (p *hsmPipe) read() (m hsmMessage, err error) {
 	if _, err := io.ReadFull(p.r, b); err != nil {
 		return m, err
 	}
-	m = hsmMessage{id: binary.BigEndian.Uint64(b), kind: b[8], version: int(binary.BigEndian.Uint64(b[9:]))}
+	m = message{id: binary.BigEndian.Uint64(b), kind: b[8], version: int(binary.BigEndian.Uint64(b[9:]))}
 	for b = b[headerSize:]; len(b) > 0; {
 		if len(b) < 4 {
 			return m, errMessage
@@ -117,13 +117,13 @@ func (p *hsmPipe) read() (m hsmMessage, err error) {
 }
 
 // clear overwrites what the fields hold.
-func (m hsmMessage) clear() {
+func (m message) clear() {
 	for _, f := range m.fields {
 		clear(f)
 	}
 }
 
-func (p *hsmPipe) close() {
+func (p *pipe) close() {
 	p.w.Close()
 	p.r.Close()
 }

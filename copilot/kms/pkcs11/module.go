@@ -50,19 +50,19 @@ func runModule() error {
 		}
 		syscall.CloseOnExec(fd) // modules may start programs
 	}
-	s := &moduleServer{pipe: &hsmPipe{r: os.NewFile(requests, "requests"), w: os.NewFile(replies, "replies")}}
+	s := &moduleServer{pipe: &pipe{r: os.NewFile(requests, "requests"), w: os.NewFile(replies, "replies")}}
 	return s.serve()
 }
 
 // moduleServer has a PKCS#11 module, which it initializes once, and a login to a
 // token.
 type moduleServer struct {
-	pipe  *hsmPipe
+	pipe  *pipe
 	calls sync.WaitGroup
 
 	mu     sync.Mutex
-	module *hsmModule
-	conn   *hsmConn // nil if there is no login
+	module *module
+	conn   *conn // nil if there is no login
 }
 
 // serve replies to requests until the pipe ends.
@@ -104,7 +104,7 @@ func (s *moduleServer) serve() error {
 	}
 }
 
-func (s *moduleServer) handle(m hsmMessage) hsmMessage {
+func (s *moduleServer) handle(m message) message {
 	if want := [...]int{requestOpen: 5, requestWrap: 2, requestUnwrap: 2, requestGenerate: 2, requestConfirm: 2}; int(m.kind) >= len(want) || len(m.fields) != want[m.kind] {
 		return errorReply(errMessage)
 	}
@@ -112,7 +112,7 @@ func (s *moduleServer) handle(m hsmMessage) hsmMessage {
 		if err := s.open(m); err != nil {
 			return errorReply(err)
 		}
-		return hsmMessage{}
+		return message{}
 	}
 	s.mu.Lock()
 	c := s.conn
@@ -124,7 +124,7 @@ func (s *moduleServer) handle(m hsmMessage) hsmMessage {
 		return errorReply(&lostError{err: fmt.Errorf("%w: not logged in", kms.ErrUnavailable)})
 	}
 	defer c.release()
-	reply, err := c.with(func(session *hsmSession) (hsmMessage, error) { return session.do(m) })
+	reply, err := c.with(func(session *session) (message, error) { return session.do(m) })
 	if err == nil {
 		return reply
 	}
@@ -139,7 +139,7 @@ func (s *moduleServer) handle(m hsmMessage) hsmMessage {
 	return errorReply(err)
 }
 
-func (s *moduleServer) open(m hsmMessage) error {
+func (s *moduleServer) open(m message) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn != nil {
@@ -157,7 +157,7 @@ func (s *moduleServer) open(m hsmMessage) error {
 	return err
 }
 
-func (s *hsmSession) do(m hsmMessage) (hsmMessage, error) {
+func (s *session) do(m message) (message, error) {
 	path := string(m.fields[0])
 	switch m.kind {
 	case requestWrap:
@@ -166,15 +166,15 @@ func (s *hsmSession) do(m hsmMessage) (hsmMessage, error) {
 		return s.unwrap(path, m.version, m.fields[1])
 	case requestGenerate:
 		version, err := s.generateNext(path, string(m.fields[1]))
-		return hsmMessage{version: version}, err
+		return message{version: version}, err
 	default:
 		version, err := s.confirm(path, string(m.fields[1]), m.version)
-		return hsmMessage{version: version}, err
+		return message{version: version}, err
 	}
 }
 
 // errorReply is the reply that says err.
-func errorReply(err error) hsmMessage {
+func errorReply(err error) message {
 	kind := byte(replyUnavailable)
 	lost, isLost := errors.AsType[*lostError](err)
 	switch _, pin := errors.AsType[*pinError](err); {
@@ -191,7 +191,7 @@ func errorReply(err error) hsmMessage {
 	case errors.Is(err, kms.ErrUnwrap):
 		kind = replyUnwrap
 	}
-	return hsmMessage{kind: kind, fields: [][]byte{[]byte(err.Error())}}
+	return message{kind: kind, fields: [][]byte{[]byte(err.Error())}}
 }
 
 // remoteError is an error of the module's process.
@@ -215,7 +215,7 @@ func (e *remoteError) Unwrap() error {
 }
 
 // error returns the error that a reply says, or nil.
-func (m hsmMessage) error() error {
+func (m message) error() error {
 	if m.kind == replyOK {
 		return nil
 	}
@@ -225,20 +225,20 @@ func (m hsmMessage) error() error {
 	return &remoteError{string(m.fields[0]), m.kind}
 }
 
-// hsmModule is a PKCS#11 library that is initialized.
-type hsmModule struct {
+// module is a PKCS#11 library that is initialized.
+type module struct {
 	*pkcs11.Ctx
 	functions functionList
 }
 
-func loadModule(path, parameters string) (*hsmModule, error) {
-	m := &hsmModule{Ctx: pkcs11.New(path)}
+func loadModule(path, parameters string) (*module, error) {
+	m := &module{Ctx: pkcs11.New(path)}
 	if m.Ctx == nil {
 		return nil, fmt.Errorf("%w: %s can't be loaded: it or a library that it needs is missing, or it is not a PKCS#11 module", kms.ErrUnavailable, path)
 	}
 	var err error
 	if m.functions, err = newFunctionList(path); err != nil {
-		return nil, fmt.Errorf("%w: %s has no function list: %s", kms.ErrUnavailable, path, hsmCode(err))
+		return nil, fmt.Errorf("%w: %s has no function list: %s", kms.ErrUnavailable, path, codeName(err))
 	}
 	var options []pkcs11.InitializeOption
 	if parameters != "" {
@@ -247,10 +247,10 @@ func loadModule(path, parameters string) (*hsmModule, error) {
 	err = m.Initialize(options...)
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_ARGUMENTS_BAD)) {
 		return nil, fmt.Errorf("%w: %s does not accept these module-parameters: %s: its documentation says which it needs (for NSS's softoken \"configdir='sql:/DIRECTORY'\"), if any",
-			kms.ErrUnavailable, path, hsmCode(err))
+			kms.ErrUnavailable, path, codeName(err))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s can't be initialized: %s", kms.ErrUnavailable, path, hsmCode(err))
+		return nil, fmt.Errorf("%w: %s can't be initialized: %s", kms.ErrUnavailable, path, codeName(err))
 	}
 	return m, nil
 }

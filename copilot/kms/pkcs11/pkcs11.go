@@ -37,15 +37,15 @@ func Types() kms.Types { return kms.Types{"pkcs11": open} }
 // The module runs in a process of its own, a worker, so that a fault in it takes
 // nothing else down.
 type hsm struct {
-	settings hsmSettings
+	settings settings
 	timeout  time.Duration // of a call to the module
 	calls    chan struct{} // holds one for each call that is in the module
 	rotating chan struct{} // holds one during a rotation
 
 	mu       sync.Mutex
-	worker   *hsmWorker // nil if none runs
-	loggedIn bool       // the worker is
-	login    *hsmLogin  // that is being made, or nil
+	worker   *worker // nil if none runs
+	loggedIn bool    // the worker is
+	login    *login  // that is being made, or nil
 	refused  *refusal
 	failures int       // one after the other
 	retryAt  time.Time // the next login is not before
@@ -54,10 +54,10 @@ type hsm struct {
 	closed   bool
 }
 
-// hsmLogin is a login that is being made.
-type hsmLogin struct {
+// login is a login that is being made.
+type login struct {
 	done   chan struct{} // closed when there is a result
-	worker *hsmWorker
+	worker *worker
 	err    error
 }
 
@@ -67,7 +67,7 @@ type refusal struct {
 	err  error
 }
 
-type hsmSettings struct {
+type settings struct {
 	Module      string `toml:"module"`            // the PKCS#11 library's file
 	Parameters  string `toml:"module-parameters"` // what C_Initialize gets as pReserved, with a zero byte after it
 	Token       string `toml:"token"`             // the token's label
@@ -92,9 +92,9 @@ const (
 	gcmTag   = 16 // bytes
 )
 
-func open(settings kms.Settings) (kms.Backend, error) {
+func open(decode kms.Settings) (kms.Backend, error) {
 	h := &hsm{calls: make(chan struct{}, maxCalls), rotating: make(chan struct{}, 1), timeout: defaultCallTimeout}
-	if err := settings(&h.settings); err != nil {
+	if err := decode(&h.settings); err != nil {
 		return nil, err
 	}
 	switch s := h.settings; {
@@ -128,7 +128,7 @@ func (h *hsm) Wrap(ctx context.Context, path string, plaintext []byte) (int, []b
 	if err := kms.CheckPlaintext(plaintext); err != nil {
 		return 0, nil, err
 	}
-	m, err := h.call(ctx, path, hsmMessage{kind: requestWrap, fields: [][]byte{[]byte(path), plaintext}})
+	m, err := h.call(ctx, path, message{kind: requestWrap, fields: [][]byte{[]byte(path), plaintext}})
 	if err != nil {
 		return 0, nil, err
 	}
@@ -142,7 +142,7 @@ func (h *hsm) Unwrap(ctx context.Context, path string, version int, wrapped []by
 	if version < 1 || version >= math.MaxInt32 {
 		return nil, fmt.Errorf("key %q in %s: %w: version %d", path, h.settings, kms.ErrNotFound, version)
 	}
-	m, err := h.call(ctx, path, hsmMessage{kind: requestUnwrap, version: version, fields: [][]byte{[]byte(path), wrapped}})
+	m, err := h.call(ctx, path, message{kind: requestUnwrap, version: version, fields: [][]byte{[]byte(path), wrapped}})
 	if err != nil {
 		return nil, err
 	}
@@ -169,27 +169,27 @@ func (h *hsm) Close() error {
 	return nil
 }
 
-// hsmAAD is what a wrapped key is bound to.
-func hsmAAD(path string, version int) []byte {
+// additionalData is what a wrapped key is bound to.
+func additionalData(path string, version int) []byte {
 	aad := binary.BigEndian.AppendUint64([]byte("copilot pkcs11 v1\x00"), uint64(version))
 	return append(aad, path...)
 }
 
 // call sends a copy of a request, which is cleared after it. PKCS#11 has no way to
 // stop a call: when ctx is done, it is left to itself.
-func (h *hsm) call(ctx context.Context, path string, request hsmMessage) (hsmMessage, error) {
+func (h *hsm) call(ctx context.Context, path string, request message) (message, error) {
 	select {
 	case <-ctx.Done():
-		return hsmMessage{}, h.late(ctx, path, "not asked")
+		return message{}, h.late(ctx, path, "not asked")
 	default:
 	}
 	select {
 	case h.calls <- struct{}{}:
 	case <-ctx.Done():
-		return hsmMessage{}, h.late(ctx, path, "all calls to its module hang")
+		return message{}, h.late(ctx, path, "all calls to its module hang")
 	}
 	type result struct {
-		hsmMessage
+		message
 		err error
 	}
 	done := make(chan result, 1)
@@ -207,12 +207,12 @@ func (h *hsm) call(ctx context.Context, path string, request hsmMessage) (hsmMes
 	select {
 	case r := <-done:
 		if r.err != nil {
-			return hsmMessage{}, fmt.Errorf("key %q in %s: %w", path, h.settings, r.err)
+			return message{}, fmt.Errorf("key %q in %s: %w", path, h.settings, r.err)
 		}
-		return r.hsmMessage, nil
+		return r.message, nil
 	case <-ctx.Done():
 		go func() { (<-done).clear() }()
-		return hsmMessage{}, h.late(ctx, path, "its module takes too long")
+		return message{}, h.late(ctx, path, "its module takes too long")
 	}
 }
 
@@ -223,11 +223,11 @@ func (h *hsm) late(ctx context.Context, path, what string) error {
 
 // try sends a request, and once more if the login or the process is lost meanwhile.
 // An HSM that forgot a session is not worth an error.
-func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
+func (h *hsm) try(ctx context.Context, request message) (message, error) {
 	for again := false; ; {
 		w, fresh, err := h.connect()
 		if err != nil {
-			return hsmMessage{}, err
+			return message{}, err
 		}
 		reply, err := w.do(request, h.timeout)
 		switch {
@@ -237,7 +237,7 @@ func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
 			// What has made or renamed a key must not do so twice.
 			repeats := request.kind == requestWrap || request.kind == requestUnwrap
 			if !errors.Is(err, errEnded) || !repeats || again || ctx.Err() != nil {
-				return hsmMessage{}, fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
+				return message{}, fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 			}
 			again = true
 			continue
@@ -250,10 +250,10 @@ func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
 		}
 		if fresh || again || ctx.Err() != nil {
 			if err := reply.error(); err != nil {
-				return hsmMessage{}, err
+				return message{}, err
 			}
 			if want := request.kind == requestWrap || request.kind == requestUnwrap; want != (len(reply.fields) == 1) {
-				return hsmMessage{}, fmt.Errorf("%w: %w", kms.ErrUnavailable, errMessage)
+				return message{}, fmt.Errorf("%w: %w", kms.ErrUnavailable, errMessage)
 			}
 			return reply, nil
 		}
@@ -262,7 +262,7 @@ func (h *hsm) try(ctx context.Context, request hsmMessage) (hsmMessage, error) {
 }
 
 // pin reads the PIN, which the caller clears.
-func (s hsmSettings) pin() ([]byte, os.FileInfo, error) {
+func (s settings) pin() ([]byte, os.FileInfo, error) {
 	f, err := regular.Open(s.PINFile)
 	if err != nil {
 		return nil, nil, err
@@ -285,7 +285,7 @@ func (s hsmSettings) pin() ([]byte, os.FileInfo, error) {
 	return pin, info, nil
 }
 
-func (s hsmSettings) String() string {
+func (s settings) String() string {
 	if s.Token == "" {
 		return fmt.Sprintf("token with serial number %q", s.Serial)
 	}

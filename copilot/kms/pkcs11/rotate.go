@@ -47,14 +47,14 @@ const pendingMark = " pending "
 // rotate makes a version, or 0 if another broker was about to make the same.
 func (h *hsm) rotate(ctx context.Context, path string) (int, error) {
 	label := path + pendingMark + rand.Text()
-	made, err := h.call(ctx, path, hsmMessage{kind: requestGenerate, fields: [][]byte{[]byte(path), []byte(label)}})
+	made, err := h.call(ctx, path, message{kind: requestGenerate, fields: [][]byte{[]byte(path), []byte(label)}})
 	if err != nil {
 		return 0, err
 	}
 	// A module may know only of the keys that were there when it was
 	// initialized, and of its own.
 	h.replace()
-	a, err := h.call(ctx, path, hsmMessage{kind: requestConfirm, version: made.version, fields: [][]byte{[]byte(path), []byte(label)}})
+	a, err := h.call(ctx, path, message{kind: requestConfirm, version: made.version, fields: [][]byte{[]byte(path), []byte(label)}})
 	if err != nil {
 		return 0, fmt.Errorf("version %d was made, but is not in use: %w", made.version, err)
 	}
@@ -63,7 +63,7 @@ func (h *hsm) rotate(ctx context.Context, path string) (int, error) {
 
 // generateNext makes the version after the highest one, not in use yet, and returns
 // it.
-func (s *hsmSession) generateNext(path, label string) (int, error) {
+func (s *session) generateNext(path, label string) (int, error) {
 	if _, err := s.keys(path); err != nil {
 		return 0, err
 	}
@@ -77,12 +77,12 @@ func (s *hsmSession) generateNext(path, label string) (int, error) {
 
 // confirm puts the version with a label into use and returns it, or destroys it and
 // returns 0 if another broker made that version, too.
-func (s *hsmSession) confirm(path, label string, version int) (int, error) {
+func (s *session) confirm(path, label string, version int) (int, error) {
 	all, err := s.rotated(path)
 	if err != nil {
 		return 0, err
 	}
-	all = slices.DeleteFunc(all, func(k hsmKey) bool { return k.version != version })
+	all = slices.DeleteFunc(all, func(k key) bool { return k.version != version })
 	if len(all) == 1 && all[0].label == label {
 		if err = s.rename(all[0], path); err == nil {
 			return version, nil
@@ -98,9 +98,9 @@ func (s *hsmSession) confirm(path, label string, version int) (int, error) {
 
 // rotated returns the versions of a key and those that may become some, in
 // order.
-func (s *hsmSession) rotated(path string) ([]hsmKey, error) {
+func (s *session) rotated(path string) ([]key, error) {
 	keys, _, err := s.find()
-	keys = slices.DeleteFunc(keys, func(k hsmKey) bool { return k.label != path && !strings.HasPrefix(k.label, path+pendingMark) })
+	keys = slices.DeleteFunc(keys, func(k key) bool { return k.label != path && !strings.HasPrefix(k.label, path+pendingMark) })
 	if err == nil && len(keys) == 0 {
 		err = &lostError{err: kms.ErrNotFound, old: true}
 	}
@@ -108,7 +108,7 @@ func (s *hsmSession) rotated(path string) ([]hsmKey, error) {
 }
 
 // generate makes a key.
-func (s *hsmSession) generate(label string, version int) error {
+func (s *session) generate(label string, version int) error {
 	return s.readWrite(func(rw pkcs11.SessionHandle) error {
 		_, err := s.GenerateKey(rw, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
@@ -123,21 +123,21 @@ func (s *hsmSession) generate(label string, version int) error {
 			pkcs11.NewAttribute(pkcs11.CKA_WRAP, false), // or another key could be wrapped with it, and decrypted
 			pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
 			pkcs11.NewAttribute(pkcs11.CKA_LABEL, label),
-			pkcs11.NewAttribute(pkcs11.CKA_ID, hsmID(version)),
+			pkcs11.NewAttribute(pkcs11.CKA_ID, formatVersion(version)),
 		})
-		return hsmError("make a key", err)
+		return callError("make a key", err)
 	})
 }
 
-func (s *hsmSession) rename(k hsmKey, label string) error {
+func (s *session) rename(k key, label string) error {
 	return s.readWrite(func(rw pkcs11.SessionHandle) error {
 		err := s.SetAttributeValue(rw, k.handle, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, label)})
-		return hsmError("change the new key's label", err)
+		return callError("change the new key's label", err)
 	})
 }
 
-func (s *hsmSession) destroy(k hsmKey) error {
+func (s *session) destroy(k key) error {
 	return s.readWrite(func(rw pkcs11.SessionHandle) error {
-		return hsmError(fmt.Sprintf("destroy the key %q", k.label), s.DestroyObject(rw, k.handle))
+		return callError(fmt.Sprintf("destroy the key %q", k.label), s.DestroyObject(rw, k.handle))
 	})
 }

@@ -15,18 +15,18 @@ import (
 	"time"
 )
 
-// hsmWorker is a process with a PKCS#11 module in it: this program, run again.
-type hsmWorker struct {
-	pipe    *hsmPipe
+// worker is a process with a PKCS#11 module in it: this program, run again.
+type worker struct {
+	pipe    *pipe
 	process *os.Process
 	started time.Time
 	ended   chan struct{} // closed when it has ended, or was killed
 	exited  chan struct{} // closed when there is no process any more
-	onEnd   func(*hsmWorker)
+	onEnd   func(*worker)
 
 	mu      sync.Mutex
 	last    uint64 // ID of a request
-	pending map[uint64]chan hsmMessage
+	pending map[uint64]chan message
 	calls   sync.WaitGroup
 	retired bool
 	reason  error // why it ended
@@ -43,7 +43,7 @@ var notForWorkers = []string{"NOTIFY_SOCKET=", "WATCHDOG_PID=", "WATCHDOG_USEC="
 
 // startWorker starts a process, which has not loaded its module yet. onEnd is
 // called once, when it ends without having been retired.
-func startWorker(onEnd func(*hsmWorker)) (*hsmWorker, error) {
+func startWorker(onEnd func(*worker)) (*worker, error) {
 	requestR, requestW, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -54,9 +54,9 @@ func startWorker(onEnd func(*hsmWorker)) (*hsmWorker, error) {
 		requestW.Close()
 		return nil, err
 	}
-	w := &hsmWorker{
-		pipe: &hsmPipe{r: replyR, w: requestW}, started: time.Now(), onEnd: onEnd,
-		ended: make(chan struct{}), exited: make(chan struct{}), pending: make(map[uint64]chan hsmMessage),
+	w := &worker{
+		pipe: &pipe{r: replyR, w: requestW}, started: time.Now(), onEnd: onEnd,
+		ended: make(chan struct{}), exited: make(chan struct{}), pending: make(map[uint64]chan message),
 	}
 	// /proc/self/exe is this program even after its file was replaced. What the
 	// module prints must not get into an audit log on standard output.
@@ -92,7 +92,7 @@ func startWorker(onEnd func(*hsmWorker)) (*hsmWorker, error) {
 	return w, nil
 }
 
-func (w *hsmWorker) receive() {
+func (w *worker) receive() {
 	for {
 		m, err := w.pipe.read()
 		if errors.Is(err, errMessage) {
@@ -116,12 +116,12 @@ func (w *hsmWorker) receive() {
 
 // do sends a request and returns its reply. A process that does not reply in time
 // is killed. Errors wrap errEnded, or errRetired if the request was not sent.
-func (w *hsmWorker) do(m hsmMessage, timeout time.Duration) (hsmMessage, error) {
-	reply := make(chan hsmMessage, 1)
+func (w *worker) do(m message, timeout time.Duration) (message, error) {
+	reply := make(chan message, 1)
 	w.mu.Lock()
 	if w.retired {
 		w.mu.Unlock()
-		return hsmMessage{}, errRetired
+		return message{}, errRetired
 	}
 	w.last++
 	m.id = w.last
@@ -134,7 +134,7 @@ func (w *hsmWorker) do(m hsmMessage, timeout time.Duration) (hsmMessage, error) 
 		w.mu.Lock()
 		delete(w.pending, m.id)
 		w.mu.Unlock()
-		return hsmMessage{}, err
+		return message{}, err
 	}
 	// Another error means that the process is ending.
 	timer := time.NewTimer(timeout)
@@ -148,16 +148,16 @@ func (w *hsmWorker) do(m hsmMessage, timeout time.Duration) (hsmMessage, error) 
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return hsmMessage{}, fmt.Errorf("%w: %w", errEnded, w.reason)
+	return message{}, fmt.Errorf("%w: %w", errEnded, w.reason)
 }
 
-func (w *hsmWorker) kill(reason error) {
+func (w *worker) kill(reason error) {
 	w.end(reason)
 	w.process.Kill()
 }
 
 // end notes why the process ended, which fails all requests.
-func (w *hsmWorker) end(reason error) {
+func (w *worker) end(reason error) {
 	w.mu.Lock()
 	first, retired := w.reason == nil, w.retired
 	if first {
@@ -173,7 +173,7 @@ func (w *hsmWorker) end(reason error) {
 	}
 }
 
-func (w *hsmWorker) hasEnded() bool {
+func (w *worker) hasEnded() bool {
 	select {
 	case <-w.ended:
 		return true
@@ -187,7 +187,7 @@ const closeTimeout = 5 * time.Second
 
 // retire takes no more requests, and closes the process when it has replied to
 // those that it has.
-func (w *hsmWorker) retire() {
+func (w *worker) retire() {
 	w.mu.Lock()
 	w.retired = true
 	w.mu.Unlock()
@@ -198,7 +198,7 @@ func (w *hsmWorker) retire() {
 }
 
 // close ends the process, with the calls in it.
-func (w *hsmWorker) close() {
+func (w *worker) close() {
 	w.mu.Lock()
 	w.retired = true
 	w.mu.Unlock()

@@ -20,47 +20,47 @@ import (
 	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
-type vaultKVSettings struct {
-	vaultSettings
+type kvSettings struct {
+	settings
 	// Field of the secret that holds the KEK: "kek" by default.
 	Field string `toml:"field"`
 	// Encoding of the KEK in it: base64 (the default), hex or raw.
 	Encoding string `toml:"encoding"`
 }
 
-// vaultKV gives out keys that are fields of secrets in a key-value engine,
+// keyValue gives out keys that are fields of secrets in a key-value engine,
 // version 2, of a Vault. The secret's versions are the KEK's.
 //
 // A path is that of a secret in the engine, as "team-a", or the one of Vault's
 // API, as "secret/data/team-a": what it starts with is taken off if it is the
 // engine's mount and "data/".
-type vaultKV struct {
-	*vault
+type keyValue struct {
+	*engine
 	field, encoding string
 }
 
-// rotatingVaultKV may also make new versions.
-type rotatingVaultKV struct{ vaultKV }
+// rotatingKeyValue may also make new versions.
+type rotatingKeyValue struct{ keyValue }
 
-func openVaultKV(settings kms.Settings) (kms.Backend, error) {
-	var s vaultKVSettings
-	if err := settings(&s); err != nil {
+func openKV(decode kms.Settings) (kms.Backend, error) {
+	var s kvSettings
+	if err := decode(&s); err != nil {
 		return nil, err
 	}
-	kv := vaultKV{field: cmp.Or(s.Field, "kek"), encoding: cmp.Or(s.Encoding, "base64")}
+	kv := keyValue{field: cmp.Or(s.Field, "kek"), encoding: cmp.Or(s.Encoding, "base64")}
 	switch kv.encoding {
 	case "base64", "hex", "raw":
 	default:
 		return nil, fmt.Errorf("encoding = %.40q is neither base64 nor hex nor raw", s.Encoding)
 	}
 	var err error
-	if kv.vault, err = openVault(s.vaultSettings, "secret"); err != nil {
+	if kv.engine, err = openEngine(s.settings, "secret"); err != nil {
 		return nil, err
 	}
 	if kv.encoding == "raw" {
 		return kv, nil // JSON strings do not hold random bytes
 	}
-	return rotatingVaultKV{kv}, nil
+	return rotatingKeyValue{kv}, nil
 }
 
 // kvVersion is a version of a secret.
@@ -82,7 +82,7 @@ func (s kvVersion) clear() {
 }
 
 // Key implements [kms.Giver].
-func (kv vaultKV) Key(ctx context.Context, path string, version int) ([]byte, int, error) {
+func (kv keyValue) Key(ctx context.Context, path string, version int) ([]byte, int, error) {
 	name, err := kv.name(path)
 	if err != nil {
 		return nil, 0, err
@@ -105,19 +105,19 @@ func (kv vaultKV) Key(ctx context.Context, path string, version int) ([]byte, in
 }
 
 // name returns the name of a secret in the engine.
-func (kv vaultKV) name(path string) (string, error) {
+func (kv keyValue) name(path string) (string, error) {
 	name := strings.TrimPrefix(path, kv.mount+"/data/")
-	if err := checkVaultPath(name); err != nil {
+	if err := checkPath(name); err != nil {
 		return "", fmt.Errorf("path %.100q: %w", path, err)
 	}
 	return name, nil
 }
 
-func (kv vaultKV) dataPath(name string) string { return kv.mount + "/data/" + name }
+func (kv keyValue) dataPath(name string) string { return kv.mount + "/data/" + name }
 
 // read returns a version of a secret, 0 for the latest, that has the field.
-func (kv vaultKV) read(ctx context.Context, name string, version int) (s kvVersion, err error) {
-	r := vaultRequest{path: kv.dataPath(name)}
+func (kv keyValue) read(ctx context.Context, name string, version int) (s kvVersion, err error) {
+	r := request{path: kv.dataPath(name)}
 	if version != 0 {
 		r.query = url.Values{"version": {strconv.Itoa(version)}}
 	}
@@ -181,7 +181,7 @@ func decodeKey(value json.RawMessage, encoding string) ([]byte, error) {
 // Rotate implements [kms.Rotator]. It changes nothing but the field, and writes
 // only over the version that it read, so that of several calls at once each
 // makes a version of its own.
-func (kv rotatingVaultKV) Rotate(ctx context.Context, path string) (int, error) {
+func (kv rotatingKeyValue) Rotate(ctx context.Context, path string) (int, error) {
 	name, err := kv.name(path)
 	if err != nil {
 		return 0, err
@@ -196,7 +196,7 @@ func (kv rotatingVaultKV) Rotate(ctx context.Context, path string) (int, error) 
 	return 0, err
 }
 
-func (kv rotatingVaultKV) rotate(ctx context.Context, name string) (int, error) {
+func (kv rotatingKeyValue) rotate(ctx context.Context, name string) (int, error) {
 	s, err := kv.read(ctx, name, 0)
 	defer s.clear()
 	if err != nil {
@@ -227,7 +227,7 @@ func (kv rotatingVaultKV) rotate(ctx context.Context, name string) (int, error) 
 			Version int `json:"version"`
 		} `json:"data"`
 	}
-	if err := kv.do(ctx, vaultRequest{path: kv.dataPath(name), body: body}, &answer); err != nil {
+	if err := kv.do(ctx, request{path: kv.dataPath(name), body: body}, &answer); err != nil {
 		return 0, err
 	}
 	if answer.Data.Version != version+1 {
@@ -239,7 +239,7 @@ func (kv rotatingVaultKV) rotate(ctx context.Context, name string) (int, error) 
 // keepsAll makes sure that the engine does not forget an old version, and with
 // it a key that images are still encrypted with, when it gets a new one: it
 // keeps the last ten by default.
-func (kv rotatingVaultKV) keepsAll(ctx context.Context, name string, next int) error {
+func (kv rotatingKeyValue) keepsAll(ctx context.Context, name string, next int) error {
 	var metadata struct {
 		Data struct {
 			Keeps    int `json:"max_versions"`
@@ -248,7 +248,7 @@ func (kv rotatingVaultKV) keepsAll(ctx context.Context, name string, next int) e
 			} `json:"versions"`
 		} `json:"data"`
 	}
-	if err := kv.do(ctx, vaultRequest{path: kv.mount + "/metadata/" + name}, &metadata); err != nil {
+	if err := kv.do(ctx, request{path: kv.mount + "/metadata/" + name}, &metadata); err != nil {
 		return err
 	}
 	oldest := next
@@ -266,7 +266,7 @@ func (kv rotatingVaultKV) keepsAll(ctx context.Context, name string, next int) e
 			Keeps int `json:"max_versions"`
 		} `json:"data"`
 	}
-	if err := kv.do(ctx, vaultRequest{path: kv.mount + "/config"}, &engine); err != nil {
+	if err := kv.do(ctx, request{path: kv.mount + "/config"}, &engine); err != nil {
 		return err
 	}
 	keeps := cmp.Or(max(metadata.Data.Keeps, engine.Data.Keeps), 10)

@@ -19,8 +19,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
-// vaultLogins are the ways to get a token. One of them is set.
-type vaultLogins struct {
+// logins are the ways to get a token. One of them is set.
+type logins struct {
 	// TokenFile holds a token, which is renewed as long as the server allows.
 	TokenFile  string           `toml:"token-file"`
 	AppRole    *appRoleLogin    `toml:"approle"`
@@ -53,7 +53,7 @@ type certLogin struct {
 }
 
 // setLogin sets how v gets its token.
-func (v *vault) setLogin(s vaultLogins) error {
+func (v *engine) setLogin(s logins) error {
 	var ways int
 	for _, set := range []bool{s.TokenFile != "", s.AppRole != nil, s.Kubernetes != nil, s.Cert != nil} {
 		if set {
@@ -108,7 +108,7 @@ func (v *vault) setLogin(s vaultLogins) error {
 		mount = cmp.Or(l.Mount, "cert")
 		v.login = func() ([]byte, error) { return json.Marshal(map[string]string{"name": l.Role}) }
 	}
-	if err := checkVaultPath(mount); err != nil {
+	if err := checkPath(mount); err != nil {
 		return fmt.Errorf("mount = %.100q of the auth method: %w", mount, err)
 	}
 	v.loginPath = "auth/" + mount + "/login"
@@ -129,8 +129,8 @@ func readSecret(setting, name string) (string, error) {
 	return string(line), nil
 }
 
-// vaultToken is what requests are authorized with.
-type vaultToken struct {
+// accessToken is what requests are authorized with.
+type accessToken struct {
 	value string
 	since time.Time
 	until time.Time // zero if it does not end
@@ -138,15 +138,15 @@ type vaultToken struct {
 
 // currentToken returns the token to send, after a login if there is none, if
 // its time is over, or if the server refused it.
-func (v *vault) currentToken(ctx context.Context, refused string) (vaultToken, error) {
+func (v *engine) currentToken(ctx context.Context, refused string) (accessToken, error) {
 	if v.tokenFile != "" {
 		value, err := readSecret("token-file", v.tokenFile)
-		return vaultToken{value: value, since: time.Now()}, err
+		return accessToken{value: value, since: time.Now()}, err
 	}
 	select {
 	case v.busy <- struct{}{}:
 	case <-ctx.Done():
-		return vaultToken{}, fmt.Errorf("%w: log in to the Vault at %s: %w", kms.ErrUnavailable, v.address, ctx.Err())
+		return accessToken{}, fmt.Errorf("%w: log in to the Vault at %s: %w", kms.ErrUnavailable, v.address, ctx.Err())
 	}
 	defer func() { <-v.busy }()
 	if t := v.token; t.value != "" && t.value != refused && (t.until.IsZero() || time.Now().Before(t.until)) {
@@ -155,40 +155,40 @@ func (v *vault) currentToken(ctx context.Context, refused string) (vaultToken, e
 	now := time.Now()
 	body, err := v.login()
 	if err != nil {
-		return vaultToken{}, err
+		return accessToken{}, err
 	}
 	defer clear(body)
-	var answer vaultAuth
-	if err := v.send(ctx, "", vaultRequest{path: v.loginPath, body: body}, &answer); err != nil {
-		if r, ok := errors.AsType[*vaultRefusal](err); ok && r.status < 500 && r.status != 429 {
+	var answer auth
+	if err := v.send(ctx, "", request{path: v.loginPath, body: body}, &answer); err != nil {
+		if r, ok := errors.AsType[*refusal](err); ok && r.status < 500 && r.status != 429 {
 			r.kind, r.hint = kms.ErrForbidden, "it does not let the broker log in: check the settings of the auth method, and the role there"
 		}
-		return vaultToken{}, err
+		return accessToken{}, err
 	}
 	if answer.Auth.Token == "" {
-		return vaultToken{}, fmt.Errorf("the Vault at %s: %w: it answers a login with no token", v.address, kms.ErrUnavailable)
+		return accessToken{}, fmt.Errorf("the Vault at %s: %w: it answers a login with no token", v.address, kms.ErrUnavailable)
 	}
-	v.token = vaultToken{value: answer.Auth.Token, since: now}
+	v.token = accessToken{value: answer.Auth.Token, since: now}
 	if lease := answer.lease(); lease > 0 {
 		v.token.until = now.Add(lease / 10 * 9)
 	}
 	return v.token, nil
 }
 
-// vaultAuth is the answer to a login or a renewal.
-type vaultAuth struct {
+// auth is the answer to a login or a renewal.
+type auth struct {
 	Auth struct {
 		Token string `json:"client_token"`
 		Lease int64  `json:"lease_duration"` // seconds
 	} `json:"auth"`
 }
 
-func (a vaultAuth) lease() time.Duration {
+func (a auth) lease() time.Duration {
 	return time.Duration(min(a.Auth.Lease, 365*24*60*60)) * time.Second
 }
 
 // keepToken renews the token of the file in the background until v is closed.
-func (v *vault) keepToken() {
+func (v *engine) keepToken() {
 	ctx, cancel := context.WithCancel(context.Background())
 	v.stop, v.stopped = cancel, make(chan struct{})
 	go func() {
@@ -220,11 +220,11 @@ func (v *vault) keepToken() {
 
 // renewToken returns how long the token is good for now, or 0 if it is not of
 // the kind that is renewed.
-func (v *vault) renewToken(ctx context.Context) (time.Duration, error) {
+func (v *engine) renewToken(ctx context.Context) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	var answer vaultAuth
-	err := v.do(ctx, vaultRequest{path: "auth/token/renew-self", body: []byte("{}")}, &answer)
+	var answer auth
+	err := v.do(ctx, request{path: "auth/token/renew-self", body: []byte("{}")}, &answer)
 	if _, ok := refused(err, 400); ok {
 		return 0, nil // "lease is not renewable"
 	}

@@ -16,35 +16,35 @@ import (
 	"github.com/ctrlplane/pilot/copilot/kms"
 )
 
-type vaultTransitSettings struct {
-	vaultSettings
+type transitSettings struct {
+	settings
 }
 
-// vaultTransit wraps with keys of a transit engine of a Vault. A path is the
+// transit wraps with keys of a transit engine of a Vault. A path is the
 // name of a key, as "team-a", or the one of Vault's API, as
 // "transit/keys/team-a". What Wrap returns is Vault's ciphertext, as
 // "vault:v1:…".
-type vaultTransit struct {
-	*vault
+type transit struct {
+	*engine
 	rotating *sync.Mutex
 }
 
-func openVaultTransit(settings kms.Settings) (kms.Backend, error) {
-	var s vaultTransitSettings
-	if err := settings(&s); err != nil {
+func openTransit(decode kms.Settings) (kms.Backend, error) {
+	var s transitSettings
+	if err := decode(&s); err != nil {
 		return nil, err
 	}
-	v, err := openVault(s.vaultSettings, "transit")
+	v, err := openEngine(s.settings, "transit")
 	if err != nil {
 		return nil, err
 	}
-	return vaultTransit{v, new(sync.Mutex)}, nil
+	return transit{v, new(sync.Mutex)}, nil
 }
 
 // transitName matches what Vault takes as the name of a key.
 var transitName = regexp.MustCompile(`^\w([\w.-]{0,126}\w)?$`)
 
-func (t vaultTransit) name(path string) (string, error) {
+func (t transit) name(path string) (string, error) {
 	name := strings.TrimPrefix(path, t.mount+"/keys/")
 	if !transitName.MatchString(name) {
 		return "", fmt.Errorf("path %.100q: a transit key's name has letters, digits, and within it also . and -", path)
@@ -53,13 +53,13 @@ func (t vaultTransit) name(path string) (string, error) {
 }
 
 // ask writes to a path of the engine that acts with a key.
-func (t vaultTransit) ask(ctx context.Context, path string, question, answer any) error {
+func (t transit) ask(ctx context.Context, path string, question, answer any) error {
 	body, err := json.Marshal(question)
 	if err != nil {
 		return err
 	}
 	defer clear(body)
-	err = t.do(ctx, vaultRequest{path: t.mount + "/" + path, body: body}, answer)
+	err = t.do(ctx, request{path: t.mount + "/" + path, body: body}, answer)
 	if r, ok := refused(err, http.StatusBadRequest, "key not found"); ok {
 		r.kind = kms.ErrNotFound
 	}
@@ -67,7 +67,7 @@ func (t vaultTransit) ask(ctx context.Context, path string, question, answer any
 }
 
 // Wrap implements [kms.Wrapper].
-func (t vaultTransit) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
+func (t transit) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {
 	name, err := t.name(path)
 	if err != nil {
 		return 0, nil, err
@@ -102,7 +102,7 @@ func ciphertextVersion(ciphertext string) (int, bool) {
 }
 
 // Unwrap implements [kms.Wrapper].
-func (t vaultTransit) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
+func (t transit) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	name, err := t.name(path)
 	if err != nil {
 		return nil, err
@@ -141,7 +141,7 @@ const rotations = 10
 // with the next rotation that succeeds; if there is none, they are lost at its next
 // restart (2.7.2, findings/openbao-transit-rotate-at-once.sh). So Rotate makes one at
 // a time, and tries until it succeeds.
-func (t vaultTransit) Rotate(ctx context.Context, path string) (int, error) {
+func (t transit) Rotate(ctx context.Context, path string) (int, error) {
 	name, err := t.name(path)
 	if err != nil {
 		return 0, err
@@ -173,7 +173,7 @@ func (t vaultTransit) Rotate(ctx context.Context, path string) (int, error) {
 		}
 	}
 	if json.Unmarshal(answer, &key) != nil || key.Data.Latest == 0 {
-		if err := t.do(ctx, vaultRequest{path: t.mount + "/keys/" + name}, &key); err != nil {
+		if err := t.do(ctx, request{path: t.mount + "/keys/" + name}, &key); err != nil {
 			return 0, err
 		}
 	}

@@ -30,20 +30,20 @@ import (
 
 // Types returns the types of backends that this package has.
 func Types() kms.Types {
-	return kms.Types{"vault-kv": openVaultKV, "vault-transit": openVaultTransit}
+	return kms.Types{"vault-kv": openKV, "vault-transit": openTransit}
 }
 
-// maxVaultAnswer is how much a Vault may answer, in bytes: what it stores in
+// maxAnswer is how much a Vault may answer, in bytes: what it stores in
 // one secret by default.
-const maxVaultAnswer = 1 << 20
+const maxAnswer = 1 << 20
 
 // loginPause is how old a token must be for a new login to be worth a try when
 // Vault does not say whether it refuses the token or what it may do.
 const loginPause = 5 * time.Second
 
-// vaultSettings are what the backends of HashiCorp Vault have in common.
+// settings are what the backends of HashiCorp Vault have in common.
 // OpenBao has the same API.
-type vaultSettings struct {
+type settings struct {
 	// Address is https://HOST:PORT, http://HOST:PORT on this machine, or
 	// unix:///PATH.
 	Address string `toml:"address"`
@@ -54,11 +54,11 @@ type vaultSettings struct {
 	// Mount is where the secrets engine is: "secret" or "transit" by default.
 	Mount string `toml:"mount"`
 
-	vaultLogins
+	logins
 }
 
-// vault is a secrets engine of a Vault server.
-type vault struct {
+// engine is a secrets engine of a Vault server.
+type engine struct {
 	client    *api.Client
 	transport *http.Transport
 	address   string
@@ -70,15 +70,15 @@ type vault struct {
 	loginPath string
 	login     func() ([]byte, error)
 	busy      chan struct{} // holds one while token is looked at or changed
-	token     vaultToken
+	token     accessToken
 
 	stop    context.CancelFunc
 	stopped chan struct{}
 }
 
-func openVault(s vaultSettings, mount string) (*vault, error) {
-	v := &vault{address: s.Address, mount: strings.TrimSuffix(cmp.Or(s.Mount, mount), "/"), busy: make(chan struct{}, 1)}
-	if err := checkVaultPath(v.mount); err != nil {
+func openEngine(s settings, mount string) (*engine, error) {
+	v := &engine{address: s.Address, mount: strings.TrimSuffix(cmp.Or(s.Mount, mount), "/"), busy: make(chan struct{}, 1)}
+	if err := checkPath(v.mount); err != nil {
 		return nil, fmt.Errorf("mount = %.100q: %w", s.Mount, err)
 	}
 	base, err := v.connect(s)
@@ -117,7 +117,7 @@ func openVault(s vaultSettings, mount string) (*vault, error) {
 
 // connect makes v's transport and login, and returns the address to send
 // requests to.
-func (v *vault) connect(s vaultSettings) (string, error) {
+func (v *engine) connect(s settings) (string, error) {
 	v.transport = &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
 		MaxIdleConns:           16,
@@ -133,7 +133,7 @@ func (v *vault) connect(s vaultSettings) (string, error) {
 			return "", fmt.Errorf("ca: %w", err)
 		}
 	}
-	if err := v.setLogin(s.vaultLogins); err != nil {
+	if err := v.setLogin(s.logins); err != nil {
 		return "", err
 	}
 	u, err := url.Parse(s.Address)
@@ -158,9 +158,9 @@ func (v *vault) connect(s vaultSettings) (string, error) {
 	return "", fmt.Errorf("address = %q is neither https://HOST:PORT nor http://HOST:PORT on this machine nor unix:///PATH", s.Address)
 }
 
-// checkVaultPath refuses a path that a server may take for another one, or for
+// checkPath refuses a path that a server may take for another one, or for
 // a list of several.
-func checkVaultPath(path string) error {
+func checkPath(path string) error {
 	if len(path) > 512 {
 		return errors.New("a path has 512 bytes at most")
 	}
@@ -176,7 +176,7 @@ func checkVaultPath(path string) error {
 }
 
 // Close forgets the token. It is not revoked: it ends by itself.
-func (v *vault) Close() error {
+func (v *engine) Close() error {
 	if v.stop != nil {
 		v.stop()
 		<-v.stopped
@@ -191,29 +191,29 @@ type boundedAnswers struct{ *http.Transport }
 func (b boundedAnswers) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := b.Transport.RoundTrip(req)
 	if err == nil {
-		resp.Body = http.MaxBytesReader(nil, resp.Body, maxVaultAnswer)
+		resp.Body = http.MaxBytesReader(nil, resp.Body, maxAnswer)
 	}
 	return resp, err
 }
 
-// vaultRequest is a request of Vault's API.
-type vaultRequest struct {
+// request is a request of Vault's API.
+type request struct {
 	path  string // below /v1/, not escaped
 	query url.Values
 	body  []byte // of a write; nil for a read
 }
 
 // capability is what the policy has to grant for the request.
-func (r vaultRequest) capability() string {
+func (r request) capability() string {
 	if r.body == nil {
 		return "read"
 	}
 	return "update"
 }
 
-// vaultRefusal is an answer whose status is no success. Who asked may know
+// refusal is an answer whose status is no success. Who asked may know
 // better what it means, and changes kind and hint.
-type vaultRefusal struct {
+type refusal struct {
 	what   string // was asked, and of whom
 	status int
 	said   string // by Vault; may be empty
@@ -222,7 +222,7 @@ type vaultRefusal struct {
 	token  bool   // the token was refused, whatever was asked
 }
 
-func (e *vaultRefusal) Error() string {
+func (e *refusal) Error() string {
 	s := e.what + ": " + e.kind.Error()
 	if e.said != "" {
 		s += ": " + e.said
@@ -233,12 +233,12 @@ func (e *vaultRefusal) Error() string {
 	return s
 }
 
-func (e *vaultRefusal) Unwrap() error { return e.kind }
+func (e *refusal) Unwrap() error { return e.kind }
 
 // refused returns the refusal in err if it has that status and says one of
 // those words.
-func refused(err error, status int, words ...string) (*vaultRefusal, bool) {
-	var r *vaultRefusal
+func refused(err error, status int, words ...string) (*refusal, bool) {
+	var r *refusal
 	if !errors.As(err, &r) || r.status != status {
 		return nil, false
 	}
@@ -253,7 +253,7 @@ func refused(err error, status int, words ...string) (*vaultRefusal, bool) {
 // do sends a request and decodes the answer into out, if that is not nil. It
 // logs in before if it has to. Errors do not quote the answer, but for what
 // Vault says in it of a refusal.
-func (v *vault) do(ctx context.Context, r vaultRequest, out any) error {
+func (v *engine) do(ctx context.Context, r request, out any) error {
 	token, err := v.currentToken(ctx, "")
 	if err != nil {
 		return err
@@ -284,8 +284,8 @@ func (v *vault) do(ctx context.Context, r vaultRequest, out any) error {
 // tokenState reports whether a token that was refused has ended, and whether it
 // is known to be alive, so that the refusal is about a policy. If it is neither,
 // the server does not say.
-func (v *vault) tokenState(ctx context.Context, token string, refusal *vaultRefusal) (ended, alive bool) {
-	err := v.send(ctx, token, vaultRequest{path: "auth/token/lookup-self"}, nil)
+func (v *engine) tokenState(ctx context.Context, token string, refusal *refusal) (ended, alive bool) {
+	err := v.send(ctx, token, request{path: "auth/token/lookup-self"}, nil)
 	if err == nil {
 		return false, true
 	}
@@ -301,7 +301,7 @@ func (v *vault) tokenState(ctx context.Context, token string, refusal *vaultRefu
 }
 
 // send is do with a token, or none if it is empty.
-func (v *vault) send(ctx context.Context, token string, r vaultRequest, out any) error {
+func (v *engine) send(ctx context.Context, token string, r request, out any) error {
 	client := v.client.WithRequestCallbacks(func(req *api.Request) { req.ClientToken = token }).Logical()
 	var resp *api.Response
 	var err error
@@ -327,9 +327,9 @@ func (v *vault) send(ctx context.Context, token string, r vaultRequest, out any)
 	var long *http.MaxBytesError
 	switch {
 	case errors.As(err, &long):
-		err = fmt.Errorf("%w: it answers more than %d bytes", kms.ErrUnavailable, maxVaultAnswer)
+		err = fmt.Errorf("%w: it answers more than %d bytes", kms.ErrUnavailable, maxAnswer)
 	case refusal != nil:
-		return newVaultRefusal(what, r, refusal)
+		return newRefusal(what, r, refusal)
 	case err != nil:
 		err = fmt.Errorf("%w: %w", kms.ErrUnavailable, err)
 	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent:
@@ -343,8 +343,8 @@ func (v *vault) send(ctx context.Context, token string, r vaultRequest, out any)
 	return nil
 }
 
-func newVaultRefusal(what string, r vaultRequest, e *api.ResponseError) *vaultRefusal {
-	refusal := &vaultRefusal{what: what, status: e.StatusCode, kind: kms.ErrUnavailable}
+func newRefusal(what string, r request, e *api.ResponseError) *refusal {
+	refusal := &refusal{what: what, status: e.StatusCode, kind: kms.ErrUnavailable}
 	if !e.RawError {
 		refusal.said = strings.ToValidUTF8(strings.Join(strings.Fields(strings.Join(e.Errors, "; ")), " "), "")
 		refusal.said = refusal.said[:min(len(refusal.said), 300)]
