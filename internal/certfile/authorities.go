@@ -49,7 +49,7 @@ func (a *Authorities) read() error {
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(b) {
-		return fmt.Errorf("%s holds no certificate", a.file)
+		return fmt.Errorf("%s %w", a.file, ErrNoCertificate)
 	}
 	a.pem, a.pool = b, pool
 	return nil
