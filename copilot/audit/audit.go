@@ -5,6 +5,7 @@ package audit
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -120,6 +121,8 @@ type sink interface {
 	// head returns the last line of the chain, or of all if chain is empty, or
 	// nil if there is none.
 	head(key Key, chain string) ([]byte, error)
+	// missing returns the lines of known that are not there, or are others.
+	missing(ctx context.Context, key Key, known []Head) ([]Head, error)
 	Close() error
 }
 
@@ -209,6 +212,12 @@ func (l *Log) last(chain string) (Head, error) {
 		return Head{}, fmt.Errorf("the last line of the audit log: %w", err)
 	}
 	return Head{read.Chain, read.Seq, mac}, nil
+}
+
+// Missing returns those of known, which are the last lines of chains, that the log does
+// not have, nor a file that logrotate has moved away.
+func (l *Log) Missing(ctx context.Context, known []Head) ([]Head, error) {
+	return l.sink.missing(ctx, l.key, known)
 }
 
 // Write writes an entry, with the current time, and returns once it is on

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -89,7 +90,13 @@ func (k Key) rotatedTo(name string, line Head) (last Head, file string, err erro
 	searched := 0
 	var errs []error
 	for _, n := range slices.Backward(names) {
-		end, found, any, err := k.search(n, line)
+		end, found := Head{}, false
+		any, err := k.each(n, []Head{line}, func(at Head) {
+			found = found || at == line
+			if at.Seq > end.Seq {
+				end = at
+			}
+		})
 		if err != nil {
 			errs = append(errs, err)
 		}
@@ -109,34 +116,52 @@ func (k Key) rotatedTo(name string, line Head) (last Head, file string, err erro
 	return Head{}, "", errline.Join(errs...)
 }
 
-// search reads a file. It returns the last line there of the chain of line, whether line
-// is there itself, and whether there is any line.
-func (k Key) search(name string, line Head) (end Head, found, any bool, err error) {
+// missing looks in the file and in those that logrotate has moved away.
+func (s *file) missing(ctx context.Context, key Key, known []Head) ([]Head, error) {
+	names, err := Rotated(s.name)
+	if err != nil {
+		return nil, err
+	}
+	found := make(map[Head]bool)
+	for _, n := range append(names, s.name) {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if _, err := key.each(n, known, func(at Head) { found[at] = true }); err != nil {
+			return nil, err
+		}
+	}
+	return slices.DeleteFunc(slices.Clone(known), func(h Head) bool { return found[h] }), nil
+}
+
+// each calls do with the lines of a file that are of the chains of heads, and reports
+// whether there are any lines.
+func (k Key) each(name string, heads []Head, do func(Head)) (any bool, err error) {
 	r, err := ReadFile(name)
 	if err != nil {
-		return Head{}, false, false, err
+		return false, err
 	}
 	defer r.Close()
-	chain := fmt.Appendf(nil, `{"chain":"%s",`, line.Chain)
+	chains := make(map[string]bool)
+	for _, h := range heads {
+		chains[h.Chain] = true
+	}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		any = true
-		if !bytes.HasPrefix(lines.Bytes(), chain) {
+		// What the others say is not read.
+		rest, ok := bytes.CutPrefix(lines.Bytes(), []byte(`{"chain":"`))
+		chain, _, ok2 := bytes.Cut(rest, []byte(`"`))
+		if !ok || !ok2 || !chains[string(chain)] {
 			continue
 		}
-		l, mac, err := k.open(lines.Bytes())
-		if err != nil {
-			continue
-		}
-		at := Head{l.Chain, l.Seq, mac}
-		found = found || at == line
-		if at.Seq > end.Seq {
-			end = at
+		if l, mac, err := k.open(lines.Bytes()); err == nil {
+			do(Head{l.Chain, l.Seq, mac})
 		}
 	}
 	if err := lines.Err(); err != nil {
-		return end, found, any, fmt.Errorf("%s: %w", name, err)
+		return any, fmt.Errorf("%s: %w", name, err)
 	}
-	return end, found, any, nil
+	return any, nil
 }

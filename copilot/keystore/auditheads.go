@@ -23,6 +23,11 @@ type AuditHead struct {
 	MAC   string    `json:"mac"`
 	Log   string    `json:"log"` // where the chain's lines are, in the caller's words
 	At    time.Time `json:"at"`  // when it was noted
+	// Lost says that the line was missing, and that a chain which began later says so.
+	Lost bool `json:"lost,omitempty"`
+	// Acknowledged says who has acknowledged that it is missing, and why; empty if nobody
+	// has.
+	Acknowledged string `json:"acknowledged,omitempty"`
 }
 
 // auditHead begins the names under which heads are kept, which end with the chain.
