@@ -1,18 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
-// auditLog is an audit log that is read.
+// auditLog is an audit log to read.
 type auditLog struct {
 	io.Reader
 	closers []io.Closer
@@ -25,20 +26,20 @@ func (l *auditLog) Close() (err error) {
 	return err
 }
 
-// openAuditLog opens the files named, or the log of the configuration. The caller
-// closes it.
-func openAuditLog(c *cli.Context, conf server.Config) (*auditLog, error) {
+// openAuditLog opens the files that are named, or the configured log. The caller closes
+// it.
+func openAuditLog(ctx context.Context, c *cli.Command, conf server.Config) (*auditLog, error) {
 	files := c.Args().Slice()
 	switch to := conf.AuditTo(); {
 	case len(files) > 0:
 	case to == "database":
-		r, err := audit.ReadPostgres(c.Context, conf.Database)
+		r, err := audit.ReadPostgres(ctx, conf.Database)
 		if err != nil {
 			return nil, err
 		}
 		return &auditLog{r, []io.Closer{r}}, nil
 	case to == "-":
-		return nil, exit.Usagef("the log goes to standard output: name the files in which it was collected")
+		return nil, exit.Usagef("the log goes to standard output: name the files that it was collected in")
 	default:
 		older, err := audit.Rotated(to)
 		if err != nil {

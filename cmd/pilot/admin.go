@@ -54,7 +54,7 @@ func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *p
 		serveHTTP(ctx, g, l, mux)
 	}
 	if c.MetricsListen != "" {
-		l, err := net.Listen("tcp", string(c.MetricsListen))
+		l, err := net.Listen("tcp", c.MetricsListen)
 		if err != nil {
 			return fmt.Errorf("metrics-listen: %w", err)
 		}

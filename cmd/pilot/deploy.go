@@ -1,12 +1,13 @@
 package main
 
 import (
+	"context"
 	"os"
 	"os/signal"
 	"slices"
 	"syscall"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/node"
@@ -32,7 +33,7 @@ Example:
 		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` of the pod's to keep on the node as broker-ca"},
 		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` of the pod's to keep on the node as broker-token-file"},
 		&cli.StringFlag{Name: "bin-dir", Usage: "`DIRECTORY` for the programs on the node, such as /opt/pilot/bin if /usr can't be written", Value: "/usr/local/bin"},
-		&cli.StringFlag{Name: "namespace", Usage: "`NAMESPACE` of the DaemonSet", EnvVars: []string{"POD_NAMESPACE"}},
+		&cli.StringFlag{Name: "namespace", Usage: "`NAMESPACE` of the DaemonSet", Sources: cli.EnvVars("POD_NAMESPACE")},
 		&cli.StringFlag{Name: "daemonset", Usage: "`NAME` of the DaemonSet", Value: "pilot"},
 		&cli.BoolFlag{Name: "check", Usage: "only tell, by the exit status, whether the one that runs in this pod is done installing"},
 	}),
@@ -46,7 +47,7 @@ func settingFlags() (flags []cli.Flag) {
 	return flags
 }
 
-func nodeDeploy(c *cli.Context) error {
+func nodeDeploy(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func nodeDeploy(c *cli.Context) error {
 			d.Install = append(d.Install, "--"+name, c.String(name))
 		}
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	return d.Run(ctx)
 }

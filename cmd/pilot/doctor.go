@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +12,7 @@ import (
 	"syscall"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -45,7 +46,7 @@ Example:
 	Action: doctor,
 }
 
-func doctor(c *cli.Context) error {
+func doctor(ctx context.Context, c *cli.Command) error {
 	if c.NArg() > 0 {
 		return exit.Usagef("doctor takes no argument, and got %q", c.Args().First())
 	}
@@ -58,7 +59,7 @@ func doctor(c *cli.Context) error {
 			return exit.Usagef("--kek: %w", err)
 		}
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	d := newDoctor(c)
 	if len(keks) > 0 {
@@ -103,7 +104,7 @@ func doctor(c *cli.Context) error {
 }
 
 // newDoctor returns a doctor for the machine that the configuration describes.
-func newDoctor(c *cli.Context) *node.Doctor {
+func newDoctor(c *cli.Command) *node.Doctor {
 	d := &node.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
 	if d.Configuration == "" {
 		d.Configuration = defaultConfigFile
@@ -120,10 +121,10 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderNames = conf.ProviderName
-	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, string(conf.BrokerCA), string(conf.BrokerCert)
+	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, conf.BrokerCA, conf.BrokerCert
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
-	d.DecryptionKeysPath = string(conf.DecryptionKeys)
+	d.DecryptionKeysPath = conf.DecryptionKeys
 	d.Containerd = string(conf.Containerd)
 	d.CRIO = c.String("crio")
 	if d.CRIO == "" && node.PullsWithCRIO(node.Options{ContainerdBinary: d.ContainerdBinary, ContainerdConfig: d.ContainerdConfig}) {

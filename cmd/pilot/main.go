@@ -7,7 +7,7 @@ import (
 	"os"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/coredump"
@@ -33,8 +33,8 @@ func run() int {
 	return commandline.Run(newApp())
 }
 
-func newApp() *cli.App {
-	return commandline.Complete(&cli.App{
+func newApp() *cli.Command {
+	return commandline.Complete(&cli.Command{
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
 		Version: version.Version,

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,7 +11,7 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/node"
@@ -19,7 +20,7 @@ import (
 var nodeCommand = &cli.Command{
 	Name:  "node",
 	Usage: "set this machine up with pilot, and examine it",
-	Subcommands: []*cli.Command{
+	Commands: []*cli.Command{
 		{
 			Name:  "install",
 			Usage: "make containerd or CRI-O decrypt images with pilot",
@@ -100,7 +101,7 @@ func brokerFlag(name string) cli.Flag {
 	panic("there is no setting " + name)
 }
 
-func nodeInstall(c *cli.Context) error {
+func nodeInstall(ctx context.Context, c *cli.Command) error {
 	o := node.Options{
 		Root:              c.String("root"),
 		TrustRoot:         c.Bool("trust-root"),
@@ -139,7 +140,7 @@ func nodeInstall(c *cli.Context) error {
 			return err
 		}
 	}
-	plan, err := node.NewPlan(c.Context, o)
+	plan, err := node.NewPlan(ctx, o)
 	if err != nil {
 		return err
 	}
@@ -151,7 +152,7 @@ func nodeInstall(c *cli.Context) error {
 	if c.Bool("dry-run") {
 		return printPlan(plan, c.Bool("json"))
 	}
-	if err := plan.Install(c.Context); err != nil {
+	if err := plan.Install(ctx); err != nil {
 		return err
 	}
 	for _, change := range plan.Changes {
@@ -164,7 +165,7 @@ func nodeInstall(c *cli.Context) error {
 	if len(plan.Changes) == 0 {
 		fmt.Println("nothing to change: the files are as they should be (\"pilot node doctor\" tries whether they work)")
 	}
-	for _, line := range plan.DockerNote(c.Context) {
+	for _, line := range plan.DockerNote(ctx) {
 		fmt.Println(line)
 	}
 	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(node.Pending()) == 0 {
@@ -183,7 +184,7 @@ func nodeInstall(c *cli.Context) error {
 	return node.Restarted()
 }
 
-func nodeUninstall(c *cli.Context) error {
+func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
@@ -194,14 +195,14 @@ func nodeUninstall(c *cli.Context) error {
 	}
 	if !had.Present {
 		// An installation that was killed early may have left a file.
-		if _, err := node.Uninstall(c.Context, o); err != nil {
+		if _, err := node.Uninstall(ctx, o); err != nil {
 			return err
 		}
 		fmt.Println("nothing is installed")
 		return nil
 	}
 	// What stays because somebody changed it is told at the end.
-	unsure, stays := node.Uninstall(c.Context, o)
+	unsure, stays := node.Uninstall(ctx, o)
 	if len(unsure) > 0 {
 		fmt.Println("the note of what was installed was lost, so these stay: remove them if they were not there before pilot")
 		for _, path := range unsure {
@@ -221,20 +222,20 @@ func nodeUninstall(c *cli.Context) error {
 	return errors.Join(runOrSay(c.Bool("now"), commands), stays)
 }
 
-func nodeRefresh(c *cli.Context) error {
+func nodeRefresh(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	changed, err := node.Refresh(c.Context, node.Options{})
+	changed, err := node.Refresh(ctx, node.Options{})
 	for _, path := range changed {
 		logrus.WithField("file", path).Info("containerd's configuration was changed since pilot was installed: file written again")
 	}
 	return err
 }
 
-func nodeArguments(c *cli.Context) error {
+func nodeArguments(c *cli.Command) error {
 	if c.NArg() > 0 {
-		return exit.Usagef("node %s takes no argument, and got %q", c.Command.Name, c.Args().First())
+		return exit.Usagef("node %s takes no argument, and got %q", c.Name, c.Args().First())
 	}
 	if c.Bool("now") && c.String("root") != "" {
 		return exit.Usagef("--now is for a machine that runs, and --root for one that does not")

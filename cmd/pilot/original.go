@@ -37,7 +37,7 @@ func originalDefaults(conf *configuration, getenv func(string) string) error {
 	if !ok {
 		return fmt.Errorf("KEYREQUEST_CACHE_UNITS: %q is not a time unit such as SECONDS or MINUTES", units)
 	}
-	conf.KEKCacheIdle = duration(time.Duration(n) * unit)
+	conf.KEKCacheIdle = time.Duration(n) * unit
 	if n == 0 {
 		conf.KEKCacheSize = 0 // expires at once
 	}

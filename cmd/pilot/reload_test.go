@@ -44,7 +44,8 @@ func TestReload(t *testing.T) {
 	if err := works(); err == nil {
 		t.Fatal("it works without a broker")
 	}
-	write("broker = \"" + url + "\"\n")
+	// A setting that needs a restart, and was not set, is put off.
+	write("broker = \"" + url + "\"\nadmin-listen = \"unix:///nowhere/admin.sock\"\n")
 	until(true)
 	files := func() int {
 		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pilot.Pid))

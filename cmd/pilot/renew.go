@@ -9,7 +9,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 	"math/rand/v2"
 	"os"
 	"os/signal"
@@ -34,7 +34,7 @@ Example:
 	Action: renew,
 }
 
-func renew(c *cli.Context) error {
+func renew(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func renew(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	cert, err := client.RenewCertificate(ctx)
 	if err != nil {
@@ -87,7 +87,7 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 	warn := func(conf configuration, err error) {
 		if text := err.Error(); text != warned || time.Since(warnedAt) > 24*time.Hour {
 			warned, warnedAt = text, time.Now()
-			logrus.WithError(err).WithField("certificate", string(conf.BrokerCert)).Warn("broker-cert not renewed: tried again until it expires")
+			logrus.WithError(err).WithField("certificate", conf.BrokerCert).Warn("broker-cert not renewed: tried again until it expires")
 		}
 	}
 	early := 0.0
@@ -102,11 +102,11 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 		if conf.BrokerCert == "" {
 			continue
 		}
-		if err := certfile.CompletePair(string(conf.BrokerCert), string(conf.BrokerKey)); err != nil {
+		if err := certfile.CompletePair(conf.BrokerCert, conf.BrokerKey); err != nil {
 			warn(conf, err)
 			continue // nothing could be written now, either
 		}
-		pair, err := certfile.Load(string(conf.BrokerCert), string(conf.BrokerKey))
+		pair, err := certfile.Load(conf.BrokerCert, conf.BrokerKey)
 		if err != nil {
 			continue // each connection reports it
 		}
@@ -146,6 +146,6 @@ func (c *configuration) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	logrus.WithFields(logrus.Fields{"certificate": string(c.BrokerCert), "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
+	logrus.WithFields(logrus.Fields{"certificate": c.BrokerCert, "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
 	return nil
 }

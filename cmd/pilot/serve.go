@@ -16,7 +16,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -61,7 +61,7 @@ const (
 	diffSocket        = "diff"
 )
 
-func serve(c *cli.Context) error {
+func serve(ctx context.Context, c *cli.Command) error {
 	if c.NArg() > 0 {
 		return exit.Usagef("serve takes no argument, and got %q", c.Args().First())
 	}
@@ -71,7 +71,7 @@ func serve(c *cli.Context) error {
 	}
 	registry := newRegistry()
 	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
-	if err := provider.use(c.Context, conf); err != nil {
+	if err := provider.use(ctx, conf); err != nil {
 		return err
 	}
 	registry.MustRegister(status.Certificates("pilot_cert_not_after_seconds", provider.certificates))
@@ -79,7 +79,7 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	stopTracing, err := tracing.Start(c.Context, "pilot")
+	stopTracing, err := tracing.Start(ctx, "pilot")
 	if err != nil {
 		return exit.UsageError(err)
 	}
@@ -89,7 +89,7 @@ func serve(c *cli.Context) error {
 		return fmt.Errorf("sockets from systemd: %w", err)
 	}
 
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
@@ -116,7 +116,6 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Before any layer is unpacked: to listen takes a umask for a moment.
 	ready := func(ctx context.Context) error { return answers(ctx, conns) }
 	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
 		return err
@@ -242,8 +241,8 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	s := grpc.NewServer(grpc.ConnectionTimeout(connectWithin), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
-		Layers:             int(c.LayersAtOnce),
-		DecryptionKeysPath: string(c.DecryptionKeys),
+		Layers:             c.LayersAtOnce,
+		DecryptionKeysPath: c.DecryptionKeys,
 		Metrics:            metrics,
 	}))
 	return s, nil
@@ -254,7 +253,7 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	options, err := grpctls.ServerOptions(string(c.TLSCert), string(c.TLSKey), string(c.TLSClientCA))
+	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}

@@ -18,7 +18,7 @@ import (
 )
 
 // create makes KEKs before a broker runs.
-func create(t *testing.T, dir string, keks map[string][]byte) {
+func create(t testing.TB, dir string, keks map[string][]byte) {
 	t.Helper()
 	keys := open(t, dir)
 	for id, key := range keks {

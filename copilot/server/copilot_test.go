@@ -20,7 +20,7 @@ import (
 
 // serve runs a broker on a store, until the test ends, and returns the address
 // of its socket.
-func serve(t *testing.T, dir string, conf server.Config) string {
+func serve(t testing.TB, dir string, conf server.Config) string {
 	t.Helper()
 	socket := filepath.Join(dir, "s")
 	// It is opened last: once it answers, the others in conf do too.
@@ -45,7 +45,7 @@ func serve(t *testing.T, dir string, conf server.Config) string {
 	return ""
 }
 
-func open(t *testing.T, dir string) *server.Keys {
+func open(t testing.TB, dir string) server.Keys {
 	t.Helper()
 	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {
@@ -76,7 +76,7 @@ func request(t *testing.T, url, method, path, body string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// TestClient asks a real broker for what it was given.
+// TestClient gets KEKs from a real broker, and wraps and unwraps with them.
 func TestClient(t *testing.T) {
 	dir := t.TempDir()
 	key := []byte("0123456789abcdef0123456789abcdef")
@@ -145,7 +145,7 @@ func TestClient(t *testing.T) {
 		method, path, body string
 		status             int
 	}{
-		{"POST", "/api/v2/keks", `{"id":"evil"}`, 403}, // for who may admin
+		{"POST", "/api/v2/keks", `{"id":"evil"}`, 403}, // admins only
 		{"POST", "/api/v2/keks/team-a/rotate", "", 403},
 		{"DELETE", "/api/v2/keks/team-a", "", 404},
 		{"GET", "/api/v2/keks/team-a/key?version=x", "", 400},  //
@@ -215,7 +215,7 @@ func TestNoAudit(t *testing.T) {
 
 func TestRefusedAddresses(t *testing.T) {
 	for address, want := range map[string]string{
-		"0.0.0.0:1": "other machines reach this", "[::]:1": "other machines", "example.com:1": "other machines",
+		"0.0.0.0:1": "other machines can connect", "[::]:1": "other machines", "example.com:1": "other machines",
 		"127.0.0.1:1": "every user of this machine", "unix://relative": "absolute path", "nonsense": "neither",
 	} {
 		err := server.Serve(t.Context(), server.Config{Dir: t.TempDir(), Listen: []string{address}})

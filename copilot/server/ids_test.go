@@ -13,7 +13,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestIDs asks for KEKs by ids that are written to reach something else.
+// TestIDs requests KEKs by ids that are written to reach another KEK or path.
 func TestIDs(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "shared/x": nil, "secret": nil})

@@ -11,7 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestRateLimit asks more often than the policy lets.
+// TestRateLimit sends more requests than the policy allows.
 func TestRateLimit(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})

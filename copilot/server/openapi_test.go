@@ -29,7 +29,7 @@ import (
 )
 
 // TestOpenAPI makes requests of each kind, good and bad, and checks that each
-// answer is one of those that the document tells, in the shape that it tells.
+// answer is one of those in the document, in its shape.
 func TestOpenAPI(t *testing.T) {
 	text, err := os.ReadFile("openapi.json")
 	if err != nil {
@@ -170,7 +170,7 @@ burst = 8
 			Options: &openapi3filter.Options{AuthenticationFunc: openapi3filter.NoopAuthenticationFunc, IncludeResponseStatus: true, SkipSettingDefaults: true},
 		}
 		if err := openapi3filter.ValidateRequest(t.Context(), input); err != nil {
-			t.Errorf("%s: the document does not tell this request: %v", name, err)
+			t.Errorf("%s: the document does not describe this request: %v", name, err)
 		}
 		req.Body = io.NopCloser(strings.NewReader(body))
 		resp, err := client.Do(req)
@@ -190,7 +190,7 @@ burst = 8
 			Body: io.NopCloser(bytes.NewReader(answer)), Options: input.Options,
 		})
 		if err != nil {
-			t.Errorf("%s: the document does not tell this answer: %v\n%s", name, err, answer)
+			t.Errorf("%s: the document does not describe this answer: %v\n%s", name, err, answer)
 		}
 		if strings.Contains(string(answer), `"wrappedKey"`) && test.socket == admin {
 			wrapped = strings.Replace(string(answer), `"id":"team/a",`, "", 1)

@@ -15,6 +15,7 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
@@ -29,7 +30,7 @@ func TestForgedTokens(t *testing.T) {
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File,
 		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-		Issuers:     map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA}},
+		Issuers:     map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA}},
 	})
 	const path = "/api/v2/keks/team-a/key?version=1"
 	good := issuer.token(t, nil)

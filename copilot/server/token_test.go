@@ -22,6 +22,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
@@ -102,7 +103,7 @@ func TestTokens(t *testing.T) {
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File,
 		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-		Issuers:     map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
+		Issuers:     map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
 	})
 	pod := newRemote(t, address, ca, nil)
 	const path = "/api/v2/keks/team-a/key?version=1"
@@ -111,7 +112,7 @@ func TestTokens(t *testing.T) {
 	}
 	pod.token = issuer.token(t, nil)
 	for range 3 {
-		if answer := pod.want(t, 503, "GET", path, ""); !strings.Contains(answer, "the keys of the token's issuer can't be had") || strings.Contains(answer, issuer.URL) {
+		if answer := pod.want(t, 503, "GET", path, ""); !strings.Contains(answer, "can't fetch the keys of the token's issuer") || strings.Contains(answer, issuer.URL) {
 			t.Error(answer)
 		}
 	}
@@ -127,13 +128,13 @@ func TestTokens(t *testing.T) {
 		"from tomorrow":       {issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(24 * time.Hour)) }), "before the nbf"},
 		"for another":         {issuer.token(t, func(c *jwt.Claims) { c.Audience = jwt.Audience{"vault"} }), "audience"},
 		"of nobody":           {issuer.token(t, func(c *jwt.Claims) { c.Subject = "" }), "no subject"},
-		"of a foreign issuer": {foreign.token(t, nil), "not one of the broker's"},
+		"of a foreign issuer": {foreign.token(t, nil), "not configured in this broker"},
 		"signed by another":   {foreign.token(t, func(c *jwt.Claims) { c.Issuer = issuer.URL }), "failed to verify"},
 		"changed":             {good[:len(good)-6] + "AAAAAA", "failed to verify"},
 		"unsigned":            {none, "token of issuer cluster"},
-		"no token":            {"abc", "no JSON web token"},
-		"three parts":         {"a.b.c", "no JSON web token"},
-		"10 KB":               {strings.Repeat("x", 17<<10), "more than 16384 bytes"},
+		"no token":            {"abc", "not a JSON web token"},
+		"three parts":         {"a.b.c", "not a JSON web token"},
+		"10 KB":               {strings.Repeat("x", 17<<10), "larger than 16384 bytes"},
 	} {
 		pod.token = test.token
 		answer := pod.want(t, 401, "GET", path, "")
@@ -183,7 +184,7 @@ func TestIssuerHangs(t *testing.T) {
 	issuer.URL = "https://" + silent.Addr().String()
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-		Issuers: map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+		Issuers: map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
 	})
 	begin := time.Now()
 	var wg sync.WaitGroup
@@ -192,7 +193,7 @@ func TestIssuerHangs(t *testing.T) {
 		pod := newRemote(t, address, ca, nil)
 		pod.token = issuer.token(t, nil)
 		wg.Go(func() {
-			if status, answer := pod.do(t, "GET", "/api/v2/keks/team-a/key", ""); status != 503 || !strings.Contains(answer, "the keys of the token's issuer can't be had") {
+			if status, answer := pod.do(t, "GET", "/api/v2/keks/team-a/key", ""); status != 503 || !strings.Contains(answer, "can't fetch the keys of the token's issuer") {
 				t.Errorf("%d %s", status, answer)
 			}
 			answered.Add(1)
@@ -226,7 +227,7 @@ func TestUnknownCallers(t *testing.T) {
 	issuer := newOIDCIssuer(t)
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File,
-		Issuers:     map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+		Issuers:     map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
 	})
 	files := ca.Issue(t, spiffe("/node/1"))
 	node := newRemote(t, address, ca, &files)
@@ -290,7 +291,7 @@ func TestIssuerMisbehaves(t *testing.T) {
 		create(t, dir, map[string][]byte{"team-a": nil})
 		address := serveTLS(t, dir, ca, server.Config{
 			TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-			Issuers: map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot",
+			Issuers: map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot",
 				CA:        writeFile(t, filepath.Join(dir, "issuer.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw}))),
 				TokenFile: writeFile(t, filepath.Join(dir, "token"), "its own")}},
 		})

@@ -1,4 +1,4 @@
-package server
+package handshake
 
 import (
 	"crypto/tls"
@@ -14,7 +14,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
-// TestTurns has clients wait for their turn, of which one gives up.
+// TestTurns has clients wait for their turn. One gives up.
 func TestTurns(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	pair := ca.Issue(t, x509.Certificate{})
@@ -26,11 +26,22 @@ func TestTurns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := newHandshakes(prometheus.NewCounter(prometheus.CounterOpts{}))
-	l = h.listener(l, conf)
+	turns := NewTurns(prometheus.NewCounter(prometheus.CounterOpts{}))
+	failures := make(chan Failure, 3)
+	l = turns.Listener(l, conf, func(f Failure) { failures <- f })
 	defer l.Close()
-	for range cap(h.turns) {
-		h.turns <- struct{}{} // all are taken
+	accepted := make(chan net.Conn, 3)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- c
+		}
+	}()
+	for range cap(turns.slots) {
+		turns.slots <- struct{}{} // all are taken
 	}
 	client := func() (net.Conn, chan error) {
 		c, err := net.Dial("tcp", l.Addr().String())
@@ -42,43 +53,34 @@ func TestTurns(t *testing.T) {
 		go func() { said <- tls.Client(c, &tls.Config{InsecureSkipVerify: true}).Handshake() }()
 		return c, said
 	}
-	server := func() chan error {
-		c, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		done := make(chan error, 1)
-		go func() { done <- c.(*tls.Conn).Handshake() }()
-		return done
-	}
 	impatient, _ := client()
-	gone := server()
+	time.Sleep(100 * time.Millisecond) // it is the first to wait
 	_, said := client()
-	done := server()
 	select {
-	case <-gone:
+	case <-accepted:
 		t.Fatal("it had a turn")
-	case <-done:
-		t.Fatal("it had a turn")
+	case f := <-failures:
+		t.Fatalf("it failed: %v", f.Err)
 	case <-time.After(200 * time.Millisecond):
 	}
 	impatient.Close()
-	<-h.turns
-	if err := <-gone; !errors.Is(err, errOverload) {
-		t.Errorf("who gave up was worked on: %v", err)
+	<-turns.slots
+	if f := <-failures; !errors.Is(f.Err, ErrOverload) || f.Denied {
+		t.Errorf("the client that gave up had a turn: %+v", f)
 	}
-	if err := errors.Join(<-said, <-done); err != nil {
-		t.Errorf("who waited: %v", err)
+	if err := <-said; err != nil {
+		t.Errorf("the client that waited: %v", err)
 	}
-	if len(h.turns) != cap(h.turns)-1 {
-		t.Errorf("%d turns are taken", len(h.turns))
+	(<-accepted).Close()
+	if len(turns.slots) != cap(turns.slots)-1 {
+		t.Errorf("%d turns are taken", len(turns.slots))
 	}
 
-	// Nobody is done in time.
-	h.turns <- struct{}{}
+	// No turn ends in time.
+	turns.slots <- struct{}{}
 	_, said = client()
-	if err := <-server(); !errors.Is(err, errOverload) {
-		t.Error(err)
+	if f := <-failures; !errors.Is(f.Err, ErrOverload) {
+		t.Error(f.Err)
 	}
 	if err := <-said; err == nil {
 		t.Error("the client was answered")
