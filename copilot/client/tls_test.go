@@ -37,7 +37,7 @@ func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Autho
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := keys.Create("team-a", nil); err != nil {
+	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := keys.Close(); err != nil {
