@@ -14,6 +14,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/traceid"
 )
 
 // errorTTL is how long a failed fetch is remembered, so that the many layers
@@ -116,7 +117,7 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (client.KE
 		// The fetch serves every caller, so it must not stop with the first.
 		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
 		if err != nil {
-			return c.miss(key, &traced{err, traceOf(ctx)}, fresh)
+			return c.miss(key, &traced{err, traceid.Of(ctx)}, fresh)
 		}
 		c.store(key, kek)
 		return kek, nil

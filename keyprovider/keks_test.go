@@ -276,7 +276,7 @@ func TestFormatCopilot(t *testing.T) {
 	if n := k.count("key"); n != 0 {
 		t.Errorf("a KEK was asked for %d times", n)
 	}
-	if _, err := p.WrapKey(t.Context(), wrapRequest(t, "nobody")); !errors.Is(err, client.ErrNotFound) {
+	if _, err := p.WrapKey(t.Context(), named("nobody"), []byte(secret)); !errors.Is(err, client.ErrNotFound) {
 		t.Errorf("no such KEK: %v", err)
 	}
 }
@@ -306,7 +306,7 @@ func TestOriginalNotExported(t *testing.T) {
 	if err := unwraps(t, p, wrapFor(t, p, "team-b")); err != nil {
 		t.Errorf("with the second of the default KEKs: %v", err)
 	}
-	_, err := p.WrapKey(t.Context(), wrapRequest(t, "team-a"))
+	_, err := p.WrapKey(t.Context(), named("team-a"), []byte(secret))
 	if !errors.Is(err, client.ErrNotExported) || !strings.Contains(err.Error(), "annotation-format original") {
 		t.Errorf("got %v", err)
 	}

@@ -54,7 +54,7 @@ func TestOneKEK(t *testing.T) {
 		}
 	}
 	p := newProvider(t, b.url, Config{Format: FormatOriginal})
-	if _, err := p.WrapKey(t.Context(), wrapRequest(t, "a", "b")); !errors.Is(err, ErrInput) {
+	if _, err := p.WrapKey(t.Context(), named("a", "b"), []byte(secret)); !errors.Is(err, ErrInput) {
 		t.Errorf("two KEKs in the original's format: %v", err)
 	}
 }
@@ -188,7 +188,7 @@ func TestMostKEKs(t *testing.T) {
 	for i := range 65 {
 		most = append(most[:i], fmt.Sprintf("kek-%d", i))
 	}
-	_, err := p.WrapKey(t.Context(), wrapRequest(t, most...))
+	_, err := p.WrapKey(t.Context(), named(most...), []byte(secret))
 	for name, err := range map[string]error{"wrap": err, "unwrap": unwraps(t, p, annotation, most...)} {
 		if !errors.Is(err, ErrInput) || !strings.Contains(err.Error(), "65 KEKs are named, at most 64 can be") {
 			t.Errorf("%s with 65 KEKs: %v", name, err)

@@ -104,38 +104,38 @@ func (d *KeyDir) State(ctx context.Context) (KeyDirState, error) {
 	return keys.state, nil
 }
 
-// Unwrap is [Unwrap] with the keys of the directory and then those of dc. If none
-// gave the key, its error also names unusable files.
-func (d *KeyDir) Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
-	return d.with(ctx, dc, []ocispec.Descriptor{desc}, func(dc *config.DecryptConfig) (*LayerKey, error) {
-		return Unwrap(ctx, dc, desc)
+// Unwrap is [Unwrap] with the private keys of the directory and then keys. If none gave
+// the layer key, its error also names unusable files.
+func (d *KeyDir) Unwrap(ctx context.Context, keys Keys, desc ocispec.Descriptor) (*LayerKey, error) {
+	return d.with(ctx, keys, []ocispec.Descriptor{desc}, func(keys Keys) (*LayerKey, error) {
+		return Unwrap(ctx, keys, desc)
 	})
 }
 
-// UnwrapAny is [UnwrapAny] with the keys of the directory and then those of dc. If
-// none gave the key, its error also names unusable files.
-func (d *KeyDir) UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
+// UnwrapAny is [UnwrapAny] with the private keys of the directory and then keys. If none
+// gave the layer key, its error also names unusable files.
+func (d *KeyDir) UnwrapAny(ctx context.Context, timeout time.Duration, keys Keys, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
 	reading, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return d.with(reading, dc, descs, func(dc *config.DecryptConfig) (*LayerKey, error) {
-		return UnwrapAny(ctx, timeout, dc, descs, accept)
+	return d.with(reading, keys, descs, func(keys Keys) (*LayerKey, error) {
+		return UnwrapAny(ctx, timeout, keys, descs, accept)
 	})
 }
 
-// with calls unwrap with dc and, where a key in a file may be for one of the
-// descriptors, those of the directory before it.
-func (d *KeyDir) with(ctx context.Context, dc *config.DecryptConfig, descs []ocispec.Descriptor, unwrap func(*config.DecryptConfig) (*LayerKey, error)) (*LayerKey, error) {
+// with calls unwrap with keys and, if a key in a file may be for one of the descriptors,
+// those of the directory before them.
+func (d *KeyDir) with(ctx context.Context, keys Keys, descs []ocispec.Descriptor, unwrap func(Keys) (*LayerKey, error)) (*LayerKey, error) {
 	byKey := func(scheme string) bool { return !strings.HasPrefix(scheme, providerScheme) }
 	if d == nil || !slices.ContainsFunc(descs, func(desc ocispec.Descriptor) bool { return slices.ContainsFunc(wrappedWith(desc), byKey) }) {
-		return unwrap(dc)
+		return unwrap(keys)
 	}
-	keys, err := d.read(ctx)
+	own, err := d.read(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read the keys in %s: %w", d.path, err)
 	}
-	defer keys.clear()
-	key, err := unwrap(combined(&keys.DecryptConfig, dc))
-	if summary := keys.state.Summary(maxReasons); errors.Is(err, ErrNoKey) && summary != "" {
+	defer own.clear()
+	key, err := unwrap(keys.With(&own.DecryptConfig))
+	if summary := own.state.Summary(maxReasons); errors.Is(err, ErrNoKey) && summary != "" {
 		err = fmt.Errorf("%w; decryption keys: %s", err, summary)
 	}
 	return key, err

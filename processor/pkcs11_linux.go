@@ -58,10 +58,10 @@ type (
 
 // newPKCS11Request returns a request with the parameters that ocicrypt needs for it.
 // The others are private keys and passwords that are none of a module's business.
-func newPKCS11Request(dc *config.DecryptConfig, wrapped []byte) pkcs11Request {
+func newPKCS11Request(params map[string][][]byte, wrapped []byte) pkcs11Request {
 	r := pkcs11Request{Keys: make(map[string][][]byte), Wrapped: wrapped}
 	for _, name := range []string{"pkcs11-yamls", "pkcs11-config"} {
-		if values, ok := dc.Parameters[name]; ok {
+		if values, ok := params[name]; ok {
 			r.Keys[name] = values
 		}
 	}
@@ -101,8 +101,8 @@ type pkcs11Wrapper struct{ keyWrapper }
 // maxPKCS11Reply is far more than a layer key and an error take, in bytes.
 const maxPKCS11Reply = 1 << 20
 
-func (w pkcs11Wrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
-	request, err := json.Marshal(newPKCS11Request(dc, wrapped))
+func (w pkcs11Wrapper) unwrap(ctx context.Context, params map[string][][]byte, wrapped []byte) ([]byte, error) {
+	request, err := json.Marshal(newPKCS11Request(params, wrapped))
 	if err != nil {
 		return nil, err
 	}
