@@ -99,7 +99,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			ec, err := encryptConfig(keyArguments(cmd), layers)
+			to, err := newRecipients(keyArguments(cmd), layers)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -108,7 +108,7 @@ Example:
 			}
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
-			return image.Encrypt(ctx, plugin.Store(client), target, ec, opts)
+			return image.Encrypt(ctx, plugin.Store(client), target, to, opts)
 		})
 	},
 }
@@ -136,7 +136,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Decrypt(ctx, plugin.Store(client), target, dc, opts)
+			return image.Decrypt(ctx, plugin.Store(client), target, withProviders(dc), opts)
 		})
 	},
 }

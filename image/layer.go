@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -34,7 +33,7 @@ const abortWithin = 5 * time.Second
 
 // encryption is the operation of [Encrypt].
 type encryption struct {
-	ec    *config.EncryptConfig
+	to    processor.Recipients
 	plans plans
 	was   bool // the image has encrypted layers already
 }
@@ -68,7 +67,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 }
 
 // decryption is the operation of [Decrypt].
-type decryption struct{ dc *config.DecryptConfig }
+type decryption struct{ keys processor.Keys }
 
 func (*decryption) mode() mode { return decrypting }
 
@@ -83,7 +82,7 @@ func (d *decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 	c.desc.MediaType = mediaType
 	unwrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
 	defer cancel()
-	key, err := processor.Unwrap(unwrapCtx, d.dc, desc)
+	key, err := processor.Unwrap(unwrapCtx, d.keys, desc)
 	if err != nil {
 		return change{}, err
 	}

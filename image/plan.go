@@ -73,12 +73,12 @@ func (p planning) layerPlan(ctx context.Context, w *work, desc ocispec.Descripto
 	ctx, cancel := context.WithTimeout(ctx, keyWithin)
 	defer cancel()
 	if processor.IsEncrypted(desc.MediaType) {
-		key, err := processor.Unwrap(ctx, &p.ec.DecryptConfig, desc)
+		key, err := processor.Unwrap(ctx, p.to.Keys, desc)
 		if err != nil {
 			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
 		}
 		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, p.ec, desc.Annotations)
+		c.annotations, err = key.Wrap(ctx, p.to, desc.Annotations)
 		return layerPlan{change: c}, err
 	}
 	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
@@ -87,7 +87,7 @@ func (p planning) layerPlan(ctx context.Context, w *work, desc ocispec.Descripto
 	}
 	c.desc.MediaType = mediaType
 	key := processor.NewLayerKey(desc.Digest)
-	if c.annotations, err = key.Wrap(ctx, p.ec, nil); err != nil {
+	if c.annotations, err = key.Wrap(ctx, p.to, nil); err != nil {
 		key.Clear()
 		return layerPlan{}, err
 	}

@@ -10,7 +10,6 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -21,16 +20,16 @@ import (
 // change, the layer keys are wrapped anew for each KEK that they are wrapped
 // for, with its current version.
 type Rewrapping struct {
-	// Keys unwrap the layer keys, besides key providers.
-	Keys *config.DecryptConfig
+	// Keys unwrap the layer keys, and their key providers wrap them anew.
+	Keys processor.Keys
 	// From is the id of a KEK whose place the KEK To takes, with the same
 	// key provider. They may be the same KEK: then no other is wrapped for
 	// anew. What does not name its KEK, in the original's format, is tried
 	// with From.
 	From, To string
-	// Add are recipients to add. For a KEK that is one already, the layer key
-	// is wrapped anew instead.
-	Add *config.EncryptConfig
+	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK
+	// that is one already, the layer key is wrapped anew instead.
+	Add map[string][][]byte
 	// Remove are recipients to remove. Those of one scheme can be told apart
 	// only if they are KEKs.
 	Remove []Recipient
@@ -66,9 +65,6 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 		if err := wireformat.ValidateKEKID(how.To); err != nil {
 			return Rewrapped{}, err
 		}
-	}
-	if how.Keys == nil {
-		how.Keys = &config.DecryptConfig{}
 	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
 	w := newWork(cs, opts, r)
