@@ -332,14 +332,14 @@ func TestManyNotExported(t *testing.T) {
 	}
 	c.expect(t, "a", 5, maxErrors+11)
 	last := fmt.Sprintf("kek-%d", maxErrors+9)
-	c.pass(notExportedFor - 1)
+	c.pass(notExportedTTL - 1)
 	c.fail(t, last, 7, maxErrors+11) // whatever the version
-	if n := len(c.kept); n > maxErrors {
+	if n := len(c.notExported); n > maxErrors {
 		t.Errorf("%d are remembered", n)
 	}
 	c.pass(1)
 	c.sweep()
-	if n := len(c.kept); n != 0 {
+	if n := len(c.notExported); n != 0 {
 		t.Errorf("%d are still remembered", n)
 	}
 }

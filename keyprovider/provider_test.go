@@ -201,7 +201,7 @@ func TestMostKEKs(t *testing.T) {
 
 // TestCacheOfOne checks that a cache for one KEK serves all of an image's
 // layers, which are unwrapped by the version of the current one that they were
-// wrapped with. Only whoever wraps asks the broker again, which one is current.
+// wrapped with. Only wrapping asks the broker again which one is current.
 func TestCacheOfOne(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil})
 	p := newProvider(t, b.url, Config{CacheSize: 1})

@@ -21,8 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What is read of a [KeyDir] at most. What goes beyond is among the unusable
-// files.
+// Bounds of what is read of a [KeyDir]. What exceeds them is among the unusable files.
 const (
 	maxKeyFiles = 32768    // files and directories, from the top down
 	maxKeyDepth = 8        // directories in each other
@@ -37,11 +36,10 @@ const maxKeyReads = 5
 // own, like that of ctd-decoder's --decryption-keys-path. It may also be a single
 // file.
 //
-// It is read for each layer that such a key may open, and keys are kept in
-// memory no longer than that: a key that was added or removed counts at once. Files
-// that can't be used, of whatever kind, do no harm. Links are followed. Names
-// that begin with two dots are left out: it is behind them that Kubernetes keeps
-// the old and the new files of a volume while it replaces them.
+// It is read for each layer that such a key may open, and keys are kept in memory no
+// longer than that, so changes count at once. Unusable files of any kind do no harm.
+// Links are followed. Names that begin with two dots are skipped: Kubernetes keeps the
+// old and the new files of a volume there while it replaces them.
 //
 // A nil KeyDir has no keys. A KeyDir is safe for concurrent use.
 type KeyDir struct {
@@ -149,7 +147,7 @@ type dirKeys struct {
 
 func (k *dirKeys) clear() { clearKeys(&k.DecryptConfig) }
 
-// read reads the directory, which may be on a file system that does not answer.
+// read reads the directory, which may be on a file system that hangs.
 // The caller must clear the keys.
 func (d *KeyDir) read(ctx context.Context) (*dirKeys, error) {
 	// Here and not below: what waits for a file system that hangs must not pile up.

@@ -17,17 +17,16 @@ var ErrDenied = errors.New("denied")
 // concurrent use, and gives up when ctx is done. Package ocicryptclient, below this
 // one, has those of other programs; package keyprovider has pilot's own.
 //
-// A layer key is here what ocicrypt wraps: JSON of some 200 bytes, with the key and
-// the nonce of the layer.
+// Its layer key is what ocicrypt wraps: JSON of some 200 bytes, with the key and the
+// nonce of the layer.
 type KeyProvider interface {
 	// WrapKey wraps a layer key for the recipients that params name, such as the
 	// IDs of KEKs. The layer key is the caller's: the key provider must neither
 	// change it nor keep it. The annotation is not empty.
 	WrapKey(ctx context.Context, params [][]byte, layerKey []byte) (annotation []byte, err error)
 	// UnwrapKey returns the layer key that an annotation holds, which the caller
-	// clears. params are those of the key that the caller was given for this key
-	// provider, mostly none. The error wraps [ErrDenied] if the key provider
-	// refuses.
+	// clears. params are those of keys provider:NAME:PARAMETER, mostly none. An error
+	// that wraps [ErrDenied] says that another attempt is in vain.
 	UnwrapKey(ctx context.Context, params [][]byte, annotation []byte) (layerKey []byte, err error)
 }
 

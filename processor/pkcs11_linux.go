@@ -26,11 +26,10 @@ const pkcs11Argument = "pkcs11-unwrap"
 // isolatesPKCS11 says whether PKCS#11 modules are loaded into such processes.
 var isolatesPKCS11 bool
 
-// IsolatePKCS11 has each layer key that is wrapped for a PKCS#11 module be unwrapped
-// in a process of its own, which is this program again. ocicrypt loads the
-// module, initializes it, finalizes it and unloads it each time, and a fault in it
-// would take a daemon down. Daemons call this first: in such a process it does
-// not return.
+// IsolatePKCS11 makes each layer key that is wrapped for a PKCS#11 module be unwrapped in
+// a process of its own, which runs this program again. ocicrypt loads, initializes,
+// finalizes and unloads the module each time, and a fault in it would end a daemon.
+// Daemons call this first in main: in such a process it does not return.
 func IsolatePKCS11() {
 	if len(os.Args) != 2 || os.Args[1] != pkcs11Argument {
 		isolatesPKCS11 = true

@@ -16,8 +16,8 @@
 //	  differ = 'pilot'
 //
 // pilot is licensed under the GPL, version 3. A containerd that links this package is a
-// work based on it: whoever distributes that program, changed or not, must do so under
-// GPL-3.0, with its complete source. A containerd that uses pilot as a proxy plugin or
+// work based on it: anyone who distributes that program must do so under GPL-3.0, with its
+// complete source. A containerd that uses pilot as a proxy plugin or
 // stream processor runs it as another program, and keeps its own license.
 package builtin
 
