@@ -369,6 +369,7 @@ func TestRewrapForeignKey(t *testing.T) {
 		"add and remove": {Add: kek("pilot", "team-b").Parameters, Remove: remove},
 		"remove":         {Remove: remove},
 	} {
+		how.Keys = kekOnly
 		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "holds another key than the other recipients") {
 			t.Errorf("%s: %v", name, err)
 		}
