@@ -35,7 +35,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Decrypt(ctx, plugin.Store(client), target, dc, opts)
+			return image.Decrypt(ctx, plugin.Store(client), target, withProviders(dc), opts)
 		})
 	},
 }

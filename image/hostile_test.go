@@ -149,7 +149,7 @@ func TestStrangeData(t *testing.T) {
 	if list := NotEncrypted(readable); err != nil || len(list) != 1 || list[0].Reason != ReasonData {
 		t.Errorf("%v, %v", readable, err)
 	}
-	s.ec.DecryptConfig = *s.dc
+	s.ec.Keys = s.dc
 	out, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{0}})
 	if refused := new(PlainError); !errors.As(err, &refused) || refused.Plain[0].Reason != ReasonData {
 		t.Errorf("%+v, %v", out, err)

@@ -16,8 +16,9 @@ import (
 	"fmt"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // maxConcurrentLayers is how many layers are encrypted or decrypted at once.
@@ -68,10 +69,10 @@ type Result struct {
 	Lacking []string
 }
 
-// Encrypt encrypts the layers of the image target for the recipients in ec,
+// Encrypt encrypts the layers of the image target for the recipients to,
 // whatever their media types. Layers that are encrypted already are not touched:
-// ec's recipients are added to theirs, for which ec.DecryptConfig has to hold a
-// key, or a key provider has to unwrap. An encrypted layer without key annotations
+// the recipients are added to theirs, for which to has to have a private key or a
+// key provider that unwraps. An encrypted layer without key annotations
 // is an error unless opts.KeysFrom has its key. Adding recipients reads no layer.
 //
 // What stays readable is in the result. It is a [*PlainError], before anything is
@@ -85,13 +86,13 @@ type Result struct {
 //
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
-func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, ec *config.EncryptConfig, opts Options) (Result, error) {
+func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, to processor.Recipients, opts Options) (Result, error) {
 	switch opts.Attestations {
 	case "", EncryptAttestations, DropAttestations, KeepAttestations:
 	default:
 		return Result{}, fmt.Errorf("attestations can't be treated as %q: use encrypt, drop or keep", opts.Attestations)
 	}
-	e := &encryption{ec: ec}
+	e := &encryption{to: to}
 	defer e.clear()
 	result, err := e.plan(ctx, cs, target, opts)
 	if err == nil {
@@ -119,8 +120,7 @@ func refusal(result Result, opts Options) error {
 	return nil
 }
 
-// Decrypt decrypts the layers of the image target with the keys in dc or with
-// key providers.
-func Decrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, dc *config.DecryptConfig, opts Options) (Result, error) {
-	return newWork(cs, opts, decrypting, decryption{dc}.layer).run(ctx, target)
+// Decrypt decrypts the layers of the image target with keys.
+func Decrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, keys processor.Keys, opts Options) (Result, error) {
+	return newWork(cs, opts, decrypting, decryption{keys}.layer).run(ctx, target)
 }

@@ -30,8 +30,8 @@ type store struct {
 	content.Store
 	t       testing.TB
 	ctx     context.Context
-	ec      *config.EncryptConfig
-	dc      *config.DecryptConfig
+	ec      processor.Recipients
+	dc      processor.Keys
 	stopped func() // cancels ctx
 }
 
@@ -59,8 +59,8 @@ func newStore(t testing.TB) *store {
 	t.Cleanup(stop)
 	return &store{
 		Store: metadata.NewDB(db, blobs, nil).ContentStore(), t: t, ctx: ctx, stopped: stop,
-		ec: &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {testKeys[0]}}},
-		dc: &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {testKeys[1]}, "privkeys-passwords": {nil}}},
+		ec: processor.Recipients{Keys: kekOnly, Parameters: map[string][][]byte{"pubkeys": {testKeys[0]}}},
+		dc: kekOnly.With(&config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {testKeys[1]}, "privkeys-passwords": {nil}}}),
 	}
 }
 
@@ -177,7 +177,7 @@ func TestRoundTrip(t *testing.T) {
 			}
 		}
 		// More recipients change nothing of the layers.
-		again, err := Encrypt(s.ctx, s, encrypted.Target, &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}, Options{AllowPlain: true})
+		again, err := Encrypt(s.ctx, s, encrypted.Target, processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}, Options{AllowPlain: true})
 		if err != nil || again.Layers != encrypted.Layers {
 			t.Errorf("%s, more recipients: %+v, %v", name, again, err)
 		}
@@ -258,7 +258,7 @@ func TestSelection(t *testing.T) {
 func TestPeer(t *testing.T) {
 	s := newStore(t)
 	all := func(ocispec.Descriptor) bool { return true }
-	cc := &config.CryptoConfig{EncryptConfig: s.ec, DecryptConfig: s.dc}
+	cc := &config.CryptoConfig{EncryptConfig: &config.EncryptConfig{Parameters: s.ec.Parameters}, DecryptConfig: s.dc.Private}
 	for name, target := range testImages(s) {
 		if name == "odd" || name == "index" || name == "nested" || strings.HasPrefix(name, "docker") {
 			// imgcrypt wants nothing out of the ordinary; the plain one and
@@ -385,7 +385,7 @@ func TestDecryptErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		wrong := &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {otherPrivate}, "privkeys-passwords": {nil}}}
+		wrong := processor.Keys{Private: &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {otherPrivate}, "privkeys-passwords": {nil}}}}
 		if _, err = Decrypt(s.ctx, s, result.Target, wrong, Options{}); !errors.Is(err, processor.ErrNoKey) {
 			t.Errorf("wrong key: %v", err)
 		}

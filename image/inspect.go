@@ -7,7 +7,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -36,7 +35,7 @@ func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, op
 
 // CheckAccess checks that the key of each encrypted layer of the image can be
 // unwrapped, for the platform that p prefers. It reads no layer.
-func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descriptor, dc *config.DecryptConfig, p platforms.MatchComparer) error {
+func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descriptor, keys processor.Keys, p platforms.MatchComparer) error {
 	manifest, err := images.Manifest(ctx, cs, target, p)
 	if err != nil {
 		return err
@@ -45,7 +44,7 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 		if !processor.IsEncrypted(l.MediaType) {
 			continue
 		}
-		key, err := processor.Unwrap(ctx, dc, l)
+		key, err := processor.Unwrap(ctx, keys, l)
 		if err != nil {
 			return fmt.Errorf("layer %s: %w", l.Digest, err)
 		}

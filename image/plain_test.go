@@ -111,7 +111,7 @@ func TestEveryMediaType(t *testing.T) {
 		if err != nil || decrypted.Target.Digest != target.Digest || decrypted.Target.MediaType != target.MediaType {
 			t.Errorf("came back as %s, %v", s.get(decrypted.Target), err)
 		}
-		rewrapped, err := Rewrap(s.ctx, s, out.Target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+		rewrapped, err := Rewrap(s.ctx, s, out.Target, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 		if err != nil || rewrapped.Layers != len(mediaTypes) {
 			t.Fatalf("rewrap: %+v, %v", rewrapped, err)
 		}
@@ -316,7 +316,7 @@ func TestDataOfOthers(t *testing.T) {
 	}
 	data := base64.StdEncoding.EncodeToString([]byte(s.get(out.Target)))
 	target := s.put(ociIndex, `{"manifests":[`+strings.TrimSuffix(entry(out.Target), "}")+`,"data":"`+data+`"}]}`)
-	rewrapped, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+	rewrapped, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 	if err != nil || rewrapped.Layers != 1 {
 		t.Fatalf("rewrap: %+v, %v", rewrapped, err)
 	}
@@ -350,10 +350,10 @@ func TestLeftOut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ec := *s.ec
-		ec.DecryptConfig = *s.dc
+		ec := s.ec
+		ec.Keys = s.dc
 		for _, opts := range []Options{{Attestations: KeepAttestations}, {Attestations: DropAttestations}} {
-			if out, err = Encrypt(s.ctx, s, out.Target, &ec, opts); err != nil {
+			if out, err = Encrypt(s.ctx, s, out.Target, ec, opts); err != nil {
 				t.Fatal(err)
 			}
 		}

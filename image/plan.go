@@ -71,12 +71,12 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	if processor.IsEncrypted(desc.MediaType) {
-		key, err := processor.Unwrap(ctx, &e.ec.DecryptConfig, desc)
+		key, err := processor.Unwrap(ctx, e.to.Keys, desc)
 		if err != nil {
 			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
 		}
 		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, e.ec, desc.Annotations)
+		c.annotations, err = key.Wrap(ctx, e.to, desc.Annotations)
 		return layerPlan{change: c}, err
 	}
 	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
@@ -86,7 +86,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 	c.desc.MediaType = mediaType
 	key := processor.NewLayerKey(desc.Digest)
 	c.sealKey = newSealKey(key)
-	if c.annotations, err = key.Wrap(ctx, e.ec, nil); err != nil {
+	if c.annotations, err = key.Wrap(ctx, e.to, nil); err != nil {
 		key.Clear()
 		return layerPlan{}, err
 	}

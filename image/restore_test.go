@@ -9,7 +9,6 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -101,7 +100,7 @@ func TestSteps(t *testing.T) {
 		}{{true, nil}, {false, []int{0}}, {true, []int{0}}, {false, []int{1}}, {true, nil}, {false, []int{0}}, {false, []int{-1}}} {
 			var err error
 			if step.encrypt {
-				ec := &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}
+				ec := processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}
 				result, err = Encrypt(s.ctx, s, result.Target, ec, Options{Layers: step.layers})
 			} else {
 				result, err = Decrypt(s.ctx, s, result.Target, s.dc, Options{Layers: step.layers})

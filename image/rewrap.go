@@ -10,25 +10,25 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // Rewrapping is how the recipients of layers change. The zero value wraps the layer
 // keys anew for the KEKs that they are wrapped for, with their current versions.
 type Rewrapping struct {
-	// Keys unwrap the layer keys, besides key providers.
-	Keys *config.DecryptConfig
+	// Keys unwrap the layer keys, and their key providers wrap them anew.
+	Keys processor.Keys
 	// From is the id of a KEK that the KEK To replaces, with the same key
 	// provider. They may be the same KEK: then the layer keys are wrapped anew
 	// only for that. Keys in the original's format, which does not name the KEK,
 	// are tried with From.
 	From, To string
-	// Add are recipients to add. For a KEK that is one already, the layer key
-	// is wrapped anew instead.
-	Add *config.EncryptConfig
+	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK
+	// that is one already, the layer key is wrapped anew instead.
+	Add map[string][][]byte
 	// Remove are recipients to remove. Those of one scheme can be told apart
 	// only if they are KEKs.
 	Remove []Recipient
@@ -64,9 +64,6 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 		if err := wireformat.ValidateKEKID(how.To); err != nil {
 			return Rewrapped{}, err
 		}
-	}
-	if how.Keys == nil {
-		how.Keys = &config.DecryptConfig{}
 	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
 	w := newWork(cs, opts, rewrapping, r.layer)

@@ -32,7 +32,7 @@ import (
 
 // keys is a key pair, to encrypt and to decrypt with.
 type keys struct {
-	ec  *config.EncryptConfig
+	to  processor.Recipients
 	dc  *config.DecryptConfig
 	dir string // with the private key in key.pem
 }
@@ -48,7 +48,7 @@ func newKeys(t testing.TB) keys {
 		t.Fatal(err)
 	}
 	return keys{
-		&config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}},
+		processor.Recipients{Parameters: map[string][][]byte{"pubkeys": {public}}},
 		&config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}},
 		dir,
 	}
@@ -99,11 +99,12 @@ var compressions = map[string]func(t *testing.T, b []byte) []byte{
 // put encrypts a layer and writes what change makes of the ciphertext.
 func put(t *testing.T, s content.Store, k keys, mediaType string, layer []byte, change func([]byte) []byte) ocispec.Descriptor {
 	t.Helper()
-	encrypted, desc, err := processor.EncryptLayer(t.Context(), layer, mediaType, k.ec)
+	var out bytes.Buffer
+	desc, err := processor.Encrypt(t.Context(), &out, bytes.NewReader(layer), mediaType, k.to)
 	if err != nil {
 		t.Fatal(err)
 	}
-	encrypted = change(encrypted)
+	encrypted := change(out.Bytes())
 	desc.Digest, desc.Size = digest.FromBytes(encrypted), int64(len(encrypted))
 	if err := content.WriteBlob(t.Context(), s, desc.Digest.String(), bytes.NewReader(encrypted), desc); err != nil {
 		t.Fatal(err)

@@ -29,11 +29,11 @@ type localStore struct {
 	client *containerd.Client
 
 	mu   sync.Mutex
-	root string // of the local content store, once containerd has told
+	root string // of the local content store, once it is known
 }
 
-// ReaderAt opens the blob's file after asking containerd that the blob is
-// there in the caller's namespace, since the file says nothing of that.
+// ReaderAt opens the blob's file after asking containerd whether the blob is in the
+// caller's namespace, because the file alone does not prove namespace access.
 func (s *localStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("blob %.80q: %w", desc.Digest, err)
@@ -61,7 +61,7 @@ func (s *localStore) open(ctx context.Context, info content.Info) (content.Reade
 	}
 	ra, err := local.OpenReader(filepath.Join(root, "blobs", info.Digest.Algorithm().String(), info.Digest.Encoded()))
 	if err != nil {
-		s.forgetRoot() // containerd may have been started anew, with another
+		s.forgetRoot() // containerd may have been restarted with another
 		return nil, err
 	}
 	if ra.Size() != info.Size {
@@ -71,7 +71,7 @@ func (s *localStore) open(ctx context.Context, info content.Info) (content.Reade
 	return ra, nil
 }
 
-// contentRoot returns the directory of the content store, as containerd tells.
+// contentRoot returns the directory of the content store, as containerd reports it.
 func (s *localStore) contentRoot(ctx context.Context) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -103,11 +103,11 @@ func (s *localStore) forgetRoot() {
 // readAheadSize is how many bytes are read over the content API at once.
 const readAheadSize = 1 << 20
 
-// readAhead reads a blob in large pieces for somebody who reads it from its
-// beginning to its end in small ones. It is not safe for concurrent use.
+// readAhead reads a blob in large pieces for a caller that reads it sequentially in small
+// ones. It is not safe for concurrent use.
 type readAhead struct {
 	content.ReaderAt
-	at  int64  // the place of buf in the blob
+	at  int64  // the offset of buf in the blob
 	buf []byte // of readAheadSize at most
 }
 

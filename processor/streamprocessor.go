@@ -1,3 +1,5 @@
+//go:build linux
+
 package processor
 
 import (
@@ -7,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -14,6 +17,33 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/protofield"
 )
+
+// RunStreamProcessor does what containerd starts a stream processor for: it reads the
+// payload, with the layer's descriptor and perhaps keys, decrypts the layer from in with
+// the private keys of dir, those of the payload and keys, in this order, and writes the
+// plain layer to out. payload is that of [PayloadFile], which it closes. timeout bounds
+// the wait for the payload and for the layer key. The error names the layer.
+//
+// Media type and payload are those of imgcrypt: see
+// https://github.com/containerd/imgcrypt/blob/main/cmd/ctd-decoder/main.go.
+func RunStreamProcessor(ctx context.Context, payload io.ReadCloser, timeout time.Duration, dir *KeyDir, keys Keys, in io.Reader, out io.Writer) error {
+	unwrapping, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	p, err := ReadPayload(unwrapping, payload)
+	if err != nil {
+		return err
+	}
+	payload.Close()
+	key, err := dir.Unwrap(unwrapping, keys.With(&p.DecryptConfig), p.Descriptor)
+	if err == nil {
+		defer key.Clear()
+		err = decrypt(ctx, out, in, key)
+	}
+	if err != nil {
+		return fmt.Errorf("layer %s: %w", p.Descriptor.Digest, err)
+	}
+	return nil
+}
 
 // ErrNoPayload is the error of a stream processor that containerd started
 // without a payload, which is where a layer's descriptor would be.
@@ -28,7 +58,7 @@ const payloadType = "io.containerd.ocicrypt.v1.Payload"
 // maxPayload bounds a payload, in bytes. It holds a descriptor and keys.
 const maxPayload = 16 << 20
 
-// Payload tells a stream processor how to decrypt a layer. Its JSON is that of
+// Payload says how a stream processor is to decrypt a layer. Its JSON is that of
 // imgcrypt's type of this name.
 type Payload struct {
 	// DecryptConfig holds the keys that the client passed, if any.
@@ -41,8 +71,8 @@ type Payload struct {
 // [ErrNoPayload] if containerd passed none.
 func PayloadFile() (*os.File, error) {
 	// If nothing was passed, the number goes to the first file that this
-	// process opens, which may be Go's runtime. What this process opens is
-	// not for its children, and what it was given is.
+	// process, perhaps Go's runtime, opens. Such files are closed on exec, and
+	// inherited ones are not.
 	flags, err := unix.FcntlInt(payloadFD, unix.F_GETFD, 0)
 	if err != nil || flags&unix.FD_CLOEXEC != 0 {
 		return nil, ErrNoPayload

@@ -1,4 +1,4 @@
-package ocicryptclient
+package minigrpc
 
 import (
 	"bytes"
@@ -10,9 +10,7 @@ import (
 	"testing"
 	"time"
 
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"golang.org/x/net/http2/hpack"
-	"google.golang.org/grpc"
 )
 
 // peer makes the frames of a server.
@@ -126,12 +124,8 @@ func TestFrames(t *testing.T) {
 	}
 }
 
-// TestWindow sends a body as a server gives room for it.
-func TestWindow(t *testing.T) {
-	l := listen(t, "tcp", "127.0.0.1:0")
-	serve(t, l, grpc.StaticStreamWindowSize(65535), grpc.StaticConnWindowSize(65535))
-	works(t, newClient(t, keyproviderconfig.KeyProviderAttrs{Grpc: l.Addr().String()}))
-	// One who gives little room and then no more.
+// TestSendStopsAtWindow has a server that enlarges its window a little and then no more.
+func TestSendStopsAtWindow(t *testing.T) {
 	p := new(peer).frame(frameSettings, 0, 0, setting(settingInitialWindow, 70000-65535))
 	for range 4 {
 		p.frame(frameWindowUpdate, 0, 0, []byte{0, 0, 0, 5}).frame(frameWindowUpdate, 0, 1, []byte{0, 0, 0, 5})

@@ -1,4 +1,4 @@
-package ocicryptclient
+package minigrpc
 
 import (
 	"bufio"
@@ -13,17 +13,18 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/ctrlplane/pilot/internal/keyjson"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
 )
 
-// What follows is the part of HTTP/2 (RFC 9113) that one request on a connection
-// of its own takes. net/http would do it too, at the price of a megabyte and of
-// half a millisecond whenever a stream processor starts.
+// This file has the part of HTTP/2 (RFC 9113) that one request on a connection of its
+// own takes. net/http would take a megabyte and half a millisecond more whenever a
+// stream processor starts.
 
 // field is a header field.
 type field = hpack.HeaderField
 
-// response is what came back. The fields of the header and of the trailer are
-// in one place, since gRPC puts its status into either.
+// response is the server's. The fields of the header and of the trailer are together,
+// since gRPC puts its status into either.
 type response struct {
 	header map[string]string
 	body   []byte
@@ -54,7 +55,7 @@ const (
 const (
 	preface       = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 	defaultWindow = 65535
-	maxFrame      = 16384 // bytes, that everybody has to take
+	maxFrame      = 16384 // bytes that every peer accepts
 	maxHeader     = 64 << 10
 	maxFields     = 100 // that are kept
 	streamID      = 1
@@ -65,7 +66,7 @@ type exchange struct {
 	r *bufio.Reader
 	w *bufio.Writer
 
-	// How much the other side takes at the moment, in bytes.
+	// What the peer accepts at the moment, in bytes.
 	streamWindow, connWindow, initialWindow int64
 	maxFrame                                int
 
@@ -87,7 +88,7 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 	x.headers = hpack.NewDecoder(4096, x.headerField)
 	x.headers.SetMaxStringLength(maxHeader)
 	x.w.WriteString(preface)
-	// What the answer may have, so that nobody has to wait for our leave.
+	// The window is as large as an answer, so the peer never blocks on flow control.
 	x.frame(frameSettings, 0, 0, setting(settingEnablePush, 0), setting(settingInitialWindow, 2*maxAnswer))
 	x.frame(frameWindowUpdate, 0, 0, binary.BigEndian.AppendUint32(nil, 2*maxAnswer-defaultWindow))
 	var block sliceWriter
@@ -104,7 +105,7 @@ func roundTrip(conn net.Conn, header []field, body []byte) (*response, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil && x.header[":status"] == "" && (errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)) {
-		err = fmt.Errorf("%w: %w", errNoAnswer, err)
+		err = fmt.Errorf("%w: %w", ocicryptclient.ErrNoAnswer, err)
 	}
 	if err != nil {
 		return nil, err
@@ -120,10 +121,6 @@ func (x *exchange) clear() {
 	x.r.Reset(bytes.NewReader(zeros))
 	x.r.Peek(maxFrame)
 }
-
-// errNoAnswer is the error of a connection that ended before the answer began,
-// as with a server that is being restarted.
-var errNoAnswer = errors.New("it closed the connection")
 
 type sliceWriter []byte
 
@@ -149,9 +146,8 @@ func (x *exchange) frame(kind, flags byte, stream uint32, payload ...[]byte) {
 	}
 }
 
-// send sends the body, which is not empty, as the other side has room for it. If that answers
-// before it has read all, and says so before it has given room for more, the
-// rest is not sent. One that gives room and reads no more is waited for.
+// send sends the body, which is not empty, as the peer's window allows. If the peer
+// answers before it enlarges the window, the rest is not sent.
 func (x *exchange) send(body []byte) error {
 	for len(body) > 0 {
 		n := int(min(int64(len(body)), int64(x.maxFrame), x.streamWindow, x.connWindow))
@@ -171,8 +167,7 @@ func (x *exchange) send(body []byte) error {
 	return nil
 }
 
-// receive reads one frame and does what it says. If that has to be waited for,
-// what was written before goes out first.
+// receive reads and handles one frame. It flushes what was written before it waits.
 func (x *exchange) receive() error {
 	var writeErr error
 	if x.r.Buffered() < 9 {
@@ -226,7 +221,7 @@ func (x *exchange) receive() error {
 			return errMalformed
 		}
 		if last := binary.BigEndian.Uint32(payload) &^ (1 << 31); last < streamID {
-			return fmt.Errorf("%w: HTTP/2 error %d %.100q", errNoAnswer, binary.BigEndian.Uint32(payload[4:]), payload[8:])
+			return fmt.Errorf("%w: HTTP/2 error %d %.100q", ocicryptclient.ErrNoAnswer, binary.BigEndian.Uint32(payload[4:]), payload[8:])
 		}
 	case frameReset:
 		if len(payload) != 4 {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -21,6 +23,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // serveGRPC answers the key provider protocol on a unix socket, with KEKs from
@@ -37,7 +40,8 @@ func serveGRPC(t *testing.T, url string, timeout time.Duration) ocicryptpb.KeyPr
 		t.Fatal(err)
 	}
 	s := grpc.NewServer()
-	Register(s, New(broker, Config{}))
+	service := Service{Provider: New(broker, Config{})}
+	service.Register(s)
 	go s.Serve(l)
 	t.Cleanup(s.Stop)
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -103,6 +107,44 @@ func TestCodes(t *testing.T) {
 		if status.Code(err) != test.code || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "SECRET") {
 			t.Errorf("%s: %v, want %s: %q", test.name, err, test.code, test.want)
 		}
+	}
+}
+
+// TestServiceNames passes parameters by several names.
+func TestServiceNames(t *testing.T) {
+	metrics := NewMetrics(nil)
+	b := startBroker(t, map[string][]byte{"a": nil, "b": nil})
+	service := Service{Provider: newProvider(t, b.url, Config{Name: "pilot", Metrics: metrics}), Names: []string{"pilot", "second"}, Metrics: metrics}
+	wrap := func(params string) (string, error) {
+		var out strings.Builder
+		err := service.Exec(t.Context(), strings.NewReader(`{"op":"keywrap","keywrapparams":{"ec":{"Parameters":`+params+`},"optsdata":"c2VjcmV0"}}`), &out)
+		return out.String(), err
+	}
+	out, err := wrap(`{"second":["Yg=="],"pilot":["YQ=="],"other":["Yw=="]}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := wireformat.ParseAnnotation(answerOf(t, []byte(out)).KeyWrapResults.Annotation)
+	if err != nil || len(list) != 2 || list[0].KEKID != "a" || list[1].KEKID != "b" {
+		t.Errorf("%+v, %v", list, err)
+	}
+	for params, want := range map[string]string{
+		`{}`:                              "bad request: no KEK is named: use the recipient provider:pilot:KEK",
+		`{"pubkeys":["YQ=="]}`:            "bad request: no KEK is named: use the recipient provider:pilot:KEK",
+		`{"third":["YQ=="],"pilot":null}`: `bad request: no KEK is named: use the recipient provider:pilot:KEK, or add "third" to provider-name if pilot has that name in ocicrypt.conf`,
+	} {
+		if _, err := wrap(params); err == nil || err.Error() != want || !errors.Is(err, ErrInput) {
+			t.Errorf("%s: %v, want %s", params, err, want)
+		}
+	}
+	// One that is malformed counts once, too.
+	refused := metrics.requests.WithLabelValues("wrap", codes.InvalidArgument.String())
+	before := testutil.ToFloat64(refused)
+	if _, err := wrap(`"SECRET"`); err == nil || testutil.ToFloat64(refused) != before+1 {
+		t.Errorf("%v, counted %v times", err, testutil.ToFloat64(refused)-before)
+	}
+	if _, err := wrap(`{}`); err == nil || testutil.ToFloat64(refused) != before+2 {
+		t.Errorf("%v, counted %v times", err, testutil.ToFloat64(refused)-before)
 	}
 }
 
