@@ -1,4 +1,6 @@
-package plugin
+// Package localstore reads containerd's content store from its files where they are on
+// this machine.
+package localstore
 
 import (
 	"context"
@@ -17,14 +19,14 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// Store returns containerd's content store, with blobs read from its files
+// New returns containerd's content store, with blobs read from its files
 // where containerd keeps them in files of this machine. Over the content API
 // each read is a call, which makes a pull several times slower.
-func Store(client *containerd.Client) content.Store {
-	return &localStore{Store: client.ContentStore(), client: client}
+func New(client *containerd.Client) content.Store {
+	return &store{Store: client.ContentStore(), client: client}
 }
 
-type localStore struct {
+type store struct {
 	content.Store
 	client *containerd.Client
 
@@ -34,7 +36,7 @@ type localStore struct {
 
 // ReaderAt opens the blob's file after asking containerd whether the blob is in the
 // caller's namespace, because the file alone does not prove namespace access.
-func (s *localStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+func (s *store) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("blob %.80q: %w", desc.Digest, err)
 	}
@@ -54,7 +56,7 @@ func (s *localStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 }
 
 // open opens the file of a blob.
-func (s *localStore) open(ctx context.Context, info content.Info) (content.ReaderAt, error) {
+func (s *store) open(ctx context.Context, info content.Info) (content.ReaderAt, error) {
 	root, err := s.contentRoot(ctx)
 	if err != nil {
 		return nil, err
@@ -72,7 +74,7 @@ func (s *localStore) open(ctx context.Context, info content.Info) (content.Reade
 }
 
 // contentRoot returns the directory of the content store, as containerd reports it.
-func (s *localStore) contentRoot(ctx context.Context) (string, error) {
+func (s *store) contentRoot(ctx context.Context) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.root != "" {
@@ -94,7 +96,7 @@ func (s *localStore) contentRoot(ctx context.Context) (string, error) {
 	return "", errors.New("containerd does not keep its content in a directory")
 }
 
-func (s *localStore) forgetRoot() {
+func (s *store) forgetRoot() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.root = ""
