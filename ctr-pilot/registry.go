@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"strings"
 	"sync"
@@ -60,7 +59,7 @@ func openRegistry(ctx context.Context, cmd *cli.Command) (*inRegistry, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := local.NewLabeledStore(dir, &labelMap{all: map[digest.Digest]map[string]string{}})
+	store, err := local.NewStore(dir)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -231,27 +230,4 @@ func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name st
 		return fmt.Errorf("push %s: %w", name, explainRefusal(err))
 	}
 	return nil
-}
-
-// labelMap keeps the labels of blobs. Nothing reads them: there is no garbage collector.
-type labelMap struct {
-	mu  sync.Mutex
-	all map[digest.Digest]map[string]string
-}
-
-func (m *labelMap) Get(d digest.Digest) (map[string]string, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return maps.Clone(m.all[d]), nil
-}
-
-func (m *labelMap) Set(d digest.Digest, labels map[string]string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.all[d] = maps.Clone(labels)
-	return nil
-}
-
-func (m *labelMap) Update(d digest.Digest, labels map[string]string) (map[string]string, error) {
-	return labels, m.Set(d, labels)
 }

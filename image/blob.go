@@ -129,6 +129,9 @@ func (w *work) ingest(ctx context.Context, name string, r io.Reader, size int64,
 		err = nil
 		if len(labels) > 0 {
 			_, err = w.Update(ctx, content.Info{Digest: d, Labels: labels}, fieldPaths(labels)...)
+			if errdefs.IsFailedPrecondition(err) || errdefs.IsNotImplemented(err) {
+				err = nil // the store has no labels
+			}
 		}
 	}
 	return d, n, err

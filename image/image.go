@@ -5,9 +5,8 @@
 // Whatever does not have to change stays as it is, byte for byte, so decrypting an
 // encrypted image gives back the same image, digest for digest.
 //
-// A store is a [content.Store]: [local.NewStore] of
-// github.com/containerd/containerd/v2/plugins/content/local makes one in a directory.
-// In the store of a running containerd the caller must hold a lease. Without one,
+// A [Store] is containerd's, or one in a directory: see package plugins/content/local of
+// containerd. In a containerd that runs, the caller must hold a lease: without one,
 // containerd may collect what was written before an image refers to it.
 package image
 
@@ -15,7 +14,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -86,7 +84,7 @@ type Result struct {
 //
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
-func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, to processor.Recipients, opts Options) (Result, error) {
+func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to processor.Recipients, opts Options) (Result, error) {
 	switch opts.Attestations {
 	case "", EncryptAttestations, DropAttestations, KeepAttestations:
 	default:
@@ -94,14 +92,14 @@ func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, t
 	}
 	e := &encryption{to: to}
 	defer e.clear()
-	result, err := e.plan(ctx, cs, target, opts)
+	result, err := e.plan(ctx, store, target, opts)
 	if err == nil {
 		err = refusal(result, opts)
 	}
 	if err != nil {
 		return Result{}, err
 	}
-	w := newWork(cs, opts, encrypting, e.layer)
+	w := newWork(store, opts, encrypting, e.layer)
 	w.was = e.was
 	if result, err = w.run(ctx, target); err == nil {
 		err = refusal(result, opts) // content may have gone since
@@ -121,6 +119,6 @@ func refusal(result Result, opts Options) error {
 }
 
 // Decrypt decrypts the layers of the image target with keys.
-func Decrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, keys processor.Keys, opts Options) (Result, error) {
-	return newWork(cs, opts, decrypting, decryption{keys}.layer).run(ctx, target)
+func Decrypt(ctx context.Context, store Store, target ocispec.Descriptor, keys processor.Keys, opts Options) (Result, error) {
+	return newWork(store, opts, decrypting, decryption{keys}.layer).run(ctx, target)
 }

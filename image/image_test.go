@@ -429,3 +429,37 @@ func (s fullStore) Writer(ctx context.Context, opts ...content.WriterOpt) (conte
 type fullWriter struct{ content.Writer }
 
 func (fullWriter) Write([]byte) (int, error) { return 0, errFull }
+
+func TestZeroKeysAreErrors(t *testing.T) {
+	s := newStore(t)
+	plain := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
+	if _, err := Encrypt(s.ctx, s, plain, processor.Recipients{}, Options{}); err == nil || !strings.Contains(err.Error(), "recipient") {
+		t.Errorf("without recipients: %v", err)
+	}
+	encrypted := s.encrypted(s.ec)
+	if _, err := Decrypt(s.ctx, s, encrypted, processor.Keys{}, Options{}); !errors.Is(err, processor.ErrNoKey) {
+		t.Errorf("without keys: %v", err)
+	}
+	if err := CheckAccess(s.ctx, s, encrypted, processor.Keys{}, platforms.All); !errors.Is(err, processor.ErrNoKey) {
+		t.Errorf("access without keys: %v", err)
+	}
+	if _, err := Rewrap(s.ctx, s, encrypted, Rewrapping{Add: map[string][][]byte{"pubkeys": {testKeys[0]}}}, Options{}); !errors.Is(err, processor.ErrNoKey) {
+		t.Errorf("rewrapped without keys: %v", err)
+	}
+}
+
+// TestStoreWithoutLabels encrypts an image twice in a store that has no labels, so that
+// the second finds the documents of the first.
+func TestStoreWithoutLabels(t *testing.T) {
+	s := newStore(t)
+	var err error
+	if s.Store, err = local.NewStore(t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	target := s.encrypted(s.ec)
+	for range 2 {
+		if result, err := Decrypt(s.ctx, s, target, s.dc, Options{}); err != nil || result.Layers != 2 {
+			t.Errorf("%+v, %v", result, err)
+		}
+	}
+}

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -20,9 +19,9 @@ import (
 // the keys and makes the manifests, of the size that they will have. Only a layer
 // that lost its keys is read, since its key is checked first. The result has what will
 // be readable.
-func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) (Result, error) {
+func (e *encryption) plan(ctx context.Context, store Store, target ocispec.Descriptor, opts Options) (Result, error) {
 	opts.Progress = nil
-	w := newWork(cs, opts, encrypting, e.planLayer)
+	w := newWork(store, opts, encrypting, e.planLayer)
 	w.dry = true
 	result, err := w.run(ctx, target)
 	e.was = w.was

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -56,7 +55,7 @@ type Rewrapped struct {
 // Nobody becomes a recipient because of the image alone: a layer key is wrapped
 // anew for a KEK that the caller did not name only if what was wrapped for that
 // KEK unwraps to the layer key. What can't be unwrapped is an error.
-func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
+func Rewrap(ctx context.Context, store Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
 	if (how.From == "") != (how.To == "") {
 		return Rewrapped{}, errors.New("From and To need each other")
 	}
@@ -66,7 +65,7 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 		}
 	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
-	w := newWork(cs, opts, rewrapping, r.layer)
+	w := newWork(store, opts, rewrapping, r.layer)
 	w.dry = how.DryRun
 	result, err := w.run(ctx, target)
 	if err != nil {
