@@ -35,8 +35,8 @@ type inRegistry struct {
 }
 
 const (
-	// registryWithin bounds the wait for a registry, for one document.
-	registryWithin = time.Minute
+	// registryTimeout bounds the wait for a registry, for one document.
+	registryTimeout = time.Minute
 	// maxDocument bounds a document, in bytes.
 	maxDocument = 8 << 20
 )
@@ -139,7 +139,7 @@ func parseReference(name string) (reference.Spec, error) {
 
 // resolve returns the descriptor of a name, or the zero value and an error.
 func resolve(ctx context.Context, resolver remotes.Resolver, name string) (ocispec.Descriptor, error) {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	_, desc, err := resolver.Resolve(ctx, name)
 	return desc, err
@@ -171,7 +171,7 @@ func (d *documents) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (cont
 	if desc.Size > maxDocument {
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", desc.Digest, desc.Size, maxDocument)
 	}
-	within, cancel := context.WithTimeout(ctx, registryWithin)
+	within, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	body, err := d.fetcher.Fetch(within, desc)
 	if err != nil {
@@ -220,7 +220,7 @@ func (d *documents) pushChildren(ctx context.Context, resolver remotes.Resolver,
 }
 
 func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name string, desc ocispec.Descriptor) error {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	pusher, err := resolver.Pusher(ctx, name)
 	if err != nil {

@@ -152,7 +152,7 @@ func testImages(s *store) map[string]ocispec.Descriptor {
 	return map[string]ocispec.Descriptor{"plain": plain, "odd": odd, "docker": docker, "index": index, "docker list": list, "nested": nested}
 }
 
-func TestRoundTrip(t *testing.T) {
+func TestDecryptGivesBackTheImage(t *testing.T) {
 	s := newStore(t)
 	for name, target := range testImages(s) {
 		// Docker's foreign layer is not here.
@@ -195,8 +195,8 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-// TestLayerByLayer decrypts a Docker image one layer at a time.
-func TestLayerByLayer(t *testing.T) {
+// TestLayersDecryptOneByOne decrypts a Docker image one layer at a time.
+func TestLayersDecryptOneByOne(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["docker"]
 	result, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{1, 2}})
@@ -213,7 +213,7 @@ func TestLayerByLayer(t *testing.T) {
 	}
 }
 
-func TestSelection(t *testing.T) {
+func TestOnlySelectedLayersChange(t *testing.T) {
 	s := newStore(t)
 	index := testImages(s)["index"]
 	amd64, s390x, riscv := platforms.MustParse("linux/amd64"), platforms.MustParse("linux/s390x"), platforms.MustParse("linux/riscv64")
@@ -325,7 +325,7 @@ func checkLayers(s *store, got, want ocispec.Descriptor) {
 	}
 }
 
-func TestErrors(t *testing.T) {
+func TestUnusableImagesAreErrors(t *testing.T) {
 	s := newStore(t)
 	conf := s.put(ocispec.MediaTypeImageConfig, `{"architecture":"amd64","os":"linux"}`)
 	a := s.put(ocispec.MediaTypeImageLayer, "layer a")
@@ -359,7 +359,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-func TestDecryptErrors(t *testing.T) {
+func TestUndecryptableImagesAreErrors(t *testing.T) {
 	for _, change := range []func(string) string{
 		func(c string) string { return c[:len(c)-1] + string([]byte{c[len(c)-1] ^ 1}) },
 		func(c string) string { return string([]byte{c[0] ^ 1}) + c[1:] },
@@ -396,7 +396,7 @@ func TestDecryptErrors(t *testing.T) {
 	}
 }
 
-func TestCancelled(t *testing.T) {
+func TestCancelStopsEncryption(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["odd"]
 	opts := Options{Progress: func(ocispec.Descriptor, int) { s.stopped() }}
@@ -406,8 +406,8 @@ func TestCancelled(t *testing.T) {
 	s.noIngests()
 }
 
-// TestDiskFull writes to a store whose disk is full.
-func TestDiskFull(t *testing.T) {
+// TestFullDiskIsAnError writes to a store whose disk is full.
+func TestFullDiskIsAnError(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["plain"]
 	s.Store = fullStore{s.Store}

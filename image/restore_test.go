@@ -29,8 +29,8 @@ func (s *store) manifest(mediaType, layers, more string) ocispec.Descriptor {
 
 func entry(d ocispec.Descriptor) string { return `{"mediaType":"` + d.MediaType + `",` + ref(d) + `}` }
 
-// TestUnusual encrypts and decrypts what is written in other ways than Go does.
-func TestUnusual(t *testing.T) {
+// TestUnusualSpellingsComeBack encrypts and decrypts what is written in other ways than Go does.
+func TestUnusualSpellingsComeBack(t *testing.T) {
 	s := newStore(t)
 	a, empty := s.put(ocispec.MediaTypeImageLayerGzip, "layer a"), s.put(ocispec.MediaTypeImageLayer, "")
 	layer := func(mediaType, more string) string { return `{"mediaType":"` + mediaType + `",` + ref(a) + more + `}` }
@@ -82,8 +82,8 @@ func TestUnusual(t *testing.T) {
 	}
 }
 
-// TestSteps encrypts and decrypts layer by layer, back and forth.
-func TestSteps(t *testing.T) {
+// TestImageComesBackInSteps encrypts and decrypts layer by layer, back and forth.
+func TestImageComesBackInSteps(t *testing.T) {
 	s := newStore(t)
 	a, b := s.put(dockerGzip, "layer a"), s.put(dockerGzip, "layer b")
 	first := strings.TrimSuffix(entry(a), "}") + `,"annotations":null}`
@@ -137,7 +137,7 @@ func TestNamedDigest(t *testing.T) {
 	}
 }
 
-func TestPartlyHere(t *testing.T) {
+func TestPartlyPresentImages(t *testing.T) {
 	s := newStore(t)
 	a := s.put(ocispec.MediaTypeImageLayer, "layer a")
 	here := s.manifest(ociManifest, entry(a), "")
@@ -318,8 +318,8 @@ func TestHostileRestore(t *testing.T) {
 	}
 }
 
-// TestStrangeURL encrypts a layer with a URL that would not come back.
-func TestStrangeURL(t *testing.T) {
+// TestURLsThatCannotComeBackAreRefused encrypts a layer with a URL that would not come back.
+func TestURLsThatCannotComeBackAreRefused(t *testing.T) {
 	s := newStore(t)
 	a := s.put(ocispec.MediaTypeImageLayerGzip, "layer a")
 	target := s.manifest(ociManifest, strings.TrimSuffix(entry(a), "}")+`,"urls":["ftp://example.com/a"]}`, "")

@@ -136,9 +136,9 @@ func (s *store) edited(target ocispec.Descriptor, change func(m *ocispec.Manifes
 	return s.put(target.MediaType, string(b))
 }
 
-// TestRewrap rotates a KEK and moves images to its new version. Nothing else of
+// TestRewrapFollowsTheRotationOfAKEK rotates a KEK and moves images to its new version. Nothing else of
 // them changes, and no layer is there.
-func TestRewrap(t *testing.T) {
+func TestRewrapFollowsTheRotationOfAKEK(t *testing.T) {
 	keys := newKEKs(t, "team-a")
 	s := newStore(t)
 	pilots := regexp.MustCompile(`"org.opencontainers.image.enc.keys.provider.pilot":"[^"]*"`)
@@ -325,8 +325,8 @@ func TestRecipientsChange(t *testing.T) {
 	s.noIngests()
 }
 
-// TestRewrapSelected rewraps one layer, and one platform.
-func TestRewrapSelected(t *testing.T) {
+// TestRewrapChangesOnlySelectedLayers rewraps one layer, and one platform.
+func TestRewrapChangesOnlySelectedLayers(t *testing.T) {
 	keys := newKEKs(t, "a")
 	s := newStore(t)
 	target := s.encrypted(kek("pilot", "a"))
