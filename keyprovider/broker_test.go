@@ -21,9 +21,9 @@ import (
 // testBroker is a real broker.
 type testBroker struct {
 	dir  string
-	url  string       // of its socket
-	keys *broker.Keys // through its admin socket
-	tcp  string       // http://HOST:PORT, which the original's API needs
+	url  string      // of its socket
+	keys broker.Keys // through its admin socket
+	tcp  string      // http://HOST:PORT, which the original's API needs
 }
 
 // startBroker runs a broker that has the KEKs given, nil ones new.
