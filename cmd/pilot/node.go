@@ -13,7 +13,9 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
+	"github.com/ctrlplane/pilot/node/install"
 )
 
 var nodeCommand = &cli.Command{
@@ -101,14 +103,19 @@ func brokerFlag(name string) cli.Flag {
 }
 
 func nodeInstall(c *cli.Context) error {
-	o := node.Options{
-		Root:              c.String("root"),
-		TrustRoot:         c.Bool("trust-root"),
-		ContainerdBinary:  c.String("containerd-binary"),
-		ContainerdConfig:  c.String("containerd-config"),
-		ContainerdAddress: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
-		PilotBinary:       c.String("pilot-binary"),
-		Settings:          map[string]string{},
+	h, err := host.New(c.String("root"), c.Bool("trust-root"))
+	if err != nil {
+		return err
+	}
+	o := install.Options{
+		Host: h,
+		Containerd: containerd.Named{
+			Binary:  c.String("containerd-binary"),
+			Config:  c.String("containerd-config"),
+			Address: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
+		},
+		PilotBinary: c.String("pilot-binary"),
+		Settings:    map[string]string{},
 	}
 	if err := nodeArguments(c); err != nil {
 		return err
@@ -133,13 +140,13 @@ func nodeInstall(c *cli.Context) error {
 	if err := conf.check(); err != nil {
 		return exit.UsageError(err)
 	}
-	if o.Root == "" {
+	if c.String("root") == "" {
 		// On a node image the files may come later.
 		if _, err := conf.client(); err != nil {
 			return err
 		}
 	}
-	plan, err := node.NewPlan(c.Context, o)
+	plan, err := install.NewPlan(c.Context, o)
 	if err != nil {
 		return err
 	}
@@ -167,11 +174,11 @@ func nodeInstall(c *cli.Context) error {
 	for _, line := range plan.DockerNote(c.Context) {
 		fmt.Println(line)
 	}
-	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(node.Pending()) == 0 {
+	if c.String("root") != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(install.Pending(h)) == 0 {
 		return nil
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
-	for _, service := range node.Pending() {
+	for _, service := range install.Pending(h) {
 		if service == "pilot.service" {
 			commands = commands[:1]
 		}
@@ -180,28 +187,32 @@ func nodeInstall(c *cli.Context) error {
 	if err := runOrSay(c.Bool("now"), commands); err != nil || !c.Bool("now") {
 		return err
 	}
-	return node.Restarted()
+	return install.Restarted()
 }
 
 func nodeUninstall(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	o := node.Options{Root: c.String("root"), TrustRoot: c.Bool("trust-root"), KeepConfig: c.Bool("keep-config")}
-	had, err := node.Installed(o)
+	h, err := host.New(c.String("root"), c.Bool("trust-root"))
+	if err != nil {
+		return err
+	}
+	o := install.Options{Host: h, KeepConfig: c.Bool("keep-config")}
+	had, err := install.Installed(o)
 	if err != nil {
 		return err
 	}
 	if !had.Present {
 		// An installation that was killed early may have left a file.
-		if _, err := node.Uninstall(c.Context, o); err != nil {
+		if _, err := install.Uninstall(c.Context, o); err != nil {
 			return err
 		}
 		fmt.Println("nothing is installed")
 		return nil
 	}
 	// What stays because somebody changed it is told at the end.
-	unsure, stays := node.Uninstall(c.Context, o)
+	unsure, stays := install.Uninstall(c.Context, o)
 	if len(unsure) > 0 {
 		fmt.Println("the note of what was installed was lost, so these stay: remove them if they were not there before pilot")
 		for _, path := range unsure {
@@ -210,7 +221,7 @@ func nodeUninstall(c *cli.Context) error {
 	} else if stays == nil {
 		fmt.Println("everything is as it was before")
 	}
-	if o.Root != "" || node.Connected(o) {
+	if c.String("root") != "" || install.Connected(o) {
 		return stays
 	}
 	// containerd or CRI-O first: it asks pilot until then.
@@ -225,7 +236,7 @@ func nodeRefresh(c *cli.Context) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	changed, err := node.Refresh(c.Context, node.Options{})
+	changed, err := install.Refresh(c.Context, install.Options{})
 	for _, path := range changed {
 		logrus.WithField("file", path).Info("containerd's configuration was changed since pilot was installed: file written again")
 	}

@@ -1,0 +1,240 @@
+package containerd
+
+import (
+	"cmp"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/ctrlplane/pilot/node/host"
+)
+
+// Target is the containerd to set up: its program, what it reads, where it
+// answers, and who starts it.
+type Target struct {
+	Program string // inside the root
+	Config  string // its configuration file, inside the root
+	Address string // of its socket, if its command line has it
+	Service string // systemd's, that has to be restarted for a new configuration
+	Distribution
+	Process *host.Process // nil if it does not run, or the root is another machine's
+}
+
+const (
+	Service = "containerd.service"
+
+	DefaultConfig  = "/etc/containerd/config.toml"
+	DefaultAddress = "/run/containerd/containerd.sock"
+)
+
+// Named is the containerd of a machine that the user means: its program, its
+// configuration file, and the path of its socket. What is empty was not named.
+type Named struct{ Binary, Config, Address string }
+
+// search looks for a machine's containerd.
+type search struct {
+	host.Host
+	Named
+}
+
+// Find finds the machine's containerd. One that runs is what counts: it is
+// an error to name another than that, or none where several run.
+func Find(h host.Host, n Named) (*Target, error) {
+	s := search{h, n}
+	if s.Root == "" {
+		found, err := running()
+		if err != nil {
+			return nil, fmt.Errorf("look for containerd among the processes: %w", err)
+		}
+		p, err := s.choose(found)
+		if err != nil {
+			return nil, err
+		}
+		if p != nil {
+			return s.ofProcess(p)
+		}
+	}
+	return FromUnit(h, n)
+}
+
+// choose returns the containerd to set up of those that run, or nil if none is
+// known to be it.
+func (s search) choose(found []*host.Process) (*host.Process, error) {
+	if s.Address != "" {
+		pid, err := host.ListenerPID(s.Address)
+		i := slices.IndexFunc(found, func(p *host.Process) bool { return p.PID == pid })
+		if err != nil || i < 0 {
+			return nil, nil // it does not run, or under a name that is not known here
+		}
+		found = found[i : i+1]
+	}
+	if len(found) == 0 {
+		return nil, nil
+	}
+	named := slices.DeleteFunc(slices.Clone(found), func(p *host.Process) bool { return !s.names(p) })
+	if len(named) == 0 {
+		return nil, &host.Conflict{Where: describe(found), What: "it runs, and is not the containerd that was named", Fix: "name the one that runs, or none"}
+	}
+	if len(named) > 1 {
+		// A Kubernetes distribution's own is the one that its kubelet uses.
+		if bundled := slices.DeleteFunc(slices.Clone(named), func(p *host.Process) bool { return distributionOf(p).Name == "" }); len(bundled) == 1 {
+			return bundled[0], nil
+		}
+		return nil, &host.Conflict{Where: describe(named), What: "more than one containerd runs", Fix: "name the one to set up with --containerd-address"}
+	}
+	return named[0], nil
+}
+
+// names reports whether a process has the program and the configuration that the
+// options name, if they do.
+func (s search) names(p *host.Process) bool {
+	if s.Config != "" && s.Config != configOf(p) {
+		return false
+	}
+	return !filepath.IsAbs(s.Binary) || host.SameFile(s.Binary, p.Program)
+}
+
+func describe(processes []*host.Process) string {
+	var lines []string
+	for _, p := range processes {
+		lines = append(lines, p.String())
+	}
+	return strings.Join(lines, ", ")
+}
+
+// ofProcess returns the containerd that a process is.
+func (s search) ofProcess(p *host.Process) (*Target, error) {
+	f, _ := parseFlags(p.Args)
+	t := &Target{Program: lasting(p.Program), Config: configOf(p), Address: SocketPath(f.address), Service: p.Unit, Distribution: distributionOf(p), Process: p}
+	if t.Service == "" {
+		t.Service = Service
+	}
+	if t.refusal == nil {
+		t.refusal = systemRefusal(s.Host, t.Config)
+	}
+	if t.refusal != nil {
+		return nil, &host.Conflict{Where: p.String(), What: t.refusal.what, Fix: t.refusal.fix}
+	}
+	return t, nil
+}
+
+// lasting returns the path of a program that stays the same when k3s or RKE2 is
+// upgraded: they unpack each version into a directory of its own.
+func lasting(program string) string {
+	dir := filepath.Dir(filepath.Dir(program))
+	if current := filepath.Join(filepath.Dir(dir), "current", "bin", filepath.Base(program)); filepath.Base(filepath.Dir(dir)) == "data" && host.SameFile(current, program) {
+		return current
+	}
+	return program
+}
+
+// FromUnit returns the containerd that systemd starts by its unit, or the one in
+// PATH.
+func FromUnit(h host.Host, n Named) (*Target, error) {
+	s := search{h, n}
+	t := &Target{Program: s.Binary, Config: s.Config, Service: Service}
+	if words, err := s.ExecStart(Service); len(words) > 0 && filepath.Base(words[0]) == "containerd" {
+		if err != nil && s.Config == "" {
+			return nil, err
+		}
+		f, _ := parseFlags(words[1:])
+		if t.Program == "" {
+			t.Program = words[0]
+		}
+		if t.Config == "" {
+			t.Config = f.config
+		}
+		t.Address = SocketPath(f.address)
+	}
+	if t.Config == "" {
+		t.Config = DefaultConfig
+	}
+	if s.Config != "" && s.Address != "" {
+		t.Address = s.Address
+	}
+	if r := systemRefusal(s.Host, t.Config); r != nil {
+		return nil, &host.Conflict{Where: t.Config, What: r.what, Fix: r.fix}
+	}
+	t.Distribution = DistributionAt(s.Host, t.Config, "")
+	if d, service := stoppedDistribution(s.Host); service != "" && d.Name == t.Name {
+		t.Service = service
+	}
+	name := t.Program
+	if name == "" {
+		name = "containerd"
+	}
+	t.Program = s.LookPathIn(name, s.SearchPath())
+	if t.Program == "" {
+		if d, service := stoppedDistribution(s.Host); service != "" {
+			return nil, &host.Conflict{Where: d.Name, What: "its containerd does not run", Fix: "start " + d.Name + ", and run this again"}
+		}
+		return nil, fmt.Errorf("there is no %s in %s: install containerd, or name its program with --containerd-binary", name, strings.Join(s.SearchPath(), ", "))
+	}
+	return t, nil
+}
+
+// FindAgain returns a containerd that was found before, as it is now: its unit may have
+// been given another program, or the program may have moved.
+func FindAgain(h host.Host, t Target) (*Target, error) {
+	t.Distribution = DistributionAt(h, t.Config, "")
+	program, config := StartedBy(h, t.Service)
+	if program != "" && config == t.Config {
+		t.Program = program
+	}
+	if !h.Has(t.Program) {
+		moved := h.LookPath("containerd")
+		if moved == "" || t.Name != "" { // a distribution has its own
+			return nil, fmt.Errorf("%s, which pilot was installed for, is gone: run \"pilot node install\" once containerd is there: %w", t.Program, exec.ErrNotFound)
+		}
+		t.Program = moved
+	}
+	return &t, nil
+}
+
+// StartedBy returns the containerd that a unit starts, and the configuration file
+// that it reads, or nothing if it starts something else.
+func StartedBy(h host.Host, service string) (program, config string) {
+	words, err := h.ExecStart(service)
+	if err != nil || len(words) == 0 || filepath.Base(words[0]) != "containerd" {
+		return "", ""
+	}
+	f, _ := parseFlags(words[1:])
+	return h.LookPath(words[0]), cmp.Or(f.config, DefaultConfig)
+}
+
+// PossibleConfigs returns the configuration files of the containerds that pilot may
+// have been installed for.
+func PossibleConfigs(h host.Host, n Named) []string {
+	configs := []string{n.Config, DefaultConfig}
+	if h.Root == "" {
+		processes, _ := running()
+		for _, p := range processes {
+			configs = append(configs, configOf(p))
+		}
+	}
+	if t, err := FromUnit(h, n); err == nil {
+		configs = append(configs, t.Config)
+	}
+	for _, name := range []string{k3s, strings.ToLower(rke2)} {
+		configs = append(configs, "/var/lib/rancher/"+name+"/agent/etc/containerd/config.toml")
+	}
+	configs = append(configs, "/etc/k0s/containerd.toml")
+	slices.Sort(configs)
+	return slices.DeleteFunc(slices.Compact(configs), func(s string) bool { return s == "" })
+}
+
+// WithConfig returns the containerd that reads a configuration file.
+func WithConfig(h host.Host, n Named, config string) (*Target, error) {
+	if h.Root == "" {
+		processes, _ := running()
+		for _, p := range processes {
+			if configOf(p) == config {
+				return (search{h, n}).ofProcess(p)
+			}
+		}
+	}
+	n.Config = config
+	return FromUnit(h, n)
+}

@@ -1,0 +1,36 @@
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// maxNamedKeys bounds the unusable files that the step names.
+const maxNamedKeys = 20
+
+// decryptionKeysCheck returns the check of decryption-keys-path, if it is set.
+func (e *examination) decryptionKeysCheck() []check {
+	if e.DecryptionKeysPath == "" {
+		return nil
+	}
+	return []check{{StepDecryptionKeys, []string{StepConfiguration}, 5 * time.Second, e.decryptionKeys}}
+}
+
+// decryptionKeys reads the private keys of the node as the differ does.
+func (e *examination) decryptionKeys(ctx context.Context) Step {
+	path := e.DecryptionKeysPath
+	s, err := processor.NewKeyDir(path, nil).State(ctx)
+	switch {
+	case err != nil:
+		return failed(fmt.Sprintf("%s can't be read in time: is its file system there?", path), "ls -la "+path)
+	case len(s.Unusable) > 0:
+		return failed(fmt.Sprintf("%s; keys that can be used: %d", s.Summary(maxNamedKeys), s.Usable),
+			"ls -la "+path, "correct or remove those files, or decryption-keys-path in "+e.Configuration+": keys count without a restart")
+	case s.Usable == 0:
+		return inOrder(path + " contains no key yet; one that is put there counts without a restart")
+	}
+	return inOrder(fmt.Sprintf("%s: %d can be used, and all are read for each layer", path, s.Usable))
+}

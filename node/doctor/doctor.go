@@ -1,0 +1,260 @@
+// Package doctor examines the chain by which a node decrypts images, from pilot's
+// configuration to an unpacked layer, and names a fix for each link that is broken.
+// It changes nothing that lasts.
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/crio"
+
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+
+	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/plugin"
+)
+
+// Doctor examines the chain by which a node decrypts images, with the calls
+// that a pull makes. Its settings are those that pilot serves with.
+type Doctor struct {
+	// Configuration is where pilot's configuration was read from, for
+	// messages. ConfigurationError says why it can't be used: then nothing
+	// else counts.
+	Configuration      string
+	ConfigurationError error
+
+	// Listen is the gRPC target of the key provider. ListenTLS says that it
+	// takes client certificates, of which the doctor has none.
+	Listen    string
+	ListenTLS bool
+	// ProviderNames are the key provider's in ocicrypt.conf, at least one.
+	ProviderNames []string
+	// Brokers is the client of the node's broker, or of several. Provider
+	// asks them in this process, with no KEK in its cache.
+	Brokers  *brokerclient.Client
+	Provider *keyprovider.Provider
+	// BrokerURLs, BrokerCA and BrokerCert are the settings of that name, for
+	// messages. The files may be empty.
+	BrokerURLs           []string
+	BrokerCA, BrokerCert string
+	// KEKs are those that the node has to be able to use. May be empty.
+	KEKs []string
+
+	// DiffSocket is the path of the socket at which pilot is a differ, or
+	// empty if it is none.
+	DiffSocket string
+	// DecryptionKeysPath is the directory of the differ's private keys, or
+	// empty.
+	DecryptionKeysPath string
+	// Containerd is the path of containerd's socket.
+	Containerd string
+	// ContainerdConfig is the file that containerd was started with, and
+	// ContainerdBinary the program that can read it. Default: those of the
+	// process that answers at Containerd.
+	ContainerdConfig, ContainerdBinary string
+	// CRIO is the path of CRI-O's socket, on a node where CRI-O pulls: then
+	// containerd is not examined.
+	CRIO string
+	// Snapshotter is where to unpack. Default: CRI's, or overlayfs.
+	Snapshotter string
+}
+
+// Step is what the doctor found out about one link of the chain.
+type Step struct {
+	// Name is one of the Step… constants.
+	Name   string `json:"name"`
+	Result Result `json:"result"`
+	// Detail is one line: what was seen, what is wrong, or why the step was
+	// skipped.
+	Detail string `json:"detail"`
+	// Mend are the commands that mend it, in order, or that tell more.
+	Mend []string `json:"mend,omitempty"`
+}
+
+// Result is how a step ended.
+type Result string
+
+// A step that was skipped is one that can't be checked: what it needs has
+// failed, or it does not exist on this node.
+const (
+	OK      Result = "ok"
+	Failed  Result = "failed"
+	Skipped Result = "skipped"
+	// Warning is something that works, and will not for long.
+	Warning Result = "warning"
+)
+
+// The steps, in their order.
+const (
+	StepConfiguration    = "configuration"
+	StepKeyProvider      = "key-provider"
+	StepDiffer           = "differ"
+	StepContainerd       = "containerd"
+	StepContainerdConfig = "containerd-config"
+	StepBroker           = "broker"
+	StepLayer            = "layer"
+	StepTransfer         = "transfer"
+	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
+	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
+	StepDocker           = "docker"
+)
+
+// examineWithin bounds an examination, but for the time that it takes to clean
+// up after it.
+const examineWithin = 50 * time.Second
+
+// check is how a step is made.
+type check struct {
+	name   string
+	needs  []string // steps that must not have failed
+	within time.Duration
+	run    func(context.Context) Step
+}
+
+// Examine makes the steps, each of which comes as it ends. It takes no longer
+// than about a minute, and leaves nothing behind on the node.
+func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
+	return func(yield func(Step) bool) {
+		ctx, cancel := context.WithTimeout(ctx, examineWithin)
+		defer cancel()
+		e := &examination{Doctor: d, broken: map[string]bool{}}
+		defer e.close()
+		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck()) {
+			step := e.step(ctx, c)
+			step.Name = c.name
+			if step.Result == "" {
+				continue // there is nothing that it could examine
+			}
+			if !yield(step) {
+				return
+			}
+		}
+	}
+}
+
+// checks are the steps, in their order.
+func (e *examination) checks() []check {
+	if e.CRIO != "" {
+		return e.crioChecks()
+	}
+	return []check{
+		{StepConfiguration, nil, time.Second, e.configuration},
+		{StepKeyProvider, []string{StepConfiguration}, 5 * time.Second, e.keyProvider},
+		{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
+		{StepContainerd, []string{StepConfiguration}, 5 * time.Second, e.containerd},
+		{StepContainerdConfig, []string{StepContainerd}, 10 * time.Second, e.containerdConfig},
+		// pilot answers within 30 seconds.
+		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
+		{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
+		{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
+		{StepDocker, nil, 10 * time.Second, e.docker},
+	}
+}
+
+// examination is what is known while a node is examined.
+type examination struct {
+	*Doctor
+	broken map[string]bool // steps that failed, or that need one that failed
+
+	client  *client.Client       // of containerd, from StepContainerd on
+	running *containerd.Instance // of the version that answers
+	lost    string               // why the note of what was installed is missing, if it is
+	dump    map[string]any       // what it would load if it was started now
+	builtIn bool                 // pilot's differ is compiled into containerd
+	kek     string               // the first that the node can use
+
+	runningCRIO *crio.Running                      // from StepCRIO on
+	crioAttrs   keyproviderconfig.KeyProviderAttrs // of pilot in CRI-O's ocicrypt.conf
+
+	crioProvider string // pilot's name there
+}
+
+func (e *examination) step(ctx context.Context, c check) Step {
+	for _, need := range c.needs {
+		if e.broken[need] {
+			e.broken[c.name] = true
+			return needs(need)
+		}
+	}
+	within, cancel := context.WithTimeout(ctx, c.within)
+	defer cancel()
+	step := failed("no time was left for it, so slow are the steps before")
+	if ctx.Err() == nil {
+		step = c.run(within)
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		step = skipped("interrupted")
+	}
+	e.broken[c.name] = step.Result == Failed || ctx.Err() != nil
+	return step
+}
+
+// configuration tells what pilot is configured with.
+func (e *examination) configuration(context.Context) Step {
+	if e.ConfigurationError != nil {
+		return failed(fmt.Sprintf("pilot can't start with %s: %s", e.Configuration, e.ConfigurationError),
+			"correct "+e.Configuration, "systemctl restart pilot.service")
+	}
+	if !exists(e.Configuration) {
+		return inOrder("defaults: " + e.Configuration + " does not exist")
+	}
+	return inOrder(e.Configuration)
+}
+
+// containerd asks containerd for its version.
+func (e *examination) containerd(ctx context.Context) Step {
+	var err error
+	if e.client, err = plugin.Dial(e.Containerd); err != nil {
+		return failed(err.Error(), "correct containerd in "+e.Configuration)
+	}
+	v, err := e.client.Version(ctx)
+	if err != nil {
+		return failed(fmt.Sprintf("%s: containerd does not answer: %s (is its socket elsewhere? set containerd in %s)", e.Containerd, said(err), e.Configuration),
+			"systemctl restart containerd.service", "journalctl -u containerd.service -n 30")
+	}
+	major, minor, err := containerd.ParseVersion(v.Version)
+	if err != nil {
+		return failed(err.Error(), "containerd --version")
+	}
+	e.running = &containerd.Instance{Target: containerd.Target{Config: e.ContainerdConfig, Service: containerd.Service}, Major: major, Minor: minor}
+	if e.running.Config == "" {
+		e.running.Config = containerd.DefaultConfig
+	}
+	if e.running.CheckVersion() != nil {
+		return failed(fmt.Sprintf("containerd %s is too old: 1.6 decrypts layers with stream processors, 1.7 and 2.x with pilot's differ", v.Version), "upgrade containerd")
+	}
+	return inOrder(fmt.Sprintf("%s answers at %s", v.Version, e.Containerd))
+}
+
+func (e *examination) close() {
+	if e.client != nil {
+		e.client.Close()
+	}
+}
+
+func inOrder(detail string) Step { return Step{Result: OK, Detail: detail} }
+
+func failed(detail string, mend ...string) Step {
+	return Step{Result: Failed, Detail: detail, Mend: mend}
+}
+
+func skipped(why string) Step { return Step{Result: Skipped, Detail: why} }
+
+// needs is a step that needs another, which failed.
+func needs(step string) Step { return skipped("it needs " + step + ", which is not in order") }
+
+// exists reports whether this process finds a file.
+func exists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}

@@ -1,0 +1,154 @@
+package doctor
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/certfile"
+)
+
+// onBroker is a command for the broker's machine.
+func onBroker(command string) string { return "on the broker's machine: " + command }
+
+var (
+	restartCopilot = onBroker("systemctl restart copilot.service")
+	copilotLog     = onBroker("journalctl -u copilot.service -n 30")
+)
+
+const compareClocks = "date -u (on this machine and on the broker's: compare the clocks)"
+
+// mendBroker returns what fixes a broker that did not give a KEK, with err. Of several
+// brokers, each may need something else.
+func (e *examination) mendBroker(kek string, err error) (mend []string) {
+	add := func(commands ...string) { mend = append(mend, commands...) }
+	mend = e.mendCertificates(err)
+	add(e.mendConnection(err)...)
+	switch {
+	case errors.Is(err, client.ErrNoVersion):
+		add(onBroker("copilot keys show " + kek))
+	case errors.Is(err, client.ErrNotFound):
+		add(onBroker("copilot keys create " + kek))
+	case errors.Is(err, client.ErrForbidden):
+		add(onBroker(fmt.Sprintf("copilot policy check %s %s export", e.identity(), kek)))
+	case len(mend) > 0:
+	case errors.Is(err, client.ErrUnavailable):
+		add(copilotLog, onBroker("copilot keys show "+kek))
+	default:
+		add("journalctl -u pilot.service -n 30")
+	}
+	return unique(mend)
+}
+
+// mendCertificates is mendBroker for what is wrong with a certificate.
+func (e *examination) mendCertificates(err error) (mend []string) {
+	add := func(commands ...string) { mend = append(mend, commands...) }
+	var (
+		authority x509.UnknownAuthorityError
+		hostname  x509.HostnameError
+		invalid   x509.CertificateInvalidError
+	)
+	if errors.Is(err, client.ErrCertExpired) {
+		add(e.newCertificate()...)
+	}
+	if errors.Is(err, client.ErrCertNotYetValid) {
+		add(compareClocks)
+	}
+	if errors.Is(err, client.ErrCertRejected) && len(mend) == 0 {
+		add("openssl x509 -noout -issuer -subject -dates -in "+e.BrokerCert,
+			onBroker("copilot certs list (the issuer has to be a CA in tls-client-ca)"), copilotLog)
+	}
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		add(renewServer, compareClocks)
+	}
+	if errors.As(err, &authority) {
+		if e.BrokerCA == "" {
+			add("set broker-ca in " + e.Configuration + " to a copy of /etc/copilot/ca.pem of the broker's machine")
+		} else {
+			add("copy /etc/copilot/ca.pem of the broker's machine to " + e.BrokerCA)
+		}
+		add(restartPilot[0])
+	}
+	if errors.As(err, &hostname) {
+		names := hostname.Certificate.DNSNames
+		for _, ip := range hostname.Certificate.IPAddresses {
+			names = append(names, ip.String())
+		}
+		add(fmt.Sprintf("correct broker in %s: its certificate is for %s", e.Configuration, strings.Join(names, ", ")),
+			onBroker("copilot enroll --host "+hostname.Host+" --out NEW server"))
+	}
+	return mend
+}
+
+// renewServer renews the certificate that a broker shows.
+var renewServer = onBroker("copilot certs renew /etc/copilot/server.pem")
+
+// newCertificate says how the node gets a certificate in place of one that can't be
+// shown any more.
+func (e *examination) newCertificate() []string {
+	name := filepath.Base(e.BrokerCert)
+	return []string{
+		fmt.Sprintf("copy %s to the broker's machine, as %s", e.BrokerCert, name),
+		onBroker("copilot certs renew " + name),
+		"copy it back to " + e.BrokerCert,
+	}
+}
+
+// mendConnection is mendBroker for a broker that can't be reached.
+func (e *examination) mendConnection(err error) (mend []string) {
+	add := func(commands ...string) { mend = append(mend, commands...) }
+	var (
+		dns     *net.DNSError
+		record  tls.RecordHeaderError
+		timeout net.Error
+	)
+	correct := "correct broker in " + e.Configuration
+	switch {
+	case errors.As(err, &dns):
+		add("getent hosts "+dns.Name, correct)
+	case errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch):
+		add(correct + ": what answers there does not speak TLS")
+	case errors.Is(err, syscall.EACCES):
+		add("ls -l " + strings.Join(e.BrokerURLs, " "))
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		add(restartCopilot, copilotLog)
+		for _, u := range e.BrokerURLs {
+			if parsed, err := url.Parse(u); err == nil && parsed.Scheme == "https" && parsed.Port() == "" {
+				add(fmt.Sprintf("%s: %s is port 443, and copilot's default is 8443", correct, u))
+			}
+		}
+	case errors.As(err, &timeout) && timeout.Timeout(), errors.Is(err, context.DeadlineExceeded),
+		errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.ETIMEDOUT):
+		for _, u := range e.BrokerURLs {
+			if parsed, err := url.Parse(u); err == nil && parsed.Host != "" {
+				add("curl -sSo /dev/null " + u + "/healthz (does a firewall drop it?)")
+			}
+		}
+		add(restartCopilot, copilotLog)
+	}
+	return mend
+}
+
+// identity is whom the broker takes the node for, if that can be known here.
+func (e *examination) identity() string {
+	if e.BrokerCert != "" {
+		if cert, err := certfile.Certificates(e.BrokerCert); err == nil {
+			for _, u := range cert[0].URIs {
+				return u.String()
+			}
+		}
+	} else if len(e.BrokerURLs) > 0 && strings.HasPrefix(e.BrokerURLs[0], "unix:") {
+		return "uid:0"
+	}
+	return "IDENTITY"
+}
