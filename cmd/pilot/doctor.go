@@ -23,7 +23,7 @@ import (
 
 var doctorCommand = &cli.Command{
 	Name:  "doctor",
-	Usage: "check that this machine decrypts images, and say what mends it",
+	Usage: "check that this machine decrypts images, and name what fixes it",
 	Description: `Checks the whole chain with real calls: pilot's configuration and sockets,
 containerd and its configuration, the broker, and a small encrypted layer that
 is unpacked and removed again. Run it as root, with the settings that pilot
@@ -138,7 +138,7 @@ func newDoctor(c *cli.Context) *doctor.Doctor {
 // printStep prints a step as lines of text.
 func printStep(s doctor.Step) {
 	fmt.Printf("%-8s %-18s %s\n", s.Result, s.Name, s.Detail)
-	for _, command := range s.Mend {
-		fmt.Printf("%-8s %-18s   mend: %s\n", "", "", command)
+	for _, command := range s.Fix {
+		fmt.Printf("%-8s %-18s   fix: %s\n", "", "", command)
 	}
 }

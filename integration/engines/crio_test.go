@@ -114,8 +114,8 @@ func expectStep(t testing.TB, r harness.DoctorReport, step, result string, said 
 		if s.Name != step {
 			continue
 		}
-		if s.Result != result || (result == "failed") != (len(s.Mend) > 0) {
-			t.Errorf("%s is %s, not %s: %s (%q) in\n%s", step, s.Result, result, s.Detail, s.Mend, r.Output)
+		if s.Result != result || (result == "failed") != (len(s.Fix) > 0) {
+			t.Errorf("%s is %s, not %s: %s (%q) in\n%s", step, s.Result, result, s.Detail, s.Fix, r.Output)
 		}
 		for _, w := range said {
 			if !strings.Contains(s.Detail, w) {

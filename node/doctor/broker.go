@@ -39,7 +39,7 @@ func (e *examination) broker(ctx context.Context) Step {
 	}
 	wg.Wait()
 
-	var works, broken, mend []string
+	var works, broken, fix []string
 	for i, step := range steps {
 		if step.Result == OK {
 			works = append(works, fmt.Sprintf("%q", e.KEKs[i]))
@@ -49,16 +49,16 @@ func (e *examination) broker(ctx context.Context) Step {
 			continue
 		}
 		broken = append(broken, step.Detail)
-		mend = append(mend, step.Mend...)
+		fix = append(fix, step.Fix...)
 	}
 	if len(broken) > 0 {
-		return failed(strings.Join(broken, "; "), unique(mend)...)
+		return failed(strings.Join(broken, "; "), unique(fix)...)
 	}
 	detail := "wraps and unwraps with KEK " + strings.Join(works, ", ")
 	if away != nil { // one of several, or nothing would work
 		detail += fmt.Sprintf("; but %s", away)
 	}
-	return inOrder(detail)
+	return passed(detail)
 }
 
 // tryKEK asks the key provider, and the broker without what the key provider
@@ -69,10 +69,10 @@ func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) 
 	err := roundTrip(keyprovider.Probe(ctx), e.ProviderNames[0], kek, wrap, unwrap)
 	directly := <-direct
 	if err == nil && directly == nil {
-		return inOrder("")
+		return passed("")
 	}
 	if err == nil {
-		return failed(fmt.Sprintf("pilot still knows KEK %q, and the broker does not give it now: %s", kek, directly), e.mendBroker(kek, directly)...)
+		return failed(fmt.Sprintf("pilot still knows KEK %q, and the broker does not give it now: %s", kek, directly), e.brokerFix(kek, directly)...)
 	}
 	detail := said(err)
 	if !strings.Contains(detail, kek) {
@@ -82,7 +82,7 @@ func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) 
 		return failed(fmt.Sprintf("%s (with the settings of %s the broker gives it: pilot was started with others)", detail, e.Configuration), restartPilot...)
 	}
 	// The daemon has the same settings, and its error has lost its type.
-	return failed(detail, e.mendBroker(kek, directly)...)
+	return failed(detail, e.brokerFix(kek, directly)...)
 }
 
 // roundTrip wraps a secret as a tool that encrypts does, and unwraps it as a

@@ -28,21 +28,21 @@ func (e *examination) certificatesCheck() []check {
 func (e *examination) certificates(ctx context.Context) Step {
 	step := Step{Result: OK}
 	var details []string
-	look := func(what string, expires time.Time, mend, late []string) {
+	look := func(what string, expires time.Time, fix, late []string) {
 		detail := fmt.Sprintf("%s expires on %s", what, expires.UTC().Format(time.RFC3339))
 		switch left := time.Until(expires); {
 		case left <= 0:
-			step.Result, mend = Failed, late
+			step.Result, fix = Failed, late
 			detail = fmt.Sprintf("%s has expired on %s", what, expires.UTC().Format(time.RFC3339))
 		case left < warnBefore:
 			if step.Result == OK {
 				step.Result = Warning
 			}
 		default:
-			mend = nil
+			fix = nil
 		}
 		details = append(details, detail)
-		step.Mend = append(step.Mend, mend...)
+		step.Fix = append(step.Fix, fix...)
 	}
 	var errs []error
 	if e.BrokerCert != "" {
@@ -77,6 +77,6 @@ func (e *examination) certificates(ctx context.Context) Step {
 	if len(details) == 0 {
 		return skipped("no broker shows a certificate now")
 	}
-	step.Detail, step.Mend = strings.Join(details, "; "), unique(step.Mend)
+	step.Detail, step.Fix = strings.Join(details, "; "), unique(step.Fix)
 	return step
 }

@@ -130,9 +130,9 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 	older := e.olderThan()
 	switch {
 	case notLoaded == "" && unread != nil:
-		return inOrder(fmt.Sprintf("pilot's differ is loaded (%s)", unread))
+		return passed(fmt.Sprintf("pilot's differ is loaded (%s)", unread))
 	case notLoaded == "" && len(wrong) == 0:
-		return inOrder(fmt.Sprintf("pilot's differ is loaded, and %s unpacks into %s with it%s", file, e.snapshotter(), note(older)))
+		return passed(fmt.Sprintf("pilot's differ is loaded, and %s unpacks into %s with it%s", file, e.snapshotter(), note(older)))
 	case notLoaded == "":
 		return failed(onDisk, reinstall...)
 	case unread != nil:
@@ -249,7 +249,7 @@ func note(text string) string {
 	return " (" + text + ")"
 }
 
-// correctListen are the commands that mend a diff-listen that is not where
+// correctListen are the commands that fix a diff-listen that is not where
 // containerd looks for pilot.
 func (e *examination) correctListen() []string {
 	return []string{"correct diff-listen in " + e.Configuration, restartPilot[0]}
@@ -347,7 +347,7 @@ func (e *examination) streamProcessors(unread error, wrong []string) Step {
 	if len(wrong) > 0 {
 		return failed(e.running.Config+": "+strings.Join(unique(wrong), "; "), reinstall...)
 	}
-	return inOrder(e.running.Config + " has stream processors for tar, tar+gzip and tar+zstd" + note(e.olderThan()))
+	return passed(e.running.Config + " has stream processors for tar, tar+gzip and tar+zstd" + note(e.olderThan()))
 }
 
 // streamProcessor says what is wrong with the one for a media type.

@@ -23,7 +23,7 @@ func (e *examination) docker(ctx context.Context) Step {
 	}
 	detail, fix := d.Advice(e.Containerd)
 	if len(fix) == 0 {
-		return inOrder(detail)
+		return passed(detail)
 	}
 	step := failed(detail, fix...)
 	if d.PID == 0 || e.hasNamespace(ctx, "k8s.io") {

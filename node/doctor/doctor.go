@@ -77,7 +77,11 @@ type Step struct {
 	// Detail is one line: what was seen, what is wrong, or why the step was
 	// skipped.
 	Detail string `json:"detail"`
-	// Mend are the commands that mend it, in order, or that tell more.
+	// Fix lists the commands that fix the problem, in order, or that show more of it.
+	Fix []string `json:"fix,omitempty"`
+	// Mend is Fix again: the name that this field had first.
+	//
+	// Deprecated: use Fix.
 	Mend []string `json:"mend,omitempty"`
 }
 
@@ -131,7 +135,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer e.close()
 		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck()) {
 			step := e.step(ctx, c)
-			step.Name = c.name
+			step.Name, step.Mend = c.name, step.Fix
 			if step.Result == "" {
 				continue // there is nothing that it could examine
 			}
@@ -206,9 +210,9 @@ func (e *examination) configuration(context.Context) Step {
 			"correct "+e.Configuration, "systemctl restart pilot.service")
 	}
 	if !exists(e.Configuration) {
-		return inOrder("defaults: " + e.Configuration + " does not exist")
+		return passed("defaults: " + e.Configuration + " does not exist")
 	}
-	return inOrder(e.Configuration)
+	return passed(e.Configuration)
 }
 
 // containerd asks containerd for its version.
@@ -233,7 +237,7 @@ func (e *examination) containerd(ctx context.Context) Step {
 	if e.running.CheckVersion() != nil {
 		return failed(fmt.Sprintf("containerd %s is too old: 1.6 decrypts layers with stream processors, 1.7 and 2.x with pilot's differ", v.Version), "upgrade containerd")
 	}
-	return inOrder(fmt.Sprintf("%s answers at %s", v.Version, e.Containerd))
+	return passed(fmt.Sprintf("%s answers at %s", v.Version, e.Containerd))
 }
 
 func (e *examination) close() {
@@ -242,10 +246,10 @@ func (e *examination) close() {
 	}
 }
 
-func inOrder(detail string) Step { return Step{Result: OK, Detail: detail} }
+func passed(detail string) Step { return Step{Result: OK, Detail: detail} }
 
-func failed(detail string, mend ...string) Step {
-	return Step{Result: Failed, Detail: detail, Mend: mend}
+func failed(detail string, fix ...string) Step {
+	return Step{Result: Failed, Detail: detail, Fix: fix}
 }
 
 func skipped(why string) Step { return Step{Result: Skipped, Detail: why} }

@@ -23,7 +23,7 @@ func examine(t *testing.T, d *Doctor) map[string]Step {
 	t.Helper()
 	steps := map[string]Step{}
 	for s := range d.Examine(t.Context()) {
-		if s.Result == Failed && len(s.Mend) == 0 || s.Detail == "" {
+		if s.Result == Failed && len(s.Fix) == 0 || s.Detail == "" {
 			t.Errorf("%s says too little: %+v", s.Name, s)
 		}
 		steps[s.Name] = s
@@ -46,7 +46,7 @@ func results(steps map[string]Step, result Result) (names []string) {
 
 func TestDoctorUnusableConfiguration(t *testing.T) {
 	steps := examine(t, &Doctor{Configuration: "pilot.toml", ConfigurationError: errors.New("line 1: no")})
-	if s := steps[StepConfiguration]; s.Result != Failed || !strings.Contains(s.Detail, "line 1: no") || s.Mend[0] != "correct pilot.toml" {
+	if s := steps[StepConfiguration]; s.Result != Failed || !strings.Contains(s.Detail, "line 1: no") || s.Fix[0] != "correct pilot.toml" {
 		t.Errorf("%+v", s)
 	}
 	if n := len(results(steps, Skipped)); n != 7 {
@@ -60,7 +60,7 @@ func TestDoctorNotInstalled(t *testing.T) {
 	d := &Doctor{Configuration: filepath.Join(dir, "pilot.toml"), Listen: "unix://" + filepath.Join(dir, "k"), DiffSocket: filepath.Join(dir, "d"), Containerd: filepath.Join(dir, "c"), ProviderNames: []string{"pilot"}}
 	steps := examine(t, d)
 	for _, name := range []string{StepKeyProvider, StepDiffer} {
-		if s := steps[name]; s.Result != Failed || !slices.Equal(s.Mend, []string{installPilot}) {
+		if s := steps[name]; s.Result != Failed || !slices.Equal(s.Fix, []string{installPilot}) {
 			t.Errorf("%+v", s)
 		}
 	}

@@ -28,12 +28,12 @@ var (
 
 const compareClocks = "date -u (on this machine and on the broker's: compare the clocks)"
 
-// mendBroker returns what fixes a broker that did not give a KEK, with err. Of several
+// brokerFix returns what fixes a broker that did not give a KEK, with err. Of several
 // brokers, each may need something else.
-func (e *examination) mendBroker(kek string, err error) (mend []string) {
-	add := func(commands ...string) { mend = append(mend, commands...) }
-	mend = e.mendCertificates(err)
-	add(e.mendConnection(err)...)
+func (e *examination) brokerFix(kek string, err error) (fix []string) {
+	add := func(commands ...string) { fix = append(fix, commands...) }
+	fix = e.certificateFix(err)
+	add(e.connectionFix(err)...)
 	switch {
 	case errors.Is(err, client.ErrNoVersion):
 		add(onBroker("copilot keys show " + kek))
@@ -41,18 +41,18 @@ func (e *examination) mendBroker(kek string, err error) (mend []string) {
 		add(onBroker("copilot keys create " + kek))
 	case errors.Is(err, client.ErrForbidden):
 		add(onBroker(fmt.Sprintf("copilot policy check %s %s export", e.identity(), kek)))
-	case len(mend) > 0:
+	case len(fix) > 0:
 	case errors.Is(err, client.ErrUnavailable):
 		add(copilotLog, onBroker("copilot keys show "+kek))
 	default:
 		add("journalctl -u pilot.service -n 30")
 	}
-	return unique(mend)
+	return unique(fix)
 }
 
-// mendCertificates is mendBroker for what is wrong with a certificate.
-func (e *examination) mendCertificates(err error) (mend []string) {
-	add := func(commands ...string) { mend = append(mend, commands...) }
+// certificateFix is brokerFix for what is wrong with a certificate.
+func (e *examination) certificateFix(err error) (fix []string) {
+	add := func(commands ...string) { fix = append(fix, commands...) }
 	var (
 		authority x509.UnknownAuthorityError
 		hostname  x509.HostnameError
@@ -64,7 +64,7 @@ func (e *examination) mendCertificates(err error) (mend []string) {
 	if errors.Is(err, client.ErrCertNotYetValid) {
 		add(compareClocks)
 	}
-	if errors.Is(err, client.ErrCertRejected) && len(mend) == 0 {
+	if errors.Is(err, client.ErrCertRejected) && len(fix) == 0 {
 		add("openssl x509 -noout -issuer -subject -dates -in "+e.BrokerCert,
 			onBroker("copilot certs list (the issuer has to be a CA in tls-client-ca)"), copilotLog)
 	}
@@ -87,7 +87,7 @@ func (e *examination) mendCertificates(err error) (mend []string) {
 		add(fmt.Sprintf("correct broker in %s: its certificate is for %s", e.Configuration, strings.Join(names, ", ")),
 			onBroker("copilot enroll --host "+hostname.Host+" --out NEW server"))
 	}
-	return mend
+	return fix
 }
 
 // renewServer renews the certificate that a broker shows.
@@ -104,9 +104,9 @@ func (e *examination) newCertificate() []string {
 	}
 }
 
-// mendConnection is mendBroker for a broker that can't be reached.
-func (e *examination) mendConnection(err error) (mend []string) {
-	add := func(commands ...string) { mend = append(mend, commands...) }
+// connectionFix is brokerFix for a broker that can't be reached.
+func (e *examination) connectionFix(err error) (fix []string) {
+	add := func(commands ...string) { fix = append(fix, commands...) }
 	var (
 		dns     *net.DNSError
 		record  tls.RecordHeaderError
@@ -136,7 +136,7 @@ func (e *examination) mendConnection(err error) (mend []string) {
 		}
 		add(restartCopilot, copilotLog)
 	}
-	return mend
+	return fix
 }
 
 // identity is whom the broker takes the node for, if that can be known here.

@@ -55,7 +55,7 @@ func (e *examination) keyProvider(ctx context.Context) Step {
 	}
 	_, err = unwrapAt(conn)(keyprovider.Probe(ctx), in)
 	if status.Code(err) == codes.InvalidArgument {
-		return inOrder(e.Listen + who)
+		return passed(e.Listen + who)
 	}
 	return noPilot(e.Listen, "key provider", err)
 }
@@ -78,7 +78,7 @@ func (e *examination) differ(ctx context.Context) Step {
 	defer conn.Close()
 	_, err = diffapi.NewDiffClient(conn).Apply(ctx, &diffapi.ApplyRequest{Diff: &types.Descriptor{MediaType: ocispec.MediaTypeImageLayer}})
 	if status.Code(err) == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "pilot: ") {
-		return inOrder(target + who)
+		return passed(target + who)
 	}
 	return noPilot(target, "differ", err)
 }
@@ -118,8 +118,8 @@ const installPilot = "pilot node install --now --broker https://copilot.example.
 // socket looks at the file of a socket of pilot's. It returns who else may use it,
 // or else what is wrong.
 func (e *examination) socket(path string) (who string, wrong *Step) {
-	fail := func(detail string, mend ...string) (string, *Step) {
-		step := failed(detail, mend...)
+	fail := func(detail string, fix ...string) (string, *Step) {
+		step := failed(detail, fix...)
 		return "", &step
 	}
 	info, err := os.Stat(path)
