@@ -9,10 +9,10 @@ import (
 	"unicode/utf8"
 )
 
-// ExecStart returns the command of a service as systemd reads it, which its
-// drop-ins may change, or nothing if there is none. Variables of Environment= and
-// EnvironmentFile= are replaced. The error is of a command that systemd would not
-// run, or that only systemd can read; the words before it are returned.
+// ExecStart returns the command that systemd starts a service with, after the unit's
+// drop-ins and with variables of Environment= and EnvironmentFile= replaced; no words
+// if there is no command. If systemd would not run the command, or only systemd can
+// expand it, the error says why, and the words before that point are returned.
 func (h Host) ExecStart(service string) ([]string, error) {
 	var command, from string
 	env := environment{}
@@ -65,8 +65,8 @@ func (e environment) set(value string) error {
 	return err
 }
 
-// read adds the assignments of an EnvironmentFile=. One that is missing adds none:
-// if it must not, systemd says so.
+// read adds the assignments of an EnvironmentFile=. A missing file adds none: systemd
+// reports it if the file is required.
 func (e environment) read(h Host, file string) {
 	paths, _ := h.Glob(strings.TrimPrefix(file, "-"))
 	for _, path := range paths {
@@ -111,10 +111,10 @@ func unquoteFileValue(value string) string {
 	return b.String()
 }
 
-// word is one of a command. A variable in it is replaced if systemd does so.
+// word is a word of a command, before variables are replaced.
 type word struct {
 	text   string
-	quoted bool // some of it
+	quoted bool // in part or as a whole
 }
 
 // commandWords returns the words of an ExecStart= line, whose first is the program,
@@ -175,8 +175,8 @@ var (
 	variable      = regexp.MustCompile(`\$\$|\$\{[A-Za-z_][A-Za-z0-9_]*\}`)
 )
 
-// expandSpecifiers replaces the specifiers that are the same for all units. Others
-// are an error.
+// expandSpecifiers replaces the specifiers that are the same for all units. Any other
+// is an error.
 func expandSpecifiers(s string) (string, error) {
 	var b strings.Builder
 	for i := 0; i < len(s); i++ {
@@ -189,7 +189,7 @@ func expandSpecifiers(s string) (string, error) {
 		}
 		known, ok := map[byte]string{'%': "%", 't': "/run", 'S': "/var/lib", 'C': "/var/cache", 'L': "/var/log", 'E': "/etc", 'T': "/tmp", 'V': "/var/tmp", 'h': "/root", 'u': "root", 'U': "0"}[s[i]]
 		if !ok {
-			return "", fmt.Errorf("what %%%c is, only systemd knows", s[i])
+			return "", fmt.Errorf("only systemd can expand %%%c", s[i])
 		}
 		b.WriteString(known)
 	}
@@ -238,8 +238,8 @@ func splitWords(line string) (words []word, err error) {
 	}
 }
 
-// unescape returns what an escape stands for, which s begins with after its
-// backslash, and the rest.
+// unescape returns the text of the escape that s begins with, without its backslash,
+// and the rest of s.
 func unescape(s string) (text, rest string, err error) {
 	if s == "" {
 		return "", "", errors.New("it ends with a backslash")

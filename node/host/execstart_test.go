@@ -26,7 +26,7 @@ func TestExecStart(t *testing.T) {
 		{"ExecStart=@/usr/bin/containerd name -c x", []string{"/usr/bin/containerd", "-c", "x"}, ""},
 		{"Environment=A=1\nExecStart=:/usr/bin/containerd $A ${A}", []string{"/usr/bin/containerd", "$A", "${A}"}, ""},
 		{"ExecStart=/usr/bin/containerd -a %t/c.sock %%", []string{"/usr/bin/containerd", "-a", "/run/c.sock", "%"}, ""},
-		{"ExecStart=/usr/bin/containerd -c /etc/%H.toml", []string{"/usr/bin/containerd", "-c"}, "what %H is, only systemd knows"},
+		{"ExecStart=/usr/bin/containerd -c /etc/%H.toml", []string{"/usr/bin/containerd", "-c"}, "only systemd can expand %H"},
 		{"ExecStart=/usr/bin/containerd -c '/etc", []string{"/usr/bin/containerd", "-c"}, "the quote ' is not closed"},
 		{"ExecStart=/usr/bin/containerd ; /bin/true", []string{"/usr/bin/containerd"}, "more than one command"},
 	} {

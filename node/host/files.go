@@ -17,13 +17,13 @@ import (
 )
 
 // This file reads, writes and removes files of the machine. Symbolic links are
-// followed as on the machine itself: an absolute one leads from the machine's root.
-// What the links come to is then opened below that directory by [os.Root], so that
-// nothing outside of it is reached, even if a link or a directory changes at the same time.
+// resolved as on the machine itself: an absolute one starts at the machine's root.
+// The resolved path is then opened below that directory with [os.Root], so nothing
+// outside is reached, even if a link or a directory changes at the same time.
 
-// Path returns where a file of the machine is for this process, after all
-// symbolic links, which lead to nowhere outside the machine's root. It is for
-// messages and for looking: between path and a use, a link may have changed.
+// Path returns this process's path of a file of the machine, with all symbolic links
+// resolved inside the machine's root. Use it for messages and for reading only: a link
+// may change before the path is used.
 func (h Host) Path(name string) string {
 	resolved, err := continuity.RootPath(h.root(), name)
 	if err != nil {
@@ -35,18 +35,18 @@ func (h Host) Path(name string) string {
 // root returns the machine's root directory.
 func (h Host) root() string { return cmp.Or(h.Root, "/") }
 
-// LinkPath is path for what may be a symbolic link itself.
+// LinkPath is Path, but does not resolve the last element.
 func (h Host) LinkPath(name string) string {
 	return filepath.Join(h.Path(filepath.Dir(name)), filepath.Base(name))
 }
 
-// InRoot calls f with the machine's root and what the path of a file in it is after
-// all symbolic links.
+// InRoot calls f with the machine's root and the path of a file below it, with all
+// symbolic links resolved.
 func (h Host) InRoot(name string, f func(root *os.Root, name string) error) error {
 	return h.at(h.Path(name), f)
 }
 
-// linkInRoot is inRoot for what may be a symbolic link itself.
+// linkInRoot is InRoot, but does not resolve the last element.
 func (h Host) linkInRoot(name string, f func(root *os.Root, name string) error) error {
 	return h.at(h.LinkPath(name), f)
 }
@@ -64,7 +64,7 @@ func (h Host) at(path string, f func(root *os.Root, name string) error) error {
 	return withPath(path, f(root, rel))
 }
 
-// withPath gives an error of [os.Root]'s the path that a person can use.
+// withPath replaces the relative path in an error of [os.Root] with the full one.
 func withPath(path string, err error) error {
 	var e *fs.PathError
 	if errors.As(err, &e) && !filepath.IsAbs(e.Path) {
@@ -73,7 +73,7 @@ func withPath(path string, err error) error {
 	return err
 }
 
-// ReadFile returns the content of a regular file of the machine's.
+// ReadFile returns the content of a regular file of the machine.
 func (h Host) ReadFile(name string) (b []byte, err error) {
 	err = h.InRoot(name, func(root *os.Root, name string) error {
 		f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
@@ -85,7 +85,7 @@ func (h Host) ReadFile(name string) (b []byte, err error) {
 	return b, err
 }
 
-// Stat describes a file of the machine's, after all symbolic links.
+// Stat describes a file of the machine, and follows symbolic links.
 func (h Host) Stat(name string) (info fs.FileInfo, err error) {
 	err = h.InRoot(name, func(root *os.Root, name string) (err error) {
 		info, err = root.Lstat(name)
@@ -94,7 +94,7 @@ func (h Host) Stat(name string) (info fs.FileInfo, err error) {
 	return info, err
 }
 
-// Lstat describes a file of the machine's, or a symbolic link itself.
+// Lstat describes a file of the machine, and does not follow a symbolic link.
 func (h Host) Lstat(name string) (info fs.FileInfo, err error) {
 	err = h.linkInRoot(name, func(root *os.Root, name string) (err error) {
 		info, err = root.Lstat(name)
@@ -109,7 +109,7 @@ func (h Host) Has(name string) bool {
 	return err == nil
 }
 
-// Readlink returns where a symbolic link of the machine's leads.
+// Readlink returns the target of a symbolic link of the machine.
 func (h Host) Readlink(name string) (to string, err error) {
 	err = h.linkInRoot(name, func(root *os.Root, name string) (err error) {
 		to, err = root.Readlink(name)
@@ -118,7 +118,7 @@ func (h Host) Readlink(name string) (to string, err error) {
 	return to, err
 }
 
-// ReadDir returns the entries of a directory of the machine's, by their names.
+// ReadDir returns the entries of a directory of the machine, sorted by name.
 func (h Host) ReadDir(name string) (entries []fs.DirEntry, err error) {
 	err = h.InRoot(name, func(root *os.Root, name string) error {
 		dir, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_DIRECTORY, 0)
@@ -155,17 +155,17 @@ func (h Host) Glob(pattern string) ([]string, error) {
 	return found, nil
 }
 
-// Remove removes a file of the machine's, after all symbolic links.
+// Remove removes a file of the machine, and follows symbolic links.
 func (h Host) Remove(name string) error {
-	return h.InRoot(name, func(root *os.Root, name string) error { return whyFixed(h.Path(name), root.Remove(name)) })
+	return h.InRoot(name, func(root *os.Root, name string) error { return whyImmutable(h.Path(name), root.Remove(name)) })
 }
 
-// RemoveLink removes a file of the machine's, or a symbolic link itself.
+// RemoveLink removes a file of the machine, and does not follow a symbolic link.
 func (h Host) RemoveLink(name string) error {
 	return h.linkInRoot(name, func(root *os.Root, name string) error { return root.Remove(name) })
 }
 
-// RemoveDir removes a directory of the machine's if nothing is in it.
+// RemoveDir removes an empty directory of the machine.
 func (h Host) RemoveDir(name string) error {
 	return h.InRoot(name, func(root *os.Root, name string) error {
 		if info, err := root.Lstat(name); err != nil || !info.IsDir() {
@@ -175,7 +175,7 @@ func (h Host) RemoveDir(name string) error {
 	})
 }
 
-// MkdirAll makes a directory of the machine's, with those above it.
+// MkdirAll makes a directory on the machine, with its parents.
 func (h Host) MkdirAll(name string, mode fs.FileMode) error {
 	return h.InRoot(name, func(root *os.Root, name string) error { return root.MkdirAll(name, mode) })
 }
@@ -183,24 +183,24 @@ func (h Host) MkdirAll(name string, mode fs.FileMode) error {
 // Symlink makes a symbolic link on the machine.
 func (h Host) Symlink(to, name string) error {
 	return h.linkInRoot(name, func(root *os.Root, name string) error {
-		return whyFixed(filepath.Join(h.root(), name), root.Symlink(to, name))
+		return whyImmutable(filepath.Join(h.root(), name), root.Symlink(to, name))
 	})
 }
 
-// MakeTemp makes a directory in one of the machine's that only this user can read,
-// and returns its path on the machine.
+// MakeTemp makes a directory with mode 0700 in a directory of the machine, and returns
+// its path on the machine.
 func (h Host) MakeTemp(parent, prefix string) (dir string, err error) {
 	dir = filepath.Join(parent, prefix+rand.Text())
 	return dir, h.InRoot(dir, func(root *os.Root, name string) error { return root.Mkdir(name, 0o700) })
 }
 
-// RemoveAll removes a directory of the machine's with all that is in it. It
-// follows no symbolic link that is the directory itself.
+// RemoveAll removes a directory of the machine with its content. If the path is a
+// symbolic link, it removes the link.
 func (h Host) RemoveAll(name string) error {
 	return h.linkInRoot(name, func(root *os.Root, name string) error { return root.RemoveAll(name) })
 }
 
-// AddFile writes a new file on the machine that only this user can read.
+// AddFile writes a new file with mode 0600 on the machine.
 func (h Host) AddFile(name string, b []byte) error {
 	return h.InRoot(name, func(root *os.Root, name string) error {
 		f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)

@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestLinksStayInRoot has links in a root that lead elsewhere, as seen from outside.
+// TestLinksStayInRoot uses a root with links that lead outside of it, unless they are
+// resolved inside.
 func TestLinksStayInRoot(t *testing.T) {
 	dir := t.TempDir()
 	outside := filepath.Join(dir, "outside")
@@ -51,8 +52,8 @@ func TestLinksStayInRoot(t *testing.T) {
 	}
 }
 
-// TestLinkSwappedInRoot has somebody exchange a directory of the root for a link to
-// the outside again and again while files in it are written, read and removed.
+// TestLinkSwappedInRoot keeps exchanging a directory of the root for a link to the
+// outside while files in it are written, read and removed.
 func TestLinkSwappedInRoot(t *testing.T) {
 	dir := t.TempDir()
 	outside := filepath.Join(dir, "outside")
@@ -82,7 +83,7 @@ func TestLinkSwappedInRoot(t *testing.T) {
 			}
 		}
 	})
-	// Errors are the ones of a link that leads out of the root.
+	// Errors are expected while the link is in place.
 	for range 400 {
 		o.WriteFile("/etc/new", []byte("x"), 0o600)
 		o.MkdirAll("/etc/dir/below", 0o755)

@@ -24,8 +24,7 @@ type Host struct {
 	TrustRoot bool
 }
 
-// MachineRoot is the root directory of the machine that a pod of the host's PID
-// namespace runs on.
+// MachineRoot is the machine's root directory as seen from a pod with hostPID.
 const MachineRoot = "/proc/1/root"
 
 // New returns the machine with a root directory, which may be relative; empty and /
@@ -41,14 +40,18 @@ func New(root string, trust bool) (Host, error) {
 	return Host{Root: root, TrustRoot: trust}, nil
 }
 
-// Conflict is the error of a setting of the machine's own that an installation
-// would have to overwrite, which it does not.
-type Conflict struct{ Where, What, Fix string }
+// Conflict is the error of a setting or a file of the machine's owner that is in the
+// way, and that pilot does not overwrite.
+type Conflict struct {
+	Where string // the file, unit or process
+	What  string // is wrong with it
+	Fix   string // what the owner can do
+}
 
 func (c *Conflict) Error() string { return fmt.Sprintf("%s: %s: %s", c.Where, c.What, c.Fix) }
 
-// Run runs a program of the machine's and returns what it prints. Those of a root
-// directory run in a sandbox. The error has the last line that it prints as an error.
+// Run runs a program of the machine and returns its standard output. A program of a
+// root directory runs in a sandbox. The error ends with the last line of standard error.
 func (h Host) Run(ctx context.Context, program string, args ...string) ([]byte, error) {
 	switch h.Root {
 	case "":
@@ -60,12 +63,12 @@ func (h Host) Run(ctx context.Context, program string, args ...string) ([]byte, 
 	return sandbox.RunInRoot(ctx, h.Root, h.TrustRoot, program, args...)
 }
 
-// LookPath returns the path of a program inside the root, in its usual directories
-// unless its name is absolute, or nothing.
+// LookPath returns the path of an executable file on the machine, or "". A name that is
+// not absolute is searched for in the usual directories.
 func (h Host) LookPath(name string) string { return h.LookPathIn(name, sandbox.BinDirs) }
 
-// SearchPath returns the directories in which a user's shell looks for programs: those
-// of PATH on this machine, the usual ones below a root directory.
+// SearchPath returns the directories of PATH on this machine, or the usual ones for a
+// root directory.
 func (h Host) SearchPath() []string {
 	if h.Root == "" {
 		return filepath.SplitList(os.Getenv("PATH"))
@@ -73,8 +76,7 @@ func (h Host) SearchPath() []string {
 	return sandbox.BinDirs
 }
 
-// LookPathIn returns the path of a program inside the root, or nothing. One whose
-// name is not absolute is looked for in dirs.
+// LookPathIn is LookPath with other directories.
 func (h Host) LookPathIn(name string, dirs []string) string {
 	candidates := []string{name}
 	if !filepath.IsAbs(name) {
@@ -97,7 +99,7 @@ func SameFile(a, b string) bool {
 	return errX == nil && errY == nil && os.SameFile(x, y)
 }
 
-// IgnoreNotExist returns err, or nil if it is of a file that does not exist.
+// IgnoreNotExist returns err, or nil if err is [fs.ErrNotExist].
 func IgnoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

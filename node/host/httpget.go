@@ -8,9 +8,8 @@ import (
 	"net/http"
 )
 
-// HTTPGet returns what a unix socket answers over HTTP to a GET of path, at most
-// limit bytes of it, and the process that listens there. A status other than 200
-// is an error.
+// HTTPGet sends a GET of path over HTTP to a unix socket, and returns at most limit
+// bytes of the body, and the PID of the server. A status other than 200 is an error.
 func HTTPGet(ctx context.Context, socket, path string, limit int64) ([]byte, int, error) {
 	var pid int
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -15,15 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process is one that runs on this machine, of containerd or of Docker.
+// Process is a process of this machine.
 type Process struct {
 	PID     int
 	PPID    int
-	Program string   // its executable, or the one that has replaced it
+	Program string   // the path of its executable, or of the file that has replaced it
 	Args    []string // without the program's name
-	Dir     string   // its working directory, where a relative path of args leads
-	Unit    string   // the systemd service that it belongs to, if any
-	Parent  string   // the name of the program that has started it
+	Dir     string   // its working directory, which relative paths in Args start at
+	Unit    string   // its systemd service, or ""
+	Parent  string   // the name of its parent process
 	Started time.Time
 }
 
@@ -35,10 +35,9 @@ func (p *Process) String() string {
 	return fmt.Sprintf("%s (%s)", strings.Join(append([]string{p.Program}, p.Args...), " "), by)
 }
 
-// Processes returns the machine's processes of a program, by its name. Those of
-// containers have another root directory, and are left out. So are those of other
-// users than root: anybody can give a program that name, and root runs what is
-// found here.
+// Processes returns root's processes with a program of that name outside of
+// containers, which have another root directory. Processes of other users are left
+// out: any user can give a program that name, and root runs what is found here.
 func (h Host) Processes(name string) ([]*Process, error) {
 	root, err := os.Stat(h.Path("/"))
 	if err != nil {
@@ -56,7 +55,7 @@ func (h Host) Processes(name string) ([]*Process, error) {
 	for _, dir := range dirs {
 		p, err := readProcess(dir, name, boot)
 		if err != nil || p == nil {
-			continue // it has ended, or is none
+			continue // it has ended, or is another program
 		}
 		if r, err := os.Stat(dir + "/root/."); err != nil || !os.SameFile(r, root) || !ofRoot(dir) {
 			continue
@@ -66,7 +65,7 @@ func (h Host) Processes(name string) ([]*Process, error) {
 	return found, nil
 }
 
-// readProcess returns the process that /proc has in dir, or nil if its program has
+// readProcess returns the process of a directory in /proc, or nil if its program has
 // another name.
 func readProcess(dir, name string, boot time.Time) (*Process, error) {
 	cmdline, err := os.ReadFile(dir + "/cmdline")
@@ -108,15 +107,14 @@ func readProcess(dir, name string, boot time.Time) (*Process, error) {
 	return p, nil
 }
 
-// ofRoot reports whether all user IDs of a process are root's, by its directory
-// in /proc.
+// ofRoot reports whether all user IDs of the process of a directory in /proc are 0.
 func ofRoot(dir string) bool {
 	status, err := os.ReadFile(dir + "/status")
 	return err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n")
 }
 
-// statFields returns the fields of a process's stat after its program's name,
-// which is in parentheses and may have spaces.
+// statFields returns the fields of /proc/PID/stat after the program's name, which is
+// in parentheses and may contain spaces.
 func statFields(dir string) ([]string, error) {
 	stat, err := os.ReadFile(dir + "/stat")
 	if err != nil {
@@ -129,7 +127,7 @@ func statFields(dir string) ([]string, error) {
 	return fields, nil
 }
 
-// StartedAt returns when the process was started that /proc has in dir.
+// StartedAt returns the start time of the process of a directory in /proc.
 func StartedAt(dir string) (time.Time, error) {
 	boot, err := bootTime()
 	if err != nil {
@@ -142,7 +140,7 @@ func StartedAt(dir string) (time.Time, error) {
 	return startOf(fields, boot)
 }
 
-// startOf returns when a process was started, by statFields.
+// startOf returns a process's start time from its statFields.
 func startOf(fields []string, boot time.Time) (time.Time, error) {
 	ticks, err := strconv.ParseInt(fields[19], 10, 64)
 	if err != nil {
@@ -151,19 +149,19 @@ func startOf(fields []string, boot time.Time) (time.Time, error) {
 	return boot.Add(time.Duration(ticks) * (time.Second / userHZ)), nil
 }
 
-// userHZ is the unit of /proc/PID/stat, the same on all Linux architectures that
-// Go knows.
+// userHZ is the number of ticks per second in /proc/PID/stat, the same on all Linux
+// architectures that Go supports.
 const userHZ = 100
 
-// StartPrecision is how much later than a process was started a file may seem to be
-// written that was written before: the start is rounded down to a tick.
+// StartPrecision is how much later than a process's start time the time of an older
+// file may be, since the start time is rounded down to a tick.
 const StartPrecision = 2 * time.Second / userHZ
 
-// programOf returns the path at which the program of a process can be run again,
-// or nothing if the process only calls itself by the name, since argv[0] can be
-// anything. The executable has that name, or is the same as the file of that name
-// in its directory, since k3s's containerd is one of many names of one program, or
-// has it in a wrapper's form: NixOS's containerd is .containerd-wrapped.
+// programOf returns the path at which a process's program can be run again, or "" if
+// the process only claims the name, since argv[0] can be anything. The executable has
+// that name, or is the same file as the one of that name beside it (k3s's containerd is
+// a link to a program with many names), or is what a wrapper of that name starts
+// (NixOS's containerd is .containerd-wrapped).
 func programOf(dir, name string) (string, error) {
 	exe, err := os.Readlink(dir + "/exe")
 	if err != nil {
@@ -180,7 +178,7 @@ func programOf(dir, name string) (string, error) {
 	return "", nil
 }
 
-// unitOf returns the service that a /proc/PID/cgroup names.
+// unitOf returns the service in the text of /proc/PID/cgroup, or "".
 func unitOf(cgroup string) string {
 	for line := range strings.Lines(cgroup) {
 		_, path, _ := strings.Cut(strings.TrimSpace(line), ":/")
@@ -193,8 +191,8 @@ func unitOf(cgroup string) string {
 	return ""
 }
 
-// bootTime returns when the machine was started, which /proc/PID/stat counts
-// from, by today's clock.
+// bootTime returns when the machine booted, by the present clock. /proc/PID/stat
+// counts from then.
 func bootTime() (time.Time, error) {
 	var since unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
@@ -203,7 +201,7 @@ func bootTime() (time.Time, error) {
 	return time.Now().Add(-time.Duration(since.Nano())), nil
 }
 
-// ListenerPID returns the process that listens on a unix socket.
+// ListenerPID returns the PID of the process that listens on a unix socket.
 func ListenerPID(socket string) (int, error) {
 	conn, err := net.DialTimeout("unix", socket, time.Second)
 	if err != nil {
@@ -213,7 +211,7 @@ func ListenerPID(socket string) (int, error) {
 	return peerPID(conn.(*net.UnixConn))
 }
 
-// peerPID returns the process that listens at the other end.
+// peerPID returns the PID of the process at the other end.
 func peerPID(conn *net.UnixConn) (int, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {

@@ -27,7 +27,7 @@ func TestUnitOf(t *testing.T) {
 	}
 }
 
-// TestReadProcess reads a process that is named as containerd is.
+// TestReadProcess reads a process with containerd's name.
 func TestReadProcess(t *testing.T) {
 	before := time.Now()
 	pid := startNamed(t, "/opt/bin/containerd", nil)
@@ -40,7 +40,7 @@ func TestReadProcess(t *testing.T) {
 	if err != nil || p == nil {
 		t.Fatalf("%v, %v", p, err)
 	}
-	// There is no such file, and argv[0] can be anything.
+	// argv[0] is not the program's path.
 	if p.Program == "/opt/bin/containerd" || filepath.Base(p.Program) != "containerd" || p.PPID != os.Getpid() {
 		t.Errorf("%+v", p)
 	}
@@ -54,7 +54,7 @@ func TestReadProcess(t *testing.T) {
 	}
 }
 
-// TestReadProcessNamed reads processes of root that are not what they are named.
+// TestReadProcessNamed reads root's processes whose name is not their program's.
 func TestReadProcessNamed(t *testing.T) {
 	sleep, err := exec.LookPath("sleep")
 	if err != nil {
@@ -96,8 +96,8 @@ func copyProgram(t *testing.T, from, to string) {
 	}
 }
 
-// startNamed starts a program of that name, which goes by the whole name, as another
-// user if credential is not nil, and returns its PID.
+// startNamed starts a program of that name, with the whole name as its argv[0], as
+// another user if credential is not nil, and returns its PID.
 func startNamed(t *testing.T, name string, credential *syscall.Credential) int {
 	t.Helper()
 	sleep, err := exec.LookPath("sleep")
@@ -117,7 +117,7 @@ func startNamed(t *testing.T, name string, credential *syscall.Credential) int {
 	return startProgram(t, program, name, credential)
 }
 
-// startProgram starts a program under a name.
+// startProgram starts a program with a name as its argv[0], and returns its PID.
 func startProgram(t *testing.T, program, name string, credential *syscall.Credential) int {
 	t.Helper()
 	cmd := &exec.Cmd{Path: program, Args: []string{name, "1000"}, SysProcAttr: &syscall.SysProcAttr{Credential: credential}}
@@ -128,8 +128,8 @@ func startProgram(t *testing.T, program, name string, credential *syscall.Creden
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	// Start returns as soon as the kernel has begun to execute the program, which
-	// may be before its command line is there.
+	// Start returns once the kernel has begun to execute the program, which may be
+	// before /proc has its command line.
 	for range 6000 {
 		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); err == nil && strings.HasPrefix(string(b), name+"\x00") {
 			return cmd.Process.Pid
@@ -140,8 +140,8 @@ func startProgram(t *testing.T, program, name string, credential *syscall.Creden
 	return 0
 }
 
-// TestProcessesOfRootOnly starts a program that a user calls containerd. Root must
-// not take it for the machine's, and run it.
+// TestProcessesOfRootOnly starts a user's program with another program's name, which
+// root must not run.
 func TestProcessesOfRootOnly(t *testing.T) {
 	own := startNamed(t, "containerd-of-root", nil)
 	var nobody *syscall.Credential

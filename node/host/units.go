@@ -9,10 +9,10 @@ import (
 	"github.com/coreos/go-systemd/v22/unit"
 )
 
-// UnitDir is where an admin puts units.
+// UnitDir is systemd's directory for the administrator's units.
 const UnitDir = "/etc/systemd/system"
 
-// unitDirs are systemd's directories of units, the one that counts first.
+// unitDirs are systemd's directories of units, by precedence.
 var unitDirs = []string{UnitDir, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
 
 // HasUnit reports whether the machine has a unit.
@@ -20,9 +20,9 @@ func (h Host) HasUnit(name string) bool {
 	return slices.ContainsFunc(unitDirs, func(dir string) bool { return h.Has(filepath.Join(dir, name)) })
 }
 
-// UnitFiles returns the files of a unit inside the root, in systemd's order: the
-// unit itself, then its drop-ins by their names, in whichever directory they are.
-// Of files with one name, the one of the first directory counts.
+// UnitFiles returns the files of a unit, in systemd's order: the unit itself, then the
+// drop-ins of all directories by name. Of drop-ins with the same name, the first
+// directory's is used.
 func (h Host) UnitFiles(name string) []string {
 	var files []string
 	for _, dir := range unitDirs {
@@ -43,7 +43,7 @@ func (h Host) UnitFiles(name string) []string {
 	return files
 }
 
-// unitSettings returns the settings of a unit's file, none if it can't be read.
+// unitSettings returns the settings of a unit's file, or none if it can't be read.
 func (h Host) unitSettings(file string) []*unit.UnitOption {
 	text, err := h.ReadFile(file)
 	if err != nil {
@@ -56,7 +56,7 @@ func (h Host) unitSettings(file string) []*unit.UnitOption {
 	return settings
 }
 
-// HasSystemd reports whether the machine is run by systemd.
+// HasSystemd reports whether systemd is installed on the machine.
 func (h Host) HasSystemd() bool {
 	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
 		if info, err := h.Stat(dir); err == nil && info.IsDir() {

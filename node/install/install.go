@@ -315,7 +315,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	for _, c := range p.Changes {
 		if err = c.make(p.options); err != nil {
 			err = fmt.Errorf("%s: %w", c.Path, err)
-			var fixed host.FixedError
+			var fixed host.ImmutableError
 			if inserted := p.inserted[c.Path]; inserted != "" && errors.As(err, &fixed) {
 				err = fmt.Errorf("%w; with %q in its imports this leaves it as it is", err, imported(inserted))
 			}

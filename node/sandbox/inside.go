@@ -12,16 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sandboxArgument is the first argument of a process that becomes a program of a root
-// directory. After it come the mode, the root, the program and its arguments.
+// sandboxArgument is the first argument of a process that confines itself and then
+// executes a program of a root directory. The mode, the root, the program and its
+// arguments follow.
 const sandboxArgument = "run-in-root"
 
-// isolatesRoots says that this program can become one of a root's.
+// isolatesRoots is true once IsolateRoots was called.
 var isolatesRoots bool
 
-// IsolateRoots must be called first in programs that set up root directories. In a
-// process that is to become a program of one it does not return: such a process is
-// this program again, which confines itself and then runs the other.
+// IsolateRoots must be called first in the main of programs that call [RunInRoot], which
+// starts this program again to confine itself and then execute the other. In that
+// process IsolateRoots does not return.
 func IsolateRoots() {
 	if len(os.Args) < 5 || os.Args[1] != sandboxArgument {
 		isolatesRoots = true
@@ -35,10 +36,10 @@ func IsolateRoots() {
 	os.Exit(1)
 }
 
-// enterSandbox confines this process and becomes a program of the root's. It returns
-// only on errors.
+// enterSandbox confines this process and executes a program of the root. It returns only
+// on errors.
 func enterSandbox(mode sandboxMode, root, program string, argv []string) error {
-	// What this process was given by its parent's parents, too.
+	// Also files that this process has inherited from further up.
 	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("close files: %w", err)
 	}
@@ -59,14 +60,14 @@ func enterSandbox(mode sandboxMode, root, program string, argv []string) error {
 		return err
 	}
 	err := unix.Exec(program, argv, runEnvironment)
-	// The sandbox is there, and the program can't run in it: another would not help.
+	// The sandbox works and the program can't run in it: another mode would not help.
 	fmt.Fprintf(os.Stderr, "%s\n", err)
 	os.Exit(126)
 	return nil
 }
 
-// mountTree returns the mounts at and below a directory, attached nowhere, with more
-// attributes: read-only, without device nodes and set-user-ID programs.
+// mountTree returns the mounts at and below a directory, detached, read-only, and
+// without device nodes and set-user-ID programs.
 func mountTree(dir string, attr unix.MountAttr) (*os.File, error) {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
 	if err != nil {
@@ -95,13 +96,13 @@ func enterRoot(mode sandboxMode, root string) error {
 			return err
 		}
 	}
-	// Any directory that everybody can reach does, and this one is there.
+	// Any directory that every user can reach will do, and this one always exists.
 	const at = "/proc"
 	if err := unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("mount %s: %w", root, err)
 	}
 	root = at
-	// The root may have the machine's own there, as chroot needs them.
+	// This machine's may be mounted there, for a chroot.
 	for _, dir := range []string{"proc", "sys", "dev"} {
 		name := filepath.Join(root, dir)
 		if info, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
@@ -139,7 +140,7 @@ func enterRoot(mode sandboxMode, root string) error {
 	return nil
 }
 
-// limitResources bounds what the program can take of the machine.
+// limitResources bounds what the program can use of this machine.
 func limitResources(mode sandboxMode) error {
 	limits := map[int]uint64{
 		unix.RLIMIT_CORE:    0,
@@ -167,25 +168,25 @@ func limitResources(mode sandboxMode) error {
 	return nil
 }
 
-// dropPrivileges takes from this thread all that makes root more than another user.
+// dropPrivileges removes this thread's privileges.
 func dropPrivileges(mode sandboxMode) error {
-	// The keys of the user that runs this.
+	// This user's keyring must not be visible.
 	if _, err := unix.KeyctlInt(unix.KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("keyring: %w", err)
 	}
-	// With it, root gets none of its capabilities back by starting a program.
+	// Otherwise root would regain its capabilities by executing a program.
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var keep [2]unix.CapUserData
 	if mode == ownUser || mode == ownUserns {
-		// In its own user namespace it is worth nothing but reading the root.
+		// In its own user namespace this only allows reading the root.
 		keep[0] = unix.CapUserData{Effective: 1 << unix.CAP_DAC_READ_SEARCH, Permitted: 1 << unix.CAP_DAC_READ_SEARCH}
 	}
 	if err := unix.Capset(&header, &keep[0]); err != nil {
 		return fmt.Errorf("drop capabilities: %w", err)
 	}
-	// Ambient ones are gone with those.
+	// That clears the ambient ones too.
 	return nil
 }

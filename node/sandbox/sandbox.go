@@ -20,34 +20,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This file runs programs of the machine that is set up: containerd and dockerd,
-// which are asked for their versions and for containerd's configuration.
-//
-// Those of the machine that runs are its own. Those of a root directory are
-// anybody's: a node image may be built from packages that nobody has read, by a CI
-// job whose environment has secrets. They run in a sandbox: see sandboxMode.
+// The programs are containerd and dockerd, which are run to print their versions and
+// containerd's configuration. Those of a root directory can't be trusted: a node image
+// may be built from packages that nobody has reviewed, by a CI job with secrets in its
+// environment. See sandboxMode for what confines them.
 
-// runTimeout bounds a run of a program.
+// runTimeout bounds each run of a program.
 const runTimeout = 20 * time.Second
 
-// maxOutput is the most that a program may print, in bytes. A configuration of
-// containerd's takes some ten KiB.
+// maxOutput bounds what a program may print, in bytes. containerd's configuration takes
+// some ten KiB.
 const maxOutput = 4 << 20
 
 // BinDirs are the directories in which programs are looked for in a root.
 var BinDirs = []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}
 
-// runEnvironment is all that a program gets of an environment.
+// runEnvironment is the whole environment of a program.
 var runEnvironment = []string{"PATH=" + strings.Join(BinDirs, ":"), "HOME=/", "LANG=C.UTF-8"}
 
-// sandboxMode says how a program of a root directory is kept from the machine that
-// runs it. In each mode it has no capabilities and gains none (no_new_privs), a
-// clean environment, no open files, no terminal, resource limits, and a time limit
-// after which it is killed.
+// sandboxMode is how a program of a root directory is kept away from this machine. In
+// each mode it has no capabilities and can gain none (no_new_privs), a clean
+// environment, no open files, no terminal, resource limits, and a time limit after
+// which it is killed.
 type sandboxMode string
 
 const (
-	// ownUser: a user namespace whose user IDs nothing else has, and mount, PID,
+	// ownUser: a user namespace with user IDs that nothing else uses, and mount, PID,
 	// network, IPC, UTS and cgroup namespaces. The root is its whole file system, by an
 	// ID-mapped mount, read-only, without device nodes, and with an empty /proc, /sys
 	// and /dev. It has CAP_DAC_READ_SEARCH there, as configuration may belong to any user.
@@ -58,21 +56,21 @@ const (
 	// ownNamespaces: the same without a user namespace, where they are turned off, and
 	// without any capability: that one would open the machine's files by their handles.
 	ownNamespaces sandboxMode = "namespaces"
-	// bareChroot: no namespaces, no capabilities, and what root owns in the root can be
-	// written. Processes that it leaves in other sessions are not ended. Only on request.
+	// bareChroot: no namespaces and no capabilities; files of root in the root directory
+	// can be written, and processes that it moves to other sessions survive. On request only.
 	bareChroot sandboxMode = "chroot"
 )
 
 const sandboxNamespaces = syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP
 
-// sandboxUser is the first of the sandboxUsers user IDs that stand for those of the
-// root. It is beyond what useradd, /etc/subuid and systemd give out (systemd.io/UIDS-GIDS).
+// sandboxUser is the first of the sandboxUsers user IDs that the root's are mapped to.
+// useradd, /etc/subuid and systemd assign none of them (systemd.io/UIDS-GIDS).
 const (
 	sandboxUser  = 0x70000000
 	sandboxUsers = 1 << 16
 )
 
-// errNoSandbox is the error of a machine on which no sandbox can be made.
+// errNoSandbox is the error of a machine that allows no sandbox.
 type errNoSandbox struct{ reasons []error }
 
 func (e *errNoSandbox) Error() string {
@@ -80,9 +78,9 @@ func (e *errNoSandbox) Error() string {
 		"run this as root or with CAP_SYS_ADMIN (docker run --privileged), or, if you trust every program in the root, with --trust-root", strings.ReplaceAll(errors.Join(e.reasons...).Error(), "\n", "; "))
 }
 
-// RunInRoot runs a program of a root directory and returns what it prints: in a
-// bare chroot if the root is trusted, or else in a sandbox. The error has the last
-// line that it prints as an error.
+// RunInRoot runs a program of a root directory and returns its standard output: in a
+// bare chroot if the root is trusted, otherwise in a sandbox. The error ends with the
+// last line of standard error.
 func RunInRoot(ctx context.Context, root string, trusted bool, program string, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, runTimeout)
 	defer cancel()
@@ -104,23 +102,23 @@ func RunInRoot(ctx context.Context, root string, trusted bool, program string, a
 	return nil, none
 }
 
-// Run runs a program of the machine that runs this, which is trusted, and returns
-// what it prints. The error has the last line that it prints as an error.
+// Run runs a program of this machine, without a sandbox, and returns its standard
+// output. The error ends with the last line of standard error.
 func Run(ctx context.Context, program string, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, runTimeout)
 	defer cancel()
 	return runCommand(ctx, exec.CommandContext(ctx, program, args...), nil)
 }
 
-// errSetup is the error of a sandbox that can't be made.
+// errSetup is the error of a sandbox that can't be set up.
 type errSetup struct{ error }
 
 // runSandboxed runs a program of the root's in a sandbox.
 func runSandboxed(ctx context.Context, mode sandboxMode, root, program string, args []string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{sandboxArgument, string(mode), root, program}, args...)...)
 	cmd.Args[0] = os.Args[0]
-	// It leads a session, and as the first process of its PID namespace it takes all
-	// others with it when it ends.
+	// It leads a session. As the first process of its PID namespace, it ends all others
+	// there when it ends.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL, Cloneflags: sandboxNamespaces}
 	failures, report, err := os.Pipe()
 	if err != nil {
@@ -149,7 +147,7 @@ func runSandboxed(ctx context.Context, mode sandboxMode, root, program string, a
 	}
 	out, err := runCommand(ctx, cmd, func() error {
 		report.Close()
-		// The program does not have the pipe: it is closed when the program starts.
+		// The pipe is closed when the program starts, so this reads errors of the set-up only.
 		text, _ := io.ReadAll(io.LimitReader(failures, 4096))
 		if len(text) > 0 {
 			return errSetup{errors.New(string(text))}
@@ -159,8 +157,7 @@ func runSandboxed(ctx context.Context, mode sandboxMode, root, program string, a
 	return out, err
 }
 
-// mappedTree returns the root's mounts, attached nowhere, with the user IDs of the
-// sandbox in place of the root's.
+// mappedTree returns the root's mounts, detached, with user IDs mapped to the sandbox's.
 func mappedTree(root string) (*os.File, error) {
 	ids := fmt.Sprintf("0:%d:%d", sandboxUser, sandboxUsers)
 	userns, err := mount.GetUsernsFD(ids, ids)
@@ -171,8 +168,8 @@ func mappedTree(root string) (*os.File, error) {
 	return mountTree(root, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd())})
 }
 
-// sameIDs returns the mapping of a user namespace that has the same IDs as this
-// process's, which a file of /proc has. Others than root may only map their own ID.
+// sameIDs returns the mapping of a user namespace with the same IDs as this process's,
+// from a file of /proc. Users other than root may map only their own ID.
 func sameIDs(file string, own int) []syscall.SysProcIDMap {
 	text, err := os.ReadFile(file)
 	if err != nil || own != 0 {
@@ -188,15 +185,16 @@ func sameIDs(file string, own int) []syscall.SysProcIDMap {
 	return list
 }
 
-// runCommand runs a command in a clean environment and returns what it prints, up to
-// maxOutput. started is called once it runs, and its error is returned.
+// runCommand runs a command in a clean environment and returns its standard output, up
+// to maxOutput. If started is not nil, it is called once the command runs, and its error
+// is returned.
 func runCommand(ctx context.Context, cmd *exec.Cmd, started func() error) ([]byte, error) {
 	name := strings.Join(cmd.Args, " ")
 	if len(cmd.Args) > 3 && cmd.Args[1] == sandboxArgument {
 		name = strings.Join(cmd.Args[4:], " ") + " in " + cmd.Args[3]
 	}
 	cmd.Env = runEnvironment
-	cmd.WaitDelay = time.Second // for what a script has started, which holds its output
+	cmd.WaitDelay = time.Second // for children that keep its output open
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	}
@@ -205,7 +203,7 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, started func() error) ([]byt
 	stop := func() { tooMuch.Store(true); cmd.Cancel() }
 	stdout, stderr := &boundedBuffer{full: stop}, &boundedBuffer{full: stop}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
-	// The kernel sends Pdeathsig when the thread ends that started the process.
+	// The kernel sends Pdeathsig when the thread that started the process ends.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
@@ -218,8 +216,8 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, started func() error) ([]byt
 	if started != nil {
 		startErr = started()
 	}
-	// What it leaves in its process group ends with it. Until it is waited for, the
-	// group's number is its own.
+	// Kill what it leaves in its process group. Until it is waited for, no other group
+	// can get that number.
 	for errors.Is(unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil), unix.EINTR) {
 	}
 	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
@@ -238,7 +236,7 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, started func() error) ([]byt
 	return stdout.b.Bytes(), nil
 }
 
-// boundedBuffer takes maxOutput bytes, and calls full for what is beyond.
+// boundedBuffer takes up to maxOutput bytes, and calls full for more.
 type boundedBuffer struct {
 	b    bytes.Buffer // not embedded: its ReadFrom has no bound
 	full func()
