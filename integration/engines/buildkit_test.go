@@ -122,9 +122,7 @@ func builtOn(t testing.TB, base, m ocispec.Manifest, plain int) {
 func TestBuildKit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, brokerURL, ociConf := harness.StartCI(t, dir, "team-a", "team-b")
 	home := harness.TempDir(t)
 	harness.StartPilot(t, home, brokerURL)
 	b := newBuilder(t, harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()}), c.Registry)
@@ -363,9 +361,7 @@ func fileIn(t testing.TB, archive, name string) string {
 func TestBuiltinBuildKit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, _, ociConf := harness.StartCI(t, dir, "team-a")
 	b := newBuilder(t, harness.BuiltinNode(t, dir, ociConf), c.Registry)
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\n", nil), "hello, "+c.Secrets[image])

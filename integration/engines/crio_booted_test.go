@@ -24,9 +24,7 @@ func crioPrograms(m *harness.Machine) {
 func TestCRIONode(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	m := harness.NewCRIOMachine(t)
 	crioPrograms(m)
@@ -71,9 +69,7 @@ func TestCRIONode(t *testing.T) {
 func TestCRIOBooted(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	const brokerSocket = "/var/lib/copilot.sock"
 	b := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + strings.TrimPrefix(brokerURL, "unix://") + ":" + brokerSocket}, func(m *harness.Machine) {

@@ -283,9 +283,7 @@ func TestCRIO(t *testing.T) {
 func TestCRIOLibrary(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, _, ociConf := harness.StartCI(t, dir, "team-a")
 	pull := func(t *testing.T, keys, image string) *exec.Cmd {
 		cmd := harness.Command(t, tool(t, "criopull"), "-root", filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-")), "-keys", keys, image)
 		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+ociConf, "HOME="+dir)

@@ -18,9 +18,7 @@ import (
 func TestNodeInstall(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
 	var images []string
 	for _, k := range harness.LayerKinds {
 		images = append(images, c.Image(k, "provider:pilot:team-a"))
@@ -224,9 +222,7 @@ func TestNodeErofs(t *testing.T) {
 		t.Skip("this machine's kernel has no EROFS")
 	}
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
 	// Debian 13 has an mkfs.erofs that reads tar.
 	m := harness.NewMachine(t, filepath.Join(harness.Tools, "trixie"))
 	m.Upgrade("bin")

@@ -68,9 +68,7 @@ func versionDir(version string) string {
 func TestNodes(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
 	encrypted := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	plain := encrypted + "-plain"
 	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", plain))
