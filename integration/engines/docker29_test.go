@@ -31,7 +31,7 @@ func TestDocker29(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.serveDocker(daemonJSON)
-	if report := e.doctor(); !strings.Contains(report, "starts a containerd of its own") || !strings.Contains(report, "install containerd") {
+	if report := e.doctor(); !strings.Contains(report, "starts its own containerd") || !strings.Contains(report, "install containerd") {
 		t.Errorf("doctor: %s", report)
 	}
 }

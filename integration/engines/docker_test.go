@@ -241,7 +241,7 @@ func (e *engine) ownContainerd(daemonJSON, encrypted string) {
 	e.serveDocker(daemonJSON)
 	harness.ExpectFailure(e.t, e.docker("pull", encrypted), "failed to get stream processor for application/vnd.oci.image.layer.v1.tar+encrypted")
 	report := e.doctor()
-	for _, want := range []string{"starts a containerd of its own at /var/run/docker/containerd/containerd.sock", "systemctl enable --now containerd.service"} {
+	for _, want := range []string{"starts its own containerd at /var/run/docker/containerd/containerd.sock", "systemctl enable --now containerd.service"} {
 		if !strings.Contains(report, want) {
 			e.t.Errorf("doctor: want %q in\n%s", want, report)
 		}

@@ -15,16 +15,15 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// ConfigFiles are the files that containerd's configuration consists of: the main
-// one, and those that it imports.
+// ConfigFiles is containerd's main configuration file with its imports.
 type ConfigFiles struct {
 	Main    string
-	Text    []byte   // of the main file; nil if there is none
-	Version int      // that the main file says; 0 if it says none
+	Text    []byte   // of the main file; nil if it does not exist
+	Version int      // of the main file; 0 if it has none
 	Imports []string // the main file's patterns
 }
 
-// ReadConfigFiles reads the main file, which may be missing.
+// ReadConfigFiles reads the main file, which need not exist.
 func ReadConfigFiles(h host.Host, main string) (ConfigFiles, error) {
 	f := ConfigFiles{Main: main}
 	text, err := ReadConfig(h, main)
@@ -42,9 +41,9 @@ func ReadConfigFiles(h host.Host, main string) (ConfigFiles, error) {
 	return f, nil
 }
 
-// ReadConfig reads one of containerd's configuration files. It does not open what
-// containerd would wait for or read without end, or would not start with. /dev/null
-// is an empty file to containerd, too.
+// ReadConfig reads one of containerd's configuration files. Pipes, sockets, directories
+// and devices are a [host.Conflict], except /dev/null, which is an empty file to
+// containerd.
 func ReadConfig(h host.Host, name string) ([]byte, error) {
 	info, err := h.Stat(name)
 	if err != nil {
@@ -82,8 +81,8 @@ func head(text []byte) (version int, imports []string, err error) {
 	return top.Version, top.Imports, err
 }
 
-// DropInDir returns a directory from which containerd reads all configuration
-// files, the last one if there are several, since later files win.
+// DropInDir returns the directory from which the main file imports *.toml: the last one
+// of several, since later files win.
 func (f *ConfigFiles) DropInDir() (string, bool) {
 	for _, pattern := range slices.Backward(f.Imports) {
 		pattern = f.absolute(pattern)
@@ -94,7 +93,7 @@ func (f *ConfigFiles) DropInDir() (string, bool) {
 	return "", false
 }
 
-// Matches reports whether the main file imports a file, if it exists.
+// Matches reports whether the main file imports a file if it exists.
 func (f *ConfigFiles) Matches(file string) bool {
 	return slices.ContainsFunc(f.Imports, func(pattern string) bool {
 		ok, _ := filepath.Match(f.absolute(pattern), file)
@@ -102,7 +101,7 @@ func (f *ConfigFiles) Matches(file string) bool {
 	})
 }
 
-// absolute returns a pattern of the main file's as an absolute one.
+// absolute returns a pattern of the main file as an absolute path.
 func (f *ConfigFiles) absolute(pattern string) string {
 	if filepath.IsAbs(pattern) {
 		return filepath.Clean(pattern)
@@ -110,8 +109,8 @@ func (f *ConfigFiles) absolute(pattern string) string {
 	return filepath.Join(filepath.Dir(f.Main), pattern)
 }
 
-// withFile returns the files that the patterns import, in containerd's order, as
-// if file existed and those of without did not. An empty file adds none.
+// withFile returns the files that the patterns import, in containerd's order, as if file
+// existed, unless it is empty, and those of without did not.
 func (f *ConfigFiles) withFile(h host.Host, patterns []string, file string, without []string) ([]string, error) {
 	var files []string
 	for _, pattern := range patterns {
@@ -139,9 +138,9 @@ func (f *ConfigFiles) withFile(h host.Host, patterns []string, file string, with
 	return files, nil
 }
 
-// All returns all files that containerd reads, in its order, and those that are
-// imported by name and missing: containerd does not start without them, though
-// "containerd config dump" of some versions takes no notice.
+// All returns all files that containerd reads, in its order, and the missing ones that
+// are imported by name: containerd does not start without them, though "containerd
+// config dump" of some versions ignores them.
 func (f *ConfigFiles) All(h host.Host) (files, missing []string, err error) {
 	pending := []string{f.Main}
 	seen := map[string]bool{}

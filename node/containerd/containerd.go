@@ -21,18 +21,18 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// Instance is the one of the machine: its version and what its configuration
+// Instance is the machine's containerd with its version and its effective
 // comes to.
 type Instance struct {
 	Target
 	Major, Minor int
 	Files        ConfigFiles
-	Ours         []string       // pilot's drop-ins that are there, or were
-	Plain        map[string]any // the effective configuration without pilot's drop-in
+	Ours         []string       // pilot's drop-ins, which may be gone
+	Plain        map[string]any // the effective configuration without them
 }
 
-// CheckAddress refuses a containerd that does not run, if another was named by its
-// socket.
+// CheckAddress returns a [host.Conflict] if the user has named a socket, nothing
+// listens there, and this containerd is configured with another.
 func (c *Instance) CheckAddress(n Named) error {
 	if at := c.Socket(); c.Process == nil && n.Address != "" && !SameSocket(at, n.Address) {
 		return &host.Conflict{Where: c.Config, What: fmt.Sprintf("it has a containerd listen at %s, and which one listens at %s is not known", at, n.Address),
@@ -41,7 +41,8 @@ func (c *Instance) CheckAddress(n Named) error {
 	return nil
 }
 
-// Examine finds out about a containerd.
+// Examine runs a containerd's program for its version and its configuration. ours are
+// pilot's drop-ins.
 func Examine(ctx context.Context, h host.Host, t Target, ours []string) (*Instance, error) {
 	c := &Instance{Target: t}
 	out, err := c.run(ctx, h, "--version")
@@ -57,7 +58,7 @@ func Examine(ctx context.Context, h host.Host, t Target, ours []string) (*Instan
 	if c.Files, err = ReadConfigFiles(h, c.Config); err != nil {
 		return nil, err
 	}
-	// containerd would wait for a named pipe.
+	// containerd would block on a named pipe.
 	if err := c.checkKinds(h); err != nil {
 		return nil, err
 	}
@@ -73,7 +74,8 @@ func (c *Instance) CheckVersion() error {
 	return nil
 }
 
-// Dump returns what the configuration comes to as it is.
+// Dump returns the effective configuration, as containerd prints it. It is an error if
+// containerd would not start with it.
 func (c *Instance) Dump(ctx context.Context, h host.Host) (map[string]any, error) {
 	args := []string{"--config", c.Config, "config", "dump"}
 	if !h.Has(c.Config) {
@@ -86,8 +88,8 @@ func (c *Instance) Dump(ctx context.Context, h host.Host) (map[string]any, error
 	return dump, c.checkImports(h)
 }
 
-// checkKinds refuses what containerd would read as a file that is none. What else
-// is wrong with its files, containerd says.
+// checkKinds returns a [host.Conflict] if containerd would read a configuration file
+// that is not a regular file. Other problems of its files containerd reports itself.
 func (c *Instance) checkKinds(h host.Host) error {
 	_, _, err := (&ConfigFiles{Main: c.Config}).All(h)
 	var conflict *host.Conflict
@@ -97,7 +99,7 @@ func (c *Instance) checkKinds(h host.Host) error {
 	return nil
 }
 
-// checkImports checks that the files are there that are imported by name.
+// checkImports checks that the files exist that are imported by name.
 func (c *Instance) checkImports(h host.Host) error {
 	files := ConfigFiles{Main: c.Config}
 	_, missing, err := files.All(h)
@@ -116,39 +118,38 @@ func ParseVersion(text string) (major, minor int, err error) {
 	// containerd github.com/containerd/containerd/v2 v2.4.2 0123abcd
 	m := versionNumber.FindStringSubmatch(text)
 	if m == nil {
-		return 0, 0, fmt.Errorf("containerd's version can't be told from %.100q", text)
+		return 0, 0, fmt.Errorf("no version of containerd in %.100q", text)
 	}
 	major, _ = strconv.Atoi(m[1])
 	minor, _ = strconv.Atoi(m[2])
 	return major, minor, nil
 }
 
-// run runs containerd's program and returns what it prints.
+// run runs containerd's program and returns its standard output.
 func (c *Instance) run(ctx context.Context, h host.Host, args ...string) ([]byte, error) {
 	return h.Run(ctx, c.Program, args...)
 }
 
-// UsesDiffer reports whether this containerd can have pilot as its differ.
-// 1.6 panics on a proxy plugin of that type.
+// UsesDiffer reports whether this containerd supports differs as proxy plugins. 1.6
+// panics on one.
 func (c *Instance) UsesDiffer() bool { return c.Major > 1 || c.Minor > 6 }
 
-// HasTransfer reports whether it pulls with its transfer service, which has a
-// configuration of its own for unpacking.
+// HasTransfer reports whether this containerd pulls with the transfer service, which has
+// its own configuration for unpacking.
 func (c *Instance) HasTransfer() bool { return c.Major > 1 }
 
 // Format is how a configuration file names plugins.
 type Format struct {
-	Version int  // 0: the file says none
-	Short   bool // it names plugins without their types
+	Version int  // 0: the file has none
+	Short   bool // plugins are named without their types
 }
 
-// Formats are the formats of a drop-in to try, the best first.
+// Formats returns the formats of a drop-in to try, the best first.
 //
-// One without a version suits all other files: containerd 2.0 and later migrates
-// it by itself, and 1.x takes the version from the other files. containerd 2.0 to
-// 2.2 merges files that say a version before it migrates them, by the version of
-// the last, so one of another version than the rest has it forget the rest; 1.x
-// refuses to mix them.
+// A file without a version goes with all others: containerd 2.0 and later migrate it by
+// itself, and 1.x takes the version of the other files. containerd 2.0 to 2.2 merge
+// files with a version before migrating them, by the version of the last, so a drop-in
+// with a version unlike the others' loses their settings; 1.x refuses to mix versions.
 func (c *Instance) Formats() []Format {
 	list := []Format{{}, {Short: true}}
 	if v := c.Files.Version; v > 1 {
@@ -162,8 +163,8 @@ func (c *Instance) Formats() []Format {
 	return list
 }
 
-// NewestFormat is the newest version of configuration files that it and pilot
-// know.
+// NewestFormat returns the newest version of configuration files that this containerd
+// and pilot support.
 func (c *Instance) NewestFormat() int {
 	if c.Major > 1 {
 		return 3
@@ -171,16 +172,17 @@ func (c *Instance) NewestFormat() int {
 	return 2
 }
 
-// Plugin returns the configuration of a plugin in a dump.
+// Plugin returns a plugin's section of a dump.
 func Plugin(dump map[string]any, id string) map[string]any {
 	plugins, _ := dump["plugins"].(map[string]any)
 	p, _ := plugins[id].(map[string]any)
 	return p
 }
 
-// plugin returns the configuration of a plugin, without pilot's drop-in.
+// plugin returns a plugin's section of the configuration without pilot's drop-in.
 func (c *Instance) plugin(id string) map[string]any { return Plugin(c.Plain, id) }
 
+// Plugins whose configuration matters for unpacking.
 const (
 	DiffService     = "io.containerd.service.v1.diff-service"
 	TransferService = "io.containerd.transfer.v1.local"
@@ -188,7 +190,7 @@ const (
 	CRIV1           = "io.containerd.grpc.v1.cri"
 )
 
-// Snapshotter returns the one that the kubelet's images are unpacked with.
+// Snapshotter returns the snapshotter of the kubelet's images.
 func (c *Instance) Snapshotter() string {
 	s, _ := c.plugin(CRIImages)["snapshotter"].(string)
 	if s == "" {
@@ -211,8 +213,8 @@ type UnpackConfig struct {
 	Optional    bool     `toml:"optional,omitempty"`
 }
 
-// UnpackConfigs returns the entries that the transfer service has in a dump, or
-// those that it takes when there are none.
+// UnpackConfigs returns the transfer service's entries of unpack_config in a dump, or its
+// defaults if there are none.
 func (c *Instance) UnpackConfigs(dump map[string]any, platform ocispec.Platform) ([]UnpackConfig, error) {
 	list, ok := Plugin(dump, TransferService)["unpack_config"]
 	if !ok {
@@ -234,8 +236,8 @@ func (c *Instance) UnpackConfigs(dump map[string]any, platform ocispec.Platform)
 	return entries.List, err
 }
 
-// plainErofs reports whether containerd's erofs differ works as that in pilot
-// does: with no options.
+// plainErofs reports whether containerd's erofs differ has no options, as the one in
+// pilot.
 func (c *Instance) plainErofs() bool {
 	for _, v := range c.plugin("io.containerd.differ.v1.erofs") {
 		switch v := v.(type) {
@@ -252,8 +254,8 @@ func (c *Instance) plainErofs() bool {
 	return true
 }
 
-// Platform returns that of the machine: of its containerd if it is another
-// machine's root.
+// Platform returns the machine's platform: that of containerd's program if the machine is
+// a root directory.
 func (c *Instance) Platform(h host.Host) (ocispec.Platform, error) {
 	p := platforms.DefaultSpec()
 	if h.Root == "" {
@@ -268,12 +270,12 @@ func (c *Instance) Platform(h host.Host) (ocispec.Platform, error) {
 		elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_RISCV: "riscv64", elf.EM_S390: "s390x", elf.EM_PPC64: "ppc64le",
 	}[f.Machine]
 	if !ok {
-		return p, fmt.Errorf("containerd in %s is for a machine that is not known here: %s", h.Root, f.Machine)
+		return p, fmt.Errorf("containerd in %s is for an unknown architecture: %s", h.Root, f.Machine)
 	}
 	return platforms.Normalize(ocispec.Platform{OS: "linux", Architecture: arch}), nil
 }
 
-// Socket returns the path of the socket that it answers on.
+// Socket returns the path of its socket.
 func (c *Instance) Socket() string {
 	if c.Address != "" {
 		return c.Address
@@ -289,6 +291,7 @@ func (c *Instance) Socket() string {
 	return SocketPath(address)
 }
 
+// Strings returns the strings of a list in a dump.
 func Strings(v any) []string {
 	var list []string
 	items, _ := v.([]any)
@@ -300,17 +303,17 @@ func Strings(v any) []string {
 	return list
 }
 
-// SocketPath returns the path of a socket that is written with or without unix://.
+// SocketPath returns an address without unix://.
 func SocketPath(address string) string { return strings.TrimPrefix(address, "unix://") }
 
-// Deferred reports whether it reads its drop-ins only once the distribution that
-// it is part of starts it.
+// Deferred reports whether drop-ins are read only after the distribution that containerd
+// belongs to has started it.
 func (c *Instance) Deferred() bool {
 	_, isImported := c.Files.DropInDir()
 	return c.Rewritten && !isImported
 }
 
-// SameSocket reports whether two paths are of one socket: /var/run is a link to /run.
+// SameSocket reports whether two paths are the same socket: /var/run is a link to /run.
 func SameSocket(a, b string) bool { return withoutVar(a) == withoutVar(b) }
 
 func withoutVar(path string) string {

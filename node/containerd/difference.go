@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// difference is a setting that two of containerd's configurations disagree about.
+// difference is a setting that differs between two configurations.
 type difference struct {
 	path       []string
 	was, would any // nil: not set
@@ -40,9 +40,8 @@ func shownSetting(v any) string {
 	return fmt.Sprintf("%.60s", fmt.Sprint(v))
 }
 
-// Differences returns what two of containerd's configurations disagree about,
-// except what pilot's drop-in sets and the list of files that were read. An empty
-// table is the same as none.
+// Differences returns the settings that differ between two configurations, except those
+// for which ours is true, and the list of imported files. An empty table equals none.
 func Differences(was, would map[string]any, ours func(path []string) bool) []difference {
 	var all []difference
 	compare(nil, was, would, func(d difference) {
@@ -73,7 +72,7 @@ func compare(path []string, a, b any, report func(difference)) {
 	}
 }
 
-// table returns v as a table. What is not set is an empty one.
+// table returns v as a table; nil is an empty one.
 func table(v any) (map[string]any, bool) {
 	if v == nil {
 		return nil, true
@@ -82,7 +81,7 @@ func table(v any) (map[string]any, bool) {
 	return t, ok
 }
 
-// Summary returns differences as text, the first few of them.
+// Summary returns the first few differences as text.
 func Summary(all []difference) string {
 	const most = 5
 	var words []string

@@ -7,18 +7,18 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// Distribution is what a containerd is part of, where that sets it up in its own
-// way. The zero distribution is containerd as a service of its own.
+// Distribution is the software that a containerd is part of and that configures it in
+// its own way, such as k3s. The zero Distribution is a containerd of its own.
 type Distribution struct {
 	Name string
-	// dropIns is a directory whose files it has containerd import, though
-	// containerd's configuration file does not say so yet.
+	// DropIns is a directory whose files containerd will import, though its
+	// configuration file does not say so yet.
 	DropIns string
-	// rewritten says that it rewrites containerd's configuration file when
-	// it starts, so that changes of it do not last.
+	// Rewritten is true if it rewrites containerd's configuration file when it
+	// starts, so that changes are lost.
 	Rewritten bool
-	// template says that it makes containerd's configuration from a template
-	// beside it, if there is one: k3s and RKE2.
+	// Template is true if it makes containerd's configuration from a template beside
+	// the file, if there is one: k3s and RKE2.
 	Template bool
 	refusal  *refusal
 }
@@ -32,13 +32,13 @@ const (
 	k0s  = "k0s"
 )
 
-// distributionOf returns what a running containerd is part of.
+// distributionOf returns the distribution of a running containerd.
 func distributionOf(p *host.Process) Distribution {
 	return DistributionAt(host.Host{}, configOf(p), p.Parent)
 }
 
-// DistributionAt returns what a containerd is part of, by the path of its
-// configuration and the program that has started it, if that is known.
+// DistributionAt returns the distribution of a containerd, by the path of its
+// configuration file and the name of its parent process, which may be "".
 func DistributionAt(h host.Host, config, parent string) Distribution {
 	switch {
 	case strings.HasPrefix(parent, "rke2") || strings.Contains(config, "/rke2/"):
@@ -47,7 +47,7 @@ func DistributionAt(h host.Host, config, parent string) Distribution {
 		return Distribution{Name: k3s, Rewritten: true, Template: true}
 	case parent == "k0s" || strings.HasPrefix(config, "/etc/k0s/"):
 		d := Distribution{Name: k0s}
-		// Without this line the file is the user's own.
+		// Without this line k0s leaves the file alone.
 		if text, err := h.ReadFile(config); err == nil && strings.Contains(string(text), "k0s_managed=true") {
 			d.DropIns, d.Rewritten = filepath.Join(filepath.Dir(config), "containerd.d"), true
 		}
@@ -66,8 +66,8 @@ func DistributionAt(h host.Host, config, parent string) Distribution {
 	return Distribution{}
 }
 
-// systemRefusal returns why this operating system's containerd, which reads
-// config, can't be set up, or nil.
+// systemRefusal returns why the containerd of this operating system can't be set up, or
+// nil.
 func systemRefusal(h host.Host, config string) *refusal {
 	text, err := h.ReadFile("/etc/os-release")
 	if err != nil {
@@ -99,8 +99,8 @@ func systemRefusal(h host.Host, config string) *refusal {
 	return nil
 }
 
-// stoppedDistribution returns a distribution that brings a containerd, with the
-// service that starts it, if one is there.
+// stoppedDistribution returns a distribution that is installed and brings a containerd,
+// with its service, or "".
 func stoppedDistribution(h host.Host) (d Distribution, service string) {
 	for _, known := range []struct{ name, service string }{
 		{k3s, "k3s.service"}, {k3s, "k3s-agent.service"},

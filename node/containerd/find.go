@@ -11,15 +11,15 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// Target is the containerd to set up: its program, what it reads, where it
-// answers, and who starts it.
+// Target is the containerd to set up: its program, its configuration file, its socket,
+// and what starts it.
 type Target struct {
 	Program string // inside the root
 	Config  string // its configuration file, inside the root
-	Address string // of its socket, if its command line has it
-	Service string // systemd's, that has to be restarted for a new configuration
+	Address string // its socket, if its command line sets it
+	Service string // the systemd service to restart for a new configuration
 	Distribution
-	Process *host.Process // nil if it does not run, or the root is another machine's
+	Process *host.Process // nil if it does not run, or the machine is a root directory
 }
 
 const (
@@ -29,8 +29,8 @@ const (
 	DefaultAddress = "/run/containerd/containerd.sock"
 )
 
-// Named is the containerd of a machine that the user means: its program, its
-// configuration file, and the path of its socket. What is empty was not named.
+// Named is what the user says about the containerd to set up: its program, its
+// configuration file, and the path of its socket. Empty fields match any.
 type Named struct{ Binary, Config, Address string }
 
 // search looks for a machine's containerd.
@@ -39,8 +39,8 @@ type search struct {
 	Named
 }
 
-// Find finds the machine's containerd. One that runs is what counts: it is
-// an error to name another than that, or none where several run.
+// Find finds the machine's containerd. If one runs, it is that one: naming another is an
+// error, and so is naming none if several run.
 func Find(h host.Host, n Named) (*Target, error) {
 	s := search{h, n}
 	if s.Root == "" {
@@ -59,14 +59,14 @@ func Find(h host.Host, n Named) (*Target, error) {
 	return FromUnit(h, n)
 }
 
-// choose returns the containerd to set up of those that run, or nil if none is
-// known to be it.
+// choose returns the containerd to set up among those that run, or nil if that one does
+// not run.
 func (s search) choose(found []*host.Process) (*host.Process, error) {
 	if s.Address != "" {
 		pid, err := host.ListenerPID(s.Address)
 		i := slices.IndexFunc(found, func(p *host.Process) bool { return p.PID == pid })
 		if err != nil || i < 0 {
-			return nil, nil // it does not run, or under a name that is not known here
+			return nil, nil // it does not run, or its program has another name
 		}
 		found = found[i : i+1]
 	}
@@ -78,7 +78,7 @@ func (s search) choose(found []*host.Process) (*host.Process, error) {
 		return nil, &host.Conflict{Where: describe(found), What: "it runs, and is not the containerd that was named", Fix: "name the one that runs, or none"}
 	}
 	if len(named) > 1 {
-		// A Kubernetes distribution's own is the one that its kubelet uses.
+		// The kubelet uses the one that belongs to a Kubernetes distribution.
 		if bundled := slices.DeleteFunc(slices.Clone(named), func(p *host.Process) bool { return distributionOf(p).Name == "" }); len(bundled) == 1 {
 			return bundled[0], nil
 		}
@@ -87,8 +87,8 @@ func (s search) choose(found []*host.Process) (*host.Process, error) {
 	return named[0], nil
 }
 
-// names reports whether a process has the program and the configuration that the
-// options name, if they do.
+// names reports whether a process has the program and the configuration file that the
+// user has named, if any.
 func (s search) names(p *host.Process) bool {
 	if s.Config != "" && s.Config != configOf(p) {
 		return false
@@ -104,7 +104,7 @@ func describe(processes []*host.Process) string {
 	return strings.Join(lines, ", ")
 }
 
-// ofProcess returns the containerd that a process is.
+// ofProcess returns the containerd of a process.
 func (s search) ofProcess(p *host.Process) (*Target, error) {
 	f, _ := parseFlags(p.Args)
 	t := &Target{Program: lasting(p.Program), Config: configOf(p), Address: SocketPath(f.address), Service: p.Unit, Distribution: distributionOf(p), Process: p}
@@ -120,8 +120,8 @@ func (s search) ofProcess(p *host.Process) (*Target, error) {
 	return t, nil
 }
 
-// lasting returns the path of a program that stays the same when k3s or RKE2 is
-// upgraded: they unpack each version into a directory of its own.
+// lasting returns a path of the program that stays valid when k3s or RKE2 is upgraded:
+// they unpack each version into a directory of its own.
 func lasting(program string) string {
 	dir := filepath.Dir(filepath.Dir(program))
 	if current := filepath.Join(filepath.Dir(dir), "current", "bin", filepath.Base(program)); filepath.Base(filepath.Dir(dir)) == "data" && host.SameFile(current, program) {
@@ -130,8 +130,7 @@ func lasting(program string) string {
 	return program
 }
 
-// FromUnit returns the containerd that systemd starts by its unit, or the one in
-// PATH.
+// FromUnit returns the containerd that containerd.service starts, or the one in PATH.
 func FromUnit(h host.Host, n Named) (*Target, error) {
 	s := search{h, n}
 	t := &Target{Program: s.Binary, Config: s.Config, Service: Service}
@@ -175,8 +174,8 @@ func FromUnit(h host.Host, n Named) (*Target, error) {
 	return t, nil
 }
 
-// FindAgain returns a containerd that was found before, as it is now: its unit may have
-// been given another program, or the program may have moved.
+// FindAgain returns a containerd that was found before, as it is now: its unit may start
+// another program, or the program may have moved.
 func FindAgain(h host.Host, t Target) (*Target, error) {
 	t.Distribution = DistributionAt(h, t.Config, "")
 	program, config := StartedBy(h, t.Service)
@@ -193,8 +192,8 @@ func FindAgain(h host.Host, t Target) (*Target, error) {
 	return &t, nil
 }
 
-// StartedBy returns the containerd that a unit starts, and the configuration file
-// that it reads, or nothing if it starts something else.
+// StartedBy returns the program of the containerd that a unit starts, and its
+// configuration file, or "" if the unit starts something else.
 func StartedBy(h host.Host, service string) (program, config string) {
 	words, err := h.ExecStart(service)
 	if err != nil || len(words) == 0 || filepath.Base(words[0]) != "containerd" {
@@ -204,8 +203,8 @@ func StartedBy(h host.Host, service string) (program, config string) {
 	return h.LookPath(words[0]), cmp.Or(f.config, DefaultConfig)
 }
 
-// PossibleConfigs returns the configuration files of the containerds that pilot may
-// have been installed for.
+// PossibleConfigs returns the configuration files of all containerds that pilot may have
+// been installed for.
 func PossibleConfigs(h host.Host, n Named) []string {
 	configs := []string{n.Config, DefaultConfig}
 	if h.Root == "" {
@@ -225,7 +224,7 @@ func PossibleConfigs(h host.Host, n Named) []string {
 	return slices.DeleteFunc(slices.Compact(configs), func(s string) bool { return s == "" })
 }
 
-// WithConfig returns the containerd that reads a configuration file.
+// WithConfig returns the containerd with a configuration file.
 func WithConfig(h host.Host, n Named, config string) (*Target, error) {
 	if h.Root == "" {
 		processes, _ := running()

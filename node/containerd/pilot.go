@@ -12,10 +12,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// DiffSocket is where containerd finds pilot's differ.
+// DiffSocket is the socket of pilot's differ.
 const DiffSocket = "/run/pilot/diff.sock"
 
-// Decoder is what a stream processor takes, and what it makes of it.
+// Decoder is a stream processor's media types.
 type Decoder struct {
 	Accepts []string
 	Returns string
@@ -23,9 +23,9 @@ type Decoder struct {
 
 const layerType = "application/vnd.oci.image.layer.v1."
 
-// Decoders are the stream processors by which containerd 1.6 decrypts. The kubelet's
-// pulls pass a layer's keys to these two only, so zstd goes with gzip; containerd
-// finds out by itself how a layer is compressed.
+// Decoders are the stream processors with which containerd 1.6 decrypts, by ID. The
+// kubelet's pulls pass a layer's keys to these two only, so zstd goes with gzip:
+// containerd detects a layer's compression by itself.
 var Decoders = map[string]Decoder{
 	"io.containerd.ocicrypt.decoder.v1.tar": {
 		Accepts: []string{layerType + "tar+encrypted"}, Returns: layerType + "tar",
@@ -35,12 +35,13 @@ var Decoders = map[string]Decoder{
 	},
 }
 
-// StreamProcessor is one of a configuration.
+// StreamProcessor is a stream processor in a configuration.
 type StreamProcessor struct {
 	Path      string
 	Args, Env []string
 }
 
+// ProcessorIn returns a stream processor of a dump; its zero value if there is none.
 func ProcessorIn(dump map[string]any, id string) StreamProcessor {
 	all, _ := dump["stream_processors"].(map[string]any)
 	section, _ := all[id].(map[string]any)
@@ -48,15 +49,15 @@ func ProcessorIn(dump map[string]any, id string) StreamProcessor {
 	return StreamProcessor{path, Strings(section["args"]), Strings(section["env"])}
 }
 
-// UnpacksWith returns the differ with which the transfer service unpacks, nothing
-// if it has no entry for the platform and the snapshotter.
+// UnpacksWith returns the differ with which the transfer service unpacks for a platform
+// and a snapshotter, or "" if it has no entry for them.
 func (c *Instance) UnpacksWith(dump map[string]any, platform ocispec.Platform, snapshotter string) (differ string, err error) {
 	entries, err := c.UnpackConfigs(dump, platform)
 	if err != nil {
 		return "", err
 	}
 	for _, u := range entries {
-		// The first that matches is the one that counts.
+		// containerd uses the first that matches.
 		p, err := platforms.Parse(u.Platform)
 		if err == nil && u.Snapshotter == snapshotter && platforms.Only(p).Match(platform) {
 			return u.Differ, nil
@@ -65,9 +66,13 @@ func (c *Instance) UnpacksWith(dump map[string]any, platform ocispec.Platform, s
 	return "", nil
 }
 
-// Proxy is the proxy plugin pilot of a configuration.
-type Proxy struct{ Kind, At string }
+// Proxy is the proxy plugin named pilot in a configuration.
+type Proxy struct {
+	Kind string // its type
+	At   string // the path of its socket
+}
 
+// PilotProxy returns the proxy plugin named pilot of a dump.
 func PilotProxy(dump map[string]any) (Proxy, bool) {
 	all, _ := dump["proxy_plugins"].(map[string]any)
 	section, found := all["pilot"].(map[string]any)
@@ -76,7 +81,8 @@ func PilotProxy(dump map[string]any) (Proxy, bool) {
 	return Proxy{kind, SocketPath(at)}, found
 }
 
-// UnpackConfigsWithPilot returns the entries of unpack_config with pilot as the differ.
+// UnpackConfigsWithPilot returns the entries of unpack_config with pilot as the differ,
+// with one added for the kubelet's images if there is none.
 func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 	platform, err := c.Platform(h)
 	if err != nil {
@@ -95,7 +101,7 @@ func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 		case e.Differ == "" || e.Differ == "walking" || e.Differ == "erofs" && c.plainErofs():
 			e.Differ = "pilot"
 		case e.Differ != "pilot" && ours:
-			return nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("the transfer service unpacks images of the kubelet, for snapshotter %s, with the differ %s", e.Snapshotter, e.Differ), Fix: "remove that entry of unpack_config, or make its differ pilot"}
+			return nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("the transfer service unpacks the kubelet's images, for snapshotter %s, with the differ %s", e.Snapshotter, e.Differ), Fix: "remove that entry of unpack_config, or make its differ pilot"}
 		}
 	}
 	if !found {
@@ -104,8 +110,7 @@ func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 	return entries, nil
 }
 
-// SetByPilot returns a function that reports whether a setting is one of pilot's
-// drop-in's.
+// SetByPilot returns a function that reports whether pilot's drop-in sets a setting.
 func (c *Instance) SetByPilot() func(path []string) bool {
 	if c.UsesDiffer() {
 		return setByDiffer
@@ -113,15 +118,14 @@ func (c *Instance) SetByPilot() func(path []string) bool {
 	return setByDecoder
 }
 
-// setByDiffer reports whether pilot's drop-in for its differ sets what path leads
-// to.
+// setByDiffer reports whether pilot's drop-in for its differ sets the setting at path.
 func setByDiffer(path []string) bool {
 	return within(path, "proxy_plugins", "pilot") ||
 		within(path, "plugins", DiffService, "default") ||
 		within(path, "plugins", TransferService, "unpack_config")
 }
 
-// setByDecoder reports whether pilot's drop-in for its stream processor does.
+// setByDecoder reports whether pilot's drop-in for stream processors does.
 func setByDecoder(path []string) bool {
 	for id := range Decoders {
 		if within(path, "stream_processors", id) {
@@ -131,8 +135,8 @@ func setByDecoder(path []string) bool {
 	return false
 }
 
-// AddsOnlyPilot reports whether a drop-in's settings have containerd ask pilot, and
-// are all pilot's.
+// AddsOnlyPilot reports whether a drop-in's settings add pilot to containerd's
+// configuration, and nothing else.
 func AddsOnlyPilot(conf map[string]any) bool {
 	others := Differences(nil, conf, func(path []string) bool {
 		return setByDiffer(path) || setByDecoder(path) || within(path, "plugins", DiffService, "sync_fs")
@@ -140,7 +144,7 @@ func AddsOnlyPilot(conf map[string]any) bool {
 	return len(others) == 0 && MentionsPilot(conf)
 }
 
-// MentionsPilot reports whether a configuration has containerd ask pilot.
+// MentionsPilot reports whether containerd asks pilot with this configuration.
 func MentionsPilot(dump map[string]any) bool {
 	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket {
 		return true

@@ -8,8 +8,7 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// configOf returns the path of the configuration file that a containerd was started
-// with.
+// configOf returns the configuration file of a containerd.
 func configOf(p *host.Process) string {
 	f, _ := parseFlags(p.Args)
 	switch {
@@ -29,17 +28,17 @@ func running() ([]*host.Process, error) {
 	}
 	return slices.DeleteFunc(named, func(p *host.Process) bool {
 		_, daemon := parseFlags(p.Args)
-		// What containerd starts goes by its name until it is another program.
+		// A child of containerd has its name until it executes its own program.
 		return !daemon || slices.ContainsFunc(named, func(q *host.Process) bool { return q.PID == p.PPID })
 	}), nil
 }
 
-// flags are the options of containerd's command line that decide what it reads
-// and where it answers. What is empty was not given.
+// flags are the flags of containerd that set its configuration file and its socket.
+// Those that are empty were not given.
 type flags struct{ config, address string }
 
-// parseFlags reads a command line of containerd's. It reports false for one that
-// starts no daemon, such as "containerd config dump" and "containerd --version".
+// parseFlags reads containerd's command line. daemon is false for commands such as
+// "containerd config dump" and "containerd --version".
 func parseFlags(args []string) (f flags, daemon bool) {
 	for i := 0; i < len(args); i++ {
 		name, isFlag := strings.CutPrefix(args[i], "-")

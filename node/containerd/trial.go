@@ -17,22 +17,22 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// DropIn is the file by which pilot is added to containerd's configuration.
+// DropIn is a file that adds pilot to containerd's configuration.
 type DropIn struct {
 	Path string
 	Text []byte
-	// pattern has to be added to the main file's imports; empty if it imports
-	// the file already.
+	// Pattern has to be added to the main file's imports; empty if they match the file
+	// already.
 	Pattern string
-	// template says that the file is k3s's template, which becomes the whole
-	// configuration: what k3s writes, and after it text without its first lines.
+	// Template is true for k3s's template. The configuration is then what k3s writes
+	// without it, and Appended after that.
 	Template bool
 	Appended []byte
 }
 
-// Trial returns what containerd's configuration would come to with a drop-in, or
-// with none of pilot's if d is nil. It changes nothing that containerd reads:
-// containerd dumps a copy of its main file, which imports what the main file does.
+// Trial returns containerd's effective configuration as it would be with a drop-in, or
+// without pilot's if d is nil. It changes no file that containerd reads: containerd dumps
+// a copy of its main file with the same imports.
 func (c *Instance) Trial(ctx context.Context, h host.Host, d *DropIn) (map[string]any, error) {
 	if d == nil && c.Files.Text == nil {
 		return c.readDump(ctx, h, "config", "default") // which 1.x takes without a file
@@ -76,19 +76,19 @@ func (c *Instance) Trial(ctx context.Context, h host.Host, d *DropIn) (map[strin
 
 const trialPrefix = "pilot-trial-"
 
-// staleTrial is the age of a trial's directory that was left by one that was
-// killed. A trial takes at most runTimeout.
+// staleTrial is the age from which the directory of a trial is removed: the trial was
+// killed. A trial runs for at most 20 seconds.
 const staleTrial = 10 * time.Minute
 
-// removeStaleTrials removes what trials have left in a directory that were killed.
-// Anybody may write there, so it has to be a directory of root's own.
+// removeStaleTrials removes directories of trials that were killed. Any user may write
+// to parent, so only directories of root with mode 0700 are removed.
 func removeStaleTrials(h host.Host, parent string) {
 	entries, _ := h.ReadDir(parent)
 	for _, e := range entries {
 		if !strings.HasPrefix(e.Name(), trialPrefix) {
 			continue
 		}
-		info, err := e.Info() // of a link itself
+		info, err := e.Info() // does not follow a link
 		if err != nil || info.Mode() != fs.ModeDir|0o700 || time.Since(info.ModTime()) < staleTrial {
 			continue
 		}
@@ -98,8 +98,8 @@ func removeStaleTrials(h host.Host, parent string) {
 	}
 }
 
-// tempDir makes a directory that only root can read. Some node images have no /tmp, or none that
-// can be written.
+// tempDir makes a directory that only root can read. Some node images have no writable
+// /tmp.
 func tempDir(h host.Host) (dir string, err error) {
 	var errs []error
 	for _, parent := range []string{"/tmp", "/run", "/var/tmp"} {
@@ -112,7 +112,7 @@ func tempDir(h host.Host) (dir string, err error) {
 	return "", errors.Join(errs...)
 }
 
-// readDump runs containerd and reads the configuration that it prints.
+// readDump runs containerd and parses the configuration that it prints.
 func (c *Instance) readDump(ctx context.Context, h host.Host, args ...string) (map[string]any, error) {
 	out, err := c.run(ctx, h, args...)
 	if err != nil {
@@ -120,7 +120,7 @@ func (c *Instance) readDump(ctx context.Context, h host.Host, args ...string) (m
 	}
 	var dump map[string]any
 	if err := toml.NewDecoder(bytes.NewReader(out)).Decode(&dump); err != nil {
-		return nil, fmt.Errorf("containerd's configuration: what it prints is not TOML: %w", err)
+		return nil, fmt.Errorf("containerd's configuration: its output is not TOML: %w", err)
 	}
 	return dump, nil
 }

@@ -24,14 +24,14 @@ import (
 )
 
 const (
-	// Socket is where CRI-O listens by default.
+	// Socket is CRI-O's default socket.
 	Socket = "/run/crio/crio.sock"
-	// Service is its systemd service.
+	// Service is CRI-O's systemd service.
 	Service = "crio.service"
 )
 
-// PullsImages reports whether a machine has CRI-O and no containerd, and the
-// options name none either.
+// PullsImages reports whether a machine has CRI-O and no containerd, and the user has
+// named none.
 func PullsImages(h host.Host, n containerd.Named) bool {
 	if n != (containerd.Named{}) || h.Has(containerd.DefaultConfig) || h.Root == "" && h.Has(containerd.DefaultAddress) || h.LookPath("containerd") != "" {
 		return false
@@ -39,17 +39,17 @@ func PullsImages(h host.Host, n containerd.Named) bool {
 	return h.Root == "" && h.Has(Socket) || h.HasUnit(Service)
 }
 
-// Running is the CRI-O that answers at a socket.
+// Running is the CRI-O that listens on a socket.
 type Running struct {
 	PID      int
 	Started  time.Time
 	KeysPath string // decryption_keys_path
 }
 
-// maxConfig is the most that is read of CRI-O's configuration, in bytes.
+// maxConfig bounds what is read of CRI-O's configuration, in bytes.
 const maxConfig = 4 << 20
 
-// Ask asks CRI-O for its configuration, as "crio status config" does.
+// Ask requests CRI-O's configuration from its socket, as "crio status config" does.
 func Ask(ctx context.Context, socket string) (*Running, error) {
 	text, pid, err := host.HTTPGet(ctx, socket, "/config", maxConfig)
 	if err != nil {
@@ -63,14 +63,14 @@ func Ask(ctx context.Context, socket string) (*Running, error) {
 		} `toml:"crio"`
 	}
 	if err := toml.Unmarshal(text, &conf); err != nil || conf.CRIO.Runtime.DecryptionKeysPath == nil {
-		return nil, errors.New("what answers there is not CRI-O")
+		return nil, errors.New("the server there is not CRI-O")
 	}
 	c := Running{PID: pid, KeysPath: *conf.CRIO.Runtime.DecryptionKeysPath}
 	if c.PID <= 1 {
-		// systemd listens for it, or it is in another PID namespace.
+		// systemd holds the socket, or CRI-O is in another PID namespace.
 		out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=MainPID", "--value", Service).Output()
 		if c.PID, _ = strconv.Atoi(strings.TrimSpace(string(out))); err != nil || c.PID == 0 {
-			return nil, fmt.Errorf("the process that answers there is unknown, and %s does not run", Service)
+			return nil, fmt.Errorf("the process that listens there is unknown, and %s does not run", Service)
 		}
 	}
 	c.Started, err = host.StartedAt(fmt.Sprintf("/proc/%d", c.PID))
@@ -88,22 +88,23 @@ func (c *Running) Environment(name string) (string, error) {
 	return "", err
 }
 
-// Path returns where a file of CRI-O's is for this process.
+// Path returns this process's path of a file of CRI-O.
 func (c *Running) Path(name string) string { return c.Root().Path(name) }
 
+// Root returns the root directory that CRI-O runs in.
 func (c *Running) Root() host.Host { return host.Host{Root: fmt.Sprintf("/proc/%d/root", c.PID)} }
 
-// CheckKeys counts the private keys in CRI-O's decryption_keys_path, -1 if it does
-// not exist. The error is that with which CRI-O fails every pull, of plain images
-// too: as getDecryptionKeys in server/utils.go of CRI-O 1.34 does, it takes no file
-// that is not a key without a password, and no symbolic link.
+// CheckKeys counts the private keys in CRI-O's decryption_keys_path, -1 if it does not
+// exist. An error makes CRI-O fail every pull, also of plain images: like
+// getDecryptionKeys in server/utils.go of CRI-O 1.34, CheckKeys accepts nothing but keys
+// without a password, and no symbolic link.
 func (c *Running) CheckKeys() (keys int, err error) {
 	if c.KeysPath == "" {
 		return -1, nil
 	}
 	dir := c.Root().LinkPath(c.KeysPath)
 	if strings.HasSuffix(c.KeysPath, "/") {
-		dir = c.Path(c.KeysPath) // so CRI-O follows a link, too
+		dir = c.Path(c.KeysPath) // CRI-O follows a link then too
 	}
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		return -1, nil
@@ -130,11 +131,11 @@ func (c *Running) CheckKeys() (keys int, err error) {
 	return keys, err
 }
 
-// maxKey is the most that is read of a key, in bytes.
+// maxKey bounds what is read of a key, in bytes.
 const maxKey = 1 << 20
 
-// readSmall reads a file that is no larger than a key can be. It does not wait for
-// a pipe, as CRI-O does.
+// readSmall reads a file that is no larger than a key can be. Unlike CRI-O, it does not
+// block on a pipe.
 func readSmall(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -146,9 +147,9 @@ func readSmall(path string) ([]byte, error) {
 	case err != nil:
 		return nil, err
 	case !info.Mode().IsRegular():
-		return nil, errors.New("it is not a file but a pipe, a socket or a device")
+		return nil, errors.New("it is a pipe, a socket or a device")
 	case info.Size() > maxKey:
-		return nil, fmt.Errorf("it is larger than %d KiB, so it is no key", maxKey>>10)
+		return nil, fmt.Errorf("larger than %d KiB, so it is not a key", maxKey>>10)
 	}
 	return io.ReadAll(io.LimitReader(f, maxKey))
 }

@@ -8,12 +8,12 @@ import (
 	"testing"
 )
 
-// TestCRIOKeysDoNotBlock looks at a decryption_keys_path with what CRI-O would wait
-// for, or would read into memory.
+// TestCRIOKeysDoNotBlock checks a decryption_keys_path with files that CRI-O would block
+// on or read into memory.
 func TestCRIOKeysDoNotBlock(t *testing.T) {
 	for want, put := range map[string]func(name string) error{
-		"a.pem: it is not a file but a pipe": func(name string) error { return syscall.Mkfifo(name, 0o600) },
-		"a.pem: it is larger than 1024 KiB": func(name string) error {
+		"a.pem: it is a pipe": func(name string) error { return syscall.Mkfifo(name, 0o600) },
+		"a.pem: larger than 1024 KiB": func(name string) error {
 			return os.WriteFile(name, make([]byte, maxKey+1), 0o600)
 		},
 	} {

@@ -15,10 +15,10 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// Engine is what is known of a machine's Docker Engine. Docker decrypts images
-// if it keeps them in containerd, and if that is the containerd that has pilot.
+// Engine describes a machine's Docker Engine. Docker decrypts images if it keeps them in
+// containerd, and if that containerd has pilot.
 type Engine struct {
-	// Version is dockerd's, such as 26.1.5+dfsg1; empty if it is not known.
+	// Version is dockerd's, such as 26.1.5+dfsg1; empty if unknown.
 	Version string
 	// PID is dockerd's process; 0 if it does not run.
 	PID int
@@ -26,16 +26,16 @@ type Engine struct {
 	ConfigFile string
 	// Containerd is the path of the socket of the containerd that Docker uses.
 	Containerd string
-	// OwnContainerd says that dockerd starts that containerd, or has it in its
-	// own process: nobody else can configure it.
+	// OwnContainerd is true if dockerd starts that containerd, or runs it in its own
+	// process: it can't be configured.
 	OwnContainerd bool
-	// Store is where Docker keeps images, empty if that is not known, and
-	// StoreReason says what decides it.
+	// Store is where Docker keeps images, empty if unknown, and StoreReason says what
+	// decides it.
 	Store       ImageStore
 	StoreReason string
 
 	major         int
-	storageDriver string // as it is set
+	storageDriver string // as set
 	embedded      bool   // features.embedded-containerd is true
 	hasContainerd bool   // the program is on the machine
 }
@@ -44,18 +44,19 @@ type Engine struct {
 type ImageStore string
 
 const (
-	// ContainerdStore is containerd's: its differ unpacks the layers.
+	// ContainerdStore is containerd, whose differ unpacks layers.
 	ContainerdStore ImageStore = "containerd"
-	// GraphDriverStore is Docker's own, which unpacks layers by itself.
+	// GraphDriverStore is Docker's own, which unpacks layers itself.
 	GraphDriverStore ImageStore = "graph-driver"
 )
 
-// graphDrivers are Docker's, by the names of their directories in its data root.
+// graphDrivers are Docker's graph drivers. Each has a directory of that name in the data
+// root.
 var graphDrivers = []string{"overlay2", "fuse-overlayfs", "btrfs", "zfs", "vfs"}
 
-// Find finds out about the Docker Engine of a machine: from dockerd if
-// it runs, or else from its files. It returns nil if the machine has none.
-// Rootless Docker and Docker in a container are none of the machine's.
+// Find describes the machine's Docker Engine: from dockerd if it runs, or else from its
+// files. It returns nil if the machine has none. Rootless Docker and Docker in a
+// container do not count.
 func Find(ctx context.Context, h host.Host) (*Engine, error) {
 	running, err := h.Processes("dockerd")
 	if err != nil {
@@ -63,7 +64,7 @@ func Find(ctx context.Context, h host.Host) (*Engine, error) {
 	}
 	if len(running) > 0 {
 		p := running[0]
-		// The program that runs, even if another was installed since.
+		// The program that runs, even if it was upgraded since.
 		version := askVersion(ctx, h, fmt.Sprintf("/proc/%d/exe", p.PID))
 		d, s, err := examine(h, version, p.PID, p.Args)
 		if err != nil {
@@ -88,7 +89,7 @@ func unitArgs(h host.Host) []string {
 	return words[min(1, len(words)):]
 }
 
-// examine works out what a dockerd with these arguments does when it starts.
+// examine works out from files what a dockerd with these arguments does.
 func examine(h host.Host, version string, pid int, args []string) (*Engine, settings, error) {
 	s, err := readSettings(h, args)
 	if err != nil {
@@ -103,7 +104,7 @@ func examine(h host.Host, version string, pid int, args []string) (*Engine, sett
 	return d, s, nil
 }
 
-// askVersion returns dockerd's version; empty if it does not say one.
+// askVersion returns dockerd's version; empty if it prints none.
 func askVersion(ctx context.Context, h host.Host, binary string) string {
 	out, err := h.Run(ctx, binary, "--version")
 	if err != nil {
@@ -115,7 +116,7 @@ func askVersion(ctx context.Context, h host.Host, binary string) string {
 	return version
 }
 
-// findContainerd works out which containerd dockerd uses when it starts.
+// findContainerd works out which containerd dockerd uses.
 func (d *Engine) findContainerd(h host.Host, s settings) {
 	own := filepath.Join(s.ExecRoot, "containerd", "containerd.sock")
 	_, noSystem := h.Stat(containerd.DefaultAddress)
@@ -128,7 +129,7 @@ func (d *Engine) findContainerd(h host.Host, s settings) {
 	case d.PID != 0:
 		d.OwnContainerd = noOwn == nil || noSystem != nil
 	default:
-		// Its socket comes when containerd.service starts, before dockerd.
+		// containerd.service makes its socket before dockerd starts.
 		d.OwnContainerd = noSystem != nil && !d.hasContainerd
 	}
 	switch {
@@ -139,7 +140,7 @@ func (d *Engine) findContainerd(h host.Host, s settings) {
 	}
 }
 
-// findStore works out which store dockerd takes when it starts.
+// findStore works out which store dockerd uses.
 func (d *Engine) findStore(h host.Host, s settings) {
 	on, set := s.Features[snapshotterFeature]
 	switch {
@@ -161,18 +162,18 @@ func (d *Engine) findStore(h host.Host, s settings) {
 	for _, name := range graphDrivers {
 		dir := filepath.Join(s.DataRoot, name)
 		if entries, err := h.ReadDir(dir); err == nil && len(entries) > 0 && name != "vfs" {
-			d.Store, d.StoreReason = GraphDriverStore, dir+" is not empty, so Docker 29 stays with it"
+			d.Store, d.StoreReason = GraphDriverStore, dir+" is not empty, so Docker 29 keeps using it"
 			return
 		}
 	}
 	d.Store, d.StoreReason = ContainerdStore, "the default of Docker 29"
 }
 
-// graphDriverSet reports whether storage-driver names a graph driver, with which
-// the other store does not start.
+// graphDriverSet reports whether storage-driver names a graph driver, which the
+// containerd store does not support.
 func (d *Engine) graphDriverSet() bool { return slices.Contains(graphDrivers, d.storageDriver) }
 
-// info is the part of the Engine API's GET /info that counts here.
+// info is the part of the Engine API's GET /info that is used here.
 type info struct {
 	ServerVersion string
 	Driver        string
@@ -180,7 +181,7 @@ type info struct {
 	Containerd    *struct{ Address string } // since Docker 27
 }
 
-// ask asks the running dockerd for its GET /info.
+// ask sends GET /info to the running dockerd.
 func ask(ctx context.Context, h host.Host, s settings) (*info, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -199,11 +200,10 @@ func ask(ctx context.Context, h host.Host, s settings) (*info, error) {
 	return &info, json.Unmarshal(body, &info)
 }
 
-// maxInfo is the most that is read of Docker's answer, in bytes.
+// maxInfo bounds what is read of Docker's response, in bytes.
 const maxInfo = 4 << 20
 
-// update replaces what was worked out from files with what the running dockerd
-// reports.
+// update replaces what was worked out from files with what the running dockerd reports.
 func (d *Engine) update(info *info, s settings) {
 	if major, _, err := containerd.ParseVersion(info.ServerVersion); err == nil {
 		d.Version, d.major = info.ServerVersion, major
@@ -219,7 +219,7 @@ func (d *Engine) update(info *info, s settings) {
 	case "":
 		d.Store, d.StoreReason = store, "its storage driver is "+info.Driver
 	default:
-		d.Store, d.StoreReason = store, "it runs so, with the storage driver "+info.Driver+", and was not restarted since its configuration changed"
+		d.Store, d.StoreReason = store, "it runs with the storage driver "+info.Driver+", and was not restarted since its configuration changed"
 	}
 	if info.Containerd != nil && info.Containerd.Address != "" {
 		d.Containerd = containerd.SocketPath(info.Containerd.Address)

@@ -42,7 +42,7 @@ func dockerRoot(t *testing.T, files map[string]string) string {
 
 const dockerUnit = "/usr/lib/systemd/system/docker.service"
 
-// TestDockerOnAMachine looks at machines that do not run, one of each kind.
+// TestDockerOnAMachine examines root directories, one of each kind.
 func TestDockerOnAMachine(t *testing.T) {
 	const packaged = "[Service]\nExecStart=/usr/bin/dockerd -H fd:// --containerd=/run/containerd/containerd.sock\n"
 	for _, test := range []struct {
@@ -54,7 +54,7 @@ func TestDockerOnAMachine(t *testing.T) {
 		{"a fresh 29", "29.1.3", map[string]string{dockerUnit: packaged},
 			"Docker 29.1.3 uses this containerd (namespace moby) with its containerd image store: encrypted images work", nil},
 		{"29 upgraded", "29.1.3", map[string]string{dockerUnit: packaged, "/var/lib/docker/overlay2/l": ""},
-			"graph-driver store (/var/lib/docker/overlay2 is not empty, so Docker 29 stays with it)", []string{`"features": {"containerd-snapshotter": true} in /etc/docker/daemon.json`, "restart docker"}},
+			"graph-driver store (/var/lib/docker/overlay2 is not empty, so Docker 29 keeps using it)", []string{`"features": {"containerd-snapshotter": true} in /etc/docker/daemon.json`, "restart docker"}},
 		{"29 with an empty directory of a graph driver", "29.1.3", map[string]string{"/var/lib/docker/overlay2/": ""}, "encrypted images work", nil},
 		{"29 upgraded, elsewhere", "29.1.3", map[string]string{"/etc/docker/daemon.json": `{"data-root": "/srv/docker"}`, "/srv/docker/zfs/x": ""},
 			"/srv/docker/zfs is not empty", []string{"features", "restart docker"}},
@@ -68,14 +68,14 @@ func TestDockerOnAMachine(t *testing.T) {
 			"/etc/systemd/system/docker.service.d/x.conf": "[Service]\nExecStart=\nExecStart=/usr/bin/dockerd \\\n  --feature containerd-snapshotter=true --containerd /run/containerd/containerd.sock\n"}, "encrypted images work", nil},
 		{"29 switched back", "29.1.3", map[string]string{"/etc/docker/daemon.json": `{"features": {"containerd-snapshotter": false}}`}, "features.containerd-snapshotter is false", []string{"features", "restart docker"}},
 		{"20.10", "20.10.24+dfsg1", nil, "has no containerd image store", []string{"upgrade Docker"}},
-		{"a program that does not say its version", "", nil, "its image store is not known", []string{"docker info"}},
+		{"a program that prints no version", "", nil, "unknown image store", []string{"docker info"}},
 		{"another containerd", "29.1.3", map[string]string{"/etc/docker/daemon.json": `{"containerd": "unix:///run/k3s/containerd/containerd.sock"}`},
 			"uses the containerd at /run/k3s/containerd/containerd.sock, and pilot serves the one at /run/containerd/containerd.sock", []string{`"containerd": "/run/containerd/containerd.sock"`, "restart docker"}},
 		{"the same containerd by another path", "29.1.3", map[string]string{"/etc/docker/daemon.json": `{"containerd": "/var/run/containerd/containerd.sock"}`}, "encrypted images work", nil},
 		{"no containerd", "29.1.3", map[string]string{"-/usr/bin/containerd": ""},
-			"starts a containerd of its own at /var/run/docker/containerd/containerd.sock", []string{"install containerd", "enable --now containerd", "restart docker"}},
+			"starts its own containerd at /var/run/docker/containerd/containerd.sock", []string{"install containerd", "enable --now containerd", "restart docker"}},
 		{"containerd in dockerd", "29.1.3", map[string]string{dockerUnit: packaged, "/etc/docker/daemon.json": `{"features": {"embedded-containerd": true}, "exec-root": "/run/d"}`},
-			"starts a containerd of its own at /run/d/containerd/containerd.sock", []string{"remove features.embedded-containerd", "enable", "restart docker"}},
+			"starts its own containerd at /run/d/containerd/containerd.sock", []string{"remove features.embedded-containerd", "enable", "restart docker"}},
 		{"an empty configuration, elsewhere", "29.1.3", map[string]string{dockerUnit: "[Service]\nExecStart=/usr/bin/dockerd --config-file=/etc/d.json\n", "/etc/d.json": "\n"}, "encrypted images work", nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -97,8 +97,7 @@ func TestDockerOnAMachine(t *testing.T) {
 	}
 }
 
-// TestDockerNone looks at machines without Docker, and with one that nobody can
-// configure.
+// TestDockerNone examines machines without Docker, and with an unusable configuration.
 func TestDockerNone(t *testing.T) {
 	if d, err := Find(t.Context(), host.Host{Root: dockerRoot(t, nil)}); d != nil || err != nil {
 		t.Errorf("%+v, %v", d, err)

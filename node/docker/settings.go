@@ -13,8 +13,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// settings are those of daemon.json and of dockerd's command line that
-// count here.
+// settings are the settings of daemon.json and of dockerd's command line that are used
+// here.
 type settings struct {
 	Containerd    string          `json:"containerd"`
 	DataRoot      string          `json:"data-root"`
@@ -26,13 +26,13 @@ type settings struct {
 	configFile string
 }
 
-// The features that decide where images are.
+// The features that decide where images are kept.
 const (
 	snapshotterFeature = "containerd-snapshotter"
 	embeddedFeature    = "embedded-containerd"
 )
 
-// dockerSettings reads daemon.json, and what the command line has instead.
+// readSettings reads daemon.json and the command line, which wins.
 func readSettings(h host.Host, args []string) (settings, error) {
 	file, explicit := "/etc/docker/daemon.json", false
 	flags := flagValues(args)
@@ -46,7 +46,7 @@ func readSettings(h host.Host, args []string) (settings, error) {
 	case err != nil:
 		return s, fmt.Errorf("docker's configuration: %w", err)
 	}
-	// Docker takes an empty file, and one that begins with a byte order mark.
+	// Docker accepts an empty file, and one with a byte order mark.
 	if b = bytes.TrimSpace(bytes.TrimPrefix(b, []byte("\ufeff"))); len(b) > 0 {
 		if err := json.Unmarshal(b, &s); err != nil {
 			return s, fmt.Errorf("%s: %w", file, err)
@@ -84,7 +84,7 @@ func readSettings(h host.Host, args []string) (settings, error) {
 	return s, nil
 }
 
-// flagValues returns the values of those flags of dockerd's that have one.
+// flagValues returns the values of dockerd's flags that are used here.
 func flagValues(args []string) map[string][]string {
 	known := []string{"config-file", "containerd", "data-root", "graph", "g", "exec-root", "storage-driver", "s", "feature", "host", "H"}
 	flags := map[string][]string{}
