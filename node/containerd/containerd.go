@@ -21,8 +21,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// Instance is the machine's containerd with its version and its effective
-// comes to.
+// Instance is the machine's containerd with its version and its configuration.
 type Instance struct {
 	Target
 	Major, Minor int

@@ -150,7 +150,7 @@ func (e *examination) unnoted() []string {
 	if e.lost == "" {
 		return nil
 	}
-	return []string{fmt.Sprintf("%s: %s, and without it \"pilot node refresh\" does nothing", install.StateFile, e.lost)}
+	return []string{fmt.Sprintf("%s: %s, and without it \"pilot node refresh\" does nothing", install.RecordFile, e.lost)}
 }
 
 // addedToTheRest says what pilot's drop-in changes of the rest of containerd's

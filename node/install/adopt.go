@@ -16,27 +16,27 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// writtenBy is the first line of the files by which containerd, CRI-O and systemd
-// find pilot.
+// writtenBy is the first line of the files that make containerd, CRI-O and systemd use
+// pilot.
 const writtenBy = "# Written by \"pilot node install\"; \"pilot node uninstall\" removes it.\n"
 
-// loadState is readState, but makes a state that is missing or damaged again from
-// the files that an installation has left, and returns why. It writes nothing.
+// loadRecord reads the record. If it is missing or damaged, loadRecord rebuilds it from
+// the files of the installation, without writing it, and returns why in lost.
 //
-// A file counts if its whole text is one that an installation writes. What was
-// there before the installation is not known then: see state.Unsure.
-func (o Options) loadState() (s state, lost string, err error) {
-	s, err = o.readState()
+// A file is taken for pilot's if its whole text is one that an installation writes. What
+// it replaced is unknown then: see record.Unsure.
+func (o Options) loadRecord() (s record, lost string, err error) {
+	s, err = o.readRecord()
 	var damaged *host.Conflict
 	switch {
 	case errors.As(err, &damaged):
-		lost, s = damaged.What, state{}
+		lost, s = damaged.What, record{}
 	case err != nil:
 		return s, "", err
 	case slices.ContainsFunc(s.Files, func(f installed) bool { return connects(f.Path) }):
 		return s, "", nil
 	case len(s.Files) > 0:
-		lost = "it does not name them"
+		lost = "it does not list them"
 	default:
 		lost = "it is missing"
 	}
@@ -46,14 +46,14 @@ func (o Options) loadState() (s state, lost string, err error) {
 	return s, "", err
 }
 
-// adoption makes a state from the files of an installation.
+// adoption rebuilds a record from the files of an installation.
 type adoption struct {
 	o Options
-	s state
+	s record
 }
 
-// all adopts an installation, if there is one: if something has containerd or CRI-O
-// ask pilot, or will.
+// all adopts an installation. It reports false if there is none: no file makes
+// containerd or CRI-O use pilot.
 func (a *adoption) all() bool {
 	had := len(a.s.Files)
 	dirs := map[string]bool{}
@@ -84,7 +84,7 @@ func (a *adoption) all() bool {
 			dirs[filepath.Dir(link)] = true
 		}
 	}
-	a.s.Dirs = append(a.s.Dirs, stateDir)
+	a.s.Dirs = append(a.s.Dirs, recordDir)
 	a.s.Unsure = append(a.s.Unsure, slices.Collect(maps.Keys(dirs))...)
 	a.s.Unsure = append(a.s.Unsure, filepath.Dir(pilotConfig), filepath.Join(host.UnitDir, PilotService+".d"))
 	slices.Sort(a.s.Unsure)
@@ -108,8 +108,8 @@ func (a *adoption) file(path string, ours func(text []byte) bool) bool {
 	return true
 }
 
-// dropIns adopts the drop-ins of a containerd, with what was inserted into its
-// configuration for them, and notes their directories.
+// dropIns adopts the drop-ins of a containerd and their imports in its main file, and
+// adds their directories to dirs.
 func (a *adoption) dropIns(config string, dirs map[string]bool) {
 	files, err := containerd.ReadConfigFiles(a.o.Host, config)
 	if err != nil {
@@ -138,7 +138,7 @@ func (a *adoption) dropIns(config string, dirs map[string]bool) {
 	}
 }
 
-// inserted adopts what was inserted into a configuration file for a drop-in.
+// inserted adopts the import of a drop-in in the main file.
 func (a *adoption) inserted(files *containerd.ConfigFiles, dropIn string) {
 	for _, pattern := range []string{strings.TrimSuffix(dropIn, ".toml") + "*.toml", dropIn} {
 		if !slices.Contains(files.Imports, pattern) || a.s.file(files.Main) != nil {
@@ -156,7 +156,7 @@ func (a *adoption) inserted(files *containerd.ConfigFiles, dropIn string) {
 			}
 		}
 		if f.Before == nil {
-			f.SHA256 = "" // somebody has written it another way
+			f.SHA256 = "" // it is not written as pilot does
 		} else if onlyVersion.Match(f.Before) {
 			a.s.Unsure = append(a.s.Unsure, f.Path)
 		}
@@ -164,12 +164,12 @@ func (a *adoption) inserted(files *containerd.ConfigFiles, dropIn string) {
 	}
 }
 
-// onlyVersion is a configuration file that says nothing, as it is where containerd
-// had none.
+// onlyVersion matches a configuration file without settings, which pilot writes where
+// there was none.
 var onlyVersion = regexp.MustCompile(`^\s*(version = \d+)?\s*$`)
 
-// isDropInText reports whether an installation has written this drop-in of
-// containerd's configuration: its header, and no setting but pilot's.
+// isDropInText reports whether an installation has written this drop-in: it has pilot's
+// header, and only pilot's settings.
 func isDropInText(text []byte) bool {
 	if string(text) == leftOut {
 		return true
@@ -191,8 +191,8 @@ func isDropInText(text []byte) bool {
 	return containerd.AddsOnlyPilot(conf)
 }
 
-// isPilotConfig reports whether an installation writes this pilot.toml, with
-// whatever settings.
+// isPilotConfig reports whether an installation has written this pilot.toml, with any
+// settings.
 func isPilotConfig(text []byte) bool {
 	var conf map[string]any
 	if err := toml.Unmarshal(text, &conf); err != nil {
@@ -213,7 +213,7 @@ func isPilotConfig(text []byte) bool {
 	return bytes.Equal(text, newPilotConfig(settings, false))
 }
 
-// isEnvironmentUnit reports whether an installation writes this drop-in of
+// isEnvironmentUnit reports whether an installation has written this drop-in of
 // pilot.service.
 func isEnvironmentUnit(text []byte) bool {
 	return environmentUnitText.Match(text)
@@ -225,8 +225,8 @@ var (
 	serveLine           = regexp.MustCompile(`(?m)^ExecStart=/\S+ serve$`)
 )
 
-// isUnit reports whether an installation has written this unit, of this version of
-// pilot or an earlier one.
+// isUnit reports whether an installation by this version of pilot or an earlier one has
+// written this unit.
 func isUnit(name string, text []byte) bool {
 	text = serveLine.ReplaceAll(text, []byte("ExecStart="+PackagedPilot+" serve"))
 	ours, err := unitFiles.ReadFile("units/" + name)
@@ -246,9 +246,9 @@ var earlierUnits = []string{
 	"fb93e1ed828da71c886563ff0bbe3f9cf7306bf8f673670b8ea575c12858c24e",
 }
 
-// leftOver returns what an installation may have written and the state does not have,
-// so that it stays.
-func (s *state) leftOver(o Options) []string {
+// leftOver returns the existing files that an installation may have written and that are
+// not in the record, so that they stay.
+func (s *record) leftOver(o Options) []string {
 	paths := slices.Clone(s.Unsure)
 	for _, path := range []string{pilotConfig, keyProviders} {
 		if s.file(path) == nil {
@@ -268,7 +268,7 @@ func (s *state) leftOver(o Options) []string {
 		if err != nil {
 			return true
 		}
-		// A directory with something in it is not left for pilot's sake.
+		// Only empty directories are reported.
 		if !info.IsDir() {
 			return false
 		}
@@ -277,7 +277,7 @@ func (s *state) leftOver(o Options) []string {
 	})
 }
 
-// lostState is the error of a state that can't be read.
-func lostState(err error) error {
-	return &host.Conflict{Where: StateFile, What: fmt.Sprintf("it is damaged: %s", err), Fix: "run \"pilot node install\", which makes it again from pilot's files; if there are none, remove it"}
+// lostRecord is the error of a record that can't be read.
+func lostRecord(err error) error {
+	return &host.Conflict{Where: RecordFile, What: fmt.Sprintf("it is damaged: %s", err), Fix: "run \"pilot node install\", which rebuilds it from pilot's files; if there are none, remove it"}
 }

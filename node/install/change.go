@@ -14,11 +14,11 @@ import (
 // Change is a file or a symbolic link that is made, changed or removed.
 type Change struct {
 	Path string // inside the root
-	Old  []byte // what was there; nil: nothing
-	New  []byte // what shall be there; nil: nothing, or a link
-	Link string // what a symbolic link shall point to
+	Old  []byte // the content before; nil: no file
+	New  []byte // the content after; nil: no file, or a link
+	Link string // the target of a symbolic link
 	Mode fs.FileMode
-	// Remove says that the file goes, which an earlier installation has made.
+	// Remove is true if a file of an earlier installation is removed.
 	Remove bool
 }
 
@@ -37,8 +37,7 @@ func (c Change) Diff() string {
 	return string(diff.Diff(from, c.Old, to, c.New))
 }
 
-// make makes the change, unless somebody else has changed the file since the
-// change was planned.
+// make makes the change, unless the file was changed after the change was planned.
 func (c Change) make(o Options) error {
 	if c.Link == "" {
 		if err := c.finds(o, c.Old); err != nil {
@@ -57,20 +56,19 @@ func (c Change) make(o Options) error {
 	return o.WriteFile(c.Path, c.New, c.Mode)
 }
 
-// finds reports an error if the file's content is another. Nil: there is none.
+// finds returns an error if the file has other content; nil stands for no file.
 func (c Change) finds(o Options, content []byte) error {
 	has, err := o.ReadFile(c.Path)
 	if host.IgnoreNotExist(err) != nil {
 		return err
 	}
 	if !bytes.Equal(has, content) || (err == nil) != (content != nil) {
-		return &host.Conflict{Where: c.Path, What: "somebody else has changed it in the meantime", Fix: "run this again"}
+		return &host.Conflict{Where: c.Path, What: "it was changed in the meantime", Fix: "run this again"}
 	}
 	return nil
 }
 
-// revert puts back what the change replaced, unless somebody else has changed
-// the file since.
+// revert restores what the change replaced, unless the file was changed since.
 func (c Change) revert(o Options) error {
 	if c.Link == "" {
 		if err := c.finds(o, c.New); err != nil {

@@ -14,8 +14,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// processorConfig returns containerd 1.6's configuration, for pilot-decoder in the
-// place of imgcrypt's ctd-decoder, with that one's settings.
+// processorConfig returns the settings for containerd 1.6: pilot-decoder in place of
+// imgcrypt's ctd-decoder, with the arguments and environment of that one.
 func processorConfig(c *containerd.Instance, o Options) (map[string]any, error) {
 	decryption, _ := containerd.Plugin(c.Plain, containerd.CRIV1)["image_decryption"].(map[string]any)
 	if model, ok := decryption["key_model"].(string); ok && model != "node" {
@@ -34,7 +34,7 @@ func processorConfig(c *containerd.Instance, o Options) (map[string]any, error) 
 		section, _ := had[id].(map[string]any)
 		for _, mt := range containerd.Strings(section["accepts"]) {
 			if strings.HasSuffix(mt, "+encrypted") {
-				return nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("the stream processor %s at %s takes encrypted layers", id, p.Path), Fix: "remove it"}
+				return nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("the stream processor %s at %s accepts encrypted layers", id, p.Path), Fix: "remove it"}
 			}
 		}
 	}
@@ -64,8 +64,8 @@ const (
 	addPilotToFile = `add "pilot": {"grpc": "unix://` + keySocket + `"} to its key-providers`
 )
 
-// takeOver returns the directory of keys and the environment that a decoder had,
-// with a key provider file that has pilot.
+// takeOver returns the directory of keys and the environment of an existing stream
+// processor, with an ocicrypt.conf that names pilot.
 func takeOver(c *containerd.Instance, h host.Host, id string) (keys string, env []string, err error) {
 	p := containerd.ProcessorIn(c.Plain, id)
 	if keys, err = keysOf(c, h, id); err != nil {
@@ -91,8 +91,8 @@ func takeOver(c *containerd.Instance, h host.Host, id string) (keys string, env 
 	return keys, append(env, providersEnv+providers), nil
 }
 
-// keysOf returns the directory of keys that a decoder was given, if that is more
-// than containerd's default, which need not exist.
+// keysOf returns a stream processor's directory of keys, or "" if it is containerd's
+// default and empty.
 func keysOf(c *containerd.Instance, h host.Host, id string) (string, error) {
 	keys := ""
 	args := containerd.ProcessorIn(c.Plain, id).Args
@@ -103,7 +103,7 @@ func keysOf(c *containerd.Instance, h host.Host, id string) (string, error) {
 			value, ok = args[i], true
 		}
 		if !ok {
-			return "", &host.Conflict{Where: c.Config, What: fmt.Sprintf("the stream processor %s has the argument %q, which pilot does not know", id, args[i]), Fix: "remove it"}
+			return "", &host.Conflict{Where: c.Config, What: fmt.Sprintf("the stream processor %s has the argument %q, which pilot does not support", id, args[i]), Fix: "remove it"}
 		}
 		keys = value
 	}
@@ -115,8 +115,8 @@ func keysOf(c *containerd.Instance, h host.Host, id string) (string, error) {
 	return keys, nil
 }
 
-// providersIn returns the names of the key providers of an ocicrypt.conf, none if
-// there is no such file.
+// providersIn returns the names of the key providers in an ocicrypt.conf, none if it does
+// not exist.
 func providersIn(h host.Host, file string) ([]string, error) {
 	text, err := h.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -142,9 +142,8 @@ func providerNames(text []byte) ([]string, error) {
 	return slices.Sorted(maps.Keys(conf.KeyProviders)), err
 }
 
-// decoderSettings returns what pilot's differ takes over from the stream
-// processors that decrypted before: a directory of keys, and the environment of
-// other key providers.
+// decoderSettings returns what pilot's differ takes over from existing stream processors:
+// the directory of keys, and the environment with other key providers.
 func decoderSettings(c *containerd.Instance, h host.Host) (keys string, env []string, err error) {
 	for _, id := range slices.Sorted(maps.Keys(containerd.Decoders)) {
 		p := containerd.ProcessorIn(c.Plain, id)
@@ -171,7 +170,7 @@ func decoderSettings(c *containerd.Instance, h host.Host) (keys string, env []st
 		}
 		names = slices.DeleteFunc(names, func(s string) bool { return s == "pilot" })
 		for _, v := range p.Env {
-			// The file alone, and containerd's default of it, is no reason.
+			// An ocicrypt.conf without other key providers need not be kept.
 			if (len(names) > 0 || !strings.HasPrefix(v, providersEnv)) && !slices.Contains(env, v) {
 				env = append(env, v)
 			}

@@ -13,7 +13,7 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestDecoderSettings takes over what stream processors had.
+// TestDecoderSettings takes over settings of stream processors.
 func TestDecoderSettings(t *testing.T) {
 	o := host.Host{Root: t.TempDir()}
 	for path, text := range map[string]string{

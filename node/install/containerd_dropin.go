@@ -13,22 +13,22 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// The names of pilot's drop-in. The second comes after the files of others, whose
-// lists would replace pilot's.
+// The names of pilot's drop-in. The second is read after other tools' files, whose lists
+// would replace pilot's.
 const (
 	dropInName     = "pilot.toml"
 	lastDropInName = "zz-pilot.toml"
 )
 
-// isDropIn reports whether a file of an installation is what adds pilot to
-// containerd's configuration.
+// isDropIn reports whether a file of an installation is a drop-in of containerd's
+// configuration.
 func isDropIn(path string) bool {
 	name := filepath.Base(path)
 	return (name == dropInName || name == lastDropInName || strings.HasSuffix(name, ".toml.tmpl")) && path != pilotConfig
 }
 
-// dropIns returns pilot's drop-ins that were installed.
-func (s *state) dropIns() []string {
+// dropIns returns pilot's drop-ins in the record.
+func (s *record) dropIns() []string {
 	var paths []string
 	for _, f := range s.Files {
 		if isDropIn(f.Path) {
@@ -38,8 +38,8 @@ func (s *state) dropIns() []string {
 	return paths
 }
 
-// newDropIn finds the drop-in that adds pilot to containerd's configuration and
-// changes nothing else, with what the configuration comes to then.
+// newDropIn finds a drop-in that adds pilot to containerd's configuration and changes
+// nothing else. It also returns the effective configuration with it.
 func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candidate, map[string]any, error) {
 	if c.Rewritten && c.Files.Text == nil {
 		return nil, nil, &host.Conflict{Where: c.Config, What: "it does not exist yet: " + c.Name + " writes it when it starts", Fix: "start " + c.Name + " once, and run this again"}
@@ -48,7 +48,7 @@ func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candida
 	if err != nil {
 		return nil, nil, err
 	}
-	var failure error // of the best that was tried
+	var failure error // of the first, which is the best
 	for _, d := range candidates(c) {
 		if err := d.render(conf); err != nil {
 			return nil, nil, err
@@ -56,7 +56,7 @@ func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candida
 		dump, err := c.Trial(ctx, o.Host, &d.DropIn)
 		if err == nil {
 			if changed := containerd.Differences(c.Plain, dump, c.SetByPilot()); len(changed) > 0 {
-				err = fmt.Errorf("containerd %d.%d would take more than pilot from it: %s", c.Major, c.Minor, containerd.Summary(changed))
+				err = fmt.Errorf("with it containerd %d.%d would change other settings: %s", c.Major, c.Minor, containerd.Summary(changed))
 			} else if err = effective(c, dump, o.Host); err == nil {
 				return &d, dump, nil
 			}
@@ -68,7 +68,7 @@ func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candida
 			failure = fmt.Errorf("%s: %w", d.describe(), err)
 		}
 	}
-	return nil, nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("pilot can't be added without changing something else: %s", failure), Fix: "take what is in the way out of containerd's files"}
+	return nil, nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("pilot can't be added without changing other settings: %s", failure), Fix: "remove what is in the way from containerd's files"}
 }
 
 func (d *candidate) describe() string {
@@ -81,13 +81,13 @@ func (d *candidate) describe() string {
 	return d.Path + " without a version"
 }
 
-// candidate is a drop-in that may be the right one.
+// candidate is a drop-in to try.
 type candidate struct {
 	containerd.DropIn
 	format containerd.Format
 }
 
-// candidates are the drop-ins to try, the best first.
+// candidates returns the drop-ins to try, the best first.
 func candidates(c *containerd.Instance) []candidate {
 	var list []candidate
 	dir, isImported := c.Files.DropInDir()
@@ -111,7 +111,8 @@ func candidates(c *containerd.Instance) []candidate {
 			path := filepath.Join(filepath.Dir(c.Config), "conf.d", dropInName)
 			d := candidate{containerd.DropIn{Path: path}, f}
 			if !c.Files.Matches(path) {
-				// A pattern, since containerd starts if nothing matches it.
+				// A pattern, since containerd does not start if a file is missing that is
+				// imported by name.
 				d.Pattern = strings.TrimSuffix(path, ".toml") + "*.toml"
 			}
 			list = append(list, d)
@@ -120,7 +121,7 @@ func candidates(c *containerd.Instance) []candidate {
 	return list
 }
 
-// additions returns what has to be added to containerd's configuration.
+// additions returns the settings to add to containerd's configuration.
 func additions(c *containerd.Instance, o Options) (map[string]any, error) {
 	if c.UsesDiffer() {
 		return differConfig(c, o.Host)
@@ -128,7 +129,7 @@ func additions(c *containerd.Instance, o Options) (map[string]any, error) {
 	return processorConfig(c, o)
 }
 
-// templateBase begins a template of k3s's with what k3s writes without it.
+// templateBase inserts what k3s writes without a template.
 const templateBase = "{{ template \"base\" . }}\n\n"
 
 // render writes the file's text.
@@ -152,8 +153,8 @@ func (d *candidate) render(conf map[string]any) error {
 	return nil
 }
 
-// withShortIDs names plugins as containerd 1.x wants it in files without a version
-// if none of its files says one.
+// withShortIDs names plugins as containerd 1.x expects if none of its files has a
+// version.
 func withShortIDs(conf map[string]any) map[string]any {
 	plugins, ok := conf["plugins"].(map[string]any)
 	if !ok {
@@ -175,9 +176,8 @@ func withShortIDs(conf map[string]any) map[string]any {
 	return renamed
 }
 
-// differConfig returns containerd's configuration for pilot's differ. Lists are
-// those that containerd has without pilot's drop-in, since the file that is read
-// last replaces them whole.
+// differConfig returns the settings for pilot's differ. Lists contain what containerd has
+// without pilot, since the file that is read last replaces the whole list.
 func differConfig(c *containerd.Instance, h host.Host) (map[string]any, error) {
 	if had, ok := containerd.PilotProxy(c.Plain); ok && (had.Kind != "diff" || had.At != containerd.DiffSocket) {
 		return nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("there is a proxy plugin pilot of type %s at %s", had.Kind, had.At), Fix: "remove it, or make it type diff at " + containerd.DiffSocket}
@@ -206,7 +206,7 @@ func differConfig(c *containerd.Instance, h host.Host) (map[string]any, error) {
 	}, nil
 }
 
-// effective checks that containerd decrypts with a configuration.
+// effective checks that a configuration makes containerd decrypt with pilot.
 func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
 	if !c.UsesDiffer() {
 		for id := range containerd.Decoders {

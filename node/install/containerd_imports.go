@@ -10,14 +10,14 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// importsKey is a line that begins the list of imports.
+// importsKey matches the line that begins the list of imports.
 var importsKey = regexp.MustCompile(`^\s*(imports|"imports"|'imports')\s*=\s*\[`)
 
-// insertImport makes a configuration file import another after all others, so that
-// it is read last, and returns what it has inserted.
+// insertImport adds a file to the end of a configuration file's imports, so that it is
+// read last. It also returns the inserted text.
 func insertImport(text, file string) (edited, inserted string) {
 	lines := strings.SplitAfter(text, "\n")
-	at := 0 // where a line of the top level can stand: before the first table
+	at := 0 // the line before which to insert: in the top level, before the first table
 	offset := 0
 	for i, line := range lines {
 		trimmed := strings.TrimSpace(line)
@@ -76,8 +76,8 @@ scan:
 	return text[:end] + inserted + text[end:], inserted
 }
 
-// importsToo reports whether the only difference between two texts of a file is
-// that the second imports one more file, as the last.
+// importsToo reports whether the only difference between two texts of a configuration
+// file is that the second imports one more file, as its last.
 func importsToo(was, is, file string) bool {
 	var before, after map[string]any
 	if toml.Unmarshal([]byte(was), &before) != nil || toml.Unmarshal([]byte(is), &after) != nil {
@@ -91,10 +91,10 @@ func importsToo(was, is, file string) bool {
 	return reflect.DeepEqual(before, after)
 }
 
-// insertedImport is what insertImport inserts for a drop-in.
+// insertedImport matches what insertImport inserts for a drop-in.
 var insertedImport = regexp.MustCompile(`^(\n?imports = \[|,? |)'[^'\n]*pilot\*?\.toml'(\]\n)?$`)
 
-// imported returns the file that what insertImport has inserted imports.
+// imported returns the file in the text that insertImport has inserted.
 func imported(inserted string) []byte {
 	return bytes.Split([]byte(inserted), []byte("'"))[1]
 }

@@ -12,7 +12,8 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 )
 
-// crioDropIn has CRI-O's unit set the variable by which ocicrypt finds pilot.
+// crioDropIn is the drop-in of CRI-O's unit, which sets the variable that names
+// ocicrypt.conf.
 const crioDropIn = host.UnitDir + "/crio.service.d/pilot.conf"
 
 const crioDropInText = writtenBy + `[Unit]
@@ -22,9 +23,9 @@ After=pilot-keyprovider.socket
 [Service]
 Environment=` + keyproviderconfig.ENVVARNAME + "=" + keyProviders + "\n"
 
-// forCRIO plans an installation beside CRI-O, which asks pilot as a key
-// provider and has no differs.
-func (p *Plan) forCRIO(before state) error {
+// forCRIO plans an installation beside CRI-O, which has no differs and uses pilot as a
+// key provider.
+func (p *Plan) forCRIO(before record) error {
 	o := p.options
 	if !o.HasUnit(crio.Service) || !o.HasSystemd() {
 		return &host.Conflict{Where: crio.Socket, What: "CRI-O is not started by systemd's " + crio.Service, Fix: "set it up as docs/crio.md shows"}
@@ -54,9 +55,8 @@ func (p *Plan) forCRIO(before state) error {
 	return nil
 }
 
-// crioPilotConfig plans a pilot.toml without the differ, for which there is no
-// containerd.
-func (p *Plan) crioPilotConfig(before state) error {
+// crioPilotConfig plans a pilot.toml without the differ, since there is no containerd.
+func (p *Plan) crioPilotConfig(before record) error {
 	settings := maps.Clone(p.options.Settings)
 	if settings == nil {
 		settings = make(map[string]string)
@@ -72,7 +72,7 @@ func (p *Plan) crioPilotConfig(before state) error {
 	})
 }
 
-// checkCRIOEnvironment refuses a variable that somebody else has set for CRI-O.
+// checkCRIOEnvironment rejects a variable that is set to another file already.
 func (o Options) checkCRIOEnvironment() error {
 	files := append([]string{"/etc/sysconfig/crio", "/etc/default/crio"}, o.UnitFiles(crio.Service)...)
 	for _, name := range files {
@@ -85,7 +85,7 @@ func (o Options) checkCRIOEnvironment() error {
 			_, value, found := strings.Cut(line, keyproviderconfig.ENVVARNAME+"=")
 			value, _, _ = strings.Cut(value, " ")
 			if found && !strings.HasPrefix(line, "#") && strings.Trim(value, `"'`) != keyProviders {
-				return &host.Conflict{Where: name, What: line, Fix: "move the file that it names to " + keyProviders + ", add pilot to it, and name that here"}
+				return &host.Conflict{Where: name, What: line, Fix: "move the file it names to " + keyProviders + ", add pilot to it, and name that here"}
 			}
 		}
 	}

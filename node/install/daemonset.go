@@ -8,25 +8,25 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// What a DaemonSet adds to an installation.
+// Files that a DaemonSet adds to an installation.
 const (
-	// DaemonSetMark says that the installation is a DaemonSet's, and so goes with it.
-	DaemonSetMark = stateDir + "/daemonset"
-	// Where the machine has what comes from the pod. The CA's certificates have to
-	// be there when pilot starts, before the pod does.
+	// DaemonSetMark marks an installation that is removed with its DaemonSet.
+	DaemonSetMark = recordDir + "/daemonset"
+	// BrokerToken and BrokerCA are copies of the pod's files. The CA's certificates have
+	// to exist when pilot starts, which is before the pod does.
 	BrokerToken = "/run/pilot/broker-token"
 	BrokerCA    = "/etc/pilot/broker-ca.pem"
 )
 
-// Put puts a file on the machine as part of an installation, so uninstalling
-// removes it, and notes the services that have to be restarted then.
+// Put writes a file on the machine as part of an installation, so that uninstalling
+// removes it. If the file changes, it notes services to restart.
 func Put(ctx context.Context, o Options, path string, content []byte, mode fs.FileMode, restart ...string) error {
 	release, err := o.lock()
 	if err != nil {
 		return err
 	}
 	defer release()
-	before, _, err := o.loadState()
+	before, _, err := o.loadRecord()
 	if err != nil {
 		return err
 	}
@@ -47,9 +47,9 @@ func Put(ctx context.Context, o Options, path string, content []byte, mode fs.Fi
 	return nil
 }
 
-// Intact reports whether all that was installed is there.
+// Intact reports whether all installed files exist, with a drop-in that is not empty.
 func Intact(o Options) bool {
-	s, err := o.readState()
+	s, err := o.readRecord()
 	return err == nil && Connected(o) && !slices.ContainsFunc(s.Files, func(f installed) bool {
 		if isDropIn(f.Path) {
 			text, err := o.ReadFile(f.Path)

@@ -10,8 +10,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestPut puts files on a machine, also after a process that did so was killed
-// at the worst moment.
+// TestPut writes files on a machine, also after a process doing so was killed at the
+// worst moment.
 func TestPut(t *testing.T) {
 	o := Options{Host: host.Host{Root: t.TempDir()}}
 	for _, dir := range []string{"etc", "run"} {
@@ -47,26 +47,26 @@ func TestPut(t *testing.T) {
 		t.Errorf("nothing has changed, and pending are %q", p)
 	}
 
-	// Killed when v2 was noted and not yet written.
-	s, err := o.readState()
+	// Killed when v2 was recorded and not yet written.
+	s, err := o.readRecord()
 	if err != nil {
 		t.Fatal(err)
 	}
 	s.note(o, Change{Path: path, Old: []byte("v1"), New: []byte("v2"), Mode: 0o700}, "")
-	if err := o.writeState(s); err != nil {
+	if err := o.writeRecord(s); err != nil {
 		t.Fatal(err)
 	}
 	put("v3")
 	if _, err := Uninstall(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
-	for _, left := range []string{"/opt", stateDir} {
+	for _, left := range []string{"/opt", recordDir} {
 		if _, err := os.Stat(filepath.Join(o.Root, left)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s is left: %v", left, err)
 		}
 	}
 
-	// Somebody else's stays.
+	// A file that pilot did not write stays.
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		t.Fatal(err)
 	}

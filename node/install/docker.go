@@ -6,8 +6,8 @@ import (
 	"github.com/ctrlplane/pilot/node/docker"
 )
 
-// DockerNote says in lines of text whether the machine's Docker, if it has one,
-// decrypts images with the pilot that the plan installs.
+// DockerNote returns lines of text that say whether the machine's Docker decrypts images
+// with the pilot that the plan installs, or nothing if there is no Docker.
 func (p *Plan) DockerNote(ctx context.Context) (lines []string) {
 	if p.containerd == nil {
 		return nil // it installs beside CRI-O

@@ -25,34 +25,33 @@ import (
 // Options say what to install, and where.
 type Options struct {
 	host.Host
-	// Containerd is the one to set up. One that runs has to have the program, the
-	// file and the socket that are named. Default: the one that runs, or else the one
-	// that containerd.service starts, or containerd in PATH with
-	// /etc/containerd/config.toml.
+	// Containerd is the one to set up. If one runs, it must have the program, the file
+	// and the socket named here. Default: the one that runs, or else the one that
+	// containerd.service starts, or containerd in PATH with /etc/containerd/config.toml.
 	Containerd containerd.Named
-	// PilotBinary is pilot's program on the machine. Default: this one, or
-	// with a Root what is in its usual directories.
+	// PilotBinary is the path of pilot's program on the machine. Default: this program,
+	// or for a root directory /usr/local/bin/pilot or /usr/bin/pilot.
 	PilotBinary string
-	// Settings are lines for a new pilot.toml, by their names.
+	// Settings are settings for pilot.toml, by name.
 	Settings map[string]string
-	// KeepConfig has Uninstall leave pilot.toml and ocicrypt.conf.
+	// KeepConfig makes Uninstall keep pilot.toml and ocicrypt.conf.
 	KeepConfig bool
 }
 
 // Plan is what an installation would change.
 type Plan struct {
-	// Changes are what it would write; none if all is as it should be.
+	// Changes are the files it would write; none if everything is up to date.
 	Changes []Change
-	// Restart names the services that have to be restarted after it.
+	// Restart names the services to restart afterwards.
 	Restart []string
 
 	options    Options
-	before     *state // nil: as it is noted
-	lost       string // why before was made again from files; empty: it was not
+	before     *record // nil: the one on disk
+	lost       string  // why before was rebuilt from files; empty: it was not
 	containerd *containerd.Instance
-	expected   map[string]any    // containerd's configuration with them
-	deferred   bool              // which containerd reads once it is started by what it is part of
-	inserted   map[string]string // by path, what is inserted into a file that is somebody else's
+	expected   map[string]any    // containerd's configuration with the changes
+	deferred   bool              // containerd reads them only once its distribution starts it
+	inserted   map[string]string // by path, the text inserted into a file that is not pilot's
 	release    func()
 }
 
@@ -69,8 +68,8 @@ func (p *Plan) Runtime() string {
 	return fmt.Sprintf("containerd %d.%d (%s), %s, configured by %s", c.Major, c.Minor, of, c.Program, c.Config)
 }
 
-// Adopted returns files that an earlier installation has written and of which no
-// note was left, and why. The plan takes them over.
+// Adopted returns the files of an earlier installation whose record was lost, and how it
+// was lost. The plan takes them over.
 func (p *Plan) Adopted() (files []string, why string) {
 	if p.lost == "" {
 		return nil, ""
@@ -78,10 +77,10 @@ func (p *Plan) Adopted() (files []string, why string) {
 	for _, f := range p.before.Files {
 		files = append(files, f.Path)
 	}
-	return files, StateFile + ": " + p.lost
+	return files, RecordFile + ": " + p.lost
 }
 
-// Close lets others install.
+// Close releases the lock that keeps other installations away.
 func (p *Plan) Close() { p.release() }
 
 const (
@@ -112,15 +111,14 @@ func (o *Options) defaults() error {
 			return nil
 		}
 	}
-	return fmt.Errorf("there is no pilot in %s: put it into %s first", o.Root, o.Path("/usr/local/bin"))
+	return fmt.Errorf("there is no pilot in %s: copy it to %s first", o.Root, o.Path("/usr/local/bin"))
 }
 
-// NewPlan looks at a machine and plans an installation of pilot beside its
-// containerd. The error is a [*Conflict] if a setting of the machine's own is
-// in the way.
+// NewPlan examines a machine and plans an installation of pilot beside its containerd or
+// CRI-O. The error is a [*host.Conflict] if a setting of the machine's owner is in the
+// way.
 //
-// Close has to be called when the plan is not needed any more: until then no
-// other installation is made on the machine.
+// Callers must call Close: until then, other installations on the machine wait.
 func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	if err := o.defaults(); err != nil {
 		return nil, err
@@ -134,7 +132,7 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 			release()
 		}
 	}()
-	before, lost, err := o.loadState()
+	before, lost, err := o.loadRecord()
 	if err != nil {
 		return nil, err
 	}
@@ -182,7 +180,7 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 }
 
 // look finds the machine's containerd, and examines it.
-func look(ctx context.Context, o Options, before state) (*containerd.Instance, error) {
+func look(ctx context.Context, o Options, before record) (*containerd.Instance, error) {
 	t, err := containerd.Find(o.Host, o.Containerd)
 	if err != nil {
 		return nil, err
@@ -194,16 +192,16 @@ func look(ctx context.Context, o Options, before state) (*containerd.Instance, e
 	return c, c.CheckAddress(o.Containerd)
 }
 
-// containerdFiles plans the drop-in, and the line that makes containerd read it
-// if it reads none.
-func (p *Plan) containerdFiles(ctx context.Context, before state) error {
+// containerdFiles plans the drop-in, and the import of it if containerd's main file has
+// none.
+func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 	c := p.containerd
 	d, expected, err := newDropIn(ctx, c, p.options)
 	if err != nil {
 		return err
 	}
 	p.expected, p.deferred = expected, d.Template || d.Path == d.Pattern
-	// One that was installed under another name goes.
+	// Remove one that was installed under another name.
 	for _, path := range c.Ours {
 		if path != d.Path {
 			if err := p.remove(before, path); err != nil {
@@ -214,7 +212,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 	if err := p.own(before, d.Path, d.Text, nil); err != nil {
 		return err
 	}
-	// A file that is rewritten at each start gets its imports then.
+	// A file that its distribution rewrites at each start gets its imports then.
 	if d.Pattern == "" || c.Rewritten {
 		return nil
 	}
@@ -230,7 +228,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 	}
 	edited, inserted := insertImport(text, d.Pattern)
 	if !importsToo(text, edited, d.Pattern) {
-		return &host.Conflict{Where: c.Config, What: "its imports are written in a way that pilot can't add to", Fix: fmt.Sprintf("add %q to the list, as its last", d.Pattern)}
+		return &host.Conflict{Where: c.Config, What: "pilot can't edit its list of imports", Fix: fmt.Sprintf("add %q to the list, as its last", d.Pattern)}
 	}
 	p.Changes = append(p.Changes, Change{Path: c.Config, Old: c.Files.Text, New: []byte(edited), Mode: mode})
 	p.inserted[c.Config] = inserted
@@ -238,7 +236,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before state) error {
 }
 
 // remove plans the removal of a file that was installed.
-func (p *Plan) remove(before state, path string) error {
+func (p *Plan) remove(before record, path string) error {
 	old, err := p.options.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -247,14 +245,13 @@ func (p *Plan) remove(before state, path string) error {
 		return err
 	}
 	if f := before.file(path); f == nil || !f.is(old) {
-		return &host.Conflict{Where: path, What: "it was changed since it was installed, and is not read as it has to be", Fix: "move it away"}
+		return &host.Conflict{Where: path, What: "it was changed since it was installed, and containerd must read another file instead", Fix: "move it away"}
 	}
 	p.Changes = append(p.Changes, Change{Path: path, Old: old, Mode: 0o644, Remove: true})
 	return nil
 }
 
-// check checks that containerd's configuration has come to what it did when it
-// was tried.
+// check checks that containerd's effective configuration is the one that was tried.
 func (p *Plan) check(ctx context.Context) error {
 	c := p.containerd
 	if c == nil || p.deferred {
@@ -265,14 +262,14 @@ func (p *Plan) check(ctx context.Context) error {
 		return err
 	}
 	if changed := containerd.Differences(p.expected, dump, func([]string) bool { return false }); len(changed) > 0 {
-		return fmt.Errorf("containerd's configuration is not what it came to when it was tried: %s", containerd.Summary(changed))
+		return fmt.Errorf("containerd's configuration is not the one that was tried: %s", containerd.Summary(changed))
 	}
 	return nil
 }
 
-// Install makes the plan's changes. If one fails, or containerd's configuration
-// does not come to what it should, all of them are put back. What can't be, since
-// the disk is full for example, stays noted for [Uninstall].
+// Install makes the plan's changes. If one fails, or containerd's effective configuration
+// is not the expected one, all of them are reverted. What can't be reverted, for example
+// on a full disk, stays recorded for [Uninstall].
 func (p *Plan) Install(ctx context.Context) error {
 	if len(p.Changes) == 0 && p.lost == "" {
 		return p.check(ctx)
@@ -280,11 +277,11 @@ func (p *Plan) Install(ctx context.Context) error {
 	return p.apply(ctx, p.Restart)
 }
 
-// apply makes the changes, for which services have to be restarted.
+// apply makes the changes, and notes the services to restart for them.
 func (p *Plan) apply(ctx context.Context, restart []string) error {
 	var err error
 	if p.before == nil {
-		s, err := p.options.readState()
+		s, err := p.options.readRecord()
 		if err != nil {
 			return err
 		}
@@ -296,12 +293,12 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	if c := p.containerd; c != nil {
 		s.Containerd = &installedTarget{c.Program, c.Config, c.Address, c.Service}
 	}
-	s.noteDir(p.options, stateDir)
+	s.noteDir(p.options, recordDir)
 	for _, c := range p.Changes {
 		s.note(p.options, c, p.inserted[c.Path])
 	}
-	// First the note, so that what was begun can be undone if this is killed.
-	if err := p.options.writeState(s); err != nil {
+	// The record first, so that everything can be undone if this is killed.
+	if err := p.options.writeRecord(s); err != nil {
 		return err
 	}
 	var owed []string
@@ -317,7 +314,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 			err = fmt.Errorf("%s: %w", c.Path, err)
 			var fixed host.ImmutableError
 			if inserted := p.inserted[c.Path]; inserted != "" && errors.As(err, &fixed) {
-				err = fmt.Errorf("%w; with %q in its imports this leaves it as it is", err, imported(inserted))
+				err = fmt.Errorf("%w; if its imports have %q already, pilot does not change it", err, imported(inserted))
 			}
 			break
 		}
@@ -329,19 +326,19 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 				return nil
 			}
 			s.forget(p.Changes)
-			return p.options.writeState(s)
+			return p.options.writeRecord(s)
 		}
 	}
 	var reverting error
 	for _, c := range slices.Backward(made) {
 		if err := c.revert(p.options); err != nil {
-			reverting = errors.Join(reverting, fmt.Errorf("%s is not put back: %w", c.Path, err))
+			reverting = errors.Join(reverting, fmt.Errorf("%s could not be reverted: %w", c.Path, err))
 		}
 	}
 	if reverting != nil {
-		return errors.Join(err, reverting, errors.New("\"pilot node uninstall\" puts back what is left"))
+		return errors.Join(err, reverting, errors.New("run \"pilot node uninstall\" to revert the rest"))
 	}
-	err = errors.Join(err, p.options.writeState(before), p.options.forgive(owed))
+	err = errors.Join(err, p.options.writeRecord(before), p.options.forgive(owed))
 	p.options.removeDirs(s.Dirs[len(before.Dirs):])
 	return err
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// lock keeps other installations on the machine away until it is released.
+// lock locks out other installations on the machine until it is released.
 func (o Options) lock() (release func(), err error) {
 	if release, err = o.tryLock(); err != nil || release != nil {
 		return release, err
@@ -28,7 +28,7 @@ func (o Options) lock() (release func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// tryLock is lock, but returns no release if another installation is at work.
+// tryLock is lock, but returns a nil release if another installation runs.
 func (o Options) tryLock() (release func(), err error) {
 	f, err := o.lockFile()
 	if err != nil {
@@ -45,8 +45,8 @@ func (o Options) tryLock() (release func(), err error) {
 	return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 }
 
-// lockFile opens what is locked: on a machine that runs, what only root can
-// lock; in a root directory, nothing that would stay in it.
+// lockFile opens the file to lock: on a running machine, one that only root can lock; in
+// a root directory, one that exists already, so that nothing is left there.
 func (o Options) lockFile() (*os.File, error) {
 	name, flags := "/etc", os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_DIRECTORY
 	if o.Root == "" || o.Root == host.MachineRoot {

@@ -18,13 +18,13 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// own plans a file of pilot's own. One that somebody else made stays, if keep
-// finds nothing wrong with it; nil means that it can't.
-func (p *Plan) own(before state, path string, text []byte, keep func([]byte) error) error {
+// own plans a file of pilot. An existing file that pilot did not write is kept if keep
+// accepts it; a nil keep accepts none.
+func (p *Plan) own(before record, path string, text []byte, keep func([]byte) error) error {
 	return p.ownMode(before, path, text, 0o644, keep)
 }
 
-func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode, keep func([]byte) error) error {
+func (p *Plan) ownMode(before record, path string, text []byte, mode fs.FileMode, keep func([]byte) error) error {
 	old, err := p.options.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: mode})
@@ -40,17 +40,17 @@ func (p *Plan) ownMode(before state, path string, text []byte, mode fs.FileMode,
 		if keep != nil {
 			return keep(old)
 		}
-		return &host.Conflict{Where: path, What: "it exists, and is not what was installed", Fix: "move it away"}
+		return &host.Conflict{Where: path, What: "it exists, and pilot did not write it", Fix: "move it away"}
 	}
 	p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text, Mode: mode})
 	return nil
 }
 
-// imgcryptKeys is where containerd's default stream processors look for keys.
+// imgcryptKeys is the directory of keys in containerd's default configuration.
 const imgcryptKeys = "/etc/containerd/ocicrypt/keys"
 
-// pilotConfig plans pilot.toml, with the directory of keys that stream processors had.
-func (p *Plan) pilotConfig(c *containerd.Instance, before state, keys string) error {
+// pilotConfig plans pilot.toml, with the directory of keys that stream processors used.
+func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) error {
 	settings := maps.Clone(p.options.Settings)
 	if settings == nil {
 		settings = make(map[string]string)
@@ -69,8 +69,8 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before state, keys string) er
 	return p.own(before, pilotConfig, newPilotConfig(wanted, c.UsesDiffer()), check)
 }
 
-// withInstalled returns settings with those of a pilot.toml that is there, since one
-// that was installed keeps what it was given then.
+// withInstalled returns settings with those of the existing pilot.toml added, so that
+// installing again keeps them.
 func (o Options) withInstalled(settings map[string]string) (map[string]string, error) {
 	wanted := maps.Clone(settings)
 	old, err := o.ReadFile(pilotConfig)
@@ -89,12 +89,11 @@ func (o Options) withInstalled(settings map[string]string) (map[string]string, e
 	return wanted, nil
 }
 
-// checkPilotBinary refuses a program that systemd can't run as root, or should
-// not.
+// checkPilotBinary rejects a program that systemd can't run, or should not run as root.
 func (o Options) checkPilotBinary() error {
 	name := o.PilotBinary
 	if !filepath.IsAbs(name) || strings.ContainsAny(name, " \t\n\"'%$\\") {
-		return fmt.Errorf("pilot at %q: its path has to be absolute, without spaces, quotes, %% and $", name)
+		return fmt.Errorf("pilot at %q: the path has to be absolute, without spaces, quotes, %% and $", name)
 	}
 	if o.Root != "" {
 		return nil
@@ -110,7 +109,7 @@ func (o Options) checkPilotBinary() error {
 				return err
 			}
 			if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 || info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
-				return fmt.Errorf("%s would be run as root, and others than root can change %s: install it first (make install)", name, at)
+				return fmt.Errorf("%s would run as root, and users other than root can change %s: install it first (make install)", name, at)
 			}
 			if at == "/" {
 				break
@@ -120,7 +119,8 @@ func (o Options) checkPilotBinary() error {
 	return nil
 }
 
-// newPilotConfig returns a pilot.toml with settings.
+// newPilotConfig returns the text of a pilot.toml with settings. isPilotConfig recognizes
+// it by its exact lines.
 func newPilotConfig(settings map[string]string, differ bool) []byte {
 	var b strings.Builder
 	b.WriteString("# pilot's configuration: \"pilot serve --help\" tells all settings and their defaults.\n")
@@ -138,7 +138,7 @@ func newPilotConfig(settings map[string]string, differ bool) []byte {
 	return []byte(b.String())
 }
 
-// checkPilotConfig refuses a pilot.toml of the machine's own that does not do.
+// checkPilotConfig rejects an existing pilot.toml that does not suit the installation.
 func checkPilotConfig(had []byte, settings map[string]string, differ bool) error {
 	var conf map[string]any
 	if err := toml.Unmarshal(had, &conf); err != nil {
@@ -157,7 +157,7 @@ func checkPilotConfig(had []byte, settings map[string]string, differ bool) error
 	return nil
 }
 
-// written returns a setting as a flag has it: a list with commas in it.
+// written returns a setting as it is written in a flag: a list with commas.
 func written(v any) any {
 	list, ok := v.([]any)
 	if !ok {
@@ -177,21 +177,19 @@ func shown(v any) string {
 	return fmt.Sprintf("%q", v)
 }
 
-// checkKeyProviders refuses an ocicrypt.conf of the machine's own without
-// pilot.
+// checkKeyProviders rejects an existing ocicrypt.conf without pilot.
 func checkKeyProviders(had []byte) error {
 	names, err := providerNames(had)
 	switch {
 	case err != nil:
-		return &host.Conflict{Where: keyProviders, What: "it is not what ocicrypt can read: " + err.Error(), Fix: "correct it, or move it away"}
+		return &host.Conflict{Where: keyProviders, What: "ocicrypt can't read it: " + err.Error(), Fix: "correct it, or move it away"}
 	case slices.Contains(names, "pilot"):
 		return nil
 	}
-	return &host.Conflict{Where: keyProviders, What: "it names no key provider pilot", Fix: `add "pilot": {"grpc": "unix://` + keySocket + `"}`}
+	return &host.Conflict{Where: keyProviders, What: "it has no key provider pilot", Fix: `add "pilot": {"grpc": "unix://` + keySocket + `"}`}
 }
 
-// PackagedPilot is where the units have pilot, which packages install as they
-// are.
+// PackagedPilot is pilot's path in packages and in the units as they are embedded.
 const PackagedPilot = "/usr/bin/pilot"
 
 // unitWants are pilot's units, with the directories of the links that enable them.
@@ -201,9 +199,9 @@ var unitWants = map[string]string{
 	"pilot-diff.socket":        "sockets.target.wants",
 }
 
-// units plans systemd's units and the links that enable them. Units of a
-// package are used as they are.
-func (p *Plan) units(before state, differ bool) error {
+// units plans systemd's units and the links that enable them. Units of a package are
+// used as they are.
+func (p *Plan) units(before record, differ bool) error {
 	names := maps.Clone(unitWants)
 	if !differ {
 		delete(names, "pilot-diff.socket")
@@ -216,7 +214,7 @@ func (p *Plan) units(before state, differ bool) error {
 			}
 		}
 		if own := filepath.Join(host.UnitDir, name); path != own && before.file(own) != nil {
-			return &host.Conflict{Where: own, What: "it is of an earlier installation, and would be used instead of the package's", Fix: "run \"pilot node uninstall --keep-config\", and this again"}
+			return &host.Conflict{Where: own, What: "it is from an earlier installation, and systemd would use it instead of the package's", Fix: "run \"pilot node uninstall --keep-config\", and this again"}
 		}
 		if strings.HasPrefix(path, host.UnitDir) {
 			text, err := unitFiles.ReadFile("units/" + name)
@@ -236,9 +234,9 @@ func (p *Plan) units(before state, differ bool) error {
 	return nil
 }
 
-// unitDropIns plans what is added to the units of containerd and of pilot: the
-// environment that stream processors had.
-func (p *Plan) unitDropIns(before state, env []string) error {
+// unitDropIns plans the drop-ins of containerd's unit, and of pilot's for the environment
+// that stream processors had.
+func (p *Plan) unitDropIns(before record, env []string) error {
 	c := p.containerd
 	if err := p.own(before, filepath.Join(host.UnitDir, c.Service+".d", refreshName), refreshUnit(p.options.PilotBinary), nil); err != nil {
 		return err
@@ -249,11 +247,12 @@ func (p *Plan) unitDropIns(before state, env []string) error {
 	return p.own(before, filepath.Join(host.UnitDir, PilotService+".d", decoderUnit), environmentUnit(c.Config, env), nil)
 }
 
-// refreshName is the file that has systemd run "pilot node refresh" before
-// containerd.
+// refreshName is the drop-in that makes systemd run "pilot node refresh" before it
+// starts containerd.
 const refreshName = "pilot.conf"
 
-// decoderUnit is the file that gives pilot.service what stream processors had.
+// decoderUnit is the drop-in of pilot.service with the environment that stream
+// processors had.
 const decoderUnit = "decoder.conf"
 
 func refreshUnit(pilot string) []byte {
@@ -263,7 +262,7 @@ ExecStartPre=-%s node refresh
 `, pilot)
 }
 
-// environmentUnit gives pilot the environment that stream processors had.
+// environmentUnit returns the text of decoderUnit.
 func environmentUnit(from string, env []string) []byte {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Written by \"pilot node install\": what the stream processors of\n# %s had.\n[Service]\n", from)

@@ -7,8 +7,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestSeveralBrokers checks that a pilot.toml does which has the brokers that
-// are wanted, however it writes them down.
+// TestSeveralBrokers checks that a pilot.toml is accepted if it has the same brokers,
+// as a list or as one string.
 func TestSeveralBrokers(t *testing.T) {
 	settings := map[string]string{"broker": "https://a.example.com,https://b.example.com"}
 	for had, ok := range map[string]bool{

@@ -10,43 +10,41 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// refreshTimeout bounds a Refresh. systemd fails a service whose preparations take
-// longer than the service may take to start, which is 90 seconds by default, 45 on
-// Fedora.
+// refreshTimeout bounds a Refresh, which systemd runs within a service's start timeout:
+// 90 seconds by default, 45 on Fedora.
 const refreshTimeout = 30 * time.Second
 
-// Refresh brings pilot's part of containerd's configuration up to date, right
-// before containerd starts: the configuration may have been rewritten without
-// pilot, tools may have come and gone that are in pilot's lists, or containerd may
-// be another version or at another path. It returns the files that it has changed,
-// and does nothing where pilot is not installed.
+// Refresh updates pilot's part of containerd's configuration right before containerd
+// starts: the configuration may have been rewritten without pilot, tools in pilot's lists
+// may have been added or removed, or containerd may have another version or path. It
+// returns the files that it has changed, and does nothing if pilot is not installed.
 //
-// If containerd can't be given pilot without losing something else, its drop-in is
-// removed, so that containerd starts as if pilot was not there, and the error says
-// why. If containerd's program takes too long, everything stays as it was.
+// If pilot can't be added without losing other settings, Refresh empties its drop-in, so
+// that containerd starts without pilot, and the error says why. If containerd's program
+// takes too long, nothing changes.
 func Refresh(ctx context.Context, o Options) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, refreshTimeout)
 	defer cancel()
-	// An installation that is at work has brought it up to date, and may be
-	// what waits for containerd to start.
+	// An installation that runs now updates it itself, and may be waiting for
+	// containerd to start.
 	release, err := o.tryLock()
 	if err != nil || release == nil {
 		return nil, err
 	}
 	defer release()
-	s, lost, err := o.loadState()
+	s, lost, err := o.loadRecord()
 	if err != nil {
 		return nil, err
 	}
 	if lost != "" {
-		return nil, &host.Conflict{Where: StateFile, What: lost + ", and pilot's files are here", Fix: "run \"pilot node install\", which takes them over"}
+		return nil, &host.Conflict{Where: RecordFile, What: lost + ", and pilot's files are here", Fix: "run \"pilot node install\", which takes them over"}
 	}
 	if len(s.dropIns()) == 0 {
 		return nil, nil
 	}
 	c, err := s.lookAgain(ctx, o)
 	if err != nil {
-		return nil, err // of containerd's own, or it is gone
+		return nil, err // a fault of containerd, or it is gone
 	}
 	if o.PilotBinary, err = os.Executable(); err != nil {
 		return nil, err
@@ -69,10 +67,10 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	return changed, nil
 }
 
-// leaveOut empties pilot's drop-in if containerd would lose settings with it or not
-// start, because of the error why. It does not remove it: containerd's configuration may import it by
-// name.
-func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before state, why error) error {
+// leaveOut empties pilot's drop-in after the error why, if containerd would lose settings
+// with it or not start. It does not remove the file: containerd's configuration may
+// import it by name.
+func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before record, why error) error {
 	dump, err := c.Dump(ctx, o.Host)
 	if ctx.Err() != nil || c.Deferred() || err == nil && len(containerd.Differences(c.Plain, dump, c.SetByPilot())) == 0 {
 		return fmt.Errorf("pilot's drop-in of containerd's configuration stays as it was: %w", why)

@@ -11,8 +11,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestRefreshOutOfTime has containerd's program take too long: that says nothing
-// about pilot's drop-in, which must stay.
+// TestRefreshOutOfTime checks that the drop-in stays if containerd's program takes too
+// long.
 func TestRefreshOutOfTime(t *testing.T) {
 	const path, text = "/etc/containerd/conf.d/pilot.toml", "[proxy_plugins.pilot]\n"
 	o := Options{Host: host.Host{Root: t.TempDir()}}
@@ -22,7 +22,7 @@ func TestRefreshOutOfTime(t *testing.T) {
 	if err := os.WriteFile(o.Path(path), []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	before := state{Files: []installed{{Path: path, SHA256: hash([]byte(text))}}}
+	before := record{Files: []installed{{Path: path, SHA256: hash([]byte(text))}}}
 	c := &containerd.Instance{Target: containerd.Target{Program: "/usr/bin/containerd", Config: containerd.DefaultConfig}, Ours: []string{path}}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -9,11 +9,12 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// pendingDir has a file for each service that has to be restarted for an
-// installation to count, so that one that is cut short in between is completed
-// by the next. A reboot restarts them all, and empties it.
+// pendingDir has a file for each service that still has to be restarted. If an
+// installation is interrupted before that, the next one restarts them. A reboot restarts
+// everything, and empties /run.
 const pendingDir = "/run/pilot-restart"
 
+// PilotService is pilot's systemd service.
 const PilotService = "pilot.service"
 
 // owe notes services that have to be restarted.
@@ -25,7 +26,7 @@ func (o Options) owe(services []string) error {
 	return errors.Join(errs...)
 }
 
-// forgive takes back that services were noted.
+// forgive undoes owe.
 func (o Options) forgive(services []string) error {
 	var errs []error
 	for _, s := range services {
@@ -34,8 +35,8 @@ func (o Options) forgive(services []string) error {
 	return errors.Join(errs...)
 }
 
-// Pending returns the services that have to be restarted for what was installed
-// on a machine to count, in the order to do so.
+// Pending returns the services that have to be restarted for an installation to take
+// effect, in that order.
 func Pending(h host.Host) []string {
 	entries, err := h.ReadDir(pendingDir)
 	if err != nil {
@@ -45,12 +46,12 @@ func Pending(h host.Host) []string {
 	for _, e := range entries {
 		services = append(services, e.Name())
 	}
-	// containerd asks pilot, so that is there first.
+	// containerd asks pilot, so pilot is first.
 	if i := slices.Index(services, PilotService); i > 0 {
 		services = slices.Insert(slices.Delete(services, i, i+1), 0, PilotService)
 	}
 	return services
 }
 
-// Restarted notes that the services that were [pending] are restarted.
+// Restarted notes that all [Pending] services were restarted.
 func Restarted() error { return os.RemoveAll(pendingDir) }

@@ -15,25 +15,24 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// Uninstall puts a machine back as it was before [Plan.Install], byte for byte.
-// Files of pilot's that somebody has changed since stay, and are named in the
-// error; what was inserted into containerd's configuration is removed even if
-// other lines of it were changed. With KeepConfig, pilot's own configuration stays.
+// Uninstall restores a machine as it was before [Plan.Install], byte for byte. Files of
+// pilot that were changed since stay, and are named in the error; what was inserted into
+// containerd's configuration is removed even if other lines of it were changed. With
+// KeepConfig, pilot's own configuration stays.
 //
-// If containerd could not start without pilot's drop-in, or would still ask pilot,
-// because a tool has written its configuration from a dump with pilot in it, then
-// nothing is removed, and the error names the lines.
+// If containerd would not start without pilot's drop-in, or would still ask pilot,
+// because a tool has written its configuration from a dump with pilot in it, nothing is
+// removed, and the error names the lines.
 //
-// If the note of what was installed was lost, it removes what an installation has
-// written, and returns the paths that stay because nobody knows whether they were
-// there before.
+// If the record was lost, Uninstall removes the files that an installation has written,
+// and returns in unsure the paths that stay because they may have been there before.
 func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	release, err := o.lock()
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	s, _, err := o.loadState()
+	s, _, err := o.loadRecord()
 	if err != nil {
 		return nil, err
 	}
@@ -57,19 +56,17 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 		unsure = s.leftOver(o)
 	}
 	s.Files = left
-	if err := o.writeState(s); err != nil {
+	if err := o.writeRecord(s); err != nil {
 		errs = append(errs, err)
 	}
-	// stateDir is not in the state if an installation was killed before it had
-	// written one.
-	o.removeDirs(append(s.Dirs, stateDir))
+	// recordDir is not in the record if an installation was killed before writing it.
+	o.removeDirs(append(s.Dirs, recordDir))
 	return unsure, errors.Join(errs...)
 }
 
-// disconnect takes pilot out of containerd's configuration. If containerd could
-// not start with what is left, or would still ask pilot, it puts everything back
-// and returns an error.
-func (s *state) disconnect(ctx context.Context, o Options) error {
+// disconnect removes pilot from containerd's configuration. If containerd would not start
+// then, or would still ask pilot, it restores everything and returns an error.
+func (s *record) disconnect(ctx context.Context, o Options) error {
 	c, err := s.lookAgain(ctx, o)
 	worked := false
 	if err == nil {
@@ -89,7 +86,7 @@ func (s *state) disconnect(ctx context.Context, o Options) error {
 		}
 		was := Change{Path: f.Path, Mode: f.Mode}
 		if was.Old, err = o.ReadFile(f.Path); err != nil {
-			continue // it is gone, or undo says why it can't be read
+			continue // it is gone, or undo reports why it can't be read
 		}
 		if err := s.undo(o, f); err == nil {
 			undone = append(undone, was)
@@ -105,8 +102,8 @@ func (s *state) disconnect(ctx context.Context, o Options) error {
 	return nil
 }
 
-// lookAgain looks at the containerd that was set up.
-func (s *state) lookAgain(ctx context.Context, o Options) (*containerd.Instance, error) {
+// lookAgain examines the containerd that was set up.
+func (s *record) lookAgain(ctx context.Context, o Options) (*containerd.Instance, error) {
 	t, err := s.target(o)
 	if err != nil {
 		return nil, err
@@ -115,12 +112,12 @@ func (s *state) lookAgain(ctx context.Context, o Options) (*containerd.Instance,
 }
 
 // target returns the containerd that was set up.
-func (s *state) target(o Options) (*containerd.Target, error) {
+func (s *record) target(o Options) (*containerd.Target, error) {
 	if c := s.Containerd; c != nil {
 		return containerd.FindAgain(o.Host, containerd.Target{Program: c.Program, Config: c.Config, Address: c.Address, Service: c.Service})
 	}
-	// The version of pilot that noted none knew that of containerd.service
-	// only. Another that runs is none of its business.
+	// The versions of pilot that recorded none set up that of containerd.service only,
+	// even if another runs.
 	for _, f := range s.Files {
 		if f.Inserted != "" {
 			o.Containerd.Config = f.Path
@@ -129,8 +126,8 @@ func (s *state) target(o Options) (*containerd.Target, error) {
 	return containerd.FromUnit(o.Host, o.Containerd)
 }
 
-// without checks that containerd starts with the configuration that is left, and
-// does not ask pilot.
+// without checks that containerd starts with the remaining configuration, and does not
+// ask pilot.
 func without(ctx context.Context, c *containerd.Instance, o Options) error {
 	dump, err := c.Dump(ctx, o.Host)
 	if err == nil && !containerd.MentionsPilot(dump) {
@@ -147,14 +144,13 @@ func without(ctx context.Context, c *containerd.Instance, o Options) error {
 	return &host.Conflict{Where: strings.Join(lines, ", "), What: what + ": a tool has written its configuration from a dump with pilot in it. Nothing was removed", Fix: "take pilot out of these lines, and run this again"}
 }
 
-// namesPilot is what a line of a configuration has that adds pilot to it: the name
-// of its proxy plugin and differ, its socket, its stream processor, and its drop-in.
-// copilot, and a directory that is named pilot, are something else.
+// namesPilot matches a line of a configuration that adds pilot: the name of its proxy
+// plugin or differ, its socket, its stream processor, or its drop-in. It does not match
+// copilot, or a directory named pilot.
 var namesPilot = regexp.MustCompile(`["']pilot["']|\bproxy_plugins\.pilot\s*[].=]|^\s*pilot\s*[.=]|` +
 	regexp.QuoteMeta(containerd.DiffSocket) + `\b|/pilot-decoder\b|/(zz-)?pilot\*?\.toml["']`)
 
-// linesWithPilot returns the lines of containerd's files that name pilot, as
-// FILE:LINE.
+// linesWithPilot returns the lines of containerd's files that name pilot, as FILE:LINE.
 func linesWithPilot(c *containerd.Instance, o Options) []string {
 	files, _, err := (&containerd.ConfigFiles{Main: c.Config}).All(o.Host)
 	if err != nil {
@@ -178,35 +174,34 @@ func linesWithPilot(c *containerd.Instance, o Options) []string {
 	return found
 }
 
-// keeps reports whether a file stays because it is pilot's own configuration.
+// keeps reports whether KeepConfig keeps a file.
 func (o Options) keeps(f installed) bool {
 	return o.KeepConfig && (f.Path == pilotConfig || f.Path == keyProviders)
 }
 
-// connects reports whether a file is what has containerd or CRI-O ask pilot.
+// connects reports whether a file makes containerd or CRI-O ask pilot.
 func connects(path string) bool { return isDropIn(path) || path == crioDropIn }
 
-// Connected reports whether the configuration that has containerd or CRI-O ask
-// pilot is still there.
+// Connected reports whether containerd or CRI-O is still configured to ask pilot, by the
+// record.
 func Connected(o Options) bool {
-	s, err := o.readState()
+	s, err := o.readRecord()
 	return err != nil || slices.ContainsFunc(s.Files, func(f installed) bool { return connects(f.Path) })
 }
 
-// Installation is what a machine remembers of one.
+// Installation is the record of an installation in short.
 type Installation struct {
-	// Units are the systemd units that it has enabled.
+	// Units are the systemd units that were enabled.
 	Units []string
-	// Service is the systemd service of the containerd or the CRI-O that asks
-	// pilot.
+	// Service is the systemd service of the containerd or CRI-O that asks pilot.
 	Service string
-	// Present says that there is something to uninstall.
+	// Present is true if there is something to uninstall.
 	Present bool
 }
 
-// Installed returns what a machine remembers.
+// Installed returns what a machine's record says.
 func Installed(o Options) (Installation, error) {
-	s, _, err := o.loadState()
+	s, _, err := o.loadRecord()
 	i := Installation{Service: containerd.Service}
 	if s.Containerd != nil {
 		i.Service = s.Containerd.Service
@@ -223,10 +218,9 @@ func Installed(o Options) (Installation, error) {
 	return i, err
 }
 
-// Recorded returns the drop-ins of containerd's configuration that a machine
-// remembers from an installation. lost is empty, or says why it remembers none though
-// pilot's files are there.
+// Recorded returns pilot's drop-ins of containerd's configuration, by the record. If the
+// record was lost and pilot's files are there, lost says how.
 func Recorded(o Options) (dropIns []string, lost string, err error) {
-	s, lost, err := o.loadState()
+	s, lost, err := o.loadRecord()
 	return s.dropIns(), lost, err
 }

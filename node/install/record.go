@@ -15,16 +15,15 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// state is what a machine remembers of an installation, so that it can be
+// record is what pilot stores on a machine about an installation, so that it can be
 // undone.
-type state struct {
+type record struct {
 	Files []installed `json:"files"`
 	Dirs  []string    `json:"dirs,omitempty"` // that were made, the outermost first
-	// Containerd is the one that was set up; null: by a version of pilot that
-	// did not note it.
+	// Containerd is the one that was set up; null: unknown, set up by an old version.
 	Containerd *installedTarget `json:"containerd,omitempty"`
-	// Unsure are files and directories of which nobody knows whether they were
-	// there before the installation, since the state was lost and made again.
+	// Unsure are files and directories that may have existed before the installation:
+	// the record was lost and rebuilt.
 	Unsure []string `json:"unsure,omitempty"`
 }
 
@@ -36,7 +35,7 @@ type installedTarget struct {
 	Service string `json:"service"`
 }
 
-// installed is a file as it is after the installation, and as it was before.
+// installed is a file as it was before the installation and is after it.
 type installed struct {
 	Path   string      `json:"path"`
 	Before []byte      `json:"before"` // null: there was none
@@ -44,19 +43,19 @@ type installed struct {
 	SHA256 string      `json:"sha256,omitempty"`
 	Was    string      `json:"was,omitempty"` // SHA256 before the last change, which may not have been made
 	Link   string      `json:"link,omitempty"`
-	// Inserted is what was inserted into a file that is somebody else's.
+	// Inserted is the text that was inserted into a file that is not pilot's.
 	Inserted string `json:"inserted,omitempty"`
 }
 
-// StateFile is where the state is kept, inside the root, in stateDir.
+// RecordFile is the path of the record on the machine.
 const (
-	stateDir  = "/var/lib/pilot"
-	StateFile = stateDir + "/node.json"
+	recordDir  = "/var/lib/pilot"
+	RecordFile = recordDir + "/node.json"
 )
 
-func (o Options) readState() (state, error) {
-	var s state
-	b, err := o.ReadFile(StateFile)
+func (o Options) readRecord() (record, error) {
+	var s record
+	b, err := o.ReadFile(RecordFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
 	}
@@ -64,27 +63,27 @@ func (o Options) readState() (state, error) {
 		return s, err
 	}
 	if err := json.Unmarshal(b, &s); err != nil {
-		return s, lostState(err)
+		return s, lostRecord(err)
 	}
 	return s, s.check()
 }
 
-func (o Options) writeState(s state) error {
+func (o Options) writeRecord(s record) error {
 	if len(s.Files) == 0 {
-		return errors.Join(o.RemoveUnfinished(StateFile), host.IgnoreNotExist(o.Remove(StateFile)))
+		return errors.Join(o.RemoveUnfinished(RecordFile), host.IgnoreNotExist(o.Remove(RecordFile)))
 	}
 	b, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := o.MkdirAll(filepath.Dir(StateFile), 0o700); err != nil {
+	if err := o.MkdirAll(filepath.Dir(RecordFile), 0o700); err != nil {
 		return err
 	}
-	return o.WriteFile(StateFile, append(b, '\n'), 0o600)
+	return o.WriteFile(RecordFile, append(b, '\n'), 0o600)
 }
 
-// file returns the state of a file.
-func (s *state) file(path string) *installed {
+// file returns the record of a file, or nil.
+func (s *record) file(path string) *installed {
 	i := slices.IndexFunc(s.Files, func(f installed) bool { return f.Path == path })
 	if i < 0 {
 		return nil
@@ -92,10 +91,10 @@ func (s *state) file(path string) *installed {
 	return &s.Files[i]
 }
 
-// note notes a change that is going to be made.
-func (s *state) note(o Options, c Change, inserted string) {
+// note records a change before it is made.
+func (s *record) note(o Options, c Change, inserted string) {
 	if c.Remove {
-		return // it is noted until it is gone
+		return // it stays recorded until it is gone
 	}
 	s.noteDir(o, filepath.Dir(c.Path))
 	f := s.file(c.Path)
@@ -103,7 +102,7 @@ func (s *state) note(o Options, c Change, inserted string) {
 		s.Files = append(s.Files, installed{Path: c.Path, Before: c.Old, Mode: c.Mode})
 		f = &s.Files[len(s.Files)-1]
 	} else if c.Link == "" && !f.is(c.Old) {
-		f.Before, f.Mode = c.Old, c.Mode // somebody has changed it since
+		f.Before, f.Mode = c.Old, c.Mode // the owner has changed it since
 	}
 	f.Link, f.Inserted = c.Link, inserted
 	if c.Link == "" {
@@ -111,22 +110,21 @@ func (s *state) note(o Options, c Change, inserted string) {
 	}
 }
 
-// forget takes out of the state what was removed.
-func (s *state) forget(changes []Change) {
+// forget drops removed files from the record.
+func (s *record) forget(changes []Change) {
 	s.Files = slices.DeleteFunc(s.Files, func(f installed) bool {
 		return slices.ContainsFunc(changes, func(c Change) bool { return c.Remove && c.Path == f.Path })
 	})
 }
 
-// is reports whether a file is as it was installed.
+// is reports whether a file has the content that was installed.
 func (f *installed) is(content []byte) bool {
 	sum := hash(content)
 	return sum == f.SHA256 || sum == f.Was
 }
 
-// noteDir notes a directory that is going to be made, with those above it that
-// are missing.
-func (s *state) noteDir(o Options, dir string) {
+// noteDir records a directory and its missing parents before they are made.
+func (s *record) noteDir(o Options, dir string) {
 	var missing []string
 	for ; ; dir = filepath.Dir(dir) {
 		if o.Has(dir) || slices.Contains(s.Dirs, dir) {
@@ -138,16 +136,16 @@ func (s *state) noteDir(o Options, dir string) {
 	s.Dirs = append(s.Dirs, missing...)
 }
 
-// removeDirs removes directories that were made, unless something is in them.
+// removeDirs removes directories that were made, if they are empty.
 func (o Options) removeDirs(dirs []string) {
 	for _, dir := range slices.Backward(dirs) {
 		o.RemoveDir(dir)
 	}
 }
 
-// undo puts a file back as it was. One that was changed in the meantime loses
-// what was inserted into it, or else stays: then undo reports why.
-func (s *state) undo(o Options, f installed) error {
+// undo restores a file. From one that was changed in the meantime it removes only what
+// was inserted; if there is nothing to remove, the file stays and the error says why.
+func (s *record) undo(o Options, f installed) error {
 	if err := o.RemoveUnfinished(f.Path); err != nil {
 		return err
 	}
@@ -159,7 +157,7 @@ func (s *state) undo(o Options, f installed) error {
 	}
 	has, err := o.ReadFile(f.Path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // somebody has removed it
+		return nil // it was removed
 	}
 	if err != nil {
 		return err
@@ -174,9 +172,9 @@ func (s *state) undo(o Options, f installed) error {
 	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
 		return named(f.Path, o.WriteFile(f.Path, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode))
 	case f.Inserted != "" && !bytes.Contains(has, imported(f.Inserted)):
-		return nil // somebody has removed it
+		return nil // it was removed
 	case f.Inserted != "":
-		return fmt.Errorf("%s was changed since pilot was installed, and stays: take %s out of its imports yourself", f.Path, imported(f.Inserted))
+		return fmt.Errorf("%s was changed since pilot was installed, and stays: remove %s from its imports yourself", f.Path, imported(f.Inserted))
 	}
 	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
 }
@@ -194,7 +192,7 @@ func hash(b []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// isOwnFile reports whether an installation writes or changes a file.
+// isOwnFile reports whether installations write or change such a file.
 func (f *installed) isOwnFile() bool {
 	dir, name := filepath.Dir(f.Path), filepath.Base(f.Path)
 	switch {
@@ -209,22 +207,22 @@ func (f *installed) isOwnFile() bool {
 	case filepath.Dir(dir) == host.UnitDir:
 		return strings.HasSuffix(dir, ".service.d") && (name == refreshName || name == decoderUnit)
 	case name == "pilot" || name == "pilot-decoder":
-		return true // which the DaemonSet puts into a directory of the admin's choice
+		return true // the DaemonSet copies them to any directory
 	}
 	return isDropIn(f.Path) || slices.Contains([]string{pilotConfig, keyProviders, DaemonSetMark, BrokerToken, BrokerCA}, f.Path)
 }
 
-// check refuses a state with files that no installation writes, so that uninstalling
+// check rejects a record with files that no installation writes, so that uninstalling
 // does not touch them.
-func (s *state) check() error {
+func (s *record) check() error {
 	for _, f := range s.Files {
 		if !f.isOwnFile() {
-			return lostState(fmt.Errorf("it names %q, which pilot does not write", f.Path))
+			return lostRecord(fmt.Errorf("it names %q, which is not a file of pilot", f.Path))
 		}
 	}
 	for _, dir := range s.Dirs {
 		if !filepath.IsAbs(dir) || filepath.Clean(dir) != dir {
-			return lostState(fmt.Errorf("it names the directory %q", dir))
+			return lostRecord(fmt.Errorf("it names the directory %q, which is not a clean absolute path", dir))
 		}
 	}
 	return nil

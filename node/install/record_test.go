@@ -6,8 +6,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestStateOfOthers has states that name files which no installation writes.
-func TestStateOfOthers(t *testing.T) {
+// TestRecordOfOtherFilesIsRejected reads records of files that no installation writes.
+func TestRecordOfOtherFilesIsRejected(t *testing.T) {
 	for _, f := range []installed{
 		{Path: "/etc/passwd"},
 		{Path: "../../etc/passwd"},
@@ -20,8 +20,8 @@ func TestStateOfOthers(t *testing.T) {
 		{Path: "/usr/bin/sudo", Link: "/usr/bin/sudo"},
 		{Path: "/etc/systemd/system/multi-user.target.wants/sshd.service", Link: "/usr/lib/systemd/system/sshd.service"},
 	} {
-		if s := (state{Files: []installed{f}}); s.check() == nil {
-			t.Errorf("%+v is taken", f)
+		if s := (record{Files: []installed{f}}); s.check() == nil {
+			t.Errorf("%+v is accepted", f)
 		}
 	}
 	for _, f := range []installed{
@@ -33,7 +33,7 @@ func TestStateOfOthers(t *testing.T) {
 		{Path: host.UnitDir + "/multi-user.target.wants/pilot.service", Link: "/usr/lib/systemd/system/pilot.service"},
 		{Path: host.UnitDir + "/k3s-agent.service.d/pilot.conf"}, {Path: host.UnitDir + "/pilot-diff.socket"},
 	} {
-		if s := (state{Files: []installed{f}}); s.check() != nil {
+		if s := (record{Files: []installed{f}}); s.check() != nil {
 			t.Errorf("%+v: %v", f, s.check())
 		}
 	}
