@@ -100,7 +100,7 @@ func nodeDoctor(c *cli.Context) error {
 	case ctx.Err() != nil:
 		return errors.New("interrupted")
 	case len(wrong) > 0:
-		return fmt.Errorf("not in order: %s", strings.Join(wrong, ", "))
+		return fmt.Errorf("failed: %s", strings.Join(wrong, ", "))
 	}
 	return nil
 }

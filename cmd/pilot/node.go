@@ -214,7 +214,7 @@ func nodeUninstall(c *cli.Context) error {
 	// What stays because somebody changed it is told at the end.
 	unsure, stays := install.Uninstall(c.Context, o)
 	if len(unsure) > 0 {
-		fmt.Println("the note of what was installed was lost, so these stay: remove them if they were not there before pilot")
+		fmt.Println("the record of the installation was lost, so these stay: remove them if they were not there before pilot")
 		for _, path := range unsure {
 			fmt.Println("  " + path)
 		}

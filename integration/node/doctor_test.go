@@ -173,14 +173,14 @@ func TestDoctorConfiguration(t *testing.T) {
 			// containerd runs with what is not in the file any more.
 			breaks := map[string][2]string{
 				"[proxy_plugins.pilot]": {"there is no proxy plugin pilot", "[proxy_plugins.other]"},
-				"['pilot', 'walking']":  {"not pilot first", "['walking', 'pilot']"},
-				home + "/diff.sock'":    {"the proxy plugin pilot is looked for at /elsewhere.sock", "/elsewhere.sock'"},
+				"['pilot', 'walking']":  {"pilot is not the first", "['walking', 'pilot']"},
+				home + "/diff.sock'":    {"the proxy plugin pilot has the address /elsewhere.sock", "/elsewhere.sock'"},
 				"  differ = 'pilot'":    {"the transfer service does not unpack for", "  differ = 'walking'"},
 			}
 			if v.Name == "1.6" {
 				breaks = map[string][2]string{
 					harness.Bin + "/pilot-decoder": {"can't be run", "/nowhere/pilot-decoder"},
-					".tar+zstd+encrypted":          {"no stream processor that CRI knows accepts application/vnd.oci.image.layer.v1.tar+zstd+encrypted", ".other"},
+					".tar+zstd+encrypted":          {"none of the stream processors that CRI uses accepts application/vnd.oci.image.layer.v1.tar+zstd+encrypted", ".other"},
 					"  key_model = 'node'":         {`key_model of io.containerd.grpc.v1.cri is "", not node`, "  key_model = ''"},
 				}
 			}
@@ -327,8 +327,8 @@ func TestDoctorHangs(t *testing.T) {
 	}
 	paused(pilotProcess, func() {
 		r := p.Examine(t, args...)
-		r.ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "no answer comes")
-		r.ExpectFailed(t, "differ", "systemctl restart pilot.service", "no answer comes")
+		r.ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "does not respond")
+		r.ExpectFailed(t, "differ", "systemctl restart pilot.service", "does not respond")
 		expectSkipped(t, r, "broker", "layer", "transfer")
 	})
 	paused(brokerProcess, func() {
@@ -345,7 +345,7 @@ func TestDoctorHangs(t *testing.T) {
 
 	// systemd holds the sockets of a pilot that does not start.
 	pilotProcess.Stop(t)
-	p.Examine(t, args...).ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "no answer comes")
+	p.Examine(t, args...).ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "does not respond")
 	harness.StartActivatedPilot(t, dir, brokerURL)
 
 	// Interrupted at some moment of the examination.

@@ -313,13 +313,13 @@ func TestNodeConflicts(t *testing.T) {
 	}{
 		"other proxy plugin": {"2.4.2", map[string]string{conf: "version = 3\n[proxy_plugins.pilot]\n  type = 'snapshot'\n  address = '/x.sock'\n"}, "/etc/containerd/config.toml: there is a proxy plugin pilot of type snapshot at /x.sock: remove it"},
 		"other differ":       {"2.4.2", map[string]string{conf: "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/" + harness.Arch + "'\n  snapshotter = 'overlayfs'\n  differ = 'other'\n"}, "with the differ other"},
-		"own drop-in":        {"2.4.2", map[string]string{"etc/containerd/conf.d/pilot.toml": "version = 3\n"}, "/etc/containerd/conf.d/pilot.toml: it exists, and is not what was installed: move it away"},
+		"own drop-in":        {"2.4.2", map[string]string{"etc/containerd/conf.d/pilot.toml": "version = 3\n"}, "/etc/containerd/conf.d/pilot.toml: it exists, and pilot did not write it: move it away"},
 		"later drop-in":      {"2.4.2", map[string]string{conf: "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n", "etc/containerd/conf.d/zzz.toml": "version = 3\n[plugins.'io.containerd.service.v1.diff-service']\n  default = ['walking']\n"}, "is the plugin io.containerd.service.v1.diff-service configured by another of its files?"},
-		"ocicrypt.conf":      {"2.4.2", map[string]string{"etc/pilot/ocicrypt.conf": `{"key-providers": {}}`}, "/etc/pilot/ocicrypt.conf: it names no key provider pilot"},
+		"ocicrypt.conf":      {"2.4.2", map[string]string{"etc/pilot/ocicrypt.conf": `{"key-providers": {}}`}, "/etc/pilot/ocicrypt.conf: it has no key provider pilot"},
 		"pilot.toml":         {"2.4.2", map[string]string{"etc/pilot/pilot.toml": "diff-listen = 'off'\n"}, `/etc/pilot/pilot.toml: diff-listen is "off": remove it`},
 		"unit":               {"2.4.2", map[string]string{"etc/systemd/system/pilot.service": "[Service]\nExecStart=/x\n"}, "/etc/systemd/system/pilot.service: it exists"},
 		"key model":          {"1.6", map[string]string{conf: "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.image_decryption]\n  key_model = ''\n"}, `image_decryption.key_model is "": make it "node"`},
-		"other decoder":      {"1.6", map[string]string{conf: "version = 2\n[stream_processors.mine]\n  accepts = ['application/vnd.oci.image.layer.v1.tar+encrypted']\n  returns = 'application/vnd.oci.image.layer.v1.tar'\n  path = '/x'\n"}, "the stream processor mine at /x takes encrypted layers: remove it"},
+		"other decoder":      {"1.6", map[string]string{conf: "version = 2\n[stream_processors.mine]\n  accepts = ['application/vnd.oci.image.layer.v1.tar+encrypted']\n  returns = 'application/vnd.oci.image.layer.v1.tar'\n  path = '/x'\n"}, "the stream processor mine at /x accepts encrypted layers: remove it"},
 		"broken":             {"2.4.2", map[string]string{conf: "version = \n"}, "/etc/containerd/config.toml: toml: "},
 
 		"no file":      {"2.4.2", map[string]string{conf: ""}, ""},

@@ -86,7 +86,7 @@ func TestNodePilotIsALink(t *testing.T) {
 	harness.Output(t, harness.Command(t, "install", "-D", filepath.Join(harness.Bin, "pilot"), m.Root+"/opt/theirs/pilot"))
 	harness.Output(t, harness.Command(t, "chown", "65534", m.Root+"/opt/theirs"))
 	harness.Output(t, harness.Command(t, "ln", "-s", "/opt/theirs/pilot", m.Root+"/usr/local/sbin/pilot"))
-	harness.ExpectFailure(t, m.Run("/usr/local/bin/pilot", "node", "install", "--pilot-binary", "/usr/local/sbin/pilot"), "others than root can change /opt/theirs")
+	harness.ExpectFailure(t, m.Run("/usr/local/bin/pilot", "node", "install", "--pilot-binary", "/usr/local/sbin/pilot"), "users other than root can change /opt/theirs")
 	m.CheckFiles(before)
 }
 
@@ -140,7 +140,7 @@ func TestNodeOddImports(t *testing.T) {
 	// This one was written as it would break containerd, and put back.
 	harness.Write(t, m.Root+containerdConfig, "version = 2\n\"imp\\u006frts\" = ['/etc/containerd/x/a*.toml']\n")
 	before := m.Files()
-	harness.ExpectFailure(t, m.Pilot("node", "install"), containerdConfig+": its imports are written in a way", `add "/etc/containerd/conf.d/pilot*.toml"`)
+	harness.ExpectFailure(t, m.Pilot("node", "install"), containerdConfig+": pilot can't edit its list of imports", `add "/etc/containerd/conf.d/pilot*.toml"`)
 	m.CheckFiles(before)
 }
 
@@ -157,7 +157,7 @@ esac
 exec /usr/bin/containerd.real "$@"
 `)
 		before := m.Files()
-		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+": somebody else has changed it in the meantime", "run this again")
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+": it was changed in the meantime", "run this again")
 		if got := harness.Read(t, m.Root+containerdConfig); got != "version = 2\n"+another {
 			t.Errorf("it is %q", got)
 		}
@@ -173,7 +173,7 @@ esac
 exec /usr/bin/containerd.real "$@"
 `)
 		before := m.Files()
-		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+" is not put back", `"pilot node uninstall" puts back what is left`)
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+" could not be reverted", `run "pilot node uninstall" to revert the rest`)
 		script(m, "exec /usr/bin/containerd.real \"$@\"\n")
 		harness.Output(t, m.Run("pilot", "node", "uninstall"))
 		if got := harness.Read(t, m.Root+containerdConfig); got != "version = 2\n"+another {
@@ -187,7 +187,7 @@ exec /usr/bin/containerd.real "$@"
 		harness.Output(t, m.Pilot("node", "install"))
 		edited := strings.ReplaceAll(harness.Read(t, m.Root+containerdConfig), "'", `"`)
 		harness.Write(t, m.Root+containerdConfig, edited)
-		harness.ExpectFailure(t, m.Pilot("node", "uninstall"), "take /etc/containerd/conf.d/pilot*.toml out of its imports yourself")
+		harness.ExpectFailure(t, m.Pilot("node", "uninstall"), "remove /etc/containerd/conf.d/pilot*.toml from its imports yourself")
 		if got := harness.Read(t, m.Root+containerdConfig); got != edited {
 			t.Errorf("it is %q", got)
 		}

@@ -123,8 +123,8 @@ func TestNodeStateLostAndChanged(t *testing.T) {
 	written := harness.Read(t, m.Root+dropIn)
 	os.Remove(m.Root + nodeState)
 	for text, want := range map[string]string{
-		written + "# mine\n": dropIn + ": it exists, and is not what was installed: move it away",
-		strings.Replace(written, "\n\n", "\n\noom_score = 1\n\n", 1): "take what is in the way out of containerd's files",
+		written + "# mine\n": dropIn + ": it exists, and pilot did not write it: move it away",
+		strings.Replace(written, "\n\n", "\n\noom_score = 1\n\n", 1): "remove what is in the way from containerd's files",
 	} {
 		harness.Write(t, m.Root+dropIn, text)
 		before := m.Files()

@@ -41,7 +41,7 @@ func TestNodeUnits(t *testing.T) {
 	m := harness.Machines()["2.4.2"](t)
 	harness.Write(t, m.Root+"/etc/systemd/system/containerd.service.d/ours.conf", "[Service]\nExecStart=\nExecStart=/usr/bin/containerd --config /etc/%H.toml\n")
 	before := m.Files()
-	harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/containerd.service.d/ours.conf: ExecStart=", "what %H is, only systemd knows", "--containerd-config")
+	harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/containerd.service.d/ours.conf: ExecStart=", "only systemd can expand %H", "--containerd-config")
 	m.CheckFiles(before)
 	harness.Output(t, m.Pilot("node", "install", "--containerd-binary", "/usr/bin/containerd", "--containerd-config", containerdConfig))
 }

@@ -71,7 +71,7 @@ func TestForeignState(t *testing.T) {
 	if _, err := os.Stat(m.Root + "/etc/containerd/conf.d/pilot.toml"); err == nil {
 		t.Error("pilot's drop-in is left")
 	}
-	harness.ExpectFailure(t, m.Pilot("node", "uninstall"), state, "which pilot does not write")
+	harness.ExpectFailure(t, m.Pilot("node", "uninstall"), state, "which is not a file of pilot")
 }
 
 // TestSpecialFilesInRoot has special files where configuration should be.

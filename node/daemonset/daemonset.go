@@ -18,8 +18,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
-// DaemonSet is the one that a pod belongs to, and the API server to ask about
-// it.
+// DaemonSet is the DaemonSet of this pod, with a client of its API server.
 type DaemonSet struct {
 	Namespace, Name string
 	api             string // https://HOST:PORT
@@ -28,15 +27,14 @@ type DaemonSet struct {
 	uid             string // empty until it is found
 }
 
-// serviceAccount is where a pod has the files of its service account.
+// serviceAccount is the directory of a pod's service account files.
 const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// New returns a DaemonSet of the cluster that this process is in a pod
-// of.
+// New returns a DaemonSet of the cluster that this process runs in, as a pod.
 func New(namespace, name string) (*DaemonSet, error) {
 	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {
-		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod of Kubernetes; use \"pilot node install\" instead")
+		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is not a Kubernetes pod; use \"pilot node install\" instead")
 	}
 	return newDaemonSet(namespace, name, "https://"+net.JoinHostPort(host, port), serviceAccount)
 }
@@ -54,7 +52,7 @@ func newDaemonSet(namespace, name, api, credentials string) (*DaemonSet, error) 
 
 func (d *DaemonSet) String() string { return d.Namespace + "/" + d.Name }
 
-// Find looks the DaemonSet up, and remembers which it is, unless it has before.
+// Find looks the DaemonSet up and stores its UID, unless it is stored already.
 func (d *DaemonSet) Find(ctx context.Context) error {
 	if d.uid != "" {
 		return nil
@@ -63,7 +61,7 @@ func (d *DaemonSet) Find(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Whoever may not ask for it at the end is to have been allowed to.
+	// Deleted takes missing permissions for a deletion, so they must exist now.
 	if _, err := d.get(ctx, d.namespacePath()); err != nil {
 		return err
 	}
@@ -79,20 +77,19 @@ func (d *DaemonSet) namespacePath() string {
 	return "/api/v1/namespaces/" + url.PathEscape(d.Namespace)
 }
 
-// askAgain is how long to wait before an answer that may be a mishap is asked
-// for again.
-var askAgain = 2 * time.Second
+// retryInterval is how long to wait before repeating a request that has failed.
+var retryInterval = 2 * time.Second
 
-// refusals is how often in a row the API server has to refuse to answer for that
-// to count, for most of [decideIn]. Right after it starts, or while its keys or a
-// Role are replaced, it refuses for a moment.
+// refusals is how many requests in a row the API server must deny before that is taken
+// for a deletion, which takes most of [decideTimeout]. It denies requests for a moment
+// right after it starts, and while its keys or a Role are replaced.
 const refusals = 6
 
-// Deleted reports whether the DaemonSet is being deleted, which is why its pod
-// is, and why it says so. A pod also ends when it is replaced or its node
-// reboots.
+// Deleted reports whether the DaemonSet is being deleted, and how that was decided. Its
+// pod also ends when it is replaced or its node reboots.
 //
-// With a namespace everything in it goes, in any order, the right to ask too.
+// When a namespace is deleted, so is everything in it, in any order, including this pod's
+// permissions.
 func (d *DaemonSet) Deleted(ctx context.Context) (deleted bool, why string) {
 	if d.uid == "" {
 		return false, "the DaemonSet was not found while this pod ran"
@@ -107,18 +104,18 @@ func (d *DaemonSet) Deleted(ctx context.Context) (deleted bool, why string) {
 			return true, deleted
 		case errors.As(err, &status) && (status.code == http.StatusUnauthorized || status.code == http.StatusForbidden):
 			if refused == refusals {
-				return true, "this pod may not ask for the DaemonSet any more: its ServiceAccount or Role is deleted"
+				return true, "this pod may no longer read the DaemonSet: its ServiceAccount or Role is deleted"
 			}
 		default:
 			refused = 0
 		}
-		if !sleep(ctx, askAgain) {
-			return false, "the API server does not tell whether the DaemonSet is being deleted: " + err.Error()
+		if !sleep(ctx, retryInterval) {
+			return false, "the API server does not say whether the DaemonSet is being deleted: " + err.Error()
 		}
 	}
 }
 
-// ask returns what shows that the DaemonSet is being deleted, or nothing.
+// ask returns the reason to take the DaemonSet for deleted, or "".
 func (d *DaemonSet) ask(ctx context.Context) (deleted string, err error) {
 	meta, err := d.get(ctx, d.path())
 	var status *statusError
@@ -128,12 +125,12 @@ func (d *DaemonSet) ask(ctx context.Context) (deleted string, err error) {
 	case err != nil:
 		return "", err
 	case meta.UID != d.uid:
-		return "", nil // another of its name, whose pod takes over
+		return "", nil // a new one with its name, whose pod takes over
 	case meta.DeletionTimestamp != "":
 		return "the DaemonSet is being deleted", nil
 	}
 	if meta, err = d.get(ctx, d.namespacePath()); err != nil {
-		return "", fmt.Errorf("%v", err) // a refusal counts where it concerns the DaemonSet
+		return "", fmt.Errorf("%v", err) // only a denial for the DaemonSet counts
 	}
 	if meta.DeletionTimestamp != "" {
 		return "the namespace is being deleted", nil
@@ -141,13 +138,13 @@ func (d *DaemonSet) ask(ctx context.Context) (deleted string, err error) {
 	return "", nil
 }
 
-// metadata is what is asked for of an object.
+// metadata is the part of an object's metadata that is used here.
 type metadata struct {
 	UID               string `json:"uid"`
 	DeletionTimestamp string `json:"deletionTimestamp"`
 }
 
-// statusError is an answer of the API server's that is none to the question.
+// statusError is an error response of the API server.
 type statusError struct {
 	code            int
 	reason, message string
@@ -182,9 +179,9 @@ func (d *DaemonSet) get(ctx context.Context, path string) (metadata, error) {
 	case resp.StatusCode != http.StatusOK:
 		return metadata{}, fmt.Errorf("GET %s: %w", path, &statusError{resp.StatusCode, answer.Reason, answer.Message})
 	case err != nil:
-		return metadata{}, fmt.Errorf("GET %s: the answer is not JSON: %w", path, err)
+		return metadata{}, fmt.Errorf("GET %s: the response is not JSON: %w", path, err)
 	case answer.Metadata.UID == "":
-		return metadata{}, fmt.Errorf("GET %s: the answer is no object of Kubernetes", path)
+		return metadata{}, fmt.Errorf("GET %s: the response is not a Kubernetes object", path)
 	}
 	return answer.Metadata, nil
 }

@@ -14,11 +14,11 @@ import (
 	"time"
 )
 
-// apiServer answers as a Kubernetes API server does, with what it has.
+// apiServer responds as a Kubernetes API server does.
 type apiServer struct {
 	daemonSet, namespace string // JSON of their metadata
-	status               int    // of all answers, unless it is 0
-	notKubernetes        bool   // it is a proxy that knows nothing
+	status               int    // of all responses, unless it is 0
+	notKubernetes        bool   // it is a proxy without a backend
 	asked                atomic.Int32
 }
 
@@ -68,7 +68,7 @@ func newTestDaemonSet(t *testing.T, a *apiServer) (*DaemonSet, *httptest.Server)
 	if err != nil {
 		t.Fatal(err)
 	}
-	askAgain = time.Millisecond
+	retryInterval = time.Millisecond
 	return d, server
 }
 
@@ -88,8 +88,8 @@ func TestDaemonSetDeleted(t *testing.T) {
 		"role never there":    {&apiServer{status: 403}, &apiServer{status: 403}, false, "was not found"},
 		"never there":         {&apiServer{status: 404}, &apiServer{}, false, "was not found"},
 		"no right to look at": {&apiServer{daemonSet: there}, &apiServer{status: 403}, false, "was not found"},
-		"API server ill":      {&apiServer{}, &apiServer{status: 503}, false, "does not tell"},
-		"not the API server":  {&apiServer{}, &apiServer{notKubernetes: true}, false, "does not tell"},
+		"API server ill":      {&apiServer{}, &apiServer{status: 503}, false, "does not say"},
+		"not the API server":  {&apiServer{}, &apiServer{notKubernetes: true}, false, "does not say"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			a := c.before
@@ -116,8 +116,8 @@ func TestDaemonSetDeleted(t *testing.T) {
 	}
 }
 
-// TestDaemonSetRefusedOnce has an API server refuse everything for a moment, as
-// it does when it has just been started.
+// TestDaemonSetRefusedOnce uses an API server that denies everything for a moment, as one
+// does that has just been started.
 func TestDaemonSetRefusedOnce(t *testing.T) {
 	a := &apiServer{daemonSet: there, namespace: there}
 	d, server := newTestDaemonSet(t, a)
@@ -145,7 +145,7 @@ func TestDaemonSetUnreachable(t *testing.T) {
 	server.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if deleted, why := d.Deleted(ctx); deleted || !strings.Contains(why, "does not tell") {
+	if deleted, why := d.Deleted(ctx); deleted || !strings.Contains(why, "does not say") {
 		t.Errorf("deleted %v: %s", deleted, why)
 	}
 }

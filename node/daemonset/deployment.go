@@ -22,40 +22,39 @@ import (
 	"github.com/ctrlplane/pilot/node/install"
 )
 
-// Deployment keeps pilot on a machine that runs, from a pod of a DaemonSet: a
-// privileged one that sees the machine's processes. It copies the programs and
-// has the machine's own init and containerd used by "pilot node install", run
-// in the mount namespace of the machine's init. So the pod needs no program but
-// pilot, and nothing of the machine mounted.
+// Deployment keeps pilot installed on a machine from a privileged pod with hostPID. It
+// copies the programs and runs "pilot node install" in the mount namespace of the
+// machine's init, where it uses the machine's own systemd and containerd. So the pod needs
+// no program but pilot, and no mounts of the machine.
 type Deployment struct {
-	// BinDir is where the programs go on the machine.
+	// BinDir is the programs' directory on the machine.
 	BinDir string
 	// Install are further arguments of "pilot node install".
 	Install []string
-	// TokenFrom and CAFrom are files of the pod's that the machine gets and
-	// keeps getting, as brokerToken and brokerCA; empty: none.
+	// TokenFrom and CAFrom are files of the pod that are copied to the machine, as
+	// [install.BrokerToken] and [install.BrokerCA], whenever they change; empty: none.
 	TokenFrom, CAFrom string
-	// DaemonSet tells whether to clean up at the end.
+	// DaemonSet decides whether to clean up at the end.
 	DaemonSet *DaemonSet
 }
 
 const (
-	lookEvery   = 10 * time.Second // at the pod's files
-	tryEvery    = 30 * time.Second // to install, once that failed
-	decideIn    = 15 * time.Second // whether to clean up
-	readySocket = "@pilot-node-deploy"
+	pollInterval  = 10 * time.Second // of the pod's files
+	retryInstall  = 30 * time.Second // after an installation that failed
+	decideTimeout = 15 * time.Second // to decide whether to clean up
+	readySocket   = "@pilot-node-deploy"
 )
 
-// machine is the one that the pod runs on.
+// machine is the machine that the pod runs on.
 var machine = host.Host{Root: host.MachineRoot}
 
-// Run installs pilot, then keeps the machine's copies of the pod's files up to
-// date until ctx is done. It then cleans up if the DaemonSet is being deleted.
+// Run installs pilot, then keeps the machine's copies of the pod's files up to date until
+// ctx is done. It then removes pilot if the DaemonSet is being deleted.
 //
-// What fails is tried again, and not returned: a process that ended could not
-// clean up.
+// Run logs failures and retries instead of returning them, since a process that has ended
+// can't clean up.
 func (d *Deployment) Run(ctx context.Context) error {
-	const notFound = "DaemonSet not found, so pilot would stay on this node when it is deleted: is the Role right, and the API server there?"
+	const notFound = "DaemonSet not found, so pilot would stay on this node when it is deleted: check the Role and the API server"
 	for {
 		if err := d.DaemonSet.Find(ctx); err != nil && ctx.Err() == nil {
 			logrus.WithError(err).Error(notFound)
@@ -64,15 +63,15 @@ func (d *Deployment) Run(ctx context.Context) error {
 		if err == nil {
 			break
 		}
-		logrus.WithError(err).Error("pilot not installed; tried again in " + tryEvery.String())
-		if !sleep(ctx, tryEvery) {
+		logrus.WithError(err).Error("pilot not installed; retrying in " + retryInstall.String())
+		if !sleep(ctx, retryInstall) {
 			return d.end(ctx)
 		}
 	}
 	logrus.Info("pilot is installed")
 	var renewal error
 	for {
-		err := whileReady(renewal == nil, func() { sleep(ctx, lookEvery) })
+		err := whileReady(renewal == nil, func() { sleep(ctx, pollInterval) })
 		if err != nil || ctx.Err() != nil {
 			return errors.Join(err, d.end(ctx))
 		}
@@ -85,7 +84,7 @@ func (d *Deployment) Run(ctx context.Context) error {
 	}
 }
 
-// whileReady has [Ready] find that all is well while wait runs, if it is.
+// whileReady makes [Ready] succeed while wait runs, if well is true.
 func whileReady(well bool, wait func()) error {
 	if well {
 		l, err := net.Listen("unix", readySocket)
@@ -93,14 +92,14 @@ func whileReady(well bool, wait func()) error {
 			return err
 		}
 		defer l.Close()
-		go answer(l)
+		go accept(l)
 	}
 	wait()
 	return nil
 }
 
-// answer takes connections, which say all by being taken, until l is closed.
-func answer(l net.Listener) {
+// accept accepts connections, which is all that [Ready] needs, until l is closed.
+func accept(l net.Listener) {
 	for {
 		conn, err := l.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -112,12 +111,12 @@ func answer(l net.Listener) {
 	}
 }
 
-// Ready returns an error unless a [Deployment] in the same pod is done
-// installing.
+// Ready returns an error unless a [Deployment] in the same pod has installed pilot and
+// keeps it up to date.
 func Ready() error {
 	conn, err := net.Dial("unix", readySocket)
 	if err != nil {
-		return errors.New("pilot is not installed on this node (yet): the log of \"pilot node deploy\" tells why")
+		return errors.New("pilot is not installed on this node (yet): see the log of \"pilot node deploy\"")
 	}
 	return conn.Close()
 }
@@ -131,10 +130,10 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// install brings the machine to where it should be.
+// install installs pilot on the machine.
 func (d *Deployment) install(ctx context.Context) error {
 	o := install.Options{Host: machine}
-	// What a package's removal leaves is no installation.
+	// Configuration that the removal of a package has left is not an installation.
 	had, err := install.Installed(install.Options{Host: machine, KeepConfig: true})
 	if err != nil {
 		return err
@@ -160,7 +159,7 @@ func (d *Deployment) install(ctx context.Context) error {
 	return d.run(ctx, args...)
 }
 
-// renew gives the machine what has changed since it was installed.
+// renew updates the machine, and repairs the installation.
 func (d *Deployment) renew(ctx context.Context) error {
 	o := install.Options{Host: machine}
 	if err := d.refresh(ctx, o); err != nil {
@@ -172,7 +171,7 @@ func (d *Deployment) renew(ctx context.Context) error {
 	return nil
 }
 
-// packaged reports whether the machine has pilot from a package.
+// packaged reports whether pilot was installed from a package.
 func packaged(h host.Host) bool {
 	for _, dir := range []string{"/usr/lib/systemd/system", "/lib/systemd/system"} {
 		if h.Has(filepath.Join(dir, install.PilotService)) {
@@ -182,11 +181,10 @@ func packaged(h host.Host) bool {
 	return false
 }
 
-// putPrograms copies pilot and pilot-decoder, unless the machine has them from
-// a package.
+// putPrograms copies pilot and pilot-decoder, unless they were installed from a package.
 func (d *Deployment) putPrograms(ctx context.Context, o install.Options) error {
 	if packaged(o.Host) {
-		logrus.WithField("program", install.PackagedPilot).Info("pilot is here from a package, and is used as it is")
+		logrus.WithField("program", install.PackagedPilot).Info("pilot was installed from a package, and is used as it is")
 		return nil
 	}
 	self, err := os.Executable()
@@ -205,7 +203,7 @@ func (d *Deployment) putPrograms(ctx context.Context, o install.Options) error {
 	return nil
 }
 
-// refresh gives the machine the pod's files if they are others than before.
+// refresh copies the pod's files to the machine if they have changed.
 func (d *Deployment) refresh(ctx context.Context, o install.Options) error {
 	if d.TokenFrom != "" {
 		token, err := regular.Read(d.TokenFrom, regular.MaxConfig)
@@ -226,15 +224,15 @@ func (d *Deployment) refresh(ctx context.Context, o install.Options) error {
 	if _, err := certfile.Pool(d.CAFrom); err != nil {
 		return fmt.Errorf("the broker's CA: %w", err)
 	}
-	// pilot reads it when it starts.
+	// pilot reads it only when it starts.
 	return install.Put(ctx, o, install.BrokerCA, ca, 0o644, install.PilotService)
 }
 
-// end cleans up if the DaemonSet is being deleted.
+// end removes pilot if the DaemonSet is being deleted.
 func (d *Deployment) end(ctx context.Context) error {
-	// The pod is told to stop, so ctx is done.
+	// The pod is being stopped, so ctx is done.
 	ctx = context.WithoutCancel(ctx)
-	asking, cancel := context.WithTimeout(ctx, decideIn)
+	asking, cancel := context.WithTimeout(ctx, decideTimeout)
 	defer cancel()
 	deleted, why := d.DaemonSet.Deleted(asking)
 	log := logrus.WithField("because", why)
@@ -247,7 +245,7 @@ func (d *Deployment) end(ctx context.Context) error {
 		log.Info("pilot was not installed by the DaemonSet, and stays on this node")
 		return nil
 	}
-	log.Info("pilot is removed from this node")
+	log.Info("removing pilot from this node")
 	return d.run(ctx, "node", "uninstall", "--now")
 }
 
@@ -263,16 +261,16 @@ func (d *Deployment) run(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// onMachine runs a program in the mount namespace of the machine's init, with
-// that's root directory.
+// onMachine runs a program in the mount namespace and the root directory of the machine's
+// init.
 func onMachine(ctx context.Context, program string, args ...string) error {
 	done := make(chan error)
 	go func() {
 		// The thread ends with the goroutine, since it stays locked.
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
-			// But this one can't end, and its mount namespace is what others see as
-			// the process's: the pod's probes would run on the machine.
+			// The main thread can't end, and its mount namespace counts as the process's:
+			// the pod's probes would run on the machine.
 			defer runtime.UnlockOSThread()
 			done <- onMachine(ctx, program, args...)
 			return
@@ -283,7 +281,7 @@ func onMachine(ctx context.Context, program string, args ...string) error {
 				return err
 			}
 			defer ns.Close()
-			// Threads that share a root directory can't change it so.
+			// Threads that share a root directory can't change their mount namespace.
 			if err := unix.Unshare(unix.CLONE_FS); err != nil {
 				return fmt.Errorf("unshare: %w", err)
 			}

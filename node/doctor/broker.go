@@ -19,17 +19,17 @@ import (
 // broker wraps and unwraps a secret with each KEK.
 func (e *examination) broker(ctx context.Context) Step {
 	if e.ListenTLS {
-		return skipped("the key provider at " + e.Listen + " takes clients with a certificate only")
+		return skipped("the key provider at " + e.Listen + " requires a client certificate")
 	}
 	if len(e.KEKs) == 0 {
-		return skipped("no KEK is known to try: name one that this node uses with --kek")
+		return skipped("no KEK to try: name one that this node uses with --kek")
 	}
 	conn, err := dial(e.Listen)
 	if err != nil {
 		return failed(err.Error())
 	}
 	defer conn.Close()
-	// A broker that is down is waited for, so all KEKs at once.
+	// A broker that is down makes each KEK wait, so try all at once.
 	steps := make([]Step, len(e.KEKs))
 	var wg sync.WaitGroup
 	var away error
@@ -61,8 +61,8 @@ func (e *examination) broker(ctx context.Context) Step {
 	return passed(detail)
 }
 
-// tryKEK asks the key provider, and the broker without what the key provider
-// has in its cache.
+// tryKEK wraps and unwraps with the key provider, and with the broker directly, without
+// the key provider's cache.
 func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) Step {
 	direct := make(chan error, 1)
 	go func() { direct <- roundTrip(ctx, e.ProviderNames[0], kek, e.Provider.WrapKey, e.Provider.UnwrapKey) }()
@@ -72,14 +72,14 @@ func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) 
 		return passed("")
 	}
 	if err == nil {
-		return failed(fmt.Sprintf("pilot still knows KEK %q, and the broker does not give it now: %s", kek, directly), e.brokerFix(kek, directly)...)
+		return failed(fmt.Sprintf("pilot has KEK %q in its cache, but the broker does not release it now: %s", kek, directly), e.brokerFix(kek, directly)...)
 	}
 	detail := said(err)
 	if !strings.Contains(detail, kek) {
 		detail = fmt.Sprintf("KEK %q: %s", kek, detail)
 	}
 	if directly == nil {
-		return failed(fmt.Sprintf("%s (with the settings of %s the broker gives it: pilot was started with others)", detail, e.Configuration), restartPilot...)
+		return failed(fmt.Sprintf("%s (the broker releases it with the settings in %s: pilot was started with others)", detail, e.Configuration), restartPilot...)
 	}
 	// The daemon has the same settings, and its error has lost its type.
 	return failed(detail, e.brokerFix(kek, directly)...)
@@ -108,7 +108,7 @@ func roundTrip(ctx context.Context, provider, kek string, wrap, unwrap ask) erro
 		},
 	})
 	if err == nil && !bytes.Equal(unwrapped.KeyUnwrapResults.OptsData, secret) {
-		err = errors.New("what was wrapped came back as something else")
+		err = errors.New("the unwrapped secret is not the one that was wrapped")
 	}
 	return err
 }
@@ -123,12 +123,12 @@ func askFor(ctx context.Context, f ask, in protocol.KeyProviderKeyWrapProtocolIn
 		return out, err
 	}
 	if json.Unmarshal(answer, &out) != nil {
-		err = errors.New("the answer is not the JSON of the key provider protocol")
+		err = errors.New("the response is not JSON of the key provider protocol")
 	}
 	return out, err
 }
 
-// unique returns the different strings of list, in their order.
+// unique returns list without duplicates, in its order.
 func unique(list []string) (out []string) {
 	seen := map[string]bool{}
 	for _, s := range list {

@@ -11,8 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/errline"
 )
 
-// warnBefore is how long before a certificate expires the doctor warns, as the alerts
-// do.
+// warnBefore is how long before a certificate's expiry the doctor warns, as the alerts do.
 const warnBefore = 14 * 24 * time.Hour
 
 func (e *examination) certificatesCheck() []check {
@@ -23,8 +22,7 @@ func (e *examination) certificatesCheck() []check {
 	return []check{{StepCertificates, []string{StepConfiguration}, 5 * time.Second, e.certificates}}
 }
 
-// certificates looks when the certificates expire by which pilot and its brokers know
-// each other.
+// certificates checks when the certificates of pilot and its brokers expire.
 func (e *examination) certificates(ctx context.Context) Step {
 	step := Step{Result: OK}
 	var details []string
@@ -56,7 +54,7 @@ func (e *examination) certificates(ctx context.Context) Step {
 		if certs, err := certfile.Certificates(e.BrokerCA); err != nil {
 			errs = append(errs, err)
 		} else {
-			// While a CA is replaced there are two, and the other may end soon.
+			// While a CA is being replaced there are two, and the old one may expire soon.
 			last := certs[0].NotAfter
 			for _, c := range certs {
 				if c.NotAfter.After(last) {
@@ -67,7 +65,7 @@ func (e *examination) certificates(ctx context.Context) Step {
 			look("broker-ca", last, rotate, rotate)
 		}
 	}
-	// What keeps a broker's certificate from being accepted, StepBroker says.
+	// StepBroker reports why a broker's certificate is not accepted.
 	for _, c := range e.Brokers.Certificates(ctx) {
 		look("the certificate of "+c.URL, c.Certificate.NotAfter, []string{renewServer}, []string{renewServer})
 	}
@@ -75,7 +73,7 @@ func (e *examination) certificates(ctx context.Context) Step {
 		return failed(err.Error(), "correct broker-cert and broker-ca in "+e.Configuration)
 	}
 	if len(details) == 0 {
-		return skipped("no broker shows a certificate now")
+		return skipped("no broker presents a certificate now")
 	}
 	step.Detail, step.Fix = strings.Join(details, "; "), unique(step.Fix)
 	return step

@@ -28,7 +28,7 @@ import (
 
 var reinstall = []string{"pilot node install --now"}
 
-// restartContainerd is the command that has containerd read its configuration.
+// restartContainerd is the command that makes containerd read its configuration.
 func (e *examination) restartContainerd() string {
 	return "systemctl restart " + e.running.Service
 }
@@ -36,16 +36,16 @@ func (e *examination) restartContainerd() string {
 // machine is this one.
 var machine host.Host
 
-// look finds the files and the program of the containerd that answers. An error
-// that is a [Conflict] is of the node's; others say why it can't be known.
+// look finds the files and the program of the running containerd. A [host.Conflict] is a
+// fault of the node; any other error says why they can't be examined.
 func (e *examination) look(ctx context.Context) error {
 	n := containerd.Named{Address: e.Containerd, Config: e.ContainerdConfig}
 	ours, lost, err := install.Recorded(install.Options{Containerd: n})
 	if e.lost = lost; err != nil {
 		return err
 	}
-	// The process that answers counts. A program that is named only reads its
-	// configuration.
+	// The running process decides. A program that the user has named is only used to
+	// read the configuration.
 	t, err := containerd.Find(machine, n)
 	var conflict *host.Conflict
 	if e.ContainerdBinary != "" && !errors.As(err, &conflict) {
@@ -65,7 +65,7 @@ func (e *examination) look(ctx context.Context) error {
 		return err
 	}
 	if c.Major != e.running.Major || c.Minor != e.running.Minor {
-		return &host.Conflict{Where: t.Program, What: fmt.Sprintf("it is containerd %d.%d, and %d.%d answers at %s", c.Major, c.Minor, e.running.Major, e.running.Minor, e.Containerd), Fix: e.restartContainerd()}
+		return &host.Conflict{Where: t.Program, What: fmt.Sprintf("it is containerd %d.%d, and %d.%d runs at %s", c.Major, c.Minor, e.running.Major, e.running.Minor, e.Containerd), Fix: e.restartContainerd()}
 	}
 	if err := c.CheckAddress(n); err != nil {
 		return err
@@ -75,8 +75,8 @@ func (e *examination) look(ctx context.Context) error {
 	return err
 }
 
-// containerdConfig compares what containerd has loaded, what it would load now,
-// and what decryption takes.
+// containerdConfig compares what containerd has loaded, what it would load now, and what
+// decryption needs.
 func (e *examination) containerdConfig(ctx context.Context) Step {
 	unread := e.look(ctx)
 	file := e.running.Config
@@ -88,7 +88,7 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 	case ctx.Err() != nil:
 		return failed(fmt.Sprintf("containerd does not read %s in time: %s", file, unread), e.running.Program+" --config "+file+" config dump")
 	case errors.Is(unread, exec.ErrNotFound) || errors.Is(unread, fs.ErrNotExist) || e.running.Program == "":
-		// That says nothing about the containerd that runs.
+		// The running containerd may still be fine.
 		unread = fmt.Errorf("%s is not compared: %w: name containerd's program with --containerd-binary", file, unread)
 	default:
 		return failed(fmt.Sprintf("containerd can't read %s, and would not start again: %s", file, unread), "correct "+file)
@@ -138,14 +138,14 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 	case unread != nil:
 		return failed(fmt.Sprintf("%s (%s)", notLoaded, unread), reinstall...)
 	case len(wrong) == 0 && older != "":
-		return failed(fmt.Sprintf("%s, and %s is right: %s", notLoaded, file, older), e.restartContainerd())
+		return failed(fmt.Sprintf("%s, though %s is correct: %s", notLoaded, file, older), e.restartContainerd())
 	case len(wrong) == 0:
-		return failed(fmt.Sprintf("%s, and %s is right", notLoaded, file), e.restartContainerd(), "journalctl -u "+e.running.Service+" -n 30")
+		return failed(fmt.Sprintf("%s, though %s is correct", notLoaded, file), e.restartContainerd(), "journalctl -u "+e.running.Service+" -n 30")
 	}
 	return failed(notLoaded+"; "+onDisk, reinstall...)
 }
 
-// unnoted says that the note of what was installed was lost.
+// unnoted reports that the record of the installation was lost.
 func (e *examination) unnoted() []string {
 	if e.lost == "" {
 		return nil
@@ -153,8 +153,7 @@ func (e *examination) unnoted() []string {
 	return []string{fmt.Sprintf("%s: %s, and without it \"pilot node refresh\" does nothing", install.RecordFile, e.lost)}
 }
 
-// addedToTheRest says what pilot's drop-in changes of the rest of containerd's
-// configuration, which it must not.
+// addedToTheRest reports other settings of containerd that pilot's drop-in changes.
 func (e *examination) addedToTheRest() []string {
 	changed := containerd.Differences(e.running.Plain, e.dump, e.running.SetByPilot())
 	if len(changed) == 0 {
@@ -163,25 +162,25 @@ func (e *examination) addedToTheRest() []string {
 	return []string{"with pilot's drop-in containerd has lost or changed other settings: " + containerd.Summary(changed)}
 }
 
-// lists says which entries of other tools the lists of pilot's drop-in hide, and
-// which they have of tools that are gone.
+// lists reports entries of other tools that the lists in pilot's drop-in hide, and
+// entries of tools that are gone.
 func (e *examination) lists(loaded plugged) (wrong []string) {
 	if !e.running.HasTransfer() || e.builtIn {
 		return nil
 	}
 	is, err := e.running.UnpackConfigs(e.dump, platforms.DefaultSpec())
 	if err != nil {
-		return nil // which differOnDisk says
+		return nil // differOnDisk reports it
 	}
 	for _, u := range is {
 		if u.Optional {
 			continue
 		}
 		if !loaded.has(plugins.SnapshotPlugin, u.Snapshotter) && !e.configured(u.Snapshotter) {
-			wrong = append(wrong, fmt.Sprintf("unpack_config has an entry for snapshotter %s, which does not exist: containerd would start without pulling images", u.Snapshotter))
+			wrong = append(wrong, fmt.Sprintf("unpack_config has an entry for snapshotter %s, which does not exist: after a restart containerd could not pull images", u.Snapshotter))
 		}
 		if u.Differ != "" && !loaded.has(plugins.DiffPlugin, u.Differ) && !e.configured(u.Differ) {
-			wrong = append(wrong, fmt.Sprintf("unpack_config has an entry with differ %s, which does not exist: containerd would start without pulling images", u.Differ))
+			wrong = append(wrong, fmt.Sprintf("unpack_config has an entry with differ %s, which does not exist: after a restart containerd could not pull images", u.Differ))
 		}
 	}
 	should, err := e.running.UnpackConfigsWithPilot(machine)
@@ -205,8 +204,8 @@ func (e *examination) configured(name string) bool {
 	return all[name] != nil
 }
 
-// olderThan says which of its configuration's files were written after containerd
-// was started.
+// olderThan returns the configuration files that were written after containerd was
+// started, as text.
 func (e *examination) olderThan() string {
 	started, err := e.started()
 	if err != nil {
@@ -225,11 +224,10 @@ func (e *examination) olderThan() string {
 	if len(newer) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("containerd runs since %s: %s", started.Format(time.DateTime), strings.Join(newer, ", "))
+	return fmt.Sprintf("containerd has been running since %s: %s", started.Format(time.DateTime), strings.Join(newer, ", "))
 }
 
-// started returns when the containerd that answers was started, whatever its
-// program's name.
+// started returns the start time of the running containerd, whatever its program's name.
 func (e *examination) started() (time.Time, error) {
 	if p := e.running.Process; p != nil {
 		return p.Started, nil
@@ -241,7 +239,7 @@ func (e *examination) started() (time.Time, error) {
 	return host.StartedAt(fmt.Sprintf("/proc/%d", pid))
 }
 
-// note returns what is added to a line, in parentheses.
+// note returns a text in parentheses, to append to a line.
 func note(text string) string {
 	if text == "" {
 		return ""
@@ -249,14 +247,14 @@ func note(text string) string {
 	return " (" + text + ")"
 }
 
-// correctListen are the commands that fix a diff-listen that is not where
-// containerd looks for pilot.
+// correctListen returns the fix for a diff-listen that is not the address in
+// containerd's configuration.
 func (e *examination) correctListen() []string {
 	return []string{"correct diff-listen in " + e.Configuration, restartPilot[0]}
 }
 
-// withDiffer reports whether containerd has to decrypt with pilot's differ, and
-// not with stream processors.
+// withDiffer reports whether containerd should decrypt with pilot's differ, and not with
+// stream processors.
 func (e *examination) withDiffer() bool {
 	return e.running.UsesDiffer() && (e.DiffSocket != "" || e.builtIn)
 }
@@ -265,7 +263,7 @@ func (e *examination) withDiffer() bool {
 type plugged struct {
 	all    []*introspection.Plugin
 	differ *introspection.Plugin // pilot's, or nil
-	broken string                // which of those that unpack could not be loaded
+	broken string                // which plugin for unpacking could not be loaded
 }
 
 func (e *examination) loaded(ctx context.Context) (plugged, error) {
@@ -290,13 +288,13 @@ func (e *examination) loaded(ctx context.Context) (plugged, error) {
 	return found, nil
 }
 
-// has reports whether containerd has a plugin. One that could not be loaded
-// counts: the reason may be gone when containerd starts again.
+// has reports whether containerd has a plugin, even if it could not be loaded: the
+// reason may be gone when containerd is restarted.
 func (p plugged) has(kind plugin.Type, id string) bool {
 	return slices.ContainsFunc(p.all, func(p *introspection.Plugin) bool { return p.Type == string(kind) && p.ID == id })
 }
 
-// differOnDisk says what pilot's differ lacks in containerd's configuration.
+// differOnDisk reports what is missing for pilot's differ in containerd's configuration.
 func (e *examination) differOnDisk() (wrong []string) {
 	switch p, found := containerd.PilotProxy(e.dump); {
 	case e.builtIn:
@@ -305,10 +303,10 @@ func (e *examination) differOnDisk() (wrong []string) {
 	case p.Kind != "diff" && p.Kind != string(plugins.DiffPlugin):
 		wrong = append(wrong, fmt.Sprintf("the proxy plugin pilot is of type %s, not diff", p.Kind))
 	case p.At != e.DiffSocket:
-		wrong = append(wrong, fmt.Sprintf("the proxy plugin pilot is looked for at %s, and diff-listen is %s", p.At, e.DiffSocket))
+		wrong = append(wrong, fmt.Sprintf("the proxy plugin pilot has the address %s, and diff-listen is %s", p.At, e.DiffSocket))
 	}
 	if order := containerd.Strings(containerd.Plugin(e.dump, containerd.DiffService)["default"]); len(order) == 0 || order[0] != "pilot" {
-		wrong = append(wrong, fmt.Sprintf("the diff service asks the differs %q, and not pilot first", order))
+		wrong = append(wrong, fmt.Sprintf("the diff service has the differs %q, and pilot is not the first", order))
 	}
 	if !e.running.HasTransfer() {
 		return wrong
@@ -323,8 +321,8 @@ func (e *examination) differOnDisk() (wrong []string) {
 	return wrong
 }
 
-// streamProcessors looks for the programs that decrypt where pilot's differ
-// does not. The running containerd does not tell which it has.
+// streamProcessors checks the stream processors in the configuration, which decrypt if
+// pilot's differ does not. The running containerd has no API that lists its own.
 func (e *examination) streamProcessors(unread error, wrong []string) Step {
 	if unread != nil {
 		return skipped(unread.Error())
@@ -341,7 +339,7 @@ func (e *examination) streamProcessors(unread error, wrong []string) Step {
 			wrong = append(wrong, fmt.Sprintf("key_model of %s is %q, not node: the kubelet's pulls pass nothing to stream processors", cri, decryption["key_model"]))
 		}
 		if local, found := section["use_local_image_pull"].(bool); found && !local {
-			wrong = append(wrong, fmt.Sprintf("use_local_image_pull of %s is false: the kubelet's pulls ask no stream processor", cri))
+			wrong = append(wrong, fmt.Sprintf("use_local_image_pull of %s is false: the kubelet's pulls use no stream processor", cri))
 		}
 	}
 	if len(wrong) > 0 {
@@ -350,10 +348,10 @@ func (e *examination) streamProcessors(unread error, wrong []string) Step {
 	return passed(e.running.Config + " has stream processors for tar, tar+gzip and tar+zstd" + note(e.olderThan()))
 }
 
-// streamProcessor says what is wrong with the one for a media type.
+// streamProcessor reports what is wrong with the stream processor for a media type.
 func (e *examination) streamProcessor(mediaType string) string {
 	processors, _ := e.dump["stream_processors"].(map[string]any)
-	// CRI passes a layer's descriptor to these two only.
+	// CRI passes the keys to these two only.
 	for _, id := range imgcrypt.PayloadToolIDs {
 		section, _ := processors[id].(map[string]any)
 		if !slices.Contains(containerd.Strings(section["accepts"]), mediaType) {
@@ -365,10 +363,10 @@ func (e *examination) streamProcessor(mediaType string) string {
 		}
 		return ""
 	}
-	return fmt.Sprintf("no stream processor that CRI knows accepts %s", mediaType)
+	return fmt.Sprintf("none of the stream processors that CRI uses accepts %s", mediaType)
 }
 
-// snapshotter returns the one to unpack into.
+// snapshotter returns the snapshotter to unpack into.
 func (e *examination) snapshotter() string {
 	if e.Snapshotter != "" {
 		return e.Snapshotter

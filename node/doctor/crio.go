@@ -49,7 +49,7 @@ func (e *examination) crioChecks() []check {
 	}
 }
 
-// crio asks CRI-O for its configuration.
+// crio requests CRI-O's configuration.
 func (e *examination) crio(ctx context.Context) Step {
 	var err error
 	if e.runningCRIO, err = crio.Ask(ctx, e.CRIO); err != nil {
@@ -72,7 +72,7 @@ func (e *examination) crioKeyProvider(ctx context.Context) Step {
 		if strings.Contains(string(unit), keyproviderconfig.ENVVARNAME+"=") {
 			return failed(fmt.Sprintf("CRI-O runs without %s, which %s sets: it was not restarted since", keyproviderconfig.ENVVARNAME, crio.Service), restartCRIO...)
 		}
-		return failed(fmt.Sprintf("%s is not in CRI-O's environment, so it knows no key provider", keyproviderconfig.ENVVARNAME), append([]string{"pilot node install"}, restartCRIO...)...)
+		return failed(fmt.Sprintf("%s is not in CRI-O's environment, so it has no key provider", keyproviderconfig.ENVVARNAME), append([]string{"pilot node install"}, restartCRIO...)...)
 	}
 	text, err := c.Root().ReadFile(name)
 	if err != nil {
@@ -94,7 +94,7 @@ func (e *examination) crioKeyProvider(ctx context.Context) Step {
 	case attrs.Grpc != "" && grpcSocket(attrs.Grpc) != grpcSocket(e.Listen):
 		return failed(fmt.Sprintf("%s has CRI-O ask %s, and pilot listens at %s", name, attrs.Grpc, e.Listen), "correct "+name+" or listen in "+e.Configuration, restartCRIO[1])
 	}
-	// CRI-O reads the file when it starts, and never again.
+	// CRI-O reads the file only when it starts.
 	info, err := os.Stat(c.Path(name))
 	if err != nil {
 		return failed(err.Error())
@@ -106,27 +106,25 @@ func (e *examination) crioKeyProvider(ctx context.Context) Step {
 	return passed(fmt.Sprintf("CRI-O asks pilot: %s=%s", keyproviderconfig.ENVVARNAME, name))
 }
 
-// grpcSocket returns a target without the two ways to write that it is a unix
-// socket's path.
+// grpcSocket returns a gRPC target without the prefix of a unix socket.
 func grpcSocket(target string) string {
 	return strings.TrimPrefix(strings.TrimPrefix(target, "unix://"), "unix:")
 }
 
-// crioKeys looks at CRI-O's directory of private keys, of which pilot needs none.
+// crioKeys checks CRI-O's directory of private keys, which pilot does not need.
 func (e *examination) crioKeys(context.Context) Step {
 	dir := e.runningCRIO.KeysPath
 	keys, err := e.runningCRIO.CheckKeys()
 	switch away := strings.TrimSuffix(dir, "/") + ".away"; {
 	case err != nil:
-		return failed(fmt.Sprintf("CRI-O fails every pull, of plain images too, because of its decryption_keys_path %s: %s", dir, err), "move that out of "+dir+", or all of it: mv "+dir+" "+away)
+		return failed(fmt.Sprintf("CRI-O fails every pull, also of plain images, because of its decryption_keys_path %s: %s", dir, err), "move that file out of "+dir+", or move the directory: mv "+dir+" "+away)
 	case keys < 0:
-		return passed("decryption_keys_path " + dir + " does not exist, and need not")
+		return passed("decryption_keys_path " + dir + " does not exist, which is fine")
 	}
 	return passed(fmt.Sprintf("decryption_keys_path %s has private keys: %d", dir, keys))
 }
 
-// unwrapLayer encrypts a layer and decrypts it with the key provider that CRI-O
-// has, as a pull does.
+// unwrapLayer encrypts a layer and decrypts it with CRI-O's key provider, as a pull does.
 func (e *examination) unwrapLayer(ctx context.Context) Step {
 	if step, none := e.withoutKEK(); none {
 		return step
@@ -141,7 +139,7 @@ func (e *examination) unwrapLayer(ctx context.Context) Step {
 	return passed(fmt.Sprintf("a layer encrypted for KEK %q was decrypted with CRI-O's key provider", e.kek))
 }
 
-// decrypt decrypts the layer with a key provider, and compares.
+// decrypt decrypts the layer with a key provider, and compares its diff ID.
 func (l *testLayer) decrypt(ctx context.Context, provider string, attrs keyproviderconfig.KeyProviderAttrs) error {
 	asked, err := ocicryptclient.New(attrs)
 	if err != nil {
@@ -166,7 +164,7 @@ func (l *testLayer) decrypt(ctx context.Context, provider string, attrs keyprovi
 	}
 	plain, err := io.ReadAll(z)
 	if err == nil && digest.FromBytes(plain) != l.diffID {
-		err = errors.New("what was encrypted came back as something else")
+		err = errors.New("the decrypted layer is not the one that was encrypted")
 	}
 	return err
 }

@@ -19,18 +19,18 @@ func (e *examination) decryptionKeysCheck() []check {
 	return []check{{StepDecryptionKeys, []string{StepConfiguration}, 5 * time.Second, e.decryptionKeys}}
 }
 
-// decryptionKeys reads the private keys of the node as the differ does.
+// decryptionKeys reads the node's private keys as the differ does.
 func (e *examination) decryptionKeys(ctx context.Context) Step {
 	path := e.DecryptionKeysPath
 	s, err := processor.NewKeyDir(path, nil).State(ctx)
 	switch {
 	case err != nil:
-		return failed(fmt.Sprintf("%s can't be read in time: is its file system there?", path), "ls -la "+path)
+		return failed(fmt.Sprintf("%s can't be read in time: is its file system mounted?", path), "ls -la "+path)
 	case len(s.Unusable) > 0:
 		return failed(fmt.Sprintf("%s; keys that can be used: %d", s.Summary(maxNamedKeys), s.Usable),
-			"ls -la "+path, "correct or remove those files, or decryption-keys-path in "+e.Configuration+": keys count without a restart")
+			"ls -la "+path, "correct or remove those files, or decryption-keys-path in "+e.Configuration+": no restart is needed")
 	case s.Usable == 0:
-		return passed(path + " contains no key yet; one that is put there counts without a restart")
+		return passed(path + " contains no keys yet; new ones need no restart")
 	}
-	return passed(fmt.Sprintf("%s: %d can be used, and all are read for each layer", path, s.Usable))
+	return passed(fmt.Sprintf("%s: %d can be used; all are read for each layer", path, s.Usable))
 }

@@ -8,11 +8,10 @@ import (
 	"github.com/ctrlplane/pilot/node/docker"
 )
 
-// docker says whether Docker pulls encrypted images. The step does not exist
-// where there is no Docker, or where pilot serves a containerd that is neither
-// the machine's nor Docker's. A Docker that can't pull them is a failure only
-// where it runs and the kubelet does not: beside Kubernetes it may be there for
-// something else.
+// docker reports whether Docker pulls encrypted images. The step is left out if there is
+// no Docker, or if pilot serves a containerd that is neither the machine's nor Docker's.
+// A Docker that can't pull them is a failure only if it runs and the kubelet does not:
+// beside Kubernetes it may serve another purpose.
 func (e *examination) docker(ctx context.Context) Step {
 	d, err := docker.Find(ctx, machine)
 	switch {

@@ -24,52 +24,49 @@ import (
 	"github.com/ctrlplane/pilot/plugin"
 )
 
-// Doctor examines the chain by which a node decrypts images, with the calls
-// that a pull makes. Its settings are those that pilot serves with.
+// Doctor examines the chain by which a node decrypts images, with the calls that a pull
+// makes. Its settings are those of "pilot serve".
 type Doctor struct {
-	// Configuration is where pilot's configuration was read from, for
-	// messages. ConfigurationError says why it can't be used: then nothing
-	// else counts.
+	// Configuration is the file that pilot's configuration was read from, for messages.
+	// If ConfigurationError is not nil, it says why the file can't be used, and all other
+	// fields are ignored.
 	Configuration      string
 	ConfigurationError error
 
-	// Listen is the gRPC target of the key provider. ListenTLS says that it
-	// takes client certificates, of which the doctor has none.
+	// Listen is the gRPC target of the key provider. ListenTLS is true if it requires
+	// client certificates, of which the doctor has none.
 	Listen    string
 	ListenTLS bool
-	// ProviderNames are the key provider's in ocicrypt.conf, at least one.
+	// ProviderNames are the key provider's names in ocicrypt.conf, at least one.
 	ProviderNames []string
-	// Brokers is the client of the node's broker, or of several. Provider
-	// asks them in this process, with no KEK in its cache.
+	// Brokers is the client of the node's brokers. Provider uses them in this process,
+	// with an empty cache.
 	Brokers  *brokerclient.Client
 	Provider *keyprovider.Provider
-	// BrokerURLs, BrokerCA and BrokerCert are the settings of that name, for
-	// messages. The files may be empty.
+	// BrokerURLs, BrokerCA and BrokerCert are the settings broker, broker-ca and
+	// broker-cert, for messages. The files may be "".
 	BrokerURLs           []string
 	BrokerCA, BrokerCert string
-	// KEKs are those that the node has to be able to use. May be empty.
+	// KEKs are the KEKs that the node must be able to use. May be empty.
 	KEKs []string
 
-	// DiffSocket is the path of the socket at which pilot is a differ, or
-	// empty if it is none.
+	// DiffSocket is the path of the differ's socket, or "" if pilot serves none.
 	DiffSocket string
-	// DecryptionKeysPath is the directory of the differ's private keys, or
-	// empty.
+	// DecryptionKeysPath is the directory of the differ's private keys, or "".
 	DecryptionKeysPath string
 	// Containerd is the path of containerd's socket.
 	Containerd string
-	// ContainerdConfig is the file that containerd was started with, and
-	// ContainerdBinary the program that can read it. Default: those of the
-	// process that answers at Containerd.
+	// ContainerdConfig is containerd's configuration file, and ContainerdBinary the
+	// program that can read it. Default: those of the process that listens at Containerd.
 	ContainerdConfig, ContainerdBinary string
-	// CRIO is the path of CRI-O's socket, on a node where CRI-O pulls: then
+	// CRIO is the path of CRI-O's socket, on a node where CRI-O pulls. If it is set,
 	// containerd is not examined.
 	CRIO string
-	// Snapshotter is where to unpack. Default: CRI's, or overlayfs.
+	// Snapshotter is the snapshotter to unpack into. Default: CRI's, or overlayfs.
 	Snapshotter string
 }
 
-// Step is what the doctor found out about one link of the chain.
+// Step is the result for one link of the chain.
 type Step struct {
 	// Name is one of the Step… constants.
 	Name   string `json:"name"`
@@ -79,7 +76,7 @@ type Step struct {
 	Detail string `json:"detail"`
 	// Fix lists the commands that fix the problem, in order, or that show more of it.
 	Fix []string `json:"fix,omitempty"`
-	// Mend is Fix again: the name that this field had first.
+	// Mend is Fix under its first name.
 	//
 	// Deprecated: use Fix.
 	Mend []string `json:"mend,omitempty"`
@@ -88,13 +85,13 @@ type Step struct {
 // Result is how a step ended.
 type Result string
 
-// A step that was skipped is one that can't be checked: what it needs has
-// failed, or it does not exist on this node.
+// A step is skipped if it can't be checked: a step that it depends on has failed, or the
+// node does not have what it checks.
 const (
 	OK      Result = "ok"
 	Failed  Result = "failed"
 	Skipped Result = "skipped"
-	// Warning is something that works, and will not for long.
+	// Warning is a step that works now, but soon will not.
 	Warning Result = "warning"
 )
 
@@ -113,23 +110,22 @@ const (
 	StepDocker           = "docker"
 )
 
-// examineWithin bounds an examination, but for the time that it takes to clean
-// up after it.
-const examineWithin = 50 * time.Second
+// examineTimeout bounds an examination, without the time to clean up.
+const examineTimeout = 50 * time.Second
 
-// check is how a step is made.
+// check is a step before it has run.
 type check struct {
-	name   string
-	needs  []string // steps that must not have failed
-	within time.Duration
-	run    func(context.Context) Step
+	name    string
+	needs   []string // steps that must not have failed
+	timeout time.Duration
+	run     func(context.Context) Step
 }
 
-// Examine makes the steps, each of which comes as it ends. It takes no longer
-// than about a minute, and leaves nothing behind on the node.
+// Examine runs the steps and yields each as it ends. It takes at most about a minute, and
+// leaves nothing behind on the node.
 func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 	return func(yield func(Step) bool) {
-		ctx, cancel := context.WithTimeout(ctx, examineWithin)
+		ctx, cancel := context.WithTimeout(ctx, examineTimeout)
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
@@ -157,7 +153,7 @@ func (e *examination) checks() []check {
 		{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
 		{StepContainerd, []string{StepConfiguration}, 5 * time.Second, e.containerd},
 		{StepContainerdConfig, []string{StepContainerd}, 10 * time.Second, e.containerdConfig},
-		// pilot answers within 30 seconds.
+		// pilot responds within 30 seconds.
 		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
 		{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
 		{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
@@ -171,13 +167,13 @@ type examination struct {
 	broken map[string]bool // steps that failed, or that need one that failed
 
 	client  *client.Client       // of containerd, from StepContainerd on
-	running *containerd.Instance // of the version that answers
-	lost    string               // why the note of what was installed is missing, if it is
-	dump    map[string]any       // what it would load if it was started now
+	running *containerd.Instance // with the version of the running one
+	lost    string               // how the record of the installation was lost, or ""
+	dump    map[string]any       // its configuration if it was restarted now
 	builtIn bool                 // pilot's differ is compiled into containerd
 	kek     string               // the first that the node can use
 
-	runningCRIO *crio.Running                      // from StepCRIO on
+	runningCRIO *crio.Running                      // since StepCRIO
 	crioAttrs   keyproviderconfig.KeyProviderAttrs // of pilot in CRI-O's ocicrypt.conf
 
 	crioProvider string // pilot's name there
@@ -190,9 +186,9 @@ func (e *examination) step(ctx context.Context, c check) Step {
 			return needs(need)
 		}
 	}
-	within, cancel := context.WithTimeout(ctx, c.within)
+	within, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	step := failed("no time was left for it, so slow are the steps before")
+	step := failed("no time left: the steps before were too slow")
 	if ctx.Err() == nil {
 		step = c.run(within)
 	}
@@ -203,7 +199,7 @@ func (e *examination) step(ctx context.Context, c check) Step {
 	return step
 }
 
-// configuration tells what pilot is configured with.
+// configuration checks that pilot can use its configuration.
 func (e *examination) configuration(context.Context) Step {
 	if e.ConfigurationError != nil {
 		return failed(fmt.Sprintf("pilot can't start with %s: %s", e.Configuration, e.ConfigurationError),
@@ -215,7 +211,7 @@ func (e *examination) configuration(context.Context) Step {
 	return passed(e.Configuration)
 }
 
-// containerd asks containerd for its version.
+// containerd requests containerd's version.
 func (e *examination) containerd(ctx context.Context) Step {
 	var err error
 	if e.client, err = plugin.Dial(e.Containerd); err != nil {
@@ -254,8 +250,8 @@ func failed(detail string, fix ...string) Step {
 
 func skipped(why string) Step { return Step{Result: Skipped, Detail: why} }
 
-// needs is a step that needs another, which failed.
-func needs(step string) Step { return skipped("it needs " + step + ", which is not in order") }
+// needs returns a step that was skipped because another failed.
+func needs(step string) Step { return skipped("depends on " + step + ", which failed") }
 
 // exists reports whether this process finds a file.
 func exists(name string) bool {

@@ -24,7 +24,7 @@ func examine(t *testing.T, d *Doctor) map[string]Step {
 	steps := map[string]Step{}
 	for s := range d.Examine(t.Context()) {
 		if s.Result == Failed && len(s.Fix) == 0 || s.Detail == "" {
-			t.Errorf("%s says too little: %+v", s.Name, s)
+			t.Errorf("%s has no detail or no fix: %+v", s.Name, s)
 		}
 		steps[s.Name] = s
 	}
@@ -54,7 +54,7 @@ func TestDoctorUnusableConfiguration(t *testing.T) {
 	}
 }
 
-// TestDoctorNotInstalled examines a machine that has no pilot.
+// TestDoctorNotInstalled examines a machine without pilot.
 func TestDoctorNotInstalled(t *testing.T) {
 	dir := t.TempDir()
 	d := &Doctor{Configuration: filepath.Join(dir, "pilot.toml"), Listen: "unix://" + filepath.Join(dir, "k"), DiffSocket: filepath.Join(dir, "d"), Containerd: filepath.Join(dir, "c"), ProviderNames: []string{"pilot"}}
@@ -66,7 +66,7 @@ func TestDoctorNotInstalled(t *testing.T) {
 	}
 }
 
-// serve answers on a socket until the test ends.
+// serve serves on a socket until the test ends.
 func serve(t *testing.T, s *grpc.Server) (socket string) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "s")
@@ -79,8 +79,7 @@ func serve(t *testing.T, s *grpc.Server) (socket string) {
 	return socket
 }
 
-// TestDoctorKnowsPilot looks at the sockets of a pilot that has neither a broker
-// nor a containerd.
+// TestDoctorKnowsPilot examines the sockets of a pilot without a broker and a containerd.
 func TestDoctorKnowsPilot(t *testing.T) {
 	nobody := filepath.Join(t.TempDir(), "nobody.sock")
 	broker, err := client.New(client.Config{URLs: []string{"unix://" + nobody}})
@@ -100,7 +99,7 @@ func TestDoctorKnowsPilot(t *testing.T) {
 	d := &Doctor{Configuration: os.DevNull, Listen: "unix://" + serve(t, keys), DiffSocket: serve(t, diffs), Containerd: nobody, ProviderNames: []string{"pilot"}}
 	steps := examine(t, d)
 	if ok := results(steps, OK); !slices.Equal(ok, []string{StepConfiguration, StepDiffer, StepKeyProvider}) {
-		t.Errorf("in order: %v in %v", ok, steps)
+		t.Errorf("ok: %v in %v", ok, steps)
 	}
 	if failed := results(steps, Failed); !slices.Equal(failed, []string{StepContainerd}) {
 		t.Errorf("failed: %v", failed)
@@ -117,8 +116,8 @@ func TestDoctorKnowsPilot(t *testing.T) {
 	}
 }
 
-// TestFinishing interrupts a step, and lets another run out of time.
-func TestFinishing(t *testing.T) {
+// TestInterruptedWorkMayFinish interrupts a step, and lets another run out of time.
+func TestInterruptedWorkMayFinish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, interrupt := context.WithTimeout(t.Context(), time.Minute)
 		work, stop := finishing(ctx)

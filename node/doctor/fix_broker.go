@@ -18,7 +18,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
-// onBroker is a command for the broker's machine.
+// onBroker is a command to run on the broker's machine.
 func onBroker(command string) string { return "on the broker's machine: " + command }
 
 var (
@@ -28,8 +28,8 @@ var (
 
 const compareClocks = "date -u (on this machine and on the broker's: compare the clocks)"
 
-// brokerFix returns what fixes a broker that did not give a KEK, with err. Of several
-// brokers, each may need something else.
+// brokerFix returns the fix for a broker that returned err instead of a KEK. With several
+// brokers, err may be several errors, each with its own fix.
 func (e *examination) brokerFix(kek string, err error) (fix []string) {
 	add := func(commands ...string) { fix = append(fix, commands...) }
 	fix = e.certificateFix(err)
@@ -50,7 +50,7 @@ func (e *examination) brokerFix(kek string, err error) (fix []string) {
 	return unique(fix)
 }
 
-// certificateFix is brokerFix for what is wrong with a certificate.
+// certificateFix is brokerFix for errors of a certificate.
 func (e *examination) certificateFix(err error) (fix []string) {
 	add := func(commands ...string) { fix = append(fix, commands...) }
 	var (
@@ -90,11 +90,10 @@ func (e *examination) certificateFix(err error) (fix []string) {
 	return fix
 }
 
-// renewServer renews the certificate that a broker shows.
+// renewServer renews a broker's certificate.
 var renewServer = onBroker("copilot certs renew /etc/copilot/server.pem")
 
-// newCertificate says how the node gets a certificate in place of one that can't be
-// shown any more.
+// newCertificate returns how to replace the node's certificate after it has expired.
 func (e *examination) newCertificate() []string {
 	name := filepath.Base(e.BrokerCert)
 	return []string{
@@ -117,7 +116,7 @@ func (e *examination) connectionFix(err error) (fix []string) {
 	case errors.As(err, &dns):
 		add("getent hosts "+dns.Name, correct)
 	case errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch):
-		add(correct + ": what answers there does not speak TLS")
+		add(correct + ": the server there does not speak TLS")
 	case errors.Is(err, syscall.EACCES):
 		add("ls -l " + strings.Join(e.BrokerURLs, " "))
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
@@ -139,7 +138,8 @@ func (e *examination) connectionFix(err error) (fix []string) {
 	return fix
 }
 
-// identity is whom the broker takes the node for, if that can be known here.
+// identity returns the node's identity at the broker, or a placeholder if it is not known
+// here.
 func (e *examination) identity() string {
 	if e.BrokerCert != "" {
 		if cert, err := certfile.Certificates(e.BrokerCert); err == nil {

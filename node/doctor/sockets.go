@@ -28,11 +28,11 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 )
 
-// keyProvider has the key provider refuse an annotation that nobody wrote,
-// which it does without asking the broker.
+// keyProvider sends the key provider an invalid annotation, which pilot rejects without
+// asking the broker.
 func (e *examination) keyProvider(ctx context.Context) Step {
 	if e.ListenTLS {
-		return skipped(fmt.Sprintf("it answers at %s to clients with a certificate, and the doctor has none", e.Listen))
+		return skipped(fmt.Sprintf("the key provider at %s requires a client certificate, and the doctor has none", e.Listen))
 	}
 	who := ""
 	if path, isUnix := strings.CutPrefix(e.Listen, "unix://"); isUnix {
@@ -60,8 +60,8 @@ func (e *examination) keyProvider(ctx context.Context) Step {
 	return noPilot(e.Listen, "key provider", err)
 }
 
-// differ has the differ refuse a request that says no namespace, which it does
-// without asking containerd.
+// differ sends the differ a request without a namespace, which pilot rejects without
+// asking containerd.
 func (e *examination) differ(ctx context.Context) Step {
 	if e.DiffSocket == "" {
 		return skipped("diff-listen is off")
@@ -106,17 +106,17 @@ func unwrapAt(conn *grpc.ClientConn) ask {
 	}
 }
 
-// Commands that start pilot, and tell why it does not start.
+// Commands that start pilot, and show why it does not start.
 var (
 	startPilot   = []string{"systemctl start pilot.service", "journalctl -u pilot.service -n 30"}
 	restartPilot = []string{"systemctl restart pilot.service", "journalctl -u pilot.service -n 30"}
 )
 
-// installPilot is the command that sets up a node that has no pilot.
+// installPilot is the command that sets up a node without pilot.
 const installPilot = "pilot node install --now --broker https://copilot.example.com:8443 …"
 
-// socket looks at the file of a socket of pilot's. It returns who else may use it,
-// or else what is wrong.
+// socket checks the file of one of pilot's sockets. It returns a note about who else may
+// use it, or the failed step.
 func (e *examination) socket(path string) (who string, wrong *Step) {
 	fail := func(detail string, fix ...string) (string, *Step) {
 		step := failed(detail, fix...)
@@ -127,16 +127,16 @@ func (e *examination) socket(path string) (who string, wrong *Step) {
 	case errors.Is(err, fs.ErrNotExist) && !exists(e.Configuration):
 		return fail(fmt.Sprintf("%s does not exist, nor does %s: pilot is not installed on this machine", path, e.Configuration), installPilot)
 	case errors.Is(err, fs.ErrNotExist):
-		return fail(path+" does not exist: pilot does not run", startPilot...)
+		return fail(path+" does not exist: pilot is not running", startPilot...)
 	case err != nil:
 		return fail(err.Error(), "ls -l "+path)
 	case info.Mode().Type() != fs.ModeSocket:
 		return fail(path+" is not a socket: pilot can't listen there while it is in the way", append([]string{"mv " + path + " " + path + ".away"}, startPilot...)...)
 	}
-	// Connecting takes the right to write.
+	// Connecting requires write permission.
 	switch mode := info.Mode().Perm(); {
 	case mode&0o002 != 0:
-		return fail(fmt.Sprintf("%s has mode %04o: every user of this machine may have layers decrypted (a systemd unit that makes it needs SocketMode=0600)", path, mode),
+		return fail(fmt.Sprintf("%s has mode %04o: every user of this machine can have layers decrypted (a systemd unit that makes it needs SocketMode=0600)", path, mode),
 			"chmod 0600 "+path)
 	case mode&0o020 != 0:
 		who = fmt.Sprintf(" (mode %04o: its group may use it, too)", mode)
@@ -144,20 +144,20 @@ func (e *examination) socket(path string) (who string, wrong *Step) {
 	return who, nil
 }
 
-// noPilot is the step of a server that did not answer as pilot does.
+// noPilot returns the step for a server that did not respond as pilot does.
 func noPilot(target, what string, err error) Step {
 	switch status.Code(err) {
 	case codes.Unavailable:
-		return failed(fmt.Sprintf("%s: nobody answers: %s", target, said(err)), startPilot...)
+		return failed(fmt.Sprintf("%s: no connection: %s", target, said(err)), startPilot...)
 	case codes.DeadlineExceeded:
-		return failed(target+" takes connections, and no answer comes: pilot hangs, or systemd holds the socket for a pilot that does not start", restartPilot...)
+		return failed(target+" accepts connections but does not respond: pilot hangs, or systemd holds the socket and pilot does not start", restartPilot...)
 	case codes.OK:
-		err = errors.New("it accepts anything")
+		err = errors.New("it accepted an invalid request")
 	}
-	return failed(fmt.Sprintf("%s: what answers there is not pilot's %s: %s", target, what, said(err)), append([]string{"ss -lp | grep " + containerd.SocketPath(target)}, restartPilot...)...)
+	return failed(fmt.Sprintf("%s: the server there is not pilot's %s: %s", target, what, said(err)), append([]string{"ss -lp | grep " + containerd.SocketPath(target)}, restartPilot...)...)
 }
 
-// said returns the message of an error without what gRPC puts around it.
+// said returns the message of an error without what gRPC adds to it.
 func said(err error) string {
 	s, isStatus := status.FromError(err)
 	if !isStatus {

@@ -26,7 +26,7 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// testFile is the file that a testLayer has.
+// testFile is the name of the file in a testLayer.
 const testFile = "pilot-doctor"
 
 // testLayer is a small encrypted layer.
@@ -35,13 +35,12 @@ type testLayer struct {
 	blob   []byte
 	diffID digest.Digest
 	secret []byte // what is in testFile
-	// keys decrypt it. They are empty if a key provider has to.
+	// keys decrypt it. Empty if a key provider does.
 	keys *config.DecryptConfig
 }
 
-// newTestLayer makes a layer that is encrypted for a KEK by the key provider
-// at target, as ocicrypt's tools do it, or for a key of its own if kek is
-// empty.
+// newTestLayer makes a layer that is encrypted for a KEK by the key provider at target, as
+// ocicrypt's tools do it, or for a new private key if kek is "".
 func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer, error) {
 	l := &testLayer{secret: make([]byte, 16), keys: &config.DecryptConfig{}}
 	rand.Read(l.secret) // never fails
@@ -68,7 +67,7 @@ func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer
 	return l, nil
 }
 
-// pack returns the plain layer, and notes its diff ID.
+// pack returns the plain layer, and sets the diff ID.
 func (l *testLayer) pack() ([]byte, error) {
 	layer, err := tarOf(file{testFile, l.secret})
 	if err != nil {

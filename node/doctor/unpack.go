@@ -29,19 +29,19 @@ import (
 )
 
 const (
-	// scratchNamespace is containerd's namespace for what is made to try.
+	// scratchNamespace is the containerd namespace that the doctor works in.
 	scratchNamespace = "pilot-doctor"
-	// scratchExpires is when containerd's garbage collector may remove that,
-	// if the doctor is killed.
-	scratchExpires = 2 * time.Minute
-	cleanUpWithin  = 10 * time.Second
-	// finishTimeout bounds how long an interrupted doctor lets containerd
-	// finish what it makes.
+	// scratchTTL is when containerd's garbage collector may remove its content if the
+	// doctor is killed.
+	scratchTTL     = 2 * time.Minute
+	cleanUpTimeout = 10 * time.Second
+	// finishTimeout bounds how long an interrupted doctor lets containerd finish its
+	// work.
 	finishTimeout = 10 * time.Second
 )
 
-// unpackLayer unpacks an encrypted layer into a snapshot, as CRI does where it
-// pulls by itself.
+// unpackLayer unpacks an encrypted layer into a snapshot, as CRI does with
+// use_local_image_pull.
 func (e *examination) unpackLayer(ctx context.Context) Step {
 	if e.withDiffer() && !e.builtIn && e.broken[StepDiffer] {
 		return needs(StepDiffer)
@@ -54,7 +54,7 @@ func (e *examination) unpackLayer(ctx context.Context) Step {
 	if err != nil {
 		return e.notUnpacked(err)
 	}
-	wrapped := "a key of its own"
+	wrapped := "its own key"
 	if e.kek != "" {
 		wrapped = fmt.Sprintf("KEK %q", e.kek)
 	}
@@ -81,7 +81,7 @@ func (e *examination) unpack(ctx context.Context, l *testLayer) error {
 		return err
 	}
 	if applied.Digest != l.diffID {
-		return fmt.Errorf("the layer was unpacked as %s, and is %s", applied.Digest, l.diffID)
+		return fmt.Errorf("the unpacked layer has the diff ID %s, not %s", applied.Digest, l.diffID)
 	}
 	if err := snapshots.Commit(ctx, key+"-unpacked", key); err != nil {
 		return fmt.Errorf("snapshotter %s: %w", e.snapshotter(), err)
@@ -98,12 +98,12 @@ func (e *examination) unpack(ctx context.Context, l *testLayer) error {
 	})
 }
 
-// transfer has containerd's transfer service import and unpack an encrypted
-// image, as it does for CRI and ctr.
+// transfer makes containerd's transfer service import and unpack an encrypted image, as it
+// does for CRI and ctr.
 func (e *examination) transfer(ctx context.Context) Step {
 	switch {
 	case !e.running.HasTransfer():
-		return skipped("the transfer service unpacks with pilot from containerd 2.0 on; the kubelet pulls without it before")
+		return skipped("only containerd 2.0 and later unpack the kubelet's images with the transfer service")
 	case !e.withDiffer():
 		return skipped("diff-listen is off, and the transfer service decrypts with pilot's differ only")
 	case !e.builtIn && e.broken[StepDiffer]:
@@ -123,16 +123,15 @@ func (e *examination) transfer(ctx context.Context) Step {
 	return passed(fmt.Sprintf("an image encrypted for KEK %q was imported and unpacked into %s", e.kek, e.snapshotter()))
 }
 
-// withoutKEK returns the step of one that wraps for a KEK, if there is none to wrap
-// for.
+// withoutKEK returns the skipped step of a check that needs a KEK, if there is none.
 func (e *examination) withoutKEK() (step Step, none bool) {
 	switch {
 	case e.ListenTLS:
-		return skipped("it takes a KEK, and " + e.Listen + " wraps for clients with a certificate only"), true
+		return skipped("needs a KEK, and the key provider at " + e.Listen + " requires a client certificate"), true
 	case e.kek == "" && e.broken[StepBroker]:
 		return needs(StepBroker), true
 	case e.kek == "":
-		return skipped("it takes a KEK: name one that this node uses with --kek"), true
+		return skipped("needs a KEK: name one that this node uses with --kek"), true
 	}
 	return Step{}, false
 }
@@ -157,11 +156,11 @@ func (e *examination) importImage(ctx context.Context, l *testLayer) error {
 	return errors.Join(unpacked, e.client.ImageService().Delete(ctx, name, images.SynchronousDelete()))
 }
 
-// notUnpacked is the step of a layer that did not become a snapshot.
+// notUnpacked returns the step for a layer that did not become a snapshot.
 func (e *examination) notUnpacked(err error) Step {
 	switch reasonOf(err) {
 	case pilotNotAsked:
-		return failed(fmt.Sprintf("containerd did not ask pilot, though %s is right%s: %s", e.running.Config, note(e.olderThan()), err), e.restartContainerd())
+		return failed(fmt.Sprintf("containerd did not ask pilot, though %s is correct%s: %s", e.running.Config, note(e.olderThan()), err), e.restartContainerd())
 	case providerNotConfigured:
 		return failed(err.Error(), reinstall...)
 	}
@@ -205,9 +204,9 @@ func reasonOf(err error) reason {
 	return otherReason
 }
 
-// inScratch has f work in a namespace of its own, and removes what it makes
-// there, whether it succeeds or not. Nothing of it may need to be removed
-// otherwise than by containerd's garbage collector.
+// inScratch calls f with a namespace and a lease of its own, and removes what f makes
+// there, whether f succeeds or not. f must not make anything that containerd's garbage
+// collector can't remove.
 func (e *examination) inScratch(ctx context.Context, f func(context.Context) error) (err error) {
 	release, err := e.alone(ctx)
 	if err != nil {
@@ -221,7 +220,7 @@ func (e *examination) inScratch(ctx context.Context, f func(context.Context) err
 	}
 	defer func() {
 		if left := e.cleanUp(ctx, lease); left != nil {
-			err = errors.Join(err, fmt.Errorf("namespace %s is not removed: %w (containerd's garbage collector empties it later)", scratchNamespace, left))
+			err = errors.Join(err, fmt.Errorf("namespace %s could not be removed: %w (containerd's garbage collector empties it later)", scratchNamespace, left))
 		}
 	}()
 	ctx, stop := finishing(ctx)
@@ -229,13 +228,13 @@ func (e *examination) inScratch(ctx context.Context, f func(context.Context) err
 	return f(leases.WithLease(ctx, lease.ID))
 }
 
-// finishing returns a context for what is made in the scratch namespace. It has
-// ctx's deadline, and is canceled [finishTimeout] after ctx is.
+// finishing returns a context for work in the scratch namespace. It has ctx's deadline,
+// and is canceled [finishTimeout] after ctx is.
 //
-// A canceled call goes on in containerd for a moment. If its garbage is collected
-// meanwhile, a layer may still be written into a snapshot's or an ingest's
-// directory while that is removed: a directory stays that containerd no longer
-// knows of, which it removes with the next snapshot that goes, or never.
+// A canceled call continues in containerd for a moment. If garbage is collected meanwhile,
+// a layer may still be written to the directory of a snapshot or an ingest that is being
+// removed. That leaves a directory that containerd does not know of, and removes with the
+// next snapshot or never.
 func finishing(ctx context.Context) (context.Context, context.CancelFunc) {
 	deadline, _ := ctx.Deadline() // each step has one
 	work, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
@@ -249,7 +248,7 @@ func finishing(ctx context.Context) (context.Context, context.CancelFunc) {
 	return work, func() { stop(); cancel() }
 }
 
-// alone waits until no other doctor has the scratch namespace.
+// alone waits until no other doctor uses the scratch namespace.
 func (e *examination) alone(ctx context.Context) (release func(), err error) {
 	dir, err := os.Open(filepath.Dir(e.Containerd))
 	if err != nil {
@@ -260,35 +259,35 @@ func (e *examination) alone(ctx context.Context) (release func(), err error) {
 		case <-time.After(50 * time.Millisecond):
 		case <-ctx.Done():
 			dir.Close()
-			return nil, fmt.Errorf("another doctor is at work: %w", ctx.Err())
+			return nil, fmt.Errorf("another doctor is running: %w", ctx.Err())
 		}
 	}
 	return func() { dir.Close() }, nil
 }
 
-// newLease makes a namespace and a lease in it. It does so even if ctx is done,
-// lest one is made that is not known here.
+// newLease makes the namespace and a lease in it, even if ctx is done: a canceled call
+// might still make a lease, whose ID would be unknown here.
 func (e *examination) newLease(ctx context.Context) (leases.Lease, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpWithin)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
 	defer cancel()
 	if err := e.client.NamespaceService().Create(ctx, scratchNamespace, nil); err != nil && !errdefs.IsAlreadyExists(err) {
 		return leases.Lease{}, err
 	}
-	return e.client.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(scratchExpires))
+	return e.client.LeasesService().Create(ctx, leases.WithRandomID(), leases.WithExpiration(scratchTTL))
 }
 
-// cleanUp removes the lease, what it holds, and the namespace.
+// cleanUp removes the lease with its content, and the namespace.
 func (e *examination) cleanUp(ctx context.Context, lease leases.Lease) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpWithin)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
 	defer cancel()
 	if err := e.client.LeasesService().Delete(ctx, lease, leases.SynchronousDelete); err != nil {
 		return err
 	}
 	others, err := e.client.LeasesService().List(ctx)
 	if err != nil || len(others) > 0 {
-		return err // of a doctor that was killed just now: they expire
+		return err // a doctor was killed just now: its lease expires
 	}
-	// A doctor that was killed may have left an image, which no lease holds.
+	// A doctor that was killed may have left an image, which no lease protects.
 	left, err := e.client.ImageService().List(ctx)
 	if err != nil {
 		return err
