@@ -25,7 +25,7 @@ func TestDocker29(t *testing.T) {
 	const daemonJSON = `{"features": {"containerd-snapshotter": true}}`
 	e.ownContainerd(daemonJSON, d.allowed)
 
-	// It has a containerd inside where it finds none.
+	// Docker starts its own containerd if it finds none.
 	e.dockerd.Stop(t)
 	if err := os.Remove(m.Root + "/usr/bin/containerd"); err != nil {
 		t.Fatal(err)

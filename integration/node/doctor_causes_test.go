@@ -17,8 +17,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestDoctorCauses examines nodes that get no KEK from their broker, each for a reason of
-// its own, and looks whether what it says mends that, on the right machine.
+// TestDoctorCauses examines nodes that get no KEK from their broker, each for another
+// reason, and checks that the doctor names the fix, and the machine to run it on.
 func TestDoctorCauses(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
@@ -105,7 +105,7 @@ func TestDoctorCauses(t *testing.T) {
 		kek      string
 		settings []string
 		detail   string
-		fix     string
+		fix      string
 	}{
 		"expired":       {"team-a", identified(expired, expiredKey, ca), "broker-cert has expired", "on the broker's machine: copilot certs renew expired.pem"},
 		"not yet valid": {"team-a", identified(early, key, ca), "broker-cert is not valid yet", "date -u (on this machine and on the broker's: compare the clocks)"},
@@ -131,7 +131,7 @@ func TestDoctorCauses(t *testing.T) {
 		}
 	}
 
-	// Certificates that end soon, and one that has ended.
+	// Certificates that expire soon, and one that has expired.
 	soon, soonKey := b.Enroll(t, "soon", "--for", "10d")
 	harness.Output(t, harness.Command(t, "copilot", "certs", "renew", "--config-dir", b.Dir, "--for", "10d", b.Dir+"/server.pem"))
 	r, _ := examine("team-a", identified(soon, soonKey, ca)...)
@@ -172,7 +172,7 @@ func notYetValid(t *testing.T, b *harness.TLSBroker) (file string) {
 	return harness.Write(t, b.Dir+"/early.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 }
 
-// TestDestroyedVersion asks for a version of a KEK that is gone.
+// TestDestroyedVersion requests a KEK version that was destroyed.
 func TestDestroyedVersion(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")

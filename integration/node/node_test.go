@@ -13,8 +13,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// TestNodeInstall sets machines up with one command, pulls and runs with each
-// client, and puts them back.
+// TestNodeInstall sets machines up with one command, pulls and runs with each client, and
+// uninstalls.
 func TestNodeInstall(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -44,7 +44,7 @@ func TestNodeInstall(t *testing.T) {
 			if version != "1.6" {
 				units = append(units, "pilot-diff.socket")
 			}
-			// What it says of other units is not our concern.
+			// Problems of other units do not matter here.
 			if out := harness.CombinedOutput(t, harness.Command(t, "systemd-analyze", append([]string{"verify", "--man=no", "--root=" + m.Root}, units...)...)); strings.Contains(harness.UnknownSettings.ReplaceAllString(strings.ReplaceAll(out, m.Root, ""), ""), "pilot") {
 				t.Errorf("systemd-analyze verify: %s", out)
 			}
@@ -84,8 +84,8 @@ func TestNodeInstall(t *testing.T) {
 	}
 }
 
-// TestNodeAgain installs, changes things as an admin or a newer containerd
-// would, and installs or uninstalls again.
+// TestNodeAgain installs, changes files as an admin or a newer containerd would, and
+// installs or uninstalls again.
 func TestNodeAgain(t *testing.T) {
 	t.Parallel()
 	const conf = "/etc/containerd/config.toml"
@@ -101,7 +101,7 @@ func TestNodeAgain(t *testing.T) {
 		harness.Output(t, m.Pilot("node", "uninstall"))
 	})
 	t.Run("still needed", func(t *testing.T) {
-		// What has containerd ask pilot can't be undone, so nothing else is.
+		// The drop-in can't be removed, so nothing else is.
 		m := harness.Machines()["2.4.2"](t)
 		harness.Output(t, m.Pilot("node", "install"))
 		dropIn := m.Root + "/etc/containerd/conf.d/pilot.toml"
@@ -215,7 +215,7 @@ func TestNodeAgain(t *testing.T) {
 	})
 }
 
-// TestNodeErofs sets a machine up whose images are unpacked to EROFS.
+// TestNodeErofs sets up a machine that unpacks images to EROFS.
 func TestNodeErofs(t *testing.T) {
 	t.Parallel()
 	if !strings.Contains(harness.Read(t, "/proc/filesystems"), "\terofs\n") {
@@ -250,7 +250,7 @@ func TestNodeErofs(t *testing.T) {
 		harness.ExpectFailure(t, n.Crictl("pull", c.Tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })), "pilot: layer sha256:", "HMAC does not match")
 	}
 
-	// Layers that are EROFS file systems themselves.
+	// Layers that are EROFS file systems.
 	hello, err := os.ReadFile(filepath.Join(harness.Bin, "hello"))
 	if err != nil {
 		t.Fatal(err)
@@ -301,8 +301,8 @@ func TestNodeErofs(t *testing.T) {
 	}
 }
 
-// TestNodeConflicts installs on machines whose own settings are in the way, and
-// on some whose are not.
+// TestNodeConflicts installs on machines with settings that are in the way, and with
+// others that are not.
 func TestNodeConflicts(t *testing.T) {
 	t.Parallel()
 	const conf = "etc/containerd/config.toml"
@@ -354,8 +354,7 @@ func TestNodeConflicts(t *testing.T) {
 	}
 }
 
-// TestNodeKeepConfig uninstalls as the removal of a package does, and installs
-// again.
+// TestNodeKeepConfig uninstalls as the removal of a package does, and installs again.
 func TestNodeKeepConfig(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.4.2"](t)
@@ -385,7 +384,7 @@ func TestNodeKeepConfig(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeChanged uninstalls where files were changed since.
+// TestNodeChanged uninstalls after files were changed.
 func TestNodeChanged(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.4.2"](t)
@@ -408,7 +407,7 @@ func TestNodeChanged(t *testing.T) {
 	}
 }
 
-// up starts pilot and containerd as they are set up.
+// up starts pilot and containerd with the installed configuration.
 func up(t testing.TB, m *harness.Machine) *harness.Node {
 	t.Helper()
 	m.Start(t, "pilot", "serve")

@@ -14,7 +14,7 @@ import (
 
 const containerdConfig = "/etc/containerd/config.toml"
 
-// configured makes a machine with a configuration of containerd's.
+// configured makes a machine with a configuration of containerd.
 func configured(t *testing.T, version, text string) *harness.Machine {
 	t.Helper()
 	m := harness.Machines()[version](t)
@@ -23,8 +23,8 @@ func configured(t *testing.T, version, text string) *harness.Machine {
 	return m
 }
 
-// script puts a script in the place of the machine's containerd, which is
-// containerd.real from then on.
+// script replaces the machine's containerd with a script, and renames containerd to
+// containerd.real.
 func script(m *harness.Machine, text string) {
 	m.T.Helper()
 	program := m.Root + "/usr/bin/containerd"
@@ -37,8 +37,8 @@ func script(m *harness.Machine, text string) {
 	}
 }
 
-// TestNodeTrustsNoOtherUser has a user start a program under the name of a
-// containerd of theirs, which must not be run as root.
+// TestNodeTrustsNoOtherUser lets a user start a program as containerd, which root must
+// not run.
 func TestNodeTrustsNoOtherUser(t *testing.T) {
 	t.Parallel()
 	for name, asUser := range map[string][]string{
@@ -77,8 +77,7 @@ func TestNodeTrustsNoOtherUser(t *testing.T) {
 	}
 }
 
-// TestNodePilotIsALink installs with a link of root's to a pilot that a user can
-// replace.
+// TestNodePilotIsALink installs through root's link to a pilot that a user can replace.
 func TestNodePilotIsALink(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.4.2", "version = 3\n")
@@ -90,8 +89,8 @@ func TestNodePilotIsALink(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeFindsTheConfiguration installs for a containerd that was started with a
-// relative path, and for one that is named and is not there.
+// TestNodeFindsTheConfiguration installs for a containerd that was started with a relative
+// path, and for one that is named and does not run.
 func TestNodeFindsTheConfiguration(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.4.2", "version = 3\n")
@@ -105,7 +104,7 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	if got := harness.Read(t, m.Root+"/opt/c/config.toml"); !strings.Contains(got, "/opt/c/conf.d/pilot*.toml") {
 		t.Errorf("its configuration: %s", got)
 	}
-	// Those that come and go while it looks are no other containerds.
+	// Short-lived processes of containerd are not other containerds.
 	m.Start(t, "sh", "-c", "while :; do containerd --version; containerd --help; done")
 	for range 5 {
 		harness.Output(t, m.Run("pilot", "node", "install"))
@@ -114,7 +113,7 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeOddImports installs with imports as nobody should write them.
+// TestNodeOddImports installs with unusual lists of imports.
 func TestNodeOddImports(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "")
@@ -137,15 +136,15 @@ func TestNodeOddImports(t *testing.T) {
 		harness.Output(t, m.Pilot("node", "uninstall"))
 		m.CheckFiles(before)
 	}
-	// This one was written as it would break containerd, and put back.
+	// This edit would break containerd, and is reverted.
 	harness.Write(t, m.Root+containerdConfig, "version = 2\n\"imp\\u006frts\" = ['/etc/containerd/x/a*.toml']\n")
 	before := m.Files()
 	harness.ExpectFailure(t, m.Pilot("node", "install"), containerdConfig+": pilot can't edit its list of imports", `add "/etc/containerd/conf.d/pilot*.toml"`)
 	m.CheckFiles(before)
 }
 
-// TestNodeChangedMeanwhile has another tool write containerd's configuration while
-// pilot is installed: what it wrote stays.
+// TestNodeChangedMeanwhile lets another tool write containerd's configuration while pilot
+// is installed: what the tool wrote stays.
 func TestNodeChangedMeanwhile(t *testing.T) {
 	t.Parallel()
 	const another = "# of another tool\n"
@@ -194,14 +193,14 @@ exec /usr/bin/containerd.real "$@"
 	})
 }
 
-// TestNodeContainerdHangs has containerd's program not answer: nothing waits for
-// it longer than systemd waits for containerd to start.
+// TestNodeContainerdHangs uses a containerd whose program hangs: nothing waits for it
+// longer than systemd waits for containerd to start.
 func TestNodeContainerdHangs(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	harness.Output(t, m.Pilot("node", "install"))
 	installed := m.Files()
-	// The program that hangs is not the one that is killed.
+	// The process that hangs is a child of the one that is killed.
 	script(m, "case \"$*\" in *config*) sleep 1000;; *) exec /usr/bin/containerd.real \"$@\";; esac\n")
 	began := time.Now()
 	harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), "containerd's configuration")
@@ -209,7 +208,7 @@ func TestNodeContainerdHangs(t *testing.T) {
 		t.Errorf("refresh took %v", took)
 	}
 	m.CheckFiles(installed)
-	// Slow is what a busy node is; refresh gives up as a whole, and changes nothing.
+	// As on a busy node: refresh runs out of time, and changes nothing.
 	script(m, "case \"$*\" in *config*) sleep 15;; esac\nexec /usr/bin/containerd.real \"$@\"\n")
 	harness.Write(t, m.Root+containerdConfig, "version = 2\n")
 	installed = m.Files()
@@ -221,8 +220,8 @@ func TestNodeContainerdHangs(t *testing.T) {
 	m.CheckFiles(installed)
 }
 
-// TestNodeRefreshFollowsUnit has the unit start another program than when pilot
-// was installed, as after an upgrade to the release of upstream.
+// TestNodeRefreshFollowsUnit changes the program that the unit starts, as after switching
+// to upstream's containerd.
 func TestNodeRefreshFollowsUnit(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "1.7", "version = 2\n")
@@ -235,8 +234,8 @@ func TestNodeRefreshFollowsUnit(t *testing.T) {
 	}
 }
 
-// TestNodeOfEarlierVersion refreshes what a version of pilot installed that did
-// not note for which containerd, while another than containerd.service's runs.
+// TestNodeOfEarlierVersion refreshes the installation of a version of pilot that did not
+// record its containerd, while another than containerd.service's runs.
 func TestNodeOfEarlierVersion(t *testing.T) {
 	t.Parallel()
 	const ofK3s = "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"
@@ -265,8 +264,7 @@ func TestNodeOfEarlierVersion(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeNowhereToTry installs on a machine whose /tmp is
-// read-only.
+// TestNodeNowhereToTry installs on a machine whose /tmp is read-only.
 func TestNodeNowhereToTry(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
@@ -277,8 +275,8 @@ func TestNodeNowhereToTry(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeKilled kills an installation at any time: containerd can read its
-// configuration, and uninstalling puts everything back.
+// TestNodeKilled kills an installation at any moment: containerd can read its
+// configuration, and uninstalling restores everything.
 func TestNodeKilled(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", harness.Read(t, "../testdata/nodes/v2-cri-no-imports.toml"))
@@ -288,14 +286,14 @@ func TestNodeKilled(t *testing.T) {
 	took := time.Since(began)
 	harness.Output(t, m.Pilot("node", "uninstall"))
 	m.CheckFiles(before)
-	// What a writer leaves that is killed while it writes.
+	// The file that a killed writer leaves.
 	harness.Output(t, m.Pilot("node", "install"))
 	for _, file := range []string{"/etc/containerd/.config.toml.pilot-new", "/etc/containerd/conf.d/.pilot.toml.pilot-new", "/var/lib/pilot/.node.json.pilot-new"} {
 		harness.Write(t, m.Root+file, "half a f")
 	}
 	harness.Output(t, m.Pilot("node", "uninstall"))
 	m.CheckFiles(before)
-	// The same, killed before and in its first write.
+	// The same, killed before and during its first write.
 	for _, retry := range []bool{false, true} {
 		for _, begun := range []bool{false, true} {
 			if err := os.MkdirAll(m.Root+"/var/lib/pilot", 0o700); err != nil {
