@@ -62,7 +62,7 @@ func ReadConfig(h host.Host, name string) ([]byte, error) {
 	default:
 		kind = "a device"
 	}
-	return nil, &host.Conflict{Where: name, What: "containerd reads it as a configuration file, and it is " + kind, Fix: "move it away, or take it out of containerd's imports"}
+	return nil, &host.Conflict{Where: name, What: "containerd reads it as a configuration file, and it is " + kind, Fix: "move it away, or remove it from containerd's imports"}
 }
 
 // isNull reports whether a file is the device /dev/null.

@@ -14,11 +14,10 @@ import (
 	"strings"
 
 	"github.com/containerd/platforms"
-
-	"github.com/ctrlplane/pilot/node/host"
-
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/ctrlplane/pilot/node/host"
 )
 
 // Instance is the machine's containerd with its version and its configuration.
@@ -34,7 +33,7 @@ type Instance struct {
 // listens there, and this containerd is configured with another.
 func (c *Instance) CheckAddress(n Named) error {
 	if at := c.Socket(); c.Process == nil && n.Address != "" && !SameSocket(at, n.Address) {
-		return &host.Conflict{Where: c.Config, What: fmt.Sprintf("it has a containerd listen at %s, and which one listens at %s is not known", at, n.Address),
+		return &host.Conflict{Where: c.Config, What: fmt.Sprintf("it makes containerd listen at %s, and the containerd that listens at %s is unknown", at, n.Address),
 			Fix: "start that one as root, or name its file with --containerd-config"}
 	}
 	return nil

@@ -93,7 +93,7 @@ func systemRefusal(h host.Host, config string) *refusal {
 	case id == "flatcar" && strings.HasPrefix(config, "/usr/"):
 		return &refusal{
 			"it is on Flatcar's read-only /usr",
-			"have containerd read " + DefaultConfig + " instead, as docs/containerd.md shows, and run this again",
+			"make containerd read " + DefaultConfig + " instead, as docs/containerd.md shows, and run this again",
 		}
 	}
 	return nil

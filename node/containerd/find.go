@@ -46,7 +46,7 @@ func Find(h host.Host, n Named) (*Target, error) {
 	if s.Root == "" {
 		found, err := running()
 		if err != nil {
-			return nil, fmt.Errorf("look for containerd among the processes: %w", err)
+			return nil, fmt.Errorf("search the processes for containerd: %w", err)
 		}
 		p, err := s.choose(found)
 		if err != nil {

@@ -6,10 +6,9 @@ import (
 	"slices"
 
 	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/node/host"
-
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // DiffSocket is the socket of pilot's differ.

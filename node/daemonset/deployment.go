@@ -79,7 +79,7 @@ func (d *Deployment) Run(ctx context.Context) error {
 			logrus.WithError(err).Error(notFound)
 		}
 		if renewal = d.renew(context.WithoutCancel(ctx)); renewal != nil {
-			logrus.WithError(renewal).Error("pilot's files on the node not renewed")
+			logrus.WithError(renewal).Error("pilot's files on the node not updated")
 		}
 	}
 }

@@ -60,7 +60,7 @@ var graphDrivers = []string{"overlay2", "fuse-overlayfs", "btrfs", "zfs", "vfs"}
 func Find(ctx context.Context, h host.Host) (*Engine, error) {
 	running, err := h.Processes("dockerd")
 	if err != nil {
-		return nil, fmt.Errorf("look for Docker among the processes: %w", err)
+		return nil, fmt.Errorf("search the processes for Docker: %w", err)
 	}
 	if len(running) > 0 {
 		p := running[0]

@@ -11,18 +11,16 @@ import (
 	"strings"
 	"time"
 
-	"github.com/ctrlplane/pilot/node/containerd"
-	"github.com/ctrlplane/pilot/node/host"
-	"github.com/ctrlplane/pilot/node/install"
-
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/imgcrypt/v2"
 	"github.com/containerd/platforms"
 	"github.com/containerd/plugin"
-
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
+	"github.com/ctrlplane/pilot/node/install"
 	"github.com/ctrlplane/pilot/processor"
 )
 

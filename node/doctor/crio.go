@@ -15,13 +15,11 @@ import (
 	"time"
 
 	"github.com/containers/ocicrypt/config"
-
-	"github.com/ctrlplane/pilot/node/crio"
-
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/ctrlplane/pilot/internal/ocicryptclient"
+	"github.com/ctrlplane/pilot/node/crio"
 	"github.com/ctrlplane/pilot/processor"
 )
 

@@ -13,14 +13,12 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
-
-	"github.com/ctrlplane/pilot/node/containerd"
-	"github.com/ctrlplane/pilot/node/crio"
-
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/crio"
 	"github.com/ctrlplane/pilot/plugin"
 )
 

@@ -262,5 +262,5 @@ func unescape(s string) (text, rest string, err error) {
 			return string([]byte{byte(n)}), digits[form.digits:], nil
 		}
 	}
-	return "", "", fmt.Errorf(`\%c is no escape`, s[0])
+	return "", "", fmt.Errorf(`\%c is not an escape`, s[0])
 }

@@ -155,7 +155,7 @@ func decoderSettings(c *containerd.Instance, h host.Host) (keys string, env []st
 			return "", nil, err
 		}
 		if keys != "" && dir != "" && dir != keys {
-			return "", nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("its stream processors have two directories of keys, %s and %s", keys, dir), Fix: "use one: pilot takes one"}
+			return "", nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("its stream processors have two directories of keys, %s and %s", keys, dir), Fix: "use one: pilot supports only one"}
 		}
 		if dir != "" {
 			keys = dir

@@ -6,10 +6,10 @@ import (
 	"maps"
 	"strings"
 
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+
 	"github.com/ctrlplane/pilot/node/crio"
 	"github.com/ctrlplane/pilot/node/host"
-
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 )
 
 // crioDropIn is the drop-in of CRI-O's unit, which sets the variable that names
@@ -85,7 +85,7 @@ func (o Options) checkCRIOEnvironment() error {
 			_, value, found := strings.Cut(line, keyproviderconfig.ENVVARNAME+"=")
 			value, _, _ = strings.Cut(value, " ")
 			if found && !strings.HasPrefix(line, "#") && strings.Trim(value, `"'`) != keyProviders {
-				return &host.Conflict{Where: name, What: line, Fix: "move the file it names to " + keyProviders + ", add pilot to it, and name that here"}
+				return &host.Conflict{Where: name, What: line, Fix: "move the file it names to " + keyProviders + ", add pilot to it, and set the variable to that"}
 			}
 		}
 	}

@@ -228,7 +228,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 	}
 	edited, inserted := insertImport(text, d.Pattern)
 	if !importsToo(text, edited, d.Pattern) {
-		return &host.Conflict{Where: c.Config, What: "pilot can't edit its list of imports", Fix: fmt.Sprintf("add %q to the list, as its last", d.Pattern)}
+		return &host.Conflict{Where: c.Config, What: "pilot can't edit its list of imports", Fix: fmt.Sprintf("add %q to the end of the list", d.Pattern)}
 	}
 	p.Changes = append(p.Changes, Change{Path: c.Config, Old: c.Files.Text, New: []byte(edited), Mode: mode})
 	p.inserted[c.Config] = inserted
