@@ -2,7 +2,7 @@ package containerd
 
 import "testing"
 
-func TestParseVersion(t *testing.T) {
+func TestVersionsOfAllPackagesAreRead(t *testing.T) {
 	for text, want := range map[string][2]int{
 		"containerd github.com/containerd/containerd/v2 v2.4.2 193637f7":                {2, 4},
 		"containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1":   {1, 7},

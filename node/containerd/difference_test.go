@@ -6,7 +6,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-func TestDifferences(t *testing.T) {
+func TestDifferencesLeaveOutPilotsSettings(t *testing.T) {
 	const was = `
 imports = ["/a.toml"]
 oom_score = 1
@@ -46,7 +46,7 @@ oom_score = 1
 	}
 }
 
-func TestListedIsBounded(t *testing.T) {
+func TestSummaryOfDifferencesIsBounded(t *testing.T) {
 	many := Differences(parse(t, "a=1\nb=1\nc=1\nd=1\ne=1\nf=1\ng=1\n"), nil, setByDecoder)
 	if got := Summary(many); got != "a (unset, not 1); b (unset, not 1); c (unset, not 1); d (unset, not 1); e (unset, not 1); and 2 more" {
 		t.Error(got)

@@ -9,7 +9,7 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-func TestParseFlags(t *testing.T) {
+func TestFlagsTellDaemonsFromCommands(t *testing.T) {
 	for line, want := range map[string]struct {
 		flags
 		daemon bool
@@ -33,7 +33,7 @@ func TestParseFlags(t *testing.T) {
 	}
 }
 
-func TestChoose(t *testing.T) {
+func TestRunningContainerdIsChosen(t *testing.T) {
 	own := &host.Process{PID: 10, Program: "/usr/bin/containerd", Unit: "containerd.service"}
 	elsewhere := &host.Process{PID: 11, Program: "/usr/bin/containerd", Args: []string{"--config", "/opt/c.toml"}}
 	ofK3s := &host.Process{PID: 12, Program: "/data/bin/containerd", Args: []string{"-c", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"}, Unit: "k3s.service", Parent: "k3s-agent"}
@@ -62,7 +62,7 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-func TestDistributionAt(t *testing.T) {
+func TestDistributionIsRecognizedByPathAndParent(t *testing.T) {
 	for _, test := range []struct{ config, parent, name string }{
 		{DefaultConfig, "systemd", ""},
 		{"/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "k3s-server", k3s},

@@ -72,7 +72,7 @@ func newTestDaemonSet(t *testing.T, a *apiServer) (*DaemonSet, *httptest.Server)
 	return d, server
 }
 
-func TestDaemonSetDeleted(t *testing.T) {
+func TestDeletionOfTheDaemonSetIsRecognized(t *testing.T) {
 	for name, c := range map[string]struct {
 		before, after *apiServer
 		deleted       bool
@@ -116,9 +116,9 @@ func TestDaemonSetDeleted(t *testing.T) {
 	}
 }
 
-// TestDaemonSetRefusedOnce uses an API server that denies everything for a moment, as one
+// TestRequestsDeniedForAMomentAreNoDeletion uses an API server that denies everything for a moment, as one
 // does that has just been started.
-func TestDaemonSetRefusedOnce(t *testing.T) {
+func TestRequestsDeniedForAMomentAreNoDeletion(t *testing.T) {
 	a := &apiServer{daemonSet: there, namespace: there}
 	d, server := newTestDaemonSet(t, a)
 	if err := d.Find(t.Context()); err != nil {
@@ -137,7 +137,7 @@ func TestDaemonSetRefusedOnce(t *testing.T) {
 	}
 }
 
-func TestDaemonSetUnreachable(t *testing.T) {
+func TestUnreachableAPIServerIsNoDeletion(t *testing.T) {
 	d, server := newTestDaemonSet(t, &apiServer{daemonSet: there, namespace: there})
 	if err := d.Find(t.Context()); err != nil {
 		t.Fatal(err)

@@ -42,8 +42,8 @@ func dockerRoot(t *testing.T, files map[string]string) string {
 
 const dockerUnit = "/usr/lib/systemd/system/docker.service"
 
-// TestDockerOnAMachine examines root directories, one of each kind.
-func TestDockerOnAMachine(t *testing.T) {
+// TestDockerAdvice examines root directories, one of each kind.
+func TestDockerAdvice(t *testing.T) {
 	const packaged = "[Service]\nExecStart=/usr/bin/dockerd -H fd:// --containerd=/run/containerd/containerd.sock\n"
 	for _, test := range []struct {
 		name, version string
@@ -97,8 +97,8 @@ func TestDockerOnAMachine(t *testing.T) {
 	}
 }
 
-// TestDockerNone examines machines without Docker, and with an unusable configuration.
-func TestDockerNone(t *testing.T) {
+// TestNoDockerAndUnusableConfiguration examines machines without Docker, and with an unusable configuration.
+func TestNoDockerAndUnusableConfiguration(t *testing.T) {
 	if d, err := Find(t.Context(), host.Host{Root: dockerRoot(t, nil)}); d != nil || err != nil {
 		t.Errorf("%+v, %v", d, err)
 	}

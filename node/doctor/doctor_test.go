@@ -44,7 +44,7 @@ func results(steps map[string]Step, result Result) (names []string) {
 	return names
 }
 
-func TestDoctorUnusableConfiguration(t *testing.T) {
+func TestUnusableConfigurationSkipsTheOtherSteps(t *testing.T) {
 	steps := examine(t, &Doctor{Configuration: "pilot.toml", ConfigurationError: errors.New("line 1: no")})
 	if s := steps[StepConfiguration]; s.Result != Failed || !strings.Contains(s.Detail, "line 1: no") || s.Fix[0] != "correct pilot.toml" {
 		t.Errorf("%+v", s)
@@ -54,8 +54,8 @@ func TestDoctorUnusableConfiguration(t *testing.T) {
 	}
 }
 
-// TestDoctorNotInstalled examines a machine without pilot.
-func TestDoctorNotInstalled(t *testing.T) {
+// TestDoctorSuggestsInstallingWhereThereIsNoPilot examines a machine without pilot.
+func TestDoctorSuggestsInstallingWhereThereIsNoPilot(t *testing.T) {
 	dir := t.TempDir()
 	d := &Doctor{Configuration: filepath.Join(dir, "pilot.toml"), Listen: "unix://" + filepath.Join(dir, "k"), DiffSocket: filepath.Join(dir, "d"), Containerd: filepath.Join(dir, "c"), ProviderNames: []string{"pilot"}}
 	steps := examine(t, d)
@@ -79,8 +79,8 @@ func serve(t *testing.T, s *grpc.Server) (socket string) {
 	return socket
 }
 
-// TestDoctorKnowsPilot examines the sockets of a pilot without a broker and a containerd.
-func TestDoctorKnowsPilot(t *testing.T) {
+// TestDoctorTellsPilotFromOtherServers examines the sockets of a pilot without a broker and a containerd.
+func TestDoctorTellsPilotFromOtherServers(t *testing.T) {
 	nobody := filepath.Join(t.TempDir(), "nobody.sock")
 	broker, err := client.New(client.Config{URLs: []string{"unix://" + nobody}})
 	if err != nil {

@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// TestExecStart reads commands as systemd does: TestNodeUnits compares them with
+// TestExecStartIsExpandedAsBySystemd reads commands as systemd does: TestNodeUnits compares them with
 // what systemd makes of them.
-func TestExecStart(t *testing.T) {
+func TestExecStartIsExpandedAsBySystemd(t *testing.T) {
 	for _, test := range []struct {
 		unit string
 		want []string

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-func TestUnitOf(t *testing.T) {
+func TestServiceIsReadFromCgroup(t *testing.T) {
 	for cgroup, want := range map[string]string{
 		"0::/system.slice/containerd.service\n":                                       "containerd.service",
 		"12:pids:/system.slice/k3s.service\n1:name=systemd:/system.slice/k3s.service": "k3s.service",
@@ -27,8 +27,8 @@ func TestUnitOf(t *testing.T) {
 	}
 }
 
-// TestReadProcess reads a process with containerd's name.
-func TestReadProcess(t *testing.T) {
+// TestProcessIsReadFromProc reads a process with containerd's name.
+func TestProcessIsReadFromProc(t *testing.T) {
 	before := time.Now()
 	pid := startNamed(t, "/opt/bin/containerd", nil)
 	boot, err := bootTime()
@@ -54,8 +54,8 @@ func TestReadProcess(t *testing.T) {
 	}
 }
 
-// TestReadProcessNamed reads root's processes whose name is not their program's.
-func TestReadProcessNamed(t *testing.T) {
+// TestProcessesThatOnlyClaimTheNameAreLeftOut reads root's processes whose name is not their program's.
+func TestProcessesThatOnlyClaimTheNameAreLeftOut(t *testing.T) {
 	sleep, err := exec.LookPath("sleep")
 	if err != nil {
 		t.Fatal(err)

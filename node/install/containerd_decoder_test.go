@@ -13,8 +13,8 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestDecoderSettings takes over settings of stream processors.
-func TestDecoderSettings(t *testing.T) {
+// TestSettingsOfStreamProcessorsAreTakenOver takes over settings of stream processors.
+func TestSettingsOfStreamProcessorsAreTakenOver(t *testing.T) {
 	o := host.Host{Root: t.TempDir()}
 	for path, text := range map[string]string{
 		"/etc/none.conf":   `{"key-providers": {}}`,

@@ -7,7 +7,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-func TestInsertImport(t *testing.T) {
+func TestInsertedImportIsLastAndRemovable(t *testing.T) {
 	const file = "/etc/containerd/conf.d/pilot.toml"
 	for _, text := range []string{
 		"",

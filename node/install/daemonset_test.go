@@ -10,9 +10,9 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestPut writes files on a machine, also after a process doing so was killed at the
+// TestPutFilesSurviveAKillAndAreUninstalled writes files on a machine, also after a process doing so was killed at the
 // worst moment.
-func TestPut(t *testing.T) {
+func TestPutFilesSurviveAKillAndAreUninstalled(t *testing.T) {
 	o := Options{Host: host.Host{Root: t.TempDir()}}
 	for _, dir := range []string{"etc", "run"} {
 		if err := os.Mkdir(filepath.Join(o.Root, dir), 0o755); err != nil {

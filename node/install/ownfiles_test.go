@@ -7,9 +7,9 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestSeveralBrokers checks that a pilot.toml is accepted if it has the same brokers,
+// TestPilotConfigIsKeptWithTheSameBrokers checks that a pilot.toml is accepted if it has the same brokers,
 // as a list or as one string.
-func TestSeveralBrokers(t *testing.T) {
+func TestPilotConfigIsKeptWithTheSameBrokers(t *testing.T) {
 	settings := map[string]string{"broker": "https://a.example.com,https://b.example.com"}
 	for had, ok := range map[string]bool{
 		`broker = "https://a.example.com,https://b.example.com"`:      true,
@@ -26,7 +26,7 @@ func TestSeveralBrokers(t *testing.T) {
 	}
 }
 
-func TestCheckKeyProviders(t *testing.T) {
+func TestOcicryptConfIsKeptOnlyWithPilot(t *testing.T) {
 	for text, good := range map[string]bool{
 		`{"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}`: true,
 		`{"key-providers": {"other": {"cmd": {"path": "/x", "args": ["pilot"]}}}}`:     false,

@@ -11,9 +11,9 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
-// TestRefreshOutOfTime checks that the drop-in stays if containerd's program takes too
+// TestRefreshOutOfTimeKeepsTheDropIn checks that the drop-in stays if containerd's program takes too
 // long.
-func TestRefreshOutOfTime(t *testing.T) {
+func TestRefreshOutOfTimeKeepsTheDropIn(t *testing.T) {
 	const path, text = "/etc/containerd/conf.d/pilot.toml", "[proxy_plugins.pilot]\n"
 	o := Options{Host: host.Host{Root: t.TempDir()}}
 	if err := os.MkdirAll(filepath.Dir(o.Path(path)), 0o755); err != nil {
