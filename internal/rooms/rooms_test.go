@@ -31,6 +31,7 @@ var rooms = []struct {
 	{"node/docker", []string{"node/containerd", "node/host"}},
 	{"node/install", []string{"node/containerd", "node/crio", "node/docker", "node/host"}},
 	{"node/daemonset", []string{"node/host", "node/install"}},
+	// The doctor asks install for the record of what was installed.
 	{"node/doctor", []string{"copilot/client", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
 	{"image", []string{"processor"}},

@@ -63,7 +63,7 @@ func (d *Deployment) Run(ctx context.Context) error {
 		if err == nil {
 			break
 		}
-		logrus.WithError(err).Error("pilot not installed; retrying in " + retryInstall.String())
+		logrus.WithError(err).WithField("retryAfter", retryInstall.String()).Error("pilot not installed")
 		if !sleep(ctx, retryInstall) {
 			return d.end(ctx)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"strings"
 
@@ -12,6 +13,49 @@ import (
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/host"
 )
+
+// containerdFiles plans all changes of containerd's configuration: the drop-in that adds
+// pilot, and the import of it if containerd's main file has none.
+func (p *Plan) containerdFiles(ctx context.Context, before record) error {
+	c := p.containerd
+	d, expected, err := newDropIn(ctx, c, p.options)
+	if err != nil {
+		return err
+	}
+	p.expected, p.deferred = expected, d.Template || d.Path == d.Pattern
+	// Remove one that was installed under another name.
+	for _, path := range c.Ours {
+		if path != d.Path {
+			if err := p.remove(before, path); err != nil {
+				return err
+			}
+		}
+	}
+	if err := p.own(before, d.Path, d.Text, nil); err != nil {
+		return err
+	}
+	// A file that its distribution rewrites at each start gets its imports then.
+	if d.Pattern == "" || c.Rewritten {
+		return nil
+	}
+	if f := before.file(c.Config); f != nil && f.Inserted != "" && strings.Contains(string(c.Files.Text), f.Inserted) {
+		return nil
+	}
+	text := string(c.Files.Text)
+	mode := fs.FileMode(0o644)
+	if c.Files.Text == nil {
+		text = fmt.Sprintf("version = %d\n", c.NewestFormat())
+	} else if info, err := p.options.Stat(c.Config); err == nil {
+		mode = info.Mode().Perm()
+	}
+	edited, inserted := insertImport(text, d.Pattern)
+	if !importsToo(text, edited, d.Pattern) {
+		return &host.Conflict{Where: c.Config, What: "pilot can't edit its list of imports", Fix: fmt.Sprintf("add %q to the end of the list", d.Pattern)}
+	}
+	p.Changes = append(p.Changes, Change{Path: c.Config, Old: c.Files.Text, New: []byte(edited), Mode: mode})
+	p.inserted[c.Config] = inserted
+	return nil
+}
 
 // The names of pilot's drop-in. The second is read after other tools' files, whose lists
 // would replace pilot's.
