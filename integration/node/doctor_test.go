@@ -112,7 +112,7 @@ func TestDoctor(t *testing.T) {
 				expectSkipped(t, r, "broker", "layer", "transfer")
 			}
 			pilotProcess, _ = harness.StartPilot(t, dir, "unix:///nowhere.sock", "--broker-timeout", "1s")
-			p.Examine(t, kek...).ExpectFailed(t, "broker", "systemctl restart pilot.service", "copilot at unix:///nowhere.sock", "with the settings of /dev/null the broker gives it")
+			p.Examine(t, kek...).ExpectFailed(t, "broker", "systemctl restart pilot.service", "copilot at unix:///nowhere.sock", "the broker releases it with the settings in /dev/null")
 			pilotProcess.Kill()
 			p.Examine(t, kek...).ExpectFailed(t, "key-provider", "systemctl start pilot.service", "connection refused")
 			harness.StartPilot(t, dir, brokerURL)

@@ -98,7 +98,7 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	before := m.Files()
 	m.Start(t, "sh", "-c", "cd /opt/c; exec containerd --config config.toml")
 	harness.Await(t, "containerd", harness.Reachable(m.Root+"/run/containerd/containerd.sock"))
-	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/none.sock"), "/run/none.sock is not known", "/run/containerd/containerd.sock")
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/none.sock"), "/run/none.sock is unknown", "/run/containerd/containerd.sock")
 	m.CheckFiles(before)
 	harness.Output(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/containerd/containerd.sock"))
 	if got := harness.Read(t, m.Root+"/opt/c/config.toml"); !strings.Contains(got, "/opt/c/conf.d/pilot*.toml") {
