@@ -86,7 +86,7 @@ func TestNodeFollowsRunningContainerd(t *testing.T) {
 		containerd(t, m, socket)
 		os.Remove(m.Root + "/usr/bin/containerd")
 		m.Upgrade("containerd-2.2.9")
-		if out := harness.CombinedOutput(t, m.Run("pilot", "node", "doctor")); !strings.Contains(out, "it is containerd 2.2, and 2.4 answers at "+socket) {
+		if out := harness.CombinedOutput(t, m.Run("pilot", "node", "doctor")); !strings.Contains(out, "it is containerd 2.2, and 2.4 runs at "+socket) {
 			t.Errorf("doctor: %s", out)
 		}
 	})
