@@ -115,7 +115,7 @@ func TestNodeAgain(t *testing.T) {
 		harness.Output(t, m.Pilot("node", "install"))
 		harness.Write(t, m.Root+"/usr/lib/systemd/system/pilot.service", "[Service]\nExecStart=/usr/bin/pilot serve\n")
 		before := m.Files()
-		harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/pilot.service", "of an earlier installation", "pilot node uninstall --keep-config")
+		harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/pilot.service", "from an earlier installation", "pilot node uninstall --keep-config")
 		m.CheckFiles(before)
 	})
 	t.Run("made, then added to", func(t *testing.T) {
