@@ -83,9 +83,9 @@ func (p *DoctorNode) Examine(t testing.TB, args ...string) DoctorReport {
 	return r
 }
 
-// ExpectFailed checks that a step has failed, that its detail contains each of the texts,
-// and that fix is one of the commands that fix it.
-func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, texts ...string) {
+// ExpectFailed checks that a step has failed, with each of said in its detail and fix
+// among its commands.
+func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, said ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		if s.Name != step {
@@ -94,7 +94,7 @@ func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, texts ...stri
 		if s.Result != "failed" || r.OK {
 			t.Errorf("%s is %s", step, s.Result)
 		}
-		for _, w := range texts {
+		for _, w := range said {
 			if !strings.Contains(s.Detail, w) {
 				t.Errorf("%s: want %q in %q", step, w, s.Detail)
 			}
@@ -107,7 +107,7 @@ func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, texts ...stri
 	t.Errorf("no step %s in\n%s", step, r.Output)
 }
 
-// ExpectClean checks that the doctor has left nothing on the machine, where nobody
+// ExpectClean checks that the doctor has left nothing on the machine, where no one
 // else has put anything.
 func (p *DoctorNode) ExpectClean(t testing.TB) {
 	t.Helper()
