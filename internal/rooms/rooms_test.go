@@ -23,7 +23,16 @@ var rooms = []struct {
 	{"ctr-pilot", []string{"image", "processor"}},
 	{"packaging", nil},
 	{"integration", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
-	{"node", []string{"copilot/client", "keyprovider", "plugin", "processor"}},
+	{"node", nil}, // which holds no code: who may import whom below it
+	{"node/sandbox", nil},
+	{"node/host", []string{"node/sandbox"}},
+	{"node/containerd", []string{"node/host"}},
+	{"node/crio", []string{"node/containerd", "node/host"}},
+	{"node/docker", []string{"node/containerd", "node/host"}},
+	{"node/install", []string{"node/containerd", "node/crio", "node/docker", "node/host"}},
+	{"node/daemonset", []string{"node/host", "node/install"}},
+	// The doctor asks install for the record of what was installed.
+	{"node/doctor", []string{"copilot/client", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
 	{"image", []string{"processor"}},
 	{"keyprovider", []string{"copilot/client", "processor"}},
