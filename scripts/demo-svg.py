@@ -4,7 +4,8 @@
 usage: demo-svg.py [RECORDING] >demo.svg
 
 A RECORDING is drawn instead of a run: lines of seconds, a space, and a line of output.
-Pauses are shortened, and so is the path of the demo's directory.
+Pauses are shortened, the path of the demo's directory too. containerd's warnings about
+this machine are left out.
 """
 import html
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 
-COLUMNS, ROWS = 100, 28
+COLUMNS, ROWS = 120, 32
 LINE, CHAR, MARGIN = 17, 7.83, 12  # pixels
 SHORTEST, LONGEST = 0.08, 1.2  # seconds between two lines
 END = 6  # seconds, to read the last lines
@@ -50,6 +51,8 @@ def rows(lines):
     """Yields (seconds, class, text) of each row of the terminal."""
     now, before = 0, None
     for at, text in lines:
+        if "DEPRECATION" in text:
+            continue
         if before is not None:
             now += min(max(at - before, SHORTEST), LONGEST)
         before = at
@@ -84,7 +87,7 @@ def main():
           animation("cover", shown, end, lambda n: n * LINE) +
           "@media(prefers-reduced-motion){#scroll,#cover{animation:none}}</style>")
     print(f'<rect class="edge" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8"/>')
-    print(f'<svg x="{MARGIN}" y="{MARGIN}" width="{width - 2 * MARGIN}" height="{ROWS * LINE}"><g id="scroll">')
+    print(f'<svg x="{MARGIN}" y="{MARGIN}" width="{width - 2 * MARGIN}" height="{ROWS * LINE}" xml:space="preserve"><g id="scroll">')
     for n, (_, kind, text) in enumerate(shown):
         if text:
             css = f' class="{kind}"' if kind else ""
