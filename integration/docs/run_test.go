@@ -122,8 +122,9 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 }
 
 // matches reports whether a command printed what the page shows, in which … stands
-// for anything.
+// for anything, and amd64 for this machine's architecture.
 func matches(s harness.Shown, printed string) bool {
-	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(s.Output)), "…", ".*")
+	output := strings.ReplaceAll(s.Output, "linux/amd64", "linux/"+harness.Arch)
+	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(output)), "…", ".*")
 	return regexp.MustCompile(`(?s)^` + pattern + `$`).MatchString(strings.TrimSpace(printed))
 }

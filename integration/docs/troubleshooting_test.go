@@ -43,18 +43,54 @@ func TestDocsTroubleshootingSteps(t *testing.T) {
 // reworded one is not.
 func TestDocsTroubleshootingFindings(t *testing.T) {
 	t.Parallel()
+	findings := doctorFindings(t)
+	if len(findings) < 50 {
+		t.Fatalf("findings of the doctor: %q", findings)
+	}
+	requireLines(t, findings)
+}
+
+// TestDocsTroubleshootingErrors requires the same of the errors that our packages
+// export, which users meet when a pull fails.
+func TestDocsTroubleshootingErrors(t *testing.T) {
+	t.Parallel()
+	var texts []string
+	for _, dir := range []string{"copilot/client", "keyprovider", "plugin", "processor"} {
+		for _, file := range sources(t, dir) {
+			ast.Inspect(file, func(n ast.Node) bool {
+				spec, ok := n.(*ast.ValueSpec)
+				if !ok || !regexp.MustCompile(`^[eE]rr[A-Z]`).MatchString(spec.Names[0].Name) {
+					return true
+				}
+				ast.Inspect(spec, func(n ast.Node) bool {
+					if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == gotoken.STRING {
+						text, _ := strconv.Unquote(lit.Value)
+						texts = append(texts, text)
+					}
+					return true
+				})
+				return true
+			})
+		}
+	}
+	if len(texts) < 15 {
+		t.Fatalf("errors: %q", texts)
+	}
+	requireLines(t, texts)
+}
+
+// requireLines requires that a line of the page's tables has most of the words of
+// each text.
+func requireLines(t *testing.T, texts []string) {
+	t.Helper()
 	var lines []map[string]bool
 	for line := range strings.Lines(harness.Read(t, filepath.Join(harness.Repo, troubleshooting))) {
 		if strings.HasPrefix(line, "| ") {
 			lines = append(lines, words(line))
 		}
 	}
-	findings := doctorFindings(t)
-	if len(findings) < 50 {
-		t.Fatalf("findings of the doctor: %q", findings)
-	}
-	for _, finding := range findings {
-		most, all := 0, words(finding)
+	for _, text := range texts {
+		most, all := 0, words(text)
 		for _, line := range lines {
 			n := 0
 			for w := range all {
@@ -65,7 +101,7 @@ func TestDocsTroubleshootingFindings(t *testing.T) {
 			most = max(most, n)
 		}
 		if most*10 < len(all)*6 {
-			t.Errorf("%s has no line for the doctor's %q", troubleshooting, finding)
+			t.Errorf("%s has no line for %q", troubleshooting, text)
 		}
 	}
 }
