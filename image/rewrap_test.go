@@ -23,7 +23,7 @@ import (
 // newKEKs starts a broker that has KEKs, and pilot under the names pilot, second,
 // original, which writes the original's format, and remote, which has the broker
 // wrap.
-func newKEKs(t testing.TB, ids ...string) *server.Keys {
+func newKEKs(t testing.TB, ids ...string) server.Keys {
 	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
@@ -49,7 +49,7 @@ func newKEKs(t testing.TB, ids ...string) *server.Keys {
 	}
 	t.Cleanup(func() { keys.Close() })
 	for _, id := range ids {
-		if _, err := keys.Create(id, nil); err != nil {
+		if _, err := keys.Create(t.Context(), id, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -70,9 +70,9 @@ func newKEKs(t testing.TB, ids ...string) *server.Keys {
 	return keys
 }
 
-func rotate(t testing.TB, keys *server.Keys, id string) {
+func rotate(t testing.TB, keys server.Keys, id string) {
 	t.Helper()
-	if _, err := keys.Rotate(id); err != nil {
+	if _, err := keys.Rotate(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -2,10 +2,10 @@ package policy
 
 import "strings"
 
-// Match reports whether name is what pattern tells. In a pattern, * stands for
+// match reports whether name is what pattern tells. In a pattern, * stands for
 // any run of characters but slashes, ** for any run, and everything else for
 // itself.
-func Match(pattern, name string) bool {
+func match(pattern, name string) bool {
 	// Where to go on if what follows the last star does not fit: with one more
 	// character of name under the star. A * gives way to the ** before it.
 	type place struct{ pattern, name int }
