@@ -21,7 +21,7 @@ func init() {
 All other commands are ctr's own: ctr-pilot --help tells them.`}
 	images := subcommand(app, "images")
 	for _, name := range []string{encryptCommand.Name, decryptCommand.Name, rewrapCommand.Name, layerinfoCommand.Name} {
-		page.Commands = append(page.Commands, man.FromV3([]*cli.Command{subcommand(images, name)}, "images")...)
+		page.Commands = append(page.Commands, man.Commands([]*cli.Command{subcommand(images, name)}, "images")...)
 	}
 	if err := page.Write(os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)

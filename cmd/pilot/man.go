@@ -24,7 +24,7 @@ func init() {
 		}
 		err = man.WriteSettings(os.Stdout, options)
 	} else {
-		page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help), Commands: man.FromV3(app.Commands)}
+		page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help), Commands: man.Commands(app.Commands)}
 		err = page.Write(os.Stdout)
 	}
 	if err != nil {

@@ -3,30 +3,12 @@ package man
 import (
 	"strings"
 
-	v2 "github.com/urfave/cli/v2"
-	v3 "github.com/urfave/cli/v3"
+	"github.com/urfave/cli/v3"
 )
 
-// FromV2 returns the commands of an application, those below others with the
-// others' names before theirs.
-func FromV2(commands []*v2.Command, above ...string) []Command {
-	var list []Command
-	for _, c := range commands {
-		if c.Hidden || c.Name == "help" {
-			continue
-		}
-		name := append(above[:len(above):len(above)], c.Name)
-		if len(c.Subcommands) > 0 {
-			list = append(list, FromV2(c.Subcommands, name...)...)
-			continue
-		}
-		list = append(list, Command{strings.Join(name, " "), c.ArgsUsage, c.Usage, c.Description, options(c.Flags)})
-	}
-	return list
-}
-
-// FromV3 is FromV2 for urfave/cli v3.
-func FromV3(commands []*v3.Command, above ...string) []Command {
+// Commands returns the commands of a program, those below others with the others' names
+// before theirs.
+func Commands(commands []*cli.Command, above ...string) []Command {
 	var list []Command
 	for _, c := range commands {
 		if c.Hidden || c.Name == "help" {
@@ -34,7 +16,7 @@ func FromV3(commands []*v3.Command, above ...string) []Command {
 		}
 		name := append(above[:len(above):len(above)], c.Name)
 		if len(c.Commands) > 0 {
-			list = append(list, FromV3(c.Commands, name...)...)
+			list = append(list, Commands(c.Commands, name...)...)
 			continue
 		}
 		list = append(list, Command{strings.Join(name, " "), strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)})
@@ -42,7 +24,7 @@ func FromV3(commands []*v3.Command, above ...string) []Command {
 	return list
 }
 
-// flag is what both versions' flags have.
+// flag is what all flags have.
 type flag interface {
 	Names() []string
 	TakesValue() bool
