@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/signal"
@@ -19,13 +20,12 @@ import (
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
-	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/grpctls"
 	"github.com/ctrlplane/pilot/internal/status"
 	"github.com/ctrlplane/pilot/internal/tracing"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
@@ -33,6 +33,8 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // stopTimeout is how long requests may still take when pilot stops: containerd may be
@@ -106,7 +108,8 @@ func serve(ctx context.Context, c *cli.Command) error {
 		// Goroutines that are reused have grown their stacks already.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
-	keyprovider.Register(server, provider)
+	service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, Metrics: provider.metrics}
+	service.Register(server)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	var diffListener net.Listener
 	if conf.DiffListen != off {
@@ -237,17 +240,26 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	if err != nil {
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
-	for _, name := range c.ProviderName {
-		processor.RegisterKeyProvider(name, provider)
-	}
-	s := grpc.NewServer(grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
-	healthpb.RegisterHealthServer(s, health.NewServer())
-	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
+	s := plugin.NewServer(client, plugin.Config{
 		Layers:             c.LayersAtOnce,
 		DecryptionKeysPath: c.DecryptionKeys,
+		Keys:               c.keys(provider),
 		Metrics:            metrics,
-	}))
+	}, grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer()))
+	healthpb.RegisterHealthServer(s, health.NewServer())
 	return s, nil
+}
+
+// keys returns pilot's own key provider, and those of the file that
+// $OCICRYPT_KEYPROVIDER_CONFIG names.
+func (c *configuration) keys(own processor.KeyProvider) processor.Keys {
+	others, err := ocicryptclient.FromEnvironment(grpcdial.Call)
+	keys := processor.Keys{Providers: make(map[string]processor.KeyProvider), ProvidersErr: err}
+	maps.Copy(keys.Providers, others)
+	for _, name := range c.ProviderName {
+		keys.Providers[name] = own
+	}
+	return keys
 }
 
 // serverOptions returns the TLS of the configuration.
@@ -255,15 +267,11 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	clients, err := certfile.LoadAuthorities(c.TLSClientCA)
-	if err != nil {
-		return nil, fmt.Errorf("TLS: CA of the clients: %w", err)
-	}
-	conf, err := certfile.Server(c.TLSCert, c.TLSKey, clients, false)
+	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
-	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(conf))}, nil
+	return options, nil
 }
 
 // listen returns the socket that systemd passed, if there is one, or listens on a.

@@ -19,7 +19,7 @@ func CreateKEKs(t testing.TB, dir string, ids ...string) {
 		t.Fatal(err)
 	}
 	for _, id := range ids {
-		if _, err := keys.Create(id, nil); err != nil {
+		if _, err := keys.Create(t.Context(), id, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
