@@ -25,7 +25,7 @@ var kekOnly = processor.Keys{Providers: make(map[string]processor.KeyProvider)}
 // newKEKs starts a broker that has KEKs, and pilot under the names pilot, second,
 // original, which writes the original's format, and remote, which has the broker
 // wrap.
-func newKEKs(t testing.TB, ids ...string) *server.Keys {
+func newKEKs(t testing.TB, ids ...string) server.Keys {
 	t.Helper()
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
@@ -72,7 +72,7 @@ func newKEKs(t testing.TB, ids ...string) *server.Keys {
 	return keys
 }
 
-func rotate(t testing.TB, keys *server.Keys, id string) {
+func rotate(t testing.TB, keys server.Keys, id string) {
 	t.Helper()
 	if _, err := keys.Rotate(id); err != nil {
 		t.Fatal(err)

@@ -22,7 +22,7 @@ import (
 type testBroker struct {
 	dir  string
 	url  string       // of its socket
-	keys *broker.Keys // through its admin socket
+	keys broker.Keys // through its admin socket
 	tcp  string       // http://HOST:PORT, which the original's API needs
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -12,7 +13,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/server"
@@ -20,7 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
-// auditLog is an audit log that is read.
+// auditLog is an audit log to read.
 type auditLog struct {
 	io.Reader
 	closers []io.Closer
@@ -33,20 +34,20 @@ func (l *auditLog) Close() (err error) {
 	return err
 }
 
-// openAuditLog opens the files named, or the log of the configuration. The caller
-// closes it.
-func openAuditLog(c *cli.Context, conf server.Config) (*auditLog, error) {
+// openAuditLog opens the files that are named, or the configured log. The caller closes
+// it.
+func openAuditLog(ctx context.Context, c *cli.Command, conf server.Config) (*auditLog, error) {
 	files := c.Args().Slice()
 	switch to := conf.AuditTo(); {
 	case len(files) > 0:
 	case to == "database":
-		r, err := audit.ReadPostgres(c.Context, conf.Database)
+		r, err := audit.ReadPostgres(ctx, conf.Database)
 		if err != nil {
 			return nil, err
 		}
 		return &auditLog{r, []io.Closer{r}}, nil
 	case to == "-":
-		return nil, exit.Usagef("the log goes to standard output: name the files in which it was collected")
+		return nil, exit.Usagef("the log goes to standard output: name the files that it was collected in")
 	default:
 		older, err := rotated(to)
 		if err != nil {
@@ -105,7 +106,7 @@ func rotated(name string) ([]string, error) {
 		}
 		info, err := e.Info()
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // logrotate is at work
+			continue // logrotate has moved it
 		}
 		if err != nil {
 			return nil, err

@@ -11,8 +11,8 @@ import (
 	"github.com/ctrlplane/pilot/packaging/man"
 )
 
-// init makes this program print its manual page, or with an argument that of
-// pilot.toml.
+// init makes this program print its manual page or, with an argument, the settings
+// for that of pilot.toml.
 func init() {
 	app := newApp()
 	var err error
@@ -20,11 +20,11 @@ func init() {
 		conf := defaults()
 		var options []man.Option
 		for _, s := range settings {
-			options = append(options, man.Option{Name: s.name, Usage: s.usage, Default: s.value(&conf).String()})
+			options = append(options, man.Option{Name: s.name, Usage: s.usage, Default: s.text(&conf)})
 		}
 		err = man.WriteSettings(os.Stdout, options)
 	} else {
-		page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help), Commands: man.FromV2(app.Commands)}
+		page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help), Commands: man.Commands(app.Commands)}
 		err = page.Write(os.Stdout)
 	}
 	if err != nil {

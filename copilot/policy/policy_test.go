@@ -85,8 +85,8 @@ func TestParseErrors(t *testing.T) {
 	for text, want := range map[string]string{
 		"[[rule]]\n":              "policy: f: rule 1: it needs identities, keks and actions",
 		"[[rule]\n":               "policy: f:1:",
-		full("allow = true\n"):    "policy: f:5: rule.allow: there is no such setting",
-		full("[[rules]]\n"):       "there is no such setting",
+		full("allow = true\n"):    "policy: f:5: rule.allow: unknown setting",
+		full("[[rules]]\n"):       "unknown setting",
 		full("not-after = \"x\""): "policy: f:5",
 		full("not-before = 2027-01-01T00:00:00Z\nnot-after = 2026-01-01T00:00:00Z"): "not-after is not after not-before",
 		strings.Replace(full(""), "wrap", "warp", 1):                                `"warp" is no action`,

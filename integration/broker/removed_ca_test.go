@@ -14,15 +14,15 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
-// TestRemovedCA has connections open while the CA of their certificates is taken out
-// of tls-client-ca: no request on them is answered any more, and those of clients of
-// the other CA are.
+// TestRemovedCA keeps connections open while the CA of their certificates is removed from
+// tls-client-ca: requests on them are refused from then on, and those of clients of the
+// other CA are not.
 func TestRemovedCA(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
 	stays, staysKey := b.Enroll(t, "stays")
 	goes, goesKey := b.Enroll(t, "goes")
-	// The node that goes is of another CA, of the same trust domain.
+	// The removed node's CA is another one, of the same trust domain.
 	other := harness.TempDir(t)
 	harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", other, "--dir", other+"/store", "--host", "127.0.0.1", "--trust-domain", "example.com"))
 	os.Remove(goes)

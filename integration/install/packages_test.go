@@ -179,7 +179,7 @@ func testCompletions(t *testing.T, built string) {
 			})
 		}
 	}
-	// A program that is told -- would take the shell's question for an argument.
+	// After --, the program would take the shell's flag for an argument.
 	for shell, ask := range map[string]string{
 		"bash": `. "$1"/bash-completion/completions/pilot; COMP_WORDS=(pilot node -- ""); COMP_CWORD=3; _pilot; echo "${#COMPREPLY[@]}"`,
 	} {

@@ -20,14 +20,13 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// warmUp is for what is kept for a while, as containerd's connections to a
-// registry, to be as many as it will be.
+// warmUp is until resources that are kept for a while, such as containerd's connections
+// to a registry, have reached their number.
 const warmUp = 2 * time.Minute
 
 // TestSoak has a node pull, run and remove encrypted images for PILOT_SOAK, while
 // layer keys are wrapped and unwrapped, the KEK is rotated, an image is rewrapped
-// and everybody is sent SIGHUP. What they take of memory, descriptors and the
-// disk stays what it is: the median of the second half is not above that of the
+// and all processes get SIGHUP. Their memory, descriptors and disk do not grow: the median of the second half is not above that of the
 // second quarter.
 func TestSoak(t *testing.T) {
 	duration, err := time.ParseDuration(os.Getenv("PILOT_SOAK"))
@@ -154,7 +153,7 @@ func TestSoak(t *testing.T) {
 	harness.Output(t, harness.Command(t, "copilot", "audit", "verify", "--dir", dir+"/broker"))
 }
 
-// resources tells what processes take of the machine, and the node of its disk.
+// resources are what processes use of the machine, and the node of its disk.
 func resources(t testing.TB, n *harness.Node, processes map[string]*harness.Process) map[string]float64 {
 	t.Helper()
 	taken := map[string]float64{}
@@ -172,7 +171,7 @@ func resources(t testing.TB, n *harness.Node, processes map[string]*harness.Proc
 		open := 0.
 		for _, f := range files {
 			// containerd keeps each pull's connection to the registry for a minute
-			// and a half, so how many it has tells how fast the pulls were.
+			// and a half, so how many it has depends on how fast the pulls were.
 			if to, err := os.Readlink(proc + "/fd/" + f.Name()); name != "containerd" || err == nil && !strings.HasPrefix(to, "socket:") {
 				open++
 			}

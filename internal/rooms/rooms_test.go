@@ -30,6 +30,12 @@ var rooms = []struct {
 	{"processor", nil},
 	{"copilot", nil},
 	{"copilot/client", nil},
+	{"copilot/server/caller", []string{"copilot/policy"}},
+	{"copilot/server/authorization", []string{"copilot/keystore", "copilot/policy"}},
+	{"copilot/server/ratelimit", []string{"copilot/policy", "copilot/server/caller"}},
+	{"copilot/server/handshake", nil},
+	{"copilot/server/auditing", []string{"copilot/audit", "copilot/server/caller"}},
+	{"copilot/server/keyring", []string{"copilot/audit", "copilot/keystore", "copilot/kms", "copilot/server/auditing"}},
 	{"internal", []string{"packaging/completions"}}, // which are shell scripts
 }
 

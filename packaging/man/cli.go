@@ -3,39 +3,34 @@ package man
 import (
 	"strings"
 
-	v2 "github.com/urfave/cli/v2"
-	v3 "github.com/urfave/cli/v3"
+	"github.com/urfave/cli/v3"
 )
 
-// FromV2 returns the commands of an application, those below others with the
-// others' names before theirs.
-func FromV2(commands []*v2.Command, above ...string) []Command {
+// Commands returns the commands of a program, those below others with the others' names
+// before theirs.
+func Commands(commands []*cli.Command, above ...string) []Command {
 	var list []Command
 	for _, c := range commands {
 		if c.Hidden || c.Name == "help" {
 			continue
 		}
 		name := append(above[:len(above):len(above)], c.Name)
-		if len(c.Subcommands) > 0 {
-			list = append(list, FromV2(c.Subcommands, name...)...)
+		if len(c.Commands) > 0 {
+			list = append(list, Commands(c.Commands, name...)...)
 			continue
 		}
-		list = append(list, Command{strings.Join(name, " "), c.ArgsUsage, c.Usage, c.Description, options(c.Flags)})
+		list = append(list, Command{strings.Join(name, " "), strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)})
 	}
 	return list
 }
 
-// FromV3 returns one command, named with those above it.
-func FromV3(c *v3.Command, name string) Command {
-	return Command{name, strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)}
-}
-
-// flag is what both versions' flags have.
+// flag is what all flags have.
 type flag interface {
 	Names() []string
 	TakesValue() bool
 	GetUsage() string
 	GetDefaultText() string
+	GetValue() string
 	GetEnvVars() []string
 }
 
@@ -55,7 +50,11 @@ func options[F any](flags []F) []Option {
 			if m := emphasis.FindStringSubmatch(o.Usage); m != nil {
 				o.Value = m[1]
 			}
-			o.Default = strings.Trim(f.GetDefaultText(), `"`)
+			o.Default = f.GetDefaultText()
+			if o.Default == "" { // in v3, where a value is the default
+				o.Default = f.GetValue()
+			}
+			o.Default = strings.Trim(o.Default, `"`)
 		}
 		list = append(list, o)
 	}

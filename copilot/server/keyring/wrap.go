@@ -1,4 +1,4 @@
-package server
+package keyring
 
 import (
 	"context"
@@ -13,69 +13,76 @@ import (
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
-// wrap wraps plaintext with the current version, inside the KMS if that does
-// not give the key out.
-func (r *keyring) wrap(ctx context.Context, k kek, plaintext []byte) (wrapped, error) {
-	if !k.wrapsHere() {
+// Wrapped is a key that was wrapped with a KEK, as in the HTTP API.
+type Wrapped struct {
+	Version int    `json:"version"`
+	Method  string `json:"method"`
+	IV      []byte `json:"iv,omitempty"`
+	Key     []byte `json:"wrappedKey"`
+}
+
+// Wrap wraps plaintext with the current version, inside the KMS if that keeps the key.
+func (r *Keyring) Wrap(ctx context.Context, k KEK, plaintext []byte) (Wrapped, error) {
+	if !k.WrapsHere() {
 		return r.wrapInside(ctx, k, plaintext, true)
 	}
-	key, version, err := r.current(ctx, k, 1)
+	key, version, err := r.Current(ctx, k, 1)
 	if err != nil {
-		return wrapped{}, err
+		return Wrapped{}, err
 	}
 	defer clear(key)
 	return k.wrapWith(key, version, plaintext)
 }
 
-// wrapUncounted is wrap for a try, which wears no version out.
-func (r *keyring) wrapUncounted(ctx context.Context, k kek, plaintext []byte) (wrapped, error) {
-	if !k.wrapsHere() {
+// wrapUncounted is [Keyring.Wrap] for a check, which is not counted.
+func (r *Keyring) wrapUncounted(ctx context.Context, k KEK, plaintext []byte) (Wrapped, error) {
+	if !k.WrapsHere() {
 		return r.wrapInside(ctx, k, plaintext, false)
 	}
-	key, version, err := r.key(ctx, k, 0)
+	key, version, err := r.Key(ctx, k, 0)
 	if err != nil {
-		return wrapped{}, err
+		return Wrapped{}, err
 	}
 	defer clear(key)
 	return k.wrapWith(key, version, plaintext)
 }
 
 // wrapWith wraps plaintext with the key of a version.
-func (k kek) wrapWith(key []byte, version int, plaintext []byte) (wrapped, error) {
+func (k KEK) wrapWith(key []byte, version int, plaintext []byte) (Wrapped, error) {
 	aead, err := newGCM(key)
 	if err != nil {
-		return wrapped{}, err
+		return Wrapped{}, err
 	}
-	w := wrapped{Version: version, Method: wireformat.MethodA256GCMKW, IV: make([]byte, aead.NonceSize())}
+	w := Wrapped{Version: version, Method: wireformat.MethodA256GCMKW, IV: make([]byte, aead.NonceSize())}
 	rand.Read(w.IV) // never fails
 	w.Key = aead.Seal(nil, w.IV, plaintext, wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, version))
 	return w, nil
 }
 
-// wrapInside wraps inside a KMS, and counts that if it is counted.
-func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte, counted bool) (w wrapped, err error) {
+// wrapInside wraps inside a KMS, and counts it if counted is true.
+func (r *Keyring) wrapInside(ctx context.Context, k KEK, plaintext []byte, counted bool) (w Wrapped, err error) {
 	wrapper, ok := k.backend.(kms.Wrapper)
 	if !ok {
-		return wrapped{}, fmt.Errorf("%s neither gives keys out nor wraps", k.Backend)
+		return Wrapped{}, fmt.Errorf("backend %s neither exports keys nor wraps", k.Backend)
 	}
-	if err := r.store.CheckUse(k.KEK, 0); err != nil {
-		return wrapped{}, err
+	if err := r.Store.CheckUse(k.KEK, 0); err != nil {
+		return Wrapped{}, err
 	}
-	// The KMS wraps a key of ours, which seals the plaintext: so it is bound
-	// to the KEK's name, and may have any size, whatever the KMS can do.
+	// The KMS wraps a random key, which seals the plaintext: so the plaintext is bound to
+	// the KEK's name, and may have any size, whatever the KMS supports.
 	inner := make([]byte, kms.MaxPlaintext)
 	rand.Read(inner) // never fails
 	defer clear(inner)
 	var wrappedInner []byte
 	err = r.call(ctx, k, "wrap", func(ctx context.Context) (err error) {
-		w.Version, wrappedInner, err = wrapper.Wrap(ctx, k.path, inner)
+		w.Version, wrappedInner, err = wrapper.Wrap(ctx, k.Path, inner)
 		return err
 	})
 	if err == nil {
-		err = r.store.CheckUse(k.KEK, w.Version)
+		err = r.Store.CheckUse(k.KEK, w.Version)
 	}
 	if err != nil {
-		return wrapped{}, err
+		return Wrapped{}, err
 	}
 	if _, unlimited := k.backend.(kms.Unlimited); !unlimited && counted {
 		over, err := r.count(ctx, k, w.Version, 1)
@@ -83,15 +90,15 @@ func (r *keyring) wrapInside(ctx context.Context, k kek, plaintext []byte, count
 			err = r.rotateFull(ctx, k, w.Version)
 		}
 		if err != nil {
-			return wrapped{}, err
+			return Wrapped{}, err
 		}
 	}
 	aead, err := newGCM(inner)
 	if err != nil {
-		return wrapped{}, err
+		return Wrapped{}, err
 	}
 	w.Method = wireformat.MethodCopilot
-	w.Key, err = json.Marshal(envelope{wrappedInner, keystore.Seal(aead, plaintext, place(k.ID, w.Version))})
+	w.Key, err = json.Marshal(envelope{wrappedInner, keystore.Seal(aead, plaintext, boundTo(k.ID, w.Version))})
 	return w, err
 }
 
@@ -101,19 +108,19 @@ type envelope struct {
 	Sealed []byte `json:"sealed"` // 12-byte nonce, what was sealed with that key, 16-byte tag
 }
 
-// unwrap undoes wrap, and what pilot wrapped itself with a KEK that it was
-// given. Errors wrap [kms.ErrUnwrap] if the key was not made by this KEK and
-// version, or was changed.
-func (r *keyring) unwrap(ctx context.Context, k kek, w wrapped) ([]byte, error) {
+// Unwrap undoes [Keyring.Wrap], and what pilot has wrapped with an exported KEK. The
+// caller clears the result. Errors wrap [kms.ErrUnwrap] if the key was not wrapped with
+// this KEK and version, or was changed.
+func (r *Keyring) Unwrap(ctx context.Context, k KEK, w Wrapped) ([]byte, error) {
 	switch {
-	case w.Method == wireformat.MethodCopilot && w.IV == nil && !k.wrapsHere():
+	case w.Method == wireformat.MethodCopilot && w.IV == nil && !k.WrapsHere():
 		return r.unwrapInside(ctx, k, w.Version, w.Key)
 	case w.Method == wireformat.MethodA256GCMKW && len(w.IV) == wireformat.IVSize:
 	default:
-		return nil, fmt.Errorf("%w: method is %.40q with an iv of %d bytes, which this KEK does not unwrap: %s has 12, and %s, for a KEK that stays in its KMS, none",
+		return nil, fmt.Errorf("%w: this KEK does not unwrap method %.40q with an iv of %d bytes: %s has 12 bytes, and %s, for a KEK that stays in its KMS, none",
 			keystore.ErrInput, w.Method, len(w.IV), wireformat.MethodA256GCMKW, wireformat.MethodCopilot)
 	}
-	key, _, err := r.key(ctx, k, w.Version)
+	key, _, err := r.Key(ctx, k, w.Version)
 	if err != nil {
 		return nil, err
 	}
@@ -125,12 +132,12 @@ func (r *keyring) unwrap(ctx context.Context, k kek, w wrapped) ([]byte, error) 
 	return open(aead, slices.Concat(w.IV, w.Key), wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, w.Version))
 }
 
-func (r *keyring) unwrapInside(ctx context.Context, k kek, version int, wrapped []byte) ([]byte, error) {
+func (r *Keyring) unwrapInside(ctx context.Context, k KEK, version int, wrapped []byte) ([]byte, error) {
 	wrapper, ok := k.backend.(kms.Wrapper)
 	if !ok {
-		return nil, fmt.Errorf("%s neither gives keys out nor wraps", k.Backend)
+		return nil, fmt.Errorf("backend %s neither exports keys nor wraps", k.Backend)
 	}
-	if err := r.store.CheckUse(k.KEK, version); err != nil {
+	if err := r.Store.CheckUse(k.KEK, version); err != nil {
 		return nil, err
 	}
 	var e envelope
@@ -139,7 +146,7 @@ func (r *keyring) unwrapInside(ctx context.Context, k kek, version int, wrapped 
 	}
 	var inner []byte
 	err := r.call(ctx, k, "unwrap", func(ctx context.Context) (err error) {
-		inner, err = wrapper.Unwrap(ctx, k.path, version, e.Key)
+		inner, err = wrapper.Unwrap(ctx, k.Path, version, e.Key)
 		return err
 	})
 	if err != nil {
@@ -153,18 +160,18 @@ func (r *keyring) unwrapInside(ctx context.Context, k kek, version int, wrapped 
 	if err != nil {
 		return nil, err
 	}
-	return open(aead, e.Sealed, place(k.ID, version))
+	return open(aead, e.Sealed, boundTo(k.ID, version))
 }
 
-// place is what a key that is wrapped inside a KMS is bound to.
-func place(id string, version int) []byte {
+// boundTo is the additional data of a key that is wrapped inside a KMS.
+func boundTo(id string, version int) []byte {
 	return fmt.Appendf(nil, "kek %d %s", version, id)
 }
 
 // newGCM returns the cipher of a key that can wrap.
 func newGCM(key []byte) (cipher.AEAD, error) {
 	if len(key) != keystore.KeySize {
-		return nil, fmt.Errorf("%w: the KEK has %d bytes, and only one of %d bytes wraps here", keystore.ErrInput, len(key), keystore.KeySize)
+		return nil, fmt.Errorf("%w: the KEK has %d bytes, and only KEKs of %d bytes wrap in copilot", keystore.ErrInput, len(key), keystore.KeySize)
 	}
 	return keystore.NewGCM(key)
 }

@@ -1,9 +1,8 @@
-package server
+package caller
 
 import "testing"
 
-// TestNetwork counts all addresses that one machine can have as one caller.
-func TestNetwork(t *testing.T) {
+func TestNetworkCountsAllAddressesOfOneMachineAsOne(t *testing.T) {
 	for from, want := range map[string]string{
 		"192.0.2.7:443":          "from 192.0.2.7",
 		"[2001:db8:1:2::3]:443":  "from 2001:db8:1:2::/64",
@@ -13,7 +12,7 @@ func TestNetwork(t *testing.T) {
 		"[::1]:443":              "from ::1",
 		"@":                      "from @",
 	} {
-		if got := network(from); got != want {
+		if got := Network(from); got != want {
 			t.Errorf("%s: %q", from, got)
 		}
 	}

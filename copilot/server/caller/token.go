@@ -1,4 +1,4 @@
-package server
+package caller
 
 import (
 	"context"
@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -17,34 +18,64 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 const (
 	// maxToken bounds a bearer token, in bytes.
 	maxToken = 16 << 10
-	// failedFor is how long an issuer is not asked again that gave no answer.
-	failedFor = 5 * time.Second
-	// issuerWithin bounds the wait for an issuer's keys.
-	issuerWithin = 5 * time.Second
+	// failureTTL is how long after a failed discovery an issuer is not asked again.
+	failureTTL = 5 * time.Second
+	// issuerTimeout bounds the wait for an issuer's keys.
+	issuerTimeout = 5 * time.Second
 )
 
-// issuers checks bearer tokens.
-type issuers struct {
+// Issuer configures an OpenID Connect issuer whose tokens are accepted.
+type Issuer struct {
+	// URL is the issuer, as in the iss claim of its tokens.
+	URL string `toml:"url"`
+	// Audience is the audience that tokens must have.
+	Audience string `toml:"audience"`
+	// CA is a PEM file with the CAs to trust when connecting to the issuer. Default: the
+	// system's.
+	CA string `toml:"ca"`
+	// TokenFile holds a bearer token to show the issuer when fetching its keys, which
+	// Kubernetes requires by default.
+	TokenFile string `toml:"token-file"`
+	// KeysURL is where the keys are. Default: the jwks_uri of the issuer's
+	// /.well-known/openid-configuration.
+	KeysURL string `toml:"keys-url"`
+}
+
+// Check validates an issuer's settings. Its name is the prefix of the identities of its
+// tokens.
+func (i Issuer) Check(name string) error {
+	if slices.Contains([]string{"spiffe", "dns", "cn", "uid", Anonymous, ""}, name) || strings.ContainsAny(name, ":/*") {
+		return errors.New("the name can't be used: it begins other identities, or has one of :/*")
+	}
+	if i.URL == "" || i.Audience == "" {
+		return errors.New("url and audience are required")
+	}
+	for _, u := range []string{i.URL, i.KeysURL} {
+		if u == "" {
+			continue
+		}
+		parsed, err := url.Parse(u)
+		if err != nil || parsed.Scheme != "https" && !(parsed.Scheme == "http" && loopback.Is(parsed.Hostname())) {
+			return fmt.Errorf("%s: keys fetched without TLS could be anybody's: use https", u)
+		}
+	}
+	return nil
+}
+
+// Issuers verifies bearer tokens. It is safe for concurrent use.
+type Issuers struct {
 	byURL map[string]*issuer
 }
 
-// names returns the issuers' names.
-func (all *issuers) names() []string {
-	names := []string{}
-	for _, i := range all.byURL {
-		names = append(names, i.name)
-	}
-	return names
-}
-
-// issuer is one OpenID Connect issuer. It is asked for its keys when a token of
-// its comes, so a broker starts while it is down.
+// issuer is one OpenID Connect issuer. Its keys are fetched when the first of its tokens
+// arrives, so the broker starts while the issuer is down.
 type issuer struct {
 	name   string
 	conf   Issuer
@@ -54,12 +85,13 @@ type issuer struct {
 
 	mu       sync.Mutex
 	verifier *oidc.IDTokenVerifier
-	failure  error // when it was asked last
+	failure  error // of the last discovery
 	failed   time.Time
 }
 
-func newIssuers(conf map[string]Issuer) (*issuers, error) {
-	all := &issuers{make(map[string]*issuer)}
+// NewIssuers returns the issuers of a configuration, by name. It fetches nothing.
+func NewIssuers(conf map[string]Issuer) (*Issuers, error) {
+	all := &Issuers{make(map[string]*issuer)}
 	for name, c := range conf {
 		if other, ok := all.byURL[c.URL]; ok {
 			return nil, fmt.Errorf("issuers %s and %s have the same url", other.name, name)
@@ -73,14 +105,23 @@ func newIssuers(conf map[string]Issuer) (*issuers, error) {
 			transport.TLSClientConfig.RootCAs = pool
 		}
 		all.byURL[c.URL] = &issuer{name: name, conf: c, client: &http.Client{
-			Timeout:   issuerWithin,
+			Timeout:   issuerTimeout,
 			Transport: newIssuerTransport(withToken{transport, c.TokenFile}, c.URL, c.KeysURL),
 		}}
 	}
 	return all, nil
 }
 
-// withToken shows the issuer a token, which is read anew each time.
+// Names returns the issuers' names, in no order.
+func (all *Issuers) Names() []string {
+	names := []string{}
+	for _, i := range all.byURL {
+		names = append(names, i.name)
+	}
+	return names
+}
+
+// withToken shows the issuer a bearer token, which is read from its file each time.
 type withToken struct {
 	http.RoundTripper
 	file string
@@ -98,37 +139,37 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.RoundTripper.RoundTrip(r)
 }
 
-// identity returns who a token tells: the issuer's name, a colon, and the
+// identity returns a verified token's identity: the issuer's name, a colon, and the
 // token's subject.
-func (all *issuers) identity(ctx context.Context, token string) (string, error) {
+func (all *Issuers) identity(ctx context.Context, token string) (string, error) {
 	if len(token) > maxToken {
-		return "", fmt.Errorf("the token has more than %d bytes", maxToken)
+		return "", fmt.Errorf("the token is larger than %d bytes", maxToken)
 	}
-	url, err := issuerOf(token)
+	claimed, err := issuerOf(token)
 	if err != nil {
 		return "", err
 	}
-	i, ok := all.byURL[url]
+	i, ok := all.byURL[claimed]
 	if !ok {
-		return "", fmt.Errorf("the token comes from the issuer %.200q, which is not one of the broker's", url)
+		return "", fmt.Errorf("the token is from issuer %.200q, which is not configured in this broker", claimed)
 	}
 	verifier, err := i.get(ctx)
 	if err != nil {
-		if !errors.Is(err, errIssuer) {
-			err = fmt.Errorf("%w: %w", errIssuer, err)
+		if !errors.Is(err, ErrIssuer) {
+			err = fmt.Errorf("%w: %w", ErrIssuer, err)
 		}
 		return "", fmt.Errorf("issuer %s: %w", i.name, err)
 	}
 	var unfetched error
 	verified, err := verifier.Verify(context.WithValue(oidc.ClientContext(ctx, i.client), fetchKey{}, &unfetched), token)
 	if unfetched != nil {
-		if !errors.Is(unfetched, errIssuer) {
-			unfetched = fmt.Errorf("%w: %w", errIssuer, unfetched)
+		if !errors.Is(unfetched, ErrIssuer) {
+			unfetched = fmt.Errorf("%w: %w", ErrIssuer, unfetched)
 		}
 		return "", fmt.Errorf("issuer %s: %w", i.name, unfetched)
 	}
 	if err != nil {
-		return "", fmt.Errorf("token of issuer %s: %s", i.name, withoutPrefix(err))
+		return "", fmt.Errorf("token of issuer %s: %w", i.name, err)
 	}
 	if verified.Subject == "" {
 		return "", fmt.Errorf("token of issuer %s: it has no subject", i.name)
@@ -136,20 +177,18 @@ func (all *issuers) identity(ctx context.Context, token string) (string, error) 
 	return i.name + ":" + verified.Subject, nil
 }
 
-func withoutPrefix(err error) string { return strings.TrimPrefix(err.Error(), "oidc: ") }
-
-// issuerOf returns what a token that is not verified yet says of its issuer.
+// issuerOf returns the issuer that a token claims, before it is verified.
 func issuerOf(token string) (string, error) {
 	var claims struct {
 		Issuer string `json:"iss"`
 	}
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
-		return "", errors.New("the bearer token is no JSON web token")
+		return "", errors.New("the bearer token is not a JSON web token")
 	}
 	b, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil || json.Unmarshal(b, &claims) != nil {
-		return "", errors.New("the bearer token is no JSON web token")
+		return "", errors.New("the bearer token is not a JSON web token")
 	}
 	if err := checkClaims(b); err != nil {
 		return "", fmt.Errorf("the bearer token can't be used: %w", err)
@@ -157,8 +196,8 @@ func issuerOf(token string) (string, error) {
 	return claims.Issuer, nil
 }
 
-// get returns what verifies the issuer's tokens. However many ask at once, the
-// issuer is asked once, and each stops waiting when its own ctx is done.
+// get returns the verifier of the issuer's tokens. Concurrent calls share one request to
+// the issuer, and each stops waiting when its own ctx is done.
 func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	i.mu.Lock()
 	verifier, failure, failed := i.verifier, i.failure, i.failed
@@ -166,10 +205,10 @@ func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	if verifier != nil {
 		return verifier, nil
 	}
-	if failure != nil && time.Since(failed) < failedFor {
+	if failure != nil && time.Since(failed) < failureTTL {
 		return nil, failure
 	}
-	// The keys are fetched later, too, so not in the request's context.
+	// The verifier keeps this context to fetch keys later, so it must outlive the request.
 	shared := oidc.ClientContext(context.WithoutCancel(ctx), i.client)
 	found := i.flight.DoChan("", func() (any, error) {
 		verifier, err := i.discover(shared)
@@ -186,14 +225,14 @@ func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	}
 }
 
-// signingAlgorithms are those with public keys: an issuer's are public.
+// signingAlgorithms are the asymmetric ones: an issuer publishes its keys.
 var signingAlgorithms = []string{oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA}
 
 func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	conf := &oidc.Config{ClientID: i.conf.Audience}
 	if i.conf.KeysURL != "" {
 		conf.SupportedSigningAlgs = signingAlgorithms
-		return oidc.NewVerifier(i.conf.URL, noticingKeys{oidc.NewRemoteKeySet(ctx, i.conf.KeysURL)}, conf), nil
+		return oidc.NewVerifier(i.conf.URL, reportingKeys{oidc.NewRemoteKeySet(ctx, i.conf.KeysURL)}, conf), nil
 	}
 	provider, err := oidc.NewProvider(ctx, i.conf.URL)
 	if err != nil {
@@ -211,5 +250,5 @@ func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 			conf.SupportedSigningAlgs = append(conf.SupportedSigningAlgs, alg)
 		}
 	}
-	return oidc.NewVerifier(i.conf.URL, noticingKeys{oidc.NewRemoteKeySet(ctx, metadata.KeysURL)}, conf), nil
+	return oidc.NewVerifier(i.conf.URL, reportingKeys{oidc.NewRemoteKeySet(ctx, metadata.KeysURL)}, conf), nil
 }

@@ -1,4 +1,4 @@
-package server
+package auditing
 
 import (
 	"container/list"
@@ -12,33 +12,34 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 )
 
-// How many lines of the audit log refused requests make. The first of each kind has a
-// line. Of a caller's others, refusalBurst have, and one more each refusalInterval:
-// those of a node that can't decrypt an image and tries again now and then. The rest
-// are summed up.
+// How many lines of the audit log refused requests get. The first of each kind gets a
+// line. Of a caller's others, refusalBurst do, and one more each refusalInterval: enough
+// for a node that can't decrypt an image and retries now and then. The rest are summed
+// up.
 const (
 	refusalBurst    = 60
 	refusalInterval = 10 * time.Second
 	// maxKinds is how many kinds of refusals are counted separately, of all callers, and
-	// maxCallerKinds of one: more are one kind for each action and status.
+	// maxCallerKinds of one. Beyond that, each action and status is one kind.
 	maxKinds       = 4096
 	maxCallerKinds = 128
-	// burstEnd is for how long nothing was refused when a burst is over, and sumEvery
-	// how often one that goes on is summed up, if the caller has a line left.
-	// sumLatest is when it is if not.
-	burstEnd  = 10 * time.Second
-	sumEvery  = time.Minute
-	sumLatest = time.Hour
-	// forgetAfter is when a kind is forgotten, and what follows is the first again.
-	forgetAfter = time.Hour
-	// lookInterval is how often that is looked at.
+	// burstEnd is how long after its last refusal a burst is over. A burst that goes on
+	// is summed up each sumInterval, if the caller has a line left, or else after
+	// maxSumDelay.
+	burstEnd    = 10 * time.Second
+	sumInterval = time.Minute
+	maxSumDelay = time.Hour
+	// kindTTL is after how long a kind is forgotten: the next refusal is the first again.
+	kindTTL = time.Hour
+	// lookInterval is how often sums that are due are looked for.
 	lookInterval = 2 * time.Second
 )
 
-// refusals sums up refused requests, which would fill the disk with lines of the
-// audit log. It is safe for concurrent use.
+// refusals sums up refused requests, whose lines could fill the disk. It is safe for
+// concurrent use.
 type refusals struct {
 	write func(audit.Entry) error
 
@@ -46,7 +47,7 @@ type refusals struct {
 	callers map[string]*refusedCaller
 	kinds   map[kindID]*list.Element
 	recent  list.List // of *kind, the most recent first
-	left    []*kind   // that were forgotten before they were summed up
+	evicted []*kind   // before they were summed up
 }
 
 type kindID [sha256.Size]byte
@@ -63,35 +64,34 @@ type kind struct {
 	coarse bool // causes differ
 	last   audit.Entry
 	at     time.Time // of last
-	since  time.Time // of the first that is not written down
-	count  int64     // of those
+	since  time.Time // of the first without a line
+	count  int64     // of those without a line
 }
 
-// note notes a refused request of a caller, and reports whether it gets a line of its
-// own. One of those that are always many, such as those of who sends too many, gets one
-// as the first of them only.
-func (r *refusals) note(caller string, e audit.Entry, many bool) bool {
+// note counts a refused request of a caller, and reports whether it gets a line of its
+// own. If many is true, only the first of its kind does.
+func (r *refusals) note(who string, e audit.Entry, many bool) bool {
 	e.Time = time.Now().UTC()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.callers == nil {
 		r.callers, r.kinds = make(map[string]*refusedCaller), make(map[kindID]*list.Element)
 	}
-	c, ok := r.callers[caller]
+	c, ok := r.callers[who]
 	if !ok {
 		c = &refusedCaller{lines: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst)}
-		r.callers[caller] = c
+		r.callers[who] = c
 	}
 	coarse := many
-	id := idOf(caller, e.Action, fmt.Sprint(e.Status), e.KEK, e.Reason, source(e.From))
+	id := idOf(who, e.Action, fmt.Sprint(e.Status), e.KEK, e.Reason, caller.Address(e.From))
 	if many {
-		id = idOf(caller, fmt.Sprint(e.Status))
+		id = idOf(who, fmt.Sprint(e.Status))
 	} else if r.kinds[id] == nil && c.kinds >= maxCallerKinds {
-		id, coarse = idOf(caller, e.Action, fmt.Sprint(e.Status)), true
+		id, coarse = idOf(who, e.Action, fmt.Sprint(e.Status)), true
 	}
 	el, ok := r.kinds[id]
 	if !ok {
-		k := &kind{id: id, caller: caller, coarse: coarse, at: e.Time}
+		k := &kind{id: id, caller: who, coarse: coarse, at: e.Time}
 		r.kinds[id] = r.recent.PushFront(k)
 		c.kinds++
 		c.lines.Allow()
@@ -122,12 +122,12 @@ func idOf(parts ...string) kindID {
 	return kindID(h.Sum(nil))
 }
 
-// forget forgets a kind, which is summed up if it has to be.
+// forget forgets a kind. Its refusals without a line are summed up later.
 func (r *refusals) forget(el *list.Element) {
 	k := r.recent.Remove(el).(*kind)
 	delete(r.kinds, k.id)
 	if k.count > 0 {
-		r.left = append(r.left, k)
+		r.evicted = append(r.evicted, k)
 	}
 	if c := r.callers[k.caller]; c != nil {
 		if c.kinds--; c.kinds == 0 {
@@ -136,8 +136,8 @@ func (r *refusals) forget(el *list.Element) {
 	}
 }
 
-// sum returns a line that sums up what a kind has since the last line, and begins
-// again.
+// sum returns a line that sums up a kind's refusals since its last line, and starts
+// counting again.
 func (k *kind) sum() audit.Entry {
 	e := k.last
 	e.Count, e.Since = k.count, k.since
@@ -153,19 +153,19 @@ func (k *kind) sum() audit.Entry {
 	return e
 }
 
-// look writes the sums that are due at the time now, or all.
+// look writes the sums that are due now, or all of them.
 func (r *refusals) look(now time.Time, all bool) {
 	r.mu.Lock()
-	sums := r.left
-	r.left = nil
+	sums := r.evicted
+	r.evicted = nil
 	for el := r.recent.Back(); el != nil; {
 		previous := el.Prev()
 		k := el.Value.(*kind)
 		switch waited := now.Sub(k.since); {
-		case k.count == 0 && now.Sub(k.at) >= forgetAfter:
+		case k.count == 0 && now.Sub(k.at) >= kindTTL:
 			r.forget(el)
 		case k.count == 0:
-		case all, waited >= sumLatest, (waited >= sumEvery || now.Sub(k.at) >= burstEnd) && r.callers[k.caller].lines.Allow():
+		case all, waited >= maxSumDelay, (waited >= sumInterval || now.Sub(k.at) >= burstEnd) && r.callers[k.caller].lines.Allow():
 			sums = append(sums, k)
 		}
 		el = previous
@@ -177,7 +177,7 @@ func (r *refusals) look(now time.Time, all bool) {
 	r.mu.Unlock()
 	for i, e := range lines {
 		if err := r.write(e); err != nil {
-			logrus.WithError(err).Error("refused requests not audited: they are summed up later")
+			logrus.WithError(err).Error("can't audit refused requests: they are summed up later")
 			r.restore(sums[i:], lines[i:])
 			return
 		}
@@ -191,12 +191,12 @@ func (r *refusals) restore(sums []*kind, lines []audit.Entry) {
 	for i, k := range sums {
 		k.count, k.since = k.count+lines[i].Count, lines[i].Since
 		if r.kinds[k.id] == nil {
-			r.left = append(r.left, k)
+			r.evicted = append(r.evicted, k)
 		}
 	}
 }
 
-// run sums up until ctx is done.
+// run writes sums that are due, until ctx is done.
 func (r *refusals) run(ctx context.Context) {
 	tick := time.NewTicker(lookInterval)
 	defer tick.Stop()
