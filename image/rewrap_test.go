@@ -51,7 +51,7 @@ func newKEKs(t testing.TB, ids ...string) server.Keys {
 	}
 	t.Cleanup(func() { keys.Close() })
 	for _, id := range ids {
-		if _, err := keys.Create(id, nil); err != nil {
+		if _, err := keys.Create(t.Context(), id, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -74,7 +74,7 @@ func newKEKs(t testing.TB, ids ...string) server.Keys {
 
 func rotate(t testing.TB, keys server.Keys, id string) {
 	t.Helper()
-	if _, err := keys.Rotate(id); err != nil {
+	if _, err := keys.Rotate(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -21,9 +21,9 @@ import (
 // testBroker is a real broker.
 type testBroker struct {
 	dir  string
-	url  string       // of its socket
+	url  string      // of its socket
 	keys broker.Keys // through its admin socket
-	tcp  string       // http://HOST:PORT, which the original's API needs
+	tcp  string      // http://HOST:PORT, which the original's API needs
 }
 
 // startBroker runs a broker that has the KEKs given, nil ones new.
@@ -57,7 +57,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 		}
 		t.Cleanup(func() { b.keys.Close() })
 		for id, key := range keks {
-			if _, err := b.keys.Create(id, key); err != nil {
+			if _, err := b.keys.Create(t.Context(), id, key); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -71,7 +71,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 func (b *testBroker) rotate(t testing.TB, id string, times int) {
 	t.Helper()
 	for range times {
-		if _, err := b.keys.Rotate(id); err != nil {
+		if _, err := b.keys.Rotate(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -118,3 +118,29 @@ func TestLibrariesStayLight(t *testing.T) {
 		}
 	}
 }
+
+// TestOnlyProgramsKnowTheirKMSs: a KMS imports copilot/kms and nothing else of the broker,
+// and only programs import a KMS, which they hand to the broker as a value.
+func TestOnlyProgramsKnowTheirKMSs(t *testing.T) {
+	const interfaces = "copilot/kms"
+	found := 0
+	for _, p := range list(t, module+"copilot/...") {
+		path := strings.TrimPrefix(p.ImportPath, module)
+		isKMS := strings.HasPrefix(path, interfaces+"/")
+		if isKMS {
+			found++
+		}
+		for _, imported := range p.Imports {
+			other := strings.TrimPrefix(imported, module)
+			switch {
+			case isKMS && below(other, "copilot") && other != interfaces:
+				t.Errorf("%s imports %s, and may import only %s of the broker", path, other, interfaces)
+			case !isKMS && strings.HasPrefix(other, interfaces+"/"):
+				t.Errorf("%s imports %s, which only programs may", path, other)
+			}
+		}
+	}
+	if found < 6 { // the five and kmstest
+		t.Fatalf("%d packages below %s", found, interfaces)
+	}
+}
