@@ -156,9 +156,9 @@ type waiting struct {
 
 // Head tells one line of a chain.
 type Head struct {
-	Chain string
-	Seq   int64
-	MAC   string
+	Chain string `json:"chain"`
+	Seq   int64  `json:"seq"`
+	MAC   string `json:"mac"`
 }
 
 func (h Head) String() string { return fmt.Sprintf("%s/%d/%s", h.Chain, h.Seq, h.MAC) }
