@@ -73,7 +73,7 @@ func Exists(dir string) error {
 // database that is there, to read.
 var openPostgres, readPostgres func(ctx context.Context, url string) (database, error)
 
-// Open opens the store in the PostgreSQL database that url tells, or, if url is
+// Open opens the store in the PostgreSQL database at url, or, if url is
 // empty, in a file in the directory dir, making what is missing. The master key
 // is in $CREDENTIALS_DIRECTORY/copilot-master-key if that exists, else in the
 // file master.key in dir, which is made if the store is new.
@@ -224,7 +224,7 @@ func (s *Store) decode(id string, b []byte) (KEK, error) {
 
 // Change is a change of one KEK.
 type Change struct {
-	// Log, if not nil, is told of the KEK as it will be, right before the
+	// Log, if not nil, is called with the KEK as it will be, right before the
 	// change is made, which it is only if Log returns nil.
 	Log func(KEK) error
 	// Backend names where the KEK lives if it is not in this store; a record

@@ -156,7 +156,7 @@ var (
 	validPath   = regexp.MustCompile(`^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$`)
 )
 
-// Client is what a certificate says of whoever asks a broker.
+// Client describes the certificate of a broker's client.
 type Client struct {
 	// Path is the SPIFFE ID's, such as node/worker-7.
 	Path string

@@ -2,7 +2,7 @@ package policy
 
 import "strings"
 
-// match reports whether name is what pattern tells. In a pattern, * stands for
+// match reports whether name matches pattern. In a pattern, * stands for
 // any run of characters but slashes, ** for any run, and everything else for
 // itself.
 func match(pattern, name string) bool {

@@ -28,7 +28,7 @@ type logins struct {
 	Cert       *certLogin       `toml:"cert"`
 }
 
-// Files of a login are read each time that the broker logs in.
+// The files are read at each login.
 
 type appRoleLogin struct {
 	Mount        string `toml:"mount"` // of the auth method: "approle" by default
