@@ -9,7 +9,7 @@
 #   make release        all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
 #
 # All tests install what they need first.
-#   make test           all tests but for these:
+#   make test           all tests except these:
 #   make test-nodes     sets up nodes with each containerd and each configuration that nodes have
 #   make test-packages  installs, upgrades, removes and purges the packages, and runs the documentation's commands
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod

@@ -114,7 +114,7 @@ debian_changelog() {
 	cat <<-EOF
 		$1 ($epoch$PACKAGE_VERSION-1) stable; urgency=medium
 
-		  * pilot $version: changelog.gz tells what is new.
+		  * pilot $version: see changelog.gz.
 
 		 -- $maintainer  $(date -Rd "@$SOURCE_DATE_EPOCH")
 	EOF

@@ -19,7 +19,7 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 )
 
-// defaultConfigFile is read if it exists; another has to exist.
+// defaultConfigFile is read if it exists. A file that is named must exist.
 const defaultConfigFile = "/etc/pilot/pilot.toml"
 
 const (
@@ -79,7 +79,7 @@ func defaults() configuration {
 func configFlags() []cli.Flag {
 	flags := []cli.Flag{
 		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
-		&cli.BoolFlag{Name: "original-defaults", Usage: "answer as the original pilot did: on 127.0.0.1:50051, with its variables and defaults"},
+		&cli.BoolFlag{Name: "original-defaults", Usage: "work as the original pilot: on 127.0.0.1:50051, with its variables and defaults"},
 	}
 	conf := defaults()
 	for _, s := range settings {
@@ -88,8 +88,8 @@ func configFlags() []cli.Flag {
 	return flags
 }
 
-// loadConfiguration returns the configuration: the defaults, changed by the
-// file, changed by variables, changed by flags.
+// loadConfiguration returns the configuration. Flags override variables, which
+// override the file, which overrides the defaults.
 func loadConfiguration(c *cli.Command) (configuration, error) {
 	conf := defaults()
 	if c.Bool("original-defaults") {
@@ -136,19 +136,19 @@ func readConfigFile(conf *configuration, name string) error {
 	})
 }
 
-// check refuses settings that can't work together.
+// check returns an error if settings can't work together.
 func (c *configuration) check() error {
 	if (c.TLSCert == "") != (c.TLSKey == "") || (c.TLSCert == "") != (c.TLSClientCA == "") {
-		return errors.New("tls-cert, tls-key and tls-client-ca go together: over TCP only clients with a certificate may ask")
+		return errors.New("tls-cert, tls-key and tls-client-ca must be used together: over TCP, clients need a certificate")
 	}
 	if (c.BrokerCert == "") != (c.BrokerKey == "") {
-		return errors.New("broker-cert and broker-key go together")
+		return errors.New("broker-cert and broker-key must be used together")
 	}
 	if c.BrokerTimeout == 0 {
-		return errors.New("broker-timeout is 0: the broker would never be asked")
+		return errors.New("broker-timeout is 0: no request to the broker could succeed")
 	}
 	if c.LayersAtOnce == 0 {
-		return errors.New("layers-at-once is 0: no encrypted layer would ever be unpacked")
+		return errors.New("layers-at-once is 0: no encrypted layer could be unpacked")
 	}
 	if c.MetricsListen != "" {
 		if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil {

@@ -21,18 +21,18 @@ import (
 
 var doctorCommand = &cli.Command{
 	Name:  "doctor",
-	Usage: "check that this machine decrypts images, and say what mends it",
+	Usage: "check that this machine decrypts images, and suggest fixes",
 	Description: `Checks the whole chain with real calls: pilot's configuration and sockets,
 containerd and its configuration, the broker, and a small encrypted layer that
-is unpacked and removed again. Run it as root, with the settings that pilot
-serves with. It takes a minute at most.
+is unpacked and removed again. Run it as root, with the settings of pilot serve.
+It takes a minute at most.
 
-Where CRI-O pulls, it checks CRI-O's environment and directory of keys instead
-of containerd, and decrypts a small layer with the key provider that CRI-O has.
+On a machine with CRI-O, it checks CRI-O's environment and directory of keys
+instead of containerd, and decrypts a small layer with CRI-O's key provider.
 
 It warns of certificates that expire within 14 days.
 
-The exit status is 0 if all is well or a warning, 1 if something is wrong, and 2 if pilot's
+The exit status is 0 if no check failed, 1 if one did, and 2 if pilot's
 configuration or an argument can't be used.
 
 Example:
@@ -51,7 +51,7 @@ func doctor(ctx context.Context, c *cli.Command) error {
 		return exit.Usagef("doctor takes no argument, and got %q", c.Args().First())
 	}
 	if os.Geteuid() != 0 {
-		return exit.Usagef("doctor uses sockets and mounts that only root may: sudo pilot node doctor")
+		return exit.Usagef("doctor needs root for sockets and mounts: run sudo pilot node doctor")
 	}
 	keks := c.StringSlice("kek")
 	for _, kek := range keks {
@@ -65,7 +65,7 @@ func doctor(ctx context.Context, c *cli.Command) error {
 	if len(keks) > 0 {
 		d.KEKs = keks
 	}
-	// What fails is in the report.
+	// Failures are in the report.
 	logrus.SetLevel(logrus.ErrorLevel)
 
 	report := struct {
@@ -98,7 +98,7 @@ func doctor(ctx context.Context, c *cli.Command) error {
 	case ctx.Err() != nil:
 		return errors.New("interrupted")
 	case len(wrong) > 0:
-		return fmt.Errorf("not in order: %s", strings.Join(wrong, ", "))
+		return fmt.Errorf("failed checks: %s", strings.Join(wrong, ", "))
 	}
 	return nil
 }
@@ -137,6 +137,6 @@ func newDoctor(c *cli.Command) *node.Doctor {
 func printStep(s node.Step) {
 	fmt.Printf("%-8s %-18s %s\n", s.Result, s.Name, s.Detail)
 	for _, command := range s.Mend {
-		fmt.Printf("%-8s %-18s   mend: %s\n", "", "", command)
+		fmt.Printf("%-8s %-18s   fix: %s\n", "", "", command)
 	}
 }

@@ -35,7 +35,7 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if err != nil {
 			return err
 		}
-		// What failed is said once, on standard error, and success not at all.
+		// Only the error is printed, once.
 		if logrus.GetLevel() == logrus.InfoLevel {
 			logrus.SetLevel(logrus.WarnLevel)
 		}
@@ -50,8 +50,8 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 	},
 }
 
-// denied gives the error of a broker that works, and does not do it, its exit status.
-// Where the broker was not sure of one of several KEKs, it is a failure.
+// denied sets the exit status of an error by which a working broker denies the request.
+// If the broker could not decide about one of several KEKs, it remains a failure.
 func denied(err error) error {
 	switch {
 	case err == nil, errors.Is(err, client.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):

@@ -1,5 +1,5 @@
-// Command pilot is the key provider of a node or of a CI machine: ocicrypt's
-// tools ask it to wrap and unwrap the keys of image layers.
+// Command pilot is the key provider of a node or of a CI machine, which wraps and
+// unwraps the keys of image layers for ocicrypt's tools, and containerd's differ.
 package main
 
 import (
@@ -38,12 +38,12 @@ func newApp() *cli.Command {
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
 		Version: version.Version,
-		Description: `pilot answers ocicrypt's key provider protocol with keys from a key broker.
-A tool finds it by a file such as
+		Description: `pilot serves ocicrypt's key provider protocol with keys from a key broker.
+Tools find it through a file such as
 
    {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
 
-that OCICRYPT_KEYPROVIDER_CONFIG names.`,
+named by OCICRYPT_KEYPROVIDER_CONFIG.`,
 		Commands: []*cli.Command{serveCommand, keyproviderCommand, nodeCommand},
 	})
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/ctrlplane/pilot/packaging/man"
 )
 
-// init makes this program print its manual page, or with an argument that of
-// pilot.toml.
+// init makes this program print its manual page or, with an argument, the settings
+// for that of pilot.toml.
 func init() {
 	app := newApp()
 	var err error

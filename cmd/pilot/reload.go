@@ -12,8 +12,8 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 )
 
-// reloadable is a key provider that is replaced when the configuration is read
-// again. What is under way ends with the one that it began with.
+// reloadable is a key provider that is replaced when the configuration is reloaded.
+// Requests end with the provider that they began with.
 type reloadable struct {
 	metrics *keyprovider.Metrics
 
@@ -23,8 +23,8 @@ type reloadable struct {
 	forget   func()
 }
 
-// use goes on with another configuration. KEKs in memory are forgotten. One that
-// can't be used changes nothing.
+// use switches to another configuration and drops the KEKs in memory. If the
+// configuration can't be used, nothing changes.
 func (r *reloadable) use(ctx context.Context, conf configuration) error {
 	client, err := conf.client()
 	if err != nil {
@@ -58,8 +58,7 @@ func (r *reloadable) configuration() configuration {
 	return r.conf
 }
 
-// certificates returns the files of certificates that are in use, by the setting
-// that names each.
+// certificates returns the certificate files in use, by setting.
 func (r *reloadable) certificates() map[string]string {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -90,7 +89,7 @@ func (r *reloadable) onHangup(ctx context.Context, c *cli.Command, hangup <-chan
 	}
 }
 
-// reload reads the configuration again. One that can't be used changes nothing.
+// reload reads the configuration again. If it can't be used, nothing changes.
 func (r *reloadable) reload(ctx context.Context, c *cli.Command) {
 	was := r.configuration()
 	conf, err := loadConfiguration(c)

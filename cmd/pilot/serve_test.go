@@ -47,12 +47,12 @@ func startBroker(t *testing.T) (url, auditLog string) {
 			t.Error(err)
 		}
 	})
-	// pilot asks again until it answers.
+	// pilot retries until the broker listens.
 	return url, filepath.Join(dir, "audit.log")
 }
 
-// startServe runs "pilot serve" at an address until the test ends, when it has
-// to stop well.
+// startServe runs "pilot serve" at an address until the test ends, when it must stop
+// without an error.
 func startServe(t *testing.T, listen string, args ...string) *os.Process {
 	t.Helper()
 	return startServeIn(t, nil, listen, args...)
@@ -115,9 +115,8 @@ func ask(t *testing.T, address string, creds credentials.TransportCredentials) e
 	return err
 }
 
-// TestServeTLS checks that over TCP only those are answered who have a
-// certificate.
-func TestServeTLS(t *testing.T) {
+// TestServeOverTCPNeedsAClientCertificate has clients with and without one.
+func TestServeOverTCPNeedsAClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
 	url, auditLog := startBroker(t)
@@ -148,8 +147,8 @@ func TestServeTLS(t *testing.T) {
 	}
 }
 
-// TestServe checks the addresses that need no certificate.
-func TestServe(t *testing.T) {
+// TestServeNeedsNoCertificateLocally has a unix socket and a loopback address.
+func TestServeNeedsNoCertificateLocally(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	socket := filepath.Join(t.TempDir(), "run", "s")
@@ -170,8 +169,8 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// TestServeSeveralBrokers has the first of two brokers be away.
-func TestServeSeveralBrokers(t *testing.T) {
+// TestServeUsesTheNextBroker has the first of two brokers be down.
+func TestServeUsesTheNextBroker(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	socket := filepath.Join(t.TempDir(), "s")

@@ -207,7 +207,7 @@ func TestAccess(t *testing.T) {
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key?version=2", "")
 	admin.want(t, 200, "POST", "/api/v2/keks/team-a/enable", "")
 
-	// A policy that is broken changes nothing; another one counts soon.
+	// A broken policy changes nothing. A valid one takes effect soon.
 	writeFile(t, policyFile, "[[rule]\n")
 	eventually(t, func() bool { return strings.Contains(metricsOf(t, dir), "copilot_policy_usable 0") })
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
@@ -276,8 +276,8 @@ func metricsOf(t *testing.T, dir string) string {
 	return body
 }
 
-// TestCertificateNamesNobody refuses certificates that do not name one client, in
-// one spelling.
+// TestCertificateNamesNobody shows certificates that do not name one client, in one
+// spelling.
 func TestCertificateNamesNobody(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
@@ -310,8 +310,9 @@ func TestCertificateNamesNobody(t *testing.T) {
 	}
 }
 
-// TestSpelling revokes for a host name in another spelling than certificates have.
-func TestSpelling(t *testing.T) {
+// TestRevocationTakesAnySpelling revokes a KEK for a host name in another spelling
+// than the certificate's.
+func TestRevocationTakesAnySpelling(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -333,8 +334,8 @@ func TestSpelling(t *testing.T) {
 	client.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 }
 
-// TestForeignTrustDomain has two CAs in one file: each names its own clients only.
-func TestForeignTrustDomain(t *testing.T) {
+// TestCAIsTrustedForItsOwnTrustDomainOnly has two CAs in one file: each names its own clients only.
+func TestCAIsTrustedForItsOwnTrustDomainOnly(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	own, other := certtest.NewTrustDomain(t, "example.com"), certtest.NewTrustDomain(t, "example.org")
@@ -355,21 +356,21 @@ func TestForeignTrustDomain(t *testing.T) {
 	}
 }
 
-// TestExpiredMeanwhile connects while a certificate holds, and asks when it does
-// no more.
+// TestExpiredMeanwhile connects with a valid certificate, and sends a request after it has
+// expired.
 func TestExpiredMeanwhile(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
 	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
-	// A machine that is too slow to connect in time gets more of it.
+	// A machine that is too slow to connect in time gets more time.
 	for hold := 2 * time.Second; ; hold *= 2 {
 		short := spiffe("/node/7")
 		short.NotAfter = time.Now().Add(hold)
 		files := ca.Issue(t, short)
 		node := newRemote(t, address, ca, &files)
 		status, answer := node.do(t, "GET", "/api/v2/keks/team-a/key", "")
-		// The broker closes a connection on which nobody asks for ten seconds.
+		// The broker closes a connection without a request after ten seconds.
 		time.Sleep(time.Until(short.NotAfter.Add(-min(hold/2, 5*time.Second))))
 		transport := node.client.Transport.(*http.Transport)
 		dialer := tls.Dialer{Config: transport.TLSClientConfig}
@@ -389,8 +390,8 @@ func TestExpiredMeanwhile(t *testing.T) {
 	}
 }
 
-// TestCertificateEnds makes requests with a certificate that expires soon, each
-// of which takes a connection of its own, since a new certificate may be there.
+// TestCertificateEnds sends requests with a certificate that expires soon: each needs a new
+// connection, since the certificate may have been replaced.
 func TestCertificateEnds(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})

@@ -10,7 +10,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestAdmin manages KEKs through a broker that runs.
+// TestAdmin manages KEKs through a running broker.
 func TestAdmin(t *testing.T) {
 	dir := t.TempDir()
 	c, err := client.New(client.Config{URLs: []string{serve(t, dir, server.Config{})}})
@@ -83,8 +83,7 @@ func TestAdmin(t *testing.T) {
 	}
 }
 
-// TestNoAuditNoChange checks that a broker which can't write down a change
-// does not make it.
+// TestNoAuditNoChange checks that a change that can't be audited is not made.
 func TestNoAuditNoChange(t *testing.T) {
 	dir := t.TempDir()
 	key := bytes.Repeat([]byte("k"), 32)

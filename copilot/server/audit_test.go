@@ -58,9 +58,9 @@ func lastAudited(t *testing.T, dir string) audit.Entry {
 	return list[len(list)-1]
 }
 
-// TestAuditRefused asks for what net/http would answer by itself, or redirect,
-// or that the socket is not for.
-func TestAuditRefused(t *testing.T) {
+// TestRequestsThatNoPathTakesAreAudited sends requests that net/http would answer or
+// redirect by itself, or that are for another listener.
+func TestRequestsThatNoPathTakesAreAudited(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "x": nil, "key": nil})
 	public := strings.TrimPrefix(serve(t, dir, server.Config{}), "unix://")
@@ -108,7 +108,7 @@ func TestAuditRefused(t *testing.T) {
 	}
 }
 
-// raw sends a request whose path no client has cleaned.
+// raw sends a request with a path as it is.
 func raw(t *testing.T, socket, methodAndTarget string) (*http.Response, string) {
 	t.Helper()
 	conn, err := net.Dial("unix", socket)

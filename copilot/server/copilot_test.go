@@ -23,7 +23,7 @@ import (
 func serve(t testing.TB, dir string, conf server.Config) string {
 	t.Helper()
 	socket := filepath.Join(dir, "s")
-	// It is opened last: once it answers, the others in conf do too.
+	// It is opened last: once it answers, so do the others in conf.
 	conf.Dir, conf.Listen = dir, append(conf.Listen, "unix://"+socket)
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -76,8 +76,8 @@ func request(t *testing.T, url, method, path, body string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// TestClient gets KEKs from a real broker, and wraps and unwraps with them.
-func TestClient(t *testing.T) {
+// TestClientExportsWrapsAndUnwraps gets KEKs from a real broker, and wraps and unwraps with them.
+func TestClientExportsWrapsAndUnwraps(t *testing.T) {
 	dir := t.TempDir()
 	key := []byte("0123456789abcdef0123456789abcdef")
 	keys := open(t, dir)
@@ -98,7 +98,7 @@ func TestClient(t *testing.T) {
 	if kek, err := c.KEK(ctx, "team-a", 0); err != nil || kek.Version != 1 || !bytes.Equal(kek.Key, key) {
 		t.Errorf("got %d bytes of version %d, %v", len(kek.Key), kek.Version, err)
 	}
-	// While it serves, keys are managed through it.
+	// While the broker runs, keys are managed through it.
 	admin := open(t, dir)
 	defer admin.Close()
 	if info, err := admin.Rotate(t.Context(), "team-a"); err != nil || info.Version != 2 {

@@ -28,9 +28,9 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestOpenAPI makes requests of each kind, good and bad, and checks that each
+// TestAnswersFitTheOpenAPIDocument makes requests of each kind, good and bad, and checks that each
 // answer is one of those in the document, in its shape.
-func TestOpenAPI(t *testing.T) {
+func TestAnswersFitTheOpenAPIDocument(t *testing.T) {
 	text, err := os.ReadFile("openapi.json")
 	if err != nil {
 		t.Fatal(err)
@@ -210,7 +210,7 @@ burst = 8
 
 func find(t *testing.T, router routers.Router, req *http.Request) (*routers.Route, map[string]string) {
 	t.Helper()
-	// The router takes a slash for one, however it is written.
+	// The router decodes %2F.
 	flat := *req
 	flat.URL = &url.URL{Scheme: "http", Host: "copilot", Path: strings.ReplaceAll(req.URL.EscapedPath(), "%2F", "-")}
 	route, params, err := router.FindRoute(&flat)

@@ -18,10 +18,10 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server/ratelimit"
 )
 
-// TestFloodOfBadTokensKeepsOnlyItsSenderOut has one user of a unix socket, or one client at
+// TestFloodOfBadTokens has one user of a unix socket, or one client at
 // an address, show bad tokens until it is limited. No other caller is, and no other
 // caller's refusals are summed up with its own.
-func TestFloodOfBadTokensKeepsOnlyItsSenderOut(t *testing.T) {
+func TestFloodOfBadTokens(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "audit.log")
 	log, err := audit.OpenFile(name, make(audit.Key, 32))
 	if err != nil {

@@ -19,8 +19,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
-// TestForgedTokens shows tokens that nobody's private key has signed, or another's
-// than the issuer's.
+// TestForgedTokens shows tokens that are not signed, or not by the issuer's key.
 func TestForgedTokens(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})

@@ -145,10 +145,10 @@ func TestTokens(t *testing.T) {
 			t.Errorf("%s: the token is in the answer", name)
 		}
 	}
-	// Clocks may be some minutes apart.
+	// Clocks may differ by some minutes.
 	pod.token = issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(time.Minute)) })
 	pod.want(t, 200, "GET", path, "")
-	// A bad token is not made good by a certificate.
+	// A certificate does not make up for a bad token.
 	files := ca.Issue(t, spiffe("/node/7"))
 	both := newRemote(t, address, ca, &files)
 	both.want(t, 200, "GET", path, "")
@@ -169,9 +169,9 @@ func TestTokens(t *testing.T) {
 	}
 }
 
-// TestIssuerHangs has many show tokens of an issuer that takes connections and does
-// not answer.
-func TestIssuerHangs(t *testing.T) {
+// TestHangingIssuerDelaysNoOtherCaller has many clients show tokens of an issuer that
+// accepts connections and does not answer.
+func TestHangingIssuerDelaysNoOtherCaller(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -199,7 +199,7 @@ func TestIssuerHangs(t *testing.T) {
 			answered.Add(1)
 		})
 	}
-	// Others do not wait for it.
+	// Other callers do not wait for it.
 	files := ca.Issue(t, spiffe("/node/7"))
 	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 	if n := answered.Load(); n > 0 {
@@ -212,15 +212,15 @@ func TestIssuerHangs(t *testing.T) {
 	}
 }
 
-// jwtNone returns a token that says that it is not signed.
+// jwtNone returns a token with the algorithm none.
 func jwtNone(token string) string {
 	parts := strings.Split(token, ".")
 	return "eyJhbGciOiJub25lIn0." + parts[1] + "."
 }
 
-// TestUnknownCallers bounds what those write into the audit log who say nothing of
-// who they are.
-func TestUnknownCallers(t *testing.T) {
+// TestUnauthenticatedCallersDoNotFillTheAuditLog sends many requests without
+// credentials.
+func TestUnauthenticatedCallersDoNotFillTheAuditLog(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -252,9 +252,9 @@ func TestUnknownCallers(t *testing.T) {
 	}
 }
 
-// TestIssuerMisbehaves has an issuer that leads elsewhere, and tokens that would have
-// copilot ask it for each request.
-func TestIssuerMisbehaves(t *testing.T) {
+// TestIssuerIsAskedAtItsOwnHostOnly has an issuer that refers to other hosts, and
+// tokens that would make copilot fetch its keys for each request.
+func TestIssuerIsAskedAtItsOwnHostOnly(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -331,7 +331,7 @@ func TestIssuerMisbehaves(t *testing.T) {
 		t.Errorf("20 tokens of unknown keys: the issuer was asked %d times in %s", n, time.Since(began))
 	}
 
-	// Claims that are there twice.
+	// Duplicate claims.
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: issuer.key, KeyID: issuer.keyID()}}, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// BenchmarkMemory has containerd unpack four layers of 1 GiB at once, and tells
-// the most memory that pilot took.
+// BenchmarkMemory has containerd unpack four layers of 1 GiB at once, and reports
+// pilot's peak memory.
 func BenchmarkMemory(b *testing.B) {
 	dir := harness.TempDir(b) // on disk: it is 8 GiB
 	_, brokerURL := harness.StartBroker(b, dir+"/broker", "team-a")

@@ -78,9 +78,9 @@ func (p *DoctorNode) Examine(t testing.TB, args ...string) DoctorReport {
 	return r
 }
 
-// ExpectFailed checks that a step has failed, says each of said, and that mend is one of
-// the commands that mend it.
-func (r DoctorReport) ExpectFailed(t testing.TB, step, mend string, said ...string) {
+// ExpectFailed checks that a step has failed, with each of said in its detail and fix
+// among its commands.
+func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, said ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		if s.Name != step {
@@ -94,15 +94,15 @@ func (r DoctorReport) ExpectFailed(t testing.TB, step, mend string, said ...stri
 				t.Errorf("%s: want %q in %q", step, w, s.Detail)
 			}
 		}
-		if !slices.Contains(s.Mend, mend) {
-			t.Errorf("%s: want %q among %q (%s)", step, mend, s.Mend, s.Detail)
+		if !slices.Contains(s.Mend, fix) {
+			t.Errorf("%s: want %q among %q (%s)", step, fix, s.Mend, s.Detail)
 		}
 		return
 	}
 	t.Errorf("no step %s in\n%s", step, r.Output)
 }
 
-// ExpectClean checks that the doctor has left nothing on the machine, where nobody
+// ExpectClean checks that the doctor has left nothing on the machine, where no one
 // else has put anything.
 func (p *DoctorNode) ExpectClean(t testing.TB) {
 	t.Helper()

@@ -7,8 +7,8 @@ import "golang.org/x/sys/unix"
 // Disable makes this process leave no core dump, to a file or to a program, and
 // lets no other process of its user read its memory.
 func Disable() error {
-	// The limit is what the kernel asks before it writes a file, the other
-	// before it starts a program.
+	// The kernel checks the limit before it writes a file, and the other before
+	// it pipes the dump to a program.
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return err
 	}

@@ -14,8 +14,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
-// TestTurns has clients wait for their turn. One gives up.
-func TestTurns(t *testing.T) {
+// TestHandshakesWaitForTheirTurn has clients wait for their turn. One gives up.
+func TestHandshakesWaitForTheirTurn(t *testing.T) {
 	ca := certtest.NewAuthority(t)
 	pair := ca.Issue(t, x509.Certificate{})
 	conf, err := certfile.Server(pair.Cert, pair.Key, nil, true)
