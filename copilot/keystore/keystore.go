@@ -284,8 +284,8 @@ func (c *counts) of(key string) *ahead {
 }
 
 // Count adds n to the number of keys wrapped with a version and returns that
-// number, which may be too high by a small part of the limit: the database is
-// told of many wraps at a time, before they are made.
+// number, which may be too high by a small part of the limit: many wraps are
+// counted in the database together, before they are made.
 func (s *Store) Count(ctx context.Context, id string, version int, n, limit int64) (int64, error) {
 	a := s.counts.of(fmt.Sprintf("%s\x00%d", id, version))
 	a.mu.Lock()

@@ -76,7 +76,7 @@ type Types map[string]func(Settings) (Backend, error)
 func (t Types) Open(kind string, settings Settings) (Backend, error) {
 	open, ok := t[kind]
 	if !ok {
-		return nil, fmt.Errorf("there is no backend of type %.40q in this copilot: it has %s", kind, strings.Join(slices.Sorted(maps.Keys(t)), ", "))
+		return nil, fmt.Errorf("unknown backend type %.40q: this copilot has %s", kind, strings.Join(slices.Sorted(maps.Keys(t)), ", "))
 	}
 	return open(settings)
 }
