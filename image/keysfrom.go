@@ -44,7 +44,7 @@ func (e *encryption) restoreKeys(ctx context.Context, w *work, desc ocispec.Desc
 // keysOf returns the key annotations that l has for the layer desc, and the new
 // recipients.
 func (e *encryption) keysOf(ctx context.Context, w *work, desc, l ocispec.Descriptor) (map[string]string, error) {
-	unwrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
+	unwrapCtx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	key, err := processor.Unwrap(unwrapCtx, e.to.Keys, l)
 	if err != nil {
@@ -61,7 +61,7 @@ func (e *encryption) keysOf(ctx context.Context, w *work, desc, l ocispec.Descri
 	if len(missing.Parameters) == 0 {
 		return annotations, nil
 	}
-	wrapCtx, cancel := context.WithTimeout(ctx, keyWithin)
+	wrapCtx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	wrapped, err := key.Wrap(wrapCtx, missing, annotations)
 	maps.Copy(annotations, wrapped)

@@ -42,7 +42,7 @@ func (s *store) layers(target ocispec.Descriptor) []ocispec.Descriptor {
 	return descs
 }
 
-func TestKeysFrom(t *testing.T) {
+func TestKeysComeFromTheBaseImage(t *testing.T) {
 	s := newStore(t)
 	plain := []ocispec.Descriptor{s.put(ocispec.MediaTypeImageLayer, "base 0"), s.put(ocispec.MediaTypeImageLayer, "base 1")}
 	base := s.put(ociManifest, fmt.Sprintf(`{"schemaVersion": 2, "mediaType": %q, "config": {"mediaType": %q, %s}, "layers": [{"mediaType": %q, %s}, {"mediaType": %q, %s}]}`,

@@ -107,9 +107,9 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestCheckedFirst encrypts images that can't be, and whose first layer can't be
+// TestLimitsAreCheckedBeforeLayersAreRead encrypts images that can't be, and whose first layer can't be
 // read either: that the layer was not read shows in which error it is.
-func TestCheckedFirst(t *testing.T) {
+func TestLimitsAreCheckedBeforeLayersAreRead(t *testing.T) {
 	s := newStore(t)
 	unreadable := s.put(ocispec.MediaTypeImageLayer, "first layer")
 	unreadable.Size++
@@ -173,8 +173,8 @@ func TestAddRecipientsWithoutLayers(t *testing.T) {
 	}
 }
 
-// TestBase encrypts what the base image does not have.
-func TestBase(t *testing.T) {
+// TestOnlyLayersAboveTheBaseAreEncrypted encrypts what the base image does not have.
+func TestOnlyLayersAboveTheBaseAreEncrypted(t *testing.T) {
 	s := newStore(t)
 	base, own := s.put(ocispec.MediaTypeImageLayer, "base"), s.put(ocispec.MediaTypeImageLayer, "own")
 	target := s.indexOf(s.manifestOf(base, own), s.manifestOf(own))
@@ -199,8 +199,8 @@ func TestBase(t *testing.T) {
 	}
 }
 
-// TestRewrapManyKEKs rewraps a layer to which someone added more KEKs than are tried.
-func TestRewrapManyKEKs(t *testing.T) {
+// TestRewrapBoundsTheKEKsItTries rewraps a layer to which someone added more KEKs than are tried.
+func TestRewrapBoundsTheKEKsItTries(t *testing.T) {
 	newKEKs(t, "a", "b")
 	s := newStore(t)
 	ec := kek("pilot", "a")

@@ -66,7 +66,7 @@ func newRecipients(t testing.TB) *recipients {
 	for range 70 {
 		r.crowd = append(r.crowd, jwe(t, newEC(t, elliptic.P256()), false))
 	}
-	r.all = append(r.all, pgp(t, "one@example.com"), pgp(t, "two@example.com"))
+	r.all = append(r.all, pgpRecipient(t, "one@example.com"), pgpRecipient(t, "two@example.com"))
 	for _, kek := range []recipient{
 		{scheme: "provider.pilot", kek: "a"}, {scheme: "provider.pilot", kek: "b"}, {scheme: "provider.second", kek: "c"},
 		{scheme: "provider.original", kek: "a"}, {scheme: "provider.remote", kek: "b"},
@@ -196,7 +196,7 @@ func pkcs7(t testing.TB, key *rsa.PrivateKey, name string) recipient {
 		dc: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}, "x509s": {certificate}}}
 }
 
-func pgp(t testing.TB, mail string) recipient {
+func pgpRecipient(t testing.TB, mail string) recipient {
 	t.Helper()
 	entity, err := openpgp.NewEntity("recipient", "", mail, &packet.Config{Algorithm: packet.PubKeyAlgoEdDSA})
 	if err != nil {

@@ -317,7 +317,7 @@ func (c *trial) checkReadable(e *export, result Result) {
 		case (named[d] == "" || named[d] == ReasonURLs) && readable:
 			c.problem(fmt.Sprintf("readable and not named, %q", b.MediaType), "%s", d)
 		case named[d] == "" && mentioned && !slices.ContainsFunc(result.LeftOut, func(left ocispec.Descriptor) bool { return left.Digest == d }): // that is noted
-			c.problem(fmt.Sprintf("digest told and not named, absent %v", b.Absent), "%s %s", b.MediaType, d)
+			c.problem(fmt.Sprintf("digest mentioned and not named, absent %v", b.Absent), "%s %s", b.MediaType, d)
 		case named[d] != "" && named[d] != ReasonAbsent && named[d] != ReasonURLs && !readable && !mentioned:
 			c.problem("named and not readable", "%s %s: %s", b.MediaType, d, named[d])
 		}

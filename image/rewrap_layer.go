@@ -29,7 +29,7 @@ func (l *layerRewrap) clear() {
 	}
 }
 
-// action is what becomes of a wrapped key.
+// action is what happens to a wrapped key.
 type action int
 
 const (
@@ -101,7 +101,7 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 	return l.key.Wrap(ctx, processor.Recipients{Keys: l.Keys, Parameters: add}, out)
 }
 
-// plan says what is to become of k, which is one of all.
+// plan returns what happens to k, which is one of all.
 func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
 	for _, rec := range l.Remove {
 		if rec.includes(k.Recipient) {
@@ -112,7 +112,7 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 	anew := l.Add == nil && len(l.Remove) == 0 // each, if no KEK is named
 	switch {
 	case k.err != nil && (anew || l.From != ""):
-		return keep, fmt.Errorf("%s is damaged, or that of a later version (remove it, if it is): %w", k, k.err)
+		return keep, fmt.Errorf("%s is damaged, or of a later version (if it is damaged, remove it): %w", k, k.err)
 	case k.json == nil:
 		return keep, nil
 	case l.From != "" && k.KEK == "":
@@ -128,13 +128,13 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 	case !anew || l.From != "":
 		return keep, nil
 	case k.KEK == "":
-		return keep, fmt.Errorf("%s does not name its KEK, as in the original's format: say from which KEK to which it is to be moved", k)
+		return keep, fmt.Errorf("%s does not name its KEK, as in the original's format: name the KEK and the one that replaces it (--from and --to)", k)
 	}
 	return renew, nil
 }
 
-// planUnnamed moves what does not name its KEK if that is From. That it is not is
-// an error if nothing else is, since then the caller meant this.
+// planUnnamed moves a key that does not name its KEK, if that is From. If it is not, and
+// no other key is From's, that is an error, since the caller must have meant this one.
 func (l *layerRewrap) planUnnamed(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
 	named := slices.ContainsFunc(all, func(k *wrapped) bool { return k.KEK == l.From })
 	params := make(map[string][][]byte)
@@ -193,8 +193,8 @@ const maxCompared = 256
 
 // learnKey unwraps the layer key, if anything changes, from each recipient that is
 // wrapped anew for its own KEK, and from each that is moved or dropped, or stays,
-// if the caller can. All have to hold the same key: whoever can write to the registry
-// could have put that of another image first, and the right one would be lost.
+// if the caller can. All must hold the same key: an attacker who can write to the registry
+// could put the key of another image first, and the right one would be lost.
 func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions map[*wrapped]action, needed bool) error {
 	if !needed && !slices.ContainsFunc(inOrder, func(k *wrapped) bool { return actions[k] != keep }) {
 		return nil
@@ -218,7 +218,7 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 				return err
 			}
 		case actions[k] == renew:
-			return fmt.Errorf("%s is not wrapped for anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
+			return fmt.Errorf("%s can't be wrapped anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
 		case ctx.Err() != nil:
 			return err
 		case first == nil:
@@ -252,14 +252,13 @@ func (l *layerRewrap) accept(k *wrapped, key *processor.LayerKey) error {
 	}
 	defer key.Clear()
 	if !l.key.Equal(key) {
-		return fmt.Errorf("%s holds another key than the other recipients: one of them was tampered with", k)
+		return fmt.Errorf("%s has a different layer key than the other recipients: one of them was tampered with", k)
 	}
 	return nil
 }
 
-// wrapFor makes k what the layer key is when wrapped for a KEK, and says what is
-// to become of k then. It stays as it is if newer is set and the KEK's version is
-// no newer.
+// wrapFor replaces k by the layer key wrapped for a KEK, and returns what happens to k
+// then. It stays as it is if newer is set and the KEK's version is no newer.
 func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer bool) (action, error) {
 	if l.fresh[Recipient{Scheme: k.Scheme, KEK: kek}] {
 		return drop, nil

@@ -51,7 +51,7 @@ func newKEKs(t testing.TB, ids ...string) server.Keys {
 	}
 	t.Cleanup(func() { keys.Close() })
 	for _, id := range ids {
-		if _, err := keys.Create(id, nil); err != nil {
+		if _, err := keys.Create(t.Context(), id, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -74,7 +74,7 @@ func newKEKs(t testing.TB, ids ...string) server.Keys {
 
 func rotate(t testing.TB, keys server.Keys, id string) {
 	t.Helper()
-	if _, err := keys.Rotate(id); err != nil {
+	if _, err := keys.Rotate(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -136,9 +136,9 @@ func (s *store) edited(target ocispec.Descriptor, change func(m *ocispec.Manifes
 	return s.put(target.MediaType, string(b))
 }
 
-// TestRewrap rotates a KEK and moves images to its new version. Nothing else of
+// TestRewrapFollowsTheRotationOfAKEK rotates a KEK and moves images to its new version. Nothing else of
 // them changes, and no layer is there.
-func TestRewrap(t *testing.T) {
+func TestRewrapFollowsTheRotationOfAKEK(t *testing.T) {
 	keys := newKEKs(t, "team-a")
 	s := newStore(t)
 	pilots := regexp.MustCompile(`"org.opencontainers.image.enc.keys.provider.pilot":"[^"]*"`)
@@ -266,7 +266,7 @@ func TestRecipientsChange(t *testing.T) {
 		{"move nothing", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "b", To: "c"}, "", "", `KEK "b"`},
 		{"move to nobody", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a", To: "d"}, "", "no such KEK", ""},
 		{"move to nonsense", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a", To: "<>"}, "", "not allowed", ""},
-		{"move halfway", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "name both", ""},
+		{"move halfway", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "need each other", ""},
 		{"original", []processor.Recipients{kek("original", "a")}, Rewrapping{}, "", "provider:original does not name its KEK", ""},
 		{"original, move", []processor.Recipients{kek("original", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "b"}, "original, pilot:c@1", "", ""},
 		{"original, move another", []processor.Recipients{kek("original", "a")}, Rewrapping{From: "b", To: "c"}, "", `does not unwrap with "b"`, ""},
@@ -325,8 +325,8 @@ func TestRecipientsChange(t *testing.T) {
 	s.noIngests()
 }
 
-// TestRewrapSelected rewraps one layer, and one platform.
-func TestRewrapSelected(t *testing.T) {
+// TestRewrapChangesOnlySelectedLayers rewraps one layer, and one platform.
+func TestRewrapChangesOnlySelectedLayers(t *testing.T) {
 	keys := newKEKs(t, "a")
 	s := newStore(t)
 	target := s.encrypted(kek("pilot", "a"))
@@ -370,7 +370,7 @@ func TestRewrapForeignKey(t *testing.T) {
 		"remove":         {Remove: remove},
 	} {
 		how.Keys = kekOnly
-		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "holds another key than the other recipients") {
+		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "has a different layer key than the other recipients") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

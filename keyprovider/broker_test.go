@@ -57,7 +57,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 		}
 		t.Cleanup(func() { b.keys.Close() })
 		for id, key := range keks {
-			if _, err := b.keys.Create(id, key); err != nil {
+			if _, err := b.keys.Create(t.Context(), id, key); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -71,7 +71,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 func (b *testBroker) rotate(t testing.TB, id string, times int) {
 	t.Helper()
 	for range times {
-		if _, err := b.keys.Rotate(id); err != nil {
+		if _, err := b.keys.Rotate(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/internal/localstore"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -56,7 +57,7 @@ func Dial(address string) (*containerd.Client, error) {
 // remove the result at once.
 func NewServer(client *containerd.Client, conf Config, opts ...grpc.ServerOption) *grpc.Server {
 	s := grpc.NewServer(append(slices.Clip(opts), grpc.ChainUnaryInterceptor(interceptor(client)))...)
-	d := New(Store(client), client.MountManager(), conf)
+	d := New(localstore.New(client), client.MountManager(), conf)
 	diffapi.RegisterDiffServer(s, diffservice.FromApplierAndComparer(d, comparesNothing{}))
 	return s
 }

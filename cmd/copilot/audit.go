@@ -80,7 +80,7 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 		return asOwner(err)
 	}
 	defer log.Close()
-	report, err := audit.VerifyTo(log, key, written, since...)
+	report, err := audit.VerifyTo(log, key, audit.Known{Written: written, Since: since})
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/urfave/cli/v3"
@@ -17,8 +18,8 @@ in the audit log as "check". The exit status is 1 if the KEK can't be used.
 Example:
    copilot keys check team-a`,
 	Flags: keysFlags(),
-	Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-		found, err := keys.Check(id)
+	Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+		found, err := keys.Check(ctx, id)
 		if err != nil {
 			return err
 		}

@@ -71,7 +71,7 @@ func enroll(_ context.Context, c *cli.Command) error {
 	if hosts := c.StringSlice("host"); len(hosts) > 0 {
 		err := checkHosts(hosts)
 		if err == nil {
-			err = ca.IssueServerTo(hosts, valid, cert, key, giveToService)
+			err = ca.IssueServer(hosts, valid, cert, key, giveToService)
 		}
 		if err != nil {
 			return fmt.Errorf("enroll: %w", err)

@@ -94,7 +94,7 @@ func initialize(_ context.Context, c *cli.Command) error {
 		return fmt.Errorf("init: %w", err)
 	}
 	domain = ca.TrustDomain()
-	if err := ca.IssueServerTo(hosts, serverFor, in("server.pem"), in("server-key.pem"), giveToService); err != nil {
+	if err := ca.IssueServer(hosts, serverFor, in("server.pem"), in("server-key.pem"), giveToService); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
 	admin := pki.Client{Path: "admin", Hold: serverFor}

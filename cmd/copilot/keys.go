@@ -38,8 +38,8 @@ Example:
 	Commands: []*cli.Command{
 		{
 			Name: "create", Usage: "create a KEK with a random key", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-				return done(keys.Create(id, nil))(c, "created")
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Create(ctx, id, nil))(c, "created")
 			}),
 		},
 		{
@@ -60,8 +60,8 @@ Example:
 					return fmt.Errorf("keys import: %w", err)
 				}
 				defer clear(key)
-				return onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-					return done(keys.Create(id, key))(c, "imported")
+				return onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+					return done(keys.Create(ctx, id, key))(c, "imported")
 				})(ctx, c)
 			},
 		},
@@ -73,8 +73,8 @@ Example:
 Example:
    copilot keys rotate team-a`,
 			Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-				return done(keys.Rotate(id))(c, "rotated")
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Rotate(ctx, id))(c, "rotated")
 			}),
 		},
 		{
@@ -85,8 +85,8 @@ kek-cache-ttl, 5 minutes by default).
 Example:
    copilot keys disable --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag()),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-				return done(keys.Disable(id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Disable(ctx, id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
 			}),
 		},
 		{
@@ -94,8 +94,8 @@ Example:
 			Description: `Example:
    copilot keys enable team-a`,
 			Flags: keysFlags(versionFlag()),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-				return done(keys.Enable(id, c.Int("key-version")))(c, "enabled"+ofVersion(c))
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Enable(ctx, id, c.Int("key-version")))(c, "enabled"+ofVersion(c))
 			}),
 		},
 		{
@@ -109,7 +109,7 @@ Example:
 				&cli.GenericFlag{Name: "after", Usage: "how long to wait, as in 30d or 12h, or until when, as in 2030-01-01", Value: commandline.After(server.DestroyAfter)},
 				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: confirm that what was encrypted for it becomes unreadable, permanently and now"},
 			),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
 				after, err := until(c, "after")
 				if err != nil {
 					return err
@@ -117,7 +117,7 @@ Example:
 				if after < time.Second && !c.Bool("yes") {
 					return exit.Usagef("images encrypted for %s could never be decrypted again: confirm with --yes", id)
 				}
-				return done(keys.Destroy(id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
+				return done(keys.Destroy(ctx, id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
 			}),
 		},
 		{
@@ -130,17 +130,17 @@ Example:
 				&cli.StringFlag{Name: "identity", Usage: "`ID` of the identity, as in the audit log", Required: true},
 				&cli.BoolFlag{Name: "undo", Usage: "let the policy decide again"},
 			),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
 				if c.Bool("undo") {
-					return done(keys.Reinstate(id, c.String("identity")))(c, "no longer revoked for "+c.String("identity"))
+					return done(keys.Reinstate(ctx, id, c.String("identity")))(c, "no longer revoked for "+c.String("identity"))
 				}
-				return done(keys.Revoke(id, c.String("identity")))(c, "revoked for "+c.String("identity"))
+				return done(keys.Revoke(ctx, id, c.String("identity")))(c, "revoked for "+c.String("identity"))
 			}),
 		},
 		{
 			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Command, keys server.Keys, id string) error {
-				info, err := keys.Get(id)
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				info, err := keys.Get(ctx, id)
 				if err != nil {
 					return err
 				}
@@ -162,7 +162,7 @@ Example:
 					return err
 				}
 				defer keys.Close()
-				list, err := keys.List()
+				list, err := keys.List(ctx)
 				if err != nil {
 					return fmt.Errorf("keys list: %w", withStatus(err))
 				}
@@ -276,7 +276,7 @@ func jsonFlag() cli.Flag {
 }
 
 // onKEK returns the action of a command whose argument is a KEK's id.
-func onKEK(do func(*cli.Command, server.Keys, string) error) cli.ActionFunc {
+func onKEK(do func(context.Context, *cli.Command, server.Keys, string) error) cli.ActionFunc {
 	return func(ctx context.Context, c *cli.Command) error {
 		if c.NArg() != 1 {
 			return exit.Usagef("keys %s takes one KEK id, and got %d arguments", c.Name, c.NArg())
@@ -287,7 +287,7 @@ func onKEK(do func(*cli.Command, server.Keys, string) error) cli.ActionFunc {
 		}
 		defer keys.Close()
 		id := c.Args().First()
-		if err := do(c, keys, id); err != nil {
+		if err := do(ctx, c, keys, id); err != nil {
 			return fmt.Errorf("keys %s %s: %w", c.Name, id, withStatus(err))
 		}
 		return nil

@@ -8,7 +8,7 @@ import (
 
 	"github.com/urfave/cli/v3"
 
-	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/pkcs11"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -21,7 +21,7 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	kms.RunModule()
+	pkcs11.RunModule()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1

@@ -128,7 +128,7 @@ func refusedByKEK(ctx context.Context, c *cli.Command, id, identity string, unkn
 		return "", nil
 	}
 	defer keys.Close()
-	info, err := keys.Get(id)
+	info, err := keys.Get(ctx, id)
 	if e := new(server.StatusError); errors.As(err, &e) && e.Denied() {
 		return "of the KEK: " + err.Error(), nil
 	}

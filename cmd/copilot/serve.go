@@ -41,7 +41,7 @@ const (
 
 // configuration returns the settings of flags, else of the file, else the defaults.
 func configuration(c *cli.Command) (server.Config, error) {
-	conf := server.Config{Dir: defaultDir}
+	conf := server.Config{Dir: defaultDir, KMS: kmsTypes()}
 	name := c.String("config")
 	required := name != ""
 	if !required {

@@ -20,13 +20,12 @@ import (
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
-	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/grpctls"
 	"github.com/ctrlplane/pilot/internal/status"
 	"github.com/ctrlplane/pilot/internal/tracing"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
@@ -268,15 +267,11 @@ func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	clients, err := certfile.LoadAuthorities(c.TLSClientCA)
-	if err != nil {
-		return nil, fmt.Errorf("TLS: CA of the clients: %w", err)
-	}
-	conf, err := certfile.Server(c.TLSCert, c.TLSKey, clients, false)
+	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
-	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(conf))}, nil
+	return options, nil
 }
 
 // listen returns the socket that systemd passed, if there is one, or listens on a.

@@ -31,7 +31,7 @@ func startBroker(t *testing.T) (url, auditLog string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := keys.Create("team-a", nil); err != nil {
+	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := keys.Close(); err != nil {

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -43,8 +44,9 @@ func (stdout) append(_ string, _ int64, lines [][]byte) error {
 	return err
 }
 
-func (stdout) head(Key, string) ([]byte, error) { return nil, nil }
-func (stdout) Close() error                     { return nil }
+func (stdout) head(Key, string) ([]byte, error)                     { return nil, nil }
+func (stdout) missing(context.Context, Key, []Head) ([]Head, error) { return nil, nil }
+func (stdout) Close() error                                         { return nil }
 
 // file is a sink that is one file.
 type file struct {

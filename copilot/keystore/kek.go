@@ -116,7 +116,7 @@ func (s *Store) Key(k KEK, version int) ([]byte, int, error) {
 	if !ok {
 		return nil, 0, ErrNotFound
 	}
-	key, err := Unseal(s.seal, v.Sealed, versionPlace(k.ID, v.Version))
+	key, err := s.seal.Open(nil, nil, v.Sealed, versionPlace(k.ID, v.Version))
 	if err != nil {
 		return nil, 0, fmt.Errorf("KEK %q version %d is damaged or was tampered with in the store", k.ID, v.Version)
 	}
@@ -185,7 +185,7 @@ func (s *Store) add(k *KEK, key []byte) {
 		Version: version,
 		Created: s.now().UTC().Truncate(time.Second),
 		Bits:    8 * len(key),
-		Sealed:  Seal(s.seal, key, versionPlace(k.ID, version)),
+		Sealed:  s.seal.Seal(nil, nil, key, versionPlace(k.ID, version)),
 	})
 }
 

@@ -17,6 +17,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/aesgcm"
 )
 
 // Errors that a caller may decide by.
@@ -102,10 +104,10 @@ func (s *Store) unlock(ctx context.Context, dir string) error {
 			return nil, err
 		}
 		defer clear(key)
-		if s.seal, err = NewGCM(key); err != nil {
+		if s.seal, err = aesgcm.New(key); err != nil {
 			return nil, err
 		}
-		return Seal(s.seal, nil, []byte(masterCheck)), nil
+		return s.seal.Seal(nil, nil, nil, []byte(masterCheck)), nil
 	})
 	if err != nil {
 		return err
@@ -115,10 +117,10 @@ func (s *Store) unlock(ctx context.Context, dir string) error {
 		return err
 	}
 	defer clear(key)
-	if s.seal, err = NewGCM(key); err != nil {
+	if s.seal, err = aesgcm.New(key); err != nil {
 		return err
 	}
-	if _, err := Unseal(s.seal, sealed, []byte(masterCheck)); err != nil {
+	if _, err := s.seal.Open(nil, nil, sealed, []byte(masterCheck)); err != nil {
 		return errors.New("the master key is not the one that the KEKs are sealed with: put that one back")
 	}
 	return nil
@@ -201,7 +203,7 @@ func (s *Store) encode(k KEK) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(stored{b, Seal(s.seal, nil, recordPlace(k.ID, b))})
+	return json.Marshal(stored{b, s.seal.Seal(nil, nil, nil, recordPlace(k.ID, b))})
 }
 
 func (s *Store) decode(id string, b []byte) (KEK, error) {
@@ -209,7 +211,7 @@ func (s *Store) decode(id string, b []byte) (KEK, error) {
 	var in stored
 	err := json.Unmarshal(b, &in)
 	if err == nil {
-		_, err = Unseal(s.seal, in.Tag, recordPlace(id, in.KEK))
+		_, err = s.seal.Open(nil, nil, in.Tag, recordPlace(id, in.KEK))
 	}
 	if err == nil {
 		err = json.Unmarshal(in.KEK, &k.record)

@@ -1,6 +1,6 @@
-// Package kms reaches the key management systems in which key encryption keys
-// (KEKs) live. Each kind of system is in a file of its own, which a build tag
-// named in that file leaves out.
+// Package kms says what copilot needs of a key management system (KMS) in which key
+// encryption keys (KEKs) live. Each kind of KMS has a package of its own below, which a
+// build tag leaves out.
 package kms
 
 import (
@@ -68,28 +68,26 @@ const MaxPlaintext = 32
 // its type.
 type Settings func(v any) error
 
-// types has the function that opens each type of backend.
-var types = map[string]func(Settings) (Backend, error){}
-
-// Types returns the types of backends that this program was built with.
-func Types() []string { return slices.Sorted(maps.Keys(types)) }
+// Types are kinds of KMS: the function that opens a backend, by the type that a
+// configuration calls it. It does not connect yet, so that a broker starts while its KMS
+// is down.
+type Types map[string]func(Settings) (Backend, error)
 
 // Open opens a backend of a type. Settings decodes the backend's settings into
-// a struct and refuses those that the struct has no field for. Open does not
-// connect yet, so that a broker starts while its KMS is down.
-func Open(kind string, settings Settings) (Backend, error) {
-	open, ok := types[kind]
+// a struct and refuses those that the struct has no field for.
+func (t Types) Open(kind string, settings Settings) (Backend, error) {
+	open, ok := t[kind]
 	if !ok {
-		return nil, fmt.Errorf("there is no backend of type %.40q in this copilot: it has %s", kind, strings.Join(Types(), ", "))
+		return nil, fmt.Errorf("there is no backend of type %.40q in this copilot: it has %s", kind, strings.Join(slices.Sorted(maps.Keys(t)), ", "))
 	}
 	return open(settings)
 }
 
-// checkSize refuses what can't be an AES key.
-func checkSize(key []byte) error {
-	switch len(key) {
-	case 16, 24, 32:
-		return nil
-	}
-	return fmt.Errorf("%w: it is no AES key: %d bytes, not 32 (or 16 or 24, for the original's format only)", ErrUnavailable, len(key))
+// Unlimited is a [Wrapper] whose keys may wrap any number of keys, rotated or
+// not: nothing that it does with a key gets weaker with the number of times that
+// it was done. AES-GCM with random nonces does, so a key of that kind wraps
+// 2^32 keys at most (NIST SP 800-38D, section 8.3), and its versions can be
+// told apart.
+type Unlimited interface {
+	Unlimited()
 }

@@ -25,6 +25,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
@@ -103,7 +104,7 @@ func Load(dir string) (*CA, error) {
 // LoadFiles reads a CA. Of several certificates in its file it is the one that
 // belongs to the key: the others are trusted, too, while the CA is replaced.
 func LoadFiles(certFile, keyFile string) (*CA, error) {
-	certs, err := readAll(certFile)
+	certs, err := certfile.Certificates(certFile)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
@@ -113,8 +114,8 @@ func LoadFiles(certFile, keyFile string) (*CA, error) {
 	}
 	defer clear(keyPEM)
 	key := decode(keyPEM, "PRIVATE KEY")
-	if len(certs) == 0 || key == nil {
-		return nil, fmt.Errorf("CA: %s and %s are no certificate and private key in PEM", certFile, keyFile)
+	if key == nil {
+		return nil, fmt.Errorf("CA: %s holds no private key in PEM (PKCS#8)", keyFile)
 	}
 	defer clear(key)
 	ca := &CA{file: certs}
@@ -135,29 +136,6 @@ func LoadFiles(certFile, keyFile string) (*CA, error) {
 		return nil, fmt.Errorf("CA: %s is no CA's certificate", certFile)
 	}
 	return ca, nil
-}
-
-// readAll returns the certificates of a file in PEM.
-func readAll(name string) ([]*x509.Certificate, error) {
-	b, err := regular.Read(name, regular.MaxConfig)
-	if err != nil {
-		return nil, err
-	}
-	var certs []*x509.Certificate
-	for {
-		var block *pem.Block
-		if block, b = pem.Decode(b); block == nil {
-			return certs, nil
-		}
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		certs = append(certs, cert)
-	}
 }
 
 // TrustDomain returns what the SPIFFE IDs of the CA's certificates begin with,
@@ -279,15 +257,10 @@ func (ca *CA) client(c Client, public crypto.PublicKey) ([]byte, error) {
 }
 
 // IssueServer writes a new private key and its certificate for hosts, which are
-// names and addresses, into files that must not exist.
-func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string) error {
-	return ca.IssueServerTo(hosts, hold, certFile, keyFile, nil)
-}
-
-// IssueServerTo is IssueServer with a private key whose file is passed to own while it
-// is open, unless that is nil: somebody who can write to its directory may put another
-// file in its place once it is closed.
-func (ca *CA) IssueServerTo(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
+// names and addresses, into files that must not exist. The private key's file is passed to
+// own while it is open, unless own is nil: somebody who can write to its directory may put
+// another file in its place once it is closed.
+func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: "copilot"},
 		KeyUsage:    x509.KeyUsageDigitalSignature,

@@ -83,70 +83,72 @@ func (k *remoteKeys) Close() error {
 	return nil
 }
 
-func (k *remoteKeys) Create(id string, key []byte) (keyring.Info, error) {
+func (k *remoteKeys) Create(ctx context.Context, id string, key []byte) (keyring.Info, error) {
 	members := []keyjson.Member{keyjson.Value("id", id)}
 	if key != nil {
 		members = append(members, keyjson.Key("key", key))
 	}
 	var info keyring.Info
-	err := k.call(http.MethodPost, "", keyjson.Object(members...), &info)
+	err := k.call(ctx, http.MethodPost, "", keyjson.Object(members...), &info)
 	return info, err
 }
 
-func (k *remoteKeys) List() (list []keyring.Info, err error) {
-	err = k.call(http.MethodGet, "", nil, &list)
+func (k *remoteKeys) List(ctx context.Context) (list []keyring.Info, err error) {
+	err = k.call(ctx, http.MethodGet, "", nil, &list)
 	return list, err
 }
 
-func (k *remoteKeys) Get(id string) (info keyring.Info, err error) {
-	err = k.call(http.MethodGet, "/"+url.PathEscape(id), nil, &info)
+func (k *remoteKeys) Get(ctx context.Context, id string) (info keyring.Info, err error) {
+	err = k.call(ctx, http.MethodGet, "/"+url.PathEscape(id), nil, &info)
 	return info, err
 }
 
-func (k *remoteKeys) Rotate(id string) (keyring.Info, error) { return k.change(id, "rotate", nil) }
-
-func (k *remoteKeys) Disable(id string, version int) (keyring.Info, error) {
-	return k.change(id, "disable", versionBody{version})
+func (k *remoteKeys) Rotate(ctx context.Context, id string) (keyring.Info, error) {
+	return k.change(ctx, id, "rotate", nil)
 }
 
-func (k *remoteKeys) Enable(id string, version int) (keyring.Info, error) {
-	return k.change(id, "enable", versionBody{version})
+func (k *remoteKeys) Disable(ctx context.Context, id string, version int) (keyring.Info, error) {
+	return k.change(ctx, id, "disable", versionBody{version})
 }
 
-func (k *remoteKeys) Destroy(id string, version int, after time.Duration) (keyring.Info, error) {
+func (k *remoteKeys) Enable(ctx context.Context, id string, version int) (keyring.Info, error) {
+	return k.change(ctx, id, "enable", versionBody{version})
+}
+
+func (k *remoteKeys) Destroy(ctx context.Context, id string, version int, after time.Duration) (keyring.Info, error) {
 	s := seconds(after / time.Second)
-	return k.change(id, "destroy", destroyBody{versionBody{version}, &s})
+	return k.change(ctx, id, "destroy", destroyBody{versionBody{version}, &s})
 }
 
-func (k *remoteKeys) Revoke(id, identity string) (keyring.Info, error) {
-	return k.change(id, "revoke", identityBody{identity})
+func (k *remoteKeys) Revoke(ctx context.Context, id, identity string) (keyring.Info, error) {
+	return k.change(ctx, id, "revoke", identityBody{identity})
 }
 
-func (k *remoteKeys) Reinstate(id, identity string) (keyring.Info, error) {
-	return k.change(id, "reinstate", identityBody{identity})
+func (k *remoteKeys) Reinstate(ctx context.Context, id, identity string) (keyring.Info, error) {
+	return k.change(ctx, id, "reinstate", identityBody{identity})
 }
 
-func (k *remoteKeys) Check(id string) (c Check, err error) {
-	err = k.call(http.MethodPost, "/"+url.PathEscape(id)+"/check", nil, &c)
+func (k *remoteKeys) Check(ctx context.Context, id string) (c Check, err error) {
+	err = k.call(ctx, http.MethodPost, "/"+url.PathEscape(id)+"/check", nil, &c)
 	return c, err
 }
 
-func (k *remoteKeys) change(id, verb string, in any) (info keyring.Info, err error) {
+func (k *remoteKeys) change(ctx context.Context, id, verb string, in any) (info keyring.Info, err error) {
 	var body []byte
 	if in != nil {
 		if body, err = json.Marshal(in); err != nil {
 			return keyring.Info{}, err
 		}
 	}
-	err = k.call(http.MethodPost, "/"+url.PathEscape(id)+"/"+verb, body, &info)
+	err = k.call(ctx, http.MethodPost, "/"+url.PathEscape(id)+"/"+verb, body, &info)
 	return info, err
 }
 
 // call clears body, which may hold a key.
-func (k *remoteKeys) call(method, path string, body []byte, out any) error {
+func (k *remoteKeys) call(ctx context.Context, method, path string, body []byte, out any) error {
 	secret := keyjson.NewBody(body)
 	defer secret.Clear()
-	req, err := http.NewRequest(method, k.base+"/api/v2/keks"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, k.base+"/api/v2/keks"+path, nil)
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,7 @@ func create(t testing.TB, dir string, keks map[string][]byte) {
 	t.Helper()
 	keys := open(t, dir)
 	for id, key := range keks {
-		if _, err := keys.Create(id, key); err != nil {
+		if _, err := keys.Create(t.Context(), id, key); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -103,7 +103,7 @@ func TestRequestsThatNoPathTakesAreAudited(t *testing.T) {
 	}
 	keys := open(t, dir)
 	defer keys.Close()
-	if list, err := keys.List(); err != nil || len(list) != 3 {
+	if list, err := keys.List(t.Context()); err != nil || len(list) != 3 {
 		t.Errorf("%d KEKs are left, want 3: %v", len(list), err)
 	}
 }

@@ -91,7 +91,7 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	if err != nil {
 		return errors.Join(err, store.Close())
 	}
-	keks, err := keyring.New(keyring.Config{Backends: conf.Backends, KEKs: conf.KEKs, WrapLimit: conf.WrapLimit}, store, b.audit, b.metrics.keyring)
+	keks, err := keyring.New(keyring.Config{Backends: conf.Backends, KMS: conf.KMS, KEKs: conf.KEKs, WrapLimit: conf.WrapLimit}, store, b.audit, b.metrics.keyring)
 	if err != nil {
 		return errors.Join(err, store.Close(), log.Close())
 	}

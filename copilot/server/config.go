@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/loopback"
@@ -62,6 +63,9 @@ type Config struct {
 	Issuers map[string]caller.Issuer `toml:"issuers"`
 	// Backends are KMSs by name: a type, and the settings of that type.
 	Backends map[string]map[string]any `toml:"backends"`
+	// KMS are the types that Backends may have. The program that makes the server says
+	// which those are.
+	KMS kms.Types `toml:"-"`
 	// KEKs that are in Backends.
 	KEKs map[string]keyring.Location `toml:"keks"`
 }

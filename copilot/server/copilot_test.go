@@ -82,7 +82,7 @@ func TestClientExportsWrapsAndUnwraps(t *testing.T) {
 	key := []byte("0123456789abcdef0123456789abcdef")
 	keys := open(t, dir)
 	for id, k := range map[string][]byte{"team-a": key, "team/b": nil, "short": key[:16]} {
-		if _, err := keys.Create(id, k); err != nil {
+		if _, err := keys.Create(t.Context(), id, k); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -101,7 +101,7 @@ func TestClientExportsWrapsAndUnwraps(t *testing.T) {
 	// While the broker runs, keys are managed through it.
 	admin := open(t, dir)
 	defer admin.Close()
-	if info, err := admin.Rotate("team-a"); err != nil || info.Version != 2 {
+	if info, err := admin.Rotate(t.Context(), "team-a"); err != nil || info.Version != 2 {
 		t.Errorf("rotate: %+v, %v", info, err)
 	}
 	if kek, err := c.KEK(ctx, "team-a", 0); err != nil || kek.Version != 2 || bytes.Equal(kek.Key, key) {
@@ -194,7 +194,7 @@ func TestClientExportsWrapsAndUnwraps(t *testing.T) {
 func TestNoAudit(t *testing.T) {
 	dir := t.TempDir()
 	keys := open(t, dir)
-	if _, err := keys.Create("team-a", nil); err != nil {
+	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
 		t.Fatal(err)
 	}
 	keys.Close()

@@ -39,7 +39,7 @@ func FuzzAPI(f *testing.F) {
 	key := []byte("KEKKEKKEKKEKKEKKEKKEKKEKKEKKEKKE")
 	owner := newLocalKeys(b, conf)
 	for _, kek := range []string{"team-a", "other"} {
-		if _, err := owner.Create(kek, key); err != nil {
+		if _, err := owner.Create(f.Context(), kek, key); err != nil {
 			f.Fatal(err)
 		}
 	}
@@ -84,7 +84,7 @@ func FuzzAPI(f *testing.F) {
 			t.Errorf("%s %s %s: %d without problem details: %s", method, target, body, w.Code, said)
 		}
 		for _, kek := range []string{"team-a", "other"} {
-			if i, err := owner.Get(kek); err != nil || i.Version != 1 || i.Disabled || len(i.Revoked) > 0 || len(i.Versions) != 1 {
+			if i, err := owner.Get(t.Context(), kek); err != nil || i.Version != 1 || i.Disabled || len(i.Revoked) > 0 || len(i.Versions) != 1 {
 				t.Fatalf("%s %s %s changed %s to %+v, %v", method, target, body, kek, i, err)
 			}
 		}

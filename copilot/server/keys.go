@@ -19,26 +19,26 @@ import (
 type Keys interface {
 	// Create creates a KEK with a new random key of 32 bytes, or with key, of 16, 24 or 32
 	// bytes, if that is not nil.
-	Create(id string, key []byte) (keyring.Info, error)
+	Create(ctx context.Context, id string, key []byte) (keyring.Info, error)
 	// List returns all KEKs that the caller may do anything with.
-	List() ([]keyring.Info, error)
+	List(ctx context.Context) ([]keyring.Info, error)
 	// Get describes a KEK.
-	Get(id string) (keyring.Info, error)
+	Get(ctx context.Context, id string) (keyring.Info, error)
 	// Rotate gives the KEK a new version to wrap with. Older ones still unwrap.
-	Rotate(id string) (keyring.Info, error)
+	Rotate(ctx context.Context, id string) (keyring.Info, error)
 	// Disable stops a version from being used, or the whole KEK if version is 0.
-	Disable(id string, version int) (keyring.Info, error)
+	Disable(ctx context.Context, id string, version int) (keyring.Info, error)
 	// Enable undoes Disable, and Destroy before its time has come.
-	Enable(id string, version int) (keyring.Info, error)
+	Enable(ctx context.Context, id string, version int) (keyring.Info, error)
 	// Destroy stops a version from being used, or all if version is 0, and deletes its key
 	// after that time, in whole seconds.
-	Destroy(id string, version int, after time.Duration) (keyring.Info, error)
+	Destroy(ctx context.Context, id string, version int, after time.Duration) (keyring.Info, error)
 	// Revoke takes the KEK from an identity, whatever the policy says.
-	Revoke(id, identity string) (keyring.Info, error)
+	Revoke(ctx context.Context, id, identity string) (keyring.Info, error)
 	// Reinstate undoes Revoke.
-	Reinstate(id, identity string) (keyring.Info, error)
+	Reinstate(ctx context.Context, id, identity string) (keyring.Info, error)
 	// Check tries a KEK.
-	Check(id string) (Check, error)
+	Check(ctx context.Context, id string) (Check, error)
 	// Created describes the store if it was created since there was none, or returns "".
 	Created() string
 	// Close ends the connection, or closes the store.

@@ -100,7 +100,7 @@ func TestVersionAtItsLimitIsRotated(t *testing.T) {
 	}
 	keys := open(t, dir)
 	defer keys.Close()
-	info, err := keys.Get("team-a")
+	info, err := keys.Get(t.Context(), "team-a")
 	if err != nil || info.Version != 2 || info.Versions[0].Wraps < 3000 || info.Versions[1].Wraps != 1025 {
 		t.Errorf("%+v, %v", info, err)
 	}

@@ -38,8 +38,8 @@ func describeCreated(conf Config, s *keystore.Store) string {
 }
 
 // audited runs one operation and writes its line of the audit log.
-func audited[T any](l *localKeys, action, kek string, do func(context.Context, *auditing.Entry) (T, error)) (T, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), localTimeout)
+func audited[T any](ctx context.Context, l *localKeys, action, kek string, do func(context.Context, *auditing.Entry) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, localTimeout)
 	defer cancel()
 	e := newEntry(action, kek, "command line")
 	e.Who = fmt.Sprintf("uid:%d", os.Getuid())
@@ -52,8 +52,8 @@ func audited[T any](l *localKeys, action, kek string, do func(context.Context, *
 }
 
 // onKEK is audited for an operation on a KEK.
-func onKEK[T any](l *localKeys, action, id string, do func(context.Context, *auditing.Entry, keyring.KEK) (T, error), may ...policy.Action) (T, error) {
-	return audited(l, action, id, func(ctx context.Context, e *auditing.Entry) (answer T, err error) {
+func onKEK[T any](ctx context.Context, l *localKeys, action, id string, do func(context.Context, *auditing.Entry, keyring.KEK) (T, error), may ...policy.Action) (T, error) {
+	return audited(ctx, l, action, id, func(ctx context.Context, e *auditing.Entry) (answer T, err error) {
 		k, err := l.api.allowed(ctx, e, may...)
 		if err != nil {
 			return answer, err
@@ -62,60 +62,60 @@ func onKEK[T any](l *localKeys, action, id string, do func(context.Context, *aud
 	})
 }
 
-func (l *localKeys) Create(id string, key []byte) (keyring.Info, error) {
+func (l *localKeys) Create(ctx context.Context, id string, key []byte) (keyring.Info, error) {
 	action := "create"
 	if key != nil {
 		action = "import"
 	}
-	return audited(l, action, id, func(ctx context.Context, e *auditing.Entry) (keyring.Info, error) {
+	return audited(ctx, l, action, id, func(ctx context.Context, e *auditing.Entry) (keyring.Info, error) {
 		return l.api.createKEK(ctx, e, key)
 	})
 }
 
-func (l *localKeys) List() ([]keyring.Info, error) {
-	return audited(l, "list", "", l.api.listKEKs)
+func (l *localKeys) List(ctx context.Context) ([]keyring.Info, error) {
+	return audited(ctx, l, "list", "", l.api.listKEKs)
 }
 
-func (l *localKeys) Get(id string) (keyring.Info, error) {
-	return onKEK(l, "info", id, l.api.describe, policy.Actions...)
+func (l *localKeys) Get(ctx context.Context, id string) (keyring.Info, error) {
+	return onKEK(ctx, l, "info", id, l.api.describe, policy.Actions...)
 }
 
-func (l *localKeys) Rotate(id string) (keyring.Info, error) {
-	return onKEK(l, "rotate", id, l.api.rotateKEK, policy.Admin)
+func (l *localKeys) Rotate(ctx context.Context, id string) (keyring.Info, error) {
+	return onKEK(ctx, l, "rotate", id, l.api.rotateKEK, policy.Admin)
 }
 
-func (l *localKeys) Disable(id string, version int) (keyring.Info, error) {
-	return onKEK(l, "disable", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+func (l *localKeys) Disable(ctx context.Context, id string, version int) (keyring.Info, error) {
+	return onKEK(ctx, l, "disable", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
 		return l.api.changeVersion(ctx, e, k, version, l.api.keks.Store.Disable)
 	}, policy.Admin)
 }
 
-func (l *localKeys) Enable(id string, version int) (keyring.Info, error) {
-	return onKEK(l, "enable", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+func (l *localKeys) Enable(ctx context.Context, id string, version int) (keyring.Info, error) {
+	return onKEK(ctx, l, "enable", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
 		return l.api.changeVersion(ctx, e, k, version, l.api.keks.Store.Enable)
 	}, policy.Admin)
 }
 
-func (l *localKeys) Destroy(id string, version int, after time.Duration) (keyring.Info, error) {
-	return onKEK(l, "destroy", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+func (l *localKeys) Destroy(ctx context.Context, id string, version int, after time.Duration) (keyring.Info, error) {
+	return onKEK(ctx, l, "destroy", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
 		return l.api.destroyVersion(ctx, e, k, version, seconds(after/time.Second))
 	}, policy.Admin)
 }
 
-func (l *localKeys) Revoke(id, identity string) (keyring.Info, error) {
-	return onKEK(l, "revoke", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+func (l *localKeys) Revoke(ctx context.Context, id, identity string) (keyring.Info, error) {
+	return onKEK(ctx, l, "revoke", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
 		return l.api.changeIdentity(ctx, e, k, identity, l.api.keks.Store.Revoke)
 	}, policy.Admin)
 }
 
-func (l *localKeys) Reinstate(id, identity string) (keyring.Info, error) {
-	return onKEK(l, "reinstate", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+func (l *localKeys) Reinstate(ctx context.Context, id, identity string) (keyring.Info, error) {
+	return onKEK(ctx, l, "reinstate", id, func(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
 		return l.api.changeIdentity(ctx, e, k, identity, l.api.keks.Store.Reinstate)
 	}, policy.Admin)
 }
 
-func (l *localKeys) Check(id string) (Check, error) {
-	return onKEK(l, "check", id, l.api.checkKEK, policy.Admin)
+func (l *localKeys) Check(ctx context.Context, id string) (Check, error) {
+	return onKEK(ctx, l, "check", id, l.api.checkKEK, policy.Admin)
 }
 
 func (l *localKeys) Created() string { return l.created }

@@ -66,7 +66,7 @@ burst = 8
 		t.Fatal(err)
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
-	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem")); err != nil {
+	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {

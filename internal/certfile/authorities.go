@@ -55,7 +55,7 @@ func (a *Authorities) load() error {
 	if a.pool == nil || !bytes.Equal(b, a.pem) {
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(b) {
-			return fmt.Errorf("%s holds no certificate", a.file)
+			return fmt.Errorf("%s %w", a.file, ErrNoCertificate)
 		}
 		a.pem, a.pool = b, pool
 	}

@@ -33,6 +33,8 @@ type Location struct {
 type Config struct {
 	// Backends are KMSs by name: a type, and the settings of that type.
 	Backends map[string]map[string]any
+	// KMS are the types that Backends may have.
+	KMS kms.Types
 	// KEKs are those in Backends.
 	KEKs map[string]Location
 	// WrapLimit is how many keys a version of a KEK may wrap.
@@ -103,7 +105,7 @@ func New(conf Config, store *keystore.Store, log *auditing.Log, m *Metrics) (_ *
 		}
 	}()
 	for name, settings := range conf.Backends {
-		if r.backends[name], err = openBackend(settings); err != nil {
+		if r.backends[name], err = openBackend(conf.KMS, settings); err != nil {
 			delete(r.backends, name)
 			return nil, exit.Usagef("backends.%s: %w", name, err)
 		}
@@ -122,14 +124,14 @@ func (r *Keyring) Close() error {
 	return errors.Join(errs...)
 }
 
-func openBackend(settings map[string]any) (kms.Backend, error) {
+func openBackend(types kms.Types, settings map[string]any) (kms.Backend, error) {
 	kind, ok := settings["type"].(string)
 	if !ok {
 		return nil, errors.New("type is not set")
 	}
 	rest := maps.Clone(settings)
 	delete(rest, "type")
-	return kms.Open(kind, func(v any) error {
+	return types.Open(kind, func(v any) error {
 		b, err := toml.Marshal(rest)
 		if err != nil {
 			return err

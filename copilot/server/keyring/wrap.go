@@ -10,6 +10,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/aesgcm"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -53,10 +54,8 @@ func (k KEK) wrapWith(key []byte, version int, plaintext []byte) (Wrapped, error
 	if err != nil {
 		return Wrapped{}, err
 	}
-	w := Wrapped{Version: version, Method: wireformat.MethodA256GCMKW, IV: make([]byte, aead.NonceSize())}
-	rand.Read(w.IV) // never fails
-	w.Key = aead.Seal(nil, w.IV, plaintext, wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, version))
-	return w, nil
+	sealed := aead.Seal(nil, nil, plaintext, wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, version))
+	return Wrapped{Version: version, Method: wireformat.MethodA256GCMKW, IV: sealed[:wireformat.IVSize], Key: sealed[wireformat.IVSize:]}, nil
 }
 
 // wrapInside wraps inside a KMS, and counts it if counted is true.
@@ -98,7 +97,7 @@ func (r *Keyring) wrapInside(ctx context.Context, k KEK, plaintext []byte, count
 		return Wrapped{}, err
 	}
 	w.Method = wireformat.MethodCopilot
-	w.Key, err = json.Marshal(envelope{wrappedInner, keystore.Seal(aead, plaintext, boundTo(k.ID, w.Version))})
+	w.Key, err = json.Marshal(envelope{wrappedInner, aead.Seal(nil, nil, plaintext, boundTo(k.ID, w.Version))})
 	return w, err
 }
 
@@ -173,12 +172,12 @@ func newGCM(key []byte) (cipher.AEAD, error) {
 	if len(key) != keystore.KeySize {
 		return nil, fmt.Errorf("%w: the KEK has %d bytes, and only KEKs of %d bytes wrap in copilot", keystore.ErrInput, len(key), keystore.KeySize)
 	}
-	return keystore.NewGCM(key)
+	return aesgcm.New(key)
 }
 
-// open undoes [keystore.Seal].
+// open opens what was sealed, the nonce first.
 func open(aead cipher.AEAD, sealed, additional []byte) ([]byte, error) {
-	plaintext, err := keystore.Unseal(aead, sealed, additional)
+	plaintext, err := aead.Open(nil, nil, sealed, additional)
 	if err != nil {
 		return nil, kms.ErrUnwrap
 	}
