@@ -12,8 +12,10 @@ import (
 
 	"github.com/containers/ocicrypt/config"
 	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
+	"google.golang.org/grpc"
 
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // broker wraps and unwraps a secret with each KEK.
@@ -35,7 +37,7 @@ func (e *examination) broker(ctx context.Context) Step {
 	var away error
 	wg.Go(func() { away = e.Brokers.Check(ctx) })
 	for i, kek := range e.KEKs {
-		wg.Go(func() { steps[i] = e.tryKEK(ctx, kek, wrapAt(conn), unwrapAt(conn)) })
+		wg.Go(func() { steps[i] = e.tryKEK(ctx, kek, providerAt{conn, e.ProviderNames[0]}) })
 	}
 	wg.Wait()
 
@@ -63,10 +65,10 @@ func (e *examination) broker(ctx context.Context) Step {
 
 // tryKEK wraps and unwraps with the key provider, and with the broker directly, without
 // the key provider's cache.
-func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) Step {
+func (e *examination) tryKEK(ctx context.Context, kek string, daemon processor.KeyProvider) Step {
 	direct := make(chan error, 1)
-	go func() { direct <- roundTrip(ctx, e.ProviderNames[0], kek, e.Provider.WrapKey, e.Provider.UnwrapKey) }()
-	err := roundTrip(keyprovider.Probe(ctx), e.ProviderNames[0], kek, wrap, unwrap)
+	go func() { direct <- roundTrip(ctx, kek, e.Provider) }()
+	err := roundTrip(keyprovider.Probe(ctx), kek, daemon)
 	directly := <-direct
 	if err == nil && directly == nil {
 		return passed("")
@@ -87,30 +89,47 @@ func (e *examination) tryKEK(ctx context.Context, kek string, wrap, unwrap ask) 
 
 // roundTrip wraps a secret as a tool that encrypts does, and unwraps it as a
 // pull does, which names no KEK.
-func roundTrip(ctx context.Context, provider, kek string, wrap, unwrap ask) error {
+func roundTrip(ctx context.Context, kek string, p processor.KeyProvider) error {
 	secret := make([]byte, 32)
 	rand.Read(secret) // never fails
-	wrapped, err := askFor(ctx, wrap, protocol.KeyProviderKeyWrapProtocolInput{
-		Operation: protocol.OpKeyWrap,
-		KeyWrapParams: protocol.KeyWrapParams{
-			Ec:       &config.EncryptConfig{Parameters: map[string][][]byte{provider: {[]byte(kek)}}},
-			OptsData: secret,
-		},
-	})
+	wrapped, err := p.WrapKey(ctx, [][]byte{[]byte(kek)}, secret)
 	if err != nil {
 		return err
 	}
-	unwrapped, err := askFor(ctx, unwrap, protocol.KeyProviderKeyWrapProtocolInput{
-		Operation: protocol.OpKeyUnwrap,
-		KeyUnwrapParams: protocol.KeyUnwrapParams{
-			Dc:         &config.DecryptConfig{},
-			Annotation: wrapped.KeyWrapResults.Annotation,
-		},
-	})
-	if err == nil && !bytes.Equal(unwrapped.KeyUnwrapResults.OptsData, secret) {
+	unwrapped, err := p.UnwrapKey(ctx, nil, wrapped)
+	if err == nil && !bytes.Equal(unwrapped, secret) {
 		err = errors.New("the unwrapped secret is not the one that was wrapped")
 	}
 	return err
+}
+
+// providerAt is the key provider of that name at the other end of a connection. Its errors
+// have gRPC's status.
+type providerAt struct {
+	conn *grpc.ClientConn
+	name string
+}
+
+func (p providerAt) WrapKey(ctx context.Context, params [][]byte, layerKey []byte) ([]byte, error) {
+	out, err := askFor(ctx, wrapAt(p.conn), protocol.KeyProviderKeyWrapProtocolInput{
+		Operation: protocol.OpKeyWrap,
+		KeyWrapParams: protocol.KeyWrapParams{
+			Ec:       &config.EncryptConfig{Parameters: map[string][][]byte{p.name: params}},
+			OptsData: layerKey,
+		},
+	})
+	return out.KeyWrapResults.Annotation, err
+}
+
+func (p providerAt) UnwrapKey(ctx context.Context, _ [][]byte, annotation []byte) ([]byte, error) {
+	out, err := askFor(ctx, unwrapAt(p.conn), protocol.KeyProviderKeyWrapProtocolInput{
+		Operation: protocol.OpKeyUnwrap,
+		KeyUnwrapParams: protocol.KeyUnwrapParams{
+			Dc:         &config.DecryptConfig{},
+			Annotation: annotation,
+		},
+	})
+	return out.KeyUnwrapResults.OptsData, err
 }
 
 func askFor(ctx context.Context, f ask, in protocol.KeyProviderKeyWrapProtocolInput) (out protocol.KeyProviderKeyWrapProtocolOutput, err error) {

@@ -14,13 +14,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containers/ocicrypt/config"
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/node/crio"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // The steps on a node with CRI-O, besides StepConfiguration, StepKeyProvider and
@@ -139,24 +139,16 @@ func (e *examination) unwrapLayer(ctx context.Context) Step {
 
 // decrypt decrypts the layer with a key provider, and compares its diff ID.
 func (l *testLayer) decrypt(ctx context.Context, provider string, attrs keyproviderconfig.KeyProviderAttrs) error {
-	asked, err := ocicryptclient.New(attrs)
+	client, err := ocicryptclient.New(provider, attrs, grpcdial.Call)
 	if err != nil {
 		return err
 	}
-	processor.RegisterKeyProvider(provider, asked)
-	key, err := processor.Unwrap(ctx, &config.DecryptConfig{}, l.desc)
-	if err != nil {
+	keys := processor.Keys{Providers: map[string]processor.KeyProvider{provider: client}}
+	var packed bytes.Buffer
+	if err := processor.Decrypt(ctx, &packed, bytes.NewReader(l.blob), l.desc, keys); err != nil {
 		return err
 	}
-	d, err := processor.NewDecrypter(bytes.NewReader(l.blob), key)
-	if err != nil {
-		return err
-	}
-	packed, err := io.ReadAll(d)
-	if err != nil {
-		return err
-	}
-	z, err := gzip.NewReader(bytes.NewReader(packed))
+	z, err := gzip.NewReader(&packed)
 	if err != nil {
 		return err
 	}

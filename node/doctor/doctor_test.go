@@ -92,9 +92,9 @@ func TestDoctorTellsPilotFromOtherServers(t *testing.T) {
 	}
 	defer containerd.Close()
 	keys := grpc.NewServer()
-	keyprovider.Register(keys, keyprovider.New(broker, keyprovider.Config{}))
-	diffs := grpc.NewServer(grpc.UnaryInterceptor(plugin.Interceptor(containerd)))
-	plugin.Register(diffs, plugin.New(plugin.Store(containerd), nil, plugin.Config{}))
+	service := keyprovider.Service{Provider: keyprovider.New(broker, keyprovider.Config{})}
+	service.Register(keys)
+	diffs := plugin.NewServer(containerd, plugin.Config{})
 
 	d := &Doctor{Configuration: os.DevNull, Listen: "unix://" + serve(t, keys), DiffSocket: serve(t, diffs), Containerd: nobody, ProviderNames: []string{"pilot"}}
 	steps := examine(t, d)

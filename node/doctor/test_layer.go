@@ -21,8 +21,9 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // testFile is the name of the file in a testLayer.
@@ -48,19 +49,22 @@ func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer
 	if err != nil {
 		return nil, err
 	}
-	recipient := &config.EncryptConfig{}
+	var recipient processor.Recipients
 	if kek != "" {
-		asked, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Grpc: target})
+		client, err := ocicryptclient.New(provider, keyproviderconfig.KeyProviderAttrs{Grpc: target}, grpcdial.Call)
 		if err != nil {
 			return nil, err
 		}
-		processor.RegisterKeyProvider(provider, asked)
+		recipient.Providers = map[string]processor.KeyProvider{provider: client}
 		recipient.Parameters = map[string][][]byte{provider: {[]byte(kek)}}
 	} else if recipient.Parameters, l.keys.Parameters, err = newRSAKey(); err != nil {
 		return nil, err
 	}
 
-	if l.blob, l.desc, err = processor.EncryptLayer(ctx, plain, ocispec.MediaTypeImageLayerGzip, recipient); err != nil {
+	var blob bytes.Buffer
+	l.desc, err = processor.Encrypt(ctx, &blob, bytes.NewReader(plain), ocispec.MediaTypeImageLayerGzip, recipient)
+	l.blob = blob.Bytes()
+	if err != nil {
 		return nil, err
 	}
 	return l, nil
