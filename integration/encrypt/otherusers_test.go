@@ -62,7 +62,7 @@ exec setpriv --reuid 54322 --regid 54322 --clear-groups --no-new-privs "$@"`
 	return cmd
 }
 
-// TestOtherUsers does, as a user without rights, what README.md has for one.
+// TestOtherUsers does, as a user without rights, what docs/encrypting.md has for one.
 func TestOtherUsers(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
