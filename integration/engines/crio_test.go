@@ -283,10 +283,10 @@ func TestCRIO(t *testing.T) {
 func TestCRIOLibrary(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, _, ociConf := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	pull := func(t *testing.T, keys, image string) *exec.Cmd {
 		cmd := harness.Command(t, tool(t, "criopull"), "-root", filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-")), "-keys", keys, image)
-		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+ociConf, "HOME="+dir)
+		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+c.Ocicrypt, "HOME="+dir)
 		return cmd
 	}
 	for _, k := range harness.LayerKinds {
