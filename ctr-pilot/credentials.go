@@ -58,7 +58,7 @@ func readPassword(cmd *cli.Command) error {
 	return cmd.Set("user", user+":"+password)
 }
 
-// namesUser reports whether the flags say who asks registries.
+// namesUser reports whether the flags have credentials for registries.
 func namesUser(cmd *cli.Command) bool {
 	return cmd.String("user") != "" || cmd.String("refresh") != ""
 }
@@ -83,7 +83,7 @@ func storedCredentials(ctx context.Context, host string) (user, secret string, e
 		*authn.AuthConfig
 		err error
 	}
-	// A helper can't be interrupted.
+	// A helper can't be cancelled.
 	answer := make(chan found, 1)
 	go func() {
 		a, err := authn.DefaultKeychain.Resolve(registry)
@@ -110,8 +110,8 @@ func storedCredentials(ctx context.Context, host string) (user, secret string, e
 }
 
 // withStoredCredentials makes one of ctr's own commands, whose first argument is an
-// image of a registry, use stored credentials. ctr shows what it is given to every
-// host that it asks, so they are used only if there is one.
+// image of a registry, use stored credentials. ctr sends its credentials to every host
+// that it asks, so they are used only if there is one.
 func withStoredCredentials(c *cli.Command) {
 	c.Flags = append(c.Flags, passwordFlag())
 	c.Description += credentialsHelp
@@ -133,7 +133,7 @@ func setStoredCredentials(ctx context.Context, cmd *cli.Command) error {
 	}
 	ref, err := reference.Parse(cmd.Args().First())
 	if err != nil {
-		return nil // which the command says better
+		return nil // the command's own error is clearer
 	}
 	user, secret, err := storedCredentials(ctx, ref.Hostname())
 	if err != nil || secret == "" {
@@ -151,7 +151,7 @@ func setStoredCredentials(ctx context.Context, cmd *cli.Command) error {
 		return cmd.Set("refresh", secret)
 	}
 	if strings.Contains(user, ":") {
-		return errors.New("the stored user name has a colon, with which it can't be passed on: give --user")
+		return errors.New("the stored user name has a colon, so it can't be passed on: give --user")
 	}
 	return cmd.Set("user", user+":"+secret)
 }

@@ -40,18 +40,18 @@ func getImage(ctx context.Context, client *containerd.Client, name string) (imag
 			if _, err := store.Get(namespaces.WithNamespace(ctx, ns), other); err != nil {
 				continue
 			}
-			say := fmt.Sprintf("there is %s", other)
+			found := fmt.Sprintf("there is %s", other)
 			if ns != own {
-				say += fmt.Sprintf(" in namespace %s: choose that with \"ctr-pilot --namespace %s\"", ns, ns)
+				found += fmt.Sprintf(" in namespace %s: choose that with \"ctr-pilot --namespace %s\"", ns, ns)
 			}
-			return images.Image{}, fmt.Errorf("%w in namespace %s; %s", err, own, say)
+			return images.Image{}, fmt.Errorf("%w in namespace %s; %s", err, own, found)
 		}
 	}
 	return images.Image{}, fmt.Errorf("%w in namespace %s", err, own)
 }
 
-// spellings returns the names under which other tools may have put an image: Docker,
-// nerdctl and the kubelet write names out, and ctr does not.
+// spellings returns the names that other tools may have given an image: Docker, nerdctl
+// and the kubelet use full names, and ctr does not.
 func spellings(name string) []string {
 	list := []string{name}
 	if first, rest, ok := strings.Cut(name, "/"); !ok {
@@ -71,7 +71,7 @@ func spellings(name string) []string {
 	return list
 }
 
-// withFetch says how to get the content that an image lacks: after a pull of CRI's
+// withFetch adds to an error how to get the content that an image lacks: after a pull of CRI's
 // that discarded layers, or found them unpacked already, pulling again fetches none.
 func withFetch(ctx context.Context, err error, img images.Image) error {
 	if !errors.Is(err, errdefs.ErrNotFound) || errors.Is(err, processor.ErrNoKey) {

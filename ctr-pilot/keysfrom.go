@@ -44,7 +44,7 @@ func layersOf(ctx context.Context, client *containerd.Client, cmd *cli.Command, 
 	defer registry.close()
 	store, target, err := registry.read(ctx, name)
 	if err != nil {
-		return nil, fmt.Errorf("it is no image in this namespace of containerd, and in its registry: %w", err)
+		return nil, fmt.Errorf("it is not an image in this namespace of containerd, and its registry returned: %w", err)
 	}
 	return layerDescriptors(ctx, store, target, image.Options{})
 }

@@ -2,14 +2,11 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
-	"unicode"
 
 	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
@@ -20,7 +17,6 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -29,8 +25,8 @@ var layerinfoCommand = &cli.Command{
 	Usage:     "show how an image's layers are encrypted, and for whom",
 	ArgsUsage: "[flags] <image>",
 	Description: `Lists the layers of an image, of whatever media type, with the ways in which their
-keys are wrapped, and for whom as far as that can be seen without a key. On standard error it says
-whether all of them are encrypted, and names what is not or can't be seen here.
+keys are wrapped, and for whom, as far as that can be seen without a key. Standard error
+shows whether all of them are encrypted, and names what is not or can't be seen here.
 
 An image's configuration, which is never encrypted, does not count.
 
@@ -39,7 +35,7 @@ Examples:
    ctr-pilot images layerinfo --require-encrypted --json app:encrypted`,
 	Flags: append(selectionFlags("show"),
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
-		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 3 unless all of it is encrypted"},
+		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 3 unless the whole image is encrypted"},
 		&cli.StringFlag{Name: "gpg-homedir", Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)"},
 		&cli.StringFlag{Name: "gpg-version", Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)"},
 		&cli.BoolFlag{Name: "n", Usage: "show the key IDs of pgp recipients, not their names"},
@@ -127,26 +123,9 @@ func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
 	return nil
 }
 
-// shown returns what an image's author wrote as it can be shown in a table on a
-// terminal.
-func shown(s string) string {
-	q := strconv.Quote(s)
-	return q[1 : len(q)-1]
-}
-
-// shownText returns what others say without what a terminal would obey.
-func shownText(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) && r != '\n' && r != '\t' {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
-}
-
 // imageInfo is the JSON of layerinfo.
 type imageInfo struct {
-	// FullyEncrypted says that Plain holds nothing but configurations.
+	// FullyEncrypted is true if Plain has only configurations.
 	FullyEncrypted bool          `json:"fullyEncrypted"`
 	Layers         []layerInfo   `json:"layers"`
 	Plain          []image.Plain `json:"plain"`
@@ -172,63 +151,35 @@ func newLayerInfo(l image.Layer, gpg ocicrypt.GPGClient) layerInfo {
 	if l.Platform != nil {
 		info.Platform = platforms.FormatAll(*l.Platform)
 	}
-	for key, value := range l.Descriptor.Annotations {
-		if scheme, ok := strings.CutPrefix(key, processor.AnnotationPrefix+"keys."); ok {
-			info.Encryption = append(info.Encryption, scheme)
-			info.Recipients = append(info.Recipients, recipients(scheme, value, gpg)...)
+	var keyIDs []string
+	for _, r := range image.Recipients(l.Descriptor) {
+		if !slices.Contains(info.Encryption, r.Scheme) {
+			info.Encryption = append(info.Encryption, r.Scheme)
 		}
+		if r.KeyID != "" {
+			keyIDs = append(keyIDs, r.KeyID)
+			continue
+		}
+		info.Recipients = append(info.Recipients, recipientName(r))
 	}
+	if gpg != nil && len(keyIDs) > 0 {
+		keyIDs = gpg.ResolveRecipients(keyIDs)
+	}
+	info.Recipients = append(info.Recipients, keyIDs...)
 	slices.Sort(info.Encryption)
 	slices.Sort(info.Recipients)
 	return info
 }
 
-// recipients tells the recipients in an annotation as well as it can.
-func recipients(scheme, annotation string, gpg ocicrypt.GPGClient) []string {
-	if strings.HasPrefix(scheme, "provider.") {
-		var list []string
-		for wrapped := range strings.SplitSeq(annotation, ",") {
-			list = append(list, providerRecipients(scheme, wrapped)...)
-		}
-		return list
+// recipientName returns what a row shows of a recipient that is not of pgp.
+func recipientName(r image.Recipient) string {
+	switch {
+	case r.Original:
+		return "[KEK not named]"
+	case r.KEK == "":
+		return "[" + r.Scheme + "]"
+	case r.Version == 0:
+		return r.KEK
 	}
-	unknown := []string{"[" + scheme + "]"}
-	w := ocicrypt.GetKeyWrapper(scheme)
-	if w == nil {
-		return unknown
-	}
-	list, err := w.GetRecipients(annotation)
-	if err != nil || len(list) == 0 {
-		return unknown
-	}
-	if scheme == "pgp" && gpg != nil {
-		list = gpg.ResolveRecipients(list)
-	}
-	return list
-}
-
-// providerRecipients reads pilot's annotations; other key providers' are their
-// own.
-func providerRecipients(scheme, wrapped string) []string {
-	unknown := []string{"[" + scheme + "]"}
-	b, err := base64.StdEncoding.DecodeString(wrapped)
-	if err != nil {
-		return unknown
-	}
-	annotations, err := wireformat.ParseAnnotation(b)
-	if err != nil {
-		return unknown
-	}
-	var list []string
-	for _, a := range annotations {
-		switch {
-		case a.KEKID == "":
-			list = append(list, "[KEK not named]")
-		case a.KEKVersion == 0:
-			list = append(list, a.KEKID)
-		default:
-			list = append(list, fmt.Sprintf("%s@%d", a.KEKID, a.KEKVersion))
-		}
-	}
-	return list
+	return fmt.Sprintf("%s@%d", r.KEK, r.Version)
 }

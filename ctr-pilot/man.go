@@ -18,7 +18,7 @@ func init() {
 	app := newApp()
 	page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.Split(app.Description, "\n\n"+exit.Help)[0] + `
 
-All other commands are ctr's own: ctr-pilot --help tells them.`}
+All other commands are ctr's own: ctr-pilot --help lists them.`}
 	images := subcommand(app, "images")
 	for _, name := range []string{encryptCommand.Name, decryptCommand.Name, rewrapCommand.Name, layerinfoCommand.Name} {
 		page.Commands = append(page.Commands, man.Commands([]*cli.Command{subcommand(images, name)}, "images")...)

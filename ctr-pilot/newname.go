@@ -25,8 +25,8 @@ type newName struct {
 	force bool
 }
 
-// check returns an error if the name can't be given: it is taken, or it says which
-// image it is of.
+// check returns an error if the name can't be used: another image has it, or it holds a
+// digest.
 func (n newName) check(ctx context.Context) error {
 	if namedByDigest(n.name) {
 		return errDigest(n.name)
@@ -44,8 +44,8 @@ func (n newName) check(ctx context.Context) error {
 	return err
 }
 
-// set makes the name that of target. Without force it replaces nothing that came
-// there since the command began.
+// set gives the name to target. Without force it does not replace an image that got the
+// name since the command began.
 func (n newName) set(ctx context.Context, target ocispec.Descriptor) error {
 	img := n.from
 	if n.name != n.from.Name {
@@ -66,7 +66,7 @@ func (n newName) set(ctx context.Context, target ocispec.Descriptor) error {
 		return err
 	}
 	if now.Target.Digest != img.Target.Digest && !n.force {
-		return fmt.Errorf("it became %s meanwhile: do it again, or replace that with --force", now.Target.Digest)
+		return fmt.Errorf("it was changed to %s while this command ran: try again, or replace that with --force", now.Target.Digest)
 	}
 	now.Target = target
 	_, err = n.store.Update(ctx, now, "target")

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 
@@ -13,7 +12,7 @@ import (
 	"github.com/ctrlplane/pilot/image"
 )
 
-// plainFlags say what may stay readable in an image that is encrypted.
+// plainFlags are the flags for what may stay readable in an encrypted image.
 func plainFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.BoolFlag{Name: "allow-plain", Usage: "encrypt what can be encrypted, even if something stays readable that --layer and --platform do not leave out"},
@@ -60,7 +59,7 @@ func reportEncrypted(cmd *cli.Command, name string, result image.Result) error {
 	return printJSON(report)
 }
 
-// whyLeftOut says why an entry of an index was left out.
+// whyLeftOut returns why an entry of an index was left out.
 func whyLeftOut(cmd *cli.Command, d ocispec.Descriptor) string {
 	if image.IsAttestation(d) {
 		if image.Attestations(cmd.String("attestations")) == image.DropAttestations {
@@ -82,17 +81,4 @@ func refused(cmd *cli.Command, err *image.PlainError) error {
 		printPlain("would stay readable", err.Plain)
 	}
 	return fmt.Errorf("%d would stay readable, so nothing was encrypted: accept that with --allow-plain, or select what to encrypt with --layer or --platform", len(err.Plain))
-}
-
-// printPlain prints a line for each blob.
-func printPlain(what string, list []image.Plain) {
-	for _, p := range list {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %s\n", what, p)
-	}
-}
-
-func printJSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
 }

@@ -11,7 +11,6 @@ import (
 
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
 	"github.com/containers/ocicrypt/config"
-	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
@@ -48,8 +47,8 @@ func takeKeys(args *parsehelpers.EncArgs) (*config.DecryptConfig, error) {
 // maxPipedKey bounds a key that comes out of a pipe, in bytes.
 const maxPipedKey = 1 << 20
 
-// rereadable returns a --key whose file can be read again by imgcrypt. What a pipe
-// has, as in --key <(vault kv get ...), goes to a file in memory.
+// rereadable returns a --key whose file imgcrypt can read again. The content of a pipe,
+// as in --key <(vault kv get ...), goes to a file in memory.
 func rereadable(arg string) (string, error) {
 	if again, ok := pipedKeys[arg]; ok {
 		return again, nil
@@ -64,12 +63,10 @@ func rereadable(arg string) (string, error) {
 		return "", err
 	}
 	defer pipe.Close()
-	fd, err := unix.MemfdCreate("key", unix.MFD_CLOEXEC)
+	again, err := memoryFile()
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", name, err)
 	}
-	// It stays open until the program ends.
-	again := fmt.Sprintf("/proc/self/fd/%d", fd)
 	b, err := io.ReadAll(io.LimitReader(pipe, maxPipedKey+1))
 	defer clear(b)
 	if err == nil && len(b) > maxPipedKey {
@@ -88,12 +85,11 @@ func rereadable(arg string) (string, error) {
 	return again, nil
 }
 
-// pipedKeys are the keys that came out of pipes, which can be read only once.
+// pipedKeys are the keys that came from pipes, which can be read only once.
 var pipedKeys = map[string]string{}
 
-// normalizedKey returns the key that a --key names if imgcrypt does not read
-// it, else nil. Whatever is wrong with a key that imgcrypt might read is
-// imgcrypt's to report.
+// normalizedKey returns the key that a --key names if imgcrypt can't read it, else nil.
+// Errors of keys that imgcrypt may be able to read are left to imgcrypt.
 func normalizedKey(arg string) ([]byte, error) {
 	if strings.HasPrefix(arg, "provider:") {
 		return nil, nil

@@ -14,8 +14,8 @@ import (
 // maxDetail bounds what is shown of a registry's reason, in bytes.
 const maxDetail = 500
 
-// explainRefusal makes the error of a push say why the registry refused a manifest,
-// which containerd leaves out, and that encrypted layers may be why.
+// explainRefusal adds to the error of a push why the registry refused a manifest, which
+// containerd leaves out, and that encrypted layers may be the reason.
 func explainRefusal(err error) error {
 	var status remoteerrors.ErrUnexpectedStatus
 	if !errors.As(err, &status) || status.RequestMethod != http.MethodPut || !strings.Contains(status.RequestURL, "/manifests/") {
@@ -33,7 +33,7 @@ func explainRefusal(err error) error {
 }
 
 // maybeMediaTypes reports whether a registry that refuses a manifest may do so because
-// of its media types: it answers that the request is wrong, and names no other reason.
+// of its media types: the status is one of a bad request, and no code has another reason.
 func maybeMediaTypes(status int, codes []string) bool {
 	wrong := []int{http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity}
 	other := func(code string) bool {
@@ -42,7 +42,7 @@ func maybeMediaTypes(status int, codes []string) bool {
 	return slices.Contains(wrong, status) && !slices.ContainsFunc(codes, other)
 }
 
-// reasonOf returns what the errors in a registry's answer say, and their codes:
+// reasonOf returns the messages and the codes of the errors in a registry's response:
 // https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#error-codes.
 func reasonOf(body []byte) (reason string, codes []string) {
 	var list struct {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"strings"
 	"sync"
@@ -36,8 +35,8 @@ type inRegistry struct {
 }
 
 const (
-	// registryWithin bounds the wait for a registry, for one document.
-	registryWithin = time.Minute
+	// registryTimeout bounds the wait for a registry, for one document.
+	registryTimeout = time.Minute
 	// maxDocument bounds a document, in bytes.
 	maxDocument = 8 << 20
 )
@@ -46,8 +45,8 @@ const (
 // closes it.
 func openRegistry(ctx context.Context, cmd *cli.Command) (*inRegistry, error) {
 	if !cmd.Bool("debug") {
-		// containerd's code logs which host it tries and how it keeps files,
-		// of which the user gets to know what counts as an error.
+		// containerd's code logs which hosts it tries and how it stores files. What
+		// matters of that is in errors.
 		if err := log.SetLevel("error"); err != nil {
 			return nil, err
 		}
@@ -60,7 +59,7 @@ func openRegistry(ctx context.Context, cmd *cli.Command) (*inRegistry, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := local.NewLabeledStore(dir, &labelMap{all: map[digest.Digest]map[string]string{}})
+	store, err := local.NewStore(dir)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -90,7 +89,7 @@ func (r *inRegistry) open(ctx context.Context, name, newName string) (*openImage
 	if from.Locator != to.Locator {
 		return nil, fmt.Errorf("%s is in another repository than %s, where its layers are not: copy it there first", newName, name)
 	}
-	// One for each image: it remembers what it pushed, and not where to.
+	// A new one for each image: it remembers what it pushed, but not where.
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: r.hosts})
 	target, err := resolve(ctx, resolver, name)
 	if err != nil {
@@ -120,7 +119,7 @@ func (r *inRegistry) open(ctx context.Context, name, newName string) (*openImage
 			return err
 		}
 		if now.Digest != before.Digest {
-			return fmt.Errorf("%s was changed meanwhile and stays as it is: do it again", newName)
+			return fmt.Errorf("%s was changed while this command ran, and stays as it is: try again", newName)
 		}
 		return d.push(ctx, resolver, newName, target)
 	}}, nil
@@ -138,9 +137,9 @@ func parseReference(name string) (reference.Spec, error) {
 	return spec, nil
 }
 
-// resolve returns what a name stands for, or the zero value and an error.
+// resolve returns the descriptor of a name, or the zero value and an error.
 func resolve(ctx context.Context, resolver remotes.Resolver, name string) (ocispec.Descriptor, error) {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	_, desc, err := resolver.Resolve(ctx, name)
 	return desc, err
@@ -172,14 +171,14 @@ func (d *documents) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (cont
 	if desc.Size > maxDocument {
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", desc.Digest, desc.Size, maxDocument)
 	}
-	within, cancel := context.WithTimeout(ctx, registryWithin)
+	within, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	body, err := d.fetcher.Fetch(within, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer body.Close()
-	// What is longer than it says it is does not fill the disk.
+	// Content that is longer than its descriptor says does not fill the disk.
 	if err := content.WriteBlob(within, d.Store, remotes.MakeRefKey(ctx, desc), io.LimitReader(body, desc.Size+1), desc); err != nil {
 		return nil, err
 	}
@@ -221,7 +220,7 @@ func (d *documents) pushChildren(ctx context.Context, resolver remotes.Resolver,
 }
 
 func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name string, desc ocispec.Descriptor) error {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	pusher, err := resolver.Pusher(ctx, name)
 	if err != nil {
@@ -231,27 +230,4 @@ func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name st
 		return fmt.Errorf("push %s: %w", name, explainRefusal(err))
 	}
 	return nil
-}
-
-// labelMap keeps the labels of blobs, for nobody: there is no garbage collector.
-type labelMap struct {
-	mu  sync.Mutex
-	all map[digest.Digest]map[string]string
-}
-
-func (m *labelMap) Get(d digest.Digest) (map[string]string, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return maps.Clone(m.all[d]), nil
-}
-
-func (m *labelMap) Set(d digest.Digest, labels map[string]string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.all[d] = maps.Clone(labels)
-	return nil
-}
-
-func (m *labelMap) Update(d digest.Digest, labels map[string]string) (map[string]string, error) {
-	return labels, m.Set(d, labels)
 }

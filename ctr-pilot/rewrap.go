@@ -26,17 +26,17 @@ var rewrapCommand = &cli.Command{
 	ArgsUsage: "[flags] <image> [<new name>] | <image or pattern> ...",
 	Description: `Unwraps the layer keys of an encrypted image and wraps them anew. Only the image's
 annotations change, so no layer is read and it does not matter how large they are.
-The image's digest changes: what signs it has to do so again.
+The image's digest changes, so it has to be signed again.
 
 Without --from, --recipient and --remove, the keys are wrapped for the same KEKs in
-their current versions. An image that has those already stays as it is. All of an
-image's KEKs have to be at hand for that; --from KEK --to KEK, which may be the same,
-leaves other recipients as they are. What the original pilot wrapped does not name
-its KEK and takes --from, too.
+their current versions. An image that has those already stays as it is. This needs
+all of the image's KEKs; --from KEK --to KEK, which may be the same, leaves other
+recipients as they are. Keys that the original pilot wrapped do not name their KEK, so
+they need --from too.
 
 Several images each keep their names. Three or more may be named, or --file lists
-them, or a pattern stands for them: * is any characters, slashes too, and ? is one.
-In a registry, patterns are for tags. What fails does not stop the others.
+them, or a pattern matches them: * is any characters, slashes too, and ? is one.
+In a registry, patterns are for tags. An image that fails does not stop the others.
 
 With --registry, images are changed in their registry, and no containerd is needed.
 Without --user, the credentials are those of docker login or podman login.
@@ -49,8 +49,8 @@ Examples:
    ctr-pilot images rewrap --remove provider:pilot:team-c 'registry.example.com/app:*'
    ctr-pilot images rewrap --registry registry.example.com/app:1`,
 	Flags: slices.Concat([]cli.Flag{
-		&cli.StringFlag{Name: "from", Usage: "`KEK` whose place another takes"},
-		&cli.StringFlag{Name: "to", Usage: "`KEK` that takes its place"},
+		&cli.StringFlag{Name: "from", Usage: "`KEK` to replace"},
+		&cli.StringFlag{Name: "to", Usage: "`KEK` that replaces it"},
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` to add; may be repeated"},
 		&cli.StringSliceFlag{Name: "remove", Usage: "`RECIPIENT` to remove: provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind; may be repeated"},
 		&cli.StringFlag{Name: "file", Usage: "`FILE` that lists images, one on each line, - for standard input; # begins a comment"},
@@ -72,16 +72,16 @@ Examples:
 		}
 		ctx, stop := untilSignal(ctx)
 		defer stop()
-		place, err := openRegistry(ctx, cmd)
+		registry, err := openRegistry(ctx, cmd)
 		if err != nil {
 			return err
 		}
-		defer place.close()
-		return r.run(ctx, place)
+		defer registry.close()
+		return r.run(ctx, registry)
 	},
 }
 
-// rewrapper does what a command says.
+// rewrapper is one rewrap command.
 type rewrapper struct {
 	cmd     *cli.Command
 	how     image.Rewrapping
@@ -92,7 +92,7 @@ type rewrapper struct {
 	several bool
 }
 
-// newRewrapper checks what the command says before anything is done.
+// newRewrapper checks the flags and arguments before anything is done.
 func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	r := &rewrapper{cmd: cmd, how: image.Rewrapping{From: cmd.String("from"), To: cmd.String("to"), DryRun: cmd.Bool("dry-run")}}
 	if (r.how.From == "") != (r.how.To == "") {
@@ -128,16 +128,19 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	if len(cmd.StringSlice("recipient")) > 0 {
 		args := keyArguments(cmd)
 		args.Key, args.DecRecipient = nil, nil
-		if r.how.Add, err = encryptConfig(args, nil); err != nil {
+		to, err := newRecipients(args, nil)
+		if err != nil {
 			return nil, err
 		}
+		r.how.Add = to.Parameters
 	}
 	r.changes = r.how.From != "" || r.how.Add != nil || len(r.how.Remove) > 0
-	r.how.Keys, err = decryptConfig(cmd, nil)
+	dc, err := decryptConfig(cmd, nil)
+	r.how.Keys = withProviders(dc)
 	return r, err
 }
 
-// images takes the images from the arguments and the file.
+// images reads the images from the arguments and the file.
 func (r *rewrapper) images() error {
 	r.names = r.cmd.Args().Slice()
 	file := r.cmd.String("file")
@@ -188,25 +191,25 @@ func listedIn(file string) ([]string, error) {
 	return names, nil
 }
 
-// oneRegistry refuses names in several registries, each of which would be shown
-// the password that is meant for one.
+// oneRegistry returns an error if names are in several registries: each would get the
+// password that is meant for one.
 func oneRegistry(names []string) error {
 	for _, name := range names {
 		first, _, _ := strings.Cut(names[0], "/")
 		if host, _, _ := strings.Cut(name, "/"); host != first {
-			return exit.Usagef("--user is for one registry, and these images are in %s and %s: rewrap them apart", first, host)
+			return exit.Usagef("--user is for one registry, and these images are in %s and %s: rewrap them separately", first, host)
 		}
 	}
 	return nil
 }
 
 // run rewraps the image or the images.
-func (r *rewrapper) run(ctx context.Context, p place) error {
+func (r *rewrapper) run(ctx context.Context, src source) error {
 	if r.several {
-		return r.all(ctx, p)
+		return r.all(ctx, src)
 	}
 	name, start := r.names[0], time.Now()
-	out, err := r.one(ctx, p, name, r.newName)
+	out, err := r.one(ctx, src, name, r.newName)
 	if err == nil {
 		err = r.unfit(out)
 	}
@@ -226,7 +229,7 @@ func (r *rewrapper) run(ctx context.Context, p place) error {
 	return nil
 }
 
-// unfit says why what is asked for can't have been meant.
+// unfit returns an error if the request can't have been meant for this image.
 func (r *rewrapper) unfit(out image.Rewrapped) error {
 	if out.Encrypted == 0 && r.changes {
 		return errors.New("it has no encrypted layers")
@@ -242,11 +245,11 @@ func (r *rewrapper) unfit(out image.Rewrapped) error {
 }
 
 // one rewraps an image, unless the outcome is unfit and it is the only one.
-func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (image.Rewrapped, error) {
+func (r *rewrapper) one(ctx context.Context, src source, name, newName string) (image.Rewrapped, error) {
 	if newName == "" {
 		newName = name
 	}
-	img, err := p.open(ctx, name, newName)
+	img, err := src.open(ctx, name, newName)
 	if err != nil {
 		return image.Rewrapped{}, err
 	}
@@ -260,7 +263,7 @@ func (r *rewrapper) one(ctx context.Context, p place, name, newName string) (ima
 	if err != nil {
 		return image.Rewrapped{}, err
 	}
-	warnSkipped(out.Skipped, p.absent())
+	warnSkipped(out.Skipped, src.absent())
 	warnLacking(out.Lacking)
 	unfit := !r.several && r.unfit(out) != nil
 	same := newName == name && out.Target.Digest == img.target.Digest
@@ -280,23 +283,11 @@ func (r *rewrapper) withPGP(ctx context.Context, img *openImage, failed error) (
 	if !slices.ContainsFunc(layers, hasPGP) {
 		return image.Rewrapped{}, failed
 	}
-	how := r.how
-	if how.Keys, err = decryptConfig(r.cmd, layers); err != nil {
+	dc, err := decryptConfig(r.cmd, layers)
+	if err != nil {
 		return image.Rewrapped{}, err
 	}
+	how := r.how
+	how.Keys = withProviders(dc)
 	return image.Rewrap(ctx, img, img.target, how, r.opts)
-}
-
-// line says what became of an image.
-func (r *rewrapper) line(name string, out image.Rewrapped, start time.Time) string {
-	took := time.Since(start).Round(time.Millisecond)
-	switch {
-	case out.Encrypted == 0:
-		return fmt.Sprintf("%s has no encrypted layers (%s)", name, took)
-	case out.Layers == 0:
-		return fmt.Sprintf("%s %s is up to date (%s)", name, out.Target.Digest, took)
-	case r.how.DryRun:
-		return fmt.Sprintf("%s would change (%d layers: %s, %s)", name, out.Layers, shown(strings.Join(out.Changes, "; ")), took)
-	}
-	return fmt.Sprintf("%s %s (%d layers: %s, %s)", name, out.Target.Digest, out.Layers, shown(strings.Join(out.Changes, "; ")), took)
 }

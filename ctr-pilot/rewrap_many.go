@@ -4,47 +4,29 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"regexp"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/ctrlplane/pilot/image"
 )
 
-// isPattern reports whether a name stands for several images.
+// isPattern reports whether a name is a pattern of [glob.MatchName].
 func isPattern(name string) bool { return strings.ContainsAny(name, "*?") }
-
-// matcher returns a function that reports whether a name matches a pattern: * is
-// any characters, and ? is one.
-func matcher(pattern string) func(name string) bool {
-	expr := strings.NewReplacer(`\*`, ".*", `\?`, ".").Replace(regexp.QuoteMeta(pattern))
-	return regexp.MustCompile("^(?s:" + expr + ")$").MatchString
-}
-
-// tally counts what became of images.
-type tally struct {
-	changed, same, plain, failed int
-	missing                      []string // of what was to be moved or removed, what none had so far
-	had                          []image.Recipient
-	results                      []rewrapResult // for --json
-}
 
 // all rewraps several images. It goes on after one failed, and stops when ctx is
 // done.
-func (r *rewrapper) all(ctx context.Context, p place) error {
+func (r *rewrapper) all(ctx context.Context, src source) error {
 	t := &tally{results: []rewrapResult{}}
-	names := r.expand(ctx, p, t)
+	names := r.expand(ctx, src, t)
 	tried := 0
 	for _, name := range names {
 		start := time.Now()
 		if ctx.Err() != nil {
 			break
 		}
-		out, err := r.oneOfMany(ctx, p, name)
+		out, err := r.oneOfMany(ctx, src, name)
 		if err != nil && ctx.Err() != nil {
-			break // it was not its fault
+			break // the command was stopped, so the image did not fail
 		}
 		tried++
 		t.results = append(t.results, r.result(name, out, start, err))
@@ -71,45 +53,27 @@ func (r *rewrapper) all(ctx context.Context, p place) error {
 	return nil
 }
 
-// printSum prints what became of the images in all.
-func (r *rewrapper) printSum(t *tally, images, tried int) error {
-	if r.cmd.Bool("json") {
-		return printJSON(t.results)
-	}
-
-	changed := "changed"
-	if r.how.DryRun {
-		changed = "would change"
-	}
-	fmt.Printf("%d images: %d %s, %d up to date, %d not encrypted, %d failed", images, t.changed, changed, t.same, t.plain, t.failed)
-	if left := images - tried; left > 0 {
-		fmt.Printf(", %d not tried", left)
-	}
-	fmt.Println()
-	return nil
-}
-
 // oneOfMany rewraps an image, if it does not take too long.
-func (r *rewrapper) oneOfMany(ctx context.Context, p place, name string) (image.Rewrapped, error) {
+func (r *rewrapper) oneOfMany(ctx context.Context, src source, name string) (image.Rewrapped, error) {
 	timeout := r.cmd.Duration("image-timeout")
 	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	out, err := r.one(within, p, name, "")
+	out, err := r.one(within, src, name, "")
 	if err != nil && within.Err() != nil && ctx.Err() == nil {
 		err = fmt.Errorf("it took longer than %s (--image-timeout): %w", timeout, err)
 	}
 	return out, err
 }
 
-// expand returns the images that the names and patterns stand for, each once.
-func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
+// expand returns the images that are named or match a pattern, each once.
+func (r *rewrapper) expand(ctx context.Context, src source, t *tally) []string {
 	var names []string
 	seen := make(map[string]bool)
 	for _, name := range r.names {
 		found := []string{name}
 		if isPattern(name) {
 			var err error
-			found, err = p.names(ctx, name)
+			found, err = src.names(ctx, name)
 			if err == nil && len(found) == 0 {
 				err = errors.New("no image matches")
 			}
@@ -126,30 +90,4 @@ func (r *rewrapper) expand(ctx context.Context, p place, t *tally) []string {
 		}
 	}
 	return names
-}
-
-func (t *tally) fail(name string, err error) {
-	t.failed++
-	fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %s\n", shownText(name), shownText(err.Error()))
-}
-
-func (t *tally) count(out image.Rewrapped) {
-	if out.Encrypted == 0 {
-		t.plain++
-		return
-	}
-	if t.changed+t.same == 0 {
-		t.missing = out.Missing
-	}
-	t.missing = slices.DeleteFunc(t.missing, func(s string) bool { return !slices.Contains(out.Missing, s) })
-	for _, rec := range out.Had {
-		if !slices.Contains(t.had, rec) {
-			t.had = append(t.had, rec)
-		}
-	}
-	if out.Layers > 0 {
-		t.changed++
-	} else {
-		t.same++
-	}
 }

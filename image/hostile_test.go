@@ -13,11 +13,13 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
-// TestDisguised encrypts images with a manifest that not all readers take for the same,
+// TestDisguisedDocumentsAreRefusedOrNamed encrypts images with a manifest that not all readers take for the same,
 // beside an ordinary one. What it refers to is refused or named.
-func TestDisguised(t *testing.T) {
+func TestDisguisedDocumentsAreRefusedOrNamed(t *testing.T) {
 	s := newStore(t)
 	secret := s.put(ocispec.MediaTypeImageLayer, "secret")
 	ordinary := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
@@ -65,12 +67,12 @@ func TestDisguised(t *testing.T) {
 	}
 }
 
-// TestHostileRemoved decrypts an index that says that very much was left out of it.
-func TestHostileRemoved(t *testing.T) {
+// TestNotesOfTooManyEntriesAreRefused decrypts an index that says that very much was left out of it.
+func TestNotesOfTooManyEntriesAreRefused(t *testing.T) {
 	s := newStore(t)
 	encrypted := s.encrypted(s.ec)
 	large := `{"mediaType":"x/y",` + ref(encrypted) + `,"annotations":{"x":"` + strings.Repeat("x", 1<<20) + `"}}`
-	for count, want := range map[int]string{maxDocuments: "", maxDocuments + 1: "does not fit", 50_000: "does not fit"} {
+	for count, want := range map[int]string{maxDocuments: "", maxDocuments + 1: "do not fit", 50_000: "do not fit"} {
 		list := make([]removed, count)
 		about := 0
 		for i := range list {
@@ -84,7 +86,7 @@ func TestHostileRemoved(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		target := s.put(ociIndex, `{"manifests":[`+large+`,`+entry(encrypted)+`],"annotations":{"`+restoreAnnotation+`":`+string(quote(string(note)))+`}}`)
+		target := s.put(ociIndex, `{"manifests":[`+large+`,`+entry(encrypted)+`],"annotations":{"`+restoreAnnotation+`":`+string(jsonedit.Quote(string(note)))+`}}`)
 		out, err := Decrypt(s.ctx, s, target, s.dc, Options{})
 		if want != "" {
 			if err == nil || !strings.Contains(err.Error(), want) {
@@ -104,11 +106,11 @@ func TestHostileRemoved(t *testing.T) {
 	}
 }
 
-// TestRemovedOfManifest has no layer put into a manifest: none is ever left out.
-func TestRemovedOfManifest(t *testing.T) {
+// TestNoLayerIsPutIntoAManifest has no layer put into a manifest: none is ever left out.
+func TestNoLayerIsPutIntoAManifest(t *testing.T) {
 	s := newStore(t)
 	target := s.encrypted(s.ec)
-	note := string(quote(`{"` + removedKey + `":"[{\"index\":0,\"after\":\"{},\"}]"}`))
+	note := string(jsonedit.Quote(`{"` + removedKey + `":"[{\"index\":0,\"after\":\"{},\"}]"}`))
 	doc := strings.Replace(s.get(target), `"layers":[`, `"annotations":{"`+restoreAnnotation+`":`+note+`},"layers":[`, 1)
 	out, err := Decrypt(s.ctx, s, s.put(ociManifest, doc), s.dc, Options{})
 	if err != nil {
@@ -136,8 +138,8 @@ func TestPlainIsPrintable(t *testing.T) {
 	}
 }
 
-// TestStrangeData has an encrypted layer whose descriptor still has the plain one.
-func TestStrangeData(t *testing.T) {
+// TestPlainDataOfEncryptedLayerIsNamed has an encrypted layer whose descriptor still has the plain one.
+func TestPlainDataOfEncryptedLayerIsNamed(t *testing.T) {
 	s := newStore(t)
 	doc := s.get(s.encrypted(s.ec))
 	data := `"data":"` + base64.StdEncoding.EncodeToString([]byte("layer b")) + `","digest":`
@@ -147,15 +149,15 @@ func TestStrangeData(t *testing.T) {
 	if list := NotEncrypted(readable); err != nil || len(list) != 1 || list[0].Reason != ReasonData {
 		t.Errorf("%v, %v", readable, err)
 	}
-	s.ec.DecryptConfig = *s.dc
+	s.ec.Keys = s.dc
 	out, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{0}})
 	if refused := new(PlainError); !errors.As(err, &refused) || refused.Plain[0].Reason != ReasonData {
 		t.Errorf("%+v, %v", out, err)
 	}
 }
 
-// TestHostileData decrypts a manifest that says that each of its layers was in it.
-func TestHostileData(t *testing.T) {
+// TestDataPutBackIsBounded decrypts a manifest that says that each of its layers was in it.
+func TestDataPutBackIsBounded(t *testing.T) {
 	s := newStore(t)
 	const count = 20
 	layer := s.put(ocispec.MediaTypeImageLayer, strings.Repeat("layer", 200_000)) // 1 MB
@@ -172,15 +174,15 @@ func TestHostileData(t *testing.T) {
 		t.Fatal(err)
 	}
 	doc := strings.ReplaceAll(s.get(out.Target), `"digest":`, `"data":"","digest":`)
-	doc = strings.Replace(doc, `"layers":`, `"annotations":{"`+restoreAnnotation+`":`+string(quote(string(note)))+`},"layers":`, 1)
+	doc = strings.Replace(doc, `"layers":`, `"annotations":{"`+restoreAnnotation+`":`+string(jsonedit.Quote(string(note)))+`},"layers":`, 1)
 	out, err = Decrypt(s.ctx, s, s.put(ociManifest, doc), s.dc, Options{})
 	if !errors.Is(err, ErrLimit) {
 		t.Errorf("decrypted to %d bytes, %v", out.Target.Size, err)
 	}
 }
 
-// TestHostileSizes has small sizes for a blob that is too large to be held in memory.
-func TestHostileSizes(t *testing.T) {
+// TestFalseSizesAreRefused has small sizes for a blob that is too large to be held in memory.
+func TestFalseSizesAreRefused(t *testing.T) {
 	s := newStore(t)
 	huge := s.put(ocispec.MediaTypeImageConfig, `{"os":"linux","architecture":"amd64"}`+strings.Repeat(" ", maxManifest))
 	huge.Size = 1
@@ -212,8 +214,8 @@ func (v *vanishing) Info(ctx context.Context, d digest.Digest) (content.Info, er
 	return v.Store.Info(ctx, d)
 }
 
-// TestVanishes has a foreign layer vanish at any time. It is encrypted, or an error.
-func TestVanishes(t *testing.T) {
+// TestVanishingLayerIsEncryptedOrAnError has a foreign layer vanish at any time. It is encrypted, or an error.
+func TestVanishingLayerIsEncryptedOrAnError(t *testing.T) {
 	s := newStore(t)
 	foreign := s.put(dockerForeign, "foreign")
 	other := s.put(ocispec.MediaTypeImageLayer, "layer a")

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -45,12 +44,18 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 		return outcome{}, fmt.Errorf("index %s: %w", desc.Digest, err)
 	}
 	iw := &indexWork{work: w, desc: desc, list: w.ofSelection(ctx, index.Manifests), known: notes.plain(), out: outcome{desc: desc}, absent: map[digest.Digest]bool{}}
-	iw.edit = &edit{list: "manifests", changes: make(map[int]change), renamed: w.renamed, mode: w.op.mode(), content: w.small(ctx)}
+	iw.edit = &edit{list: "manifests", changes: make(map[int]change), renamed: w.renamed, mode: w.mode, content: w.small(ctx)}
 	for _, e := range iw.list {
 		w.entries[e.Digest] = indexEntry{e, depth + 1}
 	}
 	if err := iw.run(ctx, depth); err != nil {
 		return outcome{}, err
+	}
+	if w.mode == inspecting {
+		for _, e := range iw.list {
+			iw.out.children = append(iw.out.children, visitKey(e))
+		}
+		return iw.out, nil
 	}
 	e, out := iw.edit, iw.out
 	if len(iw.list) > 0 && len(e.removed) == len(iw.list) {
@@ -63,7 +68,7 @@ func (w *work) index(ctx context.Context, desc ocispec.Descriptor, depth int) (o
 	e.done, e.fresh, e.was, e.nested = !out.encrypted, !w.was, out.was, depth > 0
 	// An index may have changed by what was left out, or by what an attestation is
 	// about, and by nothing else.
-	restores := w.op.mode() == decrypting && e.done && notes[removedKey] != ""
+	restores := w.mode == decrypting && e.done && notes[removedKey] != ""
 	if out.changed = out.changed || len(e.removed) > 0 || e.subject != nil || restores || iw.follows(); !out.changed {
 		return out, nil
 	}
@@ -94,7 +99,7 @@ func (w *indexWork) run(ctx context.Context, depth int) error {
 	slices.Sort(w.edit.removed)
 	// What is not here may be encrypted, unless nothing here ever was.
 	for d := range w.absent {
-		if slices.Contains(w.known, d.String()) || w.op.mode() != decrypting && !w.out.was {
+		if slices.Contains(w.known, d.String()) || w.mode != decrypting && !w.out.was {
 			w.edit.plain = append(w.edit.plain, d.String())
 		} else {
 			w.out.encrypted = true
@@ -106,7 +111,7 @@ func (w *indexWork) run(ctx context.Context, depth int) error {
 
 // entry works on entry i.
 func (w *indexWork) entry(ctx context.Context, i int, e ocispec.Descriptor, depth int) error {
-	if IsAttestation(e) && w.op.mode() == encrypting &&
+	if IsAttestation(e) && w.mode == encrypting &&
 		(w.Attestations == DropAttestations || w.isRemoved(digest.Digest(e.Annotations[attestationAnnotation]))) {
 		w.leaveOut(i)
 		return nil
@@ -114,7 +119,7 @@ func (w *indexWork) entry(ctx context.Context, i int, e ocispec.Descriptor, dept
 	if !isIndex(e.MediaType) && !isManifest(e.MediaType) {
 		return w.other(ctx, i, e)
 	}
-	c, err := w.any(ctx, e, depth+1)
+	c, err := w.visit(ctx, e, depth+1)
 	switch {
 	case errors.Is(err, errAbsent):
 		w.isAbsent(i)
@@ -137,19 +142,18 @@ func (w *indexWork) entry(ctx context.Context, i int, e ocispec.Descriptor, dept
 
 // other deals with an entry that is neither a manifest nor an index.
 func (w *indexWork) other(ctx context.Context, i int, e ocispec.Descriptor) error {
-	mode := w.op.mode()
-	if mode != encrypting && mode != inspecting {
+	if w.mode != encrypting && w.mode != inspecting {
 		return nil
 	}
 	here, err := w.has(ctx, e)
 	switch {
 	case err != nil:
 		return err
-	case mode == encrypting && !here && !w.KeepAbsent:
+	case w.mode == encrypting && !here && !w.KeepAbsent:
 		w.leaveOut(i)
 	case !here:
 		w.addPlain(w.desc, e, e.Platform, ReasonAbsent)
-	case w.platform(e.Platform) || mode == encrypting:
+	case w.selectsPlatform(e.Platform) || w.mode == encrypting:
 		w.addPlain(w.desc, e, e.Platform, ReasonNotImage)
 	}
 	return nil
@@ -159,10 +163,10 @@ func (w *indexWork) other(ctx context.Context, i int, e ocispec.Descriptor) erro
 func (w *indexWork) isAbsent(i int) {
 	e := w.list[i]
 	switch {
-	case w.op.mode() == encrypting && !w.KeepAbsent:
+	case w.mode == encrypting && !w.KeepAbsent:
 		w.leaveOut(i)
 		return
-	case w.op.mode() == encrypting, w.op.mode() == inspecting && w.platform(e.Platform):
+	case w.mode == encrypting, w.mode == inspecting && w.selectsPlatform(e.Platform):
 		w.addPlain(w.desc, e, e.Platform, ReasonAbsent)
 	}
 	if len(w.Platforms) == 0 {
@@ -199,30 +203,12 @@ func (w *work) subject(ctx context.Context, subject *ocispec.Descriptor) *ocispe
 	}
 	if e, ok := w.entries[subject.Digest]; ok {
 		// Its error is that of its own entry.
-		_, _ = w.any(ctx, e.Descriptor, e.depth)
+		_, _ = w.visit(ctx, e.Descriptor, e.depth)
 	}
 	if now, ok := w.renamed[subject.Digest]; ok {
 		return &now
 	}
 	return nil
-}
-
-// small returns a function that reads blobs that are no larger in all than a manifest,
-// into which they are to be put back.
-func (w *work) small(ctx context.Context) func(ocispec.Descriptor) ([]byte, error) {
-	left := int64(maxManifest)
-	return func(desc ocispec.Descriptor) ([]byte, error) {
-		if desc.Size < 0 || desc.Size > left {
-			return nil, fmt.Errorf("%w: its descriptors would hold more than %d bytes", ErrLimit, maxManifest)
-		}
-		left -= desc.Size
-		var blob []byte
-		err := w.read(ctx, desc, func(r io.Reader) (err error) {
-			blob, err = io.ReadAll(r)
-			return err
-		})
-		return blob, err
-	}
 }
 
 // entryPlatform returns the platform of an entry of an index, as platformOf does.

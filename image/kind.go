@@ -5,9 +5,11 @@ import (
 	"fmt"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
-// kind is what a document is, by its members.
+// kind is what a document is by its members.
 type kind int
 
 const (
@@ -33,11 +35,10 @@ func kindOf(doc []byte) (kind, error) {
 	return noKind, nil
 }
 
-// addUnlike reports a document that is not what its descriptor says. Readers that
+// addUnlike reports a document that is not of the kind in its descriptor. Readers that
 // go by its members find blobs in it that others do not.
 func (w *work) addUnlike(desc ocispec.Descriptor, doc []byte) {
-	mode := w.op.mode()
-	if mode != encrypting && (mode != inspecting || !w.platform(desc.Platform)) {
+	if w.mode != encrypting && (w.mode != inspecting || !w.selectsPlatform(desc.Platform)) {
 		return
 	}
 	want := manifestKind
@@ -49,13 +50,20 @@ func (w *work) addUnlike(desc ocispec.Descriptor, doc []byte) {
 	}
 }
 
+// ourKeys are the keys that this package reads.
+var ourKeys = []string{"mediaType", "config", "layers", "manifests", "digest", "size", "annotations", "data", "urls", "subject"}
+
+// unambiguous refuses a document or descriptor in which readers may not agree on
+// which member counts, since encoding/json ignores the case of keys.
+func unambiguous(doc []byte) error { return jsonedit.CheckKeys(doc, ourKeys) }
+
 // oneReading refuses a document in which readers may find different descriptors.
 func oneReading(doc []byte) error {
 	if err := unambiguous(doc); err != nil {
 		return err
 	}
 	for _, key := range []string{"config", "subject"} {
-		value, err := get(doc, key)
+		value, err := jsonedit.Get(doc, key)
 		if err == nil && value != nil && string(value) != "null" {
 			err = unambiguous(value)
 		}
@@ -64,9 +72,9 @@ func oneReading(doc []byte) error {
 		}
 	}
 	for _, key := range []string{"layers", "manifests"} {
-		array, err := get(doc, key)
+		array, err := jsonedit.Get(doc, key)
 		if err == nil && array != nil && string(array) != "null" {
-			_, err = mapElements(array, func(i int, element []byte) ([]byte, error) {
+			_, err = jsonedit.MapElements(array, func(i int, element []byte) ([]byte, error) {
 				if err := unambiguous(element); err != nil {
 					return nil, fmt.Errorf("%d: %w", i, err)
 				}

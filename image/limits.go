@@ -8,8 +8,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// ErrLimit is the error of an image that is larger than any that is in use:
-// a few kilobytes of nested indexes can stand for millions of manifests.
+// ErrLimit is the error of an image that is larger than any in use: a few kilobytes of
+// nested indexes can refer to millions of manifests.
 var ErrLimit = errors.New("the image exceeds a limit")
 
 const (
@@ -17,7 +17,7 @@ const (
 	maxManifest = 8 << 20
 	// maxPushed bounds a manifest or an index that is written, in bytes:
 	// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#pushing-manifests
-	// has registries take at least this, and most take no more.
+	// requires registries to accept at least this, and most accept no more.
 	maxPushed = 4 << 20
 	// maxDepth bounds how deep indexes are nested.
 	maxDepth = 8

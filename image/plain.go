@@ -6,9 +6,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -20,7 +18,7 @@ import (
 // what is in them, such as annotations, are always readable and not reported.
 type Plain struct {
 	// Platform is that of the manifest that refers to the blob, such as
-	// linux/amd64, or empty if nothing says it.
+	// linux/amd64, or empty if it is not known.
 	Platform string `json:"platform,omitempty"`
 	// Manifest is the digest of the manifest or index that refers to the blob,
 	// in the image that was examined, or in the one that was to be encrypted.
@@ -47,8 +45,8 @@ const (
 	// ReasonAbsent is a manifest or an index that is not in the store, or whose
 	// layers are not. What it is in a registry is not known here.
 	ReasonAbsent Reason = "absent"
-	// ReasonForeign is a layer that is not in the store, because its publisher
-	// hands it out.
+	// ReasonForeign is a layer that is not in the store, since its publisher
+	// distributes it.
 	ReasonForeign Reason = "foreign"
 	// ReasonNotImage is an entry of an index that is neither a manifest nor an
 	// index, or whose content is not what its media type says. It may refer to
@@ -70,12 +68,12 @@ const (
 	ReasonData Reason = "data"
 	// ReasonNotEncrypted is a layer that is not encrypted.
 	ReasonNotEncrypted Reason = "not-encrypted"
-	// ReasonNoKey is a layer whose media type says that it is encrypted, and that
-	// has no wrapped key, so nothing shows that it is.
+	// ReasonNoKey is a layer with the media type of an encrypted one and no wrapped
+	// key, so it may not be encrypted.
 	ReasonNoKey Reason = "no-key"
 )
 
-// reasonTexts say what a reason is, after a description of the blob.
+// reasonTexts explain reasons, after a description of the blob.
 var reasonTexts = map[Reason]string{
 	ReasonConfig:         "a configuration is never encrypted",
 	ReasonNotSelected:    "not selected by --layer or --platform",
@@ -89,11 +87,11 @@ var reasonTexts = map[Reason]string{
 	ReasonURLs:           "encrypted, but readable where it was published",
 	ReasonData:           "encrypted, but its descriptor has data that is something else",
 	ReasonNotEncrypted:   "not encrypted",
-	ReasonNoKey:          "its media type says that it is encrypted, but it has no key that shows it",
+	ReasonNoKey:          "it has the media type of an encrypted layer, but no key, so it may not be encrypted",
 }
 
-// String returns one line that names the blob and says why it is readable. What it
-// quotes of the image can't hold control characters.
+// String returns one line with the blob and why it is readable. Text from the image is
+// quoted, so it has no control characters.
 func (p Plain) String() string {
 	platform := p.Platform
 	if platform == "" {
@@ -106,7 +104,7 @@ func (p Plain) String() string {
 	return strings.ReplaceAll(text, `"`, "")
 }
 
-// Attestations says what [Encrypt] does with the attestations in an index, such as
+// Attestations is what [Encrypt] does with the attestations in an index, such as
 // BuildKit's SBOMs and provenance.
 type Attestations string
 
@@ -121,7 +119,7 @@ const (
 
 // PlainError is the error of [Encrypt] for an image of which something would stay
 // readable that the [Options] do not accept. Nothing was written, unless content
-// vanished meanwhile.
+// was removed from the store at the same time.
 type PlainError struct {
 	// Plain is what the options do not accept, at least one.
 	Plain []Plain
@@ -135,7 +133,7 @@ func (e *PlainError) Error() string {
 	return text
 }
 
-// Unaccepted returns those in list that nothing accepts but AllowPlain.
+// Unaccepted returns those in list that only [Options].AllowPlain accepts.
 func Unaccepted(list []Plain) []Plain {
 	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool {
 		switch p.Reason {
@@ -150,31 +148,20 @@ func Unaccepted(list []Plain) []Plain {
 
 // Inspect returns what is readable in the selected part of an image, blob by blob.
 // The image is fully encrypted if [NotEncrypted] finds none in it.
-func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
-	w := newWork(cs, opts, inspection{})
+func Inspect(ctx context.Context, store Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
+	w := newWork(store, opts, inspecting, nil)
 	w.strict = true
-	if _, err := w.any(ctx, target, 0); err != nil {
+	if _, err := w.visit(ctx, target, 0); err != nil {
 		return nil, err
 	}
 	w.addShared()
 	return w.plain, w.checkSelection()
 }
 
-// NotEncrypted returns those in a list of [Inspect] that could be encrypted, or are
-// not known to be: all but configurations.
+// NotEncrypted returns those in a list of [Inspect] that could be encrypted, or may not
+// be: all except configurations.
 func NotEncrypted(list []Plain) []Plain {
 	return slices.DeleteFunc(slices.Clone(list), func(p Plain) bool { return p.Reason == ReasonConfig })
-}
-
-// inspection is the operation of [Inspect].
-type inspection struct{}
-
-func (inspection) mode() mode { return inspecting }
-
-func (inspection) wants(string) bool { return false }
-
-func (inspection) layer(context.Context, *work, ocispec.Descriptor) (change, error) {
-	return change{none: true}, nil
 }
 
 // addPlain reports a blob that parent refers to.
@@ -230,28 +217,28 @@ func (w *work) inspectLayer(parent, l ocispec.Descriptor, platform *ocispec.Plat
 func strangeData(desc ocispec.Descriptor) bool { return len(desc.Data) > 0 && inlined(desc) == nil }
 
 // report reports what is readable in a manifest, or will be.
-func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, platform *ocispec.Platform, selected bool, plain map[int]Reason, chosen []int) {
-	mode := w.op.mode()
-	if mode != encrypting && mode != inspecting {
+func (w *work) report(desc ocispec.Descriptor, m ocispec.Manifest, c choice) {
+	if w.mode != encrypting && w.mode != inspecting {
 		return
 	}
-	if m.Config.Digest != "" && (selected || mode == encrypting) {
-		w.addPlain(desc, m.Config, platform, ReasonConfig)
+	if m.Config.Digest != "" && (c.selected || w.mode == encrypting) {
+		w.addPlain(desc, m.Config, c.platform, ReasonConfig)
 	}
 	for i, l := range m.Layers {
-		reason := plain[i]
+		reason := c.plain[i]
 		switch {
-		case mode == inspecting && reason != ReasonNotSelected:
-			w.inspectLayer(desc, l, platform)
-		case mode == encrypting && reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
-			w.addPlain(desc, l, platform, reason)
-		case mode == encrypting && strangeData(l):
-			w.addPlain(desc, l, platform, ReasonData)
-		case mode == encrypting && len(l.URLs) > 0:
-			w.addPlain(desc, l, platform, ReasonURLs)
+		case w.mode == inspecting && reason != ReasonNotSelected:
+			w.inspectLayer(desc, l, c.platform)
+		case w.mode == inspecting:
+		case reason != "" && (!processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)):
+			w.addPlain(desc, l, c.platform, reason)
+		case strangeData(l):
+			w.addPlain(desc, l, c.platform, ReasonData)
+		case len(l.URLs) > 0:
+			w.addPlain(desc, l, c.platform, ReasonURLs)
 		}
-		if slices.Contains(chosen, i) {
-			w.encrypted = append(w.encrypted, newPlain(desc, l, platform, ""))
+		if slices.Contains(c.layers, i) {
+			w.encrypted = append(w.encrypted, newPlain(desc, l, c.platform, ""))
 		}
 	}
 }
@@ -279,7 +266,7 @@ func (w *work) addShared() {
 }
 
 // isManifest and isIndex report whether a media type is that of a manifest or of an
-// index, in whatever spelling: some readers take any.
+// index, in any spelling, since some readers accept any.
 func isManifest(mediaType string) bool { return images.IsManifestType(usual(mediaType)) }
 
 func isIndex(mediaType string) bool { return images.IsIndexType(usual(mediaType)) }
@@ -288,26 +275,6 @@ func isIndex(mediaType string) bool { return images.IsIndexType(usual(mediaType)
 func usual(mediaType string) string {
 	mediaType, _, _ = strings.Cut(mediaType, ";")
 	return strings.ToLower(strings.TrimSpace(mediaType))
-}
-
-// has reports whether a blob is here.
-func (w *work) has(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-	if inlined(desc) != nil {
-		return true, nil
-	}
-	_, err := w.Info(ctx, desc.Digest)
-	if errdefs.IsNotFound(err) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-// inlined returns the content of a blob that its descriptor holds, or nil.
-func inlined(desc ocispec.Descriptor) []byte {
-	if int64(len(desc.Data)) != desc.Size || digest.FromBytes(desc.Data) != desc.Digest {
-		return nil
-	}
-	return desc.Data
 }
 
 // IsAttestation reports whether an entry of an index is an attestation about

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -18,11 +17,11 @@ import (
 
 // plan does all of an encryption that needs no layer and writes nothing: it wraps
 // the keys and makes the manifests, of the size that they will have. Only a layer
-// that lost its keys is read, since its key is checked first. The result says what
-// will be readable.
-func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) (Result, error) {
+// that lost its keys is read, since its key is checked first. The result has what will
+// be readable.
+func (e *encryption) plan(ctx context.Context, store Store, target ocispec.Descriptor, opts Options) (Result, error) {
 	opts.Progress = nil
-	w := newWork(cs, opts, planning{e})
+	w := newWork(store, opts, encrypting, e.planLayer)
 	w.dry = true
 	result, err := w.run(ctx, target)
 	e.was = w.was
@@ -38,18 +37,16 @@ func (e *encryption) clear() {
 	}
 }
 
-// planning is the operation of [encryption.plan].
-type planning struct{ *encryption }
-
-func (p planning) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
-	made, err := p.layerPlan(ctx, w, desc)
+// planLayer plans what becomes of a layer.
+func (e *encryption) planLayer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
+	made, err := e.layerPlan(ctx, w, desc)
 	if err == nil {
 		err = readable(desc.Annotations, made.change.annotations)
 	}
 	if err != nil {
 		return change{}, err
 	}
-	p.plans.add(desc, made)
+	e.plans.add(desc, made)
 	if made.key == nil {
 		return made.change, nil
 	}
@@ -64,21 +61,21 @@ func (p planning) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (
 }
 
 // layerPlan wraps the key of a layer: that which it has, or a new one.
-func (p planning) layerPlan(ctx context.Context, w *work, desc ocispec.Descriptor) (_ layerPlan, err error) {
+func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descriptor) (_ layerPlan, err error) {
 	c := change{desc: desc}
 	if processor.IsEncrypted(desc.MediaType) && !processor.HasRecipients(desc) {
-		c.annotations, err = p.restoreKeys(ctx, w, desc)
+		c.annotations, err = e.restoreKeys(ctx, w, desc)
 		return layerPlan{change: c}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, keyWithin)
+	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	if processor.IsEncrypted(desc.MediaType) {
-		key, err := processor.Unwrap(ctx, &p.ec.DecryptConfig, desc)
+		key, err := processor.Unwrap(ctx, e.to.Keys, desc)
 		if err != nil {
 			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
 		}
 		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, p.ec, desc.Annotations)
+		c.annotations, err = key.Wrap(ctx, e.to, desc.Annotations)
 		return layerPlan{change: c}, err
 	}
 	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
@@ -87,7 +84,8 @@ func (p planning) layerPlan(ctx context.Context, w *work, desc ocispec.Descripto
 	}
 	c.desc.MediaType = mediaType
 	key := processor.NewLayerKey(desc.Digest)
-	if c.annotations, err = key.Wrap(ctx, p.ec, nil); err != nil {
+	c.sealKey = newSealKey(key)
+	if c.annotations, err = key.Wrap(ctx, e.to, nil); err != nil {
 		key.Clear()
 		return layerPlan{}, err
 	}
@@ -136,7 +134,7 @@ func (p *plans) of(desc ocispec.Descriptor) (layerPlan, error) {
 	defer p.mu.Unlock()
 	made, ok := p.byLayer[planKey(desc)]
 	if !ok {
-		return layerPlan{}, errors.New("it was not here when the encryption began: do it again")
+		return layerPlan{}, errors.New("it was added to the store while the image was encrypted: try again")
 	}
 	return made, nil
 }
@@ -174,7 +172,7 @@ func readable(had, has map[string]string) error {
 			}
 			for _, k := range v.keys {
 				if k.err != nil {
-					return fmt.Errorf("key provider %s wrote what can't be read: %w", strings.TrimPrefix(scheme, providerScheme), k.err)
+					return fmt.Errorf("key provider %s returned an annotation that can't be read: %w", strings.TrimPrefix(scheme, providerScheme), k.err)
 				}
 			}
 		}

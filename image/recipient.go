@@ -9,6 +9,9 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/containers/ocicrypt/keywrap/pgp"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -18,26 +21,63 @@ const (
 	providerScheme = "provider."
 )
 
-// Recipient is whom a layer key is wrapped for, as far as its annotation tells.
+// Recipient is someone for whom a layer key is wrapped, as far as the layer's
+// annotations say.
 type Recipient struct {
-	// Scheme is the way in which the key is wrapped, as it stands in the
-	// annotation's name: jwe, pkcs7, pgp, pkcs11, or provider. and the name
-	// of a key provider.
+	// Scheme is how the key is wrapped, as in the annotation's name: jwe, pkcs7, pgp,
+	// pkcs11, or provider. and the name of a key provider.
 	Scheme string
-	// KEK is the KEK's id, and Version its version, if the key provider
-	// writes pilot's annotations and the annotation names them.
+	// KEK is the KEK's id, and Version its version, if the key provider writes
+	// pilot's annotations and the annotation names them.
 	KEK     string
 	Version int
+	// Original says that the annotation is one of pilot's in the original format,
+	// which does not name the KEK. Only [Recipients] sets it.
+	Original bool
+	// KeyID is the key's id of a pgp recipient, such as 0x1f2e3d4c5b6a7988. Only
+	// [Recipients] sets it.
+	KeyID string
 }
 
-// ParseRecipient reads what names the recipients to remove: jwe, pkcs7, pgp,
+// Recipients returns for whom the key of an encrypted layer is wrapped, by scheme.
+// It needs no key. The recipients of jwe, pkcs7 and pkcs11 can't be told apart
+// without one, so one stands for all of its scheme, and so does one of pgp if the
+// annotation is damaged.
+func Recipients(layer ocispec.Descriptor) []Recipient {
+	var list []Recipient
+	for _, scheme := range schemesOf(layer.Annotations) {
+		annotation := layer.Annotations[keysPrefix+scheme]
+		switch {
+		case strings.HasPrefix(scheme, providerScheme):
+			for _, v := range values(scheme, annotation) {
+				for _, k := range v.keys {
+					k.Original = k.json != nil && k.KEK == ""
+					list = append(list, k.Recipient)
+				}
+			}
+		case scheme == "pgp":
+			ids, err := pgp.NewKeyWrapper().GetRecipients(annotation)
+			if err != nil || len(ids) == 0 {
+				ids = []string{""}
+			}
+			for _, id := range ids {
+				list = append(list, Recipient{Scheme: scheme, KeyID: id})
+			}
+		default:
+			list = append(list, Recipient{Scheme: scheme})
+		}
+	}
+	return list
+}
+
+// ParseRecipient parses the name of recipients to remove: jwe, pkcs7, pgp,
 // pkcs11 or provider:NAME for all of that kind, or provider:NAME:KEK.
 func ParseRecipient(s string) (Recipient, error) {
 	scheme, rest, _ := strings.Cut(s, ":")
 	switch scheme {
 	case "jwe", "pkcs7", "pgp", "pkcs11":
 		if rest != "" {
-			return Recipient{}, fmt.Errorf("%s: which of a layer's %s recipients that is can't be told: %s alone stands for all of them", s, scheme, scheme)
+			return Recipient{}, fmt.Errorf("%s: the %s recipients of a layer can't be told apart: %s alone stands for all of them", s, scheme, scheme)
 		}
 		return Recipient{Scheme: scheme}, nil
 	case "provider":
@@ -47,7 +87,7 @@ func ParseRecipient(s string) (Recipient, error) {
 		}
 		return Recipient{Scheme: providerScheme + name, KEK: kek}, nil
 	}
-	return Recipient{}, fmt.Errorf("%.60q names no recipients: use provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind", s)
+	return Recipient{}, fmt.Errorf("%.60q is not the name of recipients: use provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind", s)
 }
 
 // String returns what [ParseRecipient] reads, and the KEK's version after it as
@@ -129,7 +169,7 @@ func separate(scheme string, text []byte, annotations []wireformat.Annotation) (
 	}
 	keys := make([]wrapped, len(annotations))
 	for i, a := range annotations {
-		keys[i] = wrapped{Recipient: Recipient{scheme, a.KEKID, a.KEKVersion}, json: texts[i]}
+		keys[i] = wrapped{Recipient: Recipient{Scheme: scheme, KEK: a.KEKID, Version: a.KEKVersion}, json: texts[i]}
 	}
 	return keys, nil
 }
@@ -161,7 +201,7 @@ func schemesOf(annotations map[string]string) []string {
 	return list
 }
 
-// recipientsOf returns the recipients that a layer's annotations tell of.
+// recipientsOf returns a recipient for each wrapped key in a layer's annotations.
 func recipientsOf(annotations map[string]string) []Recipient {
 	var list []Recipient
 	for _, scheme := range schemesOf(annotations) {
@@ -174,7 +214,7 @@ func recipientsOf(annotations map[string]string) []Recipient {
 	return list
 }
 
-// difference says which recipients a layer lost and got.
+// difference describes which recipients a layer lost and gained.
 func difference(had, has []Recipient) string {
 	gone := slices.DeleteFunc(slices.Clone(had), func(r Recipient) bool {
 		i := slices.Index(has, r)

@@ -39,19 +39,19 @@ func TestRewrapTampered(t *testing.T) {
 		change func(m *ocispec.Manifest)
 		want   string
 	}{
-		"another KEK's name": {replaced(`"a"`, `"mallory"`), "provider:pilot:mallory@1 is not wrapped for anew"},
+		"another KEK's name": {replaced(`"a"`, `"mallory"`), "provider:pilot:mallory@1 can't be wrapped anew"},
 		"another version":    {replaced(`"kekVersion":1`, `"kekVersion":2`), "does not unwrap"},
 		"another layer's": {func(m *ocispec.Manifest) {
 			m.Layers[0].Annotations[pilot] += "," + foreign.Layers[1].Annotations[pilot]
-		}, "holds another key than the other recipients"},
-		"one more":             {func(m *ocispec.Manifest) { m.Layers[1].Annotations[pilot] += "," + fake("mallory") }, "provider:pilot:mallory@1 is not wrapped for anew"},
+		}, "has a different layer key than the other recipients"},
+		"one more":             {func(m *ocispec.Manifest) { m.Layers[1].Annotations[pilot] += "," + fake("mallory") }, "provider:pilot:mallory@1 can't be wrapped anew"},
 		"a member's name":      {replaced(`"kekId"`, `"kekID2"`), "provider:pilot is damaged"},
 		"not JSON":             {replaced(`{`, ``), "provider:pilot is damaged"},
 		"not base64":           {func(m *ocispec.Manifest) { m.Layers[0].Annotations[pilot] = "!" }, "provider:pilot is damaged"},
 		"a later method":       {replaced(`A256GCMKW`, `A256GCMKW2`), "not known to this version of pilot"},
 		"no public options":    {func(m *ocispec.Manifest) { delete(m.Layers[0].Annotations, processor.AnnotationPrefix+"pubopts") }, "pubopts is missing"},
 		"no recipients":        {func(m *ocispec.Manifest) { m.Layers[0].Annotations = nil }, "it has no recipients"},
-		"a damaged annotation": {func(m *ocispec.Manifest) { m.Layers[1].Annotations[pilot] = fake("a") }, "provider:pilot:a@1 is not wrapped for anew"},
+		"a damaged annotation": {func(m *ocispec.Manifest) { m.Layers[1].Annotations[pilot] = fake("a") }, "provider:pilot:a@1 can't be wrapped anew"},
 	} {
 		changed := s.edited(target, test.change)
 		before := s.blobs()
@@ -69,7 +69,7 @@ func TestRewrapTampered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := Rewrap(s.ctx, s, damaged, Rewrapping{Keys: s.dc, Remove: []Recipient{pilots}, Add: kek("pilot", "a")}, Options{}); err != nil || s.recipients(out.Target) != "jwe, pilot:a@2" {
+	if out, err := Rewrap(s.ctx, s, damaged, Rewrapping{Keys: s.dc, Remove: []Recipient{pilots}, Add: kek("pilot", "a").Parameters}, Options{}); err != nil || s.recipients(out.Target) != "jwe, pilot:a@2" {
 		t.Errorf("in place of damaged ones: %+v, %v", out, err)
 	}
 	// Another key provider's are its own.
@@ -78,7 +78,7 @@ func TestRewrapTampered(t *testing.T) {
 			l.Annotations[keysPrefix+"provider.kms"] = "c29tZXRoaW5n"
 		}
 	})
-	if out, err := Rewrap(s.ctx, s, another, Rewrapping{}, Options{}); err != nil || s.recipients(out.Target) != "jwe, kms, pilot:a@2" {
+	if out, err := Rewrap(s.ctx, s, another, Rewrapping{Keys: kekOnly}, Options{}); err != nil || s.recipients(out.Target) != "jwe, kms, pilot:a@2" {
 		t.Errorf("with another key provider's: %+v, %v: %s", out, err, s.recipients(out.Target))
 	}
 	// Nobody is asked to wrap for a KEK that stays.
@@ -87,7 +87,7 @@ func TestRewrapTampered(t *testing.T) {
 			l.Annotations[pilot] += "," + fake("mallory")
 		}
 	})
-	out, err := Rewrap(s.ctx, s, more, Rewrapping{From: "a", To: "a"}, Options{})
+	out, err := Rewrap(s.ctx, s, more, Rewrapping{Keys: kekOnly, From: "a", To: "a"}, Options{})
 	if err != nil || s.recipients(out.Target) != "jwe, pilot:a@2, pilot:mallory@1" || strings.Count(s.get(out.Target), fake("mallory")) != 2 {
 		t.Errorf("one KEK alone: %+v, %v", out, err)
 	}
@@ -114,7 +114,7 @@ func TestParseRecipient(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"": "names no recipients", "jwe:key.pem": "jwe alone stands for all of them", "provider": "use provider:NAME:KEK", "provider:": "use", "provider::a": "use", "provider:pilot:": "use", "team-a": "use",
+		"": "is not the name of recipients", "jwe:key.pem": "jwe alone stands for all of them", "provider": "use provider:NAME:KEK", "provider:": "use", "provider::a": "use", "provider:pilot:": "use", "team-a": "use",
 	} {
 		if _, err := ParseRecipient(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", text, err, want)
@@ -146,4 +146,31 @@ func FuzzValues(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestRecipientsNameWhatAnnotationsSay(t *testing.T) {
+	newKEKs(t, "a", "b")
+	s := newStore(t)
+	ring := pgpRecipient(t, "one@example.com")
+	layer := s.parsed(s.encrypted(s.ec, kek("pilot", "a", "b"), kek("original", "a"), processor.Recipients{Parameters: ring.ec})).Layers[0]
+	layer.Annotations[keysPrefix+"provider.other"] = "eA==,eQ=="
+	layer.Annotations[keysPrefix+"provider.pilot"] += ",damaged"
+	layer.Annotations[keysPrefix+"none"] = ""
+	var got []string
+	for _, r := range Recipients(layer) {
+		if r.Original {
+			r.Scheme += " original"
+		}
+		if strings.HasPrefix(r.KeyID, "0x") {
+			r.Scheme += " key"
+		}
+		got = append(got, r.String())
+	}
+	want := "jwe, pgp key, provider:original original, provider:other, provider:other, provider:pilot:a@1, provider:pilot:b@1, provider:pilot"
+	if text := strings.Join(got, ", "); text != want {
+		t.Errorf("got  %s\nwant %s", text, want)
+	}
+	if list := Recipients(ocispec.Descriptor{}); len(list) > 0 {
+		t.Errorf("a plain layer has %v", list)
+	}
 }

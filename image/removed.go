@@ -11,6 +11,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
 // removedKey is the key in [restore] of the entries that were left out of an
@@ -26,14 +28,14 @@ type removed struct {
 	// was the first.
 	Before string `json:"before,omitempty"`
 	After  string `json:"after,omitempty"`
-	// About says which of the elements that were left an attestation is about.
-	// Its digest changes, and so is not in the text.
+	// About is the index of the remaining element that an attestation is about. The
+	// digest changes, so it is not in the text.
 	About *int `json:"about,omitempty"`
-	// Spelling is how that digest was escaped, as escapesOf returns it, if it was.
+	// Spelling is how that digest was escaped, as jsonedit.Spelling returns it, if it was.
 	Spelling string `json:"spelling,omitempty"`
 }
 
-var errRemoved = fmt.Errorf("annotation %s is damaged: what it says was left out does not fit", restoreAnnotation)
+var errRemoved = fmt.Errorf("annotation %s is damaged: the entries that were left out do not fit", restoreAnnotation)
 
 // removeElements returns array, which is that at the key list, without the
 // elements of those indexes, which are in order, and notes them. Elements
@@ -49,7 +51,7 @@ func (r restore) removeElements(array []byte, list string, indexes []int) ([]byt
 	whole, before := array, len(was)
 	spellings := make([]string, 0, len(indexes))
 	for _, i := range slices.Backward(indexes) {
-		at, err := elements(array)
+		at, err := jsonedit.Elements(array)
 		if err != nil {
 			return nil, err
 		}
@@ -58,7 +60,7 @@ func (r restore) removeElements(array []byte, list string, indexes []int) ([]byt
 			return nil, err
 		}
 		was = append(was, one)
-		spellings = append(spellings, unquote([]byte(r[fmt.Sprintf("/%s/%d/annotations/%s", list, i, attestationAnnotation)])))
+		spellings = append(spellings, jsonedit.Unquote([]byte(r[fmt.Sprintf("/%s/%d/annotations/%s", list, i, attestationAnnotation)])))
 		r.shift("/"+list+"/", i)
 	}
 	if len(was) > maxDocuments {
@@ -102,7 +104,7 @@ func cut(array []byte, at [][2]int, i int) ([]byte, removed, error) {
 	default:
 		one.After = string(element)
 	}
-	return splice(array, from, to, nil), one, nil
+	return jsonedit.Splice(array, from, to, nil), one, nil
 }
 
 // withoutAbout returns element i, and if it is an attestation about another element
@@ -131,15 +133,15 @@ func withoutAbout(array []byte, at [][2]int, i int) ([]byte, *int, error) {
 	return element, nil, nil
 }
 
-// setAbout sets what an attestation is about, in a spelling as escapesOf returns it,
-// if it is about had and says so without escapes.
+// setAbout sets what an attestation is about, in a spelling of [jsonedit.Spelling], if it
+// is about had, written without escapes.
 func setAbout(element []byte, had, digest, spelling string) ([]byte, error) {
-	return edited(element, "annotations", func(annotations []byte) ([]byte, error) {
-		return edited(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
-			if string(text) != string(quote(had)) {
+	return jsonedit.Edit(element, "annotations", func(annotations []byte) ([]byte, error) {
+		return jsonedit.Edit(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
+			if string(text) != string(jsonedit.Quote(had)) {
 				return text, nil
 			}
-			return escaped(digest, spelling), nil
+			return jsonedit.QuoteAs(digest, spelling), nil
 		})
 	})
 }
@@ -165,7 +167,7 @@ func (one removed) text(digests []digest.Digest) (text []byte, at [2]int, err er
 		if err != nil {
 			return nil, at, errRemoved
 		}
-		text, to = splice(text, from, to, element), from+len(element)
+		text, to = jsonedit.Splice(text, from, to, element), from+len(element)
 	}
 	if err := checkRestored(text[from:to]); err != nil {
 		return nil, at, fmt.Errorf("%w: %w", errRemoved, err)
@@ -216,7 +218,7 @@ func (r restore) restoreElements(array []byte) ([]byte, error) {
 
 // putBack puts back into array what was taken out, the last first.
 func putBack(array []byte, list []removed) ([]byte, error) {
-	at, err := elements(array)
+	at, err := jsonedit.Elements(array)
 	if err != nil {
 		return nil, errRemoved
 	}
@@ -240,7 +242,7 @@ func putBack(array []byte, list []removed) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if array = splice(array, offset, offset, text); len(array) > maxManifest {
+		if array = jsonedit.Splice(array, offset, offset, text); len(array) > maxManifest {
 			return nil, errRemoved
 		}
 		for j := i; j < len(at); j++ {
@@ -262,65 +264,4 @@ func digestOf(element []byte) digest.Digest {
 		return ""
 	}
 	return desc.Digest
-}
-
-// escapesOf returns which characters of a JSON string are escaped, and how: a
-// character for each, which is u or U for \u with small or capital letters, or a
-// backslash, and a point for one that is not escaped. It says nothing of what the
-// string is.
-func escapesOf(text []byte) (string, error) {
-	var mask []byte
-	for i := 1; i < len(text)-1; i++ {
-		switch {
-		case text[i] != '\\':
-			mask = append(mask, '.')
-		case text[i+1] != 'u':
-			mask = append(mask, '\\')
-			i++
-		default:
-			kind := byte('u')
-			if bytes.ContainsAny(text[i+2:i+6], "ABCDEF") {
-				kind = 'U'
-			}
-			mask = append(mask, kind)
-			i += 5
-		}
-	}
-	if string(escaped(unquote(text), string(mask))) != string(text) {
-		return "", fmt.Errorf("a digest is written as %.200s, which can't be restored", text)
-	}
-	return string(mask), nil
-}
-
-// spelledLike returns s as a JSON string that is escaped where had is, if it can be.
-func spelledLike(had []byte, s string) []byte {
-	mask, err := escapesOf(had)
-	if err != nil {
-		return quote(s)
-	}
-	return escaped(s, mask)
-}
-
-// escaped returns s as a JSON string that is escaped as mask says, if that is one.
-func escaped(s, mask string) []byte {
-	if len(s) != len(mask) {
-		return quote(s)
-	}
-	out := []byte{'"'}
-	for i := range len(s) {
-		switch mask[i] {
-		case 'u':
-			out = fmt.Appendf(out, `\u%04x`, s[i])
-		case 'U':
-			out = fmt.Appendf(out, `\u%04X`, s[i])
-		case '\\':
-			out = append(out, '\\', s[i])
-		default:
-			out = append(out, s[i])
-		}
-	}
-	if out = append(out, '"'); unquote(out) != s {
-		return quote(s)
-	}
-	return out
 }

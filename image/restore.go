@@ -12,6 +12,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/jsonedit"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -23,9 +24,9 @@ const restoreAnnotation = processor.AnnotationPrefix + "pilot.restore"
 // restore is what restoreAnnotation holds, as a JSON object of strings: JSON
 // pointers (RFC 6901) into the document, and the JSON text that stood there: a
 // media type of Docker's or of a foreign layer's or an unusual spelling of one,
-// annotations that are empty, URLs. Of a digest it holds how
-// it was spelled, and of data that it was there, so that it helps nobody to find or
-// to read the plain blob.
+// annotations that are empty, URLs. Annotations that another encryption left on a
+// layer are sealed. Of a digest it holds how it was spelled, and of data that it was
+// there, so that it helps nobody to find or to read the plain blob.
 type restore map[string]string
 
 // plainKey is the key in restore of a list of digests, with spaces between
@@ -33,7 +34,7 @@ type restore map[string]string
 // them that is not here later can't hold encrypted layers.
 const plainKey = "plain"
 
-// note keeps the text at a place, unless one is kept already: an image may be
+// note notes the text at a place, unless there is a note already: an image may be
 // encrypted in several steps.
 func (r restore) note(at string, text []byte) {
 	if r[at] == "" {
@@ -41,19 +42,19 @@ func (r restore) note(at string, text []byte) {
 	}
 }
 
-// restoreOf returns what doc's annotation says, or nil. The annotation is
-// anybody's input, but so is the whole document.
+// restoreOf returns what is in doc's annotation, or nil. The annotation is untrusted, as
+// the whole document is.
 func restoreOf(doc []byte) (restore, error) {
-	annotations, err := get(doc, "annotations")
+	annotations, err := jsonedit.Get(doc, "annotations")
 	if err != nil || annotations == nil || string(annotations) == "null" {
 		return nil, err
 	}
-	text, err := get(annotations, restoreAnnotation)
+	text, err := jsonedit.Get(annotations, restoreAnnotation)
 	if err != nil || text == nil {
 		return nil, err
 	}
 	var r restore
-	if json.Unmarshal([]byte(unquote(text)), &r) != nil || r == nil {
+	if json.Unmarshal([]byte(jsonedit.Unquote(text)), &r) != nil || r == nil {
 		return nil, fmt.Errorf("annotation %s is damaged", restoreAnnotation)
 	}
 	return r, nil
@@ -62,12 +63,12 @@ func restoreOf(doc []byte) (restore, error) {
 // plain returns the digests under plainKey.
 func (r restore) plain() []string { return strings.Fields(r[plainKey]) }
 
-// write sets doc's annotation, or removes it if there is nothing to say.
+// write sets doc's annotation, or removes it if there are no notes.
 func (r restore) write(doc []byte) ([]byte, error) {
 	if len(r) == 0 {
 		return dropRestore(doc, true)
 	}
-	annotations, err := get(doc, "annotations")
+	annotations, err := jsonedit.Get(doc, "annotations")
 	if err != nil {
 		return nil, err
 	}
@@ -89,11 +90,11 @@ func (r restore) write(doc []byte) ([]byte, error) {
 
 // dropRestore removes the annotation from doc's.
 func dropRestore(doc []byte, whole bool) ([]byte, error) {
-	annotations, err := get(doc, "annotations")
+	annotations, err := jsonedit.Get(doc, "annotations")
 	if err != nil || annotations == nil || string(annotations) == "null" {
 		return doc, err
 	}
-	if text, err := get(annotations, restoreAnnotation); err != nil || text == nil {
+	if text, err := jsonedit.Get(annotations, restoreAnnotation); err != nil || text == nil {
 		return doc, err
 	}
 	return removeAnnotations(doc, func(key string) bool { return key == restoreAnnotation }, whole)
@@ -111,17 +112,17 @@ func (r restore) apply(doc []byte, mediaType, list string, content func(ocispec.
 	if doc, err = r.replace(doc, "/mediaType"); err != nil {
 		return nil, "", err
 	}
-	if text, err := get(doc, "mediaType"); err != nil {
+	if text, err := jsonedit.Get(doc, "mediaType"); err != nil {
 		return nil, "", err
-	} else if docker := unquote(text); dockerTypes[docker] == mediaType {
+	} else if docker := jsonedit.Unquote(text); dockerTypes[docker] == mediaType {
 		mediaType = docker
 	}
-	doc, err = edited(doc, "config", func(config []byte) ([]byte, error) { return r.replace(config, "/config/mediaType") })
+	doc, err = jsonedit.Edit(doc, "config", func(config []byte) ([]byte, error) { return r.replace(config, "/config/mediaType") })
 	if err != nil {
 		return nil, "", err
 	}
-	doc, err = edited(doc, list, func(array []byte) ([]byte, error) {
-		array, err := mapElements(array, func(i int, element []byte) ([]byte, error) {
+	doc, err = jsonedit.Edit(doc, list, func(array []byte) ([]byte, error) {
+		array, err := jsonedit.MapElements(array, func(i int, element []byte) ([]byte, error) {
 			return r.descriptor(element, "/"+list+"/"+strconv.Itoa(i), content)
 		})
 		if err != nil || list != "manifests" {
@@ -132,7 +133,7 @@ func (r restore) apply(doc []byte, mediaType, list string, content func(ocispec.
 	if err != nil {
 		return nil, "", err
 	}
-	doc, err = edited(doc, "subject", func(subject []byte) ([]byte, error) { return r.descriptor(subject, "/subject", content) })
+	doc, err = jsonedit.Edit(doc, "subject", func(subject []byte) ([]byte, error) { return r.descriptor(subject, "/subject", content) })
 	return doc, mediaType, err
 }
 
@@ -144,9 +145,9 @@ func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descript
 		}
 	}
 	if mask := r[at+"/annotations/"+attestationAnnotation]; mask != "" {
-		doc, err = edited(doc, "annotations", func(annotations []byte) ([]byte, error) {
-			return edited(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
-				return escaped(unquote(text), unquote([]byte(mask))), nil
+		doc, err = jsonedit.Edit(doc, "annotations", func(annotations []byte) ([]byte, error) {
+			return jsonedit.Edit(annotations, attestationAnnotation, func(text []byte) ([]byte, error) {
+				return jsonedit.QuoteAs(jsonedit.Unquote(text), jsonedit.Unquote([]byte(mask))), nil
 			})
 		})
 		if err != nil {
@@ -156,7 +157,7 @@ func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descript
 	if r[at+"/data"] == "" {
 		return doc, nil
 	}
-	if text, err := get(doc, "data"); err != nil || string(text) != `""` {
+	if text, err := jsonedit.Get(doc, "data"); err != nil || string(text) != `""` {
 		return doc, err
 	}
 	var desc ocispec.Descriptor
@@ -168,43 +169,42 @@ func (r restore) descriptor(doc []byte, at string, content func(ocispec.Descript
 	if err != nil {
 		return nil, fmt.Errorf("%s/data: %w", at, err)
 	}
-	return set(doc, "data", dataText(data))
+	return jsonedit.Set(doc, "data", dataText(data))
 }
 
-// replace puts back the text that stood at a place, which is a member of doc,
-// if it says the same as what is there now.
+// replace puts back the text that a member of doc had, if it means the same as the text
+// that is there now.
 func (r restore) replace(doc []byte, at string) ([]byte, error) {
 	text := r[at]
-	if text == "" || distinct([]byte(text)) != nil {
+	if text == "" || jsonedit.CheckDistinct([]byte(text)) != nil {
 		return doc, nil
 	}
 	key := at[strings.LastIndex(at, "/")+1:]
-	has, err := get(doc, key)
+	has, err := jsonedit.Get(doc, key)
 	if err != nil || has == nil {
 		return doc, err
 	}
-	if mask := unquote([]byte(text)); key == "digest" && !strings.Contains(mask, ":") {
-		text = string(escaped(unquote(has), mask))
+	if mask := jsonedit.Unquote([]byte(text)); key == "digest" && !strings.Contains(mask, ":") {
+		text = string(jsonedit.QuoteAs(jsonedit.Unquote(has), mask))
 	}
 	if !same(key, []byte(text), has) {
 		return doc, nil
 	}
-	return set(doc, key, []byte(text))
+	return jsonedit.Set(doc, key, []byte(text))
 }
 
-// same reports whether the text that a member of a document or a descriptor had
-// and that which it has say the same, but for encryption. Annotations of an
-// encryption that is no more are not among them: a stranger's could not be told from
-// one's own.
+// same reports whether the text that a member of a document or a descriptor had means
+// the same as the text that it has, except for encryption. Annotations of another
+// encryption have to be there already: [restore.unseal] puts them back.
 func same(key string, had, has []byte) bool {
 	switch key {
 	case "mediaType":
-		had, has := unquote(had), unquote(has)
+		had, has := jsonedit.Unquote(had), jsonedit.Unquote(has)
 		encrypted, _ := processor.EncryptedMediaType(had)
 		plain, _ := processor.PlainMediaType(encrypted)
 		return had != "" && (had == has || !processor.IsEncrypted(had) && (dockerTypes[had] == has || plain == has))
 	case "digest":
-		return unquote(had) != "" && unquote(had) == unquote(has)
+		return jsonedit.Unquote(had) != "" && jsonedit.Unquote(had) == jsonedit.Unquote(has)
 	case "urls":
 		var was, is []string
 		return json.Unmarshal(had, &was) == nil && json.Unmarshal(has, &is) == nil && len(is) == 0 && !slices.ContainsFunc(was, strangeURL)
@@ -218,17 +218,17 @@ func same(key string, had, has []byte) bool {
 	return false
 }
 
-// strangeURL reports whether no registry's layer has this URL, from which clients
-// would fetch it.
+// strangeURL reports whether this is not a URL that the layers of registries have, from
+// which clients would fetch them.
 func strangeURL(text string) bool {
 	u, err := url.Parse(text)
 	return err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || u.Fragment != ""
 }
 
-// checkRestored refuses a descriptor of which an annotation says that an image had it,
-// and which no image that was not encrypted has.
+// checkRestored returns an error for a descriptor that was noted as part of a plain image
+// and that no plain image has.
 func checkRestored(doc []byte) error {
-	if err := errors.Join(distinct(doc), unambiguous(doc)); err != nil {
+	if err := errors.Join(jsonedit.CheckDistinct(doc), unambiguous(doc)); err != nil {
 		return err
 	}
 	var desc ocispec.Descriptor

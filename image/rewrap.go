@@ -9,28 +9,25 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// Rewrapping says how the recipients of layers change. If it asks for no
-// change, the layer keys are wrapped anew for each KEK that they are wrapped
-// for, with its current version.
+// Rewrapping is how the recipients of layers change. The zero value wraps the layer
+// keys anew for the KEKs that they are wrapped for, with their current versions.
 type Rewrapping struct {
-	// Keys unwrap the layer keys, besides key providers.
-	Keys *config.DecryptConfig
-	// From is the id of a KEK whose place the KEK To takes, with the same
-	// key provider. They may be the same KEK: then no other is wrapped for
-	// anew. What does not name its KEK, in the original's format, is tried
-	// with From.
+	// Keys unwrap the layer keys, and their key providers wrap them anew.
+	Keys processor.Keys
+	// From is the id of a KEK that the KEK To replaces, with the same key
+	// provider. They may be the same KEK: then the layer keys are wrapped anew
+	// only for that. Keys in the original's format, which does not name the KEK,
+	// are tried with From.
 	From, To string
-	// Add are recipients to add. For a KEK that is one already, the layer key
-	// is wrapped anew instead.
-	Add *config.EncryptConfig
+	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK
+	// that is one already, the layer key is wrapped anew instead.
+	Add map[string][][]byte
 	// Remove are recipients to remove. Those of one scheme can be told apart
 	// only if they are KEKs.
 	Remove []Recipient
@@ -38,13 +35,13 @@ type Rewrapping struct {
 	DryRun bool
 }
 
-// Rewrapped is what became of an image.
+// Rewrapped is the outcome of [Rewrap].
 type Rewrapped struct {
 	Result
 	// Encrypted is how many of the selected layers are encrypted.
 	Encrypted int
-	// Changes say which recipients gave way to which, each once however many
-	// layers they are of.
+	// Changes describe which recipients were replaced by which, each once however
+	// many layers have them.
 	Changes []string
 	// Had are the recipients that the selected layers had, each once.
 	Had []Recipient
@@ -55,23 +52,20 @@ type Rewrapped struct {
 // Rewrap gives the encrypted layers of the image target other recipients. Only
 // annotations change, so no layer has to be in the store.
 //
-// Nobody becomes a recipient because the image says so: a layer key is wrapped
+// Nobody becomes a recipient because of the image alone: a layer key is wrapped
 // anew for a KEK that the caller did not name only if what was wrapped for that
 // KEK unwraps to the layer key. What can't be unwrapped is an error.
-func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
+func Rewrap(ctx context.Context, store Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
 	if (how.From == "") != (how.To == "") {
-		return Rewrapped{}, errors.New("a KEK is replaced by another: name both")
+		return Rewrapped{}, errors.New("From and To need each other")
 	}
 	if how.To != "" {
 		if err := wireformat.ValidateKEKID(how.To); err != nil {
 			return Rewrapped{}, err
 		}
 	}
-	if how.Keys == nil {
-		how.Keys = &config.DecryptConfig{}
-	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
-	w := newWork(cs, opts, r)
+	w := newWork(store, opts, rewrapping, r.layer)
 	w.dry = how.DryRun
 	result, err := w.run(ctx, target)
 	if err != nil {
@@ -90,7 +84,7 @@ func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, ho
 	return out, nil
 }
 
-// rewrap is the operation of [Rewrap].
+// rewrap is one [Rewrap].
 type rewrap struct {
 	Rewrapping
 
@@ -101,12 +95,9 @@ type rewrap struct {
 	found   map[Recipient]bool // of what was to be moved or removed
 }
 
-func (*rewrap) mode() mode { return rewrapping }
-
-func (*rewrap) wants(mediaType string) bool { return processor.IsEncrypted(mediaType) }
-
+// layer gives a layer other recipients.
 func (r *rewrap) layer(ctx context.Context, _ *work, desc ocispec.Descriptor) (change, error) {
-	ctx, cancel := context.WithTimeout(ctx, keyWithin)
+	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	l := &layerRewrap{rewrap: r, desc: desc, fresh: map[Recipient]bool{}}
 	defer l.clear()

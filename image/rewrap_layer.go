@@ -29,7 +29,7 @@ func (l *layerRewrap) clear() {
 	}
 }
 
-// action is what becomes of a wrapped key.
+// action is what happens to a wrapped key.
 type action int
 
 const (
@@ -71,10 +71,10 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 		}
 	}
 	add := l.toAdd(actions)
-	if left == 0 && add == nil {
+	if left == 0 && len(add) == 0 {
 		return nil, errors.New("no recipient would be left, and nobody could ever decrypt it")
 	}
-	if err := l.learnKey(ctx, inOrder, actions, add != nil); err != nil {
+	if err := l.learnKey(ctx, inOrder, actions, len(add) > 0); err != nil {
 		return nil, err
 	}
 	for _, k := range inOrder {
@@ -95,13 +95,13 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 			out[keysPrefix+scheme] = text
 		}
 	}
-	if add == nil {
+	if len(add) == 0 {
 		return out, nil
 	}
-	return l.key.Wrap(ctx, add, out)
+	return l.key.Wrap(ctx, processor.Recipients{Keys: l.Keys, Parameters: add}, out)
 }
 
-// plan says what is to become of k, which is one of all.
+// plan returns what happens to k, which is one of all.
 func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
 	for _, rec := range l.Remove {
 		if rec.includes(k.Recipient) {
@@ -112,7 +112,7 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 	anew := l.Add == nil && len(l.Remove) == 0 // each, if no KEK is named
 	switch {
 	case k.err != nil && (anew || l.From != ""):
-		return keep, fmt.Errorf("%s is damaged, or that of a later version (remove it, if it is): %w", k, k.err)
+		return keep, fmt.Errorf("%s is damaged, or of a later version (if it is damaged, remove it): %w", k, k.err)
 	case k.json == nil:
 		return keep, nil
 	case l.From != "" && k.KEK == "":
@@ -128,22 +128,23 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 	case !anew || l.From != "":
 		return keep, nil
 	case k.KEK == "":
-		return keep, fmt.Errorf("%s does not name its KEK, as in the original's format: say from which KEK to which it is to be moved", k)
+		return keep, fmt.Errorf("%s does not name its KEK, as in the original's format: name the KEK and the one that replaces it (--from and --to)", k)
 	}
 	return renew, nil
 }
 
-// planUnnamed moves what does not name its KEK if that is From. That it is not is
-// an error if nothing else is, since then the caller meant this.
+// planUnnamed moves a key that does not name its KEK, if that is From. If it is not, and
+// no other key is From's, that is an error, since the caller must have meant this one.
 func (l *layerRewrap) planUnnamed(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
 	named := slices.ContainsFunc(all, func(k *wrapped) bool { return k.KEK == l.From })
-	keys := *l.Keys
-	keys.Parameters = maps.Clone(keys.Parameters)
-	if keys.Parameters == nil {
-		keys.Parameters = make(map[string][][]byte)
+	params := make(map[string][][]byte)
+	if l.Keys.Private != nil {
+		maps.Copy(params, l.Keys.Private.Parameters)
 	}
-	keys.Parameters[strings.TrimPrefix(k.Scheme, providerScheme)] = [][]byte{[]byte(l.From)}
-	key, err := l.unwrap(ctx, k, &keys)
+	params[strings.TrimPrefix(k.Scheme, providerScheme)] = [][]byte{[]byte(l.From)}
+	keys := l.Keys
+	keys.Private = &config.DecryptConfig{Parameters: params}
+	key, err := l.unwrap(ctx, k, keys)
 	switch {
 	case err != nil && (!named || ctx.Err() != nil):
 		return keep, fmt.Errorf("%s does not name its KEK, and it does not unwrap with %q: %w", k, l.From, err)
@@ -163,31 +164,25 @@ func (l *layerRewrap) find(rec Recipient) {
 // adds reports whether a KEK is among the recipients to add.
 func (l *layerRewrap) adds(rec Recipient) bool {
 	name, ok := strings.CutPrefix(rec.Scheme, providerScheme)
-	return ok && l.Add != nil && slices.ContainsFunc(l.Add.Parameters[name], func(kek []byte) bool { return string(kek) == rec.KEK })
+	return ok && slices.ContainsFunc(l.Add[name], func(kek []byte) bool { return string(kek) == rec.KEK })
 }
 
-// toAdd returns the recipients to add that are none yet, or nil.
-func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
-	if l.Add == nil {
-		return nil
-	}
-	add := &config.EncryptConfig{Parameters: maps.Clone(l.Add.Parameters)}
+// toAdd returns the recipients to add that are none yet.
+func (l *layerRewrap) toAdd(actions map[*wrapped]action) map[string][][]byte {
+	add := maps.Clone(l.Add)
 	for k, a := range actions {
 		name, _ := strings.CutPrefix(k.Scheme, providerScheme)
 		becomes := k.KEK
 		if a == move {
 			becomes = l.To
 		}
-		if a != renew && a != move || len(add.Parameters[name]) == 0 {
+		if a != renew && a != move || len(add[name]) == 0 {
 			continue
 		}
-		add.Parameters[name] = slices.DeleteFunc(slices.Clone(add.Parameters[name]), func(kek []byte) bool { return string(kek) == becomes })
-		if len(add.Parameters[name]) == 0 {
-			delete(add.Parameters, name)
+		add[name] = slices.DeleteFunc(slices.Clone(add[name]), func(kek []byte) bool { return string(kek) == becomes })
+		if len(add[name]) == 0 {
+			delete(add, name)
 		}
-	}
-	if len(add.Parameters) == 0 {
-		return nil
 	}
 	return add
 }
@@ -198,8 +193,8 @@ const maxCompared = 256
 
 // learnKey unwraps the layer key, if anything changes, from each recipient that is
 // wrapped anew for its own KEK, and from each that is moved or dropped, or stays,
-// if the caller can. All have to hold the same key: whoever can write to the registry
-// could have put that of another image first, and the right one would be lost.
+// if the caller can. All must hold the same key: an attacker who can write to the registry
+// could put the key of another image first, and the right one would be lost.
 func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions map[*wrapped]action, needed bool) error {
 	if !needed && !slices.ContainsFunc(inOrder, func(k *wrapped) bool { return actions[k] != keep }) {
 		return nil
@@ -223,7 +218,7 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 				return err
 			}
 		case actions[k] == renew:
-			return fmt.Errorf("%s is not wrapped for anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
+			return fmt.Errorf("%s can't be wrapped anew, since it does not unwrap (move other KEKs one by one, or remove it): %w", k, err)
 		case ctx.Err() != nil:
 			return err
 		case first == nil:
@@ -241,7 +236,7 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 }
 
 // unwrap unwraps the layer key from k alone.
-func (l *layerRewrap) unwrap(ctx context.Context, k *wrapped, keys *config.DecryptConfig) (*processor.LayerKey, error) {
+func (l *layerRewrap) unwrap(ctx context.Context, k *wrapped, keys processor.Keys) (*processor.LayerKey, error) {
 	desc := l.desc
 	desc.Annotations = maps.Clone(desc.Annotations)
 	maps.DeleteFunc(desc.Annotations, func(key, _ string) bool { return strings.HasPrefix(key, keysPrefix) })
@@ -257,20 +252,19 @@ func (l *layerRewrap) accept(k *wrapped, key *processor.LayerKey) error {
 	}
 	defer key.Clear()
 	if !l.key.Equal(key) {
-		return fmt.Errorf("%s holds another key than the other recipients: one of them was tampered with", k)
+		return fmt.Errorf("%s has a different layer key than the other recipients: one of them was tampered with", k)
 	}
 	return nil
 }
 
-// wrapFor makes k what the layer key is when wrapped for a KEK, and says what is
-// to become of k then. It stays as it is if newer is set and the KEK's version is
-// no newer.
+// wrapFor replaces k by the layer key wrapped for a KEK, and returns what happens to k
+// then. It stays as it is if newer is set and the KEK's version is no newer.
 func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer bool) (action, error) {
 	if l.fresh[Recipient{Scheme: k.Scheme, KEK: kek}] {
 		return drop, nil
 	}
 	name := strings.TrimPrefix(k.Scheme, providerScheme)
-	out, err := l.key.Wrap(ctx, &config.EncryptConfig{Parameters: map[string][][]byte{name: {[]byte(kek)}}}, nil)
+	out, err := l.key.Wrap(ctx, processor.Recipients{Keys: l.Keys, Parameters: map[string][][]byte{name: {[]byte(kek)}}}, nil)
 	if err != nil {
 		return keep, err
 	}

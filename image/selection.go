@@ -1,9 +1,11 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -45,10 +47,80 @@ func (w *work) noteLacking(p *ocispec.Platform, layers []ocispec.Descriptor) {
 	w.lacking = append(w.lacking, of+" has no layer of the base image")
 }
 
-// checkBase refuses a base image that no manifest was built on.
+// checkBase returns an error if no manifest was built on the base image.
 func (w *work) checkBase() error {
 	if len(w.Base) > 0 && !w.hasBase {
 		return errors.New("the image has no layer of the base image, so it was not built on it")
 	}
 	return nil
+}
+
+// checkSelection returns an error if layers or platforms that the image does not have are
+// selected.
+func (w *work) checkSelection() error {
+	for i, p := range w.Platforms {
+		if !w.matched[i] {
+			return fmt.Errorf("the image has no platform %s", platforms.FormatAll(p))
+		}
+	}
+	for _, n := range w.Layers {
+		if !w.inRange[n] {
+			return fmt.Errorf("the image has no layer %d", n)
+		}
+	}
+	return nil
+}
+
+// platformOf returns the platform in the index, or else in the image's configuration, or
+// nil if neither has it.
+func (w *work) platformOf(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) *ocispec.Platform {
+	if desc.Platform != nil {
+		return desc.Platform
+	}
+	if !images.IsConfigType(m.Config.MediaType) {
+		return nil
+	}
+	if info, err := w.Info(ctx, m.Config.Digest); err == nil && info.Size > maxManifest {
+		return nil // it would be read into memory
+	}
+	p, err := images.ConfigPlatform(ctx, w.Store, m.Config)
+	if err != nil || p.OS == "" {
+		return nil
+	}
+	return &p
+}
+
+// platform reports whether a manifest for p is selected.
+func (w *work) selectsPlatform(p *ocispec.Platform) bool {
+	if len(w.Platforms) == 0 {
+		return true
+	}
+	if p == nil {
+		return false
+	}
+	found := false
+	for i, want := range w.Platforms {
+		if platforms.NewMatcher(want).Match(*p) {
+			w.matched[i], found = true, true
+		}
+	}
+	return found
+}
+
+// layer reports whether layer i of n is selected.
+func (w *work) selectsLayer(i, n int) bool {
+	found := len(w.Layers) == 0
+	for _, l := range w.Layers {
+		if l == i || l == i-n {
+			w.inRange[l], found = true, true
+		}
+	}
+	return found
+}
+
+func ofPlatform(p *ocispec.Platform) string {
+	if p == nil {
+		return ""
+	}
+	return " of platform " + platforms.FormatAll(*p)
 }

@@ -135,7 +135,7 @@ cp -r packaging docs README.md LICENSE "$stage/"
 sources=https://github.com/ctrlplane/pilot/blob/main
 sed -Ei "s,\\]\\((CHANGELOG|CONTRIBUTING|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
 sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$stage"/docs/*.md
-cp node/units/* packaging/*.service "$stage/units/"
+cp node/install/units/* packaging/*.service "$stage/units/"
 manuals "$stage/man"
 completions "$stage/completions"
 gzip -9n <CHANGELOG.md >"$stage/doc/changelog.gz"

@@ -192,7 +192,7 @@ func (c *configuration) client() (*brokerclient.Client, error) {
 // provider returns the key provider that the configuration describes.
 func (c *configuration) provider(broker *brokerclient.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
 	return keyprovider.New(broker, keyprovider.Config{
-		Names:       c.ProviderName,
+		Name:        c.ProviderName[0],
 		Format:      c.AnnotationFormat,
 		DefaultKEKs: c.DefaultKEKs,
 		CacheTTL:    c.KEKCacheTTL,

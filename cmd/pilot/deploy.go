@@ -10,7 +10,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/daemonset"
 )
 
 // brokerFlags are the settings for pilot.toml that install and deploy take.
@@ -52,18 +52,18 @@ func nodeDeploy(ctx context.Context, c *cli.Command) error {
 		return err
 	}
 	if c.Bool("check") {
-		return node.Ready()
+		return daemonset.Ready()
 	}
 	for from, name := range map[string]string{"broker-ca-from": "broker-ca", "broker-token-from": "broker-token-file"} {
 		if c.IsSet(from) && c.IsSet(name) {
 			return exit.Usagef("--%s and --%s are mutually exclusive", from, name)
 		}
 	}
-	set, err := node.NewDaemonSet(c.String("namespace"), c.String("daemonset"))
+	set, err := daemonset.New(c.String("namespace"), c.String("daemonset"))
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	d := &node.Deployment{
+	d := &daemonset.Deployment{
 		BinDir:    c.String("bin-dir"),
 		TokenFrom: c.String("broker-token-from"),
 		CAFrom:    c.String("broker-ca-from"),

@@ -16,7 +16,10 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/wireformat"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/crio"
+	"github.com/ctrlplane/pilot/node/doctor"
+	"github.com/ctrlplane/pilot/node/host"
 )
 
 var doctorCommand = &cli.Command{
@@ -39,14 +42,14 @@ Example:
    pilot node doctor --kek team-a`,
 	Flags: slices.Concat(configFlags(), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
-		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + node.CRIOSocket + " where there is CRI-O and no containerd)"},
+		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 	}),
-	Action: doctor,
+	Action: nodeDoctor,
 }
 
-func doctor(ctx context.Context, c *cli.Command) error {
+func nodeDoctor(ctx context.Context, c *cli.Command) error {
 	if c.NArg() > 0 {
 		return exit.Usagef("doctor takes no argument, and got %q", c.Args().First())
 	}
@@ -69,13 +72,13 @@ func doctor(ctx context.Context, c *cli.Command) error {
 	logrus.SetLevel(logrus.ErrorLevel)
 
 	report := struct {
-		OK    bool        `json:"ok"`
-		Steps []node.Step `json:"steps"`
+		OK    bool          `json:"ok"`
+		Steps []doctor.Step `json:"steps"`
 	}{OK: true}
 	var wrong []string
 	for step := range d.Examine(ctx) {
 		report.Steps = append(report.Steps, step)
-		if step.Result == node.Failed {
+		if step.Result == doctor.Failed {
 			report.OK = false
 			wrong = append(wrong, step.Name)
 		}
@@ -104,8 +107,8 @@ func doctor(ctx context.Context, c *cli.Command) error {
 }
 
 // newDoctor returns a doctor for the machine that the configuration describes.
-func newDoctor(c *cli.Command) *node.Doctor {
-	d := &node.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
+func newDoctor(c *cli.Command) *doctor.Doctor {
+	d := &doctor.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
 	if d.Configuration == "" {
 		d.Configuration = defaultConfigFile
 	}
@@ -127,16 +130,16 @@ func newDoctor(c *cli.Command) *node.Doctor {
 	d.DecryptionKeysPath = conf.DecryptionKeys
 	d.Containerd = string(conf.Containerd)
 	d.CRIO = c.String("crio")
-	if d.CRIO == "" && node.PullsWithCRIO(node.Options{ContainerdBinary: d.ContainerdBinary, ContainerdConfig: d.ContainerdConfig}) {
-		d.CRIO = node.CRIOSocket
+	if d.CRIO == "" && crio.PullsImages(host.Host{}, containerd.Named{Binary: d.ContainerdBinary, Config: d.ContainerdConfig}) {
+		d.CRIO = crio.Socket
 	}
 	return d
 }
 
 // printStep prints a step as lines of text.
-func printStep(s node.Step) {
+func printStep(s doctor.Step) {
 	fmt.Printf("%-8s %-18s %s\n", s.Result, s.Name, s.Detail)
-	for _, command := range s.Mend {
+	for _, command := range s.Fix {
 		fmt.Printf("%-8s %-18s   fix: %s\n", "", "", command)
 	}
 }

@@ -11,8 +11,10 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 var keyproviderCommand = &cli.Command{
@@ -46,7 +48,8 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if err != nil {
 			return err
 		}
-		return denied(keyprovider.Exec(ctx, conf.provider(broker, nil), os.Stdin, os.Stdout))
+		service := keyprovider.Service{Provider: conf.provider(broker, nil), Names: conf.ProviderName}
+		return denied(service.Exec(ctx, os.Stdin, os.Stdout))
 	},
 }
 
@@ -56,7 +59,7 @@ func denied(err error) error {
 	switch {
 	case err == nil, errors.Is(err, client.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
 		return err
-	case errors.Is(err, client.ErrForbidden), errors.Is(err, client.ErrNotFound), errors.Is(err, ocicryptclient.ErrDenied):
+	case errors.Is(err, client.ErrForbidden), errors.Is(err, client.ErrNotFound), errors.Is(err, processor.ErrDenied):
 		return exit.DeniedError(err)
 	}
 	return err
@@ -66,9 +69,9 @@ func forward(ctx context.Context, daemon address) error {
 	if path, ok := daemon.unix(); !ok || path == "" {
 		return exit.Usagef("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)
 	}
-	provider, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)})
+	provider, err := ocicryptclient.New("", keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)}, grpcdial.Call)
 	if err != nil {
 		return exit.Usagef("--daemon: %w", err)
 	}
-	return keyprovider.Exec(ctx, provider, os.Stdin, os.Stdout)
+	return keyprovider.Forward(ctx, provider, os.Stdin, os.Stdout)
 }

@@ -14,7 +14,9 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
+	"github.com/ctrlplane/pilot/node/install"
 )
 
 var nodeCommand = &cli.Command{
@@ -102,14 +104,19 @@ func brokerFlag(name string) cli.Flag {
 }
 
 func nodeInstall(ctx context.Context, c *cli.Command) error {
-	o := node.Options{
-		Root:              c.String("root"),
-		TrustRoot:         c.Bool("trust-root"),
-		ContainerdBinary:  c.String("containerd-binary"),
-		ContainerdConfig:  c.String("containerd-config"),
-		ContainerdAddress: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
-		PilotBinary:       c.String("pilot-binary"),
-		Settings:          map[string]string{},
+	h, err := host.New(c.String("root"), c.Bool("trust-root"))
+	if err != nil {
+		return err
+	}
+	o := install.Options{
+		Host: h,
+		Containerd: containerd.Named{
+			Binary:  c.String("containerd-binary"),
+			Config:  c.String("containerd-config"),
+			Address: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
+		},
+		PilotBinary: c.String("pilot-binary"),
+		Settings:    map[string]string{},
 	}
 	if err := nodeArguments(c); err != nil {
 		return err
@@ -134,13 +141,13 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	if err := conf.check(); err != nil {
 		return exit.UsageError(err)
 	}
-	if o.Root == "" {
+	if c.String("root") == "" {
 		// On a node image the files may come later.
 		if _, err := conf.client(); err != nil {
 			return err
 		}
 	}
-	plan, err := node.NewPlan(ctx, o)
+	plan, err := install.NewPlan(ctx, o)
 	if err != nil {
 		return err
 	}
@@ -168,11 +175,11 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	for _, line := range plan.DockerNote(ctx) {
 		fmt.Println(line)
 	}
-	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(node.Pending()) == 0 {
+	if c.String("root") != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(install.Pending(h)) == 0 {
 		return nil
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
-	for _, service := range node.Pending() {
+	for _, service := range install.Pending(h) {
 		if service == "pilot.service" {
 			commands = commands[:1]
 		}
@@ -181,28 +188,32 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	if err := runOrPrint(c.Bool("now"), commands); err != nil || !c.Bool("now") {
 		return err
 	}
-	return node.Restarted()
+	return install.Restarted()
 }
 
 func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	o := node.Options{Root: c.String("root"), TrustRoot: c.Bool("trust-root"), KeepConfig: c.Bool("keep-config")}
-	had, err := node.Installed(o)
+	h, err := host.New(c.String("root"), c.Bool("trust-root"))
+	if err != nil {
+		return err
+	}
+	o := install.Options{Host: h, KeepConfig: c.Bool("keep-config")}
+	had, err := install.Installed(o)
 	if err != nil {
 		return err
 	}
 	if !had.Present {
 		// An installation that was killed early may have left a file.
-		if _, err := node.Uninstall(ctx, o); err != nil {
+		if _, err := install.Uninstall(ctx, o); err != nil {
 			return err
 		}
 		fmt.Println("nothing is installed")
 		return nil
 	}
 	// Files that were changed since are listed at the end.
-	unsure, stays := node.Uninstall(ctx, o)
+	unsure, stays := install.Uninstall(ctx, o)
 	if len(unsure) > 0 {
 		fmt.Println("the record of the installation is lost, so these files are kept: remove them if pilot installed them")
 		for _, path := range unsure {
@@ -211,7 +222,7 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	} else if stays == nil {
 		fmt.Println("everything is as it was before")
 	}
-	if o.Root != "" || node.Connected(o) {
+	if c.String("root") != "" || install.Connected(o) {
 		return stays
 	}
 	// containerd or CRI-O first: until then it uses pilot.
@@ -226,7 +237,7 @@ func nodeRefresh(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	changed, err := node.Refresh(ctx, node.Options{})
+	changed, err := install.Refresh(ctx, install.Options{})
 	for _, path := range changed {
 		logrus.WithField("file", path).Info("containerd's configuration was changed since pilot was installed: file rewritten")
 	}

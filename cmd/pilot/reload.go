@@ -68,12 +68,12 @@ func (r *reloadable) certificates() map[string]string {
 	}
 }
 
-func (r *reloadable) WrapKey(ctx context.Context, input []byte) ([]byte, error) {
-	return r.current().WrapKey(ctx, input)
+func (r *reloadable) WrapKey(ctx context.Context, params [][]byte, layerKey []byte) ([]byte, error) {
+	return r.current().WrapKey(ctx, params, layerKey)
 }
 
-func (r *reloadable) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
-	return r.current().UnwrapKey(ctx, input)
+func (r *reloadable) UnwrapKey(ctx context.Context, params [][]byte, annotation []byte) ([]byte, error) {
+	return r.current().UnwrapKey(ctx, params, annotation)
 }
 
 // onHangup reads the configuration of the command c again on each SIGHUP, until

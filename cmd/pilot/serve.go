@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/signal"
@@ -32,6 +33,8 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // stopTimeout is how long requests may still take when pilot stops: containerd may be
@@ -105,7 +108,8 @@ func serve(ctx context.Context, c *cli.Command) error {
 		// Goroutines that are reused have grown their stacks already.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
-	keyprovider.Register(server, provider)
+	service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, Metrics: provider.metrics}
+	service.Register(server)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	var diffListener net.Listener
 	if conf.DiffListen != off {
@@ -236,17 +240,26 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	if err != nil {
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
-	for _, name := range c.ProviderName {
-		processor.RegisterKeyProvider(name, provider)
-	}
-	s := grpc.NewServer(grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
-	healthpb.RegisterHealthServer(s, health.NewServer())
-	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
+	s := plugin.NewServer(client, plugin.Config{
 		Layers:             c.LayersAtOnce,
 		DecryptionKeysPath: c.DecryptionKeys,
+		Keys:               c.keys(provider),
 		Metrics:            metrics,
-	}))
+	}, grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer()))
+	healthpb.RegisterHealthServer(s, health.NewServer())
 	return s, nil
+}
+
+// keys returns pilot's own key provider, and those of the file that
+// $OCICRYPT_KEYPROVIDER_CONFIG names.
+func (c *configuration) keys(own processor.KeyProvider) processor.Keys {
+	others, err := ocicryptclient.FromEnvironment(grpcdial.Call)
+	keys := processor.Keys{Providers: make(map[string]processor.KeyProvider), ProvidersErr: err}
+	maps.Copy(keys.Providers, others)
+	for _, name := range c.ProviderName {
+		keys.Providers[name] = own
+	}
+	return keys
 }
 
 // serverOptions returns the TLS of the configuration.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/glob"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
 )
@@ -306,7 +307,7 @@ func joined(actions []Action) string {
 }
 
 func matchAny(patterns []string, name string) bool {
-	return slices.ContainsFunc(patterns, func(p string) bool { return match(p, name) })
+	return slices.ContainsFunc(patterns, func(p string) bool { return glob.MatchPath(p, name) })
 }
 
 // Local is the policy of a broker that was given none: the identities, and

@@ -3,53 +3,11 @@ package policy
 import (
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 )
-
-func TestMatch(t *testing.T) {
-	for _, test := range []struct {
-		pattern, name string
-		want          bool
-	}{
-		{"", "", true}, {"", "a", false}, {"a", "a", true}, {"a", "b", false}, {"a", "ab", false},
-		{"*", "", true}, {"*", "abc", true}, {"*", "a/b", false}, {"**", "a/b", true},
-		{"a*", "abc", true}, {"a*c", "abc", true}, {"a*c", "abcd", false}, {"a*b*c", "axbybc", true},
-		{"spiffe://example.com/node/*", "spiffe://example.com/node/7", true},
-		{"spiffe://example.com/node/*", "spiffe://example.com/node/7/x", false},
-		{"spiffe://example.com/node/*", "spiffe://example.com.evil.org/node/7", false},
-		{"spiffe://example.com/**", "spiffe://example.com/a/b", true},
-		{"**/prod/*", "a/prod/x", true}, {"**/prod/*", "a/prod/x/prod/y", true}, {"**/prod/*", "a/prod/x/y", false},
-		{"*/b/**", "a/b/c/d", true}, {"*/b/**", "a/c/b/d", false},
-		{"team-?", "team-a", false}, {"team-[ab]", "team-a", false}, {"a.c", "abc", false},
-	} {
-		if got := match(test.pattern, test.name); got != test.want {
-			t.Errorf("%q matches %q: %t", test.pattern, test.name, got)
-		}
-	}
-}
-
-// FuzzMatch compares Match with a regular expression.
-func FuzzMatch(f *testing.F) {
-	f.Add("a*b**c", "axb/yc")
-	f.Add("**/x*/**y", "a/b/xx/yy/y")
-	f.Add("****", "a\n/b")
-	f.Fuzz(func(t *testing.T, pattern, name string) {
-		if len(pattern) > 50 || len(name) > 50 || strings.ToValidUTF8(pattern, "") != pattern || strings.ToValidUTF8(name, "") != name {
-			return
-		}
-		quoted := regexp.QuoteMeta(pattern)
-		quoted = strings.ReplaceAll(quoted, `\*\*`, `(?s:.*)`)
-		quoted = strings.ReplaceAll(quoted, `\*`, `[^/]*`)
-		want := regexp.MustCompile(`\A(?:` + quoted + `)\z`).MatchString(name)
-		if got := match(pattern, name); got != want {
-			t.Errorf("%q matches %q: %t", pattern, name, got)
-		}
-	})
-}
 
 const example = `
 [[rule]]

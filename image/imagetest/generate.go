@@ -125,10 +125,9 @@ func (g *generator) annotations(stale bool) object {
 	if g.chance(0.3) {
 		o = append(o, member{"", ""}, member{"ключ/\u2028", strings.Repeat("x", g.IntN(200))})
 	}
-	if stale {
-		// Annotations of another encryption were here, which decrypting does not put
-		// back. The images of all seeds stay the same otherwise.
-		g.chance(0.1)
+	if stale && g.chance(0.1) {
+		g.image.Features["stale annotations of encryption"] = true
+		o = append(o, member{"org.opencontainers.image.enc.keys.jwe", "c3RhbGU="})
 	}
 	return object{{"annotations", o}}
 }

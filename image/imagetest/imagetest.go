@@ -56,7 +56,7 @@ type Blob struct {
 }
 
 // New returns the image of a seed. size bounds how many parts an image has: 1
-// stands for a manifest of a layer or two, and 8 for some dozens of manifests.
+// is a manifest with a layer or two, and 8 some dozens of manifests.
 func New(seed uint64, size int) *Image {
 	g := &generator{
 		Rand: rand.New(rand.NewPCG(seed, uint64(size))),

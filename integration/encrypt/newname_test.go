@@ -62,7 +62,7 @@ func TestNoImageReplaced(t *testing.T) {
 				args, moved = append(args, name), name
 			}
 			harness.Write(t, script, fmt.Sprintf("%s/bin/ctr --address %s images tag --force --local example.com/other:1 %s && rm %s", harness.Tools, c.Socket, moved, script))
-			harness.ExpectFailure(t, encrypt(args...), map[bool]string{true: "it became " + other + " meanwhile", false: "already exists"}[name == ""])
+			harness.ExpectFailure(t, encrypt(args...), map[bool]string{true: "it was changed to " + other + " while this command ran", false: "already exists"}[name == ""])
 			if _, err := os.Stat(script); err == nil {
 				t.Fatal("the script was not run")
 			}

@@ -113,14 +113,14 @@ func TestRewrapRegistry(t *testing.T) {
 			t.Errorf("by digest: %v", keks)
 		}
 	})
-	t.Run("moved meanwhile", func(t *testing.T) {
+	t.Run("changed while it is rewrapped", func(t *testing.T) {
 		other, mediaType := w.Manifest("GET", "team/app", "plain", "", "")
 		var once sync.Once
 		w.Record(func(method, path string) {
 			if method == "PUT" && strings.Contains(path, "sha256:") {
 				once.Do(func() { w.Manifest("PUT", "team/app", "3", mediaType, other) })
 			}
-		}, func() { harness.ExpectFailure(t, rewrap(app+"3"), app+"3 was changed meanwhile and stays as it is") })
+		}, func() { harness.ExpectFailure(t, rewrap(app+"3"), app+"3 was changed while this command ran, and stays as it is") })
 		if now, _ := w.Manifest("GET", "team/app", "3", "", ""); now != other {
 			t.Error("the other's work was overwritten")
 		}

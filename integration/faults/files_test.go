@@ -134,7 +134,7 @@ func TestPilotOutOfFiles(t *testing.T) {
 			harness.ExpectFailure(t, pull(), "pilot: layer sha256:", "too many open files")
 			n.ExpectNoSnapshots(t)
 			if socket == "keyprovider" {
-				// Whoever says nothing is sent away after a while.
+				// A client that sends nothing is disconnected after a while.
 				expectFilesClosed(t, p, before)
 			}
 			leave()

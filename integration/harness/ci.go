@@ -26,6 +26,15 @@ func NewCI(t testing.TB, dir, ocicrypt string) *CI {
 	return c
 }
 
+// StartCI starts a broker with KEKs in dir/broker, and in dir/ci a pilot that uses it and
+// a CI machine that encrypts with that pilot. ocicrypt is the machine's ocicrypt.conf.
+func StartCI(t testing.TB, dir string, keks ...string) (c *CI, brokerURL, ocicrypt string) {
+	t.Helper()
+	_, brokerURL = StartBroker(t, dir+"/broker", keks...)
+	_, ocicrypt = StartPilot(t, dir+"/ci", brokerURL)
+	return NewCI(t, dir+"/ci", ocicrypt), brokerURL, ocicrypt
+}
+
 // Image makes an encrypted image and returns its name in the registry.
 func (c *CI) Image(k LayerKind, recipients ...string) string {
 	c.T.Helper()

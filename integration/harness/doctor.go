@@ -35,7 +35,7 @@ type DoctorReport struct {
 	OK    bool
 	Steps []struct {
 		Name, Result, Detail string
-		Mend                 []string
+		Fix, Mend            []string
 	}
 	Output string
 }
@@ -71,6 +71,11 @@ func (p *DoctorNode) Examine(t testing.TB, args ...string) DoctorReport {
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v in\n%s", err, r.Output)
 	}
+	for _, s := range r.Steps {
+		if !slices.Equal(s.Fix, s.Mend) {
+			t.Errorf("%s: fix is %q, and mend, its old name, is %q", s.Name, s.Fix, s.Mend)
+		}
+	}
 	if want := map[bool]int{true: 0, false: 1}[r.OK]; status != want && status != 2 {
 		t.Errorf("exit status %d, %v:\n%s", status, err, r.Output)
 	}
@@ -94,8 +99,8 @@ func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, said ...strin
 				t.Errorf("%s: want %q in %q", step, w, s.Detail)
 			}
 		}
-		if !slices.Contains(s.Mend, fix) {
-			t.Errorf("%s: want %q among %q (%s)", step, fix, s.Mend, s.Detail)
+		if !slices.Contains(s.Fix, fix) {
+			t.Errorf("%s: want %q among %q (%s)", step, fix, s.Fix, s.Detail)
 		}
 		return
 	}

@@ -124,7 +124,7 @@ func TestDifferCommit(t *testing.T) {
 }
 
 // commitKeepsLease checks that what a snapshot adds is kept by the lease of
-// whoever asked for it, or containerd's garbage collector may take it at once.
+// the caller, or containerd's garbage collector may remove it at once.
 func commitKeepsLease(t testing.TB, n *harness.Node, snapshot string) {
 	t.Helper()
 	client, err := containerd.New(n.Socket)

@@ -20,10 +20,19 @@ var rooms = []struct {
 	mayImport []string
 }{
 	{"cmd", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
-	{"ctr-pilot", []string{"copilot/client", "image", "keyprovider", "plugin", "processor"}},
+	{"ctr-pilot", []string{"image", "processor"}},
 	{"packaging", nil},
 	{"integration", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
-	{"node", []string{"copilot/client", "keyprovider", "plugin", "processor"}},
+	{"node", nil}, // which holds no code: who may import whom below it
+	{"node/sandbox", nil},
+	{"node/host", []string{"node/sandbox"}},
+	{"node/containerd", []string{"node/host"}},
+	{"node/crio", []string{"node/containerd", "node/host"}},
+	{"node/docker", []string{"node/containerd", "node/host"}},
+	{"node/install", []string{"node/containerd", "node/crio", "node/docker", "node/host"}},
+	{"node/daemonset", []string{"node/host", "node/install"}},
+	// The doctor asks install for the record of what was installed.
+	{"node/doctor", []string{"copilot/client", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
 	{"image", []string{"processor"}},
 	{"keyprovider", []string{"copilot/client", "processor"}},
@@ -39,11 +48,14 @@ var rooms = []struct {
 	{"internal", []string{"packaging/completions"}}, // which are shell scripts
 }
 
-// heavy are modules that the package is to do without, so that programs that import it
+// heavy are packages that a package must not depend on, so that programs that import it
 // stay small and start fast.
 var heavy = map[string][]string{
-	"image":     {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/"},
-	"processor": {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"image":                    {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "github.com/containerd/containerd/v2/client"},
+	"processor":                {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"processor/ocicryptclient": {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"cmd/pilot-decoder":        {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"plugin/builtin":           {"go.opentelemetry.io/otel/exporters/", "go.opentelemetry.io/otel/sdk"},
 }
 
 type listed struct {

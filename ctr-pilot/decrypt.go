@@ -1,0 +1,41 @@
+package main
+
+import (
+	"context"
+	"slices"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/localstore"
+)
+
+var decryptCommand = &cli.Command{
+	Name:      "decrypt",
+	Usage:     "decrypt an image",
+	ArgsUsage: "[flags] <image> [<new name>]",
+	Description: `Decrypts the layers of an image with the keys given, gpg's keyring, and key
+providers, and gives the result the new name, or the image's own. An image that
+was encrypted with ctr-pilot becomes what it was, byte for byte. Another image of the
+new name is replaced only with --force, and a name by digest never is.
+
+Example:
+   ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1`,
+	Flags:                     slices.Concat([]cli.Flag{forceFlag}, selectionFlags("decrypt"), keyFlags()),
+	DisableSliceFlagSeparator: true,
+	Action: func(ctx context.Context, cmd *cli.Command) error {
+		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
+			if err != nil {
+				return image.Result{}, err
+			}
+			dc, err := decryptConfig(cmd, layers)
+			if err != nil {
+				return image.Result{}, err
+			}
+			return image.Decrypt(ctx, localstore.New(client), target, withProviders(dc), opts)
+		})
+	},
+}

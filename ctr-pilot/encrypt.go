@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/localstore"
+)
+
+var encryptCommand = &cli.Command{
+	Name:      "encrypt",
+	Usage:     "encrypt an image",
+	ArgsUsage: "[flags] <image> [<new name>]",
+	Description: `Encrypts the layers of an image for recipients, and gives the result the new
+name, or the image's own. Another image of that name is replaced only with --force,
+and a name by digest, NAME@sha256:…, never is. A layer that is encrypted already is
+not touched: the recipients are added to those that it has.
+
+Blobs of every media type are encrypted, and SBOMs and provenance too. What stays
+readable is named, and is an error before anything is encrypted, unless
+--allow-plain accepts it or it is not selected by --layer and --platform. Platforms
+whose content is not here are left out of the new image. An image's configuration
+is readable in every encrypted image: everything that handles images has to read it.
+
+An image that BuildKit built on an encrypted one has the layers of that without
+their keys. --keys-from names the image that it was built on, in containerd or in
+its registry. Each key is checked against its layer before it is put back.
+
+--layer and --all-but-base leave the other layers readable.
+
+Recipients:
+   provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
+   jwe:FILE                  a public key
+   pkcs7:FILE                an X.509 certificate
+   pgp:NAME                  a name or mail address in gpg's keyring
+   pkcs11:FILE               a public key, or a YAML file of a key in an HSM
+
+Example:
+   ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
+   ctr-pilot images encrypt --recipient provider:pilot:team-a \
+      --keys-from registry.example.com/base:1 app:built app:encrypted`,
+	Flags: slices.Concat([]cli.Flag{
+		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
+		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
+		forceFlag,
+		allButBaseFlag,
+	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
+	DisableSliceFlagSeparator: true,
+	Action: func(ctx context.Context, cmd *cli.Command) error {
+		for _, f := range registryFlags() {
+			if name := f.Names()[0]; cmd.IsSet(name) && !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
+				return exit.Usagef("--%s is for --keys-from and --all-but-base", name)
+			}
+		}
+		if err := readPassword(cmd); err != nil {
+			return err
+		}
+		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+			var err error
+			if opts.Base, err = baseLayers(ctx, client, cmd); err != nil {
+				return image.Result{}, err
+			}
+			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
+			if err != nil {
+				return image.Result{}, err
+			}
+			to, err := newRecipients(keyArguments(cmd), layers)
+			if err != nil {
+				return image.Result{}, err
+			}
+			if opts.KeysFrom, err = keysFrom(ctx, client, cmd); err != nil {
+				return image.Result{}, err
+			}
+			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
+			opts.Attestations = image.Attestations(cmd.String("attestations"))
+			return image.Encrypt(ctx, localstore.New(client), target, to, opts)
+		})
+	},
+}
+
+type cryptFunc func(context.Context, *containerd.Client, ocispec.Descriptor, image.Options) (image.Result, error)
+
+// crypt encrypts or decrypts the image that the command names, with do.
+func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) error {
+	name, toName := cmd.Args().First(), cmd.Args().Get(1)
+	if name == "" || cmd.NArg() > 2 {
+		return exit.Usagef("%s takes the name of an image and a new name, and got %d arguments", verb, cmd.NArg())
+	}
+	if toName == "" {
+		toName = name
+	}
+	opts, err := selection(cmd)
+	if err != nil {
+		return err
+	}
+	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
+		img, err := getImage(ctx, client, name)
+		if err != nil {
+			return err
+		}
+		to := newName{client.ImageService(), img, toName, cmd.Bool("force")}
+		if err := to.check(ctx); err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, err)
+		}
+
+		progress := newProgress(verb)
+		opts.Progress = progress.add
+		result, err := do(ctx, client, img.Target, opts)
+		progress.stop()
+		if err == nil && ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
+			err = refused(cmd, plain)
+		}
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, withFetch(ctx, err, img))
+		}
+		if verb == "decrypt" {
+			warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
+		}
+		warnLacking(result.Lacking)
+		if result.Layers == 0 {
+			if verb == "encrypt" {
+				return fmt.Errorf("encrypt %s: no layer was encrypted: it has none, or the flags leave out all that it has", name)
+			}
+			fmt.Printf("%s has no encrypted layers\n", name)
+		}
+		if err := to.set(ctx, result.Target); err != nil {
+			return fmt.Errorf("%s %s: %w", verb, name, err)
+		}
+		if verb == "encrypt" {
+			if err := reportEncrypted(cmd, toName, result); err != nil || cmd.Bool("json") {
+				return err
+			}
+		}
+		fmt.Printf("%s %s (%d layers %sed)\n", toName, result.Target.Digest, result.Layers, verb)
+		return nil
+	})
+}
