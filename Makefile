@@ -3,13 +3,14 @@
 #   make build          the programs, into bin/        (PKCS11=1: with HSM support in all)
 #   make install        into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo           encrypt, push, pull and run an image, in private directories
+#   make demo-svg       draws what make demo prints, into docs/demo.svg
 #   make packages       debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make images         container images, as OCI layouts in dist/images/ (ARCHS=amd64)
 #   make node-image     a bootable disk image of a node, into dist/node-image/ (NODE_IMAGE_PACKAGES=: with more packages)
 #   make release        all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
 #
 # All tests install what they need first.
-#   make test           all tests but for these:
+#   make test           all tests except these:
 #   make test-nodes     sets up nodes with each containerd and each configuration that nodes have
 #   make test-packages  installs, upgrades, removes and purges the packages, and runs the documentation's commands
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
@@ -47,7 +48,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -83,6 +84,10 @@ tools:
 
 demo: build tools
 	scripts/demo.sh
+
+demo-svg: build tools
+	scripts/demo-svg.py >docs/demo.svg.new
+	mv docs/demo.svg.new docs/demo.svg
 
 # Tests mostly wait, so each package runs more of them at once than there are cores.
 PARALLEL ?= 3
@@ -171,6 +176,7 @@ check:
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
 	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak ./...
+	for os in darwin windows; do GOOS=$$os go build -buildvcs=false -o /dev/null ./ctr-pilot || exit 1; done
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

@@ -12,7 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/mistyped"
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // explainUsage makes a command and those below it answer a usage error with one line
@@ -72,7 +72,7 @@ func status(err error) int {
 	if coder := cli.ExitCoder(nil); errors.As(err, &coder) {
 		return coder.ExitCode()
 	}
-	if status := exit.Status(err); status != exit.Failed || !errors.Is(err, ocicryptclient.ErrDenied) {
+	if status := exit.Status(err); status != exit.Failed || !errors.Is(err, processor.ErrDenied) {
 		return status
 	}
 	return exit.Denied

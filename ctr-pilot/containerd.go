@@ -16,7 +16,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/glob"
-	"github.com/ctrlplane/pilot/plugin"
+	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 // withClient calls do with a client of the containerd that the command names,
@@ -107,5 +107,5 @@ func (c inContainerd) open(ctx context.Context, name, toName string) (*openImage
 		}
 		return nil, err
 	}
-	return &openImage{plugin.Store(c.client), img.Target, to.set}, nil
+	return &openImage{localstore.New(c.client), img.Target, to.set}, nil
 }

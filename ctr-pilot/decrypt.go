@@ -9,7 +9,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
-	"github.com/ctrlplane/pilot/plugin"
+	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 var decryptCommand = &cli.Command{
@@ -35,7 +35,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Decrypt(ctx, plugin.Store(client), target, dc, opts)
+			return image.Decrypt(ctx, localstore.New(client), target, withProviders(dc), opts)
 		})
 	},
 }

@@ -12,7 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/plugin"
+	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 var encryptCommand = &cli.Command{
@@ -72,7 +72,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			ec, err := encryptConfig(keyArguments(cmd), layers)
+			to, err := newRecipients(keyArguments(cmd), layers)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -81,7 +81,7 @@ Example:
 			}
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
-			return image.Encrypt(ctx, plugin.Store(client), target, ec, opts)
+			return image.Encrypt(ctx, localstore.New(client), target, to, opts)
 		})
 	},
 }

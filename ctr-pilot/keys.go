@@ -16,19 +16,27 @@ import (
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // defaultKeyProviders names the key providers when no variable does.
 const defaultKeyProviders = "/etc/pilot/ocicrypt.conf"
 
-// registerKeyProviders makes the key providers of the default file known if no
-// variable names another. What is wrong with either file is part of the error of
-// whoever needs a key provider.
-var registerKeyProviders = sync.OnceFunc(func() {
+// keyProviders returns the key providers of the file that $OCICRYPT_KEYPROVIDER_CONFIG
+// names, or else of the default file. An error is for layers that need one of them.
+var keyProviders = sync.OnceValues(func() (map[string]processor.KeyProvider, error) {
 	if os.Getenv(keyproviderconfig.ENVVARNAME) == "" {
-		processor.RegisterKeyProviders(defaultKeyProviders)
+		return ocicryptclient.FromFile(defaultKeyProviders, grpcdial.Call)
 	}
+	return ocicryptclient.FromEnvironment(grpcdial.Call)
 })
+
+// withProviders returns the key providers and dc, private keys.
+func withProviders(dc *config.DecryptConfig) processor.Keys {
+	providers, err := keyProviders()
+	return processor.Keys{Providers: providers, ProvidersErr: err, Private: dc}
+}
 
 // keyFlags are imgcrypt's flags for whatever decrypts.
 func keyFlags() []cli.Flag {
@@ -69,7 +77,6 @@ func keyArguments(cmd *cli.Command) parsehelpers.EncArgs {
 // decryptConfig returns the keys that the flags name. If they name none, gpg's
 // keyring is asked for those of layers that have a pgp recipient.
 func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.DecryptConfig, error) {
-	registerKeyProviders()
 	args, withPGP := keyArguments(cmd), layers
 	taken, err := takeKeys(&args)
 	if err != nil {
@@ -94,21 +101,21 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 // recipientSchemes are the first words of recipients.
 var recipientSchemes = []string{"provider", "jwe", "pkcs7", "pgp", "pkcs11"}
 
-// encryptConfig returns the recipients in args, and the keys to add them to
-// layers that are encrypted already.
-func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*config.EncryptConfig, error) {
+// newRecipients returns the recipients in args, and the keys to add them to layers that are
+// encrypted already.
+func newRecipients(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (processor.Recipients, error) {
+	var none processor.Recipients
 	if len(args.Recipient) == 0 {
-		return nil, exit.Usagef("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
+		return none, exit.Usagef("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
 	}
-	registerKeyProviders()
 	for _, r := range args.Recipient {
 		scheme, name, ok := strings.Cut(r, ":")
 		if !ok || !slices.Contains(recipientSchemes, scheme) {
-			return nil, exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+			return none, exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
 		}
 		if scheme == "jwe" || scheme == "pkcs7" || scheme == "pkcs11" {
 			if err := regular.Check(name, regular.MaxConfig); err != nil {
-				return nil, fmt.Errorf("recipient %s: %w", r, err)
+				return none, fmt.Errorf("recipient %s: %w", r, err)
 			}
 		}
 		if scheme != "pgp" {
@@ -116,22 +123,22 @@ func encryptConfig(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (*con
 		}
 		// imgcrypt leaves such a recipient out if it finds no gpg.
 		if _, err := parsehelpers.CreateGPGClient(args); err != nil {
-			return nil, fmt.Errorf("recipient %s: %w", r, err)
+			return none, fmt.Errorf("recipient %s: %w", r, err)
 		}
 	}
 	taken, err := takeKeys(&args)
 	if err != nil {
-		return nil, fmt.Errorf("keys: %w", err)
+		return none, fmt.Errorf("keys: %w", err)
 	}
 	if !slices.ContainsFunc(layers, hasPGP) {
 		layers = nil
 	}
 	cc, err := parsehelpers.CreateCryptoConfig(args, layers)
 	if err != nil {
-		return nil, errArguments(args, err)
+		return none, errArguments(args, err)
 	}
 	cc.EncryptConfig.AttachDecryptConfig(taken)
-	return cc.EncryptConfig, nil
+	return processor.Recipients{Keys: withProviders(&cc.EncryptConfig.DecryptConfig), Parameters: cc.EncryptConfig.Parameters}, nil
 }
 
 // errArguments returns err, which imgcrypt has for recipients and keys, and names the

@@ -7,6 +7,8 @@ import (
 	"os"
 	"strings"
 
+	"github.com/urfave/cli/v3"
+
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/packaging/man"
 )
@@ -19,7 +21,7 @@ func init() {
 All other commands are ctr's own: ctr-pilot --help lists them.`}
 	images := subcommand(app, "images")
 	for _, name := range []string{encryptCommand.Name, decryptCommand.Name, rewrapCommand.Name, layerinfoCommand.Name} {
-		page.Commands = append(page.Commands, man.FromV3(subcommand(images, name), "images "+name))
+		page.Commands = append(page.Commands, man.Commands([]*cli.Command{subcommand(images, name)}, "images")...)
 	}
 	if err := page.Write(os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)

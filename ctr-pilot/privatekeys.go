@@ -11,7 +11,6 @@ import (
 
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
 	"github.com/containers/ocicrypt/config"
-	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
@@ -64,12 +63,10 @@ func rereadable(arg string) (string, error) {
 		return "", err
 	}
 	defer pipe.Close()
-	fd, err := unix.MemfdCreate("key", unix.MFD_CLOEXEC)
+	again, err := memoryFile()
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", name, err)
 	}
-	// It stays open until the program ends.
-	again := fmt.Sprintf("/proc/self/fd/%d", fd)
 	b, err := io.ReadAll(io.LimitReader(pipe, maxPipedKey+1))
 	defer clear(b)
 	if err == nil && len(b) > maxPipedKey {

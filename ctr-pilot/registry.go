@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"strings"
 	"sync"
@@ -36,8 +35,8 @@ type inRegistry struct {
 }
 
 const (
-	// registryWithin bounds the wait for a registry, for one document.
-	registryWithin = time.Minute
+	// registryTimeout bounds the wait for a registry, for one document.
+	registryTimeout = time.Minute
 	// maxDocument bounds a document, in bytes.
 	maxDocument = 8 << 20
 )
@@ -60,7 +59,7 @@ func openRegistry(ctx context.Context, cmd *cli.Command) (*inRegistry, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := local.NewLabeledStore(dir, &labelMap{all: map[digest.Digest]map[string]string{}})
+	store, err := local.NewStore(dir)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -140,7 +139,7 @@ func parseReference(name string) (reference.Spec, error) {
 
 // resolve returns the descriptor of a name, or the zero value and an error.
 func resolve(ctx context.Context, resolver remotes.Resolver, name string) (ocispec.Descriptor, error) {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	_, desc, err := resolver.Resolve(ctx, name)
 	return desc, err
@@ -172,7 +171,7 @@ func (d *documents) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (cont
 	if desc.Size > maxDocument {
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", desc.Digest, desc.Size, maxDocument)
 	}
-	within, cancel := context.WithTimeout(ctx, registryWithin)
+	within, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	body, err := d.fetcher.Fetch(within, desc)
 	if err != nil {
@@ -221,7 +220,7 @@ func (d *documents) pushChildren(ctx context.Context, resolver remotes.Resolver,
 }
 
 func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name string, desc ocispec.Descriptor) error {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	pusher, err := resolver.Pusher(ctx, name)
 	if err != nil {
@@ -231,27 +230,4 @@ func (d *documents) push(ctx context.Context, resolver remotes.Resolver, name st
 		return fmt.Errorf("push %s: %w", name, explainRefusal(err))
 	}
 	return nil
-}
-
-// labelMap keeps the labels of blobs. Nothing reads them: there is no garbage collector.
-type labelMap struct {
-	mu  sync.Mutex
-	all map[digest.Digest]map[string]string
-}
-
-func (m *labelMap) Get(d digest.Digest) (map[string]string, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return maps.Clone(m.all[d]), nil
-}
-
-func (m *labelMap) Set(d digest.Digest, labels map[string]string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.all[d] = maps.Clone(labels)
-	return nil
-}
-
-func (m *labelMap) Update(d digest.Digest, labels map[string]string) (map[string]string, error) {
-	return labels, m.Set(d, labels)
 }

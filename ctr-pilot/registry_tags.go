@@ -102,7 +102,7 @@ func tagsAt(ctx context.Context, host docker.RegistryHost, spec reference.Spec) 
 
 // tagPage returns one page of the list, and where the next one is, or nil.
 func tagPage(ctx context.Context, host docker.RegistryHost, at *url.URL) ([]string, *url.URL, error) {
-	ctx, cancel := context.WithTimeout(ctx, registryWithin)
+	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
 	resp, err := authorized(ctx, host, at)
 	if err != nil {

@@ -70,7 +70,7 @@ func withRegistry(t *testing.T, f func(ctx context.Context, r *inRegistry), flag
 	}
 }
 
-func TestTags(t *testing.T) {
+func TestPatternsMatchTags(t *testing.T) {
 	tags := []string{"v1", "v2", "v10", "latest", "v1.2", "../x", "v3-rc", "v2"}
 	address, asked := tagServer(t, tags)
 	withRegistry(t, func(ctx context.Context, r *inRegistry) {

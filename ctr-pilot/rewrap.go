@@ -128,12 +128,15 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	if len(cmd.StringSlice("recipient")) > 0 {
 		args := keyArguments(cmd)
 		args.Key, args.DecRecipient = nil, nil
-		if r.how.Add, err = encryptConfig(args, nil); err != nil {
+		to, err := newRecipients(args, nil)
+		if err != nil {
 			return nil, err
 		}
+		r.how.Add = to.Parameters
 	}
 	r.changes = r.how.From != "" || r.how.Add != nil || len(r.how.Remove) > 0
-	r.how.Keys, err = decryptConfig(cmd, nil)
+	dc, err := decryptConfig(cmd, nil)
+	r.how.Keys = withProviders(dc)
 	return r, err
 }
 
@@ -280,9 +283,11 @@ func (r *rewrapper) withPGP(ctx context.Context, img *openImage, failed error) (
 	if !slices.ContainsFunc(layers, hasPGP) {
 		return image.Rewrapped{}, failed
 	}
-	how := r.how
-	if how.Keys, err = decryptConfig(r.cmd, layers); err != nil {
+	dc, err := decryptConfig(r.cmd, layers)
+	if err != nil {
 		return image.Rewrapped{}, err
 	}
+	how := r.how
+	how.Keys = withProviders(dc)
 	return image.Rewrap(ctx, img, img.target, how, r.opts)
 }

@@ -9,38 +9,24 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/imgcrypt/v2"
 	"github.com/containerd/platforms"
-	"github.com/containerd/typeurl/v2"
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/internal/payload"
 	"github.com/ctrlplane/pilot/processor"
 )
-
-// payloadIDs are the stream processors that get the keys: imgcrypt's, which
-// has none for zstd, and one for that.
-var payloadIDs = append(slices.Clone(imgcrypt.PayloadToolIDs), "io.containerd.ocicrypt.decoder.v1.tar.zstd")
 
 // withPayload hands a layer's descriptor and the keys to the stream processor
 // that decrypts the layer.
 func withPayload(dc *config.DecryptConfig) diff.ApplyOpt {
-	return func(_ context.Context, desc ocispec.Descriptor, c *diff.ApplyConfig) error {
+	pass := payload.With(dc)
+	return func(ctx context.Context, desc ocispec.Descriptor, c *diff.ApplyConfig) error {
 		if !processor.IsEncrypted(desc.MediaType) {
 			return nil
 		}
-		payload, err := typeurl.MarshalAny(&imgcrypt.Payload{DecryptConfig: *dc, Descriptor: desc})
-		if err != nil {
-			return err
-		}
-		if c.ProcessorPayloads == nil {
-			c.ProcessorPayloads = make(map[string]typeurl.Any)
-		}
-		for _, id := range payloadIDs {
-			c.ProcessorPayloads[id] = payload
-		}
-		return nil
+		return pass(ctx, desc, c)
 	}
 }
 

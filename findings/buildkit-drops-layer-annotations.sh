@@ -2,7 +2,7 @@
 # BuildKit 0.34.2 keeps the layers of a base image and drops the annotations of
 # their descriptors, without a word. An image encrypted with ocicrypt has its
 # wrapped layer keys there, so what is built on one has layers of the media type
-# "…+encrypted" that nobody can ever decrypt, and the build succeeds.
+# "…+encrypted" that can't be decrypted by anyone, and the build succeeds.
 #
 # If the layers have to be unpacked, the OCI worker takes the ciphertext for a
 # tar archive: "archive/tar: invalid tar header". It does not say that the media

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # "containerd config dump" of 2.x succeeds, and prints a configuration, where an
 # imported file does not exist. containerd itself does not start with it. So the
-# exit status of "config dump" does not tell whether containerd would start.
+# exit status of "config dump" does not show whether containerd would start.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'chmod -R u+w "$dir"; rm -rf "$dir"' EXIT

@@ -52,7 +52,7 @@ func BenchmarkDecrypt(b *testing.B) {
 // BenchmarkAddRecipient changes annotations and no layer.
 func BenchmarkAddRecipient(b *testing.B) {
 	s, _, encrypted := benchImage(b)
-	s.ec.DecryptConfig = *s.dc
+	s.ec.Keys = s.dc
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := Encrypt(s.ctx, s, encrypted, s.ec, Options{}); err != nil {

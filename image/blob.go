@@ -130,6 +130,9 @@ func (w *work) ingest(ctx context.Context, name, mediaType string, r io.Reader, 
 		err = nil
 		if len(labels) > 0 {
 			_, err = w.Update(ctx, content.Info{Digest: d, Labels: labels}, fieldPaths(labels)...)
+			if errdefs.IsFailedPrecondition(err) || errdefs.IsNotImplemented(err) {
+				err = nil // the store has no labels
+			}
 		}
 	}
 	return d, n, err

@@ -17,9 +17,9 @@ import (
 	"github.com/ctrlplane/pilot/internal/jsonedit"
 )
 
-// TestDisguised encrypts images with a manifest that not all readers take for the same,
+// TestDisguisedDocumentsAreRefusedOrNamed encrypts images with a manifest that not all readers take for the same,
 // beside an ordinary one. What it refers to is refused or named.
-func TestDisguised(t *testing.T) {
+func TestDisguisedDocumentsAreRefusedOrNamed(t *testing.T) {
 	s := newStore(t)
 	secret := s.put(ocispec.MediaTypeImageLayer, "secret")
 	ordinary := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
@@ -67,8 +67,8 @@ func TestDisguised(t *testing.T) {
 	}
 }
 
-// TestHostileRemoved decrypts an index that says that very much was left out of it.
-func TestHostileRemoved(t *testing.T) {
+// TestNotesOfTooManyEntriesAreRefused decrypts an index that says that very much was left out of it.
+func TestNotesOfTooManyEntriesAreRefused(t *testing.T) {
 	s := newStore(t)
 	encrypted := s.encrypted(s.ec)
 	large := `{"mediaType":"x/y",` + ref(encrypted) + `,"annotations":{"x":"` + strings.Repeat("x", 1<<20) + `"}}`
@@ -106,8 +106,8 @@ func TestHostileRemoved(t *testing.T) {
 	}
 }
 
-// TestRemovedOfManifest has no layer put into a manifest: none is ever left out.
-func TestRemovedOfManifest(t *testing.T) {
+// TestNoLayerIsPutIntoAManifest has no layer put into a manifest: none is ever left out.
+func TestNoLayerIsPutIntoAManifest(t *testing.T) {
 	s := newStore(t)
 	target := s.encrypted(s.ec)
 	note := string(jsonedit.Quote(`{"` + removedKey + `":"[{\"index\":0,\"after\":\"{},\"}]"}`))
@@ -138,8 +138,8 @@ func TestPlainIsPrintable(t *testing.T) {
 	}
 }
 
-// TestStrangeData has an encrypted layer whose descriptor still has the plain one.
-func TestStrangeData(t *testing.T) {
+// TestPlainDataOfEncryptedLayerIsNamed has an encrypted layer whose descriptor still has the plain one.
+func TestPlainDataOfEncryptedLayerIsNamed(t *testing.T) {
 	s := newStore(t)
 	doc := s.get(s.encrypted(s.ec))
 	data := `"data":"` + base64.StdEncoding.EncodeToString([]byte("layer b")) + `","digest":`
@@ -149,15 +149,15 @@ func TestStrangeData(t *testing.T) {
 	if list := NotEncrypted(readable); err != nil || len(list) != 1 || list[0].Reason != ReasonData {
 		t.Errorf("%v, %v", readable, err)
 	}
-	s.ec.DecryptConfig = *s.dc
+	s.ec.Keys = s.dc
 	out, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{0}})
 	if refused := new(PlainError); !errors.As(err, &refused) || refused.Plain[0].Reason != ReasonData {
 		t.Errorf("%+v, %v", out, err)
 	}
 }
 
-// TestHostileData decrypts a manifest that says that each of its layers was in it.
-func TestHostileData(t *testing.T) {
+// TestDataPutBackIsBounded decrypts a manifest that says that each of its layers was in it.
+func TestDataPutBackIsBounded(t *testing.T) {
 	s := newStore(t)
 	const count = 20
 	layer := s.put(ocispec.MediaTypeImageLayer, strings.Repeat("layer", 200_000)) // 1 MB
@@ -181,8 +181,8 @@ func TestHostileData(t *testing.T) {
 	}
 }
 
-// TestHostileSizes has small sizes for a blob that is too large to be held in memory.
-func TestHostileSizes(t *testing.T) {
+// TestFalseSizesAreRefused has small sizes for a blob that is too large to be held in memory.
+func TestFalseSizesAreRefused(t *testing.T) {
 	s := newStore(t)
 	huge := s.put(ocispec.MediaTypeImageConfig, `{"os":"linux","architecture":"amd64"}`+strings.Repeat(" ", maxManifest))
 	huge.Size = 1
@@ -214,8 +214,8 @@ func (v *vanishing) Info(ctx context.Context, d digest.Digest) (content.Info, er
 	return v.Store.Info(ctx, d)
 }
 
-// TestVanishes has a foreign layer vanish at any time. It is encrypted, or an error.
-func TestVanishes(t *testing.T) {
+// TestVanishingLayerIsEncryptedOrAnError has a foreign layer vanish at any time. It is encrypted, or an error.
+func TestVanishingLayerIsEncryptedOrAnError(t *testing.T) {
 	s := newStore(t)
 	foreign := s.put(dockerForeign, "foreign")
 	other := s.put(ocispec.MediaTypeImageLayer, "layer a")

@@ -5,9 +5,8 @@
 // Whatever does not have to change stays as it is, byte for byte, so decrypting an
 // encrypted image gives back the same image, digest for digest.
 //
-// A store is a [content.Store]: [local.NewStore] of
-// github.com/containerd/containerd/v2/plugins/content/local makes one in a directory.
-// In the store of a running containerd the caller must hold a lease. Without one,
+// A [Store] is containerd's, or one in a directory: see package plugins/content/local of
+// containerd. In a containerd that runs, the caller must hold a lease: without one,
 // containerd may collect what was written before an image refers to it.
 package image
 
@@ -15,9 +14,9 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // maxConcurrentLayers is how many layers are encrypted or decrypted at once.
@@ -68,10 +67,10 @@ type Result struct {
 	Lacking []string
 }
 
-// Encrypt encrypts the layers of the image target for the recipients in ec,
+// Encrypt encrypts the layers of the image target for the recipients to,
 // whatever their media types. Layers that are encrypted already are not touched:
-// ec's recipients are added to theirs, for which ec.DecryptConfig has to hold a
-// key, or a key provider has to unwrap. An encrypted layer without key annotations
+// the recipients are added to theirs, for which to has to have a private key or a
+// key provider that unwraps. An encrypted layer without key annotations
 // is an error unless opts.KeysFrom has its key. Adding recipients reads no layer.
 //
 // What stays readable is in the result. It is a [*PlainError], before anything is
@@ -85,22 +84,22 @@ type Result struct {
 //
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
-func Encrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, ec *config.EncryptConfig, opts Options) (Result, error) {
+func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to processor.Recipients, opts Options) (Result, error) {
 	switch opts.Attestations {
 	case "", EncryptAttestations, DropAttestations, KeepAttestations:
 	default:
 		return Result{}, fmt.Errorf("attestations can't be treated as %q: use encrypt, drop or keep", opts.Attestations)
 	}
-	e := &encryption{ec: ec}
+	e := &encryption{to: to}
 	defer e.clear()
-	result, err := e.plan(ctx, cs, target, opts)
+	result, err := e.plan(ctx, store, target, opts)
 	if err == nil {
 		err = refusal(result, opts)
 	}
 	if err != nil {
 		return Result{}, err
 	}
-	w := newWork(cs, opts, encrypting, e.layer)
+	w := newWork(store, opts, encrypting, e.layer)
 	w.was = e.was
 	if result, err = w.run(ctx, target); err == nil {
 		err = refusal(result, opts) // content may have gone since
@@ -119,8 +118,7 @@ func refusal(result Result, opts Options) error {
 	return nil
 }
 
-// Decrypt decrypts the layers of the image target with the keys in dc or with
-// key providers.
-func Decrypt(ctx context.Context, cs content.Store, target ocispec.Descriptor, dc *config.DecryptConfig, opts Options) (Result, error) {
-	return newWork(cs, opts, decrypting, decryption{dc}.layer).run(ctx, target)
+// Decrypt decrypts the layers of the image target with keys.
+func Decrypt(ctx context.Context, store Store, target ocispec.Descriptor, keys processor.Keys, opts Options) (Result, error) {
+	return newWork(store, opts, decrypting, decryption{keys}.layer).run(ctx, target)
 }

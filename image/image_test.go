@@ -30,8 +30,8 @@ type store struct {
 	content.Store
 	t       testing.TB
 	ctx     context.Context
-	ec      *config.EncryptConfig
-	dc      *config.DecryptConfig
+	ec      processor.Recipients
+	dc      processor.Keys
 	stopped func() // cancels ctx
 }
 
@@ -59,8 +59,8 @@ func newStore(t testing.TB) *store {
 	t.Cleanup(stop)
 	return &store{
 		Store: metadata.NewDB(db, blobs, nil).ContentStore(), t: t, ctx: ctx, stopped: stop,
-		ec: &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {testKeys[0]}}},
-		dc: &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {testKeys[1]}, "privkeys-passwords": {nil}}},
+		ec: processor.Recipients{Keys: kekOnly, Parameters: map[string][][]byte{"pubkeys": {testKeys[0]}}},
+		dc: kekOnly.With(&config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {testKeys[1]}, "privkeys-passwords": {nil}}}),
 	}
 }
 
@@ -152,7 +152,7 @@ func testImages(s *store) map[string]ocispec.Descriptor {
 	return map[string]ocispec.Descriptor{"plain": plain, "odd": odd, "docker": docker, "index": index, "docker list": list, "nested": nested}
 }
 
-func TestRoundTrip(t *testing.T) {
+func TestDecryptGivesBackTheImage(t *testing.T) {
 	s := newStore(t)
 	for name, target := range testImages(s) {
 		// Docker's foreign layer is not here.
@@ -177,7 +177,7 @@ func TestRoundTrip(t *testing.T) {
 			}
 		}
 		// More recipients change nothing of the layers.
-		again, err := Encrypt(s.ctx, s, encrypted.Target, &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}, Options{AllowPlain: true})
+		again, err := Encrypt(s.ctx, s, encrypted.Target, processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}, Options{AllowPlain: true})
 		if err != nil || again.Layers != encrypted.Layers {
 			t.Errorf("%s, more recipients: %+v, %v", name, again, err)
 		}
@@ -195,8 +195,8 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-// TestLayerByLayer decrypts a Docker image one layer at a time.
-func TestLayerByLayer(t *testing.T) {
+// TestLayersDecryptOneByOne decrypts a Docker image one layer at a time.
+func TestLayersDecryptOneByOne(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["docker"]
 	result, err := Encrypt(s.ctx, s, target, s.ec, Options{Layers: []int{1, 2}})
@@ -213,7 +213,7 @@ func TestLayerByLayer(t *testing.T) {
 	}
 }
 
-func TestSelection(t *testing.T) {
+func TestOnlySelectedLayersChange(t *testing.T) {
 	s := newStore(t)
 	index := testImages(s)["index"]
 	amd64, s390x, riscv := platforms.MustParse("linux/amd64"), platforms.MustParse("linux/s390x"), platforms.MustParse("linux/riscv64")
@@ -258,7 +258,7 @@ func TestSelection(t *testing.T) {
 func TestPeer(t *testing.T) {
 	s := newStore(t)
 	all := func(ocispec.Descriptor) bool { return true }
-	cc := &config.CryptoConfig{EncryptConfig: s.ec, DecryptConfig: s.dc}
+	cc := &config.CryptoConfig{EncryptConfig: &config.EncryptConfig{Parameters: s.ec.Parameters}, DecryptConfig: s.dc.Private}
 	for name, target := range testImages(s) {
 		if name == "odd" || name == "index" || name == "nested" || strings.HasPrefix(name, "docker") {
 			// imgcrypt wants nothing out of the ordinary; the plain one and
@@ -325,7 +325,7 @@ func checkLayers(s *store, got, want ocispec.Descriptor) {
 	}
 }
 
-func TestErrors(t *testing.T) {
+func TestUnusableImagesAreErrors(t *testing.T) {
 	s := newStore(t)
 	conf := s.put(ocispec.MediaTypeImageConfig, `{"architecture":"amd64","os":"linux"}`)
 	a := s.put(ocispec.MediaTypeImageLayer, "layer a")
@@ -359,7 +359,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-func TestDecryptErrors(t *testing.T) {
+func TestUndecryptableImagesAreErrors(t *testing.T) {
 	for _, change := range []func(string) string{
 		func(c string) string { return c[:len(c)-1] + string([]byte{c[len(c)-1] ^ 1}) },
 		func(c string) string { return string([]byte{c[0] ^ 1}) + c[1:] },
@@ -385,7 +385,7 @@ func TestDecryptErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		wrong := &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {otherPrivate}, "privkeys-passwords": {nil}}}
+		wrong := processor.Keys{Private: &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {otherPrivate}, "privkeys-passwords": {nil}}}}
 		if _, err = Decrypt(s.ctx, s, result.Target, wrong, Options{}); !errors.Is(err, processor.ErrNoKey) {
 			t.Errorf("wrong key: %v", err)
 		}
@@ -396,7 +396,7 @@ func TestDecryptErrors(t *testing.T) {
 	}
 }
 
-func TestCancelled(t *testing.T) {
+func TestCancelStopsEncryption(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["odd"]
 	opts := Options{Progress: func(ocispec.Descriptor, int) { s.stopped() }}
@@ -406,8 +406,8 @@ func TestCancelled(t *testing.T) {
 	s.noIngests()
 }
 
-// TestDiskFull writes to a store whose disk is full.
-func TestDiskFull(t *testing.T) {
+// TestFullDiskIsAnError writes to a store whose disk is full.
+func TestFullDiskIsAnError(t *testing.T) {
 	s := newStore(t)
 	target := testImages(s)["plain"]
 	s.Store = fullStore{s.Store}
@@ -429,3 +429,37 @@ func (s fullStore) Writer(ctx context.Context, opts ...content.WriterOpt) (conte
 type fullWriter struct{ content.Writer }
 
 func (fullWriter) Write([]byte) (int, error) { return 0, errFull }
+
+func TestZeroKeysAreErrors(t *testing.T) {
+	s := newStore(t)
+	plain := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
+	if _, err := Encrypt(s.ctx, s, plain, processor.Recipients{}, Options{}); err == nil || !strings.Contains(err.Error(), "recipient") {
+		t.Errorf("without recipients: %v", err)
+	}
+	encrypted := s.encrypted(s.ec)
+	if _, err := Decrypt(s.ctx, s, encrypted, processor.Keys{}, Options{}); !errors.Is(err, processor.ErrNoKey) {
+		t.Errorf("without keys: %v", err)
+	}
+	if err := CheckAccess(s.ctx, s, encrypted, processor.Keys{}, platforms.All); !errors.Is(err, processor.ErrNoKey) {
+		t.Errorf("access without keys: %v", err)
+	}
+	if _, err := Rewrap(s.ctx, s, encrypted, Rewrapping{Add: map[string][][]byte{"pubkeys": {testKeys[0]}}}, Options{}); !errors.Is(err, processor.ErrNoKey) {
+		t.Errorf("rewrapped without keys: %v", err)
+	}
+}
+
+// TestStoreWithoutLabels encrypts an image twice in a store that has no labels, so that
+// the second finds the documents of the first.
+func TestStoreWithoutLabels(t *testing.T) {
+	s := newStore(t)
+	var err error
+	if s.Store, err = local.NewStore(t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	target := s.encrypted(s.ec)
+	for range 2 {
+		if result, err := Decrypt(s.ctx, s, target, s.dc, Options{}); err != nil || result.Layers != 2 {
+			t.Errorf("%+v, %v", result, err)
+		}
+	}
+}

@@ -4,10 +4,8 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -26,8 +24,8 @@ type Layer struct {
 // Layers returns the selected layers of an image, of any media type, manifest by
 // manifest in the order of the index, each manifest once. Those of manifests that are
 // not in the store are left out.
-func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
-	w := newWork(cs, opts, inspecting, nil)
+func Layers(ctx context.Context, store Store, target ocispec.Descriptor, opts Options) ([]Layer, error) {
+	w := newWork(store, opts, inspecting, nil)
 	if _, err := w.visit(ctx, target, 0); err != nil {
 		return nil, err
 	}
@@ -36,8 +34,8 @@ func Layers(ctx context.Context, cs content.Store, target ocispec.Descriptor, op
 
 // CheckAccess checks that the key of each encrypted layer of the image can be
 // unwrapped, for the platform that p prefers. It reads no layer.
-func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descriptor, dc *config.DecryptConfig, p platforms.MatchComparer) error {
-	manifest, err := images.Manifest(ctx, cs, target, p)
+func CheckAccess(ctx context.Context, store Store, target ocispec.Descriptor, keys processor.Keys, p platforms.MatchComparer) error {
+	manifest, err := images.Manifest(ctx, store, target, p)
 	if err != nil {
 		return err
 	}
@@ -45,7 +43,7 @@ func CheckAccess(ctx context.Context, cs content.Store, target ocispec.Descripto
 		if !processor.IsEncrypted(l.MediaType) {
 			continue
 		}
-		key, err := processor.Unwrap(ctx, dc, l)
+		key, err := processor.Unwrap(ctx, keys, l)
 		if err != nil {
 			return fmt.Errorf("layer %s: %w", l.Digest, err)
 		}

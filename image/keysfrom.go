@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -47,26 +46,18 @@ func (e *encryption) restoreKeys(ctx context.Context, w *work, desc ocispec.Desc
 func (e *encryption) keysOf(ctx context.Context, w *work, desc, l ocispec.Descriptor) (map[string]string, error) {
 	unwrapCtx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
-	key, err := processor.Unwrap(unwrapCtx, &e.ec.DecryptConfig, l)
+	key, err := processor.Unwrap(unwrapCtx, e.to.Keys, l)
 	if err != nil {
 		return nil, err
 	}
 	defer key.Clear()
-	err = w.read(ctx, desc, func(r io.Reader) error {
-		decrypter, err := processor.NewDecrypter(r, key)
-		if err != nil {
-			return err
-		}
-		defer decrypter.Close()
-		_, err = decrypter.WriteTo(io.Discard)
-		return err
-	})
+	err = w.read(ctx, desc, func(r io.Reader) error { return processor.Verify(r, key) })
 	if err != nil {
 		return nil, err
 	}
 	annotations := maps.Clone(l.Annotations)
 	maps.DeleteFunc(annotations, func(name, _ string) bool { return !ofEncryption(name) })
-	missing := withoutKEKs(e.ec, recipientsOf(annotations))
+	missing := withoutKEKs(e.to, recipientsOf(annotations))
 	if len(missing.Parameters) == 0 {
 		return annotations, nil
 	}
@@ -77,9 +68,10 @@ func (e *encryption) keysOf(ctx context.Context, w *work, desc, l ocispec.Descri
 	return annotations, err
 }
 
-// withoutKEKs returns ec without the KEKs among recipients.
-func withoutKEKs(ec *config.EncryptConfig, recipients []Recipient) *config.EncryptConfig {
-	out := &config.EncryptConfig{Parameters: maps.Clone(ec.Parameters), DecryptConfig: ec.DecryptConfig}
+// withoutKEKs returns to without the KEKs among recipients.
+func withoutKEKs(to processor.Recipients, recipients []Recipient) processor.Recipients {
+	out := to
+	out.Parameters = maps.Clone(to.Parameters)
 	for _, r := range recipients {
 		name, ok := strings.CutPrefix(r.Scheme, providerScheme)
 		if !ok || r.KEK == "" {

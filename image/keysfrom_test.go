@@ -42,7 +42,7 @@ func (s *store) layers(target ocispec.Descriptor) []ocispec.Descriptor {
 	return descs
 }
 
-func TestKeysFrom(t *testing.T) {
+func TestKeysComeFromTheBaseImage(t *testing.T) {
 	s := newStore(t)
 	plain := []ocispec.Descriptor{s.put(ocispec.MediaTypeImageLayer, "base 0"), s.put(ocispec.MediaTypeImageLayer, "base 1")}
 	base := s.put(ociManifest, fmt.Sprintf(`{"schemaVersion": 2, "mediaType": %q, "config": {"mediaType": %q, %s}, "layers": [{"mediaType": %q, %s}, {"mediaType": %q, %s}]}`,
@@ -53,8 +53,8 @@ func TestKeysFrom(t *testing.T) {
 	}
 	of := s.layers(encrypted.Target)
 	built := s.builtOn(of)
-	ec := *s.ec
-	ec.DecryptConfig = *s.dc
+	ec := s.ec
+	ec.Keys = s.dc
 	// The key of layer 1 in the place of that of layer 0, by mistake or by
 	// somebody who can write to the registry.
 	wrong := of[0]
@@ -77,7 +77,7 @@ func TestKeysFrom(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			before := s.blobs()
-			out, err := Encrypt(s.ctx, s, built, &ec, Options{KeysFrom: test.from})
+			out, err := Encrypt(s.ctx, s, built, ec, Options{KeysFrom: test.from})
 			if test.want != "" {
 				if err == nil || !strings.Contains(err.Error(), test.want) {
 					t.Errorf("want %q: %v", test.want, err)

@@ -7,7 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -19,7 +18,7 @@ const keyTimeout = time.Minute
 
 // encryption is one [Encrypt].
 type encryption struct {
-	ec    *config.EncryptConfig
+	to    processor.Recipients
 	plans plans
 	was   bool // the image has encrypted layers already
 }
@@ -49,7 +48,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 }
 
 // decryption is one [Decrypt].
-type decryption struct{ dc *config.DecryptConfig }
+type decryption struct{ keys processor.Keys }
 
 // layer decrypts a layer.
 func (d decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
@@ -61,7 +60,7 @@ func (d decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor)
 	c.desc.MediaType = mediaType
 	unwrapCtx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
-	key, err := processor.Unwrap(unwrapCtx, d.dc, desc)
+	key, err := processor.Unwrap(unwrapCtx, d.keys, desc)
 	if err != nil {
 		return change{}, err
 	}

@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -67,7 +66,7 @@ func TestNestedIndexes(t *testing.T) {
 	if layers, err := Layers(s.ctx, s, encrypted.Target, Options{}); err != nil || len(layers) != 5 {
 		t.Errorf("%d layers, %v", len(layers), err) // for five platforms
 	}
-	again, err := Rewrap(s.ctx, s, encrypted.Target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+	again, err := Rewrap(s.ctx, s, encrypted.Target, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 	if err != nil || again.Layers != 1 || again.Encrypted != 1 {
 		t.Errorf("rewrap: %+v, %v", again, err)
 	}
@@ -98,7 +97,7 @@ func TestLimits(t *testing.T) {
 	} {
 		_, encryptErr := Encrypt(s.ctx, s, test.target, s.ec, Options{})
 		_, decryptErr := Decrypt(s.ctx, s, test.target, s.dc, Options{})
-		_, rewrapErr := Rewrap(s.ctx, s, test.target, Rewrapping{}, Options{})
+		_, rewrapErr := Rewrap(s.ctx, s, test.target, Rewrapping{Keys: kekOnly}, Options{})
 		_, layersErr := Layers(s.ctx, s, test.target, Options{})
 		for i, err := range []error{encryptErr, decryptErr, rewrapErr, layersErr} {
 			if !errors.Is(err, ErrLimit) || !strings.Contains(err.Error(), test.want) {
@@ -108,9 +107,9 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestCheckedFirst encrypts images that can't be, and whose first layer can't be
+// TestLimitsAreCheckedBeforeLayersAreRead encrypts images that can't be, and whose first layer can't be
 // read either: that the layer was not read shows in which error it is.
-func TestCheckedFirst(t *testing.T) {
+func TestLimitsAreCheckedBeforeLayersAreRead(t *testing.T) {
 	s := newStore(t)
 	unreadable := s.put(ocispec.MediaTypeImageLayer, "first layer")
 	unreadable.Size++
@@ -121,19 +120,19 @@ func TestCheckedFirst(t *testing.T) {
 	}
 	full := second.Target
 	for range processor.MaxWrappedKeys - 1 {
-		out, err := Rewrap(s.ctx, s, full, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+		out, err := Rewrap(s.ctx, s, full, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		full = out.Target
 	}
-	if _, err := Rewrap(s.ctx, s, full, Rewrapping{Keys: s.dc, Add: s.ec}, Options{}); !errors.Is(err, processor.ErrTooManyRecipients) {
+	if _, err := Rewrap(s.ctx, s, full, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{}); !errors.Is(err, processor.ErrTooManyRecipients) {
 		t.Errorf("rewrap with one recipient too many: %v", err)
 	}
 	if _, err := Decrypt(s.ctx, s, full, s.dc, Options{}); err != nil {
 		t.Errorf("with as many wrapped keys as there may be: %v", err)
 	}
-	ec := &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}
+	ec := processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}
 	if _, err := Encrypt(s.ctx, s, s.indexOf(s.manifestOf(unreadable), full), ec, Options{}); !errors.Is(err, processor.ErrTooManyRecipients) {
 		t.Errorf("one recipient too many: %v", err)
 	}
@@ -164,7 +163,7 @@ func TestAddRecipientsWithoutLayers(t *testing.T) {
 	if err := s.Delete(s.ctx, layers[0].Descriptor.Digest); err != nil {
 		t.Fatal(err)
 	}
-	ec := &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}
+	ec := processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}
 	both, err := Encrypt(s.ctx, s, encrypted.Target, ec, Options{})
 	if err != nil || both.Layers != 1 {
 		t.Fatalf("%+v, %v", both, err)
@@ -174,8 +173,8 @@ func TestAddRecipientsWithoutLayers(t *testing.T) {
 	}
 }
 
-// TestBase encrypts what the base image does not have.
-func TestBase(t *testing.T) {
+// TestOnlyLayersAboveTheBaseAreEncrypted encrypts what the base image does not have.
+func TestOnlyLayersAboveTheBaseAreEncrypted(t *testing.T) {
 	s := newStore(t)
 	base, own := s.put(ocispec.MediaTypeImageLayer, "base"), s.put(ocispec.MediaTypeImageLayer, "own")
 	target := s.indexOf(s.manifestOf(base, own), s.manifestOf(own))
@@ -200,11 +199,11 @@ func TestBase(t *testing.T) {
 	}
 }
 
-// TestRewrapManyKEKs rewraps a layer to which someone added more KEKs than are tried.
-func TestRewrapManyKEKs(t *testing.T) {
+// TestRewrapBoundsTheKEKsItTries rewraps a layer to which someone added more KEKs than are tried.
+func TestRewrapBoundsTheKEKsItTries(t *testing.T) {
 	newKEKs(t, "a", "b")
 	s := newStore(t)
-	ec := &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("a")}}}
+	ec := kek("pilot", "a")
 	encrypted, err := Encrypt(s.ctx, s, s.manifestOf(s.put(ocispec.MediaTypeImageLayer, "layer")), ec, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -221,7 +220,7 @@ func TestRewrapManyKEKs(t *testing.T) {
 		}
 		return s.put(encrypted.Target.MediaType, doc)
 	}
-	how := Rewrapping{From: "a", To: "b"}
+	how := Rewrapping{Keys: kekOnly, From: "a", To: "b"}
 	if out, err := Rewrap(s.ctx, s, add(5), how, Options{}); err != nil || out.Layers != 1 {
 		t.Errorf("250 KEKs: %+v, %v", out, err)
 	}

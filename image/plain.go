@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -149,8 +148,8 @@ func Unaccepted(list []Plain) []Plain {
 
 // Inspect returns what is readable in the selected part of an image, blob by blob.
 // The image is fully encrypted if [NotEncrypted] finds none in it.
-func Inspect(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
-	w := newWork(cs, opts, inspecting, nil)
+func Inspect(ctx context.Context, store Store, target ocispec.Descriptor, opts Options) ([]Plain, error) {
+	w := newWork(store, opts, inspecting, nil)
 	w.strict = true
 	if _, err := w.visit(ctx, target, 0); err != nil {
 		return nil, err

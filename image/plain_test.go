@@ -78,8 +78,8 @@ func (s *store) reachable(desc ocispec.Descriptor) (blobs map[digest.Digest]bool
 	return blobs, docs
 }
 
-// TestEveryMediaType encrypts layers of every media type and gets them back.
-func TestEveryMediaType(t *testing.T) {
+// TestEveryMediaTypeComesBack encrypts layers of every media type and gets them back.
+func TestEveryMediaTypeComesBack(t *testing.T) {
 	s := newStore(t)
 	var layers []string
 	var plain []digest.Digest
@@ -111,7 +111,7 @@ func TestEveryMediaType(t *testing.T) {
 		if err != nil || decrypted.Target.Digest != target.Digest || decrypted.Target.MediaType != target.MediaType {
 			t.Errorf("came back as %s, %v", s.get(decrypted.Target), err)
 		}
-		rewrapped, err := Rewrap(s.ctx, s, out.Target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+		rewrapped, err := Rewrap(s.ctx, s, out.Target, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 		if err != nil || rewrapped.Layers != len(mediaTypes) {
 			t.Fatalf("rewrap: %+v, %v", rewrapped, err)
 		}
@@ -131,8 +131,8 @@ func reasons(list []Plain) (all []string) {
 	return all
 }
 
-// TestPlain names what stays readable, and writes nothing unless it is accepted.
-func TestPlain(t *testing.T) {
+// TestWhatStaysReadableIsNamed names what stays readable, and writes nothing unless it is accepted.
+func TestWhatStaysReadableIsNamed(t *testing.T) {
 	s := newStore(t)
 	a, b := s.put(ocispec.MediaTypeImageLayer, "layer a"), s.put(ocispec.MediaTypeImageLayer, "layer b")
 	amd := s.manifest(ociManifest, entry(a), "")
@@ -230,8 +230,8 @@ func TestPlain(t *testing.T) {
 	}
 }
 
-// TestSubject has manifests refer to others of the same index.
-func TestSubject(t *testing.T) {
+// TestSubjectsFollow has manifests refer to others of the same index.
+func TestSubjectsFollow(t *testing.T) {
 	s := newStore(t)
 	a, sbom := s.put(ocispec.MediaTypeImageLayer, "layer a"), s.put("application/spdx+json", "sbom")
 	img := s.manifest(ociManifest, entry(a), "")
@@ -282,8 +282,8 @@ func TestSubject(t *testing.T) {
 	}
 }
 
-// TestData encrypts blobs and manifests whose descriptors hold them.
-func TestData(t *testing.T) {
+// TestDataComesBack encrypts blobs and manifests whose descriptors hold them.
+func TestDataComesBack(t *testing.T) {
 	s := newStore(t)
 	data := func(text string) string {
 		return `, "data" : "` + base64.StdEncoding.EncodeToString([]byte(text)) + `" ,"x":1}`
@@ -316,7 +316,7 @@ func TestDataOfOthers(t *testing.T) {
 	}
 	data := base64.StdEncoding.EncodeToString([]byte(s.get(out.Target)))
 	target := s.put(ociIndex, `{"manifests":[`+strings.TrimSuffix(entry(out.Target), "}")+`,"data":"`+data+`"}]}`)
-	rewrapped, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+	rewrapped, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 	if err != nil || rewrapped.Layers != 1 {
 		t.Fatalf("rewrap: %+v, %v", rewrapped, err)
 	}
@@ -328,8 +328,8 @@ func TestDataOfOthers(t *testing.T) {
 	}
 }
 
-// TestLeftOut leaves entries out of an index, in several steps, and puts them back.
-func TestLeftOut(t *testing.T) {
+// TestLeftOutEntriesComeBack leaves entries out of an index, in several steps, and puts them back.
+func TestLeftOutEntriesComeBack(t *testing.T) {
 	s := newStore(t)
 	docker := s.manifest(dockerManifest, entry(s.put(dockerGzip, "layer d")), "")
 	a := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
@@ -350,10 +350,10 @@ func TestLeftOut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ec := *s.ec
-		ec.DecryptConfig = *s.dc
+		ec := s.ec
+		ec.Keys = s.dc
 		for _, opts := range []Options{{Attestations: KeepAttestations}, {Attestations: DropAttestations}} {
-			if out, err = Encrypt(s.ctx, s, out.Target, &ec, opts); err != nil {
+			if out, err = Encrypt(s.ctx, s, out.Target, ec, opts); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -388,9 +388,9 @@ func TestLeftOut(t *testing.T) {
 	}
 }
 
-// TestNestedAbsent has an index get back what it had although one inside it has an
+// TestNestedIndexWithAbsentEntryComesBack has an index get back what it had although one inside it has an
 // entry that is not in the store, which was so when it was encrypted, or came later.
-func TestNestedAbsent(t *testing.T) {
+func TestNestedIndexWithAbsentEntryComesBack(t *testing.T) {
 	s := newStore(t)
 	a := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer a")), "")
 	b := s.manifest(ociManifest, entry(s.put(ocispec.MediaTypeImageLayer, "layer b")), "")
@@ -436,8 +436,8 @@ func TestNestedAbsent(t *testing.T) {
 	}
 }
 
-// TestDigestNotNoted spells digests unusually, and finds them nowhere afterwards.
-func TestDigestNotNoted(t *testing.T) {
+// TestPlainDigestsAreNotNoted spells digests unusually, and finds them nowhere afterwards.
+func TestPlainDigestsAreNotNoted(t *testing.T) {
 	s := newStore(t)
 	a := s.put(ocispec.MediaTypeImageLayer, "layer a")
 	all := ""
@@ -459,8 +459,8 @@ func TestDigestNotNoted(t *testing.T) {
 	}
 }
 
-// TestInspect names what is readable in images that others encrypted.
-func TestInspect(t *testing.T) {
+// TestInspectNamesWhatIsReadable names what is readable in images that others encrypted.
+func TestInspectNamesWhatIsReadable(t *testing.T) {
 	s := newStore(t)
 	a := s.put(ocispec.MediaTypeImageLayer, "layer a")
 	out, err := Encrypt(s.ctx, s, s.manifest(ociManifest, entry(a), ""), s.ec, Options{})

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -20,9 +19,9 @@ import (
 // the keys and makes the manifests, of the size that they will have. Only a layer
 // that lost its keys is read, since its key is checked first. The result has what will
 // be readable.
-func (e *encryption) plan(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts Options) (Result, error) {
+func (e *encryption) plan(ctx context.Context, store Store, target ocispec.Descriptor, opts Options) (Result, error) {
 	opts.Progress = nil
-	w := newWork(cs, opts, encrypting, e.planLayer)
+	w := newWork(store, opts, encrypting, e.planLayer)
 	w.dry = true
 	result, err := w.run(ctx, target)
 	e.was = w.was
@@ -71,12 +70,12 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
 	if processor.IsEncrypted(desc.MediaType) {
-		key, err := processor.Unwrap(ctx, &e.ec.DecryptConfig, desc)
+		key, err := processor.Unwrap(ctx, e.to.Keys, desc)
 		if err != nil {
 			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
 		}
 		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, e.ec, desc.Annotations)
+		c.annotations, err = key.Wrap(ctx, e.to, desc.Annotations)
 		return layerPlan{change: c}, err
 	}
 	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
@@ -86,7 +85,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 	c.desc.MediaType = mediaType
 	key := processor.NewLayerKey(desc.Digest)
 	c.sealKey = newSealKey(key)
-	if c.annotations, err = key.Wrap(ctx, e.ec, nil); err != nil {
+	if c.annotations, err = key.Wrap(ctx, e.to, nil); err != nil {
 		key.Clear()
 		return layerPlan{}, err
 	}

@@ -10,6 +10,8 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // imgcryptTypes are the types of layers that imgcrypt encrypts.
@@ -50,7 +52,7 @@ func (c *trial) checkPeers(e *export, result Result) {
 		return
 	}
 	all := func(ocispec.Descriptor) bool { return true }
-	cc := &config.CryptoConfig{EncryptConfig: encryptConfig(c.to), DecryptConfig: dc}
+	cc := &config.CryptoConfig{EncryptConfig: &config.EncryptConfig{Parameters: encryptConfig(c.to).Parameters}, DecryptConfig: dc}
 	theirs, _, err := imgcrypt.DecryptImage(c.s.ctx, c.s, result.Target, cc, all)
 	if err != nil {
 		c.problem("imgcrypt does not decrypt ours", "%v", err)
@@ -63,7 +65,7 @@ func (c *trial) checkPeers(e *export, result Result) {
 		c.problem("imgcrypt does not encrypt what we do", "%v", err)
 		return
 	}
-	ours, err := Decrypt(c.s.ctx, c.s, theirs, dc, Options{})
+	ours, err := Decrypt(c.s.ctx, c.s, theirs, processor.Keys{Private: dc}, Options{})
 	if err != nil {
 		c.problem("imgcrypt's is not decrypted", "%v", err)
 		return

@@ -45,7 +45,7 @@ func (r recipient) String() string { return strings.TrimSuffix(r.scheme+":"+r.ke
 type recipients struct {
 	all      []recipient
 	crowd    []recipient // of JWE, more than a layer can have
-	stranger *config.DecryptConfig
+	stranger processor.Keys
 }
 
 // newRecipients makes keys of each kind, and KEKs of a broker.
@@ -78,7 +78,7 @@ func newRecipients(t testing.TB) *recipients {
 		}
 		r.all = append(r.all, kek)
 	}
-	r.stranger = &config.DecryptConfig{Parameters: jwe(t, newEC(t, elliptic.P256()), false).dc}
+	r.stranger = processor.Keys{Private: &config.DecryptConfig{Parameters: jwe(t, newEC(t, elliptic.P256()), false).dc}}
 	return r
 }
 
@@ -95,13 +95,13 @@ func (r *recipients) choose(rng *mathrand.Rand) []recipient {
 }
 
 // encryptConfig is what encrypts for all of a list.
-func encryptConfig(list []recipient) *config.EncryptConfig {
-	return &config.EncryptConfig{Parameters: merged(list, func(r recipient) map[string][][]byte { return r.ec })}
+func encryptConfig(list []recipient) processor.Recipients {
+	return processor.Recipients{Keys: kekOnly, Parameters: merged(list, func(r recipient) map[string][][]byte { return r.ec })}
 }
 
 // decryptConfig has the keys of all of a list.
-func decryptConfig(list []recipient) *config.DecryptConfig {
-	return &config.DecryptConfig{Parameters: merged(list, func(r recipient) map[string][][]byte { return r.dc })}
+func decryptConfig(list []recipient) processor.Keys {
+	return kekOnly.With(&config.DecryptConfig{Parameters: merged(list, func(r recipient) map[string][][]byte { return r.dc })})
 }
 
 func merged(list []recipient, of func(recipient) map[string][][]byte) map[string][][]byte {
@@ -126,7 +126,7 @@ func (r recipient) opens(ctx context.Context, desc ocispec.Descriptor) (*process
 	maps.DeleteFunc(alone.Annotations, func(key, _ string) bool {
 		return strings.HasPrefix(key, keysPrefix) && key != keysPrefix+r.scheme
 	})
-	dc := &config.DecryptConfig{Parameters: r.dc}
+	dc := kekOnly.With(&config.DecryptConfig{Parameters: r.dc})
 	if r.kek == "" {
 		return processor.Unwrap(ctx, dc, alone)
 	}

@@ -19,7 +19,6 @@ import (
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
@@ -357,7 +356,7 @@ func (c *trial) checkRecipients(e *export) {
 		if slices.ContainsFunc(c.to, func(r recipient) bool { return r.kek != "" }) {
 			continue // pilot's key provider is at everybody's service here
 		}
-		if _, err := (recipient{scheme: "jwe", dc: c.recipients.stranger.Parameters}).opens(c.s.ctx, desc); err == nil {
+		if _, err := (recipient{scheme: "jwe", dc: c.recipients.stranger.Private.Parameters}).opens(c.s.ctx, desc); err == nil {
 			c.problem("a stranger opens it", "layer %s", desc.Digest)
 		}
 	}
@@ -371,7 +370,7 @@ func many(n int) string {
 }
 
 // checkDecrypt checks that decrypting gives the original.
-func (c *trial) checkDecrypt(how string, target ocispec.Descriptor, dc *config.DecryptConfig) {
+func (c *trial) checkDecrypt(how string, target ocispec.Descriptor, dc processor.Keys) {
 	out, err := Decrypt(c.s.ctx, c.s, target, dc, Options{})
 	if err != nil {
 		c.problem(how+" fails", "%v", err)
@@ -440,7 +439,7 @@ func (c *trial) checkPartly(target ocispec.Descriptor) {
 	}
 	c.checkDecrypt("decrypt in two steps", some.Target, decryptConfig(c.to))
 	again := encryptConfig(c.to)
-	again.DecryptConfig = *decryptConfig(c.to)
+	again.Keys = decryptConfig(c.to)
 	whole, err := Encrypt(c.s.ctx, c.s, some.Target, again, c.opts)
 	if err != nil {
 		c.problem("encrypt in two steps fails", "%v", err)
@@ -459,7 +458,7 @@ func (c *trial) checkRewrap(target ocispec.Descriptor) {
 	to := slices.Clone(c.to)
 	more := c.recipients.all[c.rng.IntN(len(c.recipients.all))]
 	if !slices.ContainsFunc(to, func(r recipient) bool { return r.scheme == more.scheme }) {
-		how.Add = encryptConfig([]recipient{more})
+		how.Add = encryptConfig([]recipient{more}).Parameters
 		to = append(to, more)
 		if len(c.to) > 1 && c.rng.IntN(2) == 0 {
 			gone := c.to[0].scheme

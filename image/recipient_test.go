@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -70,7 +69,7 @@ func TestRewrapTampered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := Rewrap(s.ctx, s, damaged, Rewrapping{Keys: s.dc, Remove: []Recipient{pilots}, Add: kek("pilot", "a")}, Options{}); err != nil || s.recipients(out.Target) != "jwe, pilot:a@2" {
+	if out, err := Rewrap(s.ctx, s, damaged, Rewrapping{Keys: s.dc, Remove: []Recipient{pilots}, Add: kek("pilot", "a").Parameters}, Options{}); err != nil || s.recipients(out.Target) != "jwe, pilot:a@2" {
 		t.Errorf("in place of damaged ones: %+v, %v", out, err)
 	}
 	// Another key provider's are its own.
@@ -79,7 +78,7 @@ func TestRewrapTampered(t *testing.T) {
 			l.Annotations[keysPrefix+"provider.kms"] = "c29tZXRoaW5n"
 		}
 	})
-	if out, err := Rewrap(s.ctx, s, another, Rewrapping{}, Options{}); err != nil || s.recipients(out.Target) != "jwe, kms, pilot:a@2" {
+	if out, err := Rewrap(s.ctx, s, another, Rewrapping{Keys: kekOnly}, Options{}); err != nil || s.recipients(out.Target) != "jwe, kms, pilot:a@2" {
 		t.Errorf("with another key provider's: %+v, %v: %s", out, err, s.recipients(out.Target))
 	}
 	// Nobody is asked to wrap for a KEK that stays.
@@ -88,7 +87,7 @@ func TestRewrapTampered(t *testing.T) {
 			l.Annotations[pilot] += "," + fake("mallory")
 		}
 	})
-	out, err := Rewrap(s.ctx, s, more, Rewrapping{From: "a", To: "a"}, Options{})
+	out, err := Rewrap(s.ctx, s, more, Rewrapping{Keys: kekOnly, From: "a", To: "a"}, Options{})
 	if err != nil || s.recipients(out.Target) != "jwe, pilot:a@2, pilot:mallory@1" || strings.Count(s.get(out.Target), fake("mallory")) != 2 {
 		t.Errorf("one KEK alone: %+v, %v", out, err)
 	}
@@ -153,7 +152,7 @@ func TestRecipientsNameWhatAnnotationsSay(t *testing.T) {
 	newKEKs(t, "a", "b")
 	s := newStore(t)
 	ring := pgpRecipient(t, "one@example.com")
-	layer := s.parsed(s.encrypted(s.ec, kek("pilot", "a", "b"), kek("original", "a"), &config.EncryptConfig{Parameters: ring.ec})).Layers[0]
+	layer := s.parsed(s.encrypted(s.ec, kek("pilot", "a", "b"), kek("original", "a"), processor.Recipients{Parameters: ring.ec})).Layers[0]
 	layer.Annotations[keysPrefix+"provider.other"] = "eA==,eQ=="
 	layer.Annotations[keysPrefix+"provider.pilot"] += ",damaged"
 	layer.Annotations[keysPrefix+"none"] = ""

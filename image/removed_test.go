@@ -4,9 +4,10 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // TestEntriesComeBack encrypts indexes of which entries are left out or attestations
@@ -77,12 +78,12 @@ func TestEntriesComeBack(t *testing.T) {
 		if test.opts.Platforms == nil && strings.Contains(s.get(encrypted.Target), plain.Digest.Encoded()) {
 			t.Errorf("%s: the plain manifest's digest is in %s", name, s.get(encrypted.Target))
 		}
-		again, err := Encrypt(s.ctx, s, encrypted.Target, &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}, Options{Attestations: test.opts.Attestations})
+		again, err := Encrypt(s.ctx, s, encrypted.Target, processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}, Options{Attestations: test.opts.Attestations})
 		if err != nil {
 			t.Errorf("%s: encrypt again: %v", name, err)
 			continue
 		}
-		rewrapped, err := Rewrap(s.ctx, s, encrypted.Target, Rewrapping{Keys: s.dc, Add: s.ec}, Options{})
+		rewrapped, err := Rewrap(s.ctx, s, encrypted.Target, Rewrapping{Keys: s.dc, Add: s.ec.Parameters}, Options{})
 		if err != nil {
 			t.Errorf("%s: rewrap: %v", name, err)
 			continue

@@ -9,7 +9,6 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -30,8 +29,8 @@ func (s *store) manifest(mediaType, layers, more string) ocispec.Descriptor {
 
 func entry(d ocispec.Descriptor) string { return `{"mediaType":"` + d.MediaType + `",` + ref(d) + `}` }
 
-// TestUnusual encrypts and decrypts what is written in other ways than Go does.
-func TestUnusual(t *testing.T) {
+// TestUnusualSpellingsComeBack encrypts and decrypts what is written in other ways than Go does.
+func TestUnusualSpellingsComeBack(t *testing.T) {
 	s := newStore(t)
 	a, empty := s.put(ocispec.MediaTypeImageLayerGzip, "layer a"), s.put(ocispec.MediaTypeImageLayer, "")
 	layer := func(mediaType, more string) string { return `{"mediaType":"` + mediaType + `",` + ref(a) + more + `}` }
@@ -83,8 +82,8 @@ func TestUnusual(t *testing.T) {
 	}
 }
 
-// TestSteps encrypts and decrypts layer by layer, back and forth.
-func TestSteps(t *testing.T) {
+// TestImageComesBackInSteps encrypts and decrypts layer by layer, back and forth.
+func TestImageComesBackInSteps(t *testing.T) {
 	s := newStore(t)
 	a, b := s.put(dockerGzip, "layer a"), s.put(dockerGzip, "layer b")
 	first := strings.TrimSuffix(entry(a), "}") + `,"annotations":null}`
@@ -101,7 +100,7 @@ func TestSteps(t *testing.T) {
 		}{{true, nil}, {false, []int{0}}, {true, []int{0}}, {false, []int{1}}, {true, nil}, {false, []int{0}}, {false, []int{-1}}} {
 			var err error
 			if step.encrypt {
-				ec := &config.EncryptConfig{Parameters: s.ec.Parameters, DecryptConfig: *s.dc}
+				ec := processor.Recipients{Keys: s.dc, Parameters: s.ec.Parameters}
 				result, err = Encrypt(s.ctx, s, result.Target, ec, Options{Layers: step.layers})
 			} else {
 				result, err = Decrypt(s.ctx, s, result.Target, s.dc, Options{Layers: step.layers})
@@ -138,7 +137,7 @@ func TestNamedDigest(t *testing.T) {
 	}
 }
 
-func TestPartlyHere(t *testing.T) {
+func TestPartlyPresentImages(t *testing.T) {
 	s := newStore(t)
 	a := s.put(ocispec.MediaTypeImageLayer, "layer a")
 	here := s.manifest(ociManifest, entry(a), "")
@@ -319,8 +318,8 @@ func TestHostileRestore(t *testing.T) {
 	}
 }
 
-// TestStrangeURL encrypts a layer with a URL that would not come back.
-func TestStrangeURL(t *testing.T) {
+// TestURLsThatCannotComeBackAreRefused encrypts a layer with a URL that would not come back.
+func TestURLsThatCannotComeBackAreRefused(t *testing.T) {
 	s := newStore(t)
 	a := s.put(ocispec.MediaTypeImageLayerGzip, "layer a")
 	target := s.manifest(ociManifest, strings.TrimSuffix(entry(a), "}")+`,"urls":["ftp://example.com/a"]}`, "")

@@ -9,26 +9,25 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // Rewrapping is how the recipients of layers change. The zero value wraps the layer
 // keys anew for the KEKs that they are wrapped for, with their current versions.
 type Rewrapping struct {
-	// Keys unwrap the layer keys, besides key providers.
-	Keys *config.DecryptConfig
+	// Keys unwrap the layer keys, and their key providers wrap them anew.
+	Keys processor.Keys
 	// From is the id of a KEK that the KEK To replaces, with the same key
 	// provider. They may be the same KEK: then the layer keys are wrapped anew
 	// only for that. Keys in the original's format, which does not name the KEK,
 	// are tried with From.
 	From, To string
-	// Add are recipients to add. For a KEK that is one already, the layer key
-	// is wrapped anew instead.
-	Add *config.EncryptConfig
+	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK
+	// that is one already, the layer key is wrapped anew instead.
+	Add map[string][][]byte
 	// Remove are recipients to remove. Those of one scheme can be told apart
 	// only if they are KEKs.
 	Remove []Recipient
@@ -56,20 +55,17 @@ type Rewrapped struct {
 // Nobody becomes a recipient because of the image alone: a layer key is wrapped
 // anew for a KEK that the caller did not name only if what was wrapped for that
 // KEK unwraps to the layer key. What can't be unwrapped is an error.
-func Rewrap(ctx context.Context, cs content.Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
+func Rewrap(ctx context.Context, store Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
 	if (how.From == "") != (how.To == "") {
-		return Rewrapped{}, errors.New("From and To need each other")
+		return Rewrapped{}, errors.New("the KEK to replace and the one that replaces it need each other: name both")
 	}
 	if how.To != "" {
 		if err := wireformat.ValidateKEKID(how.To); err != nil {
 			return Rewrapped{}, err
 		}
 	}
-	if how.Keys == nil {
-		how.Keys = &config.DecryptConfig{}
-	}
 	r := &rewrap{Rewrapping: how, changes: map[string]bool{}, had: map[Recipient]bool{}, found: map[Recipient]bool{}}
-	w := newWork(cs, opts, rewrapping, r.layer)
+	w := newWork(store, opts, rewrapping, r.layer)
 	w.dry = how.DryRun
 	result, err := w.run(ctx, target)
 	if err != nil {

@@ -71,10 +71,10 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 		}
 	}
 	add := l.toAdd(actions)
-	if left == 0 && add == nil {
+	if left == 0 && len(add) == 0 {
 		return nil, errors.New("no recipient would be left, and nobody could ever decrypt it")
 	}
-	if err := l.learnKey(ctx, inOrder, actions, add != nil); err != nil {
+	if err := l.learnKey(ctx, inOrder, actions, len(add) > 0); err != nil {
 		return nil, err
 	}
 	for _, k := range inOrder {
@@ -95,10 +95,10 @@ func (l *layerRewrap) annotations(ctx context.Context) (map[string]string, error
 			out[keysPrefix+scheme] = text
 		}
 	}
-	if add == nil {
+	if len(add) == 0 {
 		return out, nil
 	}
-	return l.key.Wrap(ctx, add, out)
+	return l.key.Wrap(ctx, processor.Recipients{Keys: l.Keys, Parameters: add}, out)
 }
 
 // plan returns what happens to k, which is one of all.
@@ -137,13 +137,14 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 // no other key is From's, that is an error, since the caller must have meant this one.
 func (l *layerRewrap) planUnnamed(ctx context.Context, k *wrapped, all []*wrapped) (action, error) {
 	named := slices.ContainsFunc(all, func(k *wrapped) bool { return k.KEK == l.From })
-	keys := *l.Keys
-	keys.Parameters = maps.Clone(keys.Parameters)
-	if keys.Parameters == nil {
-		keys.Parameters = make(map[string][][]byte)
+	params := make(map[string][][]byte)
+	if l.Keys.Private != nil {
+		maps.Copy(params, l.Keys.Private.Parameters)
 	}
-	keys.Parameters[strings.TrimPrefix(k.Scheme, providerScheme)] = [][]byte{[]byte(l.From)}
-	key, err := l.unwrap(ctx, k, &keys)
+	params[strings.TrimPrefix(k.Scheme, providerScheme)] = [][]byte{[]byte(l.From)}
+	keys := l.Keys
+	keys.Private = &config.DecryptConfig{Parameters: params}
+	key, err := l.unwrap(ctx, k, keys)
 	switch {
 	case err != nil && (!named || ctx.Err() != nil):
 		return keep, fmt.Errorf("%s does not name its KEK, and it does not unwrap with %q: %w", k, l.From, err)
@@ -163,31 +164,25 @@ func (l *layerRewrap) find(rec Recipient) {
 // adds reports whether a KEK is among the recipients to add.
 func (l *layerRewrap) adds(rec Recipient) bool {
 	name, ok := strings.CutPrefix(rec.Scheme, providerScheme)
-	return ok && l.Add != nil && slices.ContainsFunc(l.Add.Parameters[name], func(kek []byte) bool { return string(kek) == rec.KEK })
+	return ok && slices.ContainsFunc(l.Add[name], func(kek []byte) bool { return string(kek) == rec.KEK })
 }
 
-// toAdd returns the recipients to add that are none yet, or nil.
-func (l *layerRewrap) toAdd(actions map[*wrapped]action) *config.EncryptConfig {
-	if l.Add == nil {
-		return nil
-	}
-	add := &config.EncryptConfig{Parameters: maps.Clone(l.Add.Parameters)}
+// toAdd returns the recipients to add that are none yet.
+func (l *layerRewrap) toAdd(actions map[*wrapped]action) map[string][][]byte {
+	add := maps.Clone(l.Add)
 	for k, a := range actions {
 		name, _ := strings.CutPrefix(k.Scheme, providerScheme)
 		becomes := k.KEK
 		if a == move {
 			becomes = l.To
 		}
-		if a != renew && a != move || len(add.Parameters[name]) == 0 {
+		if a != renew && a != move || len(add[name]) == 0 {
 			continue
 		}
-		add.Parameters[name] = slices.DeleteFunc(slices.Clone(add.Parameters[name]), func(kek []byte) bool { return string(kek) == becomes })
-		if len(add.Parameters[name]) == 0 {
-			delete(add.Parameters, name)
+		add[name] = slices.DeleteFunc(slices.Clone(add[name]), func(kek []byte) bool { return string(kek) == becomes })
+		if len(add[name]) == 0 {
+			delete(add, name)
 		}
-	}
-	if len(add.Parameters) == 0 {
-		return nil
 	}
 	return add
 }
@@ -241,7 +236,7 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 }
 
 // unwrap unwraps the layer key from k alone.
-func (l *layerRewrap) unwrap(ctx context.Context, k *wrapped, keys *config.DecryptConfig) (*processor.LayerKey, error) {
+func (l *layerRewrap) unwrap(ctx context.Context, k *wrapped, keys processor.Keys) (*processor.LayerKey, error) {
 	desc := l.desc
 	desc.Annotations = maps.Clone(desc.Annotations)
 	maps.DeleteFunc(desc.Annotations, func(key, _ string) bool { return strings.HasPrefix(key, keysPrefix) })
@@ -269,7 +264,7 @@ func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer
 		return drop, nil
 	}
 	name := strings.TrimPrefix(k.Scheme, providerScheme)
-	out, err := l.key.Wrap(ctx, &config.EncryptConfig{Parameters: map[string][][]byte{name: {[]byte(kek)}}}, nil)
+	out, err := l.key.Wrap(ctx, processor.Recipients{Keys: l.Keys, Parameters: map[string][][]byte{name: {[]byte(kek)}}}, nil)
 	if err != nil {
 		return keep, err
 	}

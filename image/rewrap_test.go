@@ -1,100 +1,84 @@
 package image
 
 import (
-	"context"
 	"encoding/json"
-	"net"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/processor"
 )
 
+// kekOnly has the key providers of [newKEKs], and no private keys.
+var kekOnly = processor.Keys{Providers: make(map[string]processor.KeyProvider)}
+
 // newKEKs starts a broker that has KEKs, and pilot under the names pilot, second,
 // original, which writes the original's format, and remote, which has the broker
 // wrap.
-func newKEKs(t testing.TB, ids ...string) *server.Keys {
+func newKEKs(t testing.TB, ids ...string) server.Keys {
 	t.Helper()
 	dir := t.TempDir()
-	socket := filepath.Join(dir, "s")
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(ctx, server.Config{Dir: dir, Listen: []string{"unix://" + socket}}) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	for range 6000 { // a minute
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	address := servertest.Serve(t, server.Config{Dir: dir})
 	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { keys.Close() })
 	for _, id := range ids {
-		if _, err := keys.Create(id, nil); err != nil {
+		if _, err := keys.Create(t.Context(), id, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	broker, err := client.New(client.Config{URLs: []string{"unix://" + socket}, Timeout: time.Minute})
+	broker, err := client.New(client.Config{URLs: []string{address}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"pilot", "second", "original", "remote"} {
-		conf := keyprovider.Config{Names: []string{name}, CacheSize: 10}
+		conf := keyprovider.Config{Name: name, CacheSize: 10}
 		switch name {
 		case "original":
 			conf.Format = keyprovider.FormatOriginal
 		case "remote":
 			conf.Format = keyprovider.FormatCopilot
 		}
-		processor.RegisterKeyProvider(name, keyprovider.New(broker, conf))
+		kekOnly.Providers[name] = keyprovider.New(broker, conf)
 	}
 	return keys
 }
 
-func rotate(t testing.TB, keys *server.Keys, id string) {
+func rotate(t testing.TB, keys server.Keys, id string) {
 	t.Helper()
-	if _, err := keys.Rotate(id); err != nil {
+	if _, err := keys.Rotate(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 }
 
 // kek is what --recipient provider:NAME:KEK says, for several.
-func kek(provider string, ids ...string) *config.EncryptConfig {
+func kek(provider string, ids ...string) processor.Recipients {
 	params := make([][]byte, len(ids))
 	for i, id := range ids {
 		params[i] = []byte(id)
 	}
-	return &config.EncryptConfig{Parameters: map[string][][]byte{provider: params}}
+	return processor.Recipients{Keys: kekOnly, Parameters: map[string][][]byte{provider: params}}
 }
 
 // encrypted returns an image of two layers, encrypted for each of the recipients
 // one after the other.
-func (s *store) encrypted(recipients ...*config.EncryptConfig) ocispec.Descriptor {
+func (s *store) encrypted(recipients ...processor.Recipients) ocispec.Descriptor {
 	s.t.Helper()
 	a, b := s.put(ocispec.MediaTypeImageLayer, "layer a"), s.put(ocispec.MediaTypeImageLayer, "layer b")
 	out := Result{Target: s.manifest(ociManifest, entry(a)+","+entry(b), "")}
 	for _, ec := range recipients {
 		var err error
-		ec.DecryptConfig = *s.dc
+		ec.Keys = s.dc
 		if out, err = Encrypt(s.ctx, s, out.Target, ec, Options{}); err != nil {
 			s.t.Fatal(err)
 		}
@@ -134,17 +118,17 @@ func (s *store) edited(target ocispec.Descriptor, change func(m *ocispec.Manifes
 	return s.put(target.MediaType, string(b))
 }
 
-// TestRewrap rotates a KEK and moves images to its new version. Nothing else of
+// TestRewrapFollowsTheRotationOfAKEK rotates a KEK and moves images to its new version. Nothing else of
 // them changes, and no layer is there.
-func TestRewrap(t *testing.T) {
+func TestRewrapFollowsTheRotationOfAKEK(t *testing.T) {
 	keys := newKEKs(t, "team-a")
 	s := newStore(t)
 	pilots := regexp.MustCompile(`"org.opencontainers.image.enc.keys.provider.pilot":"[^"]*"`)
 	others := regexp.MustCompile(`"digest": *"[^"]*"|"size": *[0-9]+|"vnd.docker.reference.digest":"[^"]*"`)
 	for name, target := range testImages(s) {
 		plain := target
-		for _, ec := range []*config.EncryptConfig{kek("pilot", "team-a"), s.ec} {
-			ec.DecryptConfig = *s.dc
+		for _, ec := range []processor.Recipients{kek("pilot", "team-a"), s.ec} {
+			ec.Keys = s.dc
 			out, err := Encrypt(s.ctx, s, target, ec, Options{AllowPlain: true})
 			if err != nil {
 				t.Fatal(err)
@@ -152,7 +136,7 @@ func TestRewrap(t *testing.T) {
 			target = out.Target
 		}
 		before := s.blobs()
-		if out, err := Rewrap(s.ctx, s, target, Rewrapping{}, Options{}); err != nil || out.Target.Digest != target.Digest || out.Layers != 0 || out.Encrypted == 0 || s.blobs() != before {
+		if out, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: kekOnly}, Options{}); err != nil || out.Target.Digest != target.Digest || out.Layers != 0 || out.Encrypted == 0 || s.blobs() != before {
 			t.Errorf("%s, nothing to do: %+v, %v", name, out, err)
 		}
 		rotate(t, keys, "team-a")
@@ -162,14 +146,14 @@ func TestRewrap(t *testing.T) {
 		if err := copyDocuments(s, alone, target); err != nil {
 			t.Fatal(err)
 		}
-		dry, err := Rewrap(s.ctx, alone, target, Rewrapping{DryRun: true}, Options{})
+		dry, err := Rewrap(s.ctx, alone, target, Rewrapping{Keys: kekOnly, DryRun: true}, Options{})
 		if err != nil || dry.Layers == 0 || dry.Target.Digest == target.Digest {
 			t.Errorf("%s, dry run: %+v, %v", name, dry, err)
 		}
 		if _, err := alone.Info(alone.ctx, dry.Target.Digest); err == nil {
 			t.Errorf("%s: the dry run wrote %s", name, dry.Target.Digest)
 		}
-		out, err := Rewrap(s.ctx, alone, target, Rewrapping{}, Options{})
+		out, err := Rewrap(s.ctx, alone, target, Rewrapping{Keys: kekOnly}, Options{})
 		if err != nil || out.Layers != dry.Layers || len(out.Changes) != 1 || !regexp.MustCompile(`^provider:pilot:team-a@\d -> provider:pilot:team-a@\d$`).MatchString(out.Changes[0]) {
 			t.Errorf("%s: %+v, %v", name, out, err)
 			continue
@@ -197,7 +181,7 @@ func TestRewrap(t *testing.T) {
 			t.Errorf("%s: decrypted to %+v, %v, was %s", name, decrypted, err, plain.Digest)
 		}
 		// The KEK alone is enough.
-		if _, err := Decrypt(s.ctx, s, out.Target, &config.DecryptConfig{}, Options{}); err != nil {
+		if _, err := Decrypt(s.ctx, s, out.Target, kekOnly, Options{}); err != nil {
 			t.Errorf("%s: with the KEK alone: %v", name, err)
 		}
 		alone.noIngests()
@@ -247,49 +231,49 @@ func TestRecipientsChange(t *testing.T) {
 	}
 	images := []struct {
 		name       string
-		recipients []*config.EncryptConfig
+		recipients []processor.Recipients
 		how        Rewrapping
 		want       string // recipients; "" if nothing changes
 		err        string
 		missing    string
 	}{
-		{"current", []*config.EncryptConfig{kek("pilot", "b"), jwe}, Rewrapping{}, "", "", ""},
-		{"jwe only", []*config.EncryptConfig{jwe}, Rewrapping{}, "", "", ""},
-		{"all", []*config.EncryptConfig{kek("pilot", "a"), kek("pilot", "b"), jwe, kek("second", "a")}, Rewrapping{}, "jwe, pilot:a@2, pilot:b@2, second:a@2", "", ""},
-		{"array", []*config.EncryptConfig{kek("pilot", "b", "a")}, Rewrapping{}, "pilot:b@2, pilot:a@2", "", ""},
-		{"twice", []*config.EncryptConfig{kek("pilot", "a"), kek("pilot", "c"), kek("pilot", "a")}, Rewrapping{}, "pilot:a@2, pilot:c@1", "", ""},
-		{"move", []*config.EncryptConfig{kek("pilot", "c"), kek("pilot", "a"), jwe, kek("pilot", "b")}, Rewrapping{From: "a", To: "b"}, "jwe, pilot:c@1, pilot:b@2", "", ""},
-		{"move in an array", []*config.EncryptConfig{kek("pilot", "a", "c"), kek("second", "a")}, Rewrapping{From: "a", To: "b"}, "pilot:b@2, pilot:c@1, second:b@2", "", ""},
-		{"move itself", []*config.EncryptConfig{kek("pilot", "a"), kek("second", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "a"}, "pilot:a@2, pilot:c@1, second:a@2", "", ""},
-		{"move nothing", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "b", To: "c"}, "", "", `KEK "b"`},
-		{"move to nobody", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a", To: "d"}, "", "no such KEK", ""},
-		{"move to nonsense", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a", To: "<>"}, "", "not allowed", ""},
-		{"move halfway", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "need each other", ""},
-		{"original", []*config.EncryptConfig{kek("original", "a")}, Rewrapping{}, "", "provider:original does not name its KEK", ""},
-		{"original, move", []*config.EncryptConfig{kek("original", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "b"}, "original, pilot:c@1", "", ""},
-		{"original, move another", []*config.EncryptConfig{kek("original", "a")}, Rewrapping{From: "b", To: "c"}, "", `does not unwrap with "b"`, ""},
-		{"original beside it", []*config.EncryptConfig{kek("original", "c"), kek("pilot", "a")}, Rewrapping{From: "a", To: "b"}, "original, pilot:b@2", "", ""},
-		{"add", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{Add: jwe}, "jwe, pilot:a@1", "", ""},
-		{"add KEKs", []*config.EncryptConfig{jwe, kek("pilot", "a")}, Rewrapping{Add: kek("pilot", "b", "c")}, "jwe, pilot:a@1, pilot:b@2, pilot:c@1", "", ""},
-		{"add what is there", []*config.EncryptConfig{kek("pilot", "a"), kek("pilot", "b")}, Rewrapping{Add: kek("pilot", "b")}, "", "", ""},
-		{"add what is old", []*config.EncryptConfig{kek("pilot", "a"), kek("pilot", "b")}, Rewrapping{Add: kek("pilot", "a", "c")}, "pilot:a@2, pilot:b@2, pilot:c@1", "", ""},
-		{"remove", []*config.EncryptConfig{kek("pilot", "a"), kek("pilot", "b"), jwe}, Rewrapping{Remove: remove("provider:pilot:a", "jwe")}, "pilot:b@2", "", ""},
-		{"remove of an array", []*config.EncryptConfig{kek("pilot", "a", "b", "c")}, Rewrapping{Remove: remove("provider:pilot:b")}, "pilot:a@1, pilot:c@1", "", ""},
-		{"remove a provider's", []*config.EncryptConfig{kek("pilot", "a", "b"), kek("second", "c")}, Rewrapping{Remove: remove("provider:pilot")}, "second:c@1", "", ""},
-		{"remove unnamed", []*config.EncryptConfig{kek("original", "a"), kek("pilot", "b")}, Rewrapping{Remove: remove("provider:original")}, "pilot:b@2", "", ""},
-		{"remove the last", []*config.EncryptConfig{kek("pilot", "a"), jwe}, Rewrapping{Remove: remove("provider:pilot", "jwe")}, "", "no recipient would be left", ""},
-		{"remove and add", []*config.EncryptConfig{kek("pilot", "a")}, Rewrapping{Remove: remove("provider:pilot:a"), Add: kek("pilot", "b")}, "pilot:b@2", "", ""},
-		{"remove what is not there", []*config.EncryptConfig{kek("pilot", "a"), jwe}, Rewrapping{Remove: remove("provider:pilot:b", "pgp", "jwe")}, "pilot:a@1", "", "provider:pilot:b, pgp"},
-		{"no key", []*config.EncryptConfig{jwe}, Rewrapping{Keys: &config.DecryptConfig{}, Add: kek("pilot", "b")}, "", "no private key was given", ""},
+		{"current", []processor.Recipients{kek("pilot", "b"), jwe}, Rewrapping{}, "", "", ""},
+		{"jwe only", []processor.Recipients{jwe}, Rewrapping{}, "", "", ""},
+		{"all", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b"), jwe, kek("second", "a")}, Rewrapping{}, "jwe, pilot:a@2, pilot:b@2, second:a@2", "", ""},
+		{"array", []processor.Recipients{kek("pilot", "b", "a")}, Rewrapping{}, "pilot:b@2, pilot:a@2", "", ""},
+		{"twice", []processor.Recipients{kek("pilot", "a"), kek("pilot", "c"), kek("pilot", "a")}, Rewrapping{}, "pilot:a@2, pilot:c@1", "", ""},
+		{"move", []processor.Recipients{kek("pilot", "c"), kek("pilot", "a"), jwe, kek("pilot", "b")}, Rewrapping{From: "a", To: "b"}, "jwe, pilot:c@1, pilot:b@2", "", ""},
+		{"move in an array", []processor.Recipients{kek("pilot", "a", "c"), kek("second", "a")}, Rewrapping{From: "a", To: "b"}, "pilot:b@2, pilot:c@1, second:b@2", "", ""},
+		{"move itself", []processor.Recipients{kek("pilot", "a"), kek("second", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "a"}, "pilot:a@2, pilot:c@1, second:a@2", "", ""},
+		{"move nothing", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "b", To: "c"}, "", "", `KEK "b"`},
+		{"move to nobody", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a", To: "d"}, "", "no such KEK", ""},
+		{"move to nonsense", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a", To: "<>"}, "", "not allowed", ""},
+		{"move halfway", []processor.Recipients{kek("pilot", "a")}, Rewrapping{From: "a"}, "", "need each other", ""},
+		{"original", []processor.Recipients{kek("original", "a")}, Rewrapping{}, "", "provider:original does not name its KEK", ""},
+		{"original, move", []processor.Recipients{kek("original", "a"), kek("pilot", "c")}, Rewrapping{From: "a", To: "b"}, "original, pilot:c@1", "", ""},
+		{"original, move another", []processor.Recipients{kek("original", "a")}, Rewrapping{From: "b", To: "c"}, "", `does not unwrap with "b"`, ""},
+		{"original beside it", []processor.Recipients{kek("original", "c"), kek("pilot", "a")}, Rewrapping{From: "a", To: "b"}, "original, pilot:b@2", "", ""},
+		{"add", []processor.Recipients{kek("pilot", "a")}, Rewrapping{Add: jwe.Parameters}, "jwe, pilot:a@1", "", ""},
+		{"add KEKs", []processor.Recipients{jwe, kek("pilot", "a")}, Rewrapping{Add: kek("pilot", "b", "c").Parameters}, "jwe, pilot:a@1, pilot:b@2, pilot:c@1", "", ""},
+		{"add what is there", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b")}, Rewrapping{Add: kek("pilot", "b").Parameters}, "", "", ""},
+		{"add what is old", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b")}, Rewrapping{Add: kek("pilot", "a", "c").Parameters}, "pilot:a@2, pilot:b@2, pilot:c@1", "", ""},
+		{"remove", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b"), jwe}, Rewrapping{Remove: remove("provider:pilot:a", "jwe")}, "pilot:b@2", "", ""},
+		{"remove of an array", []processor.Recipients{kek("pilot", "a", "b", "c")}, Rewrapping{Remove: remove("provider:pilot:b")}, "pilot:a@1, pilot:c@1", "", ""},
+		{"remove a provider's", []processor.Recipients{kek("pilot", "a", "b"), kek("second", "c")}, Rewrapping{Remove: remove("provider:pilot")}, "second:c@1", "", ""},
+		{"remove unnamed", []processor.Recipients{kek("original", "a"), kek("pilot", "b")}, Rewrapping{Remove: remove("provider:original")}, "pilot:b@2", "", ""},
+		{"remove the last", []processor.Recipients{kek("pilot", "a"), jwe}, Rewrapping{Remove: remove("provider:pilot", "jwe")}, "", "no recipient would be left", ""},
+		{"remove and add", []processor.Recipients{kek("pilot", "a")}, Rewrapping{Remove: remove("provider:pilot:a"), Add: kek("pilot", "b").Parameters}, "pilot:b@2", "", ""},
+		{"remove what is not there", []processor.Recipients{kek("pilot", "a"), jwe}, Rewrapping{Remove: remove("provider:pilot:b", "pgp", "jwe")}, "pilot:a@1", "", "provider:pilot:b, pgp"},
+		{"no key", []processor.Recipients{jwe}, Rewrapping{Keys: kekOnly, Add: kek("pilot", "b").Parameters}, "", "no private key was given", ""},
 	}
 	targets := make([]ocispec.Descriptor, len(images))
 	for i, test := range images {
-		s.dc.Parameters["original"] = [][]byte{[]byte("a"), []byte("c")}
+		s.dc.Private.Parameters["original"] = [][]byte{[]byte("a"), []byte("c")}
 		targets[i] = s.encrypted(test.recipients...)
 	}
 	rotate(t, keys, "a")
 	for i, test := range images {
-		if test.how.Keys == nil {
+		if test.how.Keys.Providers == nil {
 			test.how.Keys = s.dc
 		}
 		before := s.blobs()
@@ -323,13 +307,13 @@ func TestRecipientsChange(t *testing.T) {
 	s.noIngests()
 }
 
-// TestRewrapSelected rewraps one layer, and one platform.
-func TestRewrapSelected(t *testing.T) {
+// TestRewrapChangesOnlySelectedLayers rewraps one layer, and one platform.
+func TestRewrapChangesOnlySelectedLayers(t *testing.T) {
 	keys := newKEKs(t, "a")
 	s := newStore(t)
 	target := s.encrypted(kek("pilot", "a"))
 	rotate(t, keys, "a")
-	out, err := Rewrap(s.ctx, s, target, Rewrapping{}, Options{Layers: []int{-1}})
+	out, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: kekOnly}, Options{Layers: []int{-1}})
 	if err != nil || out.Layers != 1 || out.Encrypted != 1 {
 		t.Errorf("%+v, %v", out, err)
 	}
@@ -337,7 +321,7 @@ func TestRewrapSelected(t *testing.T) {
 	if err != nil || recipientsOf(layers[0].Descriptor.Annotations)[0].Version != 1 || recipientsOf(layers[1].Descriptor.Annotations)[0].Version != 2 {
 		t.Errorf("%+v, %v", layers, err)
 	}
-	if _, err := Rewrap(s.ctx, s, target, Rewrapping{}, Options{Platforms: []ocispec.Platform{{OS: "linux", Architecture: "s390x"}}}); err == nil || !strings.Contains(err.Error(), "no platform linux/s390x") {
+	if _, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: kekOnly}, Options{Platforms: []ocispec.Platform{{OS: "linux", Architecture: "s390x"}}}); err == nil || !strings.Contains(err.Error(), "no platform linux/s390x") {
 		t.Errorf("a platform that it does not have: %v", err)
 	}
 }
@@ -363,10 +347,11 @@ func TestRewrapForeignKey(t *testing.T) {
 	for name, how := range map[string]Rewrapping{
 		"anew":           {},
 		"move":           {From: "team-a", To: "team-b"},
-		"add":            {Add: kek("pilot", "team-b")},
-		"add and remove": {Add: kek("pilot", "team-b"), Remove: remove},
+		"add":            {Add: kek("pilot", "team-b").Parameters},
+		"add and remove": {Add: kek("pilot", "team-b").Parameters, Remove: remove},
 		"remove":         {Remove: remove},
 	} {
+		how.Keys = kekOnly
 		if _, err := Rewrap(s.ctx, s, target, how, Options{}); err == nil || !strings.Contains(err.Error(), "has a different layer key than the other recipients") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -377,11 +362,11 @@ func TestRewrapForeignKey(t *testing.T) {
 			m.Layers[i].Annotations[pilot] += ",bm9uc2Vuc2U="
 		}
 	})
-	if _, err := Rewrap(s.ctx, s, damaged, Rewrapping{Remove: remove}, Options{}); err == nil || !strings.Contains(err.Error(), "no recipient would be left") {
+	if _, err := Rewrap(s.ctx, s, damaged, Rewrapping{Keys: kekOnly, Remove: remove}, Options{}); err == nil || !strings.Contains(err.Error(), "no recipient would be left") {
 		t.Errorf("the last good one is removed: %v", err)
 	}
 	// Who is moved to and added is there once.
-	out, err := Rewrap(s.ctx, s, good, Rewrapping{From: "team-a", To: "team-b", Add: kek("pilot", "team-b")}, Options{})
+	out, err := Rewrap(s.ctx, s, good, Rewrapping{Keys: kekOnly, From: "team-a", To: "team-b", Add: kek("pilot", "team-b").Parameters}, Options{})
 	if err != nil || s.recipients(out.Target) != "pilot:team-b@1" {
 		t.Errorf("%s, %v", s.recipients(out.Target), err)
 	}

@@ -18,9 +18,9 @@ func TestAnnotationsOfAnotherEncryptionComeBack(t *testing.T) {
 	target := s.manifest(ociManifest, stale(a, "AAAA")+" ,"+stale(b, "CCCC"), "")
 	encrypt := func(target ocispec.Descriptor, layers ...int) ocispec.Descriptor {
 		t.Helper()
-		ec := *s.ec
-		ec.DecryptConfig = *s.dc
-		result, err := Encrypt(s.ctx, s, target, &ec, Options{Layers: layers})
+		ec := s.ec
+		ec.Keys = s.dc
+		result, err := Encrypt(s.ctx, s, target, ec, Options{Layers: layers})
 		if err != nil {
 			t.Fatal(err)
 		}

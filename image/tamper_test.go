@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"testing"
 
@@ -140,7 +139,7 @@ func TestDecryptTampered(t *testing.T) {
 			}
 		}
 		before := s.blobs()
-		out, err := Decrypt(s.ctx, s, changed, &config.DecryptConfig{}, Options{})
+		out, err := Decrypt(s.ctx, s, changed, kekOnly, Options{})
 		if test.want != "" {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s: %v, want %q", test.name, err, test.want)
@@ -167,7 +166,7 @@ func TestDecryptTampered(t *testing.T) {
 	}
 	// What is not known to be an encrypted layer is none, and stays.
 	const other = "application/vnd.example.layer+encrypted+encrypted"
-	out, err := Decrypt(s.ctx, s, s.edited(target, func(m *ocispec.Manifest) { m.Layers[0].MediaType = other }), &config.DecryptConfig{}, Options{})
+	out, err := Decrypt(s.ctx, s, s.edited(target, func(m *ocispec.Manifest) { m.Layers[0].MediaType = other }), kekOnly, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,13 +181,14 @@ func TestAnnotationTampered(t *testing.T) {
 	newKEKs(t, "a")
 	for _, provider := range []string{"pilot", "remote", "original"} {
 		plain := []byte("layer a")
-		ciphertext, desc, err := processor.EncryptLayer(t.Context(), plain, ocispec.MediaTypeImageLayer, kek(provider, "a"))
+		var ciphertext bytes.Buffer
+		desc, err := processor.Encrypt(t.Context(), &ciphertext, bytes.NewReader(plain), ocispec.MediaTypeImageLayer, kek(provider, "a"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		dc := &config.DecryptConfig{}
+		keys := kekOnly
 		if provider == "original" {
-			dc.Parameters = map[string][][]byte{provider: {[]byte("a")}}
+			keys = keys.With(&config.DecryptConfig{Parameters: map[string][][]byte{provider: {[]byte("a")}}})
 		}
 		name := keysPrefix + "provider." + provider
 		was, err := base64.StdEncoding.DecodeString(desc.Annotations[name])
@@ -199,21 +199,15 @@ func TestAnnotationTampered(t *testing.T) {
 		try := func(what string, changed []byte) {
 			t.Helper()
 			desc.Annotations[name] = base64.StdEncoding.EncodeToString(changed)
-			var out []byte
-			key, err := processor.Unwrap(t.Context(), dc, desc)
-			if err == nil {
-				var d *processor.Decrypter
-				if d, err = processor.NewDecrypter(bytes.NewReader(ciphertext), key); err == nil {
-					out, err = io.ReadAll(d)
-				}
-			}
+			var out bytes.Buffer
+			err := processor.Decrypt(t.Context(), &out, bytes.NewReader(ciphertext.Bytes()), desc, keys)
 			switch {
-			case err != nil && len(out) == 0:
+			case err != nil && out.Len() == 0:
 				found++
-			case err == nil && bytes.Equal(out, plain):
+			case err == nil && bytes.Equal(out.Bytes(), plain):
 				harmless++
 			default:
-				t.Errorf("%s: %s: %q, %v", provider, what, out, err)
+				t.Errorf("%s: %s: %q, %v", provider, what, out.Bytes(), err)
 			}
 		}
 		for i := range was {

@@ -35,7 +35,7 @@ type layerFunc func(ctx context.Context, w *work, desc ocispec.Descriptor) (chan
 
 // work is one image being worked on.
 type work struct {
-	content.Store
+	Store
 	Options
 	mode    mode
 	layer   layerFunc // nil when inspecting
@@ -62,9 +62,9 @@ type work struct {
 	lacking   []string
 }
 
-func newWork(cs content.Store, opts Options, mode mode, layer layerFunc) *work {
+func newWork(store Store, opts Options, mode mode, layer layerFunc) *work {
 	return &work{
-		Store: cs, Options: opts, mode: mode, layer: layer, matched: map[int]bool{}, inRange: map[int]bool{},
+		Store: store, Options: opts, mode: mode, layer: layer, matched: map[int]bool{}, inRange: map[int]bool{},
 		changed: map[string]bool{}, done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
 	}
 }

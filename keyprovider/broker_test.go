@@ -21,9 +21,9 @@ import (
 // testBroker is a real broker.
 type testBroker struct {
 	dir  string
-	url  string       // of its socket
-	keys *broker.Keys // through its admin socket
-	tcp  string       // http://HOST:PORT, which the original's API needs
+	url  string      // of its socket
+	keys broker.Keys // through its admin socket
+	tcp  string      // http://HOST:PORT, which the original's API needs
 }
 
 // startBroker runs a broker that has the KEKs given, nil ones new.
@@ -57,7 +57,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 		}
 		t.Cleanup(func() { b.keys.Close() })
 		for id, key := range keks {
-			if _, err := b.keys.Create(id, key); err != nil {
+			if _, err := b.keys.Create(t.Context(), id, key); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -71,7 +71,7 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 func (b *testBroker) rotate(t testing.TB, id string, times int) {
 	t.Helper()
 	for range times {
-		if _, err := b.keys.Rotate(id); err != nil {
+		if _, err := b.keys.Rotate(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -99,13 +99,17 @@ func newProvider(t testing.TB, url string, conf Config) *Provider {
 
 const secret = `{"symkey":"…"}`
 
-// parameters are those of recipients or of keys provider:pilot:ID.
-func parameters(ids []string) map[string][][]byte {
+// named are the parameters of recipients or of keys provider:pilot:ID.
+func named(ids ...string) [][]byte {
 	list := [][]byte{}
 	for _, id := range ids {
 		list = append(list, []byte(id))
 	}
-	return map[string][][]byte{"pilot": list}
+	return list
+}
+
+func parameters(ids []string) map[string][][]byte {
+	return map[string][][]byte{"pilot": named(ids...)}
 }
 
 func wrapRequest(t testing.TB, ids ...string) []byte {
@@ -134,22 +138,22 @@ func request(t testing.TB, in ocicrypt.KeyProviderKeyWrapProtocolInput) []byte {
 // wrapFor returns the annotation of the secret, wrapped for KEKs.
 func wrapFor(t testing.TB, p *Provider, ids ...string) []byte {
 	t.Helper()
-	b, err := p.WrapKey(t.Context(), wrapRequest(t, ids...))
+	annotation, err := p.WrapKey(t.Context(), named(ids...), []byte(secret))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return answerOf(t, b).KeyWrapResults.Annotation
+	return annotation
 }
 
 // unwraps unwraps an annotation, with the KEKs that are named if any are. It
 // is an error of the test if what comes out is not the secret.
 func unwraps(t testing.TB, p *Provider, annotation []byte, ids ...string) error {
 	t.Helper()
-	b, err := p.UnwrapKey(t.Context(), unwrapRequest(t, annotation, ids...))
+	got, err := p.UnwrapKey(t.Context(), named(ids...), annotation)
 	if err != nil {
 		return err
 	}
-	if got := answerOf(t, b).KeyUnwrapResults.OptsData; string(got) != secret {
+	if string(got) != secret {
 		t.Errorf("it unwraps to %q", got)
 	}
 	return nil

@@ -14,31 +14,32 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/traceid"
 )
 
-// errorTTL is how long a failed fetch is remembered, so that the many layers
-// of an image that can't be decrypted don't each ask the broker.
+// errorTTL is how long a failed fetch is remembered, so that the layers of an image that
+// can't be decrypted do not each ask the broker.
 const errorTTL = 2 * time.Second
 
-// staleFor is how long a KEK past its ttl is used without asking the broker
-// again after it gave no usable answer, for which a layer may have waited long.
-const staleFor = 10 * time.Second
+// outageTTL is how long a KEK past its ttl is used without asking the broker again after
+// an outage, on which a layer may have waited long.
+const outageTTL = 10 * time.Second
 
-// maxErrors is how many failed fetches are remembered. They have no place
-// among the KEKs, which whoever names many that do not exist would push out.
+// maxErrors is how many failed fetches are remembered. They are not among the KEKs:
+// naming many that do not exist would push those out.
 const maxErrors = 256
 
-// notExportedFor is how long it is remembered that the broker does not give a
-// KEK out, if KEKs are kept for ever.
-const notExportedFor = 5 * time.Minute
+// notExportedTTL is how long it is remembered that the broker does not export a KEK, if
+// KEKs are kept without limit.
+const notExportedTTL = 5 * time.Minute
 
-// cache holds KEKs by id and version. Version 0 stands for whichever is
-// current. It is safe for concurrent use.
+// cache holds KEKs by id and version. Version 0 is the current one. It is safe for
+// concurrent use.
 type cache struct {
 	fetch func(ctx context.Context, id string, version int) (client.KEK, error)
-	ttl   time.Duration // a KEK is kept this long after it was fetched; 0: for ever
-	grace time.Duration // and this much longer as long as the broker gives no usable answer
-	idle  time.Duration // a KEK is kept this long after it was last used; 0: for ever
+	ttl   time.Duration // a KEK is kept this long after it was fetched; 0: no limit
+	grace time.Duration // and this much longer during an outage of the broker
+	idle  time.Duration // a KEK is kept this long after it was last used; 0: no limit
 	size  int           // KEKs kept at most; 0: none
 	now   func() time.Time
 
@@ -46,13 +47,13 @@ type cache struct {
 
 	flights flights
 
-	mu      sync.Mutex
-	entries map[cacheKey]*list.Element
-	current map[string]*list.Element // by id, the entries that were current when they were fetched
-	recent  list.List                // of *cacheEntry, the most recently used first
-	failed  map[cacheKey]failure
-	kept    map[string]failure   // by id, the KEKs that the broker does not give out
-	refused map[cacheKey]failure // KEKs that the broker does not unwrap with for us
+	mu          sync.Mutex
+	entries     map[cacheKey]*list.Element
+	current     map[string]*list.Element // by id, the entries that were current when they were fetched
+	recent      list.List                // of *cacheEntry, the most recently used first
+	failed      map[cacheKey]failure
+	notExported map[string]failure   // by id, the KEKs that the broker does not export
+	refused     map[cacheKey]failure // KEKs that the broker does not unwrap with for us
 }
 
 type cacheKey struct {
@@ -67,7 +68,7 @@ type cacheEntry struct {
 	isCurrent time.Time // when it was last fetched as the current version, or zero
 	doubted   bool      // another version may be current since
 	used      time.Time
-	told      bool // that it is used past its ttl
+	warned    bool // that it is used past its ttl
 }
 
 type failure struct {
@@ -75,17 +76,16 @@ type failure struct {
 	at  time.Time
 }
 
-// spares reports whether asking the broker again can wait because of f.
+// spares reports whether f is recent enough to not ask the broker again.
 func (f failure) spares(d time.Duration, now time.Time) bool {
 	return f.err != nil && now.Sub(f.at) < d
 }
 
-// isOutage reports whether the broker gave no usable answer, rather than a no.
+// isOutage reports whether the broker gave no usable answer, rather than refused.
 func (f failure) isOutage() bool { return errors.Is(f.err, client.ErrUnavailable) }
 
-// get returns a KEK, whose key the caller clears. However many callers ask for
-// it at once, the broker is asked once; each stops waiting when its own ctx is
-// done.
+// get returns a KEK, whose key the caller clears. Concurrent callers share one request
+// to the broker; each stops waiting when its own ctx is done.
 func (c *cache) get(ctx context.Context, id string, version int) (client.KEK, error) {
 	return c.obtain(ctx, cacheKey{id, version}, false)
 }
@@ -102,13 +102,13 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (client.KE
 		return client.KEK{}, fmt.Errorf("KEK %q: %w", key.id, err)
 	}
 	if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
-		c.tell(outcome)
+		c.countLookup(outcome)
 		return kek, inTrace(ctx, err)
 	}
 	if !layerbudget.Take(ctx) {
 		return client.KEK{}, ErrTooManyKeys
 	}
-	c.tell(outcomeMiss)
+	c.countLookup(outcomeMiss)
 	kek, err := c.flights.do(ctx, flightKey{key, fresh}, func() (client.KEK, error) {
 		if kek, outcome, err := c.lookup(key, fresh); outcome != outcomeMiss {
 			return kek, err
@@ -116,7 +116,7 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (client.KE
 		// The fetch serves every caller, so it must not stop with the first.
 		kek, err := c.fetch(context.WithoutCancel(ctx), key.id, key.version)
 		if err != nil {
-			return c.miss(key, &traced{err, traceOf(ctx)}, fresh)
+			return c.miss(key, &traced{err, traceid.Of(ctx)}, fresh)
 		}
 		c.store(key, kek)
 		return kek, nil
@@ -124,7 +124,7 @@ func (c *cache) obtain(ctx context.Context, key cacheKey, fresh bool) (client.KE
 	return kek, inTrace(ctx, err)
 }
 
-func (c *cache) tell(outcome string) {
+func (c *cache) countLookup(outcome string) {
 	if c.metrics != nil {
 		c.metrics.lookups.WithLabelValues(outcome).Inc()
 	}
@@ -144,7 +144,7 @@ func (c *cache) lookup(key cacheKey, fresh bool) (_ client.KEK, outcome string, 
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.now()
-	if f := c.kept[key.id]; f.spares(c.notExportedFor(), now) {
+	if f := c.notExported[key.id]; f.spares(c.notExportedTTL(), now) {
 		return client.KEK{}, outcomeNotExported, f.err
 	}
 	f := c.failed[key]
@@ -152,7 +152,7 @@ func (c *cache) lookup(key cacheKey, fresh bool) (_ client.KEK, outcome string, 
 		if !c.stale(el, key, now) {
 			return c.use(el, now), outcomeHit, nil
 		}
-		if f.isOutage() && f.spares(staleFor, now) {
+		if f.isOutage() && f.spares(outageTTL, now) {
 			return c.use(el, now), outcomeStale, nil
 		}
 	}
@@ -210,23 +210,23 @@ func (c *cache) expired(e *cacheEntry, now time.Time) bool {
 	return c.past(e.fetched, c.grace, now) || c.idle > 0 && now.Sub(e.used) >= c.idle
 }
 
-func (c *cache) notExportedFor() time.Duration {
+func (c *cache) notExportedTTL() time.Duration {
 	if c.ttl > 0 {
 		return c.ttl
 	}
-	return notExportedFor
+	return notExportedTTL
 }
 
-// doubtCurrent makes the next get of a KEK's current version ask which that is,
-// and reports whether this can change anything: not right after it was asked.
-// While no broker answers, what is known stays good, or anybody's annotation
-// could take it from the layers of others.
+// doubtCurrent makes the next get of a KEK's current version ask which that is, and
+// reports whether that can change anything: not right after it was asked. During an
+// outage the known version stays valid, or an annotation could take it away from the
+// layers of others.
 func (c *cache) doubtCurrent(id string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	el, ok := c.current[id]
 	now := c.now()
-	if f := c.failed[cacheKey{id, 0}]; !ok || now.Sub(el.Value.(*cacheEntry).isCurrent) < errorTTL || f.isOutage() && f.spares(staleFor, now) {
+	if f := c.failed[cacheKey{id, 0}]; !ok || now.Sub(el.Value.(*cacheEntry).isCurrent) < errorTTL || f.isOutage() && f.spares(outageTTL, now) {
 		return false
 	}
 	el.Value.(*cacheEntry).doubted = true
@@ -239,7 +239,7 @@ func (c *cache) store(key cacheKey, kek client.KEK) {
 	defer c.mu.Unlock()
 	now := c.now()
 	delete(c.failed, key)
-	delete(c.kept, key.id)
+	delete(c.notExported, key.id)
 	if c.size <= 0 {
 		return
 	}
@@ -282,7 +282,7 @@ func (c *cache) miss(key cacheKey, err error, fresh bool) (client.KEK, error) {
 	defer c.mu.Unlock()
 	now := c.now()
 	if errors.Is(err, client.ErrNotExported) {
-		remember(&c.kept, key.id, failure{err, now})
+		remember(&c.notExported, key.id, failure{err, now})
 		c.removeAll(key.id)
 		return client.KEK{}, err
 	}
@@ -293,8 +293,8 @@ func (c *cache) miss(key cacheKey, err error, fresh bool) (client.KEK, error) {
 		if el == nil || fresh {
 			break
 		}
-		if e := el.Value.(*cacheEntry); !e.told && c.overdue(el, key, now) {
-			e.told = true
+		if e := el.Value.(*cacheEntry); !e.warned && c.overdue(el, key, now) {
+			e.warned = true
 			logrus.WithError(err).WithFields(logrus.Fields{"kek": key.id, "version": e.kek.Version, "age": now.Sub(e.fetched)}).
 				Warn("KEK used past its kek-cache-ttl")
 		}
@@ -345,8 +345,7 @@ func remember[K comparable](m *map[K]failure, key K, f failure) {
 	(*m)[key] = f
 }
 
-// sweep forgets what has expired, so that no KEK stays in memory only because
-// nobody asks for it.
+// sweep forgets what has expired, so that no unused KEK stays in memory.
 func (c *cache) sweep() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -359,10 +358,10 @@ func (c *cache) sweep() {
 		el = next
 	}
 	maps.DeleteFunc(c.failed, func(_ cacheKey, f failure) bool {
-		return !f.spares(errorTTL, now) && !(f.isOutage() && f.spares(staleFor, now))
+		return !f.spares(errorTTL, now) && !(f.isOutage() && f.spares(outageTTL, now))
 	})
 	maps.DeleteFunc(c.refused, func(_ cacheKey, f failure) bool { return !f.spares(errorTTL, now) })
-	maps.DeleteFunc(c.kept, func(_ string, f failure) bool { return !f.spares(c.notExportedFor(), now) })
+	maps.DeleteFunc(c.notExported, func(_ string, f failure) bool { return !f.spares(c.notExportedTTL(), now) })
 }
 
 // removeAll removes all versions of a KEK.

@@ -141,7 +141,7 @@ func TestCacheErrorsAside(t *testing.T) {
 	c.expect(t, "a", 0, 3)
 	c.expect(t, "a", 5, 3)
 
-	// Whoever names KEKs that do not exist pushes none out, and does not
+	// Naming KEKs that do not exist pushes none out, and does not
 	// fill the memory.
 	down := c.err
 	c.err = nil
@@ -327,7 +327,7 @@ func TestCacheClock(t *testing.T) {
 	e := p.keks.recent.Front().Value.(*cacheEntry)
 	for name, at := range map[string]time.Time{
 		"now": p.keks.now(), "fetched": e.fetched, "current": e.isCurrent, "used": e.used,
-		"failed": p.keks.failed[cacheKey{"b", 0}].at, "kept": p.keks.kept["c"].at,
+		"failed": p.keks.failed[cacheKey{"b", 0}].at, "kept": p.keks.notExported["c"].at,
 	} {
 		if !strings.Contains(at.String(), " m=+") {
 			t.Errorf("%s: %s follows the clock", name, at)

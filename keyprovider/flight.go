@@ -8,9 +8,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 )
 
-// flights has callers that want the same at the same time share one fetch. Each
-// gets a copy of the KEK, and the key that was fetched is cleared once the last
-// one has it.
+// flights lets concurrent callers that want the same KEK share one fetch. Each gets a
+// copy, and the key that was fetched is cleared once the last one has it.
 type flights struct {
 	mu      sync.Mutex
 	current map[flightKey]*flight
@@ -77,6 +76,6 @@ func (f *flights) leave(current *flight) {
 	select {
 	case <-current.landed:
 		clear(current.kek.Key)
-	default: // nobody waits, and somebody may yet
+	default: // another caller may still join
 	}
 }

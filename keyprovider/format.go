@@ -2,18 +2,18 @@ package keyprovider
 
 import "fmt"
 
-// Format is a way to write down a wrapped layer key.
+// Format is a format of wrapped layer keys: see docs/formats.md.
 type Format string
 
 const (
 	// FormatA256GCMKW names the KEK and its version, so that a node needs
 	// no parameter to unwrap. The KEK has 32 bytes. It is the default.
 	FormatA256GCMKW Format = "A256GCMKW"
-	// FormatCopilot has the broker wrap, and unwrap. It is what the default
-	// comes to, too, for a KEK that the broker does not give out.
+	// FormatCopilot makes the broker wrap and unwrap. The default does the same for a
+	// KEK that the broker does not export.
 	FormatCopilot Format = "copilot"
-	// FormatOriginal is that of the Java service that came before, for
-	// nodes that still run it. It does not say which KEK it takes.
+	// FormatOriginal is that of the original pilot, for nodes that still run it. It
+	// does not name its KEK.
 	FormatOriginal Format = "original"
 )
 

@@ -35,16 +35,16 @@ func FuzzExec(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	p := New(client, Config{CacheSize: 4, DefaultKEKs: []string{"a"}})
+	service := Service{Provider: New(client, Config{CacheSize: 4, DefaultKEKs: []string{"a"}})}
 	const wrap = `{"op":"keywrap","keywrapparams":{"ec":{"Parameters":{"pilot":["YQ=="]}},"optsdata":"c2VjcmV0"}}`
 	var wrapped bytes.Buffer
-	if err := Exec(f.Context(), p, strings.NewReader(wrap), &wrapped); err != nil {
+	if err := service.Exec(f.Context(), strings.NewReader(wrap), &wrapped); err != nil {
 		f.Fatal(err)
 	}
 	annotation := strings.Split(wrapped.String(), `"annotation":"`)[1]
 	annotation = annotation[:strings.Index(annotation, `"`)]
 	unwrap := `{"op":"keyunwrap","keyunwrapparams":{"dc":{"Parameters":null},"annotation":"` + annotation + `"}}`
-	if err := Exec(f.Context(), p, strings.NewReader(unwrap), &wrapped); err != nil {
+	if err := service.Exec(f.Context(), strings.NewReader(unwrap), &wrapped); err != nil {
 		f.Fatal(err)
 	}
 	f.Add([]byte(wrap))
@@ -54,7 +54,7 @@ func FuzzExec(f *testing.F) {
 	f.Add([]byte(`{"op":"keyunwrap"}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var out bytes.Buffer
-		err := Exec(t.Context(), p, bytes.NewReader(b), &out)
+		err := service.Exec(t.Context(), bytes.NewReader(b), &out)
 		said := out.String()
 		if err != nil {
 			said += err.Error()

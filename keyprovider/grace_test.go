@@ -50,7 +50,7 @@ func TestGrace(t *testing.T) {
 		for range 10 {
 			c.expect(t, "a", version, 2) // one layer waits for the broker
 		}
-		c.pass(staleFor)
+		c.pass(outageTTL)
 		c.expect(t, "a", version, 3)
 		c.expect(t, "a", version, 3)
 		if n := strings.Count(log.String(), "past its kek-cache-ttl"); n != 1 {
@@ -59,7 +59,7 @@ func TestGrace(t *testing.T) {
 
 		// It is back, and is away again.
 		c.err = nil
-		c.pass(staleFor)
+		c.pass(outageTTL)
 		c.expect(t, "a", version, 4)
 		c.err = errDown
 		c.pass(10 * time.Second)
@@ -97,7 +97,7 @@ func TestNoGrace(t *testing.T) {
 		c.pass(10 * time.Second)
 		c.err = test.answer
 		c.fail(t, "a", test.version, 4)
-		c.pass(staleFor)
+		c.pass(outageTTL)
 		c.err = errDown
 		c.expect(t, "b", 4, 5)
 		if test.spared {
@@ -140,7 +140,7 @@ func TestGraceSweep(t *testing.T) {
 	c := newGraceful(0)
 	c.err = errDown
 	c.fail(t, "a", 5, 1)
-	c.pass(staleFor)
+	c.pass(outageTTL)
 	c.sweep()
 	if len(c.failed) != 0 {
 		t.Error("the outage is still remembered")

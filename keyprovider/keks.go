@@ -11,6 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -19,8 +20,8 @@ import (
 // or one written when the broker had no versions.
 const maxVersions = 16
 
-// wrap wraps optsdata with the current version of the KEK named id, here or,
-// where it has to be, at the broker. It returns that version too.
+// wrap wraps optsdata with the current version of the KEK named id, locally, or at the
+// broker if the KEK is not exported. It returns that version too.
 func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (wireformat.Annotation, int, error) {
 	if p.conf.Format == FormatCopilot {
 		return p.wrapAtBroker(ctx, id, optsdata)
@@ -53,7 +54,7 @@ func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte)
 }
 
 // unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW or copilot.
-// What the broker refused for the KEK just now, it is not asked again.
+// A KEK that the broker refused a moment ago is not tried again.
 func (p *Provider) unwrapAtBroker(ctx context.Context, a wireformat.Annotation) (optsdata []byte, _ client.KEK, err error) {
 	key := cacheKey{a.KEKID, a.KEKVersion}
 	if err := p.keks.refusal(key); err != nil {
@@ -62,7 +63,7 @@ func (p *Provider) unwrapAtBroker(ctx context.Context, a wireformat.Annotation) 
 	if !layerbudget.Take(ctx) {
 		return nil, client.KEK{}, ErrTooManyKeys
 	}
-	defer func() { p.keks.refuse(key, err, traceOf(ctx)) }()
+	defer func() { p.keks.refuse(key, err, traceid.Of(ctx)) }()
 	defer func(start time.Time) { p.metrics.asked(ctx, "unwrap", start, err) }(time.Now())
 	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, client.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
 	if errors.Is(err, client.ErrRejected) {
@@ -97,7 +98,7 @@ func (p *Provider) unwrapOriginal(ctx context.Context, a wireformat.Annotation, 
 		ids = p.conf.DefaultKEKs
 	}
 	if len(ids) == 0 {
-		return nil, client.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, wireformat.MethodAESGCM, p.conf.Names[0])
+		return nil, client.KEK{}, fmt.Errorf("%w: an annotation of method %s does not say which KEK it takes: name it as provider:%s:KEK, or set default-keks", ErrInput, wireformat.MethodAESGCM, p.conf.Name)
 	}
 	var errs []error
 	for _, id := range ids {

@@ -276,7 +276,7 @@ func TestFormatCopilot(t *testing.T) {
 	if n := k.count("key"); n != 0 {
 		t.Errorf("a KEK was asked for %d times", n)
 	}
-	if _, err := p.WrapKey(t.Context(), wrapRequest(t, "nobody")); !errors.Is(err, client.ErrNotFound) {
+	if _, err := p.WrapKey(t.Context(), named("nobody"), []byte(secret)); !errors.Is(err, client.ErrNotFound) {
 		t.Errorf("no such KEK: %v", err)
 	}
 }
@@ -306,7 +306,7 @@ func TestOriginalNotExported(t *testing.T) {
 	if err := unwraps(t, p, wrapFor(t, p, "team-b")); err != nil {
 		t.Errorf("with the second of the default KEKs: %v", err)
 	}
-	_, err := p.WrapKey(t.Context(), wrapRequest(t, "team-a"))
+	_, err := p.WrapKey(t.Context(), named("team-a"), []byte(secret))
 	if !errors.Is(err, client.ErrNotExported) || !strings.Contains(err.Error(), "annotation-format original") {
 		t.Errorf("got %v", err)
 	}
@@ -332,14 +332,14 @@ func TestManyNotExported(t *testing.T) {
 	}
 	c.expect(t, "a", 5, maxErrors+11)
 	last := fmt.Sprintf("kek-%d", maxErrors+9)
-	c.pass(notExportedFor - 1)
+	c.pass(notExportedTTL - 1)
 	c.fail(t, last, 7, maxErrors+11) // whatever the version
-	if n := len(c.kept); n > maxErrors {
+	if n := len(c.notExported); n > maxErrors {
 		t.Errorf("%d are remembered", n)
 	}
 	c.pass(1)
 	c.sweep()
-	if n := len(c.kept); n != 0 {
+	if n := len(c.notExported); n != 0 {
 		t.Errorf("%d are still remembered", n)
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 )
 
-// Metrics are what Prometheus reads of a [Provider], and of others in its place
-// later. Results are gRPC's status codes, as in google.golang.org/grpc/codes.
+// Metrics are those of a [Provider] and of those that replace it. Results are gRPC's
+// status codes, as in google.golang.org/grpc/codes.
 type Metrics struct {
 	requests      *prometheus.CounterVec
 	seconds       *prometheus.HistogramVec
@@ -23,7 +23,7 @@ type Metrics struct {
 	cached        prometheus.Gauge
 }
 
-// buckets are from what memory takes to what pilot waits for at most.
+// buckets range from a lookup in memory to the longest wait.
 var buckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 
 // NewMetrics registers metrics with r, which may be nil.
@@ -52,8 +52,8 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	for _, outcome := range []string{outcomeHit, outcomeStale, outcomeMiss, outcomeNotExported, outcomeRefused} {
 		m.lookups.WithLabelValues(outcome)
 	}
-	// An alert has to see the first failure, and a counter that begins with it
-	// does not rise.
+	// An alert must see the first failure, and a counter that starts with it does not
+	// rise.
 	for _, result := range []codes.Code{codes.OK, codes.PermissionDenied, codes.NotFound, codes.FailedPrecondition} {
 		m.requests.WithLabelValues("unwrap", result.String())
 	}
@@ -72,7 +72,7 @@ const (
 	outcomeRefused     = "refused"
 )
 
-// request notes a request that began at start.
+// request counts a request that began at start.
 func (m *Metrics) request(ctx context.Context, operation string, start time.Time, err error) {
 	if isProbe(ctx) {
 		return
@@ -81,14 +81,14 @@ func (m *Metrics) request(ctx context.Context, operation string, start time.Time
 	m.seconds.WithLabelValues(operation).Observe(time.Since(start).Seconds())
 }
 
-// asked notes what the brokers were asked for at start.
+// asked counts a request to the brokers that began at start.
 func (m *Metrics) asked(ctx context.Context, operation string, start time.Time, err error) {
 	if isProbe(ctx) {
 		return
 	}
 	result := code(err)
 	if errors.Is(err, client.ErrNotExported) {
-		result = codes.OK // the answer is to ask otherwise
+		result = codes.OK // the broker wraps and unwraps instead
 	}
 	m.broker.WithLabelValues(operation, result.String()).Inc()
 	m.brokerSeconds.WithLabelValues(operation).Observe(time.Since(start).Seconds())

@@ -1,6 +1,8 @@
 // Package keyprovider wraps and unwraps layer keys with AES-256-GCM under key
-// encryption keys (KEKs) that it gets from a key broker, and answers ocicrypt's
-// key provider protocol, as a gRPC service and as an executable. That is how
+// encryption keys (KEKs) that it gets from a key broker.
+//
+// A [Provider] is pilot's key provider. A [Service] serves it to other programs, in
+// ocicrypt's key provider protocol, as a gRPC service and as an executable. That is how
 // skopeo, buildah, podman, containerd, CRI-O, imgcrypt and nerdctl reach it.
 //
 // The protocol is described at
@@ -8,25 +10,22 @@
 package keyprovider
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
-	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
-
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/errline"
-	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // ErrInput is the error of a request that no broker could serve: it is not
-// the protocol's JSON, names no KEK, or holds an annotation that is not pilot's.
+// the protocol's JSON, names no KEK, or has an annotation that is not pilot's.
 var ErrInput = errors.New("bad request")
 
 // ErrWrongKEK is the error of a layer key that the KEKs at hand do not unwrap.
@@ -36,49 +35,59 @@ var ErrWrongKEK = errors.New("layer key not unwrapped")
 // broker was not asked about all of them.
 var ErrTooManyKeys = fmt.Errorf("the layer names too many KEKs: the broker is asked %d times for one layer at most, and no KEK in memory unwraps it", layerbudget.Calls)
 
-// answerWithin bounds the time that a request takes, since ocicrypt's callers
-// set no deadline of their own.
-const answerWithin = 30 * time.Second
+// requestTimeout bounds a request, since ocicrypt's callers set no deadline.
+const requestTimeout = 30 * time.Second
 
 // Config says how a [Provider] works.
 type Config struct {
-	// Names are the key provider's in ocicrypt.conf, under which ocicrypt
-	// passes its parameters. Default: pilot.
-	Names []string
+	// Name is what errors call the key provider: its name in ocicrypt.conf.
+	// Default: pilot.
+	Name string
 	// Format is how wrapped keys are written. Default: FormatA256GCMKW.
 	Format Format
 	// DefaultKEKs are tried in order on an annotation that does not name
 	// its KEK, when the caller names none either.
 	DefaultKEKs []string
-	// CacheTTL is how long a KEK is kept after it was fetched; 0: for ever.
+	// CacheTTL is how long a KEK is kept after it was fetched; 0: no limit.
 	CacheTTL time.Duration
 	// CacheGrace is how much longer it is used, and kept, as long as the
 	// broker gives no usable answer; 0: no longer.
 	CacheGrace time.Duration
-	// CacheIdle is how long a KEK is kept after its last use; 0: for ever.
+	// CacheIdle is how long a KEK is kept after its last use; 0: no limit.
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
 	CacheSize int
-	// Metrics are told what the Provider does. May be nil.
+	// Metrics count what the Provider does. May be nil.
 	Metrics *Metrics
 }
 
-// Provider wraps and unwraps layer keys. It is safe for concurrent use.
+// Broker is a key broker. It is safe for concurrent use, and gives up when ctx is done.
+// Its errors are those of package client. A [client.Client] is one.
+type Broker interface {
+	// KEK returns a version of a KEK, or the current one if version is 0. The caller
+	// clears its key. The error wraps [client.ErrNotExported] if the broker keeps the
+	// KEK to itself.
+	KEK(ctx context.Context, id string, version int) (client.KEK, error)
+	// Wrap wraps a layer key with the current version of a KEK.
+	Wrap(ctx context.Context, id string, layerKey []byte) (client.Wrapped, error)
+	// Unwrap unwraps a layer key, which the caller clears. The error wraps
+	// [client.ErrRejected] if it was not wrapped with that KEK.
+	Unwrap(ctx context.Context, id string, w client.Wrapped) (layerKey []byte, err error)
+}
+
+// Provider wraps and unwraps layer keys. It is a [processor.KeyProvider], safe for
+// concurrent use.
 type Provider struct {
 	conf    Config
-	broker  *client.Client
+	broker  Broker
 	keks    cache
 	metrics *Metrics
 }
 
 // New returns a Provider that gets its KEKs from broker.
-func New(broker *client.Client, conf Config) *Provider {
-	if len(conf.Names) == 0 {
-		conf.Names = []string{"pilot"}
-	}
-	if conf.Format == "" {
-		conf.Format = FormatA256GCMKW
-	}
+func New(broker Broker, conf Config) *Provider {
+	conf.Name = cmp.Or(conf.Name, defaultName)
+	conf.Format = cmp.Or(conf.Format, FormatA256GCMKW)
 	p := &Provider{conf: conf, broker: broker, metrics: conf.Metrics}
 	if p.metrics == nil {
 		p.metrics = NewMetrics(nil)
@@ -100,29 +109,26 @@ func (p *Provider) fetch(ctx context.Context, id string, version int) (kek clien
 	return p.broker.KEK(ctx, id, version)
 }
 
-// WrapKey answers a keywrap request of the key provider protocol, given and
-// answered in its JSON. It wraps for each KEK that the recipient's parameters
-// name; those of `--recipient provider:pilot:team-a` name team-a. The broker is
-// asked which version of a KEK is current, even if the KEK is in memory. It takes
-// 30 seconds at most.
-func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
+// errNoKEK is the error of a request to wrap for nobody.
+var errNoKEK = errors.New("no KEK is named")
+
+// WrapKey wraps a layer key for each KEK that params name; those of
+// `--recipient provider:pilot:team-a` name team-a. The broker is asked which version of a
+// KEK is current, even if the KEK is in memory. The annotation has at most 1 MiB. WrapKey
+// takes 30 seconds at most. The error wraps [ErrInput] if the request makes no sense.
+func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte) (_ []byte, err error) {
 	defer func(start time.Time) { p.metrics.request(ctx, "wrap", start, err) }(time.Now())
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	in, err := decodeInput(input, ocicrypt.OpKeyWrap)
-	if err != nil {
-		return nil, err
+	if len(layerKey) == 0 {
+		return nil, fmt.Errorf("%w: the layer key is empty", ErrInput)
 	}
-	defer clear(in.KeyWrapParams.OptsData)
-	if in.KeyWrapParams.Ec == nil || len(in.KeyWrapParams.OptsData) == 0 {
-		return nil, fmt.Errorf("%w: keywrapparams lack ec or optsdata", ErrInput)
-	}
-	ids, err := p.parameters(in.KeyWrapParams.Ec.Parameters)
+	ids, err := namedKEKs(params)
 	if err != nil {
 		return nil, err
 	}
 	if len(ids) == 0 {
-		return nil, fmt.Errorf("%w: no KEK is named: use the recipient provider:%s:KEK%s", ErrInput, p.conf.Names[0], p.otherNames(in.KeyWrapParams.Ec.Parameters))
+		return nil, fmt.Errorf("%w: %w: use the recipient provider:%s:KEK", ErrInput, errNoKEK, p.conf.Name)
 	}
 	if len(ids) > 1 && p.conf.Format == FormatOriginal {
 		return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
@@ -131,7 +137,7 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 	annotations := make([]wireformat.Annotation, len(ids))
 	for i, id := range ids {
 		start := time.Now()
-		a, version, err := p.wrap(ctx, id, in.KeyWrapParams.OptsData)
+		a, version, err := p.wrap(ctx, id, layerKey)
 		if err != nil {
 			return nil, err
 		}
@@ -150,34 +156,27 @@ func (p *Provider) WrapKey(ctx context.Context, input []byte) (_ []byte, err err
 	if len(b) > wireformat.MaxAnnotation {
 		return nil, fmt.Errorf("%w: wrapped for all these KEKs, the layer key would have more than %d bytes: name fewer", ErrInput, wireformat.MaxAnnotation)
 	}
-	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{
-		KeyWrapResults: ocicrypt.KeyWrapResults{Annotation: b},
-	})
+	return b, nil
 }
 
-// UnwrapKey answers a keyunwrap request of the key provider protocol. The
-// annotation says which KEK it takes; if the caller names KEKs too, only those
-// are used. KEKs in memory are tried first. The broker is asked a bounded number of
-// times for one layer: if ctx is not that of a layer, for the annotation. It takes 30
-// seconds at most.
-func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err error) {
+// UnwrapKey returns the layer key that an annotation holds, which the caller clears. The
+// annotation says which KEK it takes; if params name KEKs too, only those are used. KEKs
+// in memory are tried first. The broker is asked at most 128 times for one layer, or for
+// the annotation if ctx is not that of a layer. UnwrapKey takes 30 seconds at most.
+//
+// The error wraps [ErrInput], [ErrWrongKEK], [ErrTooManyKeys] or that of the broker.
+func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []byte) (_ []byte, err error) {
 	defer func(start time.Time) { p.metrics.request(ctx, "unwrap", start, err) }(time.Now())
 	ctx = layerbudget.With(ctx)
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	in, err := decodeInput(input, ocicrypt.OpKeyUnwrap)
-	if err != nil {
-		return nil, err
-	}
-	annotations, err := wireformat.ParseAnnotation(in.KeyUnwrapParams.Annotation)
+	annotations, err := wireformat.ParseAnnotation(annotation)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInput, err)
 	}
-	var allowed []string
-	if in.KeyUnwrapParams.Dc != nil {
-		if allowed, err = p.parameters(in.KeyUnwrapParams.Dc.Parameters); err != nil {
-			return nil, err
-		}
+	allowed, err := namedKEKs(params)
+	if err != nil {
+		return nil, err
 	}
 
 	cached := func(a wireformat.Annotation) bool {
@@ -196,7 +195,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 	var errs []error
 	for _, a := range annotations {
 		start := time.Now()
-		optsdata, kek, err := p.unwrap(ctx, a, allowed)
+		layerKey, kek, err := p.unwrap(ctx, a, allowed)
 		if err != nil {
 			errs = append(errs, err)
 			if ctx.Err() != nil || errors.Is(err, ErrTooManyKeys) {
@@ -204,42 +203,19 @@ func (p *Provider) UnwrapKey(ctx context.Context, input []byte) (_ []byte, err e
 			}
 			continue
 		}
-		defer clear(optsdata)
 		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
-		results := keyjson.Object(keyjson.Key("optsdata", optsdata))
-		defer clear(results)
-		return keyjson.Object(keyjson.Value("keywrapresults", ocicrypt.KeyWrapResults{}), keyjson.Raw("keyunwrapresults", results)), nil
+		return layerKey, nil
 	}
 	return nil, errline.Join(errs...)
 }
 
-// notProviders are ocicrypt's parameters that are for no key provider.
-var notProviders = []string{"pubkeys", "x509s", "gpg-recipients", "gpg-pubkeyringfile", "pkcs11-pubkeys", "pkcs11-yamls", "pkcs11-config"}
-
-// otherNames says what to do if the caller knows pilot by another name, if it
-// seems to.
-func (p *Provider) otherNames(params map[string][][]byte) string {
-	for _, name := range slices.Sorted(maps.Keys(params)) {
-		if !slices.Contains(p.conf.Names, name) && !slices.Contains(notProviders, name) {
-			return fmt.Sprintf(", or add %.60q to provider-name if pilot has that name in ocicrypt.conf", name)
-		}
-	}
-	return ""
-}
-
-// parameters returns the KEK ids among the parameters that ocicrypt passes. It
-// passes those of all key providers, and does not say by which name it found
-// this one.
-func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
-	var named [][]byte
-	for _, name := range p.conf.Names {
-		named = append(named, params[name]...)
-	}
-	if n := len(named); n > wireformat.MaxRecipients {
+// namedKEKs returns the KEK ids among the parameters of a recipient or key.
+func namedKEKs(params [][]byte) ([]string, error) {
+	if n := len(params); n > wireformat.MaxRecipients {
 		return nil, fmt.Errorf("%w: %d KEKs are named, at most %d can be", ErrInput, n, wireformat.MaxRecipients)
 	}
 	var ids []string
-	for _, b := range named {
+	for _, b := range params {
 		id := string(b)
 		// ocicrypt passes this for a recipient without a parameter.
 		if id == "" || id == "Enabled" {
@@ -255,13 +231,12 @@ func (p *Provider) parameters(params map[string][][]byte) ([]string, error) {
 	return ids, nil
 }
 
-// sweepEvery is how often KEKs that have expired are dropped from memory.
-const sweepEvery = time.Minute
+// sweepInterval is how often expired KEKs are dropped from memory.
+const sweepInterval = time.Minute
 
-// Sweep drops expired KEKs from memory, now and then, until ctx is done, and then
-// all.
+// Sweep drops expired KEKs from memory every minute until ctx is done, and then all.
 func (p *Provider) Sweep(ctx context.Context) {
-	tick := time.NewTicker(sweepEvery)
+	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
 	for {
 		select {
@@ -272,16 +247,4 @@ func (p *Provider) Sweep(ctx context.Context) {
 			return
 		}
 	}
-}
-
-func decodeInput(b []byte, want ocicrypt.KeyProviderKeyWrapProtocolOperation) (*ocicrypt.KeyProviderKeyWrapProtocolInput, error) {
-	var in ocicrypt.KeyProviderKeyWrapProtocolInput
-	if err := json.Unmarshal(b, &in); err != nil {
-		// The error of encoding/json may quote its input, which holds keys.
-		return nil, fmt.Errorf("%w: it is not the JSON of ocicrypt's key provider protocol", ErrInput)
-	}
-	if in.Operation != want {
-		return nil, fmt.Errorf("%w: op is %.40q, not %q", ErrInput, in.Operation, want)
-	}
-	return &in, nil
 }

@@ -54,7 +54,7 @@ func TestOneKEK(t *testing.T) {
 		}
 	}
 	p := newProvider(t, b.url, Config{Format: FormatOriginal})
-	if _, err := p.WrapKey(t.Context(), wrapRequest(t, "a", "b")); !errors.Is(err, ErrInput) {
+	if _, err := p.WrapKey(t.Context(), named("a", "b"), []byte(secret)); !errors.Is(err, ErrInput) {
 		t.Errorf("two KEKs in the original's format: %v", err)
 	}
 }
@@ -188,7 +188,7 @@ func TestMostKEKs(t *testing.T) {
 	for i := range 65 {
 		most = append(most[:i], fmt.Sprintf("kek-%d", i))
 	}
-	_, err := p.WrapKey(t.Context(), wrapRequest(t, most...))
+	_, err := p.WrapKey(t.Context(), named(most...), []byte(secret))
 	for name, err := range map[string]error{"wrap": err, "unwrap": unwraps(t, p, annotation, most...)} {
 		if !errors.Is(err, ErrInput) || !strings.Contains(err.Error(), "65 KEKs are named, at most 64 can be") {
 			t.Errorf("%s with 65 KEKs: %v", name, err)
@@ -201,7 +201,7 @@ func TestMostKEKs(t *testing.T) {
 
 // TestCacheOfOne checks that a cache for one KEK serves all of an image's
 // layers, which are unwrapped by the version of the current one that they were
-// wrapped with. Only whoever wraps asks the broker again, which one is current.
+// wrapped with. Only wrapping asks the broker again which one is current.
 func TestCacheOfOne(t *testing.T) {
 	b := startBroker(t, map[string][]byte{"a": nil})
 	p := newProvider(t, b.url, Config{CacheSize: 1})

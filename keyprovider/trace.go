@@ -9,9 +9,11 @@ import (
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/ctrlplane/pilot/internal/traceid"
 )
 
-// done tells the log and the trace what was done with a layer key.
+// done logs and traces what was done with a layer key.
 func done(ctx context.Context, what, kek string, version int, method string, start time.Time) {
 	logOf(ctx).WithFields(logrus.Fields{
 		"kek": kek, "version": version, "method": method, "took": time.Since(start),
@@ -27,7 +29,7 @@ func done(ctx context.Context, what, kek string, version int, method string, sta
 	span.AddEvent(what, trace.WithAttributes(facts...)) // there may be several
 }
 
-// traced is a broker's error, with the trace of the request that had it asked.
+// traced is a broker's error, with the trace of the request that caused it.
 type traced struct {
 	error
 	trace string
@@ -35,28 +37,20 @@ type traced struct {
 
 func (t *traced) Unwrap() error { return t.error }
 
-// inTrace has an error that another request was given, and that is remembered, name
-// that one's trace: the broker's audit log knows the request by it.
+// inTrace adds to a remembered error the trace of the request that got it, by which the
+// broker's audit log knows that request.
 func inTrace(ctx context.Context, err error) error {
-	if t := new(traced); errors.As(err, &t) && t.trace != "" && t.trace != traceOf(ctx) {
+	if t := new(traced); errors.As(err, &t) && t.trace != "" && t.trace != traceid.Of(ctx) {
 		return fmt.Errorf("%w (requested in trace %s)", err, t.trace)
 	}
 	return err
 }
 
-// traceOf returns the ID of the context's trace, or "".
-func traceOf(ctx context.Context) string {
-	if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
-		return s.TraceID().String()
-	}
-	return ""
-}
-
-// logOf has log lines tell the trace that they belong to.
+// logOf returns the logger of a request, with its trace.
 func logOf(ctx context.Context) *logrus.Entry {
 	log := logrus.NewEntry(logrus.StandardLogger())
-	if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
-		return log.WithField("trace", s.TraceID())
+	if id := traceid.Of(ctx); id != "" {
+		return log.WithField("trace", id)
 	}
 	return log
 }

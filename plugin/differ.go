@@ -2,7 +2,7 @@
 // of an image while it unpacks them. containerd hands a differ the layer's
 // whole descriptor, so no client has to pass anything about decryption.
 //
-// It runs as a proxy plugin, in a process of its own (see [Register]), or
+// It runs as a proxy plugin, in a process of its own (see [NewServer]), or
 // compiled into containerd (see package builtin below this one).
 package plugin
 
@@ -10,9 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -23,14 +21,13 @@ import (
 	"github.com/containerd/containerd/v2/plugins/diff/erofs"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/typeurl/v2"
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -43,9 +40,11 @@ type Config struct {
 	// UnwrapTimeout bounds the wait for a layer key. Default: 40 seconds.
 	UnwrapTimeout time.Duration
 	// DecryptionKeysPath is a directory of private keys to try, before those
-	// that the client passes and the key providers: see [processor.KeyDir].
-	// Default: none.
+	// that the client passes and Keys: see [processor.KeyDir]. Default: none.
 	DecryptionKeysPath string
+	// Keys are the key providers that unwrap layer keys, and private keys to try
+	// after those that the client passes. Default: none.
+	Keys processor.Keys
 	// Metrics is what the Differ's metrics are registered with. May be nil.
 	Metrics prometheus.Registerer
 }
@@ -116,13 +115,13 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	}
 	applied, err := d.decrypt(ctx, desc, mounts, opts...)
 	if err != nil {
-		return ocispec.Descriptor{}, &failure{desc.Digest, traceOf(ctx), err}
+		return ocispec.Descriptor{}, &failure{desc.Digest, traceid.Of(ctx), err}
 	}
 	return applied, nil
 }
 
-// size returns how many bytes the blob of a layer has that was unpacked. What the
-// descriptor says, nobody has checked: it may be negative.
+// size returns the size in bytes of the blob of a layer that was unpacked. The size in
+// the descriptor was not checked by anybody: it may be negative.
 func (d *Differ) size(ctx context.Context, desc ocispec.Descriptor, err error) int64 {
 	if err != nil {
 		return 0
@@ -136,9 +135,9 @@ func (d *Differ) size(ctx context.Context, desc ocispec.Descriptor, err error) i
 
 var errPanic = errors.New("panic")
 
-// failure is an error as it can go over gRPC, several times on its way to
-// whoever pulls: it wraps nothing but one of containerd's errors, since each
-// that is wrapped is told again at the other end.
+// failure is an error as it can go over gRPC, several times on its way to the client. It
+// wraps only one of containerd's errors: gRPC would repeat the text of every wrapped
+// error on the client.
 type failure struct {
 	layer digest.Digest
 	trace string // the ID in pilot's log and in copilot's audit log, or ""
@@ -179,7 +178,7 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, err
 	}
 	defer key.Clear()
-	// Only now, so that nobody waits for those who wait for a broker.
+	// Only now, so that layers that wait for a broker hold up no others.
 	if err := d.enter(ctx); err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -193,15 +192,15 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 	if err == nil {
 		err = ctx.Err()
 	}
-	if ctx.Err() == nil && !layer.isWhole() {
-		// What unpacks stopped early: because of what it read, which is
-		// wrong if the layer was changed, or because it needs no more.
+	if ctx.Err() == nil && !layer.verified() {
+		// The applier stopped before EOF: tampered data confused it, or the
+		// archive ended early.
 		if verdict := d.verify(ctx, desc, key); verdict != nil && (err == nil || errors.Is(verdict, processor.ErrTampered)) {
 			err = verdict
 		}
 	}
 	if errors.Is(err, processor.ErrTampered) {
-		err = processor.ErrTampered // whatever that led to
+		err = processor.ErrTampered // hide follow-up errors
 	}
 	return applied, err
 }
@@ -242,15 +241,15 @@ func (d *Differ) unwrap(ctx context.Context, desc ocispec.Descriptor, opts []dif
 			return nil, err
 		}
 	}
-	client := &config.DecryptConfig{}
-	for _, any := range passed.ProcessorPayloads {
+	keys := d.conf.Keys
+	for _, payload := range passed.ProcessorPayloads {
 		// It may be for another stream processor.
-		if p, err := processor.ParsePayload(any.GetTypeUrl(), any.GetValue()); err == nil {
-			client = &p.DecryptConfig
+		if p, err := processor.ParsePayload(payload.GetTypeUrl(), payload.GetValue()); err == nil {
+			keys = keys.With(&p.DecryptConfig)
 			break // imgcrypt passes the same for each media type
 		}
 	}
-	return d.layerKey(ctx, client, desc)
+	return d.layerKey(ctx, keys, desc)
 }
 
 // verify reads the whole layer for its HMAC.
@@ -260,81 +259,5 @@ func (d *Differ) verify(ctx context.Context, desc ocispec.Descriptor, key *proce
 		return err
 	}
 	defer ra.Close()
-	r, err := processor.NewDecrypter(content.NewReader(ra), key)
-	if err != nil {
-		return err
-	}
-	_, err = r.WriteTo(io.Discard)
-	return err
+	return processor.Verify(content.NewReader(ra), key)
 }
-
-// decryptionKey is the context key under which Apply hands the layer's
-// decryption to the stream processor that containerd's applier makes.
-type decryptionKey struct{}
-
-var registerDecryption = sync.OnceFunc(func() {
-	diff.RegisterProcessor(func(ctx context.Context, mediaType string) (diff.StreamProcessorInit, bool) {
-		_, ok := ctx.Value(decryptionKey{}).(*decryption)
-		return startDecryption, ok && processor.IsEncrypted(mediaType)
-	})
-})
-
-// decryption is a stream processor in this process.
-type decryption struct {
-	key       *processor.LayerKey
-	mediaType string
-
-	// What decompresses may read in a goroutine, and go on for a moment
-	// after it has all that it needs.
-	mu    sync.Mutex
-	layer *processor.Decrypter
-	whole bool // the layer was read to its end, and is authentic
-}
-
-func startDecryption(ctx context.Context, stream diff.StreamProcessor, _ map[string]typeurl.Any) (diff.StreamProcessor, error) {
-	d := ctx.Value(decryptionKey{}).(*decryption)
-	d.end() // that of an applier before, which could not
-	layer, err := processor.NewDecrypter(stream, d.key)
-	if err != nil {
-		return nil, err
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.layer, d.whole = layer, false
-	d.mediaType, _ = processor.PlainMediaType(stream.MediaType())
-	return d, nil
-}
-
-func (d *decryption) Read(p []byte) (int, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	n, err := d.layer.Read(p)
-	d.whole = d.whole || err == io.EOF
-	return n, err
-}
-
-// Err is what containerd's applier asks once it has unpacked everything.
-func (d *decryption) Err() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	_, err := d.layer.WriteTo(io.Discard)
-	d.whole = err == nil
-	return err
-}
-
-func (d *decryption) isWhole() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.whole
-}
-
-// end ends the decryption, if it has begun.
-func (d *decryption) end() {
-	if d.layer != nil {
-		d.layer.Close()
-	}
-}
-
-func (d *decryption) MediaType() string { return d.mediaType }
-
-func (d *decryption) Close() error { return nil }

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -32,7 +31,7 @@ import (
 
 // keys is a key pair, to encrypt and to decrypt with.
 type keys struct {
-	ec  *config.EncryptConfig
+	to  processor.Recipients
 	dc  *config.DecryptConfig
 	dir string // with the private key in key.pem
 }
@@ -48,7 +47,7 @@ func newKeys(t testing.TB) keys {
 		t.Fatal(err)
 	}
 	return keys{
-		&config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}},
+		processor.Recipients{Parameters: map[string][][]byte{"pubkeys": {public}}},
 		&config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}},
 		dir,
 	}
@@ -99,11 +98,12 @@ var compressions = map[string]func(t *testing.T, b []byte) []byte{
 // put encrypts a layer and writes what change makes of the ciphertext.
 func put(t *testing.T, s content.Store, k keys, mediaType string, layer []byte, change func([]byte) []byte) ocispec.Descriptor {
 	t.Helper()
-	encrypted, desc, err := processor.EncryptLayer(t.Context(), layer, mediaType, k.ec)
+	var out bytes.Buffer
+	desc, err := processor.Encrypt(t.Context(), &out, bytes.NewReader(layer), mediaType, k.to)
 	if err != nil {
 		t.Fatal(err)
 	}
-	encrypted = change(encrypted)
+	encrypted := change(out.Bytes())
 	desc.Digest, desc.Size = digest.FromBytes(encrypted), int64(len(encrypted))
 	if err := content.WriteBlob(t.Context(), s, desc.Digest.String(), bytes.NewReader(encrypted), desc); err != nil {
 		t.Fatal(err)
@@ -298,44 +298,5 @@ func TestLayersAtOnce(t *testing.T) {
 	}
 	if most := s.most.Load(); most != 2 {
 		t.Errorf("%d layers at once, want 2", most)
-	}
-}
-
-// pieces is a blob that counts reads.
-type pieces struct {
-	*bytes.Reader
-	reads int
-}
-
-func (p *pieces) Close() error { return nil }
-
-func (p *pieces) Size() int64 { return p.Reader.Size() }
-
-func (p *pieces) ReadAt(b []byte, off int64) (int, error) {
-	p.reads++
-	return p.Reader.ReadAt(b, off)
-}
-
-func TestReadAhead(t *testing.T) {
-	blob := make([]byte, 2*readAheadSize+12345)
-	for i := range blob {
-		blob[i] = byte(i * i >> 5)
-	}
-	p := &pieces{Reader: bytes.NewReader(blob)}
-	got, err := io.ReadAll(content.NewReader(&readAhead{ReaderAt: p}))
-	if err != nil || !bytes.Equal(got, blob) {
-		t.Errorf("%d bytes, %v", len(got), err)
-	}
-	if p.reads > 5 {
-		t.Errorf("%d reads", p.reads)
-	}
-	r := &readAhead{ReaderAt: p}
-	for _, at := range []struct{ off, n int }{{0, 10}, {5, 2}, {readAheadSize - 3, 100}, {7, 3 << 20}, {len(blob) - 5, 10}, {len(blob), 1}, {1 << 20, 1 << 20}, {3, 4}} {
-		b := make([]byte, at.n)
-		n, err := r.ReadAt(b, int64(at.off))
-		want := blob[at.off:min(len(blob), at.off+at.n)]
-		if !bytes.Equal(b[:n], want) || (err == io.EOF) != (at.off+at.n > len(blob)) || err != nil && err != io.EOF {
-			t.Errorf("%+v: %d bytes, %v", at, n, err)
-		}
 	}
 }

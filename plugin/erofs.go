@@ -40,7 +40,7 @@ func (d *Differ) applyErofs(ctx context.Context, desc ocispec.Descriptor, key *p
 	if err == nil {
 		err = store.verify()
 	} else if ctx.Err() == nil && errors.Is(d.verify(ctx, desc, key), processor.ErrTampered) {
-		err = processor.ErrTampered // whatever that led to
+		err = processor.ErrTampered // hide follow-up errors
 	}
 	if err != nil {
 		return ocispec.Descriptor{}, err
@@ -113,8 +113,7 @@ func (s *decryptedStore) verify() error {
 	if s.layer == nil {
 		return nil
 	}
-	_, err := io.Copy(io.Discard, s.layer)
-	return err
+	return s.layer.Verify()
 }
 
 func (s *decryptedStore) close() {

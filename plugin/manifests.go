@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 
@@ -51,15 +50,15 @@ const (
 
 // layerKey unwraps the key of the layer that desc describes, with the
 // annotations of the manifests that name the layer if desc has none.
-func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*processor.LayerKey, error) {
+func (d *Differ) layerKey(ctx context.Context, keys processor.Keys, desc ocispec.Descriptor) (*processor.LayerKey, error) {
 	if processor.HasRecipients(desc) {
-		return d.unwrapOne(ctx, d.conf.UnwrapTimeout, dc, desc)
+		return d.unwrapOne(ctx, d.conf.UnwrapTimeout, keys, desc)
 	}
 	deadline := time.Now().Add(d.conf.UnwrapTimeout)
 	found, reused, failure := d.describedBy(ctx, deadline, desc, false)
 	if failure == nil {
 		var key *processor.LayerKey
-		if key, failure = d.unwrapFound(ctx, deadline, dc, desc, found); failure == nil {
+		if key, failure = d.unwrapFound(ctx, deadline, keys, desc, found); failure == nil {
 			return key, nil
 		}
 	}
@@ -74,18 +73,18 @@ func (d *Differ) layerKey(ctx context.Context, dc *config.DecryptConfig, desc oc
 	if reflect.DeepEqual(now, found) {
 		return nil, failure
 	}
-	return d.unwrapFound(ctx, deadline, dc, desc, now)
+	return d.unwrapFound(ctx, deadline, keys, desc, now)
 }
 
 // unwrapFound unwraps the key of the layer desc, which manifests describe as found.
-func (d *Differ) unwrapFound(ctx context.Context, deadline time.Time, dc *config.DecryptConfig, desc ocispec.Descriptor, found []ocispec.Descriptor) (*processor.LayerKey, error) {
+func (d *Differ) unwrapFound(ctx context.Context, deadline time.Time, keys processor.Keys, desc ocispec.Descriptor, found []ocispec.Descriptor) (*processor.LayerKey, error) {
 	if len(found) == 1 {
-		return d.unwrapOne(ctx, time.Until(deadline), dc, found[0])
+		return d.unwrapOne(ctx, time.Until(deadline), keys, found[0])
 	}
 	// Anybody who can have an image pulled can add a manifest, and put the key
 	// of another layer in it. So a key has to fit the layer's HMAC.
 	verified := 0
-	return d.keys.UnwrapAny(ctx, time.Until(deadline), dc, found, func(key *processor.LayerKey) (bool, error) {
+	return d.keys.UnwrapAny(ctx, time.Until(deadline), keys, found, func(key *processor.LayerKey) (bool, error) {
 		if verified++; verified > maxVerified {
 			return false, fmt.Errorf("the manifests that name the layer hold more than %d keys that are not its own: remove the images that do not belong here: %w", maxVerified, errdefs.ErrFailedPrecondition)
 		}
@@ -103,10 +102,10 @@ func (d *Differ) unwrapFound(ctx context.Context, deadline time.Time, dc *config
 }
 
 // unwrapOne unwraps the key of a layer from the annotations of desc.
-func (d *Differ) unwrapOne(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, desc ocispec.Descriptor) (*processor.LayerKey, error) {
+func (d *Differ) unwrapOne(ctx context.Context, timeout time.Duration, keys processor.Keys, desc ocispec.Descriptor) (*processor.LayerKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	key, err := d.keys.Unwrap(ctx, dc, desc)
+	key, err := d.keys.Unwrap(ctx, keys, desc)
 	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, processor.ErrNoKey) {
 		err = fmt.Errorf("%w: %w", errUnwrap, err)
 	}

@@ -20,7 +20,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
-	"github.com/containers/ocicrypt/config"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
@@ -32,12 +31,13 @@ import (
 // descriptor has no annotations, as BuildKit hands it to a differ.
 type builder struct {
 	content.Store
-	t     testing.TB
-	ctx   context.Context
-	keys  keys
-	plain []byte
-	layer ocispec.Descriptor // with annotations
-	bare  ocispec.Descriptor // without
+	t      testing.TB
+	ctx    context.Context
+	keys   keys
+	unwrap processor.Keys // of the differ
+	plain  []byte
+	layer  ocispec.Descriptor // with annotations
+	bare   ocispec.Descriptor // without
 }
 
 var fromApp = map[string]string{"containerd.io/distribution.source.registry.example.com": "other,app"}
@@ -68,12 +68,12 @@ func newBuilder(t testing.TB) *builder {
 // encrypted writes an encrypted layer that came from the repository app.
 func (b *builder) encrypted(plain []byte) ocispec.Descriptor {
 	b.t.Helper()
-	ciphertext, desc, err := processor.EncryptLayer(b.t.Context(), plain, layerType, b.keys.ec)
+	var ciphertext bytes.Buffer
+	desc, err := processor.Encrypt(b.t.Context(), &ciphertext, bytes.NewReader(plain), layerType, b.keys.to)
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.put(b.ctx, ciphertext, fromApp)
-	desc.Digest, desc.Size = digest.FromBytes(ciphertext), int64(len(ciphertext))
+	b.put(b.ctx, ciphertext.Bytes(), fromApp)
 	return desc
 }
 
@@ -107,7 +107,7 @@ func (b *builder) named(like ocispec.Descriptor, add map[string]string) ocispec.
 func (b *builder) apply() error {
 	b.t.Helper()
 	mounts, dir := overlay(b.t)
-	d := New(b, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 30 * time.Second})
+	d := New(b, nil, Config{DecryptionKeysPath: b.keys.dir, Keys: b.unwrap, UnwrapTimeout: 30 * time.Second})
 	applied, err := d.Apply(b.ctx, b.bare, mounts)
 	if err != nil {
 		return err
@@ -172,9 +172,9 @@ func TestKeysInNoManifest(t *testing.T) {
 // countingProvider unwraps nothing and counts how often it is asked.
 type countingProvider struct{ asked atomic.Int32 }
 
-func (*countingProvider) WrapKey(context.Context, []byte) ([]byte, error) { return nil, nil }
+func (*countingProvider) WrapKey(context.Context, [][]byte, []byte) ([]byte, error) { return nil, nil }
 
-func (p *countingProvider) UnwrapKey(context.Context, []byte) ([]byte, error) {
+func (p *countingProvider) UnwrapKey(context.Context, [][]byte, []byte) ([]byte, error) {
 	p.asked.Add(1)
 	return nil, fmt.Errorf("no KEK for you")
 }
@@ -183,14 +183,15 @@ func (p *countingProvider) UnwrapKey(context.Context, []byte) ([]byte, error) {
 func TestHostileManifests(t *testing.T) {
 	b := newBuilder(t)
 	provider := &countingProvider{}
-	processor.RegisterKeyProvider("counting", provider)
+	counting := processor.Keys{Providers: map[string]processor.KeyProvider{"counting": provider}}
+	b.unwrap = counting
 	many := make([]string, 4096)
 	for i := range many {
 		many[i] = base64.StdEncoding.EncodeToString(fmt.Appendf(nil, "recipient %d", i))
 	}
-	const counting = "org.opencontainers.image.enc.keys.provider.counting"
+	const countingKeys = "org.opencontainers.image.enc.keys.provider.counting"
 	other := b.encrypted([]byte("another layer, whose key unwraps just as well"))
-	onlyCounting := b.named(b.layer, map[string]string{counting: strings.Join(many, ",")})
+	onlyCounting := b.named(b.layer, map[string]string{countingKeys: strings.Join(many, ",")})
 	delete(onlyCounting.Annotations, annotationKeysJWE)
 
 	b.manifest(b.ctx, fromApp, onlyCounting)
@@ -202,7 +203,7 @@ func TestHostileManifests(t *testing.T) {
 	// The right one is the oldest, so it comes last.
 	hostile := func() {
 		b.manifest(b.ctx, fromApp, b.named(other, nil), b.bare)
-		b.manifest(b.ctx, fromApp, b.named(other, map[string]string{counting: strings.Join(many, ",")}))
+		b.manifest(b.ctx, fromApp, b.named(other, map[string]string{countingKeys: strings.Join(many, ",")}))
 		b.manifest(b.ctx, fromApp, b.named(b.layer, map[string]string{"org.opencontainers.image.enc.pubopts": other.Annotations["org.opencontainers.image.enc.pubopts"]}))
 		b.manifest(b.ctx, fromApp, b.named(b.layer, map[string]string{annotationKeysJWE: "%%%"}))
 	}
@@ -211,10 +212,11 @@ func TestHostileManifests(t *testing.T) {
 	provider.asked.Store(0)
 
 	b = newBuilder(t)
+	b.unwrap = counting
 	other = b.encrypted([]byte("another layer, whose key unwraps just as well"))
 	b.manifest(b.ctx, fromApp, b.layer)
 	hostile()
-	b.manifest(b.ctx, map[string]string{"containerd.io/gc.ref.content.l.0": b.layer.Digest.String()}, b.named(other, map[string]string{counting: "AAAA"}))
+	b.manifest(b.ctx, map[string]string{"containerd.io/gc.ref.content.l.0": b.layer.Digest.String()}, b.named(other, map[string]string{countingKeys: "AAAA"}))
 	if err := b.apply(); err != nil {
 		t.Error(err)
 	}
@@ -251,7 +253,7 @@ func BenchmarkKeysOfManyLayers(b *testing.B) {
 	for b.Loop() {
 		d := New(s, nil, Config{DecryptionKeysPath: s.keys.dir, UnwrapTimeout: time.Minute})
 		for _, l := range layers {
-			key, err := d.layerKey(s.ctx, &config.DecryptConfig{}, l)
+			key, err := d.layerKey(s.ctx, processor.Keys{}, l)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -295,13 +297,13 @@ func (s *countingStore) Walk(ctx context.Context, fn content.WalkFunc, filters .
 func TestManifestsAreWalkedOnce(t *testing.T) {
 	b := newBuilder(t)
 	store := &countingStore{Store: b}
-	d := New(store, nil, Config{DecryptionKeysPath: b.keys.dir, UnwrapTimeout: 30 * time.Second})
+	d := New(store, nil, Config{DecryptionKeysPath: b.keys.dir, Keys: b.unwrap, UnwrapTimeout: 30 * time.Second})
 	unwrap := func(want int32, layers ...ocispec.Descriptor) {
 		t.Helper()
 		var all sync.WaitGroup
 		for _, l := range layers {
 			all.Go(func() {
-				key, err := d.layerKey(b.ctx, &config.DecryptConfig{}, l)
+				key, err := d.layerKey(b.ctx, processor.Keys{}, l)
 				if err != nil {
 					t.Error(err)
 					return
@@ -334,7 +336,7 @@ func TestManifestsAreWalkedOnce(t *testing.T) {
 
 	// Another namespace has a walk of its own.
 	elsewhere := namespaces.WithNamespace(t.Context(), "elsewhere")
-	if _, err := d.layerKey(elsewhere, &config.DecryptConfig{}, second); err == nil || store.walks.Load() != 1 {
+	if _, err := d.layerKey(elsewhere, processor.Keys{}, second); err == nil || store.walks.Load() != 1 {
 		t.Errorf("in another namespace: %d walks, %v", store.walks.Load(), err)
 	}
 }

@@ -15,10 +15,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/sirupsen/logrus"
-	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -55,9 +55,8 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	return m
 }
 
-// begin notes that a layer is to be unpacked. The caller calls end with how that
-// went, which the log tells too if the layer was encrypted, and how many bytes it
-// has.
+// begin counts a layer that is to be unpacked. The caller must call end with its size in
+// bytes and the error, which is also logged if the layer is encrypted.
 func (m *metrics) begin(layer ocispec.Descriptor) (end func(ctx context.Context, size int64, err error)) {
 	encrypted := strconv.FormatBool(processor.IsEncrypted(layer.MediaType))
 	m.underWay.WithLabelValues(encrypted).Inc()
@@ -73,7 +72,7 @@ func (m *metrics) begin(layer ocispec.Descriptor) (end func(ctx context.Context,
 			return
 		}
 		log := logrus.WithFields(logrus.Fields{"digest": layer.Digest, "took": time.Since(start)})
-		if id := traceOf(ctx); id != "" {
+		if id := traceid.Of(ctx); id != "" {
 			log = log.WithField("trace", id)
 		}
 		if err == nil {
@@ -86,14 +85,6 @@ func (m *metrics) begin(layer ocispec.Descriptor) (end func(ctx context.Context,
 		// containerd reports it to the client only, which may be far away.
 		log.WithError(err).Warn("layer not decrypted")
 	}
-}
-
-// traceOf returns the ID of the trace that a request belongs to, or "".
-func traceOf(ctx context.Context) string {
-	if s := trace.SpanContextFromContext(ctx); s.HasTraceID() {
-		return s.TraceID().String()
-	}
-	return ""
 }
 
 // maxKEKs bounds the IDs of KEKs in a line of the log, in bytes: an image may

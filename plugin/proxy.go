@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,12 +26,13 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/internal/localstore"
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// Dial returns a client of the containerd that answers on the socket address,
+// Dial returns a client of the containerd that listens on the unix socket address,
 // such as /run/containerd/containerd.sock. It connects when it is used, so
-// containerd may be started later, and again.
+// containerd may be started later, and restarted.
 func Dial(address string) (*containerd.Client, error) {
 	again := backoff.DefaultConfig
 	again.MaxDelay = 3 * time.Second // as containerd's own clients do
@@ -46,33 +48,36 @@ func Dial(address string) (*containerd.Client, error) {
 	return containerd.NewWithConn(conn)
 }
 
-// Register makes s answer containerd's Diff service with d, as a proxy plugin
-// of type diff does. s has to be made with [Interceptor].
+// NewServer returns a server that answers the containerd of client (see [Dial]) as a proxy
+// plugin of type diff. The caller serves it on a unix socket that only root can use.
+// opts are for the server; interceptors in them come before its own.
 //
-// It leaves the comparing of snapshots to containerd's next differ: containerd
-// does not tell a proxy plugin the lease of whoever asks, and without one its
-// garbage collector may take the result at once.
-func Register(s grpc.ServiceRegistrar, d *Differ) {
+// The server leaves comparing snapshots to containerd's next differ: containerd does not
+// pass the caller's lease to a proxy plugin, and without one its garbage collector may
+// remove the result at once.
+func NewServer(client *containerd.Client, conf Config, opts ...grpc.ServerOption) *grpc.Server {
+	s := grpc.NewServer(append(slices.Clip(opts), grpc.ChainUnaryInterceptor(interceptor(client)))...)
+	d := New(localstore.New(client), client.MountManager(), conf)
 	diffapi.RegisterDiffServer(s, diffservice.FromApplierAndComparer(d, comparesNothing{}))
+	return s
 }
 
-// comparesNothing has containerd ask its next differ.
+// comparesNothing makes containerd ask its next differ.
 type comparesNothing struct{}
 
 func (comparesNothing) Compare(context.Context, []mount.Mount, []mount.Mount, ...diff.Opt) (ocispec.Descriptor, error) {
 	return ocispec.Descriptor{}, fmt.Errorf("pilot: comparing snapshots is left to containerd's own differ: put 'walking' after 'pilot' in the diff service's default: %w", errdefs.ErrNotImplemented)
 }
 
-// Interceptor returns what makes a request's namespace hold for the calls back
-// to containerd, the server of client, that serve it. Requests of other services
-// than Diff pass.
-func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
+// interceptor returns an interceptor that passes a request's namespace on to the calls
+// that it makes back to containerd. Requests of other services than Diff pass unchanged.
+func interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (_ any, err error) {
 		if !strings.HasPrefix(info.FullMethod, "/"+diffapi.Diff_ServiceDesc.ServiceName+"/") {
 			return handle(ctx, req)
 		}
 		defer func() {
-			// What one request does must not end the others.
+			// One request must not end the others.
 			if p := recover(); p != nil {
 				logrus.WithField("panic", p).Error(string(debug.Stack()))
 				err = status.Errorf(codes.Internal, "pilot: this is a bug, see its log: %v", p)
@@ -88,10 +93,9 @@ func Interceptor(client *containerd.Client) grpc.UnaryServerInterceptor {
 	}
 }
 
-// missingNamespace finds the namespace of a request that does not say it, as
-// those of Debian 13's containerd 1.7.24 don't that come from a client of the
-// diff service. What the built-in differ can do is left to it, which
-// ErrNotImplemented means to containerd.
+// missingNamespace finds the namespace of a request without one, such as those that
+// Debian 13's containerd 1.7.24 passes on for clients of its diff service. Plain layers
+// are left to the built-in differ: that is what ErrNotImplemented means to containerd.
 func missingNamespace(ctx context.Context, client *containerd.Client, req any) (string, error) {
 	apply, ok := req.(*diffapi.ApplyRequest)
 	if !ok || !processor.IsEncrypted(apply.GetDiff().GetMediaType()) {

@@ -1,12 +1,10 @@
 package plugin
 
 import (
+	"bytes"
 	"context"
-	"encoding/json"
 	"testing"
 
-	"github.com/containers/ocicrypt/config"
-	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 	sdk "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace"
@@ -18,36 +16,28 @@ import (
 // of who has it unwrapped.
 type plainProvider struct{ trace trace.TraceID }
 
-func (p *plainProvider) WrapKey(_ context.Context, input []byte) ([]byte, error) {
-	var in ocicrypt.KeyProviderKeyWrapProtocolInput
-	if err := json.Unmarshal(input, &in); err != nil {
-		return nil, err
-	}
-	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{KeyWrapResults: ocicrypt.KeyWrapResults{Annotation: in.KeyWrapParams.OptsData}})
+func (p *plainProvider) WrapKey(_ context.Context, _ [][]byte, layerKey []byte) ([]byte, error) {
+	return bytes.Clone(layerKey), nil
 }
 
-func (p *plainProvider) UnwrapKey(ctx context.Context, input []byte) ([]byte, error) {
+func (p *plainProvider) UnwrapKey(ctx context.Context, _ [][]byte, annotation []byte) ([]byte, error) {
 	p.trace = trace.SpanContextFromContext(ctx).TraceID()
-	var in ocicrypt.KeyProviderKeyWrapProtocolInput
-	if err := json.Unmarshal(input, &in); err != nil {
-		return nil, err
-	}
-	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{KeyUnwrapResults: ocicrypt.KeyUnwrapResults{OptsData: in.KeyUnwrapParams.Annotation}})
+	return bytes.Clone(annotation), nil
 }
 
 // TestApplyTraced checks that the span of a layer says which it is, and that the
 // key provider's are part of the same trace.
 func TestApplyTraced(t *testing.T) {
 	p := &plainProvider{}
-	processor.RegisterKeyProvider("plain", p)
+	own := processor.Keys{Providers: map[string]processor.KeyProvider{"plain": p}}
 	s := newStore(t)
-	k := keys{ec: &config.EncryptConfig{Parameters: map[string][][]byte{"plain": {[]byte("x")}}}}
+	k := keys{to: processor.Recipients{Keys: own, Parameters: map[string][][]byte{"plain": {[]byte("x")}}}}
 	desc := put(t, s, k, layerType, tarball(t, 5), unchanged)
 
 	ended := tracetest.NewSpanRecorder()
 	ctx, span := sdk.NewTracerProvider(sdk.WithSpanProcessor(ended)).Tracer("").Start(t.Context(), "Apply")
 	mounts, _ := overlay(t)
-	if _, err := New(s, nil, Config{}).Apply(ctx, desc, mounts); err != nil {
+	if _, err := New(s, nil, Config{Keys: own}).Apply(ctx, desc, mounts); err != nil {
 		t.Fatal(err)
 	}
 	span.End()

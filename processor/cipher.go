@@ -12,17 +12,13 @@ import (
 	"sync"
 )
 
-// ErrTampered is the error of a layer whose HMAC does not match: it was
-// changed or cut short after it was encrypted.
-var ErrTampered = errors.New("the layer's HMAC does not match: it was changed or cut short after it was encrypted")
-
 // Encrypter encrypts a layer as it is read. It is not safe for concurrent use.
-type Encrypter struct{ *stream }
+type Encrypter struct{ stream *stream }
 
 // NewEncrypter returns a reader of the ciphertext of the layer that r reads,
-// of equal length, under k, which has to be new: see [NewLayerKey]. When it
-// reports [io.EOF], k is complete. Whoever does not read to the end or to an
-// error has to call Close.
+// of equal length, under k, which has to be new: see [NewLayerKey]. Once the
+// Encrypter reports [io.EOF], k is complete. Callers that stop before EOF or an
+// error must call Close.
 func NewEncrypter(r io.Reader, k *LayerKey) (*Encrypter, error) {
 	if k.mac != nil {
 		return nil, errors.New("the layer key has encrypted a layer already")
@@ -32,25 +28,36 @@ func NewEncrypter(r io.Reader, k *LayerKey) (*Encrypter, error) {
 		return nil, err
 	}
 	s.prepare = func(b []byte) { s.ctr.XORKeyStream(b, b) }
-	s.end = func() error {
-		k.mac = s.mac.Sum(nil)
+	s.end = func(mac []byte) error {
+		k.mac = mac
 		return io.EOF
 	}
 	s.next = s.receive
 	return &Encrypter{s}, nil
 }
 
+// Read reads up to len(p) bytes of ciphertext.
+func (e *Encrypter) Read(p []byte) (int, error) { return e.stream.read(p) }
+
+// WriteTo writes the ciphertext to w, in writes of up to [BufferSize] bytes, and returns
+// the number of bytes written.
+func (e *Encrypter) WriteTo(w io.Writer) (int64, error) { return e.stream.writeTo(w) }
+
+// Close stops reading the layer and waits until nothing reads it any more. It may be
+// called while another goroutine reads from e, which then gets an error.
+func (e *Encrypter) Close() error { return e.stream.shut() }
+
 // Decrypter decrypts a layer as it is read. It is not safe for concurrent use.
 type Decrypter struct {
-	*stream
-	ahead chunk // ciphertext that is held back
+	stream  *stream
+	verdict verdict
 }
 
 // NewDecrypter returns a reader of the plain layer whose ciphertext r reads.
 // It reports [io.EOF], and WriteTo no error, only once the HMAC of the whole layer
-// was verified, and [ErrTampered] otherwise. What it hands out before is not yet authentic; the
-// last [BufferSize] bytes of what it reads it holds back until they are.
-// Whoever does not read to the end or to an error has to call Close.
+// is verified, and [ErrTampered] otherwise. What it returns before that is not
+// authenticated yet; the last [BufferSize] bytes of its input it holds back until
+// they are. Callers that stop before EOF or an error must call Close.
 func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
 	if len(k.mac) != sha256.Size {
 		return nil, errors.New("the layer key has no HMAC")
@@ -59,34 +66,21 @@ func NewDecrypter(r io.Reader, k *LayerKey) (*Decrypter, error) {
 	if err != nil {
 		return nil, err
 	}
-	want := k.mac // of the whole
-	s.end = func() error {
-		if hmac.Equal(s.mac.Sum(nil), want) {
-			return io.EOF
-		}
-		return ErrTampered
-	}
-	d := &Decrypter{stream: s}
-	s.next = d.decrypted
+	d := &Decrypter{stream: s, verdict: verdict{stream: s, want: k.mac}}
+	s.end, s.next = d.verdict.judge, d.verdict.next
 	return d, nil
 }
 
-// decrypted returns what was held back, once it is known that it is not the last
-// or that all is authentic.
-func (d *Decrypter) decrypted() chunk {
-	c := d.ahead
-	d.ahead = chunk{}
-	if c.err == nil {
-		d.ahead = d.receive()
-		if err := d.ahead.err; err != nil && err != io.EOF {
-			d.release(c)
-			c = chunk{err: err, buffer: d.ahead.buffer}
-			d.ahead = chunk{}
-		}
-	}
-	d.ctr.XORKeyStream(c.b, c.b)
-	return c
-}
+// Read reads up to len(p) bytes of the plain layer.
+func (d *Decrypter) Read(p []byte) (int, error) { return d.stream.read(p) }
+
+// WriteTo writes the plain layer to w, in writes of up to [BufferSize] bytes, and returns
+// the number of bytes written. Its error is nil only if the whole layer is authentic.
+func (d *Decrypter) WriteTo(w io.Writer) (int64, error) { return d.stream.writeTo(w) }
+
+// Close stops reading the layer and waits until nothing reads it any more. It may be
+// called while another goroutine reads from d, which then gets an error.
+func (d *Decrypter) Close() error { return d.stream.shut() }
 
 // chunks is how many buffers of BufferSize bytes a stream has at most: one
 // that is read into, one that is authenticated, one that is held back, one
@@ -110,10 +104,10 @@ type stream struct {
 	src     io.Reader
 	ctr     cipher.Stream
 	mac     hash.Hash
-	prepare func([]byte) // done to what was read before its MAC is computed; may be nil
-	end     func() error // what the end of the layer means
-	next    func() chunk // the next to hand out, made from what is received
-	ready   chunk        // handed out now
+	prepare func([]byte)           // applied to what was read before its MAC is computed; may be nil
+	end     func(mac []byte) error // how a layer with this MAC ends: io.EOF or an error
+	next    func() chunk           // the next to hand out, made from what is received
+	ready   chunk                  // handed out now
 
 	start sync.Once
 	out   chan chunk
@@ -136,8 +130,7 @@ func newStream(r io.Reader, k *LayerKey) (*stream, error) {
 
 var errClosed = errors.New("the layer was closed")
 
-// Read reads up to len(p) bytes of the result.
-func (s *stream) Read(p []byte) (int, error) {
+func (s *stream) read(p []byte) (int, error) {
 	if err := s.fill(); err != nil {
 		return 0, err
 	}
@@ -146,10 +139,7 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo writes the result to w, in writes of up to [BufferSize] bytes, and
-// returns how many bytes it wrote. Its error is nil where that of Read is
-// [io.EOF].
-func (s *stream) WriteTo(w io.Writer) (total int64, err error) {
+func (s *stream) writeTo(w io.Writer) (total int64, err error) {
 	for {
 		if err := s.fill(); err == io.EOF {
 			return total, nil
@@ -183,7 +173,7 @@ func (s *stream) fill() error {
 func (s *stream) receive() chunk {
 	s.start.Do(func() {
 		read := make(chan chunk, chunks)
-		s.done.Go(func() { s.read(read) })
+		s.done.Go(func() { s.readSource(read) })
 		s.done.Go(func() { s.authenticate(read) })
 	})
 	select {
@@ -218,8 +208,8 @@ func (s *stream) recycle(c chunk) {
 	}
 }
 
-// read fills buffers from the source.
-func (s *stream) read(to chan<- chunk) {
+// readSource fills buffers from the source.
+func (s *stream) readSource(to chan<- chunk) {
 	defer close(to)
 	for made := 0; ; {
 		var buffer *[BufferSize]byte
@@ -270,7 +260,7 @@ func (s *stream) authenticate(from <-chan chunk) {
 		switch c.err {
 		case nil:
 		case io.EOF:
-			c.err = s.end()
+			c.err = s.end(s.mac.Sum(nil))
 		default:
 			c.err = fmt.Errorf("read the layer: %w", c.err)
 		}
@@ -282,10 +272,9 @@ func (s *stream) authenticate(from <-chan chunk) {
 	}
 }
 
-// Close ends the stream, if it has not ended by itself, and waits until nothing
-// reads from the source any more. It may be called while another goroutine
-// reads from the stream, which then gets an error.
-func (s *stream) Close() error {
+// shut ends the stream, if it has not ended by itself, and waits until nothing reads
+// from the source any more.
+func (s *stream) shut() error {
 	s.start.Do(func() {}) // never, if it has not been
 	s.close.Do(func() { close(s.stop) })
 	s.done.Wait()

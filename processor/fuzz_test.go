@@ -22,7 +22,7 @@ func FuzzReadPayload(f *testing.F) {
 		if err == nil && p.Descriptor.Digest == "" {
 			t.Error("a payload without a layer is accepted")
 		}
-		url, _ := protofield.Field(b, 1) // which is no key, and is told
+		url, _ := protofield.Field(b, 1) // which is no key, and is quoted
 		if err != nil && bytes.Contains([]byte(err.Error()), []byte(secret)) && !bytes.Contains(url, []byte(secret)) {
 			t.Errorf("the error repeats keys: %v", err)
 		}

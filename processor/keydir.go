@@ -21,8 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What is read of a [KeyDir] at most. What goes beyond is among the unusable
-// files.
+// Bounds of what is read of a [KeyDir]. What exceeds them is among the unusable files.
 const (
 	maxKeyFiles = 32768    // files and directories, from the top down
 	maxKeyDepth = 8        // directories in each other
@@ -37,11 +36,10 @@ const maxKeyReads = 5
 // own, like that of ctd-decoder's --decryption-keys-path. It may also be a single
 // file.
 //
-// It is read for each layer that such a key may open, and keys are kept in
-// memory no longer than that: a key that was added or removed counts at once. Files
-// that can't be used, of whatever kind, do no harm. Links are followed. Names
-// that begin with two dots are left out: it is behind them that Kubernetes keeps
-// the old and the new files of a volume while it replaces them.
+// It is read for each layer that such a key may open, and keys are kept in memory no
+// longer than that, so changes count at once. Unusable files of any kind do no harm.
+// Links are followed. Names that begin with two dots are skipped: Kubernetes keeps the
+// old and the new files of a volume there while it replaces them.
 //
 // A nil KeyDir has no keys. A KeyDir is safe for concurrent use.
 type KeyDir struct {
@@ -104,38 +102,38 @@ func (d *KeyDir) State(ctx context.Context) (KeyDirState, error) {
 	return keys.state, nil
 }
 
-// Unwrap is [Unwrap] with the keys of the directory and then those of dc. If none
-// gave the key, its error also names unusable files.
-func (d *KeyDir) Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
-	return d.with(ctx, dc, []ocispec.Descriptor{desc}, func(dc *config.DecryptConfig) (*LayerKey, error) {
-		return Unwrap(ctx, dc, desc)
+// Unwrap is [Unwrap] with the private keys of the directory and then keys. If none gave
+// the layer key, its error also names unusable files.
+func (d *KeyDir) Unwrap(ctx context.Context, keys Keys, desc ocispec.Descriptor) (*LayerKey, error) {
+	return d.with(ctx, keys, []ocispec.Descriptor{desc}, func(keys Keys) (*LayerKey, error) {
+		return Unwrap(ctx, keys, desc)
 	})
 }
 
-// UnwrapAny is [UnwrapAny] with the keys of the directory and then those of dc. If
-// none gave the key, its error also names unusable files.
-func (d *KeyDir) UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
+// UnwrapAny is [UnwrapAny] with the private keys of the directory and then keys. If none
+// gave the layer key, its error also names unusable files.
+func (d *KeyDir) UnwrapAny(ctx context.Context, timeout time.Duration, keys Keys, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
 	reading, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return d.with(reading, dc, descs, func(dc *config.DecryptConfig) (*LayerKey, error) {
-		return UnwrapAny(ctx, timeout, dc, descs, accept)
+	return d.with(reading, keys, descs, func(keys Keys) (*LayerKey, error) {
+		return UnwrapAny(ctx, timeout, keys, descs, accept)
 	})
 }
 
-// with calls unwrap with dc and, where a key in a file may be for one of the
-// descriptors, those of the directory before it.
-func (d *KeyDir) with(ctx context.Context, dc *config.DecryptConfig, descs []ocispec.Descriptor, unwrap func(*config.DecryptConfig) (*LayerKey, error)) (*LayerKey, error) {
+// with calls unwrap with keys and, if a key in a file may be for one of the descriptors,
+// those of the directory before them.
+func (d *KeyDir) with(ctx context.Context, keys Keys, descs []ocispec.Descriptor, unwrap func(Keys) (*LayerKey, error)) (*LayerKey, error) {
 	byKey := func(scheme string) bool { return !strings.HasPrefix(scheme, providerScheme) }
 	if d == nil || !slices.ContainsFunc(descs, func(desc ocispec.Descriptor) bool { return slices.ContainsFunc(wrappedWith(desc), byKey) }) {
-		return unwrap(dc)
+		return unwrap(keys)
 	}
-	keys, err := d.read(ctx)
+	own, err := d.read(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read the keys in %s: %w", d.path, err)
 	}
-	defer keys.clear()
-	key, err := unwrap(combined(&keys.DecryptConfig, dc))
-	if summary := keys.state.Summary(maxReasons); errors.Is(err, ErrNoKey) && summary != "" {
+	defer own.clear()
+	key, err := unwrap(keys.With(&own.DecryptConfig))
+	if summary := own.state.Summary(maxReasons); errors.Is(err, ErrNoKey) && summary != "" {
 		err = fmt.Errorf("%w; decryption keys: %s", err, summary)
 	}
 	return key, err
@@ -149,7 +147,7 @@ type dirKeys struct {
 
 func (k *dirKeys) clear() { clearKeys(&k.DecryptConfig) }
 
-// read reads the directory, which may be on a file system that does not answer.
+// read reads the directory, which may be on a file system that hangs.
 // The caller must clear the keys.
 func (d *KeyDir) read(ctx context.Context) (*dirKeys, error) {
 	// Here and not below: what waits for a file system that hangs must not pile up.

@@ -74,7 +74,7 @@ func layerFor(t *testing.T, p pair) ocispec.Descriptor {
 // opens reports whether a key of the directory opens a layer.
 func opens(t testing.TB, dir *KeyDir, layer ocispec.Descriptor) error {
 	t.Helper()
-	key, err := dir.Unwrap(t.Context(), &config.DecryptConfig{}, layer)
+	key, err := dir.Unwrap(t.Context(), Keys{}, layer)
 	if err == nil {
 		key.Clear()
 	} else if !errors.Is(err, ErrNoKey) {
@@ -523,8 +523,8 @@ func TestAbandonedKeepsKeys(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	private, key := []byte("layer key"), []byte("private key")
-	dc := &config.DecryptConfig{Parameters: map[string][][]byte{paramPrivateKeys: {key}}}
-	if _, err := (keyWrapper{slow}).wrap(ctx, &config.EncryptConfig{}, private); !errors.Is(err, context.Canceled) {
+	params := map[string][][]byte{paramPrivateKeys: {key}}
+	if _, err := (keyWrapper{slow}).wrap(ctx, nil, private); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 	clear(private)
@@ -533,10 +533,10 @@ func TestAbandonedKeepsKeys(t *testing.T) {
 		t.Errorf("wrapped %q", saw)
 	}
 	slow.proceed = make(chan struct{})
-	if _, err := (keyWrapper{slow}).unwrap(ctx, dc, nil); !errors.Is(err, context.Canceled) {
+	if _, err := (keyWrapper{slow}).unwrap(ctx, params, nil); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	clearKeys(dc)
+	clear(key)
 	close(slow.proceed)
 	if saw := <-slow.saw; saw != "private key" {
 		t.Errorf("unwrapped with %q", saw)
@@ -579,12 +579,12 @@ func TestKeyDirHangs(t *testing.T) {
 	if _, err := keys.State(ctx); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
-	if _, err := keys.Unwrap(ctx, &config.DecryptConfig{}, layerFor(t, newPair(t))); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), keys.path) {
+	if _, err := keys.Unwrap(ctx, Keys{}, layerFor(t, newPair(t))); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), keys.path) {
 		t.Error(err)
 	}
 	// A layer that no private key opens does not need it.
 	desc := ocispec.Descriptor{Annotations: map[string]string{annotationKeysPrefix + "provider.nobody": "e30="}}
-	if _, err := keys.Unwrap(t.Context(), &config.DecryptConfig{}, desc); !errors.Is(err, ErrNoKey) {
+	if _, err := keys.Unwrap(t.Context(), Keys{}, desc); !errors.Is(err, ErrNoKey) {
 		t.Error(err)
 	}
 	// Nothing that gave up stays behind, as from Prometheus, day after day.
@@ -630,7 +630,7 @@ func BenchmarkKeyDir(b *testing.B) {
 		})
 		b.Run(fmt.Sprintf("keys=%d/read and unwrap", keys), func(b *testing.B) {
 			for b.Loop() {
-				if _, err := NewKeyDir(dir, nil).Unwrap(b.Context(), &config.DecryptConfig{}, ocispec.Descriptor{Annotations: annotations}); err != nil {
+				if _, err := NewKeyDir(dir, nil).Unwrap(b.Context(), Keys{}, ocispec.Descriptor{Annotations: annotations}); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -26,13 +26,13 @@ const (
 	annotationKeysPrefix = AnnotationPrefix + "keys."
 )
 
-// LayerKey is all it takes to decrypt one layer and to tell that nobody
-// changed it. ocicrypt keeps it in two parts: the public options, readable in
-// the layer's descriptor, and the private ones, wrapped for each recipient.
+// LayerKey is what decrypts and authenticates one layer. ocicrypt keeps it in two parts:
+// the public options, readable in the layer's descriptor, and the private ones, wrapped
+// for each recipient.
 type LayerKey struct {
-	// Digest is the digest that the plain layer had, as whoever encrypted it
-	// said. It is empty when they did not say, and that of the layer before
-	// it was compressed when a tool compressed and encrypted in one step.
+	// Digest is the digest of the plain layer, according to the tool that encrypted
+	// it. It may be empty. If a tool compressed and encrypted in one step, it is that
+	// of the uncompressed layer.
 	Digest digest.Digest
 
 	key   []byte // KeySize bytes
@@ -70,8 +70,8 @@ func (k *LayerKey) private() ([]byte, error) {
 }
 
 // PublicOptions returns the annotation that a layer's descriptor needs besides
-// those of its recipients. It is an error to ask for it before the layer was
-// encrypted to its end, since it holds the HMAC of the whole.
+// those of its recipients. It returns an error until the layer has been encrypted to
+// EOF, since the annotation has the HMAC of the whole.
 func (k *LayerKey) PublicOptions() (key, value string, err error) {
 	if k.mac == nil {
 		return "", "", errors.New("the layer has not been encrypted to its end")

@@ -26,11 +26,10 @@ const pkcs11Argument = "pkcs11-unwrap"
 // isolatesPKCS11 says whether PKCS#11 modules are loaded into such processes.
 var isolatesPKCS11 bool
 
-// IsolatePKCS11 has each layer key that is wrapped for a PKCS#11 module be unwrapped
-// in a process of its own, which is this program again. ocicrypt loads the
-// module, initializes it, finalizes it and unloads it each time, and a fault in it
-// would take a daemon down. Daemons call this first: in such a process it does
-// not return.
+// IsolatePKCS11 makes each layer key that is wrapped for a PKCS#11 module be unwrapped in
+// a process of its own, which runs this program again. ocicrypt loads, initializes,
+// finalizes and unloads the module each time, and a fault in it would end a daemon.
+// Daemons call this first in main: in such a process it does not return.
 func IsolatePKCS11() {
 	if len(os.Args) != 2 || os.Args[1] != pkcs11Argument {
 		isolatesPKCS11 = true
@@ -58,10 +57,10 @@ type (
 
 // newPKCS11Request returns a request with the parameters that ocicrypt needs for it.
 // The others are private keys and passwords that are none of a module's business.
-func newPKCS11Request(dc *config.DecryptConfig, wrapped []byte) pkcs11Request {
+func newPKCS11Request(params map[string][][]byte, wrapped []byte) pkcs11Request {
 	r := pkcs11Request{Keys: make(map[string][][]byte), Wrapped: wrapped}
 	for _, name := range []string{"pkcs11-yamls", "pkcs11-config"} {
-		if values, ok := dc.Parameters[name]; ok {
+		if values, ok := params[name]; ok {
 			r.Keys[name] = values
 		}
 	}
@@ -101,8 +100,8 @@ type pkcs11Wrapper struct{ keyWrapper }
 // maxPKCS11Reply is far more than a layer key and an error take, in bytes.
 const maxPKCS11Reply = 1 << 20
 
-func (w pkcs11Wrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
-	request, err := json.Marshal(newPKCS11Request(dc, wrapped))
+func (w pkcs11Wrapper) unwrap(ctx context.Context, params map[string][][]byte, wrapped []byte) ([]byte, error) {
+	request, err := json.Marshal(newPKCS11Request(params, wrapped))
 	if err != nil {
 		return nil, err
 	}

@@ -7,10 +7,10 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
-	"github.com/containers/ocicrypt/config"
 	"github.com/go-jose/go-jose/v4"
 )
 
@@ -53,15 +53,16 @@ func CheckWrappedKeys(annotations map[string]string) error {
 		ErrTooManyRecipients, n, MaxWrappedKeys)
 }
 
-// split returns what a scheme wraps for, in as many parts as it writes wrapped keys.
-func split(scheme string, ec *config.EncryptConfig) []*config.EncryptConfig {
-	keys := ec.Parameters["pubkeys"]
+// split returns the parameters that a scheme wraps for, in as many parts as it writes
+// wrapped keys.
+func split(scheme string, params map[string][][]byte) []map[string][][]byte {
+	keys := params["pubkeys"]
 	if scheme != "jwe" || len(keys) <= jweRecipients {
-		return []*config.EncryptConfig{ec}
+		return []map[string][][]byte{params}
 	}
-	var parts []*config.EncryptConfig
+	var parts []map[string][][]byte
 	for chunk := range slices.Chunk(keys, jweRecipients) {
-		parts = append(parts, &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": chunk}, DecryptConfig: ec.DecryptConfig})
+		parts = append(parts, map[string][][]byte{"pubkeys": chunk})
 	}
 	return parts
 }
@@ -72,10 +73,10 @@ var (
 	jweEncryptions   = []jose.ContentEncryption{jose.A256GCM}
 )
 
-// readBack checks that a wrapped key can be read, and that it unwraps to private
-// where dc has a key for it. A key provider is not asked: who may wrap may not
-// always unwrap, and the broker's audit log would have a denial for each layer.
-func readBack(ctx context.Context, scheme string, w wrapper, dc *config.DecryptConfig, wrapped, private []byte) error {
+// readBack checks that a wrapped key can be read, and that it unwraps to private if
+// params have a key for it. A key provider is not asked: not everybody who may wrap may
+// unwrap, and the broker's audit log would have a denial for each layer.
+func readBack(ctx context.Context, scheme string, w wrapper, params map[string][][]byte, wrapped, private []byte) error {
 	if strings.HasPrefix(scheme, providerScheme) {
 		return nil
 	}
@@ -84,12 +85,12 @@ func readBack(ctx context.Context, scheme string, w wrapper, dc *config.DecryptC
 			return fmt.Errorf("what was written can't be read: %w", err)
 		}
 	}
-	if !w.possible(dc) {
+	if !w.possible(params) {
 		return nil
 	}
-	got, err := w.unwrap(ctx, dc, wrapped)
+	got, err := w.unwrap(ctx, params, wrapped)
 	if err != nil {
-		return ctx.Err() // the keys in dc may be those of other recipients
+		return ctx.Err() // the keys may be those of other recipients
 	}
 	defer clear(got)
 	if subtle.ConstantTimeCompare(got, private) != 1 {
@@ -99,19 +100,24 @@ func readBack(ctx context.Context, scheme string, w wrapper, dc *config.DecryptC
 }
 
 // wrapAll wraps private with one scheme and returns the value of its annotation.
-func wrapAll(ctx context.Context, scheme string, ec *config.EncryptConfig, private []byte) (string, error) {
-	w, err := newWrapper(scheme)
+func wrapAll(ctx context.Context, scheme string, to Recipients, private []byte) (string, error) {
+	w, err := to.wrapper(scheme)
 	if err != nil {
 		return "", err
 	}
+	params := to.Parameters
+	if conf, ok := to.private().Parameters["pkcs11-config"]; ok && scheme == "pkcs11" {
+		params = maps.Clone(params)
+		params["pkcs11-config"] = conf // says which modules may be loaded
+	}
 	var values [][]byte
-	for _, part := range split(scheme, ec) {
+	for _, part := range split(scheme, params) {
 		wrapped, err := w.wrap(ctx, part, private)
 		if err == nil && len(wrapped) == 0 {
 			err = errors.New("it returned nothing")
 		}
 		if err == nil {
-			err = readBack(ctx, scheme, w, &ec.DecryptConfig, wrapped, private)
+			err = readBack(ctx, scheme, w, to.private().Parameters, wrapped, private)
 		}
 		if err != nil {
 			return "", fmt.Errorf("wrap the layer key with %s: %w", scheme, late(err))

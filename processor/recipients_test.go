@@ -45,12 +45,12 @@ func newECPairs(t *testing.T, n int) []pair {
 	return pairs
 }
 
-func forAll(pairs []pair) *config.EncryptConfig {
+func forAll(pairs []pair) Recipients {
 	var keys [][]byte
 	for _, p := range pairs {
 		keys = append(keys, p.public)
 	}
-	return &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": keys}}
+	return Recipients{Parameters: map[string][][]byte{"pubkeys": keys}}
 }
 
 // encryptedKey returns a layer key that has encrypted a layer, and the layer.
@@ -83,7 +83,7 @@ func TestJWERecipients(t *testing.T) {
 				t.Errorf("recipient %d of %d: %v", i, n, err)
 			}
 			jose.MaxRecipients = 32
-			_, _, err = ocicrypt.DecryptLayer(pairs[i].decrypt(), bytes.NewReader(layer), desc, false)
+			_, _, err = ocicrypt.DecryptLayer(pairs[i].decrypt().Private, bytes.NewReader(layer), desc, false)
 			jose.MaxRecipients = maxJWERecipients
 			if err != nil {
 				t.Errorf("ocicrypt, recipient %d of %d: %v", i, n, err)
@@ -103,7 +103,7 @@ func TestOneJWE(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	one, err := jwe.NewKeyWrapper().WrapKeys(forAll(pairs), private)
+	one, err := jwe.NewKeyWrapper().WrapKeys(&config.EncryptConfig{Parameters: forAll(pairs).Parameters}, private)
 	if err != nil {
 		t.Fatal(err)
 	}

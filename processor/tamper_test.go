@@ -9,7 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/containers/ocicrypt/config"
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -64,22 +63,17 @@ func TestTamperedOptions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dc := &config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {private}, "privkeys-passwords": {nil}}}
+	recipient := pair{public, private}
 	plain := randomBytes(100)
-	ciphertext, desc, err := EncryptLayer(t.Context(), plain, ocispec.MediaTypeImageLayer, &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {public}}})
+	var ciphertext bytes.Buffer
+	desc, err := Encrypt(t.Context(), &ciphertext, bytes.NewReader(plain), ocispec.MediaTypeImageLayer, recipient.encrypt())
 	if err != nil {
 		t.Fatal(err)
 	}
 	decrypted := func() ([]byte, error) {
-		k, err := Unwrap(t.Context(), dc, desc)
-		if err != nil {
-			return nil, err
-		}
-		d, err := NewDecrypter(bytes.NewReader(ciphertext), k)
-		if err != nil {
-			return nil, err
-		}
-		return io.ReadAll(d)
+		var out bytes.Buffer
+		err := Decrypt(t.Context(), &out, bytes.NewReader(ciphertext.Bytes()), desc, recipient.decrypt())
+		return out.Bytes(), err
 	}
 	if out, err := decrypted(); err != nil || !bytes.Equal(out, plain) {
 		t.Fatalf("unchanged: %v", err)

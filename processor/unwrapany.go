@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/layerbudget"
@@ -29,7 +28,7 @@ const maxAttempts = 4 * MaxWrappedKeys
 // timeout bounds all waiting for keys, without the time spent in accept. An
 // attempt gets half of what is left of it, the last one all. The error wraps
 // [ErrNoKey] if no recipient gave the layer's key.
-func UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
+func UnwrapAny(ctx context.Context, timeout time.Duration, keys Keys, descs []ocispec.Descriptor, accept func(*LayerKey) (bool, error)) (*LayerKey, error) {
 	ctx = layerbudget.With(ctx)
 	var reasons []error
 	timedOut := false
@@ -45,7 +44,7 @@ func UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptCon
 			share /= 2
 		}
 		start := time.Now()
-		key, err := a.unwrap(ctx, share, dc, &left)
+		key, err := a.unwrap(ctx, share, keys, &left)
 		timeout -= time.Since(start)
 		if err == nil {
 			ok, acceptErr := accept(key)
@@ -73,10 +72,10 @@ func UnwrapAny(ctx context.Context, timeout time.Duration, dc *config.DecryptCon
 // attempt is one recipient of a descriptor.
 type attempt struct{ scheme, wrapped, public string }
 
-func (a attempt) unwrap(ctx context.Context, timeout time.Duration, dc *config.DecryptConfig, left *int) (*LayerKey, error) {
+func (a attempt) unwrap(ctx context.Context, timeout time.Duration, keys Keys, left *int) (*LayerKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	key, err := unwrapWith(ctx, dc, a.scheme, a.wrapped, a.public, left)
+	key, err := unwrapWith(ctx, keys, a.scheme, a.wrapped, a.public, left)
 	if err != nil && ctx.Err() != nil {
 		return nil, fmt.Errorf("unwrap the layer key with %s: %w", a.scheme, late(ctx.Err()))
 	}

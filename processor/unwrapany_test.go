@@ -3,13 +3,10 @@ package processor
 import (
 	"context"
 	"errors"
-	"net"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -50,21 +47,17 @@ func TestUnwrapAnyInTurn(t *testing.T) {
 // TestUnwrapAnyHangs has a key provider that never answers before the right
 // recipient.
 func TestUnwrapAnyHangs(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close() // it accepts and never says a word
-	register(t, `{"key-providers": {"silent": {"grpc": "unix://`+socket+`"}}}`)
+	silent := withProvider("silent", hangingProvider{})
 	alice := newPair(t)
+	keys := alice.decrypt()
+	keys.Providers = silent.Providers
 	_, k := encrypt(t, randomBytes(100))
 	hangs := ocispec.Descriptor{Annotations: map[string]string{annotationKeysPrefix + "provider.silent": "e30="}}
-	got, err := UnwrapAny(t.Context(), 10*time.Second, alice.decrypt(), []ocispec.Descriptor{hangs, described(t, k, alice)}, func(*LayerKey) (bool, error) { return true, nil })
+	got, err := UnwrapAny(t.Context(), 10*time.Second, keys, []ocispec.Descriptor{hangs, described(t, k, alice)}, func(*LayerKey) (bool, error) { return true, nil })
 	if err != nil || !got.Equal(k) {
 		t.Errorf("%v", err)
 	}
-	_, err = UnwrapAny(t.Context(), 100*time.Millisecond, &config.DecryptConfig{}, []ocispec.Descriptor{hangs, described(t, k, alice)}, nil)
+	_, err = UnwrapAny(t.Context(), 100*time.Millisecond, silent, []ocispec.Descriptor{hangs, described(t, k, alice)}, nil)
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "provider.silent: the key provider did not answer in time") {
 		t.Errorf("%v", err)
 	}

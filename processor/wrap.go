@@ -18,7 +18,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/layerbudget"
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 )
 
 // ErrNoKey is the error of a layer whose key could not be unwrapped: it is
@@ -40,20 +39,20 @@ var notRecipients = []string{"gpg-pubkeyringfile", "pkcs11-config"}
 
 const providerScheme = "provider."
 
-// wrapper wraps and unwraps a layer key in one way.
+// wrapper wraps and unwraps a layer key in one way. Its params are those of a
+// [config.EncryptConfig] or [config.DecryptConfig].
 type wrapper interface {
-	// possible reports whether one of the keys in dc may serve. It has to be
-	// asked before unwrap.
-	possible(dc *config.DecryptConfig) bool
-	wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error)
-	unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error)
+	// possible reports whether one of the keys in params may unwrap. It must be
+	// called before unwrap.
+	possible(params map[string][][]byte) bool
+	wrap(ctx context.Context, params map[string][][]byte, private []byte) ([]byte, error)
+	unwrap(ctx context.Context, params map[string][][]byte, wrapped []byte) ([]byte, error)
 }
 
-// newWrapper returns the wrapper of a scheme, as it stands in the name of an
-// annotation.
-func newWrapper(scheme string) (wrapper, error) {
+// wrapper returns the wrapper of a scheme, which is the end of an annotation's name.
+func (k Keys) wrapper(scheme string) (wrapper, error) {
 	if name, ok := strings.CutPrefix(scheme, providerScheme); ok {
-		p, err := provider(name)
+		p, err := k.provider(name)
 		return providerWrapper{name, p}, err
 	}
 	switch scheme {
@@ -69,42 +68,58 @@ func newWrapper(scheme string) (wrapper, error) {
 	return nil, fmt.Errorf("%.60q is not a way to wrap keys that is known here", scheme)
 }
 
-// keyWrapper is one of ocicrypt's. They take no context, and a PKCS#11 module
-// may not answer. So they can outlive the call, and get copies of the keys, which
-// the caller may clear as soon as it returns.
+// providerWrapper has a key provider wrap and unwrap. It passes the parameters for that
+// key provider and no others.
+type providerWrapper struct {
+	name     string
+	provider KeyProvider
+}
+
+func (providerWrapper) possible(map[string][][]byte) bool { return true }
+
+func (w providerWrapper) wrap(ctx context.Context, params map[string][][]byte, private []byte) ([]byte, error) {
+	return w.provider.WrapKey(ctx, params[w.name], private)
+}
+
+func (w providerWrapper) unwrap(ctx context.Context, params map[string][][]byte, wrapped []byte) ([]byte, error) {
+	return w.provider.UnwrapKey(ctx, params[w.name], wrapped)
+}
+
+// keyWrapper is one of ocicrypt's. They take no context, and a PKCS#11 module may hang.
+// So they can outlive the call, and get copies of the keys, which the caller may clear
+// as soon as it returns.
 type keyWrapper struct{ keywrap.KeyWrapper }
 
-func (w keyWrapper) wrap(ctx context.Context, ec *config.EncryptConfig, private []byte) ([]byte, error) {
+func (w keyWrapper) wrap(ctx context.Context, params map[string][][]byte, private []byte) ([]byte, error) {
 	private = bytes.Clone(private)
 	return await(ctx, func() ([]byte, error) {
 		defer clear(private)
-		return w.WrapKeys(ec, private)
+		// ocicrypt looks for the configuration of PKCS#11 among the keys.
+		return w.WrapKeys(&config.EncryptConfig{Parameters: params, DecryptConfig: config.DecryptConfig{Parameters: params}}, private)
 	}, nil)
 }
 
-func (w keyWrapper) unwrap(ctx context.Context, dc *config.DecryptConfig, wrapped []byte) ([]byte, error) {
-	dc = clonedKeys(dc)
+func (w keyWrapper) unwrap(ctx context.Context, params map[string][][]byte, wrapped []byte) ([]byte, error) {
+	dc := clonedKeys(&config.DecryptConfig{Parameters: params})
 	return await(ctx, func() ([]byte, error) {
 		defer clearKeys(dc)
 		return w.UnwrapKey(dc, wrapped)
 	}, func(private []byte) { clear(private) })
 }
 
-func (w keyWrapper) possible(dc *config.DecryptConfig) bool { return !w.NoPossibleKeys(dc.Parameters) }
+func (w keyWrapper) possible(params map[string][][]byte) bool { return !w.NoPossibleKeys(params) }
 
-// Wrap wraps the layer key for each recipient in ec and returns the
-// annotations that hold it. annotations are those that the layer's descriptor
-// has: its recipients are kept and the new ones come after them. What is
-// wrapped does not depend on the layer, so this can be done before the layer is
-// encrypted, and fail early.
+// Wrap wraps the layer key for each of the recipients to and returns the annotations
+// that hold it. annotations are those of the layer's descriptor: its recipients are kept
+// and the new ones follow them. What is wrapped does not depend on the layer's content,
+// so this can be done before the layer is encrypted, and fail early.
 //
-// A key provider is told the parameters meant for it and no others, so no
-// private key in ec reaches it.
+// A key provider gets its own parameters and no others, so no private key reaches it.
 //
-// What was wrapped is read back, and unwrapped where ec.DecryptConfig has a key for
-// it. The error wraps [ErrTooManyRecipients] where the layer would have wrapped keys
-// that [Unwrap] does not try.
-func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotations map[string]string) (map[string]string, error) {
+// What was wrapped is read back, and unwrapped where to has a private key for it. The
+// error wraps [ErrTooManyRecipients] if the layer would have wrapped keys that [Unwrap]
+// does not try.
+func (k *LayerKey) Wrap(ctx context.Context, to Recipients, annotations map[string]string) (map[string]string, error) {
 	private, err := k.private()
 	if err != nil {
 		return nil, err
@@ -113,7 +128,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 
 	out := make(map[string]string)
 	add := func(scheme string) error {
-		value, err := wrapAll(ctx, scheme, ec, private)
+		value, err := wrapAll(ctx, scheme, to, private)
 		if err != nil {
 			return err
 		}
@@ -125,7 +140,7 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 		return nil
 	}
 
-	recipients := maps.Clone(ec.Parameters)
+	recipients := maps.Clone(to.Parameters)
 	for _, s := range schemes {
 		params, ok := recipients[s.parameter]
 		delete(recipients, s.parameter)
@@ -155,19 +170,19 @@ func (k *LayerKey) Wrap(ctx context.Context, ec *config.EncryptConfig, annotatio
 	return out, CheckWrappedKeys(out)
 }
 
-// Unwrap returns the key of the encrypted layer that desc describes. It tries
-// each recipient that the layer has, those that a key in dc may serve before
-// those for which a key provider has to be asked. It gives up when ctx is done.
+// Unwrap returns the key of the encrypted layer that desc describes. It tries each of the
+// layer's recipients, at most [MaxWrappedKeys]: those that private keys may unwrap before
+// those that take a key provider. It gives up when ctx is done.
 //
-// The error wraps [ErrNoKey] when none of them gave the key, and says why each
-// did not.
-func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descriptor) (*LayerKey, error) {
+// The error wraps [ErrNoKey] if none of them gave the key, and says why not. It also
+// wraps [ErrDenied] if each was denied by a key provider.
+func Unwrap(ctx context.Context, keys Keys, desc ocispec.Descriptor) (*LayerKey, error) {
 	ctx = layerbudget.With(ctx)
 	public := desc.Annotations[annotationPubOpts]
 	var reasons []error
 	left := MaxWrappedKeys
 	for _, scheme := range wrappedWith(desc) {
-		key, err := unwrapWith(ctx, dc, scheme, desc.Annotations[annotationKeysPrefix+scheme], public, &left)
+		key, err := unwrapWith(ctx, keys, scheme, desc.Annotations[annotationKeysPrefix+scheme], public, &left)
 		if err == nil {
 			return key, nil
 		}
@@ -188,15 +203,16 @@ func Unwrap(ctx context.Context, dc *config.DecryptConfig, desc ocispec.Descript
 
 // unwrapWith returns the layer key from the recipients of one scheme, which
 // annotation holds, at most left of them.
-func unwrapWith(ctx context.Context, dc *config.DecryptConfig, scheme, annotation, public string, left *int) (*LayerKey, error) {
-	w, err := newWrapper(scheme)
+func unwrapWith(ctx context.Context, keys Keys, scheme, annotation, public string, left *int) (*LayerKey, error) {
+	w, err := keys.wrapper(scheme)
 	if err != nil {
 		return nil, err
 	}
-	if !w.possible(dc) {
+	params := keys.private().Parameters
+	if !w.possible(params) {
 		return nil, fmt.Errorf("%s: no private key was given", scheme)
 	}
-	private, err := unwrapOne(ctx, w, dc, annotation, left)
+	private, err := unwrapOne(ctx, w, params, annotation, left)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", scheme, err)
 	}
@@ -210,7 +226,7 @@ func unwrapWith(ctx context.Context, dc *config.DecryptConfig, scheme, annotatio
 
 // unwrapOne tries the recipients of one scheme, which annotation holds as
 // comma-separated base64, at most left of them.
-func unwrapOne(ctx context.Context, w wrapper, dc *config.DecryptConfig, annotation string, left *int) ([]byte, error) {
+func unwrapOne(ctx context.Context, w wrapper, params map[string][][]byte, annotation string, left *int) ([]byte, error) {
 	var reasons []error
 	for wrapped := range strings.SplitSeq(annotation, ",") {
 		if *left--; *left < 0 {
@@ -222,7 +238,7 @@ func unwrapOne(ctx context.Context, w wrapper, dc *config.DecryptConfig, annotat
 			reasons = append(reasons, fmt.Errorf("annotation is not base64: %w", err))
 			continue
 		}
-		private, err := w.unwrap(ctx, dc, b)
+		private, err := w.unwrap(ctx, params, b)
 		if err == nil && len(private) > 0 {
 			return private, nil
 		}
@@ -284,7 +300,7 @@ func await[T any](ctx context.Context, f func() (T, error), discard func(T)) (T,
 	}
 }
 
-// late says what it means that a deadline has passed.
+// late adds a reason to the error of a deadline.
 func late(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("the key provider did not answer in time: %w", err)
@@ -292,13 +308,13 @@ func late(err error) error {
 	return err
 }
 
-// What joined says of each error at most, in bytes, and of how many.
+// Bounds of what joined quotes: bytes of each error, and how many errors.
 const (
 	maxReason  = 500
 	maxReasons = 4
 )
 
-// joined makes one line of several errors: of the first few that differ.
+// joined returns one line with the first few of errs that differ.
 func joined(errs []error) error {
 	if len(errs) == 1 {
 		return errs[0]
@@ -318,7 +334,7 @@ func joined(errs []error) error {
 		}
 	}
 	all := errors.New(strings.Join(lines, "; "))
-	if !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, ocicryptclient.ErrDenied) }) {
+	if !slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, ErrDenied) }) {
 		return &allDenied{all}
 	}
 	return all
@@ -327,4 +343,4 @@ func joined(errs []error) error {
 // allDenied is the error of several recipients each of which was denied.
 type allDenied struct{ error }
 
-func (e *allDenied) Is(target error) bool { return target == ocicryptclient.ErrDenied }
+func (e *allDenied) Is(target error) bool { return target == ErrDenied }

@@ -6,22 +6,16 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
-	"net"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containers/ocicrypt/blockcipher"
 	"github.com/containers/ocicrypt/config"
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
-	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 )
 
 // pair is a key pair in PEM.
@@ -36,21 +30,21 @@ func newPair(t testing.TB) pair {
 	return pair{public, private}
 }
 
-func (p pair) encrypt() *config.EncryptConfig {
-	return &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {p.public}}}
+func (p pair) encrypt() Recipients {
+	return Recipients{Parameters: map[string][][]byte{"pubkeys": {p.public}}}
 }
 
-func (p pair) decrypt() *config.DecryptConfig {
-	return &config.DecryptConfig{Parameters: map[string][][]byte{
+func (p pair) decrypt() Keys {
+	return Keys{Private: &config.DecryptConfig{Parameters: map[string][][]byte{
 		"privkeys": {p.private}, "privkeys-passwords": {nil},
-	}}
+	}}}
 }
 
-// wrapped returns all the annotations of a layer that is wrapped for ec, those
+// wrapped returns all the annotations of a layer that is wrapped for to, those
 // that it had among them.
-func wrapped(t *testing.T, k *LayerKey, ec *config.EncryptConfig, had map[string]string) map[string]string {
+func wrapped(t *testing.T, k *LayerKey, to Recipients, had map[string]string) map[string]string {
 	t.Helper()
-	annotations, err := k.Wrap(t.Context(), ec, had)
+	annotations, err := k.Wrap(t.Context(), to, had)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +93,7 @@ func TestWrapForSeveral(t *testing.T) {
 	if _, err := Unwrap(ctx, mallory.decrypt(), ocispec.Descriptor{Annotations: both}); !errors.Is(err, ErrNoKey) {
 		t.Errorf("mallory: %v", err)
 	}
-	if _, err := Unwrap(ctx, &config.DecryptConfig{}, ocispec.Descriptor{Annotations: both}); !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), "jwe: no private key was given") {
+	if _, err := Unwrap(ctx, Keys{}, ocispec.Descriptor{Annotations: both}); !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), "jwe: no private key was given") {
 		t.Errorf("nobody: %v", err)
 	}
 }
@@ -115,69 +109,52 @@ func TestWrapErrors(t *testing.T) {
 		{map[string][][]byte{"nobody": {[]byte("team-a")}}, `key provider "nobody" is not configured: name it in the file that $OCICRYPT_KEYPROVIDER_CONFIG points to`},
 		{map[string][][]byte{"pubkeys": {[]byte("not a key")}}, "wrap the layer key with jwe"},
 	} {
-		_, err := k.Wrap(t.Context(), &config.EncryptConfig{Parameters: test.params}, nil)
+		_, err := k.Wrap(t.Context(), Recipients{Parameters: test.params}, nil)
 		if err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%v: %v, want %q", test.params, err, test.want)
 		}
 	}
 }
 
-// register registers the key providers of an ocicrypt.conf.
-func register(t *testing.T, conf string) {
-	t.Helper()
-	file := filepath.Join(t.TempDir(), "ocicrypt.conf")
-	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := RegisterKeyProviders(file); err != nil {
-		t.Fatal(err)
-	}
+// testProvider is a key provider that notes what it was passed.
+type testProvider struct {
+	params            [][]byte
+	layerKey, wrapped []byte
+	err               error
 }
 
-// TestRequests compares what a key provider is sent with what ocicrypt sends.
-func TestRequests(t *testing.T) {
-	for _, r := range []struct {
-		ours   []byte
-		theirs protocol.KeyProviderKeyWrapProtocolInput
-	}{
-		{sent(t, func(w providerWrapper) {
-			w.wrap(t.Context(), &config.EncryptConfig{Parameters: map[string][][]byte{"p": {[]byte("team-a")}, "other": {[]byte("x")}}}, []byte("key"))
-		}), protocol.KeyProviderKeyWrapProtocolInput{
-			Operation: protocol.OpKeyWrap, KeyWrapParams: protocol.KeyWrapParams{Ec: &config.EncryptConfig{Parameters: map[string][][]byte{"p": {[]byte("team-a")}}}, OptsData: []byte("key")}}},
-		{sent(t, func(w providerWrapper) { w.unwrap(t.Context(), &config.DecryptConfig{}, []byte("{}")) }), protocol.KeyProviderKeyWrapProtocolInput{
-			Operation: protocol.OpKeyUnwrap, KeyUnwrapParams: protocol.KeyUnwrapParams{Dc: &config.DecryptConfig{}, Annotation: []byte("{}")}}},
-	} {
-		theirs, err := json.Marshal(r.theirs)
-		if err != nil || string(r.ours) != string(theirs) {
-			t.Errorf("%s\nwant %s, %v", r.ours, theirs, err)
-		}
-	}
+func (p *testProvider) WrapKey(_ context.Context, params [][]byte, layerKey []byte) ([]byte, error) {
+	p.params = params
+	return p.wrapped, p.err
 }
 
-// sent returns what do has the key provider p sent.
-func sent(t *testing.T, do func(providerWrapper)) []byte {
-	t.Helper()
-	script := filepath.Join(t.TempDir(), "provider")
-	writeScript(t, script, `cat >"$0.seen"; echo {}`)
-	p, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Command: &keyproviderconfig.Command{Path: script}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	do(providerWrapper{"p", p})
-	b, err := os.ReadFile(script + ".seen")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+func (p *testProvider) UnwrapKey(_ context.Context, params [][]byte, annotation []byte) ([]byte, error) {
+	p.params, p.wrapped = params, annotation
+	return bytes.Clone(p.layerKey), p.err
 }
 
-// TestOtherRecipients unwraps with a key provider for a layer that somebody has
-// given very many recipients for whom there is no key.
-func TestOtherRecipients(t *testing.T) {
-	script := filepath.Join(t.TempDir(), "provider")
-	writeScript(t, script, `echo '{"keyunwrapresults": {"optsdata": "e30="}}'`)
-	register(t, `{"key-providers": {"late": {"cmd": {"path": "`+script+`"}}}}`)
-	_, err := Unwrap(t.Context(), &config.DecryptConfig{}, ocispec.Descriptor{Annotations: map[string]string{
+// hangingProvider never answers.
+type hangingProvider struct{}
+
+func (hangingProvider) WrapKey(ctx context.Context, _ [][]byte, _ []byte) ([]byte, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (hangingProvider) UnwrapKey(ctx context.Context, _ [][]byte, _ []byte) ([]byte, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// withProvider returns keys with one key provider.
+func withProvider(name string, p KeyProvider) Keys {
+	return Keys{Providers: map[string]KeyProvider{name: p}}
+}
+
+// TestProviderIsAskedAfterManyOthers unwraps with a key provider for a layer that
+// somebody has given very many recipients for whom there is no key.
+func TestProviderIsAskedAfterManyOthers(t *testing.T) {
+	_, err := Unwrap(t.Context(), withProvider("late", &testProvider{layerKey: []byte("{}")}), ocispec.Descriptor{Annotations: map[string]string{
 		"org.opencontainers.image.enc.keys.jwe":           strings.Repeat("!,", 100),
 		"org.opencontainers.image.enc.keys.provider.late": "e30=",
 	}})
@@ -186,78 +163,87 @@ func TestOtherRecipients(t *testing.T) {
 	}
 }
 
-// TestProviderErrors uses key providers whose configuration or answers make no
-// sense.
-func TestProviderErrors(t *testing.T) {
-	script := filepath.Join(t.TempDir(), "provider")
-	writeScript(t, script, `echo '{"keyunwrapresults": "a secret"}'`)
-	register(t, `{"key-providers": {"garbled": {"cmd": {"path": "`+script+`"}}, "empty": {}, "nowhere": {"grpc": "nowhere"}}}`)
-	for name, want := range map[string]string{
-		"garbled": "provider.garbled: its answer is not the JSON of ocicrypt's key provider protocol",
-		"empty":   "ocicrypt.conf: it has neither cmd nor grpc",
-		"nowhere": `ocicrypt.conf: grpc "nowhere" is not unix:///PATH or HOST:PORT`,
-	} {
-		desc := ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.provider." + name: "e30="}}
-		_, err := Unwrap(t.Context(), &config.DecryptConfig{}, desc)
-		if !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
-			t.Errorf("%s: %v, want %q", name, err, want)
-		}
-	}
-	for _, file := range []string{script, filepath.Join(t.TempDir(), "nowhere")} {
-		if err := RegisterKeyProviders(file); err == nil || !strings.Contains(err.Error(), file) {
-			t.Errorf("%s: %v", file, err)
-		}
-	}
-}
-
-// TestProviderIsTold checks that a key provider gets its own parameters and
-// not the private keys meant for somebody else.
-func TestProviderIsTold(t *testing.T) {
-	script := filepath.Join(t.TempDir(), "provider")
-	seen := script + ".seen"
-	writeScript(t, script, `cat >`+seen+`; printf '{"keywrapresults":{"annotation":"d3JhcHBlZA=="},"keyunwrapresults":{}}'`)
-	register(t, `{"key-providers": {"spy": {"cmd": {"path": "`+script+`"}}}}`)
+// TestProviderGetsItsOwnParametersOnly checks that a key provider gets its own parameters
+// and not the private keys for another recipient.
+func TestProviderGetsItsOwnParametersOnly(t *testing.T) {
+	p := &testProvider{wrapped: []byte("wrapped")}
 	alice := newPair(t)
 	_, k := encrypt(t, []byte("layer"))
-	ec := alice.encrypt()
-	ec.Parameters["spy"] = [][]byte{[]byte("team-a")}
-	ec.DecryptConfig = *alice.decrypt()
-	annotations, err := k.Wrap(t.Context(), ec, nil)
+	to := alice.encrypt()
+	to.Parameters["spy"] = [][]byte{[]byte("team-a")}
+	to.Keys = alice.decrypt()
+	to.Providers = map[string]KeyProvider{"spy": p}
+	annotations, err := k.Wrap(t.Context(), to, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if annotations["org.opencontainers.image.enc.keys.provider.spy"] != base64.StdEncoding.EncodeToString([]byte("wrapped")) {
 		t.Errorf("annotations: %v", annotations)
 	}
-	told := readFile(t, seen)
-	if !strings.Contains(told, base64.StdEncoding.EncodeToString([]byte("team-a"))) || strings.Contains(told, "privkeys") || strings.Contains(told, "pubkeys") {
-		t.Errorf("on wrap the provider was told %s", told)
+	if len(p.params) != 1 || string(p.params[0]) != "team-a" {
+		t.Errorf("WrapKey got %q", p.params)
 	}
 
-	dc := alice.decrypt()
-	dc.Parameters["privkeys"] = [][]byte{newPair(t).private}
-	if _, err := Unwrap(t.Context(), dc, ocispec.Descriptor{Annotations: annotations}); !errors.Is(err, ErrNoKey) {
-		t.Errorf("a provider that answers nothing: %v", err)
+	keys := newPair(t).decrypt()
+	keys.Providers = to.Providers
+	keys.Private.Parameters["spy"] = [][]byte{[]byte("team-b")}
+	if _, err := Unwrap(t.Context(), keys, ocispec.Descriptor{Annotations: annotations}); !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), "provider.spy: it returned no layer key") {
+		t.Errorf("a provider that returns nothing: %v", err)
 	}
-	if told := readFile(t, seen); strings.Contains(told, "privkeys") {
-		t.Errorf("on unwrap the provider was told %s", told)
+	if len(p.params) != 1 || string(p.params[0]) != "team-b" || string(p.wrapped) != "wrapped" {
+		t.Errorf("UnwrapKey got %q and %q", p.params, p.wrapped)
 	}
 }
 
 func TestUnwrapGivesUp(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close() // it accepts and never says a word
-	register(t, `{"key-providers": {"silent": {"grpc": "unix://`+socket+`"}}}`)
 	desc := ocispec.Descriptor{Annotations: map[string]string{"org.opencontainers.image.enc.keys.provider.silent": "e30="}}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	_, err = Unwrap(ctx, &config.DecryptConfig{}, desc)
+	_, err := Unwrap(ctx, withProvider("silent", hangingProvider{}), desc)
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "provider.silent: the key provider did not answer in time") {
 		t.Errorf("error: %v", err)
+	}
+}
+
+// TestDeniedOnlyIfAllDenied has several recipients, some of which a key provider refuses.
+func TestDeniedOnlyIfAllDenied(t *testing.T) {
+	refuses := fmt.Errorf("%w: not you", ErrDenied)
+	desc := ocispec.Descriptor{Annotations: map[string]string{
+		"org.opencontainers.image.enc.keys.provider.a": "e30=", "org.opencontainers.image.enc.keys.provider.b": "e30=",
+	}}
+	for _, test := range []struct {
+		a, b   error
+		denied bool
+	}{{refuses, refuses, true}, {refuses, errors.New("away"), false}, {errors.New("away"), refuses, false}} {
+		_, err := Unwrap(t.Context(), Keys{Providers: map[string]KeyProvider{"a": &testProvider{err: test.a}, "b": &testProvider{err: test.b}}}, desc)
+		if !errors.Is(err, ErrNoKey) || errors.Is(err, ErrDenied) != test.denied {
+			t.Errorf("%v and %v: %v", test.a, test.b, err)
+		}
+	}
+}
+
+// TestNoKeys uses keys and recipients that are empty, or have nil key providers.
+func TestNoKeys(t *testing.T) {
+	_, k := encrypt(t, []byte("layer"))
+	desc := ocispec.Descriptor{Annotations: wrapped(t, k, Recipients{
+		Keys: withProvider("p", &testProvider{wrapped: []byte("wrapped")}), Parameters: map[string][][]byte{"p": {[]byte("a")}, "pubkeys": {newPair(t).public}},
+	}, nil)}
+	for name, keys := range map[string]Keys{
+		"zero": {}, "nil provider": withProvider("p", nil), "unread": {ProvidersErr: errors.New("the file is on fire")}, "with nothing": Keys{}.With(nil),
+	} {
+		_, err := Unwrap(t.Context(), keys, desc)
+		if !errors.Is(err, ErrNoKey) || !strings.Contains(err.Error(), `jwe: no private key was given; key provider "p" is not configured`) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if keys.ProvidersErr != nil && !strings.Contains(err.Error(), "the file is on fire") {
+			t.Errorf("%s: the reason is missing: %v", name, err)
+		}
+		if _, err := k.Wrap(t.Context(), Recipients{Keys: keys, Parameters: map[string][][]byte{"p": nil}}, nil); err == nil || !strings.Contains(err.Error(), `key provider "p" is not configured`) {
+			t.Errorf("%s: wrap: %v", name, err)
+		}
+		if _, err := k.Wrap(t.Context(), Recipients{Keys: keys}, nil); err == nil || !strings.Contains(err.Error(), "no recipient") {
+			t.Errorf("%s: wrap for nobody: %v", name, err)
+		}
 	}
 }
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# check-dependencies.sh SBOM: checks that docs/dependencies.md tells of each
-# direct dependency and of no other, and that the licence of each module in SBOM,
-# a CycloneDX document in JSON, lets pilot be GPL-3.0.
+# check-dependencies.sh SBOM: checks that docs/dependencies.md lists each direct
+# dependency and no other, and that the licence of each module in SBOM, a CycloneDX
+# document in JSON, is compatible with GPL-3.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sbom=${1:?usage: check-dependencies.sh SBOM}
 command -v jq >/dev/null || { echo "jq is missing: apt-get install jq" >&2; exit 1; }
 
 direct=$(go list -m -f '{{if not (or .Indirect .Main)}}{{.Path}}{{end}}' all | sort)
-told=$(sed -n 's/^| \([a-z.]*\.[a-z]*\/[^|]*\) |.*/\1/p' docs/dependencies.md | tr ',' '\n' | tr -d ' ' | sort)
-diff <(echo "$direct") <(echo "$told") >&2 || { echo "docs/dependencies.md and go.mod have different direct dependencies: see above" >&2; exit 1; }
+documented=$(sed -n 's/^| \([a-z.]*\.[a-z]*\/[^|]*\) |.*/\1/p' docs/dependencies.md | tr ',' '\n' | tr -d ' ' | sort)
+diff <(echo "$direct") <(echo "$documented") >&2 || { echo "docs/dependencies.md and go.mod have different direct dependencies: see above" >&2; exit 1; }
 
 # Mistaken by the detector: the texts of golang.org/x are BSD-3-Clause, and
 # go-digest's code is Apache-2.0, only its documentation is not.

@@ -91,7 +91,7 @@ on() {
 	OCICRYPT_KEYPROVIDER_CONFIG=$home/ocicrypt.conf $program --address "$home/containerd.sock" "$@"
 }
 
-# free_port prints a port on which nobody listens.
+# free_port prints a port that is not in use.
 free_port() {
 	local port
 	for port in $(shuf -i 20000-40000 -n 20); do
@@ -167,7 +167,7 @@ EOF
 tar -C "$dir" -cf "$dir/image.tar" manifest.json config.json base.tar app.tar
 on ci ctr-pilot images import "$dir/image.tar"
 
-step "Encrypt it for whoever may use team-a, and push it"
+step "Encrypt it for all who may use team-a, and push it"
 on ci ctr-pilot images encrypt --recipient provider:pilot:team-a "$image:plain" "$image:encrypted"
 on ci ctr-pilot images layerinfo "$image:encrypted"
 on ci ctr-pilot images push --plain-http "$image:encrypted" | tail -n 1

@@ -93,8 +93,8 @@ manuals() {
 	gzip -9n "$1"/*
 }
 
-# completions TO: the shells' completions. ctr uses another version of the
-# library that answers them.
+# completions TO: the shells' completions. ctr-pilot has the flag of its library; pilot and
+# copilot keep the one that is in scripts of earlier releases.
 completions() {
 	local shell program flag
 	for shell in bash zsh fish; do
@@ -114,7 +114,7 @@ debian_changelog() {
 	cat <<-EOF
 		$1 ($epoch$PACKAGE_VERSION-1) stable; urgency=medium
 
-		  * pilot $version: changelog.gz tells what is new.
+		  * pilot $version: see changelog.gz.
 
 		 -- $maintainer  $(date -Rd "@$SOURCE_DATE_EPOCH")
 	EOF
@@ -135,7 +135,7 @@ cp -r packaging docs README.md LICENSE "$stage/"
 sources=https://github.com/ctrlplane/pilot/blob/main
 sed -Ei "s,\\]\\((CHANGELOG|CONTRIBUTING|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
 sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$stage"/docs/*.md
-cp node/units/* packaging/*.service "$stage/units/"
+cp node/install/units/* packaging/*.service "$stage/units/"
 manuals "$stage/man"
 completions "$stage/completions"
 gzip -9n <CHANGELOG.md >"$stage/doc/changelog.gz"

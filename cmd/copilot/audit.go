@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
@@ -21,17 +22,17 @@ import (
 var auditCommand = &cli.Command{
 	Name:  "audit",
 	Usage: "verify the audit log",
-	Subcommands: []*cli.Command{{
-		Name: "verify", Usage: "find lines of the audit log that were changed, removed or put in", ArgsUsage: "[FILE]...",
-		Description: `Reads the log that the configuration names, with the files that logrotate has
-moved away, or the files given, oldest first, or - for standard input. It needs
-the master key, which authenticates the lines. Lines that were cut off at the end
-are found by what copilot notes in its store. It prints where each chain ends.
+	Commands: []*cli.Command{acknowledgeCommand, {
+		Name: "verify", Usage: "find lines of the audit log that were changed, removed or inserted", ArgsUsage: "[FILE]...",
+		Description: `Reads the configured log, with the files that logrotate has moved away, or the
+files given, oldest first, or - for standard input. It needs the master key, which
+authenticates the lines. It finds lines that were cut off at the end by what
+copilot records in its store. It prints where each chain ends.
 
-With --since FILE, a log that was put back together with an older store is found
-too: if there is no problem, FILE is replaced with the ends that were found, for
-the next time. It must exist, and is empty at first. --since also takes such a
-line itself. Files that end before those lines need not be there any more.
+With --since FILE, it also finds that the log was replaced together with the store
+by older ones. If there is no problem, it replaces FILE with the ends that it found,
+for the next time. FILE must exist, and is empty at first. --since also takes such
+a line itself. Files that end before those lines are not needed any more.
 
 The exit status is 3 if there is a problem, and 1 if the log can't be read.
 
@@ -54,7 +55,7 @@ type auditReport struct {
 	Notes    []string `json:"notes"`
 }
 
-func verifyAudit(c *cli.Context) error {
+func verifyAudit(ctx context.Context, c *cli.Command) error {
 	conf, err := configuration(c)
 	if err != nil {
 		return err
@@ -67,19 +68,20 @@ func verifyAudit(c *cli.Context) error {
 	if err != nil {
 		return asOwner(err)
 	}
-	// Before the log is read, which goes on meanwhile.
-	heads, unread := server.AuditHeads(c.Context, conf)
+	// Before the log is read, which grows meanwhile.
+	heads, unread := server.AuditHeads(ctx, conf)
 	written := server.HeadsOf(heads, conf.AuditName())
 	var older []audit.Head // where the log itself is not among what is read
 	if files := c.Args().Slice(); len(files) > 0 && !slices.ContainsFunc(files, func(name string) bool { return isSameFile(name, conf.AuditTo()) }) {
 		written, older = nil, written
 	}
-	log, err := openAuditLog(c, conf)
+	log, err := openAuditLog(ctx, c, conf)
 	if err != nil {
 		return asOwner(err)
 	}
 	defer log.Close()
-	report, err := audit.VerifyTo(log, key, written, since...)
+	acknowledged, why := server.AcknowledgedOf(heads, conf.AuditName())
+	report, err := audit.VerifyTo(log, key, audit.Known{Written: written, Since: since, Acknowledged: acknowledged})
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
@@ -88,25 +90,30 @@ func verifyAudit(c *cli.Context) error {
 		ends[h.Chain] = h
 	}
 	for _, h := range audit.Cut(older, ends, since) {
-		report.Notes = append(report.Notes, fmt.Sprintf("chain %s goes on to line %d, which these files do not have", h.Chain, h.Seq))
+		report.Notes = append(report.Notes, fmt.Sprintf("chain %s continues to line %d, which these files do not have", h.Chain, h.Seq))
+	}
+	for i, h := range acknowledged {
+		if ends[h.Chain].Seq < h.Seq {
+			report.Notes = append(report.Notes, fmt.Sprintf("chain %s up to line %d is missing, as acknowledged %s", h.Chain, h.Seq, why[i]))
+		}
 	}
 	if other := otherLogs(heads, conf.AuditName()); len(other) > 0 {
-		report.Notes = append(report.Notes, "copilot has written other audit logs, too, which are not verified here: "+strings.Join(other, ", "))
+		report.Notes = append(report.Notes, "copilot has written other audit logs, which are not verified here: "+strings.Join(other, ", "))
 	}
 	if errors.Is(unread, keystore.ErrAuditHead) {
 		report.Problems = append(report.Problems, unread.Error()+": lines may have been cut off at the log's end")
 	} else if unread != nil {
-		report.Notes = append(report.Notes, fmt.Sprintf("what the store notes of the log can't be read, so lines that were cut off at its end are found by --since only: %s", unread))
+		report.Notes = append(report.Notes, fmt.Sprintf("can't read what the store records of the log, so only --since finds lines that were cut off at its end: %s", unread))
 	}
 	if len(report.Problems) == 0 && file != "" {
 		if err := audit.WriteHeads(file, report.Heads); err != nil {
-			return fmt.Errorf("--since: the log has no problem, and the file can't be written: %w", err)
+			return fmt.Errorf("--since: the log has no problem, but the file can't be written: %w", err)
 		}
 	}
 	return printReport(c.Bool("json"), report)
 }
 
-// isSameFile reports whether two names are those of one file, or the same.
+// isSameFile reports whether two names are equal, or of the same file.
 func isSameFile(a, b string) bool {
 	if a == b {
 		return true
@@ -116,8 +123,8 @@ func isSameFile(a, b string) bool {
 	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
 }
 
-// otherLogs returns the logs that the store knows of besides one: those of other
-// copilots, or of one whose configuration was changed for a while.
+// otherLogs returns the store's other logs: those of other brokers, or of this one with
+// another configuration.
 func otherLogs(heads []keystore.AuditHead, log string) []string {
 	last := make(map[string]time.Time)
 	for _, h := range heads {
@@ -142,7 +149,7 @@ func readSince(values []string) (heads []audit.Head, file string, err error) {
 		}
 		read, err := audit.ReadHeads(v)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, "", fmt.Errorf("%s is neither a line that a verification ended with nor a file: for the first time, make an empty file (install -m 0600 /dev/null %[1]s)", v)
+			return nil, "", fmt.Errorf("%s is neither the end of a verified chain nor a file: create an empty file first (install -m 0600 /dev/null %[1]s)", v)
 		}
 		if err != nil {
 			return nil, "", err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -11,7 +12,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/internal/commandline"
@@ -21,7 +22,7 @@ import (
 var certsCommand = &cli.Command{
 	Name:  "certs",
 	Usage: "list and renew the certificates that this CA issues",
-	Subcommands: []*cli.Command{
+	Commands: []*cli.Command{
 		{
 			Name:      "list",
 			Usage:     "list certificates and when they expire",
@@ -40,27 +41,27 @@ Example:
 			Name:      "renew",
 			Usage:     "renew certificates before they expire",
 			ArgsUsage: "FILE...",
-			Description: `Replaces each certificate by one for the same name, and the same private key
-unless --new-key is given. Files keep their owner and mode and are replaced as a
-whole, so copilot and pilot take them up without a restart. The certificate of a
-node can be renewed here and copied to the node: its private key stays there.
+			Description: `Replaces each certificate with one for the same name, and the same private key
+unless --new-key is given. Files keep their owner and mode and are replaced
+atomically, so copilot and pilot use them without a restart. A node's certificate
+can be renewed here and copied to the node: its private key stays there.
 
-A certificate is valid for as long as the one before was, unless --for is given.
+A certificate is valid for as long as the old one was, unless --for is given.
 
 Example:
    copilot certs renew /etc/copilot/server.pem /etc/copilot/admin.pem`,
 			Flags: []cli.Flag{
 				configDirFlag(),
-				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: &commandline.When{}, DefaultText: "as long as the one before"},
-				&cli.BoolFlag{Name: "new-key", Usage: "make a new private key as well, in NAME-key.pem beside NAME.pem"},
+				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: &commandline.When{}, DefaultText: "as long as the old one"},
+				&cli.BoolFlag{Name: "new-key", Usage: "create a new private key as well, in NAME-key.pem beside NAME.pem"},
 			},
 			Action: certsRenew,
 		},
 		{
 			Name:  "rotate-ca",
-			Usage: "replace the CA, without an interruption",
-			Description: `Makes a new CA. Its certificate and the one before it are both in ca.pem from
-then on, so copilot accepts clients of both. Then, in this order:
+			Usage: "replace the CA without downtime",
+			Description: `Creates a new CA, whose certificate is in ca.pem beside the old one, so that copilot
+accepts clients of both. Then, in this order:
 
    1. copy ca.pem to every node, as its broker-ca
    2. renew all certificates with "copilot certs renew"
@@ -80,7 +81,7 @@ Example:
 	},
 }
 
-func certsRotateCA(c *cli.Context) error {
+func certsRotateCA(_ context.Context, c *cli.Command) error {
 	if err := noArguments(c); err != nil {
 		return err
 	}
@@ -135,7 +136,7 @@ type certificateStatus struct {
 	NotYetValid bool `json:"notYetValid,omitempty"`
 }
 
-func certsList(c *cli.Context) error {
+func certsList(_ context.Context, c *cli.Command) error {
 	files := c.Args().Slice()
 	if len(files) == 0 {
 		var err error
@@ -202,7 +203,7 @@ func subject(cert *x509.Certificate) string {
 	return strings.Join(names, ", ")
 }
 
-func certsRenew(c *cli.Context) error {
+func certsRenew(_ context.Context, c *cli.Command) error {
 	if c.NArg() == 0 {
 		return exit.Usagef("certs renew: name the certificates to renew, such as /etc/copilot/server.pem")
 	}
@@ -219,7 +220,7 @@ func certsRenew(c *cli.Context) error {
 	return errors.Join(errs...)
 }
 
-func renew(c *cli.Context, ca *pki.CA, name string) error {
+func renew(c *cli.Command, ca *pki.CA, name string) error {
 	valid, err := until(c, "for")
 	if err != nil {
 		return err

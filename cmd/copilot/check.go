@@ -1,25 +1,25 @@
 package main
 
 import (
+	"context"
 	"fmt"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
 var checkKEKCommand = &cli.Command{
 	Name: "check", Usage: "try a KEK: wrap a random key with it and unwrap that", ArgsUsage: "ID",
-	Description: `Uses the KMS that the KEK is in, if it is in one, and says which version it tried
-and how long that took, or what is wrong and what to do. It does not count as a
-wrap of the KEK, and the audit log has it as "check". The exit status is 1 if the
-KEK can't be used.
+	Description: `Uses the KEK's KMS, if it is in one, and reports the version and how long it took,
+or what is wrong and what to do. It is not counted as a wrap of the KEK, and is
+in the audit log as "check". The exit status is 1 if the KEK can't be used.
 
 Example:
    copilot keys check team-a`,
 	Flags: keysFlags(),
-	Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-		found, err := keys.Check(id)
+	Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+		found, err := keys.Check(ctx, id)
 		if err != nil {
 			return err
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -8,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/internal/commandline"
@@ -20,18 +21,18 @@ var enrollCommand = &cli.Command{
 	Name:      "enroll",
 	Usage:     "issue a certificate for a node, for another client, or for the server",
 	ArgsUsage: "NAME",
-	Description: `Writes NAME.pem and NAME-key.pem into --out. The certificate tells the identity
-spiffe://TRUST-DOMAIN/node/NAME; with --role, another word than node stands
-there, or none if it is empty, as for the admin. With --csr, the key stays where
-the request was made, and only NAME.pem is written. With --host, the certificate
-is a server's, and its key belongs to user copilot if there is one. Nothing is
-overwritten: "copilot certs renew" renews certificates that are there.
+	Description: `Writes NAME.pem and NAME-key.pem into --out. The certificate's identity is
+spiffe://TRUST-DOMAIN/node/NAME. --role replaces the word node, or removes it if
+it is empty, as for the admin. With --csr, the key stays where the request was
+made, and only NAME.pem is written. With --host, the certificate is a server's,
+and its key belongs to user copilot if there is one. Nothing is overwritten:
+"copilot certs renew" renews existing certificates.
 
 Example:
    copilot enroll --out /root/worker-7 worker-7`,
 	Flags: []cli.Flag{
 		configDirFlag(),
-		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server, which the certificate is for; may be repeated"},
+		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server to issue a certificate for; may be repeated"},
 		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
 		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
 		&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: commandline.After(clientFor)},
@@ -41,13 +42,13 @@ Example:
 	Action: enroll,
 }
 
-func enroll(c *cli.Context) error {
+func enroll(_ context.Context, c *cli.Command) error {
 	if c.NArg() != 1 {
 		return exit.Usagef("enroll takes one name, and got %d arguments", c.NArg())
 	}
 	name := c.Args().First()
 	if filepath.Base(name) != name || name == "." || name == ".." {
-		return exit.Usagef("enroll: %q is the name of files too, so it has no slashes", name)
+		return exit.Usagef("enroll: %q is used in file names, so it can't have slashes", name)
 	}
 	ca, err := pki.Load(c.String("config-dir"))
 	if err != nil {
@@ -61,7 +62,7 @@ func enroll(c *cli.Context) error {
 	cert, key := filepath.Join(out, name+".pem"), filepath.Join(out, name+"-key.pem")
 	for _, file := range []string{cert, key} {
 		if _, err := os.Lstat(file); err == nil {
-			return fmt.Errorf("enroll: %s is there already, and is not overwritten", file)
+			return fmt.Errorf("enroll: %s exists, and is not overwritten", file)
 		}
 	}
 	if err := os.MkdirAll(out, 0o755); err != nil {
@@ -70,7 +71,7 @@ func enroll(c *cli.Context) error {
 	if hosts := c.StringSlice("host"); len(hosts) > 0 {
 		err := checkHosts(hosts)
 		if err == nil {
-			err = ca.IssueServerTo(hosts, valid, cert, key, giveToService)
+			err = ca.IssueServer(hosts, valid, cert, key, giveToService)
 		}
 		if err != nil {
 			return fmt.Errorf("enroll: %w", err)
@@ -79,7 +80,7 @@ func enroll(c *cli.Context) error {
 	}
 	client := pki.Client{Path: name, Hold: valid}
 	if role := c.String("role"); role != "" {
-		client.Path = role + "/" + name // as it is, so that none of its parts goes away
+		client.Path = role + "/" + name // not cleaned, so that no part is lost
 	}
 	id, err := ca.ID(client.Path)
 	if err != nil {
@@ -109,7 +110,7 @@ type issued struct {
 	NotAfter    time.Time `json:"notAfter"`
 }
 
-func printIssued(c *cli.Context, subject, certFile, keyFile string) error {
+func printIssued(c *cli.Command, subject, certFile, keyFile string) error {
 	if c.Bool("json") {
 		cert, err := pki.ReadCertificate(certFile)
 		if err != nil {

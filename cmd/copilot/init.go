@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,7 +13,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -30,20 +31,19 @@ var initCommand = &cli.Command{
 	Usage: "write a working configuration, with a CA, a server certificate and an admin's",
 	Description: `Writes into --config-dir: copilot.toml and policy.toml, a private CA (ca.pem,
 ca-key.pem), the server's certificate (server.pem, server-key.pem) and an
-admin's (admin.pem, admin-key.pem). It overwrites nothing, and uses a CA that is
-there, such as one from a backup. If there is a user
-copilot, as the package makes for the service, that user gets the server's key
-and the store, and no other key.
+admin's (admin.pem, admin-key.pem). It overwrites nothing, and uses an existing CA,
+such as one from a backup. The user copilot, which the package creates for the
+service, gets the server's key and the store, and no other key.
 
 Example:
    copilot init --host copilot.example.com --trust-domain example.com`,
 	Flags: []cli.Flag{
 		configDirFlag(),
-		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", Value: defaultDir, EnvVars: []string{"COPILOT_DIR"}},
-		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address by which nodes reach this broker; may be repeated", Required: true},
-		&cli.IntFlag{Name: "port", Usage: "`PORT` to answer on", Value: 8443},
-		&cli.BoolFlag{Name: "node-ca", Usage: "let copilot renew nodes' certificates, with a CA of its own (copilot certs node-ca)"},
-		&cli.StringFlag{Name: "trust-domain", Usage: "`DOMAIN` that the identities of nodes begin with (default: the first --host that is a name)"},
+		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", Value: defaultDir, Sources: cli.EnvVars("COPILOT_DIR")},
+		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address that nodes connect to; may be repeated", Required: true},
+		&cli.IntFlag{Name: "port", Usage: "`PORT` to listen on", Value: 8443},
+		&cli.BoolFlag{Name: "node-ca", Usage: "let copilot renew nodes' certificates, with a separate CA (copilot certs node-ca)"},
+		&cli.StringFlag{Name: "trust-domain", Usage: "trust `DOMAIN` of SPIFFE IDs (default: the first --host that is a name)"},
 	},
 	Action: initialize,
 }
@@ -52,7 +52,7 @@ func configDirFlag() cli.Flag {
 	return &cli.StringFlag{Name: "config-dir", Usage: "`DIRECTORY` of the configuration and the CA", Value: defaultConfigDir}
 }
 
-func initialize(c *cli.Context) error {
+func initialize(_ context.Context, c *cli.Command) error {
 	if err := noArguments(c); err != nil {
 		return err
 	}
@@ -64,7 +64,7 @@ func initialize(c *cli.Context) error {
 		}
 	}
 	if domain == "" {
-		return exit.Usagef("init: --host is an address only: say --trust-domain, as in example.com")
+		return exit.Usagef("init: --host is only an address: set --trust-domain, as in example.com")
 	}
 	if err := checkHosts(hosts); err != nil {
 		return exit.Usagef("init: %w", err)
@@ -80,7 +80,7 @@ func initialize(c *cli.Context) error {
 	in := func(name string) string { return filepath.Join(dir, name) }
 	for _, name := range []string{"copilot.toml", "policy.toml", "server.pem", "server-key.pem", "admin.pem", "admin-key.pem"} {
 		if _, err := os.Lstat(in(name)); !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("init: %s is there already, and nothing is overwritten: move it away, or choose another --config-dir", in(name))
+			return fmt.Errorf("init: %s exists, and nothing is overwritten: move it away, or use another --config-dir", in(name))
 		}
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -94,7 +94,7 @@ func initialize(c *cli.Context) error {
 		return fmt.Errorf("init: %w", err)
 	}
 	domain = ca.TrustDomain()
-	if err := ca.IssueServerTo(hosts, serverFor, in("server.pem"), in("server-key.pem"), giveToService); err != nil {
+	if err := ca.IssueServer(hosts, serverFor, in("server.pem"), in("server-key.pem"), giveToService); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
 	admin := pki.Client{Path: "admin", Hold: serverFor}
@@ -114,7 +114,7 @@ func initialize(c *cli.Context) error {
 		}
 		text += nodeCAText(dir, "")
 	}
-	// Last, so that a copilot that finds it finds the rest.
+	// Last, so that the rest is there once it is.
 	if err := writeNew(in("copilot.toml"), text); err != nil {
 		return err
 	}
@@ -122,16 +122,16 @@ func initialize(c *cli.Context) error {
 
    copilot serve --config %[1]s                    # or: systemctl enable --now copilot
    copilot keys create --config %[1]s team-a
-   copilot enroll --config-dir %[2]s worker-7      # a node: gives it worker-7.pem, worker-7-key.pem and %[3]s
+   copilot enroll --config-dir %[2]s worker-7      # a node needs worker-7.pem, worker-7-key.pem and %[3]s
 
-Nodes may use KEKs, and nobody else may, until you change %[4]s.
-Keep %[5]s away from this machine where you can: it makes nodes.
+Only nodes may use KEKs, until you change %[4]s.
+Keep %[5]s away from this machine where you can: it can issue certificates for nodes.
 `, in("copilot.toml"), dir, in(pki.CertFile), in("policy.toml"), in(pki.KeyFile))
 	return nil
 }
 
-// existingCA returns the CA that dir has, of an installation before or of a backup,
-// or nil if it has none. Its trust domain must be the one asked for, if any.
+// existingCA returns the CA in dir, from an earlier installation or a backup, or nil if
+// there is none. Its trust domain must be domain, unless that is empty.
 func existingCA(dir, domain string) (*pki.CA, error) {
 	found := make(map[string]bool)
 	for _, name := range []string{pki.CertFile, pki.KeyFile} {
@@ -145,9 +145,9 @@ func existingCA(dir, domain string) (*pki.CA, error) {
 	case !found[pki.CertFile] && !found[pki.KeyFile]:
 		return nil, nil
 	case !found[pki.KeyFile]:
-		return nil, fmt.Errorf("%s exists without its key: put %s beside it to use this CA, or move it away to make a new one", filepath.Join(dir, pki.CertFile), pki.KeyFile)
+		return nil, fmt.Errorf("%s exists without its key: put %s beside it to use this CA, or move it away to create a new one", filepath.Join(dir, pki.CertFile), pki.KeyFile)
 	case !found[pki.CertFile]:
-		return nil, fmt.Errorf("%s exists without its certificate: put %s beside it to use this CA, or move it away to make a new one", filepath.Join(dir, pki.KeyFile), pki.CertFile)
+		return nil, fmt.Errorf("%s exists without its certificate: put %s beside it to use this CA, or move it away to create a new one", filepath.Join(dir, pki.KeyFile), pki.CertFile)
 	}
 	ca, err := pki.Load(dir)
 	if err != nil {
@@ -163,11 +163,11 @@ func existingCA(dir, domain string) (*pki.CA, error) {
 	return ca, nil
 }
 
-// serviceUser is the user that the package makes.
+// serviceUser is the user that the package creates.
 const serviceUser = "copilot"
 
-// makeStore makes the server's store, if root runs this and the server has a user of
-// its own, to whom it belongs.
+// makeStore creates the server's store for the server's user, if root runs this and there
+// is such a user.
 func makeStore(store string) error {
 	uid, gid, ok, err := owner(serviceUser)
 	if err != nil || !ok {
@@ -190,8 +190,8 @@ func giveToService(f *os.File) error {
 	return f.Chown(uid, gid)
 }
 
-// owner returns a user's IDs. It reports false where there is no such user, or
-// where only root could give a file to it.
+// owner returns a user's IDs. It reports false if there is no such user, or if only root
+// could give it a file.
 func owner(name string) (uid, gid int, ok bool, err error) {
 	u, err := user.Lookup(name)
 	if err != nil || os.Geteuid() != 0 {
@@ -204,7 +204,7 @@ func owner(name string) (uid, gid int, ok bool, err error) {
 	return uid, gid, err == nil, err
 }
 
-// checkHosts refuses what can't be in a certificate.
+// checkHosts rejects names that can't be in a certificate.
 func checkHosts(hosts []string) error {
 	for _, h := range hosts {
 		if net.ParseIP(h) == nil && !validHost.MatchString(h) {
@@ -226,15 +226,15 @@ policy = "%[3]s/policy.toml"
 `
 
 const policyText = `# Who may do what with which KEK. What no rule allows is denied.
-# "copilot policy check IDENTITY KEK ACTION" says what comes of it.
+# Test it: copilot policy check IDENTITY KEK ACTION
 
-# Nodes decrypt: they get the KEKs.
+# Nodes decrypt, and may export KEKs.
 [[rule]]
 identities = ["spiffe://%[1]s/node/*"]
 keks = ["**"]
 actions = ["unwrap", "export"]
 
-# CI encrypts: copilot wraps for it, and it never has a KEK.
+# CI encrypts: copilot wraps, and CI never gets a KEK.
 [[rule]]
 identities = ["spiffe://%[1]s/ci/*"]
 keks = ["**"]

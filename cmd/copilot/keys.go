@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -13,10 +14,11 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/keyjson"
@@ -26,22 +28,22 @@ import (
 var keysCommand = &cli.Command{
 	Name:  "keys",
 	Usage: "create, list, show, import, rotate, disable, revoke and destroy KEKs",
-	Description: `Works on the store that the configuration tells, through the copilot that serves
-there if one does, or with --server on one elsewhere. No command shows a key.
+	Description: `Manages the KEKs of the configured store, through the copilot that has it open if
+there is one, or with --server those of another machine. No command shows a key.
 
 With --json, each prints the KEK, as "copilot keys show" does.
 
 Example:
    copilot keys create team-a`,
-	Subcommands: []*cli.Command{
+	Commands: []*cli.Command{
 		{
-			Name: "create", Usage: "make a new random KEK", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-				return done(keys.Create(id, nil))(c, "created")
+			Name: "create", Usage: "create a KEK with a random key", ArgsUsage: "ID", Flags: keysFlags(),
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Create(ctx, id, nil))(c, "created")
 			}),
 		},
 		{
-			Name: "import", Usage: "take a key from elsewhere", ArgsUsage: "ID",
+			Name: "import", Usage: "create a KEK with a given key", ArgsUsage: "ID",
 			Description: `Reads 32 bytes, or 16 or 24 for the original's annotation format only.
 
 Example:
@@ -51,40 +53,40 @@ Example:
 				&cli.BoolFlag{Name: "hex", Usage: "the file holds hexadecimal digits, not raw bytes"},
 				&cli.BoolFlag{Name: "base64", Usage: "the file holds standard base64, not raw bytes"},
 			),
-			Action: func(c *cli.Context) error {
-				// Reading may wait for somebody. The store is not locked yet.
+			Action: func(ctx context.Context, c *cli.Command) error {
+				// Before the store is locked: reading standard input may take long.
 				key, err := readKey(c)
 				if err != nil {
 					return fmt.Errorf("keys import: %w", err)
 				}
 				defer clear(key)
-				return onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-					return done(keys.Create(id, key))(c, "imported")
-				})(c)
+				return onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+					return done(keys.Create(ctx, id, key))(c, "imported")
+				})(ctx, c)
 			},
 		},
 		{
-			Name: "rotate", Usage: "make a new version to wrap with; older ones still unwrap", ArgsUsage: "ID",
-			Description: `Images that are encrypted already keep the versions that they were encrypted
-with, until "ctr-pilot images rewrap" moves them to the new one.
+			Name: "rotate", Usage: "create a new version to wrap with; older ones still unwrap", ArgsUsage: "ID",
+			Description: `Encrypted images keep the versions that they were encrypted with, until
+"ctr-pilot images rewrap" moves them to the new one.
 
 Example:
    copilot keys rotate team-a`,
 			Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-				return done(keys.Rotate(id))(c, "rotated")
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Rotate(ctx, id))(c, "rotated")
 			}),
 		},
 		{
 			Name: "disable", Usage: "stop a KEK, or one version of it, from being used", ArgsUsage: "ID",
 			Description: `Nodes that have the KEK in memory use it until it expires there (pilot's
-kek-cache-ttl, 5 minutes if nothing else is set).
+kek-cache-ttl, 5 minutes by default).
 
 Example:
    copilot keys disable --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag()),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-				return done(keys.Disable(id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Disable(ctx, id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
 			}),
 		},
 		{
@@ -92,53 +94,53 @@ Example:
 			Description: `Example:
    copilot keys enable team-a`,
 			Flags: keysFlags(versionFlag()),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-				return done(keys.Enable(id, c.Int("key-version")))(c, "enabled"+ofVersion(c))
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				return done(keys.Enable(ctx, id, c.Int("key-version")))(c, "enabled"+ofVersion(c))
 			}),
 		},
 		{
-			Name: "destroy", Usage: "stop a KEK, or one version of it, from being used, and forget its key after a waiting time", ArgsUsage: "ID",
-			Description: `What was encrypted for it can never be decrypted again, once the waiting time is
-over. Until then, "copilot keys enable" takes it back.
+			Name: "destroy", Usage: "stop a KEK, or one version of it, from being used, and delete its key after a waiting time", ArgsUsage: "ID",
+			Description: `After the waiting time, what was encrypted for it can never be decrypted again.
+Until then, "copilot keys enable" undoes it.
 
 Example:
    copilot keys destroy --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag(),
 				&cli.GenericFlag{Name: "after", Usage: "how long to wait, as in 30d or 12h, or until when, as in 2030-01-01", Value: commandline.After(server.DestroyAfter)},
-				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: yes, what was encrypted for it shall be unreadable for ever, now"},
+				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: confirm that what was encrypted for it becomes unreadable, permanently and now"},
 			),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
 				after, err := until(c, "after")
 				if err != nil {
 					return err
 				}
 				if after < time.Second && !c.Bool("yes") {
-					return exit.Usagef("images encrypted for %s could never be decrypted again: say --yes if that is what you want", id)
+					return exit.Usagef("images encrypted for %s could never be decrypted again: confirm with --yes", id)
 				}
-				return done(keys.Destroy(id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
+				return done(keys.Destroy(ctx, id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
 			}),
 		},
 		{
-			Name: "revoke", Usage: "take a KEK from an identity, whatever the policy says", ArgsUsage: "ID",
+			Name: "revoke", Usage: "deny a KEK to an identity, whatever the policy says", ArgsUsage: "ID",
 			Description: `Identities look as in the audit log. With --undo, the policy decides again.
 
 Example:
    copilot keys revoke --identity spiffe://example.com/node/worker-7 team-a`,
 			Flags: keysFlags(
-				&cli.StringFlag{Name: "identity", Usage: "whom to take it from, `ID` as in the audit log", Required: true},
+				&cli.StringFlag{Name: "identity", Usage: "`ID` of the identity, as in the audit log", Required: true},
 				&cli.BoolFlag{Name: "undo", Usage: "let the policy decide again"},
 			),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
 				if c.Bool("undo") {
-					return done(keys.Reinstate(id, c.String("identity")))(c, "no longer revoked for "+c.String("identity"))
+					return done(keys.Reinstate(ctx, id, c.String("identity")))(c, "no longer revoked for "+c.String("identity"))
 				}
-				return done(keys.Revoke(id, c.String("identity")))(c, "revoked for "+c.String("identity"))
+				return done(keys.Revoke(ctx, id, c.String("identity")))(c, "revoked for "+c.String("identity"))
 			}),
 		},
 		{
 			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(),
-			Action: onKEK(func(c *cli.Context, keys *server.Keys, id string) error {
-				info, err := keys.Get(id)
+			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
+				info, err := keys.Get(ctx, id)
 				if err != nil {
 					return err
 				}
@@ -151,16 +153,16 @@ Example:
 		checkKEKCommand,
 		{
 			Name: "list", Usage: "list the KEKs", Flags: keysFlags(),
-			Action: func(c *cli.Context) error {
+			Action: func(ctx context.Context, c *cli.Command) error {
 				if err := noArguments(c); err != nil {
 					return err
 				}
-				keys, err := openKeys(c)
+				keys, err := openKeys(ctx, c)
 				if err != nil {
 					return err
 				}
 				defer keys.Close()
-				list, err := keys.List()
+				list, err := keys.List(ctx)
 				if err != nil {
 					return fmt.Errorf("keys list: %w", withStatus(err))
 				}
@@ -173,8 +175,8 @@ Example:
 	},
 }
 
-// show prints what is known of a KEK.
-func show(info server.Info) error {
+// show describes a KEK.
+func show(info keyring.Info) error {
 	fmt.Println(head(info))
 	for _, who := range info.Revoked {
 		fmt.Printf("revoked for %s\n", who)
@@ -184,9 +186,9 @@ func show(info server.Info) error {
 			fmt.Printf("%s, path %s\n", info.Type, info.Path)
 		}
 		if info.StaysInKMS {
-			fmt.Println("never given out: copilot has the KMS wrap and unwrap")
+			fmt.Println("never exported: its KMS wraps and unwraps")
 		}
-		fmt.Printf("its versions are in the KMS, and these are those that copilot has used: \"copilot keys check %s\" asks for the current one\n", info.ID)
+		fmt.Printf("its versions are in the KMS, and those that copilot has used are below: \"copilot keys check %s\" shows the current one\n", info.ID)
 		if len(info.Versions) == 0 {
 			return nil
 		}
@@ -202,8 +204,8 @@ func show(info server.Info) error {
 	return table.Flush()
 }
 
-// head says in a line what a KEK is.
-func head(info server.Info) string {
+// head describes a KEK in one line.
+func head(info keyring.Info) string {
 	line := info.ID
 	if info.Version != 0 {
 		line += fmt.Sprintf(", current version %d", info.Version)
@@ -217,7 +219,7 @@ func head(info server.Info) string {
 	return line
 }
 
-func showList(list []server.Info) error {
+func showList(list []keyring.Info) error {
 	table := newTable("ID", "VERSION", "STATE", "CREATED", "ROTATED")
 	for _, info := range list {
 		state, created, rotated := keystore.Enabled, "-", "never"
@@ -262,7 +264,7 @@ func versionFlag() cli.Flag {
 	return &cli.IntFlag{Name: "key-version", Usage: "`NUMBER` of the version; without it, the whole KEK"}
 }
 
-func ofVersion(c *cli.Context) string {
+func ofVersion(c *cli.Command) string {
 	if v := c.Int("key-version"); v != 0 {
 		return fmt.Sprintf(" in version %d", v)
 	}
@@ -274,25 +276,25 @@ func jsonFlag() cli.Flag {
 }
 
 // onKEK returns the action of a command whose argument is a KEK's id.
-func onKEK(do func(*cli.Context, *server.Keys, string) error) cli.ActionFunc {
-	return func(c *cli.Context) error {
+func onKEK(do func(context.Context, *cli.Command, server.Keys, string) error) cli.ActionFunc {
+	return func(ctx context.Context, c *cli.Command) error {
 		if c.NArg() != 1 {
-			return exit.Usagef("keys %s takes one KEK id, and got %d arguments", c.Command.Name, c.NArg())
+			return exit.Usagef("keys %s takes one KEK id, and got %d arguments", c.Name, c.NArg())
 		}
-		keys, err := openKeys(c)
+		keys, err := openKeys(ctx, c)
 		if err != nil {
 			return err
 		}
 		defer keys.Close()
 		id := c.Args().First()
-		if err := do(c, keys, id); err != nil {
-			return fmt.Errorf("keys %s %s: %w", c.Command.Name, id, withStatus(err))
+		if err := do(ctx, c, keys, id); err != nil {
+			return fmt.Errorf("keys %s %s: %w", c.Name, id, withStatus(err))
 		}
 		return nil
 	}
 }
 
-// withStatus gives the broker's errors their exit status.
+// withStatus adds the exit status to the broker's errors.
 func withStatus(err error) error {
 	e := new(server.StatusError)
 	switch {
@@ -306,9 +308,9 @@ func withStatus(err error) error {
 	return err
 }
 
-// done returns a function that prints what happened to a KEK, if it did.
-func done(info server.Info, err error) func(c *cli.Context, verb string) error {
-	return func(c *cli.Context, verb string) error {
+// done returns a function that prints a change of a KEK, if it was made.
+func done(info keyring.Info, err error) func(c *cli.Command, verb string) error {
+	return func(c *cli.Command, verb string) error {
 		if err == nil && c.Bool("json") {
 			return printJSON(info)
 		}
@@ -326,8 +328,8 @@ func done(info server.Info, err error) func(c *cli.Context, verb string) error {
 // maxKeyFile bounds the file of a key to import, in bytes.
 const maxKeyFile = 4096
 
-// readKey reads the key that --file, --hex and --base64 tell of.
-func readKey(c *cli.Context) ([]byte, error) {
+// readKey reads the key of --file, --hex and --base64.
+func readKey(c *cli.Command) ([]byte, error) {
 	if c.Bool("hex") && c.Bool("base64") {
 		return nil, exit.Usagef("--hex and --base64 are mutually exclusive")
 	}
@@ -345,7 +347,7 @@ func readKey(c *cli.Context) ([]byte, error) {
 		return nil, err
 	}
 	if len(b) > maxKeyFile {
-		return nil, fmt.Errorf("the key file has more than %d bytes", maxKeyFile)
+		return nil, fmt.Errorf("the key file is larger than %d bytes", maxKeyFile)
 	}
 	return decodeKey(b, c.Bool("hex"), c.Bool("base64"))
 }

@@ -1,13 +1,14 @@
-// Command copilot is the key broker: it keeps KEKs and hands them to pilot.
+// Command copilot is the key broker: it keeps KEKs, and releases them to pilot or wraps
+// and unwraps with them.
 package main
 
 import (
 	"fmt"
 	"os"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
-	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/pkcs11"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -20,7 +21,7 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	kms.RunModule()
+	pkcs11.RunModule()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "copilot: core dumps can't be disabled: %s\n", err)
 		return 1
@@ -28,32 +29,32 @@ func run() int {
 	return commandline.Run(newApp())
 }
 
-func newApp() *cli.App {
-	app := &cli.App{
+func newApp() *cli.Command {
+	app := &cli.Command{
 		Name:    "copilot",
-		Usage:   "keep key encryption keys (KEKs) and hand them to pilot",
+		Usage:   "keep key encryption keys (KEKs) for pilot",
 		Version: version.Version,
-		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It gives
-pilot what it may have of them, decides that by a policy, and writes each
-request down. "copilot init" makes a configuration to start from.`,
+		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It releases
+them to pilot, or wraps and unwraps with them, according to a policy, and audits
+each request. "copilot init" writes a configuration to start with.`,
 		Commands: []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, storeCommand, policyCommand, auditCommand},
 	}
 	withoutHelpCommands(app.Commands)
 	return commandline.Complete(app)
 }
 
-// withoutHelpCommands has commands take "h" and "help" for what they are given, such
-// as a KEK of that name. --help is there.
+// withoutHelpCommands makes "h" and "help" arguments of commands, such as the name of a
+// KEK. --help remains.
 func withoutHelpCommands(commands []*cli.Command) {
 	for _, c := range commands {
 		c.HideHelpCommand = true
-		withoutHelpCommands(c.Subcommands)
+		withoutHelpCommands(c.Commands)
 	}
 }
 
-func noArguments(c *cli.Context) error {
+func noArguments(c *cli.Command) error {
 	if c.NArg() > 0 {
-		return exit.Usagef("%s takes no argument, and got %q", c.Command.Name, c.Args().First())
+		return exit.Usagef("%s takes no argument, and got %q", c.Name, c.Args().First())
 	}
 	return nil
 }

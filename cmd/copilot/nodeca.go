@@ -1,11 +1,12 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/internal/commandline"
@@ -13,14 +14,14 @@ import (
 
 var nodeCACommand = &cli.Command{
 	Name:  "node-ca",
-	Usage: "make a CA with which copilot renews nodes' certificates by itself",
-	Description: `Makes node-ca.pem and node-ca-key.pem, and adds the CA to ca.pem, so that copilot
-accepts its clients. The key belongs to user copilot if there is one; that of
-ca.pem is not needed. With node-ca and node-ca-key in copilot.toml, copilot then
+	Usage: "create a CA with which copilot renews nodes' certificates by itself",
+	Description: `Creates node-ca.pem and node-ca-key.pem, and adds the CA to ca.pem, so that copilot
+accepts its clients. The key belongs to user copilot if there is one. ca.pem's
+own key is not needed. With node-ca and node-ca-key in copilot.toml, copilot then
 renews the certificate of each node that still has a valid one.
 
 Run again, it replaces that CA. Once each node has a certificate of the new one,
---finish removes the CA before it from both files.
+--finish removes the old CA from both files.
 
 Example:
    copilot certs node-ca`,
@@ -32,7 +33,7 @@ Example:
 	Action: certsNodeCA,
 }
 
-func certsNodeCA(c *cli.Context) error {
+func certsNodeCA(_ context.Context, c *cli.Command) error {
 	if err := noArguments(c); err != nil {
 		return err
 	}
@@ -68,12 +69,12 @@ func certsNodeCA(c *cli.Context) error {
 	return nil
 }
 
-// makeNodeCA makes a CA for nodes in dir, whose key belongs to the server's user.
+// makeNodeCA creates a CA for nodes in dir, whose key belongs to the server's user.
 func makeNodeCA(dir string, valid time.Duration) error {
 	return pki.RotateNodeCA(dir, valid, giveToService)
 }
 
-// nodeCAText is what copilot.toml says of the CA for nodes in dir.
+// nodeCAText returns the settings in copilot.toml of the CA for nodes in dir.
 func nodeCAText(dir, indent string) string {
 	return fmt.Sprintf("%[1]snode-ca = %[2]q\n%[1]snode-ca-key = %[3]q\n", indent, filepath.Join(dir, pki.NodeCertFile), filepath.Join(dir, pki.NodeKeyFile))
 }

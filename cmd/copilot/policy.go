@@ -1,17 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"slices"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/authorization"
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
@@ -19,8 +21,8 @@ import (
 var policyCommand = &cli.Command{
 	Name:  "policy",
 	Usage: "check the policy",
-	Subcommands: []*cli.Command{{
-		Name: "check", Usage: "say whether an identity may do something with a KEK, and why", ArgsUsage: "[IDENTITY KEK ACTION]",
+	Commands: []*cli.Command{{
+		Name: "check", Usage: "show whether an identity may do something with a KEK, and why", ArgsUsage: "[IDENTITY KEK ACTION]",
 		Description: `Identities look as in the audit log: spiffe://DOMAIN/PATH, dns:NAME or cn:NAME of
 a certificate, uid:NUMBER over a unix socket, ISSUER:SUBJECT of a token. Actions
 are wrap, unwrap, export and admin. Without arguments, it checks the file only.
@@ -36,13 +38,13 @@ Example:
 	}},
 }
 
-func checkPolicy(c *cli.Context) error {
+func checkPolicy(ctx context.Context, c *cli.Command) error {
 	conf, err := configuration(c)
 	if err != nil {
 		return err
 	}
 	if conf.Policy == "" {
-		return exit.Usagef("policy check: there is none: name its file with --policy, or in the configuration")
+		return exit.Usagef("policy check: policy is not set: use --policy, or set it in the configuration")
 	}
 	if n := c.NArg(); n != 0 && n != 3 {
 		return exit.Usagef("policy check takes an identity, a KEK and an action, and got %d arguments", n)
@@ -60,7 +62,7 @@ func checkPolicy(c *cli.Context) error {
 	}
 	identity, kek, action := c.Args().Get(0), c.Args().Get(1), policy.Action(c.Args().Get(2))
 	if !slices.Contains(policy.Actions, action) {
-		return exit.Usagef("policy check: %q is no action: there are wrap, unwrap, export and admin", action)
+		return exit.Usagef("policy check: unknown action %q: use wrap, unwrap, export or admin", action)
 	}
 	if identity, err = policy.Canonical(identity, conf.IssuerNames()); err != nil {
 		return exit.Usagef("policy check: %w", err)
@@ -69,7 +71,7 @@ func checkPolicy(c *cli.Context) error {
 	v := p.Decide(identity, kek, action, now)
 	unknown := ""
 	if v.Allowed {
-		reason, err := refusedByKEK(c, kek, identity, &unknown)
+		reason, err := refusedByKEK(ctx, c, kek, identity, &unknown)
 		if err != nil {
 			return err
 		}
@@ -79,9 +81,9 @@ func checkPolicy(c *cli.Context) error {
 		}
 	}
 	if !v.Allowed {
-		// With the KEK itself, it needs nobody to wrap and unwrap.
+		// Identities that may export the KEK can wrap and unwrap without the broker.
 		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(identity, kek, policy.Export, now).Allowed {
-			reason, err := refusedByKEK(c, kek, identity, &unknown)
+			reason, err := refusedByKEK(ctx, c, kek, identity, &unknown)
 			if err != nil {
 				return err
 			}
@@ -112,28 +114,28 @@ type policyVerdict struct {
 	KEK      string        `json:"kek"`
 	Action   policy.Action `json:"action"`
 	At       time.Time     `json:"at"`
-	// Unknown says why it is not known here what was revoked and disabled, if so.
+	// Unknown is why revoked and disabled KEKs are not taken into account, if so.
 	Unknown string `json:"unknown,omitempty"`
 }
 
-// refusedByKEK says why a KEK is not given to an identity that the policy
-// allows to have it, or nothing. Unknown is set where that is not known here.
-func refusedByKEK(c *cli.Context, id, identity string, unknown *string) (string, error) {
-	keys, err := openKeys(c)
+// refusedByKEK returns why a KEK is denied to an identity that the policy allows, or "".
+// It sets unknown if the store can't be read.
+func refusedByKEK(ctx context.Context, c *cli.Command, id, identity string, unknown *string) (string, error) {
+	keys, err := openKeys(ctx, c)
 	if err != nil {
 		*unknown = err.Error()
-		fmt.Fprintf(os.Stderr, "copilot: warning: what was revoked and disabled is not known here: %s\n", err)
+		fmt.Fprintf(os.Stderr, "copilot: warning: can't tell whether the KEK is revoked or disabled: %s\n", err)
 		return "", nil
 	}
 	defer keys.Close()
-	info, err := keys.Get(id)
+	info, err := keys.Get(ctx, id)
 	if e := new(server.StatusError); errors.As(err, &e) && e.Denied() {
 		return "of the KEK: " + err.Error(), nil
 	}
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("policy check: %w", err)
-	case server.IsRevoked(info.Revoked, identity):
+	case authorization.IsRevoked(info.Revoked, identity):
 		return "the KEK was revoked for " + identity, nil
 	case info.Disabled:
 		return "the KEK is disabled", nil

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/server"
@@ -20,15 +20,15 @@ import (
 	"github.com/ctrlplane/pilot/internal/tracing"
 )
 
-// defaultConfigFile is read if it exists; another has to exist.
+// defaultConfigFile is read if it exists. One that is named must exist.
 const defaultConfigFile = "/etc/copilot/copilot.toml"
 
 // configFlags are the flags of each command that needs the configuration.
 func configFlags(more ...cli.Flag) []cli.Flag {
 	return append([]cli.Flag{
-		&cli.StringFlag{Name: "config", Usage: "`FILE` with the configuration (default: " + defaultConfigFile + " if it exists)", EnvVars: []string{"COPILOT_CONFIG"}},
-		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", DefaultText: defaultDir, EnvVars: []string{"COPILOT_DIR"}},
-		&cli.StringFlag{Name: "database", Usage: "PostgreSQL `URL` to keep KEKs in, instead of a file in --dir", EnvVars: []string{"COPILOT_DATABASE"}},
+		&cli.StringFlag{Name: "config", Usage: "`FILE` with the configuration (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("COPILOT_CONFIG")},
+		&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of the store", DefaultText: defaultDir, Sources: cli.EnvVars("COPILOT_DIR")},
+		&cli.StringFlag{Name: "database", Usage: "PostgreSQL `URL` to keep KEKs in, instead of a file in --dir", Sources: cli.EnvVars("COPILOT_DATABASE")},
 		&cli.StringFlag{Name: "audit-log", Usage: "`FILE` to write the audit log to, - for standard output, or database (default: the database if there is one, else audit.log in --dir)"},
 		&cli.StringFlag{Name: "policy", Usage: "`FILE` that says who may do what with which KEK"},
 	}, more...)
@@ -39,16 +39,16 @@ const (
 	defaultListen = "unix:///run/copilot/copilot.sock"
 )
 
-// configuration returns the defaults, changed by the file, changed by flags.
-func configuration(c *cli.Context) (server.Config, error) {
-	conf := server.Config{Dir: defaultDir}
+// configuration returns the settings of flags, else of the file, else the defaults.
+func configuration(c *cli.Command) (server.Config, error) {
+	conf := server.Config{Dir: defaultDir, KMS: kmsTypes()}
 	name := c.String("config")
 	required := name != ""
 	if !required {
 		name = defaultConfigFile
 	}
 	if err := conf.ReadConfig(name); errors.Is(err, fs.ErrNotExist) && !required {
-		// It is not needed.
+		// Not required.
 	} else if err != nil {
 		return conf, exit.UsageError(err)
 	}
@@ -72,20 +72,20 @@ func configuration(c *cli.Context) (server.Config, error) {
 var serveCommand = &cli.Command{
 	Name:  "serve",
 	Usage: "answer requests for KEKs",
-	Description: `Answers pilot, and the original pilot, until it is told to stop. It reads its
-policy again when the file changes, and that and its audit log on SIGHUP.
+	Description: `Answers pilot, and the original pilot, until it gets SIGTERM. It reloads its policy
+when the file changes, and on SIGHUP, which also reopens its audit log.
 
 Example:
    copilot serve --listen unix:///run/copilot/copilot.sock`,
 	Flags: configFlags(
-		&cli.StringSliceFlag{Name: "listen", Usage: "where to answer: unix:///PATH or HOST:PORT; may be repeated", DefaultText: defaultListen},
-		&cli.StringFlag{Name: "tls-cert", Usage: "certificate to answer TLS with, `FILE` in PEM"},
+		&cli.StringSliceFlag{Name: "listen", Usage: "`ADDRESS` to listen on: unix:///PATH or HOST:PORT; may be repeated", DefaultText: defaultListen},
+		&cli.StringFlag{Name: "tls-cert", Usage: "the server's certificate, `FILE` in PEM"},
 		&cli.StringFlag{Name: "tls-key", Usage: "private key of --tls-cert, `FILE` in PEM"},
-		&cli.StringFlag{Name: "tls-client-ca", Usage: "CA of the clients that may ask, `FILE` in PEM"},
-		&cli.BoolFlag{Name: "insecure-loopback", Usage: "answer on a loopback address without TLS, so that every user of this machine gets every KEK"},
+		&cli.StringFlag{Name: "tls-client-ca", Usage: "CA of client certificates, `FILE` in PEM"},
+		&cli.BoolFlag{Name: "insecure-loopback", Usage: "listen on a loopback address without TLS, so that every user of this machine can read every KEK"},
 		&cli.StringFlag{Name: "metrics-listen", Usage: "`HOST:PORT` for metrics, health and readiness, in plain HTTP"},
 	),
-	Action: func(c *cli.Context) error {
+	Action: func(ctx context.Context, c *cli.Command) error {
 		if err := noArguments(c); err != nil {
 			return err
 		}
@@ -96,24 +96,24 @@ Example:
 		if len(conf.Listen) == 0 {
 			conf.Listen = []string{defaultListen}
 		}
-		stopTracing, err := tracing.Start(c.Context, "copilot")
+		stopTracing, err := tracing.Start(ctx, "copilot")
 		if err != nil {
 			return err
 		}
 		defer func() {
-			if err := stopTracing(context.WithoutCancel(c.Context)); err != nil {
-				logrus.WithError(err).Warn("the last traces were not sent")
+			if err := stopTracing(context.WithoutCancel(ctx)); err != nil {
+				logrus.WithError(err).Warn("can't send the last traces")
 			}
 		}()
-		ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+		ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		return server.Serve(ctx, conf)
 	},
 }
 
-// openKeys returns the KEKs that the command's flags name. Only commands that make
-// KEKs make a store for them.
-func openKeys(c *cli.Context) (*server.Keys, error) {
+// openKeys opens the KEKs that the command's flags name. Only commands that create KEKs
+// create a store for them.
+func openKeys(ctx context.Context, c *cli.Command) (server.Keys, error) {
 	if c.IsSet("server") {
 		return remoteKeys(c)
 	}
@@ -122,10 +122,10 @@ func openKeys(c *cli.Context) (*server.Keys, error) {
 		return nil, err
 	}
 	open := server.OpenExistingKeys
-	if c.Command.Name == "create" || c.Command.Name == "import" {
+	if c.Name == "create" || c.Name == "import" {
 		open = server.OpenKeys
 	}
-	keys, err := open(c.Context, conf)
+	keys, err := open(ctx, conf)
 	if errors.Is(err, keystore.ErrNoStore) {
 		return nil, err
 	}
@@ -135,13 +135,14 @@ func openKeys(c *cli.Context) (*server.Keys, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the KEKs: %w", asOwner(err))
 	}
-	if made := keys.Made(); made != "" {
+	if made := keys.Created(); made != "" {
 		fmt.Fprintf(os.Stderr, "copilot: %s\n", made)
 	}
 	return keys, nil
 }
 
-// asOwner adds the user to run a command as, if this one may not use the store.
+// asOwner adds to an error which user to run the command as, if this one has no access
+// to the store.
 func asOwner(err error) error {
 	if !errors.Is(err, fs.ErrPermission) || os.Geteuid() == 0 {
 		return err
@@ -149,8 +150,8 @@ func asOwner(err error) error {
 	return fmt.Errorf("%w: run this as root, or as the user that copilot runs as (sudo -u copilot copilot …)", err)
 }
 
-// until returns how far the time of a flag is away.
-func until(c *cli.Context, name string) (time.Duration, error) {
+// until returns the time from now until that of a flag.
+func until(c *cli.Command, name string) (time.Duration, error) {
 	d, err := c.Generic(name).(*commandline.When).Until(time.Now())
 	if err != nil {
 		return 0, exit.Usagef("--%s: %w", name, err)

@@ -12,7 +12,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
@@ -24,13 +24,13 @@ import (
 var storeCommand = &cli.Command{
 	Name:  "store",
 	Usage: "copy the store to another database",
-	Subcommands: []*cli.Command{{
+	Commands: []*cli.Command{{
 		Name: "copy", Usage: "copy KEKs and audit log from a file to PostgreSQL, or back", ArgsUsage: "FROM TO",
 		Description: `FROM and TO are each a directory or a PostgreSQL URL. All KEKs are copied, with
 their versions, states, revocations and counts of wraps, and the audit log with
 its chains. Nothing is decrypted: the master key stays the same, and is read from
 --dir, or from FROM if that is a directory. TO must be empty. Stop copilot first:
-what changes meanwhile is not copied.
+later changes are not copied.
 
 Example:
    systemctl stop copilot
@@ -44,7 +44,7 @@ Example:
 	}},
 }
 
-func storeCopy(c *cli.Context) error {
+func storeCopy(ctx context.Context, c *cli.Command) error {
 	if c.NArg() != 2 {
 		return exit.Usagef("store copy takes FROM and TO, and got %d arguments", c.NArg())
 	}
@@ -56,14 +56,14 @@ func storeCopy(c *cli.Context) error {
 		}
 		if conn, err := net.DialTimeout("unix", filepath.Join(name, "admin.sock"), time.Second); err == nil {
 			conn.Close()
-			return fmt.Errorf("store copy: a copilot serves with %s: stop it first (systemctl stop copilot)", name)
+			return fmt.Errorf("store copy: a running copilot uses %s: stop it first (systemctl stop copilot)", name)
 		}
-		// Of two directories, the first is where the key is.
+		// Of two directories, the first has the key.
 		master = cmp.Or(master, name)
 	}
 	master = cmp.Or(master, defaultDir)
 	oldName, newName := logName(c.String("audit-from"), from), logName(c.String("audit-to"), to)
-	n, err := keystore.Copy(c.Context, from, to, master, func(log string) string {
+	n, err := keystore.Copy(ctx, from, to, master, func(log string) string {
 		if log == oldName {
 			return newName
 		}
@@ -73,7 +73,7 @@ func storeCopy(c *cli.Context) error {
 		return fmt.Errorf("store copy: %w", asOwner(err))
 	}
 	fmt.Printf("copied %d KEKs\n", n)
-	lines, err := auditCopy(c, from, to, master)
+	lines, err := auditCopy(ctx, c, from, to, master)
 	if err != nil {
 		return fmt.Errorf("store copy: audit log: %w", err)
 	}
@@ -82,13 +82,13 @@ func storeCopy(c *cli.Context) error {
 }
 
 // auditCopy copies the audit log, after verifying it, and verifies the copy.
-func auditCopy(c *cli.Context, from, to, master string) (int, error) {
+func auditCopy(ctx context.Context, c *cli.Command, from, to, master string) (int, error) {
 	key, err := keystore.AuditKey(master)
 	if err != nil {
 		return 0, err
 	}
 	source := auditOf(c.String("audit-from"), from)
-	before, err := verified(c.Context, source, key)
+	before, err := verified(ctx, source, key)
 	if errors.Is(err, fs.ErrNotExist) && c.String("audit-from") == "" {
 		fmt.Fprintf(os.Stderr, "copilot: %s does not exist: no audit log is copied\n", source)
 		return 0, nil
@@ -97,31 +97,31 @@ func auditCopy(c *cli.Context, from, to, master string) (int, error) {
 		return 0, err
 	}
 	if len(before.Problems) > 0 {
-		fmt.Fprintf(os.Stderr, "copilot: the audit log has %d problems, which \"copilot audit verify\" names: it is copied as it is\n", len(before.Problems))
+		fmt.Fprintf(os.Stderr, "copilot: the audit log has %d problems, which \"copilot audit verify\" lists: copied as it is\n", len(before.Problems))
 	}
 	target := auditOf(c.String("audit-to"), to)
 	var copier audit.Copier
 	if keystore.IsDatabase(target) {
-		copier, err = audit.CopyToPostgres(c.Context, target)
+		copier, err = audit.CopyToPostgres(ctx, target)
 	} else {
 		copier, err = audit.CopyToFile(target)
 	}
 	if err != nil {
 		return 0, err
 	}
-	n, err := copyLines(c.Context, copier, source, key)
+	n, err := copyLines(ctx, copier, source, key)
 	if err = errors.Join(err, copier.Close()); err != nil {
 		return n, err
 	}
-	after, err := verified(c.Context, target, key)
+	after, err := verified(ctx, target, key)
 	if err == nil && (after.Lines != before.Lines || len(after.Problems) != len(before.Problems)) {
-		err = fmt.Errorf("the copy has %d lines and %d problems, and the log %d and %d", after.Lines, len(after.Problems), before.Lines, len(before.Problems))
+		err = fmt.Errorf("the copy has %d lines and %d problems, and the original %d and %d", after.Lines, len(after.Problems), before.Lines, len(before.Problems))
 	}
 	return n, err
 }
 
-// logName returns what a store calls its audit log, which is in a file unless that is
-// empty, or in the place that is the default.
+// logName returns the name of the audit log in a store. An empty file is the default
+// place.
 func logName(file, store string) string {
 	conf := server.Config{AuditLog: file}
 	if keystore.IsDatabase(store) {

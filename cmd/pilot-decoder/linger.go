@@ -10,19 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lingerVariable makes this program do nothing but linger.
+// lingerVariable makes this program only linger.
 const lingerVariable = "PILOT_DECODER_LINGER"
 
-// lingerFor is how long standard output stays open after the program failed.
-const lingerFor = 500 * time.Millisecond
+// lingerTime is how long standard output stays open after the program failed.
+const lingerTime = 500 * time.Millisecond
 
-// keepOutputOpen leaves a process behind that holds standard output open for a
-// little while after this one has exited.
+// keepOutputOpen leaves a process behind that holds standard output open for
+// lingerTime after this one has exited.
 //
-// containerd reads to the end of its output and then looks whether a stream
-// processor has failed, without waiting for it to exit. If the end of the
-// output comes first, it takes the layer for whole and what is on standard
-// error is lost.
+// containerd reads a stream processor's output to its end and then checks whether the
+// process has failed, without waiting for it to exit. If the output ends first, it takes
+// the layer for complete and loses what is on standard error.
 func keepOutputOpen() {
 	// A descriptor and no os.File, so that it stays open until this process
 	// ends, which the other one waits for.
@@ -40,8 +39,8 @@ func keepOutputOpen() {
 	_ = cmd.Start() // if it can't, containerd may miss the message
 }
 
-// linger waits until whoever started this process has exited, and then some.
+// linger waits until its parent has exited, and then for lingerTime.
 func linger() {
 	io.Copy(io.Discard, os.NewFile(3, "parent"))
-	time.Sleep(lingerFor)
+	time.Sleep(lingerTime)
 }

@@ -14,18 +14,19 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ctrlplane/pilot/cmd/pilot-decoder/internal/minigrpc"
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/internal/version"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
 )
 
-// unwrapWithin bounds the wait for the payload and for the layer key.
-const unwrapWithin = 40 * time.Second
+// unwrapTimeout bounds the wait for the payload and for the layer key.
+const unwrapTimeout = 40 * time.Second
 
-// pipeSize is what the pipes to and from containerd are enlarged to, in bytes:
-// what Linux lets everybody have.
+// pipeSize is what the pipes to and from containerd are enlarged to, in bytes: what Linux
+// allows without privileges.
 const pipeSize = 1 << 20
 
 const usage = `pilot-decoder: decrypt an image layer for containerd
@@ -42,7 +43,7 @@ configuration has an entry such as
      path = '/usr/local/bin/pilot-decoder'
      env = ['OCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf']
 
-It reads the layer from standard input, what tells it how to decrypt from file
+It reads the layer from standard input, and its descriptor and keys from file
 descriptor 3, and writes the plain layer to standard output.
 
    --decryption-keys-path DIRECTORY   private keys to try, besides the key providers
@@ -85,7 +86,7 @@ func decode(args []string) error {
 	case flags.NArg() == 1 && flags.Arg(0) == "version":
 		*showVersion = true
 	case flags.NArg() > 0:
-		return exit.Usagef("it takes no argument, and got %q", flags.Arg(0))
+		return exit.Usagef("unexpected argument %q", flags.Arg(0))
 	}
 	switch {
 	case *showVersion:
@@ -96,50 +97,26 @@ func decode(args []string) error {
 	case dumpErr != nil:
 		return fmt.Errorf("core dumps can't be disabled: %w", dumpErr)
 	}
-	return decrypt(context.Background(), payload, processor.NewKeyDir(*keysPath, nil))
-}
-
-// decrypt decrypts the layer on standard input.
-func decrypt(ctx context.Context, payload *os.File, keys *processor.KeyDir) error {
-	unwrapCtx, cancel := context.WithTimeout(ctx, unwrapWithin)
-	defer cancel()
-	p, err := processor.ReadPayload(unwrapCtx, payload)
-	if err != nil {
-		return err
-	}
-	payload.Close()
-
-	layer := fmt.Sprintf("layer %s", p.Descriptor.Digest)
-	key, err := keys.Unwrap(unwrapCtx, &p.DecryptConfig, p.Descriptor)
-	if err != nil {
-		return fmt.Errorf("%s: %w", layer, err)
-	}
-	defer key.Clear()
 	for _, f := range []*os.File{os.Stdin, os.Stdout} {
 		// Fewer switches between this and containerd. It may be no pipe, or
 		// the machine may allow no more.
 		unix.FcntlInt(f.Fd(), unix.F_SETPIPE_SZ, pipeSize)
 	}
-	d, err := processor.NewDecrypter(os.Stdin, key)
-	if err != nil {
-		return fmt.Errorf("%s: %w", layer, err)
-	}
-	if _, err := d.WriteTo(os.Stdout); err != nil {
-		return fmt.Errorf("%s: %w", layer, err)
-	}
-	return nil
+	var keys processor.Keys
+	keys.Providers, keys.ProvidersErr = ocicryptclient.FromEnvironment(minigrpc.Call)
+	return processor.RunStreamProcessor(context.Background(), payload, unwrapTimeout, processor.NewKeyDir(*keysPath, nil), keys, os.Stdin, os.Stdout)
 }
 
 // status returns the exit status for an error.
 func status(err error) int {
-	if errors.Is(err, ocicryptclient.ErrDenied) {
+	if errors.Is(err, processor.ErrDenied) {
 		return exit.Denied
 	}
 	return exit.Status(err)
 }
 
 // oneLine returns the message of err in one line, with what to do about it
-// where that is not said in err.
+// if err does not say that.
 func oneLine(err error) string {
 	msg := strings.Join(strings.Fields(err.Error()), " ")
 	if errors.Is(err, processor.ErrNoPayload) {

@@ -17,7 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/version"
 )
 
-// newRegistry returns what pilot's metrics are registered with.
+// newRegistry returns a registry with the metrics of the process.
 func newRegistry() *prometheus.Registry {
 	r := prometheus.NewRegistry()
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
@@ -28,8 +28,7 @@ func newRegistry() *prometheus.Registry {
 	return r
 }
 
-// newStatus returns what tells how pilot is: metrics, and whether it lives and
-// answers.
+// newStatus returns a handler for metrics, health and readiness.
 func newStatus(r *prometheus.Registry, ready func(context.Context) error) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{}))
@@ -37,8 +36,7 @@ func newStatus(r *prometheus.Registry, ready func(context.Context) error) *http.
 	return mux
 }
 
-// serveStatus adds to g what answers on admin-listen and metrics-listen until
-// ctx is done.
+// serveStatus adds to g servers on admin-listen and metrics-listen until ctx is done.
 func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *prometheus.Registry, ready func(context.Context) error) error {
 	path := c.AdminListen.path()
 	if c.AdminListen == "" && c.Listen == defaultListen {
@@ -54,7 +52,7 @@ func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *p
 		serveHTTP(ctx, g, l, mux)
 	}
 	if c.MetricsListen != "" {
-		l, err := net.Listen("tcp", string(c.MetricsListen))
+		l, err := net.Listen("tcp", c.MetricsListen)
 		if err != nil {
 			return fmt.Errorf("metrics-listen: %w", err)
 		}

@@ -16,8 +16,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestAdmin asks a pilot that has wrapped keys how it is.
-func TestAdmin(t *testing.T) {
+// TestAdminSocketServesMetricsHealthAndProfiles asks a pilot that has wrapped keys.
+func TestAdminSocketServesMetricsHealthAndProfiles(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	dir := t.TempDir()
@@ -71,7 +71,7 @@ func TestAdmin(t *testing.T) {
 		t.Errorf("profiles: %d %s", status, text)
 	}
 	if status, _ := get(http.DefaultClient, "http://"+metrics+"/debug/pprof/"); status != http.StatusNotFound {
-		t.Errorf("whoever may see metrics may see profiles: %d", status)
+		t.Errorf("the address for metrics serves profiles: %d", status)
 	}
 
 	conn, err := grpc.NewClient("unix://"+dir+"/s", grpc.WithTransportCredentials(insecure.NewCredentials()))

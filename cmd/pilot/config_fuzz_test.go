@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// FuzzReadConfigFile has anything be pilot.toml.
+// FuzzReadConfigFile reads any text as pilot.toml.
 func FuzzReadConfigFile(f *testing.F) {
 	f.Add("broker = \"https://a:1\"\nbroker-ca = \"/a\"\nkek-cache-ttl = \"5m\"\n")
 	f.Add("broker = [\"https://a:1\", # first\n\"unix:///b\"]\n")

@@ -1,15 +1,16 @@
 package main
 
 import (
+	"context"
 	"os"
 	"os/signal"
 	"slices"
 	"syscall"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/daemonset"
 )
 
 // brokerFlags are the settings for pilot.toml that install and deploy take.
@@ -20,21 +21,21 @@ var deployCommand = &cli.Command{
 	Usage: "install pilot from a pod of a DaemonSet, and keep it up to date",
 	Description: `What the DaemonSet in packaging/kubernetes runs, in a privileged pod with
 hostPID. It copies pilot and pilot-decoder to the node, runs "pilot node install
---now" there, and gives the node the pod's token again whenever that is renewed.
-When it is told to stop and the DaemonSet is being deleted, it runs "pilot node
-uninstall --now", which removes all that.
+--now" there, and copies the pod's token to the node whenever it is renewed.
+If it is stopped while the DaemonSet is being deleted, it runs "pilot node
+uninstall --now", which removes all of this.
 
 Example:
    pilot node deploy --broker https://copilot.pilot-system.svc:8443 \
       --broker-ca-from /run/broker/ca.pem --broker-token-from /run/broker/token`,
 	Flags: slices.Concat(containerdFlags(), settingFlags(), []cli.Flag{
 		&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
-		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` of the pod's to keep on the node as broker-ca"},
-		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` of the pod's to keep on the node as broker-token-file"},
+		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` in the pod to copy to the node as broker-ca"},
+		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` in the pod to copy to the node as broker-token-file"},
 		&cli.StringFlag{Name: "bin-dir", Usage: "`DIRECTORY` for the programs on the node, such as /opt/pilot/bin if /usr can't be written", Value: "/usr/local/bin"},
-		&cli.StringFlag{Name: "namespace", Usage: "`NAMESPACE` of the DaemonSet", EnvVars: []string{"POD_NAMESPACE"}},
+		&cli.StringFlag{Name: "namespace", Usage: "`NAMESPACE` of the DaemonSet", Sources: cli.EnvVars("POD_NAMESPACE")},
 		&cli.StringFlag{Name: "daemonset", Usage: "`NAME` of the DaemonSet", Value: "pilot"},
-		&cli.BoolFlag{Name: "check", Usage: "only tell, by the exit status, whether the one that runs in this pod is done installing"},
+		&cli.BoolFlag{Name: "check", Usage: "only report, by the exit status, whether the process of this pod has finished installing"},
 	}),
 	Action: nodeDeploy,
 }
@@ -46,23 +47,23 @@ func settingFlags() (flags []cli.Flag) {
 	return flags
 }
 
-func nodeDeploy(c *cli.Context) error {
+func nodeDeploy(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
 	if c.Bool("check") {
-		return node.Ready()
+		return daemonset.Ready()
 	}
 	for from, name := range map[string]string{"broker-ca-from": "broker-ca", "broker-token-from": "broker-token-file"} {
 		if c.IsSet(from) && c.IsSet(name) {
-			return exit.Usagef("--%s and --%s are two ways to give one thing: leave one out", from, name)
+			return exit.Usagef("--%s and --%s are mutually exclusive", from, name)
 		}
 	}
-	set, err := node.NewDaemonSet(c.String("namespace"), c.String("daemonset"))
+	set, err := daemonset.New(c.String("namespace"), c.String("daemonset"))
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	d := &node.Deployment{
+	d := &daemonset.Deployment{
 		BinDir:    c.String("bin-dir"),
 		TokenFrom: c.String("broker-token-from"),
 		CAFrom:    c.String("broker-ca-from"),
@@ -73,7 +74,7 @@ func nodeDeploy(c *cli.Context) error {
 			d.Install = append(d.Install, "--"+name, c.String(name))
 		}
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	return d.Run(ctx)
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,46 +12,49 @@ import (
 	"syscall"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/wireformat"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/crio"
+	"github.com/ctrlplane/pilot/node/doctor"
+	"github.com/ctrlplane/pilot/node/host"
 )
 
 var doctorCommand = &cli.Command{
 	Name:  "doctor",
-	Usage: "check that this machine decrypts images, and say what mends it",
+	Usage: "check that this machine decrypts images, and suggest fixes",
 	Description: `Checks the whole chain with real calls: pilot's configuration and sockets,
 containerd and its configuration, the broker, and a small encrypted layer that
-is unpacked and removed again. Run it as root, with the settings that pilot
-serves with. It takes a minute at most.
+is unpacked and removed again. Run it as root, with the settings of pilot serve.
+It takes a minute at most.
 
-Where CRI-O pulls, it checks CRI-O's environment and directory of keys instead
-of containerd, and decrypts a small layer with the key provider that CRI-O has.
+On a machine with CRI-O, it checks CRI-O's environment and directory of keys
+instead of containerd, and decrypts a small layer with CRI-O's key provider.
 
 It warns of certificates that expire within 14 days.
 
-The exit status is 0 if all is well or a warning, 1 if something is wrong, and 2 if pilot's
+The exit status is 0 if no check failed, 1 if one did, and 2 if pilot's
 configuration or an argument can't be used.
 
 Example:
    pilot node doctor --kek team-a`,
 	Flags: slices.Concat(configFlags(), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
-		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + node.CRIOSocket + " where there is CRI-O and no containerd)"},
+		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 	}),
-	Action: doctor,
+	Action: nodeDoctor,
 }
 
-func doctor(c *cli.Context) error {
+func nodeDoctor(ctx context.Context, c *cli.Command) error {
 	if c.NArg() > 0 {
 		return exit.Usagef("doctor takes no argument, and got %q", c.Args().First())
 	}
 	if os.Geteuid() != 0 {
-		return exit.Usagef("doctor uses sockets and mounts that only root may: sudo pilot node doctor")
+		return exit.Usagef("doctor needs root for sockets and mounts: run sudo pilot node doctor")
 	}
 	keks := c.StringSlice("kek")
 	for _, kek := range keks {
@@ -58,23 +62,23 @@ func doctor(c *cli.Context) error {
 			return exit.Usagef("--kek: %w", err)
 		}
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	d := newDoctor(c)
 	if len(keks) > 0 {
 		d.KEKs = keks
 	}
-	// What fails is in the report.
+	// Failures are in the report.
 	logrus.SetLevel(logrus.ErrorLevel)
 
 	report := struct {
-		OK    bool        `json:"ok"`
-		Steps []node.Step `json:"steps"`
+		OK    bool          `json:"ok"`
+		Steps []doctor.Step `json:"steps"`
 	}{OK: true}
 	var wrong []string
 	for step := range d.Examine(ctx) {
 		report.Steps = append(report.Steps, step)
-		if step.Result == node.Failed {
+		if step.Result == doctor.Failed {
 			report.OK = false
 			wrong = append(wrong, step.Name)
 		}
@@ -97,14 +101,14 @@ func doctor(c *cli.Context) error {
 	case ctx.Err() != nil:
 		return errors.New("interrupted")
 	case len(wrong) > 0:
-		return fmt.Errorf("not in order: %s", strings.Join(wrong, ", "))
+		return fmt.Errorf("failed checks: %s", strings.Join(wrong, ", "))
 	}
 	return nil
 }
 
 // newDoctor returns a doctor for the machine that the configuration describes.
-func newDoctor(c *cli.Context) *node.Doctor {
-	d := &node.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
+func newDoctor(c *cli.Command) *doctor.Doctor {
+	d := &doctor.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
 	if d.Configuration == "" {
 		d.Configuration = defaultConfigFile
 	}
@@ -120,22 +124,22 @@ func newDoctor(c *cli.Context) *node.Doctor {
 	}
 	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
 	d.ProviderNames = conf.ProviderName
-	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, string(conf.BrokerCA), string(conf.BrokerCert)
+	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, conf.BrokerCA, conf.BrokerCert
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
-	d.DecryptionKeysPath = string(conf.DecryptionKeys)
+	d.DecryptionKeysPath = conf.DecryptionKeys
 	d.Containerd = string(conf.Containerd)
 	d.CRIO = c.String("crio")
-	if d.CRIO == "" && node.PullsWithCRIO(node.Options{ContainerdBinary: d.ContainerdBinary, ContainerdConfig: d.ContainerdConfig}) {
-		d.CRIO = node.CRIOSocket
+	if d.CRIO == "" && crio.PullsImages(host.Host{}, containerd.Named{Binary: d.ContainerdBinary, Config: d.ContainerdConfig}) {
+		d.CRIO = crio.Socket
 	}
 	return d
 }
 
 // printStep prints a step as lines of text.
-func printStep(s node.Step) {
+func printStep(s doctor.Step) {
 	fmt.Printf("%-8s %-18s %s\n", s.Result, s.Name, s.Detail)
-	for _, command := range s.Mend {
-		fmt.Printf("%-8s %-18s   mend: %s\n", "", "", command)
+	for _, command := range s.Fix {
+		fmt.Printf("%-8s %-18s   fix: %s\n", "", "", command)
 	}
 }

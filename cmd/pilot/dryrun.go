@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/install"
 )
 
 // plannedChange is what "node install --dry-run --json" prints of each file.
@@ -16,7 +16,7 @@ type plannedChange struct {
 }
 
 // printPlan prints what an installation would change.
-func printPlan(plan *node.Plan, asJSON bool) error {
+func printPlan(plan *install.Plan, asJSON bool) error {
 	if !asJSON {
 		for _, change := range plan.Changes {
 			fmt.Print(change.Diff())

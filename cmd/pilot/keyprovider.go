@@ -7,12 +7,14 @@ import (
 
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 var keyproviderCommand = &cli.Command{
@@ -27,7 +29,7 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
       "args": ["keyprovider", "--broker", "unix:///run/copilot/copilot.sock"]}}}}`,
 	Flags: append(configFlags(),
 		&cli.StringFlag{Name: "daemon", Usage: "unix socket of a running pilot serve to go through, as unix:///`PATH`"}),
-	Action: func(c *cli.Context) error {
+	Action: func(ctx context.Context, c *cli.Command) error {
 		if c.NArg() > 0 {
 			return exit.Usagef("keyprovider takes no argument, and got %q", c.Args().First())
 		}
@@ -35,40 +37,41 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if err != nil {
 			return err
 		}
-		// What failed is said once, on standard error, and success not at all.
+		// Only the error is printed, once.
 		if logrus.GetLevel() == logrus.InfoLevel {
 			logrus.SetLevel(logrus.WarnLevel)
 		}
 		if daemon := c.String("daemon"); daemon != "" {
-			return denied(forward(c, address(daemon)))
+			return denied(forward(ctx, address(daemon)))
 		}
 		broker, err := conf.client()
 		if err != nil {
 			return err
 		}
-		return denied(keyprovider.Exec(c.Context, conf.provider(broker, nil), os.Stdin, os.Stdout))
+		service := keyprovider.Service{Provider: conf.provider(broker, nil), Names: conf.ProviderName}
+		return denied(service.Exec(ctx, os.Stdin, os.Stdout))
 	},
 }
 
-// denied gives the error of a broker that works, and does not do it, its exit status.
-// Where the broker was not sure of one of several KEKs, it is a failure.
+// denied sets the exit status of an error by which a working broker denies the request.
+// If the broker could not decide about one of several KEKs, it remains a failure.
 func denied(err error) error {
 	switch {
 	case err == nil, errors.Is(err, client.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
 		return err
-	case errors.Is(err, client.ErrForbidden), errors.Is(err, client.ErrNotFound), errors.Is(err, ocicryptclient.ErrDenied):
+	case errors.Is(err, client.ErrForbidden), errors.Is(err, client.ErrNotFound), errors.Is(err, processor.ErrDenied):
 		return exit.DeniedError(err)
 	}
 	return err
 }
 
-func forward(c *cli.Context, daemon address) error {
+func forward(ctx context.Context, daemon address) error {
 	if path, ok := daemon.unix(); !ok || path == "" {
 		return exit.Usagef("--daemon %q is not a unix socket, as in unix:///run/pilot/keyprovider.sock", daemon)
 	}
-	provider, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)})
+	provider, err := ocicryptclient.New("", keyproviderconfig.KeyProviderAttrs{Grpc: string(daemon)}, grpcdial.Call)
 	if err != nil {
 		return exit.Usagef("--daemon: %w", err)
 	}
-	return keyprovider.Exec(c.Context, provider, os.Stdin, os.Stdout)
+	return keyprovider.Forward(ctx, provider, os.Stdin, os.Stdout)
 }

@@ -1,5 +1,5 @@
-// Command pilot is the key provider of a node or of a CI machine: ocicrypt's
-// tools ask it to wrap and unwrap the keys of image layers.
+// Command pilot is the key provider of a node or of a CI machine, which wraps and
+// unwraps the keys of image layers for ocicrypt's tools, and containerd's differ.
 package main
 
 import (
@@ -7,12 +7,12 @@ import (
 	"os"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/version"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/sandbox"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -23,7 +23,7 @@ func main() {
 // run runs the command line and returns the exit status.
 func run() int {
 	processor.IsolatePKCS11()
-	node.IsolateRoots()
+	sandbox.IsolateRoots()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "pilot: core dumps can't be disabled: %s\n", err)
 		return 1
@@ -33,17 +33,17 @@ func run() int {
 	return commandline.Run(newApp())
 }
 
-func newApp() *cli.App {
-	return commandline.Complete(&cli.App{
+func newApp() *cli.Command {
+	return commandline.Complete(&cli.Command{
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
 		Version: version.Version,
-		Description: `pilot answers ocicrypt's key provider protocol with keys from a key broker.
-A tool finds it by a file such as
+		Description: `pilot serves ocicrypt's key provider protocol with keys from a key broker.
+Tools find it through a file such as
 
    {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
 
-that OCICRYPT_KEYPROVIDER_CONFIG names.`,
+named by OCICRYPT_KEYPROVIDER_CONFIG.`,
 		Commands: []*cli.Command{serveCommand, keyproviderCommand, nodeCommand},
 	})
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,23 +11,25 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/node"
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
+	"github.com/ctrlplane/pilot/node/install"
 )
 
 var nodeCommand = &cli.Command{
 	Name:  "node",
-	Usage: "set this machine up with pilot, and examine it",
-	Subcommands: []*cli.Command{
+	Usage: "set up this machine with pilot, and check it",
+	Commands: []*cli.Command{
 		{
 			Name:  "install",
 			Usage: "make containerd or CRI-O decrypt images with pilot",
-			Description: `Looks at the machine's containerd and writes what is needed, and no more: a
-drop-in of containerd's configuration, pilot.toml, ocicrypt.conf and systemd's
-units. What exists is not overwritten: what is in the way is named. Doing it
-again changes nothing.
+			Description: `Examines the machine's containerd and writes only what is needed: a drop-in of
+containerd's configuration, pilot.toml, ocicrypt.conf and systemd's units.
+Existing files are not overwritten: those in the way are listed. A second run
+changes nothing.
 
 On a machine with CRI-O and no containerd, it writes a drop-in of crio.service
 instead of containerd's.
@@ -44,9 +47,9 @@ Example:
 		},
 		{
 			Name:  "uninstall",
-			Usage: "put everything back as it was before install",
-			Description: `Undoes what install did, byte for byte. Files that were changed since stay, and
-are named.
+			Usage: "restore everything as it was before install",
+			Description: `Undoes install, byte for byte. Files that were changed since are kept and
+listed.
 
 Example:
    pilot node uninstall --now`,
@@ -58,10 +61,10 @@ Example:
 		{
 			Name:  "refresh",
 			Usage: "bring containerd's configuration up to date, before containerd starts",
-			Description: `What systemd runs before containerd on a node with pilot: containerd's
-configuration may have been rewritten, other tools may have come or gone, or
-containerd may be another version. If pilot can't be added without changing
-something else, containerd starts without pilot, and this says why.
+			Description: `systemd runs this before containerd on a node with pilot: containerd's
+configuration may have been rewritten, other tools may have been added or
+removed, or containerd may be another version. If pilot can't be added without
+changing something else, containerd starts without pilot, and the log says why.
 
 Example:
    pilot node refresh`,
@@ -97,18 +100,23 @@ func brokerFlag(name string) cli.Flag {
 			return &cli.StringFlag{Name: name, Usage: s.usage + ", for pilot.toml"}
 		}
 	}
-	panic("there is no setting " + name)
+	panic("unknown setting " + name)
 }
 
-func nodeInstall(c *cli.Context) error {
-	o := node.Options{
-		Root:              c.String("root"),
-		TrustRoot:         c.Bool("trust-root"),
-		ContainerdBinary:  c.String("containerd-binary"),
-		ContainerdConfig:  c.String("containerd-config"),
-		ContainerdAddress: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
-		PilotBinary:       c.String("pilot-binary"),
-		Settings:          map[string]string{},
+func nodeInstall(ctx context.Context, c *cli.Command) error {
+	h, err := host.New(c.String("root"), c.Bool("trust-root"))
+	if err != nil {
+		return err
+	}
+	o := install.Options{
+		Host: h,
+		Containerd: containerd.Named{
+			Binary:  c.String("containerd-binary"),
+			Config:  c.String("containerd-config"),
+			Address: strings.TrimPrefix(c.String("containerd-address"), "unix://"),
+		},
+		PilotBinary: c.String("pilot-binary"),
+		Settings:    map[string]string{},
 	}
 	if err := nodeArguments(c); err != nil {
 		return err
@@ -123,7 +131,7 @@ func nodeInstall(c *cli.Context) error {
 		}
 		v := c.String(s.name)
 		if strings.HasPrefix(s.name, "broker-") && !filepath.IsAbs(v) {
-			return exit.Usagef("--%s %s: the daemon runs in another directory: give an absolute path", s.name, v)
+			return exit.Usagef("--%s %s: use an absolute path: the daemon runs in another directory", s.name, v)
 		}
 		if err := s.set(&conf, v); err != nil {
 			return exit.Usagef("--%s: %w", s.name, err)
@@ -133,25 +141,25 @@ func nodeInstall(c *cli.Context) error {
 	if err := conf.check(); err != nil {
 		return exit.UsageError(err)
 	}
-	if o.Root == "" {
+	if c.String("root") == "" {
 		// On a node image the files may come later.
 		if _, err := conf.client(); err != nil {
 			return err
 		}
 	}
-	plan, err := node.NewPlan(c.Context, o)
+	plan, err := install.NewPlan(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer plan.Close()
 	fmt.Fprintln(os.Stderr, "found "+plan.Runtime())
 	if files, why := plan.Adopted(); len(files) > 0 {
-		fmt.Fprintf(os.Stderr, "%s. These files were written by pilot, and are taken over: %s\n", why, strings.Join(files, ", "))
+		fmt.Fprintf(os.Stderr, "%s. These files were written by pilot and are adopted: %s\n", why, strings.Join(files, ", "))
 	}
 	if c.Bool("dry-run") {
 		return printPlan(plan, c.Bool("json"))
 	}
-	if err := plan.Install(c.Context); err != nil {
+	if err := plan.Install(ctx); err != nil {
 		return err
 	}
 	for _, change := range plan.Changes {
@@ -162,88 +170,92 @@ func nodeInstall(c *cli.Context) error {
 		fmt.Printf("%s %s\n", did, change.Path)
 	}
 	if len(plan.Changes) == 0 {
-		fmt.Println("nothing to change: the files are as they should be (\"pilot node doctor\" tries whether they work)")
+		fmt.Println("nothing to change: the files are as they should be (\"pilot node doctor\" checks that they work)")
 	}
-	for _, line := range plan.DockerNote(c.Context) {
+	for _, line := range plan.DockerNote(ctx) {
 		fmt.Println(line)
 	}
-	if o.Root != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(node.Pending()) == 0 {
+	if c.String("root") != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(install.Pending(h)) == 0 {
 		return nil
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
-	for _, service := range node.Pending() {
+	for _, service := range install.Pending(h) {
 		if service == "pilot.service" {
 			commands = commands[:1]
 		}
 		commands = append(commands, "systemctl restart "+service)
 	}
-	if err := runOrSay(c.Bool("now"), commands); err != nil || !c.Bool("now") {
+	if err := runOrPrint(c.Bool("now"), commands); err != nil || !c.Bool("now") {
 		return err
 	}
-	return node.Restarted()
+	return install.Restarted()
 }
 
-func nodeUninstall(c *cli.Context) error {
+func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	o := node.Options{Root: c.String("root"), TrustRoot: c.Bool("trust-root"), KeepConfig: c.Bool("keep-config")}
-	had, err := node.Installed(o)
+	h, err := host.New(c.String("root"), c.Bool("trust-root"))
+	if err != nil {
+		return err
+	}
+	o := install.Options{Host: h, KeepConfig: c.Bool("keep-config")}
+	had, err := install.Installed(o)
 	if err != nil {
 		return err
 	}
 	if !had.Present {
 		// An installation that was killed early may have left a file.
-		if _, err := node.Uninstall(c.Context, o); err != nil {
+		if _, err := install.Uninstall(ctx, o); err != nil {
 			return err
 		}
 		fmt.Println("nothing is installed")
 		return nil
 	}
-	// What stays because somebody changed it is told at the end.
-	unsure, stays := node.Uninstall(c.Context, o)
+	// Files that were changed since are listed at the end.
+	unsure, stays := install.Uninstall(ctx, o)
 	if len(unsure) > 0 {
-		fmt.Println("the note of what was installed was lost, so these stay: remove them if they were not there before pilot")
+		fmt.Println("the record of the installation is lost, so these files are kept: remove them if pilot installed them")
 		for _, path := range unsure {
 			fmt.Println("  " + path)
 		}
 	} else if stays == nil {
 		fmt.Println("everything is as it was before")
 	}
-	if o.Root != "" || node.Connected(o) {
+	if c.String("root") != "" || install.Connected(o) {
 		return stays
 	}
-	// containerd or CRI-O first: it asks pilot until then.
+	// containerd or CRI-O first: until then it uses pilot.
 	commands := []string{"systemctl daemon-reload", "systemctl try-restart " + had.Service}
 	if len(had.Units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(had.Units, " "))
 	}
-	return errors.Join(runOrSay(c.Bool("now"), commands), stays)
+	return errors.Join(runOrPrint(c.Bool("now"), commands), stays)
 }
 
-func nodeRefresh(c *cli.Context) error {
+func nodeRefresh(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
-	changed, err := node.Refresh(c.Context, node.Options{})
+	changed, err := install.Refresh(ctx, install.Options{})
 	for _, path := range changed {
-		logrus.WithField("file", path).Info("containerd's configuration was changed since pilot was installed: file written again")
+		logrus.WithField("file", path).Info("containerd's configuration was changed since pilot was installed: file rewritten")
 	}
 	return err
 }
 
-func nodeArguments(c *cli.Context) error {
+func nodeArguments(c *cli.Command) error {
 	if c.NArg() > 0 {
-		return exit.Usagef("node %s takes no argument, and got %q", c.Command.Name, c.Args().First())
+		return exit.Usagef("node %s takes no argument, and got %q", c.Name, c.Args().First())
 	}
 	if c.Bool("now") && c.String("root") != "" {
-		return exit.Usagef("--now is for a machine that runs, and --root for one that does not")
+		return exit.Usagef("--now and --root are mutually exclusive: --root is for a machine that does not run")
 	}
 	return nil
 }
 
-// runOrSay runs commands, or says that they are to be run.
-func runOrSay(run bool, commands []string) error {
+// runOrPrint runs commands, or prints them for the user to run.
+func runOrPrint(run bool, commands []string) error {
 	if !run {
 		fmt.Println("now run:")
 	}

@@ -6,11 +6,11 @@ import (
 	"time"
 )
 
-// originalDefaults sets conf to what the original pilot did when its
-// variables, which getenv reads, say no more: port 50051, a broker at
-// http://localhost:8080/api/v1/key, and a KEK kept for 10 seconds after its
-// last use. The original answered to the whole network in plain text; this
-// answers to its own machine only.
+// originalDefaults sets conf to the defaults of the original pilot, changed by its
+// variables, which getenv reads: port 50051, a broker at
+// http://localhost:8080/api/v1/key, and a KEK kept for 10 seconds after its last use.
+// The original served the whole network in plain text; this serves its own machine
+// only.
 func originalDefaults(conf *configuration, getenv func(string) string) error {
 	variable := func(name, unset string) string {
 		if v := getenv(name); v != "" {
@@ -37,7 +37,7 @@ func originalDefaults(conf *configuration, getenv func(string) string) error {
 	if !ok {
 		return fmt.Errorf("KEYREQUEST_CACHE_UNITS: %q is not a time unit such as SECONDS or MINUTES", units)
 	}
-	conf.KEKCacheIdle = duration(time.Duration(n) * unit)
+	conf.KEKCacheIdle = time.Duration(n) * unit
 	if n == 0 {
 		conf.KEKCacheSize = 0 // expires at once
 	}

@@ -9,7 +9,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 	"math/rand/v2"
 	"os"
 	"os/signal"
@@ -21,12 +21,12 @@ import (
 var renewCommand = &cli.Command{
 	Name:  "renew",
 	Usage: "have copilot renew this machine's broker-cert",
-	Description: `Makes a new private key, has copilot issue a certificate for it with the same name
-as the present one, which must still be valid, and replaces both files. They keep
-their owner and mode, and pilot uses them for its next connection. copilot has to
-be set up for this: see "Renew by themselves" in docs/copilot.md.
+	Description: `Creates a new private key, has copilot issue a certificate for it with the name of
+the current one, which must still be valid, and replaces both files. They keep
+their owner and mode, and pilot uses them for its next connection. copilot must
+be configured for this: see "Renew by themselves" in docs/copilot.md.
 
-pilot serve does this by itself when a third of the certificate's time is left.
+pilot serve does this by itself when a third of the certificate's lifetime is left.
 
 Example:
    pilot node renew`,
@@ -34,7 +34,7 @@ Example:
 	Action: renew,
 }
 
-func renew(c *cli.Context) error {
+func renew(ctx context.Context, c *cli.Command) error {
 	if err := nodeArguments(c); err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func renew(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	cert, err := client.RenewCertificate(ctx)
 	if err != nil {
@@ -63,23 +63,23 @@ func renew(c *cli.Context) error {
 	return nil
 }
 
-// remedy says what else renews a certificate, or returns "".
+// remedy returns how else to renew a certificate, or "".
 func remedy(err error, conf configuration) string {
 	if errors.Is(err, brokerclient.ErrCertExpired) {
-		return fmt.Sprintf(": it can't be shown any more. On the broker's machine run \"copilot certs renew\" with a copy of %s, and copy the result back: the key stays here", conf.BrokerCert)
+		return fmt.Sprintf(": the expired certificate can't authenticate its own renewal. On the broker's machine run \"copilot certs renew\" with a copy of %s, and copy the result back: the key stays here", conf.BrokerCert)
 	}
 	return ""
 }
 
-// A certificate is renewed when renewAt of its span is left, or a random part of
-// renewSpread earlier: nodes that were enrolled together do not all come at once.
+// A certificate is renewed when renewAt of its lifetime is left, or up to renewSpread
+// earlier, at random, so that nodes that were enrolled together spread their renewals.
 const (
 	renewAt     = 1.0 / 3
 	renewSpread = 1.0 / 12
 )
 
-// renewCertificates renews broker-cert in time, until ctx is done, as long as it is one
-// that copilot issued: others have renewals of their own.
+// renewCertificates renews broker-cert in time, until ctx is done, if copilot issued it.
+// Certificates of other CAs are renewed by other means.
 func (r *reloadable) renewCertificates(ctx context.Context) {
 	var serial, warned string
 	var warnedAt time.Time
@@ -87,7 +87,7 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 	warn := func(conf configuration, err error) {
 		if text := err.Error(); text != warned || time.Since(warnedAt) > 24*time.Hour {
 			warned, warnedAt = text, time.Now()
-			logrus.WithError(err).WithField("certificate", string(conf.BrokerCert)).Warn("broker-cert not renewed: tried again until it expires")
+			logrus.WithError(err).WithField("certificate", conf.BrokerCert).Warn("broker-cert not renewed, retrying until it expires")
 		}
 	}
 	early := 0.0
@@ -102,11 +102,11 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 		if conf.BrokerCert == "" {
 			continue
 		}
-		if err := certfile.CompletePair(string(conf.BrokerCert), string(conf.BrokerKey)); err != nil {
+		if err := certfile.CompletePair(conf.BrokerCert, conf.BrokerKey); err != nil {
 			warn(conf, err)
 			continue // nothing could be written now, either
 		}
-		pair, err := certfile.Load(string(conf.BrokerCert), string(conf.BrokerKey))
+		pair, err := certfile.Load(conf.BrokerCert, conf.BrokerKey)
 		if err != nil {
 			continue // each connection reports it
 		}
@@ -119,7 +119,7 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 		}
 		span := cert.NotAfter.Sub(cert.NotBefore.Add(pki.Backdate))
 		due := cert.NotAfter.Add(-time.Duration((renewAt + early) * float64(span)))
-		// Often enough to notice a file that somebody replaces, or another clock.
+		// Often enough to notice a replaced file or a changed clock.
 		wait = min(max(span/500, time.Second), 10*time.Minute)
 		if time.Now().Before(due) || time.Now().After(cert.NotAfter) {
 			continue
@@ -128,14 +128,14 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 		if err == nil || ctx.Err() != nil {
 			continue
 		}
-		// Many tries before it expires, and not those of all nodes at once.
+		// Many attempts before it expires, spread over time for many nodes.
 		wait = min(max(span/200, time.Second), time.Hour)
 		wait = wait/2 + rand.N(wait)
 		warn(conf, fmt.Errorf("it expires on %s: %w", cert.NotAfter.UTC().Format(time.RFC3339), err))
 	}
 }
 
-// renew renews broker-cert by a client of its own, so by new connections.
+// renew renews broker-cert with a new client, and so over new connections.
 func (c *configuration) renew(ctx context.Context) error {
 	client, err := c.client()
 	if err != nil {
@@ -146,6 +146,6 @@ func (c *configuration) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	logrus.WithFields(logrus.Fields{"certificate": string(c.BrokerCert), "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
+	logrus.WithFields(logrus.Fields{"certificate": c.BrokerCert, "until": cert.NotAfter.UTC().Format(time.RFC3339)}).Info("broker-cert renewed")
 	return nil
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/signal"
@@ -16,16 +17,15 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
-	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/grpctls"
 	"github.com/ctrlplane/pilot/internal/status"
 	"github.com/ctrlplane/pilot/internal/tracing"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
@@ -33,21 +33,24 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
-// stopWithin is how long requests under way may take when pilot is told to
-// stop: containerd may be unpacking a layer.
-const stopWithin = 10 * time.Second
+// stopTimeout is how long requests may still take when pilot stops: containerd may be
+// unpacking a layer.
+const stopTimeout = 10 * time.Second
 
-// connectWithin is how long whoever connects may say nothing.
-const connectWithin = 10 * time.Second
+// connectTimeout is how long a client may take to set up its connection, and how long
+// a readiness check may take.
+const connectTimeout = 10 * time.Second
 
 var serveCommand = &cli.Command{
 	Name:  "serve",
 	Usage: "run the key provider and containerd's differ as a daemon",
-	Description: `Answers ocicrypt's key provider protocol, and containerd as a differ that
-decrypts layers, over gRPC until it is told to stop. On SIGHUP it reads its
-configuration again, and forgets the KEKs that it has in memory.
+	Description: `Serves ocicrypt's key provider protocol, and a differ for containerd that decrypts
+layers, over gRPC. On SIGHUP it reloads its configuration and drops the KEKs that
+it has in memory.
 
 Example:
    pilot serve --broker https://copilot.example.com:8443 --broker-ca ca.pem \
@@ -62,7 +65,7 @@ const (
 	diffSocket        = "diff"
 )
 
-func serve(c *cli.Context) error {
+func serve(ctx context.Context, c *cli.Command) error {
 	if c.NArg() > 0 {
 		return exit.Usagef("serve takes no argument, and got %q", c.Args().First())
 	}
@@ -72,7 +75,7 @@ func serve(c *cli.Context) error {
 	}
 	registry := newRegistry()
 	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
-	if err := provider.use(c.Context, conf); err != nil {
+	if err := provider.use(ctx, conf); err != nil {
 		return err
 	}
 	registry.MustRegister(status.Certificates("pilot_cert_not_after_seconds", provider.certificates))
@@ -80,7 +83,7 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	stopTracing, err := tracing.Start(c.Context, "pilot")
+	stopTracing, err := tracing.Start(ctx, "pilot")
 	if err != nil {
 		return exit.UsageError(err)
 	}
@@ -90,7 +93,7 @@ func serve(c *cli.Context) error {
 		return fmt.Errorf("sockets from systemd: %w", err)
 	}
 
-	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
@@ -101,11 +104,12 @@ func serve(c *cli.Context) error {
 		return err
 	}
 	server := grpc.NewServer(append(options,
-		grpc.ConnectionTimeout(connectWithin),
-		// Goroutines that stay have their stacks grown already.
+		grpc.ConnectionTimeout(connectTimeout),
+		// Goroutines that are reused have grown their stacks already.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
-	keyprovider.Register(server, provider)
+	service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, Metrics: provider.metrics}
+	service.Register(server)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	var diffListener net.Listener
 	if conf.DiffListen != off {
@@ -117,13 +121,12 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Before any layer is unpacked: to listen takes a umask for a moment.
-	ready := func(ctx context.Context) error { return answers(ctx, conns) }
+	ready := func(ctx context.Context) error { return checkHealth(ctx, conns) }
 	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
 		return err
 	}
 	if diffListener != nil {
-		// Only now: if another pilot had the socket, its mounts would be its own.
+		// After listening: while another pilot has the socket, the mounts are in use.
 		diffs, err := conf.diffServer(provider, registry)
 		if err != nil {
 			return err
@@ -139,39 +142,39 @@ func serve(c *cli.Context) error {
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
 	}).Info("pilot serves")
 	if _, isUnix := conf.Listen.unix(); !isUnix && conf.TLSCert == "" {
-		logrus.WithField("listen", conf.Listen).Warn("every user of this machine may ask for layer keys: there is no TLS (insecure-loopback)")
+		logrus.WithField("listen", conf.Listen).Warn("every user of this machine can request layer keys: there is no TLS (insecure-loopback)")
 	}
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		logrus.WithError(err).Warn("systemd not told that pilot serves")
+		logrus.WithError(err).Warn("systemd not notified")
 	}
 	return g.Wait()
 }
 
-// tracesWithin is how long pilot waits, when it stops, for a collector to take
-// the last spans.
-const tracesWithin = 2 * time.Second
+// tracesTimeout is how long pilot waits, when it stops, for a collector to accept the
+// last spans.
+const tracesTimeout = 2 * time.Second
 
 func endTracing(stop func(context.Context) error) {
-	ctx, cancel := context.WithTimeout(context.Background(), tracesWithin)
+	ctx, cancel := context.WithTimeout(context.Background(), tracesTimeout)
 	defer cancel()
 	if err := stop(ctx); err != nil {
 		logrus.WithError(err).Warn("last traces not sent")
 	}
 }
 
-// serveUntilDone adds to g a server that answers on l until ctx is done.
+// serveUntilDone adds to g a server on l until ctx is done.
 func serveUntilDone(ctx context.Context, g *errgroup.Group, s *grpc.Server, l net.Listener) {
 	g.Go(func() error { return s.Serve(l) })
 	g.Go(func() error {
 		<-ctx.Done()
-		defer time.AfterFunc(stopWithin, s.Stop).Stop()
+		defer time.AfterFunc(stopTimeout, s.Stop).Stop()
 		s.GracefulStop()
 		return nil
 	})
 }
 
-// probes returns connections to those of sockets that are unix sockets. Others may
-// want a client certificate.
+// probes returns connections to the unix sockets among the listeners, which may be nil.
+// TCP listeners may require a client certificate.
 func probes(sockets ...net.Listener) (conns []*grpc.ClientConn, err error) {
 	for _, l := range sockets {
 		if l == nil || l.Addr().Network() != "unix" {
@@ -186,10 +189,10 @@ func probes(sockets ...net.Listener) (conns []*grpc.ClientConn, err error) {
 	return conns, nil
 }
 
-// answers asks whoever is at the other end of conns whether it is well. They stay
+// checkHealth checks the health of the servers at the other end of conns. They stay
 // open, so that this works while no more files can be opened.
-func answers(ctx context.Context, conns []*grpc.ClientConn) error {
-	ctx, cancel := context.WithTimeout(ctx, connectWithin)
+func checkHealth(ctx context.Context, conns []*grpc.ClientConn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	for _, conn := range conns {
 		if _, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{}); err != nil {
@@ -199,8 +202,8 @@ func answers(ctx context.Context, conns []*grpc.ClientConn) error {
 	return nil
 }
 
-// cleanMounts has snapshots mounted below dir while layers are unpacked onto
-// them, and removes what a pilot left there that was killed meanwhile.
+// cleanMounts makes containerd's library mount snapshots below dir while it unpacks
+// layers, and removes the mounts that a killed pilot left there.
 func cleanMounts(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -215,7 +218,7 @@ func cleanMounts(dir string) error {
 	for _, w := range warnings {
 		logrus.WithError(w).Warn("mount of an earlier pilot not removed")
 	}
-	// It was killed right before it mounted, or after it unmounted.
+	// Killed right before a mount or after an unmount.
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
@@ -228,7 +231,7 @@ func cleanMounts(dir string) error {
 	return nil
 }
 
-// diffServer returns a server that answers containerd as a differ.
+// diffServer returns a gRPC server that is a differ for containerd.
 func (c *configuration) diffServer(provider processor.KeyProvider, metrics prometheus.Registerer) (*grpc.Server, error) {
 	if err := cleanMounts(filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")); err != nil {
 		return nil, fmt.Errorf("diff-listen: %w", err)
@@ -237,36 +240,41 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 	if err != nil {
 		return nil, fmt.Errorf("containerd: %w", err)
 	}
-	for _, name := range c.ProviderName {
-		processor.RegisterKeyProvider(name, provider)
-	}
-	s := grpc.NewServer(grpc.ConnectionTimeout(connectWithin), grpc.ChainUnaryInterceptor(tracing.UnaryServer(), plugin.Interceptor(client)))
-	healthpb.RegisterHealthServer(s, health.NewServer())
-	plugin.Register(s, plugin.New(plugin.Store(client), client.MountManager(), plugin.Config{
-		Layers:             int(c.LayersAtOnce),
-		DecryptionKeysPath: string(c.DecryptionKeys),
+	s := plugin.NewServer(client, plugin.Config{
+		Layers:             c.LayersAtOnce,
+		DecryptionKeysPath: c.DecryptionKeys,
+		Keys:               c.keys(provider),
 		Metrics:            metrics,
-	}))
+	}, grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer()))
+	healthpb.RegisterHealthServer(s, health.NewServer())
 	return s, nil
 }
 
-// serverOptions returns the TLS that the configuration asks for.
+// keys returns pilot's own key provider, and those of the file that
+// $OCICRYPT_KEYPROVIDER_CONFIG names.
+func (c *configuration) keys(own processor.KeyProvider) processor.Keys {
+	others, err := ocicryptclient.FromEnvironment(grpcdial.Call)
+	keys := processor.Keys{Providers: make(map[string]processor.KeyProvider), ProvidersErr: err}
+	maps.Copy(keys.Providers, others)
+	for _, name := range c.ProviderName {
+		keys.Providers[name] = own
+	}
+	return keys
+}
+
+// serverOptions returns the TLS of the configuration.
 func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	clients, err := certfile.LoadAuthorities(string(c.TLSClientCA))
-	if err != nil {
-		return nil, fmt.Errorf("TLS: CA of the clients: %w", err)
-	}
-	conf, err := certfile.Server(string(c.TLSCert), string(c.TLSKey), clients, false)
+	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {
 		return nil, fmt.Errorf("TLS: %w", err)
 	}
-	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(conf))}, nil
+	return options, nil
 }
 
-// listen returns the socket that systemd passed, or else listens on a.
+// listen returns the socket that systemd passed, if there is one, or listens on a.
 func listen(passed []net.Listener, a address) (net.Listener, error) {
 	if len(passed) > 0 {
 		return passed[0], nil

@@ -18,7 +18,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
-	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
@@ -27,32 +28,13 @@ import (
 func startBroker(t *testing.T) (url, auditLog string) {
 	t.Helper()
 	dir := t.TempDir()
-	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := keys.Create("team-a", nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := keys.Close(); err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	url = "unix://" + filepath.Join(dir, "s")
-	go func() { done <- broker.Serve(ctx, broker.Config{Dir: dir, Listen: []string{url}}) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	// pilot asks again until it answers.
+	servertest.CreateKEKs(t, dir, "team-a")
+	url = servertest.Serve(t, server.Config{Dir: dir})
 	return url, filepath.Join(dir, "audit.log")
 }
 
-// startServe runs "pilot serve" at an address until the test ends, when it has
-// to stop well.
+// startServe runs "pilot serve" at an address until the test ends, when it must stop
+// without an error.
 func startServe(t *testing.T, listen string, args ...string) *os.Process {
 	t.Helper()
 	return startServeIn(t, nil, listen, args...)
@@ -115,9 +97,8 @@ func ask(t *testing.T, address string, creds credentials.TransportCredentials) e
 	return err
 }
 
-// TestServeTLS checks that over TCP only those are answered who have a
-// certificate.
-func TestServeTLS(t *testing.T) {
+// TestServeOverTCPNeedsAClientCertificate has clients with and without one.
+func TestServeOverTCPNeedsAClientCertificate(t *testing.T) {
 	t.Parallel()
 	ca, other := certtest.NewAuthority(t), certtest.NewAuthority(t)
 	url, auditLog := startBroker(t)
@@ -148,8 +129,8 @@ func TestServeTLS(t *testing.T) {
 	}
 }
 
-// TestServe checks the addresses that need no certificate.
-func TestServe(t *testing.T) {
+// TestServeNeedsNoCertificateLocally has a unix socket and a loopback address.
+func TestServeNeedsNoCertificateLocally(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	socket := filepath.Join(t.TempDir(), "run", "s")
@@ -170,8 +151,8 @@ func TestServe(t *testing.T) {
 	}
 }
 
-// TestServeSeveralBrokers has the first of two brokers be away.
-func TestServeSeveralBrokers(t *testing.T) {
+// TestServeUsesTheNextBroker has the first of two brokers be down.
+func TestServeUsesTheNextBroker(t *testing.T) {
 	t.Parallel()
 	url, _ := startBroker(t)
 	socket := filepath.Join(t.TempDir(), "s")

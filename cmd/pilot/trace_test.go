@@ -17,7 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/tracing/tracetest"
 )
 
-// TestServeTraces follows a call from a client by way of pilot to the broker.
+// TestServeTraces follows a call from a client through pilot to the broker.
 func TestServeTraces(t *testing.T) {
 	t.Parallel()
 	var passedOn atomic.Value

@@ -5,8 +5,8 @@ package audit
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
@@ -68,18 +68,18 @@ func Cause(err error) string {
 	return ""
 }
 
-// Key is what entries are authenticated with: 32 bytes that whoever writes the
-// log has, and whoever verifies it.
+// Key is what entries are authenticated with: 32 bytes, which the writer
+// of the log has, and its verifier.
 type Key []byte
 
-// line is how an entry is written, but for its MAC, which follows as the last
+// line is how an entry is written, without its MAC, which follows as the last
 // member: base64 of HMAC-SHA-256 over the JSON without it.
 type line struct {
 	Chain string `json:"chain"`          // of the log's file, or of one run of a broker
 	Seq   int64  `json:"seq"`            // from 1
 	Prev  string `json:"prev,omitempty"` // the MAC of the line before
 	// After is, in the first line of a chain, a line that was there before:
-	// whoever removes that one's chain has to remove this one, too.
+	// to hide that that one's chain was removed, this one has to be removed, too.
 	After string `json:"after,omitempty"`
 	Entry
 }
@@ -121,6 +121,8 @@ type sink interface {
 	// head returns the last line of the chain, or of all if chain is empty, or
 	// nil if there is none.
 	head(key Key, chain string) ([]byte, error)
+	// missing returns the lines of known that are not there, or are others.
+	missing(ctx context.Context, key Key, known []Head) ([]Head, error)
 	Close() error
 }
 
@@ -152,11 +154,11 @@ type waiting struct {
 	err   error
 }
 
-// Head tells one line of a chain.
+// Head identifies one line of a chain.
 type Head struct {
-	Chain string
-	Seq   int64
-	MAC   string
+	Chain string `json:"chain"`
+	Seq   int64  `json:"seq"`
+	MAC   string `json:"mac"`
 }
 
 func (h Head) String() string { return fmt.Sprintf("%s/%d/%s", h.Chain, h.Seq, h.MAC) }
@@ -169,70 +171,17 @@ func ParseHead(s string) (h Head, err error) {
 		_, err = fmt.Sscanf(parts[1], "%d", &h.Seq)
 	}
 	if len(parts) != 3 || err != nil || h.Seq < 1 || h.Chain == "" || h.MAC == "" {
-		return Head{}, fmt.Errorf("%.80q tells no line of an audit log: it looks like 6f1c…/1234/Jd3k…", s)
+		return Head{}, fmt.Errorf("%.80q is not a line of an audit log, which looks like 6f1c…/1234/Jd3k…", s)
 	}
 	return h, nil
 }
 
 const (
-	// maxBatch is how many entries are written at once, when many wait.
+	// maxBatch is how many entries are written together, if that many wait.
 	maxBatch = 256
 	// maxLine bounds a line, in bytes.
 	maxLine = 16 << 10
 )
-
-// newLog returns a log that goes on where the sink's last line ends, or with a
-// chain of its own: also if the sink has lost a line that is known to have been
-// written. Then the chain names that line as the one that was there before. It does
-// not go on with its number: there may have been more lines than are known.
-func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
-	l := &Log{key: key, sink: s}
-	l.turn.L = &l.mu
-	last, err := l.last("")
-	if err != nil {
-		return nil, err
-	}
-	if goOn {
-		written, ended := latest(known, last.Chain)
-		if ended || last.Seq < written.Seq || last.Seq == written.Seq && last != written {
-			l.miss("the lines of chain %s up to %d are missing here: the file was truncated, deleted, moved, replaced or put back from a backup while copilot did not run", written.Chain, written.Seq)
-			goOn, last, l.ended = false, written, written
-		}
-	}
-	switch {
-	case goOn && last != Head{}:
-		l.at, l.head = last, last
-		return l, nil
-	case last != Head{}:
-		l.after = last.String()
-	}
-	id := make([]byte, 6)
-	rand.Read(id) // never fails
-	l.at.Chain = fmt.Sprintf("%x", id)
-	return l, nil
-}
-
-// latest returns the head that is known of a chain or, if none is, the last one of
-// all, whose chain was another's end then.
-func latest(known []Head, chain string) (h Head, other bool) {
-	for _, h := range known {
-		if h.Chain == chain {
-			return h, false
-		}
-	}
-	if len(known) == 0 {
-		return Head{}, false
-	}
-	return known[len(known)-1], true
-}
-
-// miss reports that lines are missing, in the log of the process and in this one.
-func (l *Log) miss(format string, a ...any) {
-	e := continued(fmt.Sprintf(format, a...))
-	logrus.Error("audit log: " + e.Reason)
-	l.first = &e
-	l.losses++
-}
 
 // Head returns the last line that is on disk. Its number is 0 if there is none.
 func (l *Log) Head() Head {
@@ -265,8 +214,14 @@ func (l *Log) last(chain string) (Head, error) {
 	return Head{read.Chain, read.Seq, mac}, nil
 }
 
+// Missing returns those of known, which are the last lines of chains, that the log does
+// not have, nor a file that logrotate has moved away.
+func (l *Log) Missing(ctx context.Context, known []Head) ([]Head, error) {
+	return l.sink.missing(ctx, l.key, known)
+}
+
 // Write writes an entry, with the current time, and returns once it is on
-// disk. Those of many callers at once go there together. Errors wrap
+// disk. Entries of concurrent callers are written together. Errors wrap
 // [ErrUnavailable].
 func (l *Log) Write(e Entry) error {
 	e.Time = time.Now().UTC()

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -32,7 +33,7 @@ func OpenFile(name string, key Key, known ...Head) (*Log, error) {
 	return l, nil
 }
 
-// stdout is a sink whose reader is somebody else.
+// stdout is a sink that another program reads.
 type stdout struct{}
 
 func (stdout) append(_ string, _ int64, lines [][]byte) error {
@@ -43,8 +44,9 @@ func (stdout) append(_ string, _ int64, lines [][]byte) error {
 	return err
 }
 
-func (stdout) head(Key, string) ([]byte, error) { return nil, nil }
-func (stdout) Close() error                     { return nil }
+func (stdout) head(Key, string) ([]byte, error)                     { return nil, nil }
+func (stdout) missing(context.Context, Key, []Head) ([]Head, error) { return nil, nil }
+func (stdout) Close() error                                         { return nil }
 
 // file is a sink that is one file.
 type file struct {

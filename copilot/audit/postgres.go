@@ -29,8 +29,8 @@ const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 	PRIMARY KEY (chain, seq)
 )`
 
-// OpenPostgres begins a log in the table copilot_audit of the database that
-// url tells, where each run of a broker has a chain of its own. Known are the last
+// OpenPostgres begins a log in the table copilot_audit of the database at
+// url, where each run of a broker has a chain of its own. Known are the last
 // lines of chains that are known to be there: those that are not are logged. Errors of
 // the database wrap [ErrUnavailable].
 func OpenPostgres(ctx context.Context, url string, key Key, known ...Head) (*Log, error) {
@@ -38,7 +38,7 @@ func OpenPostgres(ctx context.Context, url string, key Key, known ...Head) (*Log
 	if err != nil {
 		return nil, err
 	}
-	missing, err := t.missing(ctx, known)
+	missing, err := t.missing(ctx, key, known)
 	var l *Log
 	if err == nil {
 		l, err = newLog(key, t, false, nil)
@@ -47,25 +47,29 @@ func OpenPostgres(ctx context.Context, url string, key Key, known ...Head) (*Log
 		return nil, errors.Join(fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err)), t.Close())
 	}
 	if len(missing) > 0 {
-		l.miss("%d chains, among them %.80q, do not have the last line that copilot has noted: lines were deleted, or put back from a backup", len(missing), missing[0])
+		l.miss("%d chains, among them %.80q, do not have the last line that copilot has noted: lines were deleted, or put back from a backup (\"copilot audit acknowledge\" if you have deleted them)", len(missing), missing[0].Chain)
 	}
 	return l, nil
 }
 
-// missing returns the chains of known whose line is not there, or is another.
-func (t table) missing(ctx context.Context, known []Head) ([]string, error) {
+func (t table) missing(ctx context.Context, _ Key, known []Head) ([]Head, error) {
 	var chains, ends []string
 	var seqs []int64
 	for _, h := range known {
 		chains, seqs, ends = append(chains, h.Chain), append(seqs, h.Seq), append(ends, macMember+h.MAC+macEnd)
 	}
-	rows, err := t.pool.Query(ctx, `SELECT h.chain FROM unnest($1::text[], $2::bigint[], $3::text[]) AS h(chain, seq, ending)
+	rows, err := t.pool.Query(ctx, `SELECT h.number FROM unnest($1::text[], $2::bigint[], $3::text[]) WITH ORDINALITY AS h(chain, seq, ending, number)
 		LEFT JOIN copilot_audit a ON a.chain = h.chain AND a.seq = h.seq
 		WHERE a.line IS NULL OR right(a.line, length(h.ending)) <> h.ending ORDER BY h.chain`, chains, seqs, ends)
 	if err != nil {
 		return nil, err
 	}
-	return pgx.CollectRows(rows, pgx.RowTo[string])
+	numbers, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+	var missing []Head
+	for _, n := range numbers {
+		missing = append(missing, known[n-1])
+	}
+	return missing, err
 }
 
 // CopyToPostgres copies a log into the PostgreSQL database at url. Its table must be
@@ -94,7 +98,7 @@ func openTable(ctx context.Context, url string) (table, error) {
 	ctx, cancel := context.WithTimeout(ctx, appendWithin)
 	defer cancel()
 	err = postgres.InTransaction(ctx, pool, func(tx pgx.Tx) error {
-		// Two brokers that make a table at once would get in each other's way.
+		// Of two brokers that create the table concurrently, one would fail.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('copilot_audit'))`); err != nil {
 			return err
 		}
@@ -159,7 +163,7 @@ func (t table) head(_ Key, chain string) ([]byte, error) {
 	return []byte(line), nil
 }
 
-// ReadPostgres returns the lines of all chains in the database that url tells,
+// ReadPostgres returns the lines of all chains in the database at url,
 // as [Verify] takes them. The caller closes the reader.
 func ReadPostgres(ctx context.Context, url string) (io.ReadCloser, error) {
 	pool, err := connect(ctx, url)

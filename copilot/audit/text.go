@@ -16,14 +16,14 @@ const (
 	maxShort  = 128 // addresses, ids
 )
 
-// Text returns s as a line of the log has it: two that differ never look the same.
+// printable returns s as a line of the log has it: two that differ never look the same.
 // What is printable and short stays as it is, unless it begins with a quotation mark.
 // Anything else is quoted as a string of Go's, with escapes for control characters,
 // those that change how others are shown, spaces of other kinds, and bytes that are
 // no UTF-8. What is longer than most bytes is cut, and its SHA-256 follows the quotes.
-func Text(s string, most int) string {
-	printable := utf8.ValidString(s) && !strings.HasPrefix(s, `"`) && !strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) })
-	if printable && len(s) <= most {
+func printable(s string, most int) string {
+	plain := utf8.ValidString(s) && !strings.HasPrefix(s, `"`) && !strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) })
+	if plain && len(s) <= most {
 		return s
 	}
 	if q := strconv.Quote(s); len(q) <= most {
@@ -53,6 +53,6 @@ func (e *Entry) bound() {
 		&e.Request: maxShort, &e.Trace: maxShort, &e.Action: maxShort, &e.KEK: maxName, &e.Subject: maxName,
 		&e.Who: maxName, &e.From: maxShort, &e.Reason: maxReason,
 	} {
-		*s = Text(*s, most)
+		*s = printable(*s, most)
 	}
 }

@@ -27,12 +27,12 @@ func TestText(t *testing.T) {
 		"cn:a\xfe":                      `"cn:a\xfe"`,
 		"spiffe://example.com/node%2f7": "spiffe://example.com/node%2f7",
 	} {
-		if got := Text(s, maxName); got != want {
+		if got := printable(s, maxName); got != want {
 			t.Errorf("%q: %s, want %s", s, got, want)
 		}
 	}
-	a, b := Text(long+"a", maxName), Text(long+"b", maxName)
-	if a == b || !strings.Contains(a, "(601 bytes, sha256:") || Text(a, maxName) == a {
+	a, b := printable(long+"a", maxName), printable(long+"b", maxName)
+	if a == b || !strings.Contains(a, "(601 bytes, sha256:") || printable(a, maxName) == a {
 		t.Errorf("%s and %s", a, b)
 	}
 }
@@ -44,7 +44,7 @@ func FuzzText(f *testing.F) {
 	f.Add("a\x01", "a\x02")
 	f.Add(strings.Repeat("\U000e0001", 300), strings.Repeat("\x7f", 700))
 	f.Fuzz(func(t *testing.T, a, b string) {
-		shownA, shownB := Text(a, maxReason), Text(b, maxReason)
+		shownA, shownB := printable(a, maxReason), printable(b, maxReason)
 		if a != b && shownA == shownB {
 			t.Errorf("%q and %q are both shown as %s", a, b, shownA)
 		}

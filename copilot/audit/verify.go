@@ -35,9 +35,9 @@ type Report struct {
 	// Heads are the last lines of each chain, which a later verification may
 	// start from.
 	Heads []Head
-	// Problems tell what was changed, removed or put in, the first hundred.
+	// Problems describe what was changed, removed or inserted, up to a hundred.
 	Problems []string
-	// Notes tell what is odd but takes nothing away.
+	// Notes describe what is unusual but no problem.
 	Notes []string
 }
 
@@ -50,11 +50,27 @@ const maxProblems = 100
 // can be found only by a head that is known from elsewhere: a chain in since
 // that is neither in the log nor continued there is a problem.
 func Verify(r io.Reader, key Key, since ...Head) (Report, error) {
-	return VerifyTo(r, key, nil, since...)
+	return VerifyTo(r, key, Known{Since: since})
 }
 
-// VerifyTo is Verify for a log that has to go on at least to the lines written.
-func VerifyTo(r io.Reader, key Key, written []Head, since ...Head) (Report, error) {
+// Known is what is known of a log from elsewhere.
+type Known struct {
+	// Written are lines to which the log has to go on at least.
+	Written []Head
+	// Since are lines that an earlier verification ended with: see [Verify].
+	Since []Head
+	// Acknowledged are the last lines of chains that need not be there any more.
+	Acknowledged []Head
+}
+
+// excuses reports whether heads have the chain of h up to h, or further.
+func excuses(heads []Head, h Head) bool {
+	return slices.ContainsFunc(heads, func(s Head) bool { return s.Chain == h.Chain && s.Seq >= h.Seq })
+}
+
+// VerifyTo is [Verify] with all that is known of the log.
+func VerifyTo(r io.Reader, key Key, known Known) (Report, error) {
+	written, since := known.Written, known.Since
 	var report Report
 	ends := make(map[string]Head)
 	for _, h := range written {
@@ -67,10 +83,12 @@ func VerifyTo(r io.Reader, key Key, written []Head, since ...Head) (Report, erro
 	}
 	expected := make(map[string]Head)
 	for _, h := range since {
-		expected[h.Chain] = h
+		if !excuses(known.Acknowledged, h) {
+			expected[h.Chain] = h
+		}
 	}
 	chains := make(map[string]Head)
-	before := make(map[string]Head) // by the chain whose first line tells it
+	before := make(map[string]Head) // by the chain whose first line names it
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
 	number := 0
@@ -124,13 +142,13 @@ func VerifyTo(r io.Reader, key Key, written []Head, since ...Head) (Report, erro
 	for _, h := range slices.Sorted(maps.Keys(expected)) {
 		problem("the lines of chain %s up to %d, which were there before, are missing", h, expected[h].Seq)
 	}
-	for _, h := range Cut(written, chains, since) {
+	gone := slices.Concat(since, known.Acknowledged)
+	for _, h := range Cut(written, chains, gone) {
 		problem("chain %s ends with line %d, and copilot has noted line %d in its store: lines were cut off, or the log was deleted, replaced or put back from a backup", h.Chain, chains[h.Chain].Seq, h.Seq)
 	}
 	for _, id := range slices.Sorted(maps.Keys(before)) {
 		after := before[id]
-		known := slices.ContainsFunc(since, func(h Head) bool { return h.Chain == after.Chain && h.Seq >= after.Seq })
-		if chains[after.Chain].Seq < after.Seq && !known {
+		if chains[after.Chain].Seq < after.Seq && !excuses(gone, after) {
 			problem("chain %s, or its end, is missing: chain %s began after its line %d", after.Chain, id, after.Seq)
 		}
 	}
@@ -144,6 +162,6 @@ func VerifyTo(r io.Reader, key Key, written []Head, since ...Head) (Report, erro
 // does not tell of.
 func Cut(written []Head, chains map[string]Head, since []Head) []Head {
 	return slices.DeleteFunc(slices.Clone(written), func(h Head) bool {
-		return chains[h.Chain].Seq >= h.Seq || slices.ContainsFunc(since, func(s Head) bool { return s.Chain == h.Chain && s.Seq >= h.Seq })
+		return chains[h.Chain].Seq >= h.Seq || excuses(since, h)
 	})
 }

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -78,6 +80,7 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		req.GetBody = func() (io.ReadCloser, error) { return r.body.Reader(), nil }
 		req.Header.Set("Content-Type", "application/json")
 	}
+	req, unused := watchUse(req)
 	passOn(ctx, req.Header)
 	if r.authorization != "" {
 		req.Header.Set("Authorization", r.authorization)
@@ -94,8 +97,8 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		if errors.Is(err, context.DeadlineExceeded) {
 			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
 		}
-		if b.cert != nil && strings.Contains(err.Error(), "client conn could not be established") {
-			// Its reason was not read in time.
+		if b.cert != nil && unused.Load() {
+			// A broker that refuses a certificate may hang up before its reason is read.
 			err = fmt.Errorf("it hangs up at once, as one that does not accept broker-cert: %w", err)
 		}
 		return retry{possible: true}, err
@@ -114,6 +117,16 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 		err = fmt.Errorf("%w: %w", expired, err)
 	}
 	return again, err
+}
+
+// watchUse returns a request that notes whether the last connection that it got ended
+// before the request was on it.
+func watchUse(req *http.Request) (*http.Request, *atomic.Bool) {
+	unused := new(atomic.Bool)
+	return req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
+		GotConn:      func(httptrace.GotConnInfo) { unused.Store(true) },
+		WroteHeaders: func() { unused.Store(false) },
+	})), unused
 }
 
 // expired returns an error if the certificate to show has expired, or is not valid

@@ -9,7 +9,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"strings"
+	"reflect"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -20,7 +21,7 @@ const (
 )
 
 // backOff waits between the tries of one call: a random time of up to 100 ms,
-// doubled each time, so that many nodes do not come back all at once. The tries
+// doubled each time, so that many nodes do not retry at the same time. The tries
 // last for some 1.5 seconds, in which a broker may be restarted.
 type backOff struct {
 	most int // tries
@@ -58,17 +59,13 @@ func permanent(err error, withCert bool) error {
 		hostname     x509.HostnameError
 		record       tls.RecordHeaderError
 		invalid      x509.CertificateInvalidError
-		alert        *net.OpError
 	)
-	if errors.As(err, &alert) && alert.Op == "remote error" {
-		// crypto/tls keeps the type of a peer's alert to itself.
-		if text := alert.Error(); strings.Contains(text, "certificate") || strings.Contains(text, "access denied") {
-			// Anybody on the way there can send this, so it is no "no".
-			if !withCert {
-				return fmt.Errorf("%w: the broker takes only clients that show a certificate: set broker-cert and broker-key, or, on the broker, the issuer of the tokens that it is to take ([issuers] in copilot.toml)", ErrUnavailable)
-			}
-			return fmt.Errorf("%w: %w", ErrUnavailable, ErrCertRejected)
+	if alert, ok := alertOf(err); ok && slices.Contains(refusesCertificate, alert) {
+		// Anybody on the way there can send this, so it is no "no".
+		if !withCert {
+			return fmt.Errorf("%w: the broker takes only clients that show a certificate: set broker-cert and broker-key, or, on the broker, the issuer of the tokens that it is to take ([issuers] in copilot.toml)", ErrUnavailable)
 		}
+		return fmt.Errorf("%w: %w", ErrUnavailable, ErrCertRejected)
 	}
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
 		return fmt.Errorf("%w: put a new one in the place of the broker's certificate, or set this machine's clock", ErrUnavailable)
@@ -78,4 +75,24 @@ func permanent(err error, withCert bool) error {
 		return ErrUnavailable
 	}
 	return nil
+}
+
+// refusesCertificate are the TLS alerts with which a peer refuses a certificate, or wants
+// one (RFC 8446, section 6, and RFC 6066, section 9): bad_certificate to
+// certificate_unknown, unknown_ca, access_denied, certificate_unobtainable,
+// bad_certificate_status_response, bad_certificate_hash_value, certificate_required.
+var refusesCertificate = []uint8{42, 43, 44, 45, 46, 48, 49, 111, 113, 114, 116}
+
+// alertOf returns the number of the TLS alert with which a peer ended a connection.
+// crypto/tls does not export the type of it, which is a number of 8 bits.
+func alertOf(err error) (alert uint8, ok bool) {
+	e, ok := errors.AsType[*net.OpError](err)
+	if !ok || e.Op != "remote error" {
+		return 0, false
+	}
+	v := reflect.ValueOf(e.Err)
+	if v.Kind() != reflect.Uint8 {
+		return 0, false
+	}
+	return uint8(v.Uint()), true
 }

@@ -10,9 +10,11 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -20,6 +22,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
@@ -31,46 +34,16 @@ type tlsBroker struct{ url, auditLog string }
 func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Authority) tlsBroker {
 	t.Helper()
 	dir := t.TempDir()
-	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := keys.Create("team-a", nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := keys.Close(); err != nil {
-		t.Fatal(err)
-	}
+	servertest.CreateKEKs(t, dir, "team-a")
 	address := loopbacktest.FreeAddress(t)
 	policy := filepath.Join(dir, "policy.toml")
 	if err := os.WriteFile(policy, []byte("[[rule]]\nidentities = ['**']\nkeks = ['**']\nactions = ['export']\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The socket is opened last, so once it answers the address does too.
-	socket := filepath.Join(dir, "s")
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() {
-		done <- broker.Serve(ctx, broker.Config{
-			Dir: dir, Listen: []string{address, "unix://" + socket},
-			TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File, Policy: policy,
-		})
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+	servertest.Serve(t, broker.Config{
+		Dir: dir, Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File, Policy: policy,
 	})
-	for range 6000 { // a minute
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			return tlsBroker{"https://" + address, filepath.Join(dir, "audit.log")}
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the broker does not start")
-	return tlsBroker{}
+	return tlsBroker{"https://" + address, filepath.Join(dir, "audit.log")}
 }
 
 // audited returns the audit log's entries of an action.
@@ -223,6 +196,84 @@ func TestIdentity(t *testing.T) {
 		lines := b.audited(t, "export")
 		if got := lines[len(lines)-1].Who; got != test.want {
 			t.Errorf("audited as %q, want %q", got, test.want)
+		}
+	}
+}
+
+// TestHangUpAfterHandshakeNamesTheCertificate has a broker end connections before it
+// could be asked anything, as one that refuses a certificate and whose alert is lost.
+func TestHangUpAfterHandshakeNamesTheCertificate(t *testing.T) {
+	t.Parallel()
+	ca := certtest.NewAuthority(t)
+	server, node := ca.Issue(t, certtest.Named("broker")), ca.Issue(t, certtest.Named("node"))
+	pair, err := tls.LoadX509KeyPair(server.Cert, server.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{pair}, NextProtos: []string{"h2"}}).HandshakeContext(t.Context())
+			conn.Close()
+		}
+	}()
+	const hint = "it hangs up at once, as one that does not accept broker-cert"
+	with, transport := newTLSClient(t, Config{URLs: []string{"https://" + l.Addr().String()}, CAFile: ca.File, CertFile: node.Cert, KeyFile: node.Key})
+	without, _ := newTLSClient(t, Config{URLs: []string{with.brokers[0].url}, CAFile: ca.File})
+	// No request is on its way before the end of the connection is read.
+	ended := make(chan struct{}, 100)
+	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		return endedConn{conn, ended}, err
+	}
+	ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) {
+		<-ended
+		time.Sleep(10 * time.Millisecond) // until it is noticed, or else the next try shows it
+	}})
+	for end := time.Now().Add(time.Minute); ; {
+		_, err := with.KEK(ctx, "team-a", 0)
+		if errors.Is(err, ErrUnavailable) && strings.Contains(err.Error(), hint) {
+			break
+		}
+		if err == nil || time.Now().After(end) {
+			t.Fatalf("got %v, want %q", err, hint)
+		}
+	}
+	if _, err := without.KEK(t.Context(), "team-a", 0); !errors.Is(err, ErrUnavailable) || strings.Contains(err.Error(), "broker-cert") {
+		t.Errorf("without a certificate: %v", err)
+	}
+}
+
+// endedConn says when the peer's end of the connection was read.
+type endedConn struct {
+	net.Conn
+	ended chan struct{}
+}
+
+func (c endedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil {
+		c.ended <- struct{}{}
+	}
+	return n, err
+}
+
+// TestAlertsAboutCertificates compares our list of alerts with the names that crypto/tls
+// has for all of them.
+func TestAlertsAboutCertificates(t *testing.T) {
+	for n := range 256 {
+		name := tls.AlertError(n).Error()
+		want := strings.Contains(name, "certificate") || strings.Contains(name, "access denied")
+		if got := slices.Contains(refusesCertificate, uint8(n)); got != want {
+			t.Errorf("alert %d (%s): %v, want %v", n, name, got, want)
 		}
 	}
 }

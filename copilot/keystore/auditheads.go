@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/aesgcm"
 )
 
 // AuditHead is a line of an audit log that was the last one of its chain when it was
@@ -21,6 +23,11 @@ type AuditHead struct {
 	MAC   string    `json:"mac"`
 	Log   string    `json:"log"` // where the chain's lines are, in the caller's words
 	At    time.Time `json:"at"`  // when it was noted
+	// Lost says that the line was missing, and that a chain which began later says so.
+	Lost bool `json:"lost,omitempty"`
+	// Acknowledged says who has acknowledged that it is missing, and why; empty if nobody
+	// has.
+	Acknowledged string `json:"acknowledged,omitempty"`
 }
 
 // auditHead begins the names under which heads are kept, which end with the chain.
@@ -40,7 +47,7 @@ func putAuditHead(ctx context.Context, db database, seal cipher.AEAD, h AuditHea
 		return err
 	}
 	name := auditHead + h.Chain
-	return db.put(ctx, name, Seal(seal, b, []byte(name)))
+	return db.put(ctx, name, seal.Seal(nil, nil, b, []byte(name)))
 }
 
 // AuditHeads returns the heads of all chains.
@@ -52,7 +59,7 @@ func auditHeads(ctx context.Context, db database, seal cipher.AEAD) ([]AuditHead
 	var heads []AuditHead
 	err := db.named(ctx, auditHead, func(name string, sealed []byte) error {
 		var h AuditHead
-		b, err := Unseal(seal, sealed, []byte(name))
+		b, err := seal.Open(nil, nil, sealed, []byte(name))
 		if err == nil {
 			err = json.Unmarshal(b, &h)
 		}
@@ -73,7 +80,7 @@ func ReadAuditHeads(ctx context.Context, dir, url string) ([]AuditHead, error) {
 		return nil, err
 	}
 	defer clear(key)
-	seal, err := NewGCM(key)
+	seal, err := aesgcm.New(key)
 	if err != nil {
 		return nil, err
 	}

@@ -39,7 +39,7 @@ func openBolt(dir string) (database, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := CheckDir(dir); err != nil {
+	if err := checkDir(dir); err != nil {
 		return nil, err
 	}
 	name := filepath.Join(dir, boltFile)

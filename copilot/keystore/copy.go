@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/ctrlplane/pilot/internal/aesgcm"
 )
 
 // IsDatabase reports whether a store's name is a PostgreSQL URL, not a directory.
@@ -36,7 +38,7 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 		return 0, err
 	}
 	defer clear(key)
-	seal, err := NewGCM(key)
+	seal, err := aesgcm.New(key)
 	if err != nil {
 		return 0, err
 	}
@@ -53,7 +55,7 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 	if err != nil {
 		return 0, err
 	}
-	if _, err := Unseal(seal, check, []byte(masterCheck)); err != nil {
+	if _, err := seal.Open(nil, nil, check, []byte(masterCheck)); err != nil {
 		return 0, fmt.Errorf("the master key in %s is not the one that the KEKs in %s are sealed with", masterDir, from)
 	}
 	target, err := openDatabase(ctx, to)
@@ -70,7 +72,7 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 	if err != nil {
 		return 0, err
 	}
-	if _, err := Unseal(seal, has, []byte(masterCheck)); err != nil {
+	if _, err := seal.Open(nil, nil, has, []byte(masterCheck)); err != nil {
 		return 0, fmt.Errorf("%s was made with another master key: copy to a new store", to)
 	}
 	if !IsDatabase(to) {

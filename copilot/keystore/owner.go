@@ -10,9 +10,9 @@ import (
 	"syscall"
 )
 
-// CheckDir refuses a store's directory that others can write: they could put another
+// checkDir refuses a store's directory that others can write: they could put another
 // store, master key or admin socket there. A pod's fsGroup may write it.
-func CheckDir(dir string) error {
+func checkDir(dir string) error {
 	info, err := os.Stat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

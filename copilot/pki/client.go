@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // Errors of [CA.RenewClient].
@@ -66,7 +68,7 @@ func (ca *CA) RenewClient(old *x509.Certificate, trusted string, request []byte)
 // Accepted returns the CAs in a file in PEM whose clients may have their certificates
 // renewed by this CA. That it is not in the file itself is an error.
 func (ca *CA) Accepted(file string) ([]*x509.Certificate, error) {
-	all, err := readAll(file)
+	all, err := certfile.Certificates(file)
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
@@ -36,7 +37,7 @@ func forNodes(c *x509.Certificate) bool {
 // Interrupted, it can be run again.
 func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) error {
 	trusted := filepath.Join(dir, CertFile)
-	all, err := readAll(trusted)
+	all, err := certfile.Certificates(trusted)
 	if err != nil {
 		return fmt.Errorf("CA: %w", err)
 	}
@@ -47,8 +48,8 @@ func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) err
 		return fmt.Errorf("%s has no CA that copilot init made", trusted)
 	}
 	certFile, keyFile := filepath.Join(dir, NodeCertFile), filepath.Join(dir, NodeKeyFile)
-	before, err := readAll(certFile)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	before, err := certfile.Certificates(certFile)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, certfile.ErrNoCertificate) {
 		return err
 	}
 	key, der, err := newCA(trustDomain(all[i]), valid, true)
@@ -73,7 +74,7 @@ func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) err
 		return err
 	}
 	if len(before) == 0 {
-		os.Remove(certFile) // whatever it is, it holds no certificate
+		os.Remove(certFile) // one that was cut short holds none
 		err = writeNew(certFile, "CERTIFICATE", der, 0o644, nil)
 	} else {
 		var r replacefile.Replacement
@@ -98,7 +99,7 @@ func DropOldNodeCAs(dir string) (int, error) {
 	}
 	dropped := 0
 	for _, name := range []string{certFile, filepath.Join(dir, CertFile)} {
-		all, err := readAll(name)
+		all, err := certfile.Certificates(name)
 		if err != nil {
 			return 0, err
 		}

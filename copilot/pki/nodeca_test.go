@@ -2,10 +2,13 @@ package pki
 
 import (
 	"crypto/x509"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // TestNodeCAIssuesNoServers has a CA for nodes issue what it must not: nobody who trusts
@@ -20,14 +23,14 @@ func TestNodeCAIssuesNoServers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := node.IssueServer([]string{"copilot.example.com"}, time.Hour, in("server.pem"), in("server-key.pem")); err != nil {
+	if err := node.IssueServer([]string{"copilot.example.com"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := node.IssueClient(Client{"node/worker-7", time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
 		t.Fatal(err)
 	}
 	pool := x509.NewCertPool()
-	all, err := readAll(in(CertFile))
+	all, err := certfile.Certificates(in(CertFile))
 	if err != nil || len(all) != 2 {
 		t.Fatalf("%d CAs, %v", len(all), err)
 	}
@@ -64,7 +67,25 @@ func TestNodeCAIssuesNoServers(t *testing.T) {
 	if n, err := DropOldNodeCAs(dir); err != nil || n != 1 {
 		t.Errorf("%d CAs for nodes dropped, %v", n, err)
 	}
-	if all, err := readAll(in(CertFile)); err != nil || len(all) != 2 || !all[0].Equal(ca.cert) {
+	if all, err := certfile.Certificates(in(CertFile)); err != nil || len(all) != 2 || !all[0].Equal(ca.cert) {
 		t.Errorf("%d CAs are left, %v", len(all), err)
+	}
+}
+
+// TestRotateNodeCAReplacesEmptyFile: a power cut may leave the certificate's file empty.
+func TestRotateNodeCAReplacesEmptyFile(t *testing.T) {
+	_, dir := newTestCA(t, "example.com")
+	certFile, keyFile := filepath.Join(dir, NodeCertFile), filepath.Join(dir, NodeKeyFile)
+	if err := os.WriteFile(certFile, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadFiles(certFile, keyFile); !errors.Is(err, certfile.ErrNoCertificate) {
+		t.Errorf("load: %v", err)
+	}
+	if err := RotateNodeCA(dir, time.Hour, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadFiles(certFile, keyFile); err != nil {
+		t.Error(err)
 	}
 }

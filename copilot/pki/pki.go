@@ -25,6 +25,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
@@ -47,7 +48,7 @@ type CA struct {
 	file []*x509.Certificate
 }
 
-// Create makes a CA in dir, for trustDomain, that holds for that time. The
+// Create makes a CA in dir, for trustDomain, that is valid for that time. The
 // files must not exist.
 func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	if !validDomain.MatchString(trustDomain) {
@@ -103,7 +104,7 @@ func Load(dir string) (*CA, error) {
 // LoadFiles reads a CA. Of several certificates in its file it is the one that
 // belongs to the key: the others are trusted, too, while the CA is replaced.
 func LoadFiles(certFile, keyFile string) (*CA, error) {
-	certs, err := readAll(certFile)
+	certs, err := certfile.Certificates(certFile)
 	if err != nil {
 		return nil, fmt.Errorf("CA: %w", err)
 	}
@@ -113,8 +114,8 @@ func LoadFiles(certFile, keyFile string) (*CA, error) {
 	}
 	defer clear(keyPEM)
 	key := decode(keyPEM, "PRIVATE KEY")
-	if len(certs) == 0 || key == nil {
-		return nil, fmt.Errorf("CA: %s and %s are no certificate and private key in PEM", certFile, keyFile)
+	if key == nil {
+		return nil, fmt.Errorf("CA: %s holds no private key in PEM (PKCS#8)", keyFile)
 	}
 	defer clear(key)
 	ca := &CA{file: certs}
@@ -137,29 +138,6 @@ func LoadFiles(certFile, keyFile string) (*CA, error) {
 	return ca, nil
 }
 
-// readAll returns the certificates of a file in PEM.
-func readAll(name string) ([]*x509.Certificate, error) {
-	b, err := regular.Read(name, regular.MaxConfig)
-	if err != nil {
-		return nil, err
-	}
-	var certs []*x509.Certificate
-	for {
-		var block *pem.Block
-		if block, b = pem.Decode(b); block == nil {
-			return certs, nil
-		}
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		certs = append(certs, cert)
-	}
-}
-
 // TrustDomain returns what the SPIFFE IDs of the CA's certificates begin with,
 // after spiffe://.
 func (ca *CA) TrustDomain() string { return trustDomain(ca.cert) }
@@ -178,7 +156,7 @@ var (
 	validPath   = regexp.MustCompile(`^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$`)
 )
 
-// Client is what a certificate says of whoever asks a broker.
+// Client describes the certificate of a broker's client.
 type Client struct {
 	// Path is the SPIFFE ID's, such as node/worker-7.
 	Path string
@@ -279,15 +257,10 @@ func (ca *CA) client(c Client, public crypto.PublicKey) ([]byte, error) {
 }
 
 // IssueServer writes a new private key and its certificate for hosts, which are
-// names and addresses, into files that must not exist.
-func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string) error {
-	return ca.IssueServerTo(hosts, hold, certFile, keyFile, nil)
-}
-
-// IssueServerTo is IssueServer with a private key whose file is passed to own while it
-// is open, unless that is nil: somebody who can write to its directory may put another
-// file in its place once it is closed.
-func (ca *CA) IssueServerTo(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
+// names and addresses, into files that must not exist. The private key's file is passed to
+// own while it is open, unless own is nil: somebody who can write to its directory may put
+// another file in its place once it is closed.
+func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: "copilot"},
 		KeyUsage:    x509.KeyUsageDigitalSignature,
@@ -311,11 +284,11 @@ func (ca *CA) IssueServerTo(hosts []string, hold time.Duration, certFile, keyFil
 	return writePair(certFile, der, keyFile, key, own)
 }
 
-// sign signs a certificate, by itself if parent is nil, that holds for that
+// sign signs a certificate, by itself if parent is nil, that is valid for that
 // time, and not longer than its parent.
 func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypto.Signer, hold time.Duration) ([]byte, error) {
 	if hold <= 0 {
-		return nil, fmt.Errorf("a certificate that holds for %s is of no use", hold)
+		return nil, fmt.Errorf("a certificate cannot be valid for %s", hold)
 	}
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
@@ -326,7 +299,7 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 	if parent == nil {
 		parent = template
 	} else if template.NotAfter.After(parent.NotAfter) {
-		return nil, fmt.Errorf("the CA's own certificate holds only until %s", parent.NotAfter.Format(time.RFC3339))
+		return nil, fmt.Errorf("the CA itself is valid only until %s", parent.NotAfter.Format(time.RFC3339))
 	}
 	return x509.CreateCertificate(rand.Reader, template, parent, public, key)
 }

@@ -31,7 +31,7 @@ func TestIssue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := ca.IssueServer([]string{"copilot.example.com", "10.0.0.1"}, time.Hour/2, in("server.pem"), in("server-key.pem")); err != nil {
+	if err := ca.IssueServer([]string{"copilot.example.com", "10.0.0.1"}, time.Hour/2, in("server.pem"), in("server-key.pem"), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := ca.IssueClient(Client{"node/worker-7", time.Minute}, in("node.pem"), in("node-key.pem")); err != nil {
@@ -78,7 +78,7 @@ func TestIssue(t *testing.T) {
 	if err := ca.IssueClient(Client{"node/a", time.Minute}, in("node.pem"), in("x-key.pem")); err == nil || !strings.Contains(err.Error(), "not overwritten") {
 		t.Errorf("over a certificate: %v", err)
 	}
-	if err := ca.IssueClient(Client{"node/a", 2 * time.Hour}, in("a.pem"), in("a-key.pem")); err == nil || !strings.Contains(err.Error(), "holds only until") {
+	if err := ca.IssueClient(Client{"node/a", 2 * time.Hour}, in("a.pem"), in("a-key.pem")); err == nil || !strings.Contains(err.Error(), "valid only until") {
 		t.Errorf("longer than the CA: %v", err)
 	}
 	if _, err := Create(dir, "example.com", time.Hour); err == nil {
@@ -108,7 +108,7 @@ func TestLoad(t *testing.T) {
 		want string
 	}{
 		"another's key": {key, "is not the key of"},
-		"no PEM":        {[]byte("x"), "no certificate and private key in PEM"},
+		"no PEM":        {[]byte("x"), "holds no private key in PEM"},
 		"no key":        {pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("x")}), "no PKCS#8 key"},
 	} {
 		if err := os.WriteFile(filepath.Join(one, KeyFile), content.b, 0o600); err != nil {
@@ -117,6 +117,12 @@ func TestLoad(t *testing.T) {
 		if _, err := Load(one); err == nil || !strings.Contains(err.Error(), content.want) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	if err := os.WriteFile(filepath.Join(two, CertFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(two); err == nil || !strings.Contains(err.Error(), CertFile+" holds no certificate") {
+		t.Errorf("an empty file: %v", err)
 	}
 	if _, err := Load(t.TempDir()); err == nil {
 		t.Error("loaded from an empty directory")

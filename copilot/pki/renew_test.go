@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // newTestCA returns a CA, and the directory that it is in.
@@ -55,7 +57,7 @@ func TestRenewsOnlyItsOwn(t *testing.T) {
 		}
 	}
 	client(forger, "admin", "admin.pem")
-	if err := forger.IssueServer([]string{"copilot.example.com"}, time.Hour, in("server.pem"), in("server-key.pem")); err != nil {
+	if err := forger.IssueServer([]string{"copilot.example.com"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
 		t.Fatal(err)
 	}
 	// One of a CA that is trusted for another trust domain.
@@ -123,7 +125,7 @@ func TestRotateKeepsTrust(t *testing.T) {
 		}
 	}
 	trusted := func() (n int, err error) {
-		certs, err := readAll(in(CertFile))
+		certs, err := certfile.Certificates(in(CertFile))
 		if err != nil {
 			return 0, err
 		}

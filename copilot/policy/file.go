@@ -70,7 +70,7 @@ func (f *File) load() (filestamp.Stamp, error) {
 	if err != nil {
 		return read, fmt.Errorf("policy: %w", err)
 	}
-	p, err := Parse(f.name, b, f.issuers)
+	p, err := parse(f.name, b, f.issuers)
 	if err != nil {
 		return read, err
 	}

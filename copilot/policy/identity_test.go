@@ -56,7 +56,7 @@ func TestCanonical(t *testing.T) {
 func TestPatternsMatchSomebody(t *testing.T) {
 	issuers := []string{"cluster"}
 	rule := func(identity string) error {
-		_, err := Parse("p", []byte("[[rule]]\nidentities = ['"+identity+"']\nkeks = ['**']\nactions = ['unwrap']\n"), issuers)
+		_, err := parse("p", []byte("[[rule]]\nidentities = ['"+identity+"']\nkeks = ['**']\nactions = ['unwrap']\n"), issuers)
 		return err
 	}
 	for _, identity := range []string{
@@ -79,7 +79,7 @@ func TestPatternsMatchSomebody(t *testing.T) {
 			t.Errorf("%q: %v", identity, err)
 		}
 	}
-	p, err := Parse("p", []byte("[[rule]]\nidentities = ['dns:CI.Example.com.', 'dns:*.EXAMPLE.org']\nkeks = ['**']\nactions = ['unwrap']\n"), issuers)
+	p, err := parse("p", []byte("[[rule]]\nidentities = ['dns:CI.Example.com.', 'dns:*.EXAMPLE.org']\nkeks = ['**']\nactions = ['unwrap']\n"), issuers)
 	if err != nil {
 		t.Fatal(err)
 	}

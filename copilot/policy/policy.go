@@ -53,17 +53,17 @@ type limit struct {
 	Identities []string `toml:"identities"`
 	PerSecond  float64  `toml:"per-second"`
 	Burst      int      `toml:"burst"`
-	// Connections is how many the identity may have open at once. Default:
-	// DefaultConnections.
+	// Connections is how many the identity may have open. Default:
+	// defaultConnections.
 	Connections int `toml:"connections"`
 }
 
 // The rate of an identity that no limit names.
 const (
-	DefaultPerSecond = 100
-	DefaultBurst     = 200
-	// DefaultConnections is how many connections an identity may have open.
-	DefaultConnections = 4096
+	defaultPerSecond = 100
+	defaultBurst     = 200
+	// defaultConnections is how many connections an identity may have open.
+	defaultConnections = 4096
 )
 
 // Load reads the policy in a file. Issuers are the names of those whose tokens are
@@ -73,12 +73,12 @@ func Load(name string, issuers []string) (*Policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
-	return Parse(name, b, issuers)
+	return parse(name, b, issuers)
 }
 
-// Parse reads a policy from TOML, as [Load] does. Errors name the file and the line
+// parse reads a policy from TOML, as [Load] does. Errors name the file and the line
 // or rule.
-func Parse(name string, b []byte, issuers []string) (*Policy, error) {
+func parse(name string, b []byte, issuers []string) (*Policy, error) {
 	var file struct {
 		Rule  []rule  `toml:"rule"`
 		Limit []limit `toml:"limit"`
@@ -168,7 +168,7 @@ func checkPatterns(patterns []string) error {
 type Verdict struct {
 	Allowed bool
 	// Reason says which rule decided, or which came close, for the audit log
-	// and for whoever writes the policy. It is not for whoever was denied.
+	// and for the author of the policy. It is not for the caller that was denied.
 	Reason string
 }
 
@@ -282,17 +282,17 @@ func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
 			return l.PerSecond, l.Burst
 		}
 	}
-	return DefaultPerSecond, DefaultBurst
+	return defaultPerSecond, defaultBurst
 }
 
 // Connections returns how many connections identity may have open.
 func (p *Policy) Connections(identity string) int {
 	for _, l := range p.limits {
 		if matchAny(l.Identities, identity) {
-			return cmp.Or(l.Connections, DefaultConnections)
+			return cmp.Or(l.Connections, defaultConnections)
 		}
 	}
-	return DefaultConnections
+	return defaultConnections
 }
 
 func (r *rule) String() string { return fmt.Sprintf("rule %d", r.number) }

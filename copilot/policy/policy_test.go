@@ -35,7 +35,7 @@ burst = 7
 `
 
 func TestDecide(t *testing.T) {
-	p, err := Parse("policy.toml", []byte(example), nil)
+	p, err := parse("policy.toml", []byte(example), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,10 +70,10 @@ func TestDecide(t *testing.T) {
 	if r, b := p.Limit("dns:ci.example"); r != 5 || b != 7 {
 		t.Errorf("limit %v %v", r, b)
 	}
-	if r, b := p.Limit("dns:other"); r != DefaultPerSecond || b != DefaultBurst {
+	if r, b := p.Limit("dns:other"); r != defaultPerSecond || b != defaultBurst {
 		t.Errorf("limit %v %v", r, b)
 	}
-	if _, err := Parse("empty", nil, nil); err == nil || !strings.Contains(err.Error(), "empty has no rules") {
+	if _, err := parse("empty", nil, nil); err == nil || !strings.Contains(err.Error(), "empty has no rules") {
 		t.Errorf("an empty policy: %v", err)
 	}
 }
@@ -85,8 +85,8 @@ func TestParseErrors(t *testing.T) {
 	for text, want := range map[string]string{
 		"[[rule]]\n":              "policy: f: rule 1: it needs identities, keks and actions",
 		"[[rule]\n":               "policy: f:1:",
-		full("allow = true\n"):    "policy: f:5: rule.allow: there is no such setting",
-		full("[[rules]]\n"):       "there is no such setting",
+		full("allow = true\n"):    "policy: f:5: rule.allow: unknown setting",
+		full("[[rules]]\n"):       "unknown setting",
 		full("not-after = \"x\""): "policy: f:5",
 		full("not-before = 2027-01-01T00:00:00Z\nnot-after = 2026-01-01T00:00:00Z"): "not-after is not after not-before",
 		strings.Replace(full(""), "wrap", "warp", 1):                                `"warp" is no action`,
@@ -96,7 +96,7 @@ func TestParseErrors(t *testing.T) {
 		"[[limit]]\nidentities = [\"uid:1\"]\nper-second = nan\nburst = 1":          "per-second has to be above 0",
 		"[[limit]]\nper-second = 1\nburst = 1":                                      "it needs identities",
 	} {
-		if _, err := Parse("f", []byte(text), nil); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+		if _, err := parse("f", []byte(text), nil); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
@@ -105,7 +105,7 @@ func TestParseErrors(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(example))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p, err := Parse("f", b, nil)
+		p, err := parse("f", b, nil)
 		if err != nil {
 			return
 		}
@@ -175,7 +175,7 @@ func TestFile(t *testing.T) {
 
 // TestAdmins asks who may admin KEKs that need not be there.
 func TestAdmins(t *testing.T) {
-	p, err := Parse("p", []byte(`
+	p, err := parse("p", []byte(`
 [[rule]]
 identities = ["dns:admin", "dns:both", "dns:not-all"]
 keks = ["made-later-*"]

@@ -21,7 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-func writeFile(t *testing.T, name, text string) string {
+func writeFile(t testing.TB, name, text string) string {
 	t.Helper()
 	if err := os.WriteFile(name+".new", []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -32,7 +32,7 @@ func writeFile(t *testing.T, name, text string) string {
 	return name
 }
 
-// remote is somebody who asks a broker over TLS.
+// remote is a client of a broker, over TLS.
 type remote struct {
 	base   string
 	client http.Client
@@ -84,7 +84,7 @@ func (r *remote) want(t *testing.T, status int, method, path, body string) strin
 
 // serveTLS runs a broker that answers TLS with a certificate of ca, and returns
 // its HOST:PORT.
-func serveTLS(t *testing.T, dir string, ca *certtest.Authority, conf copilot.Config) string {
+func serveTLS(t testing.TB, dir string, ca *certtest.Authority, conf copilot.Config) string {
 	t.Helper()
 	server, address := ca.Issue(t, x509.Certificate{}), loopbacktest.FreeAddress(t)
 	conf.Listen, conf.TLSCert, conf.TLSKey = []string{address}, server.Cert, server.Key
@@ -121,7 +121,7 @@ keks = ["team-a"]
 actions = ["export"]
 `
 
-// TestAccess has several identities ask, and takes rights away from them.
+// TestAccess sends requests of several identities, and takes rights away from them.
 func TestAccess(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "team-b": nil, "secret": nil})
@@ -159,7 +159,7 @@ func TestAccess(t *testing.T) {
 		t.Errorf("audited %+v", e)
 	}
 
-	// To whoever has no right, what is there and what is not look the same.
+	// For callers without rights, KEKs that exist and those that don't look the same.
 	for _, who := range []*remote{stranger, node, admin} {
 		for _, path := range []string{"/api/v2/keks/%s", "/api/v2/keks/%s/key", "/api/v2/keks/%s/key?version=1", "/api/v2/keks/%s/key?version=7", "/api/v1/key/%s"} {
 			same := func(id string) string {
@@ -207,14 +207,14 @@ func TestAccess(t *testing.T) {
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key?version=2", "")
 	admin.want(t, 200, "POST", "/api/v2/keks/team-a/enable", "")
 
-	// A policy that is broken changes nothing; another one counts soon.
+	// A broken policy changes nothing. A valid one takes effect soon.
 	writeFile(t, policyFile, "[[rule]\n")
 	eventually(t, func() bool { return strings.Contains(metricsOf(t, dir), "copilot_policy_usable 0") })
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 	writeFile(t, policyFile, strings.ReplaceAll(accessPolicy, `"team-*", "later"`, `"later"`))
 	eventually(t, func() bool { status, _ := node.do(t, "GET", "/api/v2/keks/team-a/key", ""); return status == 403 })
 	if text := metricsOf(t, dir); !strings.Contains(text, "copilot_policy_usable 1") {
-		t.Error("the metrics do not tell that the policy can be used")
+		t.Error("the metrics do not say that the policy can be used")
 	}
 
 	// The CA is replaced while the broker runs.
@@ -269,15 +269,15 @@ func eventually(t *testing.T, ok func() bool) {
 	t.Error("it does not come to that")
 }
 
-// metricsOf returns what a broker tells Prometheus.
+// metricsOf returns a broker's metrics.
 func metricsOf(t *testing.T, dir string) string {
 	t.Helper()
 	_, body := request(t, "unix://"+filepath.Join(dir, "admin.sock"), "GET", "/metrics", "")
 	return body
 }
 
-// TestCertificateNamesNobody refuses certificates that do not name one client, in
-// one spelling.
+// TestCertificateNamesNobody shows certificates that do not name one client, in one
+// spelling.
 func TestCertificateNamesNobody(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
@@ -310,8 +310,9 @@ func TestCertificateNamesNobody(t *testing.T) {
 	}
 }
 
-// TestSpelling revokes for a host name in another spelling than certificates have.
-func TestSpelling(t *testing.T) {
+// TestRevocationTakesAnySpelling revokes a KEK for a host name in another spelling
+// than the certificate's.
+func TestRevocationTakesAnySpelling(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -333,8 +334,8 @@ func TestSpelling(t *testing.T) {
 	client.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 }
 
-// TestForeignTrustDomain has two CAs in one file: each names its own clients only.
-func TestForeignTrustDomain(t *testing.T) {
+// TestCAIsTrustedForItsOwnTrustDomainOnly has two CAs in one file: each names its own clients only.
+func TestCAIsTrustedForItsOwnTrustDomainOnly(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	own, other := certtest.NewTrustDomain(t, "example.com"), certtest.NewTrustDomain(t, "example.org")
@@ -355,21 +356,21 @@ func TestForeignTrustDomain(t *testing.T) {
 	}
 }
 
-// TestExpiredMeanwhile connects while a certificate holds, and asks when it does
-// no more.
+// TestExpiredMeanwhile connects with a valid certificate, and sends a request after it has
+// expired.
 func TestExpiredMeanwhile(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
 	address := serveTLS(t, dir, ca, copilot.Config{TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), accessPolicy)})
-	// A machine that is too slow to connect in time gets more of it.
+	// A machine that is too slow to connect in time gets more time.
 	for hold := 2 * time.Second; ; hold *= 2 {
 		short := spiffe("/node/7")
 		short.NotAfter = time.Now().Add(hold)
 		files := ca.Issue(t, short)
 		node := newRemote(t, address, ca, &files)
 		status, answer := node.do(t, "GET", "/api/v2/keks/team-a/key", "")
-		// The broker closes a connection on which nobody asks for ten seconds.
+		// The broker closes a connection without a request after ten seconds.
 		time.Sleep(time.Until(short.NotAfter.Add(-min(hold/2, 5*time.Second))))
 		transport := node.client.Transport.(*http.Transport)
 		dialer := tls.Dialer{Config: transport.TLSClientConfig}
@@ -389,8 +390,8 @@ func TestExpiredMeanwhile(t *testing.T) {
 	}
 }
 
-// TestCertificateEnds makes requests with a certificate that expires soon, each
-// of which takes a connection of its own, since a new certificate may be there.
+// TestCertificateEnds sends requests with a certificate that expires soon: each needs a new
+// connection, since the certificate may have been replaced.
 func TestCertificateEnds(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
@@ -418,18 +419,6 @@ func TestCertificateEnds(t *testing.T) {
 		transport.CloseIdleConnections()
 		if connections != test.connections {
 			t.Errorf("a certificate for %s, HTTP/2 %t: %d connections, want %d", test.hold, test.http2, connections, test.connections)
-		}
-	}
-}
-
-// TestRevokedAsSpelled compares what earlier versions noted, which was not canonical.
-func TestRevokedAsSpelled(t *testing.T) {
-	revoked := []string{"dns:CI.example.com.", "uid:007", "cluster:system:serviceaccount:a:b", "x"}
-	for identity, want := range map[string]bool{
-		"dns:ci.example.com": true, "uid:7": true, "cluster:system:serviceaccount:a:b": true, "dns:example.com": false, "uid:70": false, "anonymous": false,
-	} {
-		if copilot.IsRevoked(revoked, identity) != want {
-			t.Errorf("%s: %v", identity, !want)
 		}
 	}
 }

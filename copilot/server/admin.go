@@ -1,11 +1,8 @@
 package server
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"slices"
 	"time"
@@ -14,58 +11,21 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
 )
 
-// Info describes a KEK without its key.
-type Info struct {
-	ID string `json:"id"`
-	// Backend is the KMS in which the KEK lives; empty for the broker's store.
-	Backend string `json:"backend,omitempty"`
-	Type    string `json:"type,omitempty"` // of the backend
-	Path    string `json:"path,omitempty"` // there
-	// StaysInKMS says that the KEK wraps inside its KMS and is never given out.
-	StaysInKMS bool `json:"staysInKMS,omitempty"`
-	// Version is the current one; 0 if the KMS keeps that to itself.
-	Version  int           `json:"version,omitempty"`
-	Disabled bool          `json:"disabled,omitempty"`
-	Revoked  []string      `json:"revoked,omitempty"` // identities
-	Versions []VersionInfo `json:"versions"`
+// Handlers for admins. Each decodes the request, and has a function that does the work,
+// which the command line calls too: see local.go.
+
+type newKEK struct {
+	ID  string  `json:"id"`
+	Key *[]byte `json:"key,omitempty"` // to import; absent: a new random one
 }
 
-// VersionInfo describes one version of a KEK.
-type VersionInfo struct {
-	Version   int            `json:"version"`
-	Created   time.Time      `json:"created,omitzero"`
-	Bits      int            `json:"bits,omitempty"`
-	State     keystore.State `json:"state"`
-	DestroyAt time.Time      `json:"destroyAt,omitzero"`
-	// Wraps is how many keys it has wrapped, at most.
-	Wraps int64 `json:"wraps"`
-}
-
-func (b *broker) describe(ctx context.Context, k kek) (Info, error) {
-	wraps, err := b.keks.store.Wraps(ctx, k.ID)
-	i := Info{ID: k.ID, Backend: k.Backend, Type: b.keks.types[k.Backend], Path: k.path, StaysInKMS: !k.wrapsHere(), Disabled: k.Disabled, Revoked: k.Revoked, Versions: []VersionInfo{}}
-	if k.Backend == "" {
-		i.Version = k.Current()
-	}
-	for _, v := range k.Versions {
-		i.Versions = append(i.Versions, VersionInfo{v.Version, v.Created, v.Bits, v.In(time.Now()), v.DestroyAt, wraps[v.Version]})
-	}
-	if k.Backend != "" {
-		for version, n := range wraps {
-			if _, known := k.KEK.Version(version); !known {
-				i.Versions = append(i.Versions, VersionInfo{Version: version, State: keystore.Enabled, Wraps: n})
-			}
-		}
-		slices.SortFunc(i.Versions, func(a, b VersionInfo) int { return a.Version - b.Version })
-	}
-	return i, err
-}
-
-func (a *api) create(r *http.Request, e *entry) (any, error) {
+func (a *api) create(r *http.Request, e *auditing.Entry) (any, error) {
 	var in newKEK
-	// Whether it may be made is known only once its name is.
+	// The id, which authorization needs, is in the body.
 	err := decodeSecret(r.Body, &in, "id", "key")
 	var key []byte
 	if in.Key != nil {
@@ -76,90 +36,88 @@ func (a *api) create(r *http.Request, e *entry) (any, error) {
 		return nil, err
 	}
 	e.KEK = in.ID
-	if !a.owner {
-		if v := a.decide(e.Who, e.KEK, policy.Admin); !v.Allowed {
-			return nil, &refusal{who: e.Who, reason: v.Reason}
-		}
-	}
-	if conf, ok := a.keks.conf[in.ID]; ok {
-		return nil, fmt.Errorf("%w: the configuration says that it lives in %s: make it there", keystore.ErrExists, conf.Backend)
-	}
-	k, err := a.keks.store.Create(r.Context(), in.ID, key, keystore.Change{Log: a.keks.beforeVersion(e)})
-	return a.changed(r.Context(), kek{KEK: k}, err)
+	return a.createKEK(r.Context(), e, key)
 }
 
-type newKEK struct {
-	ID  string  `json:"id"`
-	Key *[]byte `json:"key,omitempty"` // to import; absent: a new random one
+// createKEK creates a KEK with a key, or with a random one if key is nil.
+func (a *api) createKEK(ctx context.Context, e *auditing.Entry, key []byte) (keyring.Info, error) {
+	if err := a.rights(e).May(e.KEK, policy.Admin); err != nil {
+		return keyring.Info{}, err
+	}
+	if location, ok := a.keks.Location(e.KEK); ok {
+		return keyring.Info{}, fmt.Errorf("%w: the configuration says that it is in %s: create it there", keystore.ErrExists, location.Backend)
+	}
+	k, err := a.keks.Store.Create(ctx, e.KEK, key, keystore.Change{Log: a.keks.BeforeVersion(e)})
+	return a.changed(ctx, keyring.KEK{KEK: k}, err)
 }
 
-// changed answers a change with what became of the KEK.
-func (a *api) changed(ctx context.Context, k kek, err error) (Info, error) {
+// changed describes a KEK after a change that may have failed.
+func (a *api) changed(ctx context.Context, k keyring.KEK, err error) (keyring.Info, error) {
 	if err != nil {
-		return Info{}, err
+		return keyring.Info{}, err
 	}
-	// It is made, even if it can't be said how many keys were wrapped.
-	info, err := a.describe(ctx, k)
+	// The change is made, even if the number of wraps can't be read.
+	info, err := a.keks.Describe(ctx, k)
 	if err != nil {
-		logrus.WithError(err).WithField("kek", k.ID).Warn("changed, and the number of wraps is not known")
+		logrus.WithError(err).WithField("kek", k.ID).Warn("KEK changed, and its number of wraps is unknown")
 	}
 	return info, nil
 }
 
-func (a *api) rotate(r *http.Request, e *entry) (any, error) {
-	k, err := a.allowed(r.Context(), e, policy.Admin)
-	if err == nil {
-		err = decodeOptional(r, &struct{}{})
-	}
-	if err != nil {
+func (a *api) rotate(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
+	if err := decodeOptional(r, &struct{}{}); err != nil {
 		return nil, err
 	}
-	k, err = a.keks.rotate(r.Context(), k, 0, e)
+	return a.rotateKEK(r.Context(), e, k)
+}
+
+func (a *api) rotateKEK(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+	k, err := a.keks.Rotate(ctx, k, 0, e)
 	if err != nil {
-		return nil, err
+		return keyring.Info{}, err
 	}
-	info, err := a.changed(r.Context(), k, nil)
-	info.Version = e.Version // which the KEK does not say if it is in a KMS
+	info, err := a.changed(ctx, k, nil)
+	info.Version = e.Version // which the KEK lacks if it is in a KMS
 	return info, err
 }
 
-// versionBody tells a version, or all of them if it is absent.
+// versionBody is a request about a version, or about all if it is absent.
 type versionBody struct {
 	Version int `json:"version,omitempty"`
 }
 
-// changeVersion makes a change of a KEK or of one of its versions.
-func (a *api) changeVersion(r *http.Request, e *entry, in *versionBody, body any, change func(ctx context.Context, id string, version int, c keystore.Change) (keystore.KEK, error)) (any, error) {
-	k, err := a.allowed(r.Context(), e, policy.Admin)
-	if err == nil {
-		err = decodeOptional(r, body)
-	}
-	if err == nil && in.Version < 0 {
-		err = fmt.Errorf("%w: version %d is not from 1", keystore.ErrInput, in.Version)
-	}
-	if err != nil {
+func (a *api) disable(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
+	var in versionBody
+	if err := decodeOptional(r, &in); err != nil {
 		return nil, err
 	}
-	e.Version = in.Version
-	k.KEK, err = change(r.Context(), k.ID, in.Version, k.change(a.keks.before(e)))
-	return a.changed(r.Context(), k, err)
+	return a.changeVersion(r.Context(), e, k, in.Version, a.keks.Store.Disable)
 }
 
-func (a *api) disable(r *http.Request, e *entry) (any, error) {
+func (a *api) enable(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
 	var in versionBody
-	return a.changeVersion(r, e, &in, &in, a.keks.store.Disable)
+	if err := decodeOptional(r, &in); err != nil {
+		return nil, err
+	}
+	return a.changeVersion(r.Context(), e, k, in.Version, a.keks.Store.Enable)
 }
 
-func (a *api) enable(r *http.Request, e *entry) (any, error) {
-	var in versionBody
-	return a.changeVersion(r, e, &in, &in, a.keks.store.Enable)
+// changeVersion changes a version of a KEK, or the whole KEK if version is 0.
+func (a *api) changeVersion(ctx context.Context, e *auditing.Entry, k keyring.KEK, version int, change func(ctx context.Context, id string, version int, c keystore.Change) (keystore.KEK, error)) (keyring.Info, error) {
+	if version < 0 {
+		return keyring.Info{}, fmt.Errorf("%w: version %d is not 1 or more", keystore.ErrInput, version)
+	}
+	e.Version = version
+	var err error
+	k.KEK, err = change(ctx, k.ID, version, k.Change(a.keks.Before(e)))
+	return a.changed(ctx, k, err)
 }
 
-// DestroyAfter is how long a version that is to be destroyed can be enabled
-// again, if nothing else is said.
+// DestroyAfter is how long a version that is to be destroyed can be enabled again, by
+// default.
 const DestroyAfter = 7 * 24 * time.Hour
 
-// destroyBody tells what to destroy, and when.
+// destroyBody is a request to destroy a version after some time.
 type destroyBody struct {
 	versionBody
 	After *seconds `json:"afterSeconds,omitempty"`
@@ -167,66 +125,64 @@ type destroyBody struct {
 
 type seconds int64
 
-func (a *api) destroy(r *http.Request, e *entry) (any, error) {
+// maxDestroyAfter is the longest time before a version is destroyed: ten years.
+const maxDestroyAfter seconds = 10 * 365 * 24 * 3600
+
+func (a *api) destroy(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
 	var in destroyBody
-	return a.changeVersion(r, e, &in.versionBody, &in, func(ctx context.Context, id string, version int, c keystore.Change) (keystore.KEK, error) {
-		after := DestroyAfter
-		if in.After != nil {
-			if *in.After < 0 || *in.After > 10*365*24*3600 {
-				return keystore.KEK{}, fmt.Errorf("%w: afterSeconds %d is not from 0 to ten years", keystore.ErrInput, *in.After)
-			}
-			after = time.Duration(*in.After) * time.Second
+	if err := decodeOptional(r, &in); err != nil {
+		return nil, err
+	}
+	after := seconds(DestroyAfter / time.Second)
+	if in.After != nil {
+		after = *in.After
+	}
+	return a.destroyVersion(r.Context(), e, k, in.Version, after)
+}
+
+// destroyVersion destroys a version, or all if version is 0, after that time.
+func (a *api) destroyVersion(ctx context.Context, e *auditing.Entry, k keyring.KEK, version int, after seconds) (keyring.Info, error) {
+	return a.changeVersion(ctx, e, k, version, func(ctx context.Context, id string, version int, c keystore.Change) (keystore.KEK, error) {
+		if after < 0 || after > maxDestroyAfter {
+			return keystore.KEK{}, fmt.Errorf("%w: afterSeconds %d is not from 0 to %d (ten years)", keystore.ErrInput, after, maxDestroyAfter)
 		}
-		at := time.Now().Add(after)
+		at := time.Now().Add(time.Duration(after) * time.Second)
 		e.Reason = "the key is gone from " + at.UTC().Format(time.RFC3339) + " on"
-		return a.keks.store.Destroy(ctx, id, version, at, c)
+		return a.keks.Store.Destroy(ctx, id, version, at, c)
 	})
 }
 
-// identityBody tells whom a revocation is about.
+// identityBody is a request about an identity.
 type identityBody struct {
 	Identity string `json:"identity"`
 }
 
-func (a *api) changeIdentity(r *http.Request, e *entry, change func(ctx context.Context, id, identity string, c keystore.Change) (keystore.KEK, error)) (any, error) {
+func (a *api) revoke(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
 	var in identityBody
-	k, err := a.allowed(r.Context(), e, policy.Admin)
-	if err == nil {
-		err = decodeBody(r, &in)
-	}
-	if err != nil {
+	if err := decodeBody(r, &in); err != nil {
 		return nil, err
 	}
-	// What was revoked by an earlier version may be spelled in another way.
-	if !slices.Contains(k.Revoked, in.Identity) {
-		if in.Identity, err = policy.Canonical(in.Identity, a.issuers.names()); err != nil {
-			return nil, fmt.Errorf("%w: %w", keystore.ErrInput, err)
+	return a.changeIdentity(r.Context(), e, k, in.Identity, a.keks.Store.Revoke)
+}
+
+func (a *api) reinstate(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
+	var in identityBody
+	if err := decodeBody(r, &in); err != nil {
+		return nil, err
+	}
+	return a.changeIdentity(r.Context(), e, k, in.Identity, a.keks.Store.Reinstate)
+}
+
+// changeIdentity changes whether a KEK is revoked for an identity.
+func (a *api) changeIdentity(ctx context.Context, e *auditing.Entry, k keyring.KEK, identity string, change func(ctx context.Context, id, identity string, c keystore.Change) (keystore.KEK, error)) (keyring.Info, error) {
+	var err error
+	// Revocations of earlier versions may be spelled in another way.
+	if !slices.Contains(k.Revoked, identity) {
+		if identity, err = policy.Canonical(identity, a.callers.Issuers.Names()); err != nil {
+			return keyring.Info{}, fmt.Errorf("%w: %w", keystore.ErrInput, err)
 		}
 	}
-	e.Subject = in.Identity
-	k.KEK, err = change(r.Context(), k.ID, in.Identity, k.change(a.keks.before(e)))
-	return a.changed(r.Context(), k, err)
-}
-
-func (a *api) revoke(r *http.Request, e *entry) (any, error) {
-	return a.changeIdentity(r, e, a.keks.store.Revoke)
-}
-
-func (a *api) reinstate(r *http.Request, e *entry) (any, error) {
-	return a.changeIdentity(r, e, a.keks.store.Reinstate)
-}
-
-// decodeOptional decodes a body that may be empty.
-func decodeOptional(r *http.Request, v any) error {
-	var first [1]byte
-	if _, err := io.ReadFull(r.Body, first[:]); errors.Is(err, io.EOF) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	r.Body = struct {
-		io.Reader
-		io.Closer
-	}{io.MultiReader(bytes.NewReader(first[:]), r.Body), r.Body}
-	return decodeBody(r, v)
+	e.Subject = identity
+	k.KEK, err = change(ctx, k.ID, identity, k.Change(a.keks.Before(e)))
+	return a.changed(ctx, k, err)
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestAdmin manages KEKs through a broker that runs.
+// TestAdmin manages KEKs through a running broker.
 func TestAdmin(t *testing.T) {
 	dir := t.TempDir()
 	c, err := client.New(client.Config{URLs: []string{serve(t, dir, server.Config{})}})
@@ -21,28 +21,28 @@ func TestAdmin(t *testing.T) {
 	defer admin.Close()
 
 	key := bytes.Repeat([]byte("k"), 32)
-	if info, err := admin.Create("team/a", bytes.Clone(key)); err != nil || info.ID != "team/a" || info.Version != 1 {
+	if info, err := admin.Create(t.Context(), "team/a", bytes.Clone(key)); err != nil || info.ID != "team/a" || info.Version != 1 {
 		t.Errorf("import: %+v, %v", info, err)
 	}
 	if kek, err := c.KEK(t.Context(), "team/a", 0); err != nil || !bytes.Equal(kek.Key, key) {
 		t.Errorf("the imported KEK: version %d, %v", kek.Version, err)
 	}
-	if info, err := admin.Create("team-b", nil); err != nil || info.Version != 1 || info.Versions[0].Bits != 256 {
+	if info, err := admin.Create(t.Context(), "team-b", nil); err != nil || info.Version != 1 || info.Versions[0].Bits != 256 {
 		t.Errorf("create: %+v, %v", info, err)
 	}
-	if info, err := admin.Rotate("team/a"); err != nil || info.Version != 2 || len(info.Versions) != 2 {
+	if info, err := admin.Rotate(t.Context(), "team/a"); err != nil || info.Version != 2 || len(info.Versions) != 2 {
 		t.Errorf("rotate: %+v, %v", info, err)
 	}
 	if kek, err := c.KEK(t.Context(), "team/a", 0); err != nil || kek.Version != 2 || bytes.Equal(kek.Key, key) {
 		t.Errorf("the rotated KEK: version %d, %v", kek.Version, err)
 	}
-	if info, err := admin.Get("team/a"); err != nil || info.ID != "team/a" || info.Version != 2 || len(info.Versions) != 2 || info.Versions[0].Created.IsZero() {
+	if info, err := admin.Get(t.Context(), "team/a"); err != nil || info.ID != "team/a" || info.Version != 2 || len(info.Versions) != 2 || info.Versions[0].Created.IsZero() {
 		t.Errorf("get: %+v, %v", info, err)
 	}
-	if list, err := admin.List(); err != nil || len(list) != 2 || list[0].ID != "team-b" || list[1].ID != "team/a" || list[1].Version != 2 {
+	if list, err := admin.List(t.Context()); err != nil || len(list) != 2 || list[0].ID != "team-b" || list[1].ID != "team/a" || list[1].Version != 2 {
 		t.Errorf("list: %+v, %v", list, err)
 	}
-	if info, err := admin.Destroy("team/a", 0, 0); err != nil || info.Versions[1].State != "destroyed" {
+	if info, err := admin.Destroy(t.Context(), "team/a", 0, 0); err != nil || info.Versions[1].State != "destroyed" {
 		t.Errorf("destroy: %+v, %v", info, err)
 	}
 
@@ -51,14 +51,14 @@ func TestAdmin(t *testing.T) {
 		do   func() error
 		want string
 	}{
-		{"import of no bytes", func() error { _, err := admin.Create("empty", []byte{}); return err }, "has 0 bytes"},
-		{"import of 31 bytes", func() error { _, err := admin.Create("empty", key[1:]); return err }, "has 31 bytes"},
-		{"import over one that is there", func() error { _, err := admin.Create("team-b", key); return err }, "of that name already"},
-		{"create of nothing", func() error { _, err := admin.Create("", nil); return err }, "can't be a KEK's name"},
-		{"create what is destroyed", func() error { _, err := admin.Create("team/a", nil); return err }, "it was destroyed: take another name"},
-		{"rotate what is destroyed", func() error { _, err := admin.Rotate("team/a"); return err }, "no such KEK"},
-		{"enable what is destroyed", func() error { _, err := admin.Enable("team/a", 0); return err }, "no such KEK"},
-		{"get what was refused", func() error { _, err := admin.Get("empty"); return err }, "no such KEK"},
+		{"import of no bytes", func() error { _, err := admin.Create(t.Context(), "empty", []byte{}); return err }, "has 0 bytes"},
+		{"import of 31 bytes", func() error { _, err := admin.Create(t.Context(), "empty", key[1:]); return err }, "has 31 bytes"},
+		{"import over one that is there", func() error { _, err := admin.Create(t.Context(), "team-b", key); return err }, "of that name already"},
+		{"create of nothing", func() error { _, err := admin.Create(t.Context(), "", nil); return err }, "can't be a KEK's name"},
+		{"create what is destroyed", func() error { _, err := admin.Create(t.Context(), "team/a", nil); return err }, "it was destroyed: take another name"},
+		{"rotate what is destroyed", func() error { _, err := admin.Rotate(t.Context(), "team/a"); return err }, "no such KEK"},
+		{"enable what is destroyed", func() error { _, err := admin.Enable(t.Context(), "team/a", 0); return err }, "no such KEK"},
+		{"get what was refused", func() error { _, err := admin.Get(t.Context(), "empty"); return err }, "no such KEK"},
 	} {
 		if err := test.do(); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %v, want %q", test.name, err, test.want)
@@ -83,8 +83,7 @@ func TestAdmin(t *testing.T) {
 	}
 }
 
-// TestNoAuditNoChange checks that a broker which can't write down a change
-// does not make it.
+// TestNoAuditNoChange checks that a change that can't be audited is not made.
 func TestNoAuditNoChange(t *testing.T) {
 	dir := t.TempDir()
 	key := bytes.Repeat([]byte("k"), 32)
@@ -94,14 +93,14 @@ func TestNoAuditNoChange(t *testing.T) {
 		admin := open(t, dir)
 		defer admin.Close()
 		for name, change := range map[string]func() error{
-			"create":  func() error { _, err := admin.Create("created", nil); return err },
-			"import":  func() error { _, err := admin.Create("imported", bytes.Clone(key)); return err },
-			"rotate":  func() error { _, err := admin.Rotate("team-a"); return err },
-			"destroy": func() error { _, err := admin.Destroy("team-a", 0, 0); return err },
-			"disable": func() error { _, err := admin.Disable("team-a", 0); return err },
-			"revoke":  func() error { _, err := admin.Revoke("team-a", "uid:0"); return err },
-			"list":    func() error { _, err := admin.List(); return err },
-			"get":     func() error { _, err := admin.Get("team-a"); return err },
+			"create":  func() error { _, err := admin.Create(t.Context(), "created", nil); return err },
+			"import":  func() error { _, err := admin.Create(t.Context(), "imported", bytes.Clone(key)); return err },
+			"rotate":  func() error { _, err := admin.Rotate(t.Context(), "team-a"); return err },
+			"destroy": func() error { _, err := admin.Destroy(t.Context(), "team-a", 0, 0); return err },
+			"disable": func() error { _, err := admin.Disable(t.Context(), "team-a", 0); return err },
+			"revoke":  func() error { _, err := admin.Revoke(t.Context(), "team-a", "uid:0"); return err },
+			"list":    func() error { _, err := admin.List(t.Context()); return err },
+			"get":     func() error { _, err := admin.Get(t.Context(), "team-a"); return err },
 		} {
 			if err := change(); err == nil || !strings.Contains(err.Error(), "can't be written") {
 				t.Errorf("%s: %v", name, err)

@@ -6,20 +6,19 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"path"
 	"strconv"
 	"strings"
-	"time"
 
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
+	"github.com/ctrlplane/pilot/copilot/server/authorization"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/keyjson"
-	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/internal/status"
 )
 
@@ -29,17 +28,17 @@ const (
 	maxPlaintext = 64 << 10
 )
 
-// api answers the HTTP API.
+// api handles the HTTP API: chain.go shows what a request passes.
 type api struct {
 	*broker
-	// owner says that whoever reaches this listener may do everything.
+	// owner says that callers of this listener may do everything.
 	owner bool
 }
 
-// newAPI returns the API for those who reach a listener.
+// newAPI returns the API for callers that the policy applies to.
 func newAPI(b *broker) http.Handler { return (&api{b, false}).handler() }
 
-// newAdminAPI returns the API for whoever reaches the admin socket.
+// newAdminAPI returns the API for callers on the admin socket.
 func newAdminAPI(b *broker) http.Handler { return (&api{b, true}).handler() }
 
 func (a *api) handler() http.Handler {
@@ -48,39 +47,42 @@ func (a *api) handler() http.Handler {
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
 		mux.HandleFunc("GET "+auditHeadsPath, a.auditHeads)
+		mux.Handle("POST "+acknowledgePath, a.chain(route{action: "acknowledge", handle: a.acknowledge}))
 		status.Profiles(mux)
 	}
-	for pattern, do := range map[string]struct {
-		action string
-		do     func(*http.Request, *entry) (any, error)
-	}{
-		"GET /api/v1/key/{id}":             {"export", a.exportOriginal},
-		"GET /api/v2/openapi.json":         {"openapi", a.openAPI},
-		"GET /api/v2/keks":                 {"list", a.list},
-		"POST /api/v2/keks":                {"create", a.create},
-		"GET /api/v2/keks/{id}":            {"info", a.info},
-		"GET /api/v2/keks/{id}/key":        {"export", a.export},
-		"POST /api/v2/keks/{id}/wrap":      {"wrap", a.wrap},
-		"POST /api/v2/keks/{id}/unwrap":    {"unwrap", a.unwrap},
-		"POST /api/v2/keks/{id}/rotate":    {"rotate", a.rotate},
-		"POST /api/v2/keks/{id}/disable":   {"disable", a.disable},
-		"POST /api/v2/keks/{id}/enable":    {"enable", a.enable},
-		"POST /api/v2/keks/{id}/destroy":   {"destroy", a.destroy},
-		"POST /api/v2/keks/{id}/revoke":    {"revoke", a.revoke},
-		"POST /api/v2/keks/{id}/reinstate": {"reinstate", a.reinstate},
-		"POST /api/v2/certificate/renew":   {"renew", a.renew},
-		"POST /api/v2/keks/{id}/check":     {"check", a.check},
-		"/":                                {"other", noSuchPath},
-	} {
-		mux.Handle(pattern, a.audited(do.action, do.do))
+	for pattern, r := range a.routes() {
+		mux.Handle(pattern, a.chain(r))
 	}
 	return otelhttp.NewHandler(a.strict(mux), "copilot")
 }
 
-// strict returns h, without the answers that [http.ServeMux] gives by itself
-// to paths that are not clean, since those are in no audit log.
+func (a *api) routes() map[string]route {
+	admin := []policy.Action{policy.Admin}
+	return map[string]route{
+		"GET /api/v1/key/{id}":             {action: "export", handle: a.exportOriginal},
+		"GET /api/v2/openapi.json":         {action: "openapi", handle: a.openAPI},
+		"GET /api/v2/keks":                 {action: "list", handle: a.list},
+		"POST /api/v2/keks":                {action: "create", handle: a.create},
+		"GET /api/v2/keks/{id}":            {action: "info", onKEK: a.info, may: policy.Actions},
+		"GET /api/v2/keks/{id}/key":        {action: "export", handle: a.export},
+		"POST /api/v2/keks/{id}/wrap":      {action: "wrap", onKEK: a.wrap, may: []policy.Action{policy.Wrap}},
+		"POST /api/v2/keks/{id}/unwrap":    {action: "unwrap", onKEK: a.unwrap, may: []policy.Action{policy.Unwrap}},
+		"POST /api/v2/keks/{id}/rotate":    {action: "rotate", onKEK: a.rotate, may: admin},
+		"POST /api/v2/keks/{id}/disable":   {action: "disable", onKEK: a.disable, may: admin},
+		"POST /api/v2/keks/{id}/enable":    {action: "enable", onKEK: a.enable, may: admin},
+		"POST /api/v2/keks/{id}/destroy":   {action: "destroy", onKEK: a.destroy, may: admin},
+		"POST /api/v2/keks/{id}/revoke":    {action: "revoke", onKEK: a.revoke, may: admin},
+		"POST /api/v2/keks/{id}/reinstate": {action: "reinstate", onKEK: a.reinstate, may: admin},
+		"POST /api/v2/keks/{id}/check":     {action: "check", onKEK: a.check, may: admin},
+		"POST /api/v2/certificate/renew":   {action: "renew", handle: a.renew},
+		"/":                                {action: "other", handle: noSuchPath},
+	}
+}
+
+// strict returns h without the answers of [http.ServeMux] to paths that are not clean,
+// which would not be audited.
 func (a *api) strict(h http.Handler) http.Handler {
-	other := a.audited("other", noSuchPath)
+	other := a.chain(route{action: "other", handle: noSuchPath})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if p := r.URL.EscapedPath(); !strings.HasPrefix(p, "/") || path.Clean(p) != p {
 			other.ServeHTTP(w, r)
@@ -90,98 +92,25 @@ func (a *api) strict(h http.Handler) http.Handler {
 	})
 }
 
-func noSuchPath(r *http.Request, _ *entry) (any, error) {
+func noSuchPath(r *http.Request, _ *auditing.Entry) (any, error) {
 	return nil, fmt.Errorf("%w: %s %s", errNoSuchPath, r.Method, r.URL.EscapedPath())
 }
 
-// forLoopback returns h for requests whose Host is this machine, and that no web
-// page of elsewhere has a browser here make. Without that, a page could ask for
-// KEKs by giving its own name the address 127.0.0.1, or use them without seeing the
-// answers.
-func forLoopback(h http.Handler, b *broker) http.Handler {
-	a := &api{b, false}
-	other := a.audited("other", func(r *http.Request, _ *entry) (any, error) {
-		return nil, fmt.Errorf("%w, %.80q", errHost, r.Host)
-	})
-	foreign := a.audited("other", func(r *http.Request, _ *entry) (any, error) {
-		return nil, fmt.Errorf("%w (Origin %.80q, Sec-Fetch-Site %.20q)", errWebPage, r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site"))
-	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		host, _, err := net.SplitHostPort(r.Host)
-		if err != nil {
-			host = strings.Trim(r.Host, "[]")
-		}
-		if !loopback.Is(host) {
-			other.ServeHTTP(w, r)
-			return
-		}
-		if fromWebPage(r) {
-			foreign.ServeHTTP(w, r)
-			return
-		}
-		h.ServeHTTP(w, r)
-	})
-}
-
-// fromWebPage reports whether a browser made the request for a page of elsewhere.
-// copilot has no pages of its own.
-func fromWebPage(r *http.Request) bool {
-	origin := r.Header.Values("Origin")
-	site := r.Header.Get("Sec-Fetch-Site")
-	return len(origin) > 0 && !(len(origin) == 1 && origin[0] == "http://"+r.Host) || site != "" && site != "none" && site != "same-origin"
-}
-
-// allowed returns the KEK that a request is about, if whoever makes it may do
-// one of actions with it. Whoever may not learns nothing of it, not even
-// whether it is there.
-func (a *api) allowed(ctx context.Context, e *entry, actions ...policy.Action) (kek, error) {
-	if !a.owner {
-		if v := a.decide(e.Who, e.KEK, actions...); !v.Allowed {
-			return kek{}, &refusal{who: e.Who, reason: v.Reason}
-		}
-	}
-	k, err := a.keks.find(ctx, e.KEK)
-	if err != nil {
-		return kek{}, err
-	}
-	if !a.owner && IsRevoked(k.Revoked, e.Who) {
-		return kek{}, &refusal{who: e.Who, reason: "the KEK was revoked for " + e.Who}
-	}
-	k.who = e.Who
-	return k, nil
-}
-
-// decide returns the first verdict of several actions that allows one, or else
-// the first.
-func (a *api) decide(who, kek string, actions ...policy.Action) policy.Verdict {
-	p, now := a.policy.Policy(), time.Now()
-	first := p.Decide(who, kek, actions[0], now)
-	for _, action := range actions[1:] {
-		if first.Allowed {
-			break
-		}
-		if v := p.Decide(who, kek, action, now); v.Allowed {
-			return v
-		}
-	}
-	return first
-}
-
-func (a *api) exportOriginal(r *http.Request, e *entry) (any, error) {
+func (a *api) exportOriginal(r *http.Request, e *auditing.Entry) (any, error) {
 	e.KEK = a.originalID(e.KEK)
 	k, err := a.allowed(r.Context(), e, policy.Export)
 	if err != nil {
 		return nil, err
 	}
-	key, version, err := a.keks.key(r.Context(), k, 0)
+	key, version, err := a.keks.Key(r.Context(), k, 0)
 	e.Version = version
 	return raw(key), err
 }
 
-// originalID returns the KEK's name that an id of the original's holds if it is
-// the base64 of JSON. The provider dev is the broker's own store. What vault
-// tells has to be a KEK of the configuration, at the path that it says there,
-// so that no caller chooses what is read.
+// originalID returns the KEK's name in an id of the original's API that is the base64 of
+// JSON. The provider dev is the broker's own store. With the provider vault, the
+// configuration must have the KEK at the same path, so that callers can't choose what is
+// read.
 func (a *api) originalID(id string) string {
 	b, err := base64.StdEncoding.DecodeString(id)
 	if err != nil {
@@ -195,48 +124,46 @@ func (a *api) originalID(id string) string {
 	if json.Unmarshal(b, &v) != nil {
 		return id
 	}
-	conf, configured := a.keks.conf[v.KEK]
+	location, configured := a.keks.Location(v.KEK)
 	switch {
 	case v.Provider == "dev" && !configured:
 		return v.KEK
-	case v.Provider == "vault" && configured && (v.Path == "" || strings.Trim(v.Path, "/") == strings.Trim(conf.Path, "/")):
+	case v.Provider == "vault" && configured && (v.Path == "" || strings.Trim(v.Path, "/") == strings.Trim(location.Path, "/")):
 		return v.KEK
 	}
 	return id
 }
 
-func (a *api) info(r *http.Request, e *entry) (any, error) {
-	k, err := a.allowed(r.Context(), e, policy.Actions...)
-	if err != nil {
-		return nil, err
-	}
-	return a.describeTo(r.Context(), e.Who, k)
+func (a *api) info(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
+	return a.describe(r.Context(), e, k)
 }
 
-// describeTo is describe, without what only those are to know who may admin.
-func (a *api) describeTo(ctx context.Context, who string, k kek) (Info, error) {
-	info, err := a.describe(ctx, k)
-	if !a.owner && !a.decide(who, k.ID, policy.Admin).Allowed {
+// describe describes a KEK, without what only its admins may know.
+func (a *api) describe(ctx context.Context, e *auditing.Entry, k keyring.KEK) (keyring.Info, error) {
+	info, err := a.keks.Describe(ctx, k)
+	if a.rights(e).May(k.ID, policy.Admin) != nil {
 		info.Revoked, info.Path = nil, ""
 	}
 	return info, err
 }
 
-func (a *api) list(r *http.Request, e *entry) (any, error) {
-	wanted := keystore.All
-	if !a.owner {
-		wanted = a.policy.Policy().Usable(e.Who, time.Now())
-	}
-	all, err := a.keks.list(r.Context(), wanted)
+func (a *api) list(r *http.Request, e *auditing.Entry) (any, error) {
+	return a.listKEKs(r.Context(), e)
+}
+
+// listKEKs describes the KEKs that the caller may do anything with.
+func (a *api) listKEKs(ctx context.Context, e *auditing.Entry) ([]keyring.Info, error) {
+	c := a.rights(e)
+	all, err := a.keks.List(ctx, c.Usable())
 	if err != nil {
 		return nil, err
 	}
-	list := []Info{}
+	list := []keyring.Info{}
 	for _, k := range all {
-		if !a.owner && IsRevoked(k.Revoked, e.Who) {
+		if c.NotRevoked(k.KEK) != nil {
 			continue
 		}
-		info, err := a.describeTo(r.Context(), e.Who, k)
+		info, err := a.describe(ctx, e, k)
 		if err != nil {
 			return nil, err
 		}
@@ -245,26 +172,26 @@ func (a *api) list(r *http.Request, e *entry) (any, error) {
 	return list, nil
 }
 
-func (a *api) export(r *http.Request, e *entry) (any, error) {
+func (a *api) export(r *http.Request, e *auditing.Entry) (any, error) {
 	var err error
 	if e.Version, err = number(r, "version", 0); err != nil {
 		return nil, err
 	}
-	wraps, err := number(r, "wraps", exportWraps)
-	if err == nil && wraps > exportWraps {
-		// Whoever may not rotate shall not use a version up.
-		err = fmt.Errorf("%w: wraps is %d, and at most %d: ask again after those", keystore.ErrInput, wraps, exportWraps)
+	wraps, err := number(r, "wraps", keyring.ExportWraps)
+	if err == nil && wraps > keyring.ExportWraps {
+		// Callers that may not rotate must not use up a version.
+		err = fmt.Errorf("%w: wraps is %d, and at most %d: request the key again after those", keystore.ErrInput, wraps, keyring.ExportWraps)
 	}
 	if err != nil {
 		return nil, err
 	}
 	k, err := a.allowed(r.Context(), e, policy.Export)
-	if refused := new(refusal); errors.As(err, &refused) {
-		// It may be somebody who may have copilot wrap or unwrap.
+	if denied := new(authorization.Denial); errors.As(err, &denied) {
+		// The caller may be one that may wrap or unwrap.
 		switch _, mayUse := a.allowed(r.Context(), e, policy.Wrap, policy.Unwrap); {
 		case mayUse == nil:
-			return nil, errNotExported
-		case errors.As(mayUse, &refused), errors.Is(mayUse, keystore.ErrNotFound):
+			return nil, keyring.ErrNotExported
+		case errors.As(mayUse, &denied), errors.Is(mayUse, keystore.ErrNotFound):
 			return nil, err
 		default:
 			return nil, mayUse
@@ -275,12 +202,12 @@ func (a *api) export(r *http.Request, e *entry) (any, error) {
 	}
 	var key []byte
 	if version := e.Version; version != 0 {
-		key, e.Version, err = a.keks.key(r.Context(), k, version)
-	} else if k.wrapsHere() {
-		// Whoever asks for the current version is going to wrap with it.
-		key, e.Version, err = a.keks.current(r.Context(), k, int64(wraps))
+		key, e.Version, err = a.keks.Key(r.Context(), k, version)
+	} else if k.WrapsHere() {
+		// Callers that get the current version are going to wrap with it.
+		key, e.Version, err = a.keks.Current(r.Context(), k, int64(wraps))
 	} else {
-		err = errNotExported
+		err = keyring.ErrNotExported
 	}
 	if err != nil {
 		return nil, err
@@ -289,7 +216,8 @@ func (a *api) export(r *http.Request, e *entry) (any, error) {
 	return secret(keyjson.Object(keyjson.Value("id", e.KEK), keyjson.Value("version", e.Version), keyjson.Key("key", key))), nil
 }
 
-// number returns a number of the query, from 1, or what it is if it is absent.
+// number returns a parameter of the query, which is 1 or more, or absent if it is not
+// there.
 func number(r *http.Request, name string, absent int) (int, error) {
 	text := r.URL.Query().Get(name)
 	if text == "" {
@@ -297,19 +225,16 @@ func number(r *http.Request, name string, absent int) (int, error) {
 	}
 	n, err := strconv.ParseInt(text, 10, 32)
 	if err != nil || n < 1 {
-		return 0, fmt.Errorf("%w: %s %.20q is not a number from 1", keystore.ErrInput, name, text)
+		return 0, fmt.Errorf("%w: %s %.20q is not a number of 1 or more", keystore.ErrInput, name, text)
 	}
 	return int(n), nil
 }
 
-func (a *api) wrap(r *http.Request, e *entry) (any, error) {
+func (a *api) wrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
 	var in struct {
 		Plaintext []byte `json:"plaintext"`
 	}
-	k, err := a.allowed(r.Context(), e, policy.Wrap)
-	if err == nil {
-		err = decodeSecret(r.Body, &in, "plaintext")
-	}
+	err := decodeSecret(r.Body, &in, "plaintext")
 	defer clear(in.Plaintext)
 	if err != nil {
 		return nil, err
@@ -317,80 +242,27 @@ func (a *api) wrap(r *http.Request, e *entry) (any, error) {
 	if len(in.Plaintext) == 0 || len(in.Plaintext) > maxPlaintext {
 		return nil, fmt.Errorf("%w: plaintext has %d bytes, not 1 to %d", keystore.ErrInput, len(in.Plaintext), maxPlaintext)
 	}
-	w, err := a.keks.wrap(r.Context(), k, in.Plaintext)
+	w, err := a.keks.Wrap(r.Context(), k, in.Plaintext)
 	e.Version = w.Version
 	return struct {
 		ID string `json:"id"`
-		wrapped
+		keyring.Wrapped
 	}{e.KEK, w}, err
 }
 
-// wrapped is a key that was wrapped with a KEK.
-type wrapped struct {
-	Version int    `json:"version"`
-	Method  string `json:"method"`
-	IV      []byte `json:"iv,omitempty"`
-	Key     []byte `json:"wrappedKey"`
-}
-
-func (a *api) unwrap(r *http.Request, e *entry) (any, error) {
-	var in wrapped
-	k, err := a.allowed(r.Context(), e, policy.Unwrap)
-	if err == nil {
-		err = decodeBody(r, &in)
-	}
-	if err != nil {
+func (a *api) unwrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
+	var in keyring.Wrapped
+	if err := decodeBody(r, &in); err != nil {
 		return nil, err
 	}
 	if in.Version < 1 {
-		return nil, fmt.Errorf("%w: version %d is not from 1", keystore.ErrInput, in.Version)
+		return nil, fmt.Errorf("%w: version %d is not 1 or more", keystore.ErrInput, in.Version)
 	}
 	e.Version = in.Version
-	plaintext, err := a.keks.unwrap(r.Context(), k, in)
+	plaintext, err := a.keks.Unwrap(r.Context(), k, in)
 	if err != nil {
 		return nil, err
 	}
 	defer clear(plaintext)
 	return secret(keyjson.Object(keyjson.Key("plaintext", plaintext))), nil
-}
-
-// decodeSecret is decodeBody for a body that holds a key, in a member of one of
-// those names.
-func decodeSecret(body io.Reader, v any, names ...string) error {
-	b, err := keyjson.ReadAll(body)
-	defer clear(b)
-	if err != nil {
-		return bodyError(err)
-	}
-	if err := keyjson.Decode(b, v, names...); err != nil {
-		return errBody
-	}
-	return nil
-}
-
-// errBody does not quote the body, which may hold keys.
-var errBody = fmt.Errorf("%w: the body is not the JSON that this path takes", keystore.ErrInput)
-
-// bodyError returns the error of a body that could not be read or decoded.
-func bodyError(err error) error {
-	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return err
-	}
-	return errBody
-}
-
-// decodeBody decodes one JSON value with no unknown fields.
-func decodeBody(r *http.Request, v any) error {
-	d := json.NewDecoder(r.Body)
-	d.DisallowUnknownFields()
-	err := d.Decode(v)
-	if err == nil {
-		if _, more := d.Token(); more != io.EOF {
-			err = errors.New("something follows")
-		}
-	}
-	if err != nil {
-		return bodyError(err)
-	}
-	return nil
 }

@@ -18,11 +18,11 @@ import (
 )
 
 // create makes KEKs before a broker runs.
-func create(t *testing.T, dir string, keks map[string][]byte) {
+func create(t testing.TB, dir string, keks map[string][]byte) {
 	t.Helper()
 	keys := open(t, dir)
 	for id, key := range keks {
-		if _, err := keys.Create(id, key); err != nil {
+		if _, err := keys.Create(t.Context(), id, key); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -58,9 +58,9 @@ func lastAudited(t *testing.T, dir string) audit.Entry {
 	return list[len(list)-1]
 }
 
-// TestAuditRefused asks for what net/http would answer by itself, or redirect,
-// or that the socket is not for.
-func TestAuditRefused(t *testing.T) {
+// TestRequestsThatNoPathTakesAreAudited sends requests that net/http would answer or
+// redirect by itself, or that are for another listener.
+func TestRequestsThatNoPathTakesAreAudited(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "x": nil, "key": nil})
 	public := strings.TrimPrefix(serve(t, dir, server.Config{}), "unix://")
@@ -103,12 +103,12 @@ func TestAuditRefused(t *testing.T) {
 	}
 	keys := open(t, dir)
 	defer keys.Close()
-	if list, err := keys.List(); err != nil || len(list) != 3 {
+	if list, err := keys.List(t.Context()); err != nil || len(list) != 3 {
 		t.Errorf("%d KEKs are left, want 3: %v", len(list), err)
 	}
 }
 
-// raw sends a request whose path no client has cleaned.
+// raw sends a request with a path as it is.
 func raw(t *testing.T, socket, methodAndTarget string) (*http.Response, string) {
 	t.Helper()
 	conn, err := net.Dial("unix", socket)

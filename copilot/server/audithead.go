@@ -17,12 +17,11 @@ import (
 	"github.com/ctrlplane/pilot/copilot/keystore"
 )
 
-// noteInterval is how often the last line of the audit log is noted in the store, if
-// there is a new one. What is cut off of a log right after copilot was killed, and is
-// not older than this, is not found.
+// noteInterval is how often a new last line of the audit log is recorded in the store.
+// Lines that are younger than this when copilot is killed can be cut off unnoticed.
 const noteInterval = time.Second
 
-// AuditName returns what the store calls the audit log.
+// AuditName returns the audit log's name in the store.
 func (c Config) AuditName() string {
 	if to := c.AuditTo(); to == auditDatabase || to == "-" {
 		return to
@@ -30,8 +29,8 @@ func (c Config) AuditName() string {
 	return keystore.AuditLogName(c.AuditTo(), c.Database != "")
 }
 
-// headNotes notes the last line of the audit log in the store, after it is on disk:
-// a crash in between leaves an older one there, which the log goes on from.
+// headNotes records the last line of the audit log in the store, after it is on disk: a
+// crash in between leaves an older line there, after which the log continues.
 type headNotes struct {
 	log   *audit.Log
 	store *keystore.Store
@@ -42,7 +41,7 @@ type headNotes struct {
 	failed bool
 }
 
-// note notes the last line, if that is new.
+// note records the last line if it is new.
 func (n *headNotes) note(ctx context.Context) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -52,14 +51,14 @@ func (n *headNotes) note(ctx context.Context) {
 	}
 	err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: h.Chain, Seq: h.Seq, MAC: h.MAC, Log: n.name, At: time.Now().UTC()})
 	if err != nil && !n.failed {
-		logrus.WithError(err).Warn("the audit log's last line is not noted in the store: it is tried again")
+		logrus.WithError(err).Warn("can't record the audit log's last line in the store: retrying")
 	}
 	if n.failed = err != nil; n.failed {
 		return
 	}
 	if ended := n.log.Ended(); n.noted.Seq == 0 && ended.Seq > 0 {
-		// What is in the log names that line now: nothing is looked for by the store.
-		err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: ended.Chain, Seq: ended.Seq, MAC: ended.MAC, At: time.Now().UTC()})
+		// The log itself names that line now, so nobody has to look for it.
+		err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: ended.Chain, Seq: ended.Seq, MAC: ended.MAC, Log: n.name, At: time.Now().UTC(), Lost: true})
 		if err != nil {
 			return
 		}
@@ -67,7 +66,7 @@ func (n *headNotes) note(ctx context.Context) {
 	n.noted = h
 }
 
-// run notes the last line now and then, until ctx is done.
+// run records the last line each noteInterval, until ctx is done.
 func (n *headNotes) run(ctx context.Context) {
 	tick := time.NewTicker(noteInterval)
 	defer tick.Stop()
@@ -81,8 +80,8 @@ func (n *headNotes) run(ctx context.Context) {
 	}
 }
 
-// openAudit opens the audit log of a configuration, and looks for the lines that the
-// store knows of.
+// openAudit opens the audit log of a configuration, and checks that it has the lines that
+// the store has recorded.
 func openAudit(ctx context.Context, conf Config, store *keystore.Store) (*audit.Log, error) {
 	key, err := keystore.AuditKey(conf.Dir)
 	if err != nil {
@@ -99,36 +98,51 @@ func openAudit(ctx context.Context, conf Config, store *keystore.Store) (*audit.
 	return audit.OpenPostgres(ctx, conf.Database, key, known...)
 }
 
-// HeadsOf returns the heads of one log, the last one at the end.
+// HeadsOf returns the heads that a log has to have, the last one at the end.
 func HeadsOf(heads []keystore.AuditHead, log string) []audit.Head {
 	slices.SortFunc(heads, func(a, b keystore.AuditHead) int { return a.At.Compare(b.At) })
 	var list []audit.Head
 	for _, h := range heads {
-		if h.Log == log {
-			list = append(list, audit.Head{Chain: h.Chain, Seq: h.Seq, MAC: h.MAC})
+		if h.Log == log && !h.Lost {
+			list = append(list, headOf(h))
 		}
 	}
 	return list
 }
 
-// auditHeadsPath is where the admin socket has the heads, for who can't open the
+// AcknowledgedOf returns the heads of a log that need not be there any more, and says of
+// each who has acknowledged that, and why.
+func AcknowledgedOf(heads []keystore.AuditHead, log string) (list []audit.Head, why []string) {
+	for _, h := range heads {
+		if h.Log == log && h.Acknowledged != "" {
+			list, why = append(list, headOf(h)), append(why, h.Acknowledged)
+		}
+	}
+	return list, why
+}
+
+func headOf(h keystore.AuditHead) audit.Head {
+	return audit.Head{Chain: h.Chain, Seq: h.Seq, MAC: h.MAC}
+}
+
+// auditHeadsPath is the admin socket's path for the heads, since nothing else can open the
 // store while it is in use.
 const auditHeadsPath = "/audit/heads"
 
-// auditHeads answers with the heads in the store.
+// auditHeads handles requests for the heads in the store.
 func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
 	if !b.opened.Load() {
 		http.Error(w, "copilot's database can't be used", http.StatusServiceUnavailable)
 		return
 	}
 	b.heads.note(r.Context())
-	heads, err := b.keks.store.AuditHeads(r.Context())
+	heads, err := b.keks.Store.AuditHeads(r.Context())
 	if errors.Is(err, keystore.ErrAuditHead) {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
 	if err != nil {
-		logrus.WithError(err).Error("heads of the audit log not read")
+		logrus.WithError(err).Error("can't read the heads of the audit log")
 		http.Error(w, "see copilot's log", http.StatusServiceUnavailable)
 		return
 	}
@@ -136,9 +150,9 @@ func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(heads)
 }
 
-// AuditHeads returns what the store notes of audit logs: from the copilot that runs
-// with it, or from the store. The error wraps [keystore.ErrAuditHead] if that was
-// changed there.
+// AuditHeads returns the last lines of audit logs that the store has recorded: from the
+// copilot that has it open, or from the store itself. The error wraps
+// [keystore.ErrAuditHead] if a record was changed.
 func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) {
 	admin := adminOf(conf.Dir)
 	defer admin.Close()
@@ -154,7 +168,7 @@ func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) 
 	switch resp.StatusCode {
 	case http.StatusOK:
 	case http.StatusInternalServerError:
-		return nil, fmt.Errorf("a last line of the audit log was %w", keystore.ErrAuditHead)
+		return nil, fmt.Errorf("a recorded line of the audit log was %w", keystore.ErrAuditHead)
 	default:
 		return nil, fmt.Errorf("the running copilot answered %s", resp.Status)
 	}

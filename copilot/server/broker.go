@@ -1,7 +1,9 @@
-// Package server is a key broker: it keeps key encryption keys (KEKs), or
-// reaches them in key management systems, hands them out over HTTP or wraps and
-// unwraps with them for whom its policy allows, and writes down each request in
-// an audit log.
+// Package server is the key broker: it keeps key encryption keys (KEKs), or reaches them
+// in key management systems, exports them over HTTP, or wraps and unwraps with them, as
+// its policy allows, and writes each use to an audit log.
+//
+// chain.go shows what a request passes. Each step is a package below: caller,
+// authorization, ratelimit, auditing. Then comes the keyring. TLS is in handshake.
 package server
 
 import (
@@ -20,35 +22,35 @@ import (
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/policy"
-	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
+	"github.com/ctrlplane/pilot/copilot/server/ratelimit"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
 // broker is what all listeners of a server share.
 type broker struct {
-	keks     *keyring
-	audit    *audit.Log
-	heads    *headNotes
+	callers  caller.Authenticator
 	policy   *policy.File
-	issuers  *issuers
-	limits   *limits
-	refusals *refusals
-	renewals *limits
-	nodeCA   *nodeCA // that renews clients' certificates; may be nil
+	requests ratelimit.Requests
+	renewals ratelimit.Requests
+	audit    *auditing.Log
+	keks     *keyring.Keyring // nil until it is open
+	auditLog *audit.Log       // nil until it is open
+	heads    *headNotes       // nil until it is open
+	nodeCA   *nodeCA          // renews clients' certificates; may be nil
 	metrics  *metrics
-	// clients are the CAs of their certificates; nil if they show none.
-	clients   *certfile.Authorities
-	anonymous bool // those who do not say who they are may ask, on loopback
 
-	// opened says that the store and the audit log are open. Until then, nobody
-	// else uses them.
+	// opened says that the store and the audit log are open. Before that, nothing else
+	// uses them.
 	opened atomic.Bool
 	// waiting is why they are not open yet.
 	waiting  atomic.Pointer[string]
 	stopping atomic.Bool
 }
 
-// newBroker opens what the configuration tells.
+// newBroker opens the broker of a configuration.
 func newBroker(ctx context.Context, conf Config) (*broker, error) {
 	b, err := closedBroker(conf)
 	if err != nil {
@@ -66,58 +68,43 @@ func closedBroker(conf Config) (b *broker, err error) {
 		return nil, err
 	}
 	b = &broker{
-		limits:    &limits{},
-		renewals:  &limits{},
-		metrics:   newMetrics(),
-		anonymous: conf.InsecureLoopback && !conf.hasTLS(),
-		keks:      &keyring{},
+		audit:   auditing.New(),
+		metrics: newMetrics(),
+		callers: caller.Authenticator{AllowAnonymous: conf.InsecureLoopback && !conf.hasTLS()},
 	}
-	b.refusals = &refusals{write: func(e audit.Entry) error {
-		if !b.opened.Load() {
-			return nil
-		}
-		return b.audit.Write(e)
-	}}
 	if b.policy, err = openPolicy(conf); err != nil {
 		return nil, exit.UsageError(err)
 	}
-	if b.issuers, err = newIssuers(conf.Issuers); err != nil {
+	if b.callers.Issuers, err = caller.NewIssuers(conf.Issuers); err != nil {
 		return nil, exit.UsageError(err)
 	}
 	return b, nil
 }
 
-// open opens the store, the audit log and the KMSs. If it fails, it can be called
-// again.
+// open opens the store, the audit log and the KMSs. It can be called again if it fails.
 func (b *broker) open(ctx context.Context, conf Config) (err error) {
-	var opened broker
-	opened.keks = &keyring{}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, opened.close())
-		}
-	}()
 	store, err := keystore.Open(ctx, conf.Dir, conf.Database)
 	if err != nil {
 		return err
 	}
-	opened.keks.store = store
-	if opened.audit, err = openAudit(ctx, conf, store); err != nil {
-		return err
-	}
-	keks, err := newKeyring(conf, store, opened.audit, b.metrics)
+	log, err := openAudit(ctx, conf, store)
 	if err != nil {
-		return err
+		return errors.Join(err, store.Close())
 	}
-	b.keks, b.audit = keks, opened.audit
-	b.heads = &headNotes{log: b.audit, store: store, name: conf.AuditName()}
-	b.metrics.auditLosses(b.audit.Losses)
+	keks, err := keyring.New(keyring.Config{Backends: conf.Backends, KMS: conf.KMS, KEKs: conf.KEKs, WrapLimit: conf.WrapLimit}, store, b.audit, b.metrics.keyring)
+	if err != nil {
+		return errors.Join(err, store.Close(), log.Close())
+	}
+	b.keks, b.auditLog = keks, log
+	b.heads = &headNotes{log: log, store: store, name: conf.AuditName()}
+	b.metrics.auditLosses(log.Losses)
+	b.audit.Open(log)
 	b.opened.Store(true)
 	return nil
 }
 
-// checkOwner keeps root from making files in a store that belongs to the user
-// that copilot's service runs as, who could not open them.
+// checkOwner keeps root from creating files in a store of the user that copilot's service
+// runs as, which could not open them.
 func checkOwner(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil || os.Geteuid() != 0 {
@@ -135,20 +122,13 @@ func checkOwner(dir string) error {
 }
 
 func (b *broker) close() error {
-	err := b.keks.close()
-	if b.refusals != nil {
-		b.refusals.look(time.Now(), true)
+	if !b.opened.Load() {
+		return nil
 	}
-	if b.heads != nil {
-		b.heads.note(context.Background())
-	}
-	if b.keks.store != nil {
-		err = errors.Join(err, b.keks.store.Close())
-	}
-	if b.audit != nil {
-		err = errors.Join(err, b.audit.Close())
-	}
-	return err
+	err := b.keks.Close()
+	b.audit.Flush()
+	b.heads.note(context.Background())
+	return errors.Join(err, b.keks.Store.Close(), b.auditLog.Close())
 }
 
 func openPolicy(conf Config) (*policy.File, error) {
@@ -157,22 +137,22 @@ func openPolicy(conf Config) (*policy.File, error) {
 	}
 	who := []string{"uid:0", fmt.Sprintf("uid:%d", os.Getuid())}
 	if conf.InsecureLoopback {
-		who = append(who, anonymous)
+		who = append(who, caller.Anonymous)
 	}
 	return policy.Fixed(policy.Local(who...)), nil
 }
 
-// reload reads the policy again, if its file changed or always is true.
+// reload reads the policy again if its file has changed, or always is true.
 func (b *broker) reload(always bool) {
 	changed, err := b.policy.Reload(always)
 	if err != nil {
 		b.metrics.policyUsable.Set(0)
-		logrus.WithError(err).Error("the policy stays what it was: its file can't be used")
+		logrus.WithError(err).Error("the policy file can't be used: the previous policy stays in force")
 		return
 	}
 	if changed {
 		b.policyRead()
-		logrus.Info("policy read again")
+		logrus.Info("policy reloaded")
 	}
 }
 
@@ -182,15 +162,15 @@ func (b *broker) policyRead() {
 }
 
 const (
-	// policyEvery is how often the policy's file is looked at.
-	policyEvery = 2 * time.Second
-	// sweepEvery is how often keys are forgotten whose time has come.
-	sweepEvery = time.Minute
+	// policyInterval is how often the policy's file is checked for changes.
+	policyInterval = 2 * time.Second
+	// sweepInterval is how often keys are destroyed whose time has come.
+	sweepInterval = time.Minute
 )
 
-// tend does what is to be done now and then, until ctx is done.
+// tend does the periodic work, until ctx is done.
 func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
-	look, sweep := time.NewTicker(policyEvery), time.NewTicker(sweepEvery)
+	look, sweep := time.NewTicker(policyInterval), time.NewTicker(sweepInterval)
 	defer look.Stop()
 	defer sweep.Stop()
 	b.sweep(ctx)
@@ -200,8 +180,8 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 			return
 		case <-hangup:
 			b.reload(true)
-			if err := b.audit.Reopen(); err != nil {
-				logrus.WithError(err).Error("audit log not opened again: the file before is used")
+			if err := b.auditLog.Reopen(); err != nil {
+				logrus.WithError(err).Error("can't reopen the audit log: the open file stays in use")
 			}
 		case <-look.C:
 			b.reload(false)
@@ -212,15 +192,15 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 }
 
 func (b *broker) sweep(ctx context.Context) {
-	err := b.keks.store.Sweep(ctx, func(k keystore.KEK) error {
+	err := b.keks.Store.Sweep(ctx, func(k keystore.KEK) error {
 		return b.audit.Write(audit.Entry{Action: "destroyed", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed, Reason: "the waiting time is over"})
 	})
 	if err != nil && ctx.Err() == nil {
-		logrus.WithError(err).Error("keys that are to be destroyed are still there")
+		logrus.WithError(err).Error("can't destroy keys whose waiting time is over")
 	}
 }
 
-var errStopping = errors.New("copilot is about to stop")
+var errStopping = errors.New("copilot is stopping")
 
 func (b *broker) ready(ctx context.Context) error {
 	if b.stopping.Load() {
@@ -229,11 +209,11 @@ func (b *broker) ready(ctx context.Context) error {
 	if !b.opened.Load() {
 		return keystore.ErrUnavailable
 	}
-	if err := b.keks.store.Ready(ctx); err != nil {
+	if err := b.keks.Store.Ready(ctx); err != nil {
 		logrus.WithError(err).Warn("not ready")
 		return keystore.ErrUnavailable
 	}
-	if err := b.audit.Ready(); err != nil {
+	if err := b.auditLog.Ready(); err != nil {
 		logrus.WithError(err).Warn("not ready")
 		return audit.ErrUnavailable
 	}

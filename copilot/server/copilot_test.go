@@ -16,36 +16,18 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 )
 
 // serve runs a broker on a store, until the test ends, and returns the address
 // of its socket.
-func serve(t *testing.T, dir string, conf server.Config) string {
+func serve(t testing.TB, dir string, conf server.Config) string {
 	t.Helper()
-	socket := filepath.Join(dir, "s")
-	// It is opened last: once it answers, the others in conf do too.
-	conf.Dir, conf.Listen = dir, append(conf.Listen, "unix://"+socket)
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(ctx, conf) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	for range 6000 { // a minute
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			return "unix://" + socket
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the broker does not start")
-	return ""
+	conf.Dir = dir
+	return servertest.Serve(t, conf)
 }
 
-func open(t *testing.T, dir string) *server.Keys {
+func open(t testing.TB, dir string) server.Keys {
 	t.Helper()
 	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {
@@ -76,13 +58,13 @@ func request(t *testing.T, url, method, path, body string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// TestClient asks a real broker for what it was given.
-func TestClient(t *testing.T) {
+// TestClientExportsWrapsAndUnwraps gets KEKs from a real broker, and wraps and unwraps with them.
+func TestClientExportsWrapsAndUnwraps(t *testing.T) {
 	dir := t.TempDir()
 	key := []byte("0123456789abcdef0123456789abcdef")
 	keys := open(t, dir)
 	for id, k := range map[string][]byte{"team-a": key, "team/b": nil, "short": key[:16]} {
-		if _, err := keys.Create(id, k); err != nil {
+		if _, err := keys.Create(t.Context(), id, k); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -98,10 +80,10 @@ func TestClient(t *testing.T) {
 	if kek, err := c.KEK(ctx, "team-a", 0); err != nil || kek.Version != 1 || !bytes.Equal(kek.Key, key) {
 		t.Errorf("got %d bytes of version %d, %v", len(kek.Key), kek.Version, err)
 	}
-	// While it serves, keys are managed through it.
+	// While the broker runs, keys are managed through it.
 	admin := open(t, dir)
 	defer admin.Close()
-	if info, err := admin.Rotate("team-a"); err != nil || info.Version != 2 {
+	if info, err := admin.Rotate(t.Context(), "team-a"); err != nil || info.Version != 2 {
 		t.Errorf("rotate: %+v, %v", info, err)
 	}
 	if kek, err := c.KEK(ctx, "team-a", 0); err != nil || kek.Version != 2 || bytes.Equal(kek.Key, key) {
@@ -145,7 +127,7 @@ func TestClient(t *testing.T) {
 		method, path, body string
 		status             int
 	}{
-		{"POST", "/api/v2/keks", `{"id":"evil"}`, 403}, // for who may admin
+		{"POST", "/api/v2/keks", `{"id":"evil"}`, 403}, // admins only
 		{"POST", "/api/v2/keks/team-a/rotate", "", 403},
 		{"DELETE", "/api/v2/keks/team-a", "", 404},
 		{"GET", "/api/v2/keks/team-a/key?version=x", "", 400},  //
@@ -194,7 +176,7 @@ func TestClient(t *testing.T) {
 func TestNoAudit(t *testing.T) {
 	dir := t.TempDir()
 	keys := open(t, dir)
-	if _, err := keys.Create("team-a", nil); err != nil {
+	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
 		t.Fatal(err)
 	}
 	keys.Close()
@@ -215,7 +197,7 @@ func TestNoAudit(t *testing.T) {
 
 func TestRefusedAddresses(t *testing.T) {
 	for address, want := range map[string]string{
-		"0.0.0.0:1": "other machines reach this", "[::]:1": "other machines", "example.com:1": "other machines",
+		"0.0.0.0:1": "other machines can connect", "[::]:1": "other machines", "example.com:1": "other machines",
 		"127.0.0.1:1": "every user of this machine", "unix://relative": "absolute path", "nonsense": "neither",
 	} {
 		err := server.Serve(t.Context(), server.Config{Dir: t.TempDir(), Listen: []string{address}})

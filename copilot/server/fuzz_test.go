@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -12,13 +13,13 @@ import (
 	"testing"
 
 	"github.com/sirupsen/logrus"
-	"golang.org/x/sys/unix"
 
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
-// FuzzAPI sends whatever comes to mind to copilot, as somebody who may use the
-// KEK team-a, and may not use another.
+// FuzzAPI sends any request to copilot, as a user that may use the KEK team-a and no
+// other.
 func FuzzAPI(f *testing.F) {
 	logrus.SetLevel(logrus.PanicLevel)
 	dir := f.TempDir()
@@ -36,16 +37,13 @@ func FuzzAPI(f *testing.F) {
 	}
 	defer b.close()
 	key := []byte("KEKKEKKEKKEKKEKKEKKEKKEKKEKKEKKE")
-	owner := newKeys("http://copilot", here{newAdminAPI(b)})
+	owner := newLocalKeys(b, conf)
 	for _, kek := range []string{"team-a", "other"} {
-		if _, err := owner.Create(kek, key); err != nil {
+		if _, err := owner.Create(f.Context(), kek, key); err != nil {
 			f.Fatal(err)
 		}
 	}
-	wrapped, err := owner.wrapped("other")
-	if err != nil {
-		f.Fatal(err)
-	}
+	wrapped := wrapOther(f, newAdminAPI(b))
 	api := newAPI(b)
 	f.Add("GET", "/api/v2/keks/team-a", "")
 	f.Add("GET", "/api/v2/keks/other/key?version=1", "")
@@ -67,7 +65,7 @@ func FuzzAPI(f *testing.F) {
 			return
 		}
 		r.URL, r.RequestURI = u, u.RequestURI()
-		r = r.WithContext(context.WithValue(t.Context(), peerKey{}, &unix.Ucred{Uid: 7}))
+		r = r.WithContext(caller.WithUser(t.Context(), 7))
 		w := httptest.NewRecorder()
 		api.ServeHTTP(w, r)
 		said := w.Body.String()
@@ -86,7 +84,7 @@ func FuzzAPI(f *testing.F) {
 			t.Errorf("%s %s %s: %d without problem details: %s", method, target, body, w.Code, said)
 		}
 		for _, kek := range []string{"team-a", "other"} {
-			if i, err := owner.Get(kek); err != nil || i.Version != 1 || i.Disabled || len(i.Revoked) > 0 || len(i.Versions) != 1 {
+			if i, err := owner.Get(t.Context(), kek); err != nil || i.Version != 1 || i.Disabled || len(i.Revoked) > 0 || len(i.Versions) != 1 {
 				t.Fatalf("%s %s %s changed %s to %+v, %v", method, target, body, kek, i, err)
 			}
 		}
@@ -96,20 +94,24 @@ func FuzzAPI(f *testing.F) {
 // otherSecret is wrapped with the KEK other.
 const otherSecret = "secret of the other"
 
-// wrapped returns the body of a request to unwrap otherSecret.
-func (k *Keys) wrapped(kek string) (string, error) {
-	var w json.RawMessage
-	err := k.call(http.MethodPost, "/"+kek+"/wrap", keyjson.Object(keyjson.Key("plaintext", []byte(otherSecret))), &w)
+// wrapOther returns the body of a request to unwrap otherSecret.
+func wrapOther(f *testing.F, api http.Handler) string {
+	r := httptest.NewRequest(http.MethodPost, "http://copilot/api/v2/keks/other/wrap", bytes.NewReader(keyjson.Object(keyjson.Key("plaintext", []byte(otherSecret)))))
+	w := httptest.NewRecorder()
+	api.ServeHTTP(w, r.WithContext(caller.WithUser(f.Context(), 0)))
 	var fields map[string]any
-	if err == nil {
-		err = json.Unmarshal(w, &fields)
+	if err := json.Unmarshal(w.Body.Bytes(), &fields); err != nil || w.Code != http.StatusOK {
+		f.Fatalf("wrap: %d %s", w.Code, w.Body)
 	}
 	delete(fields, "id")
-	b, _ := json.Marshal(fields)
-	return string(b), err
+	b, err := json.Marshal(fields)
+	if err != nil {
+		f.Fatal(err)
+	}
+	return string(b)
 }
 
-// FuzzReadConfig has anything be copilot.toml.
+// FuzzReadConfig reads any text as copilot.toml.
 func FuzzReadConfig(f *testing.F) {
 	f.Add("dir = \"/x\"\nlisten = [\"unix:///s\", \"0.0.0.0:8443\"]\n[issuers.a]\nurl = \"https://a\"\naudience = \"b\"\n")
 	f.Add("[backends.a]\ntype = \"vault-kv\"\naddress = \"https://a\"\n[keks.\"b\"]\nbackend = \"a\"\npath = \"c\"\n")

@@ -9,8 +9,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
-// TestSilentConnections has many connect who say nothing, or only hello: they keep
-// nobody waiting.
+// TestSilentConnections opens many connections that send nothing, or only their hello:
+// they delay no other.
 func TestSilentConnections(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
@@ -25,16 +25,16 @@ func TestSilentConnections(t *testing.T) {
 		}
 		defer conn.Close()
 		if i%2 == 0 {
-			// It says hello, and does not read the answer.
+			// It sends its hello, and does not read the answer.
 			go tls.Client(helloOnly{conn}, &tls.Config{InsecureSkipVerify: true}).Handshake()
 		}
 	}
 	files := ca.Issue(t, spiffe("/node/7"))
-	// If they had the turns, the broker would refuse this one after handshakeWait.
+	// If they had the turns, the broker would refuse this one.
 	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 }
 
-// helloOnly is a connection of a client that hears nothing.
+// helloOnly is a connection of a client that reads nothing.
 type helloOnly struct{ net.Conn }
 
 func (helloOnly) Read([]byte) (int, error) { select {} }

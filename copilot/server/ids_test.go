@@ -13,8 +13,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestIDs asks for KEKs by ids that are written to reach something else.
-func TestIDs(t *testing.T) {
+// TestIDsReachNoOtherKEK requests KEKs by ids that are written to reach another KEK or path.
+func TestIDsReachNoOtherKEK(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "shared/x": nil, "secret": nil})
 	policy := writeFile(t, filepath.Join(dir, "policy.toml"), "[[rule]]\nidentities = ['uid:*']\nkeks = ['team-a', 'shared/*']\nactions = ['export']\n")
@@ -32,7 +32,7 @@ func TestIDs(t *testing.T) {
 			}
 		}
 	}
-	// Ten megabytes of base64 are too much for a request line, and harm nobody.
+	// Ten megabytes of base64 are too much for a request line, and do no harm.
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
 		t.Fatal(err)

@@ -11,7 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestRateLimit asks more often than the policy lets.
+// TestRateLimit sends more requests than the policy allows.
 func TestRateLimit(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
@@ -35,7 +35,7 @@ burst = 5
 			t.Error(body)
 		}
 	}
-	// One more for each second that it took, and one line about those refused.
+	// One more for each second that it took, and one line about the refused ones.
 	seconds := int(time.Since(begin)/time.Second) + 2
 	if counts[200] < 5 || counts[200] > 5+seconds || counts[429] == 0 || counts[200]+counts[429] != 50 {
 		t.Errorf("answers in %d seconds: %v", seconds, counts)
@@ -43,7 +43,7 @@ burst = 5
 	if lines := len(audited(t, dir)) - before; lines > counts[200]+seconds+1 {
 		t.Errorf("%d lines in the audit log in %d seconds", lines, seconds)
 	}
-	// Those of the admin socket are not limited.
+	// The admin socket has no limits.
 	for range 20 {
 		if status, _ := request(t, "unix://"+filepath.Join(dir, "admin.sock"), "GET", "/api/v2/keks/team-a", ""); status != 200 {
 			t.Errorf("admin: %d", status)
@@ -51,8 +51,8 @@ burst = 5
 	}
 }
 
-// TestWrapLimit wraps more keys than a version may.
-func TestWrapLimit(t *testing.T) {
+// TestVersionAtItsLimitIsRotated wraps more keys than a version may.
+func TestVersionAtItsLimitIsRotated(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	serve(t, dir, server.Config{WrapLimit: 3000})
@@ -100,7 +100,7 @@ func TestWrapLimit(t *testing.T) {
 	}
 	keys := open(t, dir)
 	defer keys.Close()
-	info, err := keys.Get("team-a")
+	info, err := keys.Get(t.Context(), "team-a")
 	if err != nil || info.Version != 2 || info.Versions[0].Wraps < 3000 || info.Versions[1].Wraps != 1025 {
 		t.Errorf("%+v, %v", info, err)
 	}

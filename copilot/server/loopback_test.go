@@ -21,8 +21,8 @@ func serveLoopback(t *testing.T, dir string) string {
 	return address
 }
 
-// TestLoopbackHost asks as a browser here would whose page has given its own
-// name the address 127.0.0.1.
+// TestLoopbackHost sends requests like a local browser whose page has given its own name
+// the address 127.0.0.1.
 func TestLoopbackHost(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": []byte("0123456789abcdef0123456789abcdef")})

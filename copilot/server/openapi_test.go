@@ -28,9 +28,9 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestOpenAPI makes requests of each kind, good and bad, and checks that each
-// answer is one of those that the document tells, in the shape that it tells.
-func TestOpenAPI(t *testing.T) {
+// TestAnswersFitTheOpenAPIDocument makes requests of each kind, good and bad, and checks that each
+// answer is one of those in the document, in its shape.
+func TestAnswersFitTheOpenAPIDocument(t *testing.T) {
 	text, err := os.ReadFile("openapi.json")
 	if err != nil {
 		t.Fatal(err)
@@ -66,7 +66,7 @@ burst = 8
 		t.Fatal(err)
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
-	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem")); err != nil {
+	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
@@ -170,7 +170,7 @@ burst = 8
 			Options: &openapi3filter.Options{AuthenticationFunc: openapi3filter.NoopAuthenticationFunc, IncludeResponseStatus: true, SkipSettingDefaults: true},
 		}
 		if err := openapi3filter.ValidateRequest(t.Context(), input); err != nil {
-			t.Errorf("%s: the document does not tell this request: %v", name, err)
+			t.Errorf("%s: the document does not describe this request: %v", name, err)
 		}
 		req.Body = io.NopCloser(strings.NewReader(body))
 		resp, err := client.Do(req)
@@ -190,7 +190,7 @@ burst = 8
 			Body: io.NopCloser(bytes.NewReader(answer)), Options: input.Options,
 		})
 		if err != nil {
-			t.Errorf("%s: the document does not tell this answer: %v\n%s", name, err, answer)
+			t.Errorf("%s: the document does not describe this answer: %v\n%s", name, err, answer)
 		}
 		if strings.Contains(string(answer), `"wrappedKey"`) && test.socket == admin {
 			wrapped = strings.Replace(string(answer), `"id":"team/a",`, "", 1)
@@ -210,7 +210,7 @@ burst = 8
 
 func find(t *testing.T, router routers.Router, req *http.Request) (*routers.Route, map[string]string) {
 	t.Helper()
-	// The router takes a slash for one, however it is written.
+	// The router decodes %2F.
 	flat := *req
 	flat.URL = &url.URL{Scheme: "http", Host: "copilot", Path: strings.ReplaceAll(req.URL.EscapedPath(), "%2F", "-")}
 	route, params, err := router.FindRoute(&flat)

@@ -2,9 +2,7 @@ package server
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
-	"fmt"
 	"net/http"
 	"time"
 
@@ -13,19 +11,20 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
 )
 
-// openInterval is how often a database is tried that could not be opened.
+// openInterval is how often opening a database that is away is tried again.
 const openInterval = 2 * time.Second
 
-// tryOpen opens the store. A database that is away, or that does not let copilot
-// in, is no error: the broker is not open then, and waiting says why. Each reason is
-// logged once, until there is another.
+// tryOpen opens the store. A database that is away, or that does not let copilot in, is
+// not an error: the broker stays closed, and waiting says why. A reason is logged again
+// only after another one.
 func (b *broker) tryOpen(ctx context.Context, conf Config) error {
 	err := b.open(ctx, conf)
 	if err == nil {
-		if made := store(conf, b.keks.store); made != "" {
-			logrus.Warn(made)
+		if created := describeCreated(conf, b.keks.Store); created != "" {
+			logrus.Warn(created)
 		}
 		return nil
 	}
@@ -34,7 +33,7 @@ func (b *broker) tryOpen(ctx context.Context, conf Config) error {
 	}
 	reason := err.Error()
 	if before := b.waiting.Swap(&reason); before == nil || *before != reason {
-		logrus.WithError(err).Error("not ready: the database can't be used, and is tried again every " + openInterval.String())
+		logrus.WithError(err).Error("not ready: the database can't be used: retrying every " + openInterval.String())
 		daemon.SdNotify(false, "STATUS=not ready: "+reason)
 	}
 	return nil
@@ -53,7 +52,7 @@ func (b *broker) awaitOpen(ctx context.Context, conf Config) error {
 			return nil
 		case <-tick.C:
 		}
-		// What is decided from then on is decided by the policy of now.
+		// Decisions begin with the current policy.
 		b.reload(false)
 		if err := b.tryOpen(ctx, conf); ctx.Err() != nil {
 			return nil
@@ -61,7 +60,7 @@ func (b *broker) awaitOpen(ctx context.Context, conf Config) error {
 			return err
 		}
 		if b.opened.Load() {
-			logrus.Info("the database can be used: ready")
+			logrus.Info("the database is available: ready")
 			daemon.SdNotify(false, "STATUS=")
 			return nil
 		}
@@ -73,16 +72,14 @@ type notOpen struct{ reason string }
 
 func (n *notOpen) Error() string { return "copilot is not ready: " + n.reason }
 
-// refuseNotOpen answers a request before the store is open. No audit log is open
-// either, and nothing was decided. Only the owner learns more than that.
-func (a *api) refuseNotOpen(w http.ResponseWriter, action string, start time.Time) {
-	id := make([]byte, 8)
-	rand.Read(id) // never fails
+// refuseNotOpen answers a request before the store is open. The audit log is not open
+// either, and nothing was decided. Only the owner learns the reason.
+func (a *api) refuseNotOpen(w http.ResponseWriter, e *auditing.Entry, start time.Time) {
 	err := &notOpen{"its database can't be used, see its log"}
 	if reason := a.waiting.Load(); a.owner && reason != nil {
 		err.reason = *reason + " (tried again every " + openInterval.String() + ")"
 	}
-	e := &entry{Entry: audit.Entry{Request: fmt.Sprintf("%x", id), Action: action, Verdict: audit.Failed, Status: http.StatusServiceUnavailable}}
+	e.Status, e.Verdict = http.StatusServiceUnavailable, audit.Failed
 	a.metrics.request(e, time.Since(start))
 	writeAnswer(w, e, nil, err)
 }

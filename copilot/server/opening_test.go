@@ -9,8 +9,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestServesWithoutDatabase serves for longer than it takes to note the audit log's
-// last line, with a database that is away.
+// TestServesWithoutDatabase serves with a database that is away, for longer than
+// noteInterval.
 func TestServesWithoutDatabase(t *testing.T) {
 	dir := t.TempDir()
 	conf := server.Config{Database: "postgres://127.0.0.1:1/copilot?connect_timeout=1"}

@@ -11,8 +11,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 )
 
-// TestOriginalID asks for KEKs by the ids that the original's callers use.
-func TestOriginalID(t *testing.T) {
+// TestOriginalIDNamesItsKEK requests KEKs by ids of the original's API.
+func TestOriginalIDNamesItsKEK(t *testing.T) {
 	dir := t.TempDir()
 	key := bytes.Repeat([]byte("k"), 24)
 	create(t, dir, map[string][]byte{"team-a": key, "team/b": key})
@@ -52,7 +52,7 @@ func TestOriginalID(t *testing.T) {
 			t.Errorf("%s: audited %+v", test.json, e)
 		}
 	}
-	// It is the original's API only that reads them.
+	// Only the original's API reads them.
 	v2, err := client.New(client.Config{URLs: []string{"http://" + address}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)

@@ -11,28 +11,21 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
+	"github.com/ctrlplane/pilot/copilot/server/authorization"
 )
 
 // maxRequest bounds a certificate signing request, in bytes. One for an RSA key of
 // 8192 bits has some 3,000.
 const maxRequest = 16 << 10
 
-// Each identity may have its certificate renewed so often.
+// Limit of renewals of each identity.
 const (
 	renewInterval = time.Minute
 	renewBurst    = 3
 )
 
-var errNoNodeCA = errors.New("this broker renews no certificates, since it has no node-ca: run \"copilot certs renew\" on its machine with a copy of the certificate, or see \"Renew by themselves\" in docs/copilot.md")
-
-// notRenewed is the error of a client whose certificate is not renewed.
-type notRenewed struct {
-	reason string // for the audit log only
-}
-
-func (*notRenewed) Error() string {
-	return "this certificate is not renewed: the audit log of the broker says why; \"copilot certs renew\" on its machine renews it all the same"
-}
+var errNoNodeCA = errors.New("this broker does not renew certificates, since node-ca is not set: run \"copilot certs renew\" on its machine with a copy of the certificate, or see \"Renew by themselves\" in docs/copilot.md")
 
 // renewed is the answer to a client whose certificate was renewed.
 type renewed struct {
@@ -40,24 +33,32 @@ type renewed struct {
 	NotAfter    time.Time `json:"notAfter"`
 }
 
-// renew issues a client another certificate for the same identity and for the key of
-// its request, as long as that identity may use a KEK. No KEK may be revoked for it:
-// an identity that was suspected once does not get certificates without end.
-func (a *api) renew(r *http.Request, e *entry) (any, error) {
+// renew issues a client another certificate for the same identity and for the key of its
+// request, as long as that identity may use a KEK. No KEK may be revoked for it: an
+// identity that was suspected once must not get certificates forever.
+func (a *api) renew(r *http.Request, e *auditing.Entry) (any, error) {
 	if a.nodeCA == nil {
 		return nil, errNoNodeCA
 	}
 	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 || r.Header.Get("Authorization") != "" {
-		return nil, fmt.Errorf("%w: a certificate is renewed for who shows it in the TLS handshake, and no token besides", keystore.ErrInput)
+		return nil, fmt.Errorf("%w: a certificate is renewed for clients that show it in the TLS handshake, and no token", keystore.ErrInput)
 	}
 	old := r.TLS.PeerCertificates[0]
 	if !strings.HasPrefix(e.Who, "spiffe://") {
-		return nil, &notRenewed{"the certificate has no SPIFFE ID"}
+		return nil, &authorization.NotRenewed{Reason: "the certificate has no SPIFFE ID"}
 	}
-	if after := a.renewals.takeAt(e.Who, 1/renewInterval.Seconds(), renewBurst); after > 0 {
-		return nil, &tooMany{after: after}
+	if err := a.renewals.TakeAt(e.Who, 1/renewInterval.Seconds(), renewBurst); err != nil {
+		return nil, err
 	}
-	if err := a.mayRenew(r, e); err != nil {
+	all, err := a.keks.List(r.Context(), keystore.All)
+	if err != nil {
+		return nil, err
+	}
+	keks := make([]keystore.KEK, len(all))
+	for i, k := range all {
+		keks[i] = k.KEK
+	}
+	if err := authorization.CheckRenewal(a.policy.Policy(), e.Who, keks); err != nil {
 		return nil, err
 	}
 	var in struct {
@@ -67,7 +68,7 @@ func (a *api) renew(r *http.Request, e *entry) (any, error) {
 		return nil, err
 	}
 	if len(in.CSR) > maxRequest {
-		return nil, fmt.Errorf("%w: csr has %d bytes, and at most %d are possible", keystore.ErrInput, len(in.CSR), maxRequest)
+		return nil, fmt.Errorf("%w: csr has %d bytes, and the limit is %d", keystore.ErrInput, len(in.CSR), maxRequest)
 	}
 	ca, err := a.nodeCA.load()
 	if err != nil {
@@ -78,7 +79,7 @@ func (a *api) renew(r *http.Request, e *entry) (any, error) {
 	case errors.Is(err, pki.ErrRequest):
 		return nil, fmt.Errorf("%w: %w", keystore.ErrInput, err)
 	case errors.Is(err, pki.ErrNotRenewable):
-		return nil, &notRenewed{err.Error()}
+		return nil, &authorization.NotRenewed{Reason: err.Error()}
 	case err != nil:
 		return nil, err
 	}
@@ -86,40 +87,14 @@ func (a *api) renew(r *http.Request, e *entry) (any, error) {
 	return renewed{string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})), cert.NotAfter.UTC()}, nil
 }
 
-// mayRenew returns an error unless an identity is a machine's that may use KEKs.
-func (a *api) mayRenew(r *http.Request, e *entry) error {
-	// All of them: a KEK that was revoked for it may be one that the policy does not
-	// let it use any more.
-	all, err := a.keks.list(r.Context(), func(string) bool { return true })
-	if err != nil {
-		return err
-	}
-	may, now := false, time.Now()
-	p := a.policy.Policy()
-	if p.Admins(e.Who, now) { // also KEKs that are still to be made
-		return &notRenewed{e.Who + " may admin KEKs: an admin's certificate is renewed on the broker's machine"}
-	}
-	usable := p.Usable(e.Who, now)
-	for _, k := range all {
-		if IsRevoked(k.Revoked, e.Who) {
-			return &notRenewed{fmt.Sprintf("the KEK %s was revoked for %s", k.ID, e.Who)}
-		}
-		may = may || usable(k.ID)
-	}
-	if !may {
-		return &notRenewed{"the policy lets " + e.Who + " use no KEK"}
-	}
-	return nil
-}
-
-// nodeCA is where the CA is that clients' certificates are renewed with. Its files
-// are read for each, so that it can be replaced.
+// nodeCA is the CA that renews clients' certificates. Its files are read for each
+// renewal, so that it can be replaced.
 type nodeCA struct {
 	certFile, keyFile string
 	trusted           string // tls-client-ca
 }
 
-// newNodeCA returns the CA that the configuration names, or nil if it names none.
+// newNodeCA returns the configured CA, or nil if there is none.
 func newNodeCA(conf Config) (*nodeCA, error) {
 	if conf.NodeCA == "" {
 		return nil, nil
@@ -141,7 +116,7 @@ func (n *nodeCA) load() (*pki.CA, error) {
 		return nil, err
 	}
 	if mode := info.Mode().Perm(); mode&0o027 != 0 {
-		return nil, fmt.Errorf("%s can be read by others (mode %04o): chmod 0600 it, and if others could have read it, make a new CA (\"copilot certs node-ca\")", n.keyFile, mode)
+		return nil, fmt.Errorf("%s is readable by others (mode %04o): chmod 0600 it, and if others may have read it, create a new CA (\"copilot certs node-ca\")", n.keyFile, mode)
 	}
 	ca, err := pki.LoadFiles(n.certFile, n.keyFile)
 	if err == nil && ca.TrustDomain() == "" {

@@ -20,6 +20,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
+	"github.com/ctrlplane/pilot/copilot/server/handshake"
+	"github.com/ctrlplane/pilot/copilot/server/ratelimit"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/status"
@@ -27,15 +30,15 @@ import (
 	"github.com/ctrlplane/pilot/internal/watchdog"
 )
 
-// adminSocket is the name of the socket in the store's directory on which a
-// server takes the commands of whoever may read the store.
+// adminSocket is the name of the socket in the store's directory on which a server takes
+// commands of users that can read the store.
 const adminSocket = "admin.sock"
 
-// stopWithin is how long requests under way may take when a server stops.
-const stopWithin = 10 * time.Second
+// shutdownTimeout is how long requests in progress may take when a server stops.
+const shutdownTimeout = 10 * time.Second
 
-// Serve answers requests until ctx is done, then finishes those under way. It
-// reads its policy again, and opens its audit log again, on SIGHUP.
+// Serve answers requests until ctx is done, then finishes those in progress. On SIGHUP it
+// reloads its policy and reopens its audit log.
 func Serve(ctx context.Context, conf Config) error {
 	if err := conf.check(); err != nil {
 		return exit.UsageError(err)
@@ -62,7 +65,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return err
 	}
 	defer b.close()
-	b.clients = clients
+	b.callers.Clients = clients
 	if b.nodeCA, err = newNodeCA(conf); err != nil {
 		return err
 	}
@@ -74,7 +77,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA}
 	}))
 
-	s := &server{broker: b, handshakes: newHandshakes(b.metrics.shed), connections: &connections{refused: b.metrics.refused}, errorLog: log.New(serverLog{b}, "", 0)}
+	s := &server{broker: b, turns: handshake.NewTurns(b.metrics.shed), connections: &ratelimit.Connections{Refused: b.metrics.refused}}
 	defer s.closeListeners()
 	if err := s.listen(conf, tlsConfig); err != nil {
 		return err
@@ -98,7 +101,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return nil
 	})
 	g.Go(func() error {
-		b.refusals.run(ctx)
+		b.audit.Run(ctx)
 		return nil
 	})
 	g.Go(func() error {
@@ -107,38 +110,36 @@ func Serve(ctx context.Context, conf Config) error {
 	})
 	warn(conf)
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		logrus.WithError(err).Warn("systemd not told that copilot serves")
+		logrus.WithError(err).Warn("can't notify systemd that copilot is ready")
 	}
 	return g.Wait()
 }
 
-// warn says loudly what is dangerous, and what is not set but probably meant.
+// warn logs what is dangerous, and settings that are probably missing.
 func warn(conf Config) {
 	for _, address := range conf.Listen {
 		isUnix := strings.HasPrefix(address, "unix://")
 		logrus.WithFields(logrus.Fields{"listen": address, "tls": !isUnix && conf.hasTLS(), "dir": conf.Dir}).Info("copilot serves")
 		if !isUnix && !conf.hasTLS() {
-			logrus.WithField("listen", address).Warn("EVERY USER OF THIS MACHINE CAN READ EVERY KEK: there is no TLS (--insecure-loopback)")
+			logrus.WithField("listen", address).Warn("EVERY USER OF THIS MACHINE CAN READ EVERY KEK: TLS is off (--insecure-loopback)")
 		}
 	}
 	if conf.Policy == "" && (conf.hasTLS() || len(conf.Issuers) > 0) {
-		logrus.Warn("there is no policy, so only root and copilot's own user may use KEKs, over unix sockets: give --policy")
+		logrus.Warn("no policy: only root and copilot's own user may use KEKs, over unix sockets: set --policy")
 	}
 }
 
-// server is what listens.
+// server is a broker and its listeners.
 type server struct {
 	*broker
-	handshakes  *handshakes
-	connections *connections
-	errorLog    *log.Logger
+	turns       *handshake.Turns
+	connections *ratelimit.Connections
 	listeners   []listener
 }
 
 type listener struct {
 	net.Listener
 	handler http.Handler
-	admin   bool
 }
 
 func (s *server) closeListeners() {
@@ -147,7 +148,7 @@ func (s *server) closeListeners() {
 	}
 }
 
-// listen opens all listeners, those with the API last.
+// listen opens all listeners, those of the API last.
 func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 	admin, err := unixsocket.Listen(filepath.Join(conf.Dir, adminSocket))
 	if err != nil {
@@ -156,7 +157,7 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 	public := http.NewServeMux()
 	status.Health(public, s.ready)
 	public.Handle("GET /metrics", s.metrics.handler())
-	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker), true})
+	s.listeners = append(s.listeners, listener{admin, newAdminAPI(s.broker)})
 	if conf.MetricsListen != "" {
 		l, err := net.Listen("tcp", conf.MetricsListen)
 		if err != nil {
@@ -168,12 +169,14 @@ func (s *server) listen(conf Config, tlsConfig *tls.Config) error {
 		l := listener{handler: newAPI(s.broker)}
 		if path, ok := strings.CutPrefix(address, "unix://"); ok {
 			if l.Listener, err = unixsocket.Listen(path); err == nil {
+				l.Listener = s.connections.Listener(l.Listener)
 				mode, _ := conf.socketMode()
 				err = os.Chmod(path, mode)
 			}
 		} else if l.Listener, err = net.Listen("tcp", address); err == nil {
+			l.Listener = s.connections.Listener(l.Listener)
 			if tlsConfig != nil {
-				l.Listener = s.handshakes.listener(l.Listener, tlsConfig)
+				l.Listener = s.turns.Listener(l.Listener, tlsConfig, s.handshakeFailed)
 			} else {
 				l.handler = forLoopback(l.handler, s.broker)
 			}
@@ -193,22 +196,14 @@ func (s *server) serve(ctx context.Context, g *errgroup.Group, l listener) {
 	h := &http.Server{
 		Handler: l.handler,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			if ctx = withPeer(ctx, c); l.admin {
-				return ctx
-			}
-			return s.connections.opened(ctx, c)
-		},
-		ConnState: func(c net.Conn, state http.ConnState) {
-			if state == http.StateClosed {
-				s.connections.closed(c)
-			}
+			return ratelimit.OnConnection(caller.OnConnection(ctx, c), c)
 		},
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       20 * time.Second,
 		WriteTimeout:      20 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    32 << 10,
-		ErrorLog:          s.errorLog,
+		ErrorLog:          log.New(warnings{}, "", 0),
 
 		DisableGeneralOptionsHandler: true,
 	}
@@ -221,7 +216,7 @@ func (s *server) serve(ctx context.Context, g *errgroup.Group, l listener) {
 	g.Go(func() error {
 		<-ctx.Done()
 		s.stopping.Store(true)
-		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopWithin)
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer cancel()
 		if err := h.Shutdown(stop); err != nil {
 			return h.Close()
@@ -230,38 +225,31 @@ func (s *server) serve(ctx context.Context, g *errgroup.Group, l listener) {
 	})
 }
 
-// serverLog takes the lines that [http.Server] logs: to the log and, those on
-// connections that were refused for their certificate, to the audit log.
-type serverLog struct{ *broker }
+// warnings logs what [http.Server] reports.
+type warnings struct{}
 
-func (l serverLog) Write(b []byte) (int, error) {
-	line := strings.TrimSpace(string(b))
-	refused, ok := strings.CutPrefix(line, "http: TLS handshake error from ")
-	from, reason, _ := strings.Cut(refused, ": ")
-	switch {
-	case !ok:
-		logrus.Warn(line)
-		return len(b), nil
-	case reason == "EOF": // a probe that said nothing
-		logrus.Debug(line)
-		return len(b), nil
+func (warnings) Write(b []byte) (int, error) {
+	logrus.Warn(strings.TrimSpace(string(b)))
+	return len(b), nil
+}
+
+// handshakeFailed logs and audits a connection whose TLS handshake failed.
+func (b *broker) handshakeFailed(f handshake.Failure) {
+	fields := logrus.WithError(f.Err).WithField("from", f.From)
+	const message = "TLS handshake failed"
+	if f.Silent() {
+		fields.Debug(message)
+		return
 	}
-	e := audit.Entry{Action: "connect", Who: anonymous, From: from, Verdict: audit.Failed, Reason: reason}
-	if strings.Contains(reason, "certificate") {
+	e := audit.Entry{Action: "connect", Who: caller.Anonymous, From: f.From, Verdict: audit.Failed, Reason: f.Err.Error()}
+	if f.Denied {
 		e.Verdict = audit.Denied
 	}
-	caller, many := network(from), reason == errOverload.Error()
-	if many { // those come from many at once
-		caller = reason
+	written, err := b.audit.Connection(e, errors.Is(f.Err, handshake.ErrOverload))
+	if written {
+		fields.Warn(message)
 	}
-	if !l.refusals.note(caller, e, many) {
-		return len(b), nil
+	if err != nil {
+		logrus.WithError(err).Error("can't audit a failed TLS handshake")
 	}
-	logrus.Warn(line)
-	if l.opened.Load() {
-		if err := l.audit.Write(e); err != nil {
-			logrus.WithError(err).Error("refused connection not audited")
-		}
-	}
-	return len(b), nil
 }

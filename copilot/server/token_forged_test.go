@@ -15,11 +15,11 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
-// TestForgedTokens shows tokens that nobody's private key has signed, or another's
-// than the issuer's.
+// TestForgedTokens shows tokens that are not signed, or not by the issuer's key.
 func TestForgedTokens(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
@@ -29,7 +29,7 @@ func TestForgedTokens(t *testing.T) {
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File,
 		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-		Issuers:     map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA}},
+		Issuers:     map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA}},
 	})
 	const path = "/api/v2/keks/team-a/key?version=1"
 	good := issuer.token(t, nil)

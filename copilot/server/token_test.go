@@ -22,6 +22,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 )
 
@@ -102,7 +103,7 @@ func TestTokens(t *testing.T) {
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File,
 		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-		Issuers:     map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
+		Issuers:     map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot", CA: issuerCA, TokenFile: tokenFile}},
 	})
 	pod := newRemote(t, address, ca, nil)
 	const path = "/api/v2/keks/team-a/key?version=1"
@@ -111,7 +112,7 @@ func TestTokens(t *testing.T) {
 	}
 	pod.token = issuer.token(t, nil)
 	for range 3 {
-		if answer := pod.want(t, 503, "GET", path, ""); !strings.Contains(answer, "the keys of the token's issuer can't be had") || strings.Contains(answer, issuer.URL) {
+		if answer := pod.want(t, 503, "GET", path, ""); !strings.Contains(answer, "can't fetch the keys of the token's issuer") || strings.Contains(answer, issuer.URL) {
 			t.Error(answer)
 		}
 	}
@@ -127,13 +128,13 @@ func TestTokens(t *testing.T) {
 		"from tomorrow":       {issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(24 * time.Hour)) }), "before the nbf"},
 		"for another":         {issuer.token(t, func(c *jwt.Claims) { c.Audience = jwt.Audience{"vault"} }), "audience"},
 		"of nobody":           {issuer.token(t, func(c *jwt.Claims) { c.Subject = "" }), "no subject"},
-		"of a foreign issuer": {foreign.token(t, nil), "not one of the broker's"},
+		"of a foreign issuer": {foreign.token(t, nil), "not configured in this broker"},
 		"signed by another":   {foreign.token(t, func(c *jwt.Claims) { c.Issuer = issuer.URL }), "failed to verify"},
 		"changed":             {good[:len(good)-6] + "AAAAAA", "failed to verify"},
 		"unsigned":            {none, "token of issuer cluster"},
-		"no token":            {"abc", "no JSON web token"},
-		"three parts":         {"a.b.c", "no JSON web token"},
-		"10 KB":               {strings.Repeat("x", 17<<10), "more than 16384 bytes"},
+		"no token":            {"abc", "not a JSON web token"},
+		"three parts":         {"a.b.c", "not a JSON web token"},
+		"10 KB":               {strings.Repeat("x", 17<<10), "larger than 16384 bytes"},
 	} {
 		pod.token = test.token
 		answer := pod.want(t, 401, "GET", path, "")
@@ -144,10 +145,10 @@ func TestTokens(t *testing.T) {
 			t.Errorf("%s: the token is in the answer", name)
 		}
 	}
-	// Clocks may be some minutes apart.
+	// Clocks may differ by some minutes.
 	pod.token = issuer.token(t, func(c *jwt.Claims) { c.NotBefore = jwt.NewNumericDate(time.Now().Add(time.Minute)) })
 	pod.want(t, 200, "GET", path, "")
-	// A bad token is not made good by a certificate.
+	// A certificate does not make up for a bad token.
 	files := ca.Issue(t, spiffe("/node/7"))
 	both := newRemote(t, address, ca, &files)
 	both.want(t, 200, "GET", path, "")
@@ -168,9 +169,9 @@ func TestTokens(t *testing.T) {
 	}
 }
 
-// TestIssuerHangs has many show tokens of an issuer that takes connections and does
-// not answer.
-func TestIssuerHangs(t *testing.T) {
+// TestHangingIssuerDelaysNoOtherCaller has many clients show tokens of an issuer that
+// accepts connections and does not answer.
+func TestHangingIssuerDelaysNoOtherCaller(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -183,7 +184,7 @@ func TestIssuerHangs(t *testing.T) {
 	issuer.URL = "https://" + silent.Addr().String()
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-		Issuers: map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+		Issuers: map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
 	})
 	begin := time.Now()
 	var wg sync.WaitGroup
@@ -192,13 +193,13 @@ func TestIssuerHangs(t *testing.T) {
 		pod := newRemote(t, address, ca, nil)
 		pod.token = issuer.token(t, nil)
 		wg.Go(func() {
-			if status, answer := pod.do(t, "GET", "/api/v2/keks/team-a/key", ""); status != 503 || !strings.Contains(answer, "the keys of the token's issuer can't be had") {
+			if status, answer := pod.do(t, "GET", "/api/v2/keks/team-a/key", ""); status != 503 || !strings.Contains(answer, "can't fetch the keys of the token's issuer") {
 				t.Errorf("%d %s", status, answer)
 			}
 			answered.Add(1)
 		})
 	}
-	// Others do not wait for it.
+	// Other callers do not wait for it.
 	files := ca.Issue(t, spiffe("/node/7"))
 	newRemote(t, address, ca, &files).want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 	if n := answered.Load(); n > 0 {
@@ -211,22 +212,22 @@ func TestIssuerHangs(t *testing.T) {
 	}
 }
 
-// jwtNone returns a token that says that it is not signed.
+// jwtNone returns a token with the algorithm none.
 func jwtNone(token string) string {
 	parts := strings.Split(token, ".")
 	return "eyJhbGciOiJub25lIn0." + parts[1] + "."
 }
 
-// TestUnknownCallers bounds what those write into the audit log who say nothing of
-// who they are.
-func TestUnknownCallers(t *testing.T) {
+// TestUnauthenticatedCallersDoNotFillTheAuditLog sends many requests without
+// credentials.
+func TestUnauthenticatedCallersDoNotFillTheAuditLog(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
 	issuer := newOIDCIssuer(t)
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File,
-		Issuers:     map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
+		Issuers:     map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot"}},
 	})
 	files := ca.Issue(t, spiffe("/node/1"))
 	node := newRemote(t, address, ca, &files)
@@ -251,9 +252,9 @@ func TestUnknownCallers(t *testing.T) {
 	}
 }
 
-// TestIssuerMisbehaves has an issuer that leads elsewhere, and tokens that would have
-// copilot ask it for each request.
-func TestIssuerMisbehaves(t *testing.T) {
+// TestIssuerIsAskedAtItsOwnHostOnly has an issuer that refers to other hosts, and
+// tokens that would make copilot fetch its keys for each request.
+func TestIssuerIsAskedAtItsOwnHostOnly(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	ca := certtest.NewAuthority(t)
@@ -290,7 +291,7 @@ func TestIssuerMisbehaves(t *testing.T) {
 		create(t, dir, map[string][]byte{"team-a": nil})
 		address := serveTLS(t, dir, ca, server.Config{
 			TLSClientCA: ca.File, Policy: writeFile(t, filepath.Join(dir, "policy.toml"), tokenPolicy),
-			Issuers: map[string]server.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot",
+			Issuers: map[string]caller.Issuer{"cluster": {URL: issuer.URL, Audience: "copilot",
 				CA:        writeFile(t, filepath.Join(dir, "issuer.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw}))),
 				TokenFile: writeFile(t, filepath.Join(dir, "token"), "its own")}},
 		})
@@ -330,7 +331,7 @@ func TestIssuerMisbehaves(t *testing.T) {
 		t.Errorf("20 tokens of unknown keys: the issuer was asked %d times in %s", n, time.Since(began))
 	}
 
-	// Claims that are there twice.
+	// Duplicate claims.
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: issuer.key, KeyID: issuer.keyID()}}, nil)
 	if err != nil {
 		t.Fatal(err)

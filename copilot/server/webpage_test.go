@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestLoopbackWebPage asks as a browser here does for a page of elsewhere.
+// TestLoopbackWebPage sends requests like a local browser for a foreign page.
 func TestLoopbackWebPage(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})

@@ -14,8 +14,9 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
-// TestWrapLargest wraps as much as fits, and a byte more.
-func TestWrapLargest(t *testing.T) {
+// TestLargestPlaintextIsWrapped wraps the largest plaintext, and one that is a byte
+// longer.
+func TestLargestPlaintextIsWrapped(t *testing.T) {
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	c, err := client.New(client.Config{URLs: []string{serve(t, dir, server.Config{})}, Timeout: time.Minute})
@@ -35,8 +36,8 @@ func TestWrapLargest(t *testing.T) {
 	}
 }
 
-// TestUnwrapAnnotation has the broker unwrap what pilot wrapped itself.
-func TestUnwrapAnnotation(t *testing.T) {
+// TestBrokerUnwrapsWhatPilotWrapped unwraps what pilot has wrapped itself.
+func TestBrokerUnwrapsWhatPilotWrapped(t *testing.T) {
 	dir := t.TempDir()
 	key := bytes.Repeat([]byte("k"), 32)
 	create(t, dir, map[string][]byte{"team/a": bytes.Clone(key), "team-b": bytes.Clone(key)})

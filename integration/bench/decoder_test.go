@@ -14,6 +14,8 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -37,12 +39,13 @@ func BenchmarkDecoder(b *testing.B) {
 	harness.Output(b, build)
 	_, brokerURL := harness.StartBroker(b, dir+"/broker", "team-a")
 	_, conf := harness.StartPilot(b, dir, brokerURL)
-	if err := processor.RegisterKeyProviders(conf); err != nil {
+	providers, err := ocicryptclient.FromFile(conf, grpcdial.Call)
+	if err != nil {
 		b.Fatal(err)
 	}
 	private, public := harness.KeyPair(b, dir+"/keys")
-	forKey := &config.EncryptConfig{Parameters: map[string][][]byte{"pubkeys": {[]byte(harness.Read(b, public))}}}
-	forKEK := &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}
+	forKey := processor.Recipients{Parameters: map[string][][]byte{"pubkeys": {[]byte(harness.Read(b, public))}}}
+	forKEK := processor.Recipients{Keys: processor.Keys{Providers: providers}, Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}
 	key := config.DecryptConfig{Parameters: map[string][][]byte{"privkeys": {[]byte(harness.Read(b, private))}, "privkeys-passwords": {nil}}}
 
 	small := newMaterial(b).layer(4 << 10)
@@ -179,13 +182,14 @@ func (d decoder) run(layer, want []byte) (first, peak float64) {
 }
 
 // encryptedLayer encrypts a layer.
-func encryptedLayer(b *testing.B, layer []byte, ec *config.EncryptConfig) ([]byte, ocispec.Descriptor) {
+func encryptedLayer(b *testing.B, layer []byte, to processor.Recipients) ([]byte, ocispec.Descriptor) {
 	b.Helper()
-	out, desc, err := processor.EncryptLayer(b.Context(), layer, ocispec.MediaTypeImageLayer, ec)
+	var out bytes.Buffer
+	desc, err := processor.Encrypt(b.Context(), &out, bytes.NewReader(layer), ocispec.MediaTypeImageLayer, to)
 	if err != nil {
 		b.Fatal(err)
 	}
-	return out, desc
+	return out.Bytes(), desc
 }
 
 // payloadFor returns what containerd passes to a stream processor.

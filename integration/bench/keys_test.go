@@ -25,7 +25,7 @@ const callers = 64
 // has, over its socket, and how long each takes. The callers are in the same
 // machine, as they are on a node.
 func BenchmarkUnwrap(b *testing.B) {
-	defer debug.SetGCPercent(debug.SetGCPercent(1000)) // of those who ask
+	defer debug.SetGCPercent(debug.SetGCPercent(1000)) // of the callers
 	dir := benchDir(b)
 	_, brokerURL := harness.StartBroker(b, dir+"/broker", "team-a")
 	harness.StartPilot(b, dir, brokerURL)

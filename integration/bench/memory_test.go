@@ -10,22 +10,25 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
-	"github.com/containers/ocicrypt/config"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 )
 
-// BenchmarkMemory has containerd unpack four layers of 1 GiB at once, and tells
-// the most memory that pilot took.
+// BenchmarkMemory has containerd unpack four layers of 1 GiB at once, and reports
+// pilot's peak memory.
 func BenchmarkMemory(b *testing.B) {
 	dir := harness.TempDir(b) // on disk: it is 8 GiB
 	_, brokerURL := harness.StartBroker(b, dir+"/broker", "team-a")
 	process, conf := harness.StartPilot(b, dir, brokerURL)
-	if err := processor.RegisterKeyProviders(conf); err != nil {
+	providers, err := ocicryptclient.FromFile(conf, grpcdial.Call)
+	if err != nil {
 		b.Fatal(err)
 	}
+	to := processor.Recipients{Keys: processor.Keys{Providers: providers}, Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}
 	n := harness.NewDifferNode(b, dir, harness.DifferConfig{Containerd: harness.Containerd2()})
 	client, err := containerd.New(n.Socket)
 	if err != nil {
@@ -43,7 +46,7 @@ func BenchmarkMemory(b *testing.B) {
 	var g errgroup.Group
 	for i := range descs {
 		g.Go(func() (err error) {
-			descs[i], err = storeEncrypted(ctx, client.ContentStore(), fmt.Sprintf("layer%d", i), size)
+			descs[i], err = storeEncrypted(ctx, client.ContentStore(), fmt.Sprintf("layer%d", i), size, to)
 			return err
 		})
 	}
@@ -75,11 +78,11 @@ func BenchmarkMemory(b *testing.B) {
 
 // storeEncrypted writes an encrypted layer with one file of size bytes into a
 // content store.
-func storeEncrypted(ctx context.Context, store content.Store, name string, size int64) (ocispec.Descriptor, error) {
+func storeEncrypted(ctx context.Context, store content.Store, name string, size int64, to processor.Recipients) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer + "+encrypted"}
 	key := processor.NewLayerKey("")
 	var err error
-	desc.Annotations, err = key.Wrap(ctx, &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}, nil)
+	desc.Annotations, err = key.Wrap(ctx, to, nil)
 	if err != nil {
 		return desc, err
 	}

@@ -11,9 +11,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestAuditHead cuts the end off the audit log, deletes it and puts an older one back
-// while copilot does not run. That is found without knowing where the log ended, and
-// nothing that happens by itself looks like it.
+// TestAuditHead truncates the audit log, deletes it and restores an older one while
+// copilot is stopped. That is found without knowing where the log ended, and normal
+// operation never looks like it.
 func TestAuditHead(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -39,7 +39,7 @@ func TestAuditHead(t *testing.T) {
 	}
 	said := func() int { return strings.Count(harness.Read(t, dir+"/copilot.log"), "audit log: the lines of chain") }
 
-	// Killed at any moment, it goes on, and nothing is missing.
+	// Killed at any moment, it continues, and nothing is missing.
 	for range 5 {
 		p := serve()
 		export(7)
@@ -48,7 +48,7 @@ func TestAuditHead(t *testing.T) {
 			t.Error(out)
 		}
 	}
-	// Moved away while it does not run, as by another tool than ours, to where verify does not look.
+	// Moved away while copilot is stopped, by another tool, to where verify does not look.
 	moved := dir + "/audit.moved"
 	if err := os.Rename(log, moved); err != nil {
 		t.Fatal(err)
@@ -84,7 +84,7 @@ func TestAuditHead(t *testing.T) {
 		"emptied":         func() error { return os.Truncate(log, 0) },
 		"an older backup": func() error { return os.WriteFile(log, []byte(old), 0o600) },
 	} {
-		// Each begins with the store and the log as they were.
+		// Each case starts with the original store and log.
 		harness.Output(t, harness.Command(t, "cp", "-a", store, dir+"/saved"))
 		if err := change(); err != nil {
 			t.Fatal(err)
@@ -104,7 +104,7 @@ func TestAuditHead(t *testing.T) {
 		if !strings.Contains(metrics, "copilot_audit_losses_total 1\n") {
 			t.Errorf("%s: the metrics do not have it", name)
 		}
-		// It does not go away by what follows.
+		// Later lines do not hide it.
 		harness.ExpectFailure(t, verify(), "PROBLEM: chain", "or its end, is missing")
 		if !strings.Contains(harness.Read(t, log), `"reason":"the lines of chain `) {
 			t.Errorf("%s: the audit log does not say so", name)
@@ -121,8 +121,7 @@ func TestAuditHead(t *testing.T) {
 		}
 	}
 
-	// What the store can't show: both put back together. The end that was kept
-	// elsewhere does.
+	// The store can't show that both were restored. The end that was kept elsewhere does.
 	harness.Output(t, harness.Command(t, "cp", "-a", store, dir+"/saved"))
 	p = serve()
 	export(3)
@@ -181,7 +180,7 @@ func TestAuditHeadDatabase(t *testing.T) {
 	}
 	harness.ExpectFailure(t, verify(), "PROBLEM: chain "+chain)
 
-	// The copy knows, too.
+	// The copy detects it, too.
 	var lines []string
 	last := -1
 	for line := range strings.Lines(harness.Read(t, back+"/audit.log")) {

@@ -40,7 +40,7 @@ func TestAuditSinceFile(t *testing.T) {
 		t.Errorf("the file's mode and owner: %v, %v", info, err)
 	}
 
-	// A chain that was cut off is found, each night anew.
+	// A truncated chain is found, every night.
 	before := harness.Read(t, ends)
 	harness.Output(t, copilot("keys", "create", "d"))
 	d.Sql(t, "DELETE FROM copilot_audit WHERE entry->>'kek' = 'c'")
@@ -60,7 +60,7 @@ func TestAuditSinceFile(t *testing.T) {
 		}
 	}
 
-	// Another user's command says whose it has to be.
+	// The error for another user says which user to use.
 	harness.ExpectFailure(t, harness.Command(t, "copilot", "audit", "verify", "--dir", dir, "--database", "postgres:///postgres?host="+d.Dir), `role "root" does not exist`, "runuser -u copilot --")
 	d.Process.Stop(t)
 	down := copilot("audit", "verify", "--since", ends)
@@ -69,7 +69,7 @@ func TestAuditSinceFile(t *testing.T) {
 		t.Errorf("without the database: exit status %d", status)
 	}
 
-	// With a file, older ones that logrotate has moved away and compressed count.
+	// With a file, those that logrotate has moved away and compressed are read too.
 	store := harness.TempDir(t)
 	file := func(args ...string) *exec.Cmd {
 		t.Helper()

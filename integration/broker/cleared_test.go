@@ -41,9 +41,8 @@ func countInMemory(t testing.TB, p *harness.Process, what []byte) (n int) {
 	return n
 }
 
-// TestKeysCleared looks at the memory of copilot after it gave out a KEK and
-// unwrapped a layer key, and of pilot, which asked for that: neither has the key
-// any more.
+// TestKeysCleared searches the memory of copilot after it has exported a KEK and unwrapped
+// a layer key, and of pilot, which requested that: neither has the key any more.
 func TestKeysCleared(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -97,7 +96,7 @@ func TestKeysCleared(t *testing.T) {
 				t.Errorf("%s has the %s %d times", name, what, n)
 			}
 		}
-		// The search finds what is there.
+		// The search works.
 		if countInMemory(t, p, []byte("/copilot.sock")) == 0 {
 			t.Errorf("%s: its memory was not searched", name)
 		}

@@ -65,12 +65,12 @@ func TestConnections(t *testing.T) {
 		}
 		return nil
 	})
-	// The admin is not kept out.
+	// The admin socket has no limit.
 	if status, body := harness.RequestOverSocket(t, dir+"/admin.sock", "GET", "/api/v2/keks/team-a", ""); status != 200 {
 		t.Errorf("the admin: %d %s", status, body)
 	}
 
-	// Nobody says anything.
+	// Silent connections.
 	var silent []net.Conn
 	for range 5000 {
 		silent = append(silent, dial())

@@ -30,7 +30,7 @@ func TestInit(t *testing.T) {
 		t.Errorf("CI wraps: %d %s", status, body)
 	}
 
-	// The admin works from elsewhere.
+	// The admin works from another machine.
 	remote := func(cert, key, verb string, args ...string) *exec.Cmd {
 		return harness.Command(t, "copilot", append([]string{"keys", verb, "--config", "/dev/null", "--server", b.URL(), "--ca", b.Dir + "/ca.pem", "--cert", cert, "--key", key}, args...)...)
 	}
@@ -70,7 +70,7 @@ func TestInit(t *testing.T) {
 		return nil
 	})
 
-	// The audit log is put away, and goes on.
+	// The audit log is rotated, and continues.
 	log := b.Dir + "/store/audit.log"
 	if err := os.Rename(log, log+".1"); err != nil {
 		t.Fatal(err)
@@ -133,7 +133,7 @@ func TestFullDisk(t *testing.T) {
 			if err := os.Remove(store + "/filler"); err != nil {
 				t.Fatal(err)
 			}
-			// What failed changed nothing, and the next works.
+			// A failed change has changed nothing, and the next one works.
 			if out := harness.Output(t, copilot("keys", "rotate", "team-a")); out != fmt.Sprintf("team-a rotated, current version %d\n", rotated+2) {
 				t.Error(out)
 			}

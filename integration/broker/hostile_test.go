@@ -23,12 +23,12 @@ import (
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 )
 
-// hostile stands before a broker, writes down all that it is told, and answers
-// as it likes.
+// hostile is a proxy in front of a broker, which records all requests, and can answer
+// them itself.
 type hostile struct {
-	mu     sync.Mutex
-	told   []string // requests, as they came
-	answer func(w http.ResponseWriter, r *http.Request, honest func() harness.Object)
+	mu       sync.Mutex
+	requests []string // as they came
+	answer   func(w http.ResponseWriter, r *http.Request, honest func() harness.Object)
 }
 
 // newHostile starts one on a unix socket, in front of the broker on another.
@@ -49,7 +49,7 @@ func newHostile(t testing.TB, socket, broker string) *hostile {
 			t.Error(err)
 		}
 		h.mu.Lock()
-		h.told = append(h.told, string(dump))
+		h.requests = append(h.requests, string(dump))
 		answer := h.answer
 		h.mu.Unlock()
 		r.Header.Del("Authorization") // the broker knows us by the socket
@@ -72,16 +72,16 @@ func newHostile(t testing.TB, socket, broker string) *hostile {
 	return h
 }
 
-// set makes it answer so, or as the broker does.
+// set sets its answer, or has the broker answer.
 func (h *hostile) set(answer func(http.ResponseWriter, *http.Request, func() harness.Object)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.answer = answer
 }
 
-// TestHostileBroker has a broker lie to pilot about keys, and looks at all that
-// pilot tells it meanwhile: of keys, nothing but the layer key that it is to wrap;
-// of other KEKs, nothing at all; and nothing to anybody else.
+// TestHostileBroker has a broker lie to pilot about keys, and looks at all that pilot
+// sends: no keys except the layer key that the broker is to wrap, nothing about other
+// KEKs, and nothing to any other server.
 func TestHostileBroker(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -95,7 +95,7 @@ func TestHostileBroker(t *testing.T) {
 	harness.StartPilot(t, dir+"/remote", "unix://"+dir+"/hostile.sock", append(args, "--annotation-format", "copilot")...)
 	local, remote := harness.NewPilotClient(t, dir+"/local"), harness.NewPilotClient(t, dir+"/remote")
 
-	// Another server, to which the broker sends pilot.
+	// Another server, to which the broker redirects pilot.
 	elsewhere, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -197,7 +197,7 @@ func TestHostileBroker(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			h.set(test.answer)
-			// Or pilot goes by what the broker said a moment ago for a moment.
+			// Or pilot still uses the broker's previous answer for a moment.
 			localPilot.Cmd.Process.Signal(syscall.SIGHUP)
 			harness.Await(t, fmt.Sprintf("want %q", test.want), func() error {
 				began := time.Now()
@@ -229,7 +229,7 @@ func TestHostileBroker(t *testing.T) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	toWrap := 0
-	for _, request := range h.told {
+	for _, request := range h.requests {
 		line, _, _ := strings.Cut(request, "\r\n")
 		found := all.in([]byte(request))
 		switch {
@@ -248,7 +248,7 @@ func TestHostileBroker(t *testing.T) {
 			t.Errorf("%s: without the token", line)
 		}
 	}
-	if len(h.told) < 20 || toWrap < 5 {
-		t.Errorf("the broker was told %d requests only, %d of them to wrap", len(h.told), toWrap)
+	if len(h.requests) < 20 || toWrap < 5 {
+		t.Errorf("the broker got only %d requests, %d of them to wrap", len(h.requests), toWrap)
 	}
 }

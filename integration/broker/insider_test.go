@@ -14,8 +14,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestListByName lists KEKs of which some can't be unsealed: to those who may not use
-// them copilot does not try.
+// TestListByName lists KEKs of which some can't be unsealed: copilot does not try for
+// callers that may not use them.
 func TestListByName(t *testing.T) {
 	t.Parallel()
 	d := harness.StartPostgres(t)
@@ -35,14 +35,14 @@ func TestListByName(t *testing.T) {
 	policy(`"team-a"`)
 	p := harness.Start(t, dir, "copilot", exec.Command("copilot", "serve", "--dir", dir, "--database", d.URL(), "--policy", dir+"/policy.toml", "--listen", "unix://"+socket))
 	harness.Await(t, "copilot", harness.Reachable(socket))
-	// Keys whose time has come are looked for at start, and in all records.
+	// At its start, copilot looks in all records for keys to destroy.
 	harness.Await(t, "the first sweep", func() error {
 		if !strings.Contains(harness.Read(t, p.Log), "is damaged or was tampered with") {
 			return fmt.Errorf("nothing in the log")
 		}
 		return nil
 	})
-	missing := func() int { return strings.Count(harness.Read(t, p.Log), "KEKs are missing in the list") }
+	missing := func() int { return strings.Count(harness.Read(t, p.Log), "KEKs are missing from the list") }
 	list := func() string {
 		t.Helper()
 		status, body := harness.RequestOverSocket(t, socket, "GET", "/api/v2/keks", "")
@@ -101,8 +101,8 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 			}
 		}
 	}()
-	// The rule comes in parts, with the one for team-a at the end: whatever is read
-	// before is valid, and denies it.
+	// The rule is written in parts, with team-a at the end: a partial file is valid, and
+	// denies it.
 	parts := []string{header, fmt.Sprintf(rule, "team-b"), header, fmt.Sprintf(rule, "team-c"), fmt.Sprintf(rule, "team-a")}
 	for range 10 {
 		f, err := os.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0)
@@ -121,13 +121,13 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 	}
 	harness.Await(t, "the policy as it is now", func() error {
-		if !strings.Contains(harness.Read(t, p.Log), "policy read again") {
+		if !strings.Contains(harness.Read(t, p.Log), "policy reloaded") {
 			return fmt.Errorf("not read")
 		}
 		return nil
 	})
 
-	// What is left of a file that was cut off is no policy.
+	// A truncated file is not a policy.
 	for _, text := range []string{"", header} {
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)

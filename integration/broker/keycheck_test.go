@@ -45,12 +45,12 @@ func TestKeysCheck(t *testing.T) {
 	harness.Await(t, "copilot", harness.Reachable(socket))
 	all()
 
-	// It is in the audit log, and wears nothing out.
+	// It is in the audit log, and counts no wraps.
 	if log := harness.Read(t, dir+"/store/audit.log"); strings.Count(log, `"action":"check","kek":"team-b","version":1,`) != 2 || strings.Contains(log, `"action":"wrap"`) {
 		t.Errorf("audit log:\n%s", log)
 	}
 	out := harness.Output(t, keys("show", "team-b"))
-	for _, want := range []string{"team-b, in transit\n", "vault-transit, path team-b\n", "never given out", `"copilot keys check team-b"`} {
+	for _, want := range []string{"team-b, in transit\n", "vault-transit, path team-b\n", "never exported", `"copilot keys check team-b"`} {
 		if !strings.Contains(out, want) {
 			t.Errorf("show lacks %q:\n%s", want, out)
 		}
@@ -96,7 +96,7 @@ func TestKeysCheck(t *testing.T) {
 	}
 	check("own", "copilot's store: version 1, ")
 
-	// Who has no right to administer it learns nothing.
+	// Callers without the right admin learn nothing.
 	if status, answer := harness.RequestOverSocket(t, socket, "POST", "/api/v2/keks/team-b/check", ""); status != 403 || strings.Contains(answer, v.URL) {
 		t.Errorf("check on the socket for everybody: %d %s", status, answer)
 	}

@@ -100,7 +100,7 @@ func TestPgBouncer(t *testing.T) {
 		brokers = append(brokers, serve(fmt.Sprint(i), p.url("postgres")))
 	}
 
-	// Somebody else keeps a KEK locked: the wait for it has an end.
+	// Another client keeps a KEK locked: the wait for it is bounded.
 	harness.Output(t, brokers[0].keys(t, "create", "locked"))
 	harness.Start(t, d.Dir, "lock", d.Command(t, "psql", "-h", d.Dir, "-U", "copilot", "-c",
 		`SET application_name = locker; BEGIN; SELECT FROM copilot_keks WHERE id = 'locked' FOR UPDATE; SELECT pg_sleep(600)`, "postgres"))
@@ -117,7 +117,7 @@ func TestPgBouncer(t *testing.T) {
 		locked <- string(out)
 	}()
 
-	// All that a broker does, many at once.
+	// All operations, many at once.
 	var wg sync.WaitGroup
 	for _, r := range brokers {
 		for worker := range 4 {
@@ -148,7 +148,7 @@ func TestPgBouncer(t *testing.T) {
 	}
 	harness.Output(t, harness.Command(t, "copilot", "audit", "verify", "--dir", brokers[0].dir, "--database", poolers[1].url("postgres")))
 
-	// Settings that poolers do not bear.
+	// Settings that poolers reject.
 	prepares := serve("prepares", poolers[0].url("one")+"&default_query_exec_mode=cache_statement")
 	var refused sync.Once
 	for range 8 {

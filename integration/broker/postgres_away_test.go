@@ -68,7 +68,7 @@ func TestDatabaseAwayAtStart(t *testing.T) {
 		t.Error(out)
 	}
 
-	// A wrong password, then no right to make tables.
+	// A wrong password, then no right to create tables.
 	d.Sql(t, `CREATE ROLE app LOGIN PASSWORD 'right'`)
 	d.Sql(t, `CREATE DATABASE app`)
 	harness.Write(t, d.Dir+"/data/pg_hba.conf", "local all app scram-sha-256\nlocal all all trust\n")

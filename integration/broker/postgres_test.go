@@ -125,8 +125,7 @@ func TestReplicas(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	rs[2].start(t)
-	// A change that was made may have been reported as failed, and never the
-	// other way round.
+	// A change that was made may have been reported as failed, never the reverse.
 	versionsAreWhole(t, rs[2], "kek-1", int(rotated.Load())+2, int(rotated.Load())+10)
 
 	// A broker that has another master key, and one that has none.
@@ -155,7 +154,7 @@ func TestReplicas(t *testing.T) {
 		t.Error("a request with a zero byte is not in the audit log")
 	}
 
-	// The audit log is in the database, and whoever changes it there is found.
+	// The audit log is in the database, and changes of it there are found.
 	verify := func() *exec.Cmd {
 		return harness.Command(t, "copilot", "audit", "verify", "--dir", rs[0].dir, "--database", d.URL())
 	}
@@ -171,14 +170,14 @@ func TestReplicas(t *testing.T) {
 	d.Sql(t, `INSERT INTO copilot_audit (chain, seq, line) SELECT chain, seq, line FROM saved`)
 	harness.Output(t, verify())
 
-	// Whoever writes the database can't enable what was disabled.
+	// Writing to the database can't enable a disabled KEK.
 	before := d.Sql(t, `SELECT encode(record, 'hex') FROM copilot_keks WHERE id = 'kek-2'`)
 	harness.Output(t, rs[0].keys(t, "disable", "kek-2"))
 	d.Sql(t, `UPDATE copilot_keks SET record = convert_to(replace(convert_from(record, 'UTF8'), '"disabled":true', '"disabled":null'), 'UTF8') WHERE id = 'kek-2'`)
-	harness.ExpectFailure(t, rs[1].keys(t, "show", "kek-2"), "the broker could not do it")
+	harness.ExpectFailure(t, rs[1].keys(t, "show", "kek-2"), "the broker failed: see copilot's log")
 	d.Sql(t, `UPDATE copilot_keks SET record = decode('`+strings.TrimSpace(before)+`', 'hex') WHERE id = 'kek-2'`)
 
-	// No key is in the database as it is.
+	// No key is in the database in plain.
 	status, body := harness.RequestOverSocket(t, rs[0].socket, "GET", "/api/v1/key/kek-3", "")
 	if status != 200 || len(body) != 32 {
 		t.Fatalf("%d, %d bytes", status, len(body))

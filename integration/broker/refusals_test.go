@@ -39,8 +39,8 @@ func auditLines(t testing.TB, name string) []auditLine {
 	return all
 }
 
-// TestRefusalsSummedUp has a client ask again and again for what it may not have,
-// among what it may.
+// TestRefusalsSummedUp has a client send many requests that are denied, among others that
+// are allowed.
 func TestRefusalsSummedUp(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -78,7 +78,7 @@ func TestRefusalsSummedUp(t *testing.T) {
 			get("mine")
 		}
 	}
-	// Each of another name, as long as they can be, and with what JSON makes longer.
+	// Each with another name, of the greatest length, and with characters that JSON escapes.
 	for i := range 500 {
 		get(fmt.Sprintf("%d%s", i, strings.Repeat(`<&>"`, 2000)))
 	}
@@ -134,7 +134,7 @@ func TestRefusalsSummedUp(t *testing.T) {
 	}
 	harness.Output(t, harness.Command(t, "copilot", "audit", "verify", "--dir", store))
 
-	// Now and then, each has a line.
+	// Occasional refusals each have a line.
 	before = len(auditLines(t, store+"/audit.log"))
 	p = serve()
 	clear(sent)

@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"crypto/tls"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,18 +10,17 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
-	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
-// TestRemovedCA has connections open while the CA of their certificates is taken out
-// of tls-client-ca: no request on them is answered any more, and those of clients of
-// the other CA are.
+// TestRemovedCA keeps connections open while the CA of their certificates is removed from
+// tls-client-ca: requests on them are refused from then on, and those of clients of the
+// other CA are not.
 func TestRemovedCA(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
 	stays, staysKey := b.Enroll(t, "stays")
 	goes, goesKey := b.Enroll(t, "goes")
-	// The node that goes is of another CA, of the same trust domain.
+	// The removed node's CA is another one, of the same trust domain.
 	other := harness.TempDir(t)
 	harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", other, "--dir", other+"/store", "--host", "127.0.0.1", "--trust-domain", "example.com"))
 	os.Remove(goes)
@@ -40,16 +38,8 @@ func TestRemovedCA(t *testing.T) {
 		reused bool
 	}
 	connect := func(cert, key string, http2 bool) *client {
-		pair, err := tls.LoadX509KeyPair(cert, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pool, err := certfile.Pool(b.Dir + "/ca.pem")
-		if err != nil {
-			t.Fatal(err)
-		}
 		return &client{Client: http.Client{Timeout: harness.Timeout, Transport: &http.Transport{
-			TLSClientConfig: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}, ForceAttemptHTTP2: http2,
+			TLSClientConfig: b.ClientTLS(t, cert, key), ForceAttemptHTTP2: http2,
 		}}}
 	}
 	ask := func(c *client) (int, string) {

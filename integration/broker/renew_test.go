@@ -42,12 +42,12 @@ func renew(t testing.TB, b *harness.TLSBroker, cert, key string, args ...string)
 		"--broker-cert", cert, "--broker-key", key}, args...)...)
 }
 
-// TestNodeRenews has nodes renew their certificates, and those who may not.
+// TestNodeRenews renews certificates of nodes, and tries to renew others.
 func TestNodeRenews(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a", "team-b")
 	cert, key := b.Enroll(t, "worker-1", "--for", "30d")
-	harness.ExpectFailure(t, renew(t, b, cert, key), "this broker renews no certificates", "copilot certs renew")
+	harness.ExpectFailure(t, renew(t, b, cert, key), "this broker does not renew certificates", "copilot certs renew")
 
 	harness.Output(t, harness.Command(t, "copilot", "certs", "node-ca", "--config-dir", b.Dir))
 	renews(t, b, "node-ca.pem", "node-ca-key.pem")
@@ -95,13 +95,13 @@ func TestNodeRenews(t *testing.T) {
 	works(cert, key, "renewed")
 	log := harness.Read(t, b.Dir+"/store/audit.log")
 	if !strings.Contains(log, `"action":"renew","who":"spiffe://example.com/node/worker-1"`) || !strings.Contains(log, fmt.Sprintf("certificate %x instead of %x", after.SerialNumber, before.SerialNumber)) {
-		t.Error("the audit log does not tell of it")
+		t.Error("the audit log does not have it")
 	}
 	// The admin's command takes up what the node CA has issued.
 	harness.Output(t, harness.Command(t, "copilot", "certs", "renew", "--config-dir", b.Dir, cert))
 	works(cert, key, "renewed by the admin")
 
-	// It is cut short after the key was replaced.
+	// It is interrupted after the key was replaced.
 	whole := harness.Read(t, key)
 	harness.Await(t, "the next certificate is a newer one", func() error {
 		if time.Since(before.NotBefore) < pki.Backdate+2*time.Second {
@@ -232,7 +232,7 @@ func hostileRequests(t *testing.T, b *harness.TLSBroker) {
 		"somebody else's key": {encoded("CERTIFICATE REQUEST", forged), 400, "bad certificate signing request"},
 		"no request":          {encoded("CERTIFICATE", harness.Certificate(t, b.Dir+"/admin.pem").Raw), 400, "no certificate signing request"},
 		"nothing":             {"", 400, "no certificate signing request"},
-		"large":               {encoded("CERTIFICATE REQUEST", make([]byte, 20<<10)), 400, "at most 16384"},
+		"large":               {encoded("CERTIFICATE REQUEST", make([]byte, 20<<10)), 400, "the limit is 16384"},
 		"giant":               {strings.Repeat("A", 200<<10), 413, ""},
 		"a giant RSA key":     {encoded("CERTIFICATE REQUEST", giantRSA(t)), 400, "bits"},
 	} {
@@ -247,7 +247,7 @@ func hostileRequests(t *testing.T, b *harness.TLSBroker) {
 		}
 	}
 
-	// An attribute that is no extension, such as a challenge password, counts nothing.
+	// An attribute that is not an extension, such as a challenge password, has no effect.
 	cert, key := b.Enroll(t, "attributes")
 	body, err := json.Marshal(harness.Object{"csr": encoded("CERTIFICATE REQUEST", challenging(t, ec))})
 	if err != nil {
@@ -383,7 +383,7 @@ func otherCA(t *testing.T, b *harness.TLSBroker) {
 	}
 	harness.ExpectFailure(t, renew(t, b, cert, key), "this certificate is not renewed")
 	if log := harness.Read(t, b.Dir+"/store/audit.log"); !strings.Contains(log, "it was not issued by this CA") {
-		t.Error("the audit log does not tell why SPIRE's certificate is not renewed")
+		t.Error("the audit log does not say why SPIRE's certificate is not renewed")
 	}
 }
 
@@ -446,7 +446,7 @@ func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
 	certs("rotate-ca", "--finish")
 	issued("the CA was replaced", cert2, b.Dir+"/node-ca.pem")
 
-	// A CA that nobody would accept, and one whose key others can read.
+	// A CA that is not trusted, and one whose key others can read.
 	b.Process.Stop(t)
 	serve := func() *exec.Cmd {
 		return harness.Command(t, "copilot", "serve", "--config", b.Dir+"/copilot.toml", "--listen", b.Address)
@@ -458,11 +458,10 @@ func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
 	if err := os.Chmod(b.Dir+"/node-ca-key.pem", 0o644); err != nil {
 		t.Fatal(err)
 	}
-	harness.ExpectFailure(t, serve(), "node-ca", "can be read by others")
+	harness.ExpectFailure(t, serve(), "node-ca", "is readable by others")
 }
 
-// TestPilotRenews leaves pilot alone with a certificate that ends soon, for longer than
-// that.
+// TestPilotRenews runs pilot with a certificate that expires soon, until after that.
 func TestPilotRenews(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
@@ -491,7 +490,7 @@ func TestPilotRenews(t *testing.T) {
 		t.Errorf("the metric is %v", at)
 	}
 
-	// Where it is not renewed, the log says so, once for each reason.
+	// If it is not renewed, the log says so, once for each reason.
 	harness.Output(t, b.Command(t, "keys", "revoke", "--identity", "spiffe://example.com/node/worker-7", "team-a"))
 	harness.Await(t, "the log says that it was not renewed", func() error {
 		if p.Logged(t, "broker-cert not renewed") == 0 {

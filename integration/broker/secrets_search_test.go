@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// secrets are what must be found nowhere, by what they are.
+// secrets are the bytes that must not be found anywhere, by name.
 type secrets struct {
 	needles []needle
 }
@@ -28,7 +28,7 @@ type needle struct {
 	text         []byte
 }
 
-// add adds a secret. Half of it tells too much already.
+// add adds a secret. Half of it reveals too much already.
 func (s *secrets) add(name string, secret []byte) {
 	for i, half := range [][]byte{secret[:len(secret)/2], secret[len(secret)/2:]} {
 		name := fmt.Sprintf("%s, half %d", name, i+1)
@@ -140,7 +140,7 @@ func (w *observed) look() {
 	}
 }
 
-// stop returns what processes had, by where.
+// stop returns what processes had, by place.
 func (w *observed) stop() map[string]string {
 	close(w.quit)
 	w.done.Wait()

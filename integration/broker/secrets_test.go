@@ -28,7 +28,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/tracing/tracetest"
 )
 
-// dumpable returns cmd as whoever wants a core dump of it starts it.
+// dumpable returns cmd started so that it could dump core.
 func dumpable(dir string, cmd *exec.Cmd) *exec.Cmd {
 	dump := exec.Command("sh", append([]string{"-c", `ulimit -c unlimited; exec "$0" "$@"`}, cmd.Args...)...)
 	dump.Dir, dump.Env = dir, append(os.Environ(), "GOTRACEBACK=crash")
@@ -60,9 +60,8 @@ func privateKey(t testing.TB, file string) []byte {
 	return nil
 }
 
-// TestSecrets does everything that there is to do with keys, as well as it can
-// go wrong, and then looks for the keys themselves: in all that was logged, said
-// and traced, in the environments and arguments of all processes, in profiles and
+// TestSecrets does everything with keys, also what fails, and then looks for the keys
+// themselves: in all logs, answers and traces, in the environments and arguments of all processes, in profiles and
 // goroutine dumps, and in all files.
 func TestSecrets(t *testing.T) {
 	began := time.Now()
@@ -139,7 +138,7 @@ func TestSecrets(t *testing.T) {
 		return p, harness.Write(t, home+"/ocicrypt.conf", `{"key-providers": {"pilot": {"grpc": "unix://`+home+`/keyprovider.sock"}}}`)
 	}
 
-	// Encrypted by who has the KEK, and by who has the broker wrap.
+	// Encrypted with the KEK, and by the broker.
 	home := dir + "/node"
 	nodePilot, conf := provider(home, url, tls("node")...)
 	_, builderConf := provider(dir+"/builder", url, append(tls("builder"), "--annotation-format", "copilot")...)
@@ -191,7 +190,7 @@ func TestSecrets(t *testing.T) {
 	does(copilot("keys", "rotate", "team-a"))
 	does(debug(c.Node, "images", "rewrap", images[0], images[0]+"-rewrapped"))
 
-	// What goes wrong.
+	// Failures.
 	tampered := c.Tamper(images[0], func(b []byte) []byte { b[len(b)/2] ^= 1; return b })
 	does(n.Ctr("--debug", "images", "pull", "--plain-http", tampered), "HMAC does not match")
 	does(decoder.Crictl("--debug", "pull", tampered), "HMAC does not match")
@@ -217,7 +216,7 @@ func TestSecrets(t *testing.T) {
 		does(wrong, "pilot")
 	}
 
-	// What root may look at.
+	// What root can read.
 	for _, socket := range []string{home + "/admin.sock", store + "/admin.sock", other + "/admin.sock"} {
 		for _, path := range []string{"/metrics", "/debug/pprof/heap?debug=1", "/debug/pprof/heap", "/debug/pprof/allocs", "/debug/pprof/goroutine?debug=2", "/debug/pprof/goroutine?debug=1", "/debug/pprof/trace?seconds=0.1"} {
 			said.WriteString(harness.AdminGet(t, socket, path))
@@ -250,7 +249,7 @@ func TestSecrets(t *testing.T) {
 	crash.Run()
 	t.Logf("another program dumps core: %v", crash.ProcessState.Sys().(syscall.WaitStatus).CoreDump())
 
-	// The search finds what is there.
+	// The search works.
 	for form, text := range map[string]string{
 		"raw": string(planted), "hex": hex.EncodeToString(planted), "HEX": strings.ToUpper(hex.EncodeToString(planted)), "decimal": fmt.Sprint(planted),
 		"base64": base64.StdEncoding.EncodeToString(planted), "base64 of more": base64.StdEncoding.EncodeToString(append([]byte(`{"k":"`), planted...)),

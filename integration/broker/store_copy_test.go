@@ -32,7 +32,7 @@ func TestStoreCopy(t *testing.T) {
 	keys(store, "rotate", "team-a")
 	keys(store, "revoke", "--identity", "uid:4242", "team-b")
 	keys(store, "disable", "--key-version", "1", "other/c")
-	harness.ExpectFailure(t, harness.Command(t, "copilot", "store", "copy", store, back), "a copilot serves with "+store, "stop it first")
+	harness.ExpectFailure(t, harness.Command(t, "copilot", "store", "copy", store, back), "a running copilot uses "+store, "stop it first")
 	described := func(store string, more ...string) string {
 		t.Helper()
 		var all strings.Builder

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// strangers are what may answer in a broker's place: status, header fields, body.
+// strangers are answers of other servers in a broker's place: status, header fields, body.
 var strangers = map[string][3]string{
 	"ingress without a backend":   {"404 Not Found", "Content-Type: text/plain; charset=utf-8", "default backend - 404"},
 	"ingress's page":              {"404 Not Found", "Content-Type: text/html\r\nServer: nginx/1.27.1", "<html><center>nginx</center></html>"},
@@ -39,9 +39,9 @@ var strangers = map[string][3]string{
 	"a key as text":               {"200 OK", "Content-Type: text/plain", `{"id":"team-a","version":1,"key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}`},
 }
 
-// TestStrangers has something else answer in copilot's place. A node goes on
-// with the KEK that it has, as while no broker answers, and asks the next broker
-// if there is one. Only copilot's own no takes the KEK from it.
+// TestStrangers has another server answer in copilot's place. A node keeps using its KEK,
+// as during an outage, and tries the next broker if there is one. Only copilot itself can
+// revoke the KEK.
 func TestStrangers(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -120,8 +120,8 @@ func TestStrangers(t *testing.T) {
 	})
 }
 
-// TestWrongPath has a proxy change the path in front of copilot, which then
-// rightly says that there is nothing. That is no word on the KEK.
+// TestWrongPath has a proxy change the path in front of copilot, whose 404 then says
+// nothing about the KEK.
 func TestWrongPath(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)

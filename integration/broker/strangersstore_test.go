@@ -9,8 +9,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestStrangersAdminSocket imports a KEK while somebody else's socket is where
-// copilot's is, which would get the key.
+// TestStrangersAdminSocket imports a KEK while another user's socket is in place of
+// copilot's, and would get the key.
 func TestStrangersAdminSocket(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)

@@ -16,8 +16,8 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// TestTraces follows a layer key from who wants it wrapped, through pilot, to
-// copilot and its audit log.
+// TestTraces follows a layer key from the client that wraps it, through pilot, to copilot
+// and its audit log.
 func TestTraces(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -58,7 +58,7 @@ func TestTraces(t *testing.T) {
 	}
 }
 
-// TestOneID has no collector: the logs still tell what belongs together.
+// TestOneID has no collector: the logs still show what belongs together.
 func TestOneID(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)

@@ -105,7 +105,7 @@ func reachable(t testing.TB, uid int, dir string) (all []string) {
 	return all
 }
 
-// spies returns what a user may find out about a process.
+// spies returns what a user can learn about a process.
 func spies(t testing.TB, uid, pid int) (found []string) {
 	t.Helper()
 	as(t, uid, func() {
@@ -156,7 +156,7 @@ func TestUnprivileged(t *testing.T) {
 	harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", dir+"/etc", "--dir", dir+"/store", "--host", "127.0.0.1", "--trust-domain", "example.com"))
 	policy := harness.Read(t, dir+"/etc/policy.toml") + "\n[[rule]]\nidentities = [\"uid:0\"]\nkeks = [\"*\"]\nactions = [\"export\", \"wrap\", \"unwrap\"]\n"
 	harness.Write(t, dir+"/etc/policy.toml", policy)
-	// As init does where there is a user copilot.
+	// As copilot init does if there is a user copilot.
 	if err := os.Mkdir(dir+"/store", 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func TestUnprivileged(t *testing.T) {
 	harness.Output(t, n.Ctr("images", "pull", "--plain-http", image)) // so that there is an unpacked one, too
 	harness.Output(t, n.Ctr("images", "remove", "--sync", image))
 
-	// What everybody may: the configuration, which copilot's user has to read, and
+	// What everybody may read: the configuration, which copilot's user has to read, and
 	// certificates, which are public.
 	public := []string{"read /etc/admin.pem", "read /etc/ca.pem", "read /etc/copilot.toml", "read /etc/policy.toml", "read /etc/server.pem"}
 	var seen []string
@@ -229,7 +229,7 @@ func TestUnprivileged(t *testing.T) {
 		t.Errorf("copilot's user may see %s of it", found)
 	}
 
-	// The search does find what is open.
+	// The search works.
 	open := shared()
 	harness.Write(t, open+"/key", "secret")
 	os.Chmod(open+"/key", 0o644)

@@ -16,8 +16,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// kubernetes is a Kubernetes of one node. The node is a machine with systemd,
-// containerd and a kubelet; the control plane runs beside it.
+// kubernetes is a cluster of one node, a machine with systemd, containerd and a kubelet.
+// The control plane runs beside it.
 type kubernetes struct {
 	t      testing.TB
 	dir    string
@@ -25,7 +25,7 @@ type kubernetes struct {
 	nspawn *harness.Process // that runs the node
 }
 
-// The addresses of the node, and so of the API server, and of services and pods.
+// The addresses of the node and the API server, of services, and of pods.
 const (
 	nodeAddress    = "192.0.2.10"
 	apiServer      = "https://" + nodeAddress + ":6443"
@@ -34,9 +34,8 @@ const (
 	podNetwork     = "10.88.0.0/24"
 )
 
-// ownNetwork gives the test a network of its own: what it starts from now on
-// can have any port, and nothing else on this machine sees what a node does to
-// its network.
+// ownNetwork moves the test to a new network namespace: programs that it starts from now
+// on can use any port, and a node's changes to the network affect nothing else.
 func ownNetwork(t testing.TB) {
 	t.Helper()
 	runtime.LockOSThread() // for good: Go ends the thread with the test
@@ -100,7 +99,7 @@ func (k *kubernetes) controlPlane() {
 	k.nameServices()
 }
 
-// nameServices has pods find the services that there are by name.
+// nameServices lets pods resolve the names of the services that exist.
 func (k *kubernetes) nameServices() {
 	k.t.Helper()
 	const addresses = `go-template={{range .items}}{{.spec.clusterIP}} {{.metadata.name}}.{{.metadata.namespace}}.svc.cluster.local{{"\n"}}{{end}}`
@@ -109,7 +108,7 @@ func (k *kubernetes) nameServices() {
 		harness.Output(k.t, k.kubectl("get", "endpointslices", "--all-namespaces", "--selector", "service.kubernetes.io/headless", "--output", headless)))
 }
 
-// kubeconfig writes a configuration for who has a token.
+// kubeconfig writes a kubeconfig with a token.
 func (k *kubernetes) kubeconfig(token, file string) {
 	k.t.Helper()
 	harness.Write(k.t, file, fmt.Sprintf(`apiVersion: v1
@@ -125,7 +124,7 @@ func (k *kubernetes) kubelet() {
 	t := k.t
 	t.Helper()
 	k.kubeconfig("node", k.dir+"/kubelet/kubeconfig")
-	// It doesn't limit pods, and leaves it to containerd where their cgroups are.
+	// The kubelet sets no limits on pods, and leaves their cgroups to containerd.
 	harness.Write(t, k.dir+"/kubelet/config.yaml", `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
@@ -147,7 +146,7 @@ authorization: {mode: AlwaysAllow}
 		"kubernetes", "kubelet", "--config", "/var/lib/kubelet/config.yaml", "--kubeconfig", "/var/lib/kubelet/kubeconfig", "--hostname-override", "node1", "--node-ip", nodeAddress))
 }
 
-// kubectl returns a command of an admin of the cluster.
+// kubectl returns a kubectl command of the cluster's admin.
 func (k *kubernetes) kubectl(args ...string) *exec.Cmd {
 	k.t.Helper()
 	cmd := harness.Command(k.t, filepath.Join(harness.Tools, "bin/kubernetes"), append([]string{"kubectl", "--kubeconfig", k.dir + "/admin.conf", "--cache-dir", k.dir + "/cache"}, args...)...)
@@ -171,8 +170,7 @@ func (k *kubernetes) wait(resource, what string) {
 	}
 }
 
-// bootNode boots a machine with containerd, of which no unit runs but the basic
-// ones, in the test's network.
+// bootNode boots a machine with containerd in the test's network. Only basic units run.
 func (k *kubernetes) bootNode(pause string) {
 	t, dir := k.t, k.dir
 	t.Helper()
@@ -188,7 +186,7 @@ func (k *kubernetes) bootNode(pause string) {
 	}
 	harness.Write(t, m.Root+"/etc/machine-id", "")
 	harness.Write(t, m.Root+"/etc/systemd/system/containerd.service.d/version.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
-	// A machine that is a container itself may not lower OOM scores.
+	// A machine in a container may not lower OOM scores.
 	harness.Write(t, m.Root+"/etc/containerd/config.toml", fmt.Sprintf(`version = 3
 [plugins.'io.containerd.cri.v1.runtime']
   restrict_oom_score_adj = true
@@ -215,7 +213,7 @@ func (k *kubernetes) journal() string {
 	return harness.CombinedOutput(k.t, k.node.Run("journalctl", "--no-pager", "--lines=60", "--unit=containerd", "--unit=kubelet", "--unit=pilot"))
 }
 
-// reboot reboots the node, and does something before the kubelet is back.
+// reboot reboots the node, and calls a function before the kubelet is back.
 func (k *kubernetes) reboot(meanwhile func()) {
 	k.t.Helper()
 	k.nspawn.Stop(k.t)
@@ -228,7 +226,7 @@ func (k *kubernetes) reboot(meanwhile func()) {
 func (k *kubernetes) up() {
 	t, b := k.t, k.node
 	t.Helper()
-	// In a cgroup of its own: systemd ends all that it finds in it.
+	// In its own cgroup: systemd kills everything that it finds in it.
 	k.nspawn = harness.Start(t, k.dir, "machine", exec.Command("sh", "-ec", `
 		for hierarchy in unified systemd .; do
 			[ -e /sys/fs/cgroup/$hierarchy/cgroup.procs ] || continue
@@ -248,8 +246,8 @@ func (k *kubernetes) up() {
 		}
 		return b.Run("systemctl", "is-active", "basic.target").Run()
 	})
-	// nspawn mounts the controllers of cgroup v1 and the settings of the network
-	// read-only, and the kubelet wants settings that are not the node's alone.
+	// nspawn mounts the controllers of cgroup v1 and the network's settings read-only, and
+	// the kubelet needs settings that are not namespaced.
 	harness.Output(t, b.Run("sh", "-ec", `
 		mount --bind /proc/sys/net /proc/sys/net
 		for mount in /sys/fs/cgroup/*/ /proc/sys/net; do mount -o remount,bind,rw $mount; done

@@ -15,8 +15,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestKubernetes has the kubelet pull encrypted images for pods in which
-// nothing tells of encryption.
+// TestKubernetes lets the kubelet pull encrypted images for pods without any setting for
+// encryption.
 func TestKubernetes(t *testing.T) {
 	ownNetwork(t)
 	b := harness.NewTLSBroker(t, "team-a", "team-b")
@@ -63,9 +63,9 @@ func TestKubernetes(t *testing.T) {
 	}
 }
 
-// TestKubernetesManifests installs all of packaging/kubernetes as its example
-// does: copilot with PostgreSQL, and a DaemonSet that sets the node up, whose
-// identity is that of its service account.
+// TestKubernetesManifests installs packaging/kubernetes as its example does: copilot with
+// PostgreSQL, and a DaemonSet that sets up the node, which has the identity of its service
+// account.
 func TestKubernetesManifests(t *testing.T) {
 	t.Parallel()
 	ownNetwork(t)
@@ -78,7 +78,7 @@ func TestKubernetesManifests(t *testing.T) {
 	k := newKubernetes(t, ci.Pause())
 	before := k.node.Files()
 
-	// What a user fills in.
+	// Values that a user fills in.
 	harness.Output(t, harness.Command(t, "cp", "-r", filepath.Join(harness.Repo, "packaging/kubernetes"), dir+"/manifests"))
 	harness.Write(t, dir+"/manifests/example/ca.pem", harness.Read(t, dir+"/copilot/ca.pem"))
 	kustomization := dir + "/manifests/example/kustomization.yaml"
@@ -140,8 +140,8 @@ spec:
 	}
 	runs("restarted", harness.LayerKinds[1])
 
-	// While the node reboots there comes a new version. The token is gone, since it
-	// is in /run, and the image that brings it anew has to be pulled first.
+	// A new version is rolled out while the node reboots. The token in /run is gone, and the
+	// image that writes it again has to be pulled first.
 	was := harness.Output(t, k.node.Run("pilot", "--version"))
 	pushLayout(ci, "pilot-next", nextPilot(t, dir))
 	k.reboot(func() {
@@ -166,8 +166,8 @@ spec:
 	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
 }
 
-// nextPilot makes the image of another version of pilot, as "make images" does,
-// and returns its layout.
+// nextPilot builds the image of another version of pilot, as "make images" does, and
+// returns its layout.
 func nextPilot(t testing.TB, dir string) string {
 	t.Helper()
 	build := harness.Command(t, "go", "build", "-buildvcs=false", "-ldflags", "-X github.com/ctrlplane/pilot/version.Version=next", "-tags", "no_pkcs11", "-o", dir+"/next/", "./cmd/pilot", "./cmd/pilot-decoder")
@@ -177,7 +177,7 @@ func nextPilot(t testing.TB, dir string) string {
 	return dir + "/next-image"
 }
 
-// rolledOut waits until what is rolled out is ready.
+// rolledOut waits until a workload is rolled out.
 func (k *kubernetes) rolledOut(what string) {
 	k.t.Helper()
 	system := func(args ...string) *exec.Cmd {
@@ -202,8 +202,8 @@ func pushLayout(c *harness.CI, name, layout string) {
 	harness.Output(c.T, c.CtrPilot("images", "push", "--plain-http", name))
 }
 
-// postgres pushes an image of Debian's PostgreSQL that is told what to do as
-// Docker's official one is.
+// postgres pushes an image of Debian's PostgreSQL that is configured like Docker's official
+// image.
 func postgres(c *harness.CI) {
 	t := c.T
 	t.Helper()

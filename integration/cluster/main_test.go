@@ -1,5 +1,4 @@
-// Package cluster tests copilot's manifests, and pilot on a Kubernetes of its
-// own.
+// Package cluster tests copilot's manifests, and pilot in a Kubernetes cluster.
 package cluster
 
 import (

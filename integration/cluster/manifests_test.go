@@ -17,9 +17,9 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestCopilotInCluster runs copilot as its Deployment does: as nobody in
-// particular, with the manifests' configuration and policy, the database's URL
-// in a variable and the Secrets in files of root's, and asks it as a node does.
+// TestCopilotInCluster runs copilot as its Deployment does: as an ordinary user, with the
+// manifests' configuration and policy, the database's URL in a variable and the Secrets in
+// files of root, and requests a KEK as a node does.
 func TestCopilotInCluster(t *testing.T) {
 	t.Parallel()
 	manifests := filepath.Join(harness.Repo, "packaging/kubernetes/copilot")
@@ -50,7 +50,7 @@ func TestCopilotInCluster(t *testing.T) {
 		"/run/secrets/kubernetes.io/serviceaccount/token":  "api-token",
 		"/run/secrets/kubernetes.io/serviceaccount/ca.crt": harness.Read(t, c.Dir+"/account/ca.crt"),
 	} {
-		// As fsGroup and defaultMode make them.
+		// As fsGroup and defaultMode set them.
 		name = m.Root + name
 		name = harness.Write(t, name, content)
 		if err := os.Chown(name, 0, 65532); err != nil {

@@ -8,6 +8,7 @@ import (
 	"go/parser"
 	gotoken "go/token"
 	"io"
+	"io/fs"
 	"os/exec"
 	"path"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 )
@@ -30,13 +32,6 @@ func TestDocsLinks(t *testing.T) {
 // each command. Commands that nothing runs need a reason, so that new ones are run.
 func TestDocsBlocks(t *testing.T) {
 	t.Parallel()
-	tests := map[string]bool{}
-	files, _ := filepath.Glob(harness.Repo + "/integration/*/*_test.go")
-	for _, file := range files {
-		for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllStringSubmatch(harness.Read(t, file), -1) {
-			tests[m[1]] = true
-		}
-	}
 	for name, p := range pages(t) {
 		t.Run(filepath.Base(name), func(t *testing.T) {
 			t.Parallel()
@@ -47,13 +42,7 @@ func TestDocsBlocks(t *testing.T) {
 			}
 			for _, b := range p.Blocks {
 				switch {
-				case b.Verb == "skip":
-					for _, test := range regexp.MustCompile(`Test\w+`).FindAllString(b.Arg, -1) {
-						if !tests[test] {
-							t.Errorf("%s:%d: there is no %s", name, b.Line, test)
-						}
-					}
-				case b.Language == "text", b.Language == "mermaid":
+				case b.Verb == "skip", b.Language == "text", b.Language == "mermaid":
 				case b.Commands():
 					if !runsInTests[name] {
 						t.Errorf("%s:%d: these commands are not run: have a test run the page, or say why not by <!-- test: skip REASON -->", name, b.Line)
@@ -65,6 +54,54 @@ func TestDocsBlocks(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestDocsNamedTests requires that the tests exist that the pages name.
+func TestDocsNamedTests(t *testing.T) {
+	t.Parallel()
+	exist := map[string]bool{}
+	err := filepath.WalkDir(harness.Repo, func(name string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && strings.HasPrefix(d.Name(), ".") {
+			return fs.SkipDir
+		}
+		if err != nil || !strings.HasSuffix(name, "_test.go") {
+			return err
+		}
+		for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllStringSubmatch(harness.Read(t, name), -1) {
+			exist[m[1]] = true
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range pages(t) {
+		// A pattern, as in -run '^TestDocs', names no single test.
+		for _, m := range regexp.MustCompile(`(?:^|[^\w^])(Test[A-Z]\w+)`).FindAllStringSubmatch(harness.Read(t, filepath.Join(harness.Repo, name)), -1) {
+			if !exist[m[1]] {
+				t.Errorf("%s: there is no %s", name, m[1])
+			}
+		}
+	}
+}
+
+// TestDocsWidth requires that prose fits into 100 columns, except tables, code,
+// comments and links.
+func TestDocsWidth(t *testing.T) {
+	t.Parallel()
+	const columns = 100
+	unbreakable := regexp.MustCompile("^\\s*(\\||<!--|\\S*\\]\\(\\S+$|`[^`]+`\\S*$)")
+	for name := range pages(t) {
+		code := false
+		for i, line := range strings.Split(harness.Read(t, filepath.Join(harness.Repo, name)), "\n") {
+			if strings.HasPrefix(strings.TrimSpace(line), "```") {
+				code = !code
+			}
+			if !code && utf8.RuneCountInString(line) > columns && !unbreakable.MatchString(line) {
+				t.Errorf("%s:%d: %d columns, more than %d", name, i+1, utf8.RuneCountInString(line), columns)
+			}
+		}
 	}
 }
 
@@ -168,4 +205,4 @@ func succeeds(cmd *exec.Cmd) error {
 }
 
 // runsInTests are the pages whose commands TestPackageDocs runs.
-var runsInTests = map[string]bool{"README.md": true, "docs/node.md": true, "docs/copilot.md": true, "docs/encrypting.md": true, "docs/observability.md": true, "docs/kms.md": true, "docs/containerd.md": true}
+var runsInTests = map[string]bool{"README.md": true, "docs/node.md": true, "docs/copilot.md": true, "docs/encrypting.md": true, "docs/observability.md": true, "docs/kms.md": true, "docs/containerd.md": true, "docs/rotate.md": true, "docs/podman.md": true}

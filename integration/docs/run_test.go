@@ -25,25 +25,26 @@ func TestPackageDocs(t *testing.T) {
 		}
 	}
 	dir := harness.TempDir(t)
-	debs, root := filepath.Join(dir, "debs"), filepath.Join(dir, "root")
-	harness.BuildPackages(t, harness.Repo, debs, harness.PackageVersion, harness.Arch, "deb")
+	harness.BuildPackages(t, harness.Repo, dir+"/debs", harness.PackageVersion, harness.Arch, "deb")
+	harness.Output(t, harness.Patiently(t, "make", "-C", harness.Repo, "images", "ARCHS="+harness.Arch, "DIST="+dir+"/dist"))
 	harness.Output(t, harness.Patiently(t, "mmdebstrap", "--quiet", "--variant=apt", "--aptopt=Acquire::Retries \"3\"",
 		"--include=systemd,systemd-sysv,dbus,containerd,runc,crun,skopeo,buildah,podman,ca-certificates,openssl,curl,jq,postgresql,docker-registry,softhsm2,opensc,logrotate",
-		"trixie", root, "http://deb.debian.org/debian"))
+		"trixie", dir+"/root", "http://deb.debian.org/debian"))
 	for name, p := range pages(t) {
 		if runsInTests[name] {
 			t.Run(filepath.Base(name), func(t *testing.T) {
 				t.Parallel()
-				runPage(t, p, root, debs)
+				runPage(t, p, dir)
 			})
 		}
 	}
 }
 
-// runPage runs the commands of a page on a new machine.
-func runPage(t *testing.T, p *harness.Page, root, debs string) {
+// runPage runs the commands of a page on a new machine, which has what was built in
+// dir.
+func runPage(t *testing.T, p *harness.Page, dir string) {
 	secret := harness.NewSecret()
-	b := harness.Boot(t, root, []string{"--private-network"}, func(m *harness.Machine) { prepareForDocs(m, p, debs, secret) })
+	b := harness.Boot(t, dir+"/root", []string{"--private-network"}, func(m *harness.Machine) { prepareForDocs(m, p, dir, secret) })
 	harness.Write(t, b.Path("root/page"), p.Script())
 	before := filepath.Join("../testdata/docs", strings.TrimSuffix(filepath.Base(p.Name), ".md")+".sh")
 	harness.Write(t, b.Path("root/before"), harness.Read(t, "../testdata/docs/all.sh")+harness.Read(t, before))
@@ -55,10 +56,13 @@ func runPage(t *testing.T, p *harness.Page, root, debs string) {
 		t.Fatalf("%v\n%s\n%s", err, strings.Join(lines[max(0, len(lines)-40):], "\n"), harness.CombinedOutput(t, b.Run("journalctl", "--no-pager", "-n", "20", "-u", "pilot", "-u", "copilot", "-u", "containerd")))
 	}
 	for _, block := range p.Blocks {
-		if !block.Runs() || block.Language != "console" {
-			continue
+		var shown []harness.Shown
+		if block.Verb == "prints" {
+			shown = []harness.Shown{{Line: block.Line, Output: block.Text}}
+		} else if block.Runs() && block.Language == "console" {
+			shown = block.Shown()
 		}
-		for _, s := range block.Shown() {
+		for _, s := range shown {
 			if printed := harness.Read(t, b.Path("root/shown/"+strconv.Itoa(s.Line))); !matches(s, printed) {
 				t.Errorf("%s:%d: the page shows\n%sand the command prints\n%s\n%s", p.Name, s.Line, s.Output, printed, &out)
 			}
@@ -76,8 +80,8 @@ func inside(b *harness.BootedMachine, name string, args ...string) *exec.Cmd {
 }
 
 // prepareForDocs gives a machine the hosts of the pages, a registry, an image, and
-// our programs, as packages or as "make install" installs them.
-func prepareForDocs(m *harness.Machine, p *harness.Page, debs, secret string) {
+// what was built in dir: our packages, and for podman our images.
+func prepareForDocs(m *harness.Machine, p *harness.Page, dir, secret string) {
 	t := m.T
 	harness.Write(t, m.Root+"/etc/hosts", "127.0.0.1 localhost copilot.example.com registry.example.com\n")
 	harness.Write(t, m.Root+"/etc/docker/registry/config.yml", `version: 0.1
@@ -107,22 +111,20 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []harness.Object{windows}}))
 
 	switch p.Name {
-	case "README.md": // from source
-		for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot", "copilot"} {
-			m.AddProgram(filepath.Join(harness.Bin, name))
-		}
 	case "docs/kms.md":
 		m.AddProgram(filepath.Join(harness.Tools, "bin/bao"))
-	default:
-		for _, name := range []string{"pilot", "copilot"} {
-			harness.Output(t, harness.Command(t, "cp", harness.PackageFile(t, debs, name, "deb"), m.Root+"/root/"))
-		}
+	case "docs/podman.md":
+		harness.Output(t, harness.Command(t, "cp", "-r", dir+"/dist/images", m.Root+"/root/images"))
+	}
+	for _, name := range []string{"pilot", "copilot"} {
+		harness.Output(t, harness.Command(t, "cp", harness.PackageFile(t, dir+"/debs", name, "deb"), m.Root+"/root/"))
 	}
 }
 
 // matches reports whether a command printed what the page shows, in which … stands
-// for anything.
+// for anything, and amd64 for this machine's architecture.
 func matches(s harness.Shown, printed string) bool {
-	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(s.Output)), "…", ".*")
+	output := strings.ReplaceAll(s.Output, "linux/amd64", "linux/"+harness.Arch)
+	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(output)), "…", ".*")
 	return regexp.MustCompile(`(?s)^` + pattern + `$`).MatchString(strings.TrimSpace(printed))
 }

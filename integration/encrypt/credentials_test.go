@@ -77,7 +77,7 @@ func TestRegistryCredentials(t *testing.T) {
 		t.Errorf("encrypt for no KEK: exit status %d", status)
 	}
 
-	// ways are environments. Each has its own home, so that nothing else counts.
+	// ways are environments. Each has a home of its own, so that no other credentials are found.
 	run := func(env []string, args ...string) *exec.Cmd {
 		cmd := c.CtrPilot(args...)
 		cmd.Env = append(cmd.Env, "HOME="+dir+"/nobody", "DOCKER_CONFIG=", "REGISTRY_AUTH_FILE=", "XDG_RUNTIME_DIR=", "XDG_CONFIG_HOME=")
@@ -132,7 +132,7 @@ func TestRegistryCredentials(t *testing.T) {
 		t.Errorf("the helper was asked for %q", got)
 	}
 
-	// Nobody, and somebody else.
+	// Without credentials, and with those of another user.
 	for _, args := range [][]string{{"pull", app + "1"}, {"push", app + "1"}, {"rewrap", "--registry", app + "1"}} {
 		args = append(append([]string{"images"}, args...), "--plain-http")
 		harness.ExpectFailure(t, run(nil, args...), "no basic auth credentials")
@@ -150,7 +150,7 @@ func TestRegistryCredentials(t *testing.T) {
 		harness.ExpectFailure(t, run([]string{"DOCKER_CONFIG=" + dir + "/lost"}, args...), "docker-credential-pilotlost")
 	}
 
-	// Each of several images has its outcome.
+	// Each of several images succeeds or fails by itself.
 	harness.Output(t, c.CtrPilot("images", "tag", app+"1", app+"2"))
 	harness.Output(t, run(ways["DOCKER_CONFIG"], "images", "push", "--plain-http", app+"2"))
 	harness.RotateKEK(t, dir+"/broker", "team-a")

@@ -16,6 +16,8 @@ import (
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -27,7 +29,8 @@ func TestImgcrypt(t *testing.T) {
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
 	_, conf := harness.StartPilot(t, dir, brokerURL)
-	if err := processor.RegisterKeyProviders(conf); err != nil {
+	providers, err := ocicryptclient.FromFile(conf, grpcdial.Call)
+	if err != nil {
 		t.Fatal(err)
 	}
 	ocicrypt.RegisterKeyWrapper("provider.pilot", keyprovider.NewKeyWrapper("pilot", keyproviderconfig.KeyProviderAttrs{
@@ -66,7 +69,8 @@ func TestImgcrypt(t *testing.T) {
 					isLayer := func(desc ocispec.Descriptor) bool { return !strings.Contains(desc.MediaType, "in-toto") }
 
 					// imgcrypt refuses an index with encrypted attestations.
-					ours, err := image.Encrypt(ctx, store, plain, cc.EncryptConfig, image.Options{Attestations: image.KeepAttestations})
+					to := processor.Recipients{Keys: processor.Keys{Providers: providers}, Parameters: cc.EncryptConfig.Parameters}
+					ours, err := image.Encrypt(ctx, store, plain, to, image.Options{Attestations: image.KeepAttestations})
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -83,7 +87,7 @@ func TestImgcrypt(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					back, err := image.Decrypt(ctx, store, theirs, cc.DecryptConfig, image.Options{})
+					back, err := image.Decrypt(ctx, store, theirs, to.Keys.With(cc.DecryptConfig), image.Options{})
 					if err != nil {
 						t.Fatalf("we do not decrypt imgcrypt's: %v", err)
 					}

@@ -62,7 +62,7 @@ exec setpriv --reuid 54322 --regid 54322 --clear-groups --no-new-privs "$@"`
 	return cmd
 }
 
-// TestOtherUsers does, as a user without rights, what README.md has for one.
+// TestOtherUsers does, as a user without rights, what docs/encrypting.md has for one.
 func TestOtherUsers(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
@@ -107,7 +107,7 @@ func TestOtherUsers(t *testing.T) {
 		t.Errorf("rewrap without a right: exit status %d", status)
 	}
 
-	// What is root's says so, once, with what to do.
+	// A socket that only root can use is an error that says what to do, once.
 	own := "name pilot as a cmd in their ocicrypt.conf, with a pilot.toml of their own"
 	forwarding := d.write("forwarding.conf", fmt.Sprintf(`{"key-providers": {"pilot": {"cmd": {"path": "/usr/local/bin/pilot", "args": ["keyprovider", "--daemon", "unix://%s/daemon/keyprovider.sock"]}}}}`, dir))
 	harness.Output(t, exec.Command("chmod", "a+rx", dir+"/daemon"))

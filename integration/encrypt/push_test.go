@@ -88,9 +88,9 @@ func TestLocalCommands(t *testing.T) {
 	}
 }
 
-// TestReadmeCtrPilot runs the commands of README's section on ctr-pilot as they
-// are, with a registry of our own.
-func TestReadmeCtrPilot(t *testing.T) {
+// TestEncryptingPage runs the commands of docs/encrypting.md's section on ctr-pilot
+// as they are, with a registry of our own.
+func TestEncryptingPage(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
@@ -101,7 +101,7 @@ func TestReadmeCtrPilot(t *testing.T) {
 	l := harness.NewLayout(t)
 	harness.Output(t, n.CtrPilot("images", "import", "--no-unpack", l.Tar(dir+"/image.tar", "app:1", l.Image(harness.LayerKinds[1], false, harness.Arch, secret))))
 
-	_, section, _ := strings.Cut(harness.Read(t, filepath.Join(harness.Repo, "README.md")), "\n### ctr-pilot\n")
+	_, section, _ := strings.Cut(harness.Read(t, filepath.Join(harness.Repo, "docs/encrypting.md")), "\n## ctr-pilot\n")
 	_, section, _ = strings.Cut(section, "```\n")
 	block, _, ok := strings.Cut(section, "```")
 	ran := false
@@ -115,7 +115,7 @@ func TestReadmeCtrPilot(t *testing.T) {
 		}
 	}
 	if !ok || !ran {
-		t.Fatalf("README's section has no block that runs an image:\n%s", block)
+		t.Fatalf("the section has no block that runs an image:\n%s", block)
 	}
 	if got, want := n.Target("app:plain"), n.Target("app:1"); got != want {
 		t.Errorf("decrypted: %s, was %s", got, want)

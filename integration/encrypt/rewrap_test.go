@@ -12,7 +12,7 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// wrappedFor returns the digests of an image's layers, and who each is wrapped for.
+// wrappedFor returns the digests of an image's layers, and the recipients of each.
 func wrappedFor(n *harness.Node, name string) (digests, recipients []string) {
 	n.T.Helper()
 	var info struct {
@@ -48,7 +48,7 @@ func expectRecipients(n *harness.Node, name, want string, before []string) {
 }
 
 // TestRewrap moves images in containerd to new versions of KEKs and to other
-// recipients. Their layers' files are away meanwhile.
+// recipients, while the files of their layers are missing.
 func TestRewrap(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)

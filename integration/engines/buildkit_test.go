@@ -18,7 +18,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// builder is a BuildKit whose worker is a node's containerd.
+// builder is a BuildKit with a node's containerd as its worker.
 type builder struct {
 	*harness.Node
 	address  string // of buildkitd
@@ -40,7 +40,7 @@ func newBuilder(t testing.TB, n *harness.Node, registry string) *builder {
 	harness.Await(t, "buildkitd", func() error {
 		return exec.Command(filepath.Join(harness.Tools, "bin/buildctl"), "--addr", b.address, "debug", "workers").Run()
 	})
-	// What it built with stays mounted otherwise.
+	// Otherwise its mounts would stay.
 	t.Cleanup(func() { b.buildctl("prune", "--all").Run() })
 	return b
 }
@@ -62,7 +62,7 @@ func (b *builder) build(dockerfile string, files map[string]string, args ...stri
 	return b.buildctl(append([]string{"build", "--progress", "plain", "--frontend", "dockerfile.v0", "--local", "context=" + dir, "--local", "dockerfile=" + dir}, args...)...)
 }
 
-// says runs a build that has to succeed and print each of want.
+// says runs a build that must succeed and print each of want.
 func says(t testing.TB, cmd *exec.Cmd, want ...string) {
 	t.Helper()
 	out, err := cmd.CombinedOutput() // progress goes to standard error
@@ -76,13 +76,13 @@ func says(t testing.TB, cmd *exec.Cmd, want ...string) {
 	}
 }
 
-// in returns the node's command in BuildKit's namespace.
+// in returns a command of the node in BuildKit's namespace.
 func (b *builder) in(args ...string) *exec.Cmd {
 	b.T.Helper()
 	return b.CtrPilot(append([]string{"--namespace", "buildkit"}, args...)...)
 }
 
-// forget makes the builder as if it had never built anything.
+// forget removes all that the builder has stored.
 func (b *builder) forget(t testing.TB) {
 	t.Helper()
 	for name := range strings.Lines(harness.Output(t, b.in("images", "list", "-q"))) {
@@ -102,8 +102,8 @@ func manifestOf(c *harness.CI, name string) (m ocispec.Manifest) {
 	return m
 }
 
-// builtOn checks that an image consists of the encrypted layers of its base,
-// without their keys, and of layers that anybody can read.
+// builtOn checks that an image consists of the encrypted layers of its base, without their
+// keys, and of plain layers.
 func builtOn(t testing.TB, base, m ocispec.Manifest, plain int) {
 	t.Helper()
 	if len(m.Layers) != len(base.Layers)+plain {
@@ -117,20 +117,18 @@ func builtOn(t testing.TB, base, m ocispec.Manifest, plain int) {
 	}
 }
 
-// TestBuildKit builds on encrypted images, and makes images of the outcome that
-// nodes can pull. What it finds of the outcome, docs/buildkit.md says.
+// TestBuildKit builds on encrypted images, and makes the results pullable on nodes, as
+// docs/buildkit.md describes.
 func TestBuildKit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a", "team-b")
 	home := harness.TempDir(t)
-	harness.StartPilot(t, home, brokerURL)
+	harness.StartPilot(t, home, c.BrokerURL)
 	b := newBuilder(t, harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()}), c.Registry)
-	b.Ocicrypt = ociConf
+	b.Ocicrypt = c.Ocicrypt
 	elsewhere := harness.TempDir(t)
-	harness.StartPilot(t, elsewhere, brokerURL)
+	harness.StartPilot(t, elsewhere, c.BrokerURL)
 	n := harness.NewDifferNode(t, elsewhere, harness.DifferConfig{Containerd: harness.Containerd2()})
 
 	base := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
@@ -165,7 +163,7 @@ func TestBuildKit(t *testing.T) {
 	}
 
 	t.Run("usable", func(t *testing.T) {
-		// In BuildKit's own containerd, so that nothing plain leaves it.
+		// In BuildKit's own containerd, so that nothing leaves it in plain.
 		local, usable := c.Registry+"/usable:local", c.Registry+"/usable:1"
 		says(t, b.build(dockerfile, files, "--output", "type=image,name="+local), greeting)
 		info := b.in("images", "layerinfo", local)
@@ -177,7 +175,7 @@ func TestBuildKit(t *testing.T) {
 		harness.ExpectFailure(t, b.in(append(encrypt, "--keys-from", built, "--plain-http", local, usable)...), "it is encrypted and has no keys")
 		harness.ExpectFailure(t, b.in(append(encrypt, "--keys-from", c.Registry+"/none:1", "--plain-http", local, usable)...), "--keys-from "+c.Registry+"/none:1", "not found")
 		harness.ExpectFailure(t, b.in(append(encrypt, "--plain-http", local, usable)...), "--plain-http is for --keys-from")
-		// As by somebody who can write to the registry.
+		// As an attacker who can write to the registry.
 		swapped := c.Edit(base, "swapped", func(m *ocispec.Manifest) {
 			m.Layers[0].Annotations, m.Layers[1].Annotations = m.Layers[1].Annotations, m.Layers[0].Annotations
 		})
@@ -196,7 +194,7 @@ func TestBuildKit(t *testing.T) {
 			harness.Output(t, c.CtrPilot("images", "push", "--plain-http", name))
 			checkUsable(t, c, b, n, name, greeting, base)
 		}
-		// Docker's media types around it are none of an encrypted image's.
+		// Docker's media types are not used in encrypted images.
 		name := c.Registry + "/dockertypes:1"
 		says(t, b.build(dockerfile, files, "--output", "type=image,oci-mediatypes=false,push=true,name="+name))
 		builtOn(t, manifestOf(c, base), manifestOf(c, name), 2)
@@ -205,7 +203,7 @@ func TestBuildKit(t *testing.T) {
 	})
 
 	t.Run("plain", func(t *testing.T) {
-		// Files that leave an encrypted image by another way than its layers.
+		// Files that leave an encrypted image other than in its layers.
 		name := c.Registry + "/copied:1"
 		says(t, b.build("FROM "+base+" AS base\nFROM scratch\nCOPY --from=base /secret /a\nCOPY --from="+base+" /hello /b\n", nil,
 			"--output", "type=image,compression=uncompressed,push=true,name="+name))
@@ -266,8 +264,8 @@ func TestBuildKit(t *testing.T) {
 	})
 
 	t.Run("hostile", func(t *testing.T) {
-		// Others of the same repository name the same layers with the keys of
-		// each other, and are built on first.
+		// Other images of the repository name the same layers with each other's keys, and
+		// are built on first.
 		b.forget(t)
 		var hostile []string
 		for i := range 3 {
@@ -298,15 +296,15 @@ func TestBuildKit(t *testing.T) {
 
 	t.Run("containerd 1.7", func(t *testing.T) {
 		d := harness.TempDir(t)
-		harness.StartPilot(t, d, brokerURL)
+		harness.StartPilot(t, d, c.BrokerURL)
 		b := newBuilder(t, harness.NewDifferNode(t, d, harness.DifferConfig{Containerd: harness.Containerd17()}), c.Registry)
 		says(t, b.build("FROM "+base+"\nRUN [\"/hello\"]\n", nil), greeting)
 	})
 }
 
-// checkUsable checks that a node runs an image, which the builder pushes if it has it,
-// and that all its layers are encrypted, those of its base for whom they were and
-// for team-b.
+// checkUsable checks that a node runs an image, which the builder pushes if it has it, and
+// that all its layers are encrypted: those of its base for the same recipients as before
+// and for team-b.
 func checkUsable(t testing.TB, c *harness.CI, b *builder, n *harness.Node, name, greeting, base string) {
 	t.Helper()
 	if strings.Contains(harness.Output(t, b.in("images", "list", "-q")), name+"\n") {
@@ -335,7 +333,7 @@ func checkUsable(t testing.TB, c *harness.CI, b *builder, n *harness.Node, name,
 	b.forget(t)
 }
 
-// fileIn returns a file of a tar archive.
+// fileIn returns a file in a tar archive.
 func fileIn(t testing.TB, archive, name string) string {
 	t.Helper()
 	f, err := os.Open(archive)
@@ -358,15 +356,13 @@ func fileIn(t testing.TB, archive, name string) string {
 	}
 }
 
-// TestBuiltinBuildKit builds on an encrypted image with a containerd that has
-// pilot's differ in it.
+// TestBuiltinBuildKit builds on an encrypted image with a containerd that has pilot's
+// differ compiled in.
 func TestBuiltinBuildKit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
-	b := newBuilder(t, harness.BuiltinNode(t, dir, ociConf), c.Registry)
+	c := harness.StartCI(t, dir, "team-a")
+	b := newBuilder(t, harness.BuiltinNode(t, dir, c.Ocicrypt), c.Registry)
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\n", nil), "hello, "+c.Secrets[image])
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// crioPrograms gives the machine CRI-O's programs.
+// crioPrograms adds CRI-O's programs to the machine.
 func crioPrograms(m *harness.Machine) {
 	m.T.Helper()
 	for _, name := range []string{"crio", "pinns"} {
@@ -19,19 +19,16 @@ func crioPrograms(m *harness.Machine) {
 	}
 }
 
-// TestCRIONode sets a machine with CRI-O up with one command, pulls, and puts it
-// back.
+// TestCRIONode sets up a machine with CRI-O with one command, pulls, and uninstalls.
 func TestCRIONode(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	m := harness.NewCRIOMachine(t)
 	crioPrograms(m)
 	before := m.Files()
-	m.BrokerAt(brokerURL)
+	m.BrokerAt(c.BrokerURL)
 
 	diff := harness.Output(t, m.Pilot("node", "install", "--dry-run"))
 	if !strings.Contains(diff, "+++ /etc/systemd/system/crio.service.d/pilot.conf") || strings.Contains(diff, "/etc/containerd") {
@@ -50,7 +47,7 @@ func TestCRIONode(t *testing.T) {
 
 	m.Start(t, "pilot", "serve")
 	harness.Await(t, "pilot", harness.Reachable(m.Root+"/run/pilot/keyprovider.sock"))
-	// As systemd starts it.
+	// As systemd would start it.
 	_, variable, _ := strings.Cut(harness.Read(t, m.Root+"/etc/systemd/system/crio.service.d/pilot.conf"), "\nEnvironment=")
 	m.Start(t, "env", strings.TrimSpace(variable), "crio")
 	n := &harness.Node{T: t, Dir: filepath.Dir(m.Root), Socket: m.Root + "/run/crio/crio.sock"}
@@ -67,16 +64,14 @@ func TestCRIONode(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestCRIOBooted sets up a machine that systemd runs, pulls, and puts it back.
+// TestCRIOBooted sets up a booted machine, pulls, and uninstalls.
 func TestCRIOBooted(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	const brokerSocket = "/var/lib/copilot.sock"
-	b := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + strings.TrimPrefix(brokerURL, "unix://") + ":" + brokerSocket}, func(m *harness.Machine) {
+	b := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + strings.TrimPrefix(c.BrokerURL, "unix://") + ":" + brokerSocket}, func(m *harness.Machine) {
 		m.AddProgram(filepath.Join(harness.Bin, "pilot"))
 		m.OnlyCRIO()
 		crioPrograms(m)

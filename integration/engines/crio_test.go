@@ -24,13 +24,14 @@ func tool(t testing.TB, name string) string {
 	return path
 }
 
-// crio is a CRI-O of its own.
+// crio is a CRI-O with its own directories.
 type crio struct {
 	*harness.Node
 	broker string // of the pilot in the same directory
 }
 
-// newCRIO starts a pilot, and a CRI-O 1.34 whose key provider it is. CRI-O's decryption_keys_path is keys in dir, which does not exist.
+// newCRIO starts a pilot, and a CRI-O 1.34 with it as the key provider. CRI-O's
+// decryption_keys_path is dir/keys, which does not exist.
 func newCRIO(t testing.TB, dir, broker, pause string) *crio {
 	t.Helper()
 	_, ociConf := harness.StartPilot(t, dir, broker)
@@ -95,7 +96,7 @@ func (n *crio) start(t testing.TB) {
 	harness.Await(t, "CRI-O", func() error { return n.Crictl("info").Run() })
 }
 
-// examine has pilot node doctor examine the machine.
+// examine runs "pilot node doctor" on the machine.
 func (n *crio) examine(t testing.TB) harness.DoctorReport {
 	t.Helper()
 	out, err := harness.Command(t, "pilot", "node", "doctor", "--json", "--config", "/dev/null", "--listen", "unix://"+n.Dir+"/keyprovider.sock", "--diff-listen", "off",
@@ -107,15 +108,15 @@ func (n *crio) examine(t testing.TB) harness.DoctorReport {
 	return r
 }
 
-// expectStep checks the result of a step and that its detail says each of said.
+// expectStep checks the result of a step, and that its detail contains each of said.
 func expectStep(t testing.TB, r harness.DoctorReport, step, result string, said ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		if s.Name != step {
 			continue
 		}
-		if s.Result != result || (result == "failed") != (len(s.Mend) > 0) {
-			t.Errorf("%s is %s, not %s: %s (%q) in\n%s", step, s.Result, result, s.Detail, s.Mend, r.Output)
+		if s.Result != result || (result == "failed") != (len(s.Fix) > 0) {
+			t.Errorf("%s is %s, not %s: %s (%q) in\n%s", step, s.Result, result, s.Detail, s.Fix, r.Output)
 		}
 		for _, w := range said {
 			if !strings.Contains(s.Detail, w) {
@@ -127,17 +128,14 @@ func expectStep(t testing.TB, r harness.DoctorReport, step, result string, said 
 	t.Errorf("no step %s in\n%s", step, r.Output)
 }
 
-// TestCRIO pulls encrypted images with CRI-O, and has the doctor foresee what
-// fails.
+// TestCRIO pulls encrypted images with CRI-O, and checks that the doctor predicts failures.
 func TestCRIO(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
+	c := harness.StartCI(t, dir, "team-a", "team-b")
 	_, strangerURL := harness.StartBroker(t, dir+"/other", "team-b")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
 	pause := c.Pause()
-	n := newCRIO(t, dir+"/node", brokerURL, pause)
+	n := newCRIO(t, dir+"/node", c.BrokerURL, pause)
 
 	for _, k := range harness.LayerKinds {
 		t.Run("run "+k.Name, func(t *testing.T) {
@@ -164,7 +162,7 @@ func TestCRIO(t *testing.T) {
 	image := c.Image(harness.LayerKinds[0], "provider:pilot:team-a")
 	repository, _, _ := strings.Cut(image, ":"+harness.LayerKinds[0].Name)
 	t.Run("digest", func(t *testing.T) {
-		// Known: CRI-O can't decrypt what is named by a digest.
+		// Known: CRI-O can't decrypt images that are named by a digest.
 		harness.ExpectFailure(t, n.Crictl("pull", repository+"@"+c.Target(image)), "should be decrypted, but we can’t modify the manifest: Destination specifies a digest")
 		if harness.ContainsText(t, n.Dir+"/root", c.Secrets[image]) {
 			t.Error("the secret is in CRI-O's storage")
@@ -182,7 +180,7 @@ func TestCRIO(t *testing.T) {
 		expectStep(t, r, "unwrap", "skipped", "broker")
 	})
 
-	// What CRI-O finds in decryption_keys_path.
+	// Files in CRI-O's decryption_keys_path.
 	key := filepath.Join(dir, "key.pem")
 	harness.Output(t, harness.Command(t, "openssl", "genrsa", "-out", key, "2048"))
 	pem := harness.Read(t, key)
@@ -244,7 +242,7 @@ func TestCRIO(t *testing.T) {
 			t.Errorf("%d steps:\n%s", len(r.Steps), r.Output)
 		}
 
-		// Changes that CRI-O has not read, or that lead it elsewhere.
+		// Changes that CRI-O has not read, or that name another key provider.
 		right := harness.Read(t, n.Ocicrypt)
 		for name, test := range map[string]struct{ conf, want string }{
 			"another provider": {`{"key-providers": {"other": {"grpc": "unix:///x.sock"}}}`, `no key provider "pilot"`},
@@ -264,8 +262,8 @@ func TestCRIO(t *testing.T) {
 		n.Stop(t)
 		expectStep(t, n.examine(t), "crio", "failed", "CRI-O does not answer")
 
-		// An executable, and a variable that is not set.
-		harness.Write(t, n.Ocicrypt, fmt.Sprintf(`{"key-providers": {"pilot": {"cmd": {"path": "%s/pilot", "args": ["keyprovider", "--broker", "%s"]}}}}`, harness.Bin, brokerURL))
+		// An executable, and an unset variable.
+		harness.Write(t, n.Ocicrypt, fmt.Sprintf(`{"key-providers": {"pilot": {"cmd": {"path": "%s/pilot", "args": ["keyprovider", "--broker", "%s"]}}}}`, harness.Bin, c.BrokerURL))
 		n.start(t)
 		harness.Output(t, n.Crictl("rmi", "-a"))
 		harness.Output(t, n.Crictl("pull", image))
@@ -283,12 +281,10 @@ func TestCRIO(t *testing.T) {
 func TestCRIOLibrary(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	pull := func(t *testing.T, keys, image string) *exec.Cmd {
 		cmd := harness.Command(t, tool(t, "criopull"), "-root", filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-")), "-keys", keys, image)
-		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+ociConf, "HOME="+dir)
+		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+c.Ocicrypt, "HOME="+dir)
 		return cmd
 	}
 	for _, k := range harness.LayerKinds {
@@ -302,7 +298,7 @@ func TestCRIOLibrary(t *testing.T) {
 	}
 	image := c.Image(harness.LayerKinds[0], "provider:pilot:team-a")
 	t.Run("digest", func(t *testing.T) {
-		// Known: it can't decrypt what is named by a digest.
+		// Known: it can't decrypt images that are named by a digest.
 		repository := strings.TrimSuffix(image, ":"+harness.LayerKinds[0].Name)
 		harness.ExpectFailure(t, pull(t, dir+"/none", repository+"@"+c.Target(image)), "should be decrypted, but we can’t modify the manifest: Destination specifies a digest")
 	})

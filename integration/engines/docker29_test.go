@@ -25,13 +25,13 @@ func TestDocker29(t *testing.T) {
 	const daemonJSON = `{"features": {"containerd-snapshotter": true}}`
 	e.ownContainerd(daemonJSON, d.allowed)
 
-	// It has a containerd inside where it finds none.
+	// Docker starts its own containerd if it finds none.
 	e.dockerd.Stop(t)
 	if err := os.Remove(m.Root + "/usr/bin/containerd"); err != nil {
 		t.Fatal(err)
 	}
 	e.serveDocker(daemonJSON)
-	if report := e.doctor(); !strings.Contains(report, "starts a containerd of its own") || !strings.Contains(report, "install containerd") {
+	if report := e.doctor(); !strings.Contains(report, "starts its own containerd") || !strings.Contains(report, "install containerd") {
 		t.Errorf("doctor: %s", report)
 	}
 }

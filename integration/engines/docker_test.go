@@ -14,7 +14,7 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// engine is a Docker Engine on a containerd that has pilot.
+// engine is a Docker Engine on a containerd with pilot.
 type engine struct {
 	t       testing.TB
 	m       *harness.Machine
@@ -26,7 +26,7 @@ type engine struct {
 // buildx is Docker's client for BuildKit in Debian 13.
 const buildx = "/usr/libexec/docker/cli-plugins/docker-buildx"
 
-// dockerTest is a broker, and images that a node may and may not decrypt.
+// dockerTest has a broker, and images that the node may and may not decrypt.
 type dockerTest struct {
 	broker *harness.TLSBroker
 	ci     *harness.CI
@@ -38,8 +38,8 @@ type dockerTest struct {
 	pause           string // an encrypted one that runs until it is stopped
 }
 
-// newDockerTest makes them, and looks for the programs of scripts/install-tools.sh
-// that the test needs besides the usual ones.
+// newDockerTest starts the broker and makes the images, and checks that the programs of
+// scripts/install-tools.sh exist that the test needs.
 func newDockerTest(t testing.TB, install string, programs ...string) *dockerTest {
 	t.Helper()
 	for _, p := range append(programs, "trixie/usr/sbin/dockerd", "trixie"+buildx) {
@@ -73,8 +73,7 @@ func newDockerTest(t testing.TB, install string, programs ...string) *dockerTest
 	return d
 }
 
-// run does with an engine what its users do. With that daemon.json it has the
-// containerd image store.
+// run uses an engine as its users do. daemonJSON selects the containerd image store.
 func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	secret := d.ci.Secrets[d.allowed]
 	runs := func(image string) {
@@ -95,7 +94,7 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 		t.Errorf("docker run of an index: %s", out)
 	}
 
-	// What leaves the engine is encrypted, and can be used with the KEK only.
+	// Images that leave the engine are encrypted, and need the KEK.
 	archive := harness.Write(t, filepath.Join(harness.TempDir(t), "saved.tar"), harness.Output(t, e.docker("save", d.allowed)))
 	if strings.Contains(harness.Read(t, archive), secret) {
 		t.Error("the secret is in what docker save wrote")
@@ -124,12 +123,12 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	harness.Output(t, e.docker("push", pushed))
 	d.pushedEncrypted(pushed, 2)
 
-	// Two containers of one image, as compose starts them.
+	// Two containers of one image, as compose would start them.
 	harness.Output(t, e.docker("pull", d.pause))
 	for _, name := range []string{"web-1", "web-2"} {
 		harness.Output(t, e.docker("run", "--detach", "--network", "none", "--name", name, d.pause))
 	}
-	// They outlive a restart of containerd, which install asks for.
+	// They survive the restart of containerd that install requests.
 	e.node.Stop(t)
 	e.serveContainerd()
 	harness.Await(t, "docker after a restart of containerd", func() error { return e.docker("pull", d.pause).Run() })
@@ -138,7 +137,7 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	}
 	harness.Output(t, e.docker("rm", "--force", "web-1", "web-2"))
 
-	// What is committed or built has plain layers above the encrypted ones.
+	// Committed and built images have plain layers above the encrypted ones.
 	harness.Output(t, e.docker("create", "--name", "changed", "--network", "none", d.allowed))
 	harness.Output(t, e.docker("cp", harness.Write(t, d.broker.Dir+"/added", "added"), "changed:/added"))
 	committed, built, byBuildKit := d.name(t, "committed"), d.name(t, "built"), d.name(t, "by-buildkit")
@@ -198,11 +197,11 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 				t.Errorf("doctor: want %q in\n%s", want, report)
 			}
 		}
-		// Docker 29 stays with the store in which it has images, and before
-		// that it is the default.
+		// Docker 29 keeps the store that has images, and earlier versions use this one by
+		// default.
 		e.serveDocker("{}")
 	}
-	// What the doctor says helps.
+	// The doctor's fix works.
 	e.serveDocker(`{"features": {"containerd-snapshotter": true}}`)
 	runs(d.allowed)
 	harness.Output(t, e.docker("image", "rm", "--force", d.plain))
@@ -214,7 +213,7 @@ func (d *dockerTest) run(t *testing.T, e *engine, daemonJSON string) {
 	}
 }
 
-// build has docker build an image, with BuildKit or without.
+// build builds an image with docker, with or without BuildKit.
 func (e *engine) build(image string, buildKit bool, dockerfile string) {
 	e.t.Helper()
 	build := e.docker("build", "--tag", image, "-")
@@ -226,13 +225,13 @@ func (e *engine) build(image string, buildKit bool, dockerfile string) {
 	harness.Output(e.t, build)
 }
 
-// name returns a name in the registry for an image that a test makes.
+// name returns a name in the registry for an image of a test.
 func (d *dockerTest) name(t testing.TB, name string) string {
 	return d.ci.Registry + "/" + strings.ToLower(t.Name()) + "-" + name + ":1"
 }
 
-// ownContainerd has an engine start a containerd of its own, where none runs. It
-// can't pull an encrypted image then.
+// ownContainerd lets an engine start its own containerd, where none runs. It can't pull an
+// encrypted image then.
 func (e *engine) ownContainerd(daemonJSON, encrypted string) {
 	e.t.Helper()
 	e.dockerd.Stop(e.t)
@@ -241,7 +240,7 @@ func (e *engine) ownContainerd(daemonJSON, encrypted string) {
 	e.serveDocker(daemonJSON)
 	harness.ExpectFailure(e.t, e.docker("pull", encrypted), "failed to get stream processor for application/vnd.oci.image.layer.v1.tar+encrypted")
 	report := e.doctor()
-	for _, want := range []string{"starts a containerd of its own at /var/run/docker/containerd/containerd.sock", "systemctl enable --now containerd.service"} {
+	for _, want := range []string{"starts its own containerd at /var/run/docker/containerd/containerd.sock", "systemctl enable --now containerd.service"} {
 		if !strings.Contains(report, want) {
 			e.t.Errorf("doctor: want %q in\n%s", want, report)
 		}
@@ -261,7 +260,7 @@ func (d *dockerTest) pushedEncrypted(name string, layers int) {
 	}
 }
 
-// savedLayer is the descriptor of a layer in what docker save wrote.
+// savedLayer returns the descriptor of a layer in an archive of "docker save".
 type savedLayer struct {
 	MediaType   string
 	Annotations map[string]string
@@ -294,11 +293,10 @@ func savedLayers(t testing.TB, archive string) []savedLayer {
 	}
 }
 
-// newEngine sets a machine up with pilot as the node docker1, and starts its
-// containerd and its Docker.
+// newEngine sets up a machine as the node docker1, and starts its containerd and Docker.
 func (d *dockerTest) newEngine(t testing.TB, m *harness.Machine) *engine {
 	t.Helper()
-	// Docker's graph driver overlay2 needs a file system below that is no overlay.
+	// Docker's graph driver overlay2 does not work on overlayfs.
 	data := harness.TempDir(t)
 	m.Mount(data, "var/lib/docker", "", syscall.MS_BIND, "")
 	m.Mount(d.broker.Dir, d.broker.Dir, "", syscall.MS_BIND, "")
@@ -328,8 +326,8 @@ func (e *engine) servePilot() *harness.Process {
 	return p
 }
 
-// serveDocker starts dockerd with a daemon.json, and stops it before if it runs.
-// It listens on its socket only, and touches nothing of the network.
+// serveDocker restarts dockerd with a daemon.json. It listens on its socket only, and does
+// not change the network.
 func (e *engine) serveDocker(daemonJSON string) {
 	e.t.Helper()
 	if e.dockerd != nil {
@@ -347,7 +345,7 @@ func (e *engine) docker(args ...string) *exec.Cmd {
 	return e.m.Run("docker", args...)
 }
 
-// doctor returns what pilot's doctor says of Docker, which may be bad.
+// doctor returns the doctor's report, of a machine that may fail.
 func (e *engine) doctor() string {
 	e.t.Helper()
 	out, _ := e.m.Run("pilot", "node", "doctor", "--kek", "team-a").CombinedOutput()

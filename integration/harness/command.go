@@ -78,7 +78,7 @@ func ExpectFailure(t testing.TB, cmd *exec.Cmd, want ...string) string {
 	if err == nil {
 		t.Errorf("%s succeeded:\n%s", strings.Join(cmd.Args, " "), out)
 	}
-	said := strings.ReplaceAll(string(out), `\"`, `"`) // crictl quotes what it is told
+	said := strings.ReplaceAll(string(out), `\"`, `"`) // crictl quotes errors
 	for _, w := range want {
 		if !strings.Contains(said, w) {
 			t.Errorf("%s: want %q in\n%s", strings.Join(cmd.Args, " "), w, out)

@@ -155,8 +155,8 @@ func (n *Node) Crictl(args ...string) *exec.Cmd {
 // containers counts those that were named by ContainerID.
 var containers atomic.Int32
 
-// ContainerID returns a container's name that nobody else has: all containerds of
-// a machine share runc's directory, also those of other tests.
+// ContainerID returns a unique container name: all containerds of a machine, also those
+// of other tests, share runc's directory.
 func ContainerID() string {
 	return fmt.Sprintf("pilot-it-%d-%d", os.Getpid(), containers.Add(1))
 }

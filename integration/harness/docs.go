@@ -23,6 +23,7 @@ import (
 //	<!-- test: run COMMANDS -->       commands that readers don't need, such as copying a file to another machine
 //	<!-- test: background SOCKET -->  the next block's command goes on running, and is ready once SOCKET is there
 //	<!-- test: fails -->              the commands of the next block, a console, fail
+//	<!-- test: prints -->             the next block, a text, is what the commands before it print
 //	<!-- test: file PATH -->          the next block is written to that file
 //	<!-- test: config PROGRAM -->     the next block is a configuration of that program's
 //
@@ -45,7 +46,7 @@ type Block struct {
 }
 
 // directive is a comment that says how a block is tested.
-var directive = regexp.MustCompile(`(?s)^\s*<!-- test: (skip|run|background|fails|file|config)(?:\s+(.*?))?\s*-->\s*$`)
+var directive = regexp.MustCompile(`(?s)^\s*<!-- test: (skip|run|background|fails|prints|file|config)(?:\s+(.*?))?\s*-->\s*$`)
 
 // languages are what a block may be, besides commands: configurations are read by
 // the programs that they are for, and text is what a program prints.
@@ -92,7 +93,7 @@ func readPage(name string, source []byte) (*Page, error) {
 			}
 			b := Block{Line: first, fence: [2]int{first, first + count - 1}}
 			m := directive.FindStringSubmatch(all)
-			if m == nil || m[2] == "" && m[1] != "fails" {
+			if m == nil || m[2] == "" && m[1] != "fails" && m[1] != "prints" {
 				return 0, fmt.Errorf("%s:%d: the test does not understand %q", name, first, all)
 			}
 			b.Verb, b.Arg, b.Text = m[1], m[2], m[2]
@@ -150,6 +151,9 @@ func (p *Page) attach() error {
 			if b.Verb == "fails" && next.Language != "console" {
 				return fmt.Errorf("%s:%d: only a console shows how a command fails", p.Name, next.Line)
 			}
+			if b.Verb == "prints" && (next.Language != "text" || len(blocks) == 0 || blocks[len(blocks)-1].Language != "" || !blocks[len(blocks)-1].Runs()) {
+				return fmt.Errorf("%s:%d: only a text after commands shows what they print", p.Name, next.Line)
+			}
 			b = next
 		}
 		blocks = append(blocks, b)
@@ -181,12 +185,12 @@ func PagesBelow(t testing.TB, dir string, more ...string) map[string]*Page {
 
 // Script returns the page's commands as a script for bash. Each is on the line that
 // it has in the page, so bash names the line of one that fails. What commands with
-// output beside them say is written to files named by their line in /root/shown.
+// output beside them print is written to files named by its line in /root/shown.
 func (p *Page) Script() string {
 	lines := make([]string, p.lines)
 	put := func(line int, text string) { lines[line-1] = text } // from 1
 	put(1, `set -eE -o pipefail; trap 'echo "`+p.Name+`:$LINENO: status $?: $BASH_COMMAND" >&2' ERR; mkdir -p /root/shown`)
-	for _, b := range p.Blocks {
+	for i, b := range p.Blocks {
 		text := strings.Split(strings.TrimSuffix(b.Text, "\n"), "\n")
 		switch {
 		case b.Verb == "run":
@@ -202,6 +206,9 @@ func (p *Page) Script() string {
 		case b.Verb == "background":
 			put(b.fence[0], "{")
 			put(b.fence[1], fmt.Sprintf("} & timeout 60 sh -c 'until test -S %s; do sleep 0.1; done'", b.Arg))
+		case i+1 < len(p.Blocks) && p.Blocks[i+1].Verb == "prints":
+			put(b.fence[0], fmt.Sprintf("exec {shown}> >(tee /root/shown/%d); tee=$!; {", p.Blocks[i+1].Line))
+			put(b.fence[1], "} >&$shown 2>&1; exec {shown}>&-; wait $tee")
 		case b.Language == "console":
 			for _, s := range b.Shown() {
 				end := fmt.Sprintf("; } 2>&1 | tee /root/shown/%d", s.Line)

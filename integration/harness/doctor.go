@@ -35,7 +35,7 @@ type DoctorReport struct {
 	OK    bool
 	Steps []struct {
 		Name, Result, Detail string
-		Mend                 []string
+		Fix, Mend            []string
 	}
 	Output string
 }
@@ -71,6 +71,11 @@ func (p *DoctorNode) Examine(t testing.TB, args ...string) DoctorReport {
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v in\n%s", err, r.Output)
 	}
+	for _, s := range r.Steps {
+		if !slices.Equal(s.Fix, s.Mend) {
+			t.Errorf("%s: fix is %q, and mend, its old name, is %q", s.Name, s.Fix, s.Mend)
+		}
+	}
 	if want := map[bool]int{true: 0, false: 1}[r.OK]; status != want && status != 2 {
 		t.Errorf("exit status %d, %v:\n%s", status, err, r.Output)
 	}
@@ -78,9 +83,9 @@ func (p *DoctorNode) Examine(t testing.TB, args ...string) DoctorReport {
 	return r
 }
 
-// ExpectFailed checks that a step has failed, says each of said, and that mend is one of
-// the commands that mend it.
-func (r DoctorReport) ExpectFailed(t testing.TB, step, mend string, said ...string) {
+// ExpectFailed checks that a step has failed, with each of said in its detail and fix
+// among its commands.
+func (r DoctorReport) ExpectFailed(t testing.TB, step, fix string, said ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
 		if s.Name != step {
@@ -94,15 +99,15 @@ func (r DoctorReport) ExpectFailed(t testing.TB, step, mend string, said ...stri
 				t.Errorf("%s: want %q in %q", step, w, s.Detail)
 			}
 		}
-		if !slices.Contains(s.Mend, mend) {
-			t.Errorf("%s: want %q among %q (%s)", step, mend, s.Mend, s.Detail)
+		if !slices.Contains(s.Fix, fix) {
+			t.Errorf("%s: want %q among %q (%s)", step, fix, s.Fix, s.Detail)
 		}
 		return
 	}
 	t.Errorf("no step %s in\n%s", step, r.Output)
 }
 
-// ExpectClean checks that the doctor has left nothing on the machine, where nobody
+// ExpectClean checks that the doctor has left nothing on the machine, where no one
 // else has put anything.
 func (p *DoctorNode) ExpectClean(t testing.TB) {
 	t.Helper()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
+	pkcs11kms "github.com/ctrlplane/pilot/copilot/kms/pkcs11"
 	"github.com/miekg/pkcs11"
 )
 
@@ -81,7 +82,7 @@ type HSM interface {
 
 func (k *HSMToken) Open() HSM {
 	k.t.Helper()
-	b, err := kms.Open("pkcs11", kmstest.Settings(k.Settings()))
+	b, err := pkcs11kms.Types().Open("pkcs11", kmstest.Settings(k.Settings()))
 	if err != nil {
 		k.t.Fatal(err)
 	}

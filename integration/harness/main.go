@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/pkcs11"
 )
 
 var (
@@ -56,7 +56,7 @@ var (
 // Main builds and looks for what the tests of a package need, runs them, and
 // returns the exit code.
 func Main(m *testing.M, needs ...Program) int {
-	kms.RunModule()
+	pkcs11.RunModule()
 	if err := setUp(needs); err != nil {
 		fmt.Fprintln(os.Stderr, "integration:", err)
 		return 1

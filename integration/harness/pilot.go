@@ -79,7 +79,7 @@ func (k *PilotClient) Call(ctx context.Context, call func(context.Context, *ocic
 	return result(a), err
 }
 
-// Metric returns what pilot tells Prometheus of a metric without labels.
+// Metric returns the value of a metric of pilot without labels.
 func (k *PilotClient) Metric(t testing.TB, name string) float64 {
 	t.Helper()
 	r, err := k.Admin.Get("http://pilot/metrics")

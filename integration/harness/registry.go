@@ -27,7 +27,7 @@ func StartRegistry(t testing.TB, dir string) (address, storage string) {
 				return address, storage
 			}
 			select {
-			case <-p.Done: // somebody else took the port
+			case <-p.Done: // another process took the port
 			case <-time.After(50 * time.Millisecond):
 				continue
 			}

@@ -214,7 +214,7 @@ func TestDeploy(t *testing.T) {
 			// Deleted.
 			c.Set(harness.Object{"uid": "1"}, harness.Object{"uid": "2", "deletionTimestamp": "2026-01-01T00:00:00Z"})
 			fourth.stop()
-			if !strings.Contains(fourth.log(), "pilot is removed from this node") {
+			if !strings.Contains(fourth.log(), "removing pilot from this node") {
 				t.Errorf("the pod of the deleted namespace says: %s", fourth.log())
 			}
 			c.Set(harness.Object{"uid": "1"}, harness.Object{"uid": "2"})

@@ -295,7 +295,7 @@ func listenIn(namespace, address string) (l net.Listener, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // for ever: the thread ends with the goroutine
+		runtime.LockOSThread() // permanently: the thread ends with the goroutine
 		var f *os.File
 		if f, err = os.Open(namespace); err != nil {
 			return

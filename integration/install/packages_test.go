@@ -179,7 +179,7 @@ func testCompletions(t *testing.T, built string) {
 			})
 		}
 	}
-	// A program that is told -- would take the shell's question for an argument.
+	// After --, the program would take the shell's flag for an argument.
 	for shell, ask := range map[string]string{
 		"bash": `. "$1"/bash-completion/completions/pilot; COMP_WORDS=(pilot node -- ""); COMP_CWORD=3; _pilot; echo "${#COMPREPLY[@]}"`,
 	} {
@@ -387,8 +387,13 @@ func testRPMs(t *testing.T, root, built, upgrade string) {
 	if got := harness.Output(t, m.Run("pilot", "--version")); strings.TrimSpace(got) != "pilot version v"+packageUpgrade {
 		t.Errorf("pilot --version: %s", got)
 	}
-	if harness.Read(t, m.Root+"/etc/pilot/pilot.toml") != conf || harness.Read(t, m.Root+"/var/lib/pilot/node.json") != state || !strings.Contains(m.CheckUnits(), "diff.sock") {
-		t.Error("the upgrade has changed the node")
+	for name, before := range map[string]string{"/etc/pilot/pilot.toml": conf, "/var/lib/pilot/node.json": state} {
+		if after := harness.Read(t, m.Root+name); after != before {
+			t.Errorf("the upgrade has changed %s: %s\nbefore: %s", name, after, before)
+		}
+	}
+	if dump := m.CheckUnits(); !strings.Contains(dump, "diff.sock") {
+		t.Errorf("containerd after the upgrade: %s", dump)
 	}
 
 	rpm("-e", "pilot", "copilot")

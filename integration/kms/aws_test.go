@@ -15,8 +15,9 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
-	awskms "github.com/aws/aws-sdk-go-v2/service/kms"
+	service "github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/awskms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"golang.org/x/sys/unix"
@@ -69,7 +70,7 @@ func awsEnvironment(t *testing.T) {
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 }
 
-// start starts it with as many versions of each key as told, the old ones the
+// start starts it with that many versions of each key, the old ones the
 // same each time.
 func (k *localKMS) start(versions int) *harness.Process {
 	k.t.Helper()
@@ -135,7 +136,7 @@ func (k *localKMS) forward(from net.Conn) {
 
 func openAWS(t testing.TB, url string) kms.Wrapper {
 	t.Helper()
-	b, err := kms.Open("aws-kms", kmstest.Settings("region = 'eu-central-1'\nendpoint = '"+url+"'"))
+	b, err := awskms.Types().Open("aws-kms", kmstest.Settings("region = 'eu-central-1'\nendpoint = '"+url+"'"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,13 +161,13 @@ func TestAWSKMS(t *testing.T) {
 
 	// What another key of the account wrapped, for the right path: AWS itself
 	// would unwrap it.
-	client := awskms.New(awskms.Options{Region: "eu-central-1", BaseEndpoint: &k.url, Credentials: credentials.NewStaticCredentialsProvider("id", "key", "")})
+	client := service.New(service.Options{Region: "eu-central-1", BaseEndpoint: &k.url, Credentials: credentials.NewStaticCredentialsProvider("id", "key", "")})
 	context := map[string]string{"copilot-path": "alias/a"}
-	forged, err := client.Encrypt(t.Context(), &awskms.EncryptInput{KeyId: aws.String("alias/b"), Plaintext: kmstest.Secret, EncryptionContext: context})
+	forged, err := client.Encrypt(t.Context(), &service.EncryptInput{KeyId: aws.String("alias/b"), Plaintext: kmstest.Secret, EncryptionContext: context})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := client.Decrypt(t.Context(), &awskms.DecryptInput{CiphertextBlob: forged.CiphertextBlob, EncryptionContext: context}); err != nil || !bytes.Equal(out.Plaintext, kmstest.Secret) {
+	if out, err := client.Decrypt(t.Context(), &service.DecryptInput{CiphertextBlob: forged.CiphertextBlob, EncryptionContext: context}); err != nil || !bytes.Equal(out.Plaintext, kmstest.Secret) {
 		t.Errorf("AWS does not find the key by itself: %v", err)
 	}
 	if got, err := w.Unwrap(t.Context(), "alias/a", 1, forged.CiphertextBlob); !errors.Is(err, kms.ErrUnwrap) {
@@ -175,11 +176,11 @@ func TestAWSKMS(t *testing.T) {
 
 	kmstest.Refuses(t, "missing alias", w, "alias/missing", wrapped, kms.ErrNotFound)
 	kmstest.Refuses(t, "missing key", w, "11111111-2222-3333-4444-555555555555", wrapped, kms.ErrNotFound)
-	if _, err := client.DisableKey(t.Context(), &awskms.DisableKeyInput{KeyId: aws.String(awsKeyB)}); err != nil {
+	if _, err := client.DisableKey(t.Context(), &service.DisableKeyInput{KeyId: aws.String(awsKeyB)}); err != nil {
 		t.Fatal(err)
 	}
 	kmstest.Refuses(t, "disabled", w, "alias/b", wrapped, kms.ErrForbidden)
-	if _, err := client.ScheduleKeyDeletion(t.Context(), &awskms.ScheduleKeyDeletionInput{KeyId: aws.String(awsKeyB), PendingWindowInDays: aws.Int32(7)}); err != nil {
+	if _, err := client.ScheduleKeyDeletion(t.Context(), &service.ScheduleKeyDeletionInput{KeyId: aws.String(awsKeyB), PendingWindowInDays: aws.Int32(7)}); err != nil {
 		t.Fatal(err)
 	}
 	kmstest.Refuses(t, "to be deleted", w, "alias/b", wrapped, kms.ErrForbidden)

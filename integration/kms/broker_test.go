@@ -96,7 +96,7 @@ func TestBrokerKMS(t *testing.T) {
 			harness.Output(t, keys("enable", name+"-team"))
 			unwraps(team, first, 200)
 			harness.ExpectFailure(t, keys("destroy", "--after", "0s", "--yes", name+"-team"), "destroy it there")
-			harness.ExpectFailure(t, keys("create", name+"-team"), "the configuration says that it lives in "+name)
+			harness.ExpectFailure(t, keys("create", name+"-team"), "the configuration says that it is in "+name)
 			if out := harness.Output(t, keys("show", name+"-team")); !strings.Contains(out, "in "+name) {
 				t.Error(out)
 			}

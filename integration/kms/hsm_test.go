@@ -14,6 +14,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
+	pkcs11kms "github.com/ctrlplane/pilot/copilot/kms/pkcs11"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/miekg/pkcs11"
 )
@@ -137,14 +138,14 @@ func TestHSMSettings(t *testing.T) {
 		"not one line":      "module = '" + harness.SoftHSMModule + "'\ntoken = 'copilot'\npin-file = '" + harness.Write(t, k.Dir+"/empty", "\n") + "'",
 		"strict mode":       k.Settings() + "slot = 1",
 	} {
-		if _, err := kms.Open("pkcs11", kmstest.Settings(settings)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := pkcs11kms.Types().Open("pkcs11", kmstest.Settings(settings)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
 	}
 	if err := os.Chmod(k.Pin, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := kms.Open("pkcs11", kmstest.Settings(k.Settings())); err == nil || !strings.Contains(err.Error(), "chmod 0600") {
+	if _, err := pkcs11kms.Types().Open("pkcs11", kmstest.Settings(k.Settings())); err == nil || !strings.Contains(err.Error(), "chmod 0600") {
 		t.Errorf("a PIN for everybody: %v", err)
 	}
 	if err := os.Chmod(k.Pin, 0o600); err != nil {
@@ -157,7 +158,7 @@ func TestHSMSettings(t *testing.T) {
 		"serial number":   strings.Replace(k.Settings(), "token =", "serial =", 1),
 		"can't be loaded": strings.Replace(k.Settings(), harness.SoftHSMModule, harness.Bin+"/copilot", 1),
 	} {
-		b, err := kms.Open("pkcs11", kmstest.Settings(settings))
+		b, err := pkcs11kms.Types().Open("pkcs11", kmstest.Settings(settings))
 		if err != nil {
 			t.Fatal(err)
 		}

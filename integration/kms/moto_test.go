@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"github.com/aws/aws-sdk-go-v2/credentials"
-	awskms "github.com/aws/aws-sdk-go-v2/service/kms"
+	service "github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -52,14 +52,14 @@ func TestMoto(t *testing.T) {
 		return err
 	})
 	url := "http://" + address
-	client := awskms.New(awskms.Options{Region: "eu-central-1", BaseEndpoint: &url, Credentials: credentials.NewStaticCredentialsProvider("id", "key", "")})
+	client := service.New(service.Options{Region: "eu-central-1", BaseEndpoint: &url, Credentials: credentials.NewStaticCredentialsProvider("id", "key", "")})
 	var keys, ids []string
 	for _, alias := range []string{"alias/a", "alias/b"} {
-		out, err := client.CreateKey(t.Context(), &awskms.CreateKeyInput{})
+		out, err := client.CreateKey(t.Context(), &service.CreateKeyInput{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := client.CreateAlias(t.Context(), &awskms.CreateAliasInput{AliasName: &alias, TargetKeyId: out.KeyMetadata.KeyId}); err != nil {
+		if _, err := client.CreateAlias(t.Context(), &service.CreateAliasInput{AliasName: &alias, TargetKeyId: out.KeyMetadata.KeyId}); err != nil {
 			t.Fatal(err)
 		}
 		keys, ids = append(keys, *out.KeyMetadata.Arn), append(ids, *out.KeyMetadata.KeyId)
@@ -70,7 +70,7 @@ func TestMoto(t *testing.T) {
 	kmstest.CheckWrapper(t, forbiddenIsUnwrap{w}, ids[0], ids[1])
 
 	wrapped := wrap(t, w, "alias/a", 1)
-	if _, err := client.RotateKeyOnDemand(t.Context(), &awskms.RotateKeyOnDemandInput{KeyId: &ids[0]}); err != nil {
+	if _, err := client.RotateKeyOnDemand(t.Context(), &service.RotateKeyOnDemandInput{KeyId: &ids[0]}); err != nil {
 		t.Fatal(err)
 	}
 	unwrap(t, w, "alias/a", 1, wrapped)

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/kms/vault"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
@@ -58,7 +59,7 @@ func secretID(v *harness.VaultServer) string {
 
 func open(v *harness.VaultServer, kind, settings string) kms.Backend {
 	v.T.Helper()
-	b, err := kms.Open(kind, func(s any) error {
+	b, err := vault.Types().Open(kind, func(s any) error {
 		return toml.NewDecoder(strings.NewReader(fmt.Sprintf("address = %q\n%s", v.URL, settings))).DisallowUnknownFields().Decode(s)
 	})
 	if err != nil {

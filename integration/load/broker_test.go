@@ -68,7 +68,7 @@ func (i *issuer) token(t testing.TB, subject string) string {
 	return token
 }
 
-// fleet is many nodes that come back at once, and what became of it.
+// fleet is many nodes that reconnect at the same time, and their results.
 type fleet struct {
 	nodes []*client.Client
 	keks  []string
@@ -80,8 +80,8 @@ type fleet struct {
 	last   error
 }
 
-// run has each node ask for its KEKs at some moment of the first second, and
-// again as the kubelet does when a pull failed, until all have them.
+// run has each node request its KEKs at some moment of the first second, and retry as
+// the kubelet does after a failed pull, until all have them.
 func (h *fleet) run(ctx context.Context) {
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		ConnectStart: func(string, string) { h.connections.Add(1) },
@@ -122,7 +122,7 @@ func (h *fleet) run(ctx context.Context) {
 	wg.Wait()
 }
 
-// within returns when a part of the nodes had their KEKs.
+// within returns after how long a part of the nodes had their KEKs.
 func (h *fleet) within(part float64) time.Duration {
 	slices.Sort(h.served)
 	if n := int(part*float64(len(h.nodes)) + .5); n <= len(h.served) {
@@ -131,13 +131,13 @@ func (h *fleet) within(part float64) time.Duration {
 	return -1
 }
 
-// TestPowerCut has the nodes of a site ask one copilot at once, each over a
-// connection of its own with an identity of its own. `make test-long` has up to
+// TestPowerCut has the nodes of a site connect to one copilot at the same time, each with
+// an identity of its own. `make test-long` has up to
 // 10,000 of them, and prints how long it takes.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
-	// A broker serves 100 in a 25th of the time that a connection waits for its
-	// handshake, or less.
+	// A broker serves 100 in at most a 25th of the time that a connection waits for its
+	// handshake.
 	sizes := []int{100}
 	if s := os.Getenv("PILOT_NODES"); s != "" {
 		sizes = nil
@@ -250,13 +250,13 @@ func powerCut(t *testing.T, size int, certificates bool) {
 	for n := range size {
 		for _, kek := range h.keks[:1+n%len(h.keks)] {
 			if !audited[identity(n)+" "+kek] {
-				t.Fatalf("the audit log does not tell that %s got %s", identity(n), kek)
+				t.Fatalf("the audit log does not say that %s got %s", identity(n), kek)
 			}
 		}
 	}
 }
 
-// yields has a process get the processor time that others leave.
+// yields gives a process only the processor time that others leave.
 func yields(t testing.TB, pid int) {
 	t.Helper()
 	harness.Output(t, harness.Command(t, "sh", "-c", `renice -n 10 $(ls "/proc/$1/task")`, "sh", strconv.Itoa(pid)))

@@ -28,18 +28,16 @@ func TestPullsAtOnce(t *testing.T) {
 	}
 	dir := harness.TempDir(t)
 	keks := []string{"team-a", "team-b", "team-c"}
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", keks...)
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, keks...)
 	var images []string
 	for i := range count {
 		images = append(images, layeredImage(c, i, 1+i%4, "provider:pilot:"+keks[i%len(keks)]))
 	}
 
 	home := harness.TempDir(t)
-	provider, _ := harness.StartPilot(t, home, brokerURL, "--admin-listen", "unix://"+home+"/admin.sock")
+	provider, _ := harness.StartPilot(t, home, c.BrokerURL, "--admin-listen", "unix://"+home+"/admin.sock")
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2(), Unpacks: 8})
-	// What is kept for as long as pilot runs is there after the first.
+	// What pilot keeps as long as it runs is there after the first pull.
 	first := layeredImage(c, count, 1, "provider:pilot:team-a")
 	harness.Output(t, n.Crictl("pull", first))
 	harness.Output(t, n.Crictl("rmi", first))
@@ -105,8 +103,7 @@ func TestPullsAtOnce(t *testing.T) {
 	n.ExpectNoSnapshots(t)
 }
 
-// layeredImage makes an encrypted image of some layers, each with one file that is
-// found in no other.
+// layeredImage makes an encrypted image of some layers, each with a unique file.
 func layeredImage(c *harness.CI, i, layers int, recipient string) string {
 	c.T.Helper()
 	k := harness.LayerKinds[i%len(harness.LayerKinds)]
@@ -128,7 +125,7 @@ func layerContent(c *harness.CI, image string, layer int) string {
 	return strings.Repeat(fmt.Sprintf("%s, layer %d\n", c.Secrets[image], layer), 4000)
 }
 
-// exports returns how often a broker was asked for each KEK to unwrap with.
+// exports returns how often each KEK was exported to unwrap with.
 func exports(t testing.TB, dir string) map[string]int {
 	t.Helper()
 	counts := map[string]int{}

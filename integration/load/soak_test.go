@@ -20,14 +20,13 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// warmUp is for what is kept for a while, as containerd's connections to a
-// registry, to be as many as it will be.
+// warmUp is until resources that are kept for a while, such as containerd's connections
+// to a registry, have reached their number.
 const warmUp = 2 * time.Minute
 
 // TestSoak has a node pull, run and remove encrypted images for PILOT_SOAK, while
 // layer keys are wrapped and unwrapped, the KEK is rotated, an image is rewrapped
-// and everybody is sent SIGHUP. What they take of memory, descriptors and the
-// disk stays what it is: the median of the second half is not above that of the
+// and all processes get SIGHUP. Their memory, descriptors and disk do not grow: the median of the second half is not above that of the
 // second quarter.
 func TestSoak(t *testing.T) {
 	duration, err := time.ParseDuration(os.Getenv("PILOT_SOAK"))
@@ -35,15 +34,13 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("PILOT_SOAK=%q: say how long, a minute or more, as in PILOT_SOAK=1h", os.Getenv("PILOT_SOAK"))
 	}
 	dir := harness.TempDir(t)
-	brokerProcess, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	var images []string
 	for _, k := range harness.LayerKinds {
 		images = append(images, c.Image(k, "provider:pilot:team-a"))
 	}
 	home := harness.TempDir(t)
-	provider, _ := harness.StartPilot(t, home, brokerURL, "--admin-listen", "unix://"+home+"/admin.sock", "--kek-cache-ttl", "5s", "--log-level", "warning")
+	provider, _ := harness.StartPilot(t, home, c.BrokerURL, "--admin-listen", "unix://"+home+"/admin.sock", "--kek-cache-ttl", "5s", "--log-level", "warning")
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	provided, served := harness.NewPilotClient(t, home), harness.NewPilotClient(t, dir+"/broker")
 
@@ -51,7 +48,7 @@ func TestSoak(t *testing.T) {
 	defer cancel()
 	run := func(name string, args ...string) error {
 		cmd := exec.CommandContext(ctx, name, args...)
-		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+ociConf)
+		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+c.Ocicrypt)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, out)
 		}
@@ -84,7 +81,7 @@ func TestSoak(t *testing.T) {
 		return run("copilot", "keys", "rotate", "--dir", dir+"/broker", "team-a")
 	}))
 	g.Go(until(duration/60, func() error {
-		for _, p := range []*harness.Process{provider, brokerProcess} {
+		for _, p := range []*harness.Process{provider, c.Broker} {
 			if err := p.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
 				return err
 			}
@@ -115,7 +112,7 @@ func TestSoak(t *testing.T) {
 			return nil
 		}
 		next = next.Add(duration / 60)
-		for name, value := range resources(t, n, map[string]*harness.Process{"pilot": provider, "copilot": brokerProcess, "containerd": n.Process}) {
+		for name, value := range resources(t, n, map[string]*harness.Process{"pilot": provider, "copilot": c.Broker, "containerd": n.Process}) {
 			series[name] = append(series[name], value)
 		}
 		for name, k := range map[string]*harness.PilotClient{"pilot": provided, "copilot": served} {
@@ -154,7 +151,7 @@ func TestSoak(t *testing.T) {
 	harness.Output(t, harness.Command(t, "copilot", "audit", "verify", "--dir", dir+"/broker"))
 }
 
-// resources tells what processes take of the machine, and the node of its disk.
+// resources are what processes use of the machine, and the node of its disk.
 func resources(t testing.TB, n *harness.Node, processes map[string]*harness.Process) map[string]float64 {
 	t.Helper()
 	taken := map[string]float64{}
@@ -172,7 +169,7 @@ func resources(t testing.TB, n *harness.Node, processes map[string]*harness.Proc
 		open := 0.
 		for _, f := range files {
 			// containerd keeps each pull's connection to the registry for a minute
-			// and a half, so how many it has tells how fast the pulls were.
+			// and a half, so how many it has depends on how fast the pulls were.
 			if to, err := os.Readlink(proc + "/fd/" + f.Name()); name != "containerd" || err == nil && !strings.HasPrefix(to, "socket:") {
 				open++
 			}

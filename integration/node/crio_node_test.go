@@ -12,10 +12,10 @@ import (
 func TestCRIONodeConflicts(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct{ file, text, want string }{
-		"another drop-in":  {"etc/systemd/system/crio.service.d/keys.conf", "[Service]\nEnvironment=\"OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\"\n", "/etc/systemd/system/crio.service.d/keys.conf: Environment=\"OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\": move the file that it names"},
-		"environment file": {"etc/sysconfig/crio", "OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\n", "/etc/sysconfig/crio: OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf: move the file that it names"},
-		"own drop-in":      {"etc/systemd/system/crio.service.d/pilot.conf", "[Service]\n", "/etc/systemd/system/crio.service.d/pilot.conf: it exists, and is not what was installed: move it away"},
-		"ocicrypt.conf":    {"etc/pilot/ocicrypt.conf", `{"key-providers": {}}`, "/etc/pilot/ocicrypt.conf: it names no key provider pilot"},
+		"another drop-in":  {"etc/systemd/system/crio.service.d/keys.conf", "[Service]\nEnvironment=\"OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\"\n", "/etc/systemd/system/crio.service.d/keys.conf: Environment=\"OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\": move the file it names"},
+		"environment file": {"etc/sysconfig/crio", "OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf\n", "/etc/sysconfig/crio: OCICRYPT_KEYPROVIDER_CONFIG=/etc/ocicrypt.conf: move the file it names"},
+		"own drop-in":      {"etc/systemd/system/crio.service.d/pilot.conf", "[Service]\n", "/etc/systemd/system/crio.service.d/pilot.conf: it exists, and pilot did not write it: move it away"},
+		"ocicrypt.conf":    {"etc/pilot/ocicrypt.conf", `{"key-providers": {}}`, "/etc/pilot/ocicrypt.conf: it has no key provider pilot"},
 		"pilot.toml":       {"etc/pilot/pilot.toml", "diff-listen = 'unix:///run/pilot/diff.sock'\n", `/etc/pilot/pilot.toml: diff-listen is "unix:///run/pilot/diff.sock", not "off": change it there`},
 
 		"same variable": {"etc/sysconfig/crio", "#OCICRYPT_KEYPROVIDER_CONFIG=/x\nOCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf\n", ""},

@@ -17,8 +17,8 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// TestDoctorCauses examines nodes that get no KEK from their broker, each for a reason of
-// its own, and looks whether what it says mends that, on the right machine.
+// TestDoctorCauses examines nodes that get no KEK from their broker, each for another
+// reason, and checks that the doctor names the fix, and the machine to run it on.
 func TestDoctorCauses(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
@@ -64,10 +64,10 @@ func TestDoctorCauses(t *testing.T) {
 	identified := func(cert, key, ca string) []string {
 		return []string{"--broker", b.URL(), "--broker-ca", ca, "--broker-cert", cert, "--broker-key", key}
 	}
-	step := func(r harness.DoctorReport, name string) (result, detail string, mend []string) {
+	step := func(r harness.DoctorReport, name string) (result, detail string, fix []string) {
 		for _, s := range r.Steps {
 			if s.Name == name {
-				return s.Result, s.Detail, s.Mend
+				return s.Result, s.Detail, s.Fix
 			}
 		}
 		t.Errorf("no step %s in\n%s", name, r.Output)
@@ -105,7 +105,7 @@ func TestDoctorCauses(t *testing.T) {
 		kek      string
 		settings []string
 		detail   string
-		mend     string
+		fix      string
 	}{
 		"expired":       {"team-a", identified(expired, expiredKey, ca), "broker-cert has expired", "on the broker's machine: copilot certs renew expired.pem"},
 		"not yet valid": {"team-a", identified(early, key, ca), "broker-cert is not valid yet", "date -u (on this machine and on the broker's: compare the clocks)"},
@@ -122,35 +122,35 @@ func TestDoctorCauses(t *testing.T) {
 		"absent":    {"absent", identified(cert, key, ca), "no such KEK", "on the broker's machine: copilot keys create absent"},
 	} {
 		r, _ := examine(test.kek, test.settings...)
-		result, detail, mend := step(r, "broker")
-		if result != "failed" || !strings.Contains(detail, test.detail) || !slices.Contains(mend, test.mend) {
-			t.Errorf("%s: %s %s, want %q; mend %q, want %q", name, result, detail, test.detail, mend, test.mend)
+		result, detail, fix := step(r, "broker")
+		if result != "failed" || !strings.Contains(detail, test.detail) || !slices.Contains(fix, test.fix) {
+			t.Errorf("%s: %s %s, want %q; fix %q, want %q", name, result, detail, test.detail, fix, test.fix)
 		}
-		if test.mend != restart && slices.Contains(mend, restart) {
+		if test.fix != restart && slices.Contains(fix, restart) {
 			t.Errorf("%s: it has the broker of all nodes restarted", name)
 		}
 	}
 
-	// Certificates that end soon, and one that has ended.
+	// Certificates that expire soon, and one that has expired.
 	soon, soonKey := b.Enroll(t, "soon", "--for", "10d")
 	harness.Output(t, harness.Command(t, "copilot", "certs", "renew", "--config-dir", b.Dir, "--for", "10d", b.Dir+"/server.pem"))
 	r, _ := examine("team-a", identified(soon, soonKey, ca)...)
-	result, detail, mend := step(r, "certificates")
-	if result != "warning" || !strings.Contains(detail, "broker-cert expires on") || !slices.Contains(mend, "pilot node renew") || !slices.Contains(mend, "on the broker's machine: copilot certs renew /etc/copilot/server.pem") {
-		t.Errorf("%s %s: %q", result, detail, mend)
+	result, detail, fix := step(r, "certificates")
+	if result != "warning" || !strings.Contains(detail, "broker-cert expires on") || !slices.Contains(fix, "pilot node renew") || !slices.Contains(fix, "on the broker's machine: copilot certs renew /etc/copilot/server.pem") {
+		t.Errorf("%s %s: %q", result, detail, fix)
 	}
-	if slices.Contains(mend, "on the broker's machine: copilot certs rotate-ca") {
+	if slices.Contains(fix, "on the broker's machine: copilot certs rotate-ca") {
 		t.Error("the CA lasts for years")
 	}
 	r, _ = examine("team-a", identified(expired, expiredKey, ca)...)
-	if result, detail, mend := step(r, "certificates"); result != "failed" || !strings.Contains(detail, "broker-cert has expired on") || slices.Contains(mend, "pilot node renew") {
-		t.Errorf("%s %s: %q", result, detail, mend)
+	if result, detail, fix := step(r, "certificates"); result != "failed" || !strings.Contains(detail, "broker-cert has expired on") || slices.Contains(fix, "pilot node renew") {
+		t.Errorf("%s %s: %q", result, detail, fix)
 	}
 	harness.Output(t, harness.Command(t, "copilot", "certs", "rotate-ca", "--config-dir", b.Dir, "--for", "10d"))
 	first, _, _ := strings.Cut(harness.Read(t, ca), "-----END CERTIFICATE-----\n")
 	r, _ = examine("team-a", identified(cert, key, harness.Write(t, b.Dir+"/short/ca.pem", first+"-----END CERTIFICATE-----\n"))...)
-	if result, detail, mend := step(r, "certificates"); result != "warning" || !strings.Contains(detail, "broker-ca expires on") || !slices.Contains(mend, "on the broker's machine: copilot certs rotate-ca") {
-		t.Errorf("%s %s: %q", result, detail, mend)
+	if result, detail, fix := step(r, "certificates"); result != "warning" || !strings.Contains(detail, "broker-ca expires on") || !slices.Contains(fix, "on the broker's machine: copilot certs rotate-ca") {
+		t.Errorf("%s %s: %q", result, detail, fix)
 	}
 }
 
@@ -172,7 +172,7 @@ func notYetValid(t *testing.T, b *harness.TLSBroker) (file string) {
 	return harness.Write(t, b.Dir+"/early.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 }
 
-// TestDestroyedVersion asks for a version of a KEK that is gone.
+// TestDestroyedVersion requests a KEK version that was destroyed.
 func TestDestroyedVersion(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")

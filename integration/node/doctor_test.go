@@ -18,12 +18,11 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// older is what the doctor says of a containerd that was not restarted since its
-// configuration was written.
+// older is in the doctor's detail if containerd was not restarted since its configuration
+// was written.
 const older = "config.toml was written at"
 
-// expectOK checks that all steps are in order but those that are named, which are
-// skipped.
+// expectOK checks that all steps are ok, except those that are named, which are skipped.
 func expectOK(t testing.TB, r harness.DoctorReport, skipped ...string) {
 	t.Helper()
 	for _, s := range r.Steps {
@@ -49,7 +48,7 @@ func expectSkipped(t testing.TB, r harness.DoctorReport, steps ...string) {
 	}
 }
 
-// TestDoctor examines machines in order, and out of order.
+// TestDoctor examines machines that work, and that don't.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd17(), harness.Containerd16()} {
@@ -113,7 +112,7 @@ func TestDoctor(t *testing.T) {
 				expectSkipped(t, r, "broker", "layer", "transfer")
 			}
 			pilotProcess, _ = harness.StartPilot(t, dir, "unix:///nowhere.sock", "--broker-timeout", "1s")
-			p.Examine(t, kek...).ExpectFailed(t, "broker", "systemctl restart pilot.service", "copilot at unix:///nowhere.sock", "with the settings of /dev/null the broker gives it")
+			p.Examine(t, kek...).ExpectFailed(t, "broker", "systemctl restart pilot.service", "copilot at unix:///nowhere.sock", "the broker releases it with the settings in /dev/null")
 			pilotProcess.Kill()
 			p.Examine(t, kek...).ExpectFailed(t, "key-provider", "systemctl start pilot.service", "connection refused")
 			harness.StartPilot(t, dir, brokerURL)
@@ -127,8 +126,8 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
-// TestDoctorConfiguration examines machines whose containerd is configured
-// wrongly, or was not restarted.
+// TestDoctorConfiguration examines machines whose containerd is misconfigured, or was not
+// restarted.
 func TestDoctorConfiguration(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -146,7 +145,7 @@ func TestDoctorConfiguration(t *testing.T) {
 			r.ExpectFailed(t, "containerd-config", "pilot node install --now", file)
 			expectSkipped(t, r, "layer", "transfer")
 
-			// The configuration is written, and containerd not restarted.
+			// The configuration is written, and containerd is not restarted.
 			other := harness.TempDir(t)
 			var with string
 			if v.Name == "1.6" {
@@ -170,17 +169,17 @@ func TestDoctorConfiguration(t *testing.T) {
 			}
 			expectOK(t, p.Examine(t, args...), transfer...)
 
-			// containerd runs with what is not in the file any more.
+			// containerd runs with settings that are no longer in the file.
 			breaks := map[string][2]string{
 				"[proxy_plugins.pilot]": {"there is no proxy plugin pilot", "[proxy_plugins.other]"},
-				"['pilot', 'walking']":  {"not pilot first", "['walking', 'pilot']"},
-				home + "/diff.sock'":    {"the proxy plugin pilot is looked for at /elsewhere.sock", "/elsewhere.sock'"},
+				"['pilot', 'walking']":  {"pilot is not the first", "['walking', 'pilot']"},
+				home + "/diff.sock'":    {"the proxy plugin pilot has the address /elsewhere.sock", "/elsewhere.sock'"},
 				"  differ = 'pilot'":    {"the transfer service does not unpack for", "  differ = 'walking'"},
 			}
 			if v.Name == "1.6" {
 				breaks = map[string][2]string{
 					harness.Bin + "/pilot-decoder": {"can't be run", "/nowhere/pilot-decoder"},
-					".tar+zstd+encrypted":          {"no stream processor that CRI knows accepts application/vnd.oci.image.layer.v1.tar+zstd+encrypted", ".other"},
+					".tar+zstd+encrypted":          {"none of the stream processors that CRI uses accepts application/vnd.oci.image.layer.v1.tar+zstd+encrypted", ".other"},
 					"  key_model = 'node'":         {`key_model of io.containerd.grpc.v1.cri is "", not node`, "  key_model = ''"},
 				}
 			}
@@ -194,7 +193,7 @@ func TestDoctorConfiguration(t *testing.T) {
 			harness.Write(t, file, with+"nonsense")
 			p.Examine(t, args...).ExpectFailed(t, "containerd-config", "correct "+file, "would not start again")
 
-			// It can't be compared.
+			// The file can't be compared.
 			harness.Write(t, file, with)
 			r = p.Examine(t, append(args, "--containerd-binary", "/nowhere/containerd")...)
 			if v.Name == "1.6" {
@@ -203,7 +202,7 @@ func TestDoctorConfiguration(t *testing.T) {
 				expectOK(t, r, transfer...)
 			}
 
-			// pilot is elsewhere than containerd looks for it.
+			// pilot listens elsewhere than containerd expects.
 			if v.Name != "1.6" {
 				if err := os.Symlink(home+"/diff.sock", home+"/elsewhere.sock"); err != nil {
 					t.Fatal(err)
@@ -218,8 +217,8 @@ func TestDoctorConfiguration(t *testing.T) {
 	}
 }
 
-// TestDoctorRestart examines machines whose containerd has loaded the differ,
-// and does not know yet that it is to ask it.
+// TestDoctorRestart examines machines whose containerd has loaded the differ, but not the
+// settings that make it use the differ.
 func TestDoctorRestart(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -254,8 +253,8 @@ func TestDoctorProcessors(t *testing.T) {
 	}
 }
 
-// TestDoctorTCP examines machines whose key provider answers over TCP: one that
-// writes the original's annotations, and one that wants certificates.
+// TestDoctorTCP examines machines whose key provider listens on TCP: one that writes the
+// original's annotations, and one that requires certificates.
 func TestDoctorTCP(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -273,15 +272,14 @@ func TestDoctorTCP(t *testing.T) {
 		return err
 	})
 	expectOK(t, p.Examine(t, original...))
-	// On a pull nobody says which KEK an annotation like that takes.
+	// A pull does not say which KEK such an annotation needs.
 	p.Examine(t, append(original, "--kek", "team-b")...).ExpectFailed(t, "broker", "journalctl -u pilot.service -n 30", `KEK "team-a"`, "does not unwrap")
 
 	harness.Output(t, harness.Command(t, "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=pilot", "-keyout", dir+"/key.pem", "-out", dir+"/cert.pem"))
 	expectOK(t, p.Examine(t, "--listen", listen, "--tls-cert", dir+"/cert.pem", "--tls-key", dir+"/key.pem", "--tls-client-ca", dir+"/cert.pem", "--kek", "team-a"), "key-provider", "broker", "transfer")
 }
 
-// TestDoctorBuiltin examines a machine whose containerd has the differ compiled
-// in.
+// TestDoctorBuiltin examines a machine whose containerd has the differ compiled in.
 func TestDoctorBuiltin(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -307,8 +305,7 @@ func TestDoctorBuiltin(t *testing.T) {
 	expectOK(t, p.Examine(t, "--broker", brokerURL, "--kek", "team-a", "--diff-listen", "off"), "differ")
 }
 
-// TestDoctorHangs examines a machine whose programs take connections and do not
-// answer.
+// TestDoctorHangs examines a machine whose programs accept connections and do not respond.
 func TestDoctorHangs(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -327,8 +324,8 @@ func TestDoctorHangs(t *testing.T) {
 	}
 	paused(pilotProcess, func() {
 		r := p.Examine(t, args...)
-		r.ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "no answer comes")
-		r.ExpectFailed(t, "differ", "systemctl restart pilot.service", "no answer comes")
+		r.ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "does not respond")
+		r.ExpectFailed(t, "differ", "systemctl restart pilot.service", "does not respond")
 		expectSkipped(t, r, "broker", "layer", "transfer")
 	})
 	paused(brokerProcess, func() {
@@ -343,12 +340,12 @@ func TestDoctorHangs(t *testing.T) {
 	})
 	expectOK(t, p.Examine(t, args...))
 
-	// systemd holds the sockets of a pilot that does not start.
+	// systemd holds the sockets, and pilot does not start.
 	pilotProcess.Stop(t)
-	p.Examine(t, args...).ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "no answer comes")
+	p.Examine(t, args...).ExpectFailed(t, "key-provider", "systemctl restart pilot.service", "does not respond")
 	harness.StartActivatedPilot(t, dir, brokerURL)
 
-	// Interrupted at some moment of the examination.
+	// Interrupted at any moment.
 	for i := range 20 {
 		cmd := p.Command(t, args...)
 		if err := cmd.Start(); err != nil {
@@ -382,8 +379,8 @@ func TestDoctorHangs(t *testing.T) {
 	p.ExpectClean(t)
 }
 
-// TestDoctorSockets looks at sockets that others may use, and that are not
-// pilot's.
+// TestDoctorSockets examines sockets that other users may use, and sockets of other
+// programs.
 func TestDoctorSockets(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -408,7 +405,7 @@ func TestDoctorSockets(t *testing.T) {
 	p.Examine(t, "--snapshotter", "nowhere").ExpectFailed(t, "layer", "journalctl -u containerd.service -u pilot.service -n 30", "snapshotter nowhere")
 }
 
-// TestDoctorUsage gives the doctor a configuration that pilot can't have.
+// TestDoctorUsage gives the doctor an invalid configuration.
 func TestDoctorUsage(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)

@@ -1,5 +1,4 @@
-// Package node tests "pilot node", which installs and examines pilot on the
-// machines of nodes.
+// Package node tests "pilot node", which installs and examines pilot on nodes.
 package node
 
 import (

@@ -13,14 +13,12 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// TestNodeInstall sets machines up with one command, pulls and runs with each
-// client, and puts them back.
+// TestNodeInstall sets machines up with one command, pulls and runs with each client, and
+// uninstalls.
 func TestNodeInstall(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	var images []string
 	for _, k := range harness.LayerKinds {
 		images = append(images, c.Image(k, "provider:pilot:team-a"))
@@ -29,7 +27,7 @@ func TestNodeInstall(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			m := make(t)
 			before := m.Files()
-			m.BrokerAt(brokerURL)
+			m.BrokerAt(c.BrokerURL)
 
 			diff := harness.Output(t, m.Pilot("node", "install", "--dry-run"))
 			if !strings.Contains(diff, "+++ /etc/containerd/conf.d/pilot.toml") {
@@ -46,7 +44,7 @@ func TestNodeInstall(t *testing.T) {
 			if version != "1.6" {
 				units = append(units, "pilot-diff.socket")
 			}
-			// What it says of other units is not our concern.
+			// Problems of other units do not matter here.
 			if out := harness.CombinedOutput(t, harness.Command(t, "systemd-analyze", append([]string{"verify", "--man=no", "--root=" + m.Root}, units...)...)); strings.Contains(harness.UnknownSettings.ReplaceAllString(strings.ReplaceAll(out, m.Root, ""), ""), "pilot") {
 				t.Errorf("systemd-analyze verify: %s", out)
 			}
@@ -86,8 +84,8 @@ func TestNodeInstall(t *testing.T) {
 	}
 }
 
-// TestNodeAgain installs, changes things as an admin or a newer containerd
-// would, and installs or uninstalls again.
+// TestNodeAgain installs, changes files as an admin or a newer containerd would, and
+// installs or uninstalls again.
 func TestNodeAgain(t *testing.T) {
 	t.Parallel()
 	const conf = "/etc/containerd/config.toml"
@@ -103,7 +101,7 @@ func TestNodeAgain(t *testing.T) {
 		harness.Output(t, m.Pilot("node", "uninstall"))
 	})
 	t.Run("still needed", func(t *testing.T) {
-		// What has containerd ask pilot can't be undone, so nothing else is.
+		// The drop-in can't be removed, so nothing else is.
 		m := harness.Machines()["2.4.2"](t)
 		harness.Output(t, m.Pilot("node", "install"))
 		dropIn := m.Root + "/etc/containerd/conf.d/pilot.toml"
@@ -117,7 +115,7 @@ func TestNodeAgain(t *testing.T) {
 		harness.Output(t, m.Pilot("node", "install"))
 		harness.Write(t, m.Root+"/usr/lib/systemd/system/pilot.service", "[Service]\nExecStart=/usr/bin/pilot serve\n")
 		before := m.Files()
-		harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/pilot.service", "of an earlier installation", "pilot node uninstall --keep-config")
+		harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/pilot.service", "from an earlier installation", "pilot node uninstall --keep-config")
 		m.CheckFiles(before)
 	})
 	t.Run("made, then added to", func(t *testing.T) {
@@ -217,21 +215,19 @@ func TestNodeAgain(t *testing.T) {
 	})
 }
 
-// TestNodeErofs sets a machine up whose images are unpacked to EROFS.
+// TestNodeErofs sets up a machine that unpacks images to EROFS.
 func TestNodeErofs(t *testing.T) {
 	t.Parallel()
 	if !strings.Contains(harness.Read(t, "/proc/filesystems"), "\terofs\n") {
 		t.Skip("this machine's kernel has no EROFS")
 	}
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	// Debian 13 has an mkfs.erofs that reads tar.
 	m := harness.NewMachine(t, filepath.Join(harness.Tools, "trixie"))
 	m.Upgrade("bin")
 	harness.Write(t, m.Root+"/etc/containerd/config.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'erofs'\n")
-	m.BrokerAt(brokerURL)
+	m.BrokerAt(c.BrokerURL)
 	harness.Output(t, m.Pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
 	n := up(t, m)
 	harness.Output(t, m.Run("pilot", "node", "doctor", "--kek", "team-a"))
@@ -254,7 +250,7 @@ func TestNodeErofs(t *testing.T) {
 		harness.ExpectFailure(t, n.Crictl("pull", c.Tamper(image, func(b []byte) []byte { b[len(b)/2] ^= 1; return b })), "pilot: layer sha256:", "HMAC does not match")
 	}
 
-	// Layers that are EROFS file systems themselves.
+	// Layers that are EROFS file systems.
 	hello, err := os.ReadFile(filepath.Join(harness.Bin, "hello"))
 	if err != nil {
 		t.Fatal(err)
@@ -305,8 +301,8 @@ func TestNodeErofs(t *testing.T) {
 	}
 }
 
-// TestNodeConflicts installs on machines whose own settings are in the way, and
-// on some whose are not.
+// TestNodeConflicts installs on machines with settings that are in the way, and with
+// others that are not.
 func TestNodeConflicts(t *testing.T) {
 	t.Parallel()
 	const conf = "etc/containerd/config.toml"
@@ -317,13 +313,13 @@ func TestNodeConflicts(t *testing.T) {
 	}{
 		"other proxy plugin": {"2.4.2", map[string]string{conf: "version = 3\n[proxy_plugins.pilot]\n  type = 'snapshot'\n  address = '/x.sock'\n"}, "/etc/containerd/config.toml: there is a proxy plugin pilot of type snapshot at /x.sock: remove it"},
 		"other differ":       {"2.4.2", map[string]string{conf: "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/" + harness.Arch + "'\n  snapshotter = 'overlayfs'\n  differ = 'other'\n"}, "with the differ other"},
-		"own drop-in":        {"2.4.2", map[string]string{"etc/containerd/conf.d/pilot.toml": "version = 3\n"}, "/etc/containerd/conf.d/pilot.toml: it exists, and is not what was installed: move it away"},
+		"own drop-in":        {"2.4.2", map[string]string{"etc/containerd/conf.d/pilot.toml": "version = 3\n"}, "/etc/containerd/conf.d/pilot.toml: it exists, and pilot did not write it: move it away"},
 		"later drop-in":      {"2.4.2", map[string]string{conf: "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n", "etc/containerd/conf.d/zzz.toml": "version = 3\n[plugins.'io.containerd.service.v1.diff-service']\n  default = ['walking']\n"}, "is the plugin io.containerd.service.v1.diff-service configured by another of its files?"},
-		"ocicrypt.conf":      {"2.4.2", map[string]string{"etc/pilot/ocicrypt.conf": `{"key-providers": {}}`}, "/etc/pilot/ocicrypt.conf: it names no key provider pilot"},
+		"ocicrypt.conf":      {"2.4.2", map[string]string{"etc/pilot/ocicrypt.conf": `{"key-providers": {}}`}, "/etc/pilot/ocicrypt.conf: it has no key provider pilot"},
 		"pilot.toml":         {"2.4.2", map[string]string{"etc/pilot/pilot.toml": "diff-listen = 'off'\n"}, `/etc/pilot/pilot.toml: diff-listen is "off": remove it`},
 		"unit":               {"2.4.2", map[string]string{"etc/systemd/system/pilot.service": "[Service]\nExecStart=/x\n"}, "/etc/systemd/system/pilot.service: it exists"},
 		"key model":          {"1.6", map[string]string{conf: "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.image_decryption]\n  key_model = ''\n"}, `image_decryption.key_model is "": make it "node"`},
-		"other decoder":      {"1.6", map[string]string{conf: "version = 2\n[stream_processors.mine]\n  accepts = ['application/vnd.oci.image.layer.v1.tar+encrypted']\n  returns = 'application/vnd.oci.image.layer.v1.tar'\n  path = '/x'\n"}, "the stream processor mine at /x takes encrypted layers: remove it"},
+		"other decoder":      {"1.6", map[string]string{conf: "version = 2\n[stream_processors.mine]\n  accepts = ['application/vnd.oci.image.layer.v1.tar+encrypted']\n  returns = 'application/vnd.oci.image.layer.v1.tar'\n  path = '/x'\n"}, "the stream processor mine at /x accepts encrypted layers: remove it"},
 		"broken":             {"2.4.2", map[string]string{conf: "version = \n"}, "/etc/containerd/config.toml: toml: "},
 
 		"no file":      {"2.4.2", map[string]string{conf: ""}, ""},
@@ -358,8 +354,7 @@ func TestNodeConflicts(t *testing.T) {
 	}
 }
 
-// TestNodeKeepConfig uninstalls as the removal of a package does, and installs
-// again.
+// TestNodeKeepConfig uninstalls as the removal of a package does, and installs again.
 func TestNodeKeepConfig(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.4.2"](t)
@@ -389,7 +384,7 @@ func TestNodeKeepConfig(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeChanged uninstalls where files were changed since.
+// TestNodeChanged uninstalls after files were changed.
 func TestNodeChanged(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.4.2"](t)
@@ -412,7 +407,7 @@ func TestNodeChanged(t *testing.T) {
 	}
 }
 
-// up starts pilot and containerd as they are set up.
+// up starts pilot and containerd with the installed configuration.
 func up(t testing.TB, m *harness.Machine) *harness.Node {
 	t.Helper()
 	m.Start(t, "pilot", "serve")

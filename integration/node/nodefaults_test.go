@@ -14,7 +14,7 @@ import (
 
 const containerdConfig = "/etc/containerd/config.toml"
 
-// configured makes a machine with a configuration of containerd's.
+// configured makes a machine with a configuration of containerd.
 func configured(t *testing.T, version, text string) *harness.Machine {
 	t.Helper()
 	m := harness.Machines()[version](t)
@@ -23,8 +23,8 @@ func configured(t *testing.T, version, text string) *harness.Machine {
 	return m
 }
 
-// script puts a script in the place of the machine's containerd, which is
-// containerd.real from then on.
+// script replaces the machine's containerd with a script, and renames containerd to
+// containerd.real.
 func script(m *harness.Machine, text string) {
 	m.T.Helper()
 	program := m.Root + "/usr/bin/containerd"
@@ -37,8 +37,8 @@ func script(m *harness.Machine, text string) {
 	}
 }
 
-// TestNodeTrustsNoOtherUser has a user start a program under the name of a
-// containerd of theirs, which must not be run as root.
+// TestNodeTrustsNoOtherUser lets a user start a program as containerd, which root must
+// not run.
 func TestNodeTrustsNoOtherUser(t *testing.T) {
 	t.Parallel()
 	for name, asUser := range map[string][]string{
@@ -77,8 +77,7 @@ func TestNodeTrustsNoOtherUser(t *testing.T) {
 	}
 }
 
-// TestNodePilotIsALink installs with a link of root's to a pilot that a user can
-// replace.
+// TestNodePilotIsALink installs through root's link to a pilot that a user can replace.
 func TestNodePilotIsALink(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.4.2", "version = 3\n")
@@ -86,12 +85,12 @@ func TestNodePilotIsALink(t *testing.T) {
 	harness.Output(t, harness.Command(t, "install", "-D", filepath.Join(harness.Bin, "pilot"), m.Root+"/opt/theirs/pilot"))
 	harness.Output(t, harness.Command(t, "chown", "65534", m.Root+"/opt/theirs"))
 	harness.Output(t, harness.Command(t, "ln", "-s", "/opt/theirs/pilot", m.Root+"/usr/local/sbin/pilot"))
-	harness.ExpectFailure(t, m.Run("/usr/local/bin/pilot", "node", "install", "--pilot-binary", "/usr/local/sbin/pilot"), "others than root can change /opt/theirs")
+	harness.ExpectFailure(t, m.Run("/usr/local/bin/pilot", "node", "install", "--pilot-binary", "/usr/local/sbin/pilot"), "users other than root can change /opt/theirs")
 	m.CheckFiles(before)
 }
 
-// TestNodeFindsTheConfiguration installs for a containerd that was started with a
-// relative path, and for one that is named and is not there.
+// TestNodeFindsTheConfiguration installs for a containerd that was started with a relative
+// path, and for one that is named and does not run.
 func TestNodeFindsTheConfiguration(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.4.2", "version = 3\n")
@@ -99,13 +98,13 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	before := m.Files()
 	m.Start(t, "sh", "-c", "cd /opt/c; exec containerd --config config.toml")
 	harness.Await(t, "containerd", harness.Reachable(m.Root+"/run/containerd/containerd.sock"))
-	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/none.sock"), "/run/none.sock is not known", "/run/containerd/containerd.sock")
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/none.sock"), "/run/none.sock is unknown", "/run/containerd/containerd.sock")
 	m.CheckFiles(before)
 	harness.Output(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/containerd/containerd.sock"))
 	if got := harness.Read(t, m.Root+"/opt/c/config.toml"); !strings.Contains(got, "/opt/c/conf.d/pilot*.toml") {
 		t.Errorf("its configuration: %s", got)
 	}
-	// Those that come and go while it looks are no other containerds.
+	// Short-lived processes of containerd are not other containerds.
 	m.Start(t, "sh", "-c", "while :; do containerd --version; containerd --help; done")
 	for range 5 {
 		harness.Output(t, m.Run("pilot", "node", "install"))
@@ -114,7 +113,7 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeOddImports installs with imports as nobody should write them.
+// TestNodeOddImports installs with unusual lists of imports.
 func TestNodeOddImports(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "")
@@ -137,15 +136,15 @@ func TestNodeOddImports(t *testing.T) {
 		harness.Output(t, m.Pilot("node", "uninstall"))
 		m.CheckFiles(before)
 	}
-	// This one was written as it would break containerd, and put back.
+	// This edit would break containerd, and is reverted.
 	harness.Write(t, m.Root+containerdConfig, "version = 2\n\"imp\\u006frts\" = ['/etc/containerd/x/a*.toml']\n")
 	before := m.Files()
-	harness.ExpectFailure(t, m.Pilot("node", "install"), containerdConfig+": its imports are written in a way", `add "/etc/containerd/conf.d/pilot*.toml"`)
+	harness.ExpectFailure(t, m.Pilot("node", "install"), containerdConfig+": pilot can't edit its list of imports", `add "/etc/containerd/conf.d/pilot*.toml"`)
 	m.CheckFiles(before)
 }
 
-// TestNodeChangedMeanwhile has another tool write containerd's configuration while
-// pilot is installed: what it wrote stays.
+// TestNodeChangedMeanwhile lets another tool write containerd's configuration while pilot
+// is installed: what the tool wrote stays.
 func TestNodeChangedMeanwhile(t *testing.T) {
 	t.Parallel()
 	const another = "# of another tool\n"
@@ -157,7 +156,7 @@ esac
 exec /usr/bin/containerd.real "$@"
 `)
 		before := m.Files()
-		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+": somebody else has changed it in the meantime", "run this again")
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+": it was changed in the meantime", "run this again")
 		if got := harness.Read(t, m.Root+containerdConfig); got != "version = 2\n"+another {
 			t.Errorf("it is %q", got)
 		}
@@ -173,7 +172,7 @@ esac
 exec /usr/bin/containerd.real "$@"
 `)
 		before := m.Files()
-		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+" is not put back", `"pilot node uninstall" puts back what is left`)
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), containerdConfig+" could not be reverted", `run "pilot node uninstall" to revert the rest`)
 		script(m, "exec /usr/bin/containerd.real \"$@\"\n")
 		harness.Output(t, m.Run("pilot", "node", "uninstall"))
 		if got := harness.Read(t, m.Root+containerdConfig); got != "version = 2\n"+another {
@@ -187,21 +186,21 @@ exec /usr/bin/containerd.real "$@"
 		harness.Output(t, m.Pilot("node", "install"))
 		edited := strings.ReplaceAll(harness.Read(t, m.Root+containerdConfig), "'", `"`)
 		harness.Write(t, m.Root+containerdConfig, edited)
-		harness.ExpectFailure(t, m.Pilot("node", "uninstall"), "take /etc/containerd/conf.d/pilot*.toml out of its imports yourself")
+		harness.ExpectFailure(t, m.Pilot("node", "uninstall"), "remove /etc/containerd/conf.d/pilot*.toml from its imports yourself")
 		if got := harness.Read(t, m.Root+containerdConfig); got != edited {
 			t.Errorf("it is %q", got)
 		}
 	})
 }
 
-// TestNodeContainerdHangs has containerd's program not answer: nothing waits for
-// it longer than systemd waits for containerd to start.
+// TestNodeContainerdHangs uses a containerd whose program hangs: nothing waits for it
+// longer than systemd waits for containerd to start.
 func TestNodeContainerdHangs(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	harness.Output(t, m.Pilot("node", "install"))
 	installed := m.Files()
-	// The program that hangs is not the one that is killed.
+	// The process that hangs is a child of the one that is killed.
 	script(m, "case \"$*\" in *config*) sleep 1000;; *) exec /usr/bin/containerd.real \"$@\";; esac\n")
 	began := time.Now()
 	harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), "containerd's configuration")
@@ -209,7 +208,7 @@ func TestNodeContainerdHangs(t *testing.T) {
 		t.Errorf("refresh took %v", took)
 	}
 	m.CheckFiles(installed)
-	// Slow is what a busy node is; refresh gives up as a whole, and changes nothing.
+	// As on a busy node: refresh runs out of time, and changes nothing.
 	script(m, "case \"$*\" in *config*) sleep 15;; esac\nexec /usr/bin/containerd.real \"$@\"\n")
 	harness.Write(t, m.Root+containerdConfig, "version = 2\n")
 	installed = m.Files()
@@ -221,8 +220,8 @@ func TestNodeContainerdHangs(t *testing.T) {
 	m.CheckFiles(installed)
 }
 
-// TestNodeRefreshFollowsUnit has the unit start another program than when pilot
-// was installed, as after an upgrade to the release of upstream.
+// TestNodeRefreshFollowsUnit changes the program that the unit starts, as after switching
+// to upstream's containerd.
 func TestNodeRefreshFollowsUnit(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "1.7", "version = 2\n")
@@ -235,8 +234,8 @@ func TestNodeRefreshFollowsUnit(t *testing.T) {
 	}
 }
 
-// TestNodeOfEarlierVersion refreshes what a version of pilot installed that did
-// not note for which containerd, while another than containerd.service's runs.
+// TestNodeOfEarlierVersion refreshes the installation of a version of pilot that did not
+// record its containerd, while another than containerd.service's runs.
 func TestNodeOfEarlierVersion(t *testing.T) {
 	t.Parallel()
 	const ofK3s = "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"
@@ -265,8 +264,7 @@ func TestNodeOfEarlierVersion(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeNowhereToTry installs on a machine whose /tmp is
-// read-only.
+// TestNodeNowhereToTry installs on a machine whose /tmp is read-only.
 func TestNodeNowhereToTry(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
@@ -277,8 +275,8 @@ func TestNodeNowhereToTry(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeKilled kills an installation at any time: containerd can read its
-// configuration, and uninstalling puts everything back.
+// TestNodeKilled kills an installation at any moment: containerd can read its
+// configuration, and uninstalling restores everything.
 func TestNodeKilled(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", harness.Read(t, "../testdata/nodes/v2-cri-no-imports.toml"))
@@ -288,14 +286,14 @@ func TestNodeKilled(t *testing.T) {
 	took := time.Since(began)
 	harness.Output(t, m.Pilot("node", "uninstall"))
 	m.CheckFiles(before)
-	// What a writer leaves that is killed while it writes.
+	// The file that a killed writer leaves.
 	harness.Output(t, m.Pilot("node", "install"))
 	for _, file := range []string{"/etc/containerd/.config.toml.pilot-new", "/etc/containerd/conf.d/.pilot.toml.pilot-new", "/var/lib/pilot/.node.json.pilot-new"} {
 		harness.Write(t, m.Root+file, "half a f")
 	}
 	harness.Output(t, m.Pilot("node", "uninstall"))
 	m.CheckFiles(before)
-	// The same, killed before and in its first write.
+	// The same, killed before and during its first write.
 	for _, retry := range []bool{false, true} {
 		for _, begun := range []bool{false, true} {
 			if err := os.MkdirAll(m.Root+"/var/lib/pilot", 0o700); err != nil {

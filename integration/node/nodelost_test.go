@@ -11,7 +11,7 @@ import (
 
 const nodeState = "/var/lib/pilot/node.json"
 
-// lost are the ways in which the note of what was installed is lost.
+// lost are the ways in which the record of an installation is lost.
 var lost = map[string]func(t *testing.T, m *harness.Machine){
 	"missing": func(t *testing.T, m *harness.Machine) {
 		if err := os.RemoveAll(m.Root + filepath.Dir(nodeState)); err != nil {
@@ -24,8 +24,8 @@ var lost = map[string]func(t *testing.T, m *harness.Machine){
 	},
 }
 
-// TestNodeStateLost loses the note of what was installed on machines of several
-// kinds: installing takes the files over, and uninstalling removes them.
+// TestNodeStateLost loses the record of installations on several kinds of machines:
+// installing takes the files over, and uninstalling removes them.
 func TestNodeStateLost(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -69,7 +69,7 @@ func TestNodeStateLost(t *testing.T) {
 
 				lose(t, m)
 				harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), nodeState, "pilot node install")
-				if out := harness.CombinedOutput(t, m.Pilot(append([]string{"node", "install"}, args...)...)); !strings.Contains(out, nodeState+": it is") || !strings.Contains(out, "are taken over: /") {
+				if out := harness.CombinedOutput(t, m.Pilot(append([]string{"node", "install"}, args...)...)); !strings.Contains(out, nodeState+": it is") || !strings.Contains(out, "are adopted: /") {
 					t.Errorf("install: %s", out)
 				}
 				after := m.Files()
@@ -113,8 +113,8 @@ func TestNodeStateLost(t *testing.T) {
 	}
 }
 
-// TestNodeStateLostAndChanged loses the note on a machine with files that were
-// changed since they were installed, which are nobody's to remove.
+// TestNodeStateLostAndChanged loses the record on a machine with files that were changed
+// since they were installed, and which must stay.
 func TestNodeStateLostAndChanged(t *testing.T) {
 	t.Parallel()
 	const dropIn = "/etc/containerd/conf.d/pilot.toml"
@@ -123,8 +123,8 @@ func TestNodeStateLostAndChanged(t *testing.T) {
 	written := harness.Read(t, m.Root+dropIn)
 	os.Remove(m.Root + nodeState)
 	for text, want := range map[string]string{
-		written + "# mine\n": dropIn + ": it exists, and is not what was installed: move it away",
-		strings.Replace(written, "\n\n", "\n\noom_score = 1\n\n", 1): "take what is in the way out of containerd's files",
+		written + "# mine\n": dropIn + ": it exists, and pilot did not write it: move it away",
+		strings.Replace(written, "\n\n", "\n\noom_score = 1\n\n", 1): "remove what is in the way from containerd's files",
 	} {
 		harness.Write(t, m.Root+dropIn, text)
 		before := m.Files()
@@ -146,7 +146,7 @@ func TestNodeStateLostAndChanged(t *testing.T) {
 		t.Error("pilot is still configured")
 	}
 
-	// Without any of pilot's files there is nothing to make the note from.
+	// Without pilot's files the record can't be rebuilt.
 	harness.Write(t, m.Root+nodeState, "{")
 	before := m.Files()
 	for _, command := range []string{"install", "uninstall"} {

@@ -16,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sandboxes are the ways in which pilot confines a root's programs: how it is run
-// for each, and the user that they are. Without user namespaces and CAP_SYS_ADMIN,
-// as in most containers, there is none.
+// sandboxes are the modes in which pilot confines a root's programs, with the command that
+// runs pilot so and the programs' user. Without user namespaces and CAP_SYS_ADMIN, as in
+// most containers, there is none.
 var sandboxes = map[string]struct {
 	prefix []string
 	mounts bool   // the root has the machine's /proc and /dev
@@ -30,12 +30,12 @@ var sandboxes = map[string]struct {
 		`echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"`, "sh"}},
 }
 
-// container is how a command is run in an ordinary container: as root, with neither
-// CAP_SYS_ADMIN nor user namespaces.
+// container runs a command as in an ordinary container: as root, without CAP_SYS_ADMIN
+// and user namespaces.
 var container = []string{"unshare", "--user", "--map-root-user", "sh", "-c",
 	`echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin "$@"`, "sh"}
 
-// TestHostileRoot sets up root directories whose containerd means harm.
+// TestHostileRoot sets up root directories with a malicious containerd.
 func TestHostileRoot(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -92,7 +92,7 @@ func TestHostileRoot(t *testing.T) {
 			if out := install("report"); !strings.HasSuffix(out, "harm:\n") {
 				t.Errorf("it could do harm: %s", out)
 			}
-			// Without a sandbox it can, so the test would see it.
+			// It works without a sandbox, so the test would notice.
 			if out := install("report", "--trust-root"); s.prefix == nil && (!strings.Contains(out, "connected, connected to an abstract socket") || !strings.Contains(out, "wrote /etc/written")) || strings.Contains(out, "environment") || s.may == 0 && strings.Contains(out, "capabilities") || strings.Contains(out, "open file") {
 				t.Errorf("in a bare chroot: %s", out)
 			}
@@ -119,8 +119,8 @@ func TestHostileRoot(t *testing.T) {
 	}
 }
 
-// TestRootInSandbox sets up a root with a real containerd in each sandbox, and where
-// there can be none.
+// TestRootInSandbox sets up a root with a real containerd in each sandbox, and where none
+// is possible.
 func TestRootInSandbox(t *testing.T) {
 	t.Parallel()
 	containerd := filepath.Join(harness.Tools, "bin/containerd")
@@ -163,8 +163,8 @@ func TestRootInSandbox(t *testing.T) {
 	})
 }
 
-// plainRoot makes a root directory with a program as its containerd, and pilot, on
-// the file system of the test's directory.
+// plainRoot makes a root directory in the test's directory, with pilot and a program as
+// its containerd.
 func plainRoot(t *testing.T, containerd string) string {
 	t.Helper()
 	root := filepath.Join(harness.TempDir(t), "root")
@@ -188,7 +188,7 @@ func listed(t *testing.T, root string) []string {
 	return strings.Split(harness.Output(t, harness.Command(t, "find", root, "-xdev", "-printf", `%P %M\n`)), "\n")
 }
 
-// running returns the command line of a process that has an argument, or nothing.
+// running returns the command line of a process with that argument, or "".
 func running(t *testing.T, argument string) string {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")

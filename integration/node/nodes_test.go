@@ -13,16 +13,15 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// nodeCase is a configuration of containerd that nodes have, a file of
-// testdata/nodes.
+// nodeCase is a real configuration of containerd, a file of testdata/nodes.
 type nodeCase struct {
 	file string
-	// at is where the machine has it. Default: /etc/containerd/config.toml.
+	// at is its path on the machine. Default: /etc/containerd/config.toml.
 	at string
-	// versions are those of containerd that start with it.
+	// versions are the versions of containerd that start with it.
 	versions []string
-	// tools are the drop-ins of other tools that may come, by their names in
-	// the directory that the file imports.
+	// tools are drop-ins of other tools, by their names in the directory that the file
+	// imports.
 	tools map[string]string
 	noCRI bool
 }
@@ -43,15 +42,15 @@ var nodeCases = []nodeCase{
 		"/var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.d/gpu.toml":  "dropin-v3-runtime.toml",
 		"/var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.d/lazy.toml": "dropin-v3-snapshotter.toml",
 	}},
-	// Another tool's drop-in of another version than the file, and one whose
-	// lists come after pilot's.
+	// Another tool's drop-in with another version than the file, and one that is read
+	// after pilot's.
 	{file: "v3-imports.toml", versions: versions2, tools: map[string]string{
 		"/etc/containerd/conf.d/gpu.toml":    "dropin-v2-runtime.toml",
 		"/etc/containerd/conf.d/z-lazy.toml": "dropin-v3-snapshotter.toml",
 	}},
 }
 
-// upgrades are the versions to which a machine is upgraded.
+// upgrades maps a version to the one that a machine with it is upgraded to.
 var upgrades = map[string]string{"1.6": "2.4.2", "1.7": "2.2.9", "2.0.7": "2.2.9", "2.2.9": "2.4.2"}
 
 func versionDir(version string) string {
@@ -61,16 +60,14 @@ func versionDir(version string) string {
 	return "containerd-" + version
 }
 
-// TestNodes sets up machines as they are, lives on with them, and puts them back:
-// nothing of containerd's configuration changes but pilot's own lines, containerd
-// starts after each step, and pulls plain and encrypted images. With PILOT_NODES=all
-// it takes each version with each configuration, else each of them once.
+// TestNodes takes machines with real configurations through installing, changes by other
+// tools, upgrades and uninstalling: only pilot's lines of containerd's configuration
+// change, and after each step containerd starts and pulls plain and encrypted images. It
+// tries each version and each configuration once; with PILOT_NODES=all, all pairs.
 func TestNodes(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	encrypted := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	plain := encrypted + "-plain"
 	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", plain))
@@ -79,7 +76,7 @@ func TestNodes(t *testing.T) {
 	for i, test := range nodeCases {
 		for j, version := range test.versions {
 			if os.Getenv("PILOT_NODES") != "all" {
-				// Each configuration once, and each version.
+				// Each configuration and each version once.
 				if want := test.versions[(i+2)%len(test.versions)]; version != want && (taken[version] || j == 0) {
 					continue
 				}
@@ -88,7 +85,7 @@ func TestNodes(t *testing.T) {
 			t.Run(version+"/"+strings.TrimSuffix(test.file, ".toml"), func(t *testing.T) {
 				t.Parallel()
 				m := harness.Machines()[version](t)
-				m.BrokerAt(brokerURL)
+				m.BrokerAt(c.BrokerURL)
 				n := &installedNode{m: m, test: test, version: version, registry: c.Registry, plain: plain, encrypted: encrypted}
 				n.live(t)
 			})
@@ -96,7 +93,7 @@ func TestNodes(t *testing.T) {
 	}
 }
 
-// installedNode is a machine in the course of its life.
+// installedNode is a machine on which pilot is installed and uninstalled.
 type installedNode struct {
 	m                *harness.Machine
 	test             nodeCase
@@ -120,7 +117,7 @@ func (n *installedNode) live(t *testing.T) {
 	hosts := fmt.Sprintf("server = 'http://%s'\n", n.registry)
 	harness.Write(t, m.Root+"/etc/containerd/certs.d/"+n.registry+"/hosts.toml", hosts)
 	harness.Write(t, m.Root+"/var/lib/rancher/k3s/agent/etc/containerd/certs.d/"+n.registry+"/hosts.toml", hosts)
-	// The directory of keys of v2-decoder.toml.
+	// v2-decoder.toml names this directory.
 	if err := os.MkdirAll(m.Root+"/opt/keys", 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -156,13 +153,13 @@ func (n *installedNode) live(t *testing.T) {
 		n.works(t, "tools removed")
 	}
 
-	// Written anew, as at boot by a node's agent.
+	// Rewritten without pilot, as by a node's agent at boot.
 	harness.Write(t, m.Root+n.config(), original)
 	n.refresh(t)
 	n.onlyPilotDiffers(t, "written anew", untouched)
 
-	// Written from what it comes to, as some tools do. containerd 1.x can't read
-	// its own dump of a file without a version that disables cri.
+	// Rewritten from a dump, as some tools do. containerd 1.x can't read its own dump of
+	// a file without a version that disables cri.
 	if !n.test.noCRI || n.version[0] != '1' {
 		harness.Write(t, m.Root+n.config(), n.rawDump(t))
 		n.refresh(t)
@@ -192,7 +189,7 @@ func (n *installedNode) live(t *testing.T) {
 	}
 }
 
-// refresh does what systemd does before it starts containerd.
+// refresh runs what systemd runs before it starts containerd.
 func (n *installedNode) refresh(t *testing.T) {
 	t.Helper()
 	harness.Output(t, n.m.Run("pilot", "node", "refresh"))
@@ -225,8 +222,8 @@ func settings(prefix string, table map[string]any) map[string]any {
 	return flat
 }
 
-// onlyPilotDiffers compares containerd's configuration with what it is without
-// pilot's files, or with was.
+// onlyPilotDiffers compares containerd's configuration with was, or with the one without
+// pilot's drop-in if was is nil.
 func (n *installedNode) onlyPilotDiffers(t *testing.T, when string, was map[string]any) {
 	t.Helper()
 	is := n.dump(t)
@@ -246,7 +243,7 @@ func (n *installedNode) onlyPilotDiffers(t *testing.T, when string, was map[stri
 	}
 }
 
-// dumpWithout is dump while pilot's drop-in is away.
+// dumpWithout is dump without pilot's drop-in.
 func (n *installedNode) dumpWithout(t *testing.T) map[string]any {
 	t.Helper()
 	for _, dir := range []string{"/etc/containerd/conf.d", "/var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.d"} {

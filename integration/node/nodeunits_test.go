@@ -12,8 +12,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestNodeUnits installs for a containerd whose unit has its configuration file in
-// quotes and in variables, and refuses one that only systemd can read.
+// TestNodeUnits installs for a containerd whose unit names its configuration file with
+// quotes and variables, and rejects one that only systemd can expand.
 func TestNodeUnits(t *testing.T) {
 	t.Parallel()
 	const file = "/opt/my c/config.toml"
@@ -41,13 +41,13 @@ func TestNodeUnits(t *testing.T) {
 	m := harness.Machines()["2.4.2"](t)
 	harness.Write(t, m.Root+"/etc/systemd/system/containerd.service.d/ours.conf", "[Service]\nExecStart=\nExecStart=/usr/bin/containerd --config /etc/%H.toml\n")
 	before := m.Files()
-	harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/containerd.service.d/ours.conf: ExecStart=", "what %H is, only systemd knows", "--containerd-config")
+	harness.ExpectFailure(t, m.Pilot("node", "install"), "/etc/systemd/system/containerd.service.d/ours.conf: ExecStart=", "only systemd can expand %H", "--containerd-config")
 	m.CheckFiles(before)
 	harness.Output(t, m.Pilot("node", "install", "--containerd-binary", "/usr/bin/containerd", "--containerd-config", containerdConfig))
 }
 
-// TestNodeProgramMoved has containerd's program move, with and without its unit, and
-// its unit read another file, before it starts.
+// TestNodeProgramMoved moves containerd's program, with and without a change of its unit,
+// and changes the file that the unit names, before containerd starts.
 func TestNodeProgramMoved(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
@@ -58,7 +58,7 @@ func TestNodeProgramMoved(t *testing.T) {
 	}
 	noted := func(program string) {
 		t.Helper()
-		// Written anew, so that there is something to do.
+		// Rewritten, so that there is something to do.
 		harness.Write(t, m.Root+containerdConfig, "version = 2\n")
 		harness.Output(t, m.Run("pilot", "node", "refresh"))
 		if got := harness.Read(t, m.Root+nodeState); !strings.Contains(got, `"program": "`+program+`"`) {
@@ -82,9 +82,9 @@ func TestNodeProgramMoved(t *testing.T) {
 	harness.Output(t, m.Run("pilot", "node", "uninstall"))
 }
 
-// TestNodeOddFiles has something else than files among those that containerd
-// imports: containerd waits for a named pipe, reads a device without end, does not
-// start with a directory, and takes /dev/null for an empty file.
+// TestNodeOddFiles imports what is not a regular file: containerd would block on a named
+// pipe, read a device without end, not start with a directory, and take /dev/null for an
+// empty file.
 func TestNodeOddFiles(t *testing.T) {
 	t.Parallel()
 	const odd = "/etc/containerd/conf.d/odd.toml"
@@ -118,8 +118,8 @@ func TestNodeOddFiles(t *testing.T) {
 	})
 }
 
-// TestNodeCopilotBeside uninstalls where containerd's configuration was written from
-// a dump with pilot in it, and has copilot's name in it, too.
+// TestNodeCopilotBeside uninstalls after containerd's configuration was rewritten from a
+// dump with pilot in it, and has copilot's name in it too.
 func TestNodeCopilotBeside(t *testing.T) {
 	t.Parallel()
 	const copilot = "version = 2\nroot = '/var/lib/copilot'\nstate = '/run/pilot/state'\n[plugins.'io.containerd.grpc.v1.cri'.registry]\n  config_path = '/etc/pilot-certs'\n"
@@ -136,13 +136,13 @@ func TestNodeCopilotBeside(t *testing.T) {
 			t.Errorf("line %d, %s: named is %v, in %s", number+1, line, named, out)
 		}
 	}
-	// What is copilot's alone is no reason to refuse.
+	// Lines about copilot alone are no obstacle.
 	harness.Write(t, m.Root+containerdConfig, copilot+"[proxy_plugins.copilot]\n  type = 'snapshot'\n  address = '/run/copilot/pilot.sock'\n")
 	harness.Output(t, m.Pilot("node", "uninstall"))
 }
 
-// TestNodeStaleTrials finds what a trial has left that was killed, and directories
-// of the same name that are not root's own.
+// TestNodeStaleTrials finds the directory of a trial that was killed, and directories
+// with such names that root has not made.
 func TestNodeStaleTrials(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
@@ -180,7 +180,7 @@ func TestNodeStaleTrials(t *testing.T) {
 	}
 }
 
-// TestNodeNamedContainerd has root run another program under containerd's name.
+// TestNodeNamedContainerd runs another program of root with containerd's name.
 func TestNodeNamedContainerd(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")

@@ -18,8 +18,8 @@ func containerd(t *testing.T, m *harness.Machine, socket string, args ...string)
 	return p
 }
 
-// TestNodeFollowsRunningContainerd installs on machines whose containerd is not
-// the one that it would be by default.
+// TestNodeFollowsRunningContainerd installs on machines that run another containerd than
+// the default one.
 func TestNodeFollowsRunningContainerd(t *testing.T) {
 	t.Parallel()
 	const (
@@ -45,7 +45,7 @@ func TestNodeFollowsRunningContainerd(t *testing.T) {
 		if got := harness.Read(t, m.Root+"/etc/pilot/pilot.toml"); !strings.Contains(got, other) {
 			t.Errorf("pilot.toml: %s", got)
 		}
-		// Not restarted yet: that is what the doctor says, and how it knows.
+		// Not restarted yet: the doctor reports that, with the times.
 		out := harness.CombinedOutput(t, m.Run("pilot", "node", "doctor"))
 		if !strings.Contains(out, "/opt/c/config.toml was written at") || !strings.Contains(out, "containerd has not loaded pilot's differ") {
 			t.Errorf("doctor: %s", out)
@@ -68,7 +68,7 @@ func TestNodeFollowsRunningContainerd(t *testing.T) {
 		m.CheckFiles(before)
 	})
 	t.Run("by the unit", func(t *testing.T) {
-		// None runs, as on a node image.
+		// No containerd runs, as in a node image.
 		m := with(t)
 		harness.Write(t, m.Root+"/etc/systemd/system/containerd.service.d/ours.conf", "[Service]\nExecStart=\nExecStart=/usr/bin/containerd "+strings.Join(apart, " ")+"\n")
 		harness.Output(t, m.Pilot("node", "install"))
@@ -86,14 +86,14 @@ func TestNodeFollowsRunningContainerd(t *testing.T) {
 		containerd(t, m, socket)
 		os.Remove(m.Root + "/usr/bin/containerd")
 		m.Upgrade("containerd-2.2.9")
-		if out := harness.CombinedOutput(t, m.Run("pilot", "node", "doctor")); !strings.Contains(out, "it is containerd 2.2, and 2.4 answers at "+socket) {
+		if out := harness.CombinedOutput(t, m.Run("pilot", "node", "doctor")); !strings.Contains(out, "it is containerd 2.2, and 2.4 runs at "+socket) {
 			t.Errorf("doctor: %s", out)
 		}
 	})
 }
 
-// k3s is a stand-in of k3s' agent: it makes containerd's configuration, from a
-// template if there is one, and starts its containerd.
+// k3s stands in for k3s's agent: it makes containerd's configuration, from a template if
+// there is one, and starts its containerd.
 const k3s = `#!/bin/sh
 cd /var/lib/rancher/k3s/agent/etc/containerd
 for t in config-v3.toml.tmpl; do
@@ -105,8 +105,8 @@ trap "kill $!" TERM
 wait
 `
 
-// TestNodeOnK3s installs on k3s of before and after it imported a directory, with
-// another containerd beside it that is not the kubelet's.
+// TestNodeOnK3s installs on k3s before and after it imported a directory, beside another
+// containerd that the kubelet does not use.
 func TestNodeOnK3s(t *testing.T) {
 	t.Parallel()
 	const dir = "/var/lib/rancher/k3s/agent/etc/containerd/"
@@ -165,7 +165,7 @@ func TestNodeOnK3s(t *testing.T) {
 	}
 }
 
-// TestNodeRefusals installs where pilot can't be set up, or would not last.
+// TestNodeRefusals installs where pilot can't be set up, or the change would not last.
 func TestNodeRefusals(t *testing.T) {
 	t.Parallel()
 	for id, want := range map[string]string{
@@ -190,8 +190,8 @@ func TestNodeRefusals(t *testing.T) {
 	})
 }
 
-// TestNodeBrokenBefore has an earlier version's drop-in repaired, with which
-// containerd 2.0 to 2.2 forgot its CRI configuration.
+// TestNodeBrokenBefore repairs the drop-in of an earlier version, with which containerd
+// 2.0 to 2.2 lost its CRI configuration.
 func TestNodeBrokenBefore(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.2.9"](t)
@@ -200,7 +200,7 @@ func TestNodeBrokenBefore(t *testing.T) {
 	n := &installedNode{m: m, version: "2.2.9"}
 	untouched := n.dump(t)
 	harness.Output(t, m.Pilot("node", "install"))
-	// As it was written then, and noted.
+	// As that version wrote and recorded it.
 	dropIn := m.Root + "/etc/containerd/conf.d/pilot.toml"
 	const head = "# Written by \"pilot node install\"; \"pilot node uninstall\" removes it.\n"
 	text := strings.Replace(harness.Read(t, dropIn), head, head+"version = 3\n", 1)
@@ -216,7 +216,8 @@ func TestNodeBrokenBefore(t *testing.T) {
 	n.onlyPilotDiffers(t, "repaired", untouched)
 }
 
-// renote writes a file of pilot's on the machine as if it had been installed so.
+// renote writes a file of pilot on the machine and its record, as if it had been installed
+// with that content.
 func renote(m *harness.Machine, path, text string) {
 	m.T.Helper()
 	state := m.Root + "/var/lib/pilot/node.json"
@@ -225,8 +226,8 @@ func renote(m *harness.Machine, path, text string) {
 	harness.Write(m.T, state, strings.ReplaceAll(harness.Read(m.T, state), was, harness.SHA256(text)))
 }
 
-// TestNodeLists has the doctor find entries that pilot's lists hide, and those of
-// a tool that is gone.
+// TestNodeLists lets the doctor find entries that pilot's lists hide, and entries of a tool
+// that is gone.
 func TestNodeLists(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.2.9"](t)

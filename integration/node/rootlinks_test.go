@@ -12,11 +12,11 @@ import (
 )
 
 // TestRootLinks installs pilot into root directories whose links lead outside, and
-// takes it back.
+// uninstalls.
 func TestRootLinks(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	// What the links name on the machine that sets the root up.
+	// The links' targets on this machine.
 	outside := filepath.Join(dir, "outside")
 	for name, text := range map[string]string{"node.json": `{"files": [{"path": "/etc/pilot/pilot.toml", "mode": 420}]}`, "pilot.toml": "victim", "conf.d/pilot.toml": "victim", "pilot.service": "victim"} {
 		harness.Write(t, filepath.Join(outside, name), text)
@@ -41,7 +41,7 @@ func TestRootLinks(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			// A link into nowhere of the root may be an error.
+			// A link to a path that does not exist in the root may be an error.
 			if out := harness.CombinedOutput(t, m.Pilot("node", "install")); name != "files" && !strings.Contains(out, "wrote /etc/pilot/pilot.toml") {
 				t.Errorf("install: %s", out)
 			}
@@ -53,7 +53,7 @@ func TestRootLinks(t *testing.T) {
 	}
 }
 
-// TestForeignState uninstalls with a note that names files of others.
+// TestForeignState uninstalls with a record that names files that are not pilot's.
 func TestForeignState(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["1.7"](t)
@@ -62,7 +62,7 @@ func TestForeignState(t *testing.T) {
 	passwd := harness.Read(t, m.Root+"/etc/passwd")
 	for _, path := range []string{"/etc/passwd", "../../etc/passwd", "/etc/pilot/../passwd"} {
 		harness.Write(t, m.Root+state, `{"files": [{"path": "`+path+`", "before": "ZXZpbA==", "mode": 511, "sha256": "`+harness.SHA256(passwd)+`"}], "dirs": ["/etc/passwd"]}`)
-		// It knows its own files without the note, and removes those.
+		// It recognizes its own files without the record, and removes those.
 		harness.CombinedOutput(t, m.Pilot("node", "uninstall"))
 		if got := harness.Read(t, m.Root+"/etc/passwd"); got != passwd {
 			t.Fatalf("%s: it is %q now", path, got)
@@ -71,7 +71,7 @@ func TestForeignState(t *testing.T) {
 	if _, err := os.Stat(m.Root + "/etc/containerd/conf.d/pilot.toml"); err == nil {
 		t.Error("pilot's drop-in is left")
 	}
-	harness.ExpectFailure(t, m.Pilot("node", "uninstall"), state, "which pilot does not write")
+	harness.ExpectFailure(t, m.Pilot("node", "uninstall"), state, "which is not a file of pilot")
 }
 
 // TestSpecialFilesInRoot has special files where configuration should be.

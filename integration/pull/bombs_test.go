@@ -21,9 +21,10 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
-	"github.com/containers/ocicrypt/config"
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -168,8 +169,19 @@ func TestBombs(t *testing.T) {
 	provider, conf := harness.StartPilot(t, home, url)
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	own := harness.StartNode(t, smallDisk(t), harness.Containerd2(), "", "")
-	if err := processor.RegisterKeyProviders(conf); err != nil {
+	providers, err := ocicryptclient.FromFile(conf, grpcdial.Call)
+	if err != nil {
 		t.Fatal(err)
+	}
+	encrypt := func(layer []byte, mediaType string) ([]byte, ocispec.Descriptor) {
+		t.Helper()
+		to := processor.Recipients{Keys: processor.Keys{Providers: providers}, Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}
+		var out bytes.Buffer
+		desc, err := processor.Encrypt(t.Context(), &out, bytes.NewReader(layer), mediaType, to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out.Bytes(), desc
 	}
 
 	canary := harness.TempDir(t)
@@ -265,10 +277,7 @@ func TestBombs(t *testing.T) {
 	took := map[string]time.Duration{}
 	for _, test := range tests {
 		mediaType := ocispec.MediaTypeImageLayer + test.kind
-		encrypted, desc, err := processor.EncryptLayer(t.Context(), test.layer, mediaType, &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}})
-		if err != nil {
-			t.Fatal(err)
-		}
+		encrypted, desc := encrypt(test.layer, mediaType)
 		began := time.Now()
 		got, err := unpack(t, n, encrypted, desc)
 		took[test.name] = time.Since(began)
@@ -286,10 +295,7 @@ func TestBombs(t *testing.T) {
 
 	// Sizes that the descriptor says, of a layer that is whole.
 	whole := gzipped(tarred(t, tar.Header{Name: "file"}))
-	encrypted, desc, err := processor.EncryptLayer(t.Context(), whole, ocispec.MediaTypeImageLayerGzip, &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	encrypted, desc := encrypt(whole, ocispec.MediaTypeImageLayerGzip)
 	for _, size := range []int64{0, -1, math.MinInt64, math.MaxInt64, desc.Size + 1, desc.Size - 1} {
 		desc.Size = size
 		got, err := unpack(t, n, encrypted, desc)
@@ -313,10 +319,7 @@ func TestBombs(t *testing.T) {
 			t.Fatal("this frame has no window")
 		}
 		layer[5] = byte(log-10) << 3 // RFC 8878, section 3.1.1.1.2
-		encrypted, desc, err := processor.EncryptLayer(t.Context(), layer, ocispec.MediaTypeImageLayerZstd, &config.EncryptConfig{Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}})
-		if err != nil {
-			t.Fatal(err)
-		}
+		encrypted, desc := encrypt(layer, ocispec.MediaTypeImageLayerZstd)
 		got, err := unpack(t, n, encrypted, desc)
 		want, ownErr := unpack(t, own, layer, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerZstd, Digest: digest.FromBytes(layer), Size: int64(len(layer))})
 		if got != want || (err != nil) != fails || (ownErr != nil) != fails {

@@ -10,11 +10,11 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/containers/ocicrypt/config"
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	"github.com/ctrlplane/pilot/integration/harness"
-	"github.com/ctrlplane/pilot/internal/ocicryptclient"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -45,11 +45,11 @@ func TestLayerBudget(t *testing.T) {
 		}
 	}
 	harness.StartPilot(t, dir, "unix://"+dir+"/copilot.sock", "--provider-name", name, "--admin-listen", "unix://"+dir+"/admin.sock")
-	provider, err := ocicryptclient.New(keyproviderconfig.KeyProviderAttrs{Grpc: "unix://" + dir + "/keyprovider.sock"})
+	provider, err := ocicryptclient.New(name, keyproviderconfig.KeyProviderAttrs{Grpc: "unix://" + dir + "/keyprovider.sock"}, grpcdial.Call)
 	if err != nil {
 		t.Fatal(err)
 	}
-	processor.RegisterKeyProvider(name, provider)
+	own := processor.Keys{Providers: map[string]processor.KeyProvider{name: provider}}
 	calls := func() (n int) {
 		t.Helper()
 		_, metrics := harness.RequestOverSocket(t, dir+"/store/admin.sock", "GET", "/metrics", "")
@@ -69,19 +69,19 @@ func TestLayerBudget(t *testing.T) {
 	var all [][]byte
 	for _, kek := range keks {
 		all = append(all, []byte(kek))
-		ec := config.EncryptConfig{Parameters: map[string][][]byte{name: {[]byte(kek)}}}
-		if apart, err = layer.Wrap(t.Context(), &ec, apart); err != nil {
+		to := processor.Recipients{Keys: own, Parameters: map[string][][]byte{name: {[]byte(kek)}}}
+		if apart, err = layer.Wrap(t.Context(), to, apart); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if together, err = layer.Wrap(t.Context(), &config.EncryptConfig{Parameters: map[string][][]byte{name: all}}, together); err != nil {
+	if together, err = layer.Wrap(t.Context(), processor.Recipients{Keys: own, Parameters: map[string][][]byte{name: all}}, together); err != nil {
 		t.Fatal(err)
 	}
 	public := base64.StdEncoding.EncodeToString([]byte(`{"cipher":"AES_256_CTR_HMAC_SHA256","hmac":"` + base64.StdEncoding.EncodeToString(make([]byte, 32)) + `","cipheroptions":{}}`))
 	unwrap := func(annotations map[string]string) error {
 		t.Helper()
 		annotations[processor.AnnotationPrefix+"pubopts"] = public
-		key, err := processor.Unwrap(t.Context(), &config.DecryptConfig{}, ocispec.Descriptor{Annotations: annotations})
+		key, err := processor.Unwrap(t.Context(), own, ocispec.Descriptor{Annotations: annotations})
 		if err == nil && !key.Equal(layer) {
 			t.Error("another layer's key")
 		}

@@ -18,6 +18,7 @@ type Authorities struct {
 	file string
 
 	mu       sync.Mutex
+	read     unchanged
 	pem      []byte // that pool was made of
 	pool     *x509.CertPool
 	unusable bool // the file, when it was read last
@@ -25,41 +26,48 @@ type Authorities struct {
 
 // LoadAuthorities reads the CAs in a file for the first time.
 func LoadAuthorities(file string) (*Authorities, error) {
-	a := &Authorities{file: file}
-	return a, a.read()
+	a := &Authorities{file: file, read: unchanged{files: []string{file}}}
+	return a, a.load()
 }
 
-// Pool returns the CAs that are in the file now: the same pool until others are.
-// While the file can't be used, those that it held before count.
+// Pool returns the CAs that are in the file now: the same pool until the file changes.
+// While the file can't be used, it returns those that it held before.
 func (a *Authorities) Pool() *x509.CertPool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	err := a.read()
+	err := a.load()
 	if err != nil && !a.unusable {
-		logrus.WithError(err).WithField("ca", a.file).Warn("CA not read again: the one before is used")
+		logrus.WithError(err).WithField("ca", a.file).Warn("can't reload the CA: the previous one stays in use")
 	}
 	a.unusable = err != nil
 	return a.pool
 }
 
-func (a *Authorities) read() error {
+func (a *Authorities) load() error {
+	same, used := a.read.since()
+	if same {
+		return nil
+	}
 	b, err := regular.Read(a.file, regular.MaxConfig)
-	if err != nil || a.pool != nil && bytes.Equal(b, a.pem) {
+	if err != nil {
 		return err
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(b) {
-		return fmt.Errorf("%s holds no certificate", a.file)
+	if a.pool == nil || !bytes.Equal(b, a.pem) {
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(b) {
+			return fmt.Errorf("%s %w", a.file, ErrNoCertificate)
+		}
+		a.pem, a.pool = b, pool
 	}
-	a.pem, a.pool = b, pool
+	used()
 	return nil
 }
 
-// verifyAgain is for how long a certificate is not verified again by the same CAs,
-// of which one may expire.
-const verifyAgain = time.Minute
+// verifiedTTL is how long a certificate is not verified again by the same CAs, of which
+// one may expire.
+const verifiedTTL = time.Minute
 
-// Verified is what verifying the certificate of one connection came to.
+// Verified is the result of verifying the certificate of one connection.
 type Verified struct {
 	mu     sync.Mutex
 	pool   *x509.CertPool
@@ -69,12 +77,12 @@ type Verified struct {
 }
 
 // Verify verifies the certificates that a client has shown, its own first, by the CAs
-// that are trusted now, which may be others than when it connected.
+// that are trusted now, which may not be those of when it connected.
 func (v *Verified) Verify(a *Authorities, shown []*x509.Certificate) (chains [][]*x509.Certificate, err error) {
 	pool := a.Pool()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.pool == pool && time.Since(v.at) < verifyAgain {
+	if v.pool == pool && time.Since(v.at) < verifiedTTL {
 		return v.chains, v.err
 	}
 	intermediates := x509.NewCertPool()

@@ -17,6 +17,7 @@ type Pair struct {
 	certFile, keyFile string
 
 	mu   sync.Mutex
+	read unchanged
 	last *tls.Certificate
 }
 
@@ -33,26 +34,36 @@ func KeyPair(certFile, keyFile string) (tls.Certificate, error) {
 
 // Load reads a pair for the first time.
 func Load(certFile, keyFile string) (*Pair, error) {
-	p := &Pair{certFile: certFile, keyFile: keyFile}
-	var err error
-	if p.last, err = loadPair(certFile, keyFile); err != nil {
+	p := &Pair{certFile: certFile, keyFile: keyFile, read: unchanged{files: []string{certFile, keyFile}}}
+	if err := p.load(); err != nil {
 		return nil, err
 	}
 	return p, nil
 }
 
-// Certificate reads the files again. While one is replaced and the other is
-// not yet, it returns the certificate that they held before.
+// Certificate returns the pair that is in the files now. While one is replaced and the
+// other is not yet, it returns the pair that they held before.
 func (p *Pair) Certificate() *tls.Certificate {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if err := p.load(); err != nil {
+		logrus.WithError(err).WithField("certificate", p.certFile).Warn("can't reload the certificate: the previous one stays in use")
+	}
+	return p.last
+}
+
+func (p *Pair) load() error {
+	same, used := p.read.since()
+	if same {
+		return nil
+	}
 	cert, err := loadPair(p.certFile, p.keyFile)
 	if err != nil {
-		logrus.WithError(err).WithField("certificate", p.certFile).Warn("certificate not read again: the one before is used")
-		return p.last
+		return err
 	}
 	p.last = cert
-	return p.last
+	used()
+	return nil
 }
 
 // loadPair reads a pair. Where the certificate is not the key's, it is the pair in the

@@ -3,13 +3,17 @@ package certfile
 import (
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
-// Certificates returns the certificates in a PEM file, in their order. That there is
-// none is an error.
+// ErrNoCertificate is the error of a file that can be read and holds no certificate.
+var ErrNoCertificate = errors.New("holds no certificate")
+
+// Certificates returns the certificates in a PEM file, in their order. If there is none,
+// the error wraps [ErrNoCertificate].
 func Certificates(file string) (certs []*x509.Certificate, err error) {
 	b, err := regular.Read(file, regular.MaxConfig)
 	if err != nil {
@@ -30,7 +34,7 @@ func Certificates(file string) (certs []*x509.Certificate, err error) {
 		certs = append(certs, cert)
 	}
 	if len(certs) == 0 {
-		return nil, fmt.Errorf("%s holds no certificate", file)
+		return nil, fmt.Errorf("%s %w", file, ErrNoCertificate)
 	}
 	return certs, nil
 }

@@ -16,7 +16,7 @@ func Pool(file string) (*x509.CertPool, error) {
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s holds no certificate", file)
+		return nil, fmt.Errorf("%s %w", file, ErrNoCertificate)
 	}
 	return pool, nil
 }

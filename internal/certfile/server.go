@@ -8,8 +8,8 @@ import (
 
 // Server returns TLS for a server that shows the pair of certFile and keyFile.
 // Clients need a certificate from one of the authorities; if optional is true, they
-// may have none. The files are read again for each connection, so that all three
-// can be replaced. Clients may be nil if optional is true: then no certificate
+// may have none. Files that have changed are read again at the next connection, so that
+// all three can be replaced. Clients may be nil if optional is true: then no certificate
 // is accepted.
 func Server(certFile, keyFile string, clients *Authorities, optional bool) (*tls.Config, error) {
 	pair, err := Load(certFile, keyFile)

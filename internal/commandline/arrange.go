@@ -5,25 +5,24 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/mistyped"
 )
 
-// completionFlag is what shells append to ask what can follow.
-const completionFlag = "--generate-bash-completion"
+// helpNames are those of the flag --help and of the command help.
+var helpNames = []string{"help", "h"}
 
 // arrange returns the arguments with the flags of each command before its other
-// arguments, where urfave/cli v2 wants them. It checks the names of commands and
-// flags, which ones need a value, and which are required, as the library answers
-// mistakes there with pages of help.
-func arrange(app *cli.App, args []string) ([]string, error) {
-	if len(args) == 0 || args[len(args)-1] == completionFlag {
+// arguments, which follow "--", as urfave/cli drops what follows an argument "-". It
+// checks the names of commands and flags, which flags need a value, and which are
+// required, as the library's errors have no types for these.
+func arrange(app *cli.Command, args []string) ([]string, error) {
+	if len(args) == 0 {
 		return args, nil
 	}
-	l := level{path: app.Name, flags: app.Flags, commands: app.Commands, helpCommand: !app.HideHelpCommand}
-	l.flags = append(l.flags[:len(l.flags):len(l.flags)], cli.VersionFlag)
+	l := level{app, app.Name, append(app.Flags[:len(app.Flags):len(app.Flags)], cli.VersionFlag)}
 	out := args[:1:1]
 	for rest := args[1:]; ; {
 		flags, words, sub, left, err := l.split(rest)
@@ -32,28 +31,27 @@ func arrange(app *cli.App, args []string) ([]string, error) {
 		}
 		out = append(out, flags...)
 		if sub == nil {
-			if slices.ContainsFunc(words, func(w string) bool { return len(w) > 1 && w[0] == '-' }) {
+			if len(words) > 0 {
 				out = append(out, "--")
 			}
 			return append(append(out, words...), left...), nil
 		}
 		out = append(out, sub.Name)
-		l = level{path: l.path + " " + sub.Name, flags: sub.Flags, commands: sub.Subcommands, helpCommand: !sub.HideHelpCommand}
+		l = level{sub, l.path + " " + sub.Name, sub.Flags}
 		rest = left
 	}
 }
 
-// level is a command with its flags and what is below it.
+// level is a command, with the names on the way to it, as in "copilot keys create".
 type level struct {
-	path        string
-	flags       []cli.Flag
-	commands    []*cli.Command
-	helpCommand bool
+	*cli.Command
+	path  string
+	flags []cli.Flag
 }
 
 // split splits the arguments after a command into its flags and words, up to the
-// command below it if one is named. What follows that is left, as is all that is
-// not to be looked at.
+// command below it if one is named. What follows that is left, as is what is not
+// checked.
 func (l level) split(args []string) (flags, words []string, sub *cli.Command, left []string, err error) {
 	given := make(map[string]bool)
 	for i := 0; i < len(args); i++ {
@@ -63,36 +61,42 @@ func (l level) split(args []string) (flags, words []string, sub *cli.Command, le
 			break
 		}
 		if arg == "-" || !strings.HasPrefix(arg, "-") {
-			if len(l.commands) == 0 {
+			if len(l.Commands) == 0 {
 				words = append(words, arg)
 				continue
 			}
-			if l.helpCommand && (arg == "help" || arg == "h") {
+			if !l.HideHelpCommand && slices.Contains(helpNames, arg) {
 				return flags, nil, nil, args[i:], nil
 			}
-			for _, c := range l.commands {
+			for _, c := range l.Commands {
 				if c.HasName(arg) {
 					return flags, nil, c, args[i+1:], nil
 				}
 			}
 			return nil, nil, nil, nil, l.unknownCommand(arg)
 		}
-		name, _, hasValue := strings.Cut(strings.TrimPrefix(arg[1:], "-"), "=")
+		name, value, hasValue := strings.Cut(strings.TrimPrefix(arg[1:], "-"), "=")
+		if slices.Contains(helpNames, name) {
+			return []string{"--help"}, nil, nil, nil, nil
+		}
 		f := l.flag(name)
 		if f == nil {
 			return nil, nil, nil, nil, l.unknownFlag(arg, name)
 		}
 		given[f.Names()[0]] = true
 		flags = append(flags, arg)
-		if doc, ok := f.(cli.DocGenerationFlag); ok && doc.TakesValue() && !hasValue {
+		switch takesValue := takesValue(f); {
+		case takesValue && !hasValue:
 			if i++; i == len(args) {
 				return nil, nil, nil, nil, l.usage("%s needs a value", dashed(name))
 			}
 			flags = append(flags, args[i])
+		case !takesValue && hasValue && value == "": // the library takes it for true
+			return nil, nil, nil, nil, l.usage("%s= needs true or false", dashed(name))
 		}
 	}
-	if given[cli.HelpFlag.Names()[0]] {
-		return flags, words, nil, nil, nil
+	if len(words) > 0 && len(l.Commands) > 0 { // after --
+		return nil, nil, nil, nil, l.unknownCommand(words[0])
 	}
 	for _, f := range l.flags {
 		if r, ok := f.(cli.RequiredFlag); ok && r.IsRequired() && !given[f.Names()[0]] {
@@ -102,8 +106,13 @@ func (l level) split(args []string) (flags, words []string, sub *cli.Command, le
 	return flags, words, nil, nil, nil
 }
 
+func takesValue(f cli.Flag) bool {
+	doc, ok := f.(cli.DocGenerationFlag)
+	return ok && doc.TakesValue()
+}
+
 func (l level) flag(name string) cli.Flag {
-	for _, f := range append(l.flags[:len(l.flags):len(l.flags)], cli.HelpFlag) {
+	for _, f := range l.flags {
 		if slices.Contains(f.Names(), name) {
 			return f
 		}
@@ -118,19 +127,18 @@ func (l level) usage(format string, a ...any) error {
 
 func (l level) unknownCommand(name string) error {
 	var names []string
-	for _, c := range l.commands {
+	for _, c := range l.Commands {
 		names = append(names, c.Names()...)
 	}
 	return l.usage("unknown command %q%s", name, mistyped.DidYouMean(name, names))
 }
 
 func (l level) unknownFlag(arg, name string) error {
-	var names []string
-	for _, f := range append(l.flags[:len(l.flags):len(l.flags)], cli.HelpFlag) {
-		names = append(names, f.Names()...)
-	}
-	for i, n := range names {
-		names[i] = dashed(n)
+	names := []string{"--help"}
+	for _, f := range l.flags {
+		for _, n := range f.Names() {
+			names = append(names, dashed(n))
+		}
 	}
 	arg, _, _ = strings.Cut(arg, "=")
 	return l.usage("unknown flag %s%s", arg, mistyped.DidYouMean(dashed(name), names))

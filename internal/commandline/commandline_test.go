@@ -6,43 +6,43 @@ import (
 	"testing"
 	"time"
 
-	"github.com/urfave/cli/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
-func testApp() *cli.App {
-	app := &cli.App{Name: "app", Flags: []cli.Flag{&cli.StringFlag{Name: "root"}}, Commands: []*cli.Command{
-		{Name: "keys", HideHelpCommand: true, Subcommands: []*cli.Command{
+func testApp() *cli.Command {
+	return Complete(&cli.Command{Name: "app", Flags: []cli.Flag{&cli.StringFlag{Name: "root"}}, Commands: []*cli.Command{
+		{Name: "keys", HideHelpCommand: true, Commands: []*cli.Command{
 			{Name: "show", Flags: []cli.Flag{&cli.BoolFlag{Name: "json"}, &cli.StringFlag{Name: "dir", Aliases: []string{"d"}}}},
 			{Name: "revoke", Flags: []cli.Flag{&cli.StringFlag{Name: "identity", Required: true}}},
 		}},
 		{Name: "verify", Flags: []cli.Flag{&cli.StringSliceFlag{Name: "since"}}},
-	}}
-	return Complete(app)
+	}})
 }
 
-func TestArrange(t *testing.T) {
+func TestArguments(t *testing.T) {
 	for line, want := range map[string]string{
 		"":                                    "",
-		"keys show team-a":                    "keys show team-a",
-		"keys show team-a --json --dir x":     "keys show --json --dir x team-a",
-		"keys show --json team-a -d x":        "keys show --json -d x team-a",
-		"keys show team-a --dir=x":            "keys show --dir=x team-a",
+		"keys show team-a":                    "keys show -- team-a",
+		"keys show team-a --json --dir x":     "keys show --json --dir x -- team-a",
+		"keys show --json team-a -d x":        "keys show --json -d x -- team-a",
+		"keys show team-a --dir=x":            "keys show --dir=x -- team-a",
 		"keys show a -- --json":               "keys show -- a --json",
 		"keys show -- -x":                     "keys show -- -x",
-		"keys show - --json":                  "keys show --json -",
-		"keys show help":                      "keys show help",
-		"verify a b --since x --since - c":    "verify --since x --since - a b c",
-		"--root r keys show a --json":         "--root r keys show --json a",
-		"keys revoke team-a --identity i":     "keys revoke --identity i team-a",
+		"keys show - --json":                  "keys show --json -- -",
+		"keys show help":                      "keys show -- help",
+		"verify a b --since x --since - c":    "verify --since x --since - -- a b c",
+		"--root r keys show a --json":         "--root r keys show --json -- a",
+		"keys revoke team-a --identity i":     "keys revoke --identity i -- team-a",
 		"keys revoke --help":                  "keys revoke --help",
+		"keys show a -h":                      "keys show --help",
 		"keys --help":                         "keys --help",
 		"help keys":                           "help keys",
 		"--version":                           "--version",
-		"keys sho --generate-bash-completion": "keys sho --generate-bash-completion",
+		"keys sho --generate-bash-completion": "keys sho --generate-shell-completion",
 	} {
-		got, err := arrange(testApp(), append([]string{"app"}, strings.Fields(line)...))
+		got, err := arguments(testApp(), append([]string{"app"}, strings.Fields(line)...))
 		if err != nil || !slices.Equal(got, append([]string{"app"}, strings.Fields(want)...)) {
 			t.Errorf("%s: %q, %v, want %s", line, got, err, want)
 		}
@@ -50,6 +50,8 @@ func TestArrange(t *testing.T) {
 	for line, want := range map[string]string{
 		"kyes":                     `unknown command "kyes": did you mean keys? (see "app --help")`,
 		"keys shwo a":              `keys: unknown command "shwo": did you mean show? (see "app keys --help")`,
+		"keys show a --json=":      `keys show: --json= needs true or false (see "app keys show --help")`,
+		"keys -- other":            `keys: unknown command "other" (see "app keys --help")`,
 		"keys help":                `keys: unknown command "help" (see "app keys --help")`,
 		"nothing":                  `unknown command "nothing" (see "app --help")`,
 		"vry":                      `unknown command "vry" (see "app --help")`,
@@ -59,7 +61,7 @@ func TestArrange(t *testing.T) {
 		"keys revoke team-a":       `keys revoke: --identity is required (see "app keys revoke --help")`,
 		"--rot x keys":             `unknown flag --rot: did you mean --root? (see "app --help")`,
 	} {
-		got, err := arrange(testApp(), append([]string{"app"}, strings.Fields(line)...))
+		got, err := arguments(testApp(), append([]string{"app"}, strings.Fields(line)...))
 		if err == nil || err.Error() != want || exit.Status(err) != exit.Usage {
 			t.Errorf("%s: %q, %v, want %s", line, got, err, want)
 		}

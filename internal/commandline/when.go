@@ -96,3 +96,6 @@ func Days(d time.Duration) string {
 		return fmt.Sprintf("%dd%s", whole, rest)
 	}
 }
+
+// Get implements [flag.Getter].
+func (w *When) Get() any { return w }

@@ -1,12 +1,10 @@
-// Package errline joins errors in one line, as a log and a command's message want
-// them.
+// Package errline joins errors in one line, for logs and messages of commands.
 package errline
 
 import "fmt"
 
-// Join returns the errors with semicolons between them, but for those that are
-// nil, and nil if all are. [errors.Is] and [errors.As] find each. One alone is
-// returned as it is.
+// Join returns the errors that are not nil, joined by semicolons, or nil if there are
+// none. [errors.Is] and [errors.As] find each. A single error is returned as it is.
 func Join(errs ...error) (line error) {
 	for _, err := range errs {
 		switch {

@@ -1,5 +1,4 @@
-// Package exit has the exit statuses of all programs, and the errors that they
-// are decided by.
+// Package exit has the exit statuses of all programs, and the errors that decide them.
 package exit
 
 import (
@@ -18,7 +17,7 @@ const (
 	Denied = 3
 )
 
-// Help is what every manual page and the help of every program say of them.
+// Help describes them, in every manual page and the help of every program.
 const Help = `The exit status is 0 for success, 1 if something failed, 2 if the command line or
 the configuration can't be used, and 3 if the answer is no: not allowed, no such
 KEK, or a check that found something.`

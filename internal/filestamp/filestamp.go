@@ -1,20 +1,19 @@
-// Package filestamp tells whether a file was changed, and whether somebody may still
-// be writing it.
+// Package filestamp detects that a file has changed, and that it may still be being
+// written.
 package filestamp
 
 import (
 	"fmt"
 	"os"
-	"syscall"
 	"time"
 )
 
-// Settle is for how long a file must not have changed to be taken for whole. A
-// program that truncates a file and writes it anew is done by then.
+// Settle is how long a file must not have changed to be complete. A program that
+// truncates a file and writes it again is done by then. It is also longer than the
+// resolution of any file system's times.
 const Settle = 500 * time.Millisecond
 
-// Stamp tells one content of a file from others. The zero Stamp is that of a file
-// that is missing.
+// Stamp identifies one content of a file. The zero Stamp is that of a missing file.
 type Stamp struct {
 	modified, changed time.Time
 	size              int64
@@ -30,19 +29,17 @@ func Of(name string) (Stamp, error) {
 	if !info.Mode().IsRegular() {
 		return Stamp{}, fmt.Errorf("%s is not a regular file", name)
 	}
-	s := Stamp{modified: info.ModTime(), size: info.Size()}
-	if sys, ok := info.Sys().(*syscall.Stat_t); ok {
-		s.inode, s.changed = sys.Ino, time.Unix(sys.Ctim.Unix())
-	}
+	s := Stamp{modified: info.ModTime(), changed: info.ModTime(), size: info.Size()}
+	s.addSystem(info)
 	return s, nil
 }
 
 // Size is the file's, in bytes.
 func (s Stamp) Size() int64 { return s.size }
 
-// Wait returns how long to wait before the file is whole, from 0 to [Settle], if it
-// has the same stamp then. It is Settle if the file's time is in the future, as
-// after the clock was set.
+// Wait returns how long to wait, from 0 to [Settle], until the file is complete if it has
+// the same stamp then: after that, each change gives it another one. It is Settle if the
+// file's time is in the future, as after the clock was set.
 func (s Stamp) Wait() time.Duration {
 	return min(max(Settle-time.Since(s.changed), 0), Settle)
 }

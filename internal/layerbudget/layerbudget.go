@@ -1,5 +1,5 @@
-// Package layerbudget bounds how often a key broker is asked for one layer,
-// however many keys the layer says that it is wrapped with.
+// Package layerbudget limits the broker calls for one layer, however many wrapped keys
+// the layer claims to have.
 package layerbudget
 
 import (
@@ -10,16 +10,15 @@ import (
 	"sync/atomic"
 )
 
-// Calls is how often a broker is asked for one layer. It is enough for as many
-// recipients as a layer can have, 64, in any order: two calls each, one of which
-// learns that the KEK is not given out.
+// Calls is the limit for one layer. It is enough for 64 recipients, the most that a
+// layer can have, in any order: two calls each, of which the first learns that the KEK
+// is not exported.
 const Calls = 128
 
-// Header is the name of the gRPC header by which a key provider knows the calls that
-// are about one layer.
+// Header is the gRPC header that identifies the calls for one layer.
 const Header = "pilot-layer"
 
-// maxLayers is how many layers are counted separately that others ask for.
+// maxLayers is how many layers of other processes are counted separately.
 const maxLayers = 1024
 
 type key struct{}
@@ -43,7 +42,7 @@ func of(ctx context.Context) *Budget {
 	return b
 }
 
-// ID returns what the context's layer is called in [Header], or "".
+// ID returns the value of [Header] for the context's layer, or "".
 func ID(ctx context.Context) string {
 	if b := of(ctx); b != nil {
 		return b.id
@@ -51,15 +50,15 @@ func ID(ctx context.Context) string {
 	return ""
 }
 
-// Take reports whether the broker may be asked once more for the context's layer. It
-// always may where there is no budget.
+// Take reports whether one more call for the context's layer is allowed, and counts it.
+// Without a budget, every call is.
 func Take(ctx context.Context) bool {
 	b := of(ctx)
 	return b == nil || b.used.Add(1) <= Calls
 }
 
-// Layers has the budgets of layers that others ask for, by the ID that they give. It is
-// safe for concurrent use.
+// Layers are the budgets of other processes' layers, by ID. It is safe for concurrent
+// use.
 type Layers struct {
 	mu     sync.Mutex
 	by     map[string]*list.Element

@@ -1,5 +1,5 @@
-// Package loopback tells names and addresses of this machine from others, for
-// what is allowed only where nothing leaves it.
+// Package loopback recognizes this machine's own names and addresses, for what is
+// allowed only if it does not leave the machine.
 package loopback
 
 import "net"

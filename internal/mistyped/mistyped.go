@@ -1,4 +1,4 @@
-// Package mistyped finds what was meant by a mistyped name.
+// Package mistyped suggests the name that was meant by a mistyped one.
 package mistyped
 
 import (

@@ -1,7 +1,7 @@
 //go:build unix
 
-// Package replacefile replaces files as a whole: after a crash, a file is the old one
-// or the new one. It keeps its owner and mode.
+// Package replacefile replaces files atomically: after a crash, a file has the old or
+// the new content. It keeps its owner and mode.
 package replacefile
 
 import (
@@ -14,7 +14,7 @@ import (
 	"syscall"
 )
 
-// Replacement is a file that is going to take another's place.
+// Replacement is a file that Commit puts in the place of another.
 type Replacement struct {
 	dir             *os.Root
 	temporary, name string // in dir
@@ -23,9 +23,9 @@ type Replacement struct {
 // maxLinks is how many symbolic links are followed.
 const maxLinks = 40
 
-// Prepare writes a replacement with the owner and mode of the file that is there.
-// It clears the content, which may be a key. A symbolic link that another user than
-// root or this one can put there leads to that user's own files only.
+// Prepare writes a replacement with the owner and mode of the existing file. It clears
+// content, which may be a key. Symbolic links are followed; one that a user other than
+// root or this process's can create may lead to that user's own files only.
 func Prepare(name string, content []byte) (r Replacement, err error) {
 	defer clear(content)
 	dir, base, info, err := locate(name)
@@ -52,10 +52,10 @@ func Prepare(name string, content []byte) (r Replacement, err error) {
 	return r, err
 }
 
-// locate returns the directory that the file is in, its name there, and what it is.
-// From then on nobody can have the name lead elsewhere.
+// locate returns the file's directory, its name there, and its FileInfo. Links that
+// change afterwards have no effect.
 func locate(name string) (_ *os.Root, base string, info fs.FileInfo, err error) {
-	foreign := -1 // whoever chose where the name leads
+	foreign := -1 // the other user who controls a link on the way
 	for range maxLinks {
 		dir, err := os.OpenRoot(filepath.Dir(name))
 		if err != nil {

@@ -20,24 +20,42 @@ var rooms = []struct {
 	mayImport []string
 }{
 	{"cmd", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
-	{"ctr-pilot", []string{"copilot/client", "image", "keyprovider", "plugin", "processor"}},
+	{"ctr-pilot", []string{"image", "processor"}},
 	{"packaging", nil},
 	{"integration", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
-	{"node", []string{"copilot/client", "keyprovider", "plugin", "processor"}},
+	{"node", nil}, // which holds no code: who may import whom below it
+	{"node/sandbox", nil},
+	{"node/host", []string{"node/sandbox"}},
+	{"node/containerd", []string{"node/host"}},
+	{"node/crio", []string{"node/containerd", "node/host"}},
+	{"node/docker", []string{"node/containerd", "node/host"}},
+	{"node/install", []string{"node/containerd", "node/crio", "node/docker", "node/host"}},
+	{"node/daemonset", []string{"node/host", "node/install"}},
+	// The doctor asks install for the record of what was installed.
+	{"node/doctor", []string{"copilot/client", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
 	{"image", []string{"processor"}},
 	{"keyprovider", []string{"copilot/client", "processor"}},
 	{"processor", nil},
 	{"copilot", nil},
 	{"copilot/client", nil},
+	{"copilot/server/caller", []string{"copilot/policy"}},
+	{"copilot/server/authorization", []string{"copilot/keystore", "copilot/policy"}},
+	{"copilot/server/ratelimit", []string{"copilot/policy", "copilot/server/caller"}},
+	{"copilot/server/handshake", nil},
+	{"copilot/server/auditing", []string{"copilot/audit", "copilot/server/caller"}},
+	{"copilot/server/keyring", []string{"copilot/audit", "copilot/keystore", "copilot/kms", "copilot/server/auditing"}},
 	{"internal", []string{"packaging/completions"}}, // which are shell scripts
 }
 
-// heavy are modules that the package is to do without, so that programs that import it
+// heavy are packages that a package must not depend on, so that programs that import it
 // stay small and start fast.
 var heavy = map[string][]string{
-	"image":     {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/"},
-	"processor": {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"image":                    {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "github.com/containerd/containerd/v2/client"},
+	"processor":                {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"processor/ocicryptclient": {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"cmd/pilot-decoder":        {"google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "net/http"},
+	"plugin/builtin":           {"go.opentelemetry.io/otel/exporters/", "go.opentelemetry.io/otel/sdk"},
 }
 
 type listed struct {
@@ -107,5 +125,31 @@ func TestLibrariesStayLight(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestOnlyProgramsKnowTheirKMSs: a KMS imports copilot/kms and nothing else of the broker,
+// and only programs import a KMS, which they hand to the broker as a value.
+func TestOnlyProgramsKnowTheirKMSs(t *testing.T) {
+	const interfaces = "copilot/kms"
+	found := 0
+	for _, p := range list(t, module+"copilot/...") {
+		path := strings.TrimPrefix(p.ImportPath, module)
+		isKMS := strings.HasPrefix(path, interfaces+"/")
+		if isKMS {
+			found++
+		}
+		for _, imported := range p.Imports {
+			other := strings.TrimPrefix(imported, module)
+			switch {
+			case isKMS && below(other, "copilot") && other != interfaces:
+				t.Errorf("%s imports %s, and may import only %s of the broker", path, other, interfaces)
+			case !isKMS && strings.HasPrefix(other, interfaces+"/"):
+				t.Errorf("%s imports %s, which only programs may", path, other)
+			}
+		}
+	}
+	if found < 6 { // the five and kmstest
+		t.Fatalf("%d packages below %s", found, interfaces)
 	}
 }

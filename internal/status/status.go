@@ -1,4 +1,5 @@
-// Package status tells over HTTP how a daemon is.
+// Package status serves a daemon's health, readiness and profiles over HTTP, and has the
+// metric of when its certificates expire.
 package status
 
 import (
@@ -7,8 +8,8 @@ import (
 	"net/http/pprof"
 )
 
-// Health adds /healthz, which answers 204 as long as the daemon lives, and
-// /readyz, which answers 204 or, if ready returns an error, 503 with that.
+// Health adds /healthz, which answers 204, and /readyz, which answers 204 or, if ready
+// returns an error, 503 with the error.
 func Health(mux *http.ServeMux, ready func(context.Context) error) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
@@ -20,8 +21,7 @@ func Health(mux *http.ServeMux, ready func(context.Context) error) {
 	})
 }
 
-// Profiles adds Go's profiles below /debug/pprof/, for whoever may see the
-// inside of the daemon.
+// Profiles adds Go's profiles below /debug/pprof/. They show the inside of the daemon.
 func Profiles(mux *http.ServeMux) {
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)

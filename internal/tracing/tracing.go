@@ -19,20 +19,19 @@ import (
 	sdk "go.opentelemetry.io/otel/sdk/trace"
 )
 
-// Start has spans sent by OTLP over HTTP to the collector that
-// OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT names, and
-// trace contexts passed on as W3C's traceparent. service is the program's name,
-// unless OTEL_SERVICE_NAME says another. The other variables of
-// https://opentelemetry.io/docs/specs/otel/protocol/exporter/ and of the SDK hold
-// too.
+// Start sends spans by OTLP over HTTP to the collector that
+// OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT names, and passes
+// trace contexts on as W3C's traceparent. service is the program's name, unless
+// OTEL_SERVICE_NAME is set. The other variables of
+// https://opentelemetry.io/docs/specs/otel/protocol/exporter/ and of the SDK work too.
 //
-// If neither is set, or OTEL_TRACES_EXPORTER is none, nothing is sent, but what
-// belongs together still has one id, which logs tell. Not so if OTEL_SDK_DISABLED
-// is true.
+// If neither is set, or OTEL_TRACES_EXPORTER is none, nothing is sent, but requests
+// still have trace ids, which are in the logs. They have none if OTEL_SDK_DISABLED is
+// true.
 //
-// A collector that is down costs no request anything: spans that it does not
-// take are dropped, and a warning says so once a minute. stop sends what is
-// left, until its context is done.
+// A collector that is down does not slow requests: spans that it does not accept are
+// dropped, with a warning once a minute. stop sends what is left, until its context is
+// done.
 func Start(ctx context.Context, service string) (stop func(context.Context) error, err error) {
 	endpoint, err := collector()
 	if err != nil {
@@ -43,7 +42,7 @@ func Start(ctx context.Context, service string) (stop func(context.Context) erro
 	}
 	otel.SetTextMapPropagator(propagation.TraceContext{})
 	if endpoint == "" {
-		provider := sdk.NewTracerProvider() // without anybody to tell
+		provider := sdk.NewTracerProvider() // which exports to nowhere
 		otel.SetTracerProvider(provider)
 		return provider.Shutdown, nil
 	}
@@ -64,8 +63,8 @@ func Start(ctx context.Context, service string) (stop func(context.Context) erro
 	return provider.Shutdown, nil
 }
 
-// collector returns the URL of the collector, without what may be secret in
-// it, or nothing if there is to be none.
+// collector returns the URL of the collector, without its password, or "" if there is
+// none.
 func collector() (string, error) {
 	if os.Getenv("OTEL_TRACES_EXPORTER") == "none" {
 		return "", nil
@@ -94,24 +93,24 @@ func first(names ...string) (name, value string) {
 	return name, value
 }
 
-// sayEvery is how often a warning tells that spans are dropped.
-const sayEvery = time.Minute
+// warnInterval is the time between two warnings that spans are dropped.
+const warnInterval = time.Minute
 
-// failures logs, now and then, that traces can't be sent.
+// failures logs that traces can't be sent, once every warnInterval.
 type failures struct {
 	collector string
 
-	mu   sync.Mutex
-	said time.Time
+	mu     sync.Mutex
+	warned time.Time
 }
 
 // Handle implements [otel.ErrorHandler].
 func (f *failures) Handle(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if time.Since(f.said) < sayEvery {
+	if time.Since(f.warned) < warnInterval {
 		return
 	}
-	f.said = time.Now()
+	f.warned = time.Now()
 	logrus.WithFields(logrus.Fields{"collector": f.collector, "error": fmt.Sprintf("%.300s", err)}).Warn("traces not sent")
 }

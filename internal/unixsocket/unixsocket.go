@@ -2,6 +2,7 @@
 package unixsocket
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,10 +13,10 @@ import (
 	"time"
 )
 
-// Listen listens on a new unix socket at path, of mode 0600. It makes the
-// directory, of mode 0755, if it is missing. A socket that a process left
-// behind is replaced; one on which something answers is an error, and so is a
-// file that is no socket.
+// Listen listens on a new unix socket at path, of mode 0600. It creates the
+// directory, of mode 0755, if it is missing. It replaces a socket that a dead process
+// left behind. A socket on which something answers is an error, and so is a file that
+// is not a socket.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
@@ -38,13 +39,18 @@ func Listen(path string) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	// Between bind and chmod the mode comes from the umask. Others need to
-	// have the right to write to connect.
-	umask := syscall.Umask(0o177)
-	l, err := net.Listen("unix", path)
-	syscall.Umask(umask)
-	if err != nil {
-		return nil, err
+	conf := net.ListenConfig{Control: ownerOnly}
+	return conf.Listen(context.Background(), "unix", path)
+}
+
+// ownerOnly gives a socket that is not bound yet the mode 0600. On Linux the file
+// that bind creates takes its mode from the socket, less the umask (unix_bind in
+// net/unix/af_unix.c), so others can't connect at any moment. A umask instead would
+// be that of the whole process, and of the files that it creates meanwhile.
+func ownerOnly(_, _ string, c syscall.RawConn) error {
+	var chmodErr error
+	if err := c.Control(func(fd uintptr) { chmodErr = syscall.Fchmod(int(fd), 0o600) }); err != nil {
+		return err
 	}
-	return l, nil
+	return os.NewSyscallError("fchmod", chmodErr)
 }

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/ctrlplane/pilot/internal/unixsocket"
@@ -56,20 +58,66 @@ func TestListen(t *testing.T) {
 	if _, err := os.Lstat(path); err == nil {
 		t.Error("the socket is left when it is closed")
 	}
-	// Files that the process makes later are not limited by it.
-	later := filepath.Join(dir, "later")
-	if err := os.WriteFile(later, nil, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if info, err := os.Stat(later); err != nil {
-		t.Error(err)
-	} else if info.Mode().Perm() != 0o700 {
-		t.Errorf("a file made later has mode %s", info.Mode())
-	}
 }
 
-// TestStale replaces what a process left behind that was killed.
-func TestStale(t *testing.T) {
+// TestModeFromTheFirstMoment watches the mode of sockets while they are created, and
+// that of other files that the process creates meanwhile, with a umask that takes no
+// rights away.
+func TestModeFromTheFirstMoment(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0))
+	dir := t.TempDir()
+	path, other := filepath.Join(dir, "s"), filepath.Join(dir, "other")
+	done := make(chan struct{})
+	var watchers sync.WaitGroup
+	watchers.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			if info, err := os.Lstat(path); err == nil && info.Mode() != fs.ModeSocket|0o600 {
+				t.Errorf("the socket has mode %s for a moment", info.Mode())
+				return
+			}
+		}
+	})
+	watchers.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			if err := os.Mkdir(other, 0o777); err != nil {
+				t.Error(err)
+				return
+			}
+			info, err := os.Stat(other)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if info.Mode().Perm() != 0o777 {
+				t.Errorf("a directory made meanwhile has mode %s", info.Mode())
+				return
+			}
+			os.Remove(other)
+		}
+	})
+	for range 2000 {
+		l, err := unixsocket.Listen(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+	}
+	close(done)
+	watchers.Wait()
+}
+
+// TestSocketOfADeadProcessIsReplaced has a socket left behind by a process that was killed.
+func TestSocketOfADeadProcessIsReplaced(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
 	if err != nil {
@@ -83,8 +131,8 @@ func TestStale(t *testing.T) {
 	listen(t, path)
 }
 
-// TestTaken checks that what others use stays theirs.
-func TestTaken(t *testing.T) {
+// TestSocketInUseStays has paths that are a socket in use, or no socket.
+func TestSocketInUseStays(t *testing.T) {
 	dir := t.TempDir()
 	used := filepath.Join(dir, "used")
 	l, err := unixsocket.Listen(used)

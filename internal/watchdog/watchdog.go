@@ -1,4 +1,4 @@
-// Package watchdog tells systemd's watchdog that a service still answers.
+// Package watchdog notifies systemd's watchdog while a service is healthy.
 package watchdog
 
 import (
@@ -9,14 +9,13 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// Run tells systemd, three times as often as the unit's WatchdogSec asks for,
-// that the service lives, if alive says so, until ctx is done. systemd restarts
-// a service that it does not hear of. Run returns at once where no watchdog is
-// set.
-func Run(ctx context.Context, alive func(context.Context) error) {
+// Run notifies systemd three times per WatchdogSec of the unit, each time that healthy
+// returns no error within that interval, until ctx is done. systemd restarts a service
+// that sends no notification in time. Run returns immediately if no watchdog is set.
+func Run(ctx context.Context, healthy func(context.Context) error) {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		logrus.WithError(err).Warn("there is no watchdog")
+		logrus.WithError(err).Warn("watchdog not enabled")
 	}
 	if interval == 0 {
 		return
@@ -25,12 +24,12 @@ func Run(ctx context.Context, alive func(context.Context) error) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
-		if err := within(ctx, interval, alive); ctx.Err() != nil {
+		if err := withTimeout(ctx, interval, healthy); ctx.Err() != nil {
 			return
 		} else if err != nil {
-			logrus.WithError(err).Error("the watchdog is not told that this lives")
+			logrus.WithError(err).Error("health check failed; watchdog not notified")
 		} else if _, err := daemon.SdNotify(false, daemon.SdNotifyWatchdog); err != nil {
-			logrus.WithError(err).Warn("the watchdog can't be told that this lives")
+			logrus.WithError(err).Warn("watchdog can't be notified")
 		}
 		select {
 		case <-ctx.Done():
@@ -40,8 +39,8 @@ func Run(ctx context.Context, alive func(context.Context) error) {
 	}
 }
 
-func within(ctx context.Context, d time.Duration, alive func(context.Context) error) error {
+func withTimeout(ctx context.Context, d time.Duration, healthy func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
-	return alive(ctx)
+	return healthy(ctx)
 }

@@ -12,9 +12,9 @@ import (
 	"github.com/ctrlplane/pilot/internal/watchdog"
 )
 
-// TestRun has a service that lives, hangs, and lives again tell a socket such
-// as systemd's.
-func TestRun(t *testing.T) {
+// TestOnlyHealthyServicesNotifySystemd has a service that works, hangs, and works again.
+// The socket is as systemd's.
+func TestOnlyHealthyServicesNotifySystemd(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "notify")
 	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
@@ -36,43 +36,43 @@ func TestRun(t *testing.T) {
 			return nil
 		})
 	}()
-	told := func(within time.Duration) bool {
-		l.SetReadDeadline(time.Now().Add(within))
+	notified := func(timeout time.Duration) bool {
+		l.SetReadDeadline(time.Now().Add(timeout))
 		b := make([]byte, 64)
 		n, err := l.Read(b)
 		return err == nil && string(b[:n]) == "WATCHDOG=1"
 	}
 	for range 3 {
-		if !told(time.Minute) {
-			t.Fatal("systemd is not told that the service lives")
+		if !notified(time.Minute) {
+			t.Fatal("no notification")
 		}
 	}
 	hangs.Store(true)
 	silent := false
-	for range 20 { // what was said before may still come
-		if silent = !told(300 * time.Millisecond); silent {
+	for range 20 { // earlier notifications may still arrive
+		if silent = !notified(300 * time.Millisecond); silent {
 			break
 		}
 	}
 	if !silent {
-		t.Error("systemd is told that a service lives that hangs")
+		t.Error("a notification while the service hangs")
 	}
 	hangs.Store(false)
-	if !told(time.Minute) {
-		t.Error("systemd is not told that the service lives again")
+	if !notified(time.Minute) {
+		t.Error("no notification after the service recovered")
 	}
 	stop()
 	select {
 	case <-ended:
 	case <-time.After(time.Minute):
-		t.Error("it does not end with its context")
+		t.Error("Run does not end with its context")
 	}
 }
 
 func TestNoWatchdog(t *testing.T) {
 	t.Setenv("WATCHDOG_USEC", "")
 	watchdog.Run(context.Background(), func(context.Context) error {
-		t.Error("asked, and nobody wants to know")
+		t.Error("health is checked without a watchdog")
 		return nil
 	})
 }

@@ -3,50 +3,46 @@ package man
 import (
 	"strings"
 
-	v2 "github.com/urfave/cli/v2"
-	v3 "github.com/urfave/cli/v3"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
 
-// FromV2 returns the commands of an application, those below others with the
-// others' names before theirs.
-func FromV2(commands []*v2.Command, above ...string) []Command {
+// NewPage returns the page of a program. Its exit statuses are in what follows the page.
+func NewPage(app *cli.Command) *Page {
+	return &Page{
+		Name: app.Name, Version: app.Version, Summary: app.Usage,
+		Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help),
+		Commands:    Commands(app.Commands),
+	}
+}
+
+// Commands returns the commands of a program, those below others with the others' names
+// before theirs.
+func Commands(commands []*cli.Command, above ...string) []Command {
 	var list []Command
 	for _, c := range commands {
 		if c.Hidden || c.Name == "help" {
 			continue
 		}
 		name := append(above[:len(above):len(above)], c.Name)
-		if len(c.Subcommands) > 0 {
-			list = append(list, FromV2(c.Subcommands, name...)...)
+		if len(c.Commands) > 0 {
+			list = append(list, Commands(c.Commands, name...)...)
 			continue
 		}
-		list = append(list, Command{strings.Join(name, " "), c.ArgsUsage, c.Usage, c.Description, options(c.Flags)})
+		list = append(list, Command{strings.Join(name, " "), strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)})
 	}
 	return list
 }
 
-// FromV3 returns one command, named with those above it.
-func FromV3(c *v3.Command, name string) Command {
-	return Command{name, strings.TrimPrefix(c.ArgsUsage, "[flags] "), c.Usage, c.Description, options(c.Flags)}
-}
-
-// flag is what both versions' flags have.
-type flag interface {
-	Names() []string
-	TakesValue() bool
-	GetUsage() string
-	GetDefaultText() string
-	GetEnvVars() []string
-}
-
-func options[F any](flags []F) []Option {
+func options(flags []cli.Flag) []Option {
 	var list []Option
-	for _, f := range flags {
-		f, ok := any(f).(flag)
-		if !ok || f.Names()[0] == "help" {
+	for _, flag := range flags {
+		f, ok := flag.(cli.DocGenerationFlag)
+		if !ok || flag.Names()[0] == "help" {
 			continue
 		}
-		o := Option{Name: f.Names()[0], Usage: f.GetUsage()}
+		o := Option{Name: flag.Names()[0], Usage: f.GetUsage()}
 		if env := f.GetEnvVars(); len(env) > 0 {
 			o.Variable = strings.Join(env, ", $")
 		}
@@ -55,7 +51,11 @@ func options[F any](flags []F) []Option {
 			if m := emphasis.FindStringSubmatch(o.Usage); m != nil {
 				o.Value = m[1]
 			}
-			o.Default = strings.Trim(f.GetDefaultText(), `"`)
+			o.Default = f.GetDefaultText()
+			if o.Default == "" {
+				o.Default = f.GetValue()
+			}
+			o.Default = strings.Trim(o.Default, `"`)
 		}
 		list = append(list, o)
 	}

@@ -60,7 +60,7 @@ mmdebstrap --quiet --variant=minbase --include="$packages" --aptopt='Acquire::Re
 # The ESP is a partition of its own.
 mv "$root/efi" "$dir/esp"
 mkdir -m 0700 "$root/efi"
-# They tell when it was made.
+# These have the time of the build.
 rm -rf "$root"/var/log/{apt,*.log} "$root"/var/cache/ldconfig
 find "$root" "$dir/esp" -newermt "@$SOURCE_DATE_EPOCH" -exec touch -hd "@$SOURCE_DATE_EPOCH" {} +
 

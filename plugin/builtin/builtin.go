@@ -1,5 +1,4 @@
-// Package builtin registers pilot's differ with a containerd that imports it,
-// as for one that is compiled with plugins of one's own:
+// Package builtin registers pilot's differ with a containerd that is compiled with it:
 //
 //	import _ "github.com/ctrlplane/pilot/plugin/builtin"
 //
@@ -15,12 +14,19 @@
 //	  platform = 'linux/amd64'
 //	  snapshotter = 'overlayfs'
 //	  differ = 'pilot'
+//
+// pilot is licensed under the GPL, version 3. A containerd that links this package is a
+// work based on it: anyone who distributes that program must do so under GPL-3.0, with its
+// complete source. A containerd that uses pilot as a proxy plugin or
+// stream processor runs it as another program, and keeps its own license.
 package builtin
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/metadata"
@@ -33,6 +39,8 @@ import (
 
 	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // Config is the plugin's section of containerd's configuration.
@@ -80,16 +88,29 @@ func newDiffer(ic *containerdplugin.InitContext, conf *Config) (interface {
 		return nil, err
 	}
 
-	name := conf.KeyProviders
-	if name == "" {
-		name = defaultKeyProviders
-	}
-	err = processor.RegisterKeyProviders(name)
-	if err != nil && (conf.KeyProviders != "" || !errors.Is(err, fs.ErrNotExist)) {
+	keys, err := conf.keys()
+	if err != nil {
 		return nil, fmt.Errorf("key_providers: %w", err)
 	}
 	// What containerd itself shows as its metrics.
-	c := plugin.Config{Layers: conf.LayersAtOnce, DecryptionKeysPath: conf.DecryptionKeysPath, Metrics: prometheus.DefaultRegisterer}
+	c := plugin.Config{Layers: conf.LayersAtOnce, DecryptionKeysPath: conf.DecryptionKeysPath, Keys: keys, Metrics: prometheus.DefaultRegisterer}
 	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
 	return plugin.New(md.(*metadata.DB).ContentStore(), mounts, c), nil
+}
+
+// keys returns the key providers of the configured file, and those of the file that
+// $OCICRYPT_KEYPROVIDER_CONFIG names.
+func (c *Config) keys() (processor.Keys, error) {
+	all, err := ocicryptclient.FromFile(cmp.Or(c.KeyProviders, defaultKeyProviders), grpcdial.Call)
+	if err != nil && (c.KeyProviders != "" || !errors.Is(err, fs.ErrNotExist)) {
+		return processor.Keys{}, err
+	}
+	others, othersErr := ocicryptclient.FromEnvironment(grpcdial.Call)
+	if othersErr == nil {
+		othersErr = err
+	}
+	keys := processor.Keys{Providers: make(map[string]processor.KeyProvider), ProvidersErr: othersErr}
+	maps.Copy(keys.Providers, others)
+	maps.Copy(keys.Providers, all)
+	return keys, nil
 }

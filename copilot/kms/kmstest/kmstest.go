@@ -1,4 +1,4 @@
-// Package kmstest checks backends of copilot.
+// Package kmstest is the test suite that each KMS of copilot passes.
 package kmstest
 
 import (
@@ -19,6 +19,19 @@ import (
 func Settings(text string) kms.Settings {
 	return func(v any) error {
 		return toml.NewDecoder(strings.NewReader(text)).DisallowUnknownFields().Decode(v)
+	}
+}
+
+// Opens checks that a backend opens with settings, or that the error says want if that is
+// not empty.
+func Opens(t *testing.T, types kms.Types, kind, settings, want string) {
+	t.Helper()
+	b, err := types.Open(kind, Settings(settings))
+	if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+		t.Errorf("%s, %s: %v, want %q", kind, settings, err, want)
+	}
+	if err == nil {
+		b.Close()
 	}
 }
 

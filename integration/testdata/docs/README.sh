@@ -1,4 +1,2 @@
-# The images of the page, where the commands expect them.
-ctr-pilot images import --no-unpack app.tar
-image=$(buildah pull -q oci:app)
-buildah tag "$image" app
+# The image of the page, in the registry.
+skopeo copy -q oci:app docker://registry.example.com/app:1

@@ -15,10 +15,11 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/kms"
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
+	"github.com/ctrlplane/pilot/copilot/kms/pkcs11"
 )
 
 func main() {
-	kms.RunModule()
+	pkcs11.RunModule()
 	if err := run(os.Args[1], os.Args[2], os.Args[3]); err != nil {
 		fmt.Fprintln(os.Stderr, "hsmrotate:", err)
 		os.Exit(1)
@@ -32,7 +33,7 @@ func run(settings, path, times string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
-	b, err := kms.Open("pkcs11", kmstest.Settings(settings))
+	b, err := pkcs11.Types().Open("pkcs11", kmstest.Settings(settings))
 	if err != nil {
 		return err
 	}

@@ -25,18 +25,18 @@ type Authority struct {
 }
 
 // NewAuthority makes a CA.
-func NewAuthority(t *testing.T) *Authority {
+func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	return newAuthority(t, nil)
 }
 
 // NewTrustDomain makes the CA of a SPIFFE trust domain.
-func NewTrustDomain(t *testing.T, domain string) *Authority {
+func NewTrustDomain(t testing.TB, domain string) *Authority {
 	t.Helper()
 	return newAuthority(t, []*url.URL{{Scheme: "spiffe", Host: domain}})
 }
 
-func newAuthority(t *testing.T, uris []*url.URL) *Authority {
+func newAuthority(t testing.TB, uris []*url.URL) *Authority {
 	t.Helper()
 	a := &Authority{File: filepath.Join(t.TempDir(), "ca.pem")}
 	template := &x509.Certificate{
@@ -76,7 +76,7 @@ func (a *Authority) Pool() *x509.CertPool {
 
 // Issue makes a certificate for a server on 127.0.0.1 and for a client. What
 // identifies it comes from template.
-func (a *Authority) Issue(t *testing.T, template x509.Certificate) Files {
+func (a *Authority) Issue(t testing.TB, template x509.Certificate) Files {
 	t.Helper()
 	dir := t.TempDir()
 	files := Files{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
@@ -85,7 +85,7 @@ func (a *Authority) Issue(t *testing.T, template x509.Certificate) Files {
 }
 
 // Reissue is Issue over files that are there.
-func (a *Authority) Reissue(t *testing.T, files Files, template x509.Certificate) {
+func (a *Authority) Reissue(t testing.TB, files Files, template x509.Certificate) {
 	t.Helper()
 	template.SerialNumber = big.NewInt(time.Now().UnixNano())
 	template.NotBefore = time.Now().Add(-time.Hour)
@@ -116,7 +116,7 @@ func Named(name string) x509.Certificate {
 	return x509.Certificate{Subject: pkix.Name{CommonName: name}}
 }
 
-func writePEM(t *testing.T, name, kind string, der []byte) {
+func writePEM(t testing.TB, name, kind string, der []byte) {
 	t.Helper()
 	if err := os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
 		t.Fatal(err)

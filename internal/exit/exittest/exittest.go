@@ -1,4 +1,4 @@
-// Package exittest has scripts of testscript check exit statuses.
+// Package exittest has a testscript command that checks exit statuses.
 package exittest
 
 import (

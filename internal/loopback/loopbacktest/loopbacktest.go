@@ -22,7 +22,7 @@ func FreeAddress(t testing.TB) string {
 	for range 1000 {
 		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(firstPort+rand.IntN(ephemeral(t)-firstPort))))
 		if err != nil {
-			continue // somebody has it
+			continue // in use
 		}
 		defer l.Close()
 		return l.Addr().String()

@@ -1,0 +1,8 @@
+//go:build no_gcpkms
+
+package gcpkms
+
+import "github.com/ctrlplane/pilot/copilot/kms"
+
+// Types returns none: this program was built without them.
+func Types() kms.Types { return nil }

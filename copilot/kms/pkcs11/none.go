@@ -1,0 +1,11 @@
+//go:build !cgo || no_pkcs11
+
+package pkcs11
+
+import "github.com/ctrlplane/pilot/copilot/kms"
+
+// Types returns none: this program was built without them.
+func Types() kms.Types { return nil }
+
+// RunModule returns: there are no backends of type pkcs11.
+func RunModule() {}

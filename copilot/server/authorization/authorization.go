@@ -1,0 +1,85 @@
+// Package authorization answers what a caller of the broker may do: by the policy, by
+// revocations, and everything for the store's owner.
+package authorization
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/policy"
+)
+
+// Denial is the error of a caller that may not do what it asks for.
+type Denial struct {
+	who string
+	// Reason is for the audit log only.
+	Reason string
+}
+
+// Error is the same for a KEK that exists and for one that doesn't.
+func (d *Denial) Error() string {
+	return fmt.Sprintf("%s may not, or there is no such KEK: on the broker's machine, \"copilot policy check\" says why", d.who)
+}
+
+// Caller is what one identity may do now.
+type Caller struct {
+	who    string
+	policy *policy.Policy
+	now    time.Time
+	owner  bool
+}
+
+// ByPolicy returns what the policy and revocations let an identity do.
+func ByPolicy(p *policy.Policy, who string) Caller {
+	return Caller{who: who, policy: p, now: time.Now()}
+}
+
+// Owner returns the rights of those that can read the store: everything.
+func Owner(who string) Caller { return Caller{who: who, owner: true} }
+
+// May returns a [*Denial] unless the caller may do one of the actions with a KEK.
+func (c Caller) May(kek string, actions ...policy.Action) error {
+	if c.owner {
+		return nil
+	}
+	var reason string
+	for i, action := range actions {
+		v := c.policy.Decide(c.who, kek, action, c.now)
+		if v.Allowed {
+			return nil
+		}
+		if i == 0 {
+			reason = v.Reason
+		}
+	}
+	return &Denial{c.who, reason}
+}
+
+// NotRevoked returns a [*Denial] if a KEK was revoked for the caller.
+func (c Caller) NotRevoked(k keystore.KEK) error {
+	if !c.owner && IsRevoked(k.Revoked, c.who) {
+		return &Denial{c.who, "the KEK was revoked for " + c.who}
+	}
+	return nil
+}
+
+// Usable returns which KEKs the policy lets the caller do anything with.
+func (c Caller) Usable() func(kek string) bool {
+	if c.owner {
+		return keystore.All
+	}
+	return c.policy.Usable(c.who, c.now)
+}
+
+// IsRevoked reports whether an identity is among those that a KEK was revoked for.
+func IsRevoked(revoked []string, identity string) bool {
+	return slices.ContainsFunc(revoked, func(r string) bool {
+		// Earlier versions stored identities as they were spelled.
+		if canonical, err := policy.Canonical(r, nil); err == nil {
+			r = canonical
+		}
+		return r == identity
+	})
+}

@@ -1,0 +1,254 @@
+package caller
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/loopback"
+	"github.com/ctrlplane/pilot/internal/regular"
+)
+
+const (
+	// maxToken bounds a bearer token, in bytes.
+	maxToken = 16 << 10
+	// failureTTL is how long after a failed discovery an issuer is not asked again.
+	failureTTL = 5 * time.Second
+	// issuerTimeout bounds the wait for an issuer's keys.
+	issuerTimeout = 5 * time.Second
+)
+
+// Issuer configures an OpenID Connect issuer whose tokens are accepted.
+type Issuer struct {
+	// URL is the issuer, as in the iss claim of its tokens.
+	URL string `toml:"url"`
+	// Audience is the audience that tokens must have.
+	Audience string `toml:"audience"`
+	// CA is a PEM file with the CAs to trust when connecting to the issuer. Default: the
+	// system's.
+	CA string `toml:"ca"`
+	// TokenFile holds a bearer token to show the issuer when fetching its keys, which
+	// Kubernetes requires by default.
+	TokenFile string `toml:"token-file"`
+	// KeysURL is where the keys are. Default: the jwks_uri of the issuer's
+	// /.well-known/openid-configuration.
+	KeysURL string `toml:"keys-url"`
+}
+
+// Check validates an issuer's settings. Its name is the prefix of the identities of its
+// tokens.
+func (i Issuer) Check(name string) error {
+	if slices.Contains([]string{"spiffe", "dns", "cn", "uid", Anonymous, ""}, name) || strings.ContainsAny(name, ":/*") {
+		return errors.New("the name can't be used: it begins other identities, or has one of :/*")
+	}
+	if i.URL == "" || i.Audience == "" {
+		return errors.New("url and audience are required")
+	}
+	for _, u := range []string{i.URL, i.KeysURL} {
+		if u == "" {
+			continue
+		}
+		parsed, err := url.Parse(u)
+		if err != nil || parsed.Scheme != "https" && !(parsed.Scheme == "http" && loopback.Is(parsed.Hostname())) {
+			return fmt.Errorf("%s: keys fetched without TLS could be anybody's: use https", u)
+		}
+	}
+	return nil
+}
+
+// Issuers verifies bearer tokens. It is safe for concurrent use.
+type Issuers struct {
+	byURL map[string]*issuer
+}
+
+// issuer is one OpenID Connect issuer. Its keys are fetched when the first of its tokens
+// arrives, so the broker starts while the issuer is down.
+type issuer struct {
+	name   string
+	conf   Issuer
+	client *http.Client
+
+	flight singleflight.Group
+
+	mu       sync.Mutex
+	verifier *oidc.IDTokenVerifier
+	failure  error // of the last discovery
+	failed   time.Time
+}
+
+// NewIssuers returns the issuers of a configuration, by name. It fetches nothing.
+func NewIssuers(conf map[string]Issuer) (*Issuers, error) {
+	all := &Issuers{make(map[string]*issuer)}
+	for name, c := range conf {
+		if other, ok := all.byURL[c.URL]; ok {
+			return nil, fmt.Errorf("issuers %s and %s have the same url", other.name, name)
+		}
+		transport := &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, MaxResponseHeaderBytes: 64 << 10}
+		if c.CA != "" {
+			pool, err := certfile.Pool(c.CA)
+			if err != nil {
+				return nil, fmt.Errorf("issuers.%s: ca: %w", name, err)
+			}
+			transport.TLSClientConfig.RootCAs = pool
+		}
+		all.byURL[c.URL] = &issuer{name: name, conf: c, client: &http.Client{
+			Timeout:   issuerTimeout,
+			Transport: newIssuerTransport(withToken{transport, c.TokenFile}, c.URL, c.KeysURL),
+		}}
+	}
+	return all, nil
+}
+
+// Names returns the issuers' names, in no order.
+func (all *Issuers) Names() []string {
+	names := []string{}
+	for _, i := range all.byURL {
+		names = append(names, i.name)
+	}
+	return names
+}
+
+// withToken shows the issuer a bearer token, which is read from its file each time.
+type withToken struct {
+	http.RoundTripper
+	file string
+}
+
+func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
+	if t.file != "" {
+		b, err := regular.Read(t.file, maxToken)
+		if err != nil {
+			return nil, err
+		}
+		r = r.Clone(r.Context())
+		r.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(b)))
+	}
+	return t.RoundTripper.RoundTrip(r)
+}
+
+// identity returns a verified token's identity: the issuer's name, a colon, and the
+// token's subject.
+func (all *Issuers) identity(ctx context.Context, token string) (string, error) {
+	if len(token) > maxToken {
+		return "", fmt.Errorf("the token is larger than %d bytes", maxToken)
+	}
+	claimed, err := issuerOf(token)
+	if err != nil {
+		return "", err
+	}
+	i, ok := all.byURL[claimed]
+	if !ok {
+		return "", fmt.Errorf("the token is from issuer %.200q, which is not configured in this broker", claimed)
+	}
+	verifier, err := i.get(ctx)
+	if err != nil {
+		if !errors.Is(err, ErrIssuer) {
+			err = fmt.Errorf("%w: %w", ErrIssuer, err)
+		}
+		return "", fmt.Errorf("issuer %s: %w", i.name, err)
+	}
+	var unfetched error
+	verified, err := verifier.Verify(context.WithValue(oidc.ClientContext(ctx, i.client), fetchKey{}, &unfetched), token)
+	if unfetched != nil {
+		if !errors.Is(unfetched, ErrIssuer) {
+			unfetched = fmt.Errorf("%w: %w", ErrIssuer, unfetched)
+		}
+		return "", fmt.Errorf("issuer %s: %w", i.name, unfetched)
+	}
+	if err != nil {
+		return "", fmt.Errorf("token of issuer %s: %w", i.name, err)
+	}
+	if verified.Subject == "" {
+		return "", fmt.Errorf("token of issuer %s: it has no subject", i.name)
+	}
+	return i.name + ":" + verified.Subject, nil
+}
+
+// issuerOf returns the issuer that a token claims, before it is verified.
+func issuerOf(token string) (string, error) {
+	var claims struct {
+		Issuer string `json:"iss"`
+	}
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return "", errors.New("the bearer token is not a JSON web token")
+	}
+	b, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil || json.Unmarshal(b, &claims) != nil {
+		return "", errors.New("the bearer token is not a JSON web token")
+	}
+	if err := checkClaims(b); err != nil {
+		return "", fmt.Errorf("the bearer token can't be used: %w", err)
+	}
+	return claims.Issuer, nil
+}
+
+// get returns the verifier of the issuer's tokens. Concurrent calls share one request to
+// the issuer, and each stops waiting when its own ctx is done.
+func (i *issuer) get(ctx context.Context) (*oidc.IDTokenVerifier, error) {
+	i.mu.Lock()
+	verifier, failure, failed := i.verifier, i.failure, i.failed
+	i.mu.Unlock()
+	if verifier != nil {
+		return verifier, nil
+	}
+	if failure != nil && time.Since(failed) < failureTTL {
+		return nil, failure
+	}
+	// The verifier keeps this context to fetch keys later, so it must outlive the request.
+	shared := oidc.ClientContext(context.WithoutCancel(ctx), i.client)
+	found := i.flight.DoChan("", func() (any, error) {
+		verifier, err := i.discover(shared)
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		i.verifier, i.failure, i.failed = verifier, err, time.Now()
+		return verifier, err
+	})
+	select {
+	case r := <-found:
+		return r.Val.(*oidc.IDTokenVerifier), r.Err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// signingAlgorithms are the asymmetric ones: an issuer publishes its keys.
+var signingAlgorithms = []string{oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA}
+
+func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
+	conf := &oidc.Config{ClientID: i.conf.Audience}
+	if i.conf.KeysURL != "" {
+		conf.SupportedSigningAlgs = signingAlgorithms
+		return oidc.NewVerifier(i.conf.URL, reportingKeys{oidc.NewRemoteKeySet(ctx, i.conf.KeysURL)}, conf), nil
+	}
+	provider, err := oidc.NewProvider(ctx, i.conf.URL)
+	if err != nil {
+		return nil, err
+	}
+	var metadata struct {
+		KeysURL    string   `json:"jwks_uri"`
+		Algorithms []string `json:"id_token_signing_alg_values_supported"`
+	}
+	if err := provider.Claims(&metadata); err != nil {
+		return nil, err
+	}
+	for _, alg := range metadata.Algorithms {
+		if slices.Contains(signingAlgorithms, alg) {
+			conf.SupportedSigningAlgs = append(conf.SupportedSigningAlgs, alg)
+		}
+	}
+	return oidc.NewVerifier(i.conf.URL, reportingKeys{oidc.NewRemoteKeySet(ctx, metadata.KeysURL)}, conf), nil
+}

@@ -1,0 +1,67 @@
+package caller
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
+)
+
+// Context keys of a connection: the user at the other end of a unix socket, and the
+// result of verifying the client's certificate.
+type (
+	userKey     struct{}
+	verifiedKey struct{}
+)
+
+// OnConnection returns the context of a new connection's requests, which [Identify]
+// needs.
+func OnConnection(ctx context.Context, c net.Conn) context.Context {
+	ctx = context.WithValue(ctx, verifiedKey{}, new(certfile.Verified))
+	if user := UserOf(c); user != "" {
+		ctx = context.WithValue(ctx, userKey{}, user)
+	}
+	return ctx
+}
+
+// WithUser returns a context in which requests come from that user of this machine.
+func WithUser(ctx context.Context, uid int) context.Context {
+	return context.WithValue(ctx, userKey{}, userIdentity(uid))
+}
+
+// User returns the identity of the user at the other end of a unix socket, uid:N, or ""
+// if the request came in another way.
+func User(ctx context.Context) string {
+	user, _ := ctx.Value(userKey{}).(string)
+	return user
+}
+
+// UserOf is [User] for a connection, which may be wrapped in others.
+func UserOf(c net.Conn) (user string) {
+	for {
+		wrapper, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		c = wrapper.NetConn()
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ""
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ""
+	}
+	raw.Control(func(fd uintptr) {
+		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			user = userIdentity(int(peer.Uid))
+		}
+	})
+	return user
+}
+
+func userIdentity(uid int) string { return fmt.Sprintf("uid:%d", uid) }

@@ -1,0 +1,79 @@
+package containerd
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/node/host"
+)
+
+func TestFlagsTellDaemonsFromCommands(t *testing.T) {
+	for line, want := range map[string]struct {
+		flags
+		daemon bool
+	}{
+		"":                       {daemon: true},
+		"--config /etc/x.toml":   {flags{config: "/etc/x.toml"}, true},
+		"-c /x -a /y.sock":       {flags{"/x", "/y.sock"}, true},
+		"-c=/x --address=/y":     {flags{"/x", "/y"}, true},
+		"--log-level debug -c /": {flags{config: "/"}, true},
+		"config dump":            {},
+		"-c /x config dump":      {flags: flags{config: "/x"}},
+		"--root /r publish":      {},
+		"-c":                     {daemon: true},
+		"--version":              {},
+		"-c /x -v":               {flags: flags{config: "/x"}},
+	} {
+		f, daemon := parseFlags(strings.Fields(line))
+		if f != want.flags || daemon != want.daemon {
+			t.Errorf("%q: %+v, %v", line, f, daemon)
+		}
+	}
+}
+
+func TestRunningContainerdIsChosen(t *testing.T) {
+	own := &host.Process{PID: 10, Program: "/usr/bin/containerd", Unit: "containerd.service"}
+	elsewhere := &host.Process{PID: 11, Program: "/usr/bin/containerd", Args: []string{"--config", "/opt/c.toml"}}
+	ofK3s := &host.Process{PID: 12, Program: "/data/bin/containerd", Args: []string{"-c", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"}, Unit: "k3s.service", Parent: "k3s-agent"}
+	for name, test := range map[string]struct {
+		named   Named
+		found   []*host.Process
+		want    *host.Process
+		refuses bool
+	}{
+		"none":                 {found: nil},
+		"one":                  {found: []*host.Process{elsewhere}, want: elsewhere},
+		"two":                  {found: []*host.Process{own, elsewhere}, refuses: true},
+		"two, one named":       {named: Named{Config: "/opt/c.toml"}, found: []*host.Process{own, elsewhere}, want: elsewhere},
+		"the default named":    {named: Named{Config: DefaultConfig}, found: []*host.Process{own, elsewhere}, want: own},
+		"another named":        {named: Named{Config: "/x.toml"}, found: []*host.Process{own}, refuses: true},
+		"k3s beside another":   {found: []*host.Process{own, ofK3s}, want: ofK3s},
+		"nobody listens":       {named: Named{Address: filepath.Join(t.TempDir(), "s")}, found: []*host.Process{own}},
+		"another program":      {named: Named{Binary: "/bin/true"}, found: []*host.Process{own}, refuses: true},
+		"a name is no program": {named: Named{Binary: "containerd"}, found: []*host.Process{own}, want: own},
+	} {
+		got, err := (search{Named: test.named}).choose(test.found)
+		var conflict *host.Conflict
+		if got != test.want || errors.As(err, &conflict) != test.refuses {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+func TestDistributionIsRecognizedByPathAndParent(t *testing.T) {
+	for _, test := range []struct{ config, parent, name string }{
+		{DefaultConfig, "systemd", ""},
+		{"/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "k3s-server", k3s},
+		{"/data/agent/etc/containerd/config.toml", "k3s-agent", k3s},
+		{"/var/lib/rancher/rke2/agent/etc/containerd/config.toml", "rke2", rke2},
+		{"/etc/k0s/containerd.toml", "k0s", k0s},
+		{"/var/run/docker/containerd/containerd.toml", "dockerd", "Docker"},
+		{"/var/snap/microk8s/1/args/containerd.toml", "systemd", "MicroK8s"},
+	} {
+		if d := DistributionAt(host.Host{}, test.config, test.parent); d.Name != test.name {
+			t.Errorf("%s of %s: %+v", test.config, test.parent, d)
+		}
+	}
+}

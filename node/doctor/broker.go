@@ -1,0 +1,160 @@
+package doctor
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"github.com/containers/ocicrypt/config"
+	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
+	"google.golang.org/grpc"
+
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// broker wraps and unwraps a secret with each KEK.
+func (e *examination) broker(ctx context.Context) Step {
+	if e.ListenTLS {
+		return skipped("the key provider at " + e.Listen + " requires a client certificate")
+	}
+	if len(e.KEKs) == 0 {
+		return skipped("no KEK to try: name one that this node uses with --kek")
+	}
+	conn, err := dial(e.Listen)
+	if err != nil {
+		return failed(err.Error())
+	}
+	defer conn.Close()
+	// A broker that is down makes each KEK wait, so try all at once.
+	steps := make([]Step, len(e.KEKs))
+	var wg sync.WaitGroup
+	var away error
+	wg.Go(func() { away = e.Brokers.Check(ctx) })
+	for i, kek := range e.KEKs {
+		wg.Go(func() { steps[i] = e.tryKEK(ctx, kek, providerAt{conn, e.ProviderNames[0]}) })
+	}
+	wg.Wait()
+
+	var works, broken, fix []string
+	for i, step := range steps {
+		if step.Result == OK {
+			works = append(works, fmt.Sprintf("%q", e.KEKs[i]))
+			if e.kek == "" {
+				e.kek = e.KEKs[i]
+			}
+			continue
+		}
+		broken = append(broken, step.Detail)
+		fix = append(fix, step.Fix...)
+	}
+	if len(broken) > 0 {
+		return failed(strings.Join(broken, "; "), unique(fix)...)
+	}
+	detail := "wraps and unwraps with KEK " + strings.Join(works, ", ")
+	if away != nil { // one of several, or nothing would work
+		detail += fmt.Sprintf("; but %s", away)
+	}
+	return passed(detail)
+}
+
+// tryKEK wraps and unwraps with the key provider, and with the broker directly, without
+// the key provider's cache.
+func (e *examination) tryKEK(ctx context.Context, kek string, daemon processor.KeyProvider) Step {
+	direct := make(chan error, 1)
+	go func() { direct <- roundTrip(ctx, kek, e.Provider) }()
+	err := roundTrip(keyprovider.Probe(ctx), kek, daemon)
+	directly := <-direct
+	if err == nil && directly == nil {
+		return passed("")
+	}
+	if err == nil {
+		return failed(fmt.Sprintf("pilot has KEK %q in its cache, but the broker does not release it now: %s", kek, directly), e.brokerFix(kek, directly)...)
+	}
+	detail := said(err)
+	if !strings.Contains(detail, kek) {
+		detail = fmt.Sprintf("KEK %q: %s", kek, detail)
+	}
+	if directly == nil {
+		return failed(fmt.Sprintf("%s (the broker releases it with the settings in %s: pilot was started with others)", detail, e.Configuration), restartPilot...)
+	}
+	// The daemon has the same settings, and its error has lost its type.
+	return failed(detail, e.brokerFix(kek, directly)...)
+}
+
+// roundTrip wraps a secret as a tool that encrypts does, and unwraps it as a
+// pull does, which names no KEK.
+func roundTrip(ctx context.Context, kek string, p processor.KeyProvider) error {
+	secret := make([]byte, 32)
+	rand.Read(secret) // never fails
+	wrapped, err := p.WrapKey(ctx, [][]byte{[]byte(kek)}, secret)
+	if err != nil {
+		return err
+	}
+	unwrapped, err := p.UnwrapKey(ctx, nil, wrapped)
+	if err == nil && !bytes.Equal(unwrapped, secret) {
+		err = errors.New("the unwrapped secret is not the one that was wrapped")
+	}
+	return err
+}
+
+// providerAt is the key provider of that name at the other end of a connection. Its errors
+// have gRPC's status.
+type providerAt struct {
+	conn *grpc.ClientConn
+	name string
+}
+
+func (p providerAt) WrapKey(ctx context.Context, params [][]byte, layerKey []byte) ([]byte, error) {
+	out, err := askFor(ctx, wrapAt(p.conn), protocol.KeyProviderKeyWrapProtocolInput{
+		Operation: protocol.OpKeyWrap,
+		KeyWrapParams: protocol.KeyWrapParams{
+			Ec:       &config.EncryptConfig{Parameters: map[string][][]byte{p.name: params}},
+			OptsData: layerKey,
+		},
+	})
+	return out.KeyWrapResults.Annotation, err
+}
+
+func (p providerAt) UnwrapKey(ctx context.Context, _ [][]byte, annotation []byte) ([]byte, error) {
+	out, err := askFor(ctx, unwrapAt(p.conn), protocol.KeyProviderKeyWrapProtocolInput{
+		Operation: protocol.OpKeyUnwrap,
+		KeyUnwrapParams: protocol.KeyUnwrapParams{
+			Dc:         &config.DecryptConfig{},
+			Annotation: annotation,
+		},
+	})
+	return out.KeyUnwrapResults.OptsData, err
+}
+
+func askFor(ctx context.Context, f ask, in protocol.KeyProviderKeyWrapProtocolInput) (out protocol.KeyProviderKeyWrapProtocolOutput, err error) {
+	b, err := json.Marshal(in)
+	if err != nil {
+		return out, err
+	}
+	answer, err := f(ctx, b)
+	if err != nil {
+		return out, err
+	}
+	if json.Unmarshal(answer, &out) != nil {
+		err = errors.New("the response is not JSON of the key provider protocol")
+	}
+	return out, err
+}
+
+// unique returns list without duplicates, in its order.
+func unique(list []string) (out []string) {
+	seen := map[string]bool{}
+	for _, s := range list {
+		if !seen[s] {
+			out = append(out, s)
+		}
+		seen[s] = true
+	}
+	return out
+}

@@ -1,0 +1,281 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
+)
+
+// containerdFiles plans all changes of containerd's configuration: the drop-in that adds
+// pilot, and the import of it if containerd's main file has none.
+func (p *Plan) containerdFiles(ctx context.Context, before record) error {
+	c := p.containerd
+	d, expected, err := newDropIn(ctx, c, p.options)
+	if err != nil {
+		return err
+	}
+	p.expected, p.deferred = expected, d.Template || d.Path == d.Pattern
+	// Remove one that was installed under another name.
+	for _, path := range c.Ours {
+		if path != d.Path {
+			if err := p.remove(before, path); err != nil {
+				return err
+			}
+		}
+	}
+	if err := p.own(before, d.Path, d.Text, nil); err != nil {
+		return err
+	}
+	// A file that its distribution rewrites at each start gets its imports then.
+	if d.Pattern == "" || c.Rewritten {
+		return nil
+	}
+	if f := before.file(c.Config); f != nil && f.Inserted != "" && strings.Contains(string(c.Files.Text), f.Inserted) {
+		return nil
+	}
+	text := string(c.Files.Text)
+	mode := fs.FileMode(0o644)
+	if c.Files.Text == nil {
+		text = fmt.Sprintf("version = %d\n", c.NewestFormat())
+	} else if info, err := p.options.Stat(c.Config); err == nil {
+		mode = info.Mode().Perm()
+	}
+	edited, inserted := insertImport(text, d.Pattern)
+	if !importsToo(text, edited, d.Pattern) {
+		return &host.Conflict{Where: c.Config, What: "pilot can't edit its list of imports", Fix: fmt.Sprintf("add %q to the end of the list", d.Pattern)}
+	}
+	p.Changes = append(p.Changes, Change{Path: c.Config, Old: c.Files.Text, New: []byte(edited), Mode: mode})
+	p.inserted[c.Config] = inserted
+	return nil
+}
+
+// The names of pilot's drop-in. The second is read after other tools' files, whose lists
+// would replace pilot's.
+const (
+	dropInName     = "pilot.toml"
+	lastDropInName = "zz-pilot.toml"
+)
+
+// isDropIn reports whether a file of an installation is a drop-in of containerd's
+// configuration.
+func isDropIn(path string) bool {
+	name := filepath.Base(path)
+	return (name == dropInName || name == lastDropInName || strings.HasSuffix(name, ".toml.tmpl")) && path != pilotConfig
+}
+
+// dropIns returns pilot's drop-ins in the record.
+func (s *record) dropIns() []string {
+	var paths []string
+	for _, f := range s.Files {
+		if isDropIn(f.Path) {
+			paths = append(paths, f.Path)
+		}
+	}
+	return paths
+}
+
+// newDropIn finds a drop-in that adds pilot to containerd's configuration and changes
+// nothing else. It also returns the effective configuration with it.
+func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candidate, map[string]any, error) {
+	if c.Rewritten && c.Files.Text == nil {
+		return nil, nil, &host.Conflict{Where: c.Config, What: "it does not exist yet: " + c.Name + " writes it when it starts", Fix: "start " + c.Name + " once, and run this again"}
+	}
+	conf, err := additions(c, o)
+	if err != nil {
+		return nil, nil, err
+	}
+	var failure error // of the first, which is the best
+	for _, d := range candidates(c) {
+		if err := d.render(conf); err != nil {
+			return nil, nil, err
+		}
+		dump, err := c.Trial(ctx, o.Host, &d.DropIn)
+		if err == nil {
+			if changed := containerd.Differences(c.Plain, dump, c.SetByPilot()); len(changed) > 0 {
+				err = fmt.Errorf("with it containerd %d.%d would change other settings: %s", c.Major, c.Minor, containerd.Summary(changed))
+			} else if err = effective(c, dump, o.Host); err == nil {
+				return &d, dump, nil
+			}
+		}
+		if ctx.Err() != nil {
+			return nil, nil, ctx.Err()
+		}
+		if failure == nil {
+			failure = fmt.Errorf("%s: %w", d.describe(), err)
+		}
+	}
+	return nil, nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("pilot can't be added without changing other settings: %s", failure), Fix: "remove what is in the way from containerd's files"}
+}
+
+func (d *candidate) describe() string {
+	switch {
+	case d.format.Version > 0:
+		return fmt.Sprintf("%s with version = %d", d.Path, d.format.Version)
+	case d.format.Short:
+		return d.Path + " without a version, with plugins' short names"
+	}
+	return d.Path + " without a version"
+}
+
+// candidate is a drop-in to try.
+type candidate struct {
+	containerd.DropIn
+	format containerd.Format
+}
+
+// candidates returns the drop-ins to try, the best first.
+func candidates(c *containerd.Instance) []candidate {
+	var list []candidate
+	dir, isImported := c.Files.DropInDir()
+	if !isImported && c.Template {
+		name := "config.toml.tmpl"
+		if c.Files.Version == 3 {
+			name = "config-v3.toml.tmpl"
+		}
+		return []candidate{{containerd.DropIn{Path: filepath.Join(filepath.Dir(c.Config), name), Template: true}, containerd.Format{Version: c.Files.Version}}}
+	}
+	for _, f := range c.Formats() {
+		switch {
+		case isImported:
+			for _, name := range []string{dropInName, lastDropInName} {
+				list = append(list, candidate{containerd.DropIn{Path: filepath.Join(dir, name)}, f})
+			}
+		case c.DropIns != "":
+			path := filepath.Join(c.DropIns, dropInName)
+			list = append(list, candidate{containerd.DropIn{Path: path, Pattern: path}, f})
+		default:
+			path := filepath.Join(filepath.Dir(c.Config), "conf.d", dropInName)
+			d := candidate{containerd.DropIn{Path: path}, f}
+			if !c.Files.Matches(path) {
+				// A pattern, since containerd does not start if a file is missing that is
+				// imported by name.
+				d.Pattern = strings.TrimSuffix(path, ".toml") + "*.toml"
+			}
+			list = append(list, d)
+		}
+	}
+	return list
+}
+
+// additions returns the settings to add to containerd's configuration.
+func additions(c *containerd.Instance, o Options) (map[string]any, error) {
+	if c.UsesDiffer() {
+		return differConfig(c, o.Host)
+	}
+	return processorConfig(c, o)
+}
+
+// templateBase inserts what k3s writes without a template.
+const templateBase = "{{ template \"base\" . }}\n\n"
+
+// render writes the file's text.
+func (d *candidate) render(conf map[string]any) error {
+	if d.format.Short {
+		conf = withShortIDs(conf)
+	}
+	b, err := toml.Marshal(conf)
+	if err != nil {
+		return err
+	}
+	switch {
+	case d.Template:
+		d.Appended = b
+		d.Text = append([]byte(writtenBy+templateBase), b...)
+	case d.format.Version == 0:
+		d.Text = append([]byte(writtenBy+"\n"), b...)
+	default:
+		d.Text = append(fmt.Appendf(nil, "%sversion = %d\n\n", writtenBy, d.format.Version), b...)
+	}
+	return nil
+}
+
+// withShortIDs names plugins as containerd 1.x expects if none of its files has a
+// version.
+func withShortIDs(conf map[string]any) map[string]any {
+	plugins, ok := conf["plugins"].(map[string]any)
+	if !ok {
+		return conf
+	}
+	short := map[string]any{}
+	for id, section := range plugins {
+		if id == containerd.DiffService {
+			id = "diff-service"
+		}
+		short[id] = section
+	}
+	renamed := map[string]any{"plugins": short}
+	for key, v := range conf {
+		if key != "plugins" {
+			renamed[key] = v
+		}
+	}
+	return renamed
+}
+
+// differConfig returns the settings for pilot's differ. Lists contain what containerd has
+// without pilot, since the file that is read last replaces the whole list.
+func differConfig(c *containerd.Instance, h host.Host) (map[string]any, error) {
+	if had, ok := containerd.PilotProxy(c.Plain); ok && (had.Kind != "diff" || had.At != containerd.DiffSocket) {
+		return nil, &host.Conflict{Where: c.Config, What: fmt.Sprintf("there is a proxy plugin pilot of type %s at %s", had.Kind, had.At), Fix: "remove it, or make it type diff at " + containerd.DiffSocket}
+	}
+	order := []string{"pilot"}
+	for _, name := range containerd.Strings(containerd.Plugin(c.Plain, containerd.DiffService)["default"]) {
+		if name != "pilot" {
+			order = append(order, name)
+		}
+	}
+	service := map[string]any{"default": order}
+	if sync, _ := containerd.Plugin(c.Plain, containerd.DiffService)["sync_fs"].(bool); sync {
+		service["sync_fs"] = true // 1.7 takes the section of one file only
+	}
+	plugins := map[string]any{containerd.DiffService: service}
+	if c.HasTransfer() {
+		entries, err := c.UnpackConfigsWithPilot(h)
+		if err != nil {
+			return nil, err
+		}
+		plugins[containerd.TransferService] = map[string]any{"unpack_config": entries}
+	}
+	return map[string]any{
+		"proxy_plugins": map[string]any{"pilot": map[string]any{"type": "diff", "address": containerd.DiffSocket}},
+		"plugins":       plugins,
+	}, nil
+}
+
+// effective checks that a configuration makes containerd decrypt with pilot.
+func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
+	if !c.UsesDiffer() {
+		for id := range containerd.Decoders {
+			if p := containerd.ProcessorIn(dump, id); filepath.Base(p.Path) != "pilot-decoder" {
+				return fmt.Errorf("the stream processor %s is still %q: another file sets it", id, p.Path)
+			}
+		}
+		return nil
+	}
+	if p, _ := containerd.PilotProxy(dump); p.Kind != "diff" || p.At != containerd.DiffSocket {
+		return errors.New("there is still no proxy plugin pilot: containerd does not read the file")
+	}
+	if order := containerd.Strings(containerd.Plugin(dump, containerd.DiffService)["default"]); len(order) == 0 || order[0] != "pilot" {
+		return fmt.Errorf("containerd's differs are still %q: is the plugin %s configured by another of its files?", order, containerd.DiffService)
+	}
+	if !c.HasTransfer() {
+		return nil
+	}
+	platform, err := c.Platform(h)
+	if err != nil {
+		return err
+	}
+	differ, err := c.UnpacksWith(dump, platform, c.Snapshotter())
+	if err == nil && differ != "pilot" {
+		err = fmt.Errorf("containerd's transfer service still does not unpack with pilot: is the plugin %s configured by another of its files?", containerd.TransferService)
+	}
+	return err
+}

@@ -1,0 +1,90 @@
+package install
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
+)
+
+// refreshTimeout bounds a Refresh, which systemd runs within a service's start timeout:
+// 90 seconds by default, 45 on Fedora.
+const refreshTimeout = 30 * time.Second
+
+// Refresh updates pilot's part of containerd's configuration right before containerd
+// starts: the configuration may have been rewritten without pilot, tools in pilot's lists
+// may have been added or removed, or containerd may have another version or path. It
+// returns the files that it has changed, and does nothing if pilot is not installed.
+//
+// If pilot can't be added without losing other settings, Refresh empties its drop-in, so
+// that containerd starts without pilot, and the error says why. If containerd's program
+// takes too long, nothing changes.
+func Refresh(ctx context.Context, o Options) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, refreshTimeout)
+	defer cancel()
+	// An installation that runs now updates it itself, and may be waiting for
+	// containerd to start.
+	release, err := o.tryLock()
+	if err != nil || release == nil {
+		return nil, err
+	}
+	defer release()
+	s, lost, err := o.loadRecord()
+	if err != nil {
+		return nil, err
+	}
+	if lost != "" {
+		return nil, &host.Conflict{Where: RecordFile, What: lost + ", and pilot's files are here", Fix: "run \"pilot node install\", which takes them over"}
+	}
+	if len(s.dropIns()) == 0 {
+		return nil, nil
+	}
+	c, err := s.lookAgain(ctx, o)
+	if err != nil {
+		return nil, err // a fault of containerd, or it is gone
+	}
+	if o.PilotBinary, err = os.Executable(); err != nil {
+		return nil, err
+	}
+	p := &Plan{options: o, inserted: make(map[string]string), containerd: c}
+	moved := s.Containerd != nil && s.Containerd.Program != c.Program
+	if err = p.containerdFiles(ctx, s); err == nil && (len(p.Changes) > 0 || moved) {
+		err = p.apply(ctx, nil)
+	}
+	if err != nil {
+		return nil, leaveOut(ctx, c, o, s, err)
+	}
+	var changed []string
+	for _, change := range p.Changes {
+		changed = append(changed, change.Path)
+	}
+	if _, config := containerd.StartedBy(o.Host, c.Service); c.Name == "" && config != "" && config != c.Config {
+		return changed, &host.Conflict{Where: c.Service, What: fmt.Sprintf("its containerd reads %s now, and pilot was installed for %s", config, c.Config), Fix: "run \"pilot node install\""}
+	}
+	return changed, nil
+}
+
+// leaveOut empties pilot's drop-in after the error why, if containerd would lose settings
+// with it or not start. It does not remove the file: containerd's configuration may
+// import it by name.
+func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before record, why error) error {
+	dump, err := c.Dump(ctx, o.Host)
+	if ctx.Err() != nil || c.Deferred() || err == nil && len(containerd.Differences(c.Plain, dump, c.SetByPilot())) == 0 {
+		return fmt.Errorf("pilot's drop-in of containerd's configuration stays as it was: %w", why)
+	}
+	p := &Plan{options: o, deferred: true}
+	for _, path := range c.Ours {
+		if err := p.own(before, path, []byte(leftOut), nil); err != nil {
+			return fmt.Errorf("%w; %w", why, err)
+		}
+	}
+	if err := p.apply(ctx, nil); err != nil {
+		return fmt.Errorf("%w; %w", why, err)
+	}
+	return fmt.Errorf("containerd starts without pilot, and can't decrypt images until \"pilot node install\" works: %w", why)
+}
+
+const leftOut = "# Emptied by \"pilot node refresh\": \"pilot node install\" says why, and fills it again.\n"
