@@ -12,7 +12,6 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image"
@@ -42,7 +41,7 @@ func BenchmarkEncryptLayout(b *testing.B) {
 	b.SetBytes(benchLayers * benchSize)
 	for b.Loop() {
 		to := target(b, "oci:"+dir+"/to:x", nil)
-		if _, err := crypt(b, source(b, "oci:"+dir+"/plain:app", nil), to, func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
+		if _, err := crypt(b, source(b, "oci:"+dir+"/plain:app", nil), to, func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
 			return image.Encrypt(ctx, cs, desc, ec, image.Options{})
 		}); err != nil {
 			b.Fatal(err)

@@ -24,7 +24,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/containerd/errdefs"
 	"github.com/containers/ocicrypt/config"
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	"github.com/opencontainers/go-digest"
@@ -33,6 +32,7 @@ import (
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/imagetest"
 	"github.com/ctrlplane/pilot/internal/verified"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 func TestParseReadsNamesAsSkopeoSpellsThem(t *testing.T) {
@@ -68,22 +68,8 @@ func TestParseReadsNamesAsSkopeoSpellsThem(t *testing.T) {
 	}
 }
 
-// whole has what the image package's tests want of a store and a pair does not have.
-type whole struct{ *Pair }
-
-func (whole) Status(context.Context, string) (content.Status, error) {
-	return content.Status{}, errdefs.ErrNotImplemented
-}
-func (whole) ListStatuses(context.Context, ...string) ([]content.Status, error) {
-	return nil, errdefs.ErrNotImplemented
-}
-func (whole) Delete(context.Context, digest.Digest) error { return errdefs.ErrNotImplemented }
-func (whole) Walk(context.Context, content.WalkFunc, ...string) error {
-	return errdefs.ErrNotImplemented
-}
-
 // newKey returns how to encrypt and decrypt with a key of its own.
-func newKey(t testing.TB) (*config.EncryptConfig, *config.DecryptConfig) {
+func newKey(t testing.TB) (processor.Recipients, processor.Keys) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -106,7 +92,7 @@ func newKey(t testing.TB) (*config.EncryptConfig, *config.DecryptConfig) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return ec.EncryptConfig, dc.DecryptConfig
+	return processor.Recipients{Parameters: ec.EncryptConfig.Parameters}, processor.Keys{Private: dc.DecryptConfig}
 }
 
 // plainHTTP are hosts without TLS.
@@ -158,7 +144,7 @@ func target(t testing.TB, name string, hosts docker.RegistryHosts) Target {
 func write(t *testing.T, img *imagetest.Image, dir string) {
 	t.Helper()
 	to := target(t, "oci:"+dir+":app", nil)
-	if err := img.Write(t.Context(), whole{NewPair(to, to)}); err != nil {
+	if err := img.Write(t.Context(), NewPair(to, to)); err != nil {
 		t.Fatal(err)
 	}
 	if err := to.(*layoutImage).Tag(t.Context(), img.Target, "app"); err != nil {
@@ -167,14 +153,14 @@ func write(t *testing.T, img *imagetest.Image, dir string) {
 }
 
 // crypt encrypts or decrypts from one place to another.
-func crypt(t testing.TB, from Source, to Target, do func(context.Context, content.Store, ocispec.Descriptor) (image.Result, error)) (image.Result, error) {
+func crypt(t testing.TB, from Source, to Target, do func(context.Context, image.Store, ocispec.Descriptor) (image.Result, error)) (image.Result, error) {
 	t.Helper()
 	pair := NewPair(from, to)
 	desc, err := from.Resolve(t.Context())
 	if err != nil {
 		return image.Result{}, err
 	}
-	result, err := do(t.Context(), whole{pair}, desc)
+	result, err := do(t.Context(), pair, desc)
 	if err != nil {
 		return result, err
 	}
@@ -197,10 +183,10 @@ func complete(seed uint64, size int) *imagetest.Image {
 // transport, decrypts them from there into each, and reads every blob of the result.
 func TestImagesComeBackFromEachTransport(t *testing.T) {
 	ec, dc := newKey(t)
-	encrypt := func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
+	encrypt := func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
 		return image.Encrypt(ctx, cs, desc, ec, image.Options{AllowPlain: true})
 	}
-	decrypt := func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
+	decrypt := func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
 		return image.Decrypt(ctx, cs, desc, dc, image.Options{})
 	}
 	hosts := plainHTTP(http.DefaultClient)
@@ -295,7 +281,7 @@ func TestDamagedBlobsAreFound(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, to := range []string{"oci:" + dir + "/../to:x", "oci-archive:" + dir + "/../to.tar:x"} {
-				_, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, to, nil), func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
+				_, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, to, nil), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
 					return image.Encrypt(ctx, cs, desc, ec, image.Options{})
 				})
 				if err == nil {
@@ -354,12 +340,12 @@ func TestUploadsSurviveABadNetwork(t *testing.T) {
 			dir, manifest, _ := oneLayer(t, 19<<20)
 			hosts := plainHTTP(http.DefaultClient)
 			enc := "docker://" + newRegistry(t, wrap) + "/app:enc"
-			if _, err := crypt(t, source(t, "oci:"+dir+":app", hosts), target(t, enc, hosts), func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
+			if _, err := crypt(t, source(t, "oci:"+dir+":app", hosts), target(t, enc, hosts), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
 				return image.Encrypt(ctx, cs, desc, ec, image.Options{})
 			}); err != nil {
 				t.Fatal(err)
 			}
-			result, err := crypt(t, source(t, enc, hosts), target(t, "oci:"+dir+":back", hosts), func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (image.Result, error) {
+			result, err := crypt(t, source(t, enc, hosts), target(t, "oci:"+dir+":back", hosts), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
 				return image.Decrypt(ctx, cs, desc, dc, image.Options{})
 			})
 			if err != nil || result.Target.Digest != manifest.Digest {
