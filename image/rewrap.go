@@ -57,7 +57,7 @@ type Rewrapped struct {
 // KEK unwraps to the layer key. What can't be unwrapped is an error.
 func Rewrap(ctx context.Context, store Store, target ocispec.Descriptor, how Rewrapping, opts Options) (Rewrapped, error) {
 	if (how.From == "") != (how.To == "") {
-		return Rewrapped{}, errors.New("From and To need each other")
+		return Rewrapped{}, errors.New("the KEK to replace and the one that replaces it need each other: name both")
 	}
 	if how.To != "" {
 		if err := wireformat.ValidateKEKID(how.To); err != nil {

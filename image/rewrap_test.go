@@ -1,10 +1,7 @@
 package image
 
 import (
-	"context"
 	"encoding/json"
-	"net"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -15,6 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -28,23 +26,7 @@ var kekOnly = processor.Keys{Providers: make(map[string]processor.KeyProvider)}
 func newKEKs(t testing.TB, ids ...string) server.Keys {
 	t.Helper()
 	dir := t.TempDir()
-	socket := filepath.Join(dir, "s")
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(ctx, server.Config{Dir: dir, Listen: []string{"unix://" + socket}}) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	for range 6000 { // a minute
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	address := servertest.Serve(t, server.Config{Dir: dir})
 	keys, err := server.OpenKeys(t.Context(), server.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +37,7 @@ func newKEKs(t testing.TB, ids ...string) server.Keys {
 			t.Fatal(err)
 		}
 	}
-	broker, err := client.New(client.Config{URLs: []string{"unix://" + socket}, Timeout: time.Minute})
+	broker, err := client.New(client.Config{URLs: []string{address}, Timeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -104,8 +105,13 @@ func wrapAll(ctx context.Context, scheme string, to Recipients, private []byte) 
 	if err != nil {
 		return "", err
 	}
+	params := to.Parameters
+	if conf, ok := to.private().Parameters["pkcs11-config"]; ok && scheme == "pkcs11" {
+		params = maps.Clone(params)
+		params["pkcs11-config"] = conf // says which modules may be loaded
+	}
 	var values [][]byte
-	for _, part := range split(scheme, to.Parameters) {
+	for _, part := range split(scheme, params) {
 		wrapped, err := w.wrap(ctx, part, private)
 		if err == nil && len(wrapped) == 0 {
 			err = errors.New("it returned nothing")

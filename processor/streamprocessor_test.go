@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -111,20 +110,4 @@ func TestMediaTypes(t *testing.T) {
 	if got, ok := PlainMediaType("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd+encrypted"); !ok || got != "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd" {
 		t.Errorf("nondistributable: %q", got)
 	}
-}
-
-func writeScript(t *testing.T, name, body string) {
-	t.Helper()
-	if err := os.WriteFile(name, []byte("#!/bin/sh\n"+body+"\n"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func readFile(t *testing.T, name string) string {
-	t.Helper()
-	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
 }

@@ -94,7 +94,8 @@ func (w keyWrapper) wrap(ctx context.Context, params map[string][][]byte, privat
 	private = bytes.Clone(private)
 	return await(ctx, func() ([]byte, error) {
 		defer clear(private)
-		return w.WrapKeys(&config.EncryptConfig{Parameters: params}, private)
+		// ocicrypt looks for the configuration of PKCS#11 among the keys.
+		return w.WrapKeys(&config.EncryptConfig{Parameters: params, DecryptConfig: config.DecryptConfig{Parameters: params}}, private)
 	}, nil)
 }
 

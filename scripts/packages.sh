@@ -93,8 +93,8 @@ manuals() {
 	gzip -9n "$1"/*
 }
 
-# completions TO: the shells' completions. ctr uses another version of the
-# library that answers them.
+# completions TO: the shells' completions. ctr-pilot has the flag of its library; pilot and
+# copilot keep the one that is in scripts of earlier releases.
 completions() {
 	local shell program flag
 	for shell in bash zsh fish; do

@@ -22,7 +22,7 @@ import (
 var auditCommand = &cli.Command{
 	Name:  "audit",
 	Usage: "verify the audit log",
-	Commands: []*cli.Command{{
+	Commands: []*cli.Command{acknowledgeCommand, {
 		Name: "verify", Usage: "find lines of the audit log that were changed, removed or inserted", ArgsUsage: "[FILE]...",
 		Description: `Reads the configured log, with the files that logrotate has moved away, or the
 files given, oldest first, or - for standard input. It needs the master key, which
@@ -80,7 +80,8 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 		return asOwner(err)
 	}
 	defer log.Close()
-	report, err := audit.VerifyTo(log, key, audit.Known{Written: written, Since: since})
+	acknowledged, why := server.AcknowledgedOf(heads, conf.AuditName())
+	report, err := audit.VerifyTo(log, key, audit.Known{Written: written, Since: since, Acknowledged: acknowledged})
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
@@ -90,6 +91,11 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 	}
 	for _, h := range audit.Cut(older, ends, since) {
 		report.Notes = append(report.Notes, fmt.Sprintf("chain %s continues to line %d, which these files do not have", h.Chain, h.Seq))
+	}
+	for i, h := range acknowledged {
+		if ends[h.Chain].Seq < h.Seq {
+			report.Notes = append(report.Notes, fmt.Sprintf("chain %s up to line %d is missing, as acknowledged %s", h.Chain, h.Seq, why[i]))
+		}
 	}
 	if other := otherLogs(heads, conf.AuditName()); len(other) > 0 {
 		report.Notes = append(report.Notes, "copilot has written other audit logs, which are not verified here: "+strings.Join(other, ", "))

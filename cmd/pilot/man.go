@@ -5,16 +5,13 @@ package main
 import (
 	"fmt"
 	"os"
-	"strings"
 
-	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/packaging/man"
 )
 
 // init makes this program print its manual page or, with an argument, the settings
 // for that of pilot.toml.
 func init() {
-	app := newApp()
 	var err error
 	if len(os.Args) > 1 {
 		conf := defaults()
@@ -24,8 +21,7 @@ func init() {
 		}
 		err = man.WriteSettings(os.Stdout, options)
 	} else {
-		page := man.Page{Name: app.Name, Version: app.Version, Summary: app.Usage, Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help), Commands: man.Commands(app.Commands)}
-		err = page.Write(os.Stdout)
+		err = man.NewPage(newApp()).Write(os.Stdout)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -18,7 +18,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
-	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
@@ -27,27 +28,8 @@ import (
 func startBroker(t *testing.T) (url, auditLog string) {
 	t.Helper()
 	dir := t.TempDir()
-	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := keys.Close(); err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	url = "unix://" + filepath.Join(dir, "s")
-	go func() { done <- broker.Serve(ctx, broker.Config{Dir: dir, Listen: []string{url}}) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	// pilot retries until the broker listens.
+	servertest.CreateKEKs(t, dir, "team-a")
+	url = servertest.Serve(t, server.Config{Dir: dir})
 	return url, filepath.Join(dir, "audit.log")
 }
 

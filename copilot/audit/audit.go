@@ -68,18 +68,18 @@ func Cause(err error) string {
 	return ""
 }
 
-// Key is what entries are authenticated with: 32 bytes that whoever writes the
-// log has, and whoever verifies it.
+// Key is what entries are authenticated with: 32 bytes, which the writer
+// of the log has, and its verifier.
 type Key []byte
 
-// line is how an entry is written, but for its MAC, which follows as the last
+// line is how an entry is written, without its MAC, which follows as the last
 // member: base64 of HMAC-SHA-256 over the JSON without it.
 type line struct {
 	Chain string `json:"chain"`          // of the log's file, or of one run of a broker
 	Seq   int64  `json:"seq"`            // from 1
 	Prev  string `json:"prev,omitempty"` // the MAC of the line before
 	// After is, in the first line of a chain, a line that was there before:
-	// whoever removes that one's chain has to remove this one, too.
+	// to hide that that one's chain was removed, this one has to be removed, too.
 	After string `json:"after,omitempty"`
 	Entry
 }
@@ -154,11 +154,11 @@ type waiting struct {
 	err   error
 }
 
-// Head tells one line of a chain.
+// Head identifies one line of a chain.
 type Head struct {
-	Chain string
-	Seq   int64
-	MAC   string
+	Chain string `json:"chain"`
+	Seq   int64  `json:"seq"`
+	MAC   string `json:"mac"`
 }
 
 func (h Head) String() string { return fmt.Sprintf("%s/%d/%s", h.Chain, h.Seq, h.MAC) }
@@ -171,13 +171,13 @@ func ParseHead(s string) (h Head, err error) {
 		_, err = fmt.Sscanf(parts[1], "%d", &h.Seq)
 	}
 	if len(parts) != 3 || err != nil || h.Seq < 1 || h.Chain == "" || h.MAC == "" {
-		return Head{}, fmt.Errorf("%.80q tells no line of an audit log: it looks like 6f1c…/1234/Jd3k…", s)
+		return Head{}, fmt.Errorf("%.80q is not a line of an audit log, which looks like 6f1c…/1234/Jd3k…", s)
 	}
 	return h, nil
 }
 
 const (
-	// maxBatch is how many entries are written at once, when many wait.
+	// maxBatch is how many entries are written together, if that many wait.
 	maxBatch = 256
 	// maxLine bounds a line, in bytes.
 	maxLine = 16 << 10
@@ -221,7 +221,7 @@ func (l *Log) Missing(ctx context.Context, known []Head) ([]Head, error) {
 }
 
 // Write writes an entry, with the current time, and returns once it is on
-// disk. Those of many callers at once go there together. Errors wrap
+// disk. Entries of concurrent callers are written together. Errors wrap
 // [ErrUnavailable].
 func (l *Log) Write(e Entry) error {
 	e.Time = time.Now().UTC()

@@ -33,7 +33,7 @@ func OpenFile(name string, key Key, known ...Head) (*Log, error) {
 	return l, nil
 }
 
-// stdout is a sink whose reader is somebody else.
+// stdout is a sink that another program reads.
 type stdout struct{}
 
 func (stdout) append(_ string, _ int64, lines [][]byte) error {

@@ -29,8 +29,8 @@ const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 	PRIMARY KEY (chain, seq)
 )`
 
-// OpenPostgres begins a log in the table copilot_audit of the database that
-// url tells, where each run of a broker has a chain of its own. Known are the last
+// OpenPostgres begins a log in the table copilot_audit of the database at
+// url, where each run of a broker has a chain of its own. Known are the last
 // lines of chains that are known to be there: those that are not are logged. Errors of
 // the database wrap [ErrUnavailable].
 func OpenPostgres(ctx context.Context, url string, key Key, known ...Head) (*Log, error) {
@@ -98,7 +98,7 @@ func openTable(ctx context.Context, url string) (table, error) {
 	ctx, cancel := context.WithTimeout(ctx, appendWithin)
 	defer cancel()
 	err = postgres.InTransaction(ctx, pool, func(tx pgx.Tx) error {
-		// Two brokers that make a table at once would get in each other's way.
+		// Of two brokers that create the table concurrently, one would fail.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('copilot_audit'))`); err != nil {
 			return err
 		}
@@ -163,7 +163,7 @@ func (t table) head(_ Key, chain string) ([]byte, error) {
 	return []byte(line), nil
 }
 
-// ReadPostgres returns the lines of all chains in the database that url tells,
+// ReadPostgres returns the lines of all chains in the database at url,
 // as [Verify] takes them. The caller closes the reader.
 func ReadPostgres(ctx context.Context, url string) (io.ReadCloser, error) {
 	pool, err := connect(ctx, url)

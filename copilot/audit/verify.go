@@ -35,9 +35,9 @@ type Report struct {
 	// Heads are the last lines of each chain, which a later verification may
 	// start from.
 	Heads []Head
-	// Problems tell what was changed, removed or put in, the first hundred.
+	// Problems describe what was changed, removed or inserted, up to a hundred.
 	Problems []string
-	// Notes tell what is odd but takes nothing away.
+	// Notes describe what is unusual but no problem.
 	Notes []string
 }
 
@@ -63,7 +63,7 @@ type Known struct {
 	Acknowledged []Head
 }
 
-// excuses reports whether heads tell that the chain of h was there up to h, or further.
+// excuses reports whether heads have the chain of h up to h, or further.
 func excuses(heads []Head, h Head) bool {
 	return slices.ContainsFunc(heads, func(s Head) bool { return s.Chain == h.Chain && s.Seq >= h.Seq })
 }
@@ -88,7 +88,7 @@ func VerifyTo(r io.Reader, key Key, known Known) (Report, error) {
 		}
 	}
 	chains := make(map[string]Head)
-	before := make(map[string]Head) // by the chain whose first line tells it
+	before := make(map[string]Head) // by the chain whose first line names it
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
 	number := 0

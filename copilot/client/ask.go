@@ -67,7 +67,7 @@ func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) 
 			if b.tries == 1 {
 				b.failed()
 			}
-			if b.err == nil || ctx.Err() == nil { // else what it said before tells more than that time ran out
+			if b.err == nil || ctx.Err() == nil { // else its earlier error says more than that time ran out
 				b.err = err
 			}
 			b.retry, b.again = retry, time.Now().Add(retry.after)
@@ -83,7 +83,7 @@ func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) 
 	}
 }
 
-// unavailable tells why each broker gave no usable answer.
+// unavailable says why each broker gave no usable answer.
 func unavailable(all []*candidate) error {
 	errs := make([]error, len(all))
 	for i, b := range all {

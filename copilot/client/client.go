@@ -183,7 +183,7 @@ func parseKEK(answer []byte, id string, version int) (KEK, error) {
 type Wrapped struct {
 	// Version is the KEK's, from 1.
 	Version int `json:"version"`
-	// Method is that of pilot's annotations: A256GCMKW for what whoever has the
+	// Method is that of pilot's annotations: A256GCMKW for what anybody with the
 	// KEK can unwrap, copilot for what only the broker can.
 	Method string `json:"method"`
 	// IV has 12 bytes, and is nil with the method copilot.

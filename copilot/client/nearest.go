@@ -100,7 +100,7 @@ func (b *endpoint) avoid() {
 	d := min(mostAvoid, firstAvoid<<min(b.failures, 10))
 	b.down = true
 	b.failures++
-	b.probeAt = time.Now().Add(d/2 + rand.N(d/2)) // not all nodes at once
+	b.probeAt = time.Now().Add(d/2 + rand.N(d/2)) // not all nodes at the same time
 }
 
 // probed notes what came of a probe. The failures stay: what answers probes may

@@ -21,7 +21,7 @@ const (
 )
 
 // backOff waits between the tries of one call: a random time of up to 100 ms,
-// doubled each time, so that many nodes do not come back all at once. The tries
+// doubled each time, so that many nodes do not retry at the same time. The tries
 // last for some 1.5 seconds, in which a broker may be restarted.
 type backOff struct {
 	most int // tries

@@ -22,6 +22,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	broker "github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/internal/certfile/certtest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
@@ -33,46 +34,16 @@ type tlsBroker struct{ url, auditLog string }
 func startTLSBroker(t *testing.T, server certtest.Files, clients *certtest.Authority) tlsBroker {
 	t.Helper()
 	dir := t.TempDir()
-	keys, err := broker.OpenKeys(t.Context(), broker.Config{Dir: dir})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := keys.Close(); err != nil {
-		t.Fatal(err)
-	}
+	servertest.CreateKEKs(t, dir, "team-a")
 	address := loopbacktest.FreeAddress(t)
 	policy := filepath.Join(dir, "policy.toml")
 	if err := os.WriteFile(policy, []byte("[[rule]]\nidentities = ['**']\nkeks = ['**']\nactions = ['export']\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The socket is opened last, so once it answers the address does too.
-	socket := filepath.Join(dir, "s")
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() {
-		done <- broker.Serve(ctx, broker.Config{
-			Dir: dir, Listen: []string{address, "unix://" + socket},
-			TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File, Policy: policy,
-		})
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
+	servertest.Serve(t, broker.Config{
+		Dir: dir, Listen: []string{address}, TLSCert: server.Cert, TLSKey: server.Key, TLSClientCA: clients.File, Policy: policy,
 	})
-	for range 6000 { // a minute
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			return tlsBroker{"https://" + address, filepath.Join(dir, "audit.log")}
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the broker does not start")
-	return tlsBroker{}
+	return tlsBroker{"https://" + address, filepath.Join(dir, "audit.log")}
 }
 
 // audited returns the audit log's entries of an action.

@@ -28,7 +28,7 @@ type tokenFile struct {
 }
 
 // authorization returns the value of the header that shows the token, read
-// anew if the file was changed. Errors do not tell what the file holds.
+// anew if the file was changed. Errors do not quote the file.
 func (f *tokenFile) authorization() (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -15,7 +15,7 @@ type database interface {
 	// and is not made if change fails.
 	update(ctx context.Context, id string, change func(old []byte) ([]byte, error)) error
 	// once keeps what made returns under a name if it has nothing there
-	// yet, and returns what it has then. Of several at once, one makes it.
+	// yet, and returns what it has then. Of concurrent callers, one makes it.
 	once(ctx context.Context, name string, made func() ([]byte, error)) ([]byte, error)
 	// put keeps b under a name of its own, instead of what was there.
 	put(ctx context.Context, name string, b []byte) error

@@ -142,10 +142,10 @@ func (s *Store) Create(ctx context.Context, id string, key []byte, c Change) (KE
 	}
 	return s.update(ctx, id, c, func(k *KEK) error {
 		if k.allDestroyed(s.now()) {
-			return fmt.Errorf("%w, and it was destroyed: take another name, since images may still tell of this one", ErrExists)
+			return fmt.Errorf("%w, and it was destroyed: take another name, since images may still refer to this one", ErrExists)
 		}
 		if k.Backend != "" {
-			return fmt.Errorf("%w, and it lived in %s: take another name, since images may still tell of this one", ErrExists, k.Backend)
+			return fmt.Errorf("%w, and it lived in %s: take another name, since images may still refer to this one", ErrExists, k.Backend)
 		}
 		if len(k.Versions) > 0 {
 			return ErrExists
@@ -282,7 +282,7 @@ func (s *Store) forget(v *Version) bool {
 	return true
 }
 
-// Sweep removes the keys of versions whose time has come. log is told of each
+// Sweep removes the keys of versions whose time has come. log is called with each
 // KEK that changes. A record that is damaged is an error, and no reason not to
 // go on.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {

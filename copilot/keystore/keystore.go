@@ -73,7 +73,7 @@ func Exists(dir string) error {
 // database that is there, to read.
 var openPostgres, readPostgres func(ctx context.Context, url string) (database, error)
 
-// Open opens the store in the PostgreSQL database that url tells, or, if url is
+// Open opens the store in the PostgreSQL database at url, or, if url is
 // empty, in a file in the directory dir, making what is missing. The master key
 // is in $CREDENTIALS_DIRECTORY/copilot-master-key if that exists, else in the
 // file master.key in dir, which is made if the store is new.
@@ -224,7 +224,7 @@ func (s *Store) decode(id string, b []byte) (KEK, error) {
 
 // Change is a change of one KEK.
 type Change struct {
-	// Log, if not nil, is told of the KEK as it will be, right before the
+	// Log, if not nil, is called with the KEK as it will be, right before the
 	// change is made, which it is only if Log returns nil.
 	Log func(KEK) error
 	// Backend names where the KEK lives if it is not in this store; a record
@@ -284,8 +284,8 @@ func (c *counts) of(key string) *ahead {
 }
 
 // Count adds n to the number of keys wrapped with a version and returns that
-// number, which may be too high by a small part of the limit: the database is
-// told of many wraps at a time, before they are made.
+// number, which may be too high by a small part of the limit: many wraps are
+// counted in the database together, before they are made.
 func (s *Store) Count(ctx context.Context, id string, version int, n, limit int64) (int64, error) {
 	a := s.counts.of(fmt.Sprintf("%s\x00%d", id, version))
 	a.mu.Lock()

@@ -246,9 +246,9 @@ func TestLife(t *testing.T) {
 	if _, err := s.Enable(ctx, "a", 1, Change{}); !errors.Is(err, ErrState) {
 		t.Errorf("enable what was destroyed: %v", err)
 	}
-	var told []string
-	if err := s.Sweep(ctx, func(k KEK) error { told = append(told, k.ID); return nil }); err != nil || len(told) != 1 {
-		t.Errorf("swept %v, %v", told, err)
+	var swept []string
+	if err := s.Sweep(ctx, func(k KEK) error { swept = append(swept, k.ID); return nil }); err != nil || len(swept) != 1 {
+		t.Errorf("swept %v, %v", swept, err)
 	}
 	if err := s.Sweep(ctx, func(KEK) error { t.Error("swept again"); return nil }); err != nil {
 		t.Error(err)

@@ -59,7 +59,7 @@ func newPostgres(ctx context.Context, url string) (database, error) {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	err = postgres.InTransaction(ctx, pool, func(tx pgx.Tx) error {
-		// Two brokers that make a table at once would get in each other's way.
+		// Of two brokers that create the table concurrently, one would fail.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, 0)`, lockSpace); err != nil {
 			return err
 		}

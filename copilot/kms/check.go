@@ -7,7 +7,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/loopback"
 )
 
-// CheckPlaintext refuses what a [Wrapper] need not take.
+// CheckPlaintext rejects sizes that a [Wrapper] need not accept.
 func CheckPlaintext(plaintext []byte) error {
 	if n := len(plaintext); n < 1 || n > MaxPlaintext {
 		return fmt.Errorf("plaintext has %d bytes, not 1 to %d", n, MaxPlaintext)
@@ -15,7 +15,7 @@ func CheckPlaintext(plaintext []byte) error {
 	return nil
 }
 
-// CheckURL refuses where keys would cross a network in plain.
+// CheckURL rejects a URL to which keys would be sent unencrypted.
 func CheckURL(name, value string) error {
 	u, err := url.Parse(value)
 	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
@@ -27,8 +27,8 @@ func CheckURL(name, value string) error {
 	return fmt.Errorf("%s = %q: keys would cross the network in plain: use https", name, value)
 }
 
-// CheckOnlyVersion refuses a version that a KMS which keeps them to itself
-// never returns.
+// CheckOnlyVersion rejects a version other than 1, for a KMS that does not
+// expose its versions.
 func CheckOnlyVersion(version int) error {
 	if version != 1 {
 		return fmt.Errorf("%w: version %d of a key whose KMS keeps versions to itself", ErrUnwrap, version)

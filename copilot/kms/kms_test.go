@@ -9,5 +9,5 @@ import (
 
 func TestUnknownTypeIsRefusedWithTheKnownOnes(t *testing.T) {
 	open := func(kms.Settings) (kms.Backend, error) { return nil, nil }
-	kmstest.Opens(t, kms.Types{"b": open, "a": open}, "typo", "", `no backend of type "typo" in this copilot: it has a, b`)
+	kmstest.Opens(t, kms.Types{"b": open, "a": open}, "typo", "", `unknown backend type "typo": this copilot has a, b`)
 }

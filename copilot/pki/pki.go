@@ -48,7 +48,7 @@ type CA struct {
 	file []*x509.Certificate
 }
 
-// Create makes a CA in dir, for trustDomain, that holds for that time. The
+// Create makes a CA in dir, for trustDomain, that is valid for that time. The
 // files must not exist.
 func Create(dir, trustDomain string, hold time.Duration) (*CA, error) {
 	if !validDomain.MatchString(trustDomain) {
@@ -156,7 +156,7 @@ var (
 	validPath   = regexp.MustCompile(`^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$`)
 )
 
-// Client is what a certificate says of whoever asks a broker.
+// Client describes the certificate of a broker's client.
 type Client struct {
 	// Path is the SPIFFE ID's, such as node/worker-7.
 	Path string
@@ -284,11 +284,11 @@ func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile 
 	return writePair(certFile, der, keyFile, key, own)
 }
 
-// sign signs a certificate, by itself if parent is nil, that holds for that
+// sign signs a certificate, by itself if parent is nil, that is valid for that
 // time, and not longer than its parent.
 func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypto.Signer, hold time.Duration) ([]byte, error) {
 	if hold <= 0 {
-		return nil, fmt.Errorf("a certificate that holds for %s is of no use", hold)
+		return nil, fmt.Errorf("a certificate cannot be valid for %s", hold)
 	}
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
@@ -299,7 +299,7 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 	if parent == nil {
 		parent = template
 	} else if template.NotAfter.After(parent.NotAfter) {
-		return nil, fmt.Errorf("the CA's own certificate holds only until %s", parent.NotAfter.Format(time.RFC3339))
+		return nil, fmt.Errorf("the CA itself is valid only until %s", parent.NotAfter.Format(time.RFC3339))
 	}
 	return x509.CreateCertificate(rand.Reader, template, parent, public, key)
 }

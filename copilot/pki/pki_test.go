@@ -78,7 +78,7 @@ func TestIssue(t *testing.T) {
 	if err := ca.IssueClient(Client{"node/a", time.Minute}, in("node.pem"), in("x-key.pem")); err == nil || !strings.Contains(err.Error(), "not overwritten") {
 		t.Errorf("over a certificate: %v", err)
 	}
-	if err := ca.IssueClient(Client{"node/a", 2 * time.Hour}, in("a.pem"), in("a-key.pem")); err == nil || !strings.Contains(err.Error(), "holds only until") {
+	if err := ca.IssueClient(Client{"node/a", 2 * time.Hour}, in("a.pem"), in("a-key.pem")); err == nil || !strings.Contains(err.Error(), "valid only until") {
 		t.Errorf("longer than the CA: %v", err)
 	}
 	if _, err := Create(dir, "example.com", time.Hour); err == nil {

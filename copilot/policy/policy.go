@@ -53,7 +53,7 @@ type limit struct {
 	Identities []string `toml:"identities"`
 	PerSecond  float64  `toml:"per-second"`
 	Burst      int      `toml:"burst"`
-	// Connections is how many the identity may have open at once. Default:
+	// Connections is how many the identity may have open. Default:
 	// defaultConnections.
 	Connections int `toml:"connections"`
 }
@@ -168,7 +168,7 @@ func checkPatterns(patterns []string) error {
 type Verdict struct {
 	Allowed bool
 	// Reason says which rule decided, or which came close, for the audit log
-	// and for whoever writes the policy. It is not for whoever was denied.
+	// and for the author of the policy. It is not for the caller that was denied.
 	Reason string
 }
 

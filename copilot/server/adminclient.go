@@ -156,6 +156,11 @@ func (k *remoteKeys) call(ctx context.Context, method, path string, body []byte,
 		req.Body, req.ContentLength = secret.Reader(), int64(len(body))
 		req.GetBody = func() (io.ReadCloser, error) { return secret.Reader(), nil }
 	}
+	return k.do(req, out)
+}
+
+// do sends a request and decodes the answer into out.
+func (k *remoteKeys) do(req *http.Request, out any) error {
 	resp, err := k.http.Do(req)
 	if err != nil {
 		return fmt.Errorf("request to copilot: %w", err)

@@ -47,6 +47,7 @@ func (a *api) handler() http.Handler {
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
 		mux.HandleFunc("GET "+auditHeadsPath, a.auditHeads)
+		mux.Handle("POST "+acknowledgePath, a.chain(route{action: "acknowledge", handle: a.acknowledge}))
 		status.Profiles(mux)
 	}
 	for pattern, r := range a.routes() {

@@ -57,8 +57,8 @@ func (n *headNotes) note(ctx context.Context) {
 		return
 	}
 	if ended := n.log.Ended(); n.noted.Seq == 0 && ended.Seq > 0 {
-		// The log itself names that line now, so the store need not.
-		err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: ended.Chain, Seq: ended.Seq, MAC: ended.MAC, At: time.Now().UTC()})
+		// The log itself names that line now, so nobody has to look for it.
+		err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: ended.Chain, Seq: ended.Seq, MAC: ended.MAC, Log: n.name, At: time.Now().UTC(), Lost: true})
 		if err != nil {
 			return
 		}
@@ -98,16 +98,31 @@ func openAudit(ctx context.Context, conf Config, store *keystore.Store) (*audit.
 	return audit.OpenPostgres(ctx, conf.Database, key, known...)
 }
 
-// HeadsOf returns the heads of one log, the last one at the end.
+// HeadsOf returns the heads that a log has to have, the last one at the end.
 func HeadsOf(heads []keystore.AuditHead, log string) []audit.Head {
 	slices.SortFunc(heads, func(a, b keystore.AuditHead) int { return a.At.Compare(b.At) })
 	var list []audit.Head
 	for _, h := range heads {
-		if h.Log == log {
-			list = append(list, audit.Head{Chain: h.Chain, Seq: h.Seq, MAC: h.MAC})
+		if h.Log == log && !h.Lost {
+			list = append(list, headOf(h))
 		}
 	}
 	return list
+}
+
+// AcknowledgedOf returns the heads of a log that need not be there any more, and says of
+// each who has acknowledged that, and why.
+func AcknowledgedOf(heads []keystore.AuditHead, log string) (list []audit.Head, why []string) {
+	for _, h := range heads {
+		if h.Log == log && h.Acknowledged != "" {
+			list, why = append(list, headOf(h)), append(why, h.Acknowledged)
+		}
+	}
+	return list, why
+}
+
+func headOf(h keystore.AuditHead) audit.Head {
+	return audit.Head{Chain: h.Chain, Seq: h.Seq, MAC: h.MAC}
 }
 
 // auditHeadsPath is the admin socket's path for the heads, since nothing else can open the

@@ -16,33 +16,15 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 )
 
 // serve runs a broker on a store, until the test ends, and returns the address
 // of its socket.
 func serve(t testing.TB, dir string, conf server.Config) string {
 	t.Helper()
-	socket := filepath.Join(dir, "s")
-	// It is opened last: once it answers, so do the others in conf.
-	conf.Dir, conf.Listen = dir, append(conf.Listen, "unix://"+socket)
-	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(ctx, conf) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	for range 6000 { // a minute
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			return "unix://" + socket
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the broker does not start")
-	return ""
+	conf.Dir = dir
+	return servertest.Serve(t, conf)
 }
 
 func open(t testing.TB, dir string) server.Keys {

@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"crypto/tls"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
-	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // TestRemovedCA keeps connections open while the CA of their certificates is removed from
@@ -40,16 +38,8 @@ func TestRemovedCA(t *testing.T) {
 		reused bool
 	}
 	connect := func(cert, key string, http2 bool) *client {
-		pair, err := tls.LoadX509KeyPair(cert, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pool, err := certfile.Pool(b.Dir + "/ca.pem")
-		if err != nil {
-			t.Fatal(err)
-		}
 		return &client{Client: http.Client{Timeout: harness.Timeout, Transport: &http.Transport{
-			TLSClientConfig: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}, ForceAttemptHTTP2: http2,
+			TLSClientConfig: b.ClientTLS(t, cert, key), ForceAttemptHTTP2: http2,
 		}}}
 	}
 	ask := func(c *client) (int, string) {

@@ -120,7 +120,9 @@ func TestRewrapRegistry(t *testing.T) {
 			if method == "PUT" && strings.Contains(path, "sha256:") {
 				once.Do(func() { w.Manifest("PUT", "team/app", "3", mediaType, other) })
 			}
-		}, func() { harness.ExpectFailure(t, rewrap(app+"3"), app+"3 was changed while this command ran, and stays as it is") })
+		}, func() {
+			harness.ExpectFailure(t, rewrap(app+"3"), app+"3 was changed while this command ran, and stays as it is")
+		})
 		if now, _ := w.Manifest("GET", "team/app", "3", "", ""); now != other {
 			t.Error("the other's work was overwritten")
 		}

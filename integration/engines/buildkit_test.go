@@ -122,13 +122,13 @@ func builtOn(t testing.TB, base, m ocispec.Manifest, plain int) {
 func TestBuildKit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, brokerURL, ociConf := harness.StartCI(t, dir, "team-a", "team-b")
+	c := harness.StartCI(t, dir, "team-a", "team-b")
 	home := harness.TempDir(t)
-	harness.StartPilot(t, home, brokerURL)
+	harness.StartPilot(t, home, c.BrokerURL)
 	b := newBuilder(t, harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()}), c.Registry)
-	b.Ocicrypt = ociConf
+	b.Ocicrypt = c.Ocicrypt
 	elsewhere := harness.TempDir(t)
-	harness.StartPilot(t, elsewhere, brokerURL)
+	harness.StartPilot(t, elsewhere, c.BrokerURL)
 	n := harness.NewDifferNode(t, elsewhere, harness.DifferConfig{Containerd: harness.Containerd2()})
 
 	base := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
@@ -296,7 +296,7 @@ func TestBuildKit(t *testing.T) {
 
 	t.Run("containerd 1.7", func(t *testing.T) {
 		d := harness.TempDir(t)
-		harness.StartPilot(t, d, brokerURL)
+		harness.StartPilot(t, d, c.BrokerURL)
 		b := newBuilder(t, harness.NewDifferNode(t, d, harness.DifferConfig{Containerd: harness.Containerd17()}), c.Registry)
 		says(t, b.build("FROM "+base+"\nRUN [\"/hello\"]\n", nil), greeting)
 	})
@@ -361,8 +361,8 @@ func fileIn(t testing.TB, archive, name string) string {
 func TestBuiltinBuildKit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, _, ociConf := harness.StartCI(t, dir, "team-a")
-	b := newBuilder(t, harness.BuiltinNode(t, dir, ociConf), c.Registry)
+	c := harness.StartCI(t, dir, "team-a")
+	b := newBuilder(t, harness.BuiltinNode(t, dir, c.Ocicrypt), c.Registry)
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\n", nil), "hello, "+c.Secrets[image])
 }

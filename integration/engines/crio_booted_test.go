@@ -23,12 +23,12 @@ func crioPrograms(m *harness.Machine) {
 func TestCRIONode(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	m := harness.NewCRIOMachine(t)
 	crioPrograms(m)
 	before := m.Files()
-	m.BrokerAt(brokerURL)
+	m.BrokerAt(c.BrokerURL)
 
 	diff := harness.Output(t, m.Pilot("node", "install", "--dry-run"))
 	if !strings.Contains(diff, "+++ /etc/systemd/system/crio.service.d/pilot.conf") || strings.Contains(diff, "/etc/containerd") {
@@ -68,10 +68,10 @@ func TestCRIONode(t *testing.T) {
 func TestCRIOBooted(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	const brokerSocket = "/var/lib/copilot.sock"
-	b := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + strings.TrimPrefix(brokerURL, "unix://") + ":" + brokerSocket}, func(m *harness.Machine) {
+	b := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + strings.TrimPrefix(c.BrokerURL, "unix://") + ":" + brokerSocket}, func(m *harness.Machine) {
 		m.AddProgram(filepath.Join(harness.Bin, "pilot"))
 		m.OnlyCRIO()
 		crioPrograms(m)

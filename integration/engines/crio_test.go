@@ -132,12 +132,10 @@ func expectStep(t testing.TB, r harness.DoctorReport, step, result string, said 
 func TestCRIO(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
+	c := harness.StartCI(t, dir, "team-a", "team-b")
 	_, strangerURL := harness.StartBroker(t, dir+"/other", "team-b")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
 	pause := c.Pause()
-	n := newCRIO(t, dir+"/node", brokerURL, pause)
+	n := newCRIO(t, dir+"/node", c.BrokerURL, pause)
 
 	for _, k := range harness.LayerKinds {
 		t.Run("run "+k.Name, func(t *testing.T) {
@@ -265,7 +263,7 @@ func TestCRIO(t *testing.T) {
 		expectStep(t, n.examine(t), "crio", "failed", "CRI-O does not answer")
 
 		// An executable, and an unset variable.
-		harness.Write(t, n.Ocicrypt, fmt.Sprintf(`{"key-providers": {"pilot": {"cmd": {"path": "%s/pilot", "args": ["keyprovider", "--broker", "%s"]}}}}`, harness.Bin, brokerURL))
+		harness.Write(t, n.Ocicrypt, fmt.Sprintf(`{"key-providers": {"pilot": {"cmd": {"path": "%s/pilot", "args": ["keyprovider", "--broker", "%s"]}}}}`, harness.Bin, c.BrokerURL))
 		n.start(t)
 		harness.Output(t, n.Crictl("rmi", "-a"))
 		harness.Output(t, n.Crictl("pull", image))
@@ -283,10 +281,10 @@ func TestCRIO(t *testing.T) {
 func TestCRIOLibrary(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, _, ociConf := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	pull := func(t *testing.T, keys, image string) *exec.Cmd {
 		cmd := harness.Command(t, tool(t, "criopull"), "-root", filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-")), "-keys", keys, image)
-		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+ociConf, "HOME="+dir)
+		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+c.Ocicrypt, "HOME="+dir)
 		return cmd
 	}
 	for _, k := range harness.LayerKinds {

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
-	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // limited returns a command that may have only so many open files.
@@ -95,13 +94,11 @@ func expectFilesClosed(t testing.TB, p *harness.Process, before int) {
 func TestPilotOutOfFiles(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	home := harness.TempDir(t)
 	const limit = 64
-	p := harness.Start(t, home, "pilot", limited(limit, "pilot", "serve", "--config", "/dev/null", "--listen", "unix://"+home+"/keyprovider.sock", "--broker", brokerURL,
+	p := harness.Start(t, home, "pilot", limited(limit, "pilot", "serve", "--config", "/dev/null", "--listen", "unix://"+home+"/keyprovider.sock", "--broker", c.BrokerURL,
 		"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--kek-cache-size", "0", "--broker-timeout", "10s", "--admin-listen", "unix://"+home+"/admin.sock"))
 	harness.Await(t, "pilot", harness.Reachable(home+"/diff.sock"))
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
@@ -184,14 +181,7 @@ func TestCopilotOutOfFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := openFiles(t, p)
-	pair, err := tls.LoadX509KeyPair(cert, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool, err := certfile.Pool(b.Dir + "/ca.pem")
-	if err != nil {
-		t.Fatal(err)
-	}
+	config := b.ClientTLS(t, cert, key)
 	for name, address := range map[string]string{"tcp": b.Address, "unix": b.Dir + "/copilot.sock"} {
 		t.Run(name, func(t *testing.T) {
 			leave := openConnections(t, p, limit, name, address)
@@ -200,7 +190,7 @@ func TestCopilotOutOfFiles(t *testing.T) {
 			if err := k.Unwrap(t.Context(), annotation); err != nil {
 				t.Error(err)
 			}
-			dialer := tls.Dialer{Config: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}}
+			dialer := tls.Dialer{Config: config}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
 			conn, err := dialer.DialContext(ctx, "tcp", b.Address)

@@ -103,9 +103,7 @@ func (g *memoryGroup) kills(t testing.TB) int {
 func TestOutOfMemory(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	const limit, window, size = 96 << 20, 256 << 20, 200 << 20
 	wide := harness.LayerKind{Name: "zstd", Compress: func(w io.Writer) io.WriteCloser {
 		z, err := zstd.NewWriter(w, zstd.WithWindowSize(window), zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
@@ -126,7 +124,7 @@ func TestOutOfMemory(t *testing.T) {
 	home := harness.TempDir(t)
 	g := newMemoryGroup(t, limit)
 	started := func() *harness.Process {
-		p := harness.StartActivatedPilot(t, home, brokerURL)
+		p := harness.StartActivatedPilot(t, home, c.BrokerURL)
 		g.add(t, p)
 		return p
 	}

@@ -86,8 +86,8 @@ func (b *TLSBroker) Enroll(t testing.TB, name string, args ...string) (cert, key
 	return b.Dir + "/" + name + ".pem", b.Dir + "/" + name + "-key.pem"
 }
 
-// Request makes a request as the holder of a certificate.
-func (b *TLSBroker) Request(t testing.TB, cert, key, method, path, body string) (int, string) {
+// ClientTLS returns the TLS of a client with a certificate.
+func (b *TLSBroker) ClientTLS(t testing.TB, cert, key string) *tls.Config {
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
@@ -97,7 +97,13 @@ func (b *TLSBroker) Request(t testing.TB, cert, key, method, path, body string) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	return request(t, &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}}, b.URL(), method, path, body)
+	return &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}}
+}
+
+// Request makes a request as the holder of a certificate.
+func (b *TLSBroker) Request(t testing.TB, cert, key, method, path, body string) (int, string) {
+	t.Helper()
+	return request(t, &http.Transport{TLSClientConfig: b.ClientTLS(t, cert, key)}, b.URL(), method, path, body)
 }
 
 // StartBroker starts a copilot in dir with the KEKs given and returns its socket's

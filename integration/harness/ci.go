@@ -17,22 +17,28 @@ type CI struct {
 	Registry, Storage string
 	Secrets           map[string]string // by image
 	tampered          int               // images
+
+	// Of StartCI.
+	Broker    *Process
+	BrokerURL string
 }
 
+// StartCI starts a broker with KEKs in dir/broker and, in dir/ci, a pilot and the machine.
+func StartCI(t testing.TB, dir string, keks ...string) *CI {
+	t.Helper()
+	broker, url := StartBroker(t, dir+"/broker", keks...)
+	_, ocicrypt := StartPilot(t, dir+"/ci", url)
+	c := NewCI(t, dir+"/ci", ocicrypt)
+	c.Broker, c.BrokerURL = broker, url
+	return c
+}
+
+// NewCI starts a machine whose key providers are those of the file ocicrypt.
 func NewCI(t testing.TB, dir, ocicrypt string) *CI {
 	t.Helper()
 	c := &CI{Node: NewNode(t, dir, Containerd2(), ocicrypt, ""), Secrets: map[string]string{}}
 	c.Registry, c.Storage = StartRegistry(t, dir)
 	return c
-}
-
-// StartCI starts a broker with KEKs in dir/broker, and in dir/ci a pilot that uses it and
-// a CI machine that encrypts with that pilot. ocicrypt is the machine's ocicrypt.conf.
-func StartCI(t testing.TB, dir string, keks ...string) (c *CI, brokerURL, ocicrypt string) {
-	t.Helper()
-	_, brokerURL = StartBroker(t, dir+"/broker", keks...)
-	_, ocicrypt = StartPilot(t, dir+"/ci", brokerURL)
-	return NewCI(t, dir+"/ci", ocicrypt), brokerURL, ocicrypt
 }
 
 // Image makes an encrypted image and returns its name in the registry.

@@ -70,7 +70,7 @@ func awsEnvironment(t *testing.T) {
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 }
 
-// start starts it with as many versions of each key as told, the old ones the
+// start starts it with that many versions of each key, the old ones the
 // same each time.
 func (k *localKMS) start(versions int) *harness.Process {
 	k.t.Helper()

@@ -28,16 +28,14 @@ func TestPullsAtOnce(t *testing.T) {
 	}
 	dir := harness.TempDir(t)
 	keks := []string{"team-a", "team-b", "team-c"}
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", keks...)
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, keks...)
 	var images []string
 	for i := range count {
 		images = append(images, layeredImage(c, i, 1+i%4, "provider:pilot:"+keks[i%len(keks)]))
 	}
 
 	home := harness.TempDir(t)
-	provider, _ := harness.StartPilot(t, home, brokerURL, "--admin-listen", "unix://"+home+"/admin.sock")
+	provider, _ := harness.StartPilot(t, home, c.BrokerURL, "--admin-listen", "unix://"+home+"/admin.sock")
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2(), Unpacks: 8})
 	// What pilot keeps as long as it runs is there after the first pull.
 	first := layeredImage(c, count, 1, "provider:pilot:team-a")

@@ -34,15 +34,13 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("PILOT_SOAK=%q: say how long, a minute or more, as in PILOT_SOAK=1h", os.Getenv("PILOT_SOAK"))
 	}
 	dir := harness.TempDir(t)
-	brokerProcess, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	var images []string
 	for _, k := range harness.LayerKinds {
 		images = append(images, c.Image(k, "provider:pilot:team-a"))
 	}
 	home := harness.TempDir(t)
-	provider, _ := harness.StartPilot(t, home, brokerURL, "--admin-listen", "unix://"+home+"/admin.sock", "--kek-cache-ttl", "5s", "--log-level", "warning")
+	provider, _ := harness.StartPilot(t, home, c.BrokerURL, "--admin-listen", "unix://"+home+"/admin.sock", "--kek-cache-ttl", "5s", "--log-level", "warning")
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	provided, served := harness.NewPilotClient(t, home), harness.NewPilotClient(t, dir+"/broker")
 
@@ -50,7 +48,7 @@ func TestSoak(t *testing.T) {
 	defer cancel()
 	run := func(name string, args ...string) error {
 		cmd := exec.CommandContext(ctx, name, args...)
-		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+ociConf)
+		cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+c.Ocicrypt)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, out)
 		}
@@ -83,7 +81,7 @@ func TestSoak(t *testing.T) {
 		return run("copilot", "keys", "rotate", "--dir", dir+"/broker", "team-a")
 	}))
 	g.Go(until(duration/60, func() error {
-		for _, p := range []*harness.Process{provider, brokerProcess} {
+		for _, p := range []*harness.Process{provider, c.Broker} {
 			if err := p.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
 				return err
 			}
@@ -114,7 +112,7 @@ func TestSoak(t *testing.T) {
 			return nil
 		}
 		next = next.Add(duration / 60)
-		for name, value := range resources(t, n, map[string]*harness.Process{"pilot": provider, "copilot": brokerProcess, "containerd": n.Process}) {
+		for name, value := range resources(t, n, map[string]*harness.Process{"pilot": provider, "copilot": c.Broker, "containerd": n.Process}) {
 			series[name] = append(series[name], value)
 		}
 		for name, k := range map[string]*harness.PilotClient{"pilot": provided, "copilot": served} {

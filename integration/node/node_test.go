@@ -18,7 +18,7 @@ import (
 func TestNodeInstall(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	var images []string
 	for _, k := range harness.LayerKinds {
 		images = append(images, c.Image(k, "provider:pilot:team-a"))
@@ -27,7 +27,7 @@ func TestNodeInstall(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			m := make(t)
 			before := m.Files()
-			m.BrokerAt(brokerURL)
+			m.BrokerAt(c.BrokerURL)
 
 			diff := harness.Output(t, m.Pilot("node", "install", "--dry-run"))
 			if !strings.Contains(diff, "+++ /etc/containerd/conf.d/pilot.toml") {
@@ -222,12 +222,12 @@ func TestNodeErofs(t *testing.T) {
 		t.Skip("this machine's kernel has no EROFS")
 	}
 	dir := harness.TempDir(t)
-	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	// Debian 13 has an mkfs.erofs that reads tar.
 	m := harness.NewMachine(t, filepath.Join(harness.Tools, "trixie"))
 	m.Upgrade("bin")
 	harness.Write(t, m.Root+"/etc/containerd/config.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'erofs'\n")
-	m.BrokerAt(brokerURL)
+	m.BrokerAt(c.BrokerURL)
 	harness.Output(t, m.Pilot("node", "install", "--broker", "unix:///run/copilot/copilot.sock"))
 	n := up(t, m)
 	harness.Output(t, m.Run("pilot", "node", "doctor", "--kek", "team-a"))

@@ -69,7 +69,7 @@ func TestNodeStateLost(t *testing.T) {
 
 				lose(t, m)
 				harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), nodeState, "pilot node install")
-				if out := harness.CombinedOutput(t, m.Pilot(append([]string{"node", "install"}, args...)...)); !strings.Contains(out, nodeState+": it is") || !strings.Contains(out, "are taken over: /") {
+				if out := harness.CombinedOutput(t, m.Pilot(append([]string{"node", "install"}, args...)...)); !strings.Contains(out, nodeState+": it is") || !strings.Contains(out, "are adopted: /") {
 					t.Errorf("install: %s", out)
 				}
 				after := m.Files()

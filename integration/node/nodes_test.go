@@ -67,7 +67,7 @@ func versionDir(version string) string {
 func TestNodes(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	c, brokerURL, _ := harness.StartCI(t, dir, "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	encrypted := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	plain := encrypted + "-plain"
 	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", plain))
@@ -85,7 +85,7 @@ func TestNodes(t *testing.T) {
 			t.Run(version+"/"+strings.TrimSuffix(test.file, ".toml"), func(t *testing.T) {
 				t.Parallel()
 				m := harness.Machines()[version](t)
-				m.BrokerAt(brokerURL)
+				m.BrokerAt(c.BrokerURL)
 				n := &installedNode{m: m, test: test, version: version, registry: c.Registry, plain: plain, encrypted: encrypted}
 				n.live(t)
 			})

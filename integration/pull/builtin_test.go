@@ -11,10 +11,8 @@ import (
 func TestBuiltin(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
-	n := harness.BuiltinNode(t, dir, ociConf)
+	c := harness.StartCI(t, dir, "team-a")
+	n := harness.BuiltinNode(t, dir, c.Ocicrypt)
 	for _, k := range harness.LayerKinds {
 		image := c.Image(k, "provider:pilot:team-a")
 		harness.Output(t, n.Crictl("pull", image))

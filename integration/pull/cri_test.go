@@ -14,10 +14,8 @@ import (
 func TestCRI(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	brokerProcess, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
+	c := harness.StartCI(t, dir, "team-a")
 	private, public := harness.KeyPair(t, dir+"/keys")
-	c := harness.NewCI(t, dir+"/ci", ociConf)
 	forNode := map[string]string{}
 	for _, k := range harness.LayerKinds {
 		forNode[k.Name] = c.Image(k, "provider:pilot:team-a")
@@ -36,7 +34,7 @@ func TestCRI(t *testing.T) {
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd16()} {
 		t.Run(v.Name, func(t *testing.T) {
 			home := harness.TempDir(t)
-			_, conf := harness.StartPilot(t, home, brokerURL, "--kek-cache-size", "0")
+			_, conf := harness.StartPilot(t, home, c.BrokerURL, "--kek-cache-size", "0")
 			n := harness.NewNode(t, home, v, conf, filepath.Dir(private))
 			n.T = t
 			for name, image := range forNode {
@@ -63,13 +61,13 @@ func TestCRI(t *testing.T) {
 			harness.ExpectFailure(t, n.Ctr("images", "pull", "--local", "--plain-http", forNode["tar"]),
 				"pilot-decoder: containerd passed no decryption payload")
 
-			brokerProcess.Stop(t)
-			harness.ExpectFailure(t, n.Crictl("pull", forNode["tar"]), "layer sha256:", `KEK "team-a"`, "copilot at "+brokerURL)
+			c.Broker.Stop(t)
+			harness.ExpectFailure(t, n.Crictl("pull", forNode["tar"]), "layer sha256:", `KEK "team-a"`, "copilot at "+c.BrokerURL)
 			os.Rename(conf, conf+".away")
 			harness.ExpectFailure(t, n.Crictl("pull", forNode["tar"]), `key provider "pilot" is not configured`)
 			harness.Write(t, conf, `{"key-providers": {"pilot": {"grpc": "unix://`+home+`/nobody.sock"}}}`)
 			harness.ExpectFailure(t, n.Crictl("pull", forNode["tar"]), "layer sha256:", home+"/nobody.sock")
-			brokerProcess, _ = harness.StartBroker(all, dir+"/broker")
+			c.Broker, _ = harness.StartBroker(all, dir+"/broker")
 		})
 	}
 }
@@ -79,10 +77,8 @@ func TestCRI(t *testing.T) {
 func TestDecoderErrorsReachTheUser(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	_, otherURL := harness.StartBroker(t, dir+"/other")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	_, conf := harness.StartPilot(t, dir+"/node", otherURL)
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd16()} {

@@ -23,9 +23,7 @@ import (
 func TestDiffer(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	images := map[string]string{}
 	for _, k := range harness.LayerKinds {
 		images[k.Name] = c.Image(k, "provider:pilot:team-a")
@@ -57,7 +55,7 @@ func TestDiffer(t *testing.T) {
 			t.Parallel()
 			home := harness.TempDir(t)
 			// pilot is there first.
-			harness.StartPilot(t, home, brokerURL)
+			harness.StartPilot(t, home, c.BrokerURL)
 			n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: test.v, Snapshotter: test.snapshotter, Sandbox: sandbox, Local: test.local})
 			for name, image := range images {
 				said := "hello, " + c.Secrets[image]
@@ -96,13 +94,11 @@ func TestDiffer(t *testing.T) {
 func TestDifferCommit(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd17()} {
 		home := harness.TempDir(t)
-		harness.StartPilot(t, home, brokerURL)
+		harness.StartPilot(t, home, c.BrokerURL)
 		n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
 		harness.Output(t, n.Ctr("images", "pull", "--local", "--plain-http", image))
 		harness.Output(t, n.Ctr("containers", "create", image, "c"))
@@ -154,10 +150,8 @@ func commitKeepsLease(t testing.TB, n *harness.Node, snapshot string) {
 func TestDifferFails(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
+	c := harness.StartCI(t, dir, "team-a")
 	_, otherURL := harness.StartBroker(t, dir+"/other")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
 	_, public := harness.KeyPair(t, dir+"/keys")
 	forKey := c.Image(harness.LayerKinds[1], "jwe:"+public)
 	var tampered []string
@@ -172,7 +166,7 @@ func TestDifferFails(t *testing.T) {
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd17()} {
 		t.Run(v.Name, func(t *testing.T) {
 			home := harness.TempDir(t)
-			process := harness.StartActivatedPilot(t, home, brokerURL)
+			process := harness.StartActivatedPilot(t, home, c.BrokerURL)
 			n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
 			for _, image := range tampered {
 				harness.ExpectFailure(t, n.Crictl("pull", image), "pilot: layer sha256:", "HMAC does not match")
@@ -208,7 +202,7 @@ func TestDifferFails(t *testing.T) {
 			process = harness.StartActivatedPilot(t, home, "unix://"+home+"/nobody.sock")
 			harness.ExpectFailure(t, n.Crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "copilot at unix://"+home+"/nobody.sock")
 			process.Stop(t)
-			harness.StartActivatedPilot(t, home, brokerURL)
+			harness.StartActivatedPilot(t, home, c.BrokerURL)
 			harness.Output(t, n.Crictl("pull", good))
 			harness.Output(t, n.Crictl("rmi", good))
 			n.ExpectNoSnapshots(t)
@@ -231,14 +225,12 @@ func wrongDiffID(c *harness.CI, recipient string) string {
 func TestDifferKilled(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	image := c.BigImage("provider:pilot:team-a")
 	for _, snapshotter := range []string{"overlayfs", "native"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			home := harness.TempDir(t)
-			process := harness.StartActivatedPilot(t, home, brokerURL)
+			process := harness.StartActivatedPilot(t, home, c.BrokerURL)
 			n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2(), Snapshotter: snapshotter})
 			killed := 0
 			for tries := 0; killed < 3 && tries < 40; tries++ {
@@ -263,7 +255,7 @@ func TestDifferKilled(t *testing.T) {
 				} else {
 					harness.Output(t, n.Crictl("rmi", image))
 				}
-				process = harness.StartActivatedPilot(t, home, brokerURL)
+				process = harness.StartActivatedPilot(t, home, c.BrokerURL)
 			}
 			if killed < 3 {
 				t.Fatalf("pilot was killed in the middle of %d pulls only", killed)
@@ -282,7 +274,7 @@ func TestDifferKilled(t *testing.T) {
 			pulls()
 			harness.Output(t, n.Crictl("rmi", image))
 			process.Stop(t)
-			process = harness.StartActivatedPilot(t, home, brokerURL)
+			process = harness.StartActivatedPilot(t, home, c.BrokerURL)
 			pulls()
 			if peak := process.Peak(t); peak > 64<<20 {
 				t.Errorf("pilot took %d MiB of memory for layers of %d MiB", peak>>20, harness.BigLayer>>20)
@@ -296,13 +288,11 @@ func TestDifferKilled(t *testing.T) {
 func TestDifferOverAPI(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	home := harness.TempDir(t)
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	hidden := exec.Command("unshare", "--mount", "sh", "-ec", `mount -t tmpfs tmpfs "$1"; exec pilot serve --config /dev/null --broker "$2" --listen "unix://$3/k.sock" --diff-listen "unix://$3/diff.sock" --containerd "$3/containerd.sock" --log-level debug`,
-		"sh", home+"/root/io.containerd.content.v1.content", brokerURL, home)
+		"sh", home+"/root/io.containerd.content.v1.content", c.BrokerURL, home)
 	harness.Start(t, home, "pilot", hidden)
 	harness.Await(t, "pilot", harness.Reachable(home+"/diff.sock"))
 	for _, k := range harness.LayerKinds {
@@ -321,9 +311,7 @@ func TestDifferOverAPI(t *testing.T) {
 func TestDifferAway(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	encrypted := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
 	plain := encrypted + "-plain"
 	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", plain))
@@ -333,7 +321,7 @@ func TestDifferAway(t *testing.T) {
 			// which is what containerd gives a connection. Where pilot takes
 			// longer to start it is tried again.
 			home := harness.TempDir(t)
-			process := harness.StartActivatedPilot(t, home, brokerURL)
+			process := harness.StartActivatedPilot(t, home, c.BrokerURL)
 			n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
 			for tries := 1; ; tries++ {
 				process.Stop(t)
@@ -342,7 +330,7 @@ func TestDifferAway(t *testing.T) {
 					t.Fatal(err)
 				}
 				time.Sleep(300 * time.Millisecond)
-				process = harness.StartActivatedPilot(t, home, brokerURL)
+				process = harness.StartActivatedPilot(t, home, c.BrokerURL)
 				err := pull.Wait()
 				if err == nil {
 					break
@@ -357,11 +345,11 @@ func TestDifferAway(t *testing.T) {
 
 			// Nobody does: it fails, and works again soon after pilot is back.
 			home = harness.TempDir(t)
-			process, _ = harness.StartPilot(t, home, brokerURL)
+			process, _ = harness.StartPilot(t, home, c.BrokerURL)
 			n = harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
 			process.Stop(t)
 			harness.ExpectFailure(t, n.Crictl("pull", image), home+"/diff.sock")
-			harness.StartPilot(t, home, brokerURL)
+			harness.StartPilot(t, home, c.BrokerURL)
 			harness.Await(t, "a pull", func() error { return n.Crictl("pull", image).Run() })
 			n.ExpectNoTraces(t)
 		}

@@ -115,9 +115,7 @@ func TestLargeManifest(t *testing.T) {
 func TestNestedIndexes(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, conf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", conf)
+	c := harness.StartCI(t, dir, "team-a")
 	w := harness.RecordRegistry(t, c.Registry)
 	app := w.Address + "/app:"
 	l := harness.NewLayout(t)
@@ -157,7 +155,7 @@ func TestNestedIndexes(t *testing.T) {
 	rewrap := func(args ...string) *exec.Cmd {
 		t.Helper()
 		cmd := harness.Command(t, "ctr-pilot", append([]string{"images", "rewrap", "--registry", "--plain-http"}, args...)...)
-		cmd.Env = append(cmd.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+conf, "TMPDIR="+dir)
+		cmd.Env = append(cmd.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+c.Ocicrypt, "TMPDIR="+dir)
 		return cmd
 	}
 	requests := w.Record(nil, func() {

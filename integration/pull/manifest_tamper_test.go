@@ -16,12 +16,10 @@ import (
 func TestManifestTampered(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, url := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
-	_, conf := harness.StartPilot(t, dir+"/ci", url)
-	c := harness.NewCI(t, dir+"/ci", conf)
+	c := harness.StartCI(t, dir, "team-a", "team-b")
 	image, other := c.Image(harness.LayerKinds[1], "provider:pilot:team-a"), c.Image(harness.LayerKinds[1], "provider:pilot:team-b")
 	home := harness.TempDir(t)
-	harness.StartPilot(t, home, url)
+	harness.StartPilot(t, home, c.BrokerURL)
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 
 	var foreign ocispec.Manifest

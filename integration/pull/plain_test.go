@@ -226,9 +226,7 @@ func TestPlain(t *testing.T) {
 func TestImageVolume(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)
-	c := harness.NewCI(t, dir+"/ci", ociConf)
+	c := harness.StartCI(t, dir, "team-a")
 	l := harness.NewLayout(t)
 	hello, err := os.ReadFile(filepath.Join(harness.Bin, "hello"))
 	if err != nil {
@@ -245,7 +243,7 @@ func TestImageVolume(t *testing.T) {
 	}), "provider:pilot:team-a")
 
 	ndir := harness.TempDir(t)
-	harness.StartPilot(t, ndir, brokerURL)
+	harness.StartPilot(t, ndir, c.BrokerURL)
 	n := harness.NewDifferNode(t, ndir, harness.DifferConfig{Containerd: harness.Containerd2(), Sandbox: c.Pause()})
 	harness.Output(t, n.Crictl("pull", app))
 	for name, test := range map[string]struct {

@@ -5,34 +5,24 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/urfave/cli/v3"
+
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/mistyped"
 )
-
-// flag is a flag of urfave/cli. Most also have TakesValue and IsRequired.
-type flag interface{ Names() []string }
-
-// command is a command with its flags and the commands below it.
-type command struct {
-	names       []string
-	flags       []flag
-	commands    []command
-	helpCommand bool
-}
 
 // helpNames are those of the flag --help and of the command help.
 var helpNames = []string{"help", "h"}
 
 // arrange returns the arguments with the flags of each command before its other
-// arguments, which follow "--": urfave/cli v2 looks for flags there only, and v3 drops
-// what follows an argument "-". It checks the names of commands and flags, which flags
-// need a value, and which are required, as the library answers mistakes there with
-// errors of no type of their own.
-func arrange(app command, args []string) ([]string, error) {
-	if len(args) == 0 || args[len(args)-1] == completionFlag {
+// arguments, which follow "--", as urfave/cli drops what follows an argument "-". It
+// checks the names of commands and flags, which flags need a value, and which are
+// required, as the library's errors have no types for these.
+func arrange(app *cli.Command, args []string) ([]string, error) {
+	if len(args) == 0 {
 		return args, nil
 	}
-	l := level{command: app, path: app.names[0]}
+	l := level{app, app.Name, append(app.Flags[:len(app.Flags):len(app.Flags)], cli.VersionFlag)}
 	out := args[:1:1]
 	for rest := args[1:]; ; {
 		flags, words, sub, left, err := l.split(rest)
@@ -46,22 +36,23 @@ func arrange(app command, args []string) ([]string, error) {
 			}
 			return append(append(out, words...), left...), nil
 		}
-		out = append(out, sub.names[0])
-		l = level{command: *sub, path: l.path + " " + sub.names[0]}
+		out = append(out, sub.Name)
+		l = level{sub, l.path + " " + sub.Name, sub.Flags}
 		rest = left
 	}
 }
 
-// level is a command and the names on the way to it, as in "copilot keys create".
+// level is a command, with the names on the way to it, as in "copilot keys create".
 type level struct {
-	command
-	path string
+	*cli.Command
+	path  string
+	flags []cli.Flag
 }
 
 // split splits the arguments after a command into its flags and words, up to the
 // command below it if one is named. What follows that is left, as is what is not
 // checked.
-func (l level) split(args []string) (flags, words []string, sub *command, left []string, err error) {
+func (l level) split(args []string) (flags, words []string, sub *cli.Command, left []string, err error) {
 	given := make(map[string]bool)
 	for i := 0; i < len(args); i++ {
 		arg := args[i]
@@ -70,16 +61,16 @@ func (l level) split(args []string) (flags, words []string, sub *command, left [
 			break
 		}
 		if arg == "-" || !strings.HasPrefix(arg, "-") {
-			if len(l.commands) == 0 {
+			if len(l.Commands) == 0 {
 				words = append(words, arg)
 				continue
 			}
-			if l.helpCommand && slices.Contains(helpNames, arg) {
+			if !l.HideHelpCommand && slices.Contains(helpNames, arg) {
 				return flags, nil, nil, args[i:], nil
 			}
-			for _, c := range l.commands {
-				if slices.Contains(c.names, arg) {
-					return flags, nil, &c, args[i+1:], nil
+			for _, c := range l.Commands {
+				if c.HasName(arg) {
+					return flags, nil, c, args[i+1:], nil
 				}
 			}
 			return nil, nil, nil, nil, l.unknownCommand(arg)
@@ -100,27 +91,27 @@ func (l level) split(args []string) (flags, words []string, sub *command, left [
 				return nil, nil, nil, nil, l.usage("%s needs a value", dashed(name))
 			}
 			flags = append(flags, args[i])
-		case !takesValue && hasValue && value == "": // v3 takes it for true
+		case !takesValue && hasValue && value == "": // the library takes it for true
 			return nil, nil, nil, nil, l.usage("%s= needs true or false", dashed(name))
 		}
 	}
-	if len(words) > 0 && len(l.commands) > 0 { // after --
+	if len(words) > 0 && len(l.Commands) > 0 { // after --
 		return nil, nil, nil, nil, l.unknownCommand(words[0])
 	}
 	for _, f := range l.flags {
-		if r, ok := f.(interface{ IsRequired() bool }); ok && r.IsRequired() && !given[f.Names()[0]] {
+		if r, ok := f.(cli.RequiredFlag); ok && r.IsRequired() && !given[f.Names()[0]] {
 			return nil, nil, nil, nil, l.usage("%s is required", dashed(f.Names()[0]))
 		}
 	}
 	return flags, words, nil, nil, nil
 }
 
-func takesValue(f flag) bool {
-	v, ok := f.(interface{ TakesValue() bool })
-	return ok && v.TakesValue()
+func takesValue(f cli.Flag) bool {
+	doc, ok := f.(cli.DocGenerationFlag)
+	return ok && doc.TakesValue()
 }
 
-func (l level) flag(name string) flag {
+func (l level) flag(name string) cli.Flag {
 	for _, f := range l.flags {
 		if slices.Contains(f.Names(), name) {
 			return f
@@ -136,8 +127,8 @@ func (l level) usage(format string, a ...any) error {
 
 func (l level) unknownCommand(name string) error {
 	var names []string
-	for _, c := range l.commands {
-		names = append(names, c.names...)
+	for _, c := range l.Commands {
+		names = append(names, c.Names()...)
 	}
 	return l.usage("unknown command %q%s", name, mistyped.DidYouMean(name, names))
 }

@@ -24,10 +24,7 @@ func Complete(app *cli.Command) *cli.Command {
 	app.Description += "\n\n" + exit.Help
 	app.EnableShellCompletion = true
 	app.ExitErrHandler = func(context.Context, *cli.Command, error) {} // Run prints it
-	app.Commands = append(app.Commands, &cli.Command{
-		Name: "completion", Usage: completionUsage, ArgsUsage: completionArguments, Description: completionDescription(app.Name),
-		Action: func(_ context.Context, c *cli.Command) error { return printCompletion(app.Name, c.Args().Slice()) },
-	}, &cli.Command{
+	app.Commands = append(app.Commands, completionCommand(app.Name), &cli.Command{
 		Name: "version", Usage: "print the version",
 		Action: func(_ context.Context, c *cli.Command) error {
 			cli.ShowVersion(c.Root())
@@ -91,7 +88,10 @@ func Run(app *cli.Command) int {
 	if !parsed { // a variable, for which the library does not call OnUsageError
 		err = exit.UsageError(err)
 	}
-	return report(app.Name, err)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %s\n", app.Name, err)
+	}
+	return exit.Status(err)
 }
 
 // arguments returns args as the library understands them.
@@ -99,55 +99,27 @@ func arguments(app *cli.Command, args []string) ([]string, error) {
 	if last := len(args) - 1; last > 0 && args[last] == completionFlag {
 		return append(args[:last:last], "--generate-shell-completion"), nil
 	}
-	root := commandOf(app)
-	root.flags = append(root.flags, cli.VersionFlag)
-	return arrange(root, args)
+	return arrange(app, args)
 }
 
-func commandOf(c *cli.Command) command {
-	l := command{names: c.Names(), flags: flagsOf(c.Flags), helpCommand: !c.HideHelpCommand}
-	for _, sub := range c.Commands {
-		l.commands = append(l.commands, commandOf(sub))
-	}
-	return l
-}
-
-func flagsOf[F flag](flags []F) (list []flag) {
-	for _, f := range flags {
-		list = append(list, f)
-	}
-	return list
-}
-
-// report prints the error of a program, if there is one, and returns the exit status.
-func report(program string, err error) int {
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "%s: %s\n", program, err)
-	}
-	return exit.Status(err)
-}
-
-const (
-	completionUsage     = "print a shell's completion script"
-	completionArguments = "bash|zsh|fish"
-)
-
-func completionDescription(program string) string {
-	return fmt.Sprintf(`The packages have these scripts already. zsh reads its own from a file named
+func completionCommand(program string) *cli.Command {
+	return &cli.Command{
+		Name: "completion", Usage: "print a shell's completion script", ArgsUsage: "bash|zsh|fish",
+		Description: fmt.Sprintf(`The packages have these scripts already. zsh reads its own from a file named
 _%s in a directory of its fpath.
 
 Example:
-   source <(%[1]s completion bash)`, program)
-}
-
-func printCompletion(program string, args []string) error {
-	if len(args) != 1 {
-		return exit.Usagef("completion takes one shell, bash, zsh or fish, and got %d arguments", len(args))
+   source <(%[1]s completion bash)`, program),
+		Action: func(_ context.Context, c *cli.Command) error {
+			if c.NArg() != 1 {
+				return exit.Usagef("completion takes one shell, bash, zsh or fish, and got %d arguments", c.NArg())
+			}
+			script, err := completions.Script(c.Args().First(), program, completionFlag)
+			if err != nil {
+				return exit.Usagef("completion: %w", err)
+			}
+			_, err = fmt.Print(script)
+			return err
+		},
 	}
-	script, err := completions.Script(args[0], program, completionFlag)
-	if err != nil {
-		return exit.Usagef("completion: %w", err)
-	}
-	_, err = fmt.Print(script)
-	return err
 }

@@ -3,8 +3,8 @@ package coredump
 import "golang.org/x/sys/unix"
 
 func disable() error {
-	// The limit is what the kernel asks before it writes a file, the other
-	// before it starts a program.
+	// The kernel checks the limit before it writes a file, and the other before
+	// it pipes the dump to a program.
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return err
 	}

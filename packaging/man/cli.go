@@ -4,7 +4,18 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/exit"
 )
+
+// NewPage returns the page of a program. Its exit statuses are in what follows the page.
+func NewPage(app *cli.Command) *Page {
+	return &Page{
+		Name: app.Name, Version: app.Version, Summary: app.Usage,
+		Description: strings.TrimSuffix(app.Description, "\n\n"+exit.Help),
+		Commands:    Commands(app.Commands),
+	}
+}
 
 // Commands returns the commands of a program, those below others with the others' names
 // before theirs.
@@ -24,24 +35,14 @@ func Commands(commands []*cli.Command, above ...string) []Command {
 	return list
 }
 
-// flag is what all flags have.
-type flag interface {
-	Names() []string
-	TakesValue() bool
-	GetUsage() string
-	GetDefaultText() string
-	GetValue() string
-	GetEnvVars() []string
-}
-
-func options[F any](flags []F) []Option {
+func options(flags []cli.Flag) []Option {
 	var list []Option
-	for _, f := range flags {
-		f, ok := any(f).(flag)
-		if !ok || f.Names()[0] == "help" {
+	for _, flag := range flags {
+		f, ok := flag.(cli.DocGenerationFlag)
+		if !ok || flag.Names()[0] == "help" {
 			continue
 		}
-		o := Option{Name: f.Names()[0], Usage: f.GetUsage()}
+		o := Option{Name: flag.Names()[0], Usage: f.GetUsage()}
 		if env := f.GetEnvVars(); len(env) > 0 {
 			o.Variable = strings.Join(env, ", $")
 		}
@@ -51,7 +52,7 @@ func options[F any](flags []F) []Option {
 				o.Value = m[1]
 			}
 			o.Default = f.GetDefaultText()
-			if o.Default == "" { // in v3, where a value is the default
+			if o.Default == "" {
 				o.Default = f.GetValue()
 			}
 			o.Default = strings.Trim(o.Default, `"`)

@@ -72,7 +72,7 @@ func (b *backend) Wrap(ctx context.Context, path string, plaintext []byte) (int,
 	return 1, out.CiphertextBlob, nil
 }
 
-// Unwrap tells AWS the key. AWS would find it by itself, and so unwrap with
+// Unwrap names the key. AWS would find it by itself, and so unwrap with
 // whichever key the broker may use.
 func (b *backend) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	if err := kms.CheckOnlyVersion(version); err != nil {

@@ -149,7 +149,7 @@ func (b *backend) Wrap(ctx context.Context, path string, plaintext []byte) (int,
 // Unlimited implements [kms.Unlimited]. RSA-OAEP and A256KW (RFC 3394) have no nonce.
 func (b *backend) Unlimited() {}
 
-// Unwrap asks for the very version: Azure does not look for it.
+// Unwrap names the version: Azure does not look for it.
 func (b *backend) Unwrap(ctx context.Context, path string, version int, wrapped []byte) ([]byte, error) {
 	if err := kms.CheckOnlyVersion(version); err != nil {
 		return nil, err

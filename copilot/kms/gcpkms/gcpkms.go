@@ -35,7 +35,7 @@ func Types() kms.Types { return kms.Types{"gcp-kms": open} }
 // CryptoKey's resource name. Google rotates it. Its versions are the
 // CryptoKeyVersions. Wrapped is "vN:", N being the version, and Google's
 // ciphertext, which is bound to the path. What was wrapped before versions were
-// told apart is the ciphertext alone, and has version 1.
+// distinguished is the ciphertext alone, and has version 1.
 type backend struct {
 	options []option.ClientOption
 	turn    chan struct{} // holds one while a call looks at client

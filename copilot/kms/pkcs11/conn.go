@@ -193,7 +193,7 @@ type lostError struct {
 func (e *lostError) Error() string { return e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
 
-// vague tells whether a code may also mean that the HSM did not like what it
+// vague reports whether a code may also mean that the HSM did not like what it
 // was given.
 func vague(e *lostError) bool {
 	return e.code == pkcs11.CKR_GENERAL_ERROR || e.code == pkcs11.CKR_FUNCTION_FAILED

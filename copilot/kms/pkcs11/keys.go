@@ -103,7 +103,7 @@ func (s *session) unwrap(path string, version int, wrapped []byte) (message, err
 	return message{}, err
 }
 
-// find returns the AES-256 keys that have the attributes given. Skipped tells of
+// find returns the AES-256 keys that have the attributes given. Skipped describes
 // one that can't be used.
 func (s *session) find(with ...*pkcs11.Attribute) (keys []key, skipped string, err error) {
 	handles, err := s.findHandles(append(with,

@@ -139,7 +139,7 @@ func (h *hsm) gone(w *worker) {
 	w.mu.Lock()
 	reason := w.reason
 	w.mu.Unlock()
-	// A module that crashes once is there again at once.
+	// A module that crashes once is restarted immediately.
 	h.failed(fmt.Errorf("%w: %w: %w", kms.ErrUnavailable, errEnded, reason), 0)
 }
 

@@ -27,7 +27,7 @@ import (
 func Types() kms.Types { return kms.Types{"pkcs11": open} }
 
 // hsm wraps with AES-256 keys that never leave a PKCS#11 token. The path of a
-// key is its CKA_LABEL. Its versions are the keys with that label, told apart by
+// key is its CKA_LABEL. Its versions are the keys with that label, distinguished by
 // CKA_ID: a big-endian number from 1. The current version is the highest one
 // that may encrypt.
 //
@@ -77,7 +77,7 @@ type settings struct {
 }
 
 const (
-	// maxCalls is how many calls are in a module at once. Those that hang
+	// maxCalls is how many concurrent calls a module gets. Those that hang
 	// count.
 	maxCalls = 8
 

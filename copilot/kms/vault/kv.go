@@ -179,7 +179,7 @@ func decodeKey(value json.RawMessage, encoding string) ([]byte, error) {
 }
 
 // Rotate implements [kms.Rotator]. It changes nothing but the field, and writes
-// only over the version that it read, so that of several calls at once each
+// only over the version that it read, so that of concurrent calls each
 // makes a version of its own.
 func (kv rotatingKeyValue) Rotate(ctx context.Context, path string) (int, error) {
 	name, err := kv.name(path)

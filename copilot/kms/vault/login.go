@@ -28,7 +28,7 @@ type logins struct {
 	Cert       *certLogin       `toml:"cert"`
 }
 
-// Files of a login are read each time that the broker logs in.
+// The files are read at each login.
 
 type appRoleLogin struct {
 	Mount        string `toml:"mount"` // of the auth method: "approle" by default
@@ -124,7 +124,7 @@ func readSecret(setting, name string) (string, error) {
 	defer clear(b)
 	line := bytes.TrimSpace(b)
 	if len(line) == 0 || bytes.ContainsFunc(line, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return "", fmt.Errorf("%w: %s: %s is to hold one line, of printable ASCII", kms.ErrUnavailable, setting, name)
+		return "", fmt.Errorf("%w: %s: %s must hold one line, of printable ASCII", kms.ErrUnavailable, setting, name)
 	}
 	return string(line), nil
 }

@@ -178,7 +178,7 @@ func (t transit) Rotate(ctx context.Context, path string) (int, error) {
 		}
 	}
 	if key.Data.Latest < 1 {
-		return 0, fmt.Errorf("the Vault at %s: rotate %s: %w: it tells no latest_version", t.address, name, kms.ErrUnavailable)
+		return 0, fmt.Errorf("the Vault at %s: rotate %s: %w: it returns no latest_version", t.address, name, kms.ErrUnavailable)
 	}
 	return key.Data.Latest, nil
 }

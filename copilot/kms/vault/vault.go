@@ -33,8 +33,8 @@ func Types() kms.Types {
 	return kms.Types{"vault-kv": openKV, "vault-transit": openTransit}
 }
 
-// maxAnswer is how much a Vault may answer, in bytes: what it stores in
-// one secret by default.
+// maxAnswer bounds an answer of Vault, in bytes: it stores no more in one
+// secret by default.
 const maxAnswer = 1 << 20
 
 // loginPause is how old a token must be for a new login to be worth a try when
@@ -251,7 +251,7 @@ func refused(err error, status int, words ...string) (*refusal, bool) {
 }
 
 // do sends a request and decodes the answer into out, if that is not nil. It
-// logs in before if it has to. Errors do not quote the answer, but for what
+// logs in before if it has to. Errors do not quote the answer, except what
 // Vault says in it of a refusal.
 func (v *engine) do(ctx context.Context, r request, out any) error {
 	token, err := v.currentToken(ctx, "")
