@@ -50,7 +50,7 @@ type Repository struct {
 	documents map[digest.Digest]document // that are to be pushed
 	kept      map[digest.Digest][]byte   // that were read, of no more than maxKept
 	room      int                        // for more of them
-	blobs     map[digest.Digest]int64 // that are known to be there, with their sizes
+	blobs     map[digest.Digest]int64    // that are known to be there, with their sizes
 }
 
 type document struct {

@@ -11,9 +11,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -140,7 +142,7 @@ func OpenSource(ctx context.Context, n Name, hosts docker.RegistryHosts) (Source
 		if err != nil {
 			return nil, err
 		}
-		return &layoutImage{l, n.Image}, nil
+		return &named{l, l.Resolve, n.Image}, nil
 	case OCIArchive:
 		a, err := archive.Open(n.Path)
 		if err != nil {
@@ -170,11 +172,7 @@ func OpenTarget(ctx context.Context, n Name, hosts docker.RegistryHosts) (Target
 		}
 		return registryImage{r}, nil
 	case OCI:
-		l, err := layout.Create(n.Path)
-		if err != nil {
-			return nil, err
-		}
-		return &layoutImage{l, n.Image}, nil
+		return &newLayout{dir: n.Path, name: n.Image}, nil
 	case OCIArchive:
 		w, err := archive.Create(n.Path)
 		if err != nil {
@@ -223,29 +221,104 @@ func (r registryImage) Name(ctx context.Context, from content.Provider, desc oci
 	return r.Push(ctx, from, desc, true)
 }
 
-type layoutImage struct {
-	*layout.Layout
-	name string
+// newLayout is an image in a layout, which is made when the first blob is written.
+type newLayout struct {
+	dir, name string
+
+	mu     sync.Mutex
+	layout *layout.Layout
 }
 
-func (l *layoutImage) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
-	return l.Layout.Resolve(ctx, l.name)
+// open opens the layout, and makes it if create is set.
+func (l *newLayout) open(create bool) (*layout.Layout, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.layout != nil {
+		return l.layout, nil
+	}
+	open := layout.Open
+	if create {
+		open = layout.Create
+	}
+	opened, err := open(l.dir)
+	if err != nil {
+		return nil, err
+	}
+	l.layout = opened
+	return opened, nil
 }
 
-func (l *layoutImage) Copy(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (registry.Origin, error) {
-	return copyBlob(ctx, l, from, desc)
+func (l *newLayout) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.layout == nil {
+		return nil
+	}
+	return l.layout.Close()
 }
 
-func (l *layoutImage) Document(ctx context.Context, from content.Provider, desc ocispec.Descriptor) error {
-	_, err := copyBlob(ctx, l, from, desc)
+func (l *newLayout) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
+	if entries, err := os.ReadDir(l.dir); errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
+		return ocispec.Descriptor{}, fmt.Errorf("%s: %w", l.dir, errdefs.ErrNotFound)
+	}
+	opened, err := l.open(false)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if l.name == "" {
+		return ocispec.Descriptor{}, errdefs.ErrNotFound // another image is added
+	}
+	return opened.Resolve(ctx, l.name)
+}
+
+func (l *newLayout) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
+	opened, err := l.open(true)
+	if err != nil {
+		return content.Info{}, err
+	}
+	return opened.Info(ctx, d)
+}
+
+func (l *newLayout) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	opened, err := l.open(true)
+	if err != nil {
+		return nil, err
+	}
+	return opened.ReaderAt(ctx, desc)
+}
+
+func (l *newLayout) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	opened, err := l.open(true)
+	if err != nil {
+		return nil, err
+	}
+	return opened.Writer(ctx, opts...)
+}
+
+func (l *newLayout) Abort(context.Context, string) error { return nil }
+
+func (l *newLayout) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
+	return info, nil
+}
+
+func (l *newLayout) Copy(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (registry.Origin, error) {
+	return CopyBlob(ctx, l, from, desc)
+}
+
+func (l *newLayout) Document(ctx context.Context, from content.Provider, desc ocispec.Descriptor) error {
+	_, err := CopyBlob(ctx, l, from, desc)
 	return err
 }
 
-func (l *layoutImage) Name(ctx context.Context, from content.Provider, desc ocispec.Descriptor) error {
+func (l *newLayout) Name(ctx context.Context, from content.Provider, desc ocispec.Descriptor) error {
 	if err := l.Document(ctx, from, desc); err != nil {
 		return err
 	}
-	return l.Tag(ctx, desc, l.name)
+	opened, err := l.open(true)
+	if err != nil {
+		return err
+	}
+	return opened.Tag(ctx, desc, l.name)
 }
 
 // newArchive is an archive that is being written. There is no image in it before.
@@ -263,11 +336,11 @@ func (a *newArchive) Resolve(context.Context) (ocispec.Descriptor, error) {
 }
 
 func (a *newArchive) Copy(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (registry.Origin, error) {
-	return copyBlob(ctx, a, from, desc)
+	return CopyBlob(ctx, a, from, desc)
 }
 
 func (a *newArchive) Document(ctx context.Context, from content.Provider, desc ocispec.Descriptor) error {
-	_, err := copyBlob(ctx, a, from, desc)
+	_, err := CopyBlob(ctx, a, from, desc)
 	return err
 }
 
@@ -278,8 +351,8 @@ func (a *newArchive) Name(ctx context.Context, from content.Provider, desc ocisp
 	return a.Finish(desc, a.to.Image)
 }
 
-// copyBlob copies a blob that is not there.
-func copyBlob(ctx context.Context, to interface {
+// CopyBlob copies a blob to a place that lacks it.
+func CopyBlob(ctx context.Context, to interface {
 	content.InfoProvider
 	content.Ingester
 }, from content.Provider, desc ocispec.Descriptor) (registry.Origin, error) {

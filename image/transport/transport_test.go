@@ -147,7 +147,7 @@ func write(t *testing.T, img *imagetest.Image, dir string) {
 	if err := img.Write(t.Context(), NewPair(to, to)); err != nil {
 		t.Fatal(err)
 	}
-	if err := to.(*layoutImage).Tag(t.Context(), img.Target, "app"); err != nil {
+	if err := to.Name(t.Context(), to, img.Target); err != nil {
 		t.Fatal(err)
 	}
 }
