@@ -13,8 +13,7 @@ import (
 // isPattern reports whether a name is a pattern of [glob.MatchName].
 func isPattern(name string) bool { return strings.ContainsAny(name, "*?") }
 
-// all rewraps several images. It goes on after one failed, and stops when ctx is
-// done.
+// all rewraps several images. It continues after a failure, and stops when ctx is done.
 func (r *rewrapper) all(ctx context.Context, src source) error {
 	t := &tally{results: []rewrapResult{}}
 	names := r.expand(ctx, src, t)

@@ -15,23 +15,22 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// Rewrapping is how the recipients of layers change. The zero value wraps the layer
-// keys anew for the KEKs that they are wrapped for, with their current versions.
+// Rewrapping is how the recipients of layers change. The zero value rewraps the layer
+// keys for the current versions of their KEKs.
 type Rewrapping struct {
-	// Keys unwrap the layer keys, and their key providers wrap them anew.
+	// Keys unwrap the layer keys, and their key providers rewrap them.
 	Keys processor.Keys
-	// From is the id of a KEK that the KEK To replaces, with the same key
-	// provider. They may be the same KEK: then the layer keys are wrapped anew
-	// only for that. Keys in the original's format, which does not name the KEK,
-	// are tried with From.
+	// From is the id of a KEK that the KEK To replaces, with the same key provider.
+	// They may be the same KEK: then the layer keys are rewrapped only for that one.
+	// Keys in the original's format, which does not name the KEK, are tried with From.
 	From, To string
-	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK
-	// that is one already, the layer key is wrapped anew instead.
+	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK that
+	// is one already, the layer key is rewrapped instead.
 	Add map[string][][]byte
 	// Remove are recipients to remove. Those of one scheme can be told apart
 	// only if they are KEKs.
 	Remove []Recipient
-	// DryRun has everything done but the writing.
+	// DryRun does everything except write.
 	DryRun bool
 }
 

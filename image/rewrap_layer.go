@@ -290,8 +290,8 @@ func (l *layerRewrap) wrapFor(ctx context.Context, k *wrapped, kek string, newer
 	return renew, nil
 }
 
-// join returns the annotation that values make after the actions. What a fresh
-// one takes the place of is left out.
+// join returns the annotation that values make after the actions. Values that a fresh
+// one replaces are left out.
 func (l *layerRewrap) join(vs []value, actions map[*wrapped]action) string {
 	var texts []string
 	for _, v := range vs {

@@ -182,7 +182,7 @@ func (w *work) list(key string) []Layer {
 }
 
 // manifest works on a manifest: it selects layers, reports what is readable, changes
-// the layers, and writes the manifest anew.
+// the layers, and rewrites the manifest.
 func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) (outcome, error) {
 	doc, err := w.document(ctx, desc)
 	if errdefs.IsNotFound(err) && !top {

@@ -28,8 +28,8 @@ type flight struct {
 	err     error
 }
 
-// do returns what fetch returns, to each caller that asks for key before it
-// does. A caller stops waiting when its ctx is done; the fetch goes on.
+// do returns what fetch returns, to each caller that asks for key before it does. A
+// caller stops waiting when its ctx is done; the fetch continues.
 func (f *flights) do(ctx context.Context, key flightKey, fetch func() (client.KEK, error)) (client.KEK, error) {
 	f.mu.Lock()
 	current, ok := f.current[key]

@@ -22,6 +22,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 // ErrInput is the error of a request that no broker could serve: it is not
@@ -164,7 +165,8 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 // in memory are tried first. The broker is asked at most 128 times for one layer, or for
 // the annotation if ctx is not that of a layer. UnwrapKey takes 30 seconds at most.
 //
-// The error wraps [ErrInput], [ErrWrongKEK], [ErrTooManyKeys] or that of the broker.
+// The error wraps [ErrInput], [ErrWrongKEK], [ErrTooManyKeys] or that of the broker, and
+// [processor.ErrDenied] if the broker refused all KEKs.
 func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []byte) (_ []byte, err error) {
 	defer func(start time.Time) { p.metrics.request(ctx, "unwrap", start, err) }(time.Now())
 	ctx = layerbudget.With(ctx)
@@ -206,8 +208,22 @@ func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []
 		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
 		return layerKey, nil
 	}
-	return nil, errline.Join(errs...)
+	err = errline.Join(errs...)
+	if !slices.ContainsFunc(errs, func(err error) bool { return !denies(err) }) {
+		err = denied{err}
+	}
+	return nil, err
 }
+
+// denies reports whether the broker refused a KEK, or has none of that name.
+func denies(err error) bool {
+	return errors.Is(err, client.ErrForbidden) || errors.Is(err, client.ErrNotFound)
+}
+
+// denied is an error of the broker's that wraps [processor.ErrDenied] besides.
+type denied struct{ error }
+
+func (d denied) Unwrap() []error { return []error{d.error, processor.ErrDenied} }
 
 // namedKEKs returns the KEK ids among the parameters of a recipient or key.
 func namedKEKs(params [][]byte) ([]string, error) {

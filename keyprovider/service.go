@@ -181,6 +181,8 @@ func code(err error) codes.Code {
 		return codes.PermissionDenied
 	case errors.Is(err, client.ErrNotFound):
 		return codes.NotFound
+	case errors.Is(err, processor.ErrDenied):
+		return codes.PermissionDenied
 	case errors.Is(err, ErrTooManyKeys):
 		return codes.ResourceExhausted
 	case errors.Is(err, ErrInput):

@@ -29,7 +29,7 @@ const walkTTL = 30 * time.Second
 
 // namespaceWalk is what a namespace's content store had.
 type namespaceWalk struct {
-	turn  chan struct{} // held by the one who walks or reads
+	turn  chan struct{} // held during a walk or a read
 	ended time.Time     // zero: not walked
 	blobs []content.Info
 	read  map[digest.Digest][]ocispec.Descriptor // the encrypted layers that a blob names

@@ -1,6 +1,6 @@
-// Package audit keeps the broker's audit log: a line of JSON for each request,
-// each bound to the one before by a keyed hash, so that a line that was
-// changed, removed or put in is found.
+// Package audit keeps the broker's audit log: a line of JSON for each request, each
+// chained to the previous one by a keyed hash, so that a changed, removed or inserted
+// line is detected.
 package audit
 
 import (
@@ -112,8 +112,8 @@ func (k Key) seal(l line) (sealed []byte, mac string, err error) {
 	return append(append(b, mac...), macEnd...), mac, nil
 }
 
-// sink is where lines go. One that fails has taken none of them, or says at
-// its next call of head which it has.
+// sink is where lines go. After a failed append, either no line was written, or the
+// next call of head returns the last one that was.
 type sink interface {
 	// append writes whole lines, without newlines, of which the first has
 	// the number seq.
@@ -121,7 +121,7 @@ type sink interface {
 	// head returns the last line of the chain, or of all if chain is empty, or
 	// nil if there is none.
 	head(key Key, chain string) ([]byte, error)
-	// missing returns the lines of known that are not there, or are others.
+	// missing returns the lines of known that are absent, or differ.
 	missing(ctx context.Context, key Key, known []Head) ([]Head, error)
 	Close() error
 }
@@ -134,7 +134,7 @@ type Log struct {
 	mu      sync.Mutex
 	turn    sync.Cond // something below changed
 	queue   []*waiting
-	writing bool // somebody writes, and has at and unsure to itself
+	writing bool // a goroutine is writing, and owns at and unsure
 	closed  bool
 
 	failed bool // the last entry could not be written
@@ -243,8 +243,8 @@ func (l *Log) Write(e Entry) error {
 	return w.err
 }
 
-// writeQueue writes what waits, up to a bound. It is called with l.mu held,
-// and lets go of it meanwhile.
+// writeQueue writes the entries that wait, up to a bound. Its caller holds l.mu, which
+// it releases while it writes.
 func (l *Log) writeQueue() {
 	n := min(len(l.queue), maxBatch)
 	batch := l.queue[:n:n]
@@ -341,9 +341,9 @@ func (l *Log) Close() error {
 	return l.sink.Close()
 }
 
-// Reopen makes a log in a file go on in a new file of that name, as after the
-// old one was moved away. A first line there binds it to the old one. It does
-// nothing to others.
+// Reopen continues a log in a file in a new file of the same name, such as after the
+// old one was moved away. The first line there chains it to the old one. It does
+// nothing to other logs.
 func (l *Log) Reopen() error {
 	changed, err := l.reopen()
 	if err == nil && changed {

@@ -25,8 +25,8 @@ func CopyToFile(name string) (Copier, error) {
 	return f, nil
 }
 
-// Copy copies the lines that the key has sealed, and returns how many those are.
-// Others, such as half a line that a crash left, are left out.
+// Copy copies the lines that the key has sealed, and returns how many those are. Other
+// lines, such as an incomplete one that a crash left, are skipped.
 func Copy(to Copier, from io.Reader, key Key) (int, error) {
 	lines := bufio.NewScanner(from)
 	lines.Buffer(nil, 1<<20)

@@ -12,11 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OpenFile goes on with the log in the file named name, of mode 0600, which it
-// makes if it is missing, or writes a new log to standard output if name is
-// "-". One process at a time can write a file. Known are the last lines of its
-// chains that are known to be on disk, the last one at the end: if the file does not
-// have them, that is logged, and a new chain begins after them.
+// OpenFile continues the log in the file named name, which it creates with mode 0600 if
+// it is missing, or writes a new log to standard output if name is "-". One process at
+// a time can write a file. Known are the last lines of its chains that are known to be
+// on disk, the last one at the end: if the file does not have them, that is logged, and
+// a new chain begins after them.
 func OpenFile(name string, key Key, known ...Head) (*Log, error) {
 	if name == "-" {
 		return newLog(key, stdout{}, false, nil)
@@ -84,7 +84,7 @@ func (s *file) reopen() error {
 	return s.endLine()
 }
 
-// endLine ends a line that the file has a part of, left by a crash or by others.
+// endLine terminates an incomplete last line, which a crash or another program left.
 func (s *file) endLine() error {
 	info, err := s.f.Stat()
 	if err != nil || info.Size() == 0 || !info.Mode().IsRegular() {
@@ -98,8 +98,8 @@ func (s *file) endLine() error {
 	return err
 }
 
-// lost says how the file is no longer the one that its name leads to, or returns ""
-// while it is. What is written to it then can't be found by its name.
+// lost says why the file's name no longer leads to it, or returns "" if it does. Lines
+// written to a lost file can't be found by its name.
 func (s *file) lost() string {
 	mine, err := s.f.Stat()
 	if err != nil || !mine.Mode().IsRegular() {
@@ -128,8 +128,7 @@ func sameFile(a, b *os.File) bool {
 	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
 }
 
-// append writes the lines and waits until they are on disk. What could be
-// written only in part is taken back.
+// append writes the lines and waits until they are on disk. A partial write is undone.
 func (s *file) append(_ string, _ int64, lines [][]byte) error {
 	info, err := s.f.Stat()
 	if err != nil {

@@ -17,8 +17,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/postgres"
 )
 
-// appendWithin bounds the wait for the database, which all requests share.
-const appendWithin = 5 * time.Second
+// appendTimeout bounds the wait for the database, which all requests share.
+const appendTimeout = 5 * time.Second
 
 const schema = `CREATE TABLE IF NOT EXISTS copilot_audit (
 	chain text NOT NULL,
@@ -95,7 +95,7 @@ func openTable(ctx context.Context, url string) (table, error) {
 	if err != nil {
 		return table{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, appendWithin)
+	ctx, cancel := context.WithTimeout(ctx, appendTimeout)
 	defer cancel()
 	err = postgres.InTransaction(ctx, pool, func(tx pgx.Tx) error {
 		// Of two brokers that create the table concurrently, one would fail.
@@ -131,7 +131,7 @@ func (t table) Close() error {
 }
 
 func (t table) append(chain string, seq int64, lines [][]byte) error {
-	ctx, cancel := context.WithTimeout(context.Background(), appendWithin)
+	ctx, cancel := context.WithTimeout(context.Background(), appendTimeout)
 	defer cancel()
 	texts := make([]string, len(lines))
 	for i, l := range lines {
@@ -146,7 +146,7 @@ func (t table) append(chain string, seq int64, lines [][]byte) error {
 }
 
 func (t table) head(_ Key, chain string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), appendWithin)
+	ctx, cancel := context.WithTimeout(context.Background(), appendTimeout)
 	defer cancel()
 	var line string
 	query, args := `SELECT line FROM copilot_audit ORDER BY id DESC LIMIT 1`, []any{}

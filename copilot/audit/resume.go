@@ -7,10 +7,10 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// newLog returns a log that goes on where the sink's last line ends, or with a
-// chain of its own: also if the sink has lost a line that is known to have been
-// written. Then the chain names that line as the one that was there before. It does
-// not go on with its number: there may have been more lines than are known.
+// newLog returns a log that continues after the sink's last line, or begins a new
+// chain. It also begins one if the sink has lost a line that is known to have been
+// written. That chain names the lost line as its predecessor, but does not continue its
+// numbering: more lines than are known may have been written.
 func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
 	l := &Log{key: key, sink: s}
 	l.turn.L = &l.mu
@@ -34,8 +34,9 @@ func newLog(key Key, s sink, goOn bool, known []Head) (*Log, error) {
 	return l, nil
 }
 
-// compare compares the last line that the sink has with those that are known to have been
-// written. It returns the line after which the log goes on, and whether in its chain.
+// compare compares the last line that the sink has with those that are known to have
+// been written. It returns the line after which the log continues, and whether in that
+// line's chain.
 func (l *Log) compare(last Head, known []Head) (after Head, goOn bool) {
 	written, ended := latest(known, last.Chain)
 	if !ended && (last.Seq > written.Seq || last == written) {

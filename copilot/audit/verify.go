@@ -158,8 +158,8 @@ func VerifyTo(r io.Reader, key Key, known Known) (Report, error) {
 	return report, nil
 }
 
-// Cut returns those of written that chains, by their ids, do not reach, and since
-// does not tell of.
+// Cut returns those of written that chains, by their ids, do not reach and that are not
+// in since.
 func Cut(written []Head, chains map[string]Head, since []Head) []Head {
 	return slices.DeleteFunc(slices.Clone(written), func(h Head) bool {
 		return chains[h.Chain].Seq >= h.Seq || excuses(since, h)

@@ -19,7 +19,7 @@ const (
 	maxErrorMessage = 300       // bytes of a broker's error message that are repeated
 )
 
-// errNoSuchPath: copilot does not have what was asked for, nor says anything of a KEK.
+// errNoSuchPath: copilot's API has no such path. That says nothing about the KEK.
 var errNoSuchPath = errors.New("the path in the broker's URL is wrong")
 
 // problem is copilot's problem document (RFC 9457).
@@ -35,9 +35,9 @@ type problem struct {
 // problem documents has such a member.
 var requestID = regexp.MustCompile(`^[0-9a-f]{16}$`)
 
-// problemOf returns the problem document in an answer, if copilot wrote it. What
-// stands between pilot and copilot, or in copilot's place, has errors of its own,
-// with the same statuses. They say nothing about a KEK.
+// problemOf returns the problem document in an answer, if copilot wrote it. Proxies,
+// and other services at that address, use the same statuses for errors of their own,
+// which say nothing about a KEK.
 func problemOf(resp *http.Response, body []byte) (p problem, ok bool) {
 	ok = contentType(resp) == "application/problem+json" && json.Unmarshal(body, &p) == nil &&
 		p.Status == resp.StatusCode && requestID.MatchString(p.Request)
@@ -50,8 +50,8 @@ func contentType(resp *http.Response) string {
 	return kind
 }
 
-// check has accept look at an answer if it is one, and says otherwise what it
-// is. Accept gets JSON or, in the original's API, a key.
+// check passes a successful answer to accept, and otherwise returns an error that
+// describes it. accept gets JSON or, with the original's API, a key.
 func (r request) check(resp *http.Response, body []byte, accept func(answer []byte) error) (retry, error) {
 	want := "application/json"
 	if r.original {
@@ -108,8 +108,8 @@ func notFound(said string) error {
 	return fmt.Errorf("%w (%s): check the name, or create it with \"copilot keys create\"", ErrNotFound, said)
 }
 
-// stranger describes an answer that no copilot gives, without its body, which
-// may be anybody's.
+// stranger describes an answer that is not copilot's. It leaves out the body, which is
+// untrusted.
 func stranger(resp *http.Response, want string) string {
 	s := "HTTP status " + resp.Status
 	if resp.StatusCode == http.StatusOK {
@@ -132,8 +132,8 @@ func stranger(resp *http.Response, want string) string {
 	return printable(s)
 }
 
-// retryOf says whether copilot may answer better next time. With 502, its KMS
-// denies it something, which takes an administrator.
+// retryOf returns whether a retry may succeed. 502 means that the KMS denies access to
+// copilot, which only an administrator can fix.
 func retryOf(resp *http.Response) retry {
 	r := retry{possible: resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable}
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {

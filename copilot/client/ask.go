@@ -21,11 +21,10 @@ type candidate struct {
 	again    time.Time // and when at the earliest
 }
 
-// ask has a broker make a request, the nearest first, until one gives an answer
-// that accept takes. What a broker says about the KEK or about us is final. When
-// one gives no usable answer the next is asked, and after the last the first
-// again, if that may help. It takes no longer than the client's timeout, of
-// which each broker has its share.
+// ask sends a request to the brokers, the nearest first, until accept takes an answer.
+// A broker's decision about the KEK or this client is final. If a broker gives no
+// usable answer, ask tries the next one, and after the last starts over if a retry may
+// help. It takes no longer than the client's timeout, which the brokers share.
 func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) error) error {
 	if c.token != nil && !r.byCertificate {
 		var err error

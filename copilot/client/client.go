@@ -23,21 +23,20 @@ import (
 // Errors that a caller may decide by. What is wrapped around them says which
 // KEK and which broker it was about, and what to do.
 var (
-	// ErrNotFound: the broker has no such KEK, or does not say so to us.
+	// ErrNotFound: the broker has no such KEK, or hides it from this client.
 	ErrNotFound = errors.New("no such KEK")
-	// ErrNoVersion: it has the KEK, and not in the version that was asked for, which
-	// may have been destroyed. It wraps ErrNotFound.
+	// ErrNoVersion: the broker has the KEK, but not the requested version, which may
+	// have been destroyed. It wraps ErrNotFound.
 	ErrNoVersion = fmt.Errorf("%w version", ErrNotFound)
-	// ErrForbidden: the broker does not let us use the KEK.
+	// ErrForbidden: the broker denies this client the KEK.
 	ErrForbidden = errors.New("not allowed")
-	// ErrNotExported: the broker does not give out the KEK, but wraps and
-	// unwraps with it for us.
+	// ErrNotExported: the broker does not export the KEK, but wraps and unwraps with
+	// it.
 	ErrNotExported = errors.New("the broker does not give out this KEK")
-	// ErrRejected: the broker can't do what was asked, and no other can:
-	// a key was not wrapped with that KEK, or was changed.
+	// ErrRejected: no broker can serve the request: a key was not wrapped with that
+	// KEK, or was changed.
 	ErrRejected = errors.New("the broker rejects the request")
-	// ErrUnavailable: no broker gave an answer in time, or none that can be
-	// used.
+	// ErrUnavailable: no broker gave a usable answer in time.
 	ErrUnavailable = errors.New("the broker gives no usable answer")
 
 	// ErrCertExpired, ErrCertNotYetValid and ErrCertRejected say what is wrong with
@@ -88,8 +87,8 @@ func New(conf Config) (*Client, error) {
 	if c.timeout <= 0 {
 		c.timeout = defaultTimeout
 	}
-	// Where there is no other broker to turn to, one that is slow to answer is
-	// given more time: who connects anew waits at the end of its queue again.
+	// A single broker that is slow gets more time: a new connection would start at the
+	// end of its queue again.
 	part := time.Duration(3)
 	if len(conf.URLs) == 1 {
 		part = 2
@@ -124,8 +123,8 @@ func (c *Client) CloseIdleConnections() {
 	}
 }
 
-// Original reports whether the brokers have the original's API, which hands
-// out KEKs and does nothing else.
+// Original reports whether the brokers have the original's API, which only exports
+// KEKs.
 func (c *Client) Original() bool { return c.original }
 
 // KEK returns the KEK named id in a version, or in its current one if version
@@ -220,7 +219,7 @@ func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (w Wrapp
 	return w, nil
 }
 
-// Unwrap has the broker unwrap what it, or somebody who has the KEK, wrapped.
+// Unwrap has the broker unwrap a key that it, or a client with the KEK, wrapped.
 func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []byte, err error) {
 	body, err := json.Marshal(w)
 	if err != nil {
@@ -245,7 +244,7 @@ func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []
 	return plaintext, nil
 }
 
-// post has copilot's own API do something with a KEK. It clears body.
+// post sends a request about a KEK to copilot's own API. It clears body.
 func (c *Client) post(ctx context.Context, id, verb string, body []byte, accept func(answer []byte) error) error {
 	secret := keyjson.NewBody(body)
 	defer secret.Clear()

@@ -39,15 +39,14 @@ type Config struct {
 	Timeout time.Duration
 }
 
-// connectWithin bounds how long one of several brokers is waited for that does
-// not even connect.
-const connectWithin = 1500 * time.Millisecond
+// connectTimeout bounds the attempt to connect to one of several brokers.
+const connectTimeout = 1500 * time.Millisecond
 
-// aliveWithin is how long a connection over which nothing comes is kept before
-// the broker has to answer a ping, and how long the ping may take. Idle ones are
-// closed before there are many pings. When the
-// network was away, TCP notices only after minutes that it is back, or never.
-const aliveWithin = 2 * time.Second
+// pingTimeout is how long a connection over which nothing comes is kept before the
+// broker has to answer a ping, and how long the ping may take. Idle ones are closed
+// before there are many pings. After an outage of the network, TCP recovers only after
+// minutes, or never.
+const pingTimeout = 2 * time.Second
 
 func (c Config) brokers() ([]*endpoint, error) {
 	if len(c.URLs) == 0 {
@@ -77,11 +76,11 @@ func (c Config) brokers() ([]*endpoint, error) {
 			ForceAttemptHTTP2:      true,
 			DisableCompression:     true, // or a copy of a key stays in the decompressor
 			MaxResponseHeaderBytes: 16 << 10,
-			HTTP2:                  &http.HTTP2Config{SendPingTimeout: aliveWithin, PingTimeout: aliveWithin},
+			HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingTimeout, PingTimeout: pingTimeout},
 		}
 		if len(c.URLs) > 1 {
-			t.DialContext = (&net.Dialer{Timeout: connectWithin}).DialContext
-			t.TLSHandshakeTimeout = connectWithin
+			t.DialContext = (&net.Dialer{Timeout: connectTimeout}).DialContext
+			t.TLSHandshakeTimeout = connectTimeout
 		}
 		base, err := parseURL(u, t)
 		if err != nil {

@@ -62,8 +62,7 @@ type retry struct {
 	after    time.Duration
 }
 
-// once makes a request and has accept look at the answer, which is cleared
-// then.
+// once makes a request, passes the answer to accept, and clears it.
 func (b *endpoint) once(ctx context.Context, within time.Duration, r request, accept func(answer []byte) error) (_ retry, err error) {
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, within)
@@ -76,7 +75,7 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	}
 	if r.body != nil {
 		req.Body, req.ContentLength = r.body.Reader(), int64(r.body.Len())
-		// A broker that ends a connection may not have begun with this.
+		// A broker that closes the connection may not have started on this request.
 		req.GetBody = func() (io.ReadCloser, error) { return r.body.Reader(), nil }
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -150,8 +149,7 @@ func checkTime(cert *x509.Certificate) error {
 	return nil
 }
 
-// withoutURL returns what an HTTP client's error says besides the URL, which
-// the caller says.
+// withoutURL returns an HTTP client's error without the URL, which the caller adds.
 func withoutURL(err error) error {
 	if e := new(url.Error); errors.As(err, &e) {
 		return e.Err
@@ -159,7 +157,7 @@ func withoutURL(err error) error {
 	return err
 }
 
-// printable bounds what somebody else says and keeps it in one line.
+// printable returns untrusted text as one line of bounded length.
 func printable(s string) string {
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) || r == utf8.RuneError {

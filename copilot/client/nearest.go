@@ -43,9 +43,9 @@ type health struct {
 	probing  bool
 }
 
-// nearest returns the brokers in the order in which they are to be asked: the
-// nearest first, in the configured order those that are not measured yet, and
-// last those that failed. It has those probed whose time has come.
+// nearest returns the brokers in the order in which they are to be asked: the nearest
+// first, in the configured order those that are not measured yet, and last those that
+// failed. It starts the probes that are due.
 func (c *Client) nearest() []*candidate {
 	list := make([]*candidate, len(c.brokers))
 	for i, b := range c.brokers {
@@ -81,30 +81,30 @@ func (b *endpoint) look() (avoided bool, distance time.Duration) {
 	return b.down, b.rtt
 }
 
-// succeeded notes that a call got an answer.
+// succeeded records that a call was answered.
 func (b *endpoint) succeeded() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.down, b.failures = false, 0
 }
 
-// failed notes that a call got none that can be used.
+// failed records that a call got no usable answer.
 func (b *endpoint) failed() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.avoid()
 }
 
-// avoid has the broker asked last until it is found to answer.
+// avoid moves the broker to the end of the order until it answers again.
 func (b *endpoint) avoid() {
 	d := min(mostAvoid, firstAvoid<<min(b.failures, 10))
 	b.down = true
 	b.failures++
-	b.probeAt = time.Now().Add(d/2 + rand.N(d/2)) // not all nodes at the same time
+	b.probeAt = time.Now().Add(d/2 + rand.N(d/2)) // so that nodes do not all probe at the same time
 }
 
-// probed notes what came of a probe. The failures stay: what answers probes may
-// still answer no call.
+// probed records the result of a probe. It keeps the count of failures: a broker that
+// answers probes may still fail calls.
 func (b *endpoint) probed(rtt time.Duration, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

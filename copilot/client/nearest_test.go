@@ -383,7 +383,7 @@ func TestNoHandshake(t *testing.T) {
 		}
 	}()
 	second := startAsked(t, good)
-	// A try may last for long, and connecting for connectWithin only.
+	// A try may last for long, and connecting for connectTimeout only.
 	c := newClient(t, time.Hour, "https://"+l.Addr().String(), second.url)
 	start := time.Now()
 	for range 3 {
@@ -392,7 +392,7 @@ func TestNoHandshake(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if took := time.Since(start); took > 20*connectWithin {
+	if took := time.Since(start); took > 20*connectTimeout {
 		t.Errorf("it took %s", took)
 	}
 	if n := connections.Load(); n != 1 {

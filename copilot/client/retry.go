@@ -28,9 +28,8 @@ type backOff struct {
 	made int // so far
 }
 
-// wait waits before another try, and for after before that, which a broker may
-// have said to many. It reports false if there
-// is to be none: enough were made, or ctx will not last.
+// wait waits before the next try, after first waiting for after, which a broker may
+// have sent to many clients. It reports false if no try is left, or ctx ends first.
 func (b *backOff) wait(ctx context.Context, after time.Duration) bool {
 	b.made++
 	if b.made >= b.most {
@@ -48,10 +47,9 @@ func (b *backOff) wait(ctx context.Context, after time.Duration) bool {
 	}
 }
 
-// permanent returns nil unless a connection failed for a reason that will still
-// hold in a moment, and then the error that says what it means: a certificate
-// that one side does not accept, or something that is no TLS. withCert says
-// whether there is a certificate to show the broker.
+// permanent returns nil if a retry of a failed connection may succeed, or else an error
+// that explains the failure: one side rejects the other's certificate, or the peer does
+// not speak TLS. withCert reports whether the client has a certificate.
 func permanent(err error, withCert bool) error {
 	var (
 		verification *tls.CertificateVerificationError
@@ -61,7 +59,7 @@ func permanent(err error, withCert bool) error {
 		invalid      x509.CertificateInvalidError
 	)
 	if alert, ok := alertOf(err); ok && slices.Contains(refusesCertificate, alert) {
-		// Anybody on the way there can send this, so it is no "no".
+		// Anyone on the network path can send this, so it is not a denial.
 		if !withCert {
 			return fmt.Errorf("%w: the broker takes only clients that show a certificate: set broker-cert and broker-key, or, on the broker, the issuer of the tokens that it is to take ([issuers] in copilot.toml)", ErrUnavailable)
 		}

@@ -27,8 +27,8 @@ type tokenFile struct {
 	value    string
 }
 
-// authorization returns the value of the header that shows the token, read
-// anew if the file was changed. Errors do not quote the file.
+// authorization returns the value of the Authorization header. It reads the file again
+// if it has changed. Errors do not quote the file.
 func (f *tokenFile) authorization() (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

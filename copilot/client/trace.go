@@ -18,7 +18,7 @@ func startSpan(ctx context.Context, b *endpoint, r request) (context.Context, tr
 			attribute.String("http.request.method", r.method), attribute.String("server.address", b.url)))
 }
 
-// passOn has the broker's spans be part of the span of ctx.
+// passOn makes the broker's spans children of ctx's span.
 func passOn(ctx context.Context, h http.Header) {
 	otel.GetTextMapPropagator().Inject(ctx, propagation.HeaderCarrier(h))
 }

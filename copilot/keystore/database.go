@@ -14,10 +14,10 @@ type database interface {
 	// returns, in a transaction that excludes other changes of this record
 	// and is not made if change fails.
 	update(ctx context.Context, id string, change func(old []byte) ([]byte, error)) error
-	// once keeps what made returns under a name if it has nothing there
-	// yet, and returns what it has then. Of concurrent callers, one makes it.
+	// once stores what made returns under a name, unless the name is taken, and returns
+	// the stored value. Of concurrent callers, one stores it.
 	once(ctx context.Context, name string, made func() ([]byte, error)) ([]byte, error)
-	// put keeps b under a name of its own, instead of what was there.
+	// put stores b under a name, in place of what was there.
 	put(ctx context.Context, name string, b []byte) error
 	// named calls do with all that put and once have kept under names that begin
 	// with prefix.

@@ -155,9 +155,9 @@ func (s *Store) Create(ctx context.Context, id string, key []byte, c Change) (KE
 	})
 }
 
-// Rotate gives the KEK a new version, of 32 random bytes, to wrap with. What
-// was wrapped with older ones still unwraps. If from is not 0 and no longer the
-// current version, somebody else has rotated it, and nothing is changed.
+// Rotate gives the KEK a new version, of 32 random bytes, to wrap with. What was
+// wrapped with older ones still unwraps. If from is not 0 and no longer the current
+// version, another caller has rotated it, and nothing changes.
 func (s *Store) Rotate(ctx context.Context, id string, from int, c Change) (KEK, error) {
 	key := newKey()
 	defer clear(key)
@@ -244,9 +244,8 @@ func (s *Store) Enable(ctx context.Context, id string, version int, c Change) (K
 	})
 }
 
-// Destroy stops a version from being used, or all if version is 0, and forgets
-// its key at the time given. What was wrapped with it can't be unwrapped then,
-// ever.
+// Destroy stops a version from being used, or all if version is 0, and forgets its key
+// at the time given. Keys that were wrapped with it can then never be unwrapped.
 func (s *Store) Destroy(ctx context.Context, id string, version int, at time.Time, c Change) (KEK, error) {
 	return s.update(ctx, id, c, func(k *KEK) error {
 		if k.Backend != "" {
@@ -282,9 +281,8 @@ func (s *Store) forget(v *Version) bool {
 	return true
 }
 
-// Sweep removes the keys of versions whose time has come. log is called with each
-// KEK that changes. A record that is damaged is an error, and no reason not to
-// go on.
+// Sweep removes the keys of versions whose time has come. log is called with each KEK
+// that changes. A damaged record is an error, but does not end the sweep.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
 	list, damaged := s.List(ctx, All)
 	for _, k := range list {
@@ -311,8 +309,8 @@ func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
 
 var errNothing = fmt.Errorf("%w: there is nothing to do", ErrState)
 
-// Revoke takes the KEK from one identity, whatever the policy says. Reinstate
-// gives it back to what the policy says.
+// Revoke denies the KEK to one identity, whatever the policy says. Reinstate undoes
+// that.
 func (s *Store) Revoke(ctx context.Context, id, identity string, c Change) (KEK, error) {
 	return s.update(ctx, id, c, func(k *KEK) error {
 		if len(k.Versions) == 0 && k.Backend == "" {

@@ -24,7 +24,7 @@ import (
 // Errors that a caller may decide by.
 var (
 	ErrNotFound = errors.New("no such KEK")
-	// ErrNoVersion: there is a KEK, and not in that version. It wraps ErrNotFound.
+	// ErrNoVersion: the KEK exists, but not this version. It wraps ErrNotFound.
 	ErrNoVersion = fmt.Errorf("%w version", ErrNotFound)
 	ErrExists    = errors.New("there is a KEK of that name already")
 	ErrInput     = errors.New("bad request")
@@ -33,7 +33,7 @@ var (
 	// ErrDisabled: the KEK, or its version, is not to be used.
 	ErrDisabled    = errors.New("the KEK is disabled")
 	ErrUnavailable = errors.New("the key store can't be reached")
-	// ErrDatabase: PostgreSQL does not do what it was asked to.
+	// ErrDatabase: a PostgreSQL operation failed.
 	ErrDatabase = errors.New("database")
 )
 
@@ -90,8 +90,8 @@ func Open(ctx context.Context, dir, url string) (*Store, error) {
 	return s, nil
 }
 
-// masterCheck is the name of a constant sealed under the master key, to know
-// the key again.
+// masterCheck is the name of a constant sealed under the master key, to recognize the
+// key.
 const masterCheck = "check"
 
 // unlock loads the master key, or makes it if the store is new, and checks
@@ -148,8 +148,8 @@ func CheckID(id string) error {
 	return nil
 }
 
-// Get returns a KEK. One whose key lives elsewhere is there only once
-// something was said of it.
+// Get returns a KEK. A KEK whose key lives elsewhere has a record only once something
+// was recorded about it.
 func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
 	if CheckID(id) != nil {
 		return KEK{}, ErrNotFound

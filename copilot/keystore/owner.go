@@ -42,7 +42,7 @@ func isFSGroup(dir fs.FileInfo) bool {
 	return err == nil && owner.Uid == 0 && os.Geteuid() != 0 && slices.Contains(append(groups, os.Getegid()), int(owner.Gid))
 }
 
-// checkFile refuses a file of a store that belongs to somebody else than root, this
+// checkFile rejects a file of a store that is owned by a user other than root, this
 // user or the owner of its directory, or that has one of the mode bits in forbidden:
 // others can do what then.
 func checkFile(name string, info fs.FileInfo, forbidden fs.FileMode, what, fix string) error {
@@ -55,7 +55,7 @@ func checkFile(name string, info fs.FileInfo, forbidden fs.FileMode, what, fix s
 	return nil
 }
 
-// CheckOwner refuses a file that belongs to somebody else than root, this user or the
+// CheckOwner rejects a file that is owned by a user other than root, this user or the
 // owner of its directory.
 func CheckOwner(name string, info fs.FileInfo) error {
 	owner := info.Sys().(*syscall.Stat_t).Uid

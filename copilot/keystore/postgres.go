@@ -42,8 +42,8 @@ const (
 	// within bounds each call of the database, those that wait for another
 	// broker's transaction too.
 	within = 10 * time.Second
-	// lockSpace keeps our advisory locks apart from those of others. They end
-	// with their transaction, so a connection pooler may stand between.
+	// lockSpace keeps our advisory locks apart from those of others. They end with
+	// their transaction, so they work through a connection pooler.
 	lockSpace int32 = 0x70696c74
 )
 
@@ -154,7 +154,7 @@ func (d *postgresDB) locked(ctx context.Context, name string, do func(context.Co
 	h.Write([]byte(name))
 	var failed error
 	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) (err error) {
-		// A lock on the row would not keep two from making it.
+		// A row lock would not keep two brokers from creating the row.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, $2)`, lockSpace, int32(h.Sum32()|1)); err != nil {
 			return err
 		}

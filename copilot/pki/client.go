@@ -24,9 +24,9 @@ var (
 // anything. It is valid for as long as the one before, or until the CA expires if
 // that is earlier.
 //
-// The certificate before must be valid, and have been issued by this CA, or by one
-// that copilot made for the same trust domain and that is in trusted, a file in PEM.
-// This CA has to be there, too: nobody would accept the new certificate otherwise.
+// The certificate before must be valid, and have been issued by this CA, or by one that
+// copilot made for the same trust domain and that is in trusted, a file in PEM. This CA
+// must be there too, or no broker would accept the new certificate.
 func (ca *CA) RenewClient(old *x509.Certificate, trusted string, request []byte) (*x509.Certificate, error) {
 	csr, err := parseRequest(request)
 	if err == nil && (len(csr.Subject.Names) > 0 || len(csr.Extensions) > 0) {

@@ -31,10 +31,10 @@ func forNodes(c *x509.Certificate) bool {
 // RotateNodeCA makes a CA for nodes in dir, or a new one in place of the one that is
 // there, for the trust domain of the CA in dir, whose key it does not need. Its
 // certificate is added to the file of the CA, so that its clients are accepted, as
-// those of the one before still are. The new key's file is passed to own while it is
-// open: somebody who can write to dir may put another file in its place later.
+// those of the previous one still are. The new key's file is passed to own while it is
+// open: a user who can write to dir may put another file in its place later.
 //
-// Interrupted, it can be run again.
+// If it is interrupted, it can be run again.
 func RotateNodeCA(dir string, valid time.Duration, own func(*os.File) error) error {
 	trusted := filepath.Join(dir, CertFile)
 	all, err := certfile.Certificates(trusted)

@@ -35,8 +35,8 @@ const (
 	KeyFile  = "ca-key.pem"
 )
 
-// Backdate is how long before it is issued a certificate is valid, so that machines can
-// use it whose clocks are behind.
+// Backdate is how long before its issuance a certificate becomes valid, so that
+// machines whose clocks are behind can use it.
 const Backdate = 5 * time.Minute
 
 // CA issues certificates.
@@ -256,10 +256,10 @@ func (ca *CA) client(c Client, public crypto.PublicKey) ([]byte, error) {
 	}, ca.cert, public, ca.key, c.Hold)
 }
 
-// IssueServer writes a new private key and its certificate for hosts, which are
-// names and addresses, into files that must not exist. The private key's file is passed to
-// own while it is open, unless own is nil: somebody who can write to its directory may put
-// another file in its place once it is closed.
+// IssueServer writes a new private key and its certificate for hosts, which are names
+// and addresses, into files that must not exist. The private key's file is passed to
+// own while it is open, unless own is nil: a user who can write to its directory may
+// put another file in its place once it is closed.
 func (ca *CA) IssueServer(hosts []string, hold time.Duration, certFile, keyFile string, own func(*os.File) error) error {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: "copilot"},

@@ -17,14 +17,14 @@ import (
 )
 
 // Renew replaces a certificate that the CA has issued, or one before it that is still
-// in its file, by one for the same name, usage and key. Any other is an error: who
-// hands a certificate in may have written it. The new one is valid for the time
-// given, or for as long as the one before if that is 0. The file keeps its owner and
-// mode, and is replaced as a whole.
+// in its file, by one for the same name, usage and key. Any other is an error: the
+// caller may have forged it. The new one is valid for the time given, or for as long as
+// the one before if that is 0. The file keeps its owner and mode, and is replaced as a
+// whole.
 //
 // If keyFile is not empty, a new private key replaces the one in that file, too.
-// Programs that read the pair between the two replacements find that they do not
-// match, and have to keep the pair they have.
+// Programs that read the pair between the two replacements find that they do not match,
+// and must keep their old pair.
 //
 // It returns the new certificate.
 func (ca *CA) Renew(certFile, keyFile string, valid time.Duration) (*x509.Certificate, error) {

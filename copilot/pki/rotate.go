@@ -11,12 +11,11 @@ import (
 	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
-// Rotate makes a new CA for the trust domain of the one in dir and has it take its
-// place. The certificates of those before stay in the file, after the new one, so
-// that programs that trust the file trust what all of them have issued, until
-// [DropOld].
+// Rotate replaces the CA in dir by a new one for the same trust domain. The
+// certificates of earlier CAs stay in the file, after the new one, so that programs
+// that trust the file trust what all of them have issued, until [DropOld].
 //
-// Interrupted, it leaves the CA before in force, and can be run again.
+// If it is interrupted, the old CA stays in force, and it can be run again.
 func Rotate(dir string, valid time.Duration) error {
 	before, err := Load(dir)
 	if err != nil {

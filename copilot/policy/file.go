@@ -19,7 +19,8 @@ type File struct {
 	seen filestamp.Stamp // of what was read last, whether it could be used or not
 }
 
-// Open reads the policy in a file, as [Load] does. It has to be right at first.
+// Open reads the policy in a file, as [Load] does. A policy that can't be used is an
+// error.
 func Open(name string, issuers []string) (*File, error) {
 	f := &File{name: name, issuers: issuers}
 	f.mu.Lock()
@@ -41,9 +42,9 @@ func Fixed(p *Policy) *File {
 // Policy returns the policy that was read last and can be used.
 func (f *File) Policy() *Policy { return f.current.Load() }
 
-// Reload reads the file again, if it changed or always is true, once nobody has
-// written it for half a second. One that can't be used is an error, and the policy
-// stays what it was.
+// Reload reads the file again, if it changed or always is true, once it has not been
+// written for half a second. A file that can't be used is an error, and the previous
+// policy stays in force.
 func (f *File) Reload(always bool) (changed bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -56,7 +57,7 @@ func (f *File) Reload(always bool) (changed bool, err error) {
 	}
 	gone := f.seen == filestamp.Stamp{}
 	if err != nil && gone && !always {
-		return false, nil // it was said before
+		return false, nil // reported before
 	}
 	if f.seen, err = f.load(); err != nil {
 		return false, err

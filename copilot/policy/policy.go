@@ -14,7 +14,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/tomlfile"
 )
 
-// Action is what somebody wants to do with a KEK.
+// Action is what an identity wants to do with a KEK.
 type Action string
 
 // What can be done with a KEK.
@@ -227,8 +227,8 @@ func (p *Policy) whyNot(identity, kek string, action Action) string {
 	return fmt.Sprintf("no rule of %s names %s", p.name, identity)
 }
 
-// Usable returns what reports whether identity may do anything at all with a KEK at
-// the time now.
+// Usable returns a function that reports whether identity may do anything at all with a
+// KEK at the time now.
 func (p *Policy) Usable(identity string, now time.Time) func(kek string) bool {
 	var rules []*rule
 	for i := range p.rules {
@@ -310,8 +310,8 @@ func matchAny(patterns []string, name string) bool {
 	return slices.ContainsFunc(patterns, func(p string) bool { return glob.MatchPath(p, name) })
 }
 
-// Local is the policy of a broker that was given none: the identities, and
-// nobody else, may use each KEK.
+// Local is the policy of a broker without a policy file: only these identities may use
+// the KEKs, and they may use all.
 func Local(identities ...string) *Policy {
 	return &Policy{name: "the built-in policy", rules: []rule{{
 		Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export}, number: 1,

@@ -9,14 +9,14 @@ import (
 )
 
 const (
-	// settleTries is how often it is waited until a policy file is whole.
+	// settleTries is how many times readWhole waits for a policy file to be whole.
 	settleTries = 10
 	// maxFile bounds a policy, in bytes.
 	maxFile = 4 << 20
 )
 
-// readWhole returns what is in a file once nobody is writing it, and the stamp of
-// that. It waits up to 5 seconds. If that is not enough, it returns the stamp of no
+// readWhole returns the content of a file once it is no longer being written, and its
+// stamp. It waits up to 5 seconds. If that is not enough, it returns the stamp of no
 // file, so that it is read again, whether it changes or not.
 func readWhole(name string) ([]byte, filestamp.Stamp, error) {
 	before, err := filestamp.Of(name)

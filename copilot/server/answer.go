@@ -12,7 +12,7 @@ import (
 type raw []byte
 
 // secret is an answer that is JSON already, and holds a key. It is cleared once it is
-// written. What is left are net/http's buffers, which the next answer overwrites.
+// written. Copies remain in net/http's buffers until the next answer overwrites them.
 type secret []byte
 
 // document is an answer that is JSON already, and no secret.

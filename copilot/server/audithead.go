@@ -57,7 +57,7 @@ func (n *headNotes) note(ctx context.Context) {
 		return
 	}
 	if ended := n.log.Ended(); n.noted.Seq == 0 && ended.Seq > 0 {
-		// The log itself names that line now, so nobody has to look for it.
+		// The log itself names that line now, so it need not be looked for.
 		err := n.store.NoteAuditHead(ctx, keystore.AuditHead{Chain: ended.Chain, Seq: ended.Seq, MAC: ended.MAC, Log: n.name, At: time.Now().UTC(), Lost: true})
 		if err != nil {
 			return

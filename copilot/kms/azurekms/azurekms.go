@@ -85,9 +85,9 @@ func newBackend(s settings, credential azcore.TokenCredential, transport policy.
 	return b, err
 }
 
-// clientOptions has the SDK try three times within about a second. Its own
-// back-off outlasts the deadline of our callers, who then learn nothing but that.
-// An answer that asks for a longer pause is not retried.
+// clientOptions has the SDK try three times within about a second. Its own back-off
+// outlasts the deadline of our callers, who would see only a timeout. An answer that
+// asks for a longer pause is not retried.
 func clientOptions(transport policy.Transporter) azcore.ClientOptions {
 	return azcore.ClientOptions{
 		Transport:        transport,
@@ -194,9 +194,8 @@ func checkName(path string) error {
 	return nil
 }
 
-// callError says what an error means to our caller. Last is what recordRefusal
-// stored, or nil. Invalid is what it means that Azure does not like what
-// is in the request.
+// callError says what an error means to our caller. Last is what recordRefusal stored,
+// or nil. invalid is the error for a request whose content Azure rejects.
 func callError(path string, err error, last *azcore.ResponseError, invalid error) error {
 	sentinel := kms.ErrUnavailable
 	if answer, ok := errors.AsType[*azcore.ResponseError](err); ok {
@@ -217,7 +216,7 @@ func callError(path string, err error, last *azcore.ResponseError, invalid error
 	return fmt.Errorf("key %s: %w: %w", path, sentinel, err)
 }
 
-// message is what an answer says, without the whole of the exchange.
+// message returns an answer's error message, without the rest of the exchange.
 func message(answer *azcore.ResponseError) string {
 	var said struct {
 		Error struct {

@@ -211,8 +211,8 @@ func checksum(b []byte) *wrapperspb.Int64Value {
 	return wrapperspb.Int64(int64(crc32.Checksum(b, castagnoli)))
 }
 
-// callError says what an error means to our caller. Invalid is what it means that
-// Google does not like what is in the request.
+// callError says what an error means to our caller. invalid is the error for a request
+// whose content Google rejects.
 func callError(ctx context.Context, path string, err, invalid error) error {
 	sentinel := kms.ErrUnavailable
 	switch s, _ := status.FromError(err); s.Code() {

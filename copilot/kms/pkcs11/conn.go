@@ -170,7 +170,7 @@ func (c *conn) hold() {
 	c.uses++
 }
 
-// release lets go of a connection. The last one to do so closes it.
+// release ends one use of a connection. The last one closes it.
 func (c *conn) release() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -193,8 +193,7 @@ type lostError struct {
 func (e *lostError) Error() string { return e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
 
-// vague reports whether a code may also mean that the HSM did not like what it
-// was given.
+// vague reports whether a code may also mean that the HSM rejected its input.
 func vague(e *lostError) bool {
 	return e.code == pkcs11.CKR_GENERAL_ERROR || e.code == pkcs11.CKR_FUNCTION_FAILED
 }

@@ -47,7 +47,7 @@ func (h *hsm) connect() (w *worker, fresh bool, err error) {
 }
 
 // logIn makes a login in the worker that is there, or else in a new one, since many
-// modules find a token again only when they are initialized anew.
+// modules find a token again only after they are reinitialized.
 func (h *hsm) logIn(l *login, w *worker) {
 	defer close(l.done)
 	pin, file, err := h.settings.pin()
@@ -143,8 +143,8 @@ func (h *hsm) gone(w *worker) {
 	h.failed(fmt.Errorf("%w: %w: %w", kms.ErrUnavailable, errEnded, reason), 0)
 }
 
-// failed has the next login wait, the longer the more failures there were in a
-// row, from the first one on if first is 1, from the second one on if it is 0.
+// failed delays the next login, longer after each failure in a row: from the first
+// failure on if first is 1, from the second on if it is 0.
 func (h *hsm) failed(err error, first int) {
 	h.failure = err
 	h.retryAt = time.Now()
@@ -163,7 +163,7 @@ func (h *hsm) lost(w *worker) {
 	}
 }
 
-// replace has the next call start a new worker.
+// replace makes the next call start a new worker.
 func (h *hsm) replace() {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -18,7 +18,7 @@ func Address(address string) string {
 }
 
 // Network is [Address] for lines of the audit log: an IPv6 address stands for its /64
-// network, since one machine can have all addresses of that.
+// network, since one machine can use all of its addresses.
 func Network(address string) string {
 	from := Address(address)
 	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))

@@ -160,7 +160,7 @@ func denied(err error, answered bool) bool {
 // 6066, section 9, from bad_certificate to unknown_ca, and certificate_required.
 var certificateAlerts = []tls.AlertError{42, 43, 44, 45, 46, 48, 111, 113, 114, 116}
 
-// alertOf returns the alert that the client has sent. crypto/tls wraps it in a
+// alertOf returns the alert that the client or this side has sent. crypto/tls wraps it in a
 // [net.OpError] as a type of its own, of the same kind as [tls.AlertError].
 func alertOf(err error) (tls.AlertError, bool) {
 	op := new(net.OpError)
