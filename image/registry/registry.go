@@ -111,6 +111,16 @@ func (r *Repository) Info(ctx context.Context, d digest.Digest) (content.Info, e
 	if known {
 		return content.Info{Digest: d, Size: size}, nil
 	}
+	// A blob is asked for by HEAD: what containerd does opens it besides.
+	if r.push != nil {
+		pulling, err := docker.ContextWithRepositoryScope(ctx, r.spec, false)
+		if err != nil {
+			return content.Info{}, err
+		}
+		if here, err := r.hasBlob(pulling, d); err == nil && here {
+			return r.Info(ctx, d)
+		}
+	}
 	byDigest, ok := r.fetcher.(remotes.FetcherByDigest)
 	if !ok {
 		return content.Info{}, fmt.Errorf("look for %s: %w", d, errdefs.ErrNotImplemented)
