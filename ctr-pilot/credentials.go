@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
@@ -28,6 +29,22 @@ helpers, or, if Docker has no configuration, of "podman login".
 // registryFlags are ctr's flags for registries, and ours.
 func registryFlags() []cli.Flag {
 	return append(slices.Clone(commands.RegistryFlags), passwordFlag())
+}
+
+// checkRegistryFlags returns an error if a flag for registries is set and no image is in
+// one. also says what else the flags are for.
+func checkRegistryFlags(cmd *cli.Command, also string) error {
+	for _, name := range cmd.Args().Slice() {
+		if n, err := transport.Parse(name); err == nil && n.Transport == transport.Registry {
+			return nil
+		}
+	}
+	for _, f := range registryFlags() {
+		if name := f.Names()[0]; cmd.IsSet(name) {
+			return exit.Usagef("--%s is for %s", name, also)
+		}
+	}
+	return nil
 }
 
 func passwordFlag() cli.Flag {

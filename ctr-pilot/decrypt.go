@@ -4,12 +4,10 @@ import (
 	"context"
 	"slices"
 
-	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
-	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 var decryptCommand = &cli.Command{
@@ -20,14 +18,21 @@ var decryptCommand = &cli.Command{
 providers, and gives the result the new name, or the image's own. An image that
 was encrypted with ctr-pilot becomes what it was, byte for byte. Another image of the
 new name is replaced only with --force, and a name by digest never is.
-
-Example:
-   ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1`,
-	Flags:                     slices.Concat([]cli.Flag{forceFlag}, selectionFlags("decrypt"), keyFlags()),
+` + transportsHelp + `
+Examples:
+   ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1
+   ctr-pilot images decrypt docker://registry.example.com/app:enc oci:plain:1`,
+	Flags:                     slices.Concat([]cli.Flag{forceFlag, jsonFlag()}, selectionFlags("decrypt"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
-		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
-			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
+		if err := checkRegistryFlags(cmd, "images named docker://…"); err != nil {
+			return err
+		}
+		if err := readPassword(cmd); err != nil {
+			return err
+		}
+		return crypt(ctx, cmd, "decrypt", func(ctx context.Context, at workplace, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+			layers, err := layerDescriptors(ctx, at, target, opts)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -35,7 +40,7 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Decrypt(ctx, localstore.New(client), target, withProviders(dc), opts)
+			return image.Decrypt(ctx, at, target, withProviders(dc), opts)
 		})
 	},
 }

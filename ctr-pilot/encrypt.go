@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"slices"
 
-	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/localstore"
 )
@@ -35,7 +35,7 @@ their keys. --keys-from names the image that it was built on, in containerd or i
 its registry. Each key is checked against its layer before it is put back.
 
 --layer and --all-but-base leave the other layers readable.
-
+` + transportsHelp + `
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
    jwe:FILE                  a public key
@@ -43,10 +43,12 @@ Recipients:
    pgp:NAME                  a name or mail address in gpg's keyring
    pkcs11:FILE               a public key, or a YAML file of a key in an HSM
 
-Example:
+Examples:
    ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
-      --keys-from registry.example.com/base:1 app:built app:encrypted`,
+      --keys-from registry.example.com/base:1 app:built app:encrypted
+   ctr-pilot images encrypt --recipient provider:pilot:team-a \
+      oci-archive:app.tar docker://registry.example.com/app:enc`,
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
@@ -55,20 +57,20 @@ Example:
 	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
-		for _, f := range registryFlags() {
-			if name := f.Names()[0]; cmd.IsSet(name) && !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
-				return exit.Usagef("--%s is for --keys-from and --all-but-base", name)
+		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
+			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from and --all-but-base"); err != nil {
+				return err
 			}
 		}
 		if err := readPassword(cmd); err != nil {
 			return err
 		}
-		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, client *containerd.Client, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
+		return crypt(ctx, cmd, "encrypt", func(ctx context.Context, at workplace, target ocispec.Descriptor, opts image.Options) (image.Result, error) {
 			var err error
-			if opts.Base, err = baseLayers(ctx, client, cmd); err != nil {
+			if opts.Base, err = baseLayers(ctx, at, cmd); err != nil {
 				return image.Result{}, err
 			}
-			layers, err := layerDescriptors(ctx, client.ContentStore(), target, opts)
+			layers, err := layerDescriptors(ctx, at, target, opts)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -76,17 +78,17 @@ Example:
 			if err != nil {
 				return image.Result{}, err
 			}
-			if opts.KeysFrom, err = keysFrom(ctx, client, cmd); err != nil {
+			if opts.KeysFrom, err = keysFrom(ctx, at, cmd); err != nil {
 				return image.Result{}, err
 			}
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
-			return image.Encrypt(ctx, localstore.New(client), target, to, opts)
+			return image.Encrypt(ctx, at, target, to, opts)
 		})
 	},
 }
 
-type cryptFunc func(context.Context, *containerd.Client, ocispec.Descriptor, image.Options) (image.Result, error)
+type cryptFunc func(context.Context, workplace, ocispec.Descriptor, image.Options) (image.Result, error)
 
 // crypt encrypts or decrypts the image that the command names, with do.
 func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) error {
@@ -101,48 +103,57 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
-	return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
-		img, err := getImage(ctx, client, name)
-		if err != nil {
-			return err
-		}
-		to := newName{client.ImageService(), img, toName, cmd.Bool("force")}
-		if err := to.check(ctx); err != nil {
-			return fmt.Errorf("%s %s: %w", verb, name, err)
-		}
-
-		progress := newProgress(verb)
-		opts.Progress = progress.add
-		result, err := do(ctx, client, img.Target, opts)
-		progress.stop()
-		if err == nil && ctx.Err() != nil {
-			err = ctx.Err()
-		}
-		if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
-			err = refused(cmd, plain)
+	from, err := parseName(name)
+	if err != nil {
+		return err
+	}
+	to, err := parseName(toName)
+	if err != nil {
+		return err
+	}
+	return withPlaces(ctx, cmd, []transport.Name{from, to}, func(ctx context.Context, p *places) error {
+		if from.Transport == transport.Containerd && to.Transport == transport.Containerd {
+			err = inStore(ctx, p, verb, from.Image, to.Image, opts, do)
+		} else {
+			err = p.between(ctx, verb, from, to, opts, do)
 		}
 		if err != nil {
-			return fmt.Errorf("%s %s: %w", verb, name, withFetch(ctx, err, img))
-		}
-		if verb == "decrypt" {
-			warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
-		}
-		warnLacking(result.Lacking)
-		if result.Layers == 0 {
-			if verb == "encrypt" {
-				return fmt.Errorf("encrypt %s: no layer was encrypted: it has none, or the flags leave out all that it has", name)
-			}
-			fmt.Printf("%s has no encrypted layers\n", name)
-		}
-		if err := to.set(ctx, result.Target); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
-		if verb == "encrypt" {
-			if err := reportEncrypted(cmd, toName, result); err != nil || cmd.Bool("json") {
-				return err
-			}
-		}
-		fmt.Printf("%s %s (%d layers %sed)\n", toName, result.Target.Digest, result.Layers, verb)
 		return nil
 	})
+}
+
+var errNothingEncrypted = errors.New("no layer was encrypted: it has none, or the flags leave out all that it has")
+
+// inStore encrypts or decrypts an image of containerd there, with do.
+func inStore(ctx context.Context, p *places, verb, name, toName string, opts image.Options, do cryptFunc) error {
+	img, err := getImage(ctx, p.client, name)
+	if err != nil {
+		return err
+	}
+	to := newName{p.client.ImageService(), img, toName, p.cmd.Bool("force")}
+	if err := to.check(ctx); err != nil {
+		return err
+	}
+	progress := newProgress(verb)
+	opts.Progress = progress.add
+	result, err := do(ctx, workplace{localstore.New(p.client), p.layersOf}, img.Target, opts)
+	progress.stop()
+	if err == nil && ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
+		err = refused(p.cmd, plain)
+	}
+	if err != nil {
+		return withFetch(ctx, err, img)
+	}
+	if result.Layers == 0 && verb == "encrypt" {
+		return errNothingEncrypted
+	}
+	if err := to.set(ctx, result.Target); err != nil {
+		return err
+	}
+	return report(p.cmd, verb, toName, result, nil)
 }

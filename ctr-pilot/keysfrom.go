@@ -17,10 +17,10 @@ import (
 // keysFrom returns the layers of the images that --keys-from names. They are
 // images of containerd, or else of a registry, of which only manifests are
 // fetched.
-func keysFrom(ctx context.Context, client *containerd.Client, cmd *cli.Command) ([]ocispec.Descriptor, error) {
+func keysFrom(ctx context.Context, at workplace, cmd *cli.Command) ([]ocispec.Descriptor, error) {
 	var all []ocispec.Descriptor
 	for _, name := range cmd.StringSlice("keys-from") {
-		layers, err := layersOf(ctx, client, cmd, name)
+		layers, err := at.layersOf(ctx, name)
 		if err != nil {
 			return nil, fmt.Errorf("--keys-from %s: %w", name, err)
 		}

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
 	"github.com/containerd/platforms"
 	"github.com/containers/ocicrypt"
@@ -16,6 +15,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -29,17 +29,18 @@ keys are wrapped, and for whom, as far as that can be seen without a key. Standa
 shows whether all of them are encrypted, and names what is not or can't be seen here.
 
 An image's configuration, which is never encrypted, does not count.
-
+` + transportsHelp + `
 Examples:
    ctr-pilot images layerinfo app:encrypted
-   ctr-pilot images layerinfo --require-encrypted --json app:encrypted`,
-	Flags: append(selectionFlags("show"),
-		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+   ctr-pilot images layerinfo --require-encrypted --json app:encrypted
+   ctr-pilot images layerinfo docker://registry.example.com/app:enc`,
+	Flags: slices.Concat(selectionFlags("show"), registryFlags(), []cli.Flag{
+		jsonFlag(),
 		&cli.BoolFlag{Name: "require-encrypted", Usage: "exit with status 3 unless the whole image is encrypted"},
 		&cli.StringFlag{Name: "gpg-homedir", Usage: "gpg's `DIRECTORY` (default: ~/.gnupg)"},
 		&cli.StringFlag{Name: "gpg-version", Usage: "`VERSION` of gpg, v1 or v2 (default: what is installed)"},
 		&cli.BoolFlag{Name: "n", Usage: "show the key IDs of pgp recipients, not their names"},
-	),
+	}),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		if cmd.NArg() != 1 {
@@ -49,20 +50,13 @@ Examples:
 		if err != nil {
 			return err
 		}
-		client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-		if err != nil {
+		if err := checkRegistryFlags(cmd, "an image named docker://…"); err != nil {
 			return err
 		}
-		defer cancel()
-		img, err := getImage(ctx, client, cmd.Args().First())
-		if err != nil {
+		if err := readPassword(cmd); err != nil {
 			return err
 		}
-		layers, err := image.Layers(ctx, client.ContentStore(), img.Target, opts)
-		if err != nil {
-			return err
-		}
-		plain, err := image.Inspect(ctx, client.ContentStore(), img.Target, opts)
+		layers, plain, err := inspect(ctx, cmd, opts)
 		if err != nil {
 			return err
 		}
@@ -94,6 +88,32 @@ Examples:
 		}
 		return err
 	},
+}
+
+// inspect returns the layers of the image that the command names, and what is readable
+// in it.
+func inspect(ctx context.Context, cmd *cli.Command, opts image.Options) (layers []image.Layer, plain []image.Plain, err error) {
+	name, err := parseName(cmd.Args().First())
+	if err != nil {
+		return nil, nil, err
+	}
+	return layers, plain, withPlaces(ctx, cmd, []transport.Name{name}, func(ctx context.Context, p *places) error {
+		source, err := p.source(ctx, name)
+		if err != nil {
+			return err
+		}
+		defer source.Close()
+		target, err := source.Resolve(ctx)
+		if err != nil {
+			return err
+		}
+		store := transport.NewPair(source, nil)
+		if layers, err = image.Layers(ctx, store, target, opts); err != nil {
+			return err
+		}
+		plain, err = image.Inspect(ctx, store, target, opts)
+		return err
+	})
 }
 
 // printLayers prints a table of the layers, in the columns of imgcrypt's, which its

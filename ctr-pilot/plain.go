@@ -2,10 +2,7 @@ package main
 
 import (
 	"fmt"
-	"os"
 
-	"github.com/containerd/platforms"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
@@ -18,45 +15,8 @@ func plainFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "allow-plain", Usage: "encrypt what can be encrypted, even if something stays readable that --layer and --platform do not leave out"},
 		&cli.BoolFlag{Name: "keep-absent", Usage: "keep platforms whose content is not here in the image, as they are; by default they are left out"},
 		&cli.StringFlag{Name: "attestations", Value: string(image.EncryptAttestations), Usage: "what to do with SBOMs and provenance: encrypt, drop or keep"},
-		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+		jsonFlag(),
 	}
-}
-
-// encryptReport is the JSON of encrypt.
-type encryptReport struct {
-	Image  string        `json:"image,omitempty"` // its new name, unless it was refused
-	Digest digest.Digest `json:"digest,omitempty"`
-	Layers int           `json:"layers"` // that were encrypted, or got recipients
-	// Plain is what is readable in the image, or what would be, if it was refused.
-	Plain   []image.Plain `json:"plain"`
-	LeftOut []leftOut     `json:"leftOut"`
-}
-
-// leftOut is an entry of an index that the new one does not have.
-type leftOut struct {
-	Platform  string        `json:"platform,omitempty"`
-	Digest    digest.Digest `json:"digest"`
-	MediaType string        `json:"mediaType"`
-}
-
-// reportEncrypted prints what became of an image, after what stays readable in it.
-func reportEncrypted(cmd *cli.Command, name string, result image.Result) error {
-	if !cmd.Bool("json") {
-		for _, d := range result.LeftOut {
-			fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", shown(d.Digest.String()), ofPlatform(d), whyLeftOut(cmd, d))
-		}
-		printPlain("stays readable", image.NotEncrypted(result.Plain))
-		return nil
-	}
-	report := encryptReport{Image: name, Digest: result.Target.Digest, Layers: result.Layers, Plain: result.Plain, LeftOut: []leftOut{}}
-	for _, d := range result.LeftOut {
-		platform := ""
-		if d.Platform != nil {
-			platform = platforms.FormatAll(*d.Platform)
-		}
-		report.LeftOut = append(report.LeftOut, leftOut{platform, d.Digest, d.MediaType})
-	}
-	return printJSON(report)
 }
 
 // whyLeftOut returns why an entry of an index was left out.
@@ -74,7 +34,7 @@ func whyLeftOut(cmd *cli.Command, d ocispec.Descriptor) string {
 // readable, and returns the error.
 func refused(cmd *cli.Command, err *image.PlainError) error {
 	if cmd.Bool("json") {
-		if err := printJSON(encryptReport{Plain: err.Plain, LeftOut: []leftOut{}}); err != nil {
+		if err := printJSON(cryptReport{Plain: err.Plain, LeftOut: []leftOut{}}); err != nil {
 			return err
 		}
 	} else {

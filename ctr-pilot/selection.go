@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 
-	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
@@ -59,8 +57,8 @@ func selection(cmd *cli.Command) (image.Options, error) {
 	return opts, nil
 }
 
-func layerDescriptors(ctx context.Context, cs content.Store, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
-	layers, err := image.Layers(ctx, cs, target, opts)
+func layerDescriptors(ctx context.Context, store image.Store, target ocispec.Descriptor, opts image.Options) ([]ocispec.Descriptor, error) {
+	layers, err := image.Layers(ctx, store, target, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +104,7 @@ var allButBaseFlag = &cli.StringFlag{
 }
 
 // baseLayers returns the layers of the image that --all-but-base names.
-func baseLayers(ctx context.Context, client *containerd.Client, cmd *cli.Command) ([]ocispec.Descriptor, error) {
+func baseLayers(ctx context.Context, at workplace, cmd *cli.Command) ([]ocispec.Descriptor, error) {
 	name := cmd.String("all-but-base")
 	if name == "" {
 		return nil, nil
@@ -114,7 +112,7 @@ func baseLayers(ctx context.Context, client *containerd.Client, cmd *cli.Command
 	if len(cmd.StringSlice("layer")) > 0 {
 		return nil, exit.Usagef("--layer and --all-but-base are mutually exclusive")
 	}
-	layers, err := layersOf(ctx, client, cmd, name)
+	layers, err := at.layersOf(ctx, name)
 	if err == nil && len(layers) == 0 {
 		err = errors.New("it has no layers")
 	}

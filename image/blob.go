@@ -89,10 +89,11 @@ func (r *progressReader) Read(p []byte) (int, error) {
 }
 
 // ingest writes what r reads, size bytes, as a blob. It commits the blob only if r ends
-// without an error, and otherwise leaves nothing behind.
-func (w *work) ingest(ctx context.Context, name string, r io.Reader, size int64, labels map[string]string) (_ digest.Digest, _ int64, err error) {
+// without an error, and otherwise leaves nothing behind. A registry's store has to know
+// manifests by their media type.
+func (w *work) ingest(ctx context.Context, name, mediaType string, r io.Reader, size int64, labels map[string]string) (_ digest.Digest, _ int64, err error) {
 	ref := fmt.Sprintf("pilot-%s-%016x", name, rand.Uint64())
-	cw, err := content.OpenWriter(ctx, w.Store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Size: size}))
+	cw, err := content.OpenWriter(ctx, w.Store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType, Size: size}))
 	if err != nil {
 		return "", 0, err
 	}

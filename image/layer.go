@@ -36,7 +36,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 			return err
 		}
 		defer encrypter.Close()
-		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "encrypt-"+desc.Digest.Encoded(), encrypter, desc.Size, nil)
+		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "encrypt-"+desc.Digest.Encoded(), c.desc.MediaType, encrypter, desc.Size, nil)
 		return err
 	})
 	if err != nil {
@@ -75,7 +75,7 @@ func (d decryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor)
 		// A tool that compresses and encrypts in one step may have named the
 		// digest of something else, so the digest is that of what comes out.
 		// The HMAC has authenticated it by then.
-		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "decrypt-"+desc.Digest.Encoded(), decrypter, desc.Size, nil)
+		c.desc.Digest, c.desc.Size, err = w.ingest(ctx, "decrypt-"+desc.Digest.Encoded(), mediaType, decrypter, desc.Size, nil)
 		return err
 	})
 	return c, err

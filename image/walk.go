@@ -342,7 +342,7 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	if w.dry {
 		return out, nil
 	}
-	if _, _, err := w.ingest(ctx, "manifest-"+out.Digest.Encoded(), bytes.NewReader(doc), out.Size, gcLabels(children)); err != nil {
+	if _, _, err := w.ingest(ctx, "manifest-"+out.Digest.Encoded(), mediaType, bytes.NewReader(doc), out.Size, gcLabels(children)); err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("write %s: %w", out.Digest, err)
 	}
 	return out, nil

@@ -93,7 +93,7 @@ func (i *Image) Digests(kind Kind) []digest.Digest {
 
 // Write writes what is not absent to a store, with the labels that keep
 // containerd's garbage collector from it.
-func (i *Image) Write(ctx context.Context, cs content.Store) error {
+func (i *Image) Write(ctx context.Context, to content.Ingester) error {
 	for d, b := range i.Blobs {
 		if b.Absent {
 			continue
@@ -108,7 +108,7 @@ func (i *Image) Write(ctx context.Context, cs content.Store) error {
 				labels[key] = child.Digest.String()
 			}
 		}
-		err := content.WriteBlob(ctx, cs, "imagetest-"+d.String(), bytes.NewReader(b.Bytes), desc, content.WithLabels(labels))
+		err := content.WriteBlob(ctx, to, "imagetest-"+d.String(), bytes.NewReader(b.Bytes), desc, content.WithLabels(labels))
 		if err != nil && !errdefs.IsAlreadyExists(err) {
 			return fmt.Errorf("write %s: %w", d, err)
 		}

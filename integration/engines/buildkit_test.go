@@ -174,7 +174,7 @@ func TestBuildKit(t *testing.T) {
 		harness.ExpectFailure(t, b.in(append(encrypt, local, usable)...), "it is encrypted and has no keys", "--keys-from")
 		harness.ExpectFailure(t, b.in(append(encrypt, "--keys-from", built, "--plain-http", local, usable)...), "it is encrypted and has no keys")
 		harness.ExpectFailure(t, b.in(append(encrypt, "--keys-from", c.Registry+"/none:1", "--plain-http", local, usable)...), "--keys-from "+c.Registry+"/none:1", "not found")
-		harness.ExpectFailure(t, b.in(append(encrypt, "--plain-http", local, usable)...), "--plain-http is for --keys-from")
+		harness.ExpectFailure(t, b.in(append(encrypt, "--plain-http", local, usable)...), "--plain-http is for images named docker:")
 		// As an attacker who can write to the registry.
 		swapped := c.Edit(base, "swapped", func(m *ocispec.Manifest) {
 			m.Layers[0].Annotations, m.Layers[1].Annotations = m.Layers[1].Annotations, m.Layers[0].Annotations

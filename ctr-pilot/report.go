@@ -1,0 +1,89 @@
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/containerd/containerd/v2/pkg/progress"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
+)
+
+func jsonFlag() cli.Flag { return &cli.BoolFlag{Name: "json", Usage: "print JSON"} }
+
+// cryptReport is the JSON of encrypt and decrypt.
+type cryptReport struct {
+	Image  string        `json:"image,omitempty"` // its new name, unless it was refused
+	Digest digest.Digest `json:"digest,omitempty"`
+	Layers int           `json:"layers"` // that were encrypted, got recipients, or were decrypted
+	// Plain is what is readable in the encrypted image, or what would be, if it was
+	// refused.
+	Plain   []image.Plain `json:"plain"`
+	LeftOut []leftOut     `json:"leftOut"`
+	// Moved counts the bytes of an image that went from one place to another.
+	Moved *transport.Moved `json:"moved,omitempty"`
+}
+
+// leftOut is an entry of an index that the new one does not have.
+type leftOut struct {
+	Platform  string        `json:"platform,omitempty"`
+	Digest    digest.Digest `json:"digest"`
+	MediaType string        `json:"mediaType"`
+}
+
+// report prints what became of an image, after what stays readable in it. moved is nil
+// if it stayed where it was.
+func report(cmd *cli.Command, verb, name string, result image.Result, moved *transport.Moved) error {
+	if verb == "decrypt" {
+		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
+	}
+	warnLacking(result.Lacking)
+	if cmd.Bool("json") {
+		return printJSON(newReport(name, result, moved))
+	}
+	for _, d := range result.LeftOut {
+		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", shown(d.Digest.String()), ofPlatform(d), whyLeftOut(cmd, d))
+	}
+	if verb == "encrypt" {
+		printPlain("stays readable", image.NotEncrypted(result.Plain))
+	}
+	if result.Layers == 0 {
+		fmt.Printf("%s has no encrypted layers\n", name)
+	}
+	fmt.Printf("%s %s (%d layers %sed%s)\n", name, result.Target.Digest, result.Layers, verb, movedText(moved))
+	return nil
+}
+
+func newReport(name string, result image.Result, moved *transport.Moved) cryptReport {
+	r := cryptReport{Image: name, Digest: result.Target.Digest, Layers: result.Layers, Plain: result.Plain, LeftOut: []leftOut{}, Moved: moved}
+	if r.Plain == nil {
+		r.Plain = []image.Plain{}
+	}
+	for _, d := range result.LeftOut {
+		platform := ""
+		if d.Platform != nil {
+			platform = platforms.FormatAll(*d.Platform)
+		}
+		r.LeftOut = append(r.LeftOut, leftOut{platform, d.Digest, d.MediaType})
+	}
+	return r
+}
+
+// movedText says how many bytes went where, as far as they are not new.
+func movedText(m *transport.Moved) string {
+	if m == nil {
+		return ""
+	}
+	text := fmt.Sprintf("; %v written", progress.Bytes(m.Written+m.Copied))
+	if m.Mounted > 0 {
+		text += fmt.Sprintf(", %v mounted", progress.Bytes(m.Mounted))
+	}
+	if m.Present > 0 {
+		text += fmt.Sprintf(", %v there already", progress.Bytes(m.Present))
+	}
+	return text
+}

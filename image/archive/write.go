@@ -1,0 +1,264 @@
+package archive
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/image/layout"
+	"github.com/ctrlplane/pilot/internal/verified"
+)
+
+// blockSize is that of tar.
+const blockSize = 512
+
+// Output is an archive of an OCI image layout. Blobs are written side by side, each
+// in a place that is reserved by its size; the header, which has its digest, comes last.
+type Output struct {
+	name, temporary string
+
+	mu      sync.Mutex
+	file    *os.File // nil when it is closed
+	end     int64
+	pending int // blobs that are not committed
+	regions map[digest.Digest]region
+}
+
+// Create makes an archive, which has that name once it is whole. The caller closes it.
+func Create(name string) (*Output, error) {
+	temporary := filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+"."+rand.Text())
+	f, err := os.OpenFile(temporary, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	w := &Output{name: name, temporary: temporary, file: f, regions: map[digest.Digest]region{}}
+	version, err := json.Marshal(ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
+	if err == nil {
+		err = w.add(ocispec.ImageLayoutFile, version)
+	}
+	if err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	return w, nil
+}
+
+// header returns the header of a file, of one block.
+func header(name string, size int64) ([]byte, error) {
+	h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, Format: tar.FormatUSTAR}
+	if size >= 1<<33 {
+		h.Format = tar.FormatGNU // whose sizes have no such limit
+	}
+	var b bytes.Buffer
+	if err := tar.NewWriter(&b).WriteHeader(h); err != nil {
+		return nil, err
+	}
+	if b.Len() != blockSize {
+		return nil, fmt.Errorf("the header of %s has %d bytes", name, b.Len())
+	}
+	return b.Bytes(), nil
+}
+
+// reserve returns a place for a file.
+func (w *Output) reserve(size int64) (region, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.file == nil {
+		return region{}, fs.ErrClosed
+	}
+	r := region{w.end + blockSize, size}
+	w.end = r.offset + (size+blockSize-1)/blockSize*blockSize
+	return r, nil
+}
+
+// add writes a small file.
+func (w *Output) add(name string, b []byte) error {
+	r, err := w.reserve(int64(len(b)))
+	if err != nil {
+		return err
+	}
+	h, err := header(name, r.size)
+	if err != nil {
+		return err
+	}
+	if _, err := w.file.WriteAt(b, r.offset); err != nil {
+		return err
+	}
+	_, err = w.file.WriteAt(h, r.offset-blockSize)
+	return err
+}
+
+// Writer returns a writer of a new blob, of the size that [content.WithDescriptor]
+// gives.
+func (w *Output) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	var o content.WriterOpts
+	for _, opt := range opts {
+		if err := opt(&o); err != nil {
+			return nil, err
+		}
+	}
+	r, err := w.reserve(o.Desc.Size)
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	w.pending++
+	w.mu.Unlock()
+	return &blobWriter{archive: w, ref: o.Ref, region: r, started: time.Now(), digester: digest.Canonical.Digester()}, nil
+}
+
+type blobWriter struct {
+	archive  *Output
+	ref      string
+	region   region
+	n        int64
+	started  time.Time
+	digester digest.Digester
+	done     bool
+}
+
+func (b *blobWriter) Write(p []byte) (int, error) {
+	if b.done {
+		return 0, fs.ErrClosed
+	}
+	if int64(len(p)) > b.region.size-b.n {
+		return 0, fmt.Errorf("the blob has more than %d bytes", b.region.size)
+	}
+	n, err := b.archive.file.WriteAt(p, b.region.offset+b.n)
+	_, _ = b.digester.Hash().Write(p[:n]) // never fails
+	b.n += int64(n)
+	return n, err
+}
+
+func (b *blobWriter) Digest() digest.Digest { return b.digester.Digest() }
+
+func (b *blobWriter) Commit(_ context.Context, size int64, expected digest.Digest, _ ...content.Opt) error {
+	if b.done {
+		return fs.ErrClosed
+	}
+	d := b.Digest()
+	if b.n != b.region.size || size > 0 && size != b.n || expected != "" && expected != d {
+		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", b.n, d, errdefs.ErrFailedPrecondition)
+	}
+	name, err := blobPath(d)
+	if err != nil {
+		return err
+	}
+	h, err := header(name, b.n)
+	if err != nil {
+		return err
+	}
+	if _, err := b.archive.file.WriteAt(h, b.region.offset-blockSize); err != nil {
+		return err
+	}
+	b.done = true
+	b.archive.mu.Lock()
+	defer b.archive.mu.Unlock()
+	b.archive.pending--
+	b.archive.regions[d] = b.region
+	return nil
+}
+
+func (b *blobWriter) Status() (content.Status, error) {
+	return content.Status{Ref: b.ref, Offset: b.n, Total: b.region.size, StartedAt: b.started, UpdatedAt: time.Now()}, nil
+}
+
+func (b *blobWriter) Truncate(size int64) error {
+	if size != 0 {
+		return errdefs.ErrNotImplemented
+	}
+	b.n = 0
+	b.digester.Hash().Reset()
+	return nil
+}
+
+func (b *blobWriter) Close() error {
+	b.done = true
+	return nil
+}
+
+// Abort does nothing: an archive of which a blob is missing is not finished.
+func (w *Output) Abort(context.Context, string) error { return nil }
+
+// Update does nothing: an archive keeps no labels.
+func (w *Output) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
+	return info, nil
+}
+
+func (w *Output) blob(d digest.Digest) (region, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	r, ok := w.regions[d]
+	if !ok {
+		return region{}, fmt.Errorf("%s has no blob %s: %w", w.name, d, errdefs.ErrNotFound)
+	}
+	return r, nil
+}
+
+// Info returns the size of a blob that was written, or [errdefs.ErrNotFound].
+func (w *Output) Info(_ context.Context, d digest.Digest) (content.Info, error) {
+	r, err := w.blob(d)
+	return content.Info{Digest: d, Size: r.size}, err
+}
+
+// ReaderAt returns a reader of a blob that was written, as [Layout.ReaderAt] does.
+func (w *Output) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	r, err := w.blob(desc.Digest)
+	if err != nil {
+		return nil, err
+	}
+	files := files{archive: w.file}
+	return verified.New(files.section(r), desc), nil
+}
+
+// Finish makes name, if it is not empty, stand for desc, whose blobs are there, and
+// gives the archive its own name. It replaces a file of that name.
+func (w *Output) Finish(desc ocispec.Descriptor, name string) error {
+	if w.pending > 0 {
+		return fmt.Errorf("%d blobs are not whole: %w", w.pending, errdefs.ErrFailedPrecondition)
+	}
+	index, err := layout.WithImage(nil, desc, name)
+	if err != nil {
+		return err
+	}
+	if err := w.add(ocispec.ImageIndexFile, index); err != nil {
+		return err
+	}
+	// Two blocks of zeros end an archive, and a hole is zeros.
+	if err := w.file.Truncate(w.end + 2*blockSize); err != nil {
+		return err
+	}
+	if err := errors.Join(w.file.Sync(), w.file.Close()); err != nil {
+		return err
+	}
+	w.file = nil
+	if err := os.Rename(w.temporary, w.name); err != nil {
+		return errors.Join(err, os.Remove(w.temporary))
+	}
+	return nil
+}
+
+// Close removes an archive that was not finished.
+func (w *Output) Close() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.file == nil {
+		return nil
+	}
+	err := errors.Join(w.file.Close(), os.Remove(w.temporary))
+	w.file = nil
+	return err
+}

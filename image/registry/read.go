@@ -1,0 +1,72 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// stallsAfter is how long a registry may send nothing of a blob.
+const stallsAfter = time.Minute
+
+var errStalled = fmt.Errorf("the registry sent nothing for %v", stallsAfter)
+
+// sequential reads a blob by offsets that follow each other, as a [content.ReaderAt].
+type sequential struct {
+	body   io.ReadCloser
+	size   int64
+	next   int64
+	ctx    context.Context // of the requests that body makes
+	cancel context.CancelCauseFunc
+}
+
+// open starts to read a blob or a manifest.
+func (r *Repository) open(ctx context.Context, desc ocispec.Descriptor) (*sequential, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	body, err := r.fetcher.Fetch(ctx, desc)
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	return &sequential{body: body, size: desc.Size, ctx: ctx, cancel: cancel}, nil
+}
+
+func (s *sequential) ReadAt(p []byte, off int64) (int, error) {
+	if off != s.next {
+		return 0, fmt.Errorf("a blob of a registry is read at %d after %d bytes", off, s.next)
+	}
+	n := 0
+	for n < len(p) {
+		m, err := s.read(p[n:])
+		n += m
+		s.next += int64(m)
+		if errors.Is(err, io.EOF) {
+			return n, io.EOF
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+func (s *sequential) read(p []byte) (int, error) {
+	timer := time.AfterFunc(stallsAfter, func() { s.cancel(errStalled) })
+	defer timer.Stop()
+	n, err := s.body.Read(p)
+	if err != nil && s.ctx.Err() != nil {
+		err = context.Cause(s.ctx)
+	}
+	return n, err
+}
+
+func (s *sequential) Size() int64 { return s.size }
+
+func (s *sequential) Close() error {
+	s.cancel(nil)
+	return s.body.Close()
+}

@@ -1,0 +1,205 @@
+package transport
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ctrlplane/pilot/image/registry"
+)
+
+const (
+	// copiesAtOnce is how many blobs are copied at once.
+	copiesAtOnce = 4
+	// copySize is how many bytes are copied at once.
+	copySize = 1 << 20
+	// maxDepth is how deep indexes may be nested.
+	maxDepth = 8
+)
+
+// Moved counts bytes.
+type Moved struct {
+	Written int64 `json:"written"` // of new blobs, and of manifests
+	Copied  int64 `json:"copied"`  // of blobs that are as they were
+	Mounted int64 `json:"mounted"` // of blobs that the registry had elsewhere
+	Present int64 `json:"present"` // of blobs that were there
+}
+
+// Finish brings what desc refers to and the target lacks there, with its manifests, and
+// then gives it the target's name. Until then nothing has the name.
+func (p *Pair) Finish(ctx context.Context, desc ocispec.Descriptor) (Moved, error) {
+	f := &finish{pair: p, seen: newDigests()}
+	f.moved.Written = p.written.sum()
+	if err := f.bring(ctx, desc, 0); err != nil {
+		return Moved{}, err
+	}
+	if err := p.target.Name(ctx, p, desc); err != nil {
+		return Moved{}, err
+	}
+	return f.moved, nil
+}
+
+type finish struct {
+	pair *Pair
+	seen *digests
+
+	mu    sync.Mutex
+	moved Moved
+}
+
+// bring brings what a manifest or an index refers to.
+func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) error {
+	if depth > maxDepth {
+		return fmt.Errorf("%s: indexes are nested more than %d deep", desc.Digest, maxDepth)
+	}
+	doc, err := content.ReadBlob(ctx, f.pair, desc)
+	if err != nil {
+		return err
+	}
+	var refers struct {
+		Manifests []ocispec.Descriptor `json:"manifests"`
+		Config    *ocispec.Descriptor  `json:"config"`
+		Layers    []ocispec.Descriptor `json:"layers"`
+		Blobs     []ocispec.Descriptor `json:"blobs"` // of an artifact manifest
+	}
+	if err := json.Unmarshal(doc, &refers); err != nil {
+		return fmt.Errorf("%s: %w", desc.Digest, err)
+	}
+	for _, m := range refers.Manifests {
+		if !isDocument(m) {
+			refers.Blobs = append(refers.Blobs, m)
+			continue
+		}
+		if !f.seen.add(m.Digest, 0) {
+			continue
+		}
+		if _, err := f.pair.Info(ctx, m.Digest); errdefs.IsNotFound(err) {
+			continue // a platform that is not there, which was accepted
+		}
+		if err := f.bring(ctx, m, depth+1); err != nil {
+			return err
+		}
+		if err := f.pair.target.Document(ctx, f.pair, m); err != nil {
+			return fmt.Errorf("manifest %s: %w", m.Digest, err)
+		}
+	}
+	blobs := slices.Concat(refers.Layers, refers.Blobs)
+	if refers.Config != nil {
+		blobs = append(blobs, *refers.Config)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(copiesAtOnce)
+	for _, b := range blobs {
+		if f.pair.written.has(b.Digest) || !f.seen.add(b.Digest, 0) {
+			continue
+		}
+		g.Go(func() error { return f.blob(ctx, b) })
+	}
+	return g.Wait()
+}
+
+func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
+	origin, err := f.pair.target.Copy(ctx, f.pair.Source, desc)
+	if errdefs.IsNotFound(err) && len(desc.URLs) > 0 {
+		return nil // a foreign layer is where its URLs say
+	}
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", desc.Digest, err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch origin {
+	case registry.Present:
+		f.moved.Present += desc.Size
+	case registry.Mounted:
+		f.moved.Mounted += desc.Size
+	default:
+		f.moved.Copied += desc.Size
+	}
+	return nil
+}
+
+func isDocument(desc ocispec.Descriptor) bool {
+	return images.IsIndexType(desc.MediaType) || images.IsManifestType(desc.MediaType)
+}
+
+// copyAll copies a blob until ctx is done.
+func copyAll(ctx context.Context, w io.Writer, ra content.ReaderAt) error {
+	buf := make([]byte, copySize)
+	for off := int64(0); off < ra.Size(); {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		n, err := ra.ReadAt(buf[:min(copySize, ra.Size()-off)], off)
+		if n == 0 && err != nil {
+			return err
+		}
+		if _, werr := w.Write(buf[:n]); werr != nil {
+			return werr
+		}
+		off += int64(n)
+	}
+	return nil
+}
+
+// digests is a set of digests with sizes.
+type digests struct {
+	mu  sync.Mutex
+	all map[digest.Digest]int64
+}
+
+func newDigests() *digests { return &digests{all: map[digest.Digest]int64{}} }
+
+// add reports whether d was not there before.
+func (s *digests) add(d digest.Digest, size int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, had := s.all[d]
+	s.all[d] = size
+	return !had
+}
+
+func (s *digests) has(d digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, had := s.all[d]
+	return had
+}
+
+func (s *digests) sum() (n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, size := range s.all {
+		n += size
+	}
+	return n
+}
+
+// noting is a writer that notes what it commits.
+type noting struct {
+	content.Writer
+	written *digests
+}
+
+func (n noting) Commit(ctx context.Context, size int64, expected digest.Digest, opts ...content.Opt) error {
+	status, err := n.Status()
+	if err != nil {
+		return err
+	}
+	d := n.Digest()
+	if err := n.Writer.Commit(ctx, size, expected, opts...); err != nil {
+		return err
+	}
+	n.written.add(d, status.Offset)
+	return nil
+}

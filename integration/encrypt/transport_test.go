@@ -1,0 +1,157 @@
+package encrypt
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// anywhere runs ctr-pilot where there is no containerd but its own.
+type anywhere struct {
+	t       testing.TB
+	dir     string
+	ociConf string
+}
+
+func (a anywhere) images(args ...string) *exec.Cmd {
+	a.t.Helper()
+	cmd := harness.Command(a.t, "ctr-pilot", append([]string{"--address", a.dir + "/nobody.sock", "images"}, args...)...)
+	cmd.Env = append(cmd.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+a.ociConf, "TMPDIR="+a.dir+"/tmp", "HOME="+a.dir)
+	return cmd
+}
+
+// cryptResult is the JSON of encrypt and decrypt.
+type cryptResult struct {
+	Image  string
+	Digest string
+	Layers int
+	Moved  struct{ Written, Copied, Mounted, Present int64 }
+}
+
+func (a anywhere) crypt(args ...string) cryptResult {
+	a.t.Helper()
+	var r cryptResult
+	if err := json.Unmarshal([]byte(harness.Output(a.t, a.images(args...))), &r); err != nil {
+		a.t.Fatal(err)
+	}
+	return r
+}
+
+// TestTransportsWithoutContainerd encrypts an image from each transport into each that
+// can be written, decrypts it, and has skopeo read what was written.
+func TestTransportsWithoutContainerd(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	_, broker := harness.StartBroker(t, dir+"/broker", "team-a")
+	_, ociConf := harness.StartPilot(t, dir, broker)
+	d := harness.NewDebian(t, dir, ociConf)
+	registry, _ := harness.StartRegistry(t, dir)
+	if err := os.MkdirAll(dir+"/tmp", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	a := anywhere{t, dir, ociConf}
+
+	l := harness.NewLayout(t)
+	secret := harness.NewSecret()
+	l.Write(dir+"/plain", "v1", l.Image(harness.LayerKinds[0], false, harness.Arch, secret))
+	harness.Output(t, d.Run("skopeo", "copy", "oci:"+dir+"/plain:v1", "oci-archive:"+dir+"/plain.tar:v1"))
+	harness.Output(t, d.Run("skopeo", "copy", "oci:"+dir+"/plain:v1", "docker-archive:"+dir+"/docker.tar:app:v1"))
+	harness.Output(t, d.Run("skopeo", "copy", "--dest-tls-verify=false", "oci:"+dir+"/plain:v1", "docker://"+registry+"/plain:v1"))
+
+	for i, from := range []string{"oci:" + dir + "/plain:v1", "oci-archive:" + dir + "/plain.tar:v1", "docker-archive:" + dir + "/docker.tar", "docker://" + registry + "/plain:v1"} {
+		plain := ""
+		for j, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + registry + "/enc:x"} {
+			result := a.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", from, to)
+			if result.Layers != 2 || result.Image != to || result.Moved.Written == 0 {
+				t.Errorf("%s to %s: %+v", from, to, result)
+			}
+			info := harness.Output(t, a.images("layerinfo", "--require-encrypted", to))
+			if strings.Count(info, "team-a@1") != 2 {
+				t.Errorf("%s: %s", to, info)
+			}
+			back := filepath.Join(dir, "back", string(rune('a'+3*i+j)))
+			decrypted := a.crypt("decrypt", "--json", to, "oci:"+back+":x")
+			if plain == "" {
+				plain = decrypted.Digest
+			}
+			if decrypted.Digest != plain {
+				t.Errorf("%s from %s came back as %s, and not as %s", to, from, decrypted.Digest, plain)
+			}
+			if !strings.Contains(blobs(t, back), secret) {
+				t.Errorf("the secret is not in what was decrypted from %s", to)
+			}
+			// skopeo decrypts the same.
+			args := []string{"copy", "--src-tls-verify=false", "--decryption-key", "provider:pilot:team-a", to, "oci:" + back + "-skopeo:x"}
+			harness.Output(t, d.Run("skopeo", args...))
+			if !strings.Contains(blobs(t, back+"-skopeo"), secret) {
+				t.Errorf("the secret is not in what skopeo decrypted from %s", to)
+			}
+		}
+	}
+	if strings.Contains(blobs(t, dir+"/enc"), secret) || strings.Contains(harness.Read(t, dir+"/enc.tar"), secret) {
+		t.Error("the secret is in what was encrypted")
+	}
+	if left, _ := filepath.Glob(dir + "/tmp/*"); len(left) > 0 {
+		t.Errorf("temporary files: %s", left)
+	}
+
+	t.Run("taken", func(t *testing.T) {
+		for _, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:y", "docker://" + registry + "/enc:x"} {
+			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", to), "is there already", "--force")
+		}
+	})
+	t.Run("within a registry", func(t *testing.T) {
+		// The configuration is mounted, and the layers are new.
+		r := a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "docker://"+registry+"/plain:v1", "docker://"+registry+"/mounted:x")
+		if r.Moved.Mounted == 0 || r.Moved.Copied != 0 {
+			t.Errorf("%+v", r)
+		}
+		r = a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "docker://"+registry+"/plain:v1", "docker://"+registry+"/plain:enc")
+		if r.Moved.Present == 0 || r.Moved.Copied+r.Moved.Mounted != 0 {
+			t.Errorf("%+v", r)
+		}
+	})
+	t.Run("bad names", func(t *testing.T) {
+		for name, want := range map[string]string{
+			"oci:" + dir + "/nothing:v1":             "no such file",
+			"oci:" + dir + "/plain:v2":               `it has no image "v2", only v1`,
+			"oci-archive:" + dir + "/docker.tar":     "use docker-archive:",
+			"docker-archive:" + dir + "/plain.tar":   "use oci-archive:",
+			"docker://" + registry + "/plain:absent": "not found",
+			"docker://app:1":                         "docker://registry.example.com/app:1",
+		} {
+			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", name, "oci:"+dir+"/none:x"), want)
+		}
+		harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", "docker-archive:"+dir+"/none.tar"), "oci-archive:")
+		if _, err := os.Stat(dir + "/none"); !os.IsNotExist(err) {
+			t.Errorf("a layout was made for nothing: %v", err)
+		}
+	})
+}
+
+// TestTransportsWithContainerd moves an image from a layout into containerd and back.
+func TestTransportsWithContainerd(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	c := harness.StartCI(t, dir, "team-a")
+	l := harness.NewLayout(t)
+	secret := harness.NewSecret()
+	plain := l.Image(harness.LayerKinds[1], false, harness.Arch, secret)
+	l.Write(dir+"/plain", "v1", plain)
+	name := c.Registry + "/app:enc"
+	harness.Output(t, c.CtrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", "containerd:"+name))
+	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", name))
+	harness.Output(t, c.CtrPilot("images", "decrypt", "containerd:"+name, "oci-archive:"+dir+"/back.tar:v1"))
+	index := harness.Output(t, harness.Command(t, "tar", "-xOf", dir+"/back.tar", "index.json"))
+	if !strings.Contains(index, plain["digest"].(string)) {
+		t.Errorf("another image came back: %s", index)
+	}
+	// What is in containerd outlives its garbage collection.
+	harness.Output(t, c.CtrPilot("images", "rm", "--sync", c.Registry+"/nothing"))
+	harness.Output(t, c.CtrPilot("images", "decrypt", name, c.Registry+"/app:again"))
+}

@@ -1,0 +1,74 @@
+// Package verified reads blobs that somebody else keeps, and checks them against
+// their digests on the way.
+package verified
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// ErrDigest is the error of a blob that is not what its descriptor says.
+var ErrDigest = errors.New("the blob is not what its digest says")
+
+// Provider checks what is read of the blobs of another provider.
+type Provider struct{ content.Provider }
+
+// ReaderAt returns a reader of a blob. The blob has to be read in order. Before its
+// last byte is given out, all are checked against desc's digest, and the reader fails
+// with [ErrDigest] if they do not match.
+func (p Provider) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	if err := desc.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w", desc.Digest, err)
+	}
+	ra, err := p.Provider.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	return New(ra, desc), nil
+}
+
+// New returns a reader of ra that checks it, as [Provider.ReaderAt] does. Closing it
+// closes ra.
+func New(ra content.ReaderAt, desc ocispec.Descriptor) content.ReaderAt {
+	return &reader{ReaderAt: ra, desc: desc, digester: desc.Digest.Algorithm().Digester()}
+}
+
+type reader struct {
+	content.ReaderAt
+	desc     ocispec.Descriptor
+	digester digest.Digester
+	next     int64 // the offset of what is hashed next
+}
+
+func (r *reader) ReadAt(p []byte, off int64) (int, error) {
+	if off >= r.Size() && r.next == r.Size() {
+		return 0, io.EOF
+	}
+	if off != r.next {
+		return 0, fmt.Errorf("%s is read at offset %d and not in order, which its digest can't be checked in", r.desc.Digest, off)
+	}
+	n, err := r.ReaderAt.ReadAt(p[:min(int64(len(p)), r.Size()-off)], off)
+	_, _ = r.digester.Hash().Write(p[:n]) // never fails
+	r.next += int64(n)
+	switch {
+	case r.next < r.Size() && errors.Is(err, io.EOF):
+		return 0, fmt.Errorf("%s ends after %d of %d bytes: %w", r.desc.Digest, r.next, r.Size(), io.ErrUnexpectedEOF)
+	case r.next < r.Size():
+		return n, err
+	case err != nil && !errors.Is(err, io.EOF):
+		return 0, err
+	}
+	if got := r.digester.Digest(); got != r.desc.Digest {
+		return 0, fmt.Errorf("%w: %s has the digest %s", ErrDigest, r.desc.Digest, got)
+	}
+	if n < len(p) {
+		err = io.EOF
+	}
+	return n, err
+}
