@@ -40,7 +40,7 @@ type Recipient struct {
 }
 
 // Recipients returns for whom the key of an encrypted layer is wrapped, by scheme.
-// It needs no key. The recipients of jwe, pkcs7 and pkcs11 can't be told apart
+// It needs no key. The recipients of jwe, pkcs7 and pkcs11 can't be distinguished
 // without one, so one stands for all of its scheme, and so does one of pgp if the
 // annotation is damaged.
 func Recipients(layer ocispec.Descriptor) []Recipient {
@@ -77,7 +77,7 @@ func ParseRecipient(s string) (Recipient, error) {
 	switch scheme {
 	case "jwe", "pkcs7", "pgp", "pkcs11":
 		if rest != "" {
-			return Recipient{}, fmt.Errorf("%s: the %s recipients of a layer can't be told apart: %s alone stands for all of them", s, scheme, scheme)
+			return Recipient{}, fmt.Errorf("%s: the %s recipients of a layer can't be distinguished: %s alone stands for all of them", s, scheme, scheme)
 		}
 		return Recipient{Scheme: scheme}, nil
 	case "provider":

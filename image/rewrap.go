@@ -27,7 +27,7 @@ type Rewrapping struct {
 	// Add are recipients to add: see [processor.Recipients.Parameters]. For a KEK that
 	// is one already, the layer key is rewrapped instead.
 	Add map[string][][]byte
-	// Remove are recipients to remove. Those of one scheme can be told apart
+	// Remove are recipients to remove. Those of one scheme can be distinguished
 	// only if they are KEKs.
 	Remove []Recipient
 	// DryRun does everything except write.
