@@ -206,5 +206,5 @@ func (d *Docker) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 	if !ok {
 		return nil, fmt.Errorf("%s has no blob %s: %w", d.name, desc.Digest, errdefs.ErrNotFound)
 	}
-	return verified.New(d.section(r), desc), nil
+	return verified.New(d.section(r), desc)
 }

@@ -217,7 +217,7 @@ func (l *Layout) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 	if err != nil {
 		return nil, err
 	}
-	return verified.New(l.section(r), desc), nil
+	return verified.New(l.section(r), desc)
 }
 
 // isTar reports whether the beginning of a layer is that of a tar archive which is not

@@ -221,7 +221,7 @@ func (w *Output) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 		return nil, err
 	}
 	files := files{archive: w.file}
-	return verified.New(files.section(r), desc), nil
+	return verified.New(files.section(r), desc)
 }
 
 // Finish makes name, if it is not empty, stand for desc, whose blobs are there, and

@@ -341,7 +341,7 @@ func (l *Layout) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 	if err != nil {
 		return nil, err
 	}
-	return verified.New(blob{f, size}, desc), nil
+	return verified.New(blob{f, size}, desc)
 }
 
 type blob struct {

@@ -161,9 +161,9 @@ func (r *Repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 	if err != nil {
 		return nil, err
 	}
-	ra := verified.New(s, desc)
-	if !isDocument(desc.MediaType) {
-		return ra, nil
+	ra, err := verified.New(s, desc)
+	if err != nil || !isDocument(desc.MediaType) {
+		return ra, err
 	}
 	return r.keep(ra, desc)
 }

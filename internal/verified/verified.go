@@ -30,13 +30,24 @@ func (p Provider) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (conten
 	if err != nil {
 		return nil, err
 	}
-	return New(ra, desc), nil
+	return New(ra, desc)
 }
 
 // New returns a reader of ra that checks it, as [Provider.ReaderAt] does. Closing it
-// closes ra.
-func New(ra content.ReaderAt, desc ocispec.Descriptor) content.ReaderAt {
-	return &reader{ReaderAt: ra, desc: desc, digester: desc.Digest.Algorithm().Digester()}
+// closes ra, as an error does. An empty blob is checked at once, since nobody reads it.
+func New(ra content.ReaderAt, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	r := &reader{ReaderAt: ra, desc: desc, digester: desc.Digest.Algorithm().Digester()}
+	var err error
+	switch size := ra.Size(); {
+	case size < 0:
+		err = fmt.Errorf("%s has a size of %d bytes", desc.Digest, size)
+	case size == 0:
+		err = r.check()
+	}
+	if err != nil {
+		return nil, errors.Join(err, ra.Close())
+	}
+	return r, nil
 }
 
 type reader struct {
@@ -64,11 +75,19 @@ func (r *reader) ReadAt(p []byte, off int64) (int, error) {
 	case err != nil && !errors.Is(err, io.EOF):
 		return 0, err
 	}
-	if got := r.digester.Digest(); got != r.desc.Digest {
-		return 0, fmt.Errorf("%w: %s has the digest %s", ErrDigest, r.desc.Digest, got)
+	if err := r.check(); err != nil {
+		return 0, err
 	}
 	if n < len(p) {
 		err = io.EOF
 	}
 	return n, err
+}
+
+// check compares the digest of all that was read.
+func (r *reader) check() error {
+	if got := r.digester.Digest(); got != r.desc.Digest {
+		return fmt.Errorf("%w: %s has the digest %s", ErrDigest, r.desc.Digest, got)
+	}
+	return nil
 }
