@@ -132,9 +132,10 @@ func pause(ctx context.Context, n int, resp *http.Response) error {
 
 // authorizes reports whether the host's credentials are for u: an upload may be at
 // another host, which must not see them.
-func (h *pushHost) authorizes(u *url.URL) bool {
-	return h.Authorizer != nil && u.Scheme == h.Scheme && u.Host == h.Host
-}
+func (h *pushHost) authorizes(u *url.URL) bool { return h.Authorizer != nil && h.is(u) }
+
+// is reports whether u is at the host.
+func (h *pushHost) is(u *url.URL) bool { return u.Scheme == h.Scheme && u.Host == h.Host }
 
 // once makes one attempt. The answer's body is in memory.
 func (h *pushHost) once(ctx context.Context, r request) (_ *http.Response, err error) {
@@ -167,12 +168,17 @@ const maxAnswer = 64 << 10
 
 // send sends a request with a body of size bytes, or -1 if that is not known.
 func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header http.Header, body io.Reader, size int64) (*http.Response, error) {
+	if h.Scheme == "https" && u.Scheme != "https" {
+		return nil, fmt.Errorf("%s sends uploads to %s://%s, which is not encrypted: its own address in its configuration may lack https", h.Host, u.Scheme, u.Host)
+	}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
 		return nil, err
 	}
-	for name, values := range h.Header {
-		req.Header[name] = append(req.Header[name], values...)
+	if h.is(u) { // the configured headers may be credentials
+		for name, values := range h.Header {
+			req.Header[name] = append(req.Header[name], values...)
+		}
 	}
 	for name, values := range header {
 		req.Header[name] = values
@@ -199,7 +205,7 @@ func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header h
 func statusError(resp *http.Response) error {
 	shown := *resp.Request.URL
 	shown.RawQuery = ""
-	body, _ := io.ReadAll(resp.Body) // it is in memory
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	err := error(remoteerrors.ErrUnexpectedStatus{
 		Status: resp.Status, StatusCode: resp.StatusCode, Body: body,
 		RequestURL: shown.String(), RequestMethod: resp.Request.Method,

@@ -29,6 +29,12 @@ const (
 	abortWithin = 5 * time.Second
 )
 
+// streamWithin bounds the wait for a registry to take a part of a blob that is sent in
+// one request, and for its answer. Tests shorten it.
+var streamWithin = chunkWithin
+
+var errNotTaken = errors.New("the registry takes no more of a blob, and does not answer")
+
 // upload sends a blob whose digest is known at its end, as a [content.Writer]. What
 // does not fit into one chunk is sent chunk by chunk, and a chunk that did not arrive
 // is sent again from where the registry says that it stopped:
@@ -287,6 +293,7 @@ func takesNoChunks(err error) bool {
 // stream is one request that sends the rest of a blob.
 type stream struct {
 	*io.PipeWriter
+	ctx    context.Context
 	cancel context.CancelCauseFunc
 	answer chan streamAnswer
 }
@@ -303,7 +310,7 @@ func (u *upload) streamFrom(first []byte) error {
 	}
 	pr, pw := io.Pipe()
 	ctx, cancel := context.WithCancelCause(u.ctx)
-	s := &stream{pw, cancel, make(chan streamAnswer, 1)}
+	s := &stream{pw, ctx, cancel, make(chan streamAnswer, 1)}
 	header := http.Header{"Content-Type": {"application/octet-stream"}}
 	go func() {
 		resp, err := u.repo.push.send(ctx, http.MethodPatch, u.location, header, pr, -1)
@@ -325,15 +332,37 @@ func (u *upload) streamFrom(first []byte) error {
 	return err
 }
 
+// Write sends a part of the blob.
+func (s *stream) Write(p []byte) (int, error) {
+	timer := s.stalls()
+	defer timer.Stop()
+	n, err := s.PipeWriter.Write(p)
+	return n, s.why(err)
+}
+
+// stalls ends the request after a while, unless the timer is stopped.
+func (s *stream) stalls() *time.Timer {
+	return time.AfterFunc(streamWithin, func() { s.cancel(errNotTaken) })
+}
+
+// why returns the cause of an error of a request that was ended.
+func (s *stream) why(err error) error {
+	if cause := context.Cause(s.ctx); err != nil && cause != nil {
+		return cause
+	}
+	return err
+}
+
 func (s *stream) end() (*http.Response, error) {
 	if err := s.PipeWriter.Close(); err != nil {
 		return nil, err
 	}
-	timer := time.AfterFunc(chunkWithin, func() { s.cancel(fmt.Errorf("the registry gave no answer within %v", chunkWithin)) })
+	timer := s.stalls()
 	defer timer.Stop()
 	a := <-s.answer
+	err := s.why(a.err)
 	s.cancel(nil)
-	return a.Response, a.err
+	return a.Response, err
 }
 
 func (s *stream) abort() {

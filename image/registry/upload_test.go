@@ -1,0 +1,81 @@
+package registry
+
+import (
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+)
+
+// TestStreamedUploadsEnd has a registry that takes no chunks behave badly when it gets a
+// blob in one request.
+func TestStreamedUploadsEnd(t *testing.T) {
+	defer func(d time.Duration) { streamWithin = d }(streamWithin)
+	streamWithin = time.Second
+	done := make(chan struct{})
+	for name, answer := range map[string]http.HandlerFunc{
+		"takes nothing": func(http.ResponseWriter, *http.Request) { <-done },
+		"endless error": func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusTeapot)
+			b := make([]byte, 1<<20)
+			for {
+				if _, err := w.Write(b); err != nil {
+					return
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				switch {
+				case r.Method == http.MethodPost:
+					w.Header().Set("Location", "/v2/app/blobs/uploads/1")
+					w.WriteHeader(http.StatusAccepted)
+				case r.Method == http.MethodPatch && r.Header.Get("Content-Range") != "":
+					w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
+				case r.Method == http.MethodPatch:
+					answer(w, r)
+				default:
+					w.WriteHeader(http.StatusNoContent)
+				}
+			}))
+			defer s.Close()
+			defer s.CloseClientConnections()
+			if name == "takes nothing" {
+				defer close(done)
+			}
+			r, err := Open(t.Context(), strings.TrimPrefix(s.URL, "http://")+"/app:1", docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			w, err := r.Writer(t.Context(), content.WithRef("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer w.Close()
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			for range 64 {
+				if _, err = w.Write(make([]byte, 1<<20)); err != nil {
+					break
+				}
+			}
+			runtime.ReadMemStats(&after)
+			if err == nil {
+				t.Fatal("it was written")
+			}
+			if name == "takes nothing" && !errors.Is(err, errNotTaken) {
+				t.Error(err)
+			}
+			if grown := after.TotalAlloc - before.TotalAlloc; grown > 256<<20 {
+				t.Errorf("%d bytes were allocated", grown)
+			}
+		})
+	}
+}
