@@ -247,7 +247,12 @@ func names(index ocispec.Index) []string {
 // Tag makes name stand for desc, whose blobs are there. What the name stood for
 // before stays in the directory. An empty name adds an image without one. The rest of
 // index.json stays as it is.
-func (l *Layout) Tag(_ context.Context, desc ocispec.Descriptor, name string) error {
+func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string) error {
+	unlock, err := l.lock(ctx)
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", l.name, err)
+	}
+	defer unlock()
 	before, err := l.read(ocispec.ImageIndexFile)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
