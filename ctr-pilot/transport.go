@@ -144,9 +144,13 @@ func (p *places) between(ctx context.Context, verb string, from, to transport.Na
 	before, err := target.Resolve(ctx)
 	force := p.cmd.Bool("force")
 	switch {
-	case err == nil || errdefs.IsAlreadyExists(err):
+	case err == nil:
 		if to != from && !force {
 			return fmt.Errorf("%s is there already: remove it first, or replace it with --force", to)
+		}
+	case errdefs.IsAlreadyExists(err):
+		if !force {
+			return fmt.Errorf("%s is there already, and its file would be replaced with all that it holds: give another one, or replace it with --force", to)
 		}
 	case !errdefs.IsNotFound(err):
 		return fmt.Errorf("%s: %w", to, err)
@@ -176,6 +180,9 @@ func (p *places) between(ctx context.Context, verb string, from, to transport.Na
 	if err != nil {
 		return explainRefusal(err)
 	}
+	if verb == "encrypt" {
+		warnKept(from, to, desc)
+	}
 	p.warnReferrers(ctx, source, desc)
 	return report(p.cmd, verb, to.String(), result, &moved)
 }
@@ -193,6 +200,23 @@ func unchanged(ctx context.Context, target transport.Target, name transport.Name
 	return nil
 }
 
+// warnKept says that the readable image is still where its name was given to the
+// encrypted one: only the name is gone.
+func warnKept(from, to transport.Name, desc ocispec.Descriptor) {
+	switch {
+	case from == to && to.Transport == transport.Registry:
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the image before, as %s, until the registry deletes it\n", desc.Digest)
+	case from.Transport == transport.OCI && to.Transport == transport.OCI && sameFile(from.Path, to.Path):
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the image before, whose blobs are still in %s: encrypt into another directory to publish it\n", to.Path)
+	}
+}
+
+func sameFile(a, b string) bool {
+	x, errX := os.Stat(a)
+	y, errY := os.Stat(b)
+	return errX == nil && errY == nil && os.SameFile(x, y)
+}
+
 // warnReferrers names signatures and the like that are about the image in a registry,
 // and not about what was made of it.
 func (p *places) warnReferrers(ctx context.Context, source transport.Source, desc ocispec.Descriptor) {
@@ -204,7 +228,7 @@ func (p *places) warnReferrers(ctx context.Context, source transport.Source, des
 	}
 	list, err := r.Referrers(ctx, desc)
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: what refers to the image, such as signatures, could not be listed: %v\n", err)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: what refers to the image, such as signatures, could not be listed: %s\n", shownText(err.Error()))
 	}
 	for _, r := range list {
 		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s, which is about %s: sign the new image\n", shownText(r.String()), desc.Digest)

@@ -321,18 +321,39 @@ func (l *newLayout) Name(ctx context.Context, from content.Provider, desc ocispe
 	return opened.Tag(ctx, desc, l.name)
 }
 
-// newArchive is an archive that is being written. There is no image in it before.
+// newArchive is an archive that is being written. It replaces the file of its name,
+// with all images in that.
 type newArchive struct {
 	*archive.Output
 	to Name
 }
 
-func (a *newArchive) Resolve(context.Context) (ocispec.Descriptor, error) {
-	if _, err := os.Lstat(a.to.Path); err == nil {
-		// The file is replaced, whatever is in it.
-		return ocispec.Descriptor{}, fmt.Errorf("%s: %w", a.to.Path, errdefs.ErrAlreadyExists)
+// Resolve returns the only image in the file that is replaced, if it has the name. If
+// anything else is in the file, the error wraps [errdefs.ErrAlreadyExists].
+func (a *newArchive) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
+	if _, err := os.Lstat(a.to.Path); errors.Is(err, fs.ErrNotExist) {
+		return ocispec.Descriptor{}, errdefs.ErrNotFound
+	} else if err != nil {
+		return ocispec.Descriptor{}, err
 	}
-	return ocispec.Descriptor{}, errdefs.ErrNotFound
+	desc, err := a.only(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("%s holds something else than the image (%v): %w", a.to.Path, err, errdefs.ErrAlreadyExists)
+	}
+	return desc, nil
+}
+
+func (a *newArchive) only(ctx context.Context) (ocispec.Descriptor, error) {
+	before, err := archive.Open(a.to.Path)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer before.Close()
+	only, err := before.Resolve(ctx, "")
+	if err != nil || a.to.Image == "" {
+		return only, err
+	}
+	return before.Resolve(ctx, a.to.Image)
 }
 
 func (a *newArchive) Copy(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (registry.Origin, error) {

@@ -1,0 +1,159 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/layout"
+	"github.com/ctrlplane/pilot/internal/verified"
+)
+
+// TestImpossibleSizesAreErrors has a registry's descriptors lie about sizes.
+func TestImpossibleSizesAreErrors(t *testing.T) {
+	dir, manifest, layer := oneLayer(t, 5000)
+	hosts := plainHTTP(http.DefaultClient)
+	address := newRegistry(t, nil)
+	reg := target(t, "docker://"+address+"/app:1", hosts)
+	if _, err := NewPair(source(t, "oci:"+dir+":app", hosts), reg).Finish(t.Context(), manifest); err != nil {
+		t.Fatal(err)
+	}
+	for _, desc := range []ocispec.Descriptor{manifest, layer} {
+		desc.Size = -1
+		if _, err := content.ReadBlob(t.Context(), source(t, "docker://"+address+"/app:1", hosts), desc); err == nil {
+			t.Errorf("%s: a size of -1 was read", desc.MediaType)
+		}
+	}
+	desc := layer
+	desc.Size = 0
+	if _, err := reg.ReaderAt(t.Context(), desc); !errors.Is(err, verified.ErrDigest) {
+		t.Errorf("a layer that claims to be empty: %v", err)
+	}
+	empty := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(nil)}
+	put(t, reg, ocispec.MediaTypeImageLayer, nil)
+	if b, err := content.ReadBlob(t.Context(), reg, empty); err != nil || len(b) != 0 {
+		t.Errorf("an empty layer: %v", err)
+	}
+}
+
+// TestOtherHostsSeeNoCredentials has a registry send uploads to another host.
+func TestOtherHostsSeeNoCredentials(t *testing.T) {
+	ec, _ := newKey(t)
+	var seen sync.Map
+	inner := newRegistry(t, func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			for _, name := range []string{"Authorization", "X-Secret"} {
+				if r.Header.Get(name) != "" {
+					seen.Store(r.Method+" "+name, true)
+				}
+			}
+			h.ServeHTTP(w, r)
+		})
+	})
+	registry := func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			req, _ := http.NewRequestWithContext(r.Context(), r.Method, "http://"+inner+r.URL.String(), http.NoBody)
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadGateway)
+				return
+			}
+			resp.Body.Close()
+			w.Header().Set("Location", "http://"+inner+resp.Header.Get("Location"))
+			w.WriteHeader(resp.StatusCode)
+			return
+		}
+		if r.Method == http.MethodPut { // of the manifest
+			_, _ = io.Copy(io.Discard, r.Body)
+			w.WriteHeader(http.StatusCreated)
+			return
+		}
+		http.NotFound(w, r)
+	}
+	for name, start := range map[string]func(http.Handler) *httptest.Server{"http": httptest.NewServer, "https": httptest.NewTLSServer} {
+		t.Run(name, func(t *testing.T) {
+			s := start(http.HandlerFunc(registry))
+			t.Cleanup(s.Close)
+			hosts := docker.ConfigureDefaultRegistries(docker.WithClient(s.Client()), docker.WithPlainHTTP(func(string) (bool, error) { return name == "http", nil }))
+			secret := func(host string) ([]docker.RegistryHost, error) {
+				list, err := hosts(host)
+				for i := range list {
+					list[i].Header = http.Header{"Authorization": {"Basic eDp5"}, "X-Secret": {"x"}}
+				}
+				return list, err
+			}
+			dir, _, _ := oneLayer(t, 19<<20)
+			_, address, _ := strings.Cut(s.URL, "//")
+			_, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, "docker://"+address+"/app:1", secret), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+				return image.Encrypt(ctx, cs, desc, ec, image.Options{})
+			})
+			if name == "http" && err != nil {
+				t.Error(err)
+			}
+			if name == "https" && (err == nil || !strings.Contains(err.Error(), "not encrypted")) {
+				t.Errorf("a registry with https had a blob sent without: %v", err)
+			}
+			seen.Range(func(key, _ any) bool { t.Errorf("the other host saw %v", key); return true })
+		})
+	}
+}
+
+// TestArchivesResolveToWhatIsReplaced looks at a file before it is replaced.
+func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
+	dir, manifest, _ := oneLayer(t, 5000)
+	file := filepath.Join(dir, "..", "app.tar")
+	name := "oci-archive:" + file
+	if _, err := target(t, name, nil).Resolve(t.Context()); !errdefs.IsNotFound(err) {
+		t.Errorf("no file: %v", err)
+	}
+	to := target(t, name+":app", nil)
+	if _, err := NewPair(source(t, "oci:"+dir+":app", nil), to).Finish(t.Context(), manifest); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []string{name, name + ":app"} {
+		if desc, err := target(t, n, nil).Resolve(t.Context()); err != nil || desc.Digest != manifest.Digest {
+			t.Errorf("%s is %v: %v", n, desc.Digest, err)
+		}
+	}
+	if _, err := target(t, name+":other", nil).Resolve(t.Context()); !errdefs.IsAlreadyExists(err) || errdefs.IsNotFound(err) {
+		t.Errorf("a file with another image: %v", err)
+	}
+}
+
+// TestLayoutKeepsNamesGivenAtOnce names images from several handles of one layout.
+func TestLayoutKeepsNamesGivenAtOnce(t *testing.T) {
+	dir, manifest, _ := oneLayer(t, 5000)
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			l, err := layout.Open(dir)
+			if err == nil {
+				defer l.Close()
+				err = l.Tag(t.Context(), manifest, fmt.Sprint(i))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	for i := range 20 {
+		if _, err := source(t, fmt.Sprintf("oci:%s:%d", dir, i), nil).Resolve(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}
