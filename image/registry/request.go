@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -37,6 +38,9 @@ type pushHost struct {
 	docker.RegistryHost
 	repository string // as in library/app
 	namespace  string // the registry that the host stands for, or ""
+	// fellBack says that the client speaks http with a host configured as https, as
+	// containerd's does with a registry on localhost.
+	fellBack atomic.Bool
 }
 
 // url returns the URL of something in the repository.
@@ -135,7 +139,9 @@ func pause(ctx context.Context, n int, resp *http.Response) error {
 func (h *pushHost) authorizes(u *url.URL) bool { return h.Authorizer != nil && h.is(u) }
 
 // is reports whether u is at the host.
-func (h *pushHost) is(u *url.URL) bool { return u.Scheme == h.Scheme && u.Host == h.Host }
+func (h *pushHost) is(u *url.URL) bool {
+	return u.Host == h.Host && (u.Scheme == h.Scheme || u.Scheme == "http" && h.fellBack.Load())
+}
 
 // once makes one attempt. The answer's body is in memory.
 func (h *pushHost) once(ctx context.Context, r request) (_ *http.Response, err error) {
@@ -168,7 +174,7 @@ const maxAnswer = 64 << 10
 
 // send sends a request with a body of size bytes, or -1 if that is not known.
 func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header http.Header, body io.Reader, size int64) (*http.Response, error) {
-	if h.Scheme == "https" && u.Scheme != "https" {
+	if h.Scheme == "https" && u.Scheme != "https" && !h.is(u) {
 		return nil, fmt.Errorf("%s sends uploads to %s://%s, which is not encrypted: its own address in its configuration may lack https", h.Host, u.Scheme, u.Host)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
@@ -195,6 +201,9 @@ func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header h
 		client = http.DefaultClient
 	}
 	resp, err := client.Do(req)
+	if err == nil && u.Scheme == "https" && resp.Request.URL.Scheme == "http" && resp.Request.URL.Host == h.Host {
+		h.fellBack.Store(true)
+	}
 	if uerr := (*url.Error)(nil); errors.As(err, &uerr) {
 		err = fmt.Errorf("%s %s: %w", method, u.Redacted(), uerr.Err) // not its query, in which uploads have tokens
 	}
