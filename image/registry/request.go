@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -156,7 +157,9 @@ func (h *pushHost) once(ctx context.Context, r request) (_ *http.Response, err e
 			err = context.Cause(ctx)
 		}
 	}()
-	resp, err := h.send(ctx, r.method, r.url, r.header, bytes.NewReader(r.body), int64(len(r.body)))
+	lent := &lentBytes{b: r.body}
+	defer lent.takeBack()
+	resp, err := h.send(ctx, r.method, r.url, r.header, lent.reader(), int64(len(r.body)))
 	if err != nil {
 		return nil, err
 	}
@@ -180,6 +183,9 @@ func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header h
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
 		return nil, err
+	}
+	if lent, ok := body.(*lentReader); ok {
+		req.GetBody = func() (io.ReadCloser, error) { return &lentReader{lent: lent.lent}, nil }
 	}
 	if h.is(u) { // the configured headers may be credentials
 		for name, values := range h.Header {
@@ -224,6 +230,50 @@ func statusError(resp *http.Response) error {
 	}
 	return err
 }
+
+// lentBytes is the body of a request, until it is taken back: Go's client may go on
+// reading a body after it has returned an early answer.
+type lentBytes struct {
+	mu   sync.Mutex
+	b    []byte
+	back bool
+}
+
+// reader returns a reader from the beginning.
+func (l *lentBytes) reader() io.Reader {
+	if len(l.b) == 0 {
+		return http.NoBody
+	}
+	return &lentReader{lent: l}
+}
+
+// takeBack ends all readers.
+func (l *lentBytes) takeBack() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b, l.back = nil, true
+}
+
+type lentReader struct {
+	lent *lentBytes
+	off  int
+}
+
+func (r *lentReader) Read(p []byte) (int, error) {
+	r.lent.mu.Lock()
+	defer r.lent.mu.Unlock()
+	switch {
+	case r.lent.back:
+		return 0, errors.New("the request has ended")
+	case r.off == len(r.lent.b):
+		return 0, io.EOF
+	}
+	n := copy(p, r.lent.b[r.off:])
+	r.off += n
+	return n, nil
+}
+
+func (r *lentReader) Close() error { return nil }
 
 // statusOf returns the HTTP status that an error is about, or 0.
 func statusOf(err error) int {
