@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -315,9 +316,9 @@ func TestUploadsSurviveABadNetwork(t *testing.T) {
 			})
 		},
 		"one of three fails": func(h http.Handler) http.Handler {
-			n := 0
+			var n atomic.Int64
 			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if n++; n%3 == 0 {
+				if n.Add(1)%3 == 0 {
 					w.Header().Set("Retry-After", "0")
 					http.Error(w, "busy", http.StatusServiceUnavailable)
 					return
@@ -326,9 +327,9 @@ func TestUploadsSurviveABadNetwork(t *testing.T) {
 			})
 		},
 		"connection breaks": func(h http.Handler) http.Handler {
-			n := 0
+			var n atomic.Int64
 			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if n++; n%4 == 0 {
+				if n.Add(1)%4 == 0 {
 					io.CopyN(io.Discard, r.Body, 1000)
 					panic(http.ErrAbortHandler)
 				}
