@@ -143,7 +143,7 @@ func (a *api) limitedByAddress(next handler) handler {
 }
 
 // unauthenticated notes in the audit log's line that the caller is not authenticated. On
-// a unix socket, its user tells callers apart.
+// a unix socket, its user distinguishes callers.
 func unauthenticated(r *http.Request, e *auditing.Entry) {
 	e.Who = caller.Anonymous
 	if user := caller.User(r.Context()); user != "" {

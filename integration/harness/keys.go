@@ -47,7 +47,7 @@ func ECKeyPairs(t testing.TB, dir string, n int) (private, public []string) {
 }
 
 // ImportHSMKey puts a private key into a new token of SoftHSM and returns the YAML
-// file that tells ocicrypt where it is.
+// file that says where it is.
 func ImportHSMKey(t testing.TB, dir, private string) string {
 	t.Helper()
 	if err := os.MkdirAll(dir+"/tokens", 0o700); err != nil {
