@@ -185,15 +185,8 @@ func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, er
 	return desc, nil
 }
 
-func blobPath(d digest.Digest) (string, error) {
-	if err := d.Validate(); err != nil {
-		return "", fmt.Errorf("digest %q: %w", d, err)
-	}
-	return path.Join(ocispec.ImageBlobsDir, d.Algorithm().String(), d.Encoded()), nil
-}
-
 func (l *Layout) blob(d digest.Digest) (region, error) {
-	name, err := blobPath(d)
+	name, err := layout.BlobPath(d)
 	if err != nil {
 		return region{}, err
 	}

@@ -153,7 +153,7 @@ func (b *blobWriter) Commit(_ context.Context, size int64, expected digest.Diges
 	if b.n != b.region.size || size > 0 && size != b.n || expected != "" && expected != d {
 		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", b.n, d, errdefs.ErrFailedPrecondition)
 	}
-	name, err := blobPath(d)
+	name, err := layout.BlobPath(d)
 	if err != nil {
 		return err
 	}

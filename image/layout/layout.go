@@ -305,7 +305,8 @@ func WithImage(index []byte, desc ocispec.Descriptor, name string) ([]byte, erro
 	return json.Marshal(doc)
 }
 
-func blobPath(d digest.Digest) (string, error) {
+// BlobPath returns the name of a blob's file in a layout, with slashes.
+func BlobPath(d digest.Digest) (string, error) {
 	if err := d.Validate(); err != nil {
 		return "", fmt.Errorf("digest %q: %w", d, err)
 	}
@@ -314,7 +315,7 @@ func blobPath(d digest.Digest) (string, error) {
 
 // Info returns the size of a blob, or [errdefs.ErrNotFound].
 func (l *Layout) Info(_ context.Context, d digest.Digest) (content.Info, error) {
-	name, err := blobPath(d)
+	name, err := BlobPath(d)
 	if err != nil {
 		return content.Info{}, err
 	}
@@ -335,7 +336,7 @@ func (l *Layout) absent(d digest.Digest) error {
 // ReaderAt returns a reader of a blob, which has to be read in order, and is checked
 // against its digest before its last byte is given out.
 func (l *Layout) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
-	name, err := blobPath(desc.Digest)
+	name, err := BlobPath(desc.Digest)
 	if err != nil {
 		return nil, err
 	}
@@ -407,7 +408,7 @@ func (w *writer) Commit(_ context.Context, size int64, expected digest.Digest, _
 	if size > 0 && size != w.n || expected != "" && expected != d {
 		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", w.n, d, errdefs.ErrFailedPrecondition)
 	}
-	name, err := blobPath(d)
+	name, err := BlobPath(d)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -146,15 +147,15 @@ func (r *Repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 	kept, read := r.kept[desc.Digest]
 	r.mu.Unlock()
 	if ok {
-		return &memory{doc.content}, nil
+		return memory{bytes.NewReader(doc.content)}, nil
 	}
 	if read {
-		return &memory{kept}, nil
+		return memory{bytes.NewReader(kept)}, nil
 	}
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q: %w", desc.Digest, err)
 	}
-	if isDocument(desc.MediaType) && desc.Size > maxDocument {
+	if IsDocument(desc.MediaType) && desc.Size > maxDocument {
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", desc.Digest, desc.Size, maxDocument)
 	}
 	s, err := r.open(ctx, desc)
@@ -162,7 +163,7 @@ func (r *Repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 		return nil, err
 	}
 	ra, err := verified.New(s, desc)
-	if err != nil || !isDocument(desc.MediaType) {
+	if err != nil || !IsDocument(desc.MediaType) {
 		return ra, err
 	}
 	return r.keep(ra, desc)
@@ -180,7 +181,7 @@ func (r *Repository) keep(ra content.ReaderAt, desc ocispec.Descriptor) (content
 	if len(b) <= r.room {
 		r.kept[desc.Digest], r.room = b, r.room-len(b)
 	}
-	return &memory{b}, nil
+	return memory{bytes.NewReader(b)}, nil
 }
 
 // Writer returns a writer of a new blob, or of a new manifest, as the media type says
@@ -192,7 +193,7 @@ func (r *Repository) Writer(ctx context.Context, opts ...content.WriterOpt) (con
 			return nil, err
 		}
 	}
-	if isDocument(o.Desc.MediaType) {
+	if IsDocument(o.Desc.MediaType) {
 		return &documentWriter{repo: r, ref: o.Ref, mediaType: o.Desc.MediaType, started: time.Now()}, nil
 	}
 	ctx, err := r.pushing(ctx)
@@ -338,27 +339,15 @@ func (r *Repository) Push(ctx context.Context, from content.Provider, desc ocisp
 	return nil
 }
 
-// isDocument reports whether a media type is that of a manifest or an index.
-func isDocument(mediaType string) bool {
+// IsDocument reports whether a media type is that of a manifest or an index.
+func IsDocument(mediaType string) bool {
 	return images.IsManifestType(mediaType) || images.IsIndexType(mediaType)
 }
 
-// memory is a document that was written.
-type memory struct{ b []byte }
+// memory is a document in memory.
+type memory struct{ *bytes.Reader }
 
-func (m *memory) ReadAt(p []byte, off int64) (int, error) {
-	if off >= int64(len(m.b)) {
-		return 0, io.EOF
-	}
-	n := copy(p, m.b[off:])
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
-}
-
-func (m *memory) Size() int64  { return int64(len(m.b)) }
-func (m *memory) Close() error { return nil }
+func (memory) Close() error { return nil }
 
 // documentWriter keeps a manifest until it is pushed.
 type documentWriter struct {

@@ -184,7 +184,7 @@ func (u *upload) arrived() (int64, error) {
 		}
 	}
 	// An empty upload has the range 0-0, as one of a single byte has; what was sent
-	// before tells them apart.
+	// before distinguishes them.
 	_, last, ok := strings.Cut(strings.TrimPrefix(resp.Header.Get("Range"), "bytes="), "-")
 	n, err := strconv.ParseInt(last, 10, 64)
 	if !ok || err != nil {

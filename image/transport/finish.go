@@ -9,7 +9,6 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -76,7 +75,7 @@ func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) 
 		return fmt.Errorf("%s: %w", desc.Digest, err)
 	}
 	for _, m := range refers.Manifests {
-		if !isDocument(m) {
+		if !registry.IsDocument(m.MediaType) {
 			refers.Blobs = append(refers.Blobs, m)
 			continue
 		}
@@ -127,10 +126,6 @@ func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
 		f.moved.Copied += desc.Size
 	}
 	return nil
-}
-
-func isDocument(desc ocispec.Descriptor) bool {
-	return images.IsIndexType(desc.MediaType) || images.IsManifestType(desc.MediaType)
 }
 
 // copyAll copies a blob until ctx is done.

@@ -3,7 +3,6 @@
 package verified
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -16,25 +15,10 @@ import (
 // ErrDigest is the error of a blob that is not what its descriptor says.
 var ErrDigest = errors.New("the blob is not what its digest says")
 
-// Provider checks what is read of the blobs of another provider.
-type Provider struct{ content.Provider }
-
-// ReaderAt returns a reader of a blob. The blob has to be read in order. Before its
-// last byte is given out, all are checked against desc's digest, and the reader fails
-// with [ErrDigest] if they do not match.
-func (p Provider) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
-	if err := desc.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %q: %w", desc.Digest, err)
-	}
-	ra, err := p.Provider.ReaderAt(ctx, desc)
-	if err != nil {
-		return nil, err
-	}
-	return New(ra, desc)
-}
-
-// New returns a reader of ra that checks it, as [Provider.ReaderAt] does. Closing it
-// closes ra, as an error does. An empty blob is checked at once, since nobody reads it.
+// New returns a reader of ra, which has to be read in order. Before the last byte is given
+// out, all are checked against desc's digest, which has to be valid, and the reader fails
+// with [ErrDigest] if they do not match. An empty blob is checked at once, since nobody
+// reads it. Closing the reader closes ra, as an error does.
 func New(ra content.ReaderAt, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	r := &reader{ReaderAt: ra, desc: desc, digester: desc.Digest.Algorithm().Digester()}
 	var err error
