@@ -38,11 +38,13 @@ type work struct {
 	Store
 	Options
 	mode    mode
-	layer   layerFunc // nil when inspecting
-	dry     bool      // nothing is written
-	was     bool      // some manifest had encrypted layers, as far as is known
-	strict  bool      // a document that can be read in several ways is an error
-	blobs   blobs     // by layer
+	layer   layerFunc                                     // nil when inspecting
+	dry     bool                                          // nothing is written
+	written func(desc ocispec.Descriptor, doc []byte)     // gets what a dry run would write; may be nil
+	enter   func(context.Context, ocispec.Manifest) error // is called before the layers of a manifest change; may be nil
+	was     bool                                          // some manifest had encrypted layers, as far as is known
+	strict  bool                                          // a document that can be read in several ways is an error
+	blobs   blobs                                         // by layer
 	usage   usage
 	skipped []ocispec.Descriptor
 	leftOut []ocispec.Descriptor
@@ -215,6 +217,11 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		return w.inspected(desc, manifest, c), nil
 	}
 
+	if w.enter != nil && len(c.layers) > 0 {
+		if err := w.enter(ctx, manifest); err != nil {
+			return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+		}
+	}
 	changes, err := w.changeLayers(ctx, manifest.Layers, c.layers)
 	if err != nil && desc.Platform != nil {
 		err = fmt.Errorf("platform %s: %w", platforms.FormatAll(*desc.Platform), err)
@@ -324,7 +331,7 @@ func (w *work) reads(l ocispec.Descriptor) bool {
 	case encrypting: // for more recipients of an encrypted layer, its key is enough
 		return !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)
 	}
-	return true
+	return !w.dry
 }
 
 // rewrite writes the edited document and returns what describes it.
@@ -340,6 +347,9 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	}
 	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
 	if w.dry {
+		if w.written != nil {
+			w.written(out, doc)
+		}
 		return out, nil
 	}
 	if _, _, err := w.ingest(ctx, "manifest-"+out.Digest.Encoded(), mediaType, bytes.NewReader(doc), out.Size, gcLabels(children)); err != nil {

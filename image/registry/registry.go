@@ -46,6 +46,7 @@ type Repository struct {
 	resolver remotes.Resolver
 	fetcher  remotes.Fetcher
 	push     *pushHost // nil if no host takes pushes
+	lists    *pushHost // has the lists of tags and referrers; nil if no host resolves tags
 
 	mu        sync.Mutex
 	documents map[digest.Digest]document // that are to be pushed
@@ -76,16 +77,22 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	if err != nil {
 		return nil, err
 	}
-	for _, h := range list {
-		if h.Capabilities.Has(docker.HostCapabilityPush) {
-			r.push = &pushHost{RegistryHost: h, repository: strings.TrimPrefix(spec.Locator, spec.Hostname()+"/")}
-			if own, err := docker.DefaultHost(spec.Hostname()); err != nil || h.Host != own && h.Host != spec.Hostname() {
-				r.push.namespace = spec.Hostname()
-			}
-			break
-		}
-	}
+	r.push = hostWith(list, spec, docker.HostCapabilityPush)
+	r.lists = hostWith(list, spec, docker.HostCapabilityResolve)
 	return r, nil
+}
+
+// hostWith returns the first host with a capability, or nil.
+func hostWith(list []docker.RegistryHost, spec reference.Spec, capability docker.HostCapabilities) *pushHost {
+	i := slices.IndexFunc(list, func(h docker.RegistryHost) bool { return h.Capabilities.Has(capability) })
+	if i < 0 {
+		return nil
+	}
+	h := &pushHost{RegistryHost: list[i], repository: strings.TrimPrefix(spec.Locator, spec.Hostname()+"/")}
+	if own, err := docker.DefaultHost(spec.Hostname()); err != nil || h.Host != own && h.Host != spec.Hostname() {
+		h.namespace = spec.Hostname()
+	}
+	return h
 }
 
 // Name returns the name that the repository was opened with.
