@@ -133,6 +133,11 @@ func serve(ctx context.Context, c *cli.Command) error {
 		}
 		serveUntilDone(ctx, g, diffs, diffListener)
 	}
+	if conf.MirrorListen != mirrorOff {
+		if err := conf.serveMirror(ctx, g, provider, registry); err != nil {
+			return err
+		}
+	}
 	serveUntilDone(ctx, g, server, l)
 	go provider.onHangup(ctx, c, hangup)
 	go provider.renewCertificates(ctx)
@@ -264,8 +269,8 @@ func (c *configuration) keys(own processor.KeyProvider) processor.Keys {
 
 // serverOptions returns the TLS of the configuration.
 func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
-	if c.TLSCert == "" {
-		return nil, nil
+	if _, isUnix := c.Listen.unix(); isUnix || c.TLSCert == "" {
+		return nil, nil // tls-cert may be the mirror's alone
 	}
 	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {
