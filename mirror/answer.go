@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -19,6 +20,24 @@ type answer struct {
 	http.ResponseWriter
 	stall  time.Duration // for each write
 	status int           // 0 until the answer has begun
+
+	since atomic.Int64 // when the write that is under way began, in Unix nanoseconds, or 0
+	ended atomic.Bool  // no more is to be written
+}
+
+// stalled returns for how long the write that is under way has waited for the caller.
+func (a *answer) stalled() time.Duration {
+	since := a.since.Load()
+	if since == 0 || a.ended.Load() {
+		return 0
+	}
+	return time.Since(time.Unix(0, since))
+}
+
+// end has writes fail from now on, also the one that is under way.
+func (a *answer) end() {
+	a.ended.Store(true)
+	_ = http.NewResponseController(a.ResponseWriter).SetWriteDeadline(time.Now())
 }
 
 // WriteHeader begins the answer.
@@ -41,6 +60,11 @@ func (a *answer) Write(p []byte) (int, error) {
 	}
 	if err := a.setDeadline(); err != nil {
 		return 0, err
+	}
+	a.since.Store(time.Now().UnixNano())
+	defer a.since.Store(0)
+	if a.ended.Load() {
+		return 0, errCaller
 	}
 	n, err := a.ResponseWriter.Write(p)
 	if err != nil {

@@ -1,12 +1,10 @@
 package mirror
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -60,7 +58,7 @@ func (m *Mirror) asItIs(w *answer, r *http.Request, repo *repository, desc ocisp
 	}
 	end := m.metrics.begin(false)
 	defer func() { end(m.judge, desc.Size, err) }()
-	leave, err := m.enter(r.Context())
+	leave, err := m.streams.enter(r.Context(), w)
 	if err != nil {
 		return err
 	}
@@ -109,7 +107,7 @@ func (m *Mirror) decrypted(w *answer, r *http.Request, repo *repository, d diges
 
 // decrypt sends a decrypted layer.
 func (m *Mirror) decrypt(w *answer, r *http.Request, repo *repository, layer ocispec.Descriptor, key *processor.LayerKey) error {
-	leave, err := m.enter(r.Context())
+	leave, err := m.streams.enter(r.Context(), w)
 	if err != nil {
 		return err
 	}
@@ -133,20 +131,3 @@ func (m *Mirror) decrypt(w *answer, r *http.Request, repo *repository, layer oci
 
 // writerOnly hides the other methods of an answer, so that all bytes go through Write.
 type writerOnly struct{ io.Writer }
-
-// turnTimeout is how long a blob waits for its turn: longer than a stalled one is kept.
-const turnTimeout = 2 * defaultStallTimeout
-
-// enter waits until fewer than Config.Streams blobs are sent. The caller must call leave.
-func (m *Mirror) enter(ctx context.Context) (leave func(), err error) {
-	timer := time.NewTimer(turnTimeout)
-	defer timer.Stop()
-	select {
-	case m.streams <- struct{}{}:
-		return func() { <-m.streams }, nil
-	case <-timer.C:
-		return nil, errBusy
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}

@@ -54,7 +54,7 @@ type Config struct {
 	Secret string
 
 	// Streams is how many blobs are sent at once at most. Each takes up to six buffers
-	// of [processor.BufferSize] bytes. Default: 64.
+	// of [processor.BufferSize] bytes. Default: 32.
 	Streams int
 	// StallTimeout is how long a caller may take for [processor.BufferSize] bytes.
 	// Default: 30 seconds.
@@ -65,7 +65,7 @@ type Config struct {
 
 const (
 	defaultUnwrapTimeout = 40 * time.Second
-	defaultStreams       = 64
+	defaultStreams       = 32
 	defaultStallTimeout  = 30 * time.Second
 	// maxConcurrentUnwraps is how many keys of an image are unwrapped at once.
 	maxConcurrentUnwraps = 8
@@ -81,7 +81,7 @@ type Mirror struct {
 	upstreams upstreams
 	images    images
 	searches  searches
-	streams   chan struct{}
+	streams   *streams
 	metrics   *metrics
 	handler   http.Handler
 }
@@ -101,7 +101,7 @@ func New(conf Config) *Mirror {
 		conf:    conf,
 		secret:  sha256.Sum256([]byte(conf.Secret)),
 		keyDir:  processor.NewKeyDir(conf.DecryptionKeysPath, nil),
-		streams: make(chan struct{}, conf.Streams),
+		streams: newStreams(conf.Streams),
 		metrics: newMetrics(conf.Metrics),
 	}
 	m.upstreams.init(conf)

@@ -30,6 +30,7 @@ type node struct {
 	t        testing.TB
 	dir      string
 	broker   string
+	copilot  *harness.Process
 	ociConf  string
 	registry string
 	storage  string
@@ -43,7 +44,7 @@ type node struct {
 func newNode(t testing.TB) *node {
 	t.Helper()
 	n := &node{t: t, dir: harness.TempDir(t)}
-	_, n.broker = harness.StartBroker(t, n.dir+"/broker", "team-a")
+	n.copilot, n.broker = harness.StartBroker(t, n.dir+"/broker", "team-a")
 	n.registry, n.storage = harness.StartRegistry(t, n.dir)
 	return n
 }
