@@ -13,9 +13,11 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
 	"golang.org/x/sync/errgroup"
 
@@ -154,8 +156,17 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// quiet is a log for errors alone.
+var quiet = func() *log.Entry {
+	l := logrus.New()
+	l.SetLevel(logrus.ErrorLevel)
+	return logrus.NewEntry(l)
+}()
+
 // answer answers a request about t.
 func (m *Mirror) answer(w *answer, r *http.Request, c caller, t target) error {
+	// containerd's client logs what each host answers, which is in errors if it matters.
+	r = r.WithContext(log.WithLogger(r.Context(), quiet))
 	repo, err := m.open(r.Context(), c, t)
 	if err != nil {
 		return err

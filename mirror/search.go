@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
 
@@ -81,6 +82,9 @@ func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) 
 	within, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	tags, err := repo.Tags(within, maxTags)
+	if errdefs.IsNotFound(err) {
+		return nil // there is no such repository, or no list
+	}
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,7 @@ func (n *node) stored(digest string) string {
 // encryptedLayers returns the digests of the layers of an encrypted image.
 func (n *node) encryptedLayers(repository, tag string) []string {
 	n.t.Helper()
-	return layers(n.t, harness.Read(n.t, n.stored(n.encryptedDigest(repository, tag))))
+	return layers(n.t, harness.Read(n.t, n.stored(n.tagged(repository, tag))))
 }
 
 // TestTamperedLayerNeverComesWhole changes a layer in the registry's storage, below the
@@ -96,7 +96,7 @@ func TestForgedImageIsRefused(t *testing.T) {
 		return l.ImageOf(harness.LayerKinds[0], [][]byte{random(1 << 20), []byte(strings.Repeat("b", 1<<20))})
 	})
 	n.encrypt(layout, "app:enc")
-	digest := n.encryptedDigest("app", "enc")
+	digest := n.tagged("app", "enc")
 	doc := harness.Read(t, n.stored(digest))
 	push := func(tag string, change func(layers []any)) {
 		t.Helper()
