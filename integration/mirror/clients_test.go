@@ -169,3 +169,55 @@ func TestCRIOPullsByPlainDigest(t *testing.T) {
 		t.Errorf("its file holds %q", got)
 	}
 }
+
+// TestSelfSignedPairIsEnough sets the mirror up as docs/mirror.md does: one pair, which
+// only root can read, is the certificate of the mirror, of its callers, and their CA.
+func TestSelfSignedPairIsEnough(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	cert, key := n.dir+"/mirror.pem", n.dir+"/mirror-key.pem"
+	harness.Output(t, harness.Command(t, "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30",
+		"-subj", "/CN=pilot mirror", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", key, "-out", cert))
+	if info, err := os.Stat(key); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v %v", info.Mode(), err)
+	}
+	n.startWith(n.registry, "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", cert)
+	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "team/app:enc")
+	url := "https://" + n.mirror + manifestPath("team/app", "enc")
+	if got := harness.Output(t, harness.Command(t, "curl", "-sf", "--cacert", cert, "--cert", cert, "--key", key, url)); digestOf(got) != plain {
+		t.Errorf("got %s", got)
+	}
+	harness.ExpectFailure(t, harness.Command(t, "curl", "-sf", "--cacert", cert, url))
+
+	d := harness.NewDebian(t, n.dir, "/nonexistent")
+	dir := filepath.Join(d.Root, "etc/containers/certs.d", n.mirror)
+	for name, from := range map[string]string{"ca.crt": cert, "client.cert": cert, "client.key": key} {
+		harness.Write(t, filepath.Join(dir, name), harness.Read(t, from))
+	}
+	harness.Output(t, d.Run("podman", "pull", "-q", n.mirror+"/team/app:enc"))
+}
+
+// TestPodmanPullsByRegistriesConf has podman find the mirror by the name of the registry.
+func TestPodmanPullsByRegistriesConf(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	harness.Write(t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
+	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
+	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
+	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "team/app:enc")
+	d := harness.NewDebian(t, n.dir, "/nonexistent")
+	harness.Write(t, d.Root+"/etc/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = 'registry.test'\n[[registry.mirror]]\nlocation = '%s/registry.test'\ninsecure = true\n", n.mirror))
+	harness.Output(t, d.Run("podman", "login", "--tls-verify=false", "-u", "pilot", "-p", n.secret, n.mirror))
+	for _, image := range []string{"registry.test/team/app:enc", "registry.test/team/app@" + plain} {
+		id := strings.TrimSpace(harness.Output(t, d.Run("podman", "pull", "-q", image)))
+		if got := strings.TrimSpace(harness.Output(t, d.Run("podman", "image", "inspect", "--format", "{{.Digest}}", id))); got != plain {
+			t.Errorf("%s is stored as %s", image, got)
+		}
+	}
+}
