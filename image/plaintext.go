@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -118,7 +119,8 @@ func (p *plaintext) enter(ctx context.Context, m ocispec.Manifest) error {
 			return fmt.Errorf("%w: its configuration has %d bytes, more than %d", ErrLimit, m.Config.Size, maxManifest)
 		}
 		var err error
-		if config, err = content.ReadBlob(ctx, p.Store, m.Config); err != nil {
+		config, err = content.ReadBlob(ctx, p.Store, m.Config)
+		if err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("configuration %s: %w", m.Config.Digest, err)
 		}
 	}
@@ -126,7 +128,7 @@ func (p *plaintext) enter(ctx context.Context, m ocispec.Manifest) error {
 		RootFS ocispec.RootFS `json:"rootfs"`
 	}
 	if json.Unmarshal(config, &c) != nil {
-		return nil // an artifact has another kind of configuration
+		return nil // it is not here, or another kind of configuration, as artifacts have
 	}
 	for _, id := range c.RootFS.DiffIDs {
 		p.diffIDs[id] = true

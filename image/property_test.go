@@ -371,12 +371,38 @@ func many(n int) string {
 
 // checkDecrypt checks that decrypting gives the original.
 func (c *trial) checkDecrypt(how string, target ocispec.Descriptor, dc processor.Keys) {
+	before := c.s.blobs()
+	plain, plainErr := PlaintextOf(c.s.ctx, c.s, target, func(ctx context.Context, layer ocispec.Descriptor) (*processor.LayerKey, error) {
+		return processor.Unwrap(ctx, dc, layer)
+	})
+	if c.s.blobs() != before {
+		c.problem(how+" is announced by writing", "%d blobs, were %d", c.s.blobs(), before)
+	}
 	out, err := Decrypt(c.s.ctx, c.s, target, dc, Options{})
 	if err != nil {
 		c.problem(how+" fails", "%v", err)
 		return
 	}
 	c.checkOriginal(how, out.Target)
+	c.checkPlaintext(how, plain, plainErr, out.Target)
+}
+
+// checkPlaintext compares what decrypting was to make with what it made.
+func (c *trial) checkPlaintext(how string, plain Plaintext, err error, target ocispec.Descriptor) {
+	if err != nil || plain.Target.Digest != target.Digest || plain.Target.MediaType != target.MediaType || plain.Target.Size != target.Size {
+		c.problem(how+" is announced wrongly", "%+v, not %+v: %v", plain.Target, target, err)
+		return
+	}
+	for d, doc := range plain.Documents {
+		if c.read(ocispec.Descriptor{Digest: d}) != string(doc.Content) {
+			c.problem(how+" is announced with another document", "%s", d)
+		}
+	}
+	for d, layer := range plain.Layers {
+		if int64(len(c.read(ocispec.Descriptor{Digest: d}))) != layer.Size {
+			c.problem(how+" is announced with another layer", "%s for %s", d, layer.Digest)
+		}
+	}
 }
 
 func (c *trial) checkOriginal(how string, got ocispec.Descriptor) {

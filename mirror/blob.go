@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 
+	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -89,7 +92,10 @@ func (m *Mirror) decrypted(w *answer, r *http.Request, repo *repository, d diges
 	defer key.Clear()
 	w.head(octets, d, layer.Size)
 	if r.Method == http.MethodGet {
-		err = m.decrypt(w, r, repo, layer, key)
+		began := time.Now()
+		if err = m.decrypt(w, r, repo, layer, key); err == nil {
+			logrus.WithFields(logrus.Fields{"digest": layer.Digest, "image": repo.key(), "bytes": layer.Size, "took": time.Since(began), "trace": traceid.Of(r.Context())}).Info("layer decrypted for a caller of the mirror")
+		}
 	} else {
 		var size int64
 		if size, err = repo.Size(r.Context(), layer.Digest); err == nil && size != layer.Size {

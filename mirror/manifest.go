@@ -81,6 +81,15 @@ func (m *Mirror) plain(ctx context.Context, repo *repository, desc ocispec.Descr
 	if i := m.images.find(repo.key(), desc.Digest); i != nil {
 		return i, nil
 	}
+	select {
+	case m.making <- struct{}{}:
+		defer func() { <-m.making }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if i := m.images.find(repo.key(), desc.Digest); i != nil {
+		return i, nil // another request has made it meanwhile
+	}
 	p, err := image.PlaintextOf(ctx, repo, desc, m.unwrap)
 	if err != nil {
 		return nil, err

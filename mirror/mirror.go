@@ -69,6 +69,8 @@ const (
 	defaultUnwrapTimeout = 40 * time.Second
 	defaultStreams       = 32
 	defaultStallTimeout  = 30 * time.Second
+	// maxConcurrentImages is how many plain images are made at once.
+	maxConcurrentImages = 8
 	// maxConcurrentUnwraps is how many keys of an image are unwrapped at once.
 	maxConcurrentUnwraps = 8
 )
@@ -83,6 +85,7 @@ type Mirror struct {
 	upstreams upstreams
 	images    images
 	searches  searches
+	making    chan struct{} // has one for each plain image that is being made
 	streams   *streams
 	metrics   *metrics
 	handler   http.Handler
@@ -103,6 +106,7 @@ func New(conf Config) *Mirror {
 		conf:    conf,
 		secret:  sha256.Sum256([]byte(conf.Secret)),
 		keyDir:  processor.NewKeyDir(conf.DecryptionKeysPath, nil),
+		making:  make(chan struct{}, maxConcurrentImages),
 		streams: newStreams(conf.Streams),
 		metrics: newMetrics(conf.Metrics),
 	}

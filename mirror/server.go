@@ -20,6 +20,9 @@ import (
 // MaxConnections is how many connections a mirror's listener should accept at once.
 const MaxConnections = 512
 
+// maxConnectionStreams is how many requests one HTTP/2 connection may make at once.
+const maxConnectionStreams = 32
+
 // Server returns a server of the mirror. Its answers have deadlines of their own.
 func (m *Mirror) Server() *http.Server {
 	return &http.Server{
@@ -28,6 +31,7 @@ func (m *Mirror) Server() *http.Server {
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    32 << 10,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxConnectionStreams},
 		ErrorLog:          log.New(warnings{}, "", 0),
 	}
 }

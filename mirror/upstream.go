@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -15,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/registry"
 )
 
@@ -136,6 +139,7 @@ type repository struct {
 	*registry.Repository
 	target
 	upstream *upstream
+	read     atomic.Int64 // bytes of manifests and indexes
 }
 
 // open returns the repository that a request is about.
@@ -156,11 +160,15 @@ func (u *upstream) open(ctx context.Context, t target) (*repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &repository{r, t, u}, nil
+	return &repository{Repository: r, target: t, upstream: u}, nil
 }
 
-// ReaderAt reads from the registry only, and not from URLs in a descriptor.
+// ReaderAt reads from the registry only, and not from URLs in a descriptor, and no more
+// manifests and indexes than are remembered of all images.
 func (r *repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	if registry.IsDocument(desc.MediaType) && r.read.Add(max(desc.Size, 0)) > maxImages {
+		return nil, fmt.Errorf("%w: its manifests and indexes have more than %d bytes", image.ErrLimit, maxImages)
+	}
 	desc.URLs = nil
 	return r.Repository.ReaderAt(ctx, desc)
 }
