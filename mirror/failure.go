@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"time"
 
@@ -92,6 +93,37 @@ func (m *Mirror) judge(err error) verdict {
 	return verdict{http.StatusBadGateway, "UNAVAILABLE", codes.Unavailable}
 }
 
+// shown returns an error without the query of a URL, in which a registry's storage has
+// tokens.
+func shown(err error) error {
+	var key *keyError
+	var status remoteerrors.ErrUnexpectedStatus
+	var request *url.Error
+	switch {
+	case errors.As(err, &key):
+		return err // no registry's
+	case errors.As(err, &status):
+		var said docker.Errors
+		plain := fmt.Errorf("%s returned %s", withoutQuery(status.RequestURL), status.Status)
+		if errors.As(err, &said) {
+			plain = fmt.Errorf("%w: %w", plain, said)
+		}
+		return plain
+	case errors.As(err, &request):
+		return fmt.Errorf("%s: %w", withoutQuery(request.URL), request.Err)
+	}
+	return err
+}
+
+func withoutQuery(text string) string {
+	u, err := url.Parse(text)
+	if err != nil {
+		return "the registry"
+	}
+	u.RawQuery = ""
+	return u.Redacted()
+}
+
 // judgeStatus returns what a registry's status means.
 func judgeStatus(status int) verdict {
 	switch status {
@@ -121,7 +153,7 @@ func (m *Mirror) fail(w *answer, r *http.Request, c caller, t target, err error)
 	if w.status != 0 || v.result == codes.Canceled {
 		panic(http.ErrAbortHandler)
 	}
-	message := err.Error()
+	message := shown(err).Error()
 	if id := traceid.Of(r.Context()); id != "" {
 		message += " (trace " + id + ")"
 	}
@@ -149,7 +181,7 @@ func (m *Mirror) fail(w *answer, r *http.Request, c caller, t target, err error)
 
 // log logs a failure. Those of layers are what the differ logs too.
 func (m *Mirror) log(r *http.Request, t target, v verdict, err error) {
-	log := logrus.WithError(err)
+	log := logrus.WithError(shown(err))
 	switch t.kind {
 	case "manifests", "blobs":
 		log = log.WithField("image", t.reference())

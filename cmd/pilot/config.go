@@ -175,6 +175,13 @@ func (c *configuration) check() error {
 	return nil
 }
 
+// listensByTLS reports whether the key provider's clients need a certificate. On a unix
+// socket they do not: tls-cert is the mirror's then.
+func (c *configuration) listensByTLS() bool {
+	_, isUnix := c.Listen.unix()
+	return !isUnix && c.TLSCert != ""
+}
+
 // client returns the client of the brokers that the configuration names.
 func (c *configuration) client() (*brokerclient.Client, error) {
 	client, err := brokerclient.New(brokerclient.Config{

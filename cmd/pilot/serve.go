@@ -269,8 +269,8 @@ func (c *configuration) keys(own processor.KeyProvider) processor.Keys {
 
 // serverOptions returns the TLS of the configuration.
 func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
-	if _, isUnix := c.Listen.unix(); isUnix || c.TLSCert == "" {
-		return nil, nil // tls-cert may be the mirror's alone
+	if !c.listensByTLS() {
+		return nil, nil
 	}
 	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -75,6 +76,26 @@ func TestTamperedLayerNeverComesWhole(t *testing.T) {
 			t.Errorf("layer %d does not come back: %d %.300s", i, r.status, r.body)
 		}
 	}
+	// Over HTTP/2 too, an answer does not end as a whole one does.
+	certs := newCertificates(t)
+	n.pilot.Stop(t)
+	n.startWith(n.registry, certs.args()...)
+	pair, err := tls.LoadX509KeyPair(certs.client.Cert, certs.client.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h2 := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: certs.ca.Pool(), Certificates: []tls.Certificate{pair}}}
+	url := "https://" + n.mirror + blobPath("app", digests[1])
+	if r := ask(t, h2, http.MethodGet, url, nil); digestOf(r.body) != digests[1] || r.proto != "HTTP/2.0" {
+		t.Errorf("%s: %d %v", r.proto, r.status, r.err)
+	}
+	name := n.stored(n.encryptedLayers("app", "enc")[1])
+	was := []byte(harness.Read(t, name))
+	harness.Write(t, name, string(flip(-1)(slices.Clone(was))))
+	if r := ask(t, h2, http.MethodGet, url, nil); r.err == nil || len(r.body) >= len(was) {
+		t.Errorf("%s: %d, %d bytes, %v", r.proto, r.status, len(r.body), r.err)
+	}
+
 	log := harness.Read(t, n.pilot.Log)
 	if !strings.Contains(log, "layer not decrypted") || !strings.Contains(log, "HMAC does not match") || !strings.Contains(log, "kek=team-a") {
 		t.Errorf("the log does not say so:\n%s", log)

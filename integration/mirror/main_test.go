@@ -129,6 +129,7 @@ type reply struct {
 	header http.Header
 	body   string
 	err    error // of reading the body
+	proto  string
 }
 
 // get asks the mirror as a caller that knows the secret.
@@ -162,7 +163,7 @@ func ask(t testing.TB, transport http.RoundTripper, method, url string, header h
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
-	return reply{resp.StatusCode, resp.Header, string(b), err}
+	return reply{resp.StatusCode, resp.Header, string(b), err, resp.Proto}
 }
 
 // expect checks the status of an answer, and that its body has each of said.

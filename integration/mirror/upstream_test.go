@@ -155,6 +155,7 @@ func TestRegistryFaults(t *testing.T) {
 			return
 		}
 		defer resp.Body.Close()
+		w.WriteHeader(resp.StatusCode)
 		io.Copy(w, resp.Body)
 	}))
 	t.Cleanup(storage.Close)
@@ -205,6 +206,23 @@ func TestRegistryFaults(t *testing.T) {
 	}
 	if tokens.Load() < 3 {
 		t.Errorf("%d tokens", tokens.Load())
+	}
+
+	// What the storage's URLs have for a query is for nobody.
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			http.Redirect(w, r, map[bool]string{true: storage.URL + "/denied", false: "http://127.0.0.1:1/"}[r.Method == http.MethodGet]+"?signature=s3cret", http.StatusTemporaryRedirect)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+	for _, method := range []string{http.MethodGet, http.MethodHead} {
+		if r := n.request(method, blob, nil); r.status != http.StatusNotFound && r.status != http.StatusBadGateway || strings.Contains(r.body, "s3cret") {
+			t.Errorf("%s of a layer that the storage does not have: %d %s", method, r.status, r.body)
+		}
+	}
+	if strings.Contains(harness.Read(t, n.pilot.Log), "s3cret") {
+		t.Error("the log has what is for the storage alone")
 	}
 
 	for _, status := range []int{http.StatusForbidden, http.StatusUnauthorized} {
