@@ -51,6 +51,13 @@ func newPlainImage(repository string, encrypted ocispec.Descriptor, p image.Plai
 // isPlain reports whether nothing of the image is encrypted.
 func (i *plainImage) isPlain() bool { return i.Target.Digest == i.encrypted.Digest }
 
+// has reports whether a digest is that of a plain document or layer of the image.
+func (i *plainImage) has(d digest.Digest) bool {
+	_, isDocument := i.Documents[d]
+	_, isLayer := i.Layers[d]
+	return isDocument || isLayer
+}
+
 // keysTried reports whether the keys were unwrapped so recently that this is not needed
 // again.
 func (i *plainImage) keysTried() bool {
@@ -110,6 +117,19 @@ func (s *images) add(i *plainImage) {
 			break // it is alone
 		}
 		s.remove(oldest)
+	}
+}
+
+// prefer has the digests of an image lead to it, where other images have the same: an image
+// that somebody has put beside it must not stand in its way.
+func (s *images) prefer(i *plainImage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.by[imageKey{i.repository, i.encrypted.Digest}] != i {
+		return // it was forgotten
+	}
+	for _, key := range i.keys() {
+		s.by[key] = i
 	}
 }
 

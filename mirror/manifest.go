@@ -135,6 +135,7 @@ func (m *Mirror) documentOf(ctx context.Context, i *plainImage, d digest.Digest)
 		}
 		i.tried.Store(time.Now().UnixNano())
 	}
+	m.images.prefer(i) // the caller asks for its layers next
 	doc := i.Documents[d]
 	return &doc, nil
 }

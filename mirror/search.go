@@ -94,8 +94,8 @@ func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) 
 			continue // cosign's and referrers' tags are about images
 		}
 		searched++
-		m.searchTag(within, repo, tags[n])
-		if m.images.find(key.repository, d) != nil {
+		if i := m.taggedImage(within, repo, tags[n]); i != nil && i.has(d) {
+			m.images.prefer(i)
 			return nil
 		}
 	}
@@ -107,19 +107,22 @@ func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) 
 	return nil
 }
 
-// searchTag remembers the image of a tag, if it can be decrypted here.
-func (m *Mirror) searchTag(ctx context.Context, repo *repository, tag string) {
+// taggedImage returns the image of a tag, or nil if it can't be decrypted here.
+func (m *Mirror) taggedImage(ctx context.Context, repo *repository, tag string) *plainImage {
 	t := repo.target
 	t.kind, t.object = "manifests", tag
 	tagged, err := repo.upstream.open(ctx, t)
 	if err != nil {
-		return
+		return nil
 	}
 	desc, err := tagged.Resolve(ctx)
-	if err == nil && registry.IsDocument(desc.MediaType) {
-		_, err = m.plain(ctx, tagged, desc)
+	if err != nil || !registry.IsDocument(desc.MediaType) {
+		return nil
 	}
+	i, err := m.plain(ctx, tagged, desc)
 	if err != nil {
-		logrus.WithError(err).WithField("image", t.reference()).Debug("image not searched")
+		logrus.WithError(shown(err)).WithField("image", t.reference()).Debug("image not searched")
+		return nil
 	}
+	return i
 }

@@ -117,6 +117,7 @@ func TestForgedImageIsRefused(t *testing.T) {
 		return l.ImageOf(harness.LayerKinds[0], [][]byte{random(1 << 20), []byte(strings.Repeat("b", 1<<20))})
 	})
 	n.encrypt(layout, "app:enc")
+	n.get(manifestPath("app", "enc")).expect(t, "manifest", http.StatusOK)
 	digest := n.tagged("app", "enc")
 	doc := harness.Read(t, n.stored(digest))
 	push := func(tag string, change func(layers []any)) {
