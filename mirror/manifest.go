@@ -75,20 +75,38 @@ func send(w *answer, r *http.Request, doc *image.Document, d digest.Digest, err 
 	return err
 }
 
+// makeTimeout bounds the making of a plain image: of its layers some may have to be read.
+const makeTimeout = 15 * time.Minute
+
 // plain returns the image that desc describes, as it is once it is decrypted. The caller
-// has asked the registry for desc.
+// has asked the registry for desc. Callers that go away do not end what others may wait
+// for, and what they themselves find done when they try again.
 func (m *Mirror) plain(ctx context.Context, repo *repository, desc ocispec.Descriptor) (*plainImage, error) {
 	if i := m.images.find(repo.key(), desc.Digest); i != nil {
 		return i, nil
 	}
+	made := m.makes.DoChan(repo.key()+"@"+desc.Digest.String(), func() (any, error) {
+		return m.makePlain(context.WithoutCancel(ctx), repo, desc)
+	})
+	select {
+	case r := <-made:
+		if r.Err != nil {
+			return nil, r.Err
+		}
+		return r.Val.(*plainImage), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (m *Mirror) makePlain(ctx context.Context, repo *repository, desc ocispec.Descriptor) (*plainImage, error) {
+	ctx, cancel := context.WithTimeout(ctx, makeTimeout)
+	defer cancel()
 	select {
 	case m.making <- struct{}{}:
 		defer func() { <-m.making }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
-	}
-	if i := m.images.find(repo.key(), desc.Digest); i != nil {
-		return i, nil // another request has made it meanwhile
 	}
 	p, err := image.PlaintextOf(ctx, repo, desc, m.unwrap)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/processor"
@@ -85,7 +86,8 @@ type Mirror struct {
 	upstreams upstreams
 	images    images
 	searches  searches
-	making    chan struct{} // has one for each plain image that is being made
+	makes     singleflight.Group // of plain images
+	making    chan struct{}      // has one for each that is being made
 	streams   *streams
 	metrics   *metrics
 	handler   http.Handler

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -79,7 +80,9 @@ func TestSkopeoPodmanAndBuildahPull(t *testing.T) {
 func TestBuildahCompressesAndEncryptsAtOnce(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	n.start()
+	f := newFaulty(t, n.registry)
+	n.startWith(f.address, "--mirror-secret-file", n.dir+"/secret")
+	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
 	d := harness.NewDebian(t, n.dir, n.ociConf)
 	secret := harness.NewSecret()
 	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
@@ -87,8 +90,31 @@ func TestBuildahCompressesAndEncryptsAtOnce(t *testing.T) {
 	})
 	id := strings.TrimSpace(harness.Output(t, d.Run("buildah", "pull", "-q", "oci:"+layout+":v1")))
 	harness.Output(t, d.Run("buildah", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", id, "docker://"+n.registry+"/app:enc"))
+
+	// A caller that has not the patience for the reading of the layers finds it done later.
+	resume := make(chan struct{})
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			<-resume
+		}
+		forward.ServeHTTP(w, r)
+	})
+	conn := n.stuck(manifestPath("app", "enc"))
+	harness.Await(t, "the mirror reads a blob", func() error {
+		if len(f.requests("/blobs/")) == 0 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	conn.Close()
+	close(resume)
 	r := n.get(manifestPath("app", "enc"))
 	r.expect(t, "manifest", http.StatusOK, "tar+gzip\"")
+	for _, layer := range n.encryptedLayers("app", "enc") {
+		if asked := f.requests("GET " + blobPath("app", layer)); len(asked) != 1 {
+			t.Errorf("a layer was read by %q", asked)
+		}
+	}
 	for _, layer := range layers(t, r.body) {
 		if b := n.get(blobPath("app", layer)); b.status != http.StatusOK || digestOf(b.body) != layer {
 			t.Errorf("layer %s: %d, %s", layer, b.status, digestOf(b.body))

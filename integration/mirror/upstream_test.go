@@ -63,11 +63,16 @@ func (f *faulty) set(answer func(w http.ResponseWriter, r *http.Request, forward
 	f.answer, f.asked = answer, nil
 }
 
-// requests returns how often the registry was asked since then.
-func (f *faulty) requests() int {
+// requests returns what the registry was asked since then that has a text in it.
+func (f *faulty) requests(text string) (list []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.asked)
+	for _, asked := range f.asked {
+		if strings.Contains(asked, text) {
+			list = append(list, asked)
+		}
+	}
+	return list
 }
 
 // underWay returns how many requests the registry answers now.
