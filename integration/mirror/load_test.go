@@ -77,7 +77,7 @@ func TestCallerThatHangsUpEndsTheRequestToTheRegistry(t *testing.T) {
 	n.get(manifestPath("big", plain)).expect(t, "manifest", http.StatusOK)
 	for range 10 {
 		conn := n.stuck(blobPath("big", layer))
-		if _, err := io.CopyN(io.Discard, bufio.NewReader(conn), 100<<10); err != nil {
+		if _, err := io.CopyN(io.Discard, bufio.NewReader(conn), 20<<10); err != nil {
 			t.Fatal(err)
 		}
 		conn.Close()
