@@ -90,7 +90,7 @@ Example:
 			}),
 		},
 		{
-			Name: "enable", Usage: "undo disable, or destroy before its time has come", ArgsUsage: "ID",
+			Name: "enable", Usage: "undo disable, or destroy while its waiting time lasts", ArgsUsage: "ID",
 			Description: `Example:
    copilot keys enable team-a`,
 			Flags: keysFlags(versionFlag()),

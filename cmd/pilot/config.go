@@ -79,7 +79,7 @@ func defaults() configuration {
 func configFlags() []cli.Flag {
 	flags := []cli.Flag{
 		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
-		&cli.BoolFlag{Name: "original-defaults", Usage: "work as the original pilot: on 127.0.0.1:50051, with its variables and defaults"},
+		&cli.BoolFlag{Name: "original-defaults", Usage: "behave like the original pilot: listen on 127.0.0.1:50051, with its variables and defaults"},
 	}
 	conf := defaults()
 	for _, s := range settings {

@@ -90,7 +90,7 @@ func (s setting) set(conf *configuration, text string) error {
 	case *int:
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 0 {
-			return fmt.Errorf("%q is not a number from 0", text)
+			return fmt.Errorf("%q is not a number of 0 or more", text)
 		}
 		*p = n
 	case *time.Duration:

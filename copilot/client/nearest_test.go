@@ -176,7 +176,7 @@ func TestNoBroker(t *testing.T) {
 			t.Fatalf("got %v", err)
 		}
 		for _, part := range strings.Split(err.Error(), "; ") {
-			want := map[string]string{hangs.url: "nothing came within", page.url: "text/plain", dead: "refused", down.url: "503"}
+			want := map[string]string{hangs.url: "no response within", page.url: "text/plain", dead: "refused", down.url: "503"}
 			url := strings.Fields(part[strings.Index(part, "copilot at ")+len("copilot at "):])[0]
 			if url = strings.TrimSuffix(url, ":"); !strings.Contains(part, want[url]) {
 				t.Errorf("of %s it says %q", url, part)

@@ -329,7 +329,7 @@ func TestDoctorHangs(t *testing.T) {
 		expectSkipped(t, r, "broker", "layer", "transfer")
 	})
 	paused(brokerProcess, func() {
-		p.Examine(t, append(args, "--broker-timeout", "3s")...).ExpectFailed(t, "broker", "on the broker's machine: systemctl restart copilot.service", `KEK "team-a"`, "nothing came within")
+		p.Examine(t, append(args, "--broker-timeout", "3s")...).ExpectFailed(t, "broker", "on the broker's machine: systemctl restart copilot.service", `KEK "team-a"`, "no response within")
 	})
 	paused(n.Process, func() {
 		cmd := p.Command(t, args...)

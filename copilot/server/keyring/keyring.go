@@ -69,7 +69,7 @@ const ExportWraps = 1024
 var (
 	// ErrNotExported is the error of exporting a KEK that does not leave the broker or its
 	// KMS.
-	ErrNotExported = errors.New("this KEK is not given out: have copilot wrap and unwrap with it")
+	ErrNotExported = errors.New("this KEK is not exported: have copilot wrap and unwrap with it")
 	// ErrLimit is the error of wrapping with a KEK that has wrapped as many keys as it may.
 	ErrLimit = errors.New("the KEK has wrapped as many keys as it may, and copilot can't rotate it: rotate it in its KMS")
 )
