@@ -79,10 +79,10 @@ func (h *hostile) set(answer func(http.ResponseWriter, *http.Request, func() har
 	h.answer = answer
 }
 
-// TestHostileBroker has a broker lie to pilot about keys, and looks at all that pilot
+// TestHostileBrokerGetsAndChangesNothing has a broker lie to pilot about keys, and looks at all that pilot
 // sends: no keys except the layer key that the broker is to wrap, nothing about other
 // KEKs, and nothing to any other server.
-func TestHostileBroker(t *testing.T) {
+func TestHostileBrokerGetsAndChangesNothing(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir+"/broker", "team-a", "team-b")

@@ -59,9 +59,9 @@ func (c *vethPair) command(end int, args ...string) *exec.Cmd {
 // so over a new connection.
 const cutLasts, silentFor = 14 * time.Second, 11 * time.Second
 
-// TestNetworkCut cuts the network between pilot and copilot, while requests are
+// TestNetworkCutToBroker cuts the network between pilot and copilot, while requests are
 // under way and between them.
-func TestNetworkCut(t *testing.T) {
+func TestNetworkCutToBroker(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := newVethPair(t, dir)
