@@ -55,7 +55,7 @@ type Keyring struct {
 	mu     sync.Mutex
 	warned map[string]bool // versions that come near the limit
 
-	rotating sync.Mutex
+	rotating chan struct{}  // holds one during a rotation of rotateFull
 	full     map[string]int // by id, the last version that was rotated because it was full
 }
 
@@ -98,6 +98,7 @@ func New(conf Config, store *keystore.Store, log *auditing.Log, m *Metrics) (_ *
 	r := &Keyring{
 		Store: store, backends: make(map[string]kms.Backend), types: make(map[string]string),
 		located: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m,
+		rotating: make(chan struct{}, 1),
 	}
 	defer func() {
 		if err != nil {
