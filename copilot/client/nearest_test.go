@@ -158,7 +158,7 @@ func TestDeniedByKMS(t *testing.T) {
 }
 
 // TestNoBroker checks that all are tried, again where that may help, within the
-// time that there is, and that the error tells of each.
+// time that there is, and that the error names each.
 func TestNoBroker(t *testing.T) {
 	t.Parallel()
 	hangs, page, down := startAsked(t, hang), startAsked(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "SECRET") }), startAsked(t, status(503))
@@ -334,7 +334,7 @@ func TestManyCalls(t *testing.T) {
 	callers.Wait()
 }
 
-// TestCheck tells which brokers do not answer.
+// TestCheck returns which brokers do not answer.
 func TestCheck(t *testing.T) {
 	up, dead, stranger := startAsked(t, good), deadAddress(t), startAsked(t, status(404))
 	if err := newClient(t, time.Minute, up.url).Check(t.Context()); err != nil {

@@ -28,7 +28,7 @@ func disk(t testing.TB, dir string, size int) {
 	})
 }
 
-// leave fills a disk but for that many MiB, and returns what frees it again.
+// leave fills a disk except for that many MiB, and returns what frees it again.
 func leave(t *testing.T, dir string, free int) func() {
 	t.Helper()
 	reserved := filepath.Join(dir, "reserved")

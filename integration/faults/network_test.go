@@ -42,8 +42,8 @@ func newVethPair(t testing.TB, dir string) *vethPair {
 	return c
 }
 
-// set cuts the cable at its first end, "down", or mends it, "up". What the
-// other end sends meanwhile is lost, and nobody tells it.
+// set cuts the cable at its first end, "down", or connects it again, "up". What the
+// other end sends meanwhile is lost, and it does not notice.
 func (c *vethPair) set(state string) {
 	c.t.Helper()
 	harness.Output(c.t, harness.Command(c.t, "ip", "-n", c.ends[0], "link", "set", c.ends[0], state))

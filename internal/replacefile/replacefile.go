@@ -11,7 +11,7 @@ import (
 	"syscall"
 )
 
-// Replacement is a file that Commit puts in the place of another.
+// Replacement is a file that Commit replaces another with.
 type Replacement struct {
 	dir             *os.Root
 	temporary, name string // in dir
