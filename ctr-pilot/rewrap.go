@@ -23,7 +23,7 @@ import (
 var rewrapCommand = &cli.Command{
 	Name:      "rewrap",
 	Usage:     "wrap an image's layer keys for other KEKs or recipients, without its layers",
-	ArgsUsage: "[flags] <image> [<new name>] | <image or pattern> ...",
+	ArgsUsage: "<image> [<new name>] | <image or pattern> ...",
 	Description: `Unwraps the layer keys of an encrypted image and wraps them again. Only the image's
 annotations change, so no layer is read and it does not matter how large they are.
 The image's digest changes, so it has to be signed again.
