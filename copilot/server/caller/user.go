@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"net"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
@@ -57,8 +55,8 @@ func UserOf(c net.Conn) (user string) {
 		return ""
 	}
 	raw.Control(func(fd uintptr) {
-		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			user = userIdentity(int(peer.Uid))
+		if uid, ok := peer(fd); ok {
+			user = userIdentity(uid)
 		}
 	})
 	return user

@@ -3,8 +3,6 @@
 package main
 
 import (
-	"github.com/urfave/cli/v3"
-
 	"github.com/ctrlplane/pilot/internal/commandline"
 )
 
@@ -17,9 +15,6 @@ const (
 
 var defaultBroker urls
 
-func commands() []*cli.Command {
-	return []*cli.Command{serveCommand, keyproviderCommand,
-		commandline.LinuxOnly("node", "a node is a Linux machine: run it there")}
-}
+var nodeCommand = commandline.LinuxOnly("node", "run it on the node")
 
 func isolate() {}

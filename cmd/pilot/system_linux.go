@@ -1,8 +1,6 @@
 package main
 
 import (
-	"github.com/urfave/cli/v3"
-
 	"github.com/ctrlplane/pilot/node/sandbox"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -15,10 +13,6 @@ const (
 )
 
 var defaultBroker = urls{"unix:///run/copilot/copilot.sock"}
-
-func commands() []*cli.Command {
-	return []*cli.Command{serveCommand, keyproviderCommand, nodeCommand}
-}
 
 // isolate does the work of a child process that pilot has started as itself, and ends, if
 // this is one.
