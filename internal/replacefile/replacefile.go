@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"os"
+	"path/filepath"
 )
 
 // Replacement is a file that Commit puts in the place of another.
@@ -60,3 +61,14 @@ func (r Replacement) Commit() error {
 // Rename calls rename, which puts a file in the place of another. On Windows it is called
 // again for a while if another program, such as a virus scanner, has one of them open.
 func Rename(rename func() error) error { return repeat(rename) }
+
+// Name gives a file the name of another in its directory, which it replaces. On Windows
+// that may be open, if it was opened by [os.Root].
+func Name(temporary, name string) error {
+	dir, err := os.OpenRoot(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return Rename(func() error { return dir.Rename(filepath.Base(temporary), filepath.Base(name)) })
+}
