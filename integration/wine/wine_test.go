@@ -41,7 +41,6 @@ func newWindows(t *testing.T) *windows {
 	w.broker = harness.NewTLSBroker(t, "team-a", "team-b")
 	w.broker.Enroll(t, "laptop")
 	w.broker.Enroll(t, "builder", "--role", "ci")
-	w.broker.Enroll(t, "admin", "--role", "")
 	harness.Output(t, harness.Command(t, "cp", "-r", w.broker.Dir, filepath.Join(w.drive, "certs")))
 	conf := filepath.Join(w.drive, "users/root/AppData/Roaming/pilot")
 	// As Notepad writes it, with a byte order mark.
