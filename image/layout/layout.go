@@ -87,22 +87,22 @@ func (l *Layout) create() error {
 // check returns an error if the directory is no layout, or one of a version that is not
 // known. The error wraps [errdefs.ErrNotFound] if one can be made there.
 func (l *Layout) check() error {
-	b, err := l.read(ocispec.ImageLayoutFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		entries, err := fs.ReadDir(l.root.FS(), ".")
-		if err != nil {
-			return err
-		}
-		const none = "the directory is no OCI image layout: it has no file oci-layout"
-		if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), temporaryOf(ocispec.ImageLayoutFile)) }) {
-			return errors.New(none)
-		}
-		return fmt.Errorf("%s: %w", none, errdefs.ErrNotFound)
-	}
+	entries, err := fs.ReadDir(l.root.FS(), ".")
 	if err != nil {
 		return err
 	}
-	return CheckVersion(b)
+	b, err := l.read(ocispec.ImageLayoutFile)
+	switch {
+	case err == nil:
+		return CheckVersion(b)
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	const none = "the directory is no OCI image layout: it has no file oci-layout"
+	if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), temporaryOf(ocispec.ImageLayoutFile)) }) {
+		return errors.New(none)
+	}
+	return fmt.Errorf("%s: %w", none, errdefs.ErrNotFound)
 }
 
 // CheckVersion checks the content of a file oci-layout.

@@ -70,5 +70,5 @@ func Name(temporary, name string) error {
 		return err
 	}
 	defer dir.Close()
-	return Rename(func() error { return dir.Rename(filepath.Base(temporary), filepath.Base(name)) })
+	return Rename(func() error { return replaceOpen(dir, filepath.Base(temporary), filepath.Base(name)) })
 }

@@ -83,6 +83,8 @@ func allowAs(f *os.File, _ *os.Root, _ string, info fs.FileInfo) error {
 	return f.Chmod(info.Mode().Perm())
 }
 
+func replaceOpen(dir *os.Root, temporary, name string) error { return dir.Rename(temporary, name) }
+
 func repeat(rename func() error) error { return rename() }
 
 func sync(root *os.Root) error {

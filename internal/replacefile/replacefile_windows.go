@@ -60,12 +60,33 @@ const (
 
 func repeat(rename func() error) (err error) {
 	for range renameTries {
-		if err = rename(); !errors.Is(err, windows.ERROR_SHARING_VIOLATION) && !errors.Is(err, windows.ERROR_ACCESS_DENIED) {
+		if err = rename(); !isBusy(err) {
 			return err
 		}
 		time.Sleep(renameInterval)
 	}
 	return fmt.Errorf("another program has the file open: %w", err)
+}
+
+func isBusy(err error) bool {
+	return errors.Is(err, windows.ERROR_SHARING_VIOLATION) || errors.Is(err, windows.ERROR_ACCESS_DENIED)
+}
+
+// replaceOpen moves a file that is open out of the way where it can't be replaced, as on
+// network drives: it is gone once it is closed.
+func replaceOpen(dir *os.Root, temporary, name string) error {
+	err := dir.Rename(temporary, name)
+	if !isBusy(err) {
+		return err
+	}
+	away := temporary + ".old"
+	if dir.Rename(name, away) != nil {
+		return err
+	}
+	if err := dir.Rename(temporary, name); err != nil {
+		return errors.Join(err, dir.Rename(away, name))
+	}
+	return dir.Remove(away)
 }
 
 // sync does nothing: a directory can't be flushed.
