@@ -25,8 +25,8 @@ type windows struct {
 	broker *harness.TLSBroker
 }
 
-// newWindows makes a machine with a broker, of which %AppData% has the configuration.
-func newWindows(t *testing.T) *windows {
+// bareWindows makes a machine without our programs.
+func bareWindows(t *testing.T) *windows {
 	w := &windows{Machine: harness.BareMachine(t, filepath.Join(harness.Tools, "wine")), t: t}
 	w.drive = filepath.Join(w.Root, "root/.wine/drive_c")
 	harness.Output(t, w.run("wineboot", "--init"))
@@ -35,6 +35,12 @@ func newWindows(t *testing.T) *windows {
 		kill.Env = environment
 		kill.Run()
 	})
+	return w
+}
+
+// newWindows makes a machine with a broker, of which %AppData% has the configuration.
+func newWindows(t *testing.T) *windows {
+	w := bareWindows(t)
 	for _, name := range []string{"pilot", "copilot", "ctr-pilot"} {
 		harness.Output(t, harness.Command(t, "install", "-D", filepath.Join(programs, name+".exe"), filepath.Join(w.drive, "pilot", name+".exe")))
 	}
@@ -164,9 +170,6 @@ func TestWindowsClients(t *testing.T) {
 		cmd.Env = append(cmd.Environ(), `PILOT_BROKER_CERT=C:\certs\builder.pem`, `PILOT_BROKER_KEY=C:\certs\builder-key.pem`)
 		if code, out := status(t, cmd); code != 3 || !strings.Contains(out, "team-a") || len(w.names("images/denied")) > 0 {
 			t.Errorf("status %d, names %q: %s", code, w.names("images/denied"), out)
-		}
-		if harness.ContainsText(t, w.drive+"/images/denied", secret) {
-			t.Error("the secret is there all the same")
 		}
 	})
 	t.Run("names that do not fit say what does", func(t *testing.T) {
