@@ -188,10 +188,11 @@ check:
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
 	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak,wine ./...
-	@for os in darwin windows; do for arch in amd64 arm64; do \
-		echo "vet for $$os/$$arch"; \
-		CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go vet -buildvcs=false $(CLIENTS) || exit 1; \
-	done; CGO_ENABLED=0 GOOS=$$os go build -buildvcs=false $(CLIENTS) || exit 1; done
+	@export CGO_ENABLED=0 GOFLAGS=-buildvcs=false; \
+	for os in darwin windows; do for arch in amd64 arm64; do \
+		echo "build and vet for $$os/$$arch"; \
+		GOOS=$$os GOARCH=$$arch go build $(CLIENTS) && GOOS=$$os GOARCH=$$arch go vet $(CLIENTS) || exit 1; \
+	done; done
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom
