@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // windows is a Windows machine with our programs.
@@ -215,6 +217,35 @@ func TestWindowsClients(t *testing.T) {
 		<-p.Done
 		if code := p.Cmd.ProcessState.ExitCode(); code != 1 || len(w.names("images/stopped")) > 0 {
 			t.Errorf("status %d, names %q: %s", code, w.names("images/stopped"), harness.Read(t, p.Log))
+		}
+	})
+	t.Run("a daemon on a loopback address is a key provider", func(t *testing.T) {
+		address := loopbacktest.FreeAddress(t)
+		harness.Write(t, w.drive+"/grpc.conf", `{"key-providers": {"pilot": {"grpc": "`+address+`"}}}`)
+		serve := w.run("wine", `C:\pilot\pilot.exe`, "serve", "--listen", address, "--insecure-loopback")
+		p := harness.Start(t, harness.TempDir(t), "pilot", serve)
+		harness.Await(t, "pilot serve", func() error {
+			conn, err := net.Dial("tcp", address)
+			if err == nil {
+				conn.Close()
+			}
+			return err
+		})
+		cmd := w.images("encrypt", "--recipient", recipient, plain, `oci:C:\images\daemon:x`)
+		cmd.Env = append(cmd.Environ(), `OCICRYPT_KEYPROVIDER_CONFIG=C:\grpc.conf`)
+		harness.Output(t, cmd)
+		if info := harness.Output(t, w.images("layerinfo", `oci:C:\images\daemon:x`)); strings.Count(info, "team-a@1") != 2 {
+			t.Errorf("%s", info)
+		}
+		p.Cmd.Process.Signal(syscall.SIGINT) // Ctrl-C
+		<-p.Done
+		if code := p.Cmd.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("it ends with status %d", code)
+		}
+		for _, args := range [][]string{{}, {"--listen", "unix:///C:/pilot.sock"}, {"--listen", address, "--insecure-loopback", "--diff-listen", "unix:///x"}} {
+			if code, out := status(t, w.run("wine", append([]string{`C:\pilot\pilot.exe`, "serve"}, args...)...)); code != 2 {
+				t.Errorf("%s: %d, %s", args, code, out)
+			}
 		}
 	})
 	t.Run("copilot's client commands", func(t *testing.T) {
