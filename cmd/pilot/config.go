@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/configfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
@@ -20,12 +22,7 @@ import (
 )
 
 // defaultConfigFile is read if it exists. A file that is named must exist.
-const defaultConfigFile = "/etc/pilot/pilot.toml"
-
-const (
-	defaultListen      = "unix:///run/pilot/keyprovider.sock"
-	defaultAdminSocket = "/run/pilot/admin.sock"
-)
+var defaultConfigFile = configfile.Default("pilot", "pilot.toml")
 
 // configuration is what pilot.toml has. Each field is a setting: a key of the file, a
 // flag and a PILOT_… variable. Those with reload:"no" take effect when pilot starts.
@@ -61,18 +58,21 @@ type configuration struct {
 	LogLevel         logrus.Level       `toml:"log-level" usage:"debug, info, warning or error"`
 }
 
+// brokerSettings are those of the connection to the broker.
+var brokerSettings = []string{"broker", "broker-ca", "broker-cert", "broker-key", "broker-token-file", "broker-timeout"}
+
 // defaults returns the configuration where nothing is set.
 func defaults() configuration {
 	return configuration{
 		Listen:           defaultListen,
-		Broker:           urls{"unix:///run/copilot/copilot.sock"},
+		Broker:           defaultBroker,
 		BrokerTimeout:    10 * time.Second,
 		ProviderName:     providerNames{"pilot"},
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
 		KEKCacheTTL:      5 * time.Minute,
 		KEKCacheGrace:    time.Hour,
 		KEKCacheSize:     1024,
-		DiffListen:       "unix:///run/pilot/diff.sock",
+		DiffListen:       defaultDiffListen,
 		Containerd:       "/run/containerd/containerd.sock",
 		LayersAtOnce:     8,
 		MirrorListen:     mirrorOff,
@@ -80,15 +80,16 @@ func defaults() configuration {
 	}
 }
 
-// configFlags returns the flags that loadConfiguration reads.
-func configFlags() []cli.Flag {
+// configFlags returns the flags that loadConfiguration reads. If some settings are
+// shown, the command does not use the others: it takes them, and its help leaves them out.
+func configFlags(shown ...string) []cli.Flag {
 	flags := []cli.Flag{
-		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
-		&cli.BoolFlag{Name: "original-defaults", Usage: "work as the original pilot: on 127.0.0.1:50051, with its variables and defaults"},
+		&cli.StringFlag{Name: "config", Usage: "`FILE` with pilot's settings (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
+		&cli.BoolFlag{Name: "original-defaults", Usage: "behave like the original pilot: listen on 127.0.0.1:50051, with its variables and defaults"},
 	}
 	conf := defaults()
 	for _, s := range settings {
-		flags = append(flags, s.flag(&conf))
+		flags = append(flags, s.flag(&conf, len(shown) > 0 && !slices.Contains(shown, s.name)))
 	}
 	return flags
 }
@@ -128,7 +129,10 @@ func readConfigFile(conf *configuration, name string) error {
 	if !required {
 		name = defaultConfigFile
 	}
-	b, err := regular.Read(name, regular.MaxConfig)
+	if name == "" {
+		return nil
+	}
+	b, err := regular.ReadText(name, regular.MaxConfig)
 	if errors.Is(err, fs.ErrNotExist) && !required {
 		return nil
 	}
@@ -140,6 +144,8 @@ func readConfigFile(conf *configuration, name string) error {
 		return settings[i].set(conf, text)
 	})
 }
+
+var errNoDiffer = errors.New("diff-listen: containerd's differ is for Linux: leave the setting out")
 
 // check returns an error if settings can't work together.
 func (c *configuration) check() error {
@@ -163,6 +169,12 @@ func (c *configuration) check() error {
 	if err := c.checkMirror(); err != nil {
 		return err
 	}
+	if runtime.GOOS != "linux" && c.DiffListen != off {
+		return errNoDiffer
+	}
+	if c.Listen == "" {
+		return nil // serve wants it
+	}
 	if _, isUnix := c.Listen.unix(); isUnix {
 		if c.TLSCert != "" && c.MirrorListen == mirrorOff {
 			return errors.New("tls-cert is for a TCP address, and listen is a unix socket")
@@ -184,6 +196,9 @@ func (c *configuration) listensByTLS() bool {
 
 // client returns the client of the brokers that the configuration names.
 func (c *configuration) client() (*brokerclient.Client, error) {
+	if len(c.Broker) == 0 {
+		return nil, exit.Usagef("broker is not set: use --broker https://HOST:PORT, PILOT_BROKER or %s", defaultConfigFile)
+	}
 	client, err := brokerclient.New(brokerclient.Config{
 		URLs:      c.Broker,
 		CAFile:    c.BrokerCA,

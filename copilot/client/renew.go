@@ -1,5 +1,3 @@
-//go:build unix
-
 package client
 
 import (
@@ -14,11 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"path/filepath"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/keyjson"
@@ -35,7 +30,7 @@ func (c *Client) RenewCertificate(ctx context.Context) (*x509.Certificate, error
 		return nil, errors.New("there is no broker-cert to renew")
 	}
 	if c.original {
-		return nil, errors.New("the original's API renews no certificates")
+		return nil, errors.New("the original's API can't renew certificates")
 	}
 	if err := writable(c.certFile, c.keyFile); err != nil {
 		return nil, err
@@ -77,20 +72,6 @@ func (c *Client) RenewCertificate(ctx context.Context) (*x509.Certificate, error
 	return cert, nil
 }
 
-// writable returns an error if files can't be replaced, before a broker is asked.
-func writable(files ...string) error {
-	for _, name := range files {
-		name, err := filepath.EvalSymlinks(name)
-		if err != nil {
-			return err
-		}
-		if dir := filepath.Dir(name); unix.Access(dir, unix.W_OK) != nil {
-			return fmt.Errorf("%s can't be replaced: %s can't be written (in a drop-in of pilot.service: ReadWritePaths=%[2]s)", name, dir)
-		}
-	}
-	return nil
-}
-
 // renewed returns the certificate that a broker issues for a key in place of another.
 func (c *Client) renewed(ctx context.Context, old *x509.Certificate, key *ecdsa.PrivateKey) (cert *x509.Certificate, err error) {
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
@@ -122,7 +103,7 @@ func (c *Client) renewed(ctx context.Context, old *x509.Certificate, key *ecdsa.
 		return nil
 	})
 	if errors.Is(err, errNoSuchPath) {
-		err = fmt.Errorf("the broker is of a version that renews no certificates: run \"copilot certs renew\" on its machine: %w", err)
+		err = fmt.Errorf("the broker's version can't renew certificates: run \"copilot certs renew\" on its machine: %w", err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("renew %s: %w", c.certFile, err)
@@ -145,7 +126,7 @@ func inPlaceOf(old, cert *x509.Certificate, key *ecdsa.PrivateKey) error {
 	case cert.IsCA, !slices.Equal(uris(cert), uris(old)), len(cert.DNSNames)+len(cert.IPAddresses)+len(cert.EmailAddresses) > 0:
 		return errors.New("it is for another name")
 	case cert.NotAfter.Before(old.NotAfter):
-		return fmt.Errorf("it expires on %s, before the present one", cert.NotAfter.Format(time.RFC3339))
+		return fmt.Errorf("it expires on %s, before the current one", cert.NotAfter.Format(time.RFC3339))
 	}
 	return checkTime(cert)
 }
@@ -169,7 +150,7 @@ func (c *Client) tryCertificate(ctx context.Context, pair tls.Certificate) error
 		case err == nil:
 			accepted = true
 		case errors.Is(permanent(err, true), ErrCertRejected):
-			return fmt.Errorf("%s does not accept the new certificate, so the present one stays: is the CA that issued it in the broker's tls-client-ca? %w", b, err)
+			return fmt.Errorf("%s does not accept the new certificate, so the current one stays: is the CA that issued it in the broker's tls-client-ca? %w", b, err)
 		default:
 			away = fmt.Errorf("%s: %w: the new certificate was not tried: %w", b, ErrUnavailable, err)
 		}

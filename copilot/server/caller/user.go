@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"net"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
@@ -25,11 +23,6 @@ func OnConnection(ctx context.Context, c net.Conn) context.Context {
 		ctx = context.WithValue(ctx, userKey{}, user)
 	}
 	return ctx
-}
-
-// WithUser returns a context in which requests come from that user of this machine.
-func WithUser(ctx context.Context, uid int) context.Context {
-	return context.WithValue(ctx, userKey{}, userIdentity(uid))
 }
 
 // User returns the identity of the user at the other end of a unix socket, uid:N, or ""
@@ -57,11 +50,9 @@ func UserOf(c net.Conn) (user string) {
 		return ""
 	}
 	raw.Control(func(fd uintptr) {
-		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			user = userIdentity(int(peer.Uid))
+		if uid, ok := peer(fd); ok {
+			user = fmt.Sprintf("uid:%d", uid)
 		}
 	})
 	return user
 }
-
-func userIdentity(uid int) string { return fmt.Sprintf("uid:%d", uid) }
