@@ -197,19 +197,13 @@ type Verdict struct {
 // Decide says whether who may do action with kek at the time now.
 func (p *Policy) Decide(who Principal, kek string, action Action, now time.Time) Verdict {
 	var allowing *rule
-	var expired, early, closest *rule
-	var unmet []string // of closest
+	var expired, early *rule
 	for i := range p.rules {
 		r := &p.rules[i]
-		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !matchAny(r.Identities, who.Identity) {
+		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !r.isFor(who) {
 			continue
 		}
-		missing := r.unmet(who.Claims)
 		switch {
-		case len(missing) > 0:
-			if !r.Deny && r.holds(now) && (closest == nil || len(missing) < len(unmet)) {
-				closest, unmet = r, missing
-			}
 		case !r.NotBefore.IsZero() && now.Before(r.NotBefore):
 			early = r
 		case !r.NotAfter.IsZero() && !now.Before(r.NotAfter):
@@ -227,10 +221,8 @@ func (p *Policy) Decide(who Principal, kek string, action Action, now time.Time)
 		return Verdict{false, fmt.Sprintf("%s of %s would allow it, from %s on", early, p.name, early.NotBefore.Format(time.RFC3339))}
 	case expired != nil && !expired.Deny:
 		return Verdict{false, fmt.Sprintf("%s of %s allowed it, until %s", expired, p.name, expired.NotAfter.Format(time.RFC3339))}
-	case closest != nil:
-		return Verdict{false, fmt.Sprintf("%s of %s wants other claims: %s", closest, p.name, strings.Join(unmet, "; "))}
 	}
-	return Verdict{false, p.whyNot(who, kek, action)}
+	return Verdict{false, p.whyNot(who, kek, action, now)}
 }
 
 // unmet returns what claims lacks for the rule.
@@ -248,15 +240,29 @@ func (r *rule) isFor(who Principal) bool {
 	return matchAny(r.Identities, who.Identity) && len(r.unmet(who.Claims)) == 0
 }
 
-// whyNot says which of the three things that a rule has to match is the one
-// that no rule of the others has.
-func (p *Policy) whyNot(who Principal, kek string, action Action) string {
-	identity := who.Identity
+// whyNot says which of the things that a rule has to match is the one that no rule of the
+// others has.
+func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time) string {
 	var both []Action
-	known := false
+	var closest *rule // of those that want other claims
+	var unmet []string
+	known, likely := false, 0
 	for i := range p.rules {
 		r := &p.rules[i]
-		if r.Deny || !r.isFor(who) {
+		if r.Deny || !matchAny(r.Identities, who.Identity) {
+			continue
+		}
+		if missing := r.unmet(who.Claims); len(missing) > 0 {
+			like := 0
+			if matchAny(r.KEKs, kek) {
+				like = 1
+				if slices.Contains(r.Actions, action) {
+					like = 2
+				}
+			}
+			if r.holds(now) && (closest == nil || like > likely || like == likely && len(missing) < len(unmet)) {
+				closest, unmet, likely = r, missing, like
+			}
 			continue
 		}
 		known = true
@@ -265,12 +271,14 @@ func (p *Policy) whyNot(who Principal, kek string, action Action) string {
 		}
 	}
 	switch {
+	case closest != nil && (likely == 2 || !known):
+		return fmt.Sprintf("%s of %s wants other claims: %s", closest, p.name, strings.Join(unmet, "; "))
 	case len(both) > 0:
-		return fmt.Sprintf("no rule of %s allows %s: those for %s with %s allow %s", p.name, action, identity, kek, joined(both))
+		return fmt.Sprintf("no rule of %s allows %s: those for %s with %s allow %s", p.name, action, who.Identity, kek, joined(both))
 	case known:
-		return fmt.Sprintf("no rule of %s for %s names the KEK %s", p.name, identity, kek)
+		return fmt.Sprintf("no rule of %s for %s names the KEK %s", p.name, who.Identity, kek)
 	}
-	return fmt.Sprintf("no rule of %s names %s", p.name, identity)
+	return fmt.Sprintf("no rule of %s names %s", p.name, who.Identity)
 }
 
 // Grant is what one rule says to a caller.
