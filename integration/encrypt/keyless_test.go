@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -37,19 +38,16 @@ var gitLabMain = harness.Claims{
 	"runner_environment": "gitlab-hosted", "user_login": "alice", "groups_direct": []string{"acme", "acme/ops"}, "job_config": map[string]string{"url": "https://gitlab.example.com"},
 }
 
-const keylessPolicy = `
-[[rule]]
-identities = ["github:**"]
-claims = { repository_id = 123456, ref = "refs/heads/main", event_name = ["push", "workflow_dispatch"], environment = "production", workflow_ref = "acme/app/.github/workflows/encrypt.yml@refs/heads/main" }
-keks = ["team-a"]
-actions = ["wrap"]
-
-[[rule]]
-identities = ["gitlab:**"]
-claims = { project_id = 20, ref_path = "refs/heads/main", ref_protected = true, pipeline_source = ["push", "web"] }
-keks = ["team-a"]
-actions = ["wrap"]
-`
+// pagesPolicy returns the first policy of each of the pages that say how to encrypt in CI.
+func pagesPolicy(t *testing.T) (policy string) {
+	t.Helper()
+	pages := harness.PagesBelow(t, harness.Repo)
+	for _, name := range []string{"docs/ci-github.md", "docs/ci-gitlab.md"} {
+		i := slices.IndexFunc(pages[name].Blocks, func(b harness.Block) bool { return b.Arg == "policy" })
+		policy += "\n" + pages[name].Blocks[i].Text
+	}
+	return policy
+}
 
 // keyless is a broker that trusts the issuers of CI jobs, and a machine that has no
 // certificate for it.
@@ -70,7 +68,7 @@ func startKeyless(t *testing.T) *keyless {
 	harness.Output(t, k.broker.Command(t, "keys", "import", "--file", key, "team-a"))
 	k.append("copilot.toml", fmt.Sprintf("\n[issuers.github]\nurl = %q\naudience = \"127.0.0.1\"\nca = %q\n\n[issuers.gitlab]\nurl = %q\naudience = \"copilot.example.com\"\nca = %q\n",
 		k.github.URL, k.github.CA, k.gitlab.URL, k.gitlab.CA))
-	k.append("policy.toml", keylessPolicy)
+	k.append("policy.toml", pagesPolicy(t))
 	k.broker.Start(t)
 	k.registry, _ = harness.StartRegistry(t, k.dir)
 	l := harness.NewLayout(t)
