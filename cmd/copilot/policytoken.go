@@ -80,6 +80,9 @@ func tokenPrincipal(file string, conf server.Config, now time.Time) (who policy.
 	if err != nil {
 		return who, exit.Usagef("policy check: --token: %w", err)
 	}
+	if strings.ContainsFunc(who.Identity, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return who, exit.Usagef("policy check: --token: the subject has characters that can't be printed: %q", who.Identity)
+	}
 	fmt.Fprintln(os.Stderr, "copilot: warning: the token's signature was not checked")
 	if audience := who.Claims["aud"]; !slices.Contains(audience, issuer.Audience) {
 		return who, exit.DeniedError(fmt.Errorf("denied: the token is for the audience %q, and the issuer's audience in the configuration is %q", audience, issuer.Audience))

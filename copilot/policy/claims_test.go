@@ -206,3 +206,38 @@ func TestGrantsSayWhatATokenLacks(t *testing.T) {
 		t.Errorf("%+v", grants)
 	}
 }
+
+// FuzzStrangersOfAForge tries rules and tokens: what the policy takes must not let in a
+// repository that the rule does not name.
+func FuzzStrangersOfAForge(f *testing.F) {
+	f.Add("github:**", "repository", "acme/*", "environment:production", "main")
+	f.Add("github:repo:acme/*:ref:**", "ref", "**", "repo:acme", "x")
+	f.Add("g**", "repository_id", "12", "actor:x", "x")
+	f.Add("**:ref:refs/heads/main", "repository_owner", "acme", "a:ref:refs/heads/main", "x")
+	f.Add("gitlab:project_path:acme/**", "project_path", "acme/**", "repository_id:1", "y")
+	f.Fuzz(func(t *testing.T, identity, name, pattern, subject, other string) {
+		for _, s := range []string{identity, pattern} {
+			if strings.Contains(s, "mallory") || strings.Contains(s, "666") || strings.ContainsAny(s, "'\n\r") {
+				return
+			}
+		}
+		p, err := parse("p", []byte(ruleFor("'"+identity+"'", "[rule.claims]\n'"+name+"' = '"+pattern+"'")), forgeIssuers)
+		if err != nil || strings.HasPrefix(identity, "cluster") {
+			return
+		}
+		claims := Claims{"repository": {"mallory/" + other}, "repository_owner": {"mallory"}, "repository_id": {"666"}, "repository_owner_id": {"666"}, "ref": {other}, "job_workflow_ref": {other}, "environment": {other}}
+		gitLab := Claims{"project_path": {"mallory/" + other}, "namespace_path": {"mallory"}, "project_id": {"666"}, "namespace_id": {"666"}, "job_project_path": {other}, "ref": {other}}
+		// What their owner makes of a subject begins with the name of a claim, or with their repository.
+		own := subject
+		if strings.HasPrefix(own, "repo:") || strings.HasPrefix(own, "project_path:") {
+			own = "actor:" + own
+		}
+		for _, who := range []Principal{
+			{"github:" + own, claims}, {"github:repo:mallory/" + other + ":" + subject, claims}, {"gitlab:project_path:mallory/" + other + ":" + subject, gitLab},
+		} {
+			if p.Decide(who, "team-a", Wrap, anyTime).Allowed {
+				t.Errorf("%q with %s = %q lets in %+v", identity, name, pattern, who)
+			}
+		}
+	})
+}

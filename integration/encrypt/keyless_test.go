@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"go.yaml.in/yaml/v3"
+
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
@@ -298,10 +300,68 @@ func TestKeylessCINeverHasTheKEK(t *testing.T) {
 	}
 }
 
+// TestWorkflowsOfThePages runs what the pages have jobs run, once pilot is installed.
+func TestWorkflowsOfThePages(t *testing.T) {
+	t.Parallel()
+	k := startKeyless(t)
+	yamlOf := func(page string, v any) {
+		t.Helper()
+		blocks := harness.PagesBelow(t, harness.Repo)[page].Blocks
+		i := slices.IndexFunc(blocks, func(b harness.Block) bool { return b.Language == "yaml" })
+		if err := yaml.Unmarshal([]byte(blocks[i].Text), v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(script string, variables map[string]string, plain string, env ...string) {
+		t.Helper()
+		dir := harness.TempDir(t)
+		harness.Output(t, k.debian.Run("skopeo", "copy", "-q", "--dest-tls-verify=false", "oci:"+k.dir+"/app:v1", "docker://"+plain))
+		cmd := harness.Command(t, "bash", "-euxc", strings.ReplaceAll(script, "ghcr.io", k.registry))
+		cmd.Dir = dir
+		cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}, env...)
+		for name, value := range variables {
+			switch name {
+			case "COPILOT_CA":
+				value = harness.Read(t, k.broker.Dir+"/ca.pem")
+			case "PILOT_BROKER":
+				value = k.broker.URL()
+			}
+			cmd.Env = append(cmd.Env, name+"="+value)
+		}
+		if out := harness.CombinedOutput(t, cmd); !strings.Contains(out, "fully encrypted") {
+			t.Errorf("%s\n%s", script, out)
+		}
+	}
+	var workflow struct {
+		Jobs map[string]struct {
+			Env   map[string]string
+			Steps []struct{ Name, Run string }
+		}
+	}
+	yamlOf("docs/ci-github.md", &workflow)
+	job := workflow.Jobs["encrypt"]
+	run(job.Steps[len(job.Steps)-1].Run, job.Env, k.registry+"/acme/app-plain:1", append(k.github.Job(gitHubMain), "GITHUB_SHA=1")...)
+
+	var pipeline map[string]struct {
+		Variables map[string]string
+		Script    []string
+	}
+	yamlOf("docs/ci-gitlab.md", &pipeline)
+	gitlab := pipeline["encrypt"]
+	gitlab.Variables["COPILOT_CA"] = ""
+	run(strings.Join(gitlab.Script, "\n"), gitlab.Variables, k.registry+"/acme/app/plain:2",
+		"CI_REGISTRY_IMAGE="+k.registry+"/acme/app", "CI_COMMIT_SHA=2", "COPILOT_TOKEN="+k.gitlab.Token("copilot.example.com", gitLabMain))
+}
+
 // TestErrorSaysWhatAGitHubJobLacks has GitHub refuse a token, or not answer.
 func TestErrorSaysWhatAGitHubJobLacks(t *testing.T) {
 	t.Parallel()
 	k := startKeyless(t)
+	// A broker for CI alone needs no certificates of clients.
+	k.broker.Process.Stop(t)
+	conf := harness.Read(t, k.broker.Dir+"/copilot.toml")
+	harness.Write(t, k.broker.Dir+"/copilot.toml", strings.Replace(conf, "tls-client-ca", "# tls-client-ca", 1))
+	k.broker.Start(t)
 	const permission = `give the job "permissions: id-token: write"`
 	withoutVariables := k.settings("PILOT_BROKER_TOKEN_SOURCE=github-actions")
 	harness.ExpectFailure(t, k.encrypt(withoutVariables), "ACTIONS_ID_TOKEN_REQUEST_URL is not set", permission)
