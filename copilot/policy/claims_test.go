@@ -149,14 +149,17 @@ func TestRuleThatLetsInEverybodyOfAForgeIsRefused(t *testing.T) {
 		{`'gitlab:**'`, `namespace_path = "acme*"`, "lets in everybody"},
 		{`'gitlab:project_path:**'`, ``, "lets in everybody"},
 
-		{`'github:**'`, `repository_id = 1`, ""},
-		{`'github:**'`, `repository_owner_id = "1", repository = "*/app"`, ""},
-		{`'github:**'`, `enterprise_id = "1"`, ""},
+		{`'github:**'`, `repository_id = 1, ref = "refs/heads/main"`, ""},
+		{`'github:**'`, `repository_id = 1`, "every branch, pull request and event"},
+		{`'github:**'`, `repository_owner_id = "1", repository = "*/app", event_name = "push"`, ""},
+		{`'github:**'`, `enterprise_id = "1", job_workflow_ref = "acme/ci/.github/workflows/x.yml@refs/heads/main"`, ""},
 		{`'github:**'`, `repository = "acme/*"`, "names only"},
 		{`'github:**'`, `repository_owner = "acme"`, "names only"},
 		{`'github:repo:acme/*:ref:refs/heads/main'`, ``, "names only"},
 		{`'github:repo:acme@123/app@456:ref:refs/heads/main'`, ``, ""},
-		{`'gitlab:**'`, `project_id = "1"`, ""},
+		{`'github:repo:acme@123/app@456:**'`, ``, "every branch, pull request and event"},
+		{`'gitlab:**'`, `project_id = "1", ref_protected = true`, ""},
+		{`'gitlab:**'`, `project_id = "1"`, "every branch, pull request and event"},
 		{`'gitlab:**'`, `namespace_path = "acme/**"`, "names only"},
 		{`'gitlab:project_path:acme/app:ref_type:branch:ref:main'`, ``, "names only"},
 		{`'cluster:**'`, ``, ""},
@@ -189,7 +192,7 @@ func TestRuleThatLetsInEverybodyOfAForgeIsRefused(t *testing.T) {
 	if _, err := parse("p", []byte(ruleFor(`'github:**'`, "")), own); err != nil {
 		t.Error(err)
 	}
-	export := strings.Replace(ruleFor(`'github:**'`, "claims = { repository_id = 1 }"), "wrap", "export", 1)
+	export := strings.Replace(ruleFor(`'github:**'`, "claims = { repository_id = 1, ref = 'refs/heads/main' }"), "wrap", "export", 1)
 	if p, err := parse("p", []byte(export), forgeIssuers); err != nil || len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0], "wrap is enough") {
 		t.Errorf("%v %v", p, err)
 	}

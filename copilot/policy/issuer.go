@@ -25,6 +25,8 @@ type forge struct {
 	ids, names []string
 	// subject is what a subject begins with if the repository's path follows.
 	subject string
+	// causes are the claims that say what of a repository has started a job.
+	causes []string
 }
 
 // forges are those that everybody can have an account at. The claims are those of
@@ -32,8 +34,10 @@ type forge struct {
 // https://docs.gitlab.com/ci/secrets/id_token_authentication. GitLab's job_project_… are
 // not among them: a merge request from a fork has the project's own.
 var forges = []forge{
-	{"https://token.actions.githubusercontent.com", []string{"repository_id", "repository_owner_id", "enterprise_id"}, []string{"repository", "repository_owner", "enterprise"}, "repo:"},
-	{"https://gitlab.com", []string{"project_id", "namespace_id"}, []string{"project_path", "namespace_path"}, "project_path:"},
+	{"https://token.actions.githubusercontent.com", []string{"repository_id", "repository_owner_id", "enterprise_id"}, []string{"repository", "repository_owner", "enterprise"}, "repo:",
+		[]string{"ref", "environment", "event_name", "workflow_ref", "job_workflow_ref"}},
+	{"https://gitlab.com", []string{"project_id", "namespace_id"}, []string{"project_path", "namespace_path"}, "project_path:",
+		[]string{"ref", "ref_path", "ref_protected", "environment", "environment_protected", "pipeline_source", "ci_config_ref_uri"}},
 }
 
 // forgeAt returns the forge whose tokens have that issuer, or nil.
@@ -107,8 +111,12 @@ func (r *rule) checkForges(issuers Issuers) (warnings []string, err error) {
 			if r.Deny {
 				continue
 			}
-			if f.restricts(name, identity, nil) < notOfForge && slices.Contains(r.Actions, Export) {
+			ofForge := f.restricts(name, identity, nil) < notOfForge
+			if ofForge && slices.Contains(r.Actions, Export) {
 				warnings = append(warnings, fmt.Sprintf("%s: %q may export KEKs to CI jobs: wrap is enough to encrypt", r, identity))
+			}
+			if ofForge && strings.Contains(identity, "*") && !slices.ContainsFunc(r.claims, func(c claim) bool { return slices.Contains(f.causes, c.name) }) {
+				warnings = append(warnings, fmt.Sprintf("%s: %q is every branch, pull request and event: add claims such as %s", r, identity, strings.Join(f.causes, ", ")))
 			}
 			switch f.restricts(name, identity, r.claims) {
 			case anybody:
