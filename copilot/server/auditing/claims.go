@@ -2,6 +2,7 @@ package auditing
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/ctrlplane/pilot/copilot/policy"
@@ -20,6 +21,9 @@ const maxClaims = 2000
 // Claims returns the claims of a caller's token that its lines have: those by which a
 // CI job is found, and others by their names, as long as they fit.
 func Claims(c policy.Claims, others []string) map[string]string {
+	if c == nil {
+		return nil
+	}
 	shown := make(map[string]string)
 	size := 0
 	for _, name := range slices.Concat(shownClaims, others) {
@@ -28,7 +32,8 @@ func Claims(c policy.Claims, others []string) map[string]string {
 			continue
 		}
 		text := strings.Join(texts, " ")
-		if size += len(name) + min(len(text), 300); size > maxClaims {
+		// As it is shown, if it has to be quoted or cut.
+		if size += len(name) + min(len(strconv.Quote(text)), 300); size > maxClaims {
 			break
 		}
 		shown[name] = text

@@ -32,8 +32,9 @@ type Authenticator struct {
 
 // Identify returns who makes a request: the subject of a bearer token, with its claims,
 // else the owner of a client certificate, else the user at the other end of a unix
-// socket, else [Anonymous]. A token that can't be used is an error, whatever else is shown, and so
-// is a certificate whose CA is no longer trusted. Errors wrap [ErrUnauthenticated].
+// socket, else [Anonymous]. A token that can't be used is an error, whatever else is
+// shown, and so is a certificate whose CA is no longer trusted. Errors wrap
+// [ErrUnauthenticated].
 func (a *Authenticator) Identify(r *http.Request) (policy.Principal, error) {
 	who, err := a.identify(r)
 	if err == nil && who.Identity == Anonymous && !a.AllowAnonymous {
