@@ -31,33 +31,33 @@ const (
 // configuration is what pilot.toml has. Each field is a setting: a key of the file, a
 // flag and a PILOT_… variable. Those with reload:"no" take effect when pilot starts.
 type configuration struct {
-	Listen              address            `toml:"listen" reload:"no" usage:"address to listen on: unix:///PATH (mode 0600) or HOST:PORT"`
-	InsecureLoopback    bool               `toml:"insecure-loopback" reload:"no" usage:"listen without TLS on a loopback address"`
-	TLSCert             string             `toml:"tls-cert" reload:"no" usage:"certificate of the TLS server"`
-	TLSKey              string             `toml:"tls-key" reload:"no" usage:"private key of tls-cert"`
-	TLSClientCA         string             `toml:"tls-client-ca" reload:"no" usage:"CA of the clients' certificates"`
-	Broker              urls               `toml:"broker" usage:"copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key; several, separated by commas, have the same KEKs"`
-	BrokerCA            string             `toml:"broker-ca" usage:"CA of the broker's certificate (default: the system's)"`
-	BrokerCert          string             `toml:"broker-cert" usage:"client certificate to show the broker"`
-	BrokerKey           string             `toml:"broker-key" usage:"private key of broker-cert"`
-	BrokerTokenFile     string             `toml:"broker-token-file" usage:"file with a bearer token (JWT) to show the broker, over https or a unix socket"`
-	BrokerTokenSource   tokenSource        `toml:"broker-token-source" usage:"where to get such a token from: github-actions (the job's own), or env:NAME (an environment variable)"`
-	BrokerTokenAudience string             `toml:"broker-token-audience" usage:"audience of github-actions tokens, as copilot's issuer has it (default: the broker's host)"`
-	BrokerTimeout       time.Duration      `toml:"broker-timeout" usage:"how long to try to get an answer from the brokers, such as 10s"`
-	ProviderName        providerNames      `toml:"provider-name" reload:"no" usage:"pilot's name among the key providers of ocicrypt.conf; several, separated by commas, if it has several there"`
-	AnnotationFormat    keyprovider.Format `toml:"annotation-format" usage:"how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original"`
-	DefaultKEKs         kekIDs             `toml:"default-keks" usage:"KEKs to try on keys in the original's format, separated by commas"`
-	KEKCacheTTL         time.Duration      `toml:"kek-cache-ttl" usage:"how long to keep a KEK after it was fetched; 0s: no limit"`
-	KEKCacheGrace       time.Duration      `toml:"kek-cache-grace" usage:"how much longer to use a KEK while the broker gives no usable answer; 0s: no longer"`
-	KEKCacheIdle        time.Duration      `toml:"kek-cache-idle" usage:"how long to keep a KEK after its last use; 0s: as kek-cache-ttl says"`
-	KEKCacheSize        int                `toml:"kek-cache-size" usage:"how many KEKs to keep; 0: none"`
-	DiffListen          unixAddress        `toml:"diff-listen" reload:"no" usage:"where to listen as containerd's differ: unix:///PATH (mode 0600), or off"`
-	Containerd          socketPath         `toml:"containerd" reload:"no" usage:"containerd's socket, for the differ"`
-	LayersAtOnce        int                `toml:"layers-at-once" reload:"no" usage:"how many encrypted layers the differ unpacks at once"`
-	DecryptionKeys      string             `toml:"decryption-keys-path" reload:"no" usage:"directory of private keys for the differ to try, besides key providers"`
-	AdminListen         unixAddress        `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
-	MetricsListen       string             "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
-	LogLevel            logrus.Level       `toml:"log-level" usage:"debug, info, warning or error"`
+	Listen           address            `toml:"listen" reload:"no" usage:"address to listen on: unix:///PATH (mode 0600) or HOST:PORT"`
+	InsecureLoopback bool               `toml:"insecure-loopback" reload:"no" usage:"listen without TLS on a loopback address"`
+	TLSCert          string             `toml:"tls-cert" reload:"no" usage:"certificate of the TLS server"`
+	TLSKey           string             `toml:"tls-key" reload:"no" usage:"private key of tls-cert"`
+	TLSClientCA      string             `toml:"tls-client-ca" reload:"no" usage:"CA of the clients' certificates"`
+	Broker           urls               `toml:"broker" usage:"copilot's address: unix:///PATH, https://HOST:PORT, or one ending in /api/v1/key; several, separated by commas, have the same KEKs"`
+	BrokerCA         string             `toml:"broker-ca" usage:"CA of the broker's certificate (default: the system's)"`
+	BrokerCert       string             `toml:"broker-cert" usage:"client certificate to show the broker"`
+	BrokerKey        string             `toml:"broker-key" usage:"private key of broker-cert"`
+	BrokerTokenFile  string             `toml:"broker-token-file" usage:"file with a bearer token (JWT) to show the broker, over https or a unix socket"`
+	TokenSource      tokenSource        `toml:"broker-token-source" usage:"where to get such a token from: github-actions (the job's own), or env:NAME (an environment variable)"`
+	TokenAudience    string             `toml:"broker-token-audience" usage:"audience of github-actions tokens, as copilot's issuer has it (default: the broker's host)"`
+	BrokerTimeout    time.Duration      `toml:"broker-timeout" usage:"how long to try to get an answer from the brokers, such as 10s"`
+	ProviderName     providerNames      `toml:"provider-name" reload:"no" usage:"pilot's name among the key providers of ocicrypt.conf; several, separated by commas, if it has several there"`
+	AnnotationFormat keyprovider.Format `toml:"annotation-format" usage:"how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original"`
+	DefaultKEKs      kekIDs             `toml:"default-keks" usage:"KEKs to try on keys in the original's format, separated by commas"`
+	KEKCacheTTL      time.Duration      `toml:"kek-cache-ttl" usage:"how long to keep a KEK after it was fetched; 0s: no limit"`
+	KEKCacheGrace    time.Duration      `toml:"kek-cache-grace" usage:"how much longer to use a KEK while the broker gives no usable answer; 0s: no longer"`
+	KEKCacheIdle     time.Duration      `toml:"kek-cache-idle" usage:"how long to keep a KEK after its last use; 0s: as kek-cache-ttl says"`
+	KEKCacheSize     int                `toml:"kek-cache-size" usage:"how many KEKs to keep; 0: none"`
+	DiffListen       unixAddress        `toml:"diff-listen" reload:"no" usage:"where to listen as containerd's differ: unix:///PATH (mode 0600), or off"`
+	Containerd       socketPath         `toml:"containerd" reload:"no" usage:"containerd's socket, for the differ"`
+	LayersAtOnce     int                `toml:"layers-at-once" reload:"no" usage:"how many encrypted layers the differ unpacks at once"`
+	DecryptionKeys   string             `toml:"decryption-keys-path" reload:"no" usage:"directory of private keys for the differ to try, besides key providers"`
+	AdminListen      unixAddress        `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
+	MetricsListen    string             "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
+	LogLevel         logrus.Level       `toml:"log-level" usage:"debug, info, warning or error"`
 }
 
 // defaults returns the configuration where nothing is set.
@@ -176,24 +176,24 @@ func (c *configuration) check() error {
 // checkToken returns an error if settings of the broker's token can't work together. It
 // sets the audience.
 func (c *configuration) checkToken() error {
-	if c.BrokerTokenFile != "" && c.BrokerTokenSource != "" {
+	if c.BrokerTokenFile != "" && c.TokenSource != "" {
 		return errors.New("broker-token-file and broker-token-source are mutually exclusive")
 	}
-	if c.BrokerTokenSource != gitHubActions {
-		if c.BrokerTokenAudience != "" {
+	if c.TokenSource != gitHubActions {
+		if c.TokenAudience != "" {
 			return errors.New("broker-token-audience is for broker-token-source = \"github-actions\"; other tokens have theirs already")
 		}
 		return nil
 	}
-	if c.BrokerTokenAudience != "" {
+	if c.TokenAudience != "" {
 		return nil
 	}
 	for _, broker := range c.Broker {
 		u, err := url.Parse(broker)
-		if err != nil || u.Scheme != "https" || c.BrokerTokenAudience != "" && u.Hostname() != c.BrokerTokenAudience {
+		if err != nil || u.Scheme != "https" || c.TokenAudience != "" && u.Hostname() != c.TokenAudience {
 			return errors.New("broker-token-audience is not set, and the brokers do not have one https host that it could be: set it to the audience of copilot's issuer")
 		}
-		c.BrokerTokenAudience = u.Hostname()
+		c.TokenAudience = u.Hostname()
 	}
 	return nil
 }
@@ -206,8 +206,8 @@ func (c *configuration) client() (*brokerclient.Client, error) {
 		CertFile:       c.BrokerCert,
 		KeyFile:        c.BrokerKey,
 		TokenFile:      c.BrokerTokenFile,
-		TokenVariable:  c.BrokerTokenSource.variable(),
-		GitHubAudience: c.BrokerTokenAudience,
+		TokenVariable:  c.TokenSource.variable(),
+		GitHubAudience: c.TokenAudience,
 		Timeout:        c.BrokerTimeout,
 	})
 	if err != nil {
