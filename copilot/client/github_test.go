@@ -178,7 +178,7 @@ func TestGitHubTokenNeedsItsVariables(t *testing.T) {
 	t.Setenv("TOKEN_OF_A_JOB", "SECRET SECRET")
 	for _, conf := range []Config{{GitHubAudience: "copilot"}, {TokenVariable: "TOKEN_OF_A_JOB"}} {
 		conf.URLs = []string{"http://127.0.0.1:1"}
-		if _, err := New(conf); err == nil || !strings.Contains(err.Error(), "in plain") {
+		if _, err := New(conf); err == nil || !strings.Contains(err.Error(), "unencrypted") {
 			t.Errorf("%+v: %v", conf, err)
 		}
 	}
