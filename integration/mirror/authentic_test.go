@@ -203,10 +203,14 @@ func TestForgedImageIsRefused(t *testing.T) {
 		}
 	})
 	n.get(manifestPath("app", "nonsense")).expect(t, "nonsense", http.StatusForbidden, "DENIED", "base64")
-	push("urls", func(list []any) { // which no registry is to be asked for
+	push("urls", func(list []any) { // where nobody answers
 		layer(list, 0)["urls"] = []string{"http://127.0.0.1:1/steal"}
 	})
-	n.get(manifestPath("app", "urls")).expect(t, "urls", http.StatusOK)
+	r = n.get(manifestPath("app", "urls"))
+	r.expect(t, "urls", http.StatusOK)
+	for _, d := range layers(t, r.body) {
+		n.get(blobPath("app", d)).expect(t, "a layer with a URL", http.StatusOK)
+	}
 }
 
 // TestRevokedKEKStopsTheMirror takes the KEK away while an image is remembered.
