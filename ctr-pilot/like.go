@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/progress"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+var likeFlag = &cli.StringFlag{
+	Name:  "like",
+	Usage: "earlier encrypted `IMAGE`, whose layers are taken over where they did not change, or none; by default the image that --force replaces",
+}
+
+// likeNone is the value of --like that turns it off.
+const likeNone = "none"
+
+// earlierImage is an encrypted image that the new one may share layers with. Its Like is
+// nil if there is none.
+type earlierImage struct {
+	*image.Like
+	source transport.Source
+}
+
+func (e earlierImage) close() {
+	if e.source != nil {
+		_ = e.source.Close() // it was only read
+	}
+}
+
+// earlier opens the image that --like names, or, if there is one, the one that the new image
+// replaces. take brings its blobs to where the new image is written.
+func (p *places) earlier(ctx context.Context, to transport.Name, replaces bool, take func(context.Context, content.Provider, ocispec.Descriptor) error) (earlierImage, error) {
+	name := p.cmd.String("like")
+	if name == likeNone || name == "" && !replaces {
+		return earlierImage{}, nil
+	}
+	n := to
+	if name != "" {
+		var err error
+		if n, err = parseName(name); err != nil {
+			return earlierImage{}, fmt.Errorf("--like: %w", err)
+		}
+	}
+	source, layers, err := p.encryptedLayersOf(ctx, n)
+	switch {
+	case ctx.Err() != nil:
+		return earlierImage{}, ctx.Err()
+	case err != nil && name != "" && !errdefs.IsNotFound(err):
+		return earlierImage{}, fmt.Errorf("--like %s: %w (--like none does without)", name, err)
+	case err != nil:
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: no layer is taken over from %s: %s\n", n, shownText(err.Error()))
+		return earlierImage{}, nil
+	case len(layers) == 0:
+		if name != "" {
+			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: no layer is taken over from %s: it has no encrypted layers\n", n)
+		}
+		return earlierImage{source: source}, nil
+	}
+	return earlierImage{&image.Like{Layers: layers, Take: func(ctx context.Context, blob ocispec.Descriptor) error {
+		return take(ctx, source, blob)
+	}}, source}, nil
+}
+
+// encryptedLayersOf opens an image and returns its encrypted layers. Where there is no
+// containerd, a name without a transport is that of a registry.
+func (p *places) encryptedLayersOf(ctx context.Context, n transport.Name) (_ transport.Source, _ []ocispec.Descriptor, err error) {
+	if n.Transport == transport.Containerd && p.client == nil {
+		if n, err = parseName(transport.Registry + "://" + n.Image); err != nil {
+			return nil, nil, err
+		}
+	}
+	source, err := p.source(ctx, n)
+	if err != nil {
+		return nil, nil, err
+	}
+	target, err := source.Resolve(ctx)
+	var layers []ocispec.Descriptor
+	if err == nil {
+		layers, err = layerDescriptors(ctx, transport.NewPair(source, nil), target, image.Options{})
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, source.Close())
+	}
+	return source, slices.DeleteFunc(layers, func(l ocispec.Descriptor) bool { return !processor.IsEncrypted(l.MediaType) }), nil
+}
+
+// warnNotReused reports why layers of the earlier image were encrypted anew.
+func warnNotReused(reused image.Reused) {
+	if len(reused.Failed) == 0 {
+		return
+	}
+	more := ""
+	if n := len(reused.Failed) - 1; n > 0 {
+		more = fmt.Sprintf(" (and %d more)", n)
+	}
+	fmt.Fprintf(os.Stderr, "ctr-pilot: warning: not taken over from the earlier image, and encrypted anew: %s%s\n", shownText(reused.Failed[0].Error()), more)
+}
+
+// reusedText says how much was taken over.
+func reusedText(reused image.Reused) string {
+	if reused.Layers == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", %d of them taken over with %v", reused.Layers, progress.Bytes(reused.Bytes))
+}

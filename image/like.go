@@ -1,0 +1,259 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/images"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// Like is an earlier encrypted image, of which [Encrypt] takes over layers, with their
+// ciphertext and their keys, which are wrapped for the new recipients alone.
+//
+// Whoever could write that image must not get to choose what the new one holds. So a
+// layer is taken over if its key says that it is the same plain layer, and encrypting
+// the plain layer with that key, which is read for that, gives the same blob. Reading is
+// left out where only those who may use a KEK of the new recipients can have made the
+// layer, and nodes compare what comes out of it with the image's configuration: the key
+// is wrapped with one of these KEKs, by the method A256GCMKW, and has sealed the blob,
+// which is of a type that is unpacked by diff IDs.
+type Like struct {
+	// Layers are its layers.
+	Layers []ocispec.Descriptor
+	// Take brings the blob of one of Layers into the store, if it is not there. If it
+	// fails, the layer is encrypted anew.
+	Take func(ctx context.Context, blob ocispec.Descriptor) error
+}
+
+// Reused counts layers that were taken over from an earlier image.
+type Reused struct {
+	Layers int   `json:"layers"`
+	Bytes  int64 `json:"bytes"`
+	// Failed are the reasons, each once, why others were encrypted anew that might have
+	// been taken over: their keys did not unwrap, or their blobs are missing.
+	Failed []error `json:"-"`
+}
+
+// maxAlike bounds the earlier layers that are examined for one plain layer: those of
+// the same size, which anyone can make.
+const maxAlike = 16
+
+// earlier is the image of [Options.Like], or nil. Its methods may be called from
+// several goroutines.
+type earlier struct {
+	*Like
+	to processor.Recipients
+
+	mu     sync.Mutex
+	keys   map[int]earlierKey // by index into Layers
+	denied map[string]bool    // by recipients
+	reused Reused
+}
+
+// earlierKey is the key of an earlier layer.
+type earlierKey struct {
+	*processor.LayerKey // nil if it did not unwrap
+	// trusted is set if only those who may use a KEK of the new recipients can have
+	// made the layer.
+	trusted bool
+}
+
+func newEarlier(like *Like, to processor.Recipients) *earlier {
+	if like == nil {
+		return nil
+	}
+	return &earlier{Like: like, to: to, keys: map[int]earlierKey{}, denied: map[string]bool{}}
+}
+
+// clear overwrites the keys.
+func (e *earlier) clear() {
+	if e == nil {
+		return
+	}
+	for _, k := range e.keys {
+		if k.LayerKey != nil {
+			k.Clear()
+		}
+	}
+}
+
+func (e *earlier) result() Reused {
+	if e == nil {
+		return Reused{}
+	}
+	return e.reused
+}
+
+// fail notes why a layer can't be taken over.
+func (e *earlier) fail(err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.note(err)
+}
+
+// note is fail with e locked.
+func (e *earlier) note(err error) {
+	if !slices.ContainsFunc(e.reused.Failed, func(had error) bool { return had.Error() == err.Error() }) {
+		e.reused.Failed = append(e.reused.Failed, err)
+	}
+}
+
+// find returns the key and the layer of the earlier image that is the encrypted form of
+// the plain layer desc, or nil if there is none. The key is e's. The error is ctx's, or
+// that of reading the plain layer.
+func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (*processor.LayerKey, ocispec.Descriptor, error) {
+	var none ocispec.Descriptor
+	if e == nil {
+		return nil, none, nil
+	}
+	examined := 0
+	for i, l := range e.Layers {
+		if l.Size != desc.Size || !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l) {
+			continue
+		}
+		if examined++; examined > maxAlike {
+			break
+		}
+		k := e.key(ctx, i)
+		if ctx.Err() != nil {
+			return nil, none, ctx.Err()
+		}
+		if k.LayerKey == nil || k.Digest != desc.Digest {
+			continue
+		}
+		if !k.trusted || !w.checked[desc.Digest] {
+			switch same, err := reproduces(ctx, w, desc, k.LayerKey, l); {
+			case err != nil:
+				return nil, none, err
+			case !same:
+				e.fail(fmt.Errorf("layer %s: it is not the encrypted form of %s, as its key says: it was tampered with", l.Digest, desc.Digest))
+				continue
+			}
+		}
+		return k.LayerKey, l, nil
+	}
+	return nil, none, nil
+}
+
+// reproduces reads the plain layer desc and reports whether key encrypts it to l.
+func reproduces(ctx context.Context, w *work, desc ocispec.Descriptor, key *processor.LayerKey, l ocispec.Descriptor) (same bool, err error) {
+	err = w.read(ctx, desc, func(r io.Reader) error {
+		d, err := key.Reproduce(r)
+		same = d == l.Digest
+		if errors.Is(err, processor.ErrTampered) {
+			err = nil
+		}
+		return err
+	})
+	return same && err == nil, err
+}
+
+// key unwraps the key of layer i. Layers with recipients of which a key provider failed
+// before are not tried, so that there is one denial in the broker's audit log, or one
+// wait for a broker that is down, and not one for each layer.
+func (e *earlier) key(ctx context.Context, i int) earlierKey {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if k, ok := e.keys[i]; ok {
+		return k
+	}
+	l := e.Layers[i]
+	who := recipientsOf(l.Annotations)
+	for i := range who {
+		who[i].Version = 0
+	}
+	of := joinRecipients(who)
+	if e.denied[of] {
+		return earlierKey{}
+	}
+	k, err := e.unwrap(ctx, l, len(who) > 1)
+	if ctx.Err() != nil {
+		return k
+	}
+	if err != nil {
+		e.note(fmt.Errorf("layer %s: %w", l.Digest, err))
+		e.denied[of] = slices.ContainsFunc(who, func(r Recipient) bool { return strings.HasPrefix(r.Scheme, providerScheme) })
+	}
+	e.keys[i] = k
+	return k
+}
+
+// unwrap unwraps the key of a layer, with its own recipients or, if there are more, others.
+func (e *earlier) unwrap(ctx context.Context, l ocispec.Descriptor, more bool) (earlierKey, error) {
+	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
+	defer cancel()
+	if own := e.own(l); own != nil {
+		key, err := unwrapFrom(ctx, own, e.to.Keys, l)
+		if err == nil {
+			return earlierKey{key, isSealed(key, l)}, nil
+		}
+		if !more {
+			return earlierKey{}, err
+		}
+	}
+	key, err := processor.Unwrap(ctx, e.to.Keys, l)
+	return earlierKey{LayerKey: key}, err
+}
+
+// own returns the key that is wrapped with a KEK of the new recipients, so that nobody
+// without that KEK, or the broker's permission to use it, can have wrapped it. Anybody
+// can wrap for a public key, and some KMSs have those, behind the method copilot.
+func (e *earlier) own(l ocispec.Descriptor) *wrapped {
+	for _, scheme := range schemesOf(l.Annotations) {
+		name, ok := strings.CutPrefix(scheme, providerScheme)
+		if !ok {
+			continue
+		}
+		for _, v := range values(scheme, l.Annotations[keysPrefix+scheme]) {
+			for i, k := range v.keys {
+				if k.method == wireformat.MethodA256GCMKW && slices.ContainsFunc(e.to.Parameters[name], func(kek []byte) bool { return string(kek) == k.KEK }) {
+					return &v.keys[i]
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// take brings the blob of an earlier layer into the store.
+func (e *earlier) take(ctx context.Context, blob ocispec.Descriptor) error {
+	if err := e.Take(ctx, blob); err != nil {
+		err = fmt.Errorf("layer %s can't be taken over: %w", blob.Digest, err)
+		e.fail(err)
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.reused.Layers++
+	e.reused.Bytes += blob.Size
+	return nil
+}
+
+// noteChecked notes, when planning, the layers of a manifest that nodes unpack, and compare
+// with the diff IDs in its configuration.
+func (w *work) noteChecked(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) {
+	if w.Like == nil || !w.dry || IsAttestation(desc) || !images.IsConfigType(m.Config.MediaType) {
+		return
+	}
+	if info, err := w.Info(ctx, m.Config.Digest); err != nil || info.Size > maxManifest {
+		return
+	}
+	ids, err := images.RootFS(ctx, w.Store, m.Config)
+	if err != nil || len(ids) != len(m.Layers) {
+		return
+	}
+	for _, l := range m.Layers {
+		if images.IsLayerType(l.MediaType) && strings.Contains(l.MediaType, ".tar") {
+			w.checked[l.Digest] = true
+		}
+	}
+}
