@@ -43,9 +43,10 @@ type Reused struct {
 	Failed []error `json:"-"`
 }
 
-// maxAlike bounds the earlier layers that are examined for one plain layer: those of
-// the same size, which anyone can make.
-const maxAlike = 16
+// maxFailed bounds the keys that did not unwrap and the layers that were read in vain,
+// of which those who can write the earlier image can make any number. Beyond it no more
+// are tried.
+const maxFailed = 16
 
 // earlier is the image of [Options.Like], or nil. Its methods may be called from
 // several goroutines.
@@ -71,7 +72,15 @@ func newEarlier(like *Like, to processor.Recipients) *earlier {
 	if like == nil {
 		return nil
 	}
-	return &earlier{Like: like, to: to, keys: map[int]earlierKey{}, denied: map[string]bool{}}
+	// Platforms have layers in common.
+	seen := make(map[string]bool)
+	layers := slices.DeleteFunc(slices.Clone(like.Layers), func(l ocispec.Descriptor) bool {
+		key := planKey(l)
+		had := seen[key]
+		seen[key] = true
+		return had
+	})
+	return &earlier{Like: &Like{layers, like.Take}, to: to, keys: map[int]earlierKey{}, denied: map[string]bool{}}
 }
 
 // clear overwrites the keys.
@@ -100,6 +109,12 @@ func (e *earlier) fail(err error) {
 	e.note(err)
 }
 
+func (e *earlier) failedTooOften() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.reused.Failed) >= maxFailed
+}
+
 // note is fail with e locked.
 func (e *earlier) note(err error) {
 	if !slices.ContainsFunc(e.reused.Failed, func(had error) bool { return had.Error() == err.Error() }) {
@@ -115,13 +130,9 @@ func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (*
 	if e == nil {
 		return nil, none, nil
 	}
-	examined := 0
 	for i, l := range e.Layers {
 		if l.Size != desc.Size || !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l) {
 			continue
-		}
-		if examined++; examined > maxAlike {
-			break
 		}
 		k := e.key(ctx, i)
 		if ctx.Err() != nil {
@@ -131,6 +142,9 @@ func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (*
 			continue
 		}
 		if !k.trusted || !w.checked[desc.Digest] {
+			if e.failedTooOften() {
+				break
+			}
 			switch same, err := reproduces(ctx, w, desc, k.LayerKey, l); {
 			case err != nil:
 				return nil, none, err
@@ -172,7 +186,7 @@ func (e *earlier) key(ctx context.Context, i int) earlierKey {
 		who[i].Version = 0
 	}
 	of := joinRecipients(who)
-	if e.denied[of] {
+	if e.denied[of] || len(e.reused.Failed) >= maxFailed {
 		return earlierKey{}
 	}
 	k, err := e.unwrap(ctx, l, len(who) > 1)

@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"io"
 	"maps"
@@ -17,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -221,7 +223,7 @@ func TestLikeTakesOverNothingThatWasPlanted(t *testing.T) {
 		"as it was":                      {was, image, 1, ""},
 		"as it was, in an artifact":      {was, artifact, 1, ""},
 		"for a public key":               {s.plant(layer, "an evil layer!", s.ec), image, 0, "tampered with"},
-		"wrapped by a KMS":               {s.plant(layer, "an evil layer!", kek("remote", "a")), image, 0, "tampered with"},
+		"with another key provider":      {s.plant(layer, "an evil layer!", kek("remote", "a")), image, 0, "tampered with"},
 		"with another KEK":               {s.plant(layer, "an evil layer!", kek("pilot", "b")), image, 0, "tampered with"},
 		"in the original's format":       {s.plant(layer, "an evil layer!", kek("original", "a")), image, 0, "tampered with"},
 		"with the KEK, in an artifact":   {s.plant(layer, "an evil layer!", kek("pilot", "a")), artifact, 0, "tampered with"},
@@ -255,6 +257,36 @@ func TestLikeTakesOverNothingThatWasPlanted(t *testing.T) {
 			}
 			s.mustComeBack(v2, test.plain)
 		})
+	}
+}
+
+// TestLikeTrustsNoKMSForWhoWrapped: behind the method copilot may be an RSA key, whose public
+// half anybody wraps with.
+func TestLikeTrustsNoKMSForWhoWrapped(t *testing.T) {
+	wrapped := func(scheme string, list ...wireformat.Annotation) ocispec.Descriptor {
+		b, err := json.Marshal(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ocispec.Descriptor{Annotations: map[string]string{keysPrefix + scheme: base64.StdEncoding.EncodeToString(b)}}
+	}
+	e := newEarlier(&Like{}, kek("pilot", "a", "b"))
+	key := make([]byte, 50)
+	kms := wireformat.Annotation{Method: wireformat.MethodCopilot, KEKID: "a", KEKVersion: 1, WrappedKey: key}
+	own := wireformat.Annotation{Method: wireformat.MethodA256GCMKW, KEKID: "b", KEKVersion: 2, IV: make([]byte, wireformat.IVSize), WrappedKey: key}
+	other := own
+	other.KEKID = "c"
+	original := wireformat.Annotation{Method: wireformat.MethodAESGCM, IV: make([]byte, wireformat.OriginalIVSize), WrappedKey: key}
+	for name, l := range map[string]ocispec.Descriptor{
+		"a KMS's": wrapped("provider.pilot", kms), "another KEK": wrapped("provider.pilot", other), "the original": wrapped("provider.pilot", original),
+		"another provider": wrapped("provider.second", own), "no provider": wrapped("pilot", own), "nothing": {},
+	} {
+		if k := e.own(l); k != nil {
+			t.Errorf("%s: %v", name, k)
+		}
+	}
+	if k := e.own(wrapped("provider.pilot", kms, other, own)); k == nil || k.KEK != "b" {
+		t.Errorf("the KEK of a recipient: %v", k)
 	}
 }
 
@@ -311,6 +343,31 @@ func TestLikeEncryptsAnewWhatIsMissing(t *testing.T) {
 		t.Errorf("for somebody else: %+v", v2)
 	}
 	s.mustComeBack(v2, plain)
+}
+
+// TestLikeGivesUp has an earlier image of which the layers are all somebody else's, or not
+// what they say, but for the last.
+func TestLikeGivesUp(t *testing.T) {
+	newKEKs(t, "a")
+	s := newStore(t)
+	layer := s.put(tarType, "the real layer")
+	plain := s.image(layer)
+	right := s.layers(s.mustEncrypt(plain, s.ec, Options{}).Target)[0]
+	var wrong []ocispec.Descriptor
+	for range maxFailed {
+		wrong = append(wrong, s.plant(layer, "an evil layer!", s.ec))
+	}
+	for n, reused := range map[int]int{maxFailed - 1: 1, maxFailed: 0} {
+		// Each three times, as an index of several platforms has them.
+		all := slices.Concat(wrong[:n], wrong[:n], wrong[:n], []ocispec.Descriptor{right})
+		reads := &reads{Store: s}
+		to := s.ec
+		to.Keys = s.dc
+		v2, err := Encrypt(s.ctx, reads, plain, to, Options{Like: s.likeLayers(all...)})
+		if err != nil || v2.Reused.Layers != reused || len(v2.Reused.Failed) != n || reads.n > maxFailed+10 {
+			t.Errorf("after %d: %+v, %d reads, %v", n, v2.Reused, reads.n, err)
+		}
+	}
 }
 
 // TestLikeGoesByThePlainDigest takes over a layer that the new image has under another
