@@ -206,6 +206,18 @@ func TestLikeMovesOnlyWhatChanged(t *testing.T) {
 			if err := json.Unmarshal([]byte(out), &r); err != nil || r.Layers != 3 || r.Reused.Layers != int64(2*i) {
 				t.Errorf("%s, %s: %s", where, v, out)
 			}
+			// What is in a registry is fetched into containerd.
+			if where == "containerd" && i == 1 {
+				l, image := build(t, secret, "v3")
+				harness.Output(t, c.CtrPilot("images", "import", "--no-unpack", l.Tar(dir+"/image.tar", "v3", image)))
+				harness.Output(t, c.CtrPilot("images", "rm", "--sync", name))
+				out := harness.Output(t, c.CtrPilot(append(slices.Clone(encrypt), "--like", "docker://"+name, "v3", "v3-enc")...))
+				if !strings.Contains(out, `"layers": 2`) {
+					t.Errorf("like one in a registry: %s", out)
+				}
+				harness.Output(t, c.CtrPilot("images", "rm", "--sync", "v3"))
+				harness.Output(t, c.CtrPilot("images", "decrypt", "v3-enc", "oci:"+dir+"/v3:x"))
+			}
 			pulled := w.Record(nil, func() { harness.Output(t, n.Ctr("images", "pull", "--plain-http", name)) })
 			// All layers and the configuration, and then one layer and the configuration.
 			if put, got := matching(pushed, "PUT /v2/"+where+"/blobs/"), matching(pulled, "GET /v2/"+where+"/blobs/"); put != 4-2*i || got != 4-2*i {
