@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -57,6 +58,7 @@ type earlier struct {
 	mu     sync.Mutex
 	keys   map[int]earlierKey // by index into Layers
 	denied map[string]bool    // by recipients
+	takes  map[digest.Digest]func() error
 	reused Reused
 }
 
@@ -80,7 +82,7 @@ func newEarlier(like *Like, to processor.Recipients) *earlier {
 		seen[key] = true
 		return had
 	})
-	return &earlier{Like: &Like{layers, like.Take}, to: to, keys: map[int]earlierKey{}, denied: map[string]bool{}}
+	return &earlier{Like: &Like{layers, like.Take}, to: to, keys: map[int]earlierKey{}, denied: map[string]bool{}, takes: map[digest.Digest]func() error{}}
 }
 
 // clear overwrites the keys.
@@ -238,9 +240,17 @@ func (e *earlier) own(l ocispec.Descriptor) *wrapped {
 	return nil
 }
 
-// take brings the blob of an earlier layer into the store.
+// take brings the blob of an earlier layer into the store, once if several plain layers
+// become it.
 func (e *earlier) take(ctx context.Context, blob ocispec.Descriptor) error {
-	if err := e.Take(ctx, blob); err != nil {
+	e.mu.Lock()
+	do := e.takes[blob.Digest]
+	if do == nil {
+		do = sync.OnceValue(func() error { return e.Take(ctx, blob) })
+		e.takes[blob.Digest] = do
+	}
+	e.mu.Unlock()
+	if err := do(); err != nil {
 		err = fmt.Errorf("layer %s can't be taken over: %w", blob.Digest, err)
 		e.fail(err)
 		return err

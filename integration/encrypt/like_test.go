@@ -332,14 +332,30 @@ func TestLikeOfATamperedImage(t *testing.T) {
 			t.Errorf("%s: %s came back, and not %s", suffix, got, plain)
 		}
 	}
-	// A blob that is not what its digest says is not taken over either.
-	layer := a.layerDigests("docker://" + name)[0]
-	if err := os.WriteFile(c.Blob(layer), []byte("something else"), 0o644); err != nil {
+	// Neither is a blob that is not what its digest says, wherever it was copied to.
+	layers := a.layerDigests("docker://" + name)
+	blob := c.Blob(layers[0])
+	if err := os.WriteFile(blob, make([]byte, len(harness.Read(t, blob))), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	out := harness.CombinedOutput(t, a.images("encrypt", "--like", "docker://"+name, "--recipient", "provider:pilot:team-a", v1, "oci:"+dir+"/blob:x"))
-	if !strings.Contains(out, "encrypted anew: layer "+layer) {
-		t.Error(out)
+	for i, to := range []string{"oci:" + dir + "/blob:x", "oci-archive:" + dir + "/blob.tar:x", "docker://" + c.Registry + "/blob:x", "containerd:blob"} {
+		encrypt := c.CtrPilot("images", "encrypt", "--like", "docker://"+name, "--recipient", "provider:pilot:team-a", v1, to)
+		out := harness.CombinedOutput(t, encrypt)
+		mounted := i == 2 // within a registry, which answers for it
+		if strings.Contains(out, "encrypted anew: layer "+layers[0]) == mounted {
+			t.Errorf("%s: %s", to, out)
+		}
+		if decrypt := c.CtrPilot("images", "decrypt", to, fmt.Sprintf("oci:%s/back-blob%d:x", dir, i)); mounted {
+			harness.ExpectFailure(t, decrypt, layers[0])
+		} else {
+			harness.Output(t, decrypt)
+		}
 	}
-	a.crypt("decrypt", "--json", "oci:"+dir+"/blob:x", "oci:"+dir+"/back:blob")
+	// The archive holds what was given up, which nobody minds.
+	if files := harness.Output(t, harness.Command(t, "tar", "-tf", dir+"/blob.tar")); !strings.Contains(files, "discarded/") {
+		t.Errorf("files %q", files)
+	}
+	d := harness.NewDebian(t, dir, c.Ocicrypt)
+	harness.Output(t, d.Run("skopeo", "copy", "--decryption-key", "provider:pilot:team-a", "oci-archive:"+dir+"/blob.tar:x", "oci:"+dir+"/back-skopeo:x"))
+	harness.Output(t, c.Ctr("images", "import", "--no-unpack", dir+"/blob.tar"))
 }
