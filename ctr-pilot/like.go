@@ -96,8 +96,8 @@ func (p *places) encryptedLayersOf(ctx context.Context, n transport.Name) (_ tra
 	return source, slices.DeleteFunc(layers, func(l ocispec.Descriptor) bool { return !processor.IsEncrypted(l.MediaType) }), nil
 }
 
-// warnNotReused reports why layers of the earlier image were encrypted anew.
-func warnNotReused(reused image.Reused) {
+// printNotReused prints why layers of the earlier image were encrypted anew.
+func printNotReused(reused image.Reused) {
 	if len(reused.Failed) == 0 {
 		return
 	}
@@ -105,7 +105,7 @@ func warnNotReused(reused image.Reused) {
 	if n := len(reused.Failed) - 1; n > 0 {
 		more = fmt.Sprintf(" (and %d more)", n)
 	}
-	fmt.Fprintf(os.Stderr, "ctr-pilot: warning: not taken over from the earlier image, and encrypted anew: %s%s\n", shownText(reused.Failed[0].Error()), more)
+	fmt.Fprintf(os.Stderr, "ctr-pilot: encrypted anew: %s%s\n", shownText(reused.Failed[0].Error()), more)
 }
 
 // reusedText says how much was taken over.

@@ -45,7 +45,7 @@ func report(cmd *cli.Command, verb, name string, result image.Result, moved *tra
 		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
 	}
 	warnLacking(result.Lacking)
-	warnNotReused(result.Reused)
+	printNotReused(result.Reused)
 	if cmd.Bool("json") {
 		return printJSON(newReport(verb, name, result, moved))
 	}

@@ -20,13 +20,12 @@ import (
 // Like is an earlier encrypted image, of which [Encrypt] takes over layers, with their
 // ciphertext and their keys, which are wrapped for the new recipients alone.
 //
-// Whoever could write that image must not get to choose what the new one holds. So a
-// layer is taken over if its key says that it is the same plain layer, and encrypting
-// the plain layer with that key, which is read for that, gives the same blob. Reading is
-// left out where only those who may use a KEK of the new recipients can have made the
-// layer, and nodes compare what comes out of it with the image's configuration: the key
-// is wrapped with one of these KEKs, by the method A256GCMKW, and has sealed the blob,
-// which is of a type that is unpacked by diff IDs.
+// Those who can write that image must not choose what the new one holds. So a layer is
+// taken over only if its key names the same plain layer, and that is read and encrypted
+// with the key once more to see that it gives the same blob. It is not read if two things
+// hold: the key is wrapped by the method A256GCMKW with a KEK of the new recipients and
+// has sealed the blob, so only those who may use that KEK can have made it; and nodes
+// compare what they unpack of the layer with a diff ID in the image's configuration.
 type Like struct {
 	// Layers are its layers.
 	Layers []ocispec.Descriptor
@@ -39,8 +38,8 @@ type Like struct {
 type Reused struct {
 	Layers int   `json:"layers"`
 	Bytes  int64 `json:"bytes"`
-	// Failed are the reasons, each once, why others were encrypted anew that might have
-	// been taken over: their keys did not unwrap, or their blobs are missing.
+	// Failed says, each reason once, why layers that may have been the same could not be
+	// taken over: their keys did not unwrap, or their blobs are missing.
 	Failed []error `json:"-"`
 }
 
@@ -192,18 +191,16 @@ func (e *earlier) key(ctx context.Context, i int) earlierKey {
 		return earlierKey{}
 	}
 	k, err := e.unwrap(ctx, l, len(who) > 1)
-	if ctx.Err() != nil {
-		return k
-	}
+	e.keys[i] = k
 	if err != nil {
 		e.note(fmt.Errorf("layer %s: %w", l.Digest, err))
 		e.denied[of] = slices.ContainsFunc(who, func(r Recipient) bool { return strings.HasPrefix(r.Scheme, providerScheme) })
 	}
-	e.keys[i] = k
 	return k
 }
 
-// unwrap unwraps the key of a layer, with its own recipients or, if there are more, others.
+// unwrap unwraps the key of a layer, from what is wrapped for a new recipient, or from
+// the others, if there are more.
 func (e *earlier) unwrap(ctx context.Context, l ocispec.Descriptor, more bool) (earlierKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 	defer cancel()
@@ -220,9 +217,9 @@ func (e *earlier) unwrap(ctx context.Context, l ocispec.Descriptor, more bool) (
 	return earlierKey{LayerKey: key}, err
 }
 
-// own returns the key that is wrapped with a KEK of the new recipients, so that nobody
-// without that KEK, or the broker's permission to use it, can have wrapped it. Anybody
-// can wrap for a public key, and some KMSs have those, behind the method copilot.
+// own returns the key that is wrapped with a KEK of the new recipients, which takes the
+// KEK, or the broker's permission to wrap with it. Anybody can wrap for a public key, and
+// some KMSs have those, behind the method copilot.
 func (e *earlier) own(l ocispec.Descriptor) *wrapped {
 	for _, scheme := range schemesOf(l.Annotations) {
 		name, ok := strings.CutPrefix(scheme, providerScheme)

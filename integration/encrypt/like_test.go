@@ -276,7 +276,7 @@ func TestLikeNeedsTheRightToUnwrap(t *testing.T) {
 	if out := harness.CombinedOutput(t, ci.images("encrypt", "--force", "--like", "none", "--recipient", "provider:pilot:team-a", v2, to+"2")); strings.Contains(out, "anew") || denied() != before {
 		t.Errorf("%d denials: %s", denied()-before, out)
 	}
-	// One that may unwrap takes them over, whoever encrypted them.
+	// One that may unwrap takes over what the other encrypted.
 	if r := laptop.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", v1, to); r.Reused.Layers != 2 || common(was, laptop.layerDigests(to)) != 2 {
 		t.Errorf("%+v", r)
 	}
