@@ -24,8 +24,8 @@ import (
 // taken over only if its key names the same plain layer, and that is read and encrypted
 // with the key once more to see that it gives the same blob. It is not read if two things
 // hold: the key is wrapped by the method A256GCMKW with a KEK of the new recipients and
-// has sealed the blob, so only those who may use that KEK can have made it; and nodes
-// compare what they unpack of the layer with a diff ID in the image's configuration.
+// has sealed the blob, so those who made it may use that KEK, or could decrypt the layer;
+// and nodes compare what they unpack of it with a diff ID in the image's configuration.
 type Like struct {
 	// Layers are its layers.
 	Layers []ocispec.Descriptor
@@ -64,8 +64,8 @@ type earlier struct {
 // earlierKey is the key of an earlier layer.
 type earlierKey struct {
 	*processor.LayerKey // nil if it did not unwrap
-	// trusted is set if only those who may use a KEK of the new recipients can have
-	// made the layer.
+	// trusted is set if those who made the layer may use a KEK of the new recipients, or
+	// could decrypt the layer before.
 	trusted bool
 }
 
