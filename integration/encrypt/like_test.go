@@ -155,6 +155,17 @@ func TestLikeReusesLayersOnEachTransport(t *testing.T) {
 			harness.ExpectFailure(t, a.images("encrypt", "--like", like, "--recipient", "provider:pilot:team-a", v1, "oci:"+dir+"/unlike:x"), "--like")
 		}
 	})
+	t.Run("one that skopeo encrypted", func(t *testing.T) {
+		skopeo := "docker://" + registry + "/skopeo:x"
+		harness.Output(t, d.Run("skopeo", "copy", "--dest-tls-verify=false", "--encryption-key", "provider:pilot:team-a", v1, skopeo))
+		r := a.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", v2, skopeo)
+		if r.Reused.Layers != 2 || r.Moved.Present < r.Reused.Bytes {
+			t.Errorf("%+v", r)
+		}
+		if got := a.crypt("decrypt", "--json", skopeo, "oci:"+dir+"/skopeo:x").Digest; got != plain {
+			t.Errorf("it came back as %s", got)
+		}
+	})
 	t.Run("only the manifest is there", func(t *testing.T) {
 		to := "oci:" + dir + "/partly:x"
 		a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", v1, to)
@@ -170,6 +181,16 @@ func TestLikeReusesLayersOnEachTransport(t *testing.T) {
 			t.Error(out)
 		}
 		a.crypt("decrypt", "--json", to, "oci:"+dir+"/partly-back:x")
+
+		// Not even that.
+		manifest := a.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", v1, to).Digest
+		if err := os.Remove(dir + "/partly/blobs/sha256/" + strings.TrimPrefix(manifest, "sha256:")); err != nil {
+			t.Fatal(err)
+		}
+		out = harness.CombinedOutput(t, a.images("encrypt", "--force", "--recipient", "provider:pilot:team-a", v1, to))
+		if !strings.Contains(out, "no layer is taken over from "+to) || !strings.Contains(out, "3 layers encrypted;") {
+			t.Error(out)
+		}
 	})
 }
 
@@ -256,14 +277,15 @@ func TestLikeNeedsTheRightToUnwrap(t *testing.T) {
 	ci, laptop, to := machine("builder", "--role", "ci"), machine("laptop"), "oci:"+dir+"/enc:x"
 	ci.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", v1, to)
 	was := laptop.layerDigests(to)
-	denied := func() (n int) {
+	audited := func(name, action, verdict string) (n int) {
 		for line := range strings.Lines(harness.Read(t, b.Dir+"/store/audit.log")) {
-			if strings.Contains(line, `"action":"unwrap"`) && strings.Contains(line, `"verdict":"denied"`) {
+			if strings.Contains(line, "/ci/"+name+`"`) && strings.Contains(line, `"action":"`+action+`"`) && strings.Contains(line, `"verdict":"`+verdict+`"`) {
 				n++
 			}
 		}
 		return n
 	}
+	denied := func() int { return audited("builder", "unwrap", "denied") }
 	before := denied()
 	out := harness.CombinedOutput(t, ci.images("encrypt", "--force", "--recipient", "provider:pilot:team-a", v2, to))
 	if !strings.Contains(out, "encrypted anew: layer sha256:") || !strings.Contains(out, "not allowed") || !strings.Contains(out, "(3 layers encrypted;") || common(was, ci.layerDigests(to)) != 0 {
@@ -279,6 +301,19 @@ func TestLikeNeedsTheRightToUnwrap(t *testing.T) {
 	// One that may unwrap takes over what the other encrypted.
 	if r := laptop.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", v1, to); r.Reused.Layers != 2 || common(was, laptop.layerDigests(to)) != 2 {
 		t.Errorf("%+v", r)
+	}
+	// The right to unwrap is enough: it gets no KEK.
+	policy := harness.Read(t, b.Dir+"/policy.toml") + "\n[[rule]]\nidentities = [\"spiffe://example.com/ci/rebuilder\"]\nkeks = [\"team-a\"]\nactions = [\"unwrap\"]\n"
+	harness.Write(t, b.Dir+"/policy.toml", policy)
+	b.Process.Stop(t)
+	b.Start(t)
+	rebuilder := machine("rebuilder", "--role", "ci")
+	was = laptop.layerDigests(to)
+	if r := rebuilder.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", v2, to); r.Reused.Layers != 2 || common(was, laptop.layerDigests(to)) != 2 {
+		t.Errorf("%+v", r)
+	}
+	if unwrapped, exported := audited("rebuilder", "unwrap", "allowed"), audited("rebuilder", "export", "allowed"); unwrapped != 3 || exported != 0 { // what changed has the same size
+		t.Errorf("it unwrapped %d keys and got %d KEKs", unwrapped, exported)
 	}
 	// Without a broker nothing is taken over, and nothing needs to be: the recipient is a
 	// public key.
