@@ -126,7 +126,7 @@ func (s *store) plant(plain ocispec.Descriptor, what string, to processor.Recipi
 const tarType = ocispec.MediaTypeImageLayer
 
 func TestLikeTakesOverWhatDidNotChange(t *testing.T) {
-	newKEKs(t, "a")
+	keks := newKEKs(t, "a")
 	s := newStore(t)
 	layers := []ocispec.Descriptor{s.put(tarType, "layer 0"), s.put(tarType, "layer 1"), s.put(tarType, "layer 2")}
 	v1 := s.mustEncrypt(s.image(layers...), kek("pilot", "a"), Options{})
@@ -159,9 +159,23 @@ func TestLikeTakesOverWhatDidNotChange(t *testing.T) {
 		t.Errorf("recipients %s", got)
 	}
 	s.mustComeBack(v2, plain)
-	// What was taken over can be taken over again.
-	if v3 := s.mustEncrypt(plain, to, Options{Like: s.like(v2.Target)}); v3.Reused.Layers != 3 {
-		t.Errorf("the third time: %+v", v3.Reused)
+	// What was taken over can be taken over again, for others and with other versions of
+	// KEKs too.
+	more := s.mustEncrypt(v2.Target, s.ec, Options{})
+	rotate(t, keks, "a")
+	rewrapped, err := Rewrap(s.ctx, s, more.Target, Rewrapping{Keys: s.dc}, Options{})
+	if err != nil || s.recipients(rewrapped.Target) != "jwe, pilot:a@2" {
+		t.Fatal(err, s.recipients(rewrapped.Target))
+	}
+	clear(reads.read)
+	v3, err := Encrypt(s.ctx, reads, plain, to, Options{Like: s.like(rewrapped.Target)})
+	if err != nil || v3.Reused.Layers != 3 || s.recipients(v3.Target) != "pilot:a@2" {
+		t.Errorf("the third time: %+v, %v", v3.Reused, err)
+	}
+	for _, l := range layers {
+		if reads.read[l.Digest] {
+			t.Errorf("the third time, %s was read", l.Digest)
+		}
 	}
 }
 
