@@ -127,7 +127,13 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
-	return withPlaces(ctx, cmd, []transport.Name{from, to}, func(ctx context.Context, p *places) error {
+	names := []transport.Name{from, to}
+	if like, _, err := likeName(cmd); err != nil {
+		return err
+	} else if like != nil {
+		names = append(names, *like)
+	}
+	return withPlaces(ctx, cmd, names, func(ctx context.Context, p *places) error {
 		if from.Transport == transport.Containerd && to.Transport == transport.Containerd {
 			err = inStore(ctx, p, verb, from.Image, to.Image, opts, do)
 		} else {
@@ -156,9 +162,14 @@ func inStore(ctx context.Context, p *places, verb, name, toName string, opts ima
 	opts.Progress = progress.add
 	store := localstore.New(p.client)
 	earlier := func(ctx context.Context) (earlierImage, error) {
-		replaced, err := p.client.ImageService().Get(ctx, toName)
-		is := err == nil && replaced.Target.Digest != img.Target.Digest
-		return p.earlier(ctx, transport.Name{Transport: transport.Containerd, Image: toName}, is, func(ctx context.Context, from content.Provider, blob ocispec.Descriptor) error {
+		var replaced *transport.Name
+		if toName != name {
+			// With --force there may be one.
+			if _, err := p.client.ImageService().Get(ctx, toName); err == nil {
+				replaced = &transport.Name{Transport: transport.Containerd, Image: toName}
+			}
+		}
+		return p.earlier(ctx, replaced, func(ctx context.Context, from content.Provider, blob ocispec.Descriptor) error {
 			_, err := transport.CopyBlob(ctx, store, from, blob)
 			return err
 		})

@@ -23,8 +23,19 @@ var likeFlag = &cli.StringFlag{
 	Usage: "earlier encrypted `IMAGE`, whose layers are taken over where they did not change, or none; by default the image that --force replaces",
 }
 
-// likeNone is the value of --like that turns it off.
-const likeNone = "none"
+// likeName returns the image that --like names, or nil, and whether the flag rules out
+// every image.
+func likeName(cmd *cli.Command) (name *transport.Name, none bool, err error) {
+	text := cmd.String("like")
+	if text == "" || text == "none" {
+		return nil, text == "none", nil
+	}
+	n, err := parseName(text)
+	if err != nil {
+		return nil, false, fmt.Errorf("--like: %w", err)
+	}
+	return &n, false, nil
+}
 
 // earlierImage is an encrypted image that the new one may share layers with. Its Like is
 // nil if there is none.
@@ -39,33 +50,30 @@ func (e earlierImage) close() {
 	}
 }
 
-// earlier opens the image that --like names, or, if there is one, the one that the new image
-// replaces. take brings its blobs to where the new image is written.
-func (p *places) earlier(ctx context.Context, to transport.Name, replaces bool, take func(context.Context, content.Provider, ocispec.Descriptor) error) (earlierImage, error) {
-	name := p.cmd.String("like")
-	if name == likeNone || name == "" && !replaces {
-		return earlierImage{}, nil
+// earlier opens the image that --like names, or replaced, which may be nil. take brings its
+// blobs to where the new image is written.
+func (p *places) earlier(ctx context.Context, replaced *transport.Name, take func(context.Context, content.Provider, ocispec.Descriptor) error) (earlierImage, error) {
+	name, none, err := likeName(p.cmd)
+	given := name != nil
+	if !given {
+		name = replaced
 	}
-	n := to
-	if name != "" {
-		var err error
-		if n, err = parseName(name); err != nil {
-			return earlierImage{}, fmt.Errorf("--like: %w", err)
-		}
+	if err != nil || none || name == nil {
+		return earlierImage{}, err
 	}
-	source, layers, err := p.encryptedLayersOf(ctx, n)
+	source, layers, err := p.encryptedLayersOf(ctx, *name)
 	switch {
 	case ctx.Err() != nil:
 		return earlierImage{}, ctx.Err()
-	case err != nil && name != "" && !errdefs.IsNotFound(err):
+	case err != nil && given && !errdefs.IsNotFound(err):
 		return earlierImage{}, fmt.Errorf("--like %s: %w (--like none does without)", name, err)
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: no layer is taken over from %s: %s\n", n, shownText(err.Error()))
-		return earlierImage{}, nil
-	case len(layers) == 0:
-		if name != "" {
-			fmt.Fprintf(os.Stderr, "ctr-pilot: warning: no layer is taken over from %s: it has no encrypted layers\n", n)
-		}
+	case err == nil && len(layers) == 0 && given:
+		err = errors.New("it has no encrypted layers")
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: no layer is taken over from %s: %s\n", name, shownText(err.Error()))
+	}
+	if len(layers) == 0 {
 		return earlierImage{source: source}, nil
 	}
 	return earlierImage{&image.Like{Layers: layers, Take: func(ctx context.Context, blob ocispec.Descriptor) error {
@@ -73,14 +81,8 @@ func (p *places) earlier(ctx context.Context, to transport.Name, replaces bool, 
 	}}, source}, nil
 }
 
-// encryptedLayersOf opens an image and returns its encrypted layers. Where there is no
-// containerd, a name without a transport is that of a registry.
-func (p *places) encryptedLayersOf(ctx context.Context, n transport.Name) (_ transport.Source, _ []ocispec.Descriptor, err error) {
-	if n.Transport == transport.Containerd && p.client == nil {
-		if n, err = parseName(transport.Registry + "://" + n.Image); err != nil {
-			return nil, nil, err
-		}
-	}
+// encryptedLayersOf opens an image and returns its encrypted layers.
+func (p *places) encryptedLayersOf(ctx context.Context, n transport.Name) (transport.Source, []ocispec.Descriptor, error) {
 	source, err := p.source(ctx, n)
 	if err != nil {
 		return nil, nil, err

@@ -163,7 +163,11 @@ func (p *places) between(ctx context.Context, verb string, from, to transport.Na
 	opts.Progress = progress.add
 	pair := transport.NewPair(source, target)
 	earlier := func(ctx context.Context) (earlierImage, error) {
-		return p.earlier(ctx, to, before.Digest != "" && before.Digest != desc.Digest, pair.Take)
+		replaced := &to
+		if before.Digest == "" || before.Digest == desc.Digest {
+			replaced = nil
+		}
+		return p.earlier(ctx, replaced, pair.Take)
 	}
 	result, err := do(ctx, workplace{pair, p.layersOf, earlier}, desc, opts)
 	if err == nil && ctx.Err() != nil {

@@ -49,7 +49,7 @@ func (m *Moved) add(origin registry.Origin, size int64) {
 // Finish brings what desc refers to and the target lacks there, with its manifests, and
 // then gives it the target's name. Until then nothing has the name.
 func (p *Pair) Finish(ctx context.Context, desc ocispec.Descriptor) (Moved, error) {
-	f := &finish{pair: p, seen: newDigests(), moved: p.moved}
+	f := &finish{pair: p, seen: newDigests(), moved: p.taken.moved}
 	f.moved.Written = p.written.sum()
 	if err := f.bring(ctx, desc, 0); err != nil {
 		return Moved{}, err

@@ -406,30 +406,13 @@ type Pair struct {
 	Source
 	target  Target
 	written *digests
-	taken   *digests
-
-	mu    sync.Mutex
-	moved Moved // to have what was taken
+	taken   *taken
 }
 
 // NewPair returns the store of an image that is read from one place and written to
 // another.
 func NewPair(from Source, to Target) *Pair {
-	return &Pair{Source: from, target: to, written: newDigests(), taken: newDigests()}
-}
-
-// Take brings a blob of a third place to the target.
-func (p *Pair) Take(ctx context.Context, from content.Provider, blob ocispec.Descriptor) error {
-	origin, err := p.target.Copy(ctx, from, blob)
-	if err != nil {
-		return err
-	}
-	if p.taken.add(blob.Digest, blob.Size) {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.moved.add(origin, blob.Size)
-	}
-	return nil
+	return &Pair{Source: from, target: to, written: newDigests(), taken: &taken{digests: newDigests()}}
 }
 
 var _ interface {

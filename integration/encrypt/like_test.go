@@ -238,6 +238,11 @@ func TestLikeMovesOnlyWhatChanged(t *testing.T) {
 				}
 				harness.Output(t, c.CtrPilot("images", "rm", "--sync", "v3"))
 				harness.Output(t, c.CtrPilot("images", "decrypt", "v3-enc", "oci:"+dir+"/v3:x"))
+				// And the other way round.
+				out = harness.Output(t, c.CtrPilot(append(slices.Clone(encrypt), "--like", "v3-enc", "oci:"+dir+"/v3:x", "docker://"+w.Address+"/v3:x")...))
+				if strings.Count(out, `"layers": 3`) != 2 {
+					t.Errorf("like one in containerd: %s", out)
+				}
 			}
 			pulled := w.Record(nil, func() { harness.Output(t, n.Ctr("images", "pull", "--plain-http", name)) })
 			// All layers and the configuration, and then one layer and the configuration.
