@@ -11,10 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/user"
-	"strconv"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -103,24 +100,6 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	return nil
 }
 
-// checkOwner keeps root from creating files in a store of the user that copilot's service
-// runs as, which could not open them.
-func checkOwner(dir string) error {
-	info, err := os.Stat(dir)
-	if err != nil || os.Geteuid() != 0 {
-		return nil
-	}
-	uid := info.Sys().(*syscall.Stat_t).Uid
-	if uid == 0 {
-		return nil
-	}
-	name := strconv.FormatUint(uint64(uid), 10)
-	if u, err := user.LookupId(name); err == nil {
-		name = u.Username
-	}
-	return fmt.Errorf("the store in %s belongs to user %s: start its service first (systemctl start copilot), or run this as that user (runuser -u %[2]s -- copilot …)", dir, name)
-}
-
 func (b *broker) close() error {
 	if !b.opened.Load() {
 		return nil
@@ -133,7 +112,7 @@ func (b *broker) close() error {
 
 func openPolicy(conf Config) (*policy.File, error) {
 	if conf.Policy != "" {
-		return policy.Open(conf.Policy, conf.IssuerNames())
+		return policy.Open(conf.Policy, conf.PolicyIssuers())
 	}
 	who := []string{"uid:0", fmt.Sprintf("uid:%d", os.Getuid())}
 	if conf.InsecureLoopback {
@@ -157,6 +136,9 @@ func (b *broker) reload(always bool) {
 }
 
 func (b *broker) policyRead() {
+	for _, warning := range b.policy.Policy().Warnings {
+		logrus.Warn("policy: " + warning)
+	}
 	b.metrics.policyUsable.Set(1)
 	b.metrics.policyLoaded.SetToCurrentTime()
 }

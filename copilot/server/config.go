@@ -12,6 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/loopback"
@@ -76,11 +77,20 @@ const MaxWraps = 1 << 32
 
 // ReadConfig reads a configuration file over c. Errors name the file and the line.
 func (c *Config) ReadConfig(name string) error {
-	b, err := regular.Read(name, regular.MaxConfig)
+	b, err := regular.ReadText(name, regular.MaxConfig)
 	if err != nil {
 		return err
 	}
 	return tomlfile.Decode(name, b, c)
+}
+
+// PolicyIssuers returns the issuers whose tokens are accepted. It is never nil.
+func (c Config) PolicyIssuers() policy.Issuers {
+	issuers := make(policy.Issuers)
+	for name, i := range c.Issuers {
+		issuers[name] = i.URL
+	}
+	return issuers
 }
 
 // IssuerNames returns the names of the issuers whose tokens are accepted, in order.
