@@ -58,6 +58,7 @@ func newDirectNode(t *testing.T, v harness.ContainerdVersion, conf string) *dire
 	small, id := l.Layer(k, k.OCI, map[string][]byte{"small": nil})
 	image := l.Tar(dir+"/image.tar", directPlain, l.Manifest(append(layers, small), append(ids, id)))
 	harness.Output(t, n.CtrPilot("images", "import", "--no-unpack", image))
+	n.CollectGarbage(t)
 	return n
 }
 
@@ -138,13 +139,20 @@ func TestContainerdTakesBlobsFromItsFiles(t *testing.T) {
 			n := newDirectNode(t, version(), "")
 			before := n.blobs()
 
-			n.kill()
+			halfWay := func() bool {
+				files, _ := filepath.Glob(n.contents + "/ingest/*/data")
+				return slices.ContainsFunc(files, func(file string) bool {
+					info, err := os.Stat(file)
+					return err == nil && info.Size() > directLayer/4
+				})
+			}
+			// Which may be before containerd has taken the blob.
+			newBlob := func() bool { return len(n.blobs()) > len(before) }
+			n.stop(halfWay, syscall.SIGKILL)
 			n.expectOnly(before)
-
-			// Killed just before containerd took a blob.
-			orphan := filepath.Join(n.contents, "blobs/sha256", harness.SHA256("orphan"))
-			harness.Write(t, orphan, "orphan")
-			n.CollectGarbage(t)
+			n.stop(newBlob, syscall.SIGKILL)
+			n.expectOnly(before)
+			n.stop(newBlob, syscall.SIGTERM)
 			n.expectOnly(before)
 
 			reserved, filler := n.contents+"/reserved", n.contents+"/filler"
@@ -169,41 +177,43 @@ func TestContainerdTakesBlobsFromItsFiles(t *testing.T) {
 	}
 }
 
-// kill kills an encryption half-way, and has its lease expire.
-func (n *directNode) kill() {
+// stop stops an encryption by a signal at a time, while containerd answers nothing. If it is
+// killed, its lease expires.
+func (n *directNode) stop(when func() bool, signal syscall.Signal) {
 	n.t.Helper()
 	for range 20 {
-		cmd := n.encrypt("example.com/killed:1")
+		cmd := n.encrypt("example.com/stopped:1")
 		if err := cmd.Start(); err != nil {
 			n.t.Fatal(err)
 		}
 		done := make(chan struct{})
 		go func() { cmd.Wait(); close(done) }()
-		halfWay := func() bool {
-			files, _ := filepath.Glob(n.contents + "/ingest/*/data")
-			return slices.ContainsFunc(files, func(file string) bool {
-				info, err := os.Stat(file)
-				return err == nil && info.Size() > directLayer/4
-			})
-		}
-		for ended := false; !ended && !halfWay(); {
+		for ended := false; !ended && !when(); {
 			select {
 			case <-done:
 				ended = true
 			case <-time.After(time.Millisecond):
 			}
 		}
-		cmd.Process.Kill()
-		<-done
-		for _, lease := range strings.Fields(harness.Output(n.t, n.Ctr("leases", "list", "-q"))) {
-			harness.Output(n.t, n.Ctr("leases", "delete", "--sync", lease))
+		resume := n.Pause(n.t)
+		cmd.Process.Signal(signal)
+		if signal == syscall.SIGKILL {
+			<-done
 		}
-		if out := harness.Output(n.t, n.CtrPilot("images", "list", "-q")); !strings.Contains(out, "killed") {
+		resume()
+		<-done
+		if signal == syscall.SIGKILL {
+			for _, lease := range strings.Fields(harness.Output(n.t, n.Ctr("leases", "list", "-q"))) {
+				harness.Output(n.t, n.Ctr("leases", "delete", "--sync", lease))
+			}
+		}
+		n.ExpectNothingPending()
+		if out := harness.Output(n.t, n.CtrPilot("images", "list", "-q")); !strings.Contains(out, "stopped") {
 			return
 		}
-		harness.Output(n.t, n.CtrPilot("images", "remove", "--sync", "example.com/killed:1"))
+		harness.Output(n.t, n.CtrPilot("images", "remove", "--sync", "example.com/stopped:1"))
 	}
-	n.t.Fatal("it was always done before it was killed")
+	n.t.Fatal("it was always done before it was stopped")
 }
 
 // TestContainerdGetsBlobsOverItsAPI encrypts where containerd does not take blobs from its

@@ -31,7 +31,8 @@ type store struct {
 	content.Store
 	client *containerd.Client
 
-	apiOnly atomic.Bool // containerd did not take a blob from its file
+	apiOnly   atomic.Bool // containerd did not take a blob from its file
+	unadopted sync.Map    // the refs of blobs that are in files and that containerd may not have taken
 
 	mu   sync.Mutex
 	root string // of the local content store, once it is known

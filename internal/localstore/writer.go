@@ -26,7 +26,7 @@ const minDirect = 1 << 20
 // copySize is how many bytes are sent over the content API at once.
 const copySize = 1 << 20
 
-// abortTimeout bounds the calls that remove an ingest.
+// abortTimeout bounds the call that removes an ingest.
 const abortTimeout = 5 * time.Second
 
 // Writer returns a writer of a new blob. Where containerd keeps its content in files of
@@ -143,7 +143,8 @@ func (w *writer) Truncate(size int64) error {
 
 // Commit puts the blob among containerd's, under its digest, and then has containerd take
 // it into the namespace, as it does with a blob that another namespace has. In between,
-// containerd's garbage collector may remove it.
+// containerd's garbage collector may remove it. If Commit fails in between, the ingest is
+// left to its lease, for the garbage collector looks for such blobs when it removes one.
 //
 // If containerd does not share blobs between namespaces (content_sharing_policy), or the
 // garbage collector was faster, the blob goes over the content API after all.
@@ -161,6 +162,7 @@ func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest,
 	if err := w.adopt(ctx, d, opts); err != nil {
 		return err
 	}
+	w.store.unadopted.Delete(w.ref)
 	return w.Close()
 }
 
@@ -181,6 +183,7 @@ func (w *writer) publish(d digest.Digest) error {
 		return err
 	}
 	dir := filepath.Join(w.root, "blobs", d.Algorithm().String())
+	w.store.unadopted.Store(w.ref, true)
 	if err := os.Link(w.file.Name(), filepath.Join(dir, d.Encoded())); err != nil && !errors.Is(err, fs.ErrExist) {
 		logrus.WithError(err).WithField("digest", d).Debug("blob not linked")
 		return nil // adopt moves it
@@ -194,18 +197,13 @@ func (w *writer) publish(d digest.Digest) error {
 
 // adopt commits the blob over the content API, which only moves it if containerd does not
 // find it among its blobs.
-func (w *writer) adopt(ctx context.Context, d digest.Digest, opts []content.Opt) (err error) {
+func (w *writer) adopt(ctx context.Context, d digest.Digest, opts []content.Opt) error {
 	ref := w.ref + "-blob"
 	cw, err := w.store.Store.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: w.mediaType, Digest: d, Size: w.n}))
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil && !errdefs.IsAlreadyExists(err) {
-			w.store.abort(ctx, ref)
-		}
-		err = errors.Join(err, cw.Close())
-	}()
+	defer cw.Close()
 	status, err := cw.Status()
 	if err != nil {
 		return err
@@ -227,16 +225,19 @@ func (w *writer) Close() error {
 	}
 	err := w.file.Close()
 	w.file = nil
-	// containerd's writer is closed last: it would write to the directory that is removed.
-	w.store.abort(w.ctx, w.ref)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), abortTimeout)
+	defer cancel()
+	if err := w.store.Abort(ctx, w.ref); err != nil && !errdefs.IsNotFound(err) {
+		logrus.WithError(err).WithField("ref", w.ref).Debug("ingest is left to its lease")
+	}
+	// After that, since containerd's writer writes to the ingest's directory when it closes.
 	return errors.Join(err, w.ingest.Close())
 }
 
-// abort removes an ingest, even if ctx is done. If it can't, its lease does.
-func (s *store) abort(ctx context.Context, ref string) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
-	defer cancel()
-	if err := s.Store.Abort(ctx, ref); err != nil && !errdefs.IsNotFound(err) {
-		logrus.WithError(err).WithField("ref", ref).Debug("ingest not removed")
+// Abort removes an ingest, unless its blob may be among containerd's and in no namespace.
+func (s *store) Abort(ctx context.Context, ref string) error {
+	if _, ok := s.unadopted.Load(ref); ok {
+		return nil
 	}
+	return s.Store.Abort(ctx, ref)
 }
