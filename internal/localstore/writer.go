@@ -61,7 +61,7 @@ func (s *store) Writer(ctx context.Context, opts ...content.WriterOpt) (content.
 
 // openIngest opens the file of an ingest that containerd has just opened, and is empty. It
 // returns the directory of the content store too. The directory of an ingest has the name
-// of its ref's digest, and a file with the ref, which ours are random parts of: if it is
+// of its ref's digest, and a file with the ref. Refs have a random part, so if it is
 // there, the directory is that of this containerd.
 func (s *store) openIngest(ctx context.Context, ref string) (root string, _ *os.File, _ error) {
 	namespace, err := namespaces.NamespaceRequired(ctx)
@@ -71,7 +71,7 @@ func (s *store) openIngest(ctx context.Context, ref string) (root string, _ *os.
 	if root, err = s.contentRoot(ctx); err != nil {
 		return "", nil, err
 	}
-	// containerd numbers the refs of the same name, which there is one of.
+	// The number is 1 for each ref that is opened for the first time.
 	stored := namespace + "/1/" + ref
 	dir := filepath.Join(root, "ingest", digest.FromString(stored).Encoded())
 	got, err := os.ReadFile(filepath.Join(dir, "ref"))
@@ -159,11 +159,11 @@ func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest,
 	if err := w.publish(d); err != nil {
 		return err
 	}
-	if err := w.adopt(ctx, d, opts); err != nil {
-		return err
+	err := w.adopt(ctx, d, opts)
+	if err == nil || errdefs.IsAlreadyExists(err) {
+		w.store.unadopted.Delete(w.ref)
 	}
-	w.store.unadopted.Delete(w.ref)
-	return w.Close()
+	return errors.Join(err, w.Close())
 }
 
 // publish makes the ingest's file the blob's as well, as containerd does: on the disk, and
