@@ -87,7 +87,7 @@ func (r *progressReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// ingest writes what r reads, size bytes, as a blob, in the pieces that r writes. It commits the blob only if r ends
+// ingest writes what r reads, size bytes, as a blob. It commits the blob only if r ends
 // without an error, and otherwise leaves nothing behind. A registry's store has to know
 // manifests by their media type.
 func (w *work) ingest(ctx context.Context, name, mediaType string, r io.Reader, size int64, labels map[string]string) (_ digest.Digest, _ int64, err error) {
@@ -102,7 +102,7 @@ func (w *work) ingest(ctx context.Context, name, mediaType string, r io.Reader, 
 			err = errors.Join(err, w.abort(ctx, ref))
 		}
 	}()
-	n, err := io.Copy(writerOnly{cw}, r)
+	n, err := io.Copy(writerOnly{cw}, r) // layers in pieces of processor.BufferSize
 	if err == nil {
 		err = ctx.Err()
 	}
