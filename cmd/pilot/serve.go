@@ -9,7 +9,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -46,9 +45,10 @@ const stopTimeout = 10 * time.Second
 // largest annotation has 1.4 MB.
 const windowSize = 1 << 20
 
-// gcPercent lets the heap grow to three times what is in use. That is a few MB, of which
-// each request leaves some KB of garbage.
-const gcPercent = 200
+// ballast is how many bytes are allocated and never touched, so that they take no memory.
+// Go collects garbage when the heap has twice the size of what is in use, which is a few
+// MB, and each request leaves some KB. With this there may be as much more garbage.
+const ballast = 8 << 20
 
 // logInterval is how often the log says how many layer keys were wrapped and unwrapped.
 const logInterval = time.Minute
@@ -85,9 +85,7 @@ func serve(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	defer runtime.KeepAlive(make([]byte, ballast))
 	registry := newRegistry()
 	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
 	if err := provider.use(ctx, conf); err != nil {
