@@ -29,7 +29,7 @@ type openImage struct {
 // errTaken is the error of a new name that another image has. It may have been meant
 // as the second of two images.
 func errTaken(newName string) error {
-	return fmt.Errorf("there is an image %s already: remove it first, or use --file or a pattern to rewrap both", newName)
+	return fmt.Errorf("image %s already exists: remove it first, or use --file or a pattern to rewrap both", newName)
 }
 
 // errDigest is the error of a name that can't be that of another image.

@@ -146,11 +146,11 @@ func (p *places) between(ctx context.Context, verb string, from, to transport.Na
 	switch {
 	case err == nil:
 		if to != from && !force {
-			return fmt.Errorf("%s is there already: remove it first, or replace it with --force", to)
+			return fmt.Errorf("%s already exists: remove it first, or replace it with --force", to)
 		}
 	case errdefs.IsAlreadyExists(err):
 		if !force {
-			return fmt.Errorf("%s is there already, and its file would be replaced with all that it holds: give another one, or replace it with --force", to)
+			return fmt.Errorf("%s already exists, and its file would be replaced with all that it holds: give another one, or replace it with --force", to)
 		}
 	case !errdefs.IsNotFound(err):
 		return fmt.Errorf("%s: %w", to, err)
@@ -205,9 +205,9 @@ func unchanged(ctx context.Context, target transport.Target, name transport.Name
 func warnKept(from, to transport.Name, desc ocispec.Descriptor) {
 	switch {
 	case from == to && to.Transport == transport.Registry:
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the image before, as %s, until the registry deletes it\n", desc.Digest)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, as %s, until the registry deletes it\n", desc.Digest)
 	case from.Transport == transport.OCI && to.Transport == transport.OCI && sameFile(from.Path, to.Path):
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the image before, whose blobs are still in %s: encrypt into another directory to publish it\n", to.Path)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, whose blobs are still in %s: encrypt into another directory to publish it\n", to.Path)
 	}
 }
 
@@ -231,7 +231,7 @@ func (p *places) warnReferrers(ctx context.Context, source transport.Source, des
 		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: what refers to the image, such as signatures, could not be listed: %s\n", shownText(err.Error()))
 	}
 	for _, r := range list {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s, which is about %s: sign the new image\n", shownText(r.String()), desc.Digest)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s, which refers to %s: sign the new image\n", shownText(r.String()), desc.Digest)
 	}
 }
 
