@@ -20,6 +20,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image/layout"
+	"github.com/ctrlplane/pilot/internal/replacefile"
 	"github.com/ctrlplane/pilot/internal/verified"
 )
 
@@ -245,7 +246,7 @@ func (w *Output) Finish(desc ocispec.Descriptor, name string) error {
 		return err
 	}
 	w.file = nil
-	if err := os.Rename(w.temporary, w.name); err != nil {
+	if err := replacefile.Name(w.temporary, w.name); err != nil {
 		return errors.Join(err, os.Remove(w.temporary))
 	}
 	return nil

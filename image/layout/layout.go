@@ -23,6 +23,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/replacefile"
 	"github.com/ctrlplane/pilot/internal/verified"
 )
 
@@ -65,39 +66,43 @@ func Create(dir string) (*Layout, error) {
 	return l, nil
 }
 
+// create makes what a layout lacks. Others may be making the same one.
 func (l *Layout) create() error {
+	err := l.check()
+	if errdefs.IsNotFound(err) {
+		err = l.add(ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
+	}
+	if err != nil {
+		return err
+	}
+	err = l.add(ocispec.ImageIndexFile, ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{},
+	})
+	if err != nil {
+		return err
+	}
+	return l.root.MkdirAll("blobs/sha256", 0o777)
+}
+
+// check returns an error if the directory is no layout, or one of a version that is not
+// known. The error wraps [errdefs.ErrNotFound] if one can be made there.
+func (l *Layout) check() error {
 	entries, err := fs.ReadDir(l.root.FS(), ".")
 	if err != nil {
 		return err
 	}
-	if len(entries) > 0 {
-		if err := l.check(); err != nil {
-			return err
-		}
-		return l.root.MkdirAll("blobs/sha256", 0o777) // which may lack in an empty one
-	}
-	if err := l.root.MkdirAll("blobs/sha256", 0o777); err != nil {
-		return err
-	}
-	// The file that makes it a layout comes last.
-	if err := l.replace(ocispec.ImageIndexFile, ocispec.Index{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{},
-	}); err != nil {
-		return err
-	}
-	return l.replace(ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
-}
-
-// check reports whether the directory is a layout of a version that is known.
-func (l *Layout) check() error {
 	b, err := l.read(ocispec.ImageLayoutFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return errors.New("the directory is no OCI image layout: it has no file oci-layout")
-	}
-	if err != nil {
+	switch {
+	case err == nil:
+		return CheckVersion(b)
+	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
-	return CheckVersion(b)
+	const none = "the directory is no OCI image layout: it has no file oci-layout"
+	if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), temporaryOf(ocispec.ImageLayoutFile)) }) {
+		return errors.New(none)
+	}
+	return fmt.Errorf("%s: %w", none, errdefs.ErrNotFound)
 }
 
 // CheckVersion checks the content of a file oci-layout.
@@ -145,24 +150,46 @@ func (l *Layout) open(name string) (*os.File, int64, error) {
 	return f, info.Size(), nil
 }
 
-// replace writes a small file as a whole.
-func (l *Layout) replace(name string, v any) error {
+// temporaryOf returns what the name of a file begins with until it is whole.
+func temporaryOf(name string) string { return "." + name + "." }
+
+// add writes a small file as a whole, unless there is one of that name.
+func (l *Layout) add(name string, v any) error {
+	if _, err := l.root.Lstat(name); err == nil {
+		return nil
+	}
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return l.replaceBytes(name, b)
+	return l.write(name, b, func(temporary string) error {
+		err := l.root.Link(temporary, name)
+		if errors.Is(err, fs.ErrExist) {
+			err = nil
+		} else if err != nil { // a file system without links
+			return l.root.Rename(temporary, name)
+		}
+		return errors.Join(err, l.root.Remove(temporary))
+	})
 }
 
-func (l *Layout) replaceBytes(name string, b []byte) error {
-	temporary := "." + name + "." + rand.Text()
+// replace writes a small file as a whole.
+func (l *Layout) replace(name string, b []byte) error {
+	return l.write(name, b, func(temporary string) error {
+		return replacefile.Rename(func() error { return l.root.Rename(temporary, name) })
+	})
+}
+
+// write writes a file, to which use gives its name.
+func (l *Layout) write(name string, b []byte, use func(temporary string) error) error {
+	temporary := temporaryOf(name) + rand.Text()
 	f, err := l.root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(b)
 	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = l.root.Rename(temporary, name)
+		err = use(temporary)
 	}
 	if err != nil {
 		err = errors.Join(err, l.root.Remove(temporary))
@@ -261,7 +288,7 @@ func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string) 
 	if err != nil {
 		return fmt.Errorf("%s: %w", l.name, err)
 	}
-	return l.replaceBytes(ocispec.ImageIndexFile, after)
+	return l.replace(ocispec.ImageIndexFile, after)
 }
 
 // WithImage returns the content of an index.json in which name stands for desc.
@@ -415,7 +442,7 @@ func (w *writer) Commit(_ context.Context, size int64, expected digest.Digest, _
 	err = errors.Join(w.file.Sync(), w.file.Close())
 	w.file = nil
 	if err == nil {
-		err = w.layout.root.Rename(w.temporary, name)
+		err = replacefile.Rename(func() error { return w.layout.root.Rename(w.temporary, name) })
 	}
 	if err != nil {
 		return errors.Join(err, w.layout.root.Remove(w.temporary))
