@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
@@ -35,6 +36,11 @@ their keys. --keys-from names the image that it was built on, in containerd or i
 its registry. Each key is checked against its layer before it is put back.
 
 --layer and --all-but-base leave the other layers readable.
+
+Layers that an earlier encrypted image has too, by the digest of the plain layer, are
+taken over as they are there, if their keys unwrap here, and wrapped for the new
+recipients alone. A rebuilt image then uploads what changed, and nodes download no
+more. The earlier image is the one that --like names, or that --force replaces.
 ` + transportsHelp + `
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
@@ -48,17 +54,21 @@ Examples:
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
       --keys-from registry.example.com/base:1 app:built app:encrypted
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
-      oci-archive:app.tar docker://registry.example.com/app:enc`,
+      oci-archive:app.tar docker://registry.example.com/app:enc
+   ctr-pilot images encrypt --recipient provider:pilot:team-a \
+      --like docker://registry.example.com/app:1-enc \
+      oci:app docker://registry.example.com/app:2-enc`,
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
+		likeFlag,
 		forceFlag,
 		allButBaseFlag,
 	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
-		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
-			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from and --all-but-base"); err != nil {
+		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") && !cmd.IsSet("like") {
+			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from, --all-but-base and --like"); err != nil {
 				return err
 			}
 		}
@@ -81,6 +91,12 @@ Examples:
 			if opts.KeysFrom, err = keysFrom(ctx, at, cmd); err != nil {
 				return image.Result{}, err
 			}
+			like, err := at.earlier(ctx)
+			if err != nil {
+				return image.Result{}, err
+			}
+			defer like.close()
+			opts.Like = like.Like
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
 			return image.Encrypt(ctx, at, target, to, opts)
@@ -111,7 +127,13 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
-	return withPlaces(ctx, cmd, []transport.Name{from, to}, func(ctx context.Context, p *places) error {
+	names := []transport.Name{from, to}
+	if like, _, err := likeName(cmd); err != nil {
+		return err
+	} else if like != nil {
+		names = append(names, *like)
+	}
+	return withPlaces(ctx, cmd, names, func(ctx context.Context, p *places) error {
 		if from.Transport == transport.Containerd && to.Transport == transport.Containerd {
 			err = inStore(ctx, p, verb, from.Image, to.Image, opts, do)
 		} else {
@@ -138,7 +160,21 @@ func inStore(ctx context.Context, p *places, verb, name, toName string, opts ima
 	}
 	progress := newProgress(verb)
 	opts.Progress = progress.add
-	result, err := do(ctx, workplace{localstore.New(p.client), p.layersOf}, img.Target, opts)
+	store := localstore.New(p.client)
+	earlier := func(ctx context.Context) (earlierImage, error) {
+		var replaced *transport.Name
+		if toName != name {
+			// With --force there may be one.
+			if _, err := p.client.ImageService().Get(ctx, toName); err == nil {
+				replaced = &transport.Name{Transport: transport.Containerd, Image: toName}
+			}
+		}
+		return p.earlier(ctx, replaced, func(ctx context.Context, from content.Provider, blob ocispec.Descriptor) error {
+			_, err := transport.CopyBlob(ctx, store, from, blob)
+			return err
+		})
+	}
+	result, err := do(ctx, workplace{store, p.layersOf, earlier}, img.Target, opts)
 	progress.stop()
 	if err == nil && ctx.Err() != nil {
 		err = ctx.Err()

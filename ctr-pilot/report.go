@@ -24,6 +24,9 @@ type cryptReport struct {
 	// refused.
 	Plain   []image.Plain `json:"plain"`
 	LeftOut []leftOut     `json:"leftOut"`
+	// Reused counts the layers, of those that were encrypted, that were taken over from
+	// an earlier image.
+	Reused *image.Reused `json:"reused,omitempty"`
 	// Moved counts the bytes of an image that went from one place to another.
 	Moved *transport.Moved `json:"moved,omitempty"`
 }
@@ -42,8 +45,9 @@ func report(cmd *cli.Command, verb, name string, result image.Result, moved *tra
 		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
 	}
 	warnLacking(result.Lacking)
+	printNotReused(result.Reused)
 	if cmd.Bool("json") {
-		return printJSON(newReport(name, result, moved))
+		return printJSON(newReport(verb, name, result, moved))
 	}
 	for _, d := range result.LeftOut {
 		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", shown(d.Digest.String()), ofPlatform(d), whyLeftOut(cmd, d))
@@ -54,12 +58,15 @@ func report(cmd *cli.Command, verb, name string, result image.Result, moved *tra
 	if result.Layers == 0 {
 		fmt.Printf("%s has no encrypted layers\n", name)
 	}
-	fmt.Printf("%s %s (%d layers %sed%s)\n", name, result.Target.Digest, result.Layers, verb, movedText(moved))
+	fmt.Printf("%s %s (%d layers %sed%s%s)\n", name, result.Target.Digest, result.Layers, verb, reusedText(result.Reused), movedText(moved))
 	return nil
 }
 
-func newReport(name string, result image.Result, moved *transport.Moved) cryptReport {
+func newReport(verb, name string, result image.Result, moved *transport.Moved) cryptReport {
 	r := cryptReport{Image: name, Digest: result.Target.Digest, Layers: result.Layers, Plain: result.Plain, LeftOut: []leftOut{}, Moved: moved}
+	if verb == "encrypt" {
+		r.Reused = &result.Reused
+	}
 	if r.Plain == nil {
 		r.Plain = []image.Plain{}
 	}

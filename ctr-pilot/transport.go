@@ -46,6 +46,9 @@ type workplace struct {
 	image.Store
 	// layersOf returns the layers of another image, of which the manifests are read.
 	layersOf func(ctx context.Context, name string) ([]ocispec.Descriptor, error)
+	// earlier opens the encrypted image that the new one may share layers with. The
+	// caller closes it.
+	earlier func(ctx context.Context) (earlierImage, error)
 }
 
 // places opens images by their names.
@@ -159,7 +162,14 @@ func (p *places) between(ctx context.Context, verb string, from, to transport.Na
 	progress := newProgress(verb)
 	opts.Progress = progress.add
 	pair := transport.NewPair(source, target)
-	result, err := do(ctx, workplace{pair, p.layersOf}, desc, opts)
+	earlier := func(ctx context.Context) (earlierImage, error) {
+		replaced := &to
+		if before.Digest == "" || before.Digest == desc.Digest {
+			replaced = nil
+		}
+		return p.earlier(ctx, replaced, pair.Take)
+	}
+	result, err := do(ctx, workplace{pair, p.layersOf, earlier}, desc, opts)
 	if err == nil && ctx.Err() != nil {
 		err = ctx.Err()
 	}

@@ -34,10 +34,22 @@ type Moved struct {
 	Present int64 `json:"present"` // of blobs that were there
 }
 
+// add counts a blob.
+func (m *Moved) add(origin registry.Origin, size int64) {
+	switch origin {
+	case registry.Present:
+		m.Present += size
+	case registry.Mounted:
+		m.Mounted += size
+	default:
+		m.Copied += size
+	}
+}
+
 // Finish brings what desc refers to and the target lacks there, with its manifests, and
 // then gives it the target's name. Until then nothing has the name.
 func (p *Pair) Finish(ctx context.Context, desc ocispec.Descriptor) (Moved, error) {
-	f := &finish{pair: p, seen: newDigests()}
+	f := &finish{pair: p, seen: newDigests(), moved: p.taken.moved}
 	f.moved.Written = p.written.sum()
 	if err := f.bring(ctx, desc, 0); err != nil {
 		return Moved{}, err
@@ -99,7 +111,7 @@ func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) 
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(copiesAtOnce)
 	for _, b := range blobs {
-		if f.pair.written.has(b.Digest) || !f.seen.add(b.Digest, 0) {
+		if f.pair.written.has(b.Digest) || f.pair.taken.has(b.Digest) || !f.seen.add(b.Digest, 0) {
 			continue
 		}
 		g.Go(func() error { return f.blob(ctx, b) })
@@ -117,14 +129,7 @@ func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	switch origin {
-	case registry.Present:
-		f.moved.Present += desc.Size
-	case registry.Mounted:
-		f.moved.Mounted += desc.Size
-	default:
-		f.moved.Copied += desc.Size
-	}
+	f.moved.add(origin, desc.Size)
 	return nil
 }
 
