@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// maxToken bounds a bearer token, in bytes.
-	maxToken = 16 << 10
+	// MaxToken bounds a bearer token, in bytes.
+	MaxToken = 16 << 10
 	// failureTTL is how long after a failed discovery an issuer is not asked again.
 	failureTTL = 5 * time.Second
 	// issuerTimeout bounds the wait for an issuer's keys.
@@ -130,7 +130,7 @@ type withToken struct {
 
 func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.file != "" {
-		b, err := regular.Read(t.file, maxToken)
+		b, err := regular.Read(t.file, MaxToken)
 		if err != nil {
 			return nil, err
 		}
@@ -143,9 +143,6 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 // verify verifies a token, and returns who it is for: the issuer's name, a colon and the
 // token's subject, and its claims.
 func (all *Issuers) verify(ctx context.Context, token string) (who policy.Principal, err error) {
-	if len(token) > maxToken {
-		return who, fmt.Errorf("the token is larger than %d bytes", maxToken)
-	}
 	claimed, err := issuerOf(token)
 	if err != nil {
 		return who, err
@@ -205,6 +202,9 @@ var errNoToken = errors.New("the bearer token is not a JSON web token")
 
 // payloadOf returns the claims in a token, which is not verified.
 func payloadOf(token string) ([]byte, error) {
+	if len(token) > MaxToken {
+		return nil, fmt.Errorf("the token is larger than %d bytes", MaxToken)
+	}
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
 		return nil, errNoToken
