@@ -12,7 +12,6 @@ import (
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 var encryptCommand = &cli.Command{
@@ -112,12 +111,7 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		return err
 	}
 	return withPlaces(ctx, cmd, []transport.Name{from, to}, func(ctx context.Context, p *places) error {
-		if from.Transport == transport.Containerd && to.Transport == transport.Containerd {
-			err = inStore(ctx, p, verb, from.Image, to.Image, opts, do)
-		} else {
-			err = p.between(ctx, verb, from, to, opts, do)
-		}
-		if err != nil {
+		if err := p.crypt(ctx, verb, from, to, toName, opts, do); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
 		return nil
@@ -125,35 +119,3 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 }
 
 var errNothingEncrypted = errors.New("no layer was encrypted: it has none, or the flags leave out all that it has")
-
-// inStore encrypts or decrypts an image of containerd there, with do.
-func inStore(ctx context.Context, p *places, verb, name, toName string, opts image.Options, do cryptFunc) error {
-	img, err := getImage(ctx, p.client, name)
-	if err != nil {
-		return err
-	}
-	to := newName{p.client.ImageService(), img, toName, p.cmd.Bool("force")}
-	if err := to.check(ctx); err != nil {
-		return err
-	}
-	progress := newProgress(verb)
-	opts.Progress = progress.add
-	result, err := do(ctx, workplace{localstore.New(p.client), p.layersOf}, img.Target, opts)
-	progress.stop()
-	if err == nil && ctx.Err() != nil {
-		err = ctx.Err()
-	}
-	if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
-		err = refused(p.cmd, plain)
-	}
-	if err != nil {
-		return withFetch(ctx, err, img)
-	}
-	if result.Layers == 0 && verb == "encrypt" {
-		return errNothingEncrypted
-	}
-	if err := to.set(ctx, result.Target); err != nil {
-		return err
-	}
-	return report(p.cmd, verb, toName, result, nil)
-}

@@ -5,6 +5,7 @@ package layout
 import (
 	"context"
 	"errors"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +17,8 @@ const lockInterval = 20 * time.Millisecond
 // lock keeps others from changing index.json until the returned function is called. It
 // locks the directory, since index.json is replaced. A file system without locks is no
 // error.
-func (l *Layout) lock(ctx context.Context) (unlock func() error, err error) {
-	dir, err := l.root.Open(".")
+func lock(ctx context.Context, root *os.Root) (unlock func() error, err error) {
+	dir, err := root.Open(".")
 	if err != nil {
 		return nil, err
 	}

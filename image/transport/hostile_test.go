@@ -29,7 +29,7 @@ func TestImpossibleSizesAreErrors(t *testing.T) {
 	hosts := plainHTTP(http.DefaultClient)
 	address := newRegistry(t, nil)
 	reg := target(t, "docker://"+address+"/app:1", hosts)
-	if _, err := NewPair(source(t, "oci:"+dir+":app", hosts), reg).Finish(t.Context(), manifest); err != nil {
+	if _, err := NewPair(source(t, "oci:"+dir+":app", hosts), reg).Finish(t.Context(), image.Result{Target: manifest}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, desc := range []ocispec.Descriptor{manifest, layer} {
@@ -121,7 +121,7 @@ func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 		t.Errorf("no file: %v", err)
 	}
 	to := target(t, name+":app", nil)
-	if _, err := NewPair(source(t, "oci:"+dir+":app", nil), to).Finish(t.Context(), manifest); err != nil {
+	if _, err := NewPair(source(t, "oci:"+dir+":app", nil), to).Finish(t.Context(), image.Result{Target: manifest}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range []string{name, name + ":app"} {
@@ -143,7 +143,7 @@ func TestLayoutKeepsNamesGivenAtOnce(t *testing.T) {
 			l, err := layout.Open(dir)
 			if err == nil {
 				defer l.Close()
-				err = l.Tag(t.Context(), manifest, fmt.Sprint(i))
+				err = l.Tag(t.Context(), manifest, fmt.Sprint(i), nil)
 			}
 			if err != nil {
 				t.Error(err)

@@ -1,0 +1,183 @@
+package transport
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ctrlplane/pilot/image/archive"
+	"github.com/ctrlplane/pilot/image/layout"
+	"github.com/ctrlplane/pilot/image/registry"
+)
+
+// maxSubjects is of how many manifests the referrers are listed at once.
+const maxSubjects = 8
+
+// Referrer is something that is about a manifest of an image: a signature, an SBOM.
+type Referrer struct {
+	Subject digest.Digest `json:"subject"` // what it is about
+	Name    string        `json:"name"`    // its tag, or its digest
+	Type    string        `json:"type"`    // its artifact type, or what its tag says: sig, att, sbom
+	// Kept says that the new image has that manifest and the referrer is where the new
+	// image is. The others are about manifests that the new image does not have, or
+	// can't be kept there.
+	Kept bool `json:"kept"`
+
+	found registry.Referrer
+}
+
+// referring is a source that can list what is about a manifest.
+type referring interface {
+	Referrers(ctx context.Context, d digest.Digest) ([]registry.Referrer, error)
+}
+
+// keeper is a target that can keep what is about a manifest.
+type keeper interface {
+	Keep(ctx context.Context, from content.Provider, r Referrer) error
+}
+
+// Referrers lists what the source has about the manifests of the image before, and says
+// what [Pair.Finish] keeps of it with the image after. If restored is set, after may have
+// had referrers already, as a decrypted image may. With an error it returns those that it
+// found.
+func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, restored bool) ([]Referrer, error) {
+	source, ok := p.Source.(referring)
+	if !ok {
+		return nil, nil
+	}
+	all, is := map[digest.Digest]bool{}, map[digest.Digest]bool{}
+	if err := p.manifests(ctx, before, all, 0); err != nil {
+		return nil, err
+	}
+	if err := p.manifests(ctx, after, is, 0); err != nil {
+		return nil, err
+	}
+	if restored {
+		maps.Copy(all, is)
+	}
+	_, keeps := p.target.(keeper)
+	keeps = keeps || p.target.Holds(p.Source)
+
+	var mu sync.Mutex
+	var list []Referrer
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxSubjects)
+	for d := range all {
+		g.Go(func() error {
+			found, err := source.Referrers(ctx, d)
+			mu.Lock()
+			defer mu.Unlock()
+			for _, f := range found {
+				name := f.Tag
+				if name == "" {
+					name = f.Digest.String()
+				}
+				list = append(list, Referrer{d, name, f.Type, keeps && is[d], f})
+			}
+			return err
+		})
+	}
+	err := g.Wait()
+	slices.SortFunc(list, func(a, b Referrer) int {
+		return strings.Compare(string(a.Subject)+a.Name, string(b.Subject)+b.Name)
+	})
+	return list, err
+}
+
+// manifests adds the digests of a manifest or an index and of all that it lists. What is
+// not there is not added.
+func (p *Pair) manifests(ctx context.Context, desc ocispec.Descriptor, all map[digest.Digest]bool, depth int) error {
+	if all[desc.Digest] || depth > maxDepth {
+		return nil
+	}
+	doc, err := content.ReadBlob(ctx, p, desc)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	all[desc.Digest] = true
+	var refers children
+	if err := json.Unmarshal(doc, &refers); err != nil {
+		return fmt.Errorf("%s: %w", desc.Digest, err)
+	}
+	for _, m := range refers.Manifests {
+		if !registry.IsDocument(m.MediaType) {
+			continue
+		}
+		if err := p.manifests(ctx, m, all, depth+1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// referrers brings those that are kept, unless they are there.
+func (f *finish) referrers(ctx context.Context, list []Referrer) error {
+	to, ok := f.pair.target.(keeper)
+	if f.same || !ok {
+		return nil
+	}
+	for _, r := range list {
+		if !r.Kept {
+			continue
+		}
+		err := f.bring(ctx, r.found.Descriptor, 0)
+		if err == nil {
+			err = to.Keep(ctx, f.pair, r)
+		}
+		if err != nil {
+			return fmt.Errorf("%s, which is about %s: %w", r.Name, r.Subject, err)
+		}
+	}
+	return nil
+}
+
+// Keep pushes a referrer, whose blobs are there.
+func (r registryImage) Keep(ctx context.Context, from content.Provider, ref Referrer) error {
+	return r.PushReferrer(ctx, from, ref.found, ref.Subject)
+}
+
+// Referrers lists the entries of the layout that are about a manifest.
+func (l *layoutImage) Referrers(ctx context.Context, d digest.Digest) ([]registry.Referrer, error) {
+	list, err := l.Layout.Referrers(ctx, d)
+	return entries(list), err
+}
+
+// Referrers lists the entries of the archive that are about a manifest, if it is an OCI
+// one.
+func (a *archived) Referrers(ctx context.Context, d digest.Digest) ([]registry.Referrer, error) {
+	oci, ok := a.readable.(*archive.Layout)
+	if !ok {
+		return nil, nil
+	}
+	list, err := oci.Referrers(ctx, d)
+	return entries(list), err
+}
+
+func entries(list []layout.Referrer) []registry.Referrer {
+	found := make([]registry.Referrer, len(list))
+	for i, r := range list {
+		found[i] = registry.Referrer{Descriptor: r.Descriptor, Type: r.Type, Tag: r.Name}
+	}
+	return found
+}
+
+// Keep adds a referrer, whose blobs are there, to those in the layout.
+func (l *layoutImage) Keep(ctx context.Context, from content.Provider, ref Referrer) error {
+	if err := l.Document(ctx, from, ref.found.Descriptor); err != nil {
+		return err
+	}
+	return l.Tag(ctx, ref.found.Descriptor, ref.found.Tag, nil)
+}

@@ -1,0 +1,20 @@
+//go:build !unix
+
+package partfile
+
+import "os"
+
+// lock does nothing.
+func lock(*os.File) error { return nil }
+
+// removeStale does nothing: a file that is open elsewhere can't be distinguished from
+// one that was left behind.
+func removeStale(*os.Root, string) {}
+
+// rename closes the file first: files that are open can't be renamed.
+func (f *File) rename(name string) error {
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return f.root.Rename(f.name, name)
+}
