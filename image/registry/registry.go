@@ -67,6 +67,7 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w", name, err)
 	}
+	hosts = guarded(hosts)
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
 	fetcher, err := resolver.Fetcher(ctx, name)
 	if err != nil {

@@ -112,6 +112,64 @@ func TestOtherHostsSeeNoCredentials(t *testing.T) {
 	}
 }
 
+// TestRedirectsCarryNoSecrets has a registry redirect what is read and written to another
+// host, which is the same registry.
+func TestRedirectsCarryNoSecrets(t *testing.T) {
+	ec, dc := newKey(t)
+	var mu sync.Mutex
+	seen, redirected := map[string]bool{}, map[string]bool{}
+	inner := newRegistry(t, func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			mu.Lock()
+			for _, name := range []string{"Authorization", "Cookie", "X-Secret"} {
+				seen[name] = seen[name] || r.Header.Get(name) != ""
+			}
+			mu.Unlock()
+			h.ServeHTTP(w, r)
+		})
+	})
+	outer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		redirected[r.Method] = true
+		mu.Unlock()
+		if r.Header.Get("X-Secret") == "" {
+			t.Errorf("%s %s: the registry itself does not see the header", r.Method, r.URL)
+		}
+		http.Redirect(w, r, "http://"+inner+r.URL.String(), http.StatusTemporaryRedirect)
+	}))
+	t.Cleanup(outer.Close)
+	hosts := func(host string) ([]docker.RegistryHost, error) {
+		list, err := plainHTTP(outer.Client())(host)
+		for i := range list {
+			list[i].Header = http.Header{"Authorization": {"Basic eDp5"}, "X-Secret": {"x"}, "Cookie": {"a=b"}}
+		}
+		return list, err
+	}
+	dir, manifest, _ := oneLayer(t, 19<<20)
+	enc := "docker://" + strings.TrimPrefix(outer.URL, "http://") + "/app:1"
+	if _, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, enc, hosts), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+		return image.Encrypt(ctx, cs, desc, ec, image.Options{})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	back, err := crypt(t, source(t, enc, hosts), target(t, "oci:"+dir+":back", nil), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+		return image.Decrypt(ctx, cs, desc, dc, image.Options{})
+	})
+	if err != nil || back.Target.Digest != manifest.Digest {
+		t.Errorf("%s came back: %v", back.Target.Digest, err)
+	}
+	for name, was := range seen {
+		if was {
+			t.Errorf("the other host saw %s", name)
+		}
+	}
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT"} {
+		if !redirected[method] {
+			t.Errorf("no %s was redirected", method)
+		}
+	}
+}
+
 // TestArchivesResolveToWhatIsReplaced looks at a file before it is replaced.
 func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 	dir, manifest, _ := oneLayer(t, 5000)
