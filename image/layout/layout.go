@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 
@@ -46,7 +47,7 @@ type Layout struct {
 // The caller closes it.
 func Open(dir string) (*Layout, error) {
 	l := New(dir)
-	_, err := l.open(false)
+	_, err := l.open(context.Background(), false)
 	return l, err
 }
 
@@ -56,7 +57,7 @@ func New(dir string) *Layout { return &Layout{name: dir} }
 
 // open returns the directory. If it is not there or empty, it is made a layout if that is
 // wanted, and otherwise the error wraps [errdefs.ErrNotFound].
-func (l *Layout) open(create bool) (*os.Root, error) {
+func (l *Layout) open(ctx context.Context, create bool) (*os.Root, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.root != nil {
@@ -75,7 +76,7 @@ func (l *Layout) open(create bool) (*os.Root, error) {
 		return nil, err
 	}
 	if create {
-		err = prepare(root)
+		err = prepare(ctx, root)
 	} else {
 		err = check(root)
 	}
@@ -87,8 +88,8 @@ func (l *Layout) open(create bool) (*os.Root, error) {
 }
 
 // writable returns the directory to write to.
-func (l *Layout) writable() (*os.Root, error) {
-	root, err := l.open(true)
+func (l *Layout) writable(ctx context.Context) (*os.Root, error) {
+	root, err := l.open(ctx, true)
 	if err != nil {
 		return nil, err
 	}
@@ -96,26 +97,27 @@ func (l *Layout) writable() (*os.Root, error) {
 		partfile.Clean(root, ".")
 		partfile.Clean(root, ocispec.ImageBlobsDir)
 	})
-	// It may lack in an empty layout.
 	return root, root.MkdirAll(blobsDir, 0o777)
 }
 
 // prepare makes a directory a layout, if it is empty.
-func prepare(root *os.Root) error {
-	err := check(root)
-	if !errdefs.IsNotFound(err) {
+func prepare(ctx context.Context, root *os.Root) error {
+	unlock, err := lock(ctx, root)
+	if err != nil {
+		return fmt.Errorf("lock: %w", err)
+	}
+	defer unlock()
+	if err := check(root); !errdefs.IsNotFound(err) {
 		return err
 	}
-	if err := root.MkdirAll(blobsDir, 0o777); err != nil {
+	// The file that makes it a layout comes first, so that a run that is killed here does
+	// not leave a directory that the next one refuses.
+	if err := write(root, ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}); err != nil {
 		return err
 	}
-	// The file that makes it a layout comes last.
-	if err := write(root, ocispec.ImageIndexFile, ocispec.Index{
+	return write(root, ocispec.ImageIndexFile, ocispec.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{},
-	}); err != nil {
-		return err
-	}
-	return write(root, ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
+	})
 }
 
 // check reports whether the directory is a layout of a version that is known. The error
@@ -129,6 +131,7 @@ func check(root *os.Root) error {
 		return CheckVersion(b)
 	}
 	entries, err := fs.ReadDir(root.FS(), ".")
+	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return partfile.Is(e.Name()) })
 	if err == nil && len(entries) == 0 {
 		err = fmt.Errorf("the directory is empty: %w", errdefs.ErrNotFound)
 	} else if err == nil {
@@ -220,8 +223,8 @@ func writeBytes(root *os.Root, name string, b []byte) error {
 }
 
 // index returns the content of index.json, or nil if there is none.
-func (l *Layout) index() ([]byte, error) {
-	root, err := l.open(false)
+func (l *Layout) index(ctx context.Context) ([]byte, error) {
+	root, err := l.open(ctx, false)
 	if err != nil {
 		return nil, err
 	}
@@ -238,8 +241,8 @@ func (l *Layout) index() ([]byte, error) {
 // Resolve returns the image of that name, which is the value of an annotation in
 // index.json, or the only one if the name is empty. The error wraps
 // [errdefs.ErrNotFound] if there is none.
-func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, error) {
-	b, err := l.index()
+func (l *Layout) Resolve(ctx context.Context, name string) (ocispec.Descriptor, error) {
+	b, err := l.index(ctx)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -254,8 +257,8 @@ func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, er
 }
 
 // Names returns the names of the images, or none if there is no layout yet.
-func (l *Layout) Names(context.Context) ([]string, error) {
-	b, err := l.index()
+func (l *Layout) Names(ctx context.Context) ([]string, error) {
+	b, err := l.index(ctx)
 	if errdefs.IsNotFound(err) || err == nil && b == nil {
 		return nil, nil
 	}
@@ -273,7 +276,7 @@ func (l *Layout) Names(context.Context) ([]string, error) {
 // something else than before, or, if that is empty, for anything. An empty name is that of
 // the only image then, if before is not empty.
 func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, before *digest.Digest) error {
-	root, err := l.writable()
+	root, err := l.writable(ctx)
 	if err != nil {
 		return err
 	}
@@ -282,7 +285,7 @@ func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, 
 		return fmt.Errorf("lock %s: %w", l.name, err)
 	}
 	defer unlock()
-	had, err := l.index()
+	had, err := l.index(ctx)
 	if err != nil {
 		return err
 	}
@@ -311,12 +314,12 @@ func BlobPath(d digest.Digest) (string, error) {
 }
 
 // Info returns the size of a blob, or [errdefs.ErrNotFound].
-func (l *Layout) Info(_ context.Context, d digest.Digest) (content.Info, error) {
+func (l *Layout) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
 	name, err := BlobPath(d)
 	if err != nil {
 		return content.Info{}, err
 	}
-	root, err := l.open(false)
+	root, err := l.open(ctx, false)
 	if err != nil {
 		return content.Info{}, err
 	}
@@ -336,12 +339,12 @@ func (l *Layout) absent(d digest.Digest) error {
 
 // ReaderAt returns a reader of a blob, which has to be read in order, and is checked
 // against its digest before its last byte is given out.
-func (l *Layout) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+func (l *Layout) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	name, err := BlobPath(desc.Digest)
 	if err != nil {
 		return nil, err
 	}
-	root, err := l.open(false)
+	root, err := l.open(ctx, false)
 	if err != nil {
 		return nil, err
 	}

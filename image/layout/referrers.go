@@ -33,7 +33,7 @@ type Referrer struct {
 
 // Referrers lists what is about a manifest.
 func (l *Layout) Referrers(ctx context.Context, d digest.Digest) ([]Referrer, error) {
-	b, err := l.index()
+	b, err := l.index(ctx)
 	if err != nil || b == nil {
 		return nil, err
 	}

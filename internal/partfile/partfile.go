@@ -90,6 +90,9 @@ func (f *File) Discard() error {
 	return err
 }
 
+// Is reports whether a file of that name is unfinished.
+func Is(name string) bool { return strings.HasPrefix(name, prefix) }
+
 // Clean removes the unfinished files in a directory of root that no process has open.
 // Where files have no locks it removes none. What can't be removed stays.
 func Clean(root *os.Root, dir string) {
@@ -98,7 +101,7 @@ func Clean(root *os.Root, dir string) {
 		return
 	}
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), prefix) && e.Type().IsRegular() {
+		if Is(e.Name()) && e.Type().IsRegular() {
 			removeStale(root, path.Join(dir, e.Name()))
 		}
 	}
