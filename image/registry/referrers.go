@@ -81,13 +81,39 @@ func (r *Repository) PushReferrer(ctx context.Context, from content.Provider, re
 	if slices.ContainsFunc(index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == ref.Digest }) {
 		return nil
 	}
-	index.Manifests = append(index.Manifests, ref.Descriptor)
+	entry, err := referrerEntry(ctx, from, ref.Descriptor)
+	if err != nil {
+		return err
+	}
+	index.Manifests = append(index.Manifests, entry)
 	doc, err := json.Marshal(index)
 	if err != nil {
 		return err
 	}
 	desc := ocispec.Descriptor{MediaType: index.MediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
 	return r.Push(ctx, document{index.MediaType, doc}, desc, tag)
+}
+
+// referrerEntry returns the entry of a referrer in a list: its descriptor with what its
+// manifest says of its type, and its annotations.
+func referrerEntry(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (ocispec.Descriptor, error) {
+	doc, err := content.ReadBlob(ctx, from, desc)
+	if err != nil {
+		return desc, err
+	}
+	var m struct {
+		ArtifactType string             `json:"artifactType"`
+		Config       ocispec.Descriptor `json:"config"`
+		Annotations  map[string]string  `json:"annotations"`
+	}
+	if err := json.Unmarshal(doc, &m); err != nil {
+		return desc, fmt.Errorf("%s: %w", desc.Digest, err)
+	}
+	desc.ArtifactType, desc.Annotations = m.ArtifactType, m.Annotations
+	if desc.ArtifactType == "" {
+		desc.ArtifactType = m.Config.MediaType
+	}
+	return desc, nil
 }
 
 // referrersIndex returns the index under a referrers tag, or an empty one.
