@@ -151,10 +151,13 @@ func (f finished) printReferrers() {
 		fmt.Fprintf(os.Stderr, "ctr-pilot: warning: what refers to the image, such as signatures, could not be listed: %s\n", shownText(f.unlisted.Error()))
 	}
 	for _, r := range f.referrers {
-		if r.Kept {
-			fmt.Fprintf(os.Stderr, "ctr-pilot: kept: %s (%s), which is about %s\n", shownText(r.Name), shownText(r.Type), r.Subject)
-		} else {
-			fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s (%s), which is about %s: sign the new image\n", shownText(r.Name), shownText(r.Type), r.Subject)
+		what, why := "left out", ": sign the new image"
+		switch {
+		case r.Kept:
+			what, why = "kept", ""
+		case r.Error != "":
+			why = ", and could not be copied: " + r.Error
 		}
+		fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %s\n", what, shownText(fmt.Sprintf("%s (%s), which is about %s%s", r.Name, r.Type, r.Subject, why)))
 	}
 }

@@ -186,12 +186,12 @@ func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, er
 }
 
 // Referrers lists what is about a manifest, as [layout.Referrers] does.
-func (l *Layout) Referrers(ctx context.Context, d digest.Digest) ([]layout.Referrer, error) {
+func (l *Layout) Referrers(ctx context.Context) ([]layout.Referrer, error) {
 	index, err := l.read(ocispec.ImageIndexFile)
 	if err != nil {
 		return nil, err
 	}
-	return layout.Referrers(ctx, index, l, d)
+	return layout.Referrers(ctx, index, l)
 }
 
 func (l *Layout) blob(d digest.Digest) (region, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"regexp"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -25,74 +26,85 @@ const (
 // Referrer is an entry of index.json that is about a manifest: a signature, an SBOM.
 type Referrer struct {
 	ocispec.Descriptor
+	// Subject is the digest of what it is about.
+	Subject digest.Digest
 	// Type is its artifact type, or what its name or its annotation says, such as sig.
 	Type string
 	// Name is the entry's, if that says what it is about.
 	Name string
 }
 
-// Referrers lists what is about a manifest.
-func (l *Layout) Referrers(ctx context.Context, d digest.Digest) ([]Referrer, error) {
+// Referrers lists the entries that are about a manifest.
+func (l *Layout) Referrers(ctx context.Context) ([]Referrer, error) {
 	b, err := l.index(ctx)
 	if err != nil || b == nil {
 		return nil, err
 	}
-	return Referrers(ctx, b, l, d)
+	return Referrers(ctx, b, l)
 }
 
+// cosignTag matches the names that cosign gives to what is about a manifest.
+var cosignTag = regexp.MustCompile(`^(sha256)-([0-9a-f]{64})\.([A-Za-z0-9_-]{1,32})$`)
+
 // Referrers lists the entries of an index.json that are about a manifest: those whose
-// manifests have it as their subject, those with a name that cosign or a registry without
-// a referrers API would give them, and those that "cosign save" put beside its image.
-func Referrers(ctx context.Context, index []byte, blobs content.Provider, d digest.Digest) ([]Referrer, error) {
+// manifests have a subject, those with a name that cosign would give them in a registry,
+// and those that "cosign save" put beside its image.
+func Referrers(ctx context.Context, index []byte, blobs content.Provider) ([]Referrer, error) {
 	var list ocispec.Index
 	if err := json.Unmarshal(index, &list); err != nil {
 		return nil, fmt.Errorf("index.json: %w", err)
 	}
-	about := strings.Replace(d.String(), ":", "-", 1)
-	named := false
+	var saved digest.Digest // the image of "cosign save"
 	for _, e := range list.Manifests {
-		named = named || e.Digest == d
+		if kind := e.Annotations[cosignKind]; kind == cosignKinds+"image" || kind == cosignKinds+"imageIndex" {
+			saved = e.Digest
+		}
 	}
 	var found []Referrer
 	for _, e := range list.Manifests {
-		name, kind := e.Annotations[ocispec.AnnotationRefName], strings.TrimPrefix(e.Annotations[cosignKind], cosignKinds)
-		switch suffix, ofName := strings.CutPrefix(name, about+"."); {
-		case ofName:
-			found = append(found, Referrer{bare(e), suffix, name})
-		case named && kind != e.Annotations[cosignKind] && kind != "image" && kind != "imageIndex":
-			found = append(found, Referrer{bare(e), kind, ""})
-		case images.IsManifestType(e.MediaType) && e.Size <= maxReferrer:
-			artifact, is, err := isAbout(ctx, blobs, e, d)
-			if err != nil {
-				return found, err
-			}
-			if is {
-				found = append(found, Referrer{bare(e), artifact, ""})
-			}
+		name := e.Annotations[ocispec.AnnotationRefName]
+		kind, ofCosign := strings.CutPrefix(e.Annotations[cosignKind], cosignKinds)
+		if m := cosignTag.FindStringSubmatch(name); m != nil {
+			found = append(found, Referrer{bare(e), digest.Digest(m[1] + ":" + m[2]), m[3], name})
+			continue
+		}
+		if ofCosign && saved != "" && e.Digest != saved {
+			found = append(found, Referrer{bare(e), saved, kind, ""})
+			continue
+		}
+		if !images.IsManifestType(e.MediaType) || e.Size > maxReferrer {
+			continue
+		}
+		artifact, subject, err := subjectOf(ctx, blobs, e)
+		if err != nil {
+			return found, err
+		}
+		if subject != "" {
+			found = append(found, Referrer{bare(e), subject, artifact, ""})
 		}
 	}
 	return found, nil
 }
 
-// isAbout reports whether a manifest has d as its subject, and its artifact type.
-func isAbout(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor, d digest.Digest) (artifact string, is bool, err error) {
+// subjectOf returns the artifact type of a manifest and what it is about, or nothing.
+func subjectOf(ctx context.Context, blobs content.Provider, desc ocispec.Descriptor) (artifact string, subject digest.Digest, err error) {
 	doc, err := content.ReadBlob(ctx, blobs, bare(desc))
 	if errdefs.IsNotFound(err) {
-		return "", false, nil
+		return "", "", nil
 	}
 	if err != nil {
-		return "", false, err
+		return "", "", err
 	}
 	var m struct {
 		ArtifactType string              `json:"artifactType"`
 		Config       ocispec.Descriptor  `json:"config"`
 		Subject      *ocispec.Descriptor `json:"subject"`
 	}
-	if json.Unmarshal(doc, &m) != nil || m.Subject == nil || m.Subject.Digest != d {
-		return "", false, nil
+	if json.Unmarshal(doc, &m) != nil || m.Subject == nil {
+		return "", "", nil
 	}
 	if m.ArtifactType == "" {
 		m.ArtifactType = m.Config.MediaType
 	}
-	return m.ArtifactType, true, nil
+	return m.ArtifactType, m.Subject.Digest, nil
 }

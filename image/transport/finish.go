@@ -36,7 +36,7 @@ type Moved struct {
 }
 
 // Finish brings what result refers to and the target lacks there, with its manifests and
-// the referrers that are kept, and then gives it the target's name. Until then nothing has
+// the referrers that are kept, which it corrects if one can't be, and then gives it the target's name. Until then nothing has
 // the name. before is as in [Target].Name.
 func (p *Pair) Finish(ctx context.Context, result image.Result, before *digest.Digest, referrers []Referrer) (Moved, error) {
 	f := &finish{pair: p, same: p.target.Holds(p.Source), absent: map[digest.Digest]bool{}, seen: newDigests()}

@@ -15,7 +15,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/ctrlplane/pilot/image/archive"
 	"github.com/ctrlplane/pilot/image/layout"
 	"github.com/ctrlplane/pilot/image/registry"
 )
@@ -32,6 +31,8 @@ type Referrer struct {
 	// image is. The others are about manifests that the new image does not have, or
 	// can't be kept there.
 	Kept bool `json:"kept"`
+	// Error is why it could not be kept, if it was to be.
+	Error string `json:"error,omitempty"`
 
 	found registry.Referrer
 }
@@ -41,18 +42,23 @@ type referring interface {
 	Referrers(ctx context.Context, d digest.Digest) ([]registry.Referrer, error)
 }
 
+// indexed is a source that can list all that is about any manifest.
+type indexed interface {
+	Referrers(ctx context.Context) ([]layout.Referrer, error)
+}
+
 // keeper is a target that can keep what is about a manifest.
 type keeper interface {
 	Keep(ctx context.Context, from content.Provider, r Referrer) error
 }
 
 // Referrers lists what the source has about the manifests of the image before, and says
-// what [Pair.Finish] keeps of it with the image after. If restored is set, after may have
+// what [Pair.Finish] is to keep of it with the image after. If restored is set, after may have
 // had referrers already, as a decrypted image may. With an error it returns those that it
 // found.
 func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, restored bool) ([]Referrer, error) {
-	source, ok := p.Source.(referring)
-	if !ok {
+	referrers := p.listReferrers(ctx)
+	if referrers == nil {
 		return nil, nil
 	}
 	all, is := map[digest.Digest]bool{}, map[digest.Digest]bool{}
@@ -74,7 +80,7 @@ func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, 
 	g.SetLimit(maxSubjects)
 	for d := range all {
 		g.Go(func() error {
-			found, err := source.Referrers(ctx, d)
+			found, err := referrers(ctx, d)
 			mu.Lock()
 			defer mu.Unlock()
 			for _, f := range found {
@@ -82,7 +88,7 @@ func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, 
 				if name == "" {
 					name = f.Digest.String()
 				}
-				list = append(list, Referrer{d, name, f.Type, keeps && is[d], f})
+				list = append(list, Referrer{Subject: d, Name: name, Type: f.Type, Kept: keeps && is[d], found: f})
 			}
 			return err
 		})
@@ -92,6 +98,34 @@ func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, 
 		return strings.Compare(string(a.Subject)+a.Name, string(b.Subject)+b.Name)
 	})
 	return list, err
+}
+
+// listReferrers returns how to list what the source has about a manifest, or nil.
+func (p *Pair) listReferrers(ctx context.Context) func(context.Context, digest.Digest) ([]registry.Referrer, error) {
+	if r, ok := p.Source.(referring); ok {
+		return r.Referrers
+	}
+	var source indexed
+	switch s := p.Source.(type) {
+	case *layoutImage:
+		source = s.Layout
+	case *archived:
+		source, _ = s.readable.(indexed)
+	}
+	if source == nil {
+		return nil
+	}
+	all := sync.OnceValues(func() ([]layout.Referrer, error) { return source.Referrers(ctx) })
+	return func(_ context.Context, d digest.Digest) ([]registry.Referrer, error) {
+		list, err := all()
+		var found []registry.Referrer
+		for _, r := range list {
+			if r.Subject == d {
+				found = append(found, registry.Referrer{Descriptor: r.Descriptor, Type: r.Type, Tag: r.Name})
+			}
+		}
+		return found, err
+	}
 }
 
 // manifests adds the digests of a manifest or an index and of all that it lists. What is
@@ -123,13 +157,14 @@ func (p *Pair) manifests(ctx context.Context, desc ocispec.Descriptor, all map[d
 	return nil
 }
 
-// referrers brings those that are kept, unless they are there.
+// referrers brings those that are kept, unless they are there. One that can't be brought is
+// not kept: nobody has to be able to put something beside an image that nobody can read.
 func (f *finish) referrers(ctx context.Context, list []Referrer) error {
 	to, ok := f.pair.target.(keeper)
 	if f.same || !ok {
 		return nil
 	}
-	for _, r := range list {
+	for i, r := range list {
 		if !r.Kept {
 			continue
 		}
@@ -137,8 +172,11 @@ func (f *finish) referrers(ctx context.Context, list []Referrer) error {
 		if err == nil {
 			err = to.Keep(ctx, f.pair, r)
 		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if err != nil {
-			return fmt.Errorf("%s, which is about %s: %w", r.Name, r.Subject, err)
+			list[i].Kept, list[i].Error = false, err.Error()
 		}
 	}
 	return nil
@@ -147,31 +185,6 @@ func (f *finish) referrers(ctx context.Context, list []Referrer) error {
 // Keep pushes a referrer, whose blobs are there.
 func (r registryImage) Keep(ctx context.Context, from content.Provider, ref Referrer) error {
 	return r.PushReferrer(ctx, from, ref.found, ref.Subject)
-}
-
-// Referrers lists the entries of the layout that are about a manifest.
-func (l *layoutImage) Referrers(ctx context.Context, d digest.Digest) ([]registry.Referrer, error) {
-	list, err := l.Layout.Referrers(ctx, d)
-	return entries(list), err
-}
-
-// Referrers lists the entries of the archive that are about a manifest, if it is an OCI
-// one.
-func (a *archived) Referrers(ctx context.Context, d digest.Digest) ([]registry.Referrer, error) {
-	oci, ok := a.readable.(*archive.Layout)
-	if !ok {
-		return nil, nil
-	}
-	list, err := oci.Referrers(ctx, d)
-	return entries(list), err
-}
-
-func entries(list []layout.Referrer) []registry.Referrer {
-	found := make([]registry.Referrer, len(list))
-	for i, r := range list {
-		found[i] = registry.Referrer{Descriptor: r.Descriptor, Type: r.Type, Tag: r.Name}
-	}
-	return found
 }
 
 // Keep adds a referrer, whose blobs are there, to those in the layout.

@@ -141,6 +141,7 @@ func TestBadRegistries(t *testing.T) {
 			n++
 			repository := fmt.Sprintf("bad%d", n)
 			t.Run(kind+": "+name, func(t *testing.T) {
+				t.Parallel()
 				a := a
 				a.t = t
 				front := harness.FrontRegistry(t, address, test.wrap)
@@ -174,9 +175,12 @@ func TestBadRegistries(t *testing.T) {
 			"blobs are not there":   {refuse("GET", "/blobs/", http.StatusNotFound, ""), "not found"},
 		} {
 			t.Run(kind+": reading, "+name, func(t *testing.T) {
+				t.Parallel()
+				a := a
+				a.t = t
 				front := harness.FrontRegistry(t, address, test.wrap)
 				for _, args := range [][]string{{"decrypt"}, {"rewrap", "--from", "team-a", "--to", "team-b"}} {
-					to := "oci:" + dir + "/never:x"
+					to := "oci:" + dir + "/never-" + kind + "-" + name + ":x"
 					harness.ExpectFailure(t, a.images(append(args, "docker://"+front+"/enc:x", to)...), test.want)
 					if err := a.images("layerinfo", to).Run(); err == nil {
 						t.Errorf("%s is there after %s", to, args)

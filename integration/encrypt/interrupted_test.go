@@ -319,3 +319,27 @@ func TestTwoRunsAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// TestKilledCopyIntoContainerdGoesOn kills a copy into containerd, which keeps what arrived,
+// and copies again.
+func TestKilledCopyIntoContainerdGoesOn(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	c := harness.StartCI(t, dir, "team-a", "team-b")
+	unevenImage(t, dir+"/plain")
+	plain := "docker://" + c.Registry + "/app:enc"
+	harness.Output(t, c.CtrPilot("images", "encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", plain))
+	front := harness.FrontRegistry(t, c.Registry, harness.Throttled(slowly))
+	interrupt(t, c.CtrPilot("images", "rewrap", "--from", "team-a", "--to", "team-b", "docker://"+front+"/app:enc", "app:1"), syscall.SIGKILL, func() error {
+		ingests, err := filepath.Glob(c.Dir + "/root/io.containerd.content.v1.content/ingest/*/data")
+		for _, f := range ingests {
+			if info, err := os.Stat(f); err == nil && info.Size() > 1<<20 {
+				return nil
+			}
+		}
+		return fmt.Errorf("ingests: %s %v", ingests, err)
+	})
+	harness.ExpectFailure(t, c.CtrPilot("images", "layerinfo", "app:1"), "not found")
+	harness.Output(t, c.CtrPilot("images", "rewrap", "--from", "team-a", "--to", "team-b", plain, "app:1"))
+	harness.Output(t, c.CtrPilot("images", "decrypt", "app:1", "app:plain"))
+}

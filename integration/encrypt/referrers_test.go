@@ -34,7 +34,7 @@ func TestSignaturesAreKeptOrNamed(t *testing.T) {
 		return []string{"--policy", policy, "copy", "--src-tls-verify=false", "docker://" + name, "dir:" + dir + "/verified"}
 	}
 	harness.Output(t, d.Run("skopeo", verify(registry+"/app:signed")...))
-	want := referrer{plain["digest"].(string), strings.Replace(plain["digest"].(string), ":", "-", 1) + ".sig", "sig", false}
+	want := referrer{Subject: plain["digest"].(string), Name: strings.Replace(plain["digest"].(string), ":", "-", 1) + ".sig", Type: "sig"}
 
 	for _, to := range []string{"docker://" + registry + "/app:enc", "docker://" + distribution + "/app:enc", "oci:" + dir + "/enc:x"} {
 		r := a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "docker://"+registry+"/app:signed", to)
@@ -97,7 +97,7 @@ func TestReferrersFollowWhatTheyAreAbout(t *testing.T) {
 	b, _ := json.Marshal(harness.Object{"schemaVersion": 2, "manifests": append(list.Manifests, artifact)})
 	harness.Write(t, dir+"/enc/index.json", string(b))
 
-	want := referrer{enc.Digest, artifact["digest"].(string), kind, true}
+	want := referrer{Subject: enc.Digest, Name: artifact["digest"].(string), Type: kind, Kept: true}
 	app := "docker://" + w.Address + "/app:"
 	for i, step := range []struct{ from, to string }{{"oci:" + dir + "/enc:x", app + "1"}, {app + "1", app + "2"}, {app + "2", "docker://" + w.Address + "/other:1"}, {"docker://" + w.Address + "/other:1", "oci:" + dir + "/back:x"}} {
 		r := a.rewrap(step.from, step.to)[0]
@@ -115,6 +115,14 @@ func TestReferrersFollowWhatTheyAreAbout(t *testing.T) {
 			t.Errorf("%s: %+v, want %+v", place, r, want)
 		}
 		harness.Output(t, a.images("layerinfo", "--require-encrypted", place))
+	}
+
+	// One that nobody can read does not keep the image from being copied.
+	if err := os.Remove(dir + "/enc/blobs/sha256/" + strings.TrimPrefix(empty["digest"].(string), "sha256:")); err != nil {
+		t.Fatal(err)
+	}
+	if r := a.rewrap("oci:"+dir+"/enc:x", "oci:"+dir+"/third:x")[0]; r.Result != "upToDate" || len(r.Referrers) != 1 || r.Referrers[0].Kept || !strings.Contains(r.Referrers[0].Error, "not found") {
+		t.Errorf("%+v", r)
 	}
 
 	// One platform changes, and the signature of another stays good.

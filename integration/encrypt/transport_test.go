@@ -36,8 +36,8 @@ type cryptResult struct {
 }
 
 type referrer struct {
-	Subject, Name, Type string
-	Kept                bool
+	Subject, Name, Type, Error string
+	Kept                       bool
 }
 
 // newAnywhere starts a broker with KEKs, and a pilot that uses it.
