@@ -60,8 +60,8 @@ func (c *APIServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	switch r.URL.Path {
-	case "/.well-known/openid-configuration":
-		answer = map[string]any{"issuer": c.URL, "jwks_uri": c.URL + "/openid/v1/jwks", "id_token_signing_alg_values_supported": []string{"ES256"}}
+	case "/.well-known/openid-configuration": // the keys are at another address, as with kubeadm
+		answer = map[string]any{"issuer": c.URL, "jwks_uri": "https://192.0.2.1:6443/openid/v1/jwks", "id_token_signing_alg_values_supported": []string{"ES256"}}
 	case "/openid/v1/jwks":
 		answer = jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: c.key.Public(), KeyID: "1", Algorithm: "ES256", Use: "sig"}}}
 	case "/apis/apps/v1/namespaces/pilot-system/daemonsets/pilot":

@@ -73,12 +73,18 @@ func withPath(path string, err error) error {
 	return err
 }
 
-// ReadFile returns the content of a regular file of the machine.
-func (h Host) ReadFile(name string) (b []byte, err error) {
+// ReadFile returns the content of a regular file of the machine, of at most
+// [regular.MaxConfig] bytes.
+func (h Host) ReadFile(name string) ([]byte, error) {
+	return h.ReadFileAtMost(name, regular.MaxConfig)
+}
+
+// ReadFileAtMost is ReadFile with another limit, in bytes.
+func (h Host) ReadFileAtMost(name string, most int) (b []byte, err error) {
 	err = h.InRoot(name, func(root *os.Root, name string) error {
 		f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 		if err == nil {
-			b, err = regular.ReadAll(f, regular.MaxConfig)
+			b, err = regular.ReadAll(f, most)
 		}
 		return err
 	})

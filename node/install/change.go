@@ -58,7 +58,7 @@ func (c Change) make(o Options) error {
 
 // finds returns an error if the file has other content; nil stands for no file.
 func (c Change) finds(o Options, content []byte) error {
-	has, err := o.ReadFile(c.Path)
+	has, err := o.readInstalled(c.Path)
 	if host.IgnoreNotExist(err) != nil {
 		return err
 	}

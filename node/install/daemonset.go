@@ -47,6 +47,15 @@ func Put(ctx context.Context, o Options, path string, content []byte, mode fs.Fi
 	return nil
 }
 
+// maxInstalled is the most that a file of an installation may have, in bytes. The largest
+// are pilot's own programs.
+const maxInstalled = 256 << 20
+
+// readInstalled returns the content of a file that may be one of an installation.
+func (o Options) readInstalled(name string) ([]byte, error) {
+	return o.ReadFileAtMost(name, maxInstalled)
+}
+
 // Intact reports whether all installed files exist, with a drop-in that is not empty.
 func Intact(o Options) bool {
 	s, err := o.readRecord()

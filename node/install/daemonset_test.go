@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/ctrlplane/pilot/node/host"
@@ -24,7 +25,7 @@ func TestPutFilesSurviveAKillAndAreUninstalled(t *testing.T) {
 	expect := func(content string) {
 		t.Helper()
 		if got, err := os.ReadFile(file); err != nil || string(got) != content {
-			t.Errorf("got %q, %v; want %q", got, err, content)
+			t.Errorf("got %.20q, %v; want %.20q", got, err, content)
 		}
 	}
 	put := func(content string, restart ...string) {
@@ -34,7 +35,9 @@ func TestPutFilesSurviveAKillAndAreUninstalled(t *testing.T) {
 		}
 		expect(content)
 	}
-	put("v1", PilotService)
+	// As large as pilot's programs.
+	v1, v2, v3 := program("v1"), program("v2"), program("v3")
+	put(v1, PilotService)
 	if info, err := os.Stat(file); err != nil || info.Mode() != 0o700 {
 		t.Errorf("mode: %v, %v", info.Mode(), err)
 	}
@@ -42,7 +45,7 @@ func TestPutFilesSurviveAKillAndAreUninstalled(t *testing.T) {
 		t.Errorf("pending: %q", p)
 	}
 	os.RemoveAll(filepath.Join(o.Root, pendingDir))
-	put("v1", PilotService)
+	put(v1, PilotService)
 	if p := Pending(o.Host); len(p) > 0 {
 		t.Errorf("nothing has changed, and pending are %q", p)
 	}
@@ -52,11 +55,11 @@ func TestPutFilesSurviveAKillAndAreUninstalled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.note(o, Change{Path: path, Old: []byte("v1"), New: []byte("v2"), Mode: 0o700}, "")
+	s.note(o, Change{Path: path, Old: []byte(v1), New: []byte(v2), Mode: 0o700}, "")
 	if err := o.writeRecord(s); err != nil {
 		t.Fatal(err)
 	}
-	put("v3")
+	put(v3)
 	if _, err := Uninstall(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
@@ -78,6 +81,10 @@ func TestPutFilesSurviveAKillAndAreUninstalled(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	expect("theirs")
+}
+
+func program(version string) string {
+	return version + strings.Repeat(" ", 40<<20)
 }
 
 func putFile(o Options, path, content string) error {

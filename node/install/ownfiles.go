@@ -25,7 +25,7 @@ func (p *Plan) own(before record, path string, text []byte, keep func([]byte) er
 }
 
 func (p *Plan) ownMode(before record, path string, text []byte, mode fs.FileMode, keep func([]byte) error) error {
-	old, err := p.options.ReadFile(path)
+	old, err := p.options.readInstalled(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		p.Changes = append(p.Changes, Change{Path: path, New: text, Mode: mode})
 		return nil

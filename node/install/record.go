@@ -155,7 +155,7 @@ func (s *record) undo(o Options, f installed) error {
 		}
 		return o.RemoveLink(f.Path)
 	}
-	has, err := o.ReadFile(f.Path)
+	has, err := o.readInstalled(f.Path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // it was removed
 	}
