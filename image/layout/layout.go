@@ -47,7 +47,7 @@ type Layout struct {
 // The caller closes it.
 func Open(dir string) (*Layout, error) {
 	l := New(dir)
-	_, err := l.open(context.Background(), false)
+	_, err := l.open(false)
 	return l, err
 }
 
@@ -57,7 +57,7 @@ func New(dir string) *Layout { return &Layout{name: dir} }
 
 // open returns the directory. If it is not there or empty, it is made a layout if that is
 // wanted, and otherwise the error wraps [errdefs.ErrNotFound].
-func (l *Layout) open(ctx context.Context, create bool) (*os.Root, error) {
+func (l *Layout) open(create bool) (*os.Root, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.root != nil {
@@ -76,7 +76,7 @@ func (l *Layout) open(ctx context.Context, create bool) (*os.Root, error) {
 		return nil, err
 	}
 	if create {
-		err = prepare(ctx, root)
+		err = prepare(root)
 	} else {
 		err = check(root)
 	}
@@ -88,8 +88,8 @@ func (l *Layout) open(ctx context.Context, create bool) (*os.Root, error) {
 }
 
 // writable returns the directory to write to.
-func (l *Layout) writable(ctx context.Context) (*os.Root, error) {
-	root, err := l.open(ctx, true)
+func (l *Layout) writable() (*os.Root, error) {
+	root, err := l.open(true)
 	if err != nil {
 		return nil, err
 	}
@@ -100,22 +100,17 @@ func (l *Layout) writable(ctx context.Context) (*os.Root, error) {
 	return root, root.MkdirAll(blobsDir, 0o777)
 }
 
-// prepare makes a directory a layout, if it is empty.
-func prepare(ctx context.Context, root *os.Root) error {
-	unlock, err := lock(ctx, root)
-	if err != nil {
-		return fmt.Errorf("lock: %w", err)
-	}
-	defer unlock()
+// prepare makes a directory a layout, if it is empty. Others may be making the same one.
+func prepare(root *os.Root) error {
 	if err := check(root); !errdefs.IsNotFound(err) {
 		return err
 	}
 	// The file that makes it a layout comes first, so that a run that is killed here does
 	// not leave a directory that the next one refuses.
-	if err := write(root, ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}); err != nil {
+	if err := add(root, ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}); err != nil {
 		return err
 	}
-	return write(root, ocispec.ImageIndexFile, ocispec.Index{
+	return add(root, ocispec.ImageIndexFile, ocispec.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{},
 	})
 }
@@ -202,29 +197,42 @@ func openFile(root *os.Root, name string) (*os.File, int64, error) {
 	return f, info.Size(), nil
 }
 
-// write writes a small file as a whole.
-func write(root *os.Root, name string, v any) error {
+// add writes a small file as a whole, unless there is one of that name.
+func add(root *os.Root, name string, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return writeBytes(root, name, b)
-}
-
-func writeBytes(root *os.Root, name string, b []byte) error {
-	f, err := partfile.Create(root, ".")
+	f, err := writePart(root, b)
 	if err != nil {
 		return err
 	}
-	if _, err := f.Write(b); err != nil {
-		return errors.Join(err, f.Discard())
+	return f.CommitNew(name)
+}
+
+// replace writes a small file as a whole.
+func replace(root *os.Root, name string, b []byte) error {
+	f, err := writePart(root, b)
+	if err != nil {
+		return err
 	}
 	return f.Commit(name)
 }
 
+func writePart(root *os.Root, b []byte) (*partfile.File, error) {
+	f, err := partfile.Create(root, ".")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.Write(b); err != nil {
+		return nil, errors.Join(err, f.Discard())
+	}
+	return f, nil
+}
+
 // index returns the content of index.json, or nil if there is none.
-func (l *Layout) index(ctx context.Context) ([]byte, error) {
-	root, err := l.open(ctx, false)
+func (l *Layout) index() ([]byte, error) {
+	root, err := l.open(false)
 	if err != nil {
 		return nil, err
 	}
@@ -241,8 +249,8 @@ func (l *Layout) index(ctx context.Context) ([]byte, error) {
 // Resolve returns the image of that name, which is the value of an annotation in
 // index.json, or the only one if the name is empty. The error wraps
 // [errdefs.ErrNotFound] if there is none.
-func (l *Layout) Resolve(ctx context.Context, name string) (ocispec.Descriptor, error) {
-	b, err := l.index(ctx)
+func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, error) {
+	b, err := l.index()
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -257,8 +265,8 @@ func (l *Layout) Resolve(ctx context.Context, name string) (ocispec.Descriptor, 
 }
 
 // Names returns the names of the images, or none if there is no layout yet.
-func (l *Layout) Names(ctx context.Context) ([]string, error) {
-	b, err := l.index(ctx)
+func (l *Layout) Names(context.Context) ([]string, error) {
+	b, err := l.index()
 	if errdefs.IsNotFound(err) || err == nil && b == nil {
 		return nil, nil
 	}
@@ -276,7 +284,7 @@ func (l *Layout) Names(ctx context.Context) ([]string, error) {
 // something else than before, or, if that is empty, for anything. An empty name is that of
 // the only image then, if before is not empty.
 func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, before *digest.Digest) error {
-	root, err := l.writable(ctx)
+	root, err := l.writable()
 	if err != nil {
 		return err
 	}
@@ -285,7 +293,7 @@ func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, 
 		return fmt.Errorf("lock %s: %w", l.name, err)
 	}
 	defer unlock()
-	had, err := l.index(ctx)
+	had, err := l.index()
 	if err != nil {
 		return err
 	}
@@ -302,7 +310,7 @@ func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, 
 	if err != nil {
 		return fmt.Errorf("%s: %w", l.name, err)
 	}
-	return writeBytes(root, ocispec.ImageIndexFile, after)
+	return replace(root, ocispec.ImageIndexFile, after)
 }
 
 // BlobPath returns the name of a blob's file in a layout, with slashes.
@@ -314,12 +322,12 @@ func BlobPath(d digest.Digest) (string, error) {
 }
 
 // Info returns the size of a blob, or [errdefs.ErrNotFound].
-func (l *Layout) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
+func (l *Layout) Info(_ context.Context, d digest.Digest) (content.Info, error) {
 	name, err := BlobPath(d)
 	if err != nil {
 		return content.Info{}, err
 	}
-	root, err := l.open(ctx, false)
+	root, err := l.open(false)
 	if err != nil {
 		return content.Info{}, err
 	}
@@ -339,12 +347,12 @@ func (l *Layout) absent(d digest.Digest) error {
 
 // ReaderAt returns a reader of a blob, which has to be read in order, and is checked
 // against its digest before its last byte is given out.
-func (l *Layout) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+func (l *Layout) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	name, err := BlobPath(desc.Digest)
 	if err != nil {
 		return nil, err
 	}
-	root, err := l.open(ctx, false)
+	root, err := l.open(false)
 	if err != nil {
 		return nil, err
 	}

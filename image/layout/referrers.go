@@ -36,7 +36,7 @@ type Referrer struct {
 
 // Referrers lists the entries that are about a manifest.
 func (l *Layout) Referrers(ctx context.Context) ([]Referrer, error) {
-	b, err := l.index(ctx)
+	b, err := l.index()
 	if err != nil || b == nil {
 		return nil, err
 	}

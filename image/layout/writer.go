@@ -15,14 +15,14 @@ import (
 )
 
 // Writer returns a writer of a new blob.
-func (l *Layout) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+func (l *Layout) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
 	var o content.WriterOpts
 	for _, opt := range opts {
 		if err := opt(&o); err != nil {
 			return nil, err
 		}
 	}
-	root, err := l.writable(ctx)
+	root, err := l.writable()
 	if err != nil {
 		return nil, err
 	}

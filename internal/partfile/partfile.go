@@ -72,6 +72,21 @@ func (f *File) Commit(name string) error {
 	return nil
 }
 
+// CommitNew does as Commit, unless there is a file of that name, which stays.
+func (f *File) CommitNew(name string) error {
+	err := f.Sync()
+	if err == nil {
+		err = f.root.Link(f.name, name)
+	}
+	switch {
+	case err == nil, errors.Is(err, fs.ErrExist):
+		return f.Discard()
+	case errors.Is(err, errors.ErrUnsupported), errors.Is(err, fs.ErrPermission): // a file system without links
+		return f.Commit(name)
+	}
+	return errors.Join(err, f.Discard())
+}
+
 // Discard closes and removes the file.
 func (f *File) Discard() error {
 	// Removed before it is closed, so that no other process finds it without a lock,

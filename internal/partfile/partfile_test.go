@@ -130,3 +130,34 @@ func TestCreateWhileOthersClean(t *testing.T) {
 		t.Errorf("left: %s", left)
 	}
 }
+
+// TestCommitNewLeavesTheFirst gives several files the same name at once.
+func TestCommitNewLeavesTheFirst(t *testing.T) {
+	dir := t.TempDir()
+	root := open(t, dir)
+	os.WriteFile(dir+"/there", []byte("first"), 0o600)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for _, name := range []string{"there", "new"} {
+				f, err := Create(root, ".")
+				if err == nil {
+					f.WriteString("later")
+					err = f.CommitNew(name)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	for name, want := range map[string]string{"there": "first", "new": "later"} {
+		if b, err := os.ReadFile(dir + "/" + name); err != nil || string(b) != want {
+			t.Errorf("%s is %q: %v", name, b, err)
+		}
+	}
+	if left := names(t, dir); left != "" {
+		t.Errorf("left: %s", left)
+	}
+}
