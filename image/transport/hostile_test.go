@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -166,6 +167,37 @@ func TestRedirectsCarryNoSecrets(t *testing.T) {
 	for _, method := range []string{"GET", "HEAD", "POST", "PUT"} {
 		if !redirected[method] {
 			t.Errorf("no %s was redirected", method)
+		}
+	}
+}
+
+// TestMissingManifestsAreErrorsUnlessAccepted brings an index of which a manifest is missing
+// to another place.
+func TestMissingManifestsAreErrorsUnlessAccepted(t *testing.T) {
+	dir, manifest, _ := oneLayer(t, 5000)
+	missing := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("missing"), Size: 7}
+	doc, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{missing, manifest}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := put(t, target(t, "oci:"+dir+":app", nil), ocispec.MediaTypeImageIndex, doc)
+	finish := func(result image.Result) error {
+		result.Target = index
+		_, err := NewPair(source(t, "oci:"+dir+":app", nil), target(t, "oci:"+dir+"/../to:x", nil)).Finish(t.Context(), result, nil, nil)
+		return err
+	}
+	if err := finish(image.Result{}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), missing.Digest.String()) {
+		t.Errorf("nobody accepted it: %v", err)
+	}
+	if _, err := target(t, "oci:"+dir+"/../to:x", nil).Resolve(t.Context()); !errdefs.IsNotFound(err) {
+		t.Errorf("the name is given: %v", err)
+	}
+	for what, result := range map[string]image.Result{
+		"skipped": {Skipped: []ocispec.Descriptor{missing}},
+		"kept":    {Plain: []image.Plain{{Digest: missing.Digest, Reason: image.ReasonAbsent}}},
+	} {
+		if err := finish(result); err != nil {
+			t.Errorf("%s: %v", what, err)
 		}
 	}
 }
