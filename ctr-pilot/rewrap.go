@@ -42,7 +42,7 @@ that fails does not stop the others.
 The name stands for the image before or for the new one, and for nothing in between.
 In a registry or a directory only manifests change. A new name may be elsewhere: layers
 are copied there as they are, or mounted from another repository of the registry. An
-archive is written anew.
+archive is written anew. An image named by its digest takes a new name.
 
 Signatures and the like that the registry or the directory has about the image are named.
 Those about manifests that do not change are kept; the others do not sign the new image.

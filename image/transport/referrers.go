@@ -71,11 +71,34 @@ func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, 
 	if restored {
 		maps.Copy(all, is)
 	}
+	seen := maps.Clone(all)
 	_, keeps := p.target.(keeper)
 	keeps = keeps || p.target.Holds(p.Source)
 
-	var mu sync.Mutex
 	var list []Referrer
+	var err error
+	// What is about a referrer, such as the signature of an SBOM, goes where that goes.
+	for depth := 0; len(all) > 0 && depth < maxDepth && err == nil; depth++ {
+		var found []Referrer
+		found, err = referrersOf(ctx, all, referrers)
+		all = map[digest.Digest]bool{}
+		for _, r := range found {
+			r.Kept = keeps && is[r.Subject]
+			list = append(list, r)
+			if d := r.found.Digest; !seen[d] {
+				seen[d], all[d], is[d] = true, true, is[r.Subject]
+			}
+		}
+	}
+	slices.SortFunc(list, func(a, b Referrer) int {
+		return strings.Compare(string(a.Subject)+a.Name, string(b.Subject)+b.Name)
+	})
+	return list, err
+}
+
+// referrersOf lists what is about each of these manifests.
+func referrersOf(ctx context.Context, all map[digest.Digest]bool, referrers func(context.Context, digest.Digest) ([]registry.Referrer, error)) (list []Referrer, err error) {
+	var mu sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxSubjects)
 	for d := range all {
@@ -88,15 +111,12 @@ func (p *Pair) Referrers(ctx context.Context, before, after ocispec.Descriptor, 
 				if name == "" {
 					name = f.Digest.String()
 				}
-				list = append(list, Referrer{Subject: d, Name: name, Type: f.Type, Kept: keeps && is[d], found: f})
+				list = append(list, Referrer{Subject: d, Name: name, Type: f.Type, found: f})
 			}
 			return err
 		})
 	}
-	err := g.Wait()
-	slices.SortFunc(list, func(a, b Referrer) int {
-		return strings.Compare(string(a.Subject)+a.Name, string(b.Subject)+b.Name)
-	})
+	err = g.Wait()
 	return list, err
 }
 

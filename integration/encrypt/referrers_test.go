@@ -117,6 +117,23 @@ func TestReferrersFollowWhatTheyAreAbout(t *testing.T) {
 		harness.Output(t, a.images("layerinfo", "--require-encrypted", place))
 	}
 
+	// What is about the signature goes with it.
+	about := signature.JSON(manifest, harness.Object{
+		"schemaVersion": 2, "mediaType": manifest, "artifactType": "application/example.timestamp", "config": empty, "layers": []harness.Object{empty},
+		"subject": harness.Object{"mediaType": manifest, "digest": artifact["digest"], "size": artifact["size"]},
+	})
+	hex := strings.TrimPrefix(about["digest"].(string), "sha256:")
+	harness.Write(t, dir+"/enc/blobs/sha256/"+hex, string(signature.Files["blobs/sha256/"+hex]))
+	b, _ = json.Marshal(harness.Object{"schemaVersion": 2, "manifests": append(list.Manifests, about, artifact)})
+	harness.Write(t, dir+"/enc/index.json", string(b))
+	for _, step := range [][2]string{{"oci:" + dir + "/enc:x", "docker://" + w.Address + "/both:1"}, {"docker://" + w.Address + "/both:1", "oci:" + dir + "/both:x"}} {
+		r := a.rewrap(step[0], step[1])[0]
+		if len(r.Referrers) != 2 || !r.Referrers[0].Kept || !r.Referrers[1].Kept || r.Referrers[0].Subject == r.Referrers[1].Subject {
+			t.Errorf("%s: %+v", step, r)
+		}
+	}
+	harness.Write(t, dir+"/enc/index.json", strings.Replace(string(b), about["digest"].(string), "sha256:"+strings.Repeat("0", 64), 1))
+
 	// One that nobody can read does not keep the image from being copied.
 	if err := os.Remove(dir + "/enc/blobs/sha256/" + strings.TrimPrefix(empty["digest"].(string), "sha256:")); err != nil {
 		t.Fatal(err)
