@@ -156,7 +156,7 @@ test-node:
 ROUNDS_LONG ?= 300
 test-long: tools
 	PILOT_ROUNDS=$(ROUNDS_LONG) PILOT_PULLS=64 PILOT_NODES=100,300,1000,3000,10000 \
-		go test -buildvcs=false -count=1 -timeout 2h -run '^(TestKilledAtRandom|TestPullsAtOnce|TestPowerCut)$$' -v ./integration/faults ./integration/load
+		go test -buildvcs=false -count=1 -timeout 2h -run '^(TestKilledAtRandomLeavesWholeImages|TestManyPullsAtOnce|TestAllNodesReconnectAtOnce)$$' -v ./integration/faults ./integration/load
 
 SOAK ?= 1h
 soak: tools

@@ -65,7 +65,7 @@ func readPassword(cmd *cli.Command) error {
 	}
 	user := cmd.String("user")
 	if user == "" || strings.Contains(user, ":") {
-		return exit.Usagef("--password-stdin takes --user NAME, without a password")
+		return exit.Usagef("--password-stdin needs --user NAME, without a password")
 	}
 	b, err := io.ReadAll(io.LimitReader(os.Stdin, maxPassword+1))
 	if err != nil {

@@ -54,9 +54,9 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 func warnKept(from, to transport.Name, desc ocispec.Descriptor) {
 	switch {
 	case from == to && to.Transport == transport.Registry:
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the image before, as %s, until the registry deletes it\n", desc.Digest)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, as %s, until the registry deletes it\n", desc.Digest)
 	case from.Transport == transport.OCI && to.Transport == transport.OCI && sameFile(from.Path, to.Path):
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the image before, whose blobs are still in %s: encrypt into another directory to publish it\n", to.Path)
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, whose blobs are still in %s: encrypt into another directory to publish it\n", to.Path)
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 var decryptCommand = &cli.Command{
 	Name:      "decrypt",
 	Usage:     "decrypt an image",
-	ArgsUsage: "[flags] <image> [<new name>]",
+	ArgsUsage: "<image> [<new name>]",
 	Description: `Decrypts the layers of an image with the keys given, gpg's keyring, and key
 providers, and gives the result the new name, or the image's own. An image that
 was encrypted with ctr-pilot becomes what it was, byte for byte. Another image of the

@@ -17,7 +17,7 @@ import (
 var encryptCommand = &cli.Command{
 	Name:      "encrypt",
 	Usage:     "encrypt an image",
-	ArgsUsage: "[flags] <image> [<new name>]",
+	ArgsUsage: "<image> [<new name>]",
 	Description: `Encrypts the layers of an image for recipients, and gives the result the new
 name, or the image's own. Another image of that name is replaced only with --force,
 and a name by digest, NAME@sha256:…, never is. A layer that is encrypted already is

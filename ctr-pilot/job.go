@@ -82,9 +82,9 @@ func (j *job) check(ctx context.Context, force bool) error {
 	case err == nil && j.to != j.from && !force && j.to.Transport == transport.Containerd:
 		return &takenError{j.to, fmt.Sprintf("image %s already exists: remove it first, or replace it with --force", j.to.Image)}
 	case err == nil && j.to != j.from && !force:
-		return &takenError{j.to, fmt.Sprintf("%s is there already: remove it first, or replace it with --force", j.to)}
+		return &takenError{j.to, fmt.Sprintf("%s already exists: remove it first, or replace it with --force", j.to)}
 	case errdefs.IsAlreadyExists(err) && !force:
-		return fmt.Errorf("%s is there already, and its file would be replaced with all that it holds: give another one, or replace it with --force", j.to)
+		return fmt.Errorf("%s already exists, and its file would be replaced with all that it holds: give another one, or replace it with --force", j.to)
 	case err != nil && !errdefs.IsAlreadyExists(err) && !errdefs.IsNotFound(err):
 		return fmt.Errorf("%s: %w", j.to, err)
 	}
@@ -158,6 +158,6 @@ func (f finished) printReferrers() {
 		case r.Error != "":
 			why = ", and could not be copied: " + r.Error
 		}
-		fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %s\n", what, shownText(fmt.Sprintf("%s (%s), which is about %s%s", r.Name, r.Type, r.Subject, why)))
+		fmt.Fprintf(os.Stderr, "ctr-pilot: %s: %s\n", what, shownText(fmt.Sprintf("%s (%s), which refers to %s%s", r.Name, r.Type, r.Subject, why)))
 	}
 }

@@ -23,7 +23,7 @@ import (
 var layerinfoCommand = &cli.Command{
 	Name:      "layerinfo",
 	Usage:     "show how an image's layers are encrypted, and for whom",
-	ArgsUsage: "[flags] <image>",
+	ArgsUsage: "<image>",
 	Description: `Lists the layers of an image, of whatever media type, with the ways in which their
 keys are wrapped, and for whom, as far as that can be seen without a key. Standard error
 shows whether all of them are encrypted, and names what is not or can't be seen here.

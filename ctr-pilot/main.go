@@ -59,8 +59,9 @@ func newApp() *cli.Command {
 Key providers are found in the file that OCICRYPT_KEYPROVIDER_CONFIG names, or
 in ` + defaultKeyProviders + `.
 
-` + exit.Help + ` "run", "tasks exec" and the like exit with the status of
-what ran in the container.`
+` + exit.Help + `
+
+"run", "tasks exec" and the like exit with the status of what ran in the container.`
 	images := subcommand(a, "images")
 	wrapPull(subcommand(images, "pull"))
 	wrapImport(subcommand(images, "import"))

@@ -85,7 +85,7 @@ func registryTLS(cmd *cli.Command) (*tls.Config, error) {
 		}
 	}
 	if (cert == "") != (key == "") {
-		return nil, exit.Usagef("--tlscert and --tlskey need each other")
+		return nil, exit.Usagef("--tlscert and --tlskey must be used together")
 	}
 	if cert != "" {
 		pair, err := certfile.KeyPair(cert, key)

@@ -23,7 +23,7 @@ import (
 var rewrapCommand = &cli.Command{
 	Name:      "rewrap",
 	Usage:     "wrap an image's layer keys for other KEKs or recipients, without its layers",
-	ArgsUsage: "[flags] <image> [<new name>] | <image or pattern> ...",
+	ArgsUsage: "<image> [<new name>] | <image or pattern> ...",
 	Description: `Unwraps the layer keys of an encrypted image and wraps them again. Only the image's
 annotations change, so no layer is read and it does not matter how large they are.
 The image's digest changes, so it has to be signed again.
@@ -98,7 +98,7 @@ type rewrapper struct {
 func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	r := &rewrapper{cmd: cmd, how: image.Rewrapping{From: cmd.String("from"), To: cmd.String("to"), DryRun: cmd.Bool("dry-run")}}
 	if (r.how.From == "") != (r.how.To == "") {
-		return nil, exit.Usagef("--from and --to need each other")
+		return nil, exit.Usagef("--from and --to must be used together")
 	}
 	if cmd.Duration("image-timeout") <= 0 {
 		return nil, exit.Usagef("--image-timeout takes a time of more than 0, as in 5m")
@@ -268,7 +268,7 @@ func (r *rewrapper) one(ctx context.Context, p *places, name, newName string) (_
 	j, err := p.open(ctx, from, to, false)
 	if taken := (*takenError)(nil); errors.As(err, &taken) {
 		// It may have been meant as the second of two images.
-		err = fmt.Errorf("there is an image %s already: remove it first, or use --file or a pattern to rewrap both", newName)
+		err = fmt.Errorf("image %s already exists: remove it first, or use --file or a pattern to rewrap both", newName)
 	}
 	if err != nil {
 		return rewrapped{}, err

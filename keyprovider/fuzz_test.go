@@ -61,7 +61,7 @@ func FuzzExec(f *testing.F) {
 		}
 		for _, form := range []string{kek, base64.StdEncoding.EncodeToString([]byte(kek))} {
 			if strings.Contains(said, form) && !bytes.Contains(b, []byte(form)) {
-				t.Errorf("it tells the KEK: %s", said)
+				t.Errorf("the answer has the KEK: %s", said)
 			}
 		}
 		if err == nil && out.Len() == 0 {

@@ -40,13 +40,13 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			Name: "pilot_key_request_seconds", Help: "How long requests to wrap or unwrap a layer key took.", Buckets: buckets,
 		}, []string{"operation"}),
 		broker: with.NewCounterVec(prometheus.CounterOpts{
-			Name: "pilot_broker_requests_total", Help: "What the brokers were asked for, by result: a KEK (kek), or to wrap or unwrap a layer key. Tries at several brokers are one.",
+			Name: "pilot_broker_requests_total", Help: "Requests to the brokers, by result: for a KEK (kek), or to wrap or unwrap a layer key. Tries at several brokers count once.",
 		}, []string{"operation", "result"}),
 		brokerSeconds: with.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "pilot_broker_request_seconds", Help: "How long it took until a broker answered, or all had failed.", Buckets: buckets,
+			Name: "pilot_broker_request_seconds", Help: "Time until a broker answered, or all had failed.", Buckets: buckets,
 		}, []string{"operation"}),
 		lookups: with.NewCounterVec(prometheus.CounterOpts{
-			Name: "pilot_kek_lookups_total", Help: "KEKs that were needed, by where they came from: memory (hit), memory past kek-cache-ttl since no broker answered (stale), the broker (miss), or not at all, since the broker said lately that it does not give it out (not-exported) or said just now why it can't be had (refused).",
+			Name: "pilot_kek_lookups_total", Help: "KEKs looked up, by source: memory (hit), memory past kek-cache-ttl because no broker answered (stale), the broker (miss), or none because the broker recently said that it does not export the KEK (not-exported) or why it refuses it (refused).",
 		}, []string{"outcome"}),
 	}
 	for _, outcome := range []string{outcomeHit, outcomeStale, outcomeMiss, outcomeNotExported, outcomeRefused} {

@@ -168,7 +168,7 @@ func TestCodesOfBadBroker(t *testing.T) {
 		{"fails", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, codes.Unavailable, "500"},
 		{"is overloaded", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, codes.Unavailable, "broker gives no usable answer"},
 		{"talks nonsense", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>SECRET") }, codes.Unavailable, "text/html"},
-		{"has no key in it", func(w http.ResponseWriter, _ *http.Request) { reply(w, map[string]any{"id": "a", "version": 1}) }, codes.Unavailable, "no AES key"},
+		{"has no key in it", func(w http.ResponseWriter, _ *http.Request) { reply(w, map[string]any{"id": "a", "version": 1}) }, codes.Unavailable, "not an AES key"},
 		{"hangs", hang, codes.Unavailable, "broker gives no usable answer"},
 		{"hangs halfway", func(w http.ResponseWriter, r *http.Request) {
 			w.Write([]byte("{"))

@@ -66,7 +66,9 @@ func (d *decryption) verified() bool {
 	return d.layer != nil && d.layer.Verified()
 }
 
-// end ends the decryption, if it has begun.
+// end ends the decryption, if it has begun, and a Read that goes on with an error. It
+// takes no lock, which that Read holds: layer changes only in the goroutine of Apply,
+// which is also the only one that calls end.
 func (d *decryption) end() {
 	if d.layer != nil {
 		d.layer.Close()

@@ -35,10 +35,10 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	with := promauto.With(r)
 	m := &metrics{
 		underWay: with.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "pilot_layers_in_progress", Help: "Layers that are being unpacked, or wait for it.",
+			Name: "pilot_layers_in_progress", Help: "Layers being unpacked, or waiting to be.",
 		}, []string{"encrypted"}),
 		layers: with.NewCounterVec(prometheus.CounterOpts{
-			Name: "pilot_layers_total", Help: "Layers that were to be unpacked, by result: a status code of gRPC. DataLoss is a layer that was changed, FailedPrecondition one without a usable key.",
+			Name: "pilot_layers_total", Help: "Layers unpacked, by result, as a gRPC status code: DataLoss if the layer was changed, FailedPrecondition if there is no usable key.",
 		}, []string{"encrypted", "result"}),
 		bytes: with.NewCounterVec(prometheus.CounterOpts{
 			Name: "pilot_layer_bytes_total", Help: "Bytes of the layers that were unpacked, as they are in the registry.",

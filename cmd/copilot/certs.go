@@ -22,6 +22,11 @@ import (
 var certsCommand = &cli.Command{
 	Name:  "certs",
 	Usage: "list and renew the certificates that this CA issues",
+	Description: `Manages the CA of "copilot init" and what it has issued. "copilot enroll" issues
+new certificates.
+
+Example:
+   copilot certs list`,
 	Commands: []*cli.Command{
 		{
 			Name:      "list",

@@ -37,7 +37,13 @@ Example:
    copilot keys create team-a`,
 	Commands: []*cli.Command{
 		{
-			Name: "create", Usage: "create a KEK with a random key", ArgsUsage: "ID", Flags: keysFlags(),
+			Name: "create", Usage: "create a KEK with a random key", ArgsUsage: "ID",
+			Description: `The KEK has 32 bytes, and version 1. An ID is up to 128 letters, digits, dots,
+dashes, underscores and slashes.
+
+Example:
+   copilot keys create team-a`,
+			Flags: keysFlags(),
 			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
 				return done(keys.Create(ctx, id, nil))(c, "created")
 			}),
@@ -90,7 +96,7 @@ Example:
 			}),
 		},
 		{
-			Name: "enable", Usage: "undo disable, or destroy before its time has come", ArgsUsage: "ID",
+			Name: "enable", Usage: "undo disable, or destroy while its waiting time lasts", ArgsUsage: "ID",
 			Description: `Example:
    copilot keys enable team-a`,
 			Flags: keysFlags(versionFlag()),
@@ -138,7 +144,13 @@ Example:
 			}),
 		},
 		{
-			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID", Flags: keysFlags(),
+			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID",
+			Description: `Shows when each version was created, its state, and an upper bound of the keys that
+it has wrapped, and for whom the KEK was revoked. The key is never shown.
+
+Example:
+   copilot keys show team-a`,
+			Flags: keysFlags(),
 			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
 				info, err := keys.Get(ctx, id)
 				if err != nil {
@@ -152,7 +164,12 @@ Example:
 		},
 		checkKEKCommand,
 		{
-			Name: "list", Usage: "list the KEKs", Flags: keysFlags(),
+			Name: "list", Usage: "list the KEKs",
+			Description: `Lists the KEKs that the caller may do anything with: on the broker's machine, all.
+
+Example:
+   copilot keys list`,
+			Flags: keysFlags(),
 			Action: func(ctx context.Context, c *cli.Command) error {
 				if err := noArguments(c); err != nil {
 					return err

@@ -57,6 +57,9 @@ type configuration struct {
 	LogLevel         logrus.Level       `toml:"log-level" usage:"debug, info, warning or error"`
 }
 
+// brokerSettings are those of the connection to the broker.
+var brokerSettings = []string{"broker", "broker-ca", "broker-cert", "broker-key", "broker-token-file", "broker-timeout"}
+
 // defaults returns the configuration where nothing is set.
 func defaults() configuration {
 	return configuration{
@@ -75,15 +78,16 @@ func defaults() configuration {
 	}
 }
 
-// configFlags returns the flags that loadConfiguration reads.
-func configFlags() []cli.Flag {
+// configFlags returns the flags that loadConfiguration reads. If some settings are
+// shown, the command does not use the others: it takes them, and its help leaves them out.
+func configFlags(shown ...string) []cli.Flag {
 	flags := []cli.Flag{
-		&cli.StringFlag{Name: "config", Usage: "`FILE` with the settings below (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
-		&cli.BoolFlag{Name: "original-defaults", Usage: "work as the original pilot: on 127.0.0.1:50051, with its variables and defaults"},
+		&cli.StringFlag{Name: "config", Usage: "`FILE` with pilot's settings (default: " + defaultConfigFile + " if it exists)", Sources: cli.EnvVars("PILOT_CONFIG")},
+		&cli.BoolFlag{Name: "original-defaults", Usage: "behave like the original pilot: listen on 127.0.0.1:50051, with its variables and defaults"},
 	}
 	conf := defaults()
 	for _, s := range settings {
-		flags = append(flags, s.flag(&conf))
+		flags = append(flags, s.flag(&conf, len(shown) > 0 && !slices.Contains(shown, s.name)))
 	}
 	return flags
 }

@@ -40,7 +40,8 @@ configuration or an argument can't be used.
 
 Example:
    pilot node doctor --kek team-a`,
-	Flags: slices.Concat(configFlags(), containerdFlags(), []cli.Flag{
+	Flags: slices.Concat(configFlags(append(brokerSettings,
+		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "containerd", "decryption-keys-path")...), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
 		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},

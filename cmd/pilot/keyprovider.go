@@ -27,7 +27,7 @@ writes the answer to standard output. It asks the broker itself, or with
 Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
    {"key-providers": {"pilot": {"cmd": {"path": "/usr/local/bin/pilot",
       "args": ["keyprovider", "--broker", "unix:///run/copilot/copilot.sock"]}}}}`,
-	Flags: append(configFlags(),
+	Flags: append(configFlags(append(brokerSettings, "provider-name", "annotation-format", "default-keks", "log-level")...),
 		&cli.StringFlag{Name: "daemon", Usage: "unix socket of a running pilot serve to go through, as unix:///`PATH`"}),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		if c.NArg() > 0 {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -15,4 +16,15 @@ func TestMain(m *testing.M) {
 
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{Dir: "testdata/script", Cmds: exittest.Commands()})
+}
+
+// TestEachCommandShowsAnExample looks at the help of each command that people run.
+func TestEachCommandShowsAnExample(t *testing.T) {
+	for _, c := range newApp().Commands {
+		for _, c := range append(c.Commands, c) {
+			if c.Name != "version" && c.Name != "completion" && len(c.Commands) == 0 && !strings.Contains(c.Description, "Example") {
+				t.Errorf("%s shows no example", c.Name)
+			}
+		}
+	}
 }

@@ -30,7 +30,7 @@ func originalDefaults(conf *configuration, getenv func(string) string) error {
 	timeout := variable("KEYREQUEST_CACHE_TIMEOUT", "10")
 	n, err := strconv.ParseInt(timeout, 10, 32)
 	if err != nil || n < 0 {
-		return fmt.Errorf("KEYREQUEST_CACHE_TIMEOUT: %q is not a number from 0", timeout)
+		return fmt.Errorf("KEYREQUEST_CACHE_TIMEOUT: %q is not a number of 0 or more", timeout)
 	}
 	units := variable("KEYREQUEST_CACHE_UNITS", "SECONDS")
 	unit, ok := javaTimeUnits[units]

@@ -30,7 +30,7 @@ pilot serve does this by itself when a third of the certificate's lifetime is le
 
 Example:
    pilot node renew`,
-	Flags:  configFlags(),
+	Flags:  configFlags(brokerSettings...),
 	Action: renew,
 }
 

@@ -35,11 +35,11 @@ func (s setting) env() string {
 	return "PILOT_" + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))
 }
 
-func (s setting) flag(conf *configuration) cli.Flag {
+func (s setting) flag(conf *configuration, hidden bool) cli.Flag {
 	if _, ok := s.pointer(conf).(*bool); ok {
-		return &cli.BoolFlag{Name: s.name, Usage: s.usage, Sources: cli.EnvVars(s.env())}
+		return &cli.BoolFlag{Name: s.name, Usage: s.usage, Sources: cli.EnvVars(s.env()), Hidden: hidden}
 	}
-	return &cli.StringFlag{Name: s.name, Usage: s.usage, Sources: cli.EnvVars(s.env()), DefaultText: s.text(conf)}
+	return &cli.StringFlag{Name: s.name, Usage: s.usage, Sources: cli.EnvVars(s.env()), DefaultText: s.text(conf), Hidden: hidden}
 }
 
 // unsetEmptyVariables unsets variables that are empty, which in a unit or a manifest
@@ -90,7 +90,7 @@ func (s setting) set(conf *configuration, text string) error {
 	case *int:
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 0 {
-			return fmt.Errorf("%q is not a number from 0", text)
+			return fmt.Errorf("%q is not a number of 0 or more", text)
 		}
 		*p = n
 	case *time.Duration:

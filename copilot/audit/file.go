@@ -70,7 +70,7 @@ func (s *file) reopen() error {
 	if s.f != nil && isRegular(s.f) && !isRegular(f) {
 		// Where lines would go that nobody finds again, or that nobody reads.
 		f.Close()
-		return fmt.Errorf("audit log: a device or a pipe was put in the place of %s: move it away, and if somebody could, see who can write to its directory", s.name)
+		return fmt.Errorf("audit log: %s was replaced by a device or a pipe: move it away, and check who can write to its directory", s.name)
 	}
 	// A pipe or a device can't be locked.
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {

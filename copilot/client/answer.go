@@ -121,9 +121,9 @@ func stranger(resp *http.Response, want string) string {
 	s += " is not from copilot: "
 	switch location, err := url.Parse(resp.Header.Get("Location")); {
 	case resp.StatusCode == http.StatusProxyAuthRequired, resp.StatusCode == http.StatusNetworkAuthenticationRequired:
-		s += "a proxy on the way wants a login"
+		s += "a proxy on the network path requires a login"
 	case resp.StatusCode == http.StatusUnauthorized:
-		s += "a proxy in front of it wants a login"
+		s += "a proxy in front of copilot requires a login"
 	case resp.StatusCode/100 == 3 && err == nil && location.Host != "":
 		s += fmt.Sprintf("it redirects to %s://%s, which is not followed: name the broker's own address, or log in to the network", location.Scheme, location.Host)
 	default:

@@ -32,7 +32,7 @@ var (
 	ErrForbidden = errors.New("not allowed")
 	// ErrNotExported: the broker does not export the KEK, but wraps and unwraps with
 	// it.
-	ErrNotExported = errors.New("the broker does not give out this KEK")
+	ErrNotExported = errors.New("the broker does not export this KEK")
 	// ErrRejected: no broker can serve the request: a key was not wrapped with that
 	// KEK, or was changed.
 	ErrRejected = errors.New("the broker rejects the request")
@@ -268,5 +268,5 @@ func checkSize(key []byte) error {
 	case 16, 24, 32:
 		return nil
 	}
-	return fmt.Errorf("%w: it is no AES key: %d bytes, not 16, 24 or 32", ErrUnavailable, len(key))
+	return fmt.Errorf("%w: it is not an AES key: %d bytes, not 16, 24 or 32", ErrUnavailable, len(key))
 }

@@ -44,8 +44,8 @@ func TestHostileBroker(t *testing.T) {
 		{"another KEK", func(_ int32, w http.ResponseWriter) { reply(w, strings.Replace(goodAnswer, `"a"`, `"b"`, 1)) }, 0, ErrUnavailable, `KEK "b"`},
 		{"no version", func(_ int32, w http.ResponseWriter) { reply(w, strings.Replace(goodAnswer, `1`, `0`, 1)) }, 0, ErrUnavailable, "version 0"},
 		{"short key", func(_ int32, w http.ResponseWriter) { reply(w, `{"id":"a","version":1,"key":"U0VDUkVU"}`) }, 0, ErrUnavailable, "6 bytes"},
-		{"cut", func(_ int32, w http.ResponseWriter) { w.Header().Set("Content-Length", "900"); fmt.Fprint(w, "{") }, 0, ErrUnavailable, "breaks off"},
-		{"silent", nil, 0, ErrUnavailable, "nothing came within 4"},
+		{"cut", func(_ int32, w http.ResponseWriter) { w.Header().Set("Content-Length", "900"); fmt.Fprint(w, "{") }, 0, ErrUnavailable, "was cut short"},
+		{"silent", nil, 0, ErrUnavailable, "no response within 4"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -126,16 +126,16 @@ func TestRefusedConfig(t *testing.T) {
 	}{
 		{Config{URLs: []string{""}}, "neither"},
 		{Config{URLs: []string{"ftp://x"}}, "neither"},
-		{Config{URLs: []string{"http://192.0.2.1:80"}}, "in plain"},
-		{Config{URLs: []string{"http://copilot.example.com"}}, "in plain"},
+		{Config{URLs: []string{"http://192.0.2.1:80"}}, "unencrypted"},
+		{Config{URLs: []string{"http://copilot.example.com"}}, "unencrypted"},
 		{Config{URLs: []string{"unix://relative"}}, "absolute path"},
-		{Config{URLs: []string{"https://user:SECRET@x"}}, "has a user"},
+		{Config{URLs: []string{"https://user:SECRET@x"}}, "has no user"},
 		{Config{URLs: []string{"https://x"}, CAFile: "/nonexistent"}, "CA: "},
 		{Config{URLs: []string{"https://x"}, CAFile: "/dev/null"}, "holds no certificate"},
-		{Config{URLs: []string{"https://x"}, CertFile: "x"}, "go together"},
+		{Config{URLs: []string{"https://x"}, CertFile: "x"}, "must be set together"},
 		{Config{URLs: []string{"unix:///x"}, CAFile: "x"}, "certificates are for https"},
-		{Config{URLs: []string{"https://"}}, "names no host"},
-		{Config{}, "no broker is named"},
+		{Config{URLs: []string{"https://"}}, "has no host"},
+		{Config{}, "no broker is configured"},
 		{Config{URLs: []string{"https://a", "https://b", "https://a"}}, "named twice"},
 		{Config{URLs: []string{"https://a", "ftp://b"}}, "neither"},
 		{Config{URLs: []string{"https://a", "https://b/api/v1/key"}}, "different APIs"},

@@ -50,13 +50,13 @@ const pingTimeout = 2 * time.Second
 
 func (c Config) brokers() ([]*endpoint, error) {
 	if len(c.URLs) == 0 {
-		return nil, errors.New("no broker is named")
+		return nil, errors.New("no broker is configured")
 	}
 	if (c.CAFile != "" || c.CertFile != "") && c.first("https") == "" {
 		return nil, fmt.Errorf("%s: certificates are for https", strings.Join(c.URLs, ", "))
 	}
 	if plain := c.first("http"); plain != "" && c.TokenFile != "" {
-		return nil, fmt.Errorf("%s: the token would cross in plain: use https or a unix socket", plain)
+		return nil, fmt.Errorf("%s: the token would be sent unencrypted: use https or a unix socket", plain)
 	}
 	tls, cert, err := c.tls()
 	if err != nil {
@@ -119,7 +119,7 @@ func parseURL(s string, t *http.Transport) (*url.URL, error) {
 		return nil, fmt.Errorf("%q is not a URL", s)
 	}
 	if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return nil, fmt.Errorf("%s has a user, a query or a fragment, and can't", u.Redacted())
+		return nil, fmt.Errorf("%s: a broker's URL has no user, query or fragment", u.Redacted())
 	}
 	switch u.Scheme {
 	case "unix":
@@ -133,14 +133,14 @@ func parseURL(s string, t *http.Transport) (*url.URL, error) {
 		return &url.URL{Scheme: "http", Host: "copilot"}, nil
 	case "http":
 		if !loopback.Is(u.Hostname()) {
-			return nil, fmt.Errorf("%s: KEKs would cross the network in plain: use https", s)
+			return nil, fmt.Errorf("%s: KEKs would cross the network unencrypted: use https", s)
 		}
 	case "https":
 	default:
 		return nil, fmt.Errorf("%q is neither unix:///PATH nor https://HOST:PORT nor http:// on this machine", s)
 	}
 	if u.Host == "" {
-		return nil, fmt.Errorf("%s names no host", s)
+		return nil, fmt.Errorf("%s has no host", s)
 	}
 	u.Path = strings.TrimRight(u.Path, "/")
 	u.RawPath = ""
@@ -158,7 +158,7 @@ func (c Config) tls() (*tls.Config, *certfile.Pair, error) {
 		}
 	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
-		return nil, nil, errors.New("a client certificate and its private key go together")
+		return nil, nil, errors.New("a client certificate and its private key must be set together")
 	}
 	if c.CertFile == "" {
 		return conf, nil, nil

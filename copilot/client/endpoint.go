@@ -94,11 +94,11 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 			return retry{}, fmt.Errorf("%w: %w", kind, err)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
-			err = fmt.Errorf("nothing came within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
+			err = fmt.Errorf("no response within %s: %w", time.Since(start).Round(10*time.Millisecond), err)
 		}
 		if b.cert != nil && unused.Load() {
 			// A broker that refuses a certificate may hang up before its reason is read.
-			err = fmt.Errorf("it hangs up at once, as one that does not accept broker-cert: %w", err)
+			err = fmt.Errorf("it closed the connection at once, as a broker does that rejects broker-cert: %w", err)
 		}
 		return retry{possible: true}, err
 	}
@@ -107,7 +107,7 @@ func (b *endpoint) once(ctx context.Context, within time.Duration, r request, ac
 	defer clear(answer)
 	switch {
 	case err != nil:
-		return retry{possible: true}, fmt.Errorf("its answer breaks off: %w", err)
+		return retry{possible: true}, fmt.Errorf("its response was cut short: %w", err)
 	case len(answer) > maxAnswer:
 		return retry{possible: true}, fmt.Errorf("%w: it has more than %d bytes", ErrUnavailable, maxAnswer)
 	}
@@ -142,9 +142,9 @@ func (b *endpoint) expired() error {
 func checkTime(cert *x509.Certificate) error {
 	switch now := time.Now(); {
 	case now.After(cert.NotAfter):
-		return fmt.Errorf("%w on %s: put a new one in its place (\"copilot certs renew\")", ErrCertExpired, cert.NotAfter.Format(time.RFC3339))
+		return fmt.Errorf("%w on %s: renew it (\"copilot certs renew\")", ErrCertExpired, cert.NotAfter.Format(time.RFC3339))
 	case now.Before(cert.NotBefore):
-		return fmt.Errorf("%w, only from %s on: compare the clocks of this machine and the broker's", ErrCertNotYetValid, cert.NotBefore.Format(time.RFC3339))
+		return fmt.Errorf("%w, but from %s: compare the clocks of this machine and the broker", ErrCertNotYetValid, cert.NotBefore.Format(time.RFC3339))
 	}
 	return nil
 }

@@ -158,7 +158,7 @@ func TestDeniedByKMS(t *testing.T) {
 }
 
 // TestNoBroker checks that all are tried, again where that may help, within the
-// time that there is, and that the error tells of each.
+// time that there is, and that the error names each.
 func TestNoBroker(t *testing.T) {
 	t.Parallel()
 	hangs, page, down := startAsked(t, hang), startAsked(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "SECRET") }), startAsked(t, status(503))
@@ -176,7 +176,7 @@ func TestNoBroker(t *testing.T) {
 			t.Fatalf("got %v", err)
 		}
 		for _, part := range strings.Split(err.Error(), "; ") {
-			want := map[string]string{hangs.url: "nothing came within", page.url: "text/plain", dead: "refused", down.url: "503"}
+			want := map[string]string{hangs.url: "no response within", page.url: "text/plain", dead: "refused", down.url: "503"}
 			url := strings.Fields(part[strings.Index(part, "copilot at ")+len("copilot at "):])[0]
 			if url = strings.TrimSuffix(url, ":"); !strings.Contains(part, want[url]) {
 				t.Errorf("of %s it says %q", url, part)
@@ -334,7 +334,7 @@ func TestManyCalls(t *testing.T) {
 	callers.Wait()
 }
 
-// TestCheck tells which brokers do not answer.
+// TestCheck returns which brokers do not answer.
 func TestCheck(t *testing.T) {
 	up, dead, stranger := startAsked(t, good), deadAddress(t), startAsked(t, status(404))
 	if err := newClient(t, time.Minute, up.url).Check(t.Context()); err != nil {

@@ -35,7 +35,7 @@ func (c *Client) RenewCertificate(ctx context.Context) (*x509.Certificate, error
 		return nil, errors.New("there is no broker-cert to renew")
 	}
 	if c.original {
-		return nil, errors.New("the original's API renews no certificates")
+		return nil, errors.New("the original's API can't renew certificates")
 	}
 	if err := writable(c.certFile, c.keyFile); err != nil {
 		return nil, err
@@ -122,7 +122,7 @@ func (c *Client) renewed(ctx context.Context, old *x509.Certificate, key *ecdsa.
 		return nil
 	})
 	if errors.Is(err, errNoSuchPath) {
-		err = fmt.Errorf("the broker is of a version that renews no certificates: run \"copilot certs renew\" on its machine: %w", err)
+		err = fmt.Errorf("the broker's version can't renew certificates: run \"copilot certs renew\" on its machine: %w", err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("renew %s: %w", c.certFile, err)
@@ -145,7 +145,7 @@ func inPlaceOf(old, cert *x509.Certificate, key *ecdsa.PrivateKey) error {
 	case cert.IsCA, !slices.Equal(uris(cert), uris(old)), len(cert.DNSNames)+len(cert.IPAddresses)+len(cert.EmailAddresses) > 0:
 		return errors.New("it is for another name")
 	case cert.NotAfter.Before(old.NotAfter):
-		return fmt.Errorf("it expires on %s, before the present one", cert.NotAfter.Format(time.RFC3339))
+		return fmt.Errorf("it expires on %s, before the current one", cert.NotAfter.Format(time.RFC3339))
 	}
 	return checkTime(cert)
 }
@@ -169,7 +169,7 @@ func (c *Client) tryCertificate(ctx context.Context, pair tls.Certificate) error
 		case err == nil:
 			accepted = true
 		case errors.Is(permanent(err, true), ErrCertRejected):
-			return fmt.Errorf("%s does not accept the new certificate, so the present one stays: is the CA that issued it in the broker's tls-client-ca? %w", b, err)
+			return fmt.Errorf("%s does not accept the new certificate, so the current one stays: is the CA that issued it in the broker's tls-client-ca? %w", b, err)
 		default:
 			away = fmt.Errorf("%s: %w: the new certificate was not tried: %w", b, ErrUnavailable, err)
 		}

@@ -61,12 +61,12 @@ func permanent(err error, withCert bool) error {
 	if alert, ok := alertOf(err); ok && slices.Contains(refusesCertificate, alert) {
 		// Anyone on the network path can send this, so it is not a denial.
 		if !withCert {
-			return fmt.Errorf("%w: the broker takes only clients that show a certificate: set broker-cert and broker-key, or, on the broker, the issuer of the tokens that it is to take ([issuers] in copilot.toml)", ErrUnavailable)
+			return fmt.Errorf("%w: the broker requires a client certificate: set broker-cert and broker-key, or, on the broker, the issuer of this client's tokens ([issuers] in copilot.toml)", ErrUnavailable)
 		}
 		return fmt.Errorf("%w: %w", ErrUnavailable, ErrCertRejected)
 	}
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-		return fmt.Errorf("%w: put a new one in the place of the broker's certificate, or set this machine's clock", ErrUnavailable)
+		return fmt.Errorf("%w: renew the broker's certificate, or correct this machine's clock", ErrUnavailable)
 	}
 	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
 		errors.As(err, &record) || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, syscall.EACCES) {

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// TestRetryAfter has a broker tell many at once to come back in a second: they
+// TestRetryAfter has a broker ask many at once to retry after a second: they
 // do, and not all at once.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()

@@ -225,7 +225,7 @@ func TestHangUpAfterHandshakeNamesTheCertificate(t *testing.T) {
 			conn.Close()
 		}
 	}()
-	const hint = "it hangs up at once, as one that does not accept broker-cert"
+	const hint = "it closed the connection at once, as a broker does that rejects broker-cert"
 	with, transport := newTLSClient(t, Config{URLs: []string{"https://" + l.Addr().String()}, CAFile: ca.File, CertFile: node.Cert, KeyFile: node.Key})
 	without, _ := newTLSClient(t, Config{URLs: []string{with.brokers[0].url}, CAFile: ca.File})
 	// No request is on its way before the end of the connection is read.

@@ -134,7 +134,7 @@ func TestTokenInPlain(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "token")
 	writeToken(t, file, "SECRET", time.Now())
 	for _, urls := range [][]string{{"http://127.0.0.1:1"}, {"HTTP://127.0.0.1:1"}, {"https://copilot.example.com", "http://localhost:1"}} {
-		if _, err := New(Config{URLs: urls, TokenFile: file}); err == nil || !strings.Contains(err.Error(), "in plain") {
+		if _, err := New(Config{URLs: urls, TokenFile: file}); err == nil || !strings.Contains(err.Error(), "unencrypted") {
 			t.Errorf("%v: %v", urls, err)
 		}
 	}

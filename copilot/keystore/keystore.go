@@ -26,7 +26,7 @@ var (
 	ErrNotFound = errors.New("no such KEK")
 	// ErrNoVersion: the KEK exists, but not this version. It wraps ErrNotFound.
 	ErrNoVersion = fmt.Errorf("%w version", ErrNotFound)
-	ErrExists    = errors.New("there is a KEK of that name already")
+	ErrExists    = errors.New("a KEK of that name already exists")
 	ErrInput     = errors.New("bad request")
 	// ErrState: the KEK is not in a state in which this can be done.
 	ErrState = errors.New("not in this state")

@@ -24,7 +24,7 @@ func CheckURL(name, value string) error {
 	if u.Scheme == "https" || u.Scheme == "http" && loopback.Is(u.Hostname()) {
 		return nil
 	}
-	return fmt.Errorf("%s = %q: keys would cross the network in plain: use https", name, value)
+	return fmt.Errorf("%s = %q: keys would cross the network unencrypted: use https", name, value)
 }
 
 // CheckOnlyVersion rejects a version other than 1, for a KMS that does not

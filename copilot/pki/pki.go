@@ -324,7 +324,7 @@ func writeKey(name string, key *ecdsa.PrivateKey, own func(*os.File) error) erro
 func writeNew(name, kind string, der []byte, mode os.FileMode, own func(*os.File) error) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%s is there already, and is not overwritten", name)
+		return fmt.Errorf("%s already exists, and is not overwritten", name)
 	}
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,7 +15,6 @@ import (
 
 	"github.com/sirupsen/logrus"
 
-	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 )
 
@@ -24,7 +24,7 @@ func FuzzAPI(f *testing.F) {
 	logrus.SetLevel(logrus.PanicLevel)
 	dir := f.TempDir()
 	policy := filepath.Join(dir, "policy.toml")
-	if err := os.WriteFile(policy, []byte("[[rule]]\nidentities = [\"uid:7\"]\nkeks = [\"team-a\"]\nactions = [\"wrap\", \"unwrap\"]\n"), 0o600); err != nil {
+	if err := os.WriteFile(policy, fmt.Appendf(nil, "[[rule]]\nidentities = [\"uid:%d\"]\nkeks = [\"team-a\"]\nactions = [\"wrap\", \"unwrap\"]\n", os.Geteuid()), 0o600); err != nil {
 		f.Fatal(err)
 	}
 	conf := Config{Dir: dir, Policy: policy}
@@ -43,7 +43,8 @@ func FuzzAPI(f *testing.F) {
 			f.Fatal(err)
 		}
 	}
-	wrapped := wrapOther(f, newAdminAPI(b))
+	user := withUser(f, f.Context(), os.Geteuid())
+	wrapped := wrapOther(f, user, newAdminAPI(b))
 	api := newAPI(b)
 	f.Add("GET", "/api/v2/keks/team-a", "")
 	f.Add("GET", "/api/v2/keks/other/key?version=1", "")
@@ -65,7 +66,7 @@ func FuzzAPI(f *testing.F) {
 			return
 		}
 		r.URL, r.RequestURI = u, u.RequestURI()
-		r = r.WithContext(caller.WithUser(t.Context(), 7))
+		r = r.WithContext(user)
 		w := httptest.NewRecorder()
 		api.ServeHTTP(w, r)
 		said := w.Body.String()
@@ -95,10 +96,10 @@ func FuzzAPI(f *testing.F) {
 const otherSecret = "secret of the other"
 
 // wrapOther returns the body of a request to unwrap otherSecret.
-func wrapOther(f *testing.F, api http.Handler) string {
+func wrapOther(f *testing.F, user context.Context, api http.Handler) string {
 	r := httptest.NewRequest(http.MethodPost, "http://copilot/api/v2/keks/other/wrap", bytes.NewReader(keyjson.Object(keyjson.Key("plaintext", []byte(otherSecret)))))
 	w := httptest.NewRecorder()
-	api.ServeHTTP(w, r.WithContext(caller.WithUser(f.Context(), 0)))
+	api.ServeHTTP(w, r.WithContext(user))
 	var fields map[string]any
 	if err := json.Unmarshal(w.Body.Bytes(), &fields); err != nil || w.Code != http.StatusOK {
 		f.Fatalf("wrap: %d %s", w.Code, w.Body)

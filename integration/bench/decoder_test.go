@@ -113,7 +113,7 @@ func typical(f func() float64) float64 {
 // reads from it, at once.
 const pipeChunk = 32 << 10
 
-// run has the decoder decrypt a layer, which has to become want. It returns
+// run has the decoder decrypt a layer, which must become want. It returns
 // when the first byte came, in milliseconds after the start, and the peak of its
 // memory in megabytes of 10^6 bytes, of layers that are not small.
 func (d decoder) run(layer, want []byte) (first, peak float64) {

@@ -11,10 +11,10 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestAuditHead truncates the audit log, deletes it and restores an older one while
+// TestAuditLogCutOffWhileStoppedIsFound truncates the audit log, deletes it and restores an older one while
 // copilot is stopped. That is found without knowing where the log ended, and normal
 // operation never looks like it.
-func TestAuditHead(t *testing.T) {
+func TestAuditLogCutOffWhileStoppedIsFound(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	store, socket := dir+"/store", dir+"/copilot.sock"
@@ -138,9 +138,9 @@ func TestAuditHead(t *testing.T) {
 	harness.ExpectFailure(t, verify(since...), "which were there before, are missing")
 }
 
-// TestAuditHeadDatabase deletes the last lines of a copilot's chain from the database
+// TestAuditRowsDeletedFromDatabaseAreFound deletes the last lines of a copilot's chain from the database
 // that it shares with another, and moves the store with what it knows of chains.
-func TestAuditHeadDatabase(t *testing.T) {
+func TestAuditRowsDeletedFromDatabaseAreFound(t *testing.T) {
 	t.Parallel()
 	d := harness.StartPostgres(t)
 	all := replicas(t, d, 2)

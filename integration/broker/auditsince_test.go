@@ -12,9 +12,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestAuditSinceFile verifies the audit log night after night: in a database, to
+// TestVerifySinceFileFollowsTheLog verifies the audit log night after night: in a database, to
 // which each command adds a chain, and in a file that logrotate moves away.
-func TestAuditSinceFile(t *testing.T) {
+func TestVerifySinceFileFollowsTheLog(t *testing.T) {
 	t.Parallel()
 	d := harness.StartPostgres(t)
 	dir := harness.TempDir(t)

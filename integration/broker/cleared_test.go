@@ -41,9 +41,9 @@ func countInMemory(t testing.TB, p *harness.Process, what []byte) (n int) {
 	return n
 }
 
-// TestKeysCleared searches the memory of copilot after it has exported a KEK and unwrapped
+// TestKeysAreClearedFromMemory searches the memory of copilot after it has exported a KEK and unwrapped
 // a layer key, and of pilot, which requested that: neither has the key any more.
-func TestKeysCleared(t *testing.T) {
+func TestKeysAreClearedFromMemory(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	kek, layerKey := make([]byte, 32), make([]byte, 48)

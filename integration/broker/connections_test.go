@@ -13,8 +13,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestConnections opens more connections than an identity, or an address, may have.
-func TestConnections(t *testing.T) {
+// TestConnectionsAreBounded opens more connections than an identity, or an address, may have.
+func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	socket := dir + "/copilot.sock"

@@ -11,8 +11,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestInit does what a new user does, up to the first KEK on a node.
-func TestInit(t *testing.T) {
+// TestInitToFirstKEKOnNode does what a new user does, up to the first KEK on a node.
+func TestInitToFirstKEKOnNode(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
 	cert, key := b.Enroll(t, "worker-7")
@@ -85,8 +85,8 @@ func TestInit(t *testing.T) {
 	harness.Output(t, b.Command(t, "audit", "verify", log+".1", log))
 }
 
-// TestFullDisk fills the disk under the store and the audit log.
-func TestFullDisk(t *testing.T) {
+// TestFullDiskOfBrokerFailsCleanly fills the disk under the store and the audit log.
+func TestFullDiskOfBrokerFailsCleanly(t *testing.T) {
 	t.Parallel()
 	for name, auditElsewhere := range map[string]bool{"the store": true, "the store and the audit log": false} {
 		t.Run(name, func(t *testing.T) {

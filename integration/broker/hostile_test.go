@@ -79,10 +79,10 @@ func (h *hostile) set(answer func(http.ResponseWriter, *http.Request, func() har
 	h.answer = answer
 }
 
-// TestHostileBroker has a broker lie to pilot about keys, and looks at all that pilot
+// TestHostileBrokerGetsAndChangesNothing has a broker lie to pilot about keys, and looks at all that pilot
 // sends: no keys except the layer key that the broker is to wrap, nothing about other
 // KEKs, and nothing to any other server.
-func TestHostileBroker(t *testing.T) {
+func TestHostileBrokerGetsAndChangesNothing(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
@@ -165,7 +165,7 @@ func TestHostileBroker(t *testing.T) {
 		"another version":        {changed(harness.Object{"version": 2}), func() error { return unwrap(local, annotation) }, "version 2, and was asked for version 1"},
 		"a key of its own":       {changed(harness.Object{"key": random}), func() error { return unwrap(local, annotation) }, "does not unwrap this layer key"},
 		"a short key":            {changed(harness.Object{"key": random[:16]}), func() error { return unwrap(local, annotation) }, "has 16 bytes"},
-		"no key":                 {changed(harness.Object{"key": nil}), func() error { return unwrap(local, annotation) }, "no AES key: 0 bytes"},
+		"no key":                 {changed(harness.Object{"key": nil}), func() error { return unwrap(local, annotation) }, "not an AES key: 0 bytes"},
 		"a huge key":             {changed(harness.Object{"key": make([]byte, 1<<20)}), func() error { return unwrap(local, annotation) }, "more than 131072 bytes"},
 		"wraps with another KEK": {changed(harness.Object{"id": "team-b"}), func() error { _, err := wrap(local); return err }, `it answered with KEK "team-b"`},
 		"wraps as version -1":    {changed(harness.Object{"version": -1}), func() error { _, err := wrap(local); return err }, "version -1"},
@@ -180,7 +180,7 @@ func TestHostileBroker(t *testing.T) {
 		"wraps with a wrong IV":          {changed(harness.Object{"method": "A256GCMKW", "iv": random}), func() error { _, err := wrap(remote); return err }, "IV of 32 bytes"},
 		"unwraps to nothing":             {changed(harness.Object{"plaintext": ""}), func() error { return unwrap(remote, opaque) }, "KEK \"team-a\""},
 		"takes its time": {func(_ http.ResponseWriter, r *http.Request, _ func() harness.Object) { <-r.Context().Done() },
-			func() error { return unwrap(local, annotation) }, "nothing came within"},
+			func() error { return unwrap(local, annotation) }, "no response within"},
 		"sends elsewhere": {func(w http.ResponseWriter, _ *http.Request, _ func() harness.Object) {
 			w.Header().Set("Location", "http://"+elsewhere.Addr().String()+"/")
 			w.WriteHeader(http.StatusTemporaryRedirect)

@@ -148,8 +148,8 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 	harness.ExpectFailure(t, harness.Command(t, "copilot", "policy", "check", "--config", "/dev/null", "--policy", name), "has no rules", "deny = true")
 }
 
-// TestWebPage has a browser's requests made by curl.
-func TestWebPage(t *testing.T) {
+// TestRequestsOfWebPagesAreRefused has a browser's requests made by curl.
+func TestRequestsOfWebPagesAreRefused(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	address := loopbacktest.FreeAddress(t)

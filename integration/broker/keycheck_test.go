@@ -11,8 +11,8 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestKeysCheck tries KEKs in an OpenBao, with the copilot that runs and without one.
-func TestKeysCheck(t *testing.T) {
+// TestKeysCheckTriesKMS tries KEKs in an OpenBao, with the copilot that runs and without one.
+func TestKeysCheckTriesKMS(t *testing.T) {
 	t.Parallel()
 	v := harness.NewOpenBao(t)
 	v.Put("team-a")

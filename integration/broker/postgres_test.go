@@ -49,9 +49,9 @@ func (r *replica) keys(t testing.TB, verb string, args ...string) *exec.Cmd {
 	return harness.Command(t, "copilot", append([]string{"keys", verb, "--dir", r.dir}, args...)...)
 }
 
-// TestReplicas has several brokers work on one database at once, and takes it
+// TestReplicasShareDatabase has several brokers work on one database at once, and takes it
 // away from them.
-func TestReplicas(t *testing.T) {
+func TestReplicasShareDatabase(t *testing.T) {
 	t.Parallel()
 	d := harness.StartPostgres(t)
 	rs := replicas(t, d, 3)

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -128,6 +129,9 @@ func TestRefusalsSummedUp(t *testing.T) {
 		if l.Count == 0 && l.Verdict == "denied" {
 			first[l.KEK]++
 		}
+	}
+	if sums := harness.Read(t, store+"/audit.log"); !regexp.MustCompile(`, for \d+ different KEKs, this one the last`).MatchString(sums) {
+		t.Error("no line says how many KEKs were tried")
 	}
 	if first["theirs"] == 0 || first["a\x01"] != 0 || len(first) < 100 {
 		t.Errorf("%d KEKs have a line", len(first))

@@ -60,10 +60,10 @@ func privateKey(t testing.TB, file string) []byte {
 	return nil
 }
 
-// TestSecrets does everything with keys, also what fails, and then looks for the keys
+// TestKeysAreInNoLogFileOrProcess does everything with keys, also what fails, and then looks for the keys
 // themselves: in all logs, answers and traces, in the environments and arguments of all processes, in profiles and
 // goroutine dumps, and in all files.
-func TestSecrets(t *testing.T) {
+func TestKeysAreInNoLogFileOrProcess(t *testing.T) {
 	began := time.Now()
 	collector := tracetest.Start(t)
 	for name, value := range map[string]string{

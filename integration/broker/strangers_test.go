@@ -39,10 +39,10 @@ var strangers = map[string][3]string{
 	"a key as text":               {"200 OK", "Content-Type: text/plain", `{"id":"team-a","version":1,"key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}`},
 }
 
-// TestStrangers has another server answer in copilot's place. A node keeps using its KEK,
+// TestAnotherServerIsNoBroker has another server answer in copilot's place. A node keeps using its KEK,
 // as during an outage, and tries the next broker if there is one. Only copilot itself can
 // revoke the KEK.
-func TestStrangers(t *testing.T) {
+func TestAnotherServerIsNoBroker(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir, "team-a")
@@ -120,9 +120,9 @@ func TestStrangers(t *testing.T) {
 	})
 }
 
-// TestWrongPath has a proxy change the path in front of copilot, whose 404 then says
+// TestWrongPathSaysNothingOfTheKEK has a proxy change the path in front of copilot, whose 404 then says
 // nothing about the KEK.
-func TestWrongPath(t *testing.T) {
+func TestWrongPathSaysNothingOfTheKEK(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	address := loopbacktest.FreeAddress(t)
@@ -136,10 +136,10 @@ func TestWrongPath(t *testing.T) {
 	}
 }
 
-// TestDoubtInOutage has, while no broker answers, somebody's annotation in the
+// TestForeignAnnotationInOutageDisturbsNoOther has, while no broker answers, somebody's annotation in the
 // original's format come that no version of the KEK unwraps. Those of others are
 // unwrapped as before.
-func TestDoubtInOutage(t *testing.T) {
+func TestForeignAnnotationInOutageDisturbsNoOther(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	process, url := harness.StartBroker(t, dir, "team-a")

@@ -9,9 +9,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestStrangersAdminSocket imports a KEK while another user's socket is in place of
+// TestAnotherUsersAdminSocketIsRefused imports a KEK while another user's socket is in place of
 // copilot's, and would get the key.
-func TestStrangersAdminSocket(t *testing.T) {
+func TestAnotherUsersAdminSocketIsRefused(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir, "team-a")
@@ -51,8 +51,8 @@ func TestStrangersAdminSocket(t *testing.T) {
 	}
 }
 
-// TestStrangersDirectory starts copilot in a directory that everybody can write.
-func TestStrangersDirectory(t *testing.T) {
+// TestWritableStoreDirectoryIsRefused starts copilot in a directory that everybody can write.
+func TestWritableStoreDirectoryIsRefused(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	store := filepath.Join(dir, "store")

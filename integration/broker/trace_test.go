@@ -16,9 +16,9 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// TestTraces follows a layer key from the client that wraps it, through pilot, to copilot
+// TestTraceFollowsLayerKey follows a layer key from the client that wraps it, through pilot, to copilot
 // and its audit log.
-func TestTraces(t *testing.T) {
+func TestTraceFollowsLayerKey(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	collector := tracetest.Start(t)
@@ -58,8 +58,8 @@ func TestTraces(t *testing.T) {
 	}
 }
 
-// TestOneID has no collector: the logs still show what belongs together.
-func TestOneID(t *testing.T) {
+// TestLogsShareIDWithoutCollector has no collector: the logs still show what belongs together.
+func TestLogsShareIDWithoutCollector(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, url := harness.StartBroker(t, dir, "team-a")

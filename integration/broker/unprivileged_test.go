@@ -134,9 +134,9 @@ func spies(t testing.TB, uid, pid int) (found []string) {
 	return found
 }
 
-// TestUnprivileged has a user without rights try everything on a node and on the
+// TestUnprivilegedUserGetsNoKEK has a user without rights try everything on a node and on the
 // broker's machine. copilot runs as a user of its own.
-func TestUnprivileged(t *testing.T) {
+func TestUnprivilegedUserGetsNoKEK(t *testing.T) {
 	t.Parallel()
 	if err := os.Chmod(harness.Bin, 0o755); err != nil {
 		t.Fatal(err)

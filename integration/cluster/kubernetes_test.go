@@ -170,7 +170,7 @@ spec:
 // returns its layout.
 func nextPilot(t testing.TB, dir string) string {
 	t.Helper()
-	build := harness.Command(t, "go", "build", "-buildvcs=false", "-ldflags", "-X github.com/ctrlplane/pilot/version.Version=next", "-tags", "no_pkcs11", "-o", dir+"/next/", "./cmd/pilot", "./cmd/pilot-decoder")
+	build := harness.Command(t, "go", "build", "-buildvcs=false", "-ldflags", "-X github.com/ctrlplane/pilot/internal/version.Version=next", "-tags", "no_pkcs11", "-o", dir+"/next/", "./cmd/pilot", "./cmd/pilot-decoder")
 	build.Dir, build.Env = harness.Repo, append(os.Environ(), "CGO_ENABLED=0")
 	harness.Output(t, build)
 	harness.Output(t, harness.Command(t, filepath.Join(harness.Repo, "dist/ociimage"), "-license", filepath.Join(harness.Repo, "LICENSE"), "-out", dir+"/next-image", "-user", "0:0", "pilot,pilot-decoder", harness.Arch+"="+dir+"/next"))

@@ -9,9 +9,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestCommands uses ctr-pilot's commands for encrypted images with a key of
+// TestImageCommandsWithKeyFile uses ctr-pilot's commands for encrypted images with a key of
 // the user's own.
-func TestCommands(t *testing.T) {
+func TestImageCommandsWithKeyFile(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)

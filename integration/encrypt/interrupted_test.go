@@ -304,7 +304,7 @@ func TestTwoRunsAtOnce(t *testing.T) {
 			}
 			for i := range outputs {
 				out := outputs[i].String()
-				if !strings.Contains(out, "layers encrypted") && !strings.Contains(out, "was changed while this command ran") && !strings.Contains(out, "is there already") {
+				if !strings.Contains(out, "layers encrypted") && !strings.Contains(out, "was changed while this command ran") && !strings.Contains(out, "already exists") {
 					t.Errorf("%s: %s", to, out)
 				}
 			}

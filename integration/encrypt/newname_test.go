@@ -85,9 +85,9 @@ func TestNoImageReplaced(t *testing.T) {
 	c.ExpectNothingPending()
 }
 
-// TestMissingLayers encrypts and decrypts an image that a node pulled after its plain
+// TestErrorAdvisesHowToFetchMissingLayers encrypts and decrypts an image that a node pulled after its plain
 // twin, so that it has no layers, and does what the error advises.
-func TestMissingLayers(t *testing.T) {
+func TestErrorAdvisesHowToFetchMissingLayers(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")
@@ -130,9 +130,9 @@ func TestMissingLayers(t *testing.T) {
 	}
 }
 
-// TestImageElsewhere names images that are in another namespace or under a longer
+// TestErrorNamesWhereTheImageIs names images that are in another namespace or under a longer
 // name, and layers that some platform does not have.
-func TestImageElsewhere(t *testing.T) {
+func TestErrorNamesWhereTheImageIs(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, public := harness.ECKeyPairs(t, dir+"/keys", 1)

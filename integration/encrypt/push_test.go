@@ -88,9 +88,9 @@ func TestLocalCommands(t *testing.T) {
 	}
 }
 
-// TestEncryptingPage runs the commands of docs/encrypting.md's section on ctr-pilot
+// TestEncryptingPageCommandsRun runs the commands of docs/encrypting.md's section on ctr-pilot
 // as they are, with a registry of our own.
-func TestEncryptingPage(t *testing.T) {
+func TestEncryptingPageCommandsRun(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")

@@ -14,9 +14,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestRecipients encrypts for each kind of recipient that needs no broker, and
+// TestEachRecipientDecrypts encrypts for each kind of recipient that needs no broker, and
 // decrypts with its key and with no other.
-func TestRecipients(t *testing.T) {
+func TestEachRecipientDecrypts(t *testing.T) {
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := harness.NewNode(t, dir+"/ci", harness.Containerd2(), conf, "")
@@ -66,8 +66,8 @@ func TestRecipients(t *testing.T) {
 	c.ExpectNothingPending()
 }
 
-// TestInterrupted stops ctr-pilot in the middle of an encryption.
-func TestInterrupted(t *testing.T) {
+// TestInterruptedEncryptionLeavesNothing stops ctr-pilot in the middle of an encryption.
+func TestInterruptedEncryptionLeavesNothing(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)

@@ -43,7 +43,7 @@ func TestSignaturesAreKeptOrNamed(t *testing.T) {
 		}
 	}
 	out := harness.CombinedOutput(t, a.images("encrypt", "--force", "--recipient", "provider:pilot:team-a", "docker://"+registry+"/app:signed", "docker://"+registry+"/app:enc"))
-	if line := "left out: " + want.Name + " (sig), which is about " + want.Subject + ": sign the new image"; !strings.Contains(out, line) {
+	if line := "left out: " + want.Name + " (sig), which refers to " + want.Subject + ": sign the new image"; !strings.Contains(out, line) {
 		t.Errorf("want %q in %s", line, out)
 	}
 	harness.ExpectFailure(t, d.Run("skopeo", verify(registry+"/app:enc")...), "signature")

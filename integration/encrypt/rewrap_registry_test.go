@@ -109,7 +109,7 @@ func TestRewrapRegistry(t *testing.T) {
 	}
 
 	t.Run("names", func(t *testing.T) {
-		harness.ExpectFailure(t, rewrap(app+"2", app+"1"), "there is an image "+app+"1 already")
+		harness.ExpectFailure(t, rewrap(app+"2", app+"1"), "image "+app+"1 already exists")
 		harness.ExpectFailure(t, rewrap(app+"nobody"), "not found")
 		byDigest := w.Address + "/team/app@" + c.Target(app+"2")
 		harness.ExpectFailure(t, rewrap(byDigest), "give it a new name")

@@ -105,7 +105,7 @@ func TestRewrap(t *testing.T) {
 	harness.Output(t, rewrap("example.com/app:1", "example.com/app:2"))
 	expectRecipients(c, "example.com/app:1", "team-a@1", digests)
 	expectRecipients(c, "example.com/app:2", "team-a@2", digests)
-	harness.ExpectFailure(t, rewrap("example.com/app:1", "example.com/app:2"), "there is an image example.com/app:2 already")
+	harness.ExpectFailure(t, rewrap("example.com/app:1", "example.com/app:2"), "image example.com/app:2 already exists")
 	harness.Output(t, rewrap("example.com/app:1"))
 	expectRecipients(c, "example.com/app:1", "team-a@2", digests)
 

@@ -98,7 +98,7 @@ func TestRewrapEachTransport(t *testing.T) {
 			if keks != "team-b@1" || !slices.Equal(digests, before) {
 				t.Errorf("%s to %s has layers %s, had %s, wrapped for %s", place, to, digests, before, keks)
 			}
-			harness.ExpectFailure(t, a.images("rewrap", "--from", "team-a", "--to", "team-b", place, to), "there is an image "+to+" already")
+			harness.ExpectFailure(t, a.images("rewrap", "--from", "team-a", "--to", "team-b", place, to), "image "+to+" already exists")
 			back := fmt.Sprintf("%s/back%d-%d", dir, i, j)
 			harness.Output(t, d.Run("skopeo", "copy", "--src-tls-verify=false", "--decryption-key", "provider:pilot:team-b", to, "oci:"+back+":x"))
 			if !strings.Contains(blobs(t, back), secret) {

@@ -38,9 +38,9 @@ func blobs(t testing.TB, dir string) string {
 	return all.String()
 }
 
-// TestTools has skopeo, buildah and podman encrypt and decrypt with pilot as a
+// TestSkopeoBuildahPodmanEncryptAndDecrypt has skopeo, buildah and podman encrypt and decrypt with pilot as a
 // daemon and as an executable, and ctr-pilot read what they wrote.
-func TestTools(t *testing.T) {
+func TestSkopeoBuildahPodmanEncryptAndDecrypt(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
@@ -123,9 +123,9 @@ func TestTools(t *testing.T) {
 	})
 }
 
-// TestOriginalDropIn runs pilot in the original's place, between skopeo and a
+// TestPilotReplacesTheOriginal runs pilot in the original's place, between skopeo and a
 // broker with the original's API.
-func TestOriginalDropIn(t *testing.T) {
+func TestPilotReplacesTheOriginal(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	var ports [2]string

@@ -123,7 +123,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 
 	t.Run("taken", func(t *testing.T) {
 		for _, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:y", "docker://" + registry + "/enc:x"} {
-			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", to), "is there already", "--force")
+			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", to), "already exists", "--force")
 		}
 	})
 	t.Run("an archive in the place of a directory", func(t *testing.T) {

@@ -88,10 +88,10 @@ var brokerFaults = map[string]func(*net.TCPConn, *harness.FaultyProxy){
 	},
 }
 
-// TestBrokerFaults has a broker do everything that one should not. Each request
+// TestFaultyBrokerFailsInTime has a broker do everything that one should not. Each request
 // ends in time with an error that says so, or is answered by another broker; the
 // next works; and nothing is left in pilot.
-func TestBrokerFaults(t *testing.T) {
+func TestFaultyBrokerFailsInTime(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir, "team-a")

@@ -28,7 +28,7 @@ func disk(t testing.TB, dir string, size int) {
 	})
 }
 
-// leave fills a disk but for that many MiB, and returns what frees it again.
+// leave fills a disk except for that many MiB, and returns what frees it again.
 func leave(t *testing.T, dir string, free int) func() {
 	t.Helper()
 	reserved := filepath.Join(dir, "reserved")
@@ -43,10 +43,10 @@ func leave(t *testing.T, dir string, free int) func() {
 	return func() { remove(filepath.Join(dir, "filler")) }
 }
 
-// TestFullNode fills the disks under containerd's content store and its
+// TestFullDiskOfNodeFailsCleanly fills the disks under containerd's content store and its
 // snapshotter: what does not fit fails and says why, and leaves nothing but what
 // was there before.
-func TestFullNode(t *testing.T) {
+func TestFullDiskOfNodeFailsCleanly(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")

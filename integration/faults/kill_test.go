@@ -28,11 +28,11 @@ func rounds(t *testing.T) int {
 	return n
 }
 
-// TestKilledAtRandom kills one of those that take part in an encryption, a
+// TestKilledAtRandomLeavesWholeImages kills one of those that take part in an encryption, a
 // decryption or a pull, at some moment of it. What was there before stays, what
 // was begun is whole or not there, and the next try works. `make test-long` does
 // so some hundred times.
-func TestKilledAtRandom(t *testing.T) {
+func TestKilledAtRandomLeavesWholeImages(t *testing.T) {
 	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

@@ -42,8 +42,8 @@ func newVethPair(t testing.TB, dir string) *vethPair {
 	return c
 }
 
-// set cuts the cable at its first end, "down", or mends it, "up". What the
-// other end sends meanwhile is lost, and nobody tells it.
+// set cuts the cable at its first end, "down", or connects it again, "up". What the
+// other end sends meanwhile is lost, and it does not notice.
 func (c *vethPair) set(state string) {
 	c.t.Helper()
 	harness.Output(c.t, harness.Command(c.t, "ip", "-n", c.ends[0], "link", "set", c.ends[0], state))
@@ -59,9 +59,9 @@ func (c *vethPair) command(end int, args ...string) *exec.Cmd {
 // so over a new connection.
 const cutLasts, silentFor = 14 * time.Second, 11 * time.Second
 
-// TestNetworkCut cuts the network between pilot and copilot, while requests are
+// TestNetworkCutToBroker cuts the network between pilot and copilot, while requests are
 // under way and between them.
-func TestNetworkCut(t *testing.T) {
+func TestNetworkCutToBroker(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := newVethPair(t, dir)

@@ -101,7 +101,7 @@ func (k *PilotClient) Metric(t testing.TB, name string) float64 {
 }
 
 // CheckLeaks checks that the process has as many goroutines and open files as before,
-// but for a few connections that are kept.
+// except a few connections that are kept.
 func (k *PilotClient) CheckLeaks(t testing.TB, name string, before float64) {
 	t.Helper()
 	Await(t, name, func() error {
@@ -112,8 +112,8 @@ func (k *PilotClient) CheckLeaks(t testing.TB, name string, before float64) {
 	})
 }
 
-// StartPilot starts a key provider in dir and returns the ocicrypt.conf that tells
-// of it.
+// StartPilot starts a key provider in dir and returns the ocicrypt.conf that leads
+// to it.
 func StartPilot(t testing.TB, dir, broker string, args ...string) (*Process, string) {
 	t.Helper()
 	socket := filepath.Join(dir, "keyprovider.sock")

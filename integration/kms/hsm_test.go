@@ -169,8 +169,8 @@ func TestHSMSettings(t *testing.T) {
 	}
 }
 
-// TestHSMAtOnce has many calls at once in one process.
-func TestHSMAtOnce(t *testing.T) {
+// TestHSMManyCallsAtOnce has many calls at once in one process.
+func TestHSMManyCallsAtOnce(t *testing.T) {
 	k := harness.NewHSMToken(t, "a")
 	h := k.Open()
 	var g sync.WaitGroup
@@ -304,7 +304,7 @@ func TestHSMWrongPIN(t *testing.T) {
 	wrapsAgain(t, h, "a")
 }
 
-func TestHSMRemoved(t *testing.T) {
+func TestHSMTokenRemovedAndBack(t *testing.T) {
 	k := harness.NewHSMToken(t, "a")
 	dir := k.Faulty()
 	harness.Write(t, dir+"/removed", "")
@@ -344,7 +344,7 @@ func TestHSMRemoved(t *testing.T) {
 	unwrap(t, h, "a", 1, wrapped)
 }
 
-func TestHSMSlow(t *testing.T) {
+func TestHSMSlowModuleTimesOut(t *testing.T) {
 	k := harness.NewHSMToken(t, "a")
 	dir := k.Faulty()
 	h := k.Open()
@@ -367,7 +367,7 @@ func TestHSMSlow(t *testing.T) {
 	wrap(t, h, "a", 1)
 }
 
-func TestHSMPeculiar(t *testing.T) {
+func TestHSMWithOwnNonceWrapsAndRotationIsRefused(t *testing.T) {
 	k := harness.NewHSMToken(t, "a", "b")
 	dir := k.Faulty()
 	h := k.Open()

@@ -30,9 +30,9 @@ func (w forbiddenIsUnwrap) Unwrap(ctx context.Context, path string, version int,
 	return b, err
 }
 
-// TestMoto runs the backend with moto, whose KMS rotates on demand and has other
+// TestAWSKMSRotatesInMoto runs the backend with moto, whose KMS rotates on demand and has other
 // errors than local-kms. It does not care whether a key is disabled.
-func TestMoto(t *testing.T) {
+func TestAWSKMSRotatesInMoto(t *testing.T) {
 	program := filepath.Join(harness.Tools, "bin/moto_server")
 	if _, err := os.Stat(program); err != nil {
 		t.Fatalf("moto is missing: install it with \"scripts/install-tools.sh %s\"", harness.Tools)

@@ -131,10 +131,10 @@ func (h *fleet) within(part float64) time.Duration {
 	return -1
 }
 
-// TestPowerCut has the nodes of a site connect to one copilot at the same time, each with
+// TestAllNodesReconnectAtOnce has the nodes of a site connect to one copilot at the same time, each with
 // an identity of its own. `make test-long` has up to
 // 10,000 of them, and prints how long it takes.
-func TestPowerCut(t *testing.T) {
+func TestAllNodesReconnectAtOnce(t *testing.T) {
 	t.Parallel()
 	// A broker serves 100 in at most a 25th of the time that a connection waits for its
 	// handshake.

@@ -14,10 +14,10 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestPullsAtOnce pulls many different encrypted images at the same time, each by
+// TestManyPullsAtOnce pulls many different encrypted images at the same time, each by
 // a crictl of its own: 16, or as many as PILOT_PULLS says, of all kinds of layers, with one to four of those, under
 // three KEKs.
-func TestPullsAtOnce(t *testing.T) {
+func TestManyPullsAtOnce(t *testing.T) {
 	t.Parallel()
 	count := 16
 	if s := os.Getenv("PILOT_PULLS"); s != "" {

@@ -172,8 +172,8 @@ func notYetValid(t *testing.T, b *harness.TLSBroker) (file string) {
 	return harness.Write(t, b.Dir+"/early.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 }
 
-// TestDestroyedVersion requests a KEK version that was destroyed.
-func TestDestroyedVersion(t *testing.T) {
+// TestDoctorNamesDestroyedVersion requests a KEK version that was destroyed.
+func TestDoctorNamesDestroyedVersion(t *testing.T) {
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
 	cert, key := b.Enroll(t, "worker-7")

@@ -237,8 +237,8 @@ func TestDoctorRestart(t *testing.T) {
 	}
 }
 
-// TestDoctorProcessors examines machines that decrypt with stream processors.
-func TestDoctorProcessors(t *testing.T) {
+// TestDoctorExaminesStreamProcessors examines machines that decrypt with stream processors.
+func TestDoctorExaminesStreamProcessors(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir, "team-a")
@@ -253,9 +253,9 @@ func TestDoctorProcessors(t *testing.T) {
 	}
 }
 
-// TestDoctorTCP examines machines whose key provider listens on TCP: one that writes the
+// TestDoctorExaminesTCPKeyProvider examines machines whose key provider listens on TCP: one that writes the
 // original's annotations, and one that requires certificates.
-func TestDoctorTCP(t *testing.T) {
+func TestDoctorExaminesTCPKeyProvider(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir, "team-a", "team-b")
@@ -329,7 +329,7 @@ func TestDoctorHangs(t *testing.T) {
 		expectSkipped(t, r, "broker", "layer", "transfer")
 	})
 	paused(brokerProcess, func() {
-		p.Examine(t, append(args, "--broker-timeout", "3s")...).ExpectFailed(t, "broker", "on the broker's machine: systemctl restart copilot.service", `KEK "team-a"`, "nothing came within")
+		p.Examine(t, append(args, "--broker-timeout", "3s")...).ExpectFailed(t, "broker", "on the broker's machine: systemctl restart copilot.service", `KEK "team-a"`, "no response within")
 	})
 	paused(n.Process, func() {
 		cmd := p.Command(t, args...)
@@ -405,8 +405,8 @@ func TestDoctorSockets(t *testing.T) {
 	p.Examine(t, "--snapshotter", "nowhere").ExpectFailed(t, "layer", "journalctl -u containerd.service -u pilot.service -n 30", "snapshotter nowhere")
 }
 
-// TestDoctorUsage gives the doctor an invalid configuration.
-func TestDoctorUsage(t *testing.T) {
+// TestDoctorRejectsInvalidConfiguration gives the doctor an invalid configuration.
+func TestDoctorRejectsInvalidConfiguration(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/pilot.toml", "broker = 'unix:///b.sock'\nlisten = 'nowhere'\n")

@@ -84,9 +84,9 @@ func TestNodeInstall(t *testing.T) {
 	}
 }
 
-// TestNodeAgain installs, changes files as an admin or a newer containerd would, and
+// TestNodeInstallsAgainOverChanges installs, changes files as an admin or a newer containerd would, and
 // installs or uninstalls again.
-func TestNodeAgain(t *testing.T) {
+func TestNodeInstallsAgainOverChanges(t *testing.T) {
 	t.Parallel()
 	const conf = "/etc/containerd/config.toml"
 	t.Run("rewritten", func(t *testing.T) {
@@ -384,8 +384,8 @@ func TestNodeKeepConfig(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeChanged uninstalls after files were changed.
-func TestNodeChanged(t *testing.T) {
+// TestNodeUninstallKeepsChangedFiles uninstalls after files were changed.
+func TestNodeUninstallKeepsChangedFiles(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.4.2"](t)
 	conf := m.Root + "/etc/containerd/config.toml"

@@ -113,8 +113,8 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeOddImports installs with unusual lists of imports.
-func TestNodeOddImports(t *testing.T) {
+// TestNodeUnusualImports installs with unusual lists of imports.
+func TestNodeUnusualImports(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "")
 	for name, text := range map[string]string{
@@ -264,8 +264,8 @@ func TestNodeOfEarlierVersion(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// TestNodeNowhereToTry installs on a machine whose /tmp is read-only.
-func TestNodeNowhereToTry(t *testing.T) {
+// TestNodeWithReadOnlyTmp installs on a machine whose /tmp is read-only.
+func TestNodeWithReadOnlyTmp(t *testing.T) {
 	t.Parallel()
 	m := configured(t, "2.2.9", "version = 2\n")
 	before := m.Files()

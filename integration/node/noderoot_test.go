@@ -35,8 +35,8 @@ var sandboxes = map[string]struct {
 var container = []string{"unshare", "--user", "--map-root-user", "sh", "-c",
 	`echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin "$@"`, "sh"}
 
-// TestHostileRoot sets up root directories with a malicious containerd.
-func TestHostileRoot(t *testing.T) {
+// TestHostileRootIsContained sets up root directories with a malicious containerd.
+func TestHostileRootIsContained(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	hostile := filepath.Join(dir, "containerd")

@@ -82,10 +82,10 @@ func TestNodeProgramMoved(t *testing.T) {
 	harness.Output(t, m.Run("pilot", "node", "uninstall"))
 }
 
-// TestNodeOddFiles imports what is not a regular file: containerd would block on a named
+// TestNodeSpecialFilesInConfiguration imports what is not a regular file: containerd would block on a named
 // pipe, read a device without end, not start with a directory, and take /dev/null for an
 // empty file.
-func TestNodeOddFiles(t *testing.T) {
+func TestNodeSpecialFilesInConfiguration(t *testing.T) {
 	t.Parallel()
 	const odd = "/etc/containerd/conf.d/odd.toml"
 	for name, test := range map[string]struct{ make, want string }{

@@ -190,9 +190,9 @@ func TestNodeRefusals(t *testing.T) {
 	})
 }
 
-// TestNodeBrokenBefore repairs the drop-in of an earlier version, with which containerd
+// TestNodeRepairsDropInOfEarlierVersion repairs the drop-in of an earlier version, with which containerd
 // 2.0 to 2.2 lost its CRI configuration.
-func TestNodeBrokenBefore(t *testing.T) {
+func TestNodeRepairsDropInOfEarlierVersion(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.2.9"](t)
 	const conf = "/etc/containerd/config.toml"
@@ -226,9 +226,9 @@ func renote(m *harness.Machine, path, text string) {
 	harness.Write(m.T, state, strings.ReplaceAll(harness.Read(m.T, state), was, harness.SHA256(text)))
 }
 
-// TestNodeLists lets the doctor find entries that pilot's lists hide, and entries of a tool
+// TestNodeListEntriesThatAreHidden lets the doctor find entries that pilot's lists hide, and entries of a tool
 // that is gone.
-func TestNodeLists(t *testing.T) {
+func TestNodeListEntriesThatAreHidden(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["2.2.9"](t)
 	harness.Write(t, m.Root+"/etc/containerd/config.toml", harness.Read(t, "../testdata/nodes/v3-imports.toml"))

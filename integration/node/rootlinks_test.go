@@ -11,9 +11,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestRootLinks installs pilot into root directories whose links lead outside, and
+// TestLinksOutOfRootAreNotFollowed installs pilot into root directories whose links lead outside, and
 // uninstalls.
-func TestRootLinks(t *testing.T) {
+func TestLinksOutOfRootAreNotFollowed(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	// The links' targets on this machine.
@@ -53,8 +53,8 @@ func TestRootLinks(t *testing.T) {
 	}
 }
 
-// TestForeignState uninstalls with a record that names files that are not pilot's.
-func TestForeignState(t *testing.T) {
+// TestUninstallRemovesNoForeignFiles uninstalls with a record that names files that are not pilot's.
+func TestUninstallRemovesNoForeignFiles(t *testing.T) {
 	t.Parallel()
 	m := harness.Machines()["1.7"](t)
 	harness.Output(t, m.Pilot("node", "install"))

@@ -158,10 +158,10 @@ func gzipped(b []byte) []byte {
 	return out.Bytes()
 }
 
-// TestBombs unpacks layers that are made to do harm: encrypted ones by pilot,
+// TestHarmfulLayersUnpackAsPlainOnes unpacks layers that are made to do harm: encrypted ones by pilot,
 // and the same as plain ones by a containerd that has no pilot. The outcome is the
 // same, pilot's memory stays small, and nothing outside of the snapshot changes.
-func TestBombs(t *testing.T) {
+func TestHarmfulLayersUnpackAsPlainOnes(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, url := harness.StartBroker(t, dir+"/broker", "team-a")

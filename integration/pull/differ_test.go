@@ -18,9 +18,9 @@ import (
 	"github.com/ctrlplane/pilot/integration/harness"
 )
 
-// TestDiffer pulls and runs with each client, none of which knows of
+// TestDifferServesEachClient pulls and runs with each client, none of which knows of
 // encryption.
-func TestDiffer(t *testing.T) {
+func TestDifferServesEachClient(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
@@ -90,8 +90,8 @@ func TestDiffer(t *testing.T) {
 	}
 }
 
-// TestDifferCommit has containerd compare snapshots with pilot.
-func TestDifferCommit(t *testing.T) {
+// TestSnapshotDiffWorksWithDiffer has containerd compare snapshots with pilot.
+func TestSnapshotDiffWorksWithDiffer(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
@@ -146,8 +146,8 @@ func commitKeepsLease(t testing.TB, n *harness.Node, snapshot string) {
 	}
 }
 
-// TestDifferFails pulls what can't be decrypted.
-func TestDifferFails(t *testing.T) {
+// TestDifferErrorsSayWhy pulls what can't be decrypted.
+func TestDifferErrorsSayWhy(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
@@ -283,9 +283,9 @@ func TestDifferKilled(t *testing.T) {
 	}
 }
 
-// TestDifferOverAPI has a pilot that does not see the files of the content store
+// TestDifferReadsBlobsOverAPI has a pilot that does not see the files of the content store
 // read blobs over containerd's API.
-func TestDifferOverAPI(t *testing.T) {
+func TestDifferReadsBlobsOverAPI(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
@@ -307,8 +307,8 @@ func TestDifferOverAPI(t *testing.T) {
 	}
 }
 
-// TestDifferAway pulls while pilot is not there.
-func TestDifferAway(t *testing.T) {
+// TestPullWithoutPilot pulls while pilot is not there.
+func TestPullWithoutPilot(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")

@@ -85,9 +85,9 @@ func TestManyRecipients(t *testing.T) {
 	c.ExpectNothingPending()
 }
 
-// TestLargeManifest refuses an image whose manifest would be larger than registries
+// TestLargeManifestIsRefused refuses an image whose manifest would be larger than registries
 // take, before it reads the first layer: that has another size than the manifest says.
-func TestLargeManifest(t *testing.T) {
+func TestLargeManifestIsRefused(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.NewNode(t, dir+"/ci", harness.Containerd2(), harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`), "")

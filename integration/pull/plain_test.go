@@ -39,8 +39,8 @@ func parseReport(t testing.TB, text string) (e plainReport) {
 	return e
 }
 
-// TestPlain encrypts images of which something can't be encrypted, or is not to be.
-func TestPlain(t *testing.T) {
+// TestWhatStaysPlainIsNamed encrypts images of which something can't be encrypted, or is not to be.
+func TestWhatStaysPlainIsNamed(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)

@@ -40,8 +40,8 @@ func ReplacePair(certFile, keyFile string, cert, key []byte) error {
 }
 
 // CompletePair puts the certificate that is in the key's file into the certificate's
-// own file, if that has an older one of another key: [ReplacePair] was cut short. A
-// newer one is somebody's who is going to replace the key, too.
+// own file, if that has an older one of another key: [ReplacePair] was interrupted. A
+// newer one was put there by an administrator who is about to replace the key too.
 func CompletePair(certFile, keyFile string) error {
 	cert, key, err := readPair(certFile, keyFile)
 	defer clear(key)

@@ -19,7 +19,8 @@ import (
 // installed, so it stays, though v3 of the library has another name for it.
 const completionFlag = "--generate-bash-completion"
 
-// Complete adds to a program what all have.
+// Complete adds to a program what all of ours have: completion, a version command, and the
+// description of exit statuses.
 func Complete(app *cli.Command) *cli.Command {
 	app.Description += "\n\n" + exit.Help
 	app.EnableShellCompletion = true

@@ -72,7 +72,7 @@ func (h *held) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// TestReadAll reads much, and looks at all arrays that it was read to.
+// TestReadAll reads a large body, and looks at each array that it was copied through.
 func TestReadAll(t *testing.T) {
 	text := strings.Repeat("secret", 20000)
 	r := &held{Reader: iotest.OneByteReader(strings.NewReader(text))}

@@ -21,8 +21,8 @@ const (
 )
 
 // Field returns a field of a message, of type string or bytes: the last one if
-// it is there more than once, nil if it is not there. Groups, which nobody
-// writes any more, are an error.
+// it occurs more than once, nil if it is missing. Groups, which are deprecated, are an
+// error.
 func Field(message []byte, number int) ([]byte, error) {
 	var found []byte
 	for len(message) > 0 {

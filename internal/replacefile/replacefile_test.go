@@ -3,6 +3,7 @@
 package replacefile
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -84,6 +85,37 @@ func TestLinkOfAnother(t *testing.T) {
 		}
 		os.Lchown(link, 0, 0)
 	}
+	// By a directory further up.
+	os.Chown(theirs, 0, 0)
+	for _, of := range []string{filepath.Join(theirs, "conf"), theirs} {
+		if err := os.Symlink(dir, filepath.Join(theirs, "conf")); err != nil {
+			t.Fatal(err)
+		}
+		if err := replace(filepath.Join(theirs, "conf/target")); err != nil {
+			t.Errorf("root's link to a directory: %v", err)
+		}
+		os.WriteFile(target, []byte("old"), 0o644)
+		if err := os.Lchown(of, other, other); err != nil {
+			t.Fatal(err)
+		}
+		if err := replace(filepath.Join(theirs, "conf/../conf/./target")); err == nil {
+			t.Errorf("with another user's %s a link to a directory is followed", of)
+		}
+		if b, _ := os.ReadFile(target); string(b) != "old" {
+			t.Errorf("root's file has %q now", b)
+		}
+		os.Remove(filepath.Join(theirs, "conf"))
+		os.Chown(theirs, 0, 0)
+	}
+	// To another's, by way of a third user's link.
+	third := filepath.Join(theirs, "third")
+	if err := errors.Join(os.Chown(target, other, other), os.Lchown(link, other, other), os.Symlink(link, third), os.Lchown(third, other-1, other-1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := replace(third); err == nil {
+		t.Error("a user's link leads to another user's file")
+	}
+	os.Remove(third)
 	// To what is theirs.
 	if err := os.Chown(target, other, other); err != nil {
 		t.Fatal(err)

@@ -98,8 +98,8 @@ func TestServiceName(t *testing.T) {
 	}
 }
 
-// TestOff has nobody to send spans to. What belongs together still has an id,
-// unless that is not wanted either.
+// TestOff has no collector to send spans to. Spans still have a common trace ID, unless
+// that is turned off too.
 func TestOff(t *testing.T) {
 	for name, test := range map[string]struct {
 		variables map[string]string

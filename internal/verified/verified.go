@@ -1,5 +1,5 @@
-// Package verified reads blobs that somebody else keeps, and checks them against
-// their digests on the way.
+// Package verified reads blobs of untrusted stores, and checks them against their
+// digests on the way.
 package verified
 
 import (
@@ -15,10 +15,10 @@ import (
 // ErrDigest is the error of a blob that is not what its descriptor says.
 var ErrDigest = errors.New("the blob is not what its digest says")
 
-// New returns a reader of ra, which has to be read in order. Before the last byte is given
-// out, all are checked against desc's digest, which has to be valid, and the reader fails
-// with [ErrDigest] if they do not match. An empty blob is checked at once, since nobody
-// reads it. Closing the reader closes ra, as an error does.
+// New returns a reader of ra, which must be read in order. Before it returns the last
+// byte, it checks all of them against desc's digest, which must be valid, and fails with
+// [ErrDigest] if they do not match. An empty blob, which is never read, is checked at
+// once. Closing the reader closes ra, as an error does.
 func New(ra content.ReaderAt, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	r := &reader{ReaderAt: ra, desc: desc, digester: desc.Digest.Algorithm().Digester()}
 	var err error

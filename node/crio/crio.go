@@ -122,6 +122,7 @@ func (c *Running) CheckKeys() (keys int, err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", e.Name(), err)
 		}
+		defer clear(key)
 		if _, err := utils.SortDecryptionKeys(base64.StdEncoding.EncodeToString(key)); err != nil {
 			return fmt.Errorf("%s: %w", e.Name(), err)
 		}

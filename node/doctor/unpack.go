@@ -185,7 +185,7 @@ const (
 // It is the one place here that reads containerd's message. containerd 1.6 to 2.4 reports
 // both as an unknown error without details: [diff.ErrNoProcessor] belongs to no class of
 // errdefs, and what a stream processor prints is in the message only.
-// TestDoctorRestart and TestDoctorProcessors compare with containerd 1.6, 1.7 and 2.
+// TestDoctorRestart and TestDoctorExaminesStreamProcessors compare with containerd 1.6, 1.7 and 2.
 func reasonOf(err error) reason {
 	if errors.Is(err, errNoUnpackConfig) {
 		return pilotNotAsked

@@ -48,18 +48,25 @@ func (h Host) ExecStart(service string) ([]string, error) {
 }
 
 // environment is what a unit gives its processes.
-type environment map[string]string
+type environment map[string]value
+
+// value is a variable's, or why only systemd knows it.
+type value struct {
+	text string
+	err  error
+}
 
 // set adds an Environment= setting's assignments.
-func (e environment) set(value string) error {
-	if value == "" {
+func (e environment) set(assignments string) error {
+	if assignments == "" {
 		clear(e) // takes back those before it
 		return nil
 	}
-	words, err := splitWords(value)
+	words, err := splitWords(assignments)
 	for _, w := range words {
 		if name, v, ok := strings.Cut(w.text, "="); ok {
-			e[name], err = expandSpecifiers(v)
+			text, err := expandSpecifiers(v)
+			e[name] = value{text, err}
 		}
 	}
 	return err
@@ -76,11 +83,11 @@ func (e environment) read(h Host, file string) {
 		}
 		joined := strings.ReplaceAll(string(text), "\\\n", "")
 		for line := range strings.Lines(joined) {
-			name, value, ok := strings.Cut(strings.TrimSpace(line), "=")
+			name, text, ok := strings.Cut(strings.TrimSpace(line), "=")
 			if !ok || strings.HasPrefix(name, "#") || strings.HasPrefix(name, ";") {
 				continue
 			}
-			e[strings.TrimSpace(name)] = unquoteFileValue(strings.TrimSpace(value))
+			e[strings.TrimSpace(name)] = value{text: unquoteFileValue(strings.TrimSpace(text))}
 		}
 	}
 }
@@ -151,20 +158,28 @@ func commandWords(command string, env environment) (words []string, err error) {
 			expanded = append(expanded, w.text)
 		case wholeVariable.MatchString(w.text):
 			// Split at spaces, and nothing if it is not set.
-			list, err := splitWords(env[w.text[1:]])
-			if err != nil {
+			v := env[w.text[1:]]
+			list, err := splitWords(v.text)
+			if err = errors.Join(v.err, err); err != nil {
 				return expanded, err
 			}
 			for _, part := range list {
 				expanded = append(expanded, part.text)
 			}
 		default:
-			expanded = append(expanded, variable.ReplaceAllStringFunc(w.text, func(s string) string {
+			var err error
+			text := variable.ReplaceAllStringFunc(w.text, func(s string) string {
 				if s == "$$" {
 					return "$"
 				}
-				return env[s[2:len(s)-1]]
-			}))
+				v := env[s[2:len(s)-1]]
+				err = errors.Join(err, v.err)
+				return v.text
+			})
+			if err != nil {
+				return expanded, err
+			}
+			expanded = append(expanded, text)
 		}
 	}
 	return expanded, nil

@@ -27,6 +27,10 @@ func TestExecStartIsExpandedAsBySystemd(t *testing.T) {
 		{"Environment=A=1\nExecStart=:/usr/bin/containerd $A ${A}", []string{"/usr/bin/containerd", "$A", "${A}"}, ""},
 		{"ExecStart=/usr/bin/containerd -a %t/c.sock %%", []string{"/usr/bin/containerd", "-a", "/run/c.sock", "%"}, ""},
 		{"ExecStart=/usr/bin/containerd -c /etc/%H.toml", []string{"/usr/bin/containerd", "-c"}, "only systemd can expand %H"},
+		{"Environment=A=%H B=/b.toml\nExecStart=/usr/bin/containerd -c ${B}", []string{"/usr/bin/containerd", "-c", "/b.toml"}, ""},
+		{"Environment=A=%H B=/b.toml\nExecStart=/usr/bin/containerd -c /etc/${A}.toml", []string{"/usr/bin/containerd", "-c"}, "only systemd can expand %H"},
+		{"Environment=A=%H B=/b.toml\nExecStart=/usr/bin/containerd -c $A", []string{"/usr/bin/containerd", "-c"}, "only systemd can expand %H"},
+		{"Environment=A=1 \"B=2\nExecStart=/usr/bin/containerd -c ${A}", nil, "is not closed"},
 		{"ExecStart=/usr/bin/containerd -c '/etc", []string{"/usr/bin/containerd", "-c"}, "the quote ' is not closed"},
 		{"ExecStart=/usr/bin/containerd ; /bin/true", []string{"/usr/bin/containerd"}, "more than one command"},
 	} {

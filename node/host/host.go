@@ -93,6 +93,7 @@ func (h Host) LookPathIn(name string, dirs []string) string {
 	return ""
 }
 
+// SameFile reports whether two paths of this machine lead to the same file.
 func SameFile(a, b string) bool {
 	x, errX := os.Stat(a)
 	y, errY := os.Stat(b)

@@ -283,5 +283,5 @@ func checkSize(key []byte) error {
 	case 16, 24, 32:
 		return nil
 	}
-	return fmt.Errorf("%w: it is no AES key: %d bytes, not 32 (or 16 or 24, for the original's format only)", kms.ErrUnavailable, len(key))
+	return fmt.Errorf("%w: it is not an AES key: %d bytes, not 32 (or 16 or 24, for the original's format only)", kms.ErrUnavailable, len(key))
 }

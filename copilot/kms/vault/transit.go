@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
@@ -26,7 +25,7 @@ type transitSettings struct {
 // "vault:v1:…".
 type transit struct {
 	*engine
-	rotating *sync.Mutex
+	rotating chan struct{} // holds one during a rotation
 }
 
 func openTransit(decode kms.Settings) (kms.Backend, error) {
@@ -38,7 +37,7 @@ func openTransit(decode kms.Settings) (kms.Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	return transit{v, new(sync.Mutex)}, nil
+	return transit{v, make(chan struct{}, 1)}, nil
 }
 
 // transitName matches what Vault takes as the name of a key.
@@ -152,8 +151,12 @@ func (t transit) Rotate(ctx context.Context, path string) (int, error) {
 		} `json:"data"`
 	}
 	var answer json.RawMessage // old servers have none
-	t.rotating.Lock()
-	defer t.rotating.Unlock()
+	select {
+	case t.rotating <- struct{}{}:
+		defer func() { <-t.rotating }()
+	case <-ctx.Done():
+		return 0, fmt.Errorf("the Vault at %s: rotate %s: %w: other rotations take long: %w", t.address, name, kms.ErrUnavailable, ctx.Err())
+	}
 	for try := 1; ; try++ {
 		err := t.ask(ctx, "keys/"+name+"/rotate", struct{}{}, &answer)
 		if err == nil {

@@ -153,7 +153,7 @@ func (v *engine) connect(s settings) (string, error) {
 	case u.Scheme == "http" && loopback.Is(u.Hostname()), u.Scheme == "https" && u.Hostname() != "":
 		return s.Address, nil
 	case u.Scheme == "http":
-		return "", fmt.Errorf("address = %q: keys would cross the network in plain: use https", s.Address)
+		return "", fmt.Errorf("address = %q: keys would cross the network unencrypted: use https", s.Address)
 	}
 	return "", fmt.Errorf("address = %q is neither https://HOST:PORT nor http://HOST:PORT on this machine nor unix:///PATH", s.Address)
 }
@@ -327,7 +327,7 @@ func (v *engine) send(ctx context.Context, token string, r request, out any) err
 	var long *http.MaxBytesError
 	switch {
 	case errors.As(err, &long):
-		err = fmt.Errorf("%w: it answers more than %d bytes", kms.ErrUnavailable, maxAnswer)
+		err = fmt.Errorf("%w: its answer has more than %d bytes", kms.ErrUnavailable, maxAnswer)
 	case refusal != nil:
 		return newRefusal(what, r, refusal)
 	case err != nil:

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"hash/maphash"
 	"sync"
 	"time"
 
@@ -23,9 +24,11 @@ const (
 	refusalBurst    = 60
 	refusalInterval = 10 * time.Second
 	// maxKinds is how many kinds of refusals are counted separately, of all callers, and
-	// maxCallerKinds of one. Beyond that, each action and status is one kind.
+	// maxCallerKinds of one. Beyond that, each action and status is one kind, of which up to
+	// maxKEKs KEKs are counted.
 	maxKinds       = 4096
 	maxCallerKinds = 128
+	maxKEKs        = 1024
 	// burstEnd is how long after its last refusal a burst is over. A burst that goes on
 	// is summed up each sumInterval, if the caller has a line left, or else after
 	// maxSumDelay.
@@ -66,7 +69,11 @@ type kind struct {
 	at     time.Time // of last
 	since  time.Time // of the first without a line
 	count  int64     // of those without a line
+	// keks are the hashes of the KEKs that those were for, if causes differ.
+	keks map[uint64]bool
 }
+
+var kekSeed = maphash.MakeSeed()
 
 // note counts a refused request of a caller, and reports whether it gets a line of its
 // own. If many is true, only the first of its kind does.
@@ -107,9 +114,15 @@ func (r *refusals) note(who string, e audit.Entry, many bool) bool {
 		return true
 	}
 	if k.count == 0 {
-		k.since = e.Time
+		k.since, k.keks = e.Time, nil
 	}
 	k.count++
+	if k.coarse && e.KEK != "" && len(k.keks) < maxKEKs {
+		if k.keks == nil {
+			k.keks = make(map[uint64]bool)
+		}
+		k.keks[maphash.String(kekSeed, e.KEK)] = true
+	}
 	k.last = e.Shown()
 	return false
 }
@@ -146,7 +159,13 @@ func (k *kind) sum() audit.Entry {
 		times = "time"
 	}
 	if k.coarse {
-		of = ", this one the last of several kinds"
+		switch n := len(k.keks); {
+		case n >= maxKEKs:
+			of = fmt.Sprintf(", for %d or more different KEKs", n)
+		case n > 1:
+			of = fmt.Sprintf(", for %d different KEKs", n)
+		}
+		of += ", this one the last of several kinds"
 	}
 	e.Reason += fmt.Sprintf(" (%s %d more %s from %s to %s%s)", e.Verdict, k.count, times, k.since.Format(time.RFC3339), k.at.Format(time.RFC3339), of)
 	k.count = 0

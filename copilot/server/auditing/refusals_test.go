@@ -2,6 +2,7 @@ package auditing
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -65,5 +66,31 @@ func TestSumsThatCanNotBeWrittenAreKept(t *testing.T) {
 	r.look(time.Now(), true)
 	if sum != 99 {
 		t.Errorf("%d refusals are in the audit log, want 99", sum)
+	}
+}
+
+// TestSumOfManyKindsSaysForHowManyKEKs has a caller guess names: one line says how many
+// it tried since the last.
+func TestSumOfManyKindsSaysForHowManyKEKs(t *testing.T) {
+	for names, want := range map[int][]string{
+		300:  {"for 171 different KEKs,", "for 172 different KEKs,"}, // besides 128 kinds, and the first of the rest
+		5000: {"for 1024 or more different KEKs,", "for 1024 or more different KEKs,"},
+	} {
+		var sums []string
+		r := &refusals{write: func(e audit.Entry) error {
+			if strings.Contains(e.Reason, "last of several kinds") {
+				sums = append(sums, e.Reason)
+			}
+			return nil
+		}}
+		for range want {
+			for i := range names {
+				r.note("uid:1", audit.Entry{Action: "info", Verdict: audit.Denied, Status: 403, KEK: fmt.Sprint("team-", i), From: "@"}, false)
+			}
+			r.look(time.Now(), true)
+		}
+		if len(sums) != len(want) || !strings.Contains(sums[0], want[0]) || !strings.Contains(sums[1], want[1]) {
+			t.Errorf("%d names: %q, want %q", names, sums, want)
+		}
 	}
 }

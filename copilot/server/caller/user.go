@@ -27,11 +27,6 @@ func OnConnection(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
-// WithUser returns a context in which requests come from that user of this machine.
-func WithUser(ctx context.Context, uid int) context.Context {
-	return context.WithValue(ctx, userKey{}, userIdentity(uid))
-}
-
 // User returns the identity of the user at the other end of a unix socket, uid:N, or ""
 // if the request came in another way.
 func User(ctx context.Context) string {
@@ -58,10 +53,8 @@ func UserOf(c net.Conn) (user string) {
 	}
 	raw.Control(func(fd uintptr) {
 		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			user = userIdentity(int(peer.Uid))
+			user = fmt.Sprintf("uid:%d", peer.Uid)
 		}
 	})
 	return user
 }
-
-func userIdentity(uid int) string { return fmt.Sprintf("uid:%d", uid) }

@@ -2,6 +2,7 @@ package handshake
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -108,4 +109,97 @@ func TestFailureOverACertificateIsDenied(t *testing.T) {
 			t.Errorf("%s: %+v, silent %t", name, f, f.Silent())
 		}
 	}
+}
+
+// TestRequestForAnotherHelloShowsNoCertificate has clients whose first hello offers no
+// key share that the server can use.
+func TestRequestForAnotherHelloShowsNoCertificate(t *testing.T) {
+	ca := certtest.NewAuthority(t)
+	own := ca.Issue(t, x509.Certificate{})
+	clients, err := certfile.LoadAuthorities(ca.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conf, err := certfile.Server(own.Cert, own.Key, clients, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	usual := conf.GetConfigForClient
+	conf.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		c, err := usual(hello)
+		c.CurvePreferences = []tls.CurveID{tls.CurveP384} // Go's client offers it, and no share of it at first
+		return c, err
+	}
+	plain, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	failures, accepted := make(chan Failure, 1), make(chan net.Conn, 1)
+	l := NewTurns(prometheus.NewCounter(prometheus.CounterOpts{})).Listener(plain, conf, func(f Failure) { failures <- f })
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- c
+		}
+	}()
+	pair, err := tls.LoadX509KeyPair(own.Cert, own.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	connect := func(wrap func(net.Conn) net.Conn, certs ...tls.Certificate) {
+		t.Helper()
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		go func() {
+			client := tls.Client(wrap(c), &tls.Config{InsecureSkipVerify: true, Certificates: certs})
+			client.Handshake()
+			client.Read(make([]byte, 1))
+		}()
+	}
+	plainly := func(c net.Conn) net.Conn { return c }
+	connect(plainly, pair)
+	select {
+	case c := <-accepted:
+		if s := c.(*tls.Conn).ConnectionState(); !s.HelloRetryRequest {
+			t.Error("the first hello was enough")
+		}
+		c.Close()
+	case f := <-failures:
+		t.Errorf("with a certificate: %+v", f)
+	}
+	connect(plainly)
+	if f := <-failures; !f.Denied {
+		t.Errorf("without a certificate: %+v", f)
+	}
+	connect(func(c net.Conn) net.Conn { return &repeater{Conn: c} })
+	if f := <-failures; f.Denied {
+		t.Errorf("with the same hello again: %+v", f)
+	}
+}
+
+// repeater is the connection of a client that sends its first hello again instead of its
+// second.
+type repeater struct {
+	net.Conn
+	hello []byte
+}
+
+func (r *repeater) Write(b []byte) (int, error) {
+	if r.hello == nil {
+		r.hello = bytes.Clone(b)
+	} else if b[0] == recordHandshake {
+		r.hello[2] = b[2] // the version of records: 3.1 in the first one
+		if _, err := r.Conn.Write(r.hello); err != nil {
+			return 0, err
+		}
+		return len(b), nil
+	}
+	return r.Conn.Write(b)
 }

@@ -1,6 +1,8 @@
 package handshake
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"net"
@@ -53,7 +55,7 @@ type turn struct {
 	net.Conn
 	turns    *Turns
 	taken    atomic.Bool
-	answered atomic.Bool // with a handshake message
+	answered atomic.Bool // with its certificate
 }
 
 // NetConn returns the connection under it.
@@ -120,12 +122,23 @@ func (t *turn) end() {
 // 5.1. An alert has another.
 const recordHandshake = 22
 
+// retryRandom is the random of a HelloRetryRequest, by which it differs from a
+// ServerHello: RFC 8446, section 4.1.3.
+var retryRandom = sha256.Sum256([]byte("HelloRetryRequest"))
+
 func (t *turn) Write(b []byte) (int, error) {
 	t.end()
-	if len(b) > 0 && b[0] == recordHandshake {
+	if len(b) > 0 && b[0] == recordHandshake && !asksForAnotherHello(b) {
 		t.answered.Store(true)
 	}
 	return t.Conn.Write(b)
+}
+
+// asksForAnotherHello reports whether the server asks the client for another hello, since
+// it can't use the key share in the first: the client has no certificate of ours yet.
+func asksForAnotherHello(record []byte) bool {
+	const random = 5 + 4 + 2 // after the headers of the record and the message, and the version
+	return len(record) >= random+len(retryRandom) && bytes.Equal(record[random:random+len(retryRandom)], retryRandom[:])
 }
 
 func (t *turn) Close() error {

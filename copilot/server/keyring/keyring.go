@@ -55,7 +55,7 @@ type Keyring struct {
 	mu     sync.Mutex
 	warned map[string]bool // versions that come near the limit
 
-	rotating sync.Mutex
+	rotating chan struct{}  // holds one during a rotation of rotateFull
 	full     map[string]int // by id, the last version that was rotated because it was full
 }
 
@@ -69,7 +69,7 @@ const ExportWraps = 1024
 var (
 	// ErrNotExported is the error of exporting a KEK that does not leave the broker or its
 	// KMS.
-	ErrNotExported = errors.New("this KEK is not given out: have copilot wrap and unwrap with it")
+	ErrNotExported = errors.New("this KEK is not exported: have copilot wrap and unwrap with it")
 	// ErrLimit is the error of wrapping with a KEK that has wrapped as many keys as it may.
 	ErrLimit = errors.New("the KEK has wrapped as many keys as it may, and copilot can't rotate it: rotate it in its KMS")
 )
@@ -98,6 +98,7 @@ func New(conf Config, store *keystore.Store, log *auditing.Log, m *Metrics) (_ *
 	r := &Keyring{
 		Store: store, backends: make(map[string]kms.Backend), types: make(map[string]string),
 		located: conf.KEKs, limit: conf.WrapLimit, audit: log, metrics: m,
+		rotating: make(chan struct{}, 1),
 	}
 	defer func() {
 		if err != nil {

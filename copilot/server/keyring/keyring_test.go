@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -28,5 +29,16 @@ func TestVerdictIsDeniedOnlyIfTheBrokerWorks(t *testing.T) {
 		if got := Verdict(test.err); got != test.want {
 			t.Errorf("%v: %s, want %s", test.err, got, test.want)
 		}
+	}
+}
+
+// TestWaitForARotationEndsWithTheRequest has another rotation under way that never ends.
+func TestWaitForARotationEndsWithTheRequest(t *testing.T) {
+	r := &Keyring{rotating: make(chan struct{}, 1)}
+	r.rotating <- struct{}{}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.rotateFull(ctx, KEK{}, 1); !errors.Is(err, context.Canceled) || !errors.Is(err, kms.ErrUnavailable) {
+		t.Error(err)
 	}
 }

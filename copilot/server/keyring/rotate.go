@@ -70,8 +70,12 @@ func (r *Keyring) firstWarning(id string, version int) bool {
 // rotateFull rotates a KEK whose current version has reached its limit.
 func (r *Keyring) rotateFull(ctx context.Context, k KEK, version int) error {
 	// Concurrent callers have noticed, too.
-	r.rotating.Lock()
-	defer r.rotating.Unlock()
+	select {
+	case r.rotating <- struct{}{}:
+		defer func() { <-r.rotating }()
+	case <-ctx.Done():
+		return fmt.Errorf("%w: wait for the rotation of another KEK: %w", kms.ErrUnavailable, ctx.Err())
+	}
 	if r.full[k.ID] >= version {
 		return nil
 	}

@@ -1,5 +1,5 @@
 // Command hello is what the test images run: it prints the file that is their
-// secret. With the argument pause it does nothing, for ever.
+// secret. With the argument pause it does nothing until it is killed.
 package main
 
 import (

@@ -227,7 +227,7 @@ func (x *exchange) receive() error {
 		if len(payload) != 4 {
 			return errMalformed
 		}
-		return fmt.Errorf("it breaks off: HTTP/2 error %d", binary.BigEndian.Uint32(payload))
+		return fmt.Errorf("it reset the stream: HTTP/2 error %d", binary.BigEndian.Uint32(payload))
 	case frameHeaders:
 		payload, err := unpadded(flags, payload)
 		if err != nil {
@@ -257,7 +257,7 @@ func (x *exchange) receive() error {
 			return err
 		}
 		if x.body = keyjson.Append(x.body, payload); len(x.body) > messageHeader+maxAnswer {
-			return fmt.Errorf("it answers more than %d bytes", maxAnswer)
+			return fmt.Errorf("its answer has more than %d bytes", maxAnswer)
 		}
 		x.done = flags&flagEndStream != 0
 	}

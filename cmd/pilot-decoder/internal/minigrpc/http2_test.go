@@ -87,7 +87,7 @@ func TestFrames(t *testing.T) {
 
 		"nothing":       {new(peer), "", silence, nil},
 		"cut short":     {answer(), "", silence, nil},
-		"reset":         {new(peer).frame(frameReset, 0, 1, make([]byte, 4)), "", "it breaks off: HTTP/2 error 0", nil},
+		"reset":         {new(peer).frame(frameReset, 0, 1, make([]byte, 4)), "", "it reset the stream: HTTP/2 error 0", nil},
 		"bad reset":     {new(peer).frame(frameReset, 0, 1, nil), "", malformed, nil},
 		"go away":       {new(peer).frame(frameGoAway, 0, 0, append(make([]byte, 8), "why"...)), "", `it closed the connection: HTTP/2 error 0 "why"`, nil},
 		"bad go away":   {new(peer).frame(frameGoAway, 0, 0, nil), "", malformed, nil},
