@@ -7,6 +7,7 @@
 #   make packages       debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make images         container images, as OCI layouts in dist/images/ (ARCHS=amd64)
 #   make node-image     a bootable disk image of a node, into dist/node-image/ (NODE_IMAGE_PACKAGES=: with more packages)
+#   make clients        archives of the client programs for macOS and Windows, into dist/
 #   make release        all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
 #
 # All tests install what they need first.
@@ -16,6 +17,7 @@
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-engines   with Docker Engine 29, BuildKit and CRI-O, which take some minutes to build
+#   make test-windows   runs the client programs for Windows under Wine
 #   make test-race      all of make test, with programs that look for data races
 #   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
@@ -48,7 +50,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo demo-svg images packages node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages clients node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -137,6 +139,9 @@ packages: export VERSION := $(VERSION)
 packages:
 	scripts/packages.sh $(DIST)
 
+clients:
+	scripts/clients.sh $(DIST)
+
 release:
 	scripts/release.sh $(DIST)
 
@@ -167,6 +172,13 @@ SEED   ?= $(shell date +%s)
 test-property:
 	PILOT_IMAGES=$(IMAGES) PILOT_SEED=$(SEED) go test -buildvcs=false -count=1 -timeout 0 -run '^TestProperty$$' -v ./image
 
+# The programs that run on macOS and Windows too.
+CLIENTS := ./cmd/pilot ./cmd/copilot ./ctr-pilot
+
+test-windows:
+	scripts/install-tools.sh $(PILOT_TOOLS) wine
+	go test -buildvcs=false -count=1 -tags wine ./integration/wine
+
 FUZZTIME ?= 60s
 fuzz:
 	scripts/fuzz.sh $(FUZZTIME)
@@ -175,8 +187,12 @@ check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
-	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak ./...
-	for os in darwin windows; do GOOS=$$os go build -buildvcs=false -o /dev/null ./ctr-pilot || exit 1; done
+	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak,wine ./...
+	@export CGO_ENABLED=0 GOFLAGS=-buildvcs=false; \
+	for os in darwin windows; do for arch in amd64 arm64; do \
+		echo "build and vet for $$os/$$arch"; \
+		GOOS=$$os GOARCH=$$arch go build $(CLIENTS) && GOOS=$$os GOARCH=$$arch go vet $(CLIENTS) || exit 1; \
+	done; done
 	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
 	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -22,6 +23,9 @@ func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, 
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
+	if err != nil && runtime.GOOS != "linux" {
+		err = fmt.Errorf("%w: a name without a transport is containerd's, which runs on Linux: name docker://REGISTRY/REPOSITORY:TAG, oci:DIRECTORY or oci-archive:FILE, or a containerd by --address", err)
+	}
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/internal/configfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
@@ -21,7 +22,7 @@ import (
 )
 
 // defaultKeyProviders names the key providers when no variable does.
-const defaultKeyProviders = "/etc/pilot/ocicrypt.conf"
+var defaultKeyProviders = configfile.Default("pilot", "ocicrypt.conf")
 
 // keyProviders returns the key providers of the file that $OCICRYPT_KEYPROVIDER_CONFIG
 // names, or else of the default file. An error is for layers that need one of them.

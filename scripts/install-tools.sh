@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# install-tools.sh DIR [kubernetes|engines] [PACKAGE...]: installs what the tests and
-# the demo run with, what the tests on Kubernetes or with other engines need besides,
-# and Debian's packages that are named. It takes Debian's packages where they will
+# install-tools.sh DIR [kubernetes|engines|wine] [PACKAGE...]: installs what the tests
+# and the demo run with, what the tests on Kubernetes, with other engines or of the
+# programs for Windows need besides, and Debian's packages that are named. It takes Debian's packages where they will
 # do, builds the rest into DIR/bin, and makes DIR/trixie, a root of Debian 13, for
 # the tools that are too old in Debian 12. It is quick when all is there.
 set -euo pipefail
@@ -21,6 +21,11 @@ engines=
 if [ "${1-}" = engines ]; then
 	engines=1
 	packages+=(conmon libseccomp-dev pkg-config gcc libc6-dev)
+	shift
+fi
+wine=
+if [ "${1-}" = wine ]; then
+	wine=1
 	shift
 fi
 packages+=("$@")
@@ -174,4 +179,14 @@ if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd
 		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
 		{ cat "$dir/mmdebstrap.log"; exit 1; }
 	mv "$dir/trixie.part" "$dir/trixie"
+fi
+
+# Wine of Debian 13: Debian 12's lacks what Go's programs need to start.
+if [ -n "$wine" ] && [ ! -e "$dir/wine/usr/lib/wine/wine64" ]; then
+	echo "making a root of Debian 13 with Wine"
+	rm -rf --one-file-system "$dir/wine.part"
+	mmdebstrap --quiet --variant=minbase --include=wine,wine64 --aptopt='Acquire::Retries "3"' \
+		--customize-hook='rm -rf "$1"/var/cache/apt/archives/*.deb "$1"/var/lib/apt/lists/* "$1"/usr/share/doc' \
+		trixie "$dir/wine.part" http://deb.debian.org/debian >"$dir/mmdebstrap-wine.log" 2>&1 || { cat "$dir/mmdebstrap-wine.log"; exit 1; }
+	mv "$dir/wine.part" "$dir/wine"
 fi

@@ -130,11 +130,8 @@ rm -f "$dir"/*.{deb,rpm,tar.gz,cdx.json} "$dir/SHA256SUMS"
 stage=$dir/.stage
 rm -rf "$stage"
 mkdir -p "$stage"/{units,man,doc}
-cp -r packaging docs README.md LICENSE "$stage/"
-# Pages refer to sources, which are not in the packages.
-sources=https://github.com/ctrlplane/pilot/blob/main
-sed -Ei "s,\\]\\((CHANGELOG|CONTRIBUTING|LICENSE|SECURITY),]($sources/\\1,g" "$stage/README.md"
-sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$stage"/docs/*.md
+cp -r packaging LICENSE "$stage/"
+scripts/copy-docs.sh "$stage" # pages refer to sources, which are not in the packages
 cp node/install/units/* packaging/*.service "$stage/units/"
 manuals "$stage/man"
 completions "$stage/completions"

@@ -26,14 +26,15 @@ var policyCommand = &cli.Command{
 		Description: `Identities look as in the audit log: spiffe://DOMAIN/PATH, dns:NAME or cn:NAME of
 a certificate, uid:NUMBER over a unix socket, ISSUER:SUBJECT of a token. Actions
 are wrap, unwrap, export and admin. Without arguments, it checks the file only.
-The exit status is 0 if it is allowed, and 3 if it is denied.
+Whether the KEK is disabled or revoked is asked of the configured store, or of
+--server. The exit status is 0 if it is allowed, and 3 if it is denied.
 
 Example:
    copilot policy check spiffe://example.com/node/worker-7 team-a unwrap`,
-		Flags: configFlags(
+		Flags: configFlags(append(serverFlags(),
 			&cli.GenericFlag{Name: "at", Usage: "`TIME` to check for, as in 2030-01-01, 2030-01-02T03:04:05Z or 90d", Value: &commandline.When{}, DefaultText: "now"},
 			jsonFlag(),
-		),
+		)...),
 		Action: checkPolicy,
 	}},
 }

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/configfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
@@ -20,12 +22,7 @@ import (
 )
 
 // defaultConfigFile is read if it exists. A file that is named must exist.
-const defaultConfigFile = "/etc/pilot/pilot.toml"
-
-const (
-	defaultListen      = "unix:///run/pilot/keyprovider.sock"
-	defaultAdminSocket = "/run/pilot/admin.sock"
-)
+var defaultConfigFile = configfile.Default("pilot", "pilot.toml")
 
 // configuration is what pilot.toml has. Each field is a setting: a key of the file, a
 // flag and a PILOT_… variable. Those with reload:"no" take effect when pilot starts.
@@ -64,14 +61,14 @@ var brokerSettings = []string{"broker", "broker-ca", "broker-cert", "broker-key"
 func defaults() configuration {
 	return configuration{
 		Listen:           defaultListen,
-		Broker:           urls{"unix:///run/copilot/copilot.sock"},
+		Broker:           defaultBroker,
 		BrokerTimeout:    10 * time.Second,
 		ProviderName:     providerNames{"pilot"},
 		AnnotationFormat: keyprovider.FormatA256GCMKW,
 		KEKCacheTTL:      5 * time.Minute,
 		KEKCacheGrace:    time.Hour,
 		KEKCacheSize:     1024,
-		DiffListen:       "unix:///run/pilot/diff.sock",
+		DiffListen:       defaultDiffListen,
 		Containerd:       "/run/containerd/containerd.sock",
 		LayersAtOnce:     8,
 		LogLevel:         logrus.InfoLevel,
@@ -127,7 +124,10 @@ func readConfigFile(conf *configuration, name string) error {
 	if !required {
 		name = defaultConfigFile
 	}
-	b, err := regular.Read(name, regular.MaxConfig)
+	if name == "" {
+		return nil
+	}
+	b, err := regular.ReadText(name, regular.MaxConfig)
 	if errors.Is(err, fs.ErrNotExist) && !required {
 		return nil
 	}
@@ -139,6 +139,8 @@ func readConfigFile(conf *configuration, name string) error {
 		return settings[i].set(conf, text)
 	})
 }
+
+var errNoDiffer = errors.New("diff-listen: containerd's differ is for Linux: leave the setting out")
 
 // check returns an error if settings can't work together.
 func (c *configuration) check() error {
@@ -159,6 +161,12 @@ func (c *configuration) check() error {
 			return fmt.Errorf("metrics-listen = %q is not HOST:PORT", c.MetricsListen)
 		}
 	}
+	if runtime.GOOS != "linux" && c.DiffListen != off {
+		return errNoDiffer
+	}
+	if c.Listen == "" {
+		return nil // serve wants it
+	}
 	if _, isUnix := c.Listen.unix(); isUnix {
 		if c.TLSCert != "" {
 			return errors.New("tls-cert is for a TCP address, and listen is a unix socket")
@@ -173,6 +181,9 @@ func (c *configuration) check() error {
 
 // client returns the client of the brokers that the configuration names.
 func (c *configuration) client() (*brokerclient.Client, error) {
+	if len(c.Broker) == 0 {
+		return nil, exit.Usagef("broker is not set: use --broker https://HOST:PORT, PILOT_BROKER or %s", defaultConfigFile)
+	}
 	client, err := brokerclient.New(brokerclient.Config{
 		URLs:      c.Broker,
 		CAFile:    c.BrokerCA,

@@ -12,8 +12,6 @@ import (
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/version"
-	"github.com/ctrlplane/pilot/node/sandbox"
-	"github.com/ctrlplane/pilot/processor"
 )
 
 func main() {
@@ -22,8 +20,7 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
-	processor.IsolatePKCS11()
-	sandbox.IsolateRoots()
+	isolate()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "pilot: core dumps can't be disabled: %s\n", err)
 		return 1

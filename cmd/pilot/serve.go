@@ -3,19 +3,15 @@ package main
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime"
 	"syscall"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
@@ -31,10 +27,6 @@ import (
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 	"github.com/ctrlplane/pilot/internal/watchdog"
 	"github.com/ctrlplane/pilot/keyprovider"
-	"github.com/ctrlplane/pilot/plugin"
-	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/processor/ocicryptclient"
-	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
 // stopTimeout is how long requests may still take when pilot stops: containerd may be
@@ -72,6 +64,9 @@ func serve(ctx context.Context, c *cli.Command) error {
 	conf, err := loadConfiguration(c)
 	if err != nil {
 		return err
+	}
+	if conf.Listen == "" {
+		return exit.Usagef("listen is not set, and has no default here: use --listen unix:///PATH on macOS, and --listen 127.0.0.1:PORT with --insecure-loopback or TLS on Windows")
 	}
 	registry := newRegistry()
 	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
@@ -200,66 +195,6 @@ func checkHealth(ctx context.Context, conns []*grpc.ClientConn) error {
 		}
 	}
 	return nil
-}
-
-// cleanMounts makes containerd's library mount snapshots below dir while it unpacks
-// layers, and removes the mounts that a killed pilot left there.
-func cleanMounts(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	if err := mount.SetTempMountLocation(dir); err != nil {
-		return err
-	}
-	warnings, err := mount.CleanupTempMounts(0)
-	if err != nil {
-		return err
-	}
-	for _, w := range warnings {
-		logrus.WithError(w).Warn("mount of an earlier pilot not removed")
-	}
-	// Killed right before a mount or after an unmount.
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
-			logrus.WithError(err).Warn("directory of an earlier pilot not removed")
-		}
-	}
-	return nil
-}
-
-// diffServer returns a gRPC server that is a differ for containerd.
-func (c *configuration) diffServer(provider processor.KeyProvider, metrics prometheus.Registerer) (*grpc.Server, error) {
-	if err := cleanMounts(filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")); err != nil {
-		return nil, fmt.Errorf("diff-listen: %w", err)
-	}
-	client, err := plugin.Dial(string(c.Containerd))
-	if err != nil {
-		return nil, fmt.Errorf("containerd: %w", err)
-	}
-	s := plugin.NewServer(client, plugin.Config{
-		Layers:             c.LayersAtOnce,
-		DecryptionKeysPath: c.DecryptionKeys,
-		Keys:               c.keys(provider),
-		Metrics:            metrics,
-	}, grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer()))
-	healthpb.RegisterHealthServer(s, health.NewServer())
-	return s, nil
-}
-
-// keys returns pilot's own key provider, and those of the file that
-// $OCICRYPT_KEYPROVIDER_CONFIG names.
-func (c *configuration) keys(own processor.KeyProvider) processor.Keys {
-	others, err := ocicryptclient.FromEnvironment(grpcdial.Call)
-	keys := processor.Keys{Providers: make(map[string]processor.KeyProvider), ProvidersErr: err}
-	maps.Copy(keys.Providers, others)
-	for _, name := range c.ProviderName {
-		keys.Providers[name] = own
-	}
-	return keys
 }
 
 // serverOptions returns the TLS of the configuration.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -75,6 +76,9 @@ type address string
 func (a *address) UnmarshalText(b []byte) error {
 	v := address(b)
 	if path, ok := v.unix(); ok {
+		if runtime.GOOS == "windows" {
+			return fmt.Errorf("%q: file modes keep no other users from a unix socket on Windows: use 127.0.0.1:PORT, with insecure-loopback or TLS", b)
+		}
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%q: a unix socket has an absolute path, as in unix:///run/pilot/keyprovider.sock", b)
 		}

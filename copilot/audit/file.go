@@ -7,9 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // OpenFile continues the log in the file named name, which it creates with mode 0600 if
@@ -73,7 +70,7 @@ func (s *file) reopen() error {
 		return fmt.Errorf("audit log: %s was replaced by a device or a pipe: move it away, and check who can write to its directory", s.name)
 	}
 	// A pipe or a device can't be locked.
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	if isLocked(f) {
 		f.Close()
 		return fmt.Errorf("audit log: %s is in use by another copilot: give each its own", s.name)
 	}
@@ -105,7 +102,7 @@ func (s *file) lost() string {
 	if err != nil || !mine.Mode().IsRegular() {
 		return "" // append says what is wrong
 	}
-	if sys, ok := mine.Sys().(*syscall.Stat_t); ok && sys.Nlink == 0 {
+	if isDeleted(mine) {
 		return "its file was deleted"
 	}
 	if named, err := os.Stat(s.name); err != nil || !os.SameFile(mine, named) {

@@ -1,5 +1,3 @@
-//go:build unix
-
 package client
 
 import (
@@ -14,11 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"path/filepath"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/keyjson"
@@ -75,20 +70,6 @@ func (c *Client) RenewCertificate(ctx context.Context) (*x509.Certificate, error
 	}
 	c.CloseIdleConnections()
 	return cert, nil
-}
-
-// writable returns an error if files can't be replaced, before a broker is asked.
-func writable(files ...string) error {
-	for _, name := range files {
-		name, err := filepath.EvalSymlinks(name)
-		if err != nil {
-			return err
-		}
-		if dir := filepath.Dir(name); unix.Access(dir, unix.W_OK) != nil {
-			return fmt.Errorf("%s can't be replaced: %s can't be written (in a drop-in of pilot.service: ReadWritePaths=%[2]s)", name, dir)
-		}
-	}
-	return nil
 }
 
 // renewed returns the certificate that a broker issues for a key in place of another.

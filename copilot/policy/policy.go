@@ -69,7 +69,7 @@ const (
 // Load reads the policy in a file. Issuers are the names of those whose tokens are
 // accepted: rules for other issuers are errors, unless it is nil.
 func Load(name string, issuers []string) (*Policy, error) {
-	b, err := regular.Read(name, maxFile)
+	b, err := regular.ReadText(name, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}

@@ -35,7 +35,7 @@ func readWhole(name string) ([]byte, filestamp.Stamp, error) {
 		if before.Size() > maxFile {
 			return nil, before, fmt.Errorf("%s has %d bytes, more than %d", name, before.Size(), maxFile)
 		}
-		b, err := regular.Read(name, maxFile)
+		b, err := regular.ReadText(name, maxFile)
 		if err != nil {
 			return nil, before, err
 		}

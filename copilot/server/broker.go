@@ -11,10 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/user"
-	"strconv"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -101,24 +98,6 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	b.audit.Open(log)
 	b.opened.Store(true)
 	return nil
-}
-
-// checkOwner keeps root from creating files in a store of the user that copilot's service
-// runs as, which could not open them.
-func checkOwner(dir string) error {
-	info, err := os.Stat(dir)
-	if err != nil || os.Geteuid() != 0 {
-		return nil
-	}
-	uid := info.Sys().(*syscall.Stat_t).Uid
-	if uid == 0 {
-		return nil
-	}
-	name := strconv.FormatUint(uint64(uid), 10)
-	if u, err := user.LookupId(name); err == nil {
-		name = u.Username
-	}
-	return fmt.Errorf("the store in %s belongs to user %s: start its service first (systemctl start copilot), or run this as that user (runuser -u %[2]s -- copilot …)", dir, name)
 }
 
 func (b *broker) close() error {

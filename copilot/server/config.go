@@ -76,7 +76,7 @@ const MaxWraps = 1 << 32
 
 // ReadConfig reads a configuration file over c. Errors name the file and the line.
 func (c *Config) ReadConfig(name string) error {
-	b, err := regular.Read(name, regular.MaxConfig)
+	b, err := regular.ReadText(name, regular.MaxConfig)
 	if err != nil {
 		return err
 	}

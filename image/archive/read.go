@@ -51,7 +51,7 @@ func openFiles(name string) (_ *files, err error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is no file: an archive is read in several places, which a pipe does not have", name)
 	}
-	f, err := os.Open(name)
+	f, err := open(name)
 	if err != nil {
 		return nil, err
 	}

@@ -29,7 +29,9 @@ type Name struct {
 var ErrName = errors.New("bad image name")
 
 // Parse reads a name. One without a transport is that of an image in containerd.
-func Parse(s string) (Name, error) {
+func Parse(s string) (Name, error) { return parse(s, runtime.GOOS == "windows") }
+
+func parse(s string, windows bool) (Name, error) {
 	transport, rest, _ := strings.Cut(s, ":")
 	n := Name{Transport: transport}
 	switch transport {
@@ -44,13 +46,16 @@ func Parse(s string) (Name, error) {
 		}
 		n.Image = ref
 	case OCI, OCIArchive, DockerArchive:
-		n.Path, n.Image = splitPath(rest, runtime.GOOS == "windows")
+		n.Path, n.Image = splitPath(rest, windows)
 		if n.Path == "" {
 			return Name{}, fmt.Errorf("%w: %q: it has no path", ErrName, s)
 		}
 	case Containerd:
 		n.Image = rest
 	default:
+		if windows && hasDrive(s) {
+			return Name{}, fmt.Errorf("%w: %q: a path follows its transport, as in oci:%[2]s or oci-archive:%[2]s", ErrName, s)
+		}
 		n = Name{Transport: Containerd, Image: s}
 	}
 	if n.Transport == Containerd && n.Image == "" {
@@ -60,13 +65,22 @@ func Parse(s string) (Name, error) {
 }
 
 // splitPath splits PATH:IMAGE at the first colon that is not that of a drive.
-func splitPath(s string, drives bool) (file, image string) {
-	drive := ""
-	if drives && len(s) > 2 && s[1] == ':' && (s[2] == '\\' || s[2] == '/') {
-		drive, s = s[:2], s[2:]
+func splitPath(s string, windows bool) (file, image string) {
+	n := 0
+	if windows && strings.HasPrefix(s, `\\?\`) {
+		n = 4
 	}
-	file, image, _ = strings.Cut(s, ":")
-	return drive + file, image
+	if windows && hasDrive(s[n:]) {
+		n += 2
+	}
+	file, image, _ = strings.Cut(s[n:], ":")
+	return s[:n] + file, image
+}
+
+// hasDrive reports whether a path begins with a drive and the root of it. Without the
+// root, a letter is a directory: "oci:c:1" is image 1 in c, as elsewhere.
+func hasDrive(s string) bool {
+	return len(s) > 2 && s[1] == ':' && (s[2] == '\\' || s[2] == '/') && (s[0]|0x20 >= 'a' && s[0]|0x20 <= 'z')
 }
 
 func (n Name) String() string {

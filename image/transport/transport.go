@@ -5,6 +5,8 @@
 //	oci:DIRECTORY[:NAME]               a directory with the OCI image layout
 //	oci-archive:FILE[:NAME]            the same in a tar archive
 //	docker-archive:FILE[:NAME]         what "docker save" writes, to be read only
+//
+// On Windows a path may begin with a drive, as in oci:C:\images\app:1.
 package transport
 
 import (

@@ -64,8 +64,35 @@ func TestParseReadsNamesAsSkopeoSpellsThem(t *testing.T) {
 			t.Errorf("%q: %v", s, err)
 		}
 	}
-	if file, img := splitPath(`C:\images\app:1`, true); file != `C:\images\app` || img != "1" {
-		t.Errorf("a path with a drive is split into %s and %s", file, img)
+}
+
+func TestParseTakesDrivesOnWindows(t *testing.T) {
+	for s, want := range map[string]Name{
+		`oci:C:\images\app`:                        {OCI, `C:\images\app`, ""},
+		`oci:C:\images\app:1`:                      {OCI, `C:\images\app`, "1"},
+		`oci:c:/images/app:registry.example.com:1`: {OCI, `c:/images/app`, "registry.example.com:1"},
+		`oci-archive:C:\a.tar:1`:                   {OCIArchive, `C:\a.tar`, "1"},
+		`docker-archive:D:\a.tar:app:1`:            {DockerArchive, `D:\a.tar`, "app:1"},
+		`oci:\\?\C:\images\app:1`:                  {OCI, `\\?\C:\images\app`, "1"},
+		`oci:\\server\share\app:1`:                 {OCI, `\\server\share\app`, "1"},
+		`oci:images\app:1`:                         {OCI, `images\app`, "1"},
+		`oci:c:1`:                                  {OCI, `c`, "1"},
+		`oci:c:`:                                   {OCI, `c`, ""},
+		"app:1":                                    {Containerd, "", "app:1"},
+		"docker://registry.example.com/app:1":      {Registry, "", "registry.example.com/app:1"},
+	} {
+		if got, err := parse(s, true); err != nil || got != want {
+			t.Errorf("%s: %+v, %v", s, got, err)
+		}
+	}
+	for _, s := range []string{`C:\images\app`, `c:/images/app:1`, `oci::1`} {
+		if _, err := parse(s, true); !errors.Is(err, ErrName) {
+			t.Errorf("%q: %v", s, err)
+		}
+	}
+	// Elsewhere a drive is a directory.
+	if got, err := parse(`oci:C:\images`, false); err != nil || got != (Name{OCI, "C", `\images`}) {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
 

@@ -37,6 +37,9 @@ func arrange(app *cli.Command, args []string) ([]string, error) {
 			return append(append(out, words...), left...), nil
 		}
 		out = append(out, sub.Name)
+		if sub.SkipFlagParsing {
+			return append(append(out, "--"), left...), nil
+		}
 		l = level{sub, l.path + " " + sub.Name, sub.Flags}
 		rest = left
 	}

@@ -2,7 +2,11 @@
 
 package partfile
 
-import "os"
+import (
+	"os"
+
+	"github.com/ctrlplane/pilot/internal/replacefile"
+)
 
 // lock does nothing.
 func lock(*os.File) error { return nil }
@@ -16,5 +20,5 @@ func (f *File) rename(name string) error {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	return f.root.Rename(f.name, name)
+	return replacefile.NameIn(f.root, f.name, name)
 }

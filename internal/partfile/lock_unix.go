@@ -7,6 +7,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
 // lock locks a file until it is closed. A file system without locks is no error.
@@ -36,7 +38,7 @@ func removeStale(root *os.Root, name string) {
 }
 
 func (f *File) rename(name string) error {
-	if err := f.root.Rename(f.name, name); err != nil {
+	if err := replacefile.NameIn(f.root, f.name, name); err != nil {
 		return err
 	}
 	return f.Close()

@@ -83,6 +83,19 @@ func ReadAll(f *os.File, most int) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
+// ReadText is [Read] of a text in UTF-8, without the byte order mark that editors on
+// Windows put in front of it. A text in UTF-16, as older PowerShells write, is an error.
+func ReadText(name string, most int) ([]byte, error) {
+	b, err := Read(name, most)
+	if err != nil {
+		return nil, err
+	}
+	if bytes.HasPrefix(b, []byte("\xff\xfe")) || bytes.HasPrefix(b, []byte("\xfe\xff")) {
+		return nil, fmt.Errorf("%s is in UTF-16: save it as UTF-8", name)
+	}
+	return bytes.TrimPrefix(b, []byte("\xef\xbb\xbf")), nil
+}
+
 func check(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {

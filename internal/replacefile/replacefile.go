@@ -1,14 +1,12 @@
-//go:build unix
-
 // Package replacefile replaces files atomically: after a crash, a file has the old or
-// the new content. It keeps its owner and mode.
+// the new content. It keeps its owner and mode, and on Windows its access control list.
 package replacefile
 
 import (
 	"crypto/rand"
 	"errors"
 	"os"
-	"syscall"
+	"path/filepath"
 )
 
 // Replacement is a file that Commit replaces another with.
@@ -17,10 +15,10 @@ type Replacement struct {
 	temporary, name string // in dir
 }
 
-// Prepare writes a replacement with the owner and mode of the existing file. It clears
-// content, which may be a key. Symbolic links are followed, anywhere in name. One that a
-// user other than root or this process's may have put there leads to that user's own
-// files only.
+// Prepare writes a replacement with the owner and mode, or the access control list, of
+// the existing file. It clears content, which may be a key. Symbolic links are followed,
+// anywhere in name. One that a user other than root or this process's may have put there
+// leads to that user's own files only.
 func Prepare(name string, content []byte) (r Replacement, err error) {
 	defer clear(content)
 	dir, base, info, err := locate(name)
@@ -35,11 +33,8 @@ func Prepare(name string, content []byte) (r Replacement, err error) {
 		return Replacement{}, err
 	}
 	_, err = f.Write(content)
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && err == nil {
-		err = f.Chown(int(owner.Uid), int(owner.Gid))
-	}
 	if err == nil {
-		err = f.Chmod(info.Mode().Perm())
+		err = allowAs(f, dir, base, info)
 	}
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		r.Discard()
@@ -57,12 +52,28 @@ func (r Replacement) Discard() {
 
 // Commit puts the replacement in place, so that it survives a power failure.
 func (r Replacement) Commit() error {
-	if err := r.dir.Rename(r.temporary, r.name); err != nil {
+	if err := Rename(func() error { return r.dir.Rename(r.temporary, r.name) }); err != nil {
 		return err
 	}
-	dir, err := r.dir.Open(".")
+	return sync(r.dir)
+}
+
+// Rename calls rename, which puts a file in the place of another. On Windows it is called
+// again for a while if another program, such as a virus scanner, has one of them open.
+func Rename(rename func() error) error { return repeat(rename) }
+
+// Name gives a file the name of another in its directory, which it replaces. On Windows
+// that may be open, if it was opened by [os.Root].
+func Name(temporary, name string) error {
+	dir, err := os.OpenRoot(filepath.Dir(name))
 	if err != nil {
 		return err
 	}
-	return errors.Join(dir.Sync(), dir.Close())
+	defer dir.Close()
+	return NameIn(dir, filepath.Base(temporary), filepath.Base(name))
+}
+
+// NameIn does so below a directory that is open.
+func NameIn(dir *os.Root, temporary, name string) error {
+	return Rename(func() error { return replaceOpen(dir, temporary, name) })
 }

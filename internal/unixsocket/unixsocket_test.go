@@ -1,3 +1,5 @@
+//go:build unix
+
 package unixsocket_test
 
 import (

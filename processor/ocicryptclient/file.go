@@ -26,7 +26,7 @@ func FromEnvironment(transport Transport) (map[string]processor.KeyProvider, err
 // FromFile returns the key providers of an ocicrypt.conf, by name. What is wrong with the
 // entry of one is the error of its methods.
 func FromFile(file string, transport Transport) (map[string]processor.KeyProvider, error) {
-	b, err := regular.Read(file, regular.MaxConfig)
+	b, err := regular.ReadText(file, regular.MaxConfig)
 	if err != nil {
 		return nil, err
 	}

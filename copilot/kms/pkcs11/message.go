@@ -1,4 +1,4 @@
-//go:build cgo && !no_pkcs11
+//go:build linux && cgo && !no_pkcs11
 
 package pkcs11
 

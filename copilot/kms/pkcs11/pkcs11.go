@@ -1,4 +1,4 @@
-//go:build cgo && !no_pkcs11
+//go:build linux && cgo && !no_pkcs11
 
 // Package pkcs11 wraps with keys of hardware security modules (HSMs) that have a PKCS#11
 // library. The build tag no_pkcs11 leaves it out, and so does CGO_ENABLED=0.

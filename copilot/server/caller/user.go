@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"net"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
@@ -52,8 +50,8 @@ func UserOf(c net.Conn) (user string) {
 		return ""
 	}
 	raw.Control(func(fd uintptr) {
-		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			user = fmt.Sprintf("uid:%d", peer.Uid)
+		if uid, ok := peer(fd); ok {
+			user = fmt.Sprintf("uid:%d", uid)
 		}
 	})
 	return user

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sys/unix"
 )
 
 // turnTimeout is how long a connection waits for its turn: as long as pilot waits for
@@ -105,10 +104,7 @@ func (t *turn) left() bool {
 		return true
 	}
 	left := true
-	raw.Control(func(fd uintptr) {
-		n, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		left = n == 0 || err != nil && err != unix.EAGAIN
-	})
+	raw.Control(func(fd uintptr) { left = ended(fd) })
 	return left
 }
 

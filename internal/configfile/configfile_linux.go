@@ -1,0 +1,3 @@
+package configfile
+
+func byDefault(program, name string) string { return "/etc/" + program + "/" + name }
