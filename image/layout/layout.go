@@ -118,21 +118,21 @@ func prepare(root *os.Root) error {
 // check reports whether the directory is a layout of a version that is known. The error
 // wraps [errdefs.ErrNotFound] if it is empty.
 func check(root *os.Root) error {
-	b, err := read(root, ocispec.ImageLayoutFile)
-	if !errors.Is(err, fs.ErrNotExist) {
-		if err != nil {
-			return err
-		}
-		return CheckVersion(b)
-	}
+	// Before the file is looked for, since another process may be making it.
 	entries, err := fs.ReadDir(root.FS(), ".")
-	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return partfile.Is(e.Name()) })
-	if err == nil && len(entries) == 0 {
-		err = fmt.Errorf("the directory is empty: %w", errdefs.ErrNotFound)
-	} else if err == nil {
-		err = errors.New("the directory is no OCI image layout: it has no file oci-layout")
+	if err != nil {
+		return err
 	}
-	return err
+	b, err := read(root, ocispec.ImageLayoutFile)
+	switch {
+	case err == nil:
+		return CheckVersion(b)
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	case slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !partfile.Is(e.Name()) }):
+		return errors.New("the directory is no OCI image layout: it has no file oci-layout")
+	}
+	return fmt.Errorf("the directory is empty: %w", errdefs.ErrNotFound)
 }
 
 // CheckVersion checks the content of a file oci-layout.
