@@ -22,20 +22,31 @@ var policyCommand = &cli.Command{
 	Name:  "policy",
 	Usage: "check the policy",
 	Commands: []*cli.Command{{
-		Name: "check", Usage: "show whether an identity may do something with a KEK, and why", ArgsUsage: "[IDENTITY KEK ACTION]",
+		Name: "check", Usage: "show whether an identity may do something with a KEK, and why", ArgsUsage: "[IDENTITY [KEK ACTION]]",
 		Description: `Identities look as in the audit log: spiffe://DOMAIN/PATH, dns:NAME or cn:NAME of
 a certificate, uid:NUMBER over a unix socket, ISSUER:SUBJECT of a token. Actions
-are wrap, unwrap, export and admin. Without arguments, it checks the file only.
+are wrap, unwrap, export and admin. With IDENTITY alone, it lists the rules for
+it. Without arguments, it checks the file only, and warns of rules by which others
+than expected may get in.
 Whether the KEK is disabled or revoked is asked of the configured store, or of
 --server. The exit status is 0 if it is allowed, and 3 if it is denied.
 
-Example:
-   copilot policy check spiffe://example.com/node/worker-7 team-a unwrap`,
+With --token FILE the identity and its claims are those of a token, and IDENTITY
+is left out. The token's signature is not checked.
+
+Examples:
+   copilot policy check spiffe://example.com/node/worker-7 team-a unwrap
+   copilot policy check --claim repository_id=123456 --claim ref=refs/heads/main \
+      github:repo:acme/app:ref:refs/heads/main team-a wrap
+   copilot policy check --token token.jwt team-a wrap`,
 		Flags: configFlags(append(serverFlags(),
+			&cli.StringSliceFlag{Name: "claim", Usage: "claim `NAME=VALUE` of the identity's token; several, if repeated"},
+			&cli.StringFlag{Name: "token", Usage: "`FILE` with a token (JWT), or - for standard input, instead of IDENTITY"},
 			&cli.GenericFlag{Name: "at", Usage: "`TIME` to check for, as in 2030-01-01, 2030-01-02T03:04:05Z or 90d", Value: &commandline.When{}, DefaultText: "now"},
 			jsonFlag(),
 		)...),
-		Action: checkPolicy,
+		Action:                    checkPolicy,
+		DisableSliceFlagSeparator: true,
 	}},
 }
 
@@ -47,29 +58,28 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 	if conf.Policy == "" {
 		return exit.Usagef("policy check: policy is not set: use --policy, or set it in the configuration")
 	}
-	if n := c.NArg(); n != 0 && n != 3 {
-		return exit.Usagef("policy check takes an identity, a KEK and an action, and got %d arguments", n)
-	}
-	p, err := policy.Load(conf.Policy, conf.IssuerNames())
+	p, err := policy.Load(conf.Policy, conf.PolicyIssuers())
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	if c.NArg() == 0 {
-		if c.Bool("json") {
-			return printJSON(map[string]any{"policy": conf.Policy, "usable": true})
-		}
-		fmt.Printf("%s can be used\n", conf.Policy)
-		return nil
+	now := c.Generic("at").(*commandline.When).At(time.Now())
+	who, args, err := principal(c, conf, now)
+	if err != nil {
+		return err
 	}
-	identity, kek, action := c.Args().Get(0), c.Args().Get(1), policy.Action(c.Args().Get(2))
+	switch {
+	case len(args) == 0 && who.Identity != "":
+		return printGrants(c, p, who, now)
+	case len(args) == 0:
+		return printUsable(c, conf.Policy, p)
+	case len(args) != 2:
+		return exit.Usagef("policy check takes an identity (or --token), a KEK and an action, and got %d arguments", c.NArg())
+	}
+	identity, kek, action := who.Identity, args[0], policy.Action(args[1])
 	if !slices.Contains(policy.Actions, action) {
 		return exit.Usagef("policy check: unknown action %q: use wrap, unwrap, export or admin", action)
 	}
-	if identity, err = policy.Canonical(identity, conf.IssuerNames()); err != nil {
-		return exit.Usagef("policy check: %w", err)
-	}
-	now := c.Generic("at").(*commandline.When).At(time.Now())
-	v := p.Decide(identity, kek, action, now)
+	v := p.Decide(who, kek, action, now)
 	unknown := ""
 	if v.Allowed {
 		reason, err := refusedByKEK(ctx, c, kek, identity, &unknown)
@@ -83,7 +93,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 	}
 	if !v.Allowed {
 		// Identities that may export the KEK can wrap and unwrap without the broker.
-		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(identity, kek, policy.Export, now).Allowed {
+		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(who, kek, policy.Export, now).Allowed {
 			reason, err := refusedByKEK(ctx, c, kek, identity, &unknown)
 			if err != nil {
 				return err
@@ -94,7 +104,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 		}
 	}
 	if c.Bool("json") {
-		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown}); err != nil {
+		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown, who.Claims}); err != nil {
 			return err
 		}
 	}
@@ -117,6 +127,20 @@ type policyVerdict struct {
 	At       time.Time     `json:"at"`
 	// Unknown is why revoked and disabled KEKs are not taken into account, if so.
 	Unknown string `json:"unknown,omitempty"`
+	// Claims are those of the token, or of --claim.
+	Claims policy.Claims `json:"claims,omitempty"`
+}
+
+// printUsable prints that a policy can be used, and warnings.
+func printUsable(c *cli.Command, name string, p *policy.Policy) error {
+	if c.Bool("json") {
+		return printJSON(map[string]any{"policy": name, "usable": true, "warnings": append([]string{}, p.Warnings...)})
+	}
+	for _, warning := range p.Warnings {
+		fmt.Fprintf(os.Stderr, "copilot: warning: %s\n", warning)
+	}
+	fmt.Printf("%s can be used\n", name)
+	return nil
 }
 
 // refusedByKEK returns why a KEK is denied to an identity that the policy allows, or "".

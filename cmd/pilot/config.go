@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"runtime"
 	"slices"
@@ -37,6 +38,8 @@ type configuration struct {
 	BrokerCert       string             `toml:"broker-cert" usage:"client certificate to show the broker"`
 	BrokerKey        string             `toml:"broker-key" usage:"private key of broker-cert"`
 	BrokerTokenFile  string             `toml:"broker-token-file" usage:"file with a bearer token (JWT) to show the broker, over https or a unix socket"`
+	TokenSource      tokenSource        `toml:"broker-token-source" usage:"where to get such a token from: github-actions (the job's own), or env:NAME (an environment variable)"`
+	TokenAudience    string             `toml:"broker-token-audience" usage:"audience of github-actions tokens, as copilot's issuer has it (default: the broker's host)"`
 	BrokerTimeout    time.Duration      `toml:"broker-timeout" usage:"how long to try to get an answer from the brokers, such as 10s"`
 	ProviderName     providerNames      `toml:"provider-name" reload:"no" usage:"pilot's name among the key providers of ocicrypt.conf; several, separated by commas, if it has several there"`
 	AnnotationFormat keyprovider.Format `toml:"annotation-format" usage:"how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original"`
@@ -150,6 +153,9 @@ func (c *configuration) check() error {
 	if (c.BrokerCert == "") != (c.BrokerKey == "") {
 		return errors.New("broker-cert and broker-key must be used together")
 	}
+	if err := c.checkToken(); err != nil {
+		return err
+	}
 	if c.BrokerTimeout == 0 {
 		return errors.New("broker-timeout is 0: no request to the broker could succeed")
 	}
@@ -179,18 +185,45 @@ func (c *configuration) check() error {
 	return nil
 }
 
+// checkToken returns an error if settings of the broker's token can't work together. It
+// sets the audience.
+func (c *configuration) checkToken() error {
+	if c.BrokerTokenFile != "" && c.TokenSource != "" {
+		return errors.New("broker-token-file and broker-token-source are mutually exclusive")
+	}
+	if c.TokenSource != gitHubActions {
+		if c.TokenAudience != "" {
+			return errors.New("broker-token-audience is for broker-token-source = \"github-actions\"; other tokens have theirs already")
+		}
+		return nil
+	}
+	if c.TokenAudience != "" {
+		return nil
+	}
+	for _, broker := range c.Broker {
+		u, err := url.Parse(broker)
+		if err != nil || u.Scheme != "https" || c.TokenAudience != "" && u.Hostname() != c.TokenAudience {
+			return errors.New("broker-token-audience is not set, and the brokers do not have one https host that it could be: set it to the audience of copilot's issuer")
+		}
+		c.TokenAudience = u.Hostname()
+	}
+	return nil
+}
+
 // client returns the client of the brokers that the configuration names.
 func (c *configuration) client() (*brokerclient.Client, error) {
 	if len(c.Broker) == 0 {
 		return nil, exit.Usagef("broker is not set: use --broker https://HOST:PORT, PILOT_BROKER or %s", defaultConfigFile)
 	}
 	client, err := brokerclient.New(brokerclient.Config{
-		URLs:      c.Broker,
-		CAFile:    c.BrokerCA,
-		CertFile:  c.BrokerCert,
-		KeyFile:   c.BrokerKey,
-		TokenFile: c.BrokerTokenFile,
-		Timeout:   c.BrokerTimeout,
+		URLs:           c.Broker,
+		CAFile:         c.BrokerCA,
+		CertFile:       c.BrokerCert,
+		KeyFile:        c.BrokerKey,
+		TokenFile:      c.BrokerTokenFile,
+		TokenVariable:  c.TokenSource.variable(),
+		GitHubAudience: c.TokenAudience,
+		Timeout:        c.BrokerTimeout,
 	})
 	if err != nil {
 		if errors.Is(err, fs.ErrPermission) {

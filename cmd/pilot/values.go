@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -137,4 +138,31 @@ func (p *socketPath) UnmarshalText(b []byte) error {
 	}
 	*p = socketPath(path)
 	return nil
+}
+
+// tokenSource is where a token for the broker comes from: github-actions or env:NAME.
+type tokenSource string
+
+const gitHubActions tokenSource = "github-actions"
+
+// variableName matches the names of environment variables.
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+func (s *tokenSource) UnmarshalText(b []byte) error {
+	v := tokenSource(b)
+	if v != gitHubActions && !variableName.MatchString(v.variable()) {
+		// It may be a token itself, which must not be repeated.
+		return errors.New("it is neither github-actions nor env:NAME with the name of a variable, as in env:COPILOT_TOKEN")
+	}
+	*s = v
+	return nil
+}
+
+// variable returns the name of the environment variable, or "".
+func (s tokenSource) variable() string {
+	name, ok := strings.CutPrefix(string(s), "env:")
+	if !ok {
+		return ""
+	}
+	return name
 }

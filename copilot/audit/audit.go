@@ -37,10 +37,12 @@ type Entry struct {
 	Version int       `json:"version,omitempty"`
 	Subject string    `json:"subject,omitempty"` // whom a revocation is about
 	Who     string    `json:"who"`
-	From    string    `json:"from"`
-	Verdict string    `json:"verdict"`
-	Status  int       `json:"status,omitempty"` // HTTP
-	Reason  string    `json:"reason,omitempty"`
+	// Claims are some of those of the caller's token, which say which CI job it is of.
+	Claims  map[string]string `json:"claims,omitempty"`
+	From    string            `json:"from"`
+	Verdict string            `json:"verdict"`
+	Status  int               `json:"status,omitempty"` // HTTP
+	Reason  string            `json:"reason,omitempty"`
 	// Count is how many requests like this one were refused from Since on, up to
 	// this one, that have no line of their own. It is 0 in the line of a request.
 	Count int64     `json:"count,omitempty"`

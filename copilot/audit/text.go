@@ -3,6 +3,7 @@ package audit
 import (
 	"crypto/sha256"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -14,6 +15,7 @@ const (
 	maxName   = 512 // identities and KEKs
 	maxReason = 512
 	maxShort  = 128 // addresses, ids
+	maxClaim  = 200 // claims of a token
 )
 
 // printable returns s as a line of the log has it: two that differ never look the same.
@@ -54,5 +56,9 @@ func (e *Entry) bound() {
 		&e.Who: maxName, &e.From: maxShort, &e.Reason: maxReason,
 	} {
 		*s = printable(*s, most)
+	}
+	e.Claims = maps.Clone(e.Claims)
+	for name, text := range e.Claims {
+		e.Claims[name] = printable(text, maxClaim)
 	}
 }

@@ -26,16 +26,16 @@ type candidate struct {
 // usable answer, ask tries the next one, and after the last starts over if a retry may
 // help. It takes no longer than the client's timeout, which the brokers share.
 func (c *Client) ask(ctx context.Context, r request, accept func(answer []byte) error) error {
+	caller := ctx
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
 	if c.token != nil && !r.byCertificate {
 		var err error
-		if r.authorization, err = c.token.authorization(); err != nil {
+		if r.authorization, err = c.token.authorization(ctx); err != nil {
 			// It may be in the middle of being replaced.
 			return fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
 	}
-	caller := ctx
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
 	deadline, _ := ctx.Deadline()
 
 	all := c.nearest()

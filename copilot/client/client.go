@@ -9,11 +9,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/ctrlplane/pilot/internal/keyjson"
@@ -71,8 +69,8 @@ const (
 // concurrent use.
 type Client struct {
 	brokers  []*endpoint
-	original bool       // the brokers are the original's
-	token    *tokenFile // may be nil
+	original bool        // the brokers are the original's
+	token    tokenSource // may be nil
 	timeout  time.Duration
 	try      time.Duration
 	rounds   int // of tries, at most
@@ -104,13 +102,8 @@ func New(conf Config) (*Client, error) {
 		}
 		c.original = b.original
 	}
-	if conf.TokenFile != "" {
-		c.token = &tokenFile{name: conf.TokenFile}
-		// What a reboot removes from /run may come later.
-		later := strings.HasPrefix(conf.TokenFile, "/run/")
-		if _, err := c.token.authorization(); err != nil && !(later && errors.Is(err, fs.ErrNotExist)) {
-			return nil, err
-		}
+	if c.token, err = conf.tokenSource(); err != nil {
+		return nil, err
 	}
 	return c, nil
 }

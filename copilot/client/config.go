@@ -34,6 +34,12 @@ type Config struct {
 	// TokenFile holds a bearer token to show the brokers, over TLS or a unix
 	// socket. It is read for each call that finds it changed.
 	TokenFile string
+	// TokenVariable names an environment variable with such a token, as a GitLab job has
+	// by id_tokens. It is read once.
+	TokenVariable string
+	// GitHubAudience has the client get such tokens as the GitHub Actions job that it is
+	// part of, for this audience: that of the issuer in copilot's configuration.
+	GitHubAudience string
 	// Timeout bounds a call with all its tries at all brokers. Default: 10
 	// seconds.
 	Timeout time.Duration
@@ -55,7 +61,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 	if (c.CAFile != "" || c.CertFile != "") && c.first("https") == "" {
 		return nil, fmt.Errorf("%s: certificates are for https", strings.Join(c.URLs, ", "))
 	}
-	if plain := c.first("http"); plain != "" && c.TokenFile != "" {
+	if plain := c.first("http"); plain != "" && c.TokenFile+c.TokenVariable+c.GitHubAudience != "" {
 		return nil, fmt.Errorf("%s: the token would be sent unencrypted: use https or a unix socket", plain)
 	}
 	tls, cert, err := c.tls()

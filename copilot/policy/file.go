@@ -12,7 +12,7 @@ import (
 // concurrent use.
 type File struct {
 	name    string
-	issuers []string
+	issuers Issuers
 	current atomic.Pointer[Policy]
 
 	mu   sync.Mutex
@@ -21,7 +21,7 @@ type File struct {
 
 // Open reads the policy in a file, as [Load] does. A policy that can't be used is an
 // error.
-func Open(name string, issuers []string) (*File, error) {
+func Open(name string, issuers Issuers) (*File, error) {
 	f := &File{name: name, issuers: issuers}
 	f.mu.Lock()
 	defer f.mu.Unlock()

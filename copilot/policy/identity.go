@@ -110,3 +110,9 @@ func canonicalPattern(pattern string, issuers []string) (string, error) {
 	}
 	return "", fmt.Errorf("%q: there is no issuer %q: %s", pattern, kind, identityForms)
 }
+
+// mayBeOfIssuer reports whether a pattern may match the subject of a token.
+func mayBeOfIssuer(pattern string) bool {
+	kind, _, ok := strings.Cut(pattern, ":")
+	return pattern != Anonymous && !(ok && slices.Contains([]string{"spiffe", "dns", "cn", "uid"}, kind))
+}

@@ -54,7 +54,7 @@ func TestCanonical(t *testing.T) {
 }
 
 func TestPatternsMatchSomebody(t *testing.T) {
-	issuers := []string{"cluster"}
+	issuers := Issuers{"cluster": "https://kubernetes.default.svc"}
 	rule := func(identity string) error {
 		_, err := parse("p", []byte("[[rule]]\nidentities = ['"+identity+"']\nkeks = ['**']\nactions = ['unwrap']\n"), issuers)
 		return err
@@ -84,7 +84,7 @@ func TestPatternsMatchSomebody(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, identity := range []string{"dns:ci.example.com", "dns:a.example.org"} {
-		if !p.Usable(identity, anyTime)("k") {
+		if !p.Usable(Principal{Identity: identity}, anyTime)("k") {
 			t.Errorf("%s is not matched", identity)
 		}
 	}

@@ -33,19 +33,25 @@ type Policy struct {
 	name   string
 	rules  []rule
 	limits []limit
+
+	// Warnings say which rules can come to allow more than they look like.
+	Warnings []string
 }
 
 // rule allows, or with Deny forbids, each of its identities each of its
 // actions with each of its KEKs. A rule that forbids beats all that allow.
 type rule struct {
-	Identities []string  `toml:"identities"`
-	KEKs       []string  `toml:"keks"`
-	Actions    []Action  `toml:"actions"`
-	Deny       bool      `toml:"deny"`
-	NotBefore  time.Time `toml:"not-before"`
-	NotAfter   time.Time `toml:"not-after"`
+	Identities []string `toml:"identities"`
+	// Claims are what the caller's token has to have besides, all of them.
+	Claims    map[string]any `toml:"claims"`
+	KEKs      []string       `toml:"keks"`
+	Actions   []Action       `toml:"actions"`
+	Deny      bool           `toml:"deny"`
+	NotBefore time.Time      `toml:"not-before"`
+	NotAfter  time.Time      `toml:"not-after"`
 
-	number int // in the file, from 1
+	number int     // in the file, from 1
+	claims []claim // Claims, as they are compared
 }
 
 // limit is how many requests an identity may make.
@@ -66,9 +72,10 @@ const (
 	defaultConnections = 4096
 )
 
-// Load reads the policy in a file. Issuers are the names of those whose tokens are
-// accepted: rules for other issuers are errors, unless it is nil.
-func Load(name string, issuers []string) (*Policy, error) {
+// Load reads the policy in a file. Issuers are those whose tokens are accepted: rules for
+// other issuers are errors, unless it is nil, and so are rules that let in everybody who
+// has a repository at a public one.
+func Load(name string, issuers Issuers) (*Policy, error) {
 	b, err := regular.ReadText(name, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
@@ -78,7 +85,7 @@ func Load(name string, issuers []string) (*Policy, error) {
 
 // parse reads a policy from TOML, as [Load] does. Errors name the file and the line
 // or rule.
-func parse(name string, b []byte, issuers []string) (*Policy, error) {
+func parse(name string, b []byte, issuers Issuers) (*Policy, error) {
 	var file struct {
 		Rule  []rule  `toml:"rule"`
 		Limit []limit `toml:"limit"`
@@ -89,12 +96,18 @@ func parse(name string, b []byte, issuers []string) (*Policy, error) {
 	p := &Policy{name: name, rules: file.Rule, limits: file.Limit}
 	for i := range p.rules {
 		p.rules[i].number = i + 1
-		if err := p.rules[i].check(issuers); err != nil {
+		err := p.rules[i].check(issuers.names())
+		var warnings []string
+		if err == nil {
+			warnings, err = p.rules[i].checkForges(issuers)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("policy: %s: rule %d: %w", name, i+1, err)
 		}
+		p.Warnings = append(p.Warnings, warnings...)
 	}
 	for i := range p.limits {
-		if err := p.limits[i].check(issuers); err != nil {
+		if err := p.limits[i].check(issuers.names()); err != nil {
 			return nil, fmt.Errorf("policy: %s: limit %d: %w", name, i+1, err)
 		}
 	}
@@ -115,6 +128,15 @@ func (r *rule) check(issuers []string) error {
 	}
 	if err := canonicalPatterns(r.Identities, issuers); err != nil {
 		return err
+	}
+	var err error
+	if r.claims, err = wantedClaims(r.Claims); err != nil {
+		return err
+	}
+	for _, identity := range r.Identities {
+		if len(r.claims) > 0 && !mayBeOfIssuer(identity) {
+			return fmt.Errorf("%q never has the claims of the rule: only tokens have claims", identity)
+		}
 	}
 	if err := checkPatterns(r.KEKs); err != nil {
 		return err
@@ -172,13 +194,13 @@ type Verdict struct {
 	Reason string
 }
 
-// Decide says whether identity may do action with kek at the time now.
-func (p *Policy) Decide(identity, kek string, action Action, now time.Time) Verdict {
+// Decide says whether who may do action with kek at the time now.
+func (p *Policy) Decide(who Principal, kek string, action Action, now time.Time) Verdict {
 	var allowing *rule
 	var expired, early *rule
 	for i := range p.rules {
 		r := &p.rules[i]
-		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !matchAny(r.Identities, identity) {
+		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !r.isFor(who) {
 			continue
 		}
 		switch {
@@ -200,39 +222,46 @@ func (p *Policy) Decide(identity, kek string, action Action, now time.Time) Verd
 	case expired != nil && !expired.Deny:
 		return Verdict{false, fmt.Sprintf("%s of %s allowed it, until %s", expired, p.name, expired.NotAfter.Format(time.RFC3339))}
 	}
-	return Verdict{false, p.whyNot(identity, kek, action)}
+	return Verdict{false, p.whyNot(who, kek, action, now)}
 }
 
-// whyNot says which of the three things that a rule has to match is the one
-// that no rule of the others has.
-func (p *Policy) whyNot(identity, kek string, action Action) string {
-	var both []Action
-	known := false
-	for i := range p.rules {
-		r := &p.rules[i]
-		if r.Deny || !matchAny(r.Identities, identity) {
-			continue
-		}
-		known = true
-		if matchAny(r.KEKs, kek) {
-			both = append(both, r.Actions...)
+// unmet returns what claims lacks for the rule.
+func (r *rule) unmet(claims Claims) (list []string) {
+	for _, c := range r.claims {
+		if !c.matches(claims) {
+			list = append(list, c.unmet(claims))
 		}
 	}
-	switch {
-	case len(both) > 0:
-		return fmt.Sprintf("no rule of %s allows %s: those for %s with %s allow %s", p.name, action, identity, kek, joined(both))
-	case known:
-		return fmt.Sprintf("no rule of %s for %s names the KEK %s", p.name, identity, kek)
-	}
-	return fmt.Sprintf("no rule of %s names %s", p.name, identity)
+	return list
 }
 
-// Usable returns a function that reports whether identity may do anything at all with a
-// KEK at the time now.
-func (p *Policy) Usable(identity string, now time.Time) func(kek string) bool {
+// isFor reports whether a rule's identities and claims match.
+func (r *rule) isFor(who Principal) bool {
+	return matchAny(r.Identities, who.Identity) && len(r.unmet(who.Claims)) == 0
+}
+
+// Names reports whether a rule allows who anything at the time now.
+func (p *Policy) Names(who Principal, now time.Time) bool {
+	return slices.ContainsFunc(p.rules, func(r rule) bool { return !r.Deny && r.holds(now) && r.isFor(who) })
+}
+
+// ClaimNames returns the names of the claims that rules want.
+func (p *Policy) ClaimNames() (names []string) {
+	for _, r := range p.rules {
+		for _, c := range r.claims {
+			names = append(names, c.name)
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// Usable returns a function that reports whether who may do anything at all with a KEK at
+// the time now.
+func (p *Policy) Usable(who Principal, now time.Time) func(kek string) bool {
 	var rules []*rule
 	for i := range p.rules {
-		if r := &p.rules[i]; r.holds(now) && matchAny(r.Identities, identity) {
+		if r := &p.rules[i]; r.holds(now) && r.isFor(who) {
 			rules = append(rules, r)
 		}
 	}
@@ -251,15 +280,15 @@ func (p *Policy) Usable(identity string, now time.Time) func(kek string) bool {
 	}
 }
 
-// Admins reports whether identity may admin KEKs at the time now, whether there are
+// Admins reports whether who may admin KEKs at the time now, whether there are
 // any of those names or not. Only a rule that denies it that for all KEKs counts
 // against one that allows it.
-func (p *Policy) Admins(identity string, now time.Time) bool {
+func (p *Policy) Admins(who Principal, now time.Time) bool {
 	admins := false
 	for i := range p.rules {
 		r := &p.rules[i]
 		switch {
-		case !r.holds(now) || !slices.Contains(r.Actions, Admin) || !matchAny(r.Identities, identity):
+		case !r.holds(now) || !slices.Contains(r.Actions, Admin) || !r.isFor(who):
 		case !r.Deny:
 			admins = true
 		case slices.Contains(r.KEKs, "**"):

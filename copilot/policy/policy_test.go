@@ -59,12 +59,13 @@ func TestDecide(t *testing.T) {
 		{"cn:anybody", "team-a", Unwrap, in2026, false, "no rule of policy.toml names cn:anybody"},
 		{"", "", Admin, in2026, false, "no rule"},
 	} {
-		v := p.Decide(test.identity, test.kek, test.action, test.now)
+		v := p.Decide(Principal{Identity: test.identity}, test.kek, test.action, test.now)
 		if v.Allowed != test.allowed || !strings.Contains(v.Reason, test.reason) {
 			t.Errorf("%s %s %s: %+v", test.identity, test.action, test.kek, v)
 		}
 	}
-	if !p.Usable("spiffe://example.com/node/7", in2026)("team-a") || p.Usable("spiffe://example.com/node/7", in2026)("team-b") {
+	node := Principal{Identity: "spiffe://example.com/node/7"}
+	if !p.Usable(node, in2026)("team-a") || p.Usable(node, in2026)("team-b") {
 		t.Error("May is wrong")
 	}
 	if r, b := p.Limit("dns:ci.example"); r != 5 || b != 7 {
@@ -110,8 +111,9 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		now := time.Now()
-		may := slices.ContainsFunc(Actions, func(a Action) bool { return p.Decide("dns:a", "team-a", a, now).Allowed })
-		if p.Usable("dns:a", now)("team-a") != may {
+		a := Principal{Identity: "dns:a"}
+		may := slices.ContainsFunc(Actions, func(action Action) bool { return p.Decide(a, "team-a", action, now).Allowed })
+		if p.Usable(a, now)("team-a") != may {
 			t.Errorf("a list has the KEK: %t", !may)
 		}
 		p.Limit("dns:a")
@@ -133,7 +135,7 @@ func TestFile(t *testing.T) {
 		}
 	}
 	may := func(f *File) bool {
-		return f.Policy().Decide("dns:ci.example.com", "x", Wrap, time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)).Allowed
+		return f.Policy().Decide(Principal{Identity: "dns:ci.example.com"}, "x", Wrap, time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)).Allowed
 	}
 	reload := func(f *File, wantChanged, wantErr bool) {
 		t.Helper()
@@ -204,7 +206,7 @@ deny = true
 		t.Fatal(err)
 	}
 	for identity, admins := range map[string]bool{"dns:admin": true, "dns:both": false, "dns:not-all": true, "dns:node": false, "dns:was": false} {
-		if p.Admins(identity, time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)) != admins {
+		if p.Admins(Principal{Identity: identity}, time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)) != admins {
 			t.Errorf("%s: not %t", identity, admins)
 		}
 	}

@@ -112,7 +112,7 @@ func (b *broker) close() error {
 
 func openPolicy(conf Config) (*policy.File, error) {
 	if conf.Policy != "" {
-		return policy.Open(conf.Policy, conf.IssuerNames())
+		return policy.Open(conf.Policy, conf.PolicyIssuers())
 	}
 	who := []string{"uid:0", fmt.Sprintf("uid:%d", os.Getuid())}
 	if conf.InsecureLoopback {
@@ -136,6 +136,9 @@ func (b *broker) reload(always bool) {
 }
 
 func (b *broker) policyRead() {
+	for _, warning := range b.policy.Policy().Warnings {
+		logrus.Warn("policy: " + warning)
+	}
 	b.metrics.policyUsable.Set(1)
 	b.metrics.policyLoaded.SetToCurrentTime()
 }

@@ -87,16 +87,23 @@ func (a *api) allowed(ctx context.Context, e *auditing.Entry, actions ...policy.
 // rights returns what the caller of a request may do.
 func (a *api) rights(e *auditing.Entry) authorization.Caller {
 	if a.owner {
-		return authorization.Owner(e.Who)
+		return authorization.Owner(e.Caller)
 	}
-	return authorization.ByPolicy(a.policy.Policy(), e.Who)
+	return authorization.ByPolicy(a.policy.Policy(), e.Caller)
 }
 
 // limited calls next unless the caller has too many connections, or sends too many
-// requests.
+// requests. Those with tokens that no rule names count by their address: a public issuer
+// gives anybody any number of identities.
 func (a *api) limited(next handler) handler {
 	return func(r *http.Request, e *auditing.Entry) (any, error) {
 		p := a.policy.Policy()
+		if e.Stranger = e.Caller.Claims != nil && !p.Names(e.Caller, time.Now()); e.Stranger {
+			if err := a.requests.Take(caller.Source(r), p); err != nil {
+				return nil, err
+			}
+			return next(r, e)
+		}
 		if err := ratelimit.Identified(r.Context(), e.Who, p.Connections(e.Who)); err != nil {
 			return nil, err
 		}
@@ -111,9 +118,12 @@ func (a *api) limited(next handler) handler {
 func (a *api) authenticated(next handler) handler {
 	return func(r *http.Request, e *auditing.Entry) (any, error) {
 		var err error
-		if e.Who, err = a.callers.Identify(r); err != nil {
+		e.Caller, err = a.callers.Identify(r)
+		e.Who = e.Caller.Identity
+		if err != nil {
 			return nil, err
 		}
+		e.Claims = auditing.Claims(e.Caller.Claims, a.policy.Policy().ClaimNames())
 		return next(r, e)
 	}
 }

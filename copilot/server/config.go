@@ -12,6 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/loopback"
@@ -81,6 +82,15 @@ func (c *Config) ReadConfig(name string) error {
 		return err
 	}
 	return tomlfile.Decode(name, b, c)
+}
+
+// PolicyIssuers returns the issuers whose tokens are accepted. It is never nil.
+func (c Config) PolicyIssuers() policy.Issuers {
+	issuers := make(policy.Issuers)
+	for name, i := range c.Issuers {
+		issuers[name] = i.URL
+	}
+	return issuers
 }
 
 // IssuerNames returns the names of the issuers whose tokens are accepted, in order.

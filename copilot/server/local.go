@@ -43,6 +43,7 @@ func audited[T any](ctx context.Context, l *localKeys, action, kek string, do fu
 	defer cancel()
 	e := newEntry(action, kek, "command line")
 	e.Who = fmt.Sprintf("uid:%d", os.Getuid())
+	e.Caller.Identity = e.Who
 	answer, err := do(ctx, e)
 	if err = l.api.write(ctx, e, err); err != nil {
 		var none T

@@ -150,8 +150,22 @@ func checkConfig(t *testing.T, b harness.Block) error {
 	case "copilot":
 		return succeeds(harness.Command(t, "copilot", "keys", "list", "--config", file, "--dir", dir, "--database", "", "--audit-log", "", "--policy", ""))
 	case "policy":
-		conf := harness.Write(t, dir+"/issuers", "[issuers.cluster]\nurl = 'https://localhost'\naudience = 'copilot'\n")
-		return succeeds(harness.Command(t, "copilot", "policy", "check", "--config", conf, "--policy", file))
+		conf := harness.Write(t, dir+"/issuers", `
+[issuers]
+cluster = { url = "https://localhost", audience = "copilot" }
+github = { url = "https://token.actions.githubusercontent.com", audience = "copilot" }
+gitlab = { url = "https://gitlab.com", audience = "copilot" }
+`)
+		// It warns of rules that nobody should copy.
+		out, err := harness.Command(t, "copilot", "policy", "check", "--config", conf, "--policy", file).CombinedOutput()
+		if err != nil || bytes.Contains(out, []byte("warning")) {
+			return errors.New(string(out))
+		}
+		return nil
+	case "github-workflow":
+		return checkWorkflow(t, b.Text)
+	case "gitlab-ci":
+		return checkGitLab(t, b.Text)
 	case "prometheus":
 		return succeeds(harness.Command(t, "promtool", "check", "config", "--syntax-only", file))
 	case "containerd 2", "containerd 3", "containerd":

@@ -43,7 +43,7 @@ var rooms = []struct {
 	{"copilot/server/authorization", []string{"copilot/keystore", "copilot/policy"}},
 	{"copilot/server/ratelimit", []string{"copilot/policy", "copilot/server/caller"}},
 	{"copilot/server/handshake", nil},
-	{"copilot/server/auditing", []string{"copilot/audit", "copilot/server/caller"}},
+	{"copilot/server/auditing", []string{"copilot/audit", "copilot/policy", "copilot/server/caller"}},
 	{"copilot/server/keyring", []string{"copilot/audit", "copilot/keystore", "copilot/kms", "copilot/server/auditing"}},
 	{"internal", []string{"packaging/completions"}}, // which are shell scripts
 }

@@ -8,12 +8,19 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 )
 
 // Entry is the line of a request that is being handled.
 type Entry struct {
 	audit.Entry
+	// Caller is whom Who names.
+	Caller policy.Principal
+	// Stranger reports that the caller has a token, and that no rule names it. There may
+	// be any number of those.
+	Stranger bool
+
 	written bool // as done
 }
 
@@ -68,7 +75,7 @@ func (l *Log) Request(ctx context.Context, e *Entry, err error, many bool) error
 	}
 	if !e.written && err != nil {
 		who := e.Who
-		if who == caller.Anonymous {
+		if who == caller.Anonymous || e.Stranger {
 			who = caller.Network(e.From)
 			if user := caller.User(ctx); user != "" {
 				who = "from " + user

@@ -23,21 +23,21 @@ func (d *Denial) Error() string {
 	return fmt.Sprintf("%s may not, or there is no such KEK: on the broker's machine, \"copilot policy check\" says why", d.who)
 }
 
-// Caller is what one identity may do now.
+// Caller is what one principal may do now.
 type Caller struct {
-	who    string
+	who    policy.Principal
 	policy *policy.Policy
 	now    time.Time
 	owner  bool
 }
 
-// ByPolicy returns what the policy and revocations let an identity do.
-func ByPolicy(p *policy.Policy, who string) Caller {
+// ByPolicy returns what the policy and revocations let a principal do.
+func ByPolicy(p *policy.Policy, who policy.Principal) Caller {
 	return Caller{who: who, policy: p, now: time.Now()}
 }
 
 // Owner returns the rights of those that can read the store: everything.
-func Owner(who string) Caller { return Caller{who: who, owner: true} }
+func Owner(who policy.Principal) Caller { return Caller{who: who, owner: true} }
 
 // May returns a [*Denial] unless the caller may do one of the actions with a KEK.
 func (c Caller) May(kek string, actions ...policy.Action) error {
@@ -54,13 +54,13 @@ func (c Caller) May(kek string, actions ...policy.Action) error {
 			reason = v.Reason
 		}
 	}
-	return &Denial{c.who, reason}
+	return &Denial{c.who.Identity, reason}
 }
 
 // NotRevoked returns a [*Denial] if a KEK was revoked for the caller.
 func (c Caller) NotRevoked(k keystore.KEK) error {
-	if !c.owner && IsRevoked(k.Revoked, c.who) {
-		return &Denial{c.who, "the KEK was revoked for " + c.who}
+	if !c.owner && IsRevoked(k.Revoked, c.who.Identity) {
+		return &Denial{c.who.Identity, "the KEK was revoked for " + c.who.Identity}
 	}
 	return nil
 }

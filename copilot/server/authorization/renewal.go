@@ -20,8 +20,8 @@ func (*NotRenewed) Error() string {
 // CheckRenewal returns a [*NotRenewed] unless an identity is a machine's that may use one
 // of the broker's KEKs, and none of them was revoked for it.
 func CheckRenewal(p *policy.Policy, who string, keks []keystore.KEK) error {
-	c := ByPolicy(p, who)
-	if p.Admins(who, c.now) { // also KEKs that are still to be created
+	c := ByPolicy(p, policy.Principal{Identity: who})
+	if p.Admins(c.who, c.now) { // also KEKs that are still to be created
 		return &NotRenewed{who + " may admin KEKs: an admin's certificate is renewed on the broker's machine"}
 	}
 	may, usable := false, c.Usable()

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
@@ -29,43 +30,43 @@ type Authenticator struct {
 	AllowAnonymous bool
 }
 
-// Identify returns the identity that makes a request: that of a bearer token, else that
-// of a client certificate, else the user at the other end of a unix socket, else
-// [Anonymous]. A token that can't be used is an error, whatever else is shown, and so
-// is a certificate whose CA is no longer trusted. Errors wrap [ErrUnauthenticated].
-func (a *Authenticator) Identify(r *http.Request) (string, error) {
+// Identify returns who makes a request: the subject of a bearer token, with its claims,
+// else the owner of a client certificate, else the user at the other end of a unix
+// socket, else [Anonymous]. A token that can't be used is an error, whatever else is
+// shown, and so is a certificate whose CA is no longer trusted. Errors wrap
+// [ErrUnauthenticated].
+func (a *Authenticator) Identify(r *http.Request) (policy.Principal, error) {
 	who, err := a.identify(r)
-	if err == nil && who == Anonymous && !a.AllowAnonymous {
+	if err == nil && who.Identity == Anonymous && !a.AllowAnonymous {
 		err = errors.New("show a client certificate or a bearer token")
 	}
 	if err != nil {
-		return Anonymous, fmt.Errorf("%w: %w", ErrUnauthenticated, err)
+		return policy.Principal{Identity: Anonymous}, fmt.Errorf("%w: %w", ErrUnauthenticated, err)
 	}
 	return who, nil
 }
 
-func (a *Authenticator) identify(r *http.Request) (string, error) {
+func (a *Authenticator) identify(r *http.Request) (who policy.Principal, err error) {
 	var chains [][]*x509.Certificate
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		var err error
 		if chains, err = a.verify(r); err != nil {
-			return "", err
+			return who, err
 		}
 	}
 	if header := r.Header.Get("Authorization"); header != "" {
 		scheme, token, _ := strings.Cut(header, " ")
 		if !strings.EqualFold(scheme, "Bearer") {
-			return "", fmt.Errorf("the authorization scheme %.20q is not supported: use Bearer", scheme)
+			return who, fmt.Errorf("the authorization scheme %.20q is not supported: use Bearer", scheme)
 		}
-		return a.Issuers.identity(r.Context(), strings.TrimSpace(token))
+		return a.Issuers.verify(r.Context(), strings.TrimSpace(token))
 	}
+	who.Identity = Anonymous
 	if len(chains) > 0 {
-		return certificateIdentity(r.TLS.PeerCertificates[0], chains)
+		who.Identity, err = certificateIdentity(r.TLS.PeerCertificates[0], chains)
+	} else if user := User(r.Context()); user != "" {
+		who.Identity = user
 	}
-	if user := User(r.Context()); user != "" {
-		return user, nil
-	}
-	return Anonymous, nil
+	return who, err
 }
 
 // verify verifies the certificate of a request by the CAs that are trusted now.

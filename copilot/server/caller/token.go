@@ -17,6 +17,7 @@ import (
 	"github.com/coreos/go-oidc/v3/oidc"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/internal/regular"
@@ -139,26 +140,26 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.RoundTripper.RoundTrip(r)
 }
 
-// identity returns a verified token's identity: the issuer's name, a colon, and the
-// token's subject.
-func (all *Issuers) identity(ctx context.Context, token string) (string, error) {
+// verify verifies a token, and returns who it is for: the issuer's name, a colon and the
+// token's subject, and its claims.
+func (all *Issuers) verify(ctx context.Context, token string) (who policy.Principal, err error) {
 	if len(token) > maxToken {
-		return "", fmt.Errorf("the token is larger than %d bytes", maxToken)
+		return who, fmt.Errorf("the token is larger than %d bytes", maxToken)
 	}
 	claimed, err := issuerOf(token)
 	if err != nil {
-		return "", err
+		return who, err
 	}
 	i, ok := all.byURL[claimed]
 	if !ok {
-		return "", fmt.Errorf("the token is from issuer %.200q, which is not configured in this broker", claimed)
+		return who, fmt.Errorf("the token is from issuer %.200q, which is not configured in this broker", claimed)
 	}
 	verifier, err := i.get(ctx)
 	if err != nil {
 		if !errors.Is(err, ErrIssuer) {
 			err = fmt.Errorf("%w: %w", ErrIssuer, err)
 		}
-		return "", fmt.Errorf("issuer %s: %w", i.name, err)
+		return who, fmt.Errorf("issuer %s: %w", i.name, err)
 	}
 	var unfetched error
 	verified, err := verifier.Verify(context.WithValue(oidc.ClientContext(ctx, i.client), fetchKey{}, &unfetched), token)
@@ -166,34 +167,85 @@ func (all *Issuers) identity(ctx context.Context, token string) (string, error) 
 		if !errors.Is(unfetched, ErrIssuer) {
 			unfetched = fmt.Errorf("%w: %w", ErrIssuer, unfetched)
 		}
-		return "", fmt.Errorf("issuer %s: %w", i.name, unfetched)
+		return who, fmt.Errorf("issuer %s: %w", i.name, unfetched)
 	}
 	if err != nil {
-		return "", fmt.Errorf("token of issuer %s: %w", i.name, err)
+		return who, fmt.Errorf("token of issuer %s: %w", i.name, err)
 	}
 	if verified.Subject == "" {
-		return "", fmt.Errorf("token of issuer %s: it has no subject", i.name)
+		return who, fmt.Errorf("token of issuer %s: it has no subject", i.name)
 	}
-	return i.name + ":" + verified.Subject, nil
+	var payload json.RawMessage
+	if err := verified.Claims(&payload); err != nil {
+		return who, fmt.Errorf("token of issuer %s: %w", i.name, err)
+	}
+	claims, err := policy.ParseClaims(payload)
+	if err != nil {
+		return who, fmt.Errorf("token of issuer %s: %w", i.name, err)
+	}
+	return policy.Principal{Identity: i.name + ":" + verified.Subject, Claims: claims}, nil
 }
 
 // issuerOf returns the issuer that a token claims, before it is verified.
 func issuerOf(token string) (string, error) {
+	b, err := payloadOf(token)
+	if err != nil {
+		return "", err
+	}
 	var claims struct {
 		Issuer string `json:"iss"`
 	}
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return "", errors.New("the bearer token is not a JSON web token")
-	}
-	b, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err != nil || json.Unmarshal(b, &claims) != nil {
-		return "", errors.New("the bearer token is not a JSON web token")
-	}
-	if err := checkClaims(b); err != nil {
-		return "", fmt.Errorf("the bearer token can't be used: %w", err)
+	if json.Unmarshal(b, &claims) != nil {
+		return "", errNoToken
 	}
 	return claims.Issuer, nil
+}
+
+var errNoToken = errors.New("the bearer token is not a JSON web token")
+
+// payloadOf returns the claims in a token, which is not verified.
+func payloadOf(token string) ([]byte, error) {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return nil, errNoToken
+	}
+	b, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil || !json.Valid(b) {
+		return nil, errNoToken
+	}
+	if err := checkClaims(b); err != nil {
+		return nil, fmt.Errorf("the bearer token can't be used: %w", err)
+	}
+	return b, nil
+}
+
+// Inspect returns whom a token is for, as [Authenticator.Identify] does, by the issuers of
+// a configuration. It does not verify the token: neither its signature, nor its time, nor
+// its audience.
+func Inspect(token string, issuers map[string]Issuer) (who policy.Principal, issuer Issuer, err error) {
+	b, err := payloadOf(token)
+	if err != nil {
+		return who, issuer, err
+	}
+	claims, err := policy.ParseClaims(b)
+	if err != nil {
+		return who, issuer, err
+	}
+	one := func(name string) string {
+		if len(claims[name]) != 1 {
+			return ""
+		}
+		return claims[name][0]
+	}
+	if one("sub") == "" {
+		return who, issuer, errors.New("the token has no subject")
+	}
+	for name, i := range issuers {
+		if i.URL == one("iss") {
+			return policy.Principal{Identity: name + ":" + one("sub"), Claims: claims}, i, nil
+		}
+	}
+	return who, issuer, fmt.Errorf("the token is from issuer %.200q, which is not among the issuers in the configuration", one("iss"))
 }
 
 // get returns the verifier of the issuer's tokens. Concurrent calls share one request to

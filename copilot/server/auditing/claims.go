@@ -1,0 +1,42 @@
+package auditing
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/ctrlplane/pilot/copilot/policy"
+)
+
+// shownClaims are the claims by which a CI job and what started it are found, of GitHub
+// Actions and GitLab. The numbers come first, since they always fit.
+var shownClaims = []string{
+	"run_id", "run_attempt", "pipeline_id", "job_id", "repository_id", "project_id", "sha",
+	"repository", "project_path", "ref", "environment", "event_name", "pipeline_source", "workflow_ref", "job_workflow_ref", "actor", "user_login",
+}
+
+// maxClaims bounds the claims in a line, in bytes.
+const maxClaims = 2000
+
+// Claims returns the claims of a caller's token that its lines have: those by which a
+// CI job is found, and others by their names, as long as they fit.
+func Claims(c policy.Claims, others []string) map[string]string {
+	if c == nil {
+		return nil
+	}
+	shown := make(map[string]string)
+	size := 0
+	for _, name := range slices.Concat(shownClaims, others) {
+		texts, ok := c[name]
+		if _, twice := shown[name]; !ok || twice {
+			continue
+		}
+		text := strings.Join(texts, " ")
+		// As it is shown, if it has to be quoted or cut.
+		if size += len(name) + min(len(strconv.Quote(text)), 300); size > maxClaims {
+			break
+		}
+		shown[name] = text
+	}
+	return shown
+}

@@ -1,0 +1,44 @@
+package auditing
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/policy"
+)
+
+// TestClaimsInALineAreBounded has an issuer whose claims are as long as a token may have
+// them, and of what takes most room in a line.
+func TestClaimsInALineAreBounded(t *testing.T) {
+	for _, unit := range []string{"x", "\"", "\\", "\x00", "\u202e", "\xff", "é", "<"} {
+		for _, n := range []int{1, 10, 50, 100, 199, 1000, 16000} {
+			claims := make(policy.Claims)
+			var others []string
+			for _, name := range shownClaims {
+				claims[name] = []string{strings.Repeat(unit, n)}
+			}
+			for i := range 200 {
+				others = append(others, fmt.Sprintf("claim%d", i))
+				claims[others[i]] = []string{strings.Repeat(unit, n), "x"}
+			}
+			claims["run_id"] = []string{"9876543210"}
+			shown := audit.Entry{Claims: Claims(claims, others)}.Shown().Claims
+			var line bytes.Buffer
+			e := json.NewEncoder(&line)
+			e.SetEscapeHTML(false) // as the log is written
+			if err := e.Encode(shown); err != nil {
+				t.Fatal(err)
+			}
+			if line.Len() > 6000 || shown["run_id"] != "9876543210" {
+				t.Errorf("%q times %d: %d bytes, run %q", unit, n, line.Len(), shown["run_id"])
+			}
+		}
+	}
+	if c := Claims(policy.Claims{"groups": {"a", "b"}, "email": {"x"}}, []string{"groups"}); len(c) != 1 || c["groups"] != "a b" {
+		t.Errorf("%v", c)
+	}
+}
