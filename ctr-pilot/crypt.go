@@ -22,7 +22,14 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 	defer func() { err = errors.Join(err, j.close()) }()
 	progress := newProgress(verb)
 	opts.Progress = progress.add
-	result, err := do(ctx, workplace{j, p.layersOf}, j.desc, opts)
+	earlier := func(ctx context.Context) (earlierImage, error) {
+		var replaced *transport.Name
+		if j.replaced != "" && j.replaced != j.desc.Digest { // which takes --force
+			replaced = &to
+		}
+		return p.earlier(ctx, replaced, j.Take)
+	}
+	result, err := do(ctx, workplace{j, p.layersOf, earlier}, j.desc, opts)
 	if err == nil && ctx.Err() != nil {
 		err = ctx.Err()
 	}

@@ -34,6 +34,11 @@ their keys. --keys-from names the image that it was built on, in containerd or i
 its registry. Each key is checked against its layer before it is put back.
 
 --layer and --all-but-base leave the other layers readable.
+
+Layers that an earlier encrypted image has too, by the digest of the plain layer, are
+taken over as they are there, if their keys unwrap here, and wrapped for the new
+recipients alone. A rebuilt image then uploads what changed, and nodes download no
+more. The earlier image is the one that --like names, or that --force replaces.
 ` + transportsHelp + `
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
@@ -47,17 +52,21 @@ Examples:
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
       --keys-from registry.example.com/base:1 app:built app:encrypted
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
-      oci-archive:app.tar docker://registry.example.com/app:enc`,
+      oci-archive:app.tar docker://registry.example.com/app:enc
+   ctr-pilot images encrypt --recipient provider:pilot:team-a \
+      --like docker://registry.example.com/app:1-enc \
+      oci:app docker://registry.example.com/app:2-enc`,
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
+		likeFlag,
 		forceFlag,
 		allButBaseFlag,
 	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
-		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
-			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from and --all-but-base"); err != nil {
+		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") && !cmd.IsSet("like") {
+			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from, --all-but-base and --like"); err != nil {
 				return err
 			}
 		}
@@ -80,6 +89,12 @@ Examples:
 			if opts.KeysFrom, err = keysFrom(ctx, at, cmd); err != nil {
 				return image.Result{}, err
 			}
+			like, err := at.earlier(ctx)
+			if err != nil {
+				return image.Result{}, err
+			}
+			defer like.close()
+			opts.Like = like.Like
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
 			return image.Encrypt(ctx, at, target, to, opts)
@@ -110,7 +125,13 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
-	return withPlaces(ctx, cmd, []transport.Name{from, to}, func(ctx context.Context, p *places) error {
+	names := []transport.Name{from, to}
+	if like, _, err := likeName(cmd); err != nil {
+		return err
+	} else if like != nil {
+		names = append(names, *like)
+	}
+	return withPlaces(ctx, cmd, names, func(ctx context.Context, p *places) error {
 		if err := p.crypt(ctx, verb, from, to, toName, opts, do); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}

@@ -23,6 +23,7 @@ type job struct {
 	target   transport.Target
 	desc     ocispec.Descriptor // what from stands for
 	before   *digest.Digest     // what to stands for, or nil if it is replaced in any case
+	replaced digest.Digest      // what to stands for, or empty
 }
 
 // takenError is the error of a new name that another image has.
@@ -88,6 +89,7 @@ func (j *job) check(ctx context.Context, force bool) error {
 	case err != nil && !errdefs.IsAlreadyExists(err) && !errdefs.IsNotFound(err):
 		return fmt.Errorf("%s: %w", j.to, err)
 	}
+	j.replaced = before.Digest
 	if !force {
 		j.before = &before.Digest
 	}

@@ -28,6 +28,9 @@ type cryptReport struct {
 	// are kept with the new one.
 	Referrers      []transport.Referrer `json:"referrers"`
 	ReferrersError string               `json:"referrersError,omitempty"` // why some may be missing
+	// Reused counts the layers, of those that were encrypted, that were taken over from
+	// an earlier image.
+	Reused *image.Reused `json:"reused,omitempty"`
 	// Moved counts the bytes of an image that went from one place to another.
 	Moved *transport.Moved `json:"moved,omitempty"`
 }
@@ -46,8 +49,9 @@ func report(cmd *cli.Command, verb, name string, result image.Result, done finis
 	}
 	warnLacking(result.Lacking)
 	done.printReferrers()
+	printNotReused(result.Reused)
 	if cmd.Bool("json") {
-		return printJSON(newReport(name, result, done))
+		return printJSON(newReport(verb, name, result, done))
 	}
 	for _, d := range result.LeftOut {
 		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", shown(d.Digest.String()), ofPlatform(d), whyLeftOut(cmd, d))
@@ -58,14 +62,17 @@ func report(cmd *cli.Command, verb, name string, result image.Result, done finis
 	if result.Layers == 0 {
 		fmt.Printf("%s has no encrypted layers\n", name)
 	}
-	fmt.Printf("%s %s (%d layers %sed%s)\n", name, result.Target.Digest, result.Layers, verb, movedText(done.moved))
+	fmt.Printf("%s %s (%d layers %sed%s%s)\n", name, result.Target.Digest, result.Layers, verb, reusedText(result.Reused), movedText(done.moved))
 	return nil
 }
 
-func newReport(name string, result image.Result, done finished) cryptReport {
+func newReport(verb, name string, result image.Result, done finished) cryptReport {
 	r := cryptReport{
 		Image: name, Digest: result.Target.Digest, Layers: result.Layers, Plain: result.Plain, LeftOut: []leftOut{},
 		Referrers: done.referrers, ReferrersError: done.unlistedText(), Moved: done.moved,
+	}
+	if verb == "encrypt" {
+		r.Reused = &result.Reused
 	}
 	if r.Plain == nil {
 		r.Plain = []image.Plain{}

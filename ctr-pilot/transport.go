@@ -40,6 +40,9 @@ type workplace struct {
 	image.Store
 	// layersOf returns the layers of another image, of which the manifests are read.
 	layersOf func(ctx context.Context, name string) ([]ocispec.Descriptor, error)
+	// earlier opens the encrypted image that the new one may share layers with. The
+	// caller closes it.
+	earlier func(ctx context.Context) (earlierImage, error)
 }
 
 // places opens images by their names.

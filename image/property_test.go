@@ -227,6 +227,7 @@ func (c *trial) run() {
 	c.checkRecipients(e)
 	c.checkPeers(e, result)
 	c.checkRewrap(result.Target)
+	c.checkLike(result)
 
 	// What the user keeps is the encrypted image alone.
 	c.keep("encrypted", result.Target)
@@ -236,6 +237,44 @@ func (c *trial) run() {
 		c.checkPartly(result.Target)
 	}
 	c.s.noIngests()
+}
+
+// checkLike encrypts the image once more, for others, with what was encrypted before as the
+// earlier image.
+func (c *trial) checkLike(before Result) {
+	seed, _, err := imagetest.Parse(c.ID)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	again := *c
+	again.rng = rand.New(rand.NewPCG(seed, 1))
+	again.plain, again.problems = make(map[digest.Digest]digest.Digest), nil
+	was := exported(c.s, before.Target)
+	for again.to = c.recipients.choose(again.rng); len(again.to) > 32; {
+		again.to = c.recipients.choose(again.rng)
+	}
+	to := encryptConfig(again.to)
+	to.Keys = decryptConfig(c.to)
+	opts := c.opts
+	opts.Like = &Like{Layers: was.encrypted, Take: func(ctx context.Context, blob ocispec.Descriptor) error {
+		_, err := c.s.Info(ctx, blob.Digest)
+		return err
+	}}
+	result, err := Encrypt(c.s.ctx, c.s, c.Target, to, opts)
+	if err != nil {
+		c.problem("like an earlier image, it is refused", "%v", err)
+		return
+	}
+	if result.Layers != before.Layers || result.Reused.Layers != result.Layers || len(result.Reused.Failed) > 0 {
+		c.problem("like an earlier image, not all is taken over", "%d of %d layers, were %d: %v", result.Reused.Layers, result.Layers, before.Layers, result.Reused.Failed)
+	}
+	e := exported(c.s, result.Target)
+	again.checkReadable(e, result)
+	again.checkRecipients(e)
+	again.checkDecrypt("decrypt what was taken over", result.Target, decryptConfig(again.to))
+	for _, problem := range again.problems {
+		c.problems = append(c.problems, "like an earlier image, "+problem)
+	}
 }
 
 // keep gives an image a name, which keeps it from the garbage collector.

@@ -60,12 +60,14 @@ type work struct {
 	inRange   map[int]bool                         // the Layers that some manifest has
 	hasBase   bool                                 // some manifest has a layer of Base
 	lacking   []string
+	checked   map[digest.Digest]bool // plain layers that nodes compare with a diff ID
 }
 
 func newWork(store Store, opts Options, mode mode, layer layerFunc) *work {
 	return &work{
 		Store: store, Options: opts, mode: mode, layer: layer, matched: map[int]bool{}, inRange: map[int]bool{},
 		changed: map[string]bool{}, done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
+		checked: map[digest.Digest]bool{},
 	}
 }
 
@@ -215,6 +217,7 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		return w.inspected(desc, manifest, c), nil
 	}
 
+	w.noteChecked(ctx, desc, manifest)
 	changes, err := w.changeLayers(ctx, manifest.Layers, c.layers)
 	if err != nil && desc.Platform != nil {
 		err = fmt.Errorf("platform %s: %w", platforms.FormatAll(*desc.Platform), err)

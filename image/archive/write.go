@@ -218,12 +218,30 @@ func (b *blobWriter) Truncate(size int64) error {
 	return nil
 }
 
+// Close gives up a blob that was not committed. Its place can't be given back, since others
+// follow it, so it becomes a file of no image.
 func (b *blobWriter) Close() error {
+	if b.done {
+		return nil
+	}
 	b.done = true
+	h, err := header(fmt.Sprintf("discarded/%d", b.region.offset), b.region.size)
+	if err != nil {
+		return err
+	}
+	b.archive.mu.Lock()
+	defer b.archive.mu.Unlock()
+	if b.archive.file == nil {
+		return nil
+	}
+	if _, err := b.archive.file.WriteAt(h, b.region.offset-blockSize); err != nil {
+		return err
+	}
+	b.archive.pending--
 	return nil
 }
 
-// Abort does nothing: an archive of which a blob is missing is not finished.
+// Abort does nothing: closing a writer gives up its blob.
 func (w *Output) Abort(context.Context, string) error { return nil }
 
 // Update does nothing: an archive keeps no labels.

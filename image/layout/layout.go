@@ -48,6 +48,9 @@ type Layout struct {
 func Open(dir string) (*Layout, error) {
 	l := New(dir)
 	_, err := l.open(false)
+	if at := (*fs.PathError)(nil); errors.Is(err, fs.ErrNotExist) && errors.As(err, &at) {
+		err = at // a directory that is not there is another error than an image that is not
+	}
 	return l, err
 }
 

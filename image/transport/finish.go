@@ -35,11 +35,23 @@ type Moved struct {
 	Present int64 `json:"present"` // of blobs that were there
 }
 
+// add counts a blob.
+func (m *Moved) add(origin registry.Origin, size int64) {
+	switch origin {
+	case registry.Present:
+		m.Present += size
+	case registry.Mounted:
+		m.Mounted += size
+	default:
+		m.Copied += size
+	}
+}
+
 // Finish brings what result refers to and the target lacks there, with its manifests and
-// the referrers that are kept, which it corrects if one can't be, and then gives it the target's name. Until then nothing has
-// the name. before is as in [Target].Name.
+// the referrers that are kept, and then gives it the target's name. Until then nothing has
+// the name. A referrer that can't be kept is marked so. before is as in [Target].Name.
 func (p *Pair) Finish(ctx context.Context, result image.Result, before *digest.Digest, referrers []Referrer) (Moved, error) {
-	f := &finish{pair: p, same: p.target.Holds(p.Source), absent: map[digest.Digest]bool{}, seen: newDigests()}
+	f := &finish{pair: p, same: p.target.Holds(p.Source), absent: map[digest.Digest]bool{}, seen: newDigests(), moved: p.taken.moved}
 	for _, d := range result.Skipped {
 		f.absent[d.Digest] = true
 	}
@@ -102,7 +114,7 @@ func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) 
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(copiesAtOnce)
 	for _, b := range blobs {
-		if f.pair.written.has(b.Digest) || !f.seen.add(b.Digest, 0) {
+		if f.pair.written.has(b.Digest) || f.pair.taken.has(b.Digest) || !f.seen.add(b.Digest, 0) {
 			continue
 		}
 		if f.has(b) {
@@ -150,14 +162,7 @@ func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
 func (f *finish) count(origin registry.Origin, size int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	switch origin {
-	case registry.Present:
-		f.moved.Present += size
-	case registry.Mounted:
-		f.moved.Mounted += size
-	default:
-		f.moved.Copied += size
-	}
+	f.moved.add(origin, size)
 }
 
 // copyAll copies a blob, all of which is read, from the offset on that the writer has

@@ -13,11 +13,14 @@ type Pair struct {
 	Source
 	target  Target
 	written *digests
+	taken   *taken
 }
 
 // NewPair returns the store of an image that is read from one place and written to
 // another.
-func NewPair(from Source, to Target) *Pair { return &Pair{from, to, newDigests()} }
+func NewPair(from Source, to Target) *Pair {
+	return &Pair{Source: from, target: to, written: newDigests(), taken: &taken{digests: newDigests()}}
+}
 
 var _ interface {
 	content.Provider

@@ -30,6 +30,7 @@ type cryptResult struct {
 	Image  string
 	Digest string
 	Layers int
+	Reused struct{ Layers, Bytes int64 }
 	Moved  struct{ Written, Copied, Mounted, Present int64 }
 	// Referrers are those of the image before.
 	Referrers []referrer
