@@ -1,6 +1,6 @@
 // Package registry lets package image work on images in a registry. Blobs are read
 // and written as they pass: nothing is kept on disk, and no more of a blob in memory
-// than a chunk of 8 MiB.
+// than a chunk of 5 MiB.
 //
 // It asks registries by containerd's client, with the hosts, credentials and mirrors
 // that [docker.RegistryHosts] says. Uploads are its own, since containerd's need to

@@ -19,8 +19,8 @@ import (
 
 const (
 	// chunkSize is how many bytes of a blob are sent in one request, and kept until
-	// the registry has them. Object stores want at least 5 MiB.
-	chunkSize = 8 << 20
+	// the registry has them: what object stores want at the least.
+	chunkSize = 5 << 20
 	// maxChunk bounds the chunks that a registry may ask for.
 	maxChunk = 32 << 20
 	// chunkWithin bounds one request with a chunk: 70 kB a second.
