@@ -8,16 +8,14 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/containerd/containerd/v2/cmd/ctr/commands"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/reference"
-	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image/transport"
+	"github.com/ctrlplane/pilot/internal/dockerconfig"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
 
@@ -31,13 +29,16 @@ func registryFlags() []cli.Flag {
 	return append(slices.Clone(commands.RegistryFlags), passwordFlag())
 }
 
-// checkRegistryFlags returns an error if a flag for registries is set and no image is in
-// one. also says what else the flags are for.
-func checkRegistryFlags(cmd *cli.Command, also string) error {
+// checkRegistryFlags returns an error if a flag for registries is set and none of the
+// arguments and names is of an image in one. also says what the flags are for.
+func checkRegistryFlags(cmd *cli.Command, also string, names ...transport.Name) error {
 	for _, name := range cmd.Args().Slice() {
-		if n, err := transport.Parse(name); err == nil && n.Transport == transport.Registry {
-			return nil
+		if n, err := transport.Parse(name); err == nil {
+			names = append(names, n)
 		}
+	}
+	if slices.ContainsFunc(names, func(n transport.Name) bool { return n.Transport == transport.Registry }) {
+		return nil
 	}
 	for _, f := range registryFlags() {
 		if name := f.Names()[0]; cmd.IsSet(name) {
@@ -80,50 +81,14 @@ func namesUser(cmd *cli.Command) bool {
 	return cmd.String("user") != "" || cmd.String("refresh") != ""
 }
 
-// helperTimeout bounds the wait for a credential helper, which may ask a service.
-const helperTimeout = 30 * time.Second
-
 // storedCredentials returns the credentials that Docker's or Podman's configuration
-// has for a registry, for containerd: the user and the password, no user and a
-// refresh token, or neither.
+// has for a registry, as [dockerconfig.Credentials] does.
 func storedCredentials(ctx context.Context, host string) (user, secret string, err error) {
-	if host == "registry-1.docker.io" {
-		host = "docker.io"
-	}
-	registry, err := name.NewRegistry(host)
+	user, secret, err = dockerconfig.Credentials(ctx, host)
 	if err != nil {
-		return "", "", fmt.Errorf("registry %s: %w", host, err)
+		err = fmt.Errorf("the credentials that Docker or Podman has for %s (--user does without them): %w", host, err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, helperTimeout)
-	defer cancel()
-	type found struct {
-		*authn.AuthConfig
-		err error
-	}
-	// A helper can't be cancelled.
-	answer := make(chan found, 1)
-	go func() {
-		a, err := authn.DefaultKeychain.Resolve(registry)
-		if err != nil {
-			answer <- found{err: err}
-			return
-		}
-		conf, err := a.Authorization()
-		answer <- found{conf, err}
-	}()
-	var f found
-	select {
-	case f = <-answer:
-	case <-ctx.Done():
-		f.err = fmt.Errorf("its credential helper does not answer: %w", ctx.Err())
-	}
-	switch {
-	case f.err != nil:
-		return "", "", fmt.Errorf("the credentials that Docker or Podman has for %s (--user does without them): %w", host, f.err)
-	case f.IdentityToken != "":
-		return "", f.IdentityToken, nil
-	}
-	return f.Username, f.Password, nil
+	return user, secret, err
 }
 
 // withStoredCredentials makes one of ctr's own commands, whose first argument is an

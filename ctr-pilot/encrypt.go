@@ -12,7 +12,6 @@ import (
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 var encryptCommand = &cli.Command{
@@ -35,6 +34,11 @@ their keys. --keys-from names the image that it was built on, in containerd or i
 its registry. Each key is checked against its layer before it is put back.
 
 --layer and --all-but-base leave the other layers readable.
+
+Layers that an earlier encrypted image has too, by the digest of the plain layer, are
+taken over as they are there, if their keys unwrap here, and wrapped for the new
+recipients alone. A rebuilt image then uploads what changed, and nodes download no
+more. The earlier image is the one that --like names, or that --force replaces.
 ` + transportsHelp + `
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
@@ -48,17 +52,21 @@ Examples:
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
       --keys-from registry.example.com/base:1 app:built app:encrypted
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
-      oci-archive:app.tar docker://registry.example.com/app:enc`,
+      oci-archive:app.tar docker://registry.example.com/app:enc
+   ctr-pilot images encrypt --recipient provider:pilot:team-a \
+      --like docker://registry.example.com/app:1-enc \
+      oci:app docker://registry.example.com/app:2-enc`,
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
+		likeFlag,
 		forceFlag,
 		allButBaseFlag,
 	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
-		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") {
-			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from and --all-but-base"); err != nil {
+		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") && !cmd.IsSet("like") {
+			if err := checkRegistryFlags(cmd, "images named docker://…, --keys-from, --all-but-base and --like"); err != nil {
 				return err
 			}
 		}
@@ -81,6 +89,12 @@ Examples:
 			if opts.KeysFrom, err = keysFrom(ctx, at, cmd); err != nil {
 				return image.Result{}, err
 			}
+			like, err := at.earlier(ctx)
+			if err != nil {
+				return image.Result{}, err
+			}
+			defer like.close()
+			opts.Like = like.Like
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
 			return image.Encrypt(ctx, at, target, to, opts)
@@ -111,13 +125,14 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
-	return withPlaces(ctx, cmd, []transport.Name{from, to}, func(ctx context.Context, p *places) error {
-		if from.Transport == transport.Containerd && to.Transport == transport.Containerd {
-			err = inStore(ctx, p, verb, from.Image, to.Image, opts, do)
-		} else {
-			err = p.between(ctx, verb, from, to, opts, do)
-		}
-		if err != nil {
+	names := []transport.Name{from, to}
+	if like, _, err := likeName(cmd); err != nil {
+		return err
+	} else if like != nil {
+		names = append(names, *like)
+	}
+	return withPlaces(ctx, cmd, names, func(ctx context.Context, p *places) error {
+		if err := p.crypt(ctx, verb, from, to, toName, opts, do); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
 		return nil
@@ -125,35 +140,3 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 }
 
 var errNothingEncrypted = errors.New("no layer was encrypted: it has none, or the flags leave out all that it has")
-
-// inStore encrypts or decrypts an image of containerd there, with do.
-func inStore(ctx context.Context, p *places, verb, name, toName string, opts image.Options, do cryptFunc) error {
-	img, err := getImage(ctx, p.client, name)
-	if err != nil {
-		return err
-	}
-	to := newName{p.client.ImageService(), img, toName, p.cmd.Bool("force")}
-	if err := to.check(ctx); err != nil {
-		return err
-	}
-	progress := newProgress(verb)
-	opts.Progress = progress.add
-	result, err := do(ctx, workplace{localstore.New(p.client), p.layersOf}, img.Target, opts)
-	progress.stop()
-	if err == nil && ctx.Err() != nil {
-		err = ctx.Err()
-	}
-	if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
-		err = refused(p.cmd, plain)
-	}
-	if err != nil {
-		return withFetch(ctx, err, img)
-	}
-	if result.Layers == 0 && verb == "encrypt" {
-		return errNothingEncrypted
-	}
-	if err := to.set(ctx, result.Target); err != nil {
-		return err
-	}
-	return report(p.cmd, verb, toName, result, nil)
-}

@@ -17,11 +17,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-)
 
-// copySize is how many bytes are read from and written to the content store
-// at once. Each is a call to containerd.
-const copySize = 1 << 20
+	"github.com/ctrlplane/pilot/processor"
+)
 
 // abortTimeout bounds the clean-up after a failure.
 const abortTimeout = 5 * time.Second
@@ -59,7 +57,8 @@ func (w *work) read(ctx context.Context, desc ocispec.Descriptor, f func(io.Read
 	if ra.Size() != desc.Size {
 		return fmt.Errorf("its blob has %d bytes, and the manifest says %d", ra.Size(), desc.Size)
 	}
-	var r io.Reader = bufio.NewReaderSize(io.NewSectionReader(ra, 0, desc.Size), copySize)
+	// Layers are read in pieces of this size, which go past the buffer.
+	var r io.Reader = bufio.NewReaderSize(io.NewSectionReader(ra, 0, desc.Size), processor.BufferSize)
 	if w.Progress != nil {
 		r = &progressReader{r, desc, w.Progress}
 	}
@@ -103,11 +102,7 @@ func (w *work) ingest(ctx context.Context, name, mediaType string, r io.Reader, 
 			err = errors.Join(err, w.abort(ctx, ref))
 		}
 	}()
-	buffered := bufio.NewWriterSize(writerOnly{cw}, copySize)
-	n, err := io.Copy(buffered, r)
-	if err == nil {
-		err = buffered.Flush()
-	}
+	n, err := io.Copy(writerOnly{cw}, r) // layers in pieces of processor.BufferSize
 	if err == nil {
 		err = ctx.Err()
 	}

@@ -36,6 +36,9 @@ type Options struct {
 	// is encrypted and has no key annotations, as in an image that BuildKit
 	// built on an encrypted one, it takes those of the same layer here.
 	KeysFrom []ocispec.Descriptor
+	// Like is an earlier encrypted image, of which [Encrypt] takes over the layers
+	// that are encrypted forms of the same plain ones. May be nil.
+	Like *Like
 	// Attestations says what [Encrypt] does with attestations.
 	Attestations Attestations
 	// KeepAbsent has [Encrypt] keep manifests and indexes that are not in the
@@ -62,6 +65,8 @@ type Result struct {
 	LeftOut []ocispec.Descriptor
 	// Plain is what [Encrypt] left readable in Target.
 	Plain []Plain
+	// Reused counts the layers of Options.Like that [Encrypt] took over.
+	Reused Reused
 	// Lacking has a sentence for each selected layer that some manifest does not
 	// have.
 	Lacking []string
@@ -90,7 +95,7 @@ func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to pro
 	default:
 		return Result{}, fmt.Errorf("attestations can't be treated as %q: use encrypt, drop or keep", opts.Attestations)
 	}
-	e := &encryption{to: to}
+	e := &encryption{to: to, earlier: newEarlier(opts.Like, to)}
 	defer e.clear()
 	result, err := e.plan(ctx, store, target, opts)
 	if err == nil {
@@ -107,6 +112,7 @@ func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to pro
 	if err != nil {
 		return Result{}, err
 	}
+	result.Reused = e.earlier.result()
 	return result, nil
 }
 

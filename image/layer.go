@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"sync"
 	"time"
 
@@ -21,11 +22,21 @@ type encryption struct {
 	to    processor.Recipients
 	plans plans
 	was   bool // the image has encrypted layers already
+	// earlier is the image of [Options.Like], or nil.
+	earlier *earlier
 }
 
 // layer encrypts a layer as planned.
 func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	p, err := e.plans.of(desc)
+	if err == nil && p.taken != nil {
+		if err := e.earlier.take(ctx, *p.taken); err == nil || ctx.Err() != nil {
+			return p.change, err
+		}
+		if p, err = e.newLayer(ctx, desc); err == nil {
+			e.plans.add(desc, p)
+		}
+	}
 	if err != nil || p.key == nil {
 		return p.change, err
 	}
@@ -42,8 +53,8 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 	if err != nil {
 		return change{}, err
 	}
-	name, value, err := key.PublicOptions()
-	c.annotations[name] = value
+	added, err := annotationsOf(key, c.desc.Digest)
+	maps.Copy(c.annotations, added)
 	return c, err
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -35,6 +36,7 @@ func (e *encryption) clear() {
 			p.key.Clear()
 		}
 	}
+	e.earlier.clear()
 }
 
 // planLayer plans what becomes of a layer.
@@ -51,25 +53,26 @@ func (e *encryption) planLayer(ctx context.Context, w *work, desc ocispec.Descri
 		return made.change, nil
 	}
 	c := made.change
-	name, value, err := publicOptionsAsLong()
+	added, err := annotationsAsLong()
 	if err != nil {
 		return change{}, err
 	}
 	c.annotations = maps.Clone(c.annotations)
-	c.annotations[name] = value
+	maps.Copy(c.annotations, added)
 	return c, nil
 }
 
-// layerPlan wraps the key of a layer: that which it has, or a new one.
+// layerPlan wraps the key of a layer: that which it has, or that of the earlier image's
+// layer, or a new one.
 func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descriptor) (_ layerPlan, err error) {
 	c := change{desc: desc}
 	if processor.IsEncrypted(desc.MediaType) && !processor.HasRecipients(desc) {
 		c.annotations, err = e.restoreKeys(ctx, w, desc)
 		return layerPlan{change: c}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
-	defer cancel()
 	if processor.IsEncrypted(desc.MediaType) {
+		ctx, cancel := context.WithTimeout(ctx, keyTimeout)
+		defer cancel()
 		key, err := processor.Unwrap(ctx, e.to.Keys, desc)
 		if err != nil {
 			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
@@ -78,39 +81,75 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 		c.annotations, err = key.Wrap(ctx, e.to, desc.Annotations)
 		return layerPlan{change: c}, err
 	}
-	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
-	if !ok {
-		return layerPlan{}, fmt.Errorf("media type %s can't be encrypted", desc.MediaType)
+	key, blob, err := e.earlier.find(ctx, w, desc)
+	if err != nil {
+		return layerPlan{}, err
 	}
-	c.desc.MediaType = mediaType
+	if key != nil {
+		return e.reuse(ctx, desc, key, blob)
+	}
+	return e.newLayer(ctx, desc)
+}
+
+// newLayer plans to encrypt a plain layer with a new key.
+func (e *encryption) newLayer(ctx context.Context, desc ocispec.Descriptor) (layerPlan, error) {
 	key := processor.NewLayerKey(desc.Digest)
-	c.sealKey = newSealKey(key)
-	if c.annotations, err = key.Wrap(ctx, e.to, nil); err != nil {
+	c, err := e.wrap(ctx, desc, key)
+	if err != nil {
 		key.Clear()
 		return layerPlan{}, err
 	}
 	return layerPlan{key: key, change: c}, nil
 }
 
-// publicOptionsAsLong returns an annotation of the length that each encrypted layer
-// gets, which is known only once the layer is encrypted.
-func publicOptionsAsLong() (name, value string, err error) {
+// reuse plans to take over the blob of the earlier image, which key has encrypted. The
+// recipients are the new ones alone.
+func (e *encryption) reuse(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, blob ocispec.Descriptor) (layerPlan, error) {
+	c, err := e.wrap(ctx, desc, key)
+	if err != nil {
+		return layerPlan{}, err
+	}
+	c.desc.Digest, c.desc.Size = blob.Digest, blob.Size
+	added, err := annotationsOf(key, blob.Digest)
+	maps.Copy(c.annotations, added)
+	return layerPlan{taken: &blob, change: c}, err
+}
+
+// wrap wraps a layer's key for the recipients.
+func (e *encryption) wrap(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) (change, error) {
+	ctx, cancel := context.WithTimeout(ctx, keyTimeout)
+	defer cancel()
+	mediaType, ok := processor.EncryptedMediaType(desc.MediaType)
+	if !ok {
+		return change{}, fmt.Errorf("media type %s can't be encrypted", desc.MediaType)
+	}
+	c := change{desc: desc, sealKey: newSealKey(key)}
+	c.desc.MediaType = mediaType
+	var err error
+	c.annotations, err = key.Wrap(ctx, e.to, nil)
+	return c, err
+}
+
+// annotationsAsLong returns annotations of the length that each encrypted layer gets,
+// which are known only once the layer is encrypted.
+func annotationsAsLong() (map[string]string, error) {
 	key := processor.NewLayerKey("")
 	defer key.Clear()
 	encrypter, err := processor.NewEncrypter(strings.NewReader(""), key)
 	if err != nil {
-		return "", "", err
+		return nil, err
 	}
 	defer encrypter.Close()
 	if _, err := io.Copy(io.Discard, encrypter); err != nil {
-		return "", "", err
+		return nil, err
 	}
-	return key.PublicOptions()
+	return annotationsOf(key, digest.FromBytes(nil))
 }
 
 // layerPlan is what is to become of a layer.
 type layerPlan struct {
 	key    *processor.LayerKey // with which it is to be encrypted, or nil if it is
+	taken  *ocispec.Descriptor // the earlier image's layer that it becomes, or nil
 	change change              // without its digest, if it is still to be encrypted
 }
 

@@ -227,6 +227,7 @@ func (c *trial) run() {
 	c.checkRecipients(e)
 	c.checkPeers(e, result)
 	c.checkRewrap(result.Target)
+	c.checkLike(result)
 
 	// What the user keeps is the encrypted image alone.
 	c.keep("encrypted", result.Target)
@@ -236,6 +237,44 @@ func (c *trial) run() {
 		c.checkPartly(result.Target)
 	}
 	c.s.noIngests()
+}
+
+// checkLike encrypts the image once more, for others, with what was encrypted before as the
+// earlier image.
+func (c *trial) checkLike(before Result) {
+	seed, _, err := imagetest.Parse(c.ID)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	again := *c
+	again.rng = rand.New(rand.NewPCG(seed, 1))
+	again.plain, again.problems = make(map[digest.Digest]digest.Digest), nil
+	was := exported(c.s, before.Target)
+	for again.to = c.recipients.choose(again.rng); len(again.to) > 32; {
+		again.to = c.recipients.choose(again.rng)
+	}
+	to := encryptConfig(again.to)
+	to.Keys = decryptConfig(c.to)
+	opts := c.opts
+	opts.Like = &Like{Layers: was.encrypted, Take: func(ctx context.Context, blob ocispec.Descriptor) error {
+		_, err := c.s.Info(ctx, blob.Digest)
+		return err
+	}}
+	result, err := Encrypt(c.s.ctx, c.s, c.Target, to, opts)
+	if err != nil {
+		c.problem("like an earlier image, it is refused", "%v", err)
+		return
+	}
+	if result.Layers != before.Layers || result.Reused.Layers != result.Layers || len(result.Reused.Failed) > 0 {
+		c.problem("like an earlier image, not all is taken over", "%d of %d layers, were %d: %v", result.Reused.Layers, result.Layers, before.Layers, result.Reused.Failed)
+	}
+	e := exported(c.s, result.Target)
+	again.checkReadable(e, result)
+	again.checkRecipients(e)
+	again.checkDecrypt("decrypt what was taken over", result.Target, decryptConfig(again.to))
+	for _, problem := range again.problems {
+		c.problems = append(c.problems, "like an earlier image, "+problem)
+	}
 }
 
 // keep gives an image a name, which keeps it from the garbage collector.
@@ -371,12 +410,38 @@ func many(n int) string {
 
 // checkDecrypt checks that decrypting gives the original.
 func (c *trial) checkDecrypt(how string, target ocispec.Descriptor, dc processor.Keys) {
+	before := c.s.blobs()
+	plain, plainErr := PlaintextOf(c.s.ctx, c.s, target, func(ctx context.Context, layer ocispec.Descriptor) (*processor.LayerKey, error) {
+		return processor.Unwrap(ctx, dc, layer)
+	})
+	if c.s.blobs() != before {
+		c.problem(how+" is announced by writing", "%d blobs, were %d", c.s.blobs(), before)
+	}
 	out, err := Decrypt(c.s.ctx, c.s, target, dc, Options{})
 	if err != nil {
 		c.problem(how+" fails", "%v", err)
 		return
 	}
 	c.checkOriginal(how, out.Target)
+	c.checkPlaintext(how, plain, plainErr, out.Target)
+}
+
+// checkPlaintext compares what decrypting was to make with what it made.
+func (c *trial) checkPlaintext(how string, plain Plaintext, err error, target ocispec.Descriptor) {
+	if err != nil || plain.Target.Digest != target.Digest || plain.Target.MediaType != target.MediaType || plain.Target.Size != target.Size {
+		c.problem(how+" is announced wrongly", "%+v, not %+v: %v", plain.Target, target, err)
+		return
+	}
+	for d, doc := range plain.Documents {
+		if c.read(ocispec.Descriptor{Digest: d}) != string(doc.Content) {
+			c.problem(how+" is announced with another document", "%s", d)
+		}
+	}
+	for d, layer := range plain.Layers {
+		if int64(len(c.read(ocispec.Descriptor{Digest: d}))) != layer.Size {
+			c.problem(how+" is announced with another layer", "%s for %s", d, layer.Digest)
+		}
+	}
 }
 
 func (c *trial) checkOriginal(how string, got ocispec.Descriptor) {

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -114,8 +115,17 @@ func (r Recipient) includes(other Recipient) bool {
 // wrapped is a layer key wrapped for one recipient.
 type wrapped struct {
 	Recipient
-	json []byte // pilot's annotation; nil if another's
-	err  error  // why it can't be read, if it seems to be pilot's
+	json   []byte // pilot's annotation; nil if another's
+	method string // of it
+	err    error  // why it can't be read, if it seems to be pilot's
+}
+
+// unwrapFrom unwraps the layer key of desc from k alone, which is pilot's.
+func unwrapFrom(ctx context.Context, k *wrapped, keys processor.Keys, desc ocispec.Descriptor) (*processor.LayerKey, error) {
+	desc.Annotations = maps.Clone(desc.Annotations)
+	maps.DeleteFunc(desc.Annotations, func(key, _ string) bool { return strings.HasPrefix(key, keysPrefix) })
+	desc.Annotations[keysPrefix+k.Scheme] = base64.StdEncoding.EncodeToString(k.json)
+	return processor.Unwrap(ctx, keys, desc)
 }
 
 // value is one of the values, in base64 and with commas between them, that an
@@ -169,7 +179,7 @@ func separate(scheme string, text []byte, annotations []wireformat.Annotation) (
 	}
 	keys := make([]wrapped, len(annotations))
 	for i, a := range annotations {
-		keys[i] = wrapped{Recipient: Recipient{Scheme: scheme, KEK: a.KEKID, Version: a.KEKVersion}, json: texts[i]}
+		keys[i] = wrapped{Recipient: Recipient{Scheme: scheme, KEK: a.KEKID, Version: a.KEKVersion}, json: texts[i], method: a.Method}
 	}
 	return keys, nil
 }

@@ -2,7 +2,6 @@ package image
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"maps"
@@ -237,11 +236,7 @@ func (l *layerRewrap) learnKey(ctx context.Context, inOrder []*wrapped, actions 
 
 // unwrap unwraps the layer key from k alone.
 func (l *layerRewrap) unwrap(ctx context.Context, k *wrapped, keys processor.Keys) (*processor.LayerKey, error) {
-	desc := l.desc
-	desc.Annotations = maps.Clone(desc.Annotations)
-	maps.DeleteFunc(desc.Annotations, func(key, _ string) bool { return strings.HasPrefix(key, keysPrefix) })
-	desc.Annotations[keysPrefix+k.Scheme] = base64.StdEncoding.EncodeToString(k.json)
-	return processor.Unwrap(ctx, keys, desc)
+	return unwrapFrom(ctx, k, keys, l.desc)
 }
 
 // accept takes the key that k holds as the layer key, or compares it with that.

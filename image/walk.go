@@ -38,11 +38,13 @@ type work struct {
 	Store
 	Options
 	mode    mode
-	layer   layerFunc // nil when inspecting
-	dry     bool      // nothing is written
-	was     bool      // some manifest had encrypted layers, as far as is known
-	strict  bool      // a document that can be read in several ways is an error
-	blobs   blobs     // by layer
+	layer   layerFunc                                     // nil when inspecting
+	dry     bool                                          // nothing is written
+	written func(desc ocispec.Descriptor, doc []byte)     // gets what a dry run would write; may be nil
+	enter   func(context.Context, ocispec.Manifest) error // is called before the layers of a manifest change; may be nil
+	was     bool                                          // some manifest had encrypted layers, as far as is known
+	strict  bool                                          // a document that can be read in several ways is an error
+	blobs   blobs                                         // by layer
 	usage   usage
 	skipped []ocispec.Descriptor
 	leftOut []ocispec.Descriptor
@@ -60,12 +62,14 @@ type work struct {
 	inRange   map[int]bool                         // the Layers that some manifest has
 	hasBase   bool                                 // some manifest has a layer of Base
 	lacking   []string
+	checked   map[digest.Digest]bool // plain layers that nodes compare with a diff ID
 }
 
 func newWork(store Store, opts Options, mode mode, layer layerFunc) *work {
 	return &work{
 		Store: store, Options: opts, mode: mode, layer: layer, matched: map[int]bool{}, inRange: map[int]bool{},
 		changed: map[string]bool{}, done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
+		checked: map[digest.Digest]bool{},
 	}
 }
 
@@ -215,6 +219,12 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		return w.inspected(desc, manifest, c), nil
 	}
 
+	if w.enter != nil && len(c.layers) > 0 {
+		if err := w.enter(ctx, manifest); err != nil {
+			return outcome{}, fmt.Errorf("manifest %s: %w", desc.Digest, err)
+		}
+	}
+	w.noteChecked(ctx, desc, manifest)
 	changes, err := w.changeLayers(ctx, manifest.Layers, c.layers)
 	if err != nil && desc.Platform != nil {
 		err = fmt.Errorf("platform %s: %w", platforms.FormatAll(*desc.Platform), err)
@@ -324,7 +334,7 @@ func (w *work) reads(l ocispec.Descriptor) bool {
 	case encrypting: // for more recipients of an encrypted layer, its key is enough
 		return !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)
 	}
-	return true
+	return !w.dry
 }
 
 // rewrite writes the edited document and returns what describes it.
@@ -340,6 +350,9 @@ func (w *work) rewrite(ctx context.Context, desc ocispec.Descriptor, doc []byte,
 	}
 	out := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
 	if w.dry {
+		if w.written != nil {
+			w.written(out, doc)
+		}
 		return out, nil
 	}
 	if _, _, err := w.ingest(ctx, "manifest-"+out.Digest.Encoded(), mediaType, bytes.NewReader(doc), out.Size, gcLabels(children)); err != nil {

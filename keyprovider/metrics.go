@@ -21,7 +21,14 @@ type Metrics struct {
 	brokerSeconds *prometheus.HistogramVec
 	lookups       *prometheus.CounterVec
 	cached        prometheus.Gauge
+	uses          uses
 }
+
+// The operations with a layer key.
+const (
+	opWrap   = "wrap"
+	opUnwrap = "unwrap"
+)
 
 // buckets range from a lookup in memory to the longest wait.
 var buckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}

@@ -118,7 +118,7 @@ var errNoKEK = errors.New("no KEK is named")
 // KEK is current, even if the KEK is in memory. The annotation has at most 1 MiB. WrapKey
 // takes 30 seconds at most. The error wraps [ErrInput] if the request makes no sense.
 func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte) (_ []byte, err error) {
-	defer func(start time.Time) { p.metrics.request(ctx, "wrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.request(ctx, opWrap, start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	if len(layerKey) == 0 {
@@ -143,7 +143,7 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 			return nil, err
 		}
 		annotations[i] = a
-		done(ctx, "layer key wrapped", id, version, a.Method, start)
+		p.done(ctx, opWrap, id, version, a.Method, start)
 	}
 	var b []byte
 	if len(annotations) == 1 {
@@ -168,7 +168,7 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 // The error wraps [ErrInput], [ErrWrongKEK], [ErrTooManyKeys] or that of the broker, and
 // [processor.ErrDenied] if the broker refused all KEKs.
 func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []byte) (_ []byte, err error) {
-	defer func(start time.Time) { p.metrics.request(ctx, "unwrap", start, err) }(time.Now())
+	defer func(start time.Time) { p.metrics.request(ctx, opUnwrap, start, err) }(time.Now())
 	ctx = layerbudget.With(ctx)
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -205,7 +205,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []
 			}
 			continue
 		}
-		done(ctx, "layer key unwrapped", kek.ID, kek.Version, a.Method, start)
+		p.done(ctx, opUnwrap, kek.ID, kek.Version, a.Method, start)
 		return layerKey, nil
 	}
 	err = errline.Join(errs...)

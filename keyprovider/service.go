@@ -93,7 +93,7 @@ func (s *Service) answer(ctx context.Context, op ocicryptclient.Operation, input
 }
 
 // operations are what metrics call the operations.
-var operations = map[ocicryptclient.Operation]string{ocicryptclient.Wrap: "wrap", ocicryptclient.Unwrap: "unwrap"}
+var operations = map[ocicryptclient.Operation]string{ocicryptclient.Wrap: opWrap, ocicryptclient.Unwrap: opUnwrap}
 
 func (s *Service) wrap(ctx context.Context, in ocicrypt.KeyWrapParams) ([]byte, error) {
 	defer clear(in.OptsData)

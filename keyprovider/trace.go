@@ -13,11 +13,21 @@ import (
 	"github.com/ctrlplane/pilot/internal/traceid"
 )
 
-// done logs and traces what was done with a layer key.
-func done(ctx context.Context, what, kek string, version int, method string, start time.Time) {
-	logOf(ctx).WithFields(logrus.Fields{
-		"kek": kek, "version": version, "method": method, "took": time.Since(start),
-	}).Info(what)
+// done counts, logs and traces what was done with a layer key. A line for each would fill
+// a busy node's log, so the level is debug: see [Metrics.LogUses].
+func (p *Provider) done(ctx context.Context, operation, kek string, version int, method string, start time.Time) {
+	if !isProbe(ctx) {
+		p.metrics.uses.add(operation, kek)
+	}
+	what := "layer key unwrapped"
+	if operation == opWrap {
+		what = "layer key wrapped"
+	}
+	if logrus.IsLevelEnabled(logrus.DebugLevel) {
+		logOf(ctx).WithFields(logrus.Fields{
+			"kek": kek, "version": version, "method": method, "took": time.Since(start),
+		}).Debug(what)
+	}
 	span := trace.SpanFromContext(ctx)
 	if !span.IsRecording() {
 		return

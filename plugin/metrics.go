@@ -2,12 +2,8 @@ package plugin
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
-	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -79,49 +75,12 @@ func (m *metrics) begin(layer ocispec.Descriptor) (end func(ctx context.Context,
 			log.WithField("bytes", size).Info("layer decrypted")
 			return
 		}
-		if keks := keksOf(layer.Annotations); keks != "" {
+		if keks := processor.KEKs(layer); keks != "" {
 			log = log.WithField("kek", keks)
 		}
 		// containerd reports it to the client only, which may be far away.
 		log.WithError(err).Warn("layer not decrypted")
 	}
-}
-
-// maxKEKs bounds the IDs of KEKs in a line of the log, in bytes: an image may
-// name any number.
-const maxKEKs = 300
-
-// keksOf returns the IDs of the KEKs that a layer's annotations name, each once,
-// with commas between them. Where pilot wrapped for several KEKs at once, a value
-// is an array.
-func keksOf(annotations map[string]string) string {
-	type annotation struct {
-		KEKID string `json:"kekId"`
-	}
-	var ids []string
-	for name, value := range annotations {
-		if !strings.HasPrefix(name, processor.AnnotationPrefix+"keys.provider.") {
-			continue
-		}
-		for text := range strings.SplitSeq(value, ",") {
-			b, _ := base64.StdEncoding.DecodeString(text)
-			list := make([]annotation, 1)
-			if json.Unmarshal(b, &list[0]) != nil && json.Unmarshal(b, &list) != nil {
-				continue // another key provider's
-			}
-			for _, a := range list {
-				if a.KEKID != "" {
-					ids = append(ids, a.KEKID)
-				}
-			}
-		}
-	}
-	slices.Sort(ids)
-	keks := strings.Join(slices.Compact(ids), ",")
-	if len(keks) > maxKEKs {
-		keks = strings.ToValidUTF8(keks[:maxKEKs], "") + "…"
-	}
-	return keks
 }
 
 func result(err error) string {

@@ -52,6 +52,10 @@ type configuration struct {
 	Containerd       socketPath         `toml:"containerd" reload:"no" usage:"containerd's socket, for the differ"`
 	LayersAtOnce     int                `toml:"layers-at-once" reload:"no" usage:"how many encrypted layers the differ unpacks at once"`
 	DecryptionKeys   string             `toml:"decryption-keys-path" reload:"no" usage:"directory of private keys for the differ to try, besides key providers"`
+	MirrorListen     mirrorAddress      `toml:"mirror-listen" reload:"no" usage:"where to serve encrypted images as plain ones: HOST:PORT, or off"`
+	MirrorSecretFile string             `toml:"mirror-secret-file" reload:"no" usage:"file with the secret of the mirror's callers that have no certificate, on a loopback address (mode 0600; made if it does not exist)"`
+	MirrorUpstream   string             `toml:"mirror-upstream" reload:"no" usage:"registry of all names that the mirror is asked for, such as registry.example.com (default: the name's first part)"`
+	MirrorHostsDir   string             `toml:"mirror-hosts-dir" reload:"no" usage:"directory, in the form of containerd's certs.d, of how the mirror reaches registries"`
 	AdminListen      unixAddress        `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
 	MetricsListen    string             "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
 	LogLevel         logrus.Level       `toml:"log-level" usage:"debug, info, warning or error"`
@@ -74,6 +78,7 @@ func defaults() configuration {
 		DiffListen:       defaultDiffListen,
 		Containerd:       "/run/containerd/containerd.sock",
 		LayersAtOnce:     8,
+		MirrorListen:     mirrorOff,
 		LogLevel:         logrus.InfoLevel,
 	}
 }
@@ -167,6 +172,9 @@ func (c *configuration) check() error {
 			return fmt.Errorf("metrics-listen = %q is not HOST:PORT", c.MetricsListen)
 		}
 	}
+	if err := c.checkMirror(); err != nil {
+		return err
+	}
 	if runtime.GOOS != "linux" && c.DiffListen != off {
 		return errNoDiffer
 	}
@@ -174,7 +182,7 @@ func (c *configuration) check() error {
 		return nil // serve wants it
 	}
 	if _, isUnix := c.Listen.unix(); isUnix {
-		if c.TLSCert != "" {
+		if c.TLSCert != "" && c.MirrorListen == mirrorOff {
 			return errors.New("tls-cert is for a TCP address, and listen is a unix socket")
 		}
 		return nil
@@ -183,6 +191,13 @@ func (c *configuration) check() error {
 		return fmt.Errorf("listen = %q needs tls-cert, tls-key and tls-client-ca, or insecure-loopback on a loopback address; a unix socket needs none", c.Listen)
 	}
 	return nil
+}
+
+// listensByTLS reports whether the key provider's clients need a certificate. On a unix
+// socket they do not: tls-cert is the mirror's then.
+func (c *configuration) listensByTLS() bool {
+	_, isUnix := c.Listen.unix()
+	return !isUnix && c.TLSCert != ""
 }
 
 // checkToken returns an error if settings of the broker's token can't work together. It

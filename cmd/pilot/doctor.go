@@ -125,7 +125,7 @@ func newDoctor(c *cli.Command) *doctor.Doctor {
 	if d.ConfigurationError = err; err == nil {
 		d.Provider = conf.provider(d.Brokers, nil)
 	}
-	d.Listen, d.ListenTLS = string(conf.Listen), conf.TLSCert != ""
+	d.Listen, d.ListenTLS = string(conf.Listen), conf.listensByTLS()
 	d.ProviderNames = conf.ProviderName
 	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, conf.BrokerCA, conf.BrokerCert
 	d.KEKs = conf.DefaultKEKs

@@ -33,6 +33,18 @@ import (
 // unpacking a layer.
 const stopTimeout = 10 * time.Second
 
+// windowSize is how many bytes of a request a client may send ahead. A request with the
+// largest annotation has 1.4 MB.
+const windowSize = 1 << 20
+
+// ballast is how many bytes are allocated and never touched, so that they take no memory.
+// Go collects garbage when the heap has twice the size of what is in use, which is a few
+// MB, and each request leaves some KB. With this there may be as much more garbage.
+const ballast = 8 << 20
+
+// logInterval is how often the log says how many layer keys were wrapped and unwrapped.
+const logInterval = time.Minute
+
 // connectTimeout is how long a client may take to set up its connection, and how long
 // a readiness check may take.
 const connectTimeout = 10 * time.Second
@@ -68,6 +80,7 @@ func serve(ctx context.Context, c *cli.Command) error {
 	if conf.Listen == "" {
 		return exit.Usagef("listen is not set, and has no default here: use --listen unix:///PATH on macOS, and --listen 127.0.0.1:PORT with --insecure-loopback or TLS on Windows")
 	}
+	defer runtime.KeepAlive(make([]byte, ballast))
 	registry := newRegistry()
 	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
 	if err := provider.use(ctx, conf); err != nil {
@@ -102,6 +115,9 @@ func serve(ctx context.Context, c *cli.Command) error {
 		grpc.ConnectionTimeout(connectTimeout),
 		// Goroutines that are reused have grown their stacks already.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
+		// Windows that do not grow need no pings to measure how much they should, of
+		// which gRPC sends one for each request.
+		grpc.StaticStreamWindowSize(windowSize), grpc.StaticConnWindowSize(windowSize),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
 	service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, Metrics: provider.metrics}
 	service.Register(server)
@@ -128,10 +144,17 @@ func serve(ctx context.Context, c *cli.Command) error {
 		}
 		serveUntilDone(ctx, g, diffs, diffListener)
 	}
+	if conf.MirrorListen != mirrorOff {
+		if err := conf.serveMirror(ctx, g, provider, registry); err != nil {
+			return err
+		}
+	}
 	serveUntilDone(ctx, g, server, l)
 	go provider.onHangup(ctx, c, hangup)
 	go provider.renewCertificates(ctx)
 	go watchdog.Run(ctx, ready)
+	go logUses(ctx, provider.metrics)
+	defer provider.metrics.LogUses()
 
 	logrus.WithFields(logrus.Fields{
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
@@ -143,6 +166,20 @@ func serve(ctx context.Context, c *cli.Command) error {
 		logrus.WithError(err).Warn("systemd not notified")
 	}
 	return g.Wait()
+}
+
+// logUses logs how many layer keys were wrapped and unwrapped until ctx is done.
+func logUses(ctx context.Context, m *keyprovider.Metrics) {
+	tick := time.NewTicker(logInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			m.LogUses()
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // tracesTimeout is how long pilot waits, when it stops, for a collector to accept the
@@ -199,7 +236,7 @@ func checkHealth(ctx context.Context, conns []*grpc.ClientConn) error {
 
 // serverOptions returns the TLS of the configuration.
 func (c *configuration) serverOptions() ([]grpc.ServerOption, error) {
-	if c.TLSCert == "" {
+	if !c.listensByTLS() {
 		return nil, nil
 	}
 	options, err := grpctls.ServerOptions(c.TLSCert, c.TLSKey, c.TLSClientCA)

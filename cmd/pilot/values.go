@@ -128,6 +128,20 @@ func (a unixAddress) path() string {
 	return path
 }
 
+// mirrorAddress is an address to listen on for TCP, as HOST:PORT, or off.
+type mirrorAddress string
+
+const mirrorOff mirrorAddress = "off"
+
+func (a *mirrorAddress) UnmarshalText(b []byte) error {
+	var tcp address
+	if string(b) != string(mirrorOff) && (strings.Contains(string(b), "://") || tcp.UnmarshalText(b) != nil) {
+		return fmt.Errorf("%q is neither HOST:PORT nor off", b)
+	}
+	*a = mirrorAddress(b)
+	return nil
+}
+
 // socketPath is the absolute path of a socket. In text it may begin with unix://.
 type socketPath string
 

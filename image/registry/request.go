@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,7 +35,7 @@ const (
 	longestPause = 30 * time.Second
 )
 
-// pushHost makes requests to the host that takes a repository's pushes.
+// pushHost makes requests to the host that takes a repository's pushes, or has its lists.
 type pushHost struct {
 	docker.RegistryHost
 	repository string // as in library/app
@@ -69,8 +70,12 @@ type request struct {
 	// once says that the request must not be made again after it may have had an
 	// effect.
 	once bool
+	// attempts is how often the request is made before it fails, or attempts if it is 0.
+	attempts int
 	// within bounds one attempt, or requestWithin if it is 0.
 	within time.Duration
+	// most is how many bytes of the answer are read, or maxAnswer if it is 0.
+	most int64
 }
 
 // do makes a request until it is answered. The answer's body is read and closed: want
@@ -79,13 +84,14 @@ type request struct {
 func (h *pushHost) do(ctx context.Context, r request, want ...int) (*http.Response, error) {
 	var answers []*http.Response // that the authorizer has not seen
 	refused := false
+	last := cmp.Or(r.attempts, attempts)
 	for n := 1; ; n++ {
 		resp, err := h.once(ctx, r)
 		switch {
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
 		case err != nil:
-			if n == attempts || r.once {
+			if n == last || r.once {
 				return nil, err
 			}
 		case slices.Contains(want, resp.StatusCode):
@@ -99,7 +105,7 @@ func (h *pushHost) do(ctx context.Context, r request, want ...int) (*http.Respon
 				return nil, err
 			}
 			return nil, statusError(resp)
-		case n == attempts || r.once && resp.StatusCode != http.StatusTooManyRequests || !transient(resp.StatusCode):
+		case n == last || r.once && resp.StatusCode != http.StatusTooManyRequests || !transient(resp.StatusCode):
 			return nil, statusError(resp)
 		}
 		if err := pause(ctx, n, resp); err != nil {
@@ -164,7 +170,8 @@ func (h *pushHost) once(ctx context.Context, r request) (_ *http.Response, err e
 		return nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	most := max(r.most, maxAnswer)
+	body, err := io.ReadAll(io.LimitReader(resp.Body, most))
 	if err != nil && resp.StatusCode < 300 {
 		return nil, err
 	}

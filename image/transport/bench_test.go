@@ -2,14 +2,9 @@ package transport
 
 import (
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/hmac"
 	"crypto/rand"
-	"crypto/sha256"
 	"fmt"
 	"os"
-	"sync"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -52,37 +47,6 @@ func BenchmarkEncryptLayout(b *testing.B) {
 	}
 }
 
-// BenchmarkYardstick does to as many bytes in memory what encrypting does at the least:
-// SHA-256, HMAC-SHA-256, AES-CTR and two copies.
-func BenchmarkYardstick(b *testing.B) {
-	key := make([]byte, 32)
-	rand.Read(key)
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		b.Fatal(err)
-	}
-	plain := make([]byte, 1<<20)
-	rand.Read(plain)
-	b.SetBytes(benchLayers * benchSize)
-	for b.Loop() {
-		var wg sync.WaitGroup
-		for range benchLayers {
-			wg.Go(func() {
-				mac, sum, ctr := hmac.New(sha256.New, key), sha256.New(), cipher.NewCTR(block, make([]byte, aes.BlockSize))
-				in, out := make([]byte, len(plain)), make([]byte, len(plain))
-				for range benchSize / len(plain) {
-					copy(in, plain)
-					ctr.XORKeyStream(out, in)
-					mac.Write(out)
-					sum.Write(out)
-					copy(in, out)
-				}
-			})
-		}
-		wg.Wait()
-	}
-}
-
 func layers(tb testing.TB, dir string, n, size int) {
 	tb.Helper()
 	to := target(tb, "oci:"+dir+":app", nil)
@@ -102,7 +66,7 @@ func layers(tb testing.TB, dir string, n, size int) {
 	manifest := put(tb, to, ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
 		`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":%d},"layers":[%s]}`,
 		ocispec.MediaTypeImageManifest, conf.MediaType, conf.Digest, conf.Size, text))
-	if err := to.Name(tb.Context(), to, manifest); err != nil {
+	if err := to.Name(tb.Context(), to, manifest, nil); err != nil {
 		tb.Fatal(err)
 	}
 }

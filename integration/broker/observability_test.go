@@ -73,7 +73,7 @@ func TestDashboard(t *testing.T) {
 func metricsInSource(t *testing.T) map[string]bool {
 	t.Helper()
 	names := make(map[string]bool)
-	for _, dir := range []string{"cmd/pilot", "keyprovider", "plugin", "copilot/server", "copilot/server/keyring"} {
+	for _, dir := range []string{"cmd/pilot", "keyprovider", "mirror", "plugin", "copilot/server", "copilot/server/keyring"} {
 		files, err := filepath.Glob("../../" + dir + "/*.go")
 		if err != nil {
 			t.Fatal(err)

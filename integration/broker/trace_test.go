@@ -63,7 +63,7 @@ func TestLogsShareIDWithoutCollector(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, url := harness.StartBroker(t, dir, "team-a")
-	provider, _ := harness.StartPilot(t, dir+"/pilot", url)
+	provider, _ := harness.StartPilot(t, dir+"/pilot", url, "--log-level", "debug")
 	wrapOver(t, t.Context(), dir+"/pilot/keyprovider.sock")
 	id := regexp.MustCompile(`trace=([0-9a-f]{32})`).FindStringSubmatch(harness.Read(t, provider.Log))
 	if id == nil {

@@ -25,8 +25,8 @@ type builder struct {
 	contexts int
 }
 
-// newBuilder starts a buildkitd on a containerd that has pilot as its differ.
-func newBuilder(t testing.TB, n *harness.Node, registry string) *builder {
+// newBuilder starts a buildkitd on a containerd, with more in its configuration.
+func newBuilder(t testing.TB, n *harness.Node, registry string, more ...string) *builder {
 	t.Helper()
 	for _, name := range []string{"buildkitd", "buildctl"} {
 		if _, err := os.Stat(filepath.Join(harness.Tools, "bin", name)); err != nil {
@@ -34,7 +34,7 @@ func newBuilder(t testing.TB, n *harness.Node, registry string) *builder {
 		}
 	}
 	b := &builder{Node: n, address: "unix://" + n.Dir + "/buildkitd.sock"}
-	conf := harness.Write(t, filepath.Join(n.Dir, "buildkitd.toml"), fmt.Sprintf("[otel]\n  socketPath = '%s/otel.sock'\n[registry.'%s']\n  http = true\n", n.Dir, registry))
+	conf := harness.Write(t, filepath.Join(n.Dir, "buildkitd.toml"), fmt.Sprintf("[otel]\n  socketPath = '%s/otel.sock'\n[registry.'%s']\n  http = true\n", n.Dir, registry)+strings.Join(more, ""))
 	harness.Start(t, n.Dir, "buildkitd", exec.Command(filepath.Join(harness.Tools, "bin/buildkitd"), "--config", conf, "--root", n.Dir+"/buildkit", "--addr", b.address,
 		"--oci-worker=false", "--containerd-worker=true", "--containerd-worker-addr="+n.Socket, "--containerd-worker-net=host"))
 	harness.Await(t, "buildkitd", func() error {

@@ -1,5 +1,5 @@
-// Package localstore reads containerd's content store from its files where they are on
-// this machine.
+// Package localstore reads and writes containerd's content store in its files where they
+// are on this machine.
 package localstore
 
 import (
@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -19,7 +20,7 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// New returns containerd's content store, with blobs read from its files
+// New returns containerd's content store, with blobs read from and written to its files
 // where containerd keeps them in files of this machine. Over the content API
 // each read is a call, which makes a pull several times slower.
 func New(client *containerd.Client) content.Store {
@@ -29,6 +30,9 @@ func New(client *containerd.Client) content.Store {
 type store struct {
 	content.Store
 	client *containerd.Client
+
+	apiOnly   atomic.Bool // containerd did not take a blob from its file
+	unadopted sync.Map    // the refs of blobs that are in files and that containerd may not have taken
 
 	mu   sync.Mutex
 	root string // of the local content store, once it is known

@@ -19,7 +19,7 @@ var rooms = []struct {
 	path      string
 	mayImport []string
 }{
-	{"cmd", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
+	{"cmd", []string{"copilot", "image", "keyprovider", "mirror", "node", "plugin", "processor"}},
 	{"ctr-pilot", []string{"image", "processor"}},
 	{"packaging", nil},
 	{"integration", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
@@ -34,6 +34,7 @@ var rooms = []struct {
 	// The doctor asks install for the record of what was installed.
 	{"node/doctor", []string{"copilot/client", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
+	{"mirror", []string{"image", "processor"}},
 	{"image", []string{"processor"}},
 	{"keyprovider", []string{"copilot/client", "processor"}},
 	{"processor", nil},

@@ -28,9 +28,12 @@ func UnaryServer() grpc.UnaryServerInterceptor {
 		}
 		ctx = withCaller(ctx)
 		method := strings.TrimPrefix(info.FullMethod, "/")
-		ctx, span := tracer.Start(ctx, method, trace.WithSpanKind(trace.SpanKindServer), trace.WithAttributes(
-			attribute.String("rpc.system.name", "grpc"), attribute.String("rpc.method", method)))
+		ctx, span := tracer.Start(ctx, method, trace.WithSpanKind(trace.SpanKindServer))
+		if !span.IsRecording() {
+			return handle(ctx, req)
+		}
 		defer span.End()
+		span.SetAttributes(attribute.String("rpc.system.name", "grpc"), attribute.String("rpc.method", method))
 		response, err := handle(ctx, req)
 		span.SetAttributes(attribute.String("rpc.response.status_code", status.Code(err).String()))
 		if err != nil {
@@ -42,11 +45,18 @@ func UnaryServer() grpc.UnaryServerInterceptor {
 
 // withCaller returns ctx with the trace that the caller's metadata name.
 func withCaller(ctx context.Context) context.Context {
-	propagator, caller := otel.GetTextMapPropagator(), propagation.MapCarrier{}
+	propagator := otel.GetTextMapPropagator()
+	var caller propagation.MapCarrier
 	for _, field := range propagator.Fields() {
 		if values := metadata.ValueFromIncomingContext(ctx, field); len(values) > 0 {
+			if caller == nil {
+				caller = propagation.MapCarrier{}
+			}
 			caller[field] = values[0]
 		}
+	}
+	if caller == nil {
+		return ctx
 	}
 	return propagator.Extract(ctx, caller)
 }

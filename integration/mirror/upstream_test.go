@@ -1,0 +1,402 @@
+package mirror
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// faulty is a proxy before a registry that answers some requests itself.
+type faulty struct {
+	address string
+
+	mu      sync.Mutex
+	answer  func(w http.ResponseWriter, r *http.Request, forward http.Handler)
+	asked   []string
+	current int // requests under way
+}
+
+func newFaulty(t testing.TB, registry string) *faulty {
+	t.Helper()
+	f := &faulty{}
+	forward := &httputil.ReverseProxy{ErrorHandler: func(http.ResponseWriter, *http.Request, error) {}, Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(&url.URL{Scheme: "http", Host: registry})
+		r.Out.Host = r.In.Host
+	}}
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		f.mu.Lock()
+		f.asked = append(f.asked, r.Method+" "+r.URL.Path)
+		f.current++
+		answer := f.answer
+		f.mu.Unlock()
+		defer func() {
+			f.mu.Lock()
+			f.current--
+			f.mu.Unlock()
+		}()
+		if answer == nil {
+			forward.ServeHTTP(w, r)
+			return
+		}
+		answer(w, r, forward)
+	}))
+	t.Cleanup(s.Close)
+	f.address = strings.TrimPrefix(s.URL, "http://")
+	return f
+}
+
+// set has the registry answer in another way, and forgets what it was asked.
+func (f *faulty) set(answer func(w http.ResponseWriter, r *http.Request, forward http.Handler)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.answer, f.asked = answer, nil
+}
+
+// requests returns what the registry was asked since then that has a text in it.
+func (f *faulty) requests(text string) (list []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, asked := range f.asked {
+		if strings.Contains(asked, text) {
+			list = append(list, asked)
+		}
+	}
+	return list
+}
+
+// underWay returns how many requests the registry answers now.
+func (f *faulty) underWay() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.current
+}
+
+// random returns a layer that does not compress, of so many bytes.
+func random(size int) []byte {
+	b := make([]byte, size)
+	state := uint32(1)
+	for i := range b {
+		state = state*1664525 + 1013904223
+		b[i] = byte(state >> 24)
+	}
+	return b
+}
+
+// bigNode has an encrypted image of one layer of 8 MiB as big:enc, with a faulty registry
+// as the mirror's upstream.
+func bigNode(t testing.TB, args ...string) (n *node, f *faulty, plain, layer string) {
+	t.Helper()
+	n = newNode(t)
+	f = newFaulty(t, n.registry)
+	n.startWith(f.address, append([]string{"--mirror-secret-file", n.dir + "/secret"}, args...)...)
+	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
+	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.ImageOf(harness.LayerKinds[0], [][]byte{random(8 << 20)})
+	})
+	n.encrypt(layout, "big:enc")
+	return n, f, plain, layers(t, harness.Read(t, file(layout, plain)))[0]
+}
+
+// TestRegistryFaults has the registry do what registries and what is before them do.
+func TestRegistryFaults(t *testing.T) {
+	t.Parallel()
+	n, f, plain, layer := bigNode(t)
+	manifests := []string{manifestPath("big", "enc"), manifestPath("big", plain)}
+	blob := blobPath("big", layer)
+	whole := func(what string) {
+		t.Helper()
+		for _, path := range manifests {
+			if r := n.get(path); r.status != http.StatusOK || digestOf(r.body) != plain {
+				t.Errorf("%s: %s: %d %v %.300s", what, path, r.status, r.err, r.body)
+			}
+		}
+		if r := n.get(blob); r.status != http.StatusOK || digestOf(r.body) != layer {
+			t.Errorf("%s: layer: %d %v, %d bytes", what, r.status, r.err, len(r.body))
+		} else if r.header.Get("Location") != "" {
+			t.Errorf("%s: it passes a redirect on", what)
+		}
+	}
+	refused := func(what string, status int, retry bool) {
+		t.Helper()
+		for _, path := range append(manifests, blob) {
+			began := time.Now()
+			r := n.get(path)
+			if r.status != status || r.err != nil || !strings.Contains(r.body, `"errors"`) {
+				t.Errorf("%s: %s: %d %v %.300s, not %d", what, path, r.status, r.err, r.body, status)
+			}
+			if s, err := strconv.Atoi(r.header.Get("Retry-After")); (err == nil && s > 0) != retry {
+				t.Errorf("%s: %s: Retry-After is %q", what, path, r.header.Get("Retry-After"))
+			}
+			if took := time.Since(began); took > 40*time.Second {
+				t.Errorf("%s: %s took %v", what, path, took)
+			}
+		}
+	}
+	isBlob := func(r *http.Request) bool {
+		return r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/")
+	}
+	whole("no fault")
+
+	// Redirects to storage, which must not see the credentials.
+	var seen atomic.Int32
+	storage := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "" {
+			seen.Add(1)
+		}
+		resp, err := http.Get("http://" + n.registry + r.URL.Path)
+		if err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		w.WriteHeader(resp.StatusCode)
+		io.Copy(w, resp.Body)
+	}))
+	t.Cleanup(storage.Close)
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		_, _, ok := r.BasicAuth()
+		switch {
+		case !ok:
+			w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+			w.WriteHeader(http.StatusUnauthorized)
+		case isBlob(r):
+			http.Redirect(w, r, strings.Replace(storage.URL, "127.0.0.1", "localhost", 1)+r.URL.Path, http.StatusTemporaryRedirect)
+		default:
+			forward.ServeHTTP(w, r)
+		}
+	})
+	for _, path := range append(manifests, blob) {
+		r := n.request(http.MethodGet, path, http.Header{"Pilot-Secret": {n.secret}, "Authorization": {"Basic " + basic("u", "p")}})
+		if r.status != http.StatusOK || digestOf(r.body) != layer && digestOf(r.body) != plain || r.header.Get("Location") != "" {
+			t.Errorf("redirected %s: %d %v %s", path, r.status, r.err, r.header)
+		}
+	}
+	if seen.Load() > 0 {
+		t.Error("the storage has seen the credentials")
+	}
+
+	// Tokens that are good for three requests.
+	var tokens, used atomic.Int32
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if r.URL.Path == "/token" {
+			used.Store(0)
+			fmt.Fprintf(w, `{"token":"t%d","expires_in":300}`, tokens.Add(1))
+			return
+		}
+		given := r.Header.Get("Authorization")
+		if given != fmt.Sprintf("Bearer t%d", tokens.Load()) || used.Add(1) > 3 {
+			challenge := `Bearer realm="http://` + r.Host + `/token",service="x",scope="repository:big:pull"`
+			if given != "" {
+				challenge += `,error="invalid_token"`
+			}
+			w.Header().Set("WWW-Authenticate", challenge)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+	for range 4 {
+		whole("tokens that expire")
+	}
+	if tokens.Load() < 3 {
+		t.Errorf("%d tokens", tokens.Load())
+	}
+
+	// What the storage's URLs have for a query is for nobody.
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			http.Redirect(w, r, map[bool]string{true: storage.URL + "/denied", false: "http://127.0.0.1:1/"}[r.Method == http.MethodGet]+"?signature=s3cret", http.StatusTemporaryRedirect)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+	for _, method := range []string{http.MethodGet, http.MethodHead} {
+		if r := n.request(method, blob, nil); r.status != http.StatusNotFound && r.status != http.StatusBadGateway || strings.Contains(r.body, "s3cret") {
+			t.Errorf("%s of a layer that the storage does not have: %d %s", method, r.status, r.body)
+		}
+	}
+	if strings.Contains(harness.Read(t, n.pilot.Log), "s3cret") {
+		t.Error("the log has what is for the storage alone")
+	}
+
+	for _, status := range []int{http.StatusForbidden, http.StatusUnauthorized} {
+		f.set(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) { w.WriteHeader(status) })
+		refused(http.StatusText(status), status, false)
+	}
+	for _, status := range []int{http.StatusInternalServerError, http.StatusServiceUnavailable, http.StatusBadGateway} {
+		f.set(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) { w.WriteHeader(status) })
+		refused(http.StatusText(status), http.StatusBadGateway, false)
+	}
+	f.set(func(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAbortHandler) })
+	refused("gone", http.StatusBadGateway, false)
+	f.set(nil)
+	whole("back")
+
+	// A layer whose connection breaks every megabyte is continued.
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if isBlob(r) {
+			w = &breaking{ResponseWriter: w, left: 1 << 20}
+		}
+		forward.ServeHTTP(w, r)
+	})
+	whole("connections that break")
+	// A registry that knows no ranges begins again each time.
+	var tries atomic.Int32
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if isBlob(r) {
+			r.Header.Del("Range")
+			w = &breaking{ResponseWriter: w, left: int(tries.Add(1)) << 21}
+		}
+		forward.ServeHTTP(w, r)
+	})
+	whole("connections that break, without ranges")
+
+	// One that has no more of a layer never makes it a whole one.
+	for what, answer := range map[string]func(w http.ResponseWriter, r *http.Request, forward http.Handler){
+		"always cut": func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			if isBlob(r) {
+				if r.Header.Get("Range") != "" {
+					panic(http.ErrAbortHandler)
+				}
+				w = &breaking{ResponseWriter: w, left: 5 << 20}
+			}
+			forward.ServeHTTP(w, r)
+		},
+		"too short, said to be so": func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			if isBlob(r) {
+				w.Write(random(5 << 20))
+				return
+			}
+			forward.ServeHTTP(w, r)
+		},
+		"other bytes": func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			if isBlob(r) {
+				w.Write(random(8<<20 + 1536))
+				return
+			}
+			forward.ServeHTTP(w, r)
+		},
+		"a range of another place": func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			if isBlob(r) && r.Header.Get("Range") == "" {
+				w = &breaking{ResponseWriter: w, left: 5 << 20}
+			} else if isBlob(r) {
+				r.Header.Set("Range", "bytes=0-")
+			}
+			forward.ServeHTTP(w, r)
+		},
+	} {
+		f.set(answer)
+		if r := n.get(blob); r.status == http.StatusOK && r.err == nil {
+			t.Errorf("%s: a whole layer of %d bytes, %s", what, len(r.body), digestOf(r.body))
+		}
+	}
+	f.set(nil)
+	whole("whole again")
+
+	// A manifest that is not what its digest says.
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/manifests/") {
+			w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+			fmt.Fprint(w, `{"schemaVersion":2}`)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+	n.get(manifestPath("big", digestOf("x"))).expect(t, "no manifest", http.StatusNotFound)
+	fresh := n.get(manifestPath("big", n.tagged("big", "enc")))
+	if fresh.status != http.StatusBadGateway {
+		t.Errorf("another manifest: %d %s", fresh.status, fresh.body)
+	}
+	f.set(nil)
+
+	limit := func(retryAfter string) (asked *atomic.Int32) {
+		asked = new(atomic.Int32)
+		f.set(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+			asked.Add(1)
+			w.Header().Set("Retry-After", retryAfter)
+			w.WriteHeader(http.StatusTooManyRequests)
+		})
+		return asked
+	}
+	limit("1")
+	if r := n.get(blob); r.status != http.StatusTooManyRequests {
+		t.Errorf("too many requests: %d %s", r.status, r.body)
+	}
+	f.set(nil)
+	harness.Await(t, "the registry takes requests again", func() error {
+		if r := n.get(blob); r.status != http.StatusOK {
+			return fmt.Errorf("%d", r.status)
+		}
+		return nil
+	})
+	// Last, since it is not asked again before the time is over.
+	asked := limit("250")
+	refused("too many requests", http.StatusTooManyRequests, true)
+	if asked.Load() != 1 {
+		t.Errorf("a registry that wants no requests was asked %d times", asked.Load())
+	}
+}
+
+// breaking ends a connection after some bytes.
+type breaking struct {
+	http.ResponseWriter
+	left int
+}
+
+func (b *breaking) Write(p []byte) (int, error) {
+	if len(p) > b.left {
+		b.ResponseWriter.Write(p[:b.left])
+		panic(http.ErrAbortHandler)
+	}
+	b.left -= len(p)
+	return b.ResponseWriter.Write(p)
+}
+
+// TestTagThatMovesDoesNotMixImages moves a tag after its manifest was read.
+func TestTagThatMovesDoesNotMixImages(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.start()
+	var layouts, digests, lasts []string
+	for i := range 2 {
+		layout, digest := n.image(fmt.Sprintf("plain%d", i), func(l *harness.Layout) harness.Object {
+			return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
+		})
+		layouts, digests = append(layouts, layout), append(digests, digest)
+		lasts = append(lasts, layers(t, harness.Read(t, file(layout, digest)))[1])
+	}
+	for range 2 {
+		for i := range 2 {
+			n.encrypt(layouts[i], "app:enc", "--force")
+			for _, method := range []string{http.MethodHead, http.MethodGet} {
+				if r := n.request(method, manifestPath("app", "enc"), nil); r.header.Get("Docker-Content-Digest") != digests[i] {
+					t.Errorf("%s: %s, want %s", method, r.header.Get("Docker-Content-Digest"), digests[i])
+				}
+			}
+			// The other image was read before: what is named by digest is still there.
+			for j := range 2 {
+				if i == 0 && j == 1 {
+					continue // not pushed yet in the first round
+				}
+				r := n.get(blobPath("app", lasts[j]))
+				if digestOf(r.body) != lasts[j] {
+					t.Errorf("layer of image %d: %d %s", j, r.status, r.body)
+				}
+				if r := n.get(manifestPath("app", digests[j])); digestOf(r.body) != digests[j] {
+					t.Errorf("image %d: %d %s", j, r.status, r.body)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,215 @@
+// Package mirror is a registry that one can only pull from, and that has encrypted images
+// as plain ones: it restores the plain manifest, byte for byte, and decrypts each layer
+// while it passes. It keeps no image: each answer needs the registry, and its consent.
+//
+// Who may read through it is what a [Config] says. An encrypted image that is requested by
+// its own digest stays encrypted, since clients check digests; images that are not
+// encrypted pass as they are.
+package mirror
+
+import (
+	"context"
+	"crypto/sha256"
+	"net/http"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// Config says how a [Mirror] works.
+type Config struct {
+	// Keys are the key providers that unwrap layer keys.
+	Keys processor.Keys
+	// DecryptionKeysPath is a directory of private keys to try before Keys: see
+	// [processor.KeyDir]. Default: none.
+	DecryptionKeysPath string
+	// Unavailable reports whether an error of a key provider means that it does not work
+	// now, rather than that it refuses. May be nil.
+	Unavailable func(error) bool
+	// UnwrapTimeout bounds the wait for a layer key. Default: 40 seconds.
+	UnwrapTimeout time.Duration
+
+	// Upstream is the registry of all names, such as registry.example.com:5000, unless
+	// a request names another with ?ns=. If it is empty, names without ns begin with
+	// their registry, as in registry.example.com/team/app.
+	Upstream string
+	// HostsDir is a directory in the form of containerd's certs.d that says how to
+	// reach registries. Default: by https, and http on loopback.
+	HostsDir string
+	// Credentials returns the mirror's own credentials for a registry, as containerd
+	// wants them. They are used for callers that send none. May be nil.
+	Credentials func(ctx context.Context, registry string) (user, secret string, err error)
+
+	// Clients are the CAs of the certificates with which callers may read. May be nil.
+	Clients *certfile.Authorities
+	// Secret is what callers without such a certificate have to know. If it is empty,
+	// they may not read.
+	Secret string
+
+	// Streams is how many blobs are sent at once at most. Each takes up to six buffers
+	// of [processor.BufferSize] bytes. Default: 32.
+	Streams int
+	// StallTimeout is how long a caller may take for [processor.BufferSize] bytes.
+	// Default: 30 seconds.
+	StallTimeout time.Duration
+	// Metrics is what the mirror's metrics are registered with. May be nil.
+	Metrics prometheus.Registerer
+}
+
+const (
+	defaultUnwrapTimeout = 40 * time.Second
+	defaultStreams       = 32
+	defaultStallTimeout  = 30 * time.Second
+	// maxConcurrentImages is how many plain images are made at once.
+	maxConcurrentImages = 8
+	// maxConcurrentUnwraps is how many keys of an image are unwrapped at once.
+	maxConcurrentUnwraps = 8
+)
+
+// Mirror is a handler of the pull half of the registry API:
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#endpoints.
+// It is safe for concurrent use.
+type Mirror struct {
+	conf      Config
+	secret    [sha256.Size]byte
+	keyDir    *processor.KeyDir
+	upstreams upstreams
+	images    images
+	searches  searches
+	makes     singleflight.Group // of plain images
+	making    chan struct{}      // has one for each that is being made
+	streams   *streams
+	metrics   *metrics
+	handler   http.Handler
+}
+
+// New returns a mirror.
+func New(conf Config) *Mirror {
+	if conf.UnwrapTimeout <= 0 {
+		conf.UnwrapTimeout = defaultUnwrapTimeout
+	}
+	if conf.Streams <= 0 {
+		conf.Streams = defaultStreams
+	}
+	if conf.StallTimeout <= 0 {
+		conf.StallTimeout = defaultStallTimeout
+	}
+	m := &Mirror{
+		conf:    conf,
+		secret:  sha256.Sum256([]byte(conf.Secret)),
+		keyDir:  processor.NewKeyDir(conf.DecryptionKeysPath, nil),
+		making:  make(chan struct{}, maxConcurrentImages),
+		streams: newStreams(conf.Streams),
+		metrics: newMetrics(conf.Metrics),
+	}
+	m.upstreams.init(conf)
+	// It makes a span of each request, in the caller's trace if there is one.
+	m.handler = otelhttp.NewHandler(http.HandlerFunc(m.serve), "mirror")
+	return m
+}
+
+// ServeHTTP answers a request.
+func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) { m.handler.ServeHTTP(w, r) }
+
+func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
+	out := &answer{ResponseWriter: w, stall: m.conf.StallTimeout}
+	kind := "other"
+	defer func() { m.metrics.requests.WithLabelValues(kind, out.code()).Inc() }()
+
+	c, ok := m.identify(r)
+	if !ok {
+		m.challenge(w)
+		out.refuse(http.StatusUnauthorized, "UNAUTHORIZED", "the mirror does not know the caller: it takes "+m.accepted())
+		return
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Allow", "GET, HEAD")
+		out.refuse(http.StatusMethodNotAllowed, "UNSUPPORTED", "this registry is a mirror to pull from: push to the registry itself")
+		return
+	}
+	if m.upstreams.isOwn(r.Header) {
+		out.refuse(http.StatusLoopDetected, "UNSUPPORTED", "the mirror's own request has come back to it: its hosts directory must not name the mirror")
+		return
+	}
+	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	if r.URL.Path == "/v2/" || r.URL.Path == "/v2" {
+		kind = "ping"
+		if c.mayAsk() {
+			// Callers that have credentials for the registry learn where to put them.
+			m.challenge(w)
+		}
+		out.json("application/json", []byte("{}"))
+		return
+	}
+	t, err := m.parse(r)
+	if err != nil {
+		m.fail(out, r, c, target{}, err)
+		return
+	}
+	kind = t.kind
+	if err := m.answer(out, r, c, t); err != nil {
+		m.fail(out, r, c, t, err)
+	}
+}
+
+// quiet is a log for errors alone.
+var quiet = func() *log.Entry {
+	l := logrus.New()
+	l.SetLevel(logrus.ErrorLevel)
+	return logrus.NewEntry(l)
+}()
+
+// answer answers a request about t.
+func (m *Mirror) answer(w *answer, r *http.Request, c caller, t target) error {
+	// containerd's client logs what each host answers, which is in errors if it matters.
+	r = r.WithContext(log.WithLogger(r.Context(), quiet))
+	repo, err := m.open(r.Context(), c, t)
+	if err != nil {
+		return err
+	}
+	switch t.kind {
+	case "manifests":
+		return m.manifest(w, r, repo)
+	case "blobs":
+		return m.blob(w, r, repo)
+	default:
+		return m.list(w, r, repo)
+	}
+}
+
+// unwrap unwraps the key of an encrypted layer. The caller clears it.
+func (m *Mirror) unwrap(ctx context.Context, layer ocispec.Descriptor) (*processor.LayerKey, error) {
+	within, cancel := context.WithTimeout(ctx, m.conf.UnwrapTimeout)
+	defer cancel()
+	key, err := m.keyDir.Unwrap(within, m.conf.Keys, layer)
+	if err != nil {
+		return nil, &keyError{layer, err}
+	}
+	return key, nil
+}
+
+// checkKeys checks that all keys of the layers can be unwrapped now.
+func (m *Mirror) checkKeys(ctx context.Context, layers map[digest.Digest]ocispec.Descriptor) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxConcurrentUnwraps)
+	for _, layer := range layers {
+		g.Go(func() error {
+			key, err := m.unwrap(ctx, layer)
+			if err == nil {
+				key.Clear()
+			}
+			return err
+		})
+	}
+	return g.Wait()
+}

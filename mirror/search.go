@@ -1,0 +1,128 @@
+package mirror
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/image/registry"
+)
+
+const (
+	// maxTags bounds the tags that are listed, and maxSearched those that are searched for
+	// a plain digest.
+	maxTags     = 1000
+	maxSearched = 200
+	// searchTimeout bounds such a search.
+	searchTimeout = time.Minute
+	// missTTL is how long it is not made again for a digest that was not found.
+	missTTL = 30 * time.Second
+	// maxMisses bounds the digests that were not found and are remembered.
+	maxMisses = 1024
+)
+
+// searches are the searches for plain digests that no image is remembered for, such as
+// after a restart. They run one after the other.
+type searches struct {
+	mu     sync.Mutex
+	misses map[imageKey]time.Time
+	turn   chan struct{}
+}
+
+// enter waits for its turn.
+func (s *searches) enter(ctx context.Context) (leave func(), err error) {
+	s.mu.Lock()
+	if s.turn == nil {
+		s.turn, s.misses = make(chan struct{}, 1), map[imageKey]time.Time{}
+	}
+	turn := s.turn
+	s.mu.Unlock()
+	select {
+	case turn <- struct{}{}:
+		return func() { <-turn }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// missed reports whether a digest was not found a short time ago.
+func (s *searches) missed(key imageKey) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.misses[key]) < missTTL
+}
+
+func (s *searches) miss(key imageKey) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.misses) >= maxMisses {
+		clear(s.misses)
+	}
+	s.misses[key] = time.Now()
+}
+
+// search looks for the image that has a document or a layer of that plain digest among the
+// repository's tags, the last of the registry's list first. If there is one, it is
+// remembered then.
+func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) error {
+	key := imageKey{repo.key(), d}
+	leave, err := m.searches.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	if m.images.find(key.repository, d) != nil || m.searches.missed(key) {
+		return nil // another request has searched meanwhile
+	}
+	within, cancel := context.WithTimeout(ctx, searchTimeout)
+	defer cancel()
+	tags, err := repo.Tags(within, maxTags)
+	if errdefs.IsNotFound(err) {
+		return nil // there is no such repository, or no list
+	}
+	if err != nil {
+		return err
+	}
+	searched := 0
+	for n := len(tags) - 1; n >= 0 && searched < maxSearched && within.Err() == nil; n-- {
+		if !aTag.MatchString(tags[n]) || strings.HasPrefix(tags[n], "sha256-") {
+			continue // cosign's and referrers' tags are about images
+		}
+		searched++
+		if i := m.taggedImage(within, repo, tags[n]); i != nil && i.has(d) {
+			m.images.prefer(i)
+			return nil
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	m.searches.miss(key)
+	logrus.WithFields(logrus.Fields{"repository": key.repository, "digest": d, "tags": searched, "of": len(tags)}).Info("no tag of the repository has this digest, encrypted or not")
+	return nil
+}
+
+// taggedImage returns the image of a tag, or nil if it can't be decrypted here.
+func (m *Mirror) taggedImage(ctx context.Context, repo *repository, tag string) *plainImage {
+	t := repo.target
+	t.kind, t.object = "manifests", tag
+	tagged, err := repo.upstream.open(ctx, t)
+	if err != nil {
+		return nil
+	}
+	desc, err := tagged.Resolve(ctx)
+	if err != nil || !registry.IsDocument(desc.MediaType) {
+		return nil
+	}
+	i, err := m.plain(ctx, tagged, desc)
+	if err != nil {
+		logrus.WithError(shown(err)).WithField("image", t.reference()).Debug("image not searched")
+		return nil
+	}
+	return i
+}

@@ -1,0 +1,84 @@
+package mirror
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/regular"
+)
+
+// MaxConnections is how many connections a mirror's listener should accept at once.
+const MaxConnections = 512
+
+// maxConnectionStreams is how many requests one HTTP/2 connection may make at once.
+const maxConnectionStreams = 32
+
+// Server returns a server of the mirror. Its answers have deadlines of their own.
+func (m *Mirror) Server() *http.Server {
+	return &http.Server{
+		Handler:           m,
+		ConnContext:       OnConnection,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    32 << 10,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxConnectionStreams},
+		ErrorLog:          log.New(warnings{}, "", 0),
+	}
+}
+
+// warnings logs what [http.Server] reports, such as failed handshakes.
+type warnings struct{}
+
+func (warnings) Write(b []byte) (int, error) {
+	logrus.WithField("listener", "mirror").Warn(strings.TrimSpace(string(b)))
+	return len(b), nil
+}
+
+// minSecret is how long a secret has to be, in bytes.
+const minSecret = 20
+
+// Secret returns the secret in a file that only its owner may read. If there is no such
+// file, it makes one with a random secret.
+func Secret(name string) (string, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	switch {
+	case err == nil:
+		secret := rand.Text()
+		_, err = f.WriteString(secret + "\n")
+		if err = errors.Join(err, f.Close()); err != nil {
+			return "", errors.Join(err, os.Remove(name))
+		}
+		return secret, nil
+	case !errors.Is(err, fs.ErrExist):
+		return "", err
+	}
+	if f, err = regular.Open(name); err != nil {
+		return "", err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		err = fmt.Errorf("%s has mode %04o, so other users may have read the secret: remove the file, and pilot makes a new one", name, info.Mode().Perm())
+	}
+	if err != nil {
+		return "", errors.Join(err, f.Close())
+	}
+	b, err := regular.ReadAll(f, 4<<10)
+	if err != nil {
+		return "", err
+	}
+	secret := bytes.TrimSpace(b)
+	if len(secret) < minSecret {
+		return "", fmt.Errorf("%s holds %d bytes, and a secret needs %d: remove the file, and pilot makes one", name, len(secret), minSecret)
+	}
+	return string(secret), nil
+}
