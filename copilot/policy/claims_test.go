@@ -156,6 +156,8 @@ func TestRuleThatLetsInEverybodyOfAForgeIsRefused(t *testing.T) {
 
 		{`'github:**'`, `repository_id = 1, ref = "refs/heads/main"`, ""},
 		{`'github:**'`, `repository_id = 1`, "every branch, pull request and event"},
+		{`'github:**'`, `repository_id = 1, ref = "**"`, "every branch, pull request and event"},
+		{`'github:**'`, `repository_id = 1, environment = ["production", "*"]`, "every branch, pull request and event"},
 		{`'github:**'`, `repository_owner_id = "1", repository = "*/app", event_name = "push"`, ""},
 		{`'github:**'`, `enterprise_id = "1", job_workflow_ref = "acme/ci/.github/workflows/x.yml@refs/heads/main"`, ""},
 		{`'github:**'`, `repository = "acme/*"`, "names only"},

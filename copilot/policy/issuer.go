@@ -107,6 +107,12 @@ func (f *forge) canBeEscaped(issuer, identity string, claims []claim) bool {
 	return slices.ContainsFunc(claims, func(c claim) bool { return c.name == f.user || slices.Contains(f.names, c.name) })
 }
 
+// saysCause reports whether a claim says what may have started a job, not just that
+// something has.
+func (f *forge) saysCause(c claim) bool {
+	return slices.Contains(f.causes, c.name) && !slices.ContainsFunc(c.patterns, func(p string) bool { return strings.Trim(p, "*") == "" })
+}
+
 // matchesRefWithAt reports whether a pattern of a file and a ref, such as
 // acme/app/**@refs/heads/main, matches refs that have an @ themselves, such as
 // refs/heads/x@refs/heads/main.
@@ -144,7 +150,7 @@ func (r *rule) checkForges(issuers Issuers) (warnings []string, err error) {
 					warnings = append(warnings, fmt.Sprintf("%s: ** before the @ of %s matches any branch whose name ends like the pattern: use *", r, c.name))
 				}
 			}
-			if ofForge && strings.Contains(identity, "*") && !slices.ContainsFunc(r.claims, func(c claim) bool { return slices.Contains(f.causes, c.name) }) {
+			if ofForge && strings.Contains(identity, "*") && !slices.ContainsFunc(r.claims, f.saysCause) {
 				warnings = append(warnings, fmt.Sprintf("%s: %q is every branch, pull request and event: add claims such as %s", r, identity, strings.Join(f.causes, ", ")))
 			}
 			switch f.restricts(name, identity, r.claims) {
