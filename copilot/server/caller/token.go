@@ -231,21 +231,22 @@ func Inspect(token string, issuers map[string]Issuer) (who policy.Principal, iss
 	if err != nil {
 		return who, issuer, err
 	}
-	one := func(name string) string {
-		if len(claims[name]) != 1 {
-			return ""
-		}
-		return claims[name][0]
+	var registered struct {
+		Issuer  string `json:"iss"`
+		Subject string `json:"sub"`
 	}
-	if one("sub") == "" {
+	if json.Unmarshal(b, &registered) != nil {
+		return who, issuer, errNoToken
+	}
+	if registered.Subject == "" {
 		return who, issuer, errors.New("the token has no subject")
 	}
 	for name, i := range issuers {
-		if i.URL == one("iss") {
-			return policy.Principal{Identity: name + ":" + one("sub"), Claims: claims}, i, nil
+		if i.URL == registered.Issuer {
+			return policy.Principal{Identity: name + ":" + registered.Subject, Claims: claims}, i, nil
 		}
 	}
-	return who, issuer, fmt.Errorf("the token is from issuer %.200q, which is not among the issuers in the configuration", one("iss"))
+	return who, issuer, fmt.Errorf("the token is from issuer %.200q, which is not among the issuers in the configuration", registered.Issuer)
 }
 
 // get returns the verifier of the issuer's tokens. Concurrent calls share one request to
