@@ -15,9 +15,6 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	"github.com/urfave/cli/v3"
-
-	"github.com/ctrlplane/pilot/internal/glob"
-	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 // withClient calls do with a client of the containerd that the command names,
@@ -71,45 +68,8 @@ func withLease(ctx context.Context, client *containerd.Client) (context.Context,
 	}, nil
 }
 
-// inContainerd are a containerd's images.
-type inContainerd struct{ client *containerd.Client }
-
-func (c inContainerd) absent() string {
-	return "its content is not here (pull it with --all-platforms)"
-}
-
-func (c inContainerd) names(ctx context.Context, pattern string) ([]string, error) {
-	all, err := c.client.ImageService().List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var names []string
-	for _, img := range all {
-		if glob.MatchName(pattern, img.Name) && !namedByDigest(img.Name) {
-			names = append(names, img.Name)
-		}
-	}
-	return names, nil
-}
-
 // namedByDigest reports whether a name holds a digest: NAME@DIGEST, or the digest of its
 // configuration, as CRI names images.
 func namedByDigest(name string) bool {
 	return strings.Contains(name, "@") || strings.HasPrefix(name, "sha256:")
-}
-
-func (c inContainerd) open(ctx context.Context, name, toName string) (*openImage, error) {
-	store := c.client.ImageService()
-	img, err := getImage(ctx, c.client, name)
-	if err != nil {
-		return nil, err
-	}
-	to := newName{store: store, from: img, name: toName}
-	if err := to.check(ctx); err != nil {
-		if errdefs.IsAlreadyExists(err) {
-			err = errTaken(toName)
-		}
-		return nil, err
-	}
-	return &openImage{localstore.New(c.client), img.Target, to.set}, nil
 }

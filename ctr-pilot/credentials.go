@@ -29,13 +29,16 @@ func registryFlags() []cli.Flag {
 	return append(slices.Clone(commands.RegistryFlags), passwordFlag())
 }
 
-// checkRegistryFlags returns an error if a flag for registries is set and no image is in
-// one. also says what else the flags are for.
-func checkRegistryFlags(cmd *cli.Command, also string) error {
+// checkRegistryFlags returns an error if a flag for registries is set and none of the
+// arguments and names is of an image in one. also says what the flags are for.
+func checkRegistryFlags(cmd *cli.Command, also string, names ...transport.Name) error {
 	for _, name := range cmd.Args().Slice() {
-		if n, err := transport.Parse(name); err == nil && n.Transport == transport.Registry {
-			return nil
+		if n, err := transport.Parse(name); err == nil {
+			names = append(names, n)
 		}
+	}
+	if slices.ContainsFunc(names, func(n transport.Name) bool { return n.Transport == transport.Registry }) {
+		return nil
 	}
 	for _, f := range registryFlags() {
 		if name := f.Names()[0]; cmd.IsSet(name) {

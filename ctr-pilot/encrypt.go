@@ -6,14 +6,12 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/localstore"
 )
 
 var encryptCommand = &cli.Command{
@@ -134,12 +132,7 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 		names = append(names, *like)
 	}
 	return withPlaces(ctx, cmd, names, func(ctx context.Context, p *places) error {
-		if from.Transport == transport.Containerd && to.Transport == transport.Containerd {
-			err = inStore(ctx, p, verb, from.Image, to.Image, opts, do)
-		} else {
-			err = p.between(ctx, verb, from, to, opts, do)
-		}
-		if err != nil {
+		if err := p.crypt(ctx, verb, from, to, toName, opts, do); err != nil {
 			return fmt.Errorf("%s %s: %w", verb, name, err)
 		}
 		return nil
@@ -147,49 +140,3 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 }
 
 var errNothingEncrypted = errors.New("no layer was encrypted: it has none, or the flags leave out all that it has")
-
-// inStore encrypts or decrypts an image of containerd there, with do.
-func inStore(ctx context.Context, p *places, verb, name, toName string, opts image.Options, do cryptFunc) error {
-	img, err := getImage(ctx, p.client, name)
-	if err != nil {
-		return err
-	}
-	to := newName{p.client.ImageService(), img, toName, p.cmd.Bool("force")}
-	if err := to.check(ctx); err != nil {
-		return err
-	}
-	progress := newProgress(verb)
-	opts.Progress = progress.add
-	store := localstore.New(p.client)
-	earlier := func(ctx context.Context) (earlierImage, error) {
-		var replaced *transport.Name
-		if toName != name {
-			// With --force there may be one.
-			if _, err := p.client.ImageService().Get(ctx, toName); err == nil {
-				replaced = &transport.Name{Transport: transport.Containerd, Image: toName}
-			}
-		}
-		return p.earlier(ctx, replaced, func(ctx context.Context, from content.Provider, blob ocispec.Descriptor) error {
-			_, err := transport.CopyBlob(ctx, store, from, blob)
-			return err
-		})
-	}
-	result, err := do(ctx, workplace{store, p.layersOf, earlier}, img.Target, opts)
-	progress.stop()
-	if err == nil && ctx.Err() != nil {
-		err = ctx.Err()
-	}
-	if plain := (*image.PlainError)(nil); errors.As(err, &plain) {
-		err = refused(p.cmd, plain)
-	}
-	if err != nil {
-		return withFetch(ctx, err, img)
-	}
-	if result.Layers == 0 && verb == "encrypt" {
-		return errNothingEncrypted
-	}
-	if err := to.set(ctx, result.Target); err != nil {
-		return err
-	}
-	return report(p.cmd, verb, toName, result, nil)
-}

@@ -4,14 +4,12 @@ import (
 	"context"
 	"fmt"
 
-	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
 )
 
 // keysFrom returns the layers of the images that --keys-from names. They are
@@ -29,36 +27,36 @@ func keysFrom(ctx context.Context, at workplace, cmd *cli.Command) ([]ocispec.De
 	return all, nil
 }
 
-func layersOf(ctx context.Context, client *containerd.Client, cmd *cli.Command, name string) ([]ocispec.Descriptor, error) {
-	img, err := client.ImageService().Get(ctx, name)
+// layersOf returns the layers of an image in containerd, or else in its registry.
+func (p *places) layersOfEither(ctx context.Context, name string) ([]ocispec.Descriptor, error) {
+	img, err := p.client.ImageService().Get(ctx, name)
 	if err == nil {
-		return layerDescriptors(ctx, client.ContentStore(), img.Target, image.Options{})
+		return layerDescriptors(ctx, p.client.ContentStore(), img.Target, image.Options{})
 	}
 	if !errdefs.IsNotFound(err) {
 		return nil, err
 	}
-	registry, err := openRegistry(ctx, cmd)
+	n, err := parseName(transport.Registry + "://" + name)
 	if err != nil {
 		return nil, err
 	}
-	defer registry.close()
-	store, target, err := registry.read(ctx, name)
+	layers, err := p.layersIn(ctx, n)
 	if err != nil {
 		return nil, fmt.Errorf("it is not an image in this namespace of containerd, and its registry returned: %w", err)
 	}
-	return layerDescriptors(ctx, store, target, image.Options{})
+	return layers, nil
 }
 
-// read returns what an image in a registry is, and a store that has its manifests.
-func (r *inRegistry) read(ctx context.Context, name string) (content.Store, ocispec.Descriptor, error) {
-	if _, err := parseReference(name); err != nil {
-		return nil, ocispec.Descriptor{}, err
-	}
-	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: r.hosts})
-	target, err := resolve(ctx, resolver, name)
+// layersIn returns the layers of an image where its name says.
+func (p *places) layersIn(ctx context.Context, n transport.Name) ([]ocispec.Descriptor, error) {
+	source, err := p.source(ctx, n)
 	if err != nil {
-		return nil, ocispec.Descriptor{}, err
+		return nil, err
 	}
-	fetcher, err := resolver.Fetcher(ctx, name)
-	return newDocuments(r, fetcher), target, err
+	defer source.Close()
+	target, err := source.Resolve(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return layerDescriptors(ctx, transport.NewPair(source, nil), target, image.Options{})
 }

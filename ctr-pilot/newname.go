@@ -25,25 +25,6 @@ type newName struct {
 	force bool
 }
 
-// check returns an error if the name can't be used: another image has it, or it holds a
-// digest.
-func (n newName) check(ctx context.Context) error {
-	if namedByDigest(n.name) {
-		return errDigest(n.name)
-	}
-	if n.force || n.name == n.from.Name {
-		return nil
-	}
-	_, err := n.store.Get(ctx, n.name)
-	if err == nil {
-		return fmt.Errorf("image %s %w: remove it first, or replace it with --force", n.name, errdefs.ErrAlreadyExists)
-	}
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
-}
-
 // set gives the name to target. Without force it does not replace an image that got the
 // name since the command began.
 func (n newName) set(ctx context.Context, target ocispec.Descriptor) error {

@@ -9,12 +9,14 @@ import (
 	"net/url"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/containerd/v2/version"
 	"github.com/containerd/errdefs"
 
+	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/glob"
 )
@@ -23,23 +25,29 @@ const (
 	tagsPerPage = 1000    // requested
 	maxTagPage  = 4 << 20 // bytes
 	maxTags     = 1_000_000
+	// registryTimeout bounds the wait for one page.
+	registryTimeout = time.Minute
 )
 
 // aTag matches the tags that the distribution specification allows.
 var aTag = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 
-// names returns the names of the tags in a repository that match a pattern.
-func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error) {
+// tagNames returns the names of the tags in a repository that match a pattern, as in
+// registry.example.com/app:*.
+func (p *places) tagNames(ctx context.Context, pattern string) ([]string, error) {
 	colon := strings.LastIndex(pattern, ":")
 	if colon <= strings.LastIndex(pattern, "/") || isPattern(pattern[:colon]) || strings.Contains(pattern, "@") {
 		return nil, exit.Usagef("in a registry, patterns match tags, as in 'registry.example.com/app:*'")
 	}
 	repository, tagPattern := pattern[:colon], pattern[colon+1:]
-	spec, err := parseReference(repository + ":x")
+	if _, err := parseName(transport.Registry + "://" + repository + ":x"); err != nil {
+		return nil, err
+	}
+	spec, err := reference.Parse(repository + ":x")
 	if err != nil {
 		return nil, err
 	}
-	tags, err := r.tags(ctx, spec)
+	tags, err := listTags(ctx, p.hosts, spec)
 	if err != nil {
 		return nil, fmt.Errorf("list the tags of %s: %w", repository, err)
 	}
@@ -52,10 +60,10 @@ func (r *inRegistry) names(ctx context.Context, pattern string) ([]string, error
 	return names, nil
 }
 
-// tags lists a repository's tags, from the first host that has the list:
+// listTags lists a repository's tags, from the first host that has the list:
 // https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#listing-tags.
-func (r *inRegistry) tags(ctx context.Context, spec reference.Spec) ([]string, error) {
-	hosts, err := r.hosts(spec.Hostname())
+func listTags(ctx context.Context, registries docker.RegistryHosts, spec reference.Spec) ([]string, error) {
+	hosts, err := registries(spec.Hostname())
 	if err != nil {
 		return nil, err
 	}

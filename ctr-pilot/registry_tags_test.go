@@ -53,17 +53,15 @@ func tagServer(t *testing.T, tags []string) (address string, asked *int) {
 }
 
 // withRegistry calls f with the registries that flags reach.
-func withRegistry(t *testing.T, f func(ctx context.Context, r *inRegistry), flags ...string) {
+func withRegistry(t *testing.T, f func(ctx context.Context, p *places), flags ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := &cli.Command{Flags: commands.RegistryFlags, Action: func(ctx context.Context, cmd *cli.Command) error {
-		r, err := openRegistry(ctx, cmd)
-		if err == nil {
-			f(ctx, r)
-			r.close()
-		}
-		return err
+		return withPlaces(ctx, cmd, nil, func(ctx context.Context, p *places) error {
+			f(ctx, p)
+			return nil
+		})
 	}}
 	if err := cmd.Run(ctx, append([]string{"test", "--plain-http"}, flags...)); err != nil {
 		t.Error(err)
@@ -73,7 +71,7 @@ func withRegistry(t *testing.T, f func(ctx context.Context, r *inRegistry), flag
 func TestPatternsMatchTags(t *testing.T) {
 	tags := []string{"v1", "v2", "v10", "latest", "v1.2", "../x", "v3-rc", "v2"}
 	address, asked := tagServer(t, tags)
-	withRegistry(t, func(ctx context.Context, r *inRegistry) {
+	withRegistry(t, func(ctx context.Context, p *places) {
 		for pattern, want := range map[string][]string{
 			"*":      {"v1", "v2", "v10", "latest", "v1.2", "v3-rc", "v2"},
 			"v?":     {"v1", "v2", "v2"},
@@ -82,7 +80,7 @@ func TestPatternsMatchTags(t *testing.T) {
 			"v1.?":   {"v1.2"},
 			"latest": {"latest"},
 		} {
-			got, err := r.names(ctx, address+"/team/app:"+pattern)
+			got, err := p.tagNames(ctx, address+"/team/app:"+pattern)
 			for i := range got {
 				got[i] = strings.TrimPrefix(got[i], address+"/team/app:")
 			}
@@ -93,12 +91,12 @@ func TestPatternsMatchTags(t *testing.T) {
 		if *asked != 6*3+1 {
 			t.Errorf("asked %d times: a token is asked for once", *asked)
 		}
-		if _, err := r.names(ctx, address+"/team/other:*"); err == nil || !strings.Contains(err.Error(), "404") {
+		if _, err := p.tagNames(ctx, address+"/team/other:*"); err == nil || !strings.Contains(err.Error(), "404") {
 			t.Errorf("a repository that is not there: %v", err)
 		}
 	}, "--user", "ci:secret")
-	withRegistry(t, func(ctx context.Context, r *inRegistry) {
-		if got, err := r.names(ctx, address+"/team/app:*"); err == nil {
+	withRegistry(t, func(ctx context.Context, p *places) {
+		if got, err := p.tagNames(ctx, address+"/team/app:*"); err == nil {
 			t.Errorf("with a wrong password: %q", got)
 		}
 	}, "--user", "ci:wrong")

@@ -24,6 +24,10 @@ type cryptReport struct {
 	// refused.
 	Plain   []image.Plain `json:"plain"`
 	LeftOut []leftOut     `json:"leftOut"`
+	// Referrers are signatures and the like that are about the image, and whether they
+	// are kept with the new one.
+	Referrers      []transport.Referrer `json:"referrers"`
+	ReferrersError string               `json:"referrersError,omitempty"` // why some may be missing
 	// Reused counts the layers, of those that were encrypted, that were taken over from
 	// an earlier image.
 	Reused *image.Reused `json:"reused,omitempty"`
@@ -38,16 +42,16 @@ type leftOut struct {
 	MediaType string        `json:"mediaType"`
 }
 
-// report prints what became of an image, after what stays readable in it. moved is nil
-// if it stayed where it was.
-func report(cmd *cli.Command, verb, name string, result image.Result, moved *transport.Moved) error {
+// report prints what became of an image, after what stays readable in it.
+func report(cmd *cli.Command, verb, name string, result image.Result, done finished) error {
 	if verb == "decrypt" {
 		warnSkipped(result.Skipped, "its content is not here (pull it with --all-platforms)")
 	}
 	warnLacking(result.Lacking)
+	done.printReferrers()
 	printNotReused(result.Reused)
 	if cmd.Bool("json") {
-		return printJSON(newReport(verb, name, result, moved))
+		return printJSON(newReport(verb, name, result, done))
 	}
 	for _, d := range result.LeftOut {
 		fmt.Fprintf(os.Stderr, "ctr-pilot: left out: %s %s: %s\n", shown(d.Digest.String()), ofPlatform(d), whyLeftOut(cmd, d))
@@ -58,17 +62,23 @@ func report(cmd *cli.Command, verb, name string, result image.Result, moved *tra
 	if result.Layers == 0 {
 		fmt.Printf("%s has no encrypted layers\n", name)
 	}
-	fmt.Printf("%s %s (%d layers %sed%s%s)\n", name, result.Target.Digest, result.Layers, verb, reusedText(result.Reused), movedText(moved))
+	fmt.Printf("%s %s (%d layers %sed%s%s)\n", name, result.Target.Digest, result.Layers, verb, reusedText(result.Reused), movedText(done.moved))
 	return nil
 }
 
-func newReport(verb, name string, result image.Result, moved *transport.Moved) cryptReport {
-	r := cryptReport{Image: name, Digest: result.Target.Digest, Layers: result.Layers, Plain: result.Plain, LeftOut: []leftOut{}, Moved: moved}
+func newReport(verb, name string, result image.Result, done finished) cryptReport {
+	r := cryptReport{
+		Image: name, Digest: result.Target.Digest, Layers: result.Layers, Plain: result.Plain, LeftOut: []leftOut{},
+		Referrers: done.referrers, ReferrersError: done.unlistedText(), Moved: done.moved,
+	}
 	if verb == "encrypt" {
 		r.Reused = &result.Reused
 	}
 	if r.Plain == nil {
 		r.Plain = []image.Plain{}
+	}
+	if r.Referrers == nil {
+		r.Referrers = []transport.Referrer{}
 	}
 	for _, d := range result.LeftOut {
 		platform := ""

@@ -11,10 +11,10 @@ import (
 	"strings"
 	"time"
 
-	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
@@ -36,18 +36,25 @@ they need --from too.
 
 Several images each keep their names. Three or more may be named, or --file lists
 them, or a pattern matches them: * is any characters, slashes too, and ? is one.
-In a registry, patterns are for tags. An image that fails does not stop the others.
+In a registry, patterns are for tags, and in a directory for the names in it. An image
+that fails does not stop the others.
 
-With --registry, images are changed in their registry, and no containerd is needed.
-Without --user, the credentials are those of docker login or podman login.
-Only manifests are fetched and pushed. A digest can't be moved, so an image named by
-its digest takes a new name: another tag in the same repository.
+The name stands for the image before or for the new one, and for nothing in between.
+In a registry or a directory only manifests change. A new name may be elsewhere: layers
+are copied there as they are, or mounted from another repository of the registry. An
+archive is written anew. An image named by its digest takes a new name.
 
+Signatures and the like that the registry or the directory has about the image are named.
+Those about manifests that do not change are kept; the others do not sign the new image.
+
+--registry is for names without docker://.
+` + transportsHelp + credentialsHelp + `
 Examples:
    ctr-pilot images rewrap app:1
    ctr-pilot images rewrap --from team-a --to team-b app:1 app:1-b
-   ctr-pilot images rewrap --remove provider:pilot:team-c 'registry.example.com/app:*'
-   ctr-pilot images rewrap --registry registry.example.com/app:1`,
+   ctr-pilot images rewrap docker://registry.example.com/app:1
+   ctr-pilot images rewrap --remove provider:pilot:team-c 'docker://registry.example.com/app:*'
+   ctr-pilot images rewrap --from ci --to prod oci:app:1 docker://registry.example.com/app:1`,
 	Flags: slices.Concat([]cli.Flag{
 		&cli.StringFlag{Name: "from", Usage: "`KEK` to replace"},
 		&cli.StringFlag{Name: "to", Usage: "`KEK` that replaces it"},
@@ -55,7 +62,7 @@ Examples:
 		&cli.StringSliceFlag{Name: "remove", Usage: "`RECIPIENT` to remove: provider:NAME:KEK, or provider:NAME, jwe, pkcs7, pgp or pkcs11 for all of that kind; may be repeated"},
 		&cli.StringFlag{Name: "file", Usage: "`FILE` that lists images, one on each line, - for standard input; # begins a comment"},
 		&cli.BoolFlag{Name: "dry-run", Usage: "show what would be done; keys are unwrapped and wrapped, and nothing is written"},
-		&cli.BoolFlag{Name: "registry", Usage: "the images are in a registry"},
+		&cli.BoolFlag{Name: "registry", Usage: "the images are in a registry, as with docker:// before their names"},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 		&cli.DurationFlag{Name: "image-timeout", Value: 5 * time.Minute, Usage: "`TIME` that each of several images may take, so that one does not hold up the others"},
 	}, selectionFlags("rewrap"), keyFlags(), registryFlags()),
@@ -65,19 +72,14 @@ Examples:
 		if err != nil {
 			return err
 		}
-		if !cmd.Bool("registry") {
-			return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
-				return r.run(ctx, inContainerd{client})
-			})
-		}
-		ctx, stop := untilSignal(ctx)
-		defer stop()
-		registry, err := openRegistry(ctx, cmd)
-		if err != nil {
+		names := r.parsed()
+		if err := checkRegistryFlags(cmd, "--registry and images named docker://…", names...); err != nil {
 			return err
 		}
-		defer registry.close()
-		return r.run(ctx, registry)
+		if err := readPassword(cmd); err != nil {
+			return err
+		}
+		return withPlaces(ctx, cmd, names, r.run)
 	},
 }
 
@@ -111,18 +113,10 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 		}
 		r.how.Remove = append(r.how.Remove, rec)
 	}
-	for _, f := range registryFlags() {
-		if name := f.Names()[0]; cmd.IsSet(name) && !cmd.Bool("registry") {
-			return nil, exit.Usagef("--%s is for --registry", name)
-		}
-	}
 	if r.cmd.String("file") == "-" && cmd.Bool("password-stdin") {
 		return nil, exit.Usagef("--file - and --password-stdin both read standard input")
 	}
 	if err := r.images(); err != nil {
-		return nil, err
-	}
-	if err := readPassword(cmd); err != nil {
 		return nil, err
 	}
 	if len(cmd.StringSlice("recipient")) > 0 {
@@ -144,18 +138,13 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 func (r *rewrapper) images() error {
 	r.names = r.cmd.Args().Slice()
 	file := r.cmd.String("file")
-	r.several = file != "" || len(r.names) > 2 || slices.ContainsFunc(r.names, isPattern)
+	r.several = file != "" || len(r.names) > 2 || slices.ContainsFunc(r.names, r.isPattern)
 	if file != "" {
 		listed, err := listedIn(file)
 		if err != nil {
 			return err
 		}
 		r.names = append(r.names, listed...)
-	}
-	if r.cmd.Bool("registry") && r.cmd.String("user") != "" {
-		if err := oneRegistry(r.names); err != nil {
-			return err
-		}
 	}
 	if len(r.names) == 0 && file == "" {
 		return exit.Usagef("rewrap takes the name of an image and a new name, or several images")
@@ -191,27 +180,40 @@ func listedIn(file string) ([]string, error) {
 	return names, nil
 }
 
-// oneRegistry returns an error if names are in several registries: each would get the
-// password that is meant for one.
-func oneRegistry(names []string) error {
-	for _, name := range names {
-		first, _, _ := strings.Cut(names[0], "/")
-		if host, _, _ := strings.Cut(name, "/"); host != first {
-			return exit.Usagef("--user is for one registry, and these images are in %s and %s: rewrap them separately", first, host)
+// parse reads the name of an image, which is in a registry with --registry.
+func (r *rewrapper) parse(name string) (transport.Name, error) {
+	return parseName(r.spelled(name))
+}
+
+// spelled returns a name with its transport, if that is a registry.
+func (r *rewrapper) spelled(name string) string {
+	const prefix = transport.Registry + "://"
+	if r.cmd.Bool("registry") && !strings.HasPrefix(name, prefix) {
+		return prefix + name
+	}
+	return name
+}
+
+// parsed returns the names that can be read. Those that can't fail by themselves.
+func (r *rewrapper) parsed() []transport.Name {
+	var all []transport.Name
+	for _, name := range append(slices.Clone(r.names), r.newName) {
+		if n, err := r.parse(name); err == nil && name != "" {
+			all = append(all, n)
 		}
 	}
-	return nil
+	return all
 }
 
 // run rewraps the image or the images.
-func (r *rewrapper) run(ctx context.Context, src source) error {
+func (r *rewrapper) run(ctx context.Context, p *places) error {
 	if r.several {
-		return r.all(ctx, src)
+		return r.all(ctx, p)
 	}
 	name, start := r.names[0], time.Now()
-	out, err := r.one(ctx, src, name, r.newName)
+	out, err := r.one(ctx, p, name, r.newName)
 	if err == nil {
-		err = r.unfit(out)
+		err = r.unfit(out.Rewrapped)
 	}
 	if r.newName != "" && err == nil {
 		name = r.newName
@@ -244,39 +246,74 @@ func (r *rewrapper) unfit(out image.Rewrapped) error {
 	return fmt.Errorf("no layer has the recipient %s, only %s", strings.Join(out.Missing, ", "), strings.Join(had, ", "))
 }
 
+// rewrapped is what became of one image.
+type rewrapped struct {
+	image.Rewrapped
+	finished
+}
+
 // one rewraps an image, unless the outcome is unfit and it is the only one.
-func (r *rewrapper) one(ctx context.Context, src source, name, newName string) (image.Rewrapped, error) {
+func (r *rewrapper) one(ctx context.Context, p *places, name, newName string) (_ rewrapped, err error) {
 	if newName == "" {
 		newName = name
 	}
-	img, err := src.open(ctx, name, newName)
+	from, err := r.parse(name)
 	if err != nil {
-		return image.Rewrapped{}, err
+		return rewrapped{}, err
 	}
-	out, err := image.Rewrap(ctx, img, img.target, r.how, r.opts)
+	to, err := r.parse(newName)
+	if err != nil {
+		return rewrapped{}, err
+	}
+	j, err := p.open(ctx, from, to, false)
+	if taken := (*takenError)(nil); errors.As(err, &taken) {
+		// It may have been meant as the second of two images.
+		err = fmt.Errorf("image %s already exists: remove it first, or use --file or a pattern to rewrap both", newName)
+	}
+	if err != nil {
+		return rewrapped{}, err
+	}
+	defer func() { err = errors.Join(err, j.close()) }()
+	out := rewrapped{}
+	out.Rewrapped, err = image.Rewrap(ctx, j, j.desc, r.how, r.opts)
 	if errors.Is(err, processor.ErrNoKey) {
-		out, err = r.withPGP(ctx, img, err)
+		out.Rewrapped, err = r.withPGP(ctx, j, err)
 	}
 	if err == nil {
 		err = ctx.Err()
 	}
 	if err != nil {
-		return image.Rewrapped{}, err
+		return rewrapped{}, err
 	}
-	warnSkipped(out.Skipped, src.absent())
+	warnSkipped(out.Skipped, absent(from))
 	warnLacking(out.Lacking)
-	unfit := !r.several && r.unfit(out) != nil
-	same := newName == name && out.Target.Digest == img.target.Digest
+	unfit := !r.several && r.unfit(out.Rewrapped) != nil
+	same := to == from && out.Target.Digest == j.desc.Digest
 	if r.how.DryRun || unfit || same {
 		return out, nil
 	}
-	return out, img.commit(ctx, out.Target)
+	if out.finished, err = j.finish(ctx, out.Result, false); err != nil {
+		return rewrapped{}, err
+	}
+	out.printReferrers()
+	return out, nil
+}
+
+// absent returns why a manifest may be missing, for a warning.
+func absent(n transport.Name) string {
+	switch n.Transport {
+	case transport.Containerd:
+		return "its content is not here (pull it with --all-platforms)"
+	case transport.Registry:
+		return "it is not in the registry"
+	}
+	return "its content is not in " + n.Path
 }
 
 // withPGP rewraps an image with keys in gpg's keyring, which may ask for their
 // passwords, if there is such a recipient. Without them it failed.
-func (r *rewrapper) withPGP(ctx context.Context, img *openImage, failed error) (image.Rewrapped, error) {
-	layers, err := layerDescriptors(ctx, img, img.target, r.opts)
+func (r *rewrapper) withPGP(ctx context.Context, j *job, failed error) (image.Rewrapped, error) {
+	layers, err := layerDescriptors(ctx, j, j.desc, r.opts)
 	if err != nil {
 		return image.Rewrapped{}, err
 	}
@@ -289,5 +326,5 @@ func (r *rewrapper) withPGP(ctx context.Context, img *openImage, failed error) (
 	}
 	how := r.how
 	how.Keys = withProviders(dc)
-	return image.Rewrap(ctx, img, img.target, how, r.opts)
+	return image.Rewrap(ctx, j, j.desc, how, r.opts)
 }

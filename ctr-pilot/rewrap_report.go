@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/transport"
 )
 
 // rewrapResult is what "rewrap --json" prints for each image.
@@ -19,12 +20,18 @@ type rewrapResult struct {
 	Digest  string   `json:"digest,omitempty"` // the new one, also with --dry-run
 	Layers  int      `json:"layers,omitempty"` // that change
 	Changes []string `json:"changes,omitempty"`
-	Error   string   `json:"error,omitempty"`
-	Millis  int64    `json:"millis"`
+	// Referrers are signatures and the like that are about the image before, and whether
+	// they are about the new one too.
+	Referrers      []transport.Referrer `json:"referrers,omitempty"`
+	ReferrersError string               `json:"referrersError,omitempty"` // why some may be missing
+	Moved          *transport.Moved     `json:"moved,omitempty"`
+	Error          string               `json:"error,omitempty"`
+	Millis         int64                `json:"millis"`
 }
 
-func (r *rewrapper) result(name string, out image.Rewrapped, start time.Time, err error) rewrapResult {
+func (r *rewrapper) result(name string, out rewrapped, start time.Time, err error) rewrapResult {
 	v := rewrapResult{Image: name, Digest: out.Target.Digest.String(), Layers: out.Layers, Changes: out.Changes, Millis: time.Since(start).Milliseconds()}
+	v.Referrers, v.ReferrersError, v.Moved = out.referrers, out.unlistedText(), out.moved
 	switch {
 	case err != nil:
 		return rewrapResult{Image: name, Result: "failed", Error: err.Error(), Millis: v.Millis}
@@ -41,7 +48,7 @@ func (r *rewrapper) result(name string, out image.Rewrapped, start time.Time, er
 }
 
 // line returns what happened to an image, in one line.
-func (r *rewrapper) line(name string, out image.Rewrapped, start time.Time) string {
+func (r *rewrapper) line(name string, out rewrapped, start time.Time) string {
 	took := time.Since(start).Round(time.Millisecond)
 	switch {
 	case out.Encrypted == 0:

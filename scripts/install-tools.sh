@@ -127,6 +127,8 @@ build_module() {
 	echo "$version" >"$dir/bin/.$name"
 }
 build_module vault-dev vault
+# Debian's docker-registry is 2.8.
+build_module distribution distribution "" "" github.com/distribution/distribution/v3/cmd/registry
 
 if [ -n "$kubernetes" ]; then
 	version=$(sed -n 's,.*k8s.io/kubernetes v,v,p' "$(dirname "$0")/../integration/kubernetes/go.mod")

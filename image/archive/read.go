@@ -185,6 +185,15 @@ func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, er
 	return desc, nil
 }
 
+// Referrers lists what is about a manifest, as [layout.Referrers] does.
+func (l *Layout) Referrers(ctx context.Context) ([]layout.Referrer, error) {
+	index, err := l.read(ocispec.ImageIndexFile)
+	if err != nil {
+		return nil, err
+	}
+	return layout.Referrers(ctx, index, l)
+}
+
 func (l *Layout) blob(d digest.Digest) (region, error) {
 	name, err := layout.BlobPath(d)
 	if err != nil {

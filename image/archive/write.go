@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,7 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image/layout"
-	"github.com/ctrlplane/pilot/internal/replacefile"
+	"github.com/ctrlplane/pilot/internal/partfile"
 	"github.com/ctrlplane/pilot/internal/verified"
 )
 
@@ -30,31 +29,55 @@ const blockSize = 512
 // Output is an archive of an OCI image layout. Blobs are written side by side, each
 // in a place that is reserved by its size; the header, which has its digest, comes last.
 type Output struct {
-	name, temporary string
+	dir, name string
 
 	mu      sync.Mutex
-	file    *os.File // nil when it is closed
+	root    *os.Root       // of dir
+	file    *partfile.File // nil until the first blob is written, and when it is closed
+	closed  bool
 	end     int64
 	pending int // blobs that are not committed
 	regions map[digest.Digest]region
 }
 
-// Create makes an archive, which has that name once it is whole. The caller closes it.
+// Create returns an archive, which has that name once it is whole. A symbolic link of that
+// name is followed. Nothing is made before the first blob is written. The caller closes it.
 func Create(name string) (*Output, error) {
-	temporary := filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+"."+rand.Text())
-	f, err := os.OpenFile(temporary, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+	if to, err := filepath.EvalSymlinks(name); err == nil {
+		name = to
+	}
+	if info, err := os.Stat(name); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no file: give the archive another name", name)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	dir := filepath.Dir(name)
+	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, err
 	}
-	w := &Output{name: name, temporary: temporary, file: f, regions: map[digest.Digest]region{}}
-	version, err := json.Marshal(ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
-	if err == nil {
-		err = w.add(ocispec.ImageLayoutFile, version)
+	return &Output{dir: dir, name: filepath.Base(name), root: root, regions: map[digest.Digest]region{}}, nil
+}
+
+// open makes the file. The caller holds the lock.
+func (w *Output) open() error {
+	if w.closed {
+		return fs.ErrClosed
 	}
+	if w.file != nil {
+		return nil
+	}
+	partfile.Clean(w.root, ".")
+	f, err := partfile.Create(w.root, ".")
 	if err != nil {
-		return nil, errors.Join(err, w.Close())
+		return err
 	}
-	return w, nil
+	w.file = f
+	version, err := json.Marshal(ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
+	if err != nil {
+		return err
+	}
+	return w.addAt(w.place(int64(len(version))), ocispec.ImageLayoutFile, version)
 }
 
 // header returns the header of a file, of one block.
@@ -77,12 +100,17 @@ func header(name string, size int64) ([]byte, error) {
 func (w *Output) reserve(size int64) (region, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.file == nil {
-		return region{}, fs.ErrClosed
+	if err := w.open(); err != nil {
+		return region{}, err
 	}
+	return w.place(size), nil
+}
+
+// place returns a place for a file. The caller holds the lock.
+func (w *Output) place(size int64) region {
 	r := region{w.end + blockSize, size}
 	w.end = r.offset + (size+blockSize-1)/blockSize*blockSize
-	return r, nil
+	return r
 }
 
 // add writes a small file.
@@ -91,6 +119,10 @@ func (w *Output) add(name string, b []byte) error {
 	if err != nil {
 		return err
 	}
+	return w.addAt(r, name, b)
+}
+
+func (w *Output) addAt(r region, name string, b []byte) error {
 	h, err := header(name, r.size)
 	if err != nil {
 		return err
@@ -222,7 +254,7 @@ func (w *Output) blob(d digest.Digest) (region, error) {
 	defer w.mu.Unlock()
 	r, ok := w.regions[d]
 	if !ok {
-		return region{}, fmt.Errorf("%s has no blob %s: %w", w.name, d, errdefs.ErrNotFound)
+		return region{}, fmt.Errorf("%s has no blob %s: %w", filepath.Join(w.dir, w.name), d, errdefs.ErrNotFound)
 	}
 	return r, nil
 }
@@ -239,7 +271,7 @@ func (w *Output) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 	if err != nil {
 		return nil, err
 	}
-	files := files{archive: w.file}
+	files := files{archive: w.file.File}
 	return verified.New(files.section(r), desc)
 }
 
@@ -260,24 +292,22 @@ func (w *Output) Finish(desc ocispec.Descriptor, name string) error {
 	if err := w.file.Truncate(w.end + 2*blockSize); err != nil {
 		return err
 	}
-	if err := errors.Join(w.file.Sync(), w.file.Close()); err != nil {
-		return err
-	}
-	w.file = nil
-	if err := replacefile.Name(w.temporary, w.name); err != nil {
-		return errors.Join(err, os.Remove(w.temporary))
-	}
-	return nil
+	f := w.file
+	w.file, w.closed = nil, true
+	return errors.Join(f.Commit(w.name), w.root.Close())
 }
 
 // Close removes an archive that was not finished.
 func (w *Output) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.file == nil {
+	if w.closed {
 		return nil
 	}
-	err := errors.Join(w.file.Close(), os.Remove(w.temporary))
-	w.file = nil
-	return err
+	w.closed = true
+	var err error
+	if w.file != nil {
+		err = w.file.Discard()
+	}
+	return errors.Join(err, w.root.Close())
 }

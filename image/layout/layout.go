@@ -4,7 +4,6 @@ package layout
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,95 +13,129 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"time"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/ctrlplane/pilot/internal/replacefile"
+	"github.com/ctrlplane/pilot/internal/partfile"
 	"github.com/ctrlplane/pilot/internal/verified"
 )
 
-// maxIndex bounds index.json, in bytes.
-const maxIndex = 8 << 20
+const (
+	// maxIndex bounds index.json, in bytes.
+	maxIndex = 8 << 20
+	// verifySize is how many bytes of a blob are read at once to compare its digest.
+	verifySize = 1 << 20
+	// blobsDir is the directory of blobs with the digests that are written.
+	blobsDir = ocispec.ImageBlobsDir + "/sha256"
+)
 
 // Layout is a directory of images.
 type Layout struct {
 	name string
-	root *os.Root
+
+	mu      sync.Mutex
+	root    *os.Root  // nil until it was opened
+	cleaned sync.Once // of what killed processes left
 }
 
 // Open opens a layout. The error wraps [fs.ErrNotExist] if the directory is not there.
 // The caller closes it.
 func Open(dir string) (*Layout, error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, err
+	l := New(dir)
+	_, err := l.open(false)
+	if at := (*fs.PathError)(nil); errors.Is(err, fs.ErrNotExist) && errors.As(err, &at) {
+		err = at // a directory that is not there is another error than an image that is not
 	}
-	l := &Layout{dir, root}
-	if err := l.check(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", dir, err), root.Close())
-	}
-	return l, nil
+	return l, err
 }
 
-// Create opens a layout, and makes it first if it is not there or an empty directory.
-func Create(dir string) (*Layout, error) {
-	if err := os.MkdirAll(dir, 0o777); err != nil {
-		return nil, err
+// New returns a layout that need not be there, or may be an empty directory. It is made
+// when the first blob is written. The caller closes it.
+func New(dir string) *Layout { return &Layout{name: dir} }
+
+// open returns the directory. If it is not there or empty, it is made a layout if that is
+// wanted, and otherwise the error wraps [errdefs.ErrNotFound].
+func (l *Layout) open(create bool) (*os.Root, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.root != nil {
+		return l.root, nil
 	}
-	root, err := os.OpenRoot(dir)
+	if create {
+		if err := os.MkdirAll(l.name, 0o777); err != nil {
+			return nil, err
+		}
+	}
+	root, err := os.OpenRoot(l.name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
 	if err != nil {
 		return nil, err
 	}
-	l := &Layout{dir, root}
-	if err := l.create(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", dir, err), root.Close())
+	if create {
+		err = prepare(root)
+	} else {
+		err = check(root)
 	}
-	return l, nil
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", l.name, err), root.Close())
+	}
+	l.root = root
+	return root, nil
 }
 
-// create makes what a layout lacks. Others may be making the same one.
-func (l *Layout) create() error {
-	err := l.check()
-	if errdefs.IsNotFound(err) {
-		err = l.add(ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
-	}
+// writable returns the directory to write to.
+func (l *Layout) writable() (*os.Root, error) {
+	root, err := l.open(true)
 	if err != nil {
+		return nil, err
+	}
+	l.cleaned.Do(func() {
+		partfile.Clean(root, ".")
+		partfile.Clean(root, ocispec.ImageBlobsDir)
+	})
+	return root, root.MkdirAll(blobsDir, 0o777)
+}
+
+// prepare makes a directory a layout, if it is empty. Others may be making the same one.
+func prepare(root *os.Root) error {
+	if err := check(root); !errdefs.IsNotFound(err) {
 		return err
 	}
-	err = l.add(ocispec.ImageIndexFile, ocispec.Index{
+	// The file that makes it a layout comes first, so that a run that is killed here does
+	// not leave a directory that the next one refuses.
+	if err := add(root, ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}); err != nil {
+		return err
+	}
+	return add(root, ocispec.ImageIndexFile, ocispec.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{},
 	})
-	if err != nil {
-		return err
-	}
-	return l.root.MkdirAll("blobs/sha256", 0o777)
 }
 
-// check returns an error if the directory is no layout, or one of a version that is not
-// known. The error wraps [errdefs.ErrNotFound] if one can be made there.
-func (l *Layout) check() error {
-	entries, err := fs.ReadDir(l.root.FS(), ".")
+// check reports whether the directory is a layout of a version that is known. The error
+// wraps [errdefs.ErrNotFound] if it is empty.
+func check(root *os.Root) error {
+	// Before the file is looked for, since another process may be making it.
+	entries, err := fs.ReadDir(root.FS(), ".")
 	if err != nil {
 		return err
 	}
-	b, err := l.read(ocispec.ImageLayoutFile)
+	b, err := read(root, ocispec.ImageLayoutFile)
 	switch {
 	case err == nil:
 		return CheckVersion(b)
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
+	case slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !partfile.Is(e.Name()) }):
+		return errors.New("the directory is no OCI image layout: it has no file oci-layout")
 	}
-	const none = "the directory is no OCI image layout: it has no file oci-layout"
-	if slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), temporaryOf(ocispec.ImageLayoutFile)) }) {
-		return errors.New(none)
-	}
-	return fmt.Errorf("%s: %w", none, errdefs.ErrNotFound)
+	return fmt.Errorf("the directory is empty: %w", errdefs.ErrNotFound)
 }
 
 // CheckVersion checks the content of a file oci-layout.
@@ -118,11 +151,28 @@ func CheckVersion(b []byte) error {
 }
 
 // Close closes the layout.
-func (l *Layout) Close() error { return l.root.Close() }
+func (l *Layout) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.root == nil {
+		return nil
+	}
+	return l.root.Close()
+}
+
+// Same reports whether both are the same directory.
+func (l *Layout) Same(other *Layout) bool {
+	a, err := os.Stat(l.name)
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(other.name)
+	return err == nil && os.SameFile(a, b)
+}
 
 // read reads a small file.
-func (l *Layout) read(name string) ([]byte, error) {
-	f, _, err := l.open(name)
+func read(root *os.Root, name string) ([]byte, error) {
+	f, _, err := openFile(root, name)
 	if err != nil {
 		return nil, err
 	}
@@ -134,79 +184,81 @@ func (l *Layout) read(name string) ([]byte, error) {
 	return b, err
 }
 
-// open opens a regular file: nothing else has an end.
-func (l *Layout) open(name string) (*os.File, int64, error) {
-	info, err := l.root.Stat(name)
+// openFile opens a regular file: nothing else has an end.
+func openFile(root *os.Root, name string) (*os.File, int64, error) {
+	info, err := root.Stat(name)
 	if err != nil {
 		return nil, 0, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, 0, fmt.Errorf("%s is no file", path.Join(l.name, name))
+		return nil, 0, fmt.Errorf("%s is no file", path.Join(root.Name(), name))
 	}
-	f, err := l.root.Open(name)
+	f, err := root.Open(name)
 	if err != nil {
 		return nil, 0, err
 	}
 	return f, info.Size(), nil
 }
 
-// temporaryOf returns what the name of a file begins with until it is whole.
-func temporaryOf(name string) string { return "." + name + "." }
-
 // add writes a small file as a whole, unless there is one of that name.
-func (l *Layout) add(name string, v any) error {
-	if _, err := l.root.Lstat(name); err == nil {
-		return nil
-	}
+func add(root *os.Root, name string, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return l.write(name, b, func(temporary string) error {
-		err := l.root.Link(temporary, name)
-		if errors.Is(err, fs.ErrExist) {
-			err = nil
-		} else if err != nil { // a file system without links
-			return l.root.Rename(temporary, name)
-		}
-		return errors.Join(err, l.root.Remove(temporary))
-	})
-}
-
-// replace writes a small file as a whole.
-func (l *Layout) replace(name string, b []byte) error {
-	return l.write(name, b, func(temporary string) error {
-		return replacefile.Rename(func() error { return l.root.Rename(temporary, name) })
-	})
-}
-
-// write writes a file, to which use gives its name.
-func (l *Layout) write(name string, b []byte, use func(temporary string) error) error {
-	temporary := temporaryOf(name) + rand.Text()
-	f, err := l.root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+	f, err := writePart(root, b)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = use(temporary)
+	return f.CommitNew(name)
+}
+
+// replace writes a small file as a whole.
+func replace(root *os.Root, name string, b []byte) error {
+	f, err := writePart(root, b)
+	if err != nil {
+		return err
+	}
+	return f.Commit(name)
+}
+
+func writePart(root *os.Root, b []byte) (*partfile.File, error) {
+	f, err := partfile.Create(root, ".")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.Write(b); err != nil {
+		return nil, errors.Join(err, f.Discard())
+	}
+	return f, nil
+}
+
+// index returns the content of index.json, or nil if there is none.
+func (l *Layout) index() ([]byte, error) {
+	root, err := l.open(false)
+	if err != nil {
+		return nil, err
+	}
+	b, err := read(root, ocispec.ImageIndexFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
 	}
 	if err != nil {
-		err = errors.Join(err, l.root.Remove(temporary))
+		err = fmt.Errorf("%s: %w", l.name, err)
 	}
-	return err
+	return b, err
 }
 
 // Resolve returns the image of that name, which is the value of an annotation in
 // index.json, or the only one if the name is empty. The error wraps
 // [errdefs.ErrNotFound] if there is none.
 func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, error) {
-	b, err := l.read(ocispec.ImageIndexFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return ocispec.Descriptor{}, fmt.Errorf("%s has no index.json: %w", l.name, errdefs.ErrNotFound)
-	}
+	b, err := l.index()
 	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("%s: %w", l.name, err)
+		return ocispec.Descriptor{}, err
+	}
+	if b == nil {
+		return ocispec.Descriptor{}, fmt.Errorf("%s has no index.json: %w", l.name, errdefs.ErrNotFound)
 	}
 	desc, err := Find(b, name)
 	if err != nil {
@@ -215,121 +267,53 @@ func (l *Layout) Resolve(_ context.Context, name string) (ocispec.Descriptor, er
 	return desc, nil
 }
 
-// Find returns the image of that name in the content of an index.json.
-func Find(index []byte, name string) (ocispec.Descriptor, error) {
-	var list ocispec.Index
-	if err := json.Unmarshal(index, &list); err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("index.json: %w", err)
+// Names returns the names of the images, or none if there is no layout yet.
+func (l *Layout) Names(context.Context) ([]string, error) {
+	b, err := l.index()
+	if errdefs.IsNotFound(err) || err == nil && b == nil {
+		return nil, nil
 	}
-	if name == "" {
-		switch len(list.Manifests) {
-		case 0:
-			return ocispec.Descriptor{}, fmt.Errorf("it has no images: %w", errdefs.ErrNotFound)
-		case 1:
-			return bare(list.Manifests[0]), nil
-		}
-		return ocispec.Descriptor{}, fmt.Errorf("it has %d images: name one of %s", len(list.Manifests), strings.Join(names(list), ", "))
+	if err != nil {
+		return nil, err
 	}
-	var found []ocispec.Descriptor
-	for _, d := range list.Manifests {
-		if d.Annotations[ocispec.AnnotationRefName] == name || d.Annotations[images.AnnotationImageName] == name {
-			if !slices.ContainsFunc(found, func(f ocispec.Descriptor) bool { return f.Digest == d.Digest }) {
-				found = append(found, d)
-			}
-		}
-	}
-	switch len(found) {
-	case 0:
-		if all := names(list); len(all) > 0 {
-			return ocispec.Descriptor{}, fmt.Errorf("it has no image %q, only %s: %w", name, strings.Join(all, ", "), errdefs.ErrNotFound)
-		}
-		return ocispec.Descriptor{}, fmt.Errorf("it has no image %q: %w", name, errdefs.ErrNotFound)
-	case 1:
-		return bare(found[0]), nil
-	}
-	return ocispec.Descriptor{}, fmt.Errorf("it has %d images %q", len(found), name)
-}
-
-// bare returns a descriptor without what the index says of the name.
-func bare(d ocispec.Descriptor) ocispec.Descriptor {
-	d.Annotations = nil
-	return d
-}
-
-// maxNames is how many names an error shows.
-const maxNames = 10
-
-func names(index ocispec.Index) []string {
-	var all []string
-	for _, d := range index.Manifests {
-		if name := d.Annotations[ocispec.AnnotationRefName]; name != "" {
-			if all = append(all, name); len(all) == maxNames {
-				return append(all, "…")
-			}
-		}
-	}
-	return all
+	return Names(b)
 }
 
 // Tag makes name stand for desc, whose blobs are there. What the name stood for
 // before stays in the directory. An empty name adds an image without one. The rest of
 // index.json stays as it is.
-func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string) error {
-	unlock, err := l.lock(ctx)
+//
+// Unless before is nil, the error wraps [errdefs.ErrConflict] if the name stands for
+// something else than before, or, if that is empty, for anything. An empty name is that of
+// the only image then, if before is not empty.
+func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, before *digest.Digest) error {
+	root, err := l.writable()
+	if err != nil {
+		return err
+	}
+	unlock, err := lock(ctx, root)
 	if err != nil {
 		return fmt.Errorf("lock %s: %w", l.name, err)
 	}
 	defer unlock()
-	before, err := l.read(ocispec.ImageIndexFile)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	had, err := l.index()
+	if err != nil {
 		return err
 	}
-	after, err := WithImage(before, desc, name)
+	if before != nil && (name != "" || *before != "") {
+		now := ocispec.Descriptor{}
+		if had != nil {
+			now, err = Find(had, name)
+		}
+		if err != nil && !errdefs.IsNotFound(err) || now.Digest != *before {
+			return fmt.Errorf("%s: %w", l.name, errdefs.ErrConflict)
+		}
+	}
+	after, err := withImage(had, desc, name, name == "" && before != nil && *before != "")
 	if err != nil {
 		return fmt.Errorf("%s: %w", l.name, err)
 	}
-	return l.replace(ocispec.ImageIndexFile, after)
-}
-
-// WithImage returns the content of an index.json in which name stands for desc.
-func WithImage(index []byte, desc ocispec.Descriptor, name string) ([]byte, error) {
-	doc := map[string]json.RawMessage{"schemaVersion": json.RawMessage("2"), "mediaType": json.RawMessage(`"` + ocispec.MediaTypeImageIndex + `"`)}
-	if len(index) > 0 {
-		doc = nil
-		if err := json.Unmarshal(index, &doc); err != nil {
-			return nil, fmt.Errorf("index.json: %w", err)
-		}
-	}
-	var entries []json.RawMessage
-	if raw := doc["manifests"]; len(raw) > 0 {
-		if err := json.Unmarshal(raw, &entries); err != nil {
-			return nil, fmt.Errorf("index.json: manifests: %w", err)
-		}
-	}
-	desc.Annotations = nil
-	if name != "" {
-		desc.Annotations = map[string]string{ocispec.AnnotationRefName: name}
-	}
-	kept := make([]json.RawMessage, 0, len(entries)+1)
-	for _, e := range entries {
-		var d ocispec.Descriptor
-		if err := json.Unmarshal(e, &d); err != nil {
-			return nil, fmt.Errorf("index.json: %w", err)
-		}
-		had, named := d.Annotations[ocispec.AnnotationRefName]
-		if named && had == name || !named && name == "" && d.Digest == desc.Digest {
-			continue
-		}
-		kept = append(kept, e)
-	}
-	entry, err := json.Marshal(desc)
-	if err != nil {
-		return nil, err
-	}
-	if doc["manifests"], err = json.Marshal(append(kept, entry)); err != nil {
-		return nil, err
-	}
-	return json.Marshal(doc)
+	return replace(root, ocispec.ImageIndexFile, after)
 }
 
 // BlobPath returns the name of a blob's file in a layout, with slashes.
@@ -346,7 +330,11 @@ func (l *Layout) Info(_ context.Context, d digest.Digest) (content.Info, error) 
 	if err != nil {
 		return content.Info{}, err
 	}
-	info, err := l.root.Stat(name)
+	root, err := l.open(false)
+	if err != nil {
+		return content.Info{}, err
+	}
+	info, err := root.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return content.Info{}, l.absent(d)
 	}
@@ -367,7 +355,11 @@ func (l *Layout) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.R
 	if err != nil {
 		return nil, err
 	}
-	f, size, err := l.open(name)
+	root, err := l.open(false)
+	if err != nil {
+		return nil, err
+	}
+	f, size, err := openFile(root, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, l.absent(desc.Digest)
 	}
@@ -384,94 +376,35 @@ type blob struct {
 
 func (b blob) Size() int64 { return b.size }
 
+// Verify reads a blob and compares it with its descriptor. The error wraps
+// [verified.ErrDigest] if it is something else, or [errdefs.ErrNotFound].
+func (l *Layout) Verify(ctx context.Context, desc ocispec.Descriptor) error {
+	ra, err := l.ReaderAt(ctx, desc)
+	if err != nil {
+		return err
+	}
+	defer ra.Close()
+	if ra.Size() != desc.Size {
+		return fmt.Errorf("%w: %s has %d bytes, and not %d", verified.ErrDigest, desc.Digest, ra.Size(), desc.Size)
+	}
+	buf := make([]byte, verifySize)
+	for off := int64(0); off < desc.Size; {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		n, err := ra.ReadAt(buf, off)
+		off += int64(n)
+		if err != nil && !(errors.Is(err, io.EOF) && off == desc.Size) {
+			return err
+		}
+	}
+	return nil
+}
+
 // Abort does nothing: closing a writer removes what it wrote.
 func (l *Layout) Abort(context.Context, string) error { return nil }
 
 // Update does nothing: a layout keeps no labels.
 func (l *Layout) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
 	return info, nil
-}
-
-// Writer returns a writer of a new blob.
-func (l *Layout) Writer(_ context.Context, opts ...content.WriterOpt) (content.Writer, error) {
-	var o content.WriterOpts
-	for _, opt := range opts {
-		if err := opt(&o); err != nil {
-			return nil, err
-		}
-	}
-	temporary := path.Join(ocispec.ImageBlobsDir, ".pilot-"+rand.Text())
-	f, err := l.root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
-	if err != nil {
-		return nil, err
-	}
-	return &writer{layout: l, ref: o.Ref, file: f, temporary: temporary, started: time.Now(), digester: digest.Canonical.Digester()}, nil
-}
-
-type writer struct {
-	layout    *Layout
-	ref       string
-	file      *os.File // nil when it is closed
-	temporary string
-	started   time.Time
-	digester  digest.Digester
-	n         int64
-}
-
-func (w *writer) Write(p []byte) (int, error) {
-	n, err := w.file.Write(p)
-	_, _ = w.digester.Hash().Write(p[:n]) // never fails
-	w.n += int64(n)
-	return n, err
-}
-
-func (w *writer) Digest() digest.Digest { return w.digester.Digest() }
-
-func (w *writer) Commit(_ context.Context, size int64, expected digest.Digest, _ ...content.Opt) error {
-	if w.file == nil {
-		return fmt.Errorf("the writer is closed: %w", errdefs.ErrFailedPrecondition)
-	}
-	d := w.Digest()
-	if size > 0 && size != w.n || expected != "" && expected != d {
-		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", w.n, d, errdefs.ErrFailedPrecondition)
-	}
-	name, err := BlobPath(d)
-	if err != nil {
-		return err
-	}
-	err = errors.Join(w.file.Sync(), w.file.Close())
-	w.file = nil
-	if err == nil {
-		err = replacefile.Rename(func() error { return w.layout.root.Rename(w.temporary, name) })
-	}
-	if err != nil {
-		return errors.Join(err, w.layout.root.Remove(w.temporary))
-	}
-	return nil
-}
-
-func (w *writer) Status() (content.Status, error) {
-	return content.Status{Ref: w.ref, Offset: w.n, StartedAt: w.started, UpdatedAt: time.Now()}, nil
-}
-
-func (w *writer) Truncate(size int64) error {
-	if size != 0 {
-		return errdefs.ErrNotImplemented
-	}
-	if _, err := w.file.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	w.n = 0
-	w.digester.Hash().Reset()
-	return w.file.Truncate(0)
-}
-
-// Close removes what was not committed.
-func (w *writer) Close() error {
-	if w.file == nil {
-		return nil
-	}
-	err := errors.Join(w.file.Close(), w.layout.root.Remove(w.temporary))
-	w.file = nil
-	return err
 }

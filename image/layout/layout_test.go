@@ -48,10 +48,7 @@ func TestLayoutsMadeAtOnceKeepAllNames(t *testing.T) {
 }
 
 func addImage(dir, name string) error {
-	l, err := Create(dir)
-	if err != nil {
-		return err
-	}
+	l := New(dir)
 	defer l.Close()
-	return l.Tag(context.Background(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString(name), Size: 1}, name)
+	return l.Tag(context.Background(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString(name), Size: 1}, name, nil)
 }

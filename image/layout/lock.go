@@ -3,6 +3,7 @@ package layout
 import (
 	"context"
 	"errors"
+	"os"
 	"time"
 )
 
@@ -11,8 +12,8 @@ const lockInterval = 20 * time.Millisecond
 
 // lock keeps others from changing index.json, which is replaced and so is not locked
 // itself, until the returned function is called. A file system without locks is no error.
-func (l *Layout) lock(ctx context.Context) (unlock func() error, err error) {
-	f, err := l.root.Open(lockName)
+func lock(ctx context.Context, root *os.Root) (unlock func() error, err error) {
+	f, err := root.Open(lockName)
 	if err != nil {
 		return nil, err
 	}

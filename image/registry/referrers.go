@@ -1,49 +1,60 @@
 package registry
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Referrer is something in a registry that is about an image: a signature, an SBOM.
+// Referrer is something that is about a manifest: a signature, an SBOM.
 type Referrer struct {
+	ocispec.Descriptor
 	// Type is its artifact type, or what its tag says: sig, att or sbom.
 	Type string
-	// Name is its tag, or its digest.
-	Name string
+	// Tag is the tag that says what it is about, as cosign's do, or empty if its manifest
+	// says so.
+	Tag string
 }
 
-func (r Referrer) String() string { return fmt.Sprintf("%s (%s)", r.Name, r.Type) }
+// CosignSuffixes end the tags under which cosign keeps what is about a manifest.
+var CosignSuffixes = []string{"sig", "att", "sbom"}
 
-// cosignSuffixes end the tags under which cosign keeps what is about an image.
-var cosignSuffixes = []string{"sig", "att", "sbom"}
+// ReferrersTag returns the tag that stands for a manifest's referrers in a registry that
+// can't list them, and before a dot and a suffix for what cosign keeps about it:
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#referrers-tag-schema.
+func ReferrersTag(d digest.Digest) string { return strings.Replace(d.String(), ":", "-", 1) }
 
-// Referrers lists what is about an image: what the registry's referrers API lists, or its
-// referrers tag, and what cosign keeps under tags.
-func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor) ([]Referrer, error) {
+// Referrers lists what is about a manifest: what the registry's referrers API lists, or its
+// referrers tag, and what cosign keeps under tags. With an error it returns those that it
+// found.
+func (r *Repository) Referrers(ctx context.Context, d digest.Digest) ([]Referrer, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestWithin)
 	defer cancel()
 	var list []Referrer
 	if f, ok := r.fetcher.(remotes.ReferrersFetcher); ok {
-		found, err := f.FetchReferrers(ctx, desc.Digest)
+		found, err := f.FetchReferrers(ctx, d)
 		if err != nil && !errdefs.IsNotFound(err) {
 			return nil, err
 		}
-		for _, d := range found {
-			list = append(list, Referrer{d.ArtifactType, d.Digest.String()})
+		for _, desc := range found {
+			list = append(list, Referrer{Descriptor: desc, Type: desc.ArtifactType})
 		}
 	}
-	for _, suffix := range cosignSuffixes {
-		tag := cosignTag(desc.Digest, suffix)
-		_, _, err := r.resolver.Resolve(ctx, r.spec.Locator+":"+tag)
+	for _, suffix := range CosignSuffixes {
+		tag := ReferrersTag(d) + "." + suffix
+		_, desc, err := r.resolver.Resolve(ctx, r.spec.Locator+":"+tag)
 		if err == nil {
-			list = append(list, Referrer{suffix, tag})
+			list = append(list, Referrer{desc, suffix, tag})
 		} else if !errdefs.IsNotFound(err) {
 			return list, err
 		}
@@ -51,6 +62,81 @@ func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor) ([]
 	return list, nil
 }
 
-func cosignTag(d digest.Digest, suffix string) string {
-	return strings.Replace(d.String(), ":", "-", 1) + "." + suffix
+// PushReferrer pushes the manifest of a referrer of subject, whose blobs are there, so that
+// it is found again. A registry that does not look into manifests gets an entry in the
+// subject's referrers tag.
+func (r *Repository) PushReferrer(ctx context.Context, from content.Provider, ref Referrer, subject digest.Digest) error {
+	if ref.Tag != "" {
+		return r.Push(ctx, from, ref.Descriptor, ref.Tag)
+	}
+	resp, err := r.put(ctx, from, ref.Descriptor, ref.Digest.String())
+	if err != nil || resp.Header.Get("OCI-Subject") != "" {
+		return err
+	}
+	tag := ReferrersTag(subject)
+	index, err := r.referrersIndex(ctx, tag)
+	if err != nil {
+		return fmt.Errorf("read the referrers under %s: %w", tag, err)
+	}
+	if slices.ContainsFunc(index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == ref.Digest }) {
+		return nil
+	}
+	entry, err := referrerEntry(ctx, from, ref.Descriptor)
+	if err != nil {
+		return err
+	}
+	index.Manifests = append(index.Manifests, entry)
+	doc, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	desc := ocispec.Descriptor{MediaType: index.MediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
+	return r.Push(ctx, document{index.MediaType, doc}, desc, tag)
+}
+
+// referrerEntry returns the entry of a referrer in a list: its descriptor with what its
+// manifest says of its type, and its annotations.
+func referrerEntry(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (ocispec.Descriptor, error) {
+	doc, err := content.ReadBlob(ctx, from, desc)
+	if err != nil {
+		return desc, err
+	}
+	var m struct {
+		ArtifactType string             `json:"artifactType"`
+		Config       ocispec.Descriptor `json:"config"`
+		Annotations  map[string]string  `json:"annotations"`
+	}
+	if err := json.Unmarshal(doc, &m); err != nil {
+		return desc, fmt.Errorf("%s: %w", desc.Digest, err)
+	}
+	desc.ArtifactType, desc.Annotations = m.ArtifactType, m.Annotations
+	if desc.ArtifactType == "" {
+		desc.ArtifactType = m.Config.MediaType
+	}
+	return desc, nil
+}
+
+// referrersIndex returns the index under a referrers tag, or an empty one.
+func (r *Repository) referrersIndex(ctx context.Context, tag string) (ocispec.Index, error) {
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	_, desc, err := r.resolver.Resolve(ctx, r.spec.Locator+":"+tag)
+	if errdefs.IsNotFound(err) {
+		return index, nil
+	}
+	if err != nil {
+		return index, err
+	}
+	doc, err := content.ReadBlob(ctx, r, desc)
+	if err == nil {
+		err = json.Unmarshal(doc, &index)
+	}
+	if err == nil && index.MediaType != ocispec.MediaTypeImageIndex {
+		err = fmt.Errorf("it is a %.100q and not an index", index.MediaType)
+	}
+	return index, err
+}
+
+// ReaderAt returns a reader of the document, whatever the descriptor.
+func (d document) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, error) {
+	return memory{bytes.NewReader(d.content)}, nil
 }

@@ -10,6 +10,7 @@ package registry
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -67,6 +68,7 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w", name, err)
 	}
+	hosts = guarded(hosts)
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
 	fetcher, err := resolver.Fetcher(ctx, name)
 	if err != nil {
@@ -98,6 +100,15 @@ func hostWith(list []docker.RegistryHost, spec reference.Spec, capability docker
 // Name returns the name that the repository was opened with.
 func (r *Repository) Name() string { return r.spec.String() }
 
+// Locator returns the registry and the repository, as in registry.example.com/team/app.
+func (r *Repository) Locator() string { return r.spec.Locator }
+
+// Tag returns the tag that the repository was opened with.
+func (r *Repository) Tag() string {
+	tag, _, _ := strings.Cut(r.spec.Object, "@")
+	return tag
+}
+
 // Resolve returns what the name stands for. The error wraps [errdefs.ErrNotFound] if
 // it stands for nothing.
 func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
@@ -111,10 +122,14 @@ func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 func (r *Repository) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
 	r.mu.Lock()
 	doc, ok := r.documents[d]
+	kept, read := r.kept[d]
 	size, known := r.blobs[d]
 	r.mu.Unlock()
 	if ok {
 		return content.Info{Digest: d, Size: int64(len(doc.content))}, nil
+	}
+	if read {
+		return content.Info{Digest: d, Size: int64(len(kept))}, nil
 	}
 	if known {
 		return content.Info{Digest: d, Size: size}, nil
@@ -233,6 +248,17 @@ func (r *Repository) note(d digest.Digest, size int64) {
 	r.blobs[d] = size
 }
 
+// checkSize compares a blob that is there with its descriptor, as far as the registry says
+// what it has. Registries check digests when they get blobs, so they are not read back.
+func (r *Repository) checkSize(desc ocispec.Descriptor) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if size, ok := r.blobs[desc.Digest]; ok && size >= 0 && size != desc.Size {
+		return fmt.Errorf("%s has %d bytes of %s, and its descriptor says %d: the registry's storage or the manifest is damaged", r.push.Host, size, desc.Digest, desc.Size)
+	}
+	return nil
+}
+
 // hasBlob reports whether the host that takes pushes has a blob.
 func (r *Repository) hasBlob(ctx context.Context, d digest.Digest) (bool, error) {
 	r.mu.Lock()
@@ -247,6 +273,9 @@ func (r *Repository) hasBlob(ctx context.Context, d digest.Digest) (bool, error)
 	}
 	if err != nil {
 		return false, err
+	}
+	if got := resp.Header.Get("Docker-Content-Digest"); got != "" && got != d.String() {
+		return false, fmt.Errorf("%s was asked for %s and has %.100q instead", r.push.Host, d, got)
 	}
 	r.note(d, resp.ContentLength)
 	return true, nil
@@ -270,7 +299,7 @@ func (r *Repository) Copy(ctx context.Context, from content.Provider, desc ocisp
 		return "", err
 	}
 	if here, err := r.hasBlob(ctx, desc.Digest); err != nil || here {
-		return Present, err
+		return Present, errors.Join(err, r.checkSize(desc))
 	}
 	if other, ok := from.(*Repository); ok && r.mountsFrom(other) {
 		mounted, err := r.mount(ctx, desc, other.push.repository)
@@ -318,32 +347,32 @@ func (r *Repository) mount(ctx context.Context, desc ocispec.Descriptor, reposit
 }
 
 // Push pushes a manifest or an index, whose blobs and manifests are there, from a
-// provider that has it. It gets the tag that the repository was opened with, if tag is
-// set, and goes by its digest otherwise.
-func (r *Repository) Push(ctx context.Context, from content.Provider, desc ocispec.Descriptor, tag bool) error {
+// provider that has it, by its digest or a tag.
+func (r *Repository) Push(ctx context.Context, from content.Provider, desc ocispec.Descriptor, object string) error {
+	_, err := r.put(ctx, from, desc, object)
+	return err
+}
+
+func (r *Repository) put(ctx context.Context, from content.Provider, desc ocispec.Descriptor, object string) (*http.Response, error) {
 	ctx, err := r.pushing(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	doc, err := content.ReadBlob(ctx, from, desc)
 	if err != nil {
-		return err
-	}
-	object := desc.Digest.String()
-	if tag {
-		object, _, _ = strings.Cut(r.spec.Object, "@")
+		return nil, err
 	}
 	resp, err := r.push.do(ctx, request{
 		method: http.MethodPut, url: r.push.url(nil, "manifests", object), body: doc,
 		header: http.Header{"Content-Type": {desc.MediaType}},
 	}, http.StatusCreated, http.StatusOK, http.StatusNoContent, http.StatusAccepted)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if got := resp.Header.Get("Docker-Content-Digest"); got != "" && got != desc.Digest.String() {
-		return fmt.Errorf("%s keeps the manifest %s as %s", resp.Request.URL.Host, desc.Digest, got)
+		return nil, fmt.Errorf("%s keeps the manifest %s as %.100q", resp.Request.URL.Host, desc.Digest, got)
 	}
-	return nil
+	return resp, nil
 }
 
 // IsDocument reports whether a media type is that of a manifest or an index.

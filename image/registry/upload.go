@@ -25,7 +25,7 @@ const (
 	maxChunk = 32 << 20
 	// chunkWithin bounds one request with a chunk: 70 kB a second.
 	chunkWithin = 2 * time.Minute
-	// abortWithin bounds telling the registry to forget an upload.
+	// abortWithin bounds the request that has the registry forget an upload.
 	abortWithin = 5 * time.Second
 )
 
@@ -269,14 +269,20 @@ func (u *upload) Close() error {
 	if u.stream != nil {
 		u.stream.abort()
 	}
+	u.forget()
+	return nil
+}
+
+// forget has the registry forget what it has of the upload.
+func (u *upload) forget() {
 	if u.location == nil {
-		return nil
+		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(u.ctx), abortWithin)
 	defer cancel()
 	// Registries that can't do it forget uploads after a while.
 	_, _ = u.repo.push.do(ctx, request{method: http.MethodDelete, url: u.location, once: true}, http.StatusNoContent, http.StatusAccepted, http.StatusNotFound)
-	return nil
+	u.location = nil
 }
 
 // takesNoChunks reports whether a registry refused the first chunk as such. Then it
@@ -305,6 +311,7 @@ type streamAnswer struct {
 
 // streamFrom starts over with a request that sends first and what is written later.
 func (u *upload) streamFrom(first []byte) error {
+	u.forget()
 	if err := u.begin(); err != nil {
 		return err
 	}

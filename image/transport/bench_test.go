@@ -66,7 +66,7 @@ func layers(tb testing.TB, dir string, n, size int) {
 	manifest := put(tb, to, ocispec.MediaTypeImageManifest, fmt.Appendf(nil,
 		`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":%d},"layers":[%s]}`,
 		ocispec.MediaTypeImageManifest, conf.MediaType, conf.Digest, conf.Size, text))
-	if err := to.Name(tb.Context(), to, manifest); err != nil {
+	if err := to.Name(tb.Context(), to, manifest, nil); err != nil {
 		tb.Fatal(err)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/registry"
 )
 
@@ -46,23 +47,37 @@ func (m *Moved) add(origin registry.Origin, size int64) {
 	}
 }
 
-// Finish brings what desc refers to and the target lacks there, with its manifests, and
-// then gives it the target's name. Until then nothing has the name.
-func (p *Pair) Finish(ctx context.Context, desc ocispec.Descriptor) (Moved, error) {
-	f := &finish{pair: p, seen: newDigests(), moved: p.taken.moved}
+// Finish brings what result refers to and the target lacks there, with its manifests and
+// the referrers that are kept, and then gives it the target's name. Until then nothing has
+// the name. A referrer that can't be kept is marked so. before is as in [Target].Name.
+func (p *Pair) Finish(ctx context.Context, result image.Result, before *digest.Digest, referrers []Referrer) (Moved, error) {
+	f := &finish{pair: p, same: p.target.Holds(p.Source), absent: map[digest.Digest]bool{}, seen: newDigests(), moved: p.taken.moved}
+	for _, d := range result.Skipped {
+		f.absent[d.Digest] = true
+	}
+	for _, b := range result.Plain {
+		if b.Reason == image.ReasonAbsent {
+			f.absent[b.Digest] = true
+		}
+	}
 	f.moved.Written = p.written.sum()
-	if err := f.bring(ctx, desc, 0); err != nil {
+	if err := f.bring(ctx, result.Target, 0); err != nil {
 		return Moved{}, err
 	}
-	if err := p.target.Name(ctx, p, desc); err != nil {
+	if err := f.referrers(ctx, referrers); err != nil {
+		return Moved{}, err
+	}
+	if err := p.target.Name(ctx, p, result.Target, before); err != nil {
 		return Moved{}, err
 	}
 	return f.moved, nil
 }
 
 type finish struct {
-	pair *Pair
-	seen *digests
+	pair   *Pair
+	same   bool                   // the target has what the source has
+	absent map[digest.Digest]bool // what need not be there, which the caller accepted
+	seen   *digests
 
 	mu    sync.Mutex
 	moved Moved
@@ -77,36 +92,24 @@ func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) 
 	if err != nil {
 		return err
 	}
-	var refers struct {
-		Manifests []ocispec.Descriptor `json:"manifests"`
-		Config    *ocispec.Descriptor  `json:"config"`
-		Layers    []ocispec.Descriptor `json:"layers"`
-		Blobs     []ocispec.Descriptor `json:"blobs"` // of an artifact manifest
-	}
+	var refers children
 	if err := json.Unmarshal(doc, &refers); err != nil {
 		return fmt.Errorf("%s: %w", desc.Digest, err)
 	}
+	blobs := refers.blobs()
 	for _, m := range refers.Manifests {
-		if !registry.IsDocument(m.MediaType) {
-			refers.Blobs = append(refers.Blobs, m)
-			continue
+		switch {
+		case f.absent[m.Digest]:
+		case !registry.IsDocument(m.MediaType):
+			blobs = append(blobs, m)
+		case !f.has(m) && f.seen.add(m.Digest, 0):
+			if err := f.bring(ctx, m, depth+1); err != nil {
+				return err
+			}
+			if err := f.pair.target.Document(ctx, f.pair, m); err != nil {
+				return fmt.Errorf("manifest %s: %w", m.Digest, err)
+			}
 		}
-		if !f.seen.add(m.Digest, 0) {
-			continue
-		}
-		if _, err := f.pair.Info(ctx, m.Digest); errdefs.IsNotFound(err) {
-			continue // a platform that is not there, which was accepted
-		}
-		if err := f.bring(ctx, m, depth+1); err != nil {
-			return err
-		}
-		if err := f.pair.target.Document(ctx, f.pair, m); err != nil {
-			return fmt.Errorf("manifest %s: %w", m.Digest, err)
-		}
-	}
-	blobs := slices.Concat(refers.Layers, refers.Blobs)
-	if refers.Config != nil {
-		blobs = append(blobs, *refers.Config)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(copiesAtOnce)
@@ -114,9 +117,34 @@ func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) 
 		if f.pair.written.has(b.Digest) || f.pair.taken.has(b.Digest) || !f.seen.add(b.Digest, 0) {
 			continue
 		}
+		if f.has(b) {
+			f.count(registry.Present, b.Size)
+			continue
+		}
 		g.Go(func() error { return f.blob(ctx, b) })
 	}
 	return g.Wait()
+}
+
+// has reports whether the target has something since the source has it.
+func (f *finish) has(desc ocispec.Descriptor) bool {
+	return f.same && !f.pair.written.has(desc.Digest)
+}
+
+// children is what a manifest or an index refers to.
+type children struct {
+	Manifests []ocispec.Descriptor `json:"manifests"`
+	Config    *ocispec.Descriptor  `json:"config"`
+	Layers    []ocispec.Descriptor `json:"layers"`
+	Blobs     []ocispec.Descriptor `json:"blobs"` // of an artifact manifest
+}
+
+func (c children) blobs() []ocispec.Descriptor {
+	all := slices.Concat(c.Layers, c.Blobs)
+	if c.Config != nil {
+		all = append(all, *c.Config)
+	}
+	return all
 }
 
 func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
@@ -127,14 +155,19 @@ func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	if err != nil {
 		return fmt.Errorf("blob %s: %w", desc.Digest, err)
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.moved.add(origin, desc.Size)
+	f.count(origin, desc.Size)
 	return nil
 }
 
-// copyAll copies a blob until ctx is done.
-func copyAll(ctx context.Context, w io.Writer, ra content.ReaderAt) error {
+func (f *finish) count(origin registry.Origin, size int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.moved.add(origin, size)
+}
+
+// copyAll copies a blob, all of which is read, from the offset on that the writer has
+// got to, until ctx is done.
+func copyAll(ctx context.Context, w io.Writer, ra content.ReaderAt, from int64) error {
 	buf := make([]byte, copySize)
 	for off := int64(0); off < ra.Size(); {
 		if err := ctx.Err(); err != nil {
@@ -144,8 +177,10 @@ func copyAll(ctx context.Context, w io.Writer, ra content.ReaderAt) error {
 		if n == 0 && err != nil {
 			return err
 		}
-		if _, werr := w.Write(buf[:n]); werr != nil {
-			return werr
+		if skip := min(max(from-off, 0), int64(n)); skip < int64(n) {
+			if _, werr := w.Write(buf[skip:n]); werr != nil {
+				return werr
+			}
 		}
 		off += int64(n)
 	}

@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -29,7 +30,7 @@ func TestImpossibleSizesAreErrors(t *testing.T) {
 	hosts := plainHTTP(http.DefaultClient)
 	address := newRegistry(t, nil)
 	reg := target(t, "docker://"+address+"/app:1", hosts)
-	if _, err := NewPair(source(t, "oci:"+dir+":app", hosts), reg).Finish(t.Context(), manifest); err != nil {
+	if _, err := NewPair(source(t, "oci:"+dir+":app", hosts), reg).Finish(t.Context(), image.Result{Target: manifest}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, desc := range []ocispec.Descriptor{manifest, layer} {
@@ -112,6 +113,95 @@ func TestOtherHostsSeeNoCredentials(t *testing.T) {
 	}
 }
 
+// TestRedirectsCarryNoSecrets has a registry redirect what is read and written to another
+// host, which is the same registry.
+func TestRedirectsCarryNoSecrets(t *testing.T) {
+	ec, dc := newKey(t)
+	var mu sync.Mutex
+	seen, redirected := map[string]bool{}, map[string]bool{}
+	inner := newRegistry(t, func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			mu.Lock()
+			for _, name := range []string{"Authorization", "Cookie", "X-Secret"} {
+				seen[name] = seen[name] || r.Header.Get(name) != ""
+			}
+			mu.Unlock()
+			h.ServeHTTP(w, r)
+		})
+	})
+	outer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		redirected[r.Method] = true
+		mu.Unlock()
+		if r.Header.Get("X-Secret") == "" {
+			t.Errorf("%s %s: the registry itself does not see the header", r.Method, r.URL)
+		}
+		http.Redirect(w, r, "http://"+inner+r.URL.String(), http.StatusTemporaryRedirect)
+	}))
+	t.Cleanup(outer.Close)
+	hosts := func(host string) ([]docker.RegistryHost, error) {
+		list, err := plainHTTP(outer.Client())(host)
+		for i := range list {
+			list[i].Header = http.Header{"Authorization": {"Basic eDp5"}, "X-Secret": {"x"}, "Cookie": {"a=b"}}
+		}
+		return list, err
+	}
+	dir, manifest, _ := oneLayer(t, 19<<20)
+	enc := "docker://" + strings.TrimPrefix(outer.URL, "http://") + "/app:1"
+	if _, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, enc, hosts), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+		return image.Encrypt(ctx, cs, desc, ec, image.Options{})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	back, err := crypt(t, source(t, enc, hosts), target(t, "oci:"+dir+":back", nil), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+		return image.Decrypt(ctx, cs, desc, dc, image.Options{})
+	})
+	if err != nil || back.Target.Digest != manifest.Digest {
+		t.Errorf("%s came back: %v", back.Target.Digest, err)
+	}
+	for name, was := range seen {
+		if was {
+			t.Errorf("the other host saw %s", name)
+		}
+	}
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT"} {
+		if !redirected[method] {
+			t.Errorf("no %s was redirected", method)
+		}
+	}
+}
+
+// TestMissingManifestsAreErrorsUnlessAccepted brings an index of which a manifest is missing
+// to another place.
+func TestMissingManifestsAreErrorsUnlessAccepted(t *testing.T) {
+	dir, manifest, _ := oneLayer(t, 5000)
+	missing := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("missing"), Size: 7}
+	doc, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{missing, manifest}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := put(t, target(t, "oci:"+dir+":app", nil), ocispec.MediaTypeImageIndex, doc)
+	finish := func(result image.Result) error {
+		result.Target = index
+		_, err := NewPair(source(t, "oci:"+dir+":app", nil), target(t, "oci:"+dir+"/../to:x", nil)).Finish(t.Context(), result, nil, nil)
+		return err
+	}
+	if err := finish(image.Result{}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), missing.Digest.String()) {
+		t.Errorf("nobody accepted it: %v", err)
+	}
+	if _, err := target(t, "oci:"+dir+"/../to:x", nil).Resolve(t.Context()); !errdefs.IsNotFound(err) {
+		t.Errorf("the name is given: %v", err)
+	}
+	for what, result := range map[string]image.Result{
+		"skipped": {Skipped: []ocispec.Descriptor{missing}},
+		"kept":    {Plain: []image.Plain{{Digest: missing.Digest, Reason: image.ReasonAbsent}}},
+	} {
+		if err := finish(result); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 // TestArchivesResolveToWhatIsReplaced looks at a file before it is replaced.
 func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 	dir, manifest, _ := oneLayer(t, 5000)
@@ -121,7 +211,7 @@ func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 		t.Errorf("no file: %v", err)
 	}
 	to := target(t, name+":app", nil)
-	if _, err := NewPair(source(t, "oci:"+dir+":app", nil), to).Finish(t.Context(), manifest); err != nil {
+	if _, err := NewPair(source(t, "oci:"+dir+":app", nil), to).Finish(t.Context(), image.Result{Target: manifest}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range []string{name, name + ":app"} {
@@ -143,7 +233,7 @@ func TestLayoutKeepsNamesGivenAtOnce(t *testing.T) {
 			l, err := layout.Open(dir)
 			if err == nil {
 				defer l.Close()
-				err = l.Tag(t.Context(), manifest, fmt.Sprint(i))
+				err = l.Tag(t.Context(), manifest, fmt.Sprint(i), nil)
 			}
 			if err != nil {
 				t.Error(err)

@@ -160,7 +160,7 @@ func target(t testing.TB, name string, hosts docker.RegistryHosts) Target {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := OpenTarget(t.Context(), n, hosts)
+	s, err := OpenTarget(t.Context(), n, false, hosts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -175,7 +175,7 @@ func write(t *testing.T, img *imagetest.Image, dir string) {
 	if err := img.Write(t.Context(), NewPair(to, to)); err != nil {
 		t.Fatal(err)
 	}
-	if err := to.Name(t.Context(), to, img.Target); err != nil {
+	if err := to.Name(t.Context(), to, img.Target, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -192,7 +192,7 @@ func crypt(t testing.TB, from Source, to Target, do func(context.Context, image.
 	if err != nil {
 		return result, err
 	}
-	_, err = pair.Finish(t.Context(), result.Target)
+	_, err = pair.Finish(t.Context(), result, nil, nil)
 	return result, err
 }
 

@@ -68,18 +68,22 @@ func TestRewrapRegistry(t *testing.T) {
 		}
 	})
 	requests := w.Record(nil, func() { harness.Output(t, rewrap(app+"1")) })
-	// What the tag is, the index, two manifests and an attestation; three manifests
-	// that are new, twice what the tag is, and its new index.
+	// What the tag is, the index, two manifests and an attestation; what refers to each of
+	// those; three manifests that are new, what the tag is now, and its new index.
 	counts := map[string]int{}
 	for _, r := range requests {
 		method, path, _ := strings.Cut(r, " ")
-		counts[method]++
-		if !strings.Contains(path, "/manifests/") {
+		switch {
+		case strings.Contains(path, "/referrers/") || strings.Contains(path, "/manifests/sha256-"):
+			counts["referrers"]++
+		case !strings.Contains(path, "/manifests/"):
 			t.Errorf("request %s", r)
+		default:
+			counts[method]++
 		}
 	}
-	if counts["GET"] != 4 || counts["PUT"] != 4 || counts["HEAD"] != 6 {
-		t.Errorf("requests: %q", requests)
+	if counts["GET"] != 4 || counts["PUT"] != 4 || counts["HEAD"] != 2 || counts["referrers"] != 4*5 {
+		t.Errorf("requests: %v %q", counts, requests)
 	}
 	has, keks := w.KEKs("team/app", "1")
 	if !slices.Equal(had, has) || keks["s390x"] != "team-a@2" || keks[harness.Arch] != "team-a@2" {
@@ -94,7 +98,9 @@ func TestRewrapRegistry(t *testing.T) {
 
 	// The platform of a single image is in its configuration.
 	requests = w.Record(nil, func() { harness.Output(t, rewrap("--platform", "linux/"+harness.Arch, app+"single")) })
-	if blobs := slices.DeleteFunc(requests, func(r string) bool { return !strings.Contains(r, "/blobs/") }); len(blobs) != 1 || !strings.HasPrefix(blobs[0], "GET ") {
+	layers, _ := w.KEKs("team/app", "single")
+	blobs := slices.DeleteFunc(requests, func(r string) bool { return !strings.Contains(r, "/blobs/") })
+	if len(blobs) == 0 || slices.ContainsFunc(blobs, func(r string) bool { return slices.Contains(layers, filepath.Base(r)) }) {
 		t.Errorf("for a platform, blobs: %q", blobs)
 	}
 	requests = w.Record(nil, func() { harness.Output(t, rewrap("--platform", "linux/s390x", app+"2", app+"s390x")) })
@@ -104,13 +110,29 @@ func TestRewrapRegistry(t *testing.T) {
 
 	t.Run("names", func(t *testing.T) {
 		harness.ExpectFailure(t, rewrap(app+"2", app+"1"), "image "+app+"1 already exists")
-		harness.ExpectFailure(t, rewrap(app+"2", w.Address+"/team/other:2"), "in another repository")
 		harness.ExpectFailure(t, rewrap(app+"nobody"), "not found")
 		byDigest := w.Address + "/team/app@" + c.Target(app+"2")
 		harness.ExpectFailure(t, rewrap(byDigest), "give it a new name")
 		harness.Output(t, rewrap(byDigest, app+"by-digest"))
 		if _, keks := w.KEKs("team/app", "by-digest"); keks["s390x"] != "team-a@2" {
 			t.Errorf("by digest: %v", keks)
+		}
+	})
+	t.Run("to another repository", func(t *testing.T) {
+		requests := w.Record(nil, func() { harness.Output(t, rewrap(app+"2", w.Address+"/team/other:2")) })
+		mounts := 0
+		for _, r := range requests {
+			method, path, _ := strings.Cut(r, " ")
+			if method == "PATCH" || method == "PUT" && !strings.Contains(path, "/manifests/") {
+				t.Errorf("bytes of blobs were moved: %s", r)
+			}
+			if method == "POST" {
+				mounts++
+			}
+		}
+		has, keks := w.KEKs("team/other", "2")
+		if !slices.Equal(has, had) || keks["s390x"] != "team-a@2" || mounts < len(has) {
+			t.Errorf("layers %s, were %s, wrapped with %v; %d mounts", has, had, keks, mounts)
 		}
 	})
 	t.Run("changed while it is rewrapped", func(t *testing.T) {

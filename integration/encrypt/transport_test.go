@@ -32,6 +32,24 @@ type cryptResult struct {
 	Layers int
 	Reused struct{ Layers, Bytes int64 }
 	Moved  struct{ Written, Copied, Mounted, Present int64 }
+	// Referrers are those of the image before.
+	Referrers []referrer
+}
+
+type referrer struct {
+	Subject, Name, Type, Error string
+	Kept                       bool
+}
+
+// newAnywhere starts a broker with KEKs, and a pilot that uses it.
+func newAnywhere(t testing.TB, dir string, keks ...string) anywhere {
+	t.Helper()
+	_, broker := harness.StartBroker(t, dir+"/broker", keks...)
+	_, ociConf := harness.StartPilot(t, dir, broker)
+	if err := os.MkdirAll(dir+"/tmp", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	return anywhere{t, dir, ociConf}
 }
 
 func (a anywhere) crypt(args ...string) cryptResult {
@@ -52,6 +70,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 	_, ociConf := harness.StartPilot(t, dir, broker)
 	d := harness.NewDebian(t, dir, ociConf)
 	registry, _ := harness.StartRegistry(t, dir)
+	distribution, _ := harness.StartDistribution(t, dir)
 	if err := os.MkdirAll(dir+"/tmp", 0o777); err != nil {
 		t.Fatal(err)
 	}
@@ -62,11 +81,13 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 	l.Write(dir+"/plain", "v1", l.Image(harness.LayerKinds[0], false, harness.Arch, secret))
 	harness.Output(t, d.Run("skopeo", "copy", "oci:"+dir+"/plain:v1", "oci-archive:"+dir+"/plain.tar:v1"))
 	harness.Output(t, d.Run("skopeo", "copy", "oci:"+dir+"/plain:v1", "docker-archive:"+dir+"/docker.tar:app:v1"))
-	harness.Output(t, d.Run("skopeo", "copy", "--dest-tls-verify=false", "oci:"+dir+"/plain:v1", "docker://"+registry+"/plain:v1"))
+	for _, address := range []string{registry, distribution} {
+		harness.Output(t, d.Run("skopeo", "copy", "--dest-tls-verify=false", "oci:"+dir+"/plain:v1", "docker://"+address+"/plain:v1"))
+	}
 
-	for i, from := range []string{"oci:" + dir + "/plain:v1", "oci-archive:" + dir + "/plain.tar:v1", "docker-archive:" + dir + "/docker.tar", "docker://" + registry + "/plain:v1"} {
+	for i, from := range []string{"oci:" + dir + "/plain:v1", "oci-archive:" + dir + "/plain.tar:v1", "docker-archive:" + dir + "/docker.tar", "docker://" + registry + "/plain:v1", "docker://" + distribution + "/plain:v1"} {
 		plain := ""
-		for j, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + registry + "/enc:x"} {
+		for j, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + registry + "/enc:x", "docker://" + distribution + "/enc:x"} {
 			result := a.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", from, to)
 			if result.Layers != 2 || result.Image != to || result.Moved.Written == 0 {
 				t.Errorf("%s to %s: %+v", from, to, result)
@@ -75,7 +96,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 			if strings.Count(info, "team-a@1") != 2 {
 				t.Errorf("%s: %s", to, info)
 			}
-			back := filepath.Join(dir, "back", string(rune('a'+3*i+j)))
+			back := filepath.Join(dir, "back", string(rune('a'+4*i+j)))
 			decrypted := a.crypt("decrypt", "--json", to, "oci:"+back+":x")
 			if plain == "" {
 				plain = decrypted.Digest
@@ -104,6 +125,12 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 	t.Run("taken", func(t *testing.T) {
 		for _, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:y", "docker://" + registry + "/enc:x"} {
 			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", to), "already exists", "--force")
+		}
+	})
+	t.Run("an archive in the place of a directory", func(t *testing.T) {
+		requests := harness.ExpectFailure(t, a.images("encrypt", "--force", "--recipient", "provider:pilot:nobody", "oci:"+dir+"/plain:v1", "oci-archive:"+dir+"/tmp:x"), "tmp is no file")
+		if strings.Contains(requests, "nobody") {
+			t.Errorf("it began to work: %s", requests)
 		}
 	})
 	t.Run("within a registry", func(t *testing.T) {

@@ -42,6 +42,7 @@ var (
 	Hello        = Program{packages: []string{"./integration/testdata/hello"}} // the program in images
 	Containerd   = Program{tools: []string{"bin/containerd", "bin/containerd-shim-runc-v2", "bin/ctr", "bin/crictl"}, path: []string{"/usr/bin/containerd", "runc"}}
 	Registry     = Program{path: []string{"docker-registry"}}
+	Distribution = Program{tools: []string{"bin/distribution"}}
 	Debian13     = Program{tools: []string{"trixie/usr/bin/skopeo"}}
 	OpenSSL      = Program{path: []string{"openssl"}}
 	GPG          = Program{path: []string{"gpg"}}

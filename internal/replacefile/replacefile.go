@@ -70,5 +70,10 @@ func Name(temporary, name string) error {
 		return err
 	}
 	defer dir.Close()
-	return Rename(func() error { return replaceOpen(dir, filepath.Base(temporary), filepath.Base(name)) })
+	return NameIn(dir, filepath.Base(temporary), filepath.Base(name))
+}
+
+// NameIn does so below a directory that is open.
+func NameIn(dir *os.Root, temporary, name string) error {
+	return Rename(func() error { return replaceOpen(dir, temporary, name) })
 }

@@ -1,0 +1,183 @@
+package encrypt
+
+import (
+	"encoding/json"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// TestSignaturesAreKeptOrNamed signs an image with skopeo, as cosign does, encrypts it, and
+// has skopeo verify the signature of what is decrypted in another repository.
+func TestSignaturesAreKeptOrNamed(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	a := newAnywhere(t, dir, "team-a")
+	d := harness.NewDebian(t, dir, a.ociConf)
+	registry, _ := harness.StartRegistry(t, dir)
+	distribution, _ := harness.StartDistribution(t, dir)
+	l := harness.NewLayout(t)
+	plain := l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
+	l.Write(dir+"/plain", "v1", plain)
+	harness.Write(t, dir+"/passphrase", "secret")
+	harness.Write(t, filepath.Join(d.Root, "etc/containers/registries.d/test.yaml"), "default-docker:\n  use-sigstore-attachments: true\n")
+	harness.Output(t, d.Run("skopeo", "generate-sigstore-key", "--output-prefix", dir+"/key", "--passphrase-file", dir+"/passphrase"))
+	harness.Output(t, d.Run("skopeo", "copy", "--dest-tls-verify=false", "--sign-by-sigstore-private-key", dir+"/key.private",
+		"--sign-passphrase-file", dir+"/passphrase", "oci:"+dir+"/plain:v1", "docker://"+registry+"/app:signed"))
+	policy := harness.Write(t, dir+"/policy.json", `{"default": [{"type": "sigstoreSigned", "keyPath": "`+dir+`/key.pub",
+		"signedIdentity": {"type": "exactRepository", "dockerRepository": "`+registry+`/app"}}]}`)
+	verify := func(name string) []string {
+		return []string{"--policy", policy, "copy", "--src-tls-verify=false", "docker://" + name, "dir:" + dir + "/verified"}
+	}
+	harness.Output(t, d.Run("skopeo", verify(registry+"/app:signed")...))
+	want := referrer{Subject: plain["digest"].(string), Name: strings.Replace(plain["digest"].(string), ":", "-", 1) + ".sig", Type: "sig"}
+
+	for _, to := range []string{"docker://" + registry + "/app:enc", "docker://" + distribution + "/app:enc", "oci:" + dir + "/enc:x"} {
+		r := a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "docker://"+registry+"/app:signed", to)
+		if len(r.Referrers) != 1 || r.Referrers[0] != want {
+			t.Errorf("%s: %+v, want %+v", to, r.Referrers, want)
+		}
+	}
+	out := harness.CombinedOutput(t, a.images("encrypt", "--force", "--recipient", "provider:pilot:team-a", "docker://"+registry+"/app:signed", "docker://"+registry+"/app:enc"))
+	if line := "left out: " + want.Name + " (sig), which refers to " + want.Subject + ": sign the new image"; !strings.Contains(out, line) {
+		t.Errorf("want %q in %s", line, out)
+	}
+	harness.ExpectFailure(t, d.Run("skopeo", verify(registry+"/app:enc")...), "signature")
+
+	// The decrypted image is the one that was signed.
+	want.Kept = true
+	for _, to := range []string{registry + "/app:back", registry + "/other:back", distribution + "/other:back"} {
+		r := a.crypt("decrypt", "--json", "docker://"+registry+"/app:enc", "docker://"+to)
+		if len(r.Referrers) != 1 || r.Referrers[0] != want {
+			t.Errorf("%s: %+v, want %+v", to, r.Referrers, want)
+		}
+		harness.Output(t, d.Run("skopeo", verify(to)...))
+		os.RemoveAll(dir + "/verified")
+	}
+	if r := a.crypt("decrypt", "--json", "docker://"+registry+"/app:enc", "oci-archive:"+dir+"/back.tar:x"); len(r.Referrers) != 1 || r.Referrers[0].Kept {
+		t.Errorf("in an archive: %+v", r.Referrers)
+	}
+}
+
+// TestReferrersFollowWhatTheyAreAbout has an artifact with a subject, as notation and oras
+// make them, be about an image, and a signature about one platform of another.
+func TestReferrersFollowWhatTheyAreAbout(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	a := newAnywhere(t, dir, "team-a", "team-b")
+	address, _ := harness.StartRegistry(t, dir)
+	w := harness.RecordRegistry(t, address)
+	l := harness.NewLayout(t)
+	l.Write(dir+"/plain", "v1", l.Index(harness.LayerKinds[1], harness.NewSecret()))
+	enc := a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", "oci:"+dir+"/enc:x")
+
+	// The artifact, in the layout.
+	const manifest, kind = "application/vnd.oci.image.manifest.v1+json", "application/vnd.cncf.notary.signature"
+	signature := harness.NewLayout(t)
+	empty := signature.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))
+	index := harness.Read(t, dir+"/enc/blobs/sha256/"+strings.TrimPrefix(enc.Digest, "sha256:"))
+	artifact := signature.JSON(manifest, harness.Object{
+		"schemaVersion": 2, "mediaType": manifest, "artifactType": kind, "config": empty,
+		"layers":  []harness.Object{signature.Blob("application/jose+json", []byte(`{"payload":""}`))},
+		"subject": harness.Object{"mediaType": "application/vnd.oci.image.index.v1+json", "digest": enc.Digest, "size": len(index)},
+	})
+	for name, b := range signature.Files {
+		if name != "oci-layout" {
+			harness.Write(t, filepath.Join(dir, "enc", name), string(b))
+		}
+	}
+	var list struct{ Manifests []any }
+	if err := json.Unmarshal([]byte(harness.Read(t, dir+"/enc/index.json")), &list); err != nil {
+		t.Fatal(err)
+	}
+	b, _ := json.Marshal(harness.Object{"schemaVersion": 2, "manifests": append(list.Manifests, artifact)})
+	harness.Write(t, dir+"/enc/index.json", string(b))
+
+	want := referrer{Subject: enc.Digest, Name: artifact["digest"].(string), Type: kind, Kept: true}
+	app := "docker://" + w.Address + "/app:"
+	for i, step := range []struct{ from, to string }{{"oci:" + dir + "/enc:x", app + "1"}, {app + "1", app + "2"}, {app + "2", "docker://" + w.Address + "/other:1"}, {"docker://" + w.Address + "/other:1", "oci:" + dir + "/back:x"}} {
+		r := a.rewrap(step.from, step.to)[0]
+		if r.Result != "upToDate" || len(r.Referrers) != 1 || r.Referrers[0] != want {
+			t.Errorf("step %d: %+v, want %+v", i, r, want)
+		}
+	}
+	if doc, _ := w.Manifest("GET", "other", strings.Replace(enc.Digest, ":", "-", 1), "", ""); !strings.Contains(doc, want.Name) || !strings.Contains(doc, kind) {
+		t.Errorf("the referrers tag: %s", doc)
+	}
+	want.Kept = false
+	for _, place := range []string{app + "1", "oci:" + dir + "/back:x"} {
+		r := a.rewrap("--from", "team-a", "--to", "team-b", place)[0]
+		if r.Result != "changed" || len(r.Referrers) != 1 || r.Referrers[0] != want {
+			t.Errorf("%s: %+v, want %+v", place, r, want)
+		}
+		harness.Output(t, a.images("layerinfo", "--require-encrypted", place))
+	}
+
+	// What is about the signature goes with it.
+	about := signature.JSON(manifest, harness.Object{
+		"schemaVersion": 2, "mediaType": manifest, "artifactType": "application/example.timestamp", "config": empty, "layers": []harness.Object{empty},
+		"subject": harness.Object{"mediaType": manifest, "digest": artifact["digest"], "size": artifact["size"]},
+	})
+	hex := strings.TrimPrefix(about["digest"].(string), "sha256:")
+	harness.Write(t, dir+"/enc/blobs/sha256/"+hex, string(signature.Files["blobs/sha256/"+hex]))
+	b, _ = json.Marshal(harness.Object{"schemaVersion": 2, "manifests": append(list.Manifests, about, artifact)})
+	harness.Write(t, dir+"/enc/index.json", string(b))
+	for _, step := range [][2]string{{"oci:" + dir + "/enc:x", "docker://" + w.Address + "/both:1"}, {"docker://" + w.Address + "/both:1", "oci:" + dir + "/both:x"}} {
+		r := a.rewrap(step[0], step[1])[0]
+		if len(r.Referrers) != 2 || !r.Referrers[0].Kept || !r.Referrers[1].Kept || r.Referrers[0].Subject == r.Referrers[1].Subject {
+			t.Errorf("%s: %+v", step, r)
+		}
+	}
+	harness.Write(t, dir+"/enc/index.json", strings.Replace(string(b), about["digest"].(string), "sha256:"+strings.Repeat("0", 64), 1))
+
+	// One that nobody can read does not keep the image from being copied.
+	if err := os.Remove(dir + "/enc/blobs/sha256/" + strings.TrimPrefix(empty["digest"].(string), "sha256:")); err != nil {
+		t.Fatal(err)
+	}
+	if r := a.rewrap("oci:"+dir+"/enc:x", "oci:"+dir+"/third:x")[0]; r.Result != "upToDate" || len(r.Referrers) != 1 || r.Referrers[0].Kept || !strings.Contains(r.Referrers[0].Error, "not found") {
+		t.Errorf("%+v", r)
+	}
+
+	// One platform changes, and the signature of another stays good.
+	var platforms struct {
+		Manifests []struct {
+			Digest   string
+			Platform struct{ Architecture string }
+		}
+	}
+	if err := json.Unmarshal([]byte(index), &platforms); err != nil {
+		t.Fatal(err)
+	}
+	want = referrer{Type: "sig"}
+	doc, mediaType := w.Manifest("GET", "app", artifact["digest"].(string), "", "")
+	for _, m := range platforms.Manifests {
+		if m.Platform.Architecture == "unknown" {
+			continue
+		}
+		want.Subject, want.Name = m.Digest, strings.Replace(m.Digest, ":", "-", 1)+".sig"
+		w.Manifest("PUT", "app", want.Name, mediaType, doc)
+	}
+	r := a.rewrap("--from", "team-a", "--to", "team-b", "--platform", "linux/s390x", app+"2")[0]
+	kept := map[bool]int{}
+	for _, found := range r.Referrers {
+		kept[found.Kept]++
+	}
+	// Of the index, and of the platform that changes; of the other.
+	if kept[false] != 2 || kept[true] != 1 {
+		t.Errorf("%+v", r.Referrers)
+	}
+
+	t.Run("the registry can't list them", func(t *testing.T) {
+		broken := harness.FrontRegistry(t, address, func(h http.Handler) http.HandlerFunc {
+			return refuse("GET", "/referrers/", 500, "")(refuse("GET", "/manifests/sha256-", 500, "")(h))
+		})
+		out := harness.CombinedOutput(t, a.images("rewrap", "--from", "team-a", "--to", "team-b", "docker://"+broken+"/other:1"))
+		if !strings.Contains(out, "warning: what refers to the image, such as signatures, could not be listed") || !strings.Contains(out, "layers: ") {
+			t.Error(out)
+		}
+	})
+}
