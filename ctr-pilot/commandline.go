@@ -18,10 +18,15 @@ import (
 // explainUsage makes a command and those below it answer a usage error with one line
 // instead of their help.
 func explainUsage(c *cli.Command, path string) {
+	group := len(c.Commands) > 0 // the library adds help later, to every command
 	c.OnUsageError = func(_ context.Context, c *cli.Command, err error, _ bool) error {
+		// The library reads the flags after an unknown command before it looks at that.
+		if name := unknownCommand(c, c.Root(), os.Args[1:]); group && name != "" {
+			return unknownCommandError(c, path, name)
+		}
 		return exit.CommandUsage(path, err.Error()+nearestFlag(c, os.Args[1:]))
 	}
-	if len(c.Commands) > 0 && c.Action == nil {
+	if group && c.Action == nil {
 		c.Action = func(_ context.Context, c *cli.Command) error {
 			name := c.Args().First()
 			if name == "" && c.Root() == c {
@@ -30,16 +35,46 @@ func explainUsage(c *cli.Command, path string) {
 			if name == "" {
 				return cli.ShowSubcommandHelp(c)
 			}
-			var names []string
-			for _, sub := range c.Commands {
-				names = append(names, sub.Names()...)
-			}
-			return exit.CommandUsage(path, "unknown command \""+name+"\""+mistyped.DidYouMean(name, names))
+			return unknownCommandError(c, path, name)
 		}
 	}
 	for _, sub := range c.Commands {
 		explainUsage(sub, path+" "+sub.Name)
 	}
+}
+
+func unknownCommandError(c *cli.Command, path, name string) error {
+	var names []string
+	for _, sub := range c.Commands {
+		names = append(names, sub.Names()...)
+	}
+	return exit.CommandUsage(path, "unknown command \""+name+"\""+mistyped.DidYouMean(name, names))
+}
+
+// unknownCommand returns the first of args that is in the place of a command below c and
+// is none, or nothing. at is the command that args begin after.
+func unknownCommand(c, at *cli.Command, args []string) string {
+	for i := 0; i < len(args) && len(at.Commands) > 0; i++ {
+		flag, isFlag := strings.CutPrefix(args[i], "-")
+		if !isFlag {
+			sub := at.Command(args[i])
+			if sub == nil && at == c {
+				return args[i]
+			}
+			if sub == nil {
+				return ""
+			}
+			at = sub
+			continue
+		}
+		for _, f := range at.Flags {
+			doc, ok := f.(cli.DocGenerationFlag)
+			if ok && doc.TakesValue() && slices.Contains(f.Names(), strings.TrimPrefix(flag, "-")) {
+				i++
+			}
+		}
+	}
+	return ""
 }
 
 // nearestFlag asks whether another flag was meant by something in args that looks like a
@@ -49,13 +84,14 @@ func nearestFlag(c *cli.Command, args []string) string {
 	for _, cmd := range c.Lineage() {
 		for _, f := range cmd.Flags {
 			for _, n := range f.Names() {
-				known["--"+n] = true
+				known[dashed(n)] = true
 			}
 		}
 	}
 	names := slices.Sorted(maps.Keys(known))
 	for _, arg := range args {
-		name, _, _ := strings.Cut("--"+strings.TrimLeft(arg, "-"), "=")
+		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		name = dashed(name)
 		if arg == "--" {
 			break
 		}
@@ -64,6 +100,13 @@ func nearestFlag(c *cli.Command, args []string) string {
 		}
 	}
 	return ""
+}
+
+func dashed(name string) string {
+	if len(name) == 1 {
+		return "-" + name
+	}
+	return "--" + name
 }
 
 // status returns the exit status for an error.

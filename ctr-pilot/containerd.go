@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -23,11 +22,8 @@ func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, 
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	client, ctx, cancel, err := commands.NewClient(ctx, cmd)
-	if err != nil && runtime.GOOS != "linux" {
-		err = fmt.Errorf("%w: a name without a transport is containerd's, which runs on Linux: name docker://REGISTRY/REPOSITORY:TAG, oci:DIRECTORY or oci-archive:FILE, or a containerd by --address", err)
-	}
 	if err != nil {
-		return err
+		return &connectError{err}
 	}
 	defer cancel()
 	ctx, release, err := withLease(ctx, client)
@@ -37,6 +33,13 @@ func withClient(ctx context.Context, cmd *cli.Command, do func(context.Context, 
 	defer func() { release(err) }()
 	return do(ctx, client)
 }
+
+// connectError is the error of a containerd that can't be reached.
+type connectError struct{ err error }
+
+func (e *connectError) Error() string { return e.err.Error() }
+
+func (e *connectError) Unwrap() error { return e.err }
 
 // untilSignal returns a context that is done when the user stops the command.
 func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"strings"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -43,6 +44,9 @@ func (c *containerdImage) Resolve(ctx context.Context) (ocispec.Descriptor, erro
 	}
 	var err error
 	c.image, err = getImage(ctx, c.client, c.name)
+	if errdefs.IsNotFound(err) {
+		err = fmt.Errorf("%w%s", err, meantTransport(c.name))
+	}
 	return c.image.Target, err
 }
 

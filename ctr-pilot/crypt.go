@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"os"
 
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 )
@@ -51,19 +49,26 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 		return err
 	}
 	if verb == "encrypt" {
-		warnKept(from, to, j.desc)
+		j.warnKept(ctx)
 	}
 	return report(p.cmd, verb, toName, result, done)
 }
 
 // warnKept says that the readable image is still where its name was given to the
-// encrypted one: only the name is gone.
-func warnKept(from, to transport.Name, desc ocispec.Descriptor) {
-	switch {
-	case from == to && to.Transport == transport.Registry:
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, as %s, until the registry deletes it\n", desc.Digest)
-	case from.Transport == transport.OCI && to.Transport == transport.OCI && sameFile(from.Path, to.Path):
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, whose blobs are still in %s: encrypt into another directory to publish it\n", to.Path)
+// encrypted one: only the name is gone. An image that only got recipients was not readable.
+func (j *job) warnKept(ctx context.Context) {
+	inRegistry := j.from == j.to && j.to.Transport == transport.Registry
+	inDirectory := j.from.Transport == transport.OCI && j.to.Transport == transport.OCI && sameFile(j.from.Path, j.to.Path)
+	if !inRegistry && !inDirectory {
+		return
+	}
+	if plain, err := image.Inspect(ctx, j, j.desc, image.Options{}); err == nil && len(image.NotEncrypted(plain)) == 0 {
+		return
+	}
+	if inRegistry {
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, as %s, until the registry deletes it\n", j.desc.Digest)
+	} else {
+		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, whose blobs are still in %s: encrypt into another directory to publish it\n", j.to.Path)
 	}
 }
 

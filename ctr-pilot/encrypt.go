@@ -125,6 +125,12 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	if err != nil {
 		return err
 	}
+	if verb == "encrypt" {
+		// Before anything is opened, and found to be missing or taken.
+		if err := checkRecipients(cmd.StringSlice("recipient")); err != nil {
+			return err
+		}
+	}
 	names := []transport.Name{from, to}
 	if like, _, err := likeName(cmd); err != nil {
 		return err

@@ -102,18 +102,28 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 // recipientSchemes are the first words of recipients.
 var recipientSchemes = []string{"provider", "jwe", "pkcs7", "pgp", "pkcs11"}
 
+// checkRecipients checks how recipients are spelled, and that there is one.
+func checkRecipients(list []string) error {
+	if len(list) == 0 {
+		return exit.Usagef("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
+	}
+	for _, r := range list {
+		if scheme, _, ok := strings.Cut(r, ":"); !ok || !slices.Contains(recipientSchemes, scheme) {
+			return exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+		}
+	}
+	return nil
+}
+
 // newRecipients returns the recipients in args, and the keys to add them to layers that are
 // encrypted already.
 func newRecipients(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (processor.Recipients, error) {
 	var none processor.Recipients
-	if len(args.Recipient) == 0 {
-		return none, exit.Usagef("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
+	if err := checkRecipients(args.Recipient); err != nil {
+		return none, err
 	}
 	for _, r := range args.Recipient {
-		scheme, name, ok := strings.Cut(r, ":")
-		if !ok || !slices.Contains(recipientSchemes, scheme) {
-			return none, exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
-		}
+		scheme, name, _ := strings.Cut(r, ":")
 		if scheme == "jwe" || scheme == "pkcs7" || scheme == "pkcs11" {
 			if err := regular.Check(name, regular.MaxConfig); err != nil {
 				return none, fmt.Errorf("recipient %s: %w", r, err)

@@ -97,7 +97,12 @@ func inspect(ctx context.Context, cmd *cli.Command, opts image.Options) (layers 
 	if err != nil {
 		return nil, nil, err
 	}
-	return layers, plain, withPlaces(ctx, cmd, []transport.Name{name}, func(ctx context.Context, p *places) error {
+	return layers, plain, withPlaces(ctx, cmd, []transport.Name{name}, func(ctx context.Context, p *places) (err error) {
+		defer func() {
+			if err != nil {
+				err = fmt.Errorf("layerinfo %s: %w", cmd.Args().First(), err)
+			}
+		}()
 		source, err := p.source(ctx, name)
 		if err != nil {
 			return err

@@ -100,6 +100,11 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	if (r.how.From == "") != (r.how.To == "") {
 		return nil, exit.Usagef("--from and --to must be used together")
 	}
+	for _, flag := range []string{"from", "to"} {
+		if kek := cmd.String(flag); strings.HasPrefix(kek, "provider:") {
+			return nil, exit.Usagef("--%s %s: it takes a KEK, as in --from team-a --to team-b; --remove and --recipient take recipients", flag, kek)
+		}
+	}
 	if cmd.Duration("image-timeout") <= 0 {
 		return nil, exit.Usagef("--image-timeout takes a time of more than 0, as in 5m")
 	}

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"strings"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -14,6 +16,7 @@ import (
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/localstore"
+	"github.com/ctrlplane/pilot/internal/mistyped"
 )
 
 const transportsHelp = `
@@ -71,14 +74,29 @@ func withPlaces(ctx context.Context, cmd *cli.Command, names []transport.Name, d
 	}
 	for _, n := range names {
 		if n.Transport == transport.Containerd {
-			return withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
+			err := withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
 				return do(ctx, &places{cmd, client, hosts})
 			})
+			if failed := (*connectError)(nil); errors.As(err, &failed) {
+				err = fmt.Errorf("%q names an image in containerd: %w (elsewhere: docker://REGISTRY/REPOSITORY:TAG, oci:DIRECTORY, oci-archive:FILE or docker-archive:FILE; another containerd: --address)%s",
+					n.Image, err, meantTransport(n.Image))
+			}
+			return err
 		}
 	}
 	ctx, stop := untilSignal(ctx)
 	defer stop()
 	return do(ctx, &places{cmd, nil, hosts})
+}
+
+// meantTransport asks whether a name in containerd is that of an image elsewhere, with
+// its transport mistyped, or returns nothing.
+func meantTransport(name string) string {
+	before, _, ok := strings.Cut(name, ":")
+	if !ok {
+		return ""
+	}
+	return mistyped.DidYouMean(before, []string{transport.Registry, transport.OCI, transport.OCIArchive, transport.DockerArchive, transport.Containerd})
 }
 
 func (p *places) source(ctx context.Context, n transport.Name) (transport.Source, error) {

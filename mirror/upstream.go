@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/log"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image"
@@ -112,7 +113,7 @@ func (u *upstreams) of(c caller, name string) (*upstream, error) {
 func (u *upstreams) make(c caller, name string) (*upstream, error) {
 	made := &upstream{making: make(chan struct{}, maxRegistryImages), searching: make(chan struct{}, 1)}
 	// Nothing of this is bound to a request.
-	ctx := context.Background()
+	ctx := log.WithLogger(context.Background(), quiet)
 	options := config.HostOptions{
 		UpdateClient: func(client *http.Client) error {
 			client.Transport = throttled{client.Transport, &made.throttle}

@@ -109,7 +109,7 @@ background copilot copilot serve
 await copilot test -S "$dir/copilot.sock"
 broker=https://$(sed -n 's/.*"\(127.0.0.1:[0-9]*\)".*/\1/p' "$etc/copilot.toml")
 
-step "Three machines, each with pilot and a containerd: ci, which may have keys wrapped; node-1, which may have the KEK; and stranger, which may nothing"
+step "Three machines, each with pilot and a containerd: ci, which may have keys wrapped; node-1, which may have the KEK; and stranger, which may do nothing"
 show copilot enroll --config-dir "$etc" --out "$etc" --role ci ci
 show copilot enroll --config-dir "$etc" --out "$etc" --role node node-1
 show copilot enroll --config-dir "$etc" --out "$etc" --role guest stranger

@@ -59,7 +59,7 @@ Example:
    copilot certs renew /etc/copilot/server.pem /etc/copilot/admin.pem`,
 			Flags: []cli.Flag{
 				configDirFlag(),
-				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: &commandline.When{}, DefaultText: "as long as the old one"},
+				&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid: a `TIME`, as in 90d or 12h, or a date, as in 2030-01-01", Value: &commandline.When{}, DefaultText: "as long as the old one"},
 				&cli.BoolFlag{Name: "new-key", Usage: "create a new private key as well, in NAME-key.pem beside NAME.pem"},
 			},
 			Action: certsRenew,
@@ -79,7 +79,7 @@ Example:
    copilot certs rotate-ca`,
 			Flags: []cli.Flag{
 				configDirFlag(),
-				&cli.GenericFlag{Name: "for", Usage: "how long the new CA's certificate is valid, as in 3650d, or until when", Value: commandline.After(caFor)},
+				&cli.GenericFlag{Name: "for", Usage: "how long the new CA's certificate is valid: a `TIME`, as in 3650d, or a date", Value: commandline.After(caFor)},
 				&cli.BoolFlag{Name: "finish", Usage: "remove the old CA from ca.pem"},
 			},
 			Action: certsRotateCA,

@@ -37,7 +37,7 @@ Example:
 		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address of a server to issue a certificate for; may be repeated"},
 		&cli.StringFlag{Name: "role", Usage: "`WORD` before the name: node, ci, …", Value: "node"},
 		&cli.StringFlag{Name: "out", Usage: "`DIRECTORY` to write to", Value: "."},
-		&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid, as in 90d or 12h, or until when, as in 2030-01-01", Value: commandline.After(clientFor)},
+		&cli.GenericFlag{Name: "for", Usage: "how long the certificate is valid: a `TIME`, as in 90d or 12h, or a date, as in 2030-01-01", Value: commandline.After(clientFor)},
 		&cli.StringFlag{Name: "csr", Usage: "certificate signing request to sign, `FILE` in PEM, or - for standard input"},
 		jsonFlag(),
 	},

@@ -126,7 +126,7 @@ func initialize(_ context.Context, c *cli.Command) error {
    copilot keys create --config %[1]s team-a
    copilot enroll --config-dir %[2]s worker-7      # a node needs worker-7.pem, worker-7-key.pem and %[3]s
 
-Only nodes may use KEKs, until you change %[4]s.
+By %[4]s, nodes may decrypt, CI may encrypt, and root on this machine may do both, with every KEK.
 Keep %[5]s away from this machine where you can: it can issue certificates for nodes.
 `, in("copilot.toml"), dir, in(pki.CertFile), in("policy.toml"), in(pki.KeyFile))
 	return nil

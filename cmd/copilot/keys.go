@@ -92,7 +92,9 @@ Example:
    copilot keys disable --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag()),
 			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
-				return done(keys.Disable(ctx, id, c.Int("key-version")))(c, "disabled"+ofVersion(c))
+				info, err := keys.Disable(ctx, id, c.Int("key-version"))
+				warnCurrent(c, info, err)
+				return done(info, err)(c, "disabled"+ofVersion(c))
 			}),
 		},
 		{
@@ -112,7 +114,7 @@ Until then, "copilot keys enable" undoes it.
 Example:
    copilot keys destroy --key-version 1 team-a`,
 			Flags: keysFlags(versionFlag(),
-				&cli.GenericFlag{Name: "after", Usage: "how long to wait, as in 30d or 12h, or until when, as in 2030-01-01", Value: commandline.After(server.DestroyAfter)},
+				&cli.GenericFlag{Name: "after", Usage: "how long to wait: a `TIME`, as in 30d or 12h, or a date, as in 2030-01-01", Value: commandline.After(server.DestroyAfter)},
 				&cli.BoolFlag{Name: "yes", Usage: "with --after 0: confirm that what was encrypted for it becomes unreadable, permanently and now"},
 			),
 			Action: onKEK(func(ctx context.Context, c *cli.Command, keys server.Keys, id string) error {
@@ -123,7 +125,9 @@ Example:
 				if after < time.Second && !c.Bool("yes") {
 					return exit.Usagef("images encrypted for %s could never be decrypted again: confirm with --yes", id)
 				}
-				return done(keys.Destroy(ctx, id, c.Int("key-version"), after))(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
+				info, err := keys.Destroy(ctx, id, c.Int("key-version"), after)
+				warnCurrent(c, info, err)
+				return done(info, err)(c, "destroyed"+ofVersion(c)+", permanently from "+time.Now().Add(after).Format(time.RFC3339)+" on")
 			}),
 		},
 		{
@@ -286,6 +290,13 @@ func ofVersion(c *cli.Command) string {
 		return fmt.Sprintf(" in version %d", v)
 	}
 	return ""
+}
+
+// warnCurrent warns that a version was taken out of use that is needed to encrypt.
+func warnCurrent(c *cli.Command, info keyring.Info, err error) {
+	if v := c.Int("key-version"); err == nil && v != 0 && v == info.Version {
+		fmt.Fprintf(os.Stderr, "copilot: warning: version %d is the current one: nothing can be encrypted for %s until \"copilot keys rotate %[2]s\"\n", v, info.ID)
+	}
 }
 
 func jsonFlag() cli.Flag {

@@ -29,7 +29,7 @@ Example:
    copilot certs node-ca`,
 	Flags: []cli.Flag{
 		configDirFlag(),
-		&cli.GenericFlag{Name: "for", Usage: "how long the CA's certificate is valid, as in 3650d, or until when", Value: commandline.After(caFor)},
+		&cli.GenericFlag{Name: "for", Usage: "how long the CA's certificate is valid: a `TIME`, as in 3650d, or a date", Value: commandline.After(caFor)},
 		&cli.BoolFlag{Name: "finish", Usage: "remove the CA for nodes that was replaced"},
 	},
 	Action: certsNodeCA,

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ctrlplane/pilot/internal/errline"
@@ -92,6 +94,9 @@ func unavailable(all []*candidate) error {
 			err = fmt.Errorf("%w: no time was left to ask it", ErrUnavailable)
 		case !errors.Is(err, ErrUnavailable):
 			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+		if strings.HasPrefix(b.url, "unix:") && errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: start copilot on this machine, or set broker to its address", err)
 		}
 		if b.retry.possible {
 			err = fmt.Errorf("%w (tried %d times)", err, b.tries)

@@ -152,7 +152,8 @@ func TestNobodyThere(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.KEK(t.Context(), "a", 0); !errors.Is(err, ErrUnavailable) {
+		_, err = c.KEK(t.Context(), "a", 0)
+		if advice := "start copilot on this machine"; !errors.Is(err, ErrUnavailable) || strings.Contains(err.Error(), advice) != strings.HasPrefix(url, "unix:") {
 			t.Errorf("%s: %v", url, err)
 		}
 	}

@@ -59,7 +59,7 @@ func (c Config) brokers() ([]*endpoint, error) {
 		return nil, errors.New("no broker is configured")
 	}
 	if (c.CAFile != "" || c.CertFile != "") && c.first("https") == "" {
-		return nil, fmt.Errorf("%s: certificates are for https", strings.Join(c.URLs, ", "))
+		return nil, fmt.Errorf("%s: certificates are for https: use https://HOST:PORT, or leave the CA and the client certificate out", strings.Join(c.URLs, ", "))
 	}
 	if plain := c.first("http"); plain != "" && c.TokenFile+c.TokenVariable+c.GitHubAudience != "" {
 		return nil, fmt.Errorf("%s: the token would be sent unencrypted: use https or a unix socket", plain)

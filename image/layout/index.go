@@ -24,7 +24,15 @@ func Find(index []byte, name string) (ocispec.Descriptor, error) {
 		case 1:
 			return bare(list.Manifests[0]), nil
 		}
-		return ocispec.Descriptor{}, fmt.Errorf("it has %d images: name one of %s", len(list.Manifests), strings.Join(names(list), ", "))
+		named := allNames(list)
+		if len(named) == 0 {
+			return ocispec.Descriptor{}, fmt.Errorf("it has %d images, and none has a name", len(list.Manifests))
+		}
+		err := fmt.Errorf("it has %d images: name one of %s", len(list.Manifests), strings.Join(names(list), ", "))
+		if rest := len(list.Manifests) - len(named); rest > 0 {
+			err = fmt.Errorf("%w (%d without a name)", err, rest)
+		}
+		return ocispec.Descriptor{}, err
 	}
 	var found []ocispec.Descriptor
 	for _, d := range list.Manifests {

@@ -144,6 +144,20 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 	})
+	t.Run("in place", func(t *testing.T) {
+		// The plain image is still there afterwards. Nothing readable is left by one that
+		// only gets a recipient.
+		harness.Output(t, d.Run("skopeo", "copy", "--dest-tls-verify=false", "oci:"+dir+"/plain:v1", "docker://"+registry+"/place:v1"))
+		harness.Output(t, d.Run("skopeo", "copy", "oci:"+dir+"/plain:v1", "oci:"+dir+"/place:v1"))
+		for _, name := range []string{"docker://" + registry + "/place:v1", "oci:" + dir + "/place:v1"} {
+			for _, warned := range []bool{true, false} {
+				out, err := a.images("encrypt", "--recipient", "provider:pilot:team-a", name).CombinedOutput()
+				if err != nil || strings.Contains(string(out), "stays readable: the previous image") != warned {
+					t.Errorf("%s: %v, %s", name, err, out)
+				}
+			}
+		}
+	})
 	t.Run("bad names", func(t *testing.T) {
 		for name, want := range map[string]string{
 			"oci:" + dir + "/nothing:v1":             "no such file",
@@ -152,6 +166,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 			"docker-archive:" + dir + "/plain.tar":   "use oci-archive:",
 			"docker://" + registry + "/plain:absent": "not found",
 			"docker://app:1":                         "docker://registry.example.com/app:1",
+			"oci-archve:" + dir + "/plain.tar":       "did you mean oci-archive?",
 		} {
 			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", name, "oci:"+dir+"/none:x"), want)
 		}

@@ -175,7 +175,7 @@ func TestWindowsClients(t *testing.T) {
 		}
 	})
 	t.Run("names that do not fit say what does", func(t *testing.T) {
-		for name, want := range map[string]string{"app:1": "containerd's, which runs on Linux: name docker://", `C:\images\plain:v1`: `as in oci:C:\images\plain:v1`} {
+		for name, want := range map[string]string{"app:1": `"app:1" names an image in containerd: `, `C:\images\plain:v1`: `as in oci:C:\images\plain:v1`} {
 			harness.ExpectFailure(t, w.images("encrypt", "--recipient", recipient, name, `oci:C:\images\none:x`), want)
 		}
 		for _, args := range [][]string{{`C:\pilot\pilot.exe`, "node", "install", "--now"}, {`C:\pilot\copilot.exe`, "serve", "--listen", "x"}} {
