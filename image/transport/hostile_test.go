@@ -202,6 +202,46 @@ func TestMissingManifestsAreErrorsUnlessAccepted(t *testing.T) {
 	}
 }
 
+// TestForeignLayersThatAreThereAreCopied has a registry refuse such a layer in the words
+// for one that is not there.
+func TestForeignLayersThatAreThereAreCopied(t *testing.T) {
+	dir, manifest, layer := oneLayer(t, 5000)
+	from := source(t, "oci:"+dir+":app", nil)
+	var m ocispec.Manifest
+	doc, err := content.ReadBlob(t.Context(), from, manifest)
+	if err == nil {
+		err = json.Unmarshal(doc, &m)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, there := range []bool{true, false} {
+		foreign := layer
+		if !there {
+			foreign.Digest = digest.FromString("elsewhere")
+		}
+		foreign.URLs = []string{"https://example.com/layer"}
+		m.Layers = []ocispec.Descriptor{foreign}
+		if doc, err = json.Marshal(m); err != nil {
+			t.Fatal(err)
+		}
+		result := image.Result{Target: put(t, target(t, "oci:"+dir+":app", nil), ocispec.MediaTypeImageManifest, doc)}
+		to := target(t, "docker://"+newRegistry(t, func(h http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Method == http.MethodPut && r.URL.Query().Get("digest") == layer.Digest.String() {
+					http.NotFound(w, r)
+					return
+				}
+				h.ServeHTTP(w, r)
+			})
+		})+"/app:1", plainHTTP(nil))
+		_, err := NewPair(from, to).Finish(t.Context(), result, nil, nil)
+		if _, rerr := to.Resolve(t.Context()); errdefs.IsNotFound(rerr) != there || (err != nil) != there {
+			t.Errorf("there: %v: %v, and the tag: %v", there, err, rerr)
+		}
+	}
+}
+
 // TestArchivesResolveToWhatIsReplaced looks at a file before it is replaced.
 func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 	dir, manifest, _ := oneLayer(t, 5000)
