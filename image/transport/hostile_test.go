@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -261,6 +262,31 @@ func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 	}
 	if _, err := target(t, name+":other", nil).Resolve(t.Context()); !errdefs.IsAlreadyExists(err) || errdefs.IsNotFound(err) {
 		t.Errorf("a file with another image: %v", err)
+	}
+}
+
+// TestArchivesKeepTheirMode replaces an archive that nobody else may read, by one that
+// nobody else may read while it is written.
+func TestArchivesKeepTheirMode(t *testing.T) {
+	dir, _, _ := oneLayer(t, 5000)
+	file := filepath.Join(t.TempDir(), "app.tar")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, "oci-archive:"+file, nil), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+		ec, _ := newKey(t)
+		result, err := image.Encrypt(ctx, cs, desc, ec, image.Options{})
+		files, _ := filepath.Glob(filepath.Dir(file) + "/.*")
+		for _, name := range append(files, file) {
+			if info, err := os.Stat(name); err != nil || info.Mode() != 0o600 || len(files) == 0 {
+				t.Errorf("%s: %v, %v", name, info.Mode(), err)
+			}
+		}
+		return result, err
+	})
+	info, serr := os.Stat(file)
+	if err != nil || serr != nil || info.Mode() != 0o600 || info.Size() == 0 {
+		t.Errorf("%v, %v, %v", info.Mode(), err, serr)
 	}
 }
 
