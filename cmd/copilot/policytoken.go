@@ -60,18 +60,15 @@ func claimsOf(list []string) (claims policy.Claims, err error) {
 	return claims, nil
 }
 
-// maxToken bounds a token, in bytes, as the broker does.
-const maxToken = 16 << 10
-
 // tokenPrincipal returns whom the token in a file is for. It warns about what the broker
 // refuses it for, except a wrong audience, which is an error: another token of the job
 // would have it too.
 func tokenPrincipal(file string, conf server.Config, now time.Time) (who policy.Principal, err error) {
 	var b []byte
 	if file == "-" {
-		b, err = io.ReadAll(io.LimitReader(os.Stdin, maxToken+1))
+		b, err = io.ReadAll(io.LimitReader(os.Stdin, caller.MaxToken+1))
 	} else {
-		b, err = regular.Read(file, maxToken)
+		b, err = regular.Read(file, caller.MaxToken)
 	}
 	if err != nil {
 		return who, exit.Usagef("policy check: --token: %w", err)

@@ -139,7 +139,7 @@ func lifetime(token string) time.Duration {
 		return 0
 	}
 	b, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err != nil || json.Unmarshal(b, &claims) != nil {
+	if err != nil || json.Unmarshal(b, &claims) != nil || claims.Issued == 0 {
 		return 0
 	}
 	return time.Duration(max(0, min(claims.Expires-claims.Issued, 24*3600)) * float64(time.Second))

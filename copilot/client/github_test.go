@@ -83,6 +83,22 @@ func TestGitHubTokenIsReplacedAtHalfOfItsTime(t *testing.T) {
 	})
 }
 
+func TestTokenThatDoesNotSayHowLongItIsValidIsNotKept(t *testing.T) {
+	for payload, want := range map[string]time.Duration{
+		`{"iat":1800000000,"exp":1800000300}`:   5 * time.Minute,
+		`{"iat":1800000000,"exp":9e300}`:        24 * time.Hour,
+		`{"exp":1800000300}`:                    0,
+		`{"iat":1800000000}`:                    0,
+		`{"iat":1800000300,"exp":1800000000}`:   0,
+		`{"iat":"1800000000","exp":1800000300}`: 0,
+		`[]`:                                    0,
+	} {
+		if got := lifetime("e30." + base64.RawURLEncoding.EncodeToString([]byte(payload)) + ".x"); got != want {
+			t.Errorf("%s: %s, want %s", payload, got, want)
+		}
+	}
+}
+
 type roundTripper func(*http.Request) *http.Response
 
 func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r), nil }

@@ -82,11 +82,21 @@ func quoted(texts []string, between string) string {
 	return strings.Join(list, between)
 }
 
+// optionalSettings are those of a rule that nobody would miss if they were taken for claims,
+// as TOML does with what follows the line [rule.claims].
+var optionalSettings = []string{"deny", "not-before", "not-after"}
+
 // wantedClaims returns the claims of a rule in the file, in the order of their names. A
 // value is a string, a number, true or false, or an array of those.
 func wantedClaims(values map[string]any) ([]claim, error) {
+	if len(values) == 0 {
+		return nil, errors.New("claims is empty, so the rule would be for every token: name some, or remove it")
+	}
 	var list []claim
 	for _, name := range slices.Sorted(maps.Keys(values)) {
+		if slices.Contains(optionalSettings, name) {
+			return nil, fmt.Errorf("claims: %s is a setting of the rule: write it above [rule.claims]", name)
+		}
 		c := claim{name: name}
 		alternatives, ok := values[name].([]any)
 		if !ok {

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -91,16 +92,20 @@ func TestRuleWantsAllOfItsClaims(t *testing.T) {
 
 func TestClaimsThatCanNotMatchAreErrors(t *testing.T) {
 	for lines, want := range map[string]string{
-		`claims = { ref = "" }`:                         "claims: ref: an empty name",
-		`claims = { ref = [] }`:                         "claims: ref is an empty array",
-		`claims = { ref = 1.5 }`:                        "claims: ref has to be a string",
-		`claims = { ref = 2026-01-01T00:00:00Z }`:       "claims: ref has to be a string",
-		`claims = { ref = { a = "b" } }`:                "claims: ref has to be a string",
-		`claims = { ref = [["a"]] }`:                    "claims: ref has to be a string",
-		`claims = { ref = "a***" }`:                     "use * for",
-		`claims = "repository"`:                         "p:5",
-		`claim = { ref = "x" }`:                         "unknown setting",
-		"[rule.claims]\nref = 'refs/heads/main'\nx=nan": "claims: x has to be",
+		`claims = { ref = "" }`:                                           "claims: ref: an empty name",
+		`claims = { ref = [] }`:                                           "claims: ref is an empty array",
+		`claims = { ref = 1.5 }`:                                          "claims: ref has to be a string",
+		`claims = { ref = 2026-01-01T00:00:00Z }`:                         "claims: ref has to be a string",
+		`claims = { ref = { a = "b" } }`:                                  "claims: ref has to be a string",
+		`claims = { ref = [["a"]] }`:                                      "claims: ref has to be a string",
+		`claims = { ref = "a***" }`:                                       "use * for",
+		`claims = "repository"`:                                           "p:5",
+		`claim = { ref = "x" }`:                                           "unknown setting",
+		"[rule.claims]\nref = 'refs/heads/main'\nx=nan":                   "claims: x has to be",
+		`claims = {}`:                                                     "claims is empty",
+		"[rule.claims]\n# ref = 'refs/heads/main'":                        "claims is empty",
+		"[rule.claims]\nactor_id = 5\ndeny = true":                        "claims: deny is a setting of the rule: write it above [rule.claims]",
+		"[rule.claims]\nactor_id = 5\nnot-after = '2026-01-01T00:00:00Z'": "claims: not-after is a setting",
 	} {
 		if _, err := parse("p", []byte(ruleFor("'cluster:**'", lines)), forgeIssuers); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", lines, err)
@@ -151,6 +156,8 @@ func TestRuleThatLetsInEverybodyOfAForgeIsRefused(t *testing.T) {
 
 		{`'github:**'`, `repository_id = 1, ref = "refs/heads/main"`, ""},
 		{`'github:**'`, `repository_id = 1`, "every branch, pull request and event"},
+		{`'github:**'`, `repository_id = 1, ref = "**"`, "every branch, pull request and event"},
+		{`'github:**'`, `repository_id = 1, environment = ["production", "*"]`, "every branch, pull request and event"},
 		{`'github:**'`, `repository_owner_id = "1", repository = "*/app", event_name = "push"`, ""},
 		{`'github:**'`, `enterprise_id = "1", job_workflow_ref = "acme/ci/.github/workflows/x.yml@refs/heads/main"`, ""},
 		{`'github:**'`, `repository = "acme/*"`, "names only"},
@@ -192,9 +199,70 @@ func TestRuleThatLetsInEverybodyOfAForgeIsRefused(t *testing.T) {
 	if _, err := parse("p", []byte(ruleFor(`'github:**'`, "")), own); err != nil {
 		t.Error(err)
 	}
-	export := strings.Replace(ruleFor(`'github:**'`, "claims = { repository_id = 1, ref = 'refs/heads/main' }"), "wrap", "export", 1)
-	if p, err := parse("p", []byte(export), forgeIssuers); err != nil || len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0], "wrap is enough") {
-		t.Errorf("%v %v", p, err)
+	for _, action := range []string{"export", "admin"} {
+		rule := strings.Replace(ruleFor(`'github:**'`, "claims = { repository_id = 1, ref = 'refs/heads/main' }"), "wrap", action, 1)
+		if p, err := parse("p", []byte(rule), forgeIssuers); err != nil || len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0], "lets CI jobs "+action+" KEKs: wrap is enough") {
+			t.Errorf("%v %v", p, err)
+		}
+	}
+}
+
+// TestDenialByNamesThatChangeIsWarnedOf has a repository that is denied something change its
+// names and the form of its subject.
+func TestDenialByNamesThatChangeIsWarnedOf(t *testing.T) {
+	allow := ruleFor(`'github:**'`, "claims = { repository_owner_id = 4711, event_name = 'push' }")
+	claims := Claims{"repository_owner_id": {"4711"}, "event_name": {"push"}, "repository_id": {"5"}, "repository": {"acme/old"}, "actor": {"mallory"}, "actor_id": {"6"}}
+	before := Principal{"github:repo:acme/old:ref:refs/heads/main", claims}
+	after := Principal{"github:repository_id:5", maps.Clone(claims)}
+	after.Claims["repository"], after.Claims["actor"] = []string{"acme/new"}, []string{"mallory2"}
+	for _, test := range []struct {
+		identity, claims string
+		escapes          bool
+	}{
+		{`github:repo:acme/old:**`, ``, true},
+		{`github:**:ref:refs/heads/main`, ``, true},
+		{`github:repo:acme/old:**`, `repository_id = 5`, true},
+		{`github:**`, `repository = "acme/old"`, true},
+		{`**`, `repository = "acme/old", repository_id = 5`, true},
+		{`github:**`, `actor = "mallory"`, true},
+		{`github:**`, `repository_id = 5`, false},
+		{`**`, `actor_id = 6`, false},
+		{`github:**`, ``, false},
+	} {
+		lines := "deny = true"
+		if test.claims != "" {
+			lines += "\nclaims = { " + test.claims + " }"
+		}
+		p, err := parse("p", []byte(allow+ruleFor("'"+test.identity+"'", lines)), forgeIssuers)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if warned := strings.Contains(strings.Join(p.Warnings, "\n"), "rule 2: "); warned != test.escapes {
+			t.Errorf("%s %s: %q", test.identity, test.claims, p.Warnings)
+		}
+		if p.Decide(before, "team-a", Wrap, anyTime).Allowed || p.Decide(after, "team-a", Wrap, anyTime).Allowed != test.escapes {
+			t.Errorf("%s %s: allowed before, or escapes: %t", test.identity, test.claims, !test.escapes)
+		}
+	}
+}
+
+// TestPatternOfAnyBranchIsWarnedOf has a branch whose name looks like another one.
+func TestPatternOfAnyBranchIsWarnedOf(t *testing.T) {
+	who := Principal{"github:repo:acme/app:ref:refs/heads/x@refs/heads/main",
+		Claims{"repository_id": {"1"}, "workflow_ref": {"acme/app/.github/workflows/evil.yml@refs/heads/x@refs/heads/main"}}}
+	for pattern, gets := range map[string]bool{
+		"acme/app/**@refs/heads/main":                  true,
+		"acme/app/.github/workflows/*@refs/heads/main": false,
+		"acme/app/.github/workflows/x.yml@refs/**":     false,
+	} {
+		p, err := parse("p", []byte(ruleFor(`'github:**', 'github:repo:acme/**'`, "claims = { repository_id = 1, workflow_ref = '"+pattern+"' }")), forgeIssuers)
+		if err != nil {
+			t.Fatal(err)
+		}
+		warned := len(p.Warnings) == 1 && strings.Contains(p.Warnings[0], "** before the @ of workflow_ref")
+		if allowed := p.Decide(who, "team-a", Wrap, anyTime).Allowed; allowed != gets || warned != gets {
+			t.Errorf("%s: allowed: %t, %q", pattern, allowed, p.Warnings)
+		}
 	}
 }
 

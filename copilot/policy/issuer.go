@@ -23,6 +23,8 @@ type forge struct {
 	// ids and names are the claims that say whose repository a token is for. An id is
 	// never given to another one; a name can be, after it was renamed or deleted.
 	ids, names []string
+	// user is the claim with the name of the user that started a job, who can change it.
+	user string
 	// subject is what a subject begins with if the repository's path follows.
 	subject string
 	// causes are the claims that say what of a repository has started a job.
@@ -34,9 +36,9 @@ type forge struct {
 // https://docs.gitlab.com/ci/secrets/id_token_authentication. GitLab's job_project_… are
 // not among them: a merge request from a fork has the project's own.
 var forges = []forge{
-	{"https://token.actions.githubusercontent.com", []string{"repository_id", "repository_owner_id", "enterprise_id"}, []string{"repository", "repository_owner", "enterprise"}, "repo:",
+	{"https://token.actions.githubusercontent.com", []string{"repository_id", "repository_owner_id", "enterprise_id"}, []string{"repository", "repository_owner", "enterprise"}, "actor", "repo:",
 		[]string{"ref", "environment", "event_name", "workflow_ref", "job_workflow_ref"}},
-	{"https://gitlab.com", []string{"project_id", "namespace_id"}, []string{"project_path", "namespace_path"}, "project_path:",
+	{"https://gitlab.com", []string{"project_id", "namespace_id"}, []string{"project_path", "namespace_path"}, "user_login", "project_path:",
 		[]string{"ref", "ref_path", "ref_protected", "environment", "environment_protected", "pipeline_source", "ci_config_ref_uri"}},
 }
 
@@ -96,8 +98,31 @@ func namesOwner(pattern string) bool {
 	return !hasStar || strings.Contains(literal, "/")
 }
 
+// canBeEscaped reports whether those that a rule denies can get around it: owners of
+// repositories choose the form of subjects, and names change.
+func (f *forge) canBeEscaped(issuer, identity string, claims []claim) bool {
+	if strings.HasPrefix(identity, issuer+":") && identity != issuer+":**" {
+		return true
+	}
+	return slices.ContainsFunc(claims, func(c claim) bool { return c.name == f.user || slices.Contains(f.names, c.name) })
+}
+
+// saysCause reports whether a claim says what may have started a job, not just that
+// something has.
+func (f *forge) saysCause(c claim) bool {
+	return slices.Contains(f.causes, c.name) && !slices.ContainsFunc(c.patterns, func(p string) bool { return strings.Trim(p, "*") == "" })
+}
+
+// matchesRefWithAt reports whether a pattern of a file and a ref, such as
+// acme/app/**@refs/heads/main, matches refs that have an @ themselves, such as
+// refs/heads/x@refs/heads/main.
+func matchesRefWithAt(pattern string) bool {
+	_, after, ok := strings.Cut(pattern, "**")
+	return ok && strings.Contains(after, "@")
+}
+
 // checkForges returns an error if the rule lets everybody's repositories in, and warnings
-// about what others may match later.
+// about what others may match later, or escape.
 func (r *rule) checkForges(issuers Issuers) (warnings []string, err error) {
 	for name, url := range issuers {
 		f := forgeAt(url)
@@ -108,14 +133,24 @@ func (r *rule) checkForges(issuers Issuers) (warnings []string, err error) {
 			if identity == name+":*" {
 				return nil, fmt.Errorf("%q matches no subject of %s, since * stands for no slash: use \"%s:**\"", identity, url, name)
 			}
+			ofForge := f.restricts(name, identity, nil) < notOfForge
 			if r.Deny {
+				if ofForge && f.canBeEscaped(name, identity, r.claims) {
+					warnings = append(warnings, fmt.Sprintf("%s: %q is denied by a subject or name, which can be changed to escape the rule: deny \"%s:**\" with claims that are ids, such as %s", r, identity, name, f.ids[0]))
+				}
 				continue
 			}
-			ofForge := f.restricts(name, identity, nil) < notOfForge
-			if ofForge && slices.Contains(r.Actions, Export) {
-				warnings = append(warnings, fmt.Sprintf("%s: %q may export KEKs to CI jobs: wrap is enough to encrypt", r, identity))
+			for _, action := range []Action{Export, Admin} {
+				if ofForge && slices.Contains(r.Actions, action) {
+					warnings = append(warnings, fmt.Sprintf("%s: %q lets CI jobs %s KEKs: wrap is enough to encrypt", r, identity, action))
+				}
 			}
-			if ofForge && strings.Contains(identity, "*") && !slices.ContainsFunc(r.claims, func(c claim) bool { return slices.Contains(f.causes, c.name) }) {
+			for _, c := range r.claims {
+				if ofForge && slices.Contains(f.causes, c.name) && slices.ContainsFunc(c.patterns, matchesRefWithAt) {
+					warnings = append(warnings, fmt.Sprintf("%s: ** before the @ of %s matches any branch whose name ends like the pattern: use *", r, c.name))
+				}
+			}
+			if ofForge && strings.Contains(identity, "*") && !slices.ContainsFunc(r.claims, f.saysCause) {
 				warnings = append(warnings, fmt.Sprintf("%s: %q is every branch, pull request and event: add claims such as %s", r, identity, strings.Join(f.causes, ", ")))
 			}
 			switch f.restricts(name, identity, r.claims) {
@@ -128,5 +163,5 @@ func (r *rule) checkForges(issuers Issuers) (warnings []string, err error) {
 		}
 	}
 	slices.Sort(warnings)
-	return warnings, nil
+	return slices.Compact(warnings), nil
 }

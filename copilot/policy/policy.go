@@ -42,13 +42,14 @@ type Policy struct {
 // actions with each of its KEKs. A rule that forbids beats all that allow.
 type rule struct {
 	Identities []string `toml:"identities"`
-	// Claims are what the caller's token has to have besides, all of them.
-	Claims    map[string]any `toml:"claims"`
-	KEKs      []string       `toml:"keks"`
-	Actions   []Action       `toml:"actions"`
-	Deny      bool           `toml:"deny"`
-	NotBefore time.Time      `toml:"not-before"`
-	NotAfter  time.Time      `toml:"not-after"`
+	// Claims are what the caller's token has to have besides, all of them. A pointer says
+	// whether they are in the file: an empty table is decoded as a map that is nil.
+	Claims    *map[string]any `toml:"claims"`
+	KEKs      []string        `toml:"keks"`
+	Actions   []Action        `toml:"actions"`
+	Deny      bool            `toml:"deny"`
+	NotBefore time.Time       `toml:"not-before"`
+	NotAfter  time.Time       `toml:"not-after"`
 
 	number int     // in the file, from 1
 	claims []claim // Claims, as they are compared
@@ -129,9 +130,11 @@ func (r *rule) check(issuers []string) error {
 	if err := canonicalPatterns(r.Identities, issuers); err != nil {
 		return err
 	}
-	var err error
-	if r.claims, err = wantedClaims(r.Claims); err != nil {
-		return err
+	if r.Claims != nil {
+		var err error
+		if r.claims, err = wantedClaims(*r.Claims); err != nil {
+			return err
+		}
 	}
 	for _, identity := range r.Identities {
 		if len(r.claims) > 0 && !mayBeOfIssuer(identity) {

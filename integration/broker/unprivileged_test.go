@@ -215,7 +215,7 @@ func TestUnprivilegedUserGetsNoKEK(t *testing.T) {
 		t.Errorf("after the pull nobody may %s", what)
 	}
 	for _, what := range reachable(t, nobody, dir) {
-		if !slices.Contains(public, what) && !strings.HasPrefix(what, "read /ci/registry/") && what != "read /ci/registry.yml" {
+		if !slices.Contains(public, what) && !strings.HasPrefix(what, "read /ci/docker-registry/") && what != "read /ci/docker-registry.yml" {
 			t.Errorf("on the broker's machine nobody may %s", what)
 		}
 	}

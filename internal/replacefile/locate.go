@@ -61,6 +61,7 @@ func (w *walk) to(name string) (base string, err error) {
 		}
 		var part string
 		part, rest, _ = strings.Cut(strings.TrimLeft(rest, "/"), "/")
+		rest = strings.TrimLeft(rest, "/") // only a name or a target begins at the root
 		if part == "" || part == "." || part == ".." {
 			if rest == "" {
 				return "", &fs.PathError{Op: "open", Path: name, Err: unix.EISDIR}

@@ -132,3 +132,29 @@ func TestLinkOfAnother(t *testing.T) {
 		}
 	}
 }
+
+// TestSeveralSlashes replaces a file by names with more slashes than they need.
+func TestSeveralSlashes(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "conf", "key.pem")
+	if err := os.Mkdir(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(dir, "conf")+"/", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	for _, by := range []string{"conf//key.pem", "./conf/.//key.pem", "link/key.pem", "link///key.pem", dir + "//conf//key.pem", "//" + name} {
+		if err := os.WriteFile(name, []byte("old"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r, err := Prepare(by, []byte("new"))
+		if err == nil {
+			err = r.Commit()
+			r.Discard()
+		}
+		if b, readErr := os.ReadFile(name); err != nil || readErr != nil || string(b) != "new" {
+			t.Errorf("%s: %q, %v, %v", by, b, err, readErr)
+		}
+	}
+}

@@ -19,7 +19,7 @@ var shownClaims = []string{
 const maxClaims = 2000
 
 // Claims returns the claims of a caller's token that its lines have: those by which a
-// CI job is found, and others by their names, as long as they fit.
+// CI job is found, and others by their names, those of them that fit.
 func Claims(c policy.Claims, others []string) map[string]string {
 	if c == nil {
 		return nil
@@ -33,10 +33,10 @@ func Claims(c policy.Claims, others []string) map[string]string {
 		}
 		text := strings.Join(texts, " ")
 		// As it is shown, if it has to be quoted or cut.
-		if size += len(name) + min(len(strconv.Quote(text)), 300); size > maxClaims {
-			break
+		if n := len(name) + min(len(strconv.Quote(text)), 300); size+n <= maxClaims {
+			size += n
+			shown[name] = text
 		}
-		shown[name] = text
 	}
 	return shown
 }

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 
@@ -37,6 +39,14 @@ func TestClaimsInALineAreBounded(t *testing.T) {
 				t.Errorf("%q times %d: %d bytes, run %q", unit, n, line.Len(), shown["run_id"])
 			}
 		}
+	}
+	// A long one keeps no short one out.
+	full := policy.Claims{"owner_id": {"4711"}}
+	for i := range 8 {
+		full[fmt.Sprintf("long%d", i)] = []string{strings.Repeat("x", 300)}
+	}
+	if c := Claims(full, append(slices.Sorted(maps.Keys(full)), "owner_id")); c["owner_id"] != "4711" || len(c) != 7 {
+		t.Errorf("%v", c)
 	}
 	if c := Claims(policy.Claims{"groups": {"a", "b"}, "email": {"x"}}, []string{"groups"}); len(c) != 1 || c["groups"] != "a b" {
 		t.Errorf("%v", c)

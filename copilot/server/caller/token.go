@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// maxToken bounds a bearer token, in bytes.
-	maxToken = 16 << 10
+	// MaxToken bounds a bearer token, in bytes.
+	MaxToken = 16 << 10
 	// failureTTL is how long after a failed discovery an issuer is not asked again.
 	failureTTL = 5 * time.Second
 	// issuerTimeout bounds the wait for an issuer's keys.
@@ -130,7 +130,7 @@ type withToken struct {
 
 func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.file != "" {
-		b, err := regular.Read(t.file, maxToken)
+		b, err := regular.Read(t.file, MaxToken)
 		if err != nil {
 			return nil, err
 		}
@@ -143,9 +143,6 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 // verify verifies a token, and returns who it is for: the issuer's name, a colon and the
 // token's subject, and its claims.
 func (all *Issuers) verify(ctx context.Context, token string) (who policy.Principal, err error) {
-	if len(token) > maxToken {
-		return who, fmt.Errorf("the token is larger than %d bytes", maxToken)
-	}
 	claimed, err := issuerOf(token)
 	if err != nil {
 		return who, err
@@ -205,6 +202,9 @@ var errNoToken = errors.New("the bearer token is not a JSON web token")
 
 // payloadOf returns the claims in a token, which is not verified.
 func payloadOf(token string) ([]byte, error) {
+	if len(token) > MaxToken {
+		return nil, fmt.Errorf("the token is larger than %d bytes", MaxToken)
+	}
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
 		return nil, errNoToken
@@ -231,21 +231,22 @@ func Inspect(token string, issuers map[string]Issuer) (who policy.Principal, iss
 	if err != nil {
 		return who, issuer, err
 	}
-	one := func(name string) string {
-		if len(claims[name]) != 1 {
-			return ""
-		}
-		return claims[name][0]
+	var registered struct {
+		Issuer  string `json:"iss"`
+		Subject string `json:"sub"`
 	}
-	if one("sub") == "" {
+	if json.Unmarshal(b, &registered) != nil {
+		return who, issuer, errNoToken
+	}
+	if registered.Subject == "" {
 		return who, issuer, errors.New("the token has no subject")
 	}
 	for name, i := range issuers {
-		if i.URL == one("iss") {
-			return policy.Principal{Identity: name + ":" + one("sub"), Claims: claims}, i, nil
+		if i.URL == registered.Issuer {
+			return policy.Principal{Identity: name + ":" + registered.Subject, Claims: claims}, i, nil
 		}
 	}
-	return who, issuer, fmt.Errorf("the token is from issuer %.200q, which is not among the issuers in the configuration", one("iss"))
+	return who, issuer, fmt.Errorf("the token is from issuer %.200q, which is not among the issuers in the configuration", registered.Issuer)
 }
 
 // get returns the verifier of the issuer's tokens. Concurrent calls share one request to
