@@ -39,7 +39,10 @@ func newPlainImage(repository string, encrypted ocispec.Descriptor, p image.Plai
 	for _, doc := range p.Documents {
 		i.cost += imageCost + len(doc.Content)
 	}
-	for _, layer := range p.Layers {
+	for d, layer := range p.Layers {
+		// Its data and URLs are not used, and may be large.
+		layer = ocispec.Descriptor{MediaType: layer.MediaType, Digest: layer.Digest, Size: layer.Size, Annotations: layer.Annotations}
+		p.Layers[d] = layer
 		i.cost += imageCost
 		for key, value := range layer.Annotations {
 			i.cost += len(key) + len(value)

@@ -102,11 +102,13 @@ func (m *Mirror) plain(ctx context.Context, repo *repository, desc ocispec.Descr
 func (m *Mirror) makePlain(ctx context.Context, repo *repository, desc ocispec.Descriptor) (*plainImage, error) {
 	ctx, cancel := context.WithTimeout(ctx, makeTimeout)
 	defer cancel()
-	select {
-	case m.making <- struct{}{}:
-		defer func() { <-m.making }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	// A registry that is slow must not take all places.
+	for _, places := range []chan struct{}{repo.upstream.making, m.making} {
+		leave, err := enter(ctx, places)
+		if err != nil {
+			return nil, err
+		}
+		defer leave()
 	}
 	p, err := image.PlaintextOf(ctx, repo, desc, m.unwrap)
 	if err != nil {

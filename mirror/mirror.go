@@ -70,8 +70,10 @@ const (
 	defaultUnwrapTimeout = 40 * time.Second
 	defaultStreams       = 32
 	defaultStallTimeout  = 30 * time.Second
-	// maxConcurrentImages is how many plain images are made at once.
+	// maxConcurrentImages is how many plain images are made at once, and
+	// maxRegistryImages how many of one registry.
 	maxConcurrentImages = 8
+	maxRegistryImages   = 4
 	// maxConcurrentUnwraps is how many keys of an image are unwrapped at once.
 	maxConcurrentUnwraps = 8
 )
@@ -125,6 +127,11 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 	out := &answer{ResponseWriter: w, stall: m.conf.StallTimeout}
 	kind := "other"
 	defer func() { m.metrics.requests.WithLabelValues(kind, out.code()).Inc() }()
+	if r.ContentLength != 0 {
+		// The server reads a body before it answers, without a limit of time.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+		w.Header().Set("Connection", "close")
+	}
 
 	c, ok := m.identify(r)
 	if !ok {
@@ -135,6 +142,11 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		out.refuse(http.StatusMethodNotAllowed, "UNSUPPORTED", "this registry is a mirror to pull from: push to the registry itself")
+		return
+	}
+	if r.ContentLength != 0 {
+		// The deadline would end a long answer too.
+		out.refuse(http.StatusBadRequest, "UNSUPPORTED", "a request to a mirror has no body")
 		return
 	}
 	if m.upstreams.isOwn(r.Header) {

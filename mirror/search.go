@@ -27,27 +27,10 @@ const (
 )
 
 // searches are the searches for plain digests that no image is remembered for, such as
-// after a restart. They run one after the other.
+// after a restart. Those in one registry run one after the other.
 type searches struct {
 	mu     sync.Mutex
 	misses map[imageKey]time.Time
-	turn   chan struct{}
-}
-
-// enter waits for its turn.
-func (s *searches) enter(ctx context.Context) (leave func(), err error) {
-	s.mu.Lock()
-	if s.turn == nil {
-		s.turn, s.misses = make(chan struct{}, 1), map[imageKey]time.Time{}
-	}
-	turn := s.turn
-	s.mu.Unlock()
-	select {
-	case turn <- struct{}{}:
-		return func() { <-turn }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 }
 
 // missed reports whether a digest was not found a short time ago.
@@ -60,8 +43,8 @@ func (s *searches) missed(key imageKey) bool {
 func (s *searches) miss(key imageKey) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.misses) >= maxMisses {
-		clear(s.misses)
+	if s.misses == nil || len(s.misses) >= maxMisses {
+		s.misses = map[imageKey]time.Time{}
 	}
 	s.misses[key] = time.Now()
 }
@@ -71,7 +54,7 @@ func (s *searches) miss(key imageKey) {
 // remembered then.
 func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) error {
 	key := imageKey{repo.key(), d}
-	leave, err := m.searches.enter(ctx)
+	leave, err := enter(ctx, repo.upstream.searching)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -22,6 +23,9 @@ const MaxConnections = 512
 
 // maxConnectionStreams is how many requests one HTTP/2 connection may make at once.
 const maxConnectionStreams = 32
+
+// bodyTimeout bounds the wait for the body of a request, which no request has to have.
+const bodyTimeout = 5 * time.Second
 
 // Server returns a server of the mirror. Its answers have deadlines of their own.
 func (m *Mirror) Server() *http.Server {
@@ -47,8 +51,8 @@ func (warnings) Write(b []byte) (int, error) {
 // minSecret is how long a secret has to be, in bytes.
 const minSecret = 20
 
-// Secret returns the secret in a file that only its owner may read. If there is no such
-// file, it makes one with a random secret.
+// Secret returns the secret in a file that belongs to root or to the process's user, and
+// that only its owner may read. If there is no such file, it makes one with a random secret.
 func Secret(name string) (string, error) {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	switch {
@@ -65,11 +69,7 @@ func Secret(name string) (string, error) {
 	if f, err = regular.Open(name); err != nil {
 		return "", err
 	}
-	info, err := f.Stat()
-	if err == nil && info.Mode().Perm()&0o077 != 0 {
-		err = fmt.Errorf("%s has mode %04o, so other users may have read the secret: remove the file, and pilot makes a new one", name, info.Mode().Perm())
-	}
-	if err != nil {
+	if err := checkAccess(f); err != nil {
 		return "", errors.Join(err, f.Close())
 	}
 	b, err := regular.ReadAll(f, 4<<10)
@@ -81,4 +81,19 @@ func Secret(name string) (string, error) {
 		return "", fmt.Errorf("%s holds %d bytes, and a secret needs %d: remove the file, and pilot makes one", name, len(secret), minSecret)
 	}
 	return string(secret), nil
+}
+
+// checkAccess returns an error if other users may have read a secret, or have put it there.
+func checkAccess(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if mode := info.Mode().Perm(); mode&0o077 != 0 {
+		return fmt.Errorf("%s has mode %04o, so other users may have read the secret: remove the file, and pilot makes a new one", f.Name(), mode)
+	}
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid != 0 && int(owner.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d, who can read the secret: remove the file, and pilot makes a new one", f.Name(), owner.Uid)
+	}
+	return nil
 }

@@ -46,10 +46,22 @@ type upstreamKey struct {
 
 // upstream is a registry that is asked with certain credentials.
 type upstream struct {
-	hosts    []docker.RegistryHost
-	throttle throttle
-	made     time.Time
-	used     time.Time
+	hosts     []docker.RegistryHost
+	throttle  throttle
+	making    chan struct{} // has one for each plain image that is being made
+	searching chan struct{} // has one while a digest is searched for
+	made      time.Time
+	used      time.Time
+}
+
+// enter waits for room in places. The caller must call leave.
+func enter(ctx context.Context, places chan struct{}) (leave func(), err error) {
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 func (u *upstreams) init(conf Config) {
@@ -98,7 +110,7 @@ func (u *upstreams) of(c caller, name string) (*upstream, error) {
 }
 
 func (u *upstreams) make(c caller, name string) (*upstream, error) {
-	made := &upstream{}
+	made := &upstream{making: make(chan struct{}, maxRegistryImages), searching: make(chan struct{}, 1)}
 	// Nothing of this is bound to a request.
 	ctx := context.Background()
 	options := config.HostOptions{

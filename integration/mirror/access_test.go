@@ -102,6 +102,13 @@ func TestMirrorListensOnlyWhereCallersAreKnown(t *testing.T) {
 	if err := os.Chmod(open, 0o640); err != nil {
 		t.Fatal(err)
 	}
+	foreign := harness.Write(t, dir+"/foreign", strings.Repeat("x", 40))
+	if err := os.Chmod(foreign, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(foreign, nobody, nobody); err != nil {
+		t.Fatal(err)
+	}
 	short := harness.Write(t, dir+"/short", "password")
 	for _, c := range []struct {
 		args []string
@@ -113,6 +120,7 @@ func TestMirrorListensOnlyWhereCallersAreKnown(t *testing.T) {
 		{[]string{"--mirror-listen", "example.com:0", "--mirror-secret-file", dir + "/secret"}, "needs tls-cert, tls-key and tls-client-ca"},
 		{[]string{"--mirror-listen", ":5000", "--mirror-secret-file", dir + "/secret", "--insecure-loopback"}, "needs tls-cert, tls-key and tls-client-ca"},
 		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", open}, "other users may have read the secret"},
+		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", foreign}, "belongs to user 65534"},
 		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", short}, "a secret needs 20"},
 		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", dir}, "a directory"},
 		{[]string{"--mirror-listen", "unix:///run/x.sock", "--mirror-secret-file", dir + "/secret"}, "neither HOST:PORT nor off"},

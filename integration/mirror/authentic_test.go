@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"bytes"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
@@ -106,6 +107,28 @@ func TestTamperedLayerNeverComesWhole(t *testing.T) {
 	}
 }
 
+// push pushes a manifest.
+func (n *node) push(repository, tag string, manifest map[string]any) {
+	n.t.Helper()
+	b, err := json.Marshal(manifest)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(n.t.Context(), http.MethodPut, "http://"+n.registry+manifestPath(repository, tag), bytes.NewReader(b))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		n.t.Fatal(resp.Status)
+	}
+}
+
 // TestForgedImageIsRefused has somebody who can write to the registry exchange layers and
 // keys of an image. The manifest that the mirror makes of it is another one, and what is
 // not authentic is not served whole.
@@ -127,23 +150,7 @@ func TestForgedImageIsRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		change(m["layers"].([]any))
-		b, err := json.Marshal(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+n.registry+manifestPath("app", tag), strings.NewReader(string(b)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusCreated {
-			t.Fatal(resp.Status)
-		}
+		n.push("app", tag, m)
 	}
 	layer := func(list []any, i int) map[string]any { return list[i].(map[string]any) }
 	const pubopts = "org.opencontainers.image.enc.pubopts"

@@ -2,12 +2,19 @@ package mirror
 
 import (
 	"bufio"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"path"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 )
@@ -105,4 +112,145 @@ func TestManyCallersAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestBodiesThatNeverComeHoldNoConnection announces bodies, which the mirror has no use for,
+// and sends none: as a caller and as somebody else.
+func TestBodiesThatNeverComeHoldNoConnection(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.start()
+	var wg sync.WaitGroup
+	for _, c := range []struct {
+		method, secret string
+		status         int
+	}{
+		{http.MethodPost, "", http.StatusUnauthorized},
+		{http.MethodGet, "", http.StatusUnauthorized},
+		{http.MethodPost, n.secret, http.StatusMethodNotAllowed},
+		{http.MethodGet, n.secret, http.StatusBadRequest},
+	} {
+		for _, body := range []string{"Content-Length: 100", "Transfer-Encoding: chunked"} {
+			wg.Go(func() {
+				conn, err := net.Dial("tcp", n.mirror)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer conn.Close()
+				_ = conn.SetDeadline(time.Now().Add(harness.Timeout))
+				fmt.Fprintf(conn, "%s /v2/ HTTP/1.1\r\nHost: %s\r\nPilot-Secret: %s\r\n%s\r\n\r\n", c.method, n.mirror, c.secret, body)
+				r := bufio.NewReader(conn)
+				resp, err := http.ReadResponse(r, nil)
+				if err != nil {
+					t.Errorf("%s with %s: %v", c.method, body, err)
+					return
+				}
+				if resp.StatusCode != c.status {
+					t.Errorf("%s with %s: %s, want %d", c.method, body, resp.Status, c.status)
+				}
+				if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+					t.Errorf("%s with %s: %v", c.method, body, err)
+				}
+				if _, err := r.ReadByte(); !errors.Is(err, io.EOF) {
+					t.Errorf("%s with %s: the connection stays open: %v", c.method, body, err)
+				}
+			})
+		}
+	}
+	wg.Wait()
+}
+
+// TestSlowRegistryHoldsUpNoOther has callers ask a registry that sends its manifests byte by
+// byte, and its list of tags not at all.
+func TestSlowRegistryHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.start()
+	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "app:enc")
+	var reading, listing atomic.Int32
+	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch tag := path.Base(r.URL.Path); {
+		case strings.Contains(r.URL.Path, "/blobs/"):
+			w.WriteHeader(http.StatusNotFound)
+			return
+		case tag == "list":
+			listing.Add(1)
+			<-r.Context().Done()
+			return
+		case !strings.Contains(tag, ":"):
+			w.Header().Set("Docker-Content-Digest", digestOf(tag))
+		}
+		w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+		w.Header().Set("Content-Length", "10000")
+		w.WriteHeader(http.StatusOK)
+		if r.Method == http.MethodHead {
+			return
+		}
+		reading.Add(1)
+		for r.Context().Err() == nil {
+			fmt.Fprint(w, " ")
+			w.(http.Flusher).Flush()
+			select {
+			case <-r.Context().Done():
+			case <-time.After(time.Second):
+			}
+		}
+	}))
+	t.Cleanup(func() {
+		n.pilot.Kill()
+		slow.Close()
+	})
+	ns := "?ns=" + strings.TrimPrefix(slow.URL, "http://")
+	for i := range 10 {
+		n.stuck(manifestPath("app", fmt.Sprintf("slow%d", i)) + ns)
+		n.stuck(blobPath("app", digestOf(fmt.Sprint(i))) + ns)
+	}
+	harness.Await(t, "the mirror waits for the slow registry", func() error {
+		if reading.Load() < 4 || listing.Load() < 1 {
+			return fmt.Errorf("%d manifests, %d lists", reading.Load(), listing.Load())
+		}
+		return nil
+	})
+	n.get(manifestPath("app", plain)).expect(t, "by digest, which is searched for", http.StatusOK)
+	n.get(manifestPath("app", "enc")).expect(t, "by tag", http.StatusOK)
+}
+
+// TestInlinedDataIsNotRemembered has images whose encrypted layer comes with data in its
+// descriptor, as somebody who can push may write it.
+func TestInlinedDataIsNotRemembered(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.start()
+	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "app:enc")
+	doc := harness.Read(t, n.stored(n.tagged("app", "enc")))
+	const images, size = 12, 2900 << 10
+	for i := range images {
+		var m map[string]any
+		if err := json.Unmarshal([]byte(doc), &m); err != nil {
+			t.Fatal(err)
+		}
+		m["layers"].([]any)[0].(map[string]any)["data"] = append([]byte(fmt.Sprint(i)), make([]byte, size)...)
+		n.push("app", "data", m)
+		n.get(manifestPath("app", "data")).expect(t, "manifest", http.StatusOK)
+	}
+	// Remembered, the data would have images*size bytes, 34 MiB.
+	admin := harness.NewPilotClient(t, n.dir)
+	harness.Await(t, "the mirror frees the data", func() error {
+		resp, err := admin.Admin.Get("http://pilot/debug/pprof/heap?gc=1")
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
+		if heap := admin.Metric(t, "go_memstats_heap_alloc_bytes"); heap > images*size*2/3 {
+			return fmt.Errorf("the heap has %g MiB", heap/(1<<20))
+		}
+		return nil
+	})
 }
