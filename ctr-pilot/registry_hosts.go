@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/httpdbg"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/image/registry"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 )
@@ -55,13 +56,21 @@ func registryHosts(ctx context.Context, cmd *cli.Command) (docker.RegistryHosts,
 	hosts := config.ConfigureHosts(ctx, options)
 
 	// Each call makes connections and gets tokens of its own.
+	hosts = registry.Guarded(hosts)
 	var mu sync.Mutex
+	first := ""
 	known := make(map[string][]docker.RegistryHost)
 	return func(host string) ([]docker.RegistryHost, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		if list, ok := known[host]; ok {
 			return list, nil
+		}
+		// Not all names are known from the start: those of --keys-from may be containerd's.
+		if first == "" {
+			first = host
+		} else if namesUser(cmd) {
+			return nil, errRegistries(first, host)
 		}
 		list, err := hosts(host)
 		if err == nil {

@@ -133,8 +133,12 @@ func oneRegistry(names []transport.Name) error {
 		case first == "":
 			first = host
 		case host != first:
-			return exit.Usagef("--user is for one registry, and these images are in %s and %s: leave it out and use the credentials of \"docker login\", or take one registry at a time", first, host)
+			return errRegistries(first, host)
 		}
 	}
 	return nil
+}
+
+func errRegistries(a, b string) error {
+	return exit.Usagef("--user is for one registry, and these images are in %s and %s: leave it out and use the credentials of \"docker login\", or take one registry at a time", a, b)
 }

@@ -129,6 +129,9 @@ func (b *blobs) change(ctx context.Context, w *work, desc ocispec.Descriptor) (c
 	if processor.IsEncrypted(desc.MediaType) && w.mode != decrypting {
 		name = planKey(desc) // only its annotations change
 	}
+	if w.checked[desc.Digest] {
+		name += " checked" // and so planned again if another manifest shows that it is not
+	}
 	do, ok := b.done[name]
 	if !ok {
 		do = sync.OnceValues(func() (change, error) { return w.layer(ctx, w, desc) })

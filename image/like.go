@@ -259,22 +259,29 @@ func (e *earlier) take(ctx context.Context, blob ocispec.Descriptor) error {
 	return nil
 }
 
-// noteChecked notes, when planning, the layers of a manifest that nodes unpack, and compare
-// with the diff IDs in its configuration.
+// noteChecked notes, when planning, which layers of a manifest nodes unpack, and compare
+// with the diff IDs in its configuration. One that another manifest has too counts only if
+// that is so there as well.
 func (w *work) noteChecked(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) {
-	if w.Like == nil || !w.dry || IsAttestation(desc) || !images.IsConfigType(m.Config.MediaType) {
+	if w.Like == nil || !w.dry {
 		return
+	}
+	unpacked := w.isUnpacked(ctx, desc, m)
+	for _, l := range m.Layers {
+		checked := unpacked && images.IsLayerType(l.MediaType) && strings.Contains(l.MediaType, ".tar")
+		before, had := w.checked[l.Digest]
+		w.checked[l.Digest] = checked && (before || !had)
+	}
+}
+
+// isUnpacked reports whether a manifest is an image with a diff ID for each layer.
+func (w *work) isUnpacked(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) bool {
+	if IsAttestation(desc) || !images.IsConfigType(m.Config.MediaType) {
+		return false
 	}
 	if info, err := w.Info(ctx, m.Config.Digest); err != nil || info.Size > maxManifest {
-		return
+		return false
 	}
 	ids, err := images.RootFS(ctx, w.Store, m.Config)
-	if err != nil || len(ids) != len(m.Layers) {
-		return
-	}
-	for _, l := range m.Layers {
-		if images.IsLayerType(l.MediaType) && strings.Contains(l.MediaType, ".tar") {
-			w.checked[l.Digest] = true
-		}
-	}
+	return err == nil && len(ids) == len(m.Layers)
 }

@@ -330,6 +330,31 @@ func TestLikeTrustsThoseWhoMayUseTheKEK(t *testing.T) {
 	}
 }
 
+// TestLikeReadsWhatAnArtifactHasToo has an index of an image and an artifact with the same
+// layer, which nobody compares with a diff ID in the artifact.
+func TestLikeReadsWhatAnArtifactHasToo(t *testing.T) {
+	newKEKs(t, "a")
+	s := newStore(t)
+	layer := s.put(tarType, "the real layer")
+	planted := s.plant(layer, "an evil layer!", kek("pilot", "a"))
+	right := s.layers(s.mustEncrypt(s.image(layer), kek("pilot", "a"), Options{}).Target)[0]
+	for name, index := range map[string]ocispec.Descriptor{
+		"image first":    s.indexOf(s.image(layer), s.artifact(layer)),
+		"artifact first": s.indexOf(s.artifact(layer), s.image(layer)),
+		"in between":     s.indexOf(s.image(layer, s.put(tarType, "2")), s.artifact(layer), s.image(layer)),
+	} {
+		v2 := s.mustEncrypt(index, kek("pilot", "a"), Options{Like: s.likeLayers(planted)})
+		if v2.Reused.Layers != 0 || len(v2.Reused.Failed) != 1 {
+			t.Errorf("%s: %+v", name, v2.Reused)
+		}
+		s.mustComeBack(v2, index)
+		if v2 = s.mustEncrypt(index, kek("pilot", "a"), Options{Like: s.likeLayers(right)}); v2.Reused.Layers != 1 {
+			t.Errorf("%s: %+v", name, v2.Reused)
+		}
+		s.mustComeBack(v2, index)
+	}
+}
+
 func TestLikeEncryptsAnewWhatIsMissing(t *testing.T) {
 	newKEKs(t, "a")
 	s := newStore(t)

@@ -165,7 +165,11 @@ func (p *plans) add(desc ocispec.Descriptor, made layerPlan) {
 	if p.byLayer == nil {
 		p.byLayer = make(map[string]layerPlan)
 	}
-	p.byLayer[planKey(desc)] = made
+	name := planKey(desc)
+	if before := p.byLayer[name].key; before != nil && before != made.key {
+		before.Clear()
+	}
+	p.byLayer[name] = made
 }
 
 func (p *plans) of(desc ocispec.Descriptor) (layerPlan, error) {

@@ -68,7 +68,11 @@ func (w *Output) open() error {
 		return nil
 	}
 	partfile.Clean(w.root, ".")
-	f, err := partfile.Create(w.root, ".")
+	mode := fs.FileMode(0o666)
+	if replaced, err := w.root.Stat(w.name); err == nil {
+		mode = replaced.Mode().Perm() // nobody else may read what takes its place
+	}
+	f, err := partfile.Create(w.root, ".", mode)
 	if err != nil {
 		return err
 	}

@@ -223,7 +223,7 @@ func replace(root *os.Root, name string, b []byte) error {
 }
 
 func writePart(root *os.Root, b []byte) (*partfile.File, error) {
-	f, err := partfile.Create(root, ".")
+	f, err := partfile.Create(root, ".", 0o666)
 	if err != nil {
 		return nil, err
 	}

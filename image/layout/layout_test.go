@@ -3,9 +3,12 @@ package layout
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -44,6 +47,27 @@ func TestLayoutsMadeAtOnceKeepAllNames(t *testing.T) {
 		if t.Failed() {
 			return
 		}
+	}
+}
+
+// TestLockedLayoutsAreErrors has somebody who may only read a layout keep it locked.
+func TestLockedLayoutsAreErrors(t *testing.T) {
+	defer func(d time.Duration) { lockTimeout = d }(lockTimeout)
+	lockTimeout = 100 * time.Millisecond
+	dir := t.TempDir()
+	if err := addImage(dir, "1"); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(filepath.Join(dir, lockName))
+	if err != nil || isHeld(f) {
+		t.Fatal("it is locked", err)
+	}
+	if err := addImage(dir, "2"); err == nil || !strings.Contains(err.Error(), "lock "+dir+": another process has locked it") {
+		t.Error(err)
+	}
+	f.Close()
+	if err := addImage(dir, "2"); err != nil {
+		t.Error(err)
 	}
 }
 

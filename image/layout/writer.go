@@ -26,7 +26,7 @@ func (l *Layout) Writer(_ context.Context, opts ...content.WriterOpt) (content.W
 	if err != nil {
 		return nil, err
 	}
-	f, err := partfile.Create(root, ocispec.ImageBlobsDir)
+	f, err := partfile.Create(root, ocispec.ImageBlobsDir, 0o666)
 	if err != nil {
 		return nil, err
 	}

@@ -36,7 +36,12 @@ func (r *Repository) List(ctx context.Context, query url.Values, elements ...str
 	if err != nil {
 		return Page{}, err
 	}
-	resp, err := r.lists.do(ctx, request{method: http.MethodGet, url: r.lists.url(query, elements...), attempts: 1, most: maxList + 1}, http.StatusOK)
+	return r.lists.page(ctx, 1, query, elements...)
+}
+
+// page returns one page of a list, for which it makes so many attempts.
+func (h *pushHost) page(ctx context.Context, attempts int, query url.Values, elements ...string) (Page, error) {
+	resp, err := h.do(ctx, request{method: http.MethodGet, url: h.url(query, elements...), attempts: attempts, most: maxList + 1}, http.StatusOK)
 	if err != nil {
 		return Page{}, err
 	}
@@ -45,7 +50,7 @@ func (r *Repository) List(ctx context.Context, query url.Values, elements ...str
 		return Page{}, err
 	}
 	if len(page.Content) > maxList {
-		return Page{}, fmt.Errorf("%s has a list of more than %d bytes", r.lists.Host, maxList)
+		return Page{}, fmt.Errorf("%s has a list of more than %d bytes", h.Host, maxList)
 	}
 	page.Next = nextPage(resp)
 	return page, nil

@@ -13,9 +13,9 @@ import (
 // maxRedirects is how many redirects of a request are followed.
 const maxRedirects = 10
 
-// guarded returns hosts that keep their configured headers, which may be credentials, from
+// Guarded returns hosts that keep their configured headers, which may be credentials, from
 // the hosts that they redirect to. Go's client does so only for those that it knows.
-func guarded(hosts docker.RegistryHosts) docker.RegistryHosts {
+func Guarded(hosts docker.RegistryHosts) docker.RegistryHosts {
 	return func(name string) ([]docker.RegistryHost, error) {
 		list, err := hosts(name)
 		list = slices.Clone(list)

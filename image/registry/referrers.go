@@ -5,16 +5,20 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
+
+// maxPages is how many pages of a list of referrers are read.
+const maxPages = 100
 
 // Referrer is something that is about a manifest: a signature, an SBOM.
 type Referrer struct {
@@ -41,14 +45,12 @@ func (r *Repository) Referrers(ctx context.Context, d digest.Digest) ([]Referrer
 	ctx, cancel := context.WithTimeout(ctx, requestWithin)
 	defer cancel()
 	var list []Referrer
-	if f, ok := r.fetcher.(remotes.ReferrersFetcher); ok {
-		found, err := f.FetchReferrers(ctx, d)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return nil, err
-		}
-		for _, desc := range found {
-			list = append(list, Referrer{Descriptor: desc, Type: desc.ArtifactType})
-		}
+	found, err := r.listed(ctx, d)
+	for _, desc := range found {
+		list = append(list, Referrer{Descriptor: desc, Type: desc.ArtifactType})
+	}
+	if err != nil {
+		return list, err
 	}
 	for _, suffix := range CosignSuffixes {
 		tag := ReferrersTag(d) + "." + suffix
@@ -60,6 +62,35 @@ func (r *Repository) Referrers(ctx context.Context, d digest.Digest) ([]Referrer
 		}
 	}
 	return list, nil
+}
+
+// listed lists what the registry's referrers API lists, on all of its pages, or its referrers
+// tag, if it has no such API. containerd's client reads the first page, and takes an API that
+// fails for an empty list.
+func (r *Repository) listed(ctx context.Context, d digest.Digest) (list []ocispec.Descriptor, err error) {
+	if ctx, err = docker.ContextWithRepositoryScope(ctx, r.spec, false); err != nil || r.referrers == nil {
+		return nil, err
+	}
+	query := url.Values{}
+	for range maxPages {
+		page, err := r.referrers.page(ctx, attempts, query, "referrers", d.String())
+		if errdefs.IsNotFound(err) && list == nil {
+			index, err := r.referrersIndex(ctx, ReferrersTag(d))
+			return index.Manifests, err
+		}
+		if err != nil {
+			return list, err
+		}
+		var index ocispec.Index
+		if err := json.Unmarshal(page.Content, &index); err != nil {
+			return list, fmt.Errorf("the list of referrers: %w", err)
+		}
+		if list = append(list, index.Manifests...); page.Next == nil {
+			return list, nil
+		}
+		query = page.Next
+	}
+	return list, fmt.Errorf("%s lists the referrers of %s on more than %d pages", r.referrers.Host, d, maxPages)
 }
 
 // PushReferrer pushes the manifest of a referrer of subject, whose blobs are there, so that

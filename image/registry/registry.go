@@ -9,6 +9,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,9 @@ type Repository struct {
 	fetcher  remotes.Fetcher
 	push     *pushHost // nil if no host takes pushes
 	lists    *pushHost // has the lists of tags and referrers; nil if no host resolves tags
+	// referrers has the list of referrers that counts: a mirror that is not configured to
+	// have it may lack some. nil if there is no such host.
+	referrers *pushHost
 
 	mu        sync.Mutex
 	documents map[digest.Digest]document // that are to be pushed
@@ -68,7 +72,7 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w", name, err)
 	}
-	hosts = guarded(hosts)
+	hosts = Guarded(hosts)
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: hosts})
 	fetcher, err := resolver.Fetcher(ctx, name)
 	if err != nil {
@@ -81,6 +85,7 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	}
 	r.push = hostWith(list, spec, docker.HostCapabilityPush)
 	r.lists = hostWith(list, spec, docker.HostCapabilityResolve)
+	r.referrers = cmp.Or(hostWith(list, spec, docker.HostCapabilityReferrers), r.push, r.lists)
 	return r, nil
 }
 

@@ -150,7 +150,10 @@ func (c children) blobs() []ocispec.Descriptor {
 func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	origin, err := f.pair.target.Copy(ctx, f.pair.Source, desc)
 	if errdefs.IsNotFound(err) && len(desc.URLs) > 0 {
-		return nil // a foreign layer is where its URLs say
+		// A foreign layer is where its URLs say. The target may have said so of an upload.
+		if _, serr := f.pair.Source.Info(ctx, desc.Digest); errdefs.IsNotFound(serr) {
+			return nil
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("blob %s: %w", desc.Digest, err)

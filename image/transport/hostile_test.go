@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -202,6 +203,46 @@ func TestMissingManifestsAreErrorsUnlessAccepted(t *testing.T) {
 	}
 }
 
+// TestForeignLayersThatAreThereAreCopied has a registry refuse such a layer in the words
+// for one that is not there.
+func TestForeignLayersThatAreThereAreCopied(t *testing.T) {
+	dir, manifest, layer := oneLayer(t, 5000)
+	from := source(t, "oci:"+dir+":app", nil)
+	var m ocispec.Manifest
+	doc, err := content.ReadBlob(t.Context(), from, manifest)
+	if err == nil {
+		err = json.Unmarshal(doc, &m)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, there := range []bool{true, false} {
+		foreign := layer
+		if !there {
+			foreign.Digest = digest.FromString("elsewhere")
+		}
+		foreign.URLs = []string{"https://example.com/layer"}
+		m.Layers = []ocispec.Descriptor{foreign}
+		if doc, err = json.Marshal(m); err != nil {
+			t.Fatal(err)
+		}
+		result := image.Result{Target: put(t, target(t, "oci:"+dir+":app", nil), ocispec.MediaTypeImageManifest, doc)}
+		to := target(t, "docker://"+newRegistry(t, func(h http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Method == http.MethodPut && r.URL.Query().Get("digest") == layer.Digest.String() {
+					http.NotFound(w, r)
+					return
+				}
+				h.ServeHTTP(w, r)
+			})
+		})+"/app:1", plainHTTP(nil))
+		_, err := NewPair(from, to).Finish(t.Context(), result, nil, nil)
+		if _, rerr := to.Resolve(t.Context()); errdefs.IsNotFound(rerr) != there || (err != nil) != there {
+			t.Errorf("there: %v: %v, and the tag: %v", there, err, rerr)
+		}
+	}
+}
+
 // TestArchivesResolveToWhatIsReplaced looks at a file before it is replaced.
 func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 	dir, manifest, _ := oneLayer(t, 5000)
@@ -221,6 +262,31 @@ func TestArchivesResolveToWhatIsReplaced(t *testing.T) {
 	}
 	if _, err := target(t, name+":other", nil).Resolve(t.Context()); !errdefs.IsAlreadyExists(err) || errdefs.IsNotFound(err) {
 		t.Errorf("a file with another image: %v", err)
+	}
+}
+
+// TestArchivesKeepTheirMode replaces an archive that nobody else may read, by one that
+// nobody else may read while it is written.
+func TestArchivesKeepTheirMode(t *testing.T) {
+	dir, _, _ := oneLayer(t, 5000)
+	file := filepath.Join(t.TempDir(), "app.tar")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := crypt(t, source(t, "oci:"+dir+":app", nil), target(t, "oci-archive:"+file, nil), func(ctx context.Context, cs image.Store, desc ocispec.Descriptor) (image.Result, error) {
+		ec, _ := newKey(t)
+		result, err := image.Encrypt(ctx, cs, desc, ec, image.Options{})
+		files, _ := filepath.Glob(filepath.Dir(file) + "/.*")
+		for _, name := range append(files, file) {
+			if info, err := os.Stat(name); err != nil || info.Mode() != 0o600 || len(files) == 0 {
+				t.Errorf("%s: %v, %v", name, info.Mode(), err)
+			}
+		}
+		return result, err
+	})
+	info, serr := os.Stat(file)
+	if err != nil || serr != nil || info.Mode() != 0o600 || info.Size() == 0 {
+		t.Errorf("%v, %v, %v", info.Mode(), err, serr)
 	}
 }
 

@@ -177,9 +177,7 @@ func TestRegistryCredentials(t *testing.T) {
 	stranger := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
-		if a := r.Header.Get("Authorization"); a != "" {
-			shown = append(shown, a)
-		}
+		shown = append(append(shown, r.Header.Values("Authorization")...), r.Header.Values("X-Secret")...)
 		w.Header().Set("WWW-Authenticate", `Basic realm="stranger"`)
 		http.Error(w, "no", http.StatusUnauthorized)
 	}))
@@ -190,6 +188,18 @@ func TestRegistryCredentials(t *testing.T) {
 	harness.Output(t, run(ways["DOCKER_CONFIG"], append([]string{"images", "pull", app + "1"}, mirrored...)...))
 	harness.ExpectFailure(t, run(ways["DOCKER_CONFIG"], append([]string{"images", "push", app + "1"}, mirrored...)...), "are not used, since --hosts-dir leads to "+strange+" too: give --user")
 	harness.ExpectFailure(t, run(ways["DOCKER_CONFIG"], "images", "pull", "--plain-http", strange+"/team/app:1"), "no basic auth credentials")
+
+	// Nor to the registry of an image that a flag names, or that the list of tags leads to.
+	for _, flag := range []string{"--keys-from", "--all-but-base"} {
+		cmd := run(nil, "images", "encrypt", "--plain-http", "--user", "ci:"+password, "--recipient", "provider:pilot:team-a",
+			flag, "docker://"+strange+"/base:1", "docker://"+app+"1", "docker://"+app+"x")
+		harness.ExpectFailure(t, cmd, "--user is for one registry, and these images are in "+registry+" and "+strange)
+	}
+	moved := httptest.NewServer(http.RedirectHandler(stranger.URL, http.StatusTemporaryRedirect))
+	defer moved.Close()
+	from := strings.TrimPrefix(moved.URL, "http://")
+	harness.Write(t, dir+"/hosts/"+from+"/hosts.toml", fmt.Sprintf("server = %q\n[host.%[1]q]\n[host.%[1]q.header]\nX-Secret = [%q]\n", moved.URL, password))
+	harness.ExpectFailure(t, run(nil, append([]string{"images", "rewrap", "docker://" + from + "/team/app:*"}, mirrored...)...), "no basic auth credentials")
 	mu.Lock()
 	defer mu.Unlock()
 	if len(shown) > 0 {

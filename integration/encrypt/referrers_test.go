@@ -179,5 +179,52 @@ func TestReferrersFollowWhatTheyAreAbout(t *testing.T) {
 		if !strings.Contains(out, "warning: what refers to the image, such as signatures, could not be listed") || !strings.Contains(out, "layers: ") {
 			t.Error(out)
 		}
+		// What is listed under tags is not all if the registry's own list fails.
+		broken = harness.FrontRegistry(t, address, refuse("GET", "/referrers/", 500, ""))
+		out = harness.CombinedOutput(t, a.images("rewrap", "--from", "team-b", "--to", "team-a", "docker://"+broken+"/other:1"))
+		if !strings.Contains(out, "warning: what refers to the image, such as signatures, could not be listed") {
+			t.Error(out)
+		}
+	})
+
+	t.Run("the registry lists them on several pages", func(t *testing.T) {
+		const kind = "application/example.page"
+		pages := func(h http.Handler) http.HandlerFunc {
+			return func(out http.ResponseWriter, r *http.Request) {
+				if !strings.Contains(r.URL.Path, "/referrers/") {
+					h.ServeHTTP(out, r)
+					return
+				}
+				n := r.URL.Query().Get("page")
+				if n == "" {
+					n = "1"
+					out.Header().Set("Link", `<`+r.URL.Path+`?page=2>; rel="next"`)
+				}
+				digest := "sha256:" + strings.Repeat(n, 64)
+				if strings.HasSuffix(r.URL.Path, strings.Repeat("1", 64)) || strings.HasSuffix(r.URL.Path, strings.Repeat("2", 64)) {
+					http.NotFound(out, r)
+					return
+				}
+				out.Header().Set("Content-Type", "application/vnd.oci.image.index.v1+json")
+				_ = json.NewEncoder(out).Encode(harness.Object{"schemaVersion": 2, "manifests": []harness.Object{
+					{"mediaType": manifest, "artifactType": kind, "digest": digest, "size": 2},
+				}})
+			}
+		}
+		front := harness.FrontRegistry(t, address, pages)
+		hosts := dir + "/hosts"
+		harness.Write(t, hosts+"/"+front+"/hosts.toml", "server = \"http://"+front+"\"\n[host.\"http://"+front+"\"]\ncapabilities = [\"pull\", \"resolve\", \"push\"]\n")
+		for name, flags := range map[string][]string{"by default": nil, "with hosts.toml as most have it": {"--hosts-dir", hosts}} {
+			r := a.rewrap(append(flags, "--from", "team-a", "--to", "team-b", "docker://"+front+"/other:1", "docker://"+front+"/other:"+strings.Fields(name)[0])...)[0]
+			found := map[string]bool{}
+			for _, ref := range r.Referrers {
+				found[ref.Name] = ref.Type == kind && !ref.Kept
+			}
+			for _, n := range []string{"1", "2"} {
+				if !found["sha256:"+strings.Repeat(n, 64)] {
+					t.Errorf("%s: page %s is missing: %+v", name, n, r)
+				}
+			}
+		}
 	})
 }

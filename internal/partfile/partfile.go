@@ -21,11 +21,11 @@ type File struct {
 	name string
 }
 
-// Create makes a file in a directory of root, with the mode 0666 before umask.
-func Create(root *os.Root, dir string) (*File, error) {
+// Create makes a file in a directory of root, with a mode before umask.
+func Create(root *os.Root, dir string, mode fs.FileMode) (*File, error) {
 	for {
 		name := path.Join(dir, prefix+rand.Text())
-		f, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+		f, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, mode)
 		if err != nil {
 			return nil, err
 		}

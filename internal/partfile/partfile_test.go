@@ -37,7 +37,7 @@ func names(t *testing.T, dir string) string {
 // TestCleanLeavesFilesThatAreOpen has a process of its own be killed and one go on.
 func TestCleanLeavesFilesThatAreOpen(t *testing.T) {
 	if dir := os.Getenv("PARTFILE_DIR"); dir != "" {
-		f, err := Create(open(t, dir), ".")
+		f, err := Create(open(t, dir), ".", 0o666)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -48,7 +48,7 @@ func TestCleanLeavesFilesThatAreOpen(t *testing.T) {
 	}
 	dir := t.TempDir()
 	root := open(t, dir)
-	ours, err := Create(root, ".")
+	ours, err := Create(root, ".", 0o666)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestCreateWhileOthersClean(t *testing.T) {
 	for i := range 4 {
 		writers.Go(func() {
 			for j := range 200 {
-				f, err := Create(root, ".")
+				f, err := Create(root, ".", 0o666)
 				if err == nil && j%2 == 0 {
 					err = f.Commit(string(rune('a' + i)))
 				} else if err == nil {
@@ -140,7 +140,7 @@ func TestCommitNewLeavesTheFirst(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for _, name := range []string{"there", "new"} {
-				f, err := Create(root, ".")
+				f, err := Create(root, ".", 0o666)
 				if err == nil {
 					f.WriteString("later")
 					err = f.CommitNew(name)
