@@ -109,7 +109,7 @@ func (k *keyless) gitLabJob(token string) []string {
 // encrypt encrypts the image in the layout into the registry, with what a job has in its
 // environment.
 func (k *keyless) encrypt(env []string) *exec.Cmd {
-	cmd := harness.Command(k.t, "ctr-pilot", "images", "encrypt", "--force", "--recipient", "provider:pilot:team-a", "oci:"+k.dir+"/app:v1", "docker://"+k.registry+"/app:enc")
+	cmd := harness.Command(k.t, "ctr-pilot", "images", "encrypt", "--force", "--like", "none", "--recipient", "provider:pilot:team-a", "oci:"+k.dir+"/app:v1", "docker://"+k.registry+"/app:enc")
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, env...)
 	return cmd
 }
