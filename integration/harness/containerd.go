@@ -114,7 +114,9 @@ func NewDifferNode(t testing.TB, dir string, d DifferConfig) *Node {
 func StartNode(t testing.TB, dir string, v ContainerdVersion, ocicrypt, conf string) *Node {
 	t.Helper()
 	n := &Node{T: t, Dir: dir, Socket: filepath.Join(dir, "containerd.sock"), Ocicrypt: ocicrypt, ContainerdVersion: v}
-	conf = fmt.Sprintf("version = %d\nroot = '%s/root'\nstate = '%s/state'\n[grpc]\n  address = '%s'\n", v.Number, dir, dir, n.Socket) + conf
+	conf = fmt.Sprintf("version = %d\nroot = '%s/root'\nstate = '%s/state'\n[grpc]\n  address = '%s'\n", v.Number, dir, dir, n.Socket) +
+		// Its default is one for the machine, where two that start at once fail.
+		fmt.Sprintf("[plugins.'io.containerd.nri.v1.nri']\n  socket_path = '%s/nri.sock'\n", dir) + conf
 	Write(t, filepath.Join(dir, "config.toml"), conf)
 	n.Start(t)
 	return n
