@@ -5,5 +5,5 @@ set -euo pipefail
 to=${1:?usage: copy-docs.sh TO}
 sources=https://github.com/ctrlplane/pilot/blob/main
 cp -r "$(dirname "$0")"/../{docs,README.md} "$to/"
-sed -Ei "s,\\]\\((CHANGELOG|CONTRIBUTING|LICENSE|SECURITY),]($sources/\\1,g" "$to/README.md"
+sed -Ei "s,\\]\\(([^)#:]+)([)#]),]($sources/\\1\\2,g; s,\\]\\($sources/docs/,](docs/,g" "$to/README.md"
 sed -Ei "s,\\]\\(\\.\\./,]($sources/,g; s,\\]\\($sources/README\\.md,](../README.md,g" "$to"/docs/*.md

@@ -28,6 +28,14 @@ func TestDocsLinks(t *testing.T) {
 	harness.CheckLinks(t, harness.Repo, pages(t))
 }
 
+// TestDocsLinksOfPackages follows the links of the pages as packages and archives have them.
+func TestDocsLinksOfPackages(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	harness.Output(t, exec.Command(filepath.Join(harness.Repo, "scripts/copy-docs.sh"), dir))
+	harness.CheckLinks(t, dir, harness.PagesBelow(t, dir))
+}
+
 // TestDocsBlocks has the program that a configuration is for read it, and bash
 // each command. Commands that nothing runs need a reason, so that new ones are run.
 func TestDocsBlocks(t *testing.T) {
