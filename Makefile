@@ -183,8 +183,8 @@ FUZZTIME ?= 60s
 fuzz:
 	scripts/fuzz.sh $(FUZZTIME)
 
-# Each takes minutes where nothing was built for it before; the workflows build all four.
-CLIENT_PLATFORMS ?= darwin/arm64 windows/amd64
+# Each takes minutes where nothing was built for it before; the workflows build and test all four.
+CLIENT_PLATFORMS ?= windows/amd64
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi

@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -25,6 +26,7 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -367,17 +369,49 @@ func (r *Repository) put(ctx context.Context, from content.Provider, desc ocispe
 	if err != nil {
 		return nil, err
 	}
-	resp, err := r.push.do(ctx, request{
-		method: http.MethodPut, url: r.push.url(nil, "manifests", object), body: doc,
-		header: http.Header{"Content-Type": {desc.MediaType}},
-	}, http.StatusCreated, http.StatusOK, http.StatusNoContent, http.StatusAccepted)
-	if err != nil {
-		return nil, err
+	var resp *http.Response
+	for n := 1; ; n++ {
+		resp, err = r.push.do(ctx, request{
+			method: http.MethodPut, url: r.push.url(nil, "manifests", object), body: doc,
+			header: http.Header{"Content-Type": {desc.MediaType}},
+		}, http.StatusCreated, http.StatusOK, http.StatusNoContent, http.StatusAccepted)
+		if err == nil {
+			break
+		}
+		if n == manifestAttempts || !isBlobUnknown(err) {
+			return nil, err
+		}
+		if err := pause(ctx, n, nil); err != nil {
+			return nil, err
+		}
 	}
 	if got := resp.Header.Get("Docker-Content-Digest"); got != "" && got != desc.Digest.String() {
 		return nil, fmt.Errorf("%s keeps the manifest %s as %.100q", resp.Request.URL.Host, desc.Digest, got)
 	}
 	return resp, nil
+}
+
+// manifestAttempts is how often a manifest is pushed before its refusal counts.
+const manifestAttempts = 3
+
+// isBlobUnknown reports whether a registry refused a manifest since it has not all of its
+// blobs. docker-registry says so too while another client uploads one of them once more.
+func isBlobUnknown(err error) bool {
+	var status remoteerrors.ErrUnexpectedStatus
+	var answer struct {
+		Errors []struct {
+			Code string `json:"code"`
+		} `json:"errors"`
+	}
+	if !errors.As(err, &status) || json.Unmarshal(status.Body, &answer) != nil {
+		return false
+	}
+	for _, e := range answer.Errors {
+		if e.Code == "MANIFEST_BLOB_UNKNOWN" {
+			return true
+		}
+	}
+	return false
 }
 
 // IsDocument reports whether a media type is that of a manifest or an index.

@@ -95,6 +95,17 @@ func TestBadRegistries(t *testing.T) {
 			}
 		}
 	}
+	knowsBlobsLate := func(h http.Handler) http.HandlerFunc {
+		var pushes atomic.Int32
+		refusing := refuse("PUT", "/manifests/", http.StatusBadRequest, `{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN","message":"blob unknown"}]}`)(h)
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/") && pushes.Add(1) <= 2 {
+				refusing(w, r)
+				return
+			}
+			h.ServeHTTP(w, r)
+		}
+	}
 	flip := func(h http.Header, b []byte) []byte {
 		b = bytes.Clone(b)
 		if len(b) > 0 {
@@ -119,6 +130,7 @@ func TestBadRegistries(t *testing.T) {
 		"it limits the rate":                   {someTimes("POST", 2, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTooManyRequests) }), ""},
 		"it breaks off chunks":                 {someTimes("PATCH", 2, breakOff), ""},
 		"it breaks off ends of uploads":        {someTimes("PUT", 2, breakOff), ""},
+		"it knows blobs a moment late":         {knowsBlobsLate, ""},
 		"it answers slowly":                    {someTimes("POST", 1, nil), ""},
 		"blobs are kept as something else":     {lie("PUT", "/blobs/", setHeader("Docker-Content-Digest", other)), "keeps the blob"},
 		"manifests are kept as something else": {lie("PUT", "/manifests/", setHeader("Docker-Content-Digest", other)), "keeps the manifest"},
