@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -9,6 +8,8 @@ import (
 	"strings"
 
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+
+	"github.com/ctrlplane/pilot/image/registry"
 )
 
 // maxDetail bounds what is shown of a registry's reason, in bytes.
@@ -42,21 +43,10 @@ func maybeMediaTypes(status int, codes []string) bool {
 	return slices.Contains(wrong, status) && !slices.ContainsFunc(codes, other)
 }
 
-// reasonOf returns the messages and the codes of the errors in a registry's response:
-// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#error-codes.
+// reasonOf returns the messages and the codes of the errors in a registry's response.
 func reasonOf(body []byte) (reason string, codes []string) {
-	var list struct {
-		Errors []struct {
-			Code    string          `json:"code"`
-			Message string          `json:"message"`
-			Detail  json.RawMessage `json:"detail"`
-		} `json:"errors"`
-	}
-	if json.Unmarshal(body, &list) != nil {
-		return "", nil
-	}
 	var reasons []string
-	for _, e := range list.Errors {
+	for _, e := range registry.Refusals(body) {
 		text := strings.Trim(e.Code+": "+e.Message, ": ")
 		if detail := string(e.Detail); detail != "" && detail != "null" && detail != "{}" {
 			text += ": " + strings.Trim(detail, `"`)

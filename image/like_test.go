@@ -384,8 +384,8 @@ func TestLikeEncryptsAnewWhatIsMissing(t *testing.T) {
 	s.mustComeBack(v2, plain)
 }
 
-// TestLikeGivesUp has an earlier image of which the layers are all somebody else's, or not
-// what they say, but for the last.
+// TestLikeGivesUp has an earlier image all of whose layers except the last are somebody
+// else's, or not what they claim to be.
 func TestLikeGivesUp(t *testing.T) {
 	newKEKs(t, "a")
 	s := newStore(t)

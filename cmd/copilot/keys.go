@@ -149,8 +149,8 @@ Example:
 		},
 		{
 			Name: "show", Usage: "describe a KEK and its versions", ArgsUsage: "ID",
-			Description: `Shows when each version was created, its state, and an upper bound of the keys that
-it has wrapped, and for whom the KEK was revoked. The key is never shown.
+			Description: `Shows when each version was created, its state, the most keys that it can have
+wrapped, and the identities that the KEK was revoked for. The key is never shown.
 
 Example:
    copilot keys show team-a`,

@@ -60,8 +60,8 @@ func claimsOf(list []string) (claims policy.Claims, err error) {
 	return claims, nil
 }
 
-// tokenPrincipal returns whom the token in a file is for. It warns about what the broker
-// refuses it for, except a wrong audience, which is an error: another token of the job
+// tokenPrincipal returns the principal of the token in a file. It warns about what the
+// broker refuses it for, except a wrong audience, which is an error: another token of the job
 // would have it too.
 func tokenPrincipal(file string, conf server.Config, now time.Time) (who policy.Principal, err error) {
 	var b []byte

@@ -398,20 +398,29 @@ const manifestAttempts = 3
 // blobs. docker-registry says so too while another client uploads one of them once more.
 func isBlobUnknown(err error) bool {
 	var status remoteerrors.ErrUnexpectedStatus
-	var answer struct {
-		Errors []struct {
-			Code string `json:"code"`
-		} `json:"errors"`
+	return errors.As(err, &status) && slices.ContainsFunc(Refusals(status.Body), func(r Refusal) bool {
+		return r.Code == "MANIFEST_BLOB_UNKNOWN"
+	})
+}
+
+// Refusal is one of the errors in a registry's response:
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#error-codes.
+type Refusal struct {
+	Code    string          `json:"code"`
+	Message string          `json:"message"`
+	Detail  json.RawMessage `json:"detail"`
+}
+
+// Refusals returns the errors in the body of a registry's response, or nil if it is not of
+// that form.
+func Refusals(body []byte) []Refusal {
+	var list struct {
+		Errors []Refusal `json:"errors"`
 	}
-	if !errors.As(err, &status) || json.Unmarshal(status.Body, &answer) != nil {
-		return false
+	if json.Unmarshal(body, &list) != nil {
+		return nil
 	}
-	for _, e := range answer.Errors {
-		if e.Code == "MANIFEST_BLOB_UNKNOWN" {
-			return true
-		}
-	}
-	return false
+	return list.Errors
 }
 
 // IsDocument reports whether a media type is that of a manifest or an index.

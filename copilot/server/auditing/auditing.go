@@ -15,7 +15,7 @@ import (
 // Entry is the line of a request that is being handled.
 type Entry struct {
 	audit.Entry
-	// Caller is whom Who names.
+	// Caller is the principal whose identity is in Who.
 	Caller policy.Principal
 	// Stranger reports that the caller has a token, and that no rule names it. There may
 	// be any number of those.

@@ -219,8 +219,8 @@ func payloadOf(token string) ([]byte, error) {
 	return b, nil
 }
 
-// Inspect returns whom a token is for, as [Authenticator.Identify] does, by the issuers of
-// a configuration. It does not verify the token: neither its signature, nor its time, nor
+// Inspect returns the principal of a token, as [Authenticator.Identify] does, by the issuers
+// of a configuration. It does not verify the token: neither its signature, nor its time, nor
 // its audience.
 func Inspect(token string, issuers map[string]Issuer) (who policy.Principal, issuer Issuer, err error) {
 	b, err := payloadOf(token)
