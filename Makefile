@@ -124,7 +124,7 @@ test-kubernetes:
 
 test-engines:
 	scripts/install-tools.sh $(PILOT_TOOLS) engines
-	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*|Test.*FromMirror)$$' ./integration/engines ./integration/node
+	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*|Test.*FromMirror)$$' ./integration/engines ./integration/mirror ./integration/node
 
 ROUNDS ?= 7
 bench: tools
