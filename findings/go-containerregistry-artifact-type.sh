@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The registry that go-containerregistry has as a library, pkg/registry with
 # WithReferrersSupport, lists referrers with the media type of their configuration as
-# artifactType, also where the manifest has an artifactType of its own. The distribution specification wants the
-# manifest's; the configuration's stands in only where there is none. An artifact in
-# the form that the image specification recommends has an empty configuration, so all
-# of them are listed as application/vnd.oci.empty.v1+json, and a client that looks for
-# signatures or SBOMs by their type finds none.
+# artifactType, also where the manifest has an artifactType of its own. The
+# distribution specification wants the manifest's; the configuration's stands in only
+# where there is none. An artifact in the form that the image specification recommends
+# has an empty configuration, so all of them are listed as
+# application/vnd.oci.empty.v1+json, and a client that looks for signatures or SBOMs by
+# their type finds none.
 #
 # Exits non-zero if that changes. Needs Go, curl and jq.
 set -euo pipefail
