@@ -65,7 +65,17 @@ func Canonical(identity string, issuers []string) (string, error) {
 	if issuers == nil {
 		return identity, nil
 	}
-	return "", fmt.Errorf("%q: there is no issuer %q: %s", identity, kind, identityForms)
+	return "", noIssuer(identity, kind)
+}
+
+// noIssuer returns the error of an identity, or a pattern of some, of an issuer that is not
+// configured.
+func noIssuer(identity, issuer string) error {
+	advice := ""
+	if !strings.ContainsFunc(issuer, func(r rune) bool { return r != '-' && (r < '0' || r > '9') && (r < 'a' || r > 'z') }) {
+		advice = fmt.Sprintf(" (a token's needs [issuers.%s] in copilot.toml)", issuer)
+	}
+	return fmt.Errorf("%q: there is no issuer %q%s: %s", identity, issuer, advice, identityForms)
 }
 
 // canonicalPattern returns a pattern of identities as they are compared. It is an
@@ -108,7 +118,7 @@ func canonicalPattern(pattern string, issuers []string) (string, error) {
 			return pattern, nil
 		}
 	}
-	return "", fmt.Errorf("%q: there is no issuer %q: %s", pattern, kind, identityForms)
+	return "", noIssuer(pattern, kind)
 }
 
 // mayBeOfIssuer reports whether a pattern may match the subject of a token.
