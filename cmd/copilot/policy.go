@@ -160,8 +160,8 @@ func refusedByKEK(ctx context.Context, c *cli.Command, id, identity string, unkn
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("policy check: %w", err)
-	case authorization.IsRevoked(info.Revoked, identity):
-		return "the KEK was revoked for " + identity, nil
+	case authorization.Revocation(info.Revoked, identity) != "":
+		return "the KEK was revoked for " + authorization.Revocation(info.Revoked, identity), nil
 	case info.Disabled:
 		return "the KEK is disabled", nil
 	}

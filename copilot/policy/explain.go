@@ -16,7 +16,7 @@ func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time)
 	known, likely := false, 0
 	for i := range p.rules {
 		r := &p.rules[i]
-		if r.Deny || !matchAny(r.Identities, who.Identity) {
+		if r.Deny || !matchIdentity(r.Identities, who.Identity) {
 			continue
 		}
 		if missing := r.unmet(who.Claims); len(missing) > 0 {
@@ -62,7 +62,7 @@ type Grant struct {
 // Grants returns the rules that name who at the time now, in their order.
 func (p *Policy) Grants(who Principal, now time.Time) (list []Grant) {
 	for _, r := range p.rules {
-		if r.holds(now) && matchAny(r.Identities, who.Identity) {
+		if r.holds(now) && matchIdentity(r.Identities, who.Identity) {
 			list = append(list, Grant{r.number, r.KEKs, r.Actions, r.Deny, r.unmet(who.Claims)})
 		}
 	}

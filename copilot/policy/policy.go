@@ -240,7 +240,7 @@ func (r *rule) unmet(claims Claims) (list []string) {
 
 // isFor reports whether a rule's identities and claims match.
 func (r *rule) isFor(who Principal) bool {
-	return matchAny(r.Identities, who.Identity) && len(r.unmet(who.Claims)) == 0
+	return matchIdentity(r.Identities, who.Identity) && len(r.unmet(who.Claims)) == 0
 }
 
 // Names reports whether a rule allows who anything at the time now.
@@ -310,7 +310,7 @@ func (r *rule) holds(now time.Time) bool {
 // once.
 func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
 	for _, l := range p.limits {
-		if matchAny(l.Identities, identity) {
+		if matchIdentity(l.Identities, identity) {
 			return l.PerSecond, l.Burst
 		}
 	}
@@ -320,7 +320,7 @@ func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
 // Connections returns how many connections identity may have open.
 func (p *Policy) Connections(identity string) int {
 	for _, l := range p.limits {
-		if matchAny(l.Identities, identity) {
+		if matchIdentity(l.Identities, identity) {
 			return cmp.Or(l.Connections, defaultConnections)
 		}
 	}
@@ -336,6 +336,12 @@ func joined(actions []Action) string {
 		names = append(names, string(a))
 	}
 	return strings.Join(names, ", ")
+}
+
+// matchIdentity reports whether patterns name an identity or its group.
+func matchIdentity(patterns []string, identity string) bool {
+	group := Group(identity)
+	return matchAny(patterns, identity) || group != "" && matchAny(patterns, group)
 }
 
 func matchAny(patterns []string, name string) bool {
