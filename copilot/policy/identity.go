@@ -24,11 +24,11 @@ const (
 	onNode         = "@node/"
 )
 
-// nodeName matches the names of nodes: RFC 1123 subdomains.
-var nodeName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+// subdomain matches RFC 1123 subdomains, such as the names of nodes.
+var subdomain = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 
-// maxNodeName bounds a node's name, in bytes.
-const maxNodeName = 253
+// maxSubdomain bounds a subdomain, in bytes.
+const maxSubdomain = 253
 
 // TokenIdentity returns the identity of an issuer's token, from its subject and the node
 // that it names, or "". Only the node of a Kubernetes service account counts.
@@ -52,7 +52,7 @@ func checkNode(identity string) error {
 	if !ok || !isServiceAccount(account) {
 		return nil
 	}
-	if node, ok = strings.CutPrefix("@"+node, onNode); !ok || len(node) > maxNodeName || !nodeName.MatchString(node) {
+	if node, ok = strings.CutPrefix("@"+node, onNode); !ok || len(node) > maxSubdomain || !subdomain.MatchString(node) {
 		return fmt.Errorf("%.400q: what follows a service account is %sNAME, with the name of a node", identity, onNode)
 	}
 	return nil

@@ -53,7 +53,15 @@ func (c Caller) May(kek string, actions ...policy.Action) error {
 			reason = v.Reason
 		}
 	}
-	return &Denial{c.who.Identity, reason}
+	return c.denial(reason)
+}
+
+func (c Caller) denial(reason string) *Denial {
+	who := c.who.Identity
+	if c.who.Workload != "" {
+		who += " for the workload " + c.who.Workload
+	}
+	return &Denial{who, reason}
 }
 
 // NotRevoked returns a [*Denial] if a KEK was revoked for the caller.
@@ -62,7 +70,7 @@ func (c Caller) NotRevoked(k keystore.KEK) error {
 		return nil
 	}
 	if revoked := Revocation(k.Revoked, c.who.Identity); revoked != "" {
-		return &Denial{c.who.Identity, "the KEK was revoked for " + revoked}
+		return c.denial("the KEK was revoked for " + revoked)
 	}
 	return nil
 }
