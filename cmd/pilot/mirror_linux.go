@@ -12,7 +12,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
-	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
@@ -38,7 +37,7 @@ Example:
    pilot mirror --mirror-listen 127.0.0.1:5000 --mirror-secret-file mirror.secret &
    podman login --tls-verify=false -u pilot --password-stdin 127.0.0.1:5000 <mirror.secret
    podman pull --tls-verify=false 127.0.0.1:5000/registry.example.com/team/app:1`,
-	Flags: configFlags(append(brokerSettings, "mirror-listen", "mirror-secret-file", "mirror-upstream", "mirror-hosts-dir", "tls-cert", "tls-key", "tls-client-ca",
+	Flags: configFlags(append(brokerSettings, "mirror-listen", "mirror-secret-file", "mirror-upstream", "mirror-allowed-upstreams", "mirror-hosts-dir", "tls-cert", "tls-key", "tls-client-ca",
 		"provider-name", "default-keks", "decryption-keys-path", "kek-cache-ttl", "kek-cache-grace", "kek-cache-idle", "kek-cache-size", "admin-listen", "metrics-listen", "log-level")...),
 	Action: serveMirrorOnly,
 }
@@ -65,6 +64,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		DecryptionKeysPath: c.DecryptionKeys,
 		Unavailable:        func(err error) bool { return errors.Is(err, brokerclient.ErrUnavailable) },
 		Upstream:           c.MirrorUpstream,
+		AllowedUpstreams:   c.MirrorAllowed,
 		HostsDir:           c.MirrorHostsDir,
 		Credentials:        dockerconfig.Credentials,
 		Metrics:            metrics,
@@ -99,7 +99,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 			logrus.WithField("mirror", l.Addr().String()).Warn("without TLS, any user of this machine can take this port while pilot is down, and learn the secret: use a port below 1024, or tls-cert")
 		}
 	}
-	l = netutil.LimitListener(l, mirror.MaxConnections)
+	l = mirror.Listener(l)
 	if serverTLS != nil {
 		l = tls.NewListener(l, serverTLS)
 	}
