@@ -208,7 +208,7 @@ const (
 )
 
 func newStreams(most int) *streams {
-	return &streams{turns{most: most, registryMost: most - most/4, patience: streamPatience, rate: streamRate}}
+	return &streams{turns{most: most, registryMost: most - most/8, patience: streamPatience, rate: streamRate}}
 }
 
 // enter waits for the turn of an answer. The caller must call leave.
