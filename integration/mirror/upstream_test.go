@@ -459,6 +459,40 @@ func TestOnlyAllowedRegistriesAreAsked(t *testing.T) {
 	manifest(f.address).expect(t, "another one", http.StatusForbidden, "DENIED")
 }
 
+// TestProxyOnLoopbackIsNoRegistry has the mirror reach a registry through an HTTP proxy on
+// this machine, which is not for callers to name.
+func TestProxyOnLoopbackIsNoRegistry(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.start()
+	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "app:enc")
+	n.pilot.Stop(t)
+	f := newFaulty(t, n.registry)
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		switch r.Host {
+		case "registry.test":
+			forward.ServeHTTP(w, r)
+		case "leads.test":
+			http.Redirect(w, r, "http://169.254.169.254/latest/", http.StatusTemporaryRedirect)
+		default:
+			t.Errorf("the proxy was asked for %s", r.URL)
+		}
+	})
+	for _, registry := range []string{"registry.test", "leads.test"} {
+		harness.Write(t, n.dir+"/upstream/"+registry+"/hosts.toml", "server = 'http://"+registry+"'\n")
+	}
+	n.env = []string{"HTTP_PROXY=http://" + f.address, "NO_PROXY="}
+	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
+	if r := n.get(manifestPath("registry.test/app", "enc")); digestOf(r.body) != plain {
+		t.Errorf("through the proxy: %d %s", r.status, r.body)
+	}
+	n.get(manifestPath("leads.test/app", "enc")).expect(t, "redirected to metadata", http.StatusForbidden, "DENIED")
+	n.get(manifestPath("app", "enc")+"?ns="+f.address).expect(t, "the proxy as a registry", http.StatusForbidden, "DENIED")
+}
+
 // TestTagThatMovesDoesNotMixImages moves a tag after its manifest was read.
 func TestTagThatMovesDoesNotMixImages(t *testing.T) {
 	t.Parallel()
