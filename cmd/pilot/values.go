@@ -57,6 +57,22 @@ func (k *kekIDs) UnmarshalText(b []byte) error {
 	return split((*[]string)(k), b, func(id string, _ []string) error { return wireformat.ValidateKEKID(id) })
 }
 
+// registryPatterns are patterns of registries, separated by commas in text.
+type registryPatterns []string
+
+func (r *registryPatterns) String() string { return strings.Join(*r, ",") }
+
+func (r *registryPatterns) UnmarshalText(b []byte) error {
+	return split((*[]string)(r), b, func(pattern string, _ []string) error {
+		if !registryPattern.MatchString(pattern) {
+			return fmt.Errorf("%.80q is neither a registry nor a pattern of some, as in *.example.com", pattern)
+		}
+		return nil
+	})
+}
+
+var registryPattern = regexp.MustCompile(`^[A-Za-z0-9.*:_\[\]-]+$`)
+
 // split sets list to the words of text, which are separated by commas. check gets
 // each word and those before it.
 func split(list *[]string, text []byte, check func(word string, before []string) error) error {
