@@ -16,7 +16,7 @@
 #   make test-packages  installs, upgrades, removes and purges the packages, and runs the documentation's commands
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
-#   make test-engines   with Docker Engine 29, BuildKit and CRI-O, which take some minutes to build
+#   make test-engines   with Docker Engine 29, BuildKit, CRI-O and syft, which take some minutes to build
 #   make test-windows   runs the client programs for Windows under Wine
 #   make test-race      all of make test, with programs that look for data races
 #   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it

@@ -15,12 +15,8 @@ import (
 // list passes on a page of the list of tags, or of referrers. Referrers of a plain image
 // are those that were pushed for it, such as signatures made before it was encrypted.
 func (m *Mirror) list(w *answer, r *http.Request, repo *repository) error {
-	query := url.Values{}
-	for _, name := range []string{"n", "last", "artifactType"} {
-		if values, ok := r.URL.Query()[name]; ok {
-			query[name] = values
-		}
-	}
+	query := r.URL.Query()
+	query.Del("ns") // the rest may be the registry's own: its links to further pages have it
 	leave, err := m.documents.enter(r.Context(), w.work())
 	if err != nil {
 		return err

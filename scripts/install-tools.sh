@@ -152,6 +152,10 @@ if [ -n "$engines" ]; then
 	fi
 	build_module criopull criopull "" $crio_tags
 
+	# A scanner, and what signs and verifies as cosign does.
+	build github.com/anchore/syft/cmd/syft v1.57.0
+	CGO_ENABLED=0 build_module sigstore sigstore
+
 	# Docker Engine 29 with its client, and the runc that it needs, which is newer than
 	# Debian's.
 	source=$(cd "$(dirname "$0")/../integration/docker" && pwd)

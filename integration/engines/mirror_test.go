@@ -17,6 +17,8 @@ import (
 
 // mirrored is an encrypted image in a registry, and a mirror of that.
 type mirrored struct {
+	ci          *harness.CI
+	image       string // in the registry
 	address     string // of the mirror
 	cert, key   string // of the mirror, its callers, and their CA
 	tag, digest string // the image's names in the mirror
@@ -31,7 +33,7 @@ func newMirrored(t testing.TB, hasTLS bool) mirrored {
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
 	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
-	m := mirrored{address: loopbacktest.FreeAddress(t), secretFile: dir + "/secret", greeting: "hello, " + c.Secrets[image]}
+	m := mirrored{ci: c, image: image, address: loopbacktest.FreeAddress(t), secretFile: dir + "/secret", greeting: "hello, " + c.Secrets[image]}
 	args := []string{"--mirror-listen", m.address, "--mirror-upstream", c.Registry}
 	if hasTLS {
 		ca := certtest.NewAuthority(t)
@@ -55,15 +57,44 @@ func newMirrored(t testing.TB, hasTLS bool) mirrored {
 }
 
 // TestBuildKitBuildsFromMirror builds on an encrypted image with a containerd that knows
-// nothing of pilot.
+// nothing of pilot, with a cache in the registry, and encrypts what it has built.
 func TestBuildKitBuildsFromMirror(t *testing.T) {
 	t.Parallel()
 	m := newMirrored(t, true)
 	n := harness.StartNode(t, harness.TempDir(t), harness.Containerd2(), "", "")
-	b := newBuilder(t, n, "none.example.com", fmt.Sprintf("[registry.'%s']\n  http = false\n  ca = ['%s']\n  [[registry.'%s'.keypair]]\n    cert = '%s'\n    key = '%s'\n", m.address, m.cert, m.address, m.cert, m.key))
+	n.Ocicrypt = m.ci.Ocicrypt
+	b := newBuilder(t, n, m.ci.Registry, fmt.Sprintf("[registry.'%s']\n  http = false\n  ca = ['%s']\n  [[registry.'%s'.keypair]]\n    cert = '%s'\n    key = '%s'\n", m.address, m.cert, m.address, m.cert, m.key))
 	for _, image := range []string{m.tag, m.digest} {
 		says(t, b.build("FROM "+image+"\nRUN [\"/hello\"]\nCOPY --from="+image+" /secret /copy\n", nil, "--no-cache"), m.greeting)
 	}
+
+	// The cache is as plain as what is built, and complete.
+	cache := m.ci.Registry + "/cache:1"
+	dockerfile, files := "FROM "+m.digest+"\nRUN [\"/hello\"]\nCOPY top /top\n", map[string]string{"top": harness.NewSecret()}
+	says(t, b.build(dockerfile, files, "--no-cache", "--export-cache", "type=registry,mode=max,ref="+cache), m.greeting)
+	for _, l := range manifestOf(m.ci, cache).Layers {
+		if strings.Contains(l.MediaType, "encrypted") {
+			t.Errorf("the cache has %+v", l)
+		}
+	}
+	b.forget(t)
+	says(t, b.build(dockerfile+"RUN [\"/hello\"]\n", files, "--import-cache", "type=registry,ref="+cache), "CACHED", m.greeting)
+
+	// Encrypted like the base, the result has the base's layers as the registry has them.
+	local, built := m.ci.Registry+"/built:plain", m.ci.Registry+"/built:1"
+	says(t, b.build(dockerfile, files, "--output", "type=image,name="+local))
+	harness.Output(t, b.in("images", "encrypt", "--recipient", "provider:pilot:team-a", "--like", "docker://"+m.image, "--plain-http", local, built))
+	harness.Output(t, b.in("images", "push", "--plain-http", built))
+	base, result := manifestOf(m.ci, m.image).Layers, manifestOf(m.ci, built).Layers
+	if len(result) != len(base)+2 {
+		t.Errorf("it has the layers %+v", result)
+	}
+	for i, l := range result {
+		if !strings.HasSuffix(l.MediaType, "+encrypted") || i < len(base) && l.Digest != base[i].Digest {
+			t.Errorf("layer %d: %+v", i, l)
+		}
+	}
+	says(t, b.build("FROM "+strings.Replace(built, m.ci.Registry, m.address, 1)+"\nRUN [\"/hello\"]\n", nil), m.greeting)
 }
 
 // TestDockerPullsFromMirror has Debian 13's Docker, with its own image store and without
