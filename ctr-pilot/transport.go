@@ -72,6 +72,8 @@ func withPlaces(ctx context.Context, cmd *cli.Command, names []transport.Name, d
 	if err != nil {
 		return err
 	}
+	stock := do
+	do = func(ctx context.Context, p *places) error { return explainRegistry(cmd, stock(ctx, p)) }
 	for _, n := range names {
 		if n.Transport == transport.Containerd {
 			err := withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
