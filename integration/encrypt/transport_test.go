@@ -219,6 +219,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 			"docker://" + registry + "/plain:absent": "not found",
 			"docker://app:1":                         "docker://registry.example.com/app:1",
 			"oci-archve:" + dir + "/plain.tar":       "did you mean oci-archive?",
+			"docker-daemon:app:1":                    "docker save --output FILE",
 		} {
 			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", name, "oci:"+dir+"/none:x"), want)
 		}
