@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,14 +16,25 @@ import (
 // errCaller is the error of a caller that has gone, or that takes its answer too slowly.
 var errCaller = errors.New("the caller does not read the answer")
 
+// errSlow is the error of an answer that was ended since it was slow and others waited.
+var errSlow = errors.New("the registry or the caller was too slow while others waited for their turn")
+
 // answer is how a request is answered.
 type answer struct {
 	http.ResponseWriter
-	stall  time.Duration // for each write
-	status int           // 0 until the answer has begun
+	stall    time.Duration           // for each write
+	cancel   context.CancelCauseFunc // of the request's context
+	registry string                  // that is asked, or ""
+	status   int                     // 0 until the answer has begun
 
 	since atomic.Int64 // when the write that is under way began, in Unix nanoseconds, or 0
+	sent  atomic.Int64 // bytes of the body
 	ended atomic.Bool  // no more is to be written
+}
+
+// work returns what needs a turn: the answer, with all that is asked of the registry for it.
+func (a *answer) work() *work {
+	return &work{registry: a.registry, moved: a.sent.Load, stalled: a.stalled, end: a.end}
 }
 
 // stalled returns for how long the write that is under way has waited for the caller.
@@ -34,9 +46,11 @@ func (a *answer) stalled() time.Duration {
 	return time.Since(time.Unix(0, since))
 }
 
-// end has writes fail from now on, also the one that is under way.
+// end has writes fail from now on, also the one that is under way, and ends what is asked
+// of the registry.
 func (a *answer) end() {
 	a.ended.Store(true)
+	a.cancel(errSlow)
 	_ = http.NewResponseController(a.ResponseWriter).SetWriteDeadline(time.Now())
 }
 
@@ -67,6 +81,7 @@ func (a *answer) Write(p []byte) (int, error) {
 		return 0, errCaller
 	}
 	n, err := a.ResponseWriter.Write(p)
+	a.sent.Add(int64(n))
 	if err != nil {
 		err = fmt.Errorf("%w: %w", errCaller, err)
 	}

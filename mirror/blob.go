@@ -13,6 +13,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/ctrlplane/pilot/internal/traceid"
+	"github.com/ctrlplane/pilot/internal/verified"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -52,7 +53,7 @@ func (m *Mirror) layer(repo *repository, d digest.Digest) (ocispec.Descriptor, b
 	return layer, ok
 }
 
-// asItIs passes on a blob of the registry, which clients check against its digest.
+// asItIs passes on a blob of the registry, which clients check against its digest too.
 func (m *Mirror) asItIs(w *answer, r *http.Request, repo *repository, desc ocispec.Descriptor) (err error) {
 	w.head(octets, desc.Digest, desc.Size)
 	if r.Method == http.MethodHead {
@@ -71,11 +72,44 @@ func (m *Mirror) asItIs(w *answer, r *http.Request, repo *repository, desc ocisp
 		return err
 	}
 	defer body.Close()
-	n, err := io.CopyBuffer(writerOnly{w}, body, make([]byte, processor.BufferSize))
-	if err == nil && n != desc.Size {
-		err = fmt.Errorf("%s ends after %d of %d bytes: %w", desc.Digest, n, desc.Size, io.ErrUnexpectedEOF)
+	return passOn(w, body, desc)
+}
+
+// passOn sends the blob that body reads. One of up to [processor.BufferSize] bytes is checked
+// first: what a host answers may be none of a registry's, and not for callers.
+func passOn(w io.Writer, body io.Reader, desc ocispec.Descriptor) error {
+	buffer := make([]byte, min(desc.Size, processor.BufferSize))
+	n, err := io.ReadFull(body, buffer)
+	if isShort(err) {
+		return endsAfter(int64(n), desc)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	whole := int64(n) == desc.Size
+	if whole && desc.Digest.Algorithm().FromBytes(buffer) != desc.Digest {
+		return fmt.Errorf("%w: %s", verified.ErrDigest, desc.Digest)
+	}
+	if _, err := w.Write(buffer); err != nil || whole {
+		return err
+	}
+	rest, err := io.CopyBuffer(writerOnly{w}, io.LimitReader(body, desc.Size-int64(n)), buffer)
+	if err == nil && int64(n)+rest < desc.Size || isShort(err) {
+		return endsAfter(int64(n)+rest, desc)
+	}
+	if err != nil {
+		return err
+	}
+	if extra, _ := body.Read(buffer[:1]); extra > 0 {
+		return fmt.Errorf("%w: %s has more than %d bytes", verified.ErrDigest, desc.Digest, desc.Size)
+	}
+	return nil
+}
+
+func isShort(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) }
+
+func endsAfter(n int64, desc ocispec.Descriptor) error {
+	return fmt.Errorf("%s ends after %d of %d bytes: %w", desc.Digest, n, desc.Size, io.ErrUnexpectedEOF)
 }
 
 // decrypted answers with the layer of plain digest d. Its last bytes are given out once its
@@ -106,7 +140,7 @@ func (m *Mirror) decrypted(w *answer, r *http.Request, repo *repository, d diges
 		}
 	}
 	if errors.Is(err, processor.ErrTampered) {
-		return &layerError{layer, err}
+		return &layerError{layer: layer, err: err}
 	}
 	return err
 }
@@ -123,7 +157,8 @@ func (m *Mirror) decrypt(w *answer, r *http.Request, repo *repository, layer oci
 		return err
 	}
 	defer body.Close()
-	decrypter, err := processor.NewDecrypter(body, key)
+	// A byte too many is one that the HMAC does not match, and it ends there.
+	decrypter, err := processor.NewDecrypter(io.LimitReader(body, layer.Size+1), key)
 	if err != nil {
 		return err
 	}

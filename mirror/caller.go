@@ -1,14 +1,10 @@
 package mirror
 
 import (
-	"context"
 	"crypto/sha256"
 	"crypto/subtle"
-	"net"
 	"net/http"
 	"strings"
-
-	"github.com/ctrlplane/pilot/internal/certfile"
 )
 
 // SecretHeader is the header that callers may put the mirror's secret into. It can also be
@@ -39,6 +35,9 @@ func (m *Mirror) identify(r *http.Request) (caller, bool) {
 	} else if basic {
 		c.user, c.secret, c.named = user, password, true
 	}
+	if s, _ := r.Context().Value(sessionKey{}).(*session); known && s != nil && s.connection != nil {
+		s.connection.authenticated()
+	}
 	return c, known
 }
 
@@ -47,22 +46,14 @@ func (m *Mirror) isSecret(text string) bool {
 	return m.conf.Secret != "" && subtle.ConstantTimeCompare(sum[:], m.secret[:]) == 1
 }
 
-// connectionKey is the key in a request's context of its connection's certificate.
-type connectionKey struct{}
-
-// OnConnection is for [http.Server.ConnContext]. Without it, callers have no certificate.
-func OnConnection(ctx context.Context, _ net.Conn) context.Context {
-	return context.WithValue(ctx, connectionKey{}, new(certfile.Verified))
-}
-
 // hasCertificate reports whether the connection's certificate is from a CA that is trusted
 // now, which may not be when it was made.
 func (m *Mirror) hasCertificate(r *http.Request) bool {
-	verified, _ := r.Context().Value(connectionKey{}).(*certfile.Verified)
-	if m.conf.Clients == nil || verified == nil || r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+	s, _ := r.Context().Value(sessionKey{}).(*session)
+	if m.conf.Clients == nil || s == nil || r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
 		return false
 	}
-	_, err := verified.Verify(m.conf.Clients, r.TLS.PeerCertificates)
+	_, err := s.certificate.Verify(m.conf.Clients, r.TLS.PeerCertificates)
 	return err == nil
 }
 

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/image/registry"
 	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/internal/verified"
 	"github.com/ctrlplane/pilot/processor"
@@ -32,19 +33,12 @@ type requestError struct {
 
 func (e *requestError) Error() string { return e.message }
 
-// keyError is the error of a layer whose key was not unwrapped.
-type keyError struct {
-	layer ocispec.Descriptor
-	err   error
-}
-
-func (e *keyError) Error() string { return fmt.Sprintf("layer %s: %s", e.layer.Digest, e.err) }
-func (e *keyError) Unwrap() error { return e.err }
-
-// layerError is the error of a layer that was not decrypted to its end.
+// layerError is the error of a layer that was not decrypted.
 type layerError struct {
 	layer ocispec.Descriptor
-	err   error
+	// key says that its key was not unwrapped. Otherwise it was not decrypted to its end.
+	key bool
+	err error
 }
 
 func (e *layerError) Error() string { return fmt.Sprintf("layer %s: %s", e.layer.Digest, e.err) }
@@ -63,23 +57,26 @@ type verdict struct {
 // judge returns what an error means.
 func (m *Mirror) judge(err error) verdict {
 	var request *requestError
-	var key *keyError
+	var layer *layerError
 	var upstream remoteerrors.ErrUnexpectedStatus
 	var network net.Error
+	key := errors.As(err, &layer) && layer.key
 	switch {
 	case errors.As(err, &request):
 		return verdict{request.status, request.code, codes.InvalidArgument}
 	case errors.Is(err, context.Canceled) || errors.Is(err, errCaller):
 		return verdict{499, "UNKNOWN", codes.Canceled} // nobody reads it
-	case errors.As(err, &key) && (errors.Is(err, context.DeadlineExceeded) || m.conf.Unavailable != nil && m.conf.Unavailable(err)):
+	case key && (errors.Is(err, context.DeadlineExceeded) || m.conf.Unavailable != nil && m.conf.Unavailable(err)):
 		return verdict{http.StatusServiceUnavailable, "UNAVAILABLE", codes.Unavailable}
 	case errors.Is(err, processor.ErrNoKey):
 		return verdict{http.StatusForbidden, "DENIED", codes.FailedPrecondition}
 	case errors.Is(err, processor.ErrTampered) || errors.Is(err, verified.ErrDigest):
 		return verdict{http.StatusBadGateway, "DIGEST_INVALID", codes.DataLoss}
-	case errors.As(err, &key) || errors.Is(err, image.ErrLimit):
+	case key || errors.Is(err, image.ErrLimit) || errors.Is(err, registry.ErrTooLarge) || errors.Is(err, errNoList):
 		return verdict{http.StatusBadGateway, "MANIFEST_INVALID", codes.InvalidArgument}
-	case errors.Is(err, errBusy):
+	case errors.Is(err, errOutOfReach):
+		return verdict{http.StatusForbidden, "DENIED", codes.PermissionDenied}
+	case errors.Is(err, errBusy) || errors.Is(err, errSlow):
 		return verdict{http.StatusServiceUnavailable, "TOOMANYREQUESTS", codes.ResourceExhausted}
 	case errors.Is(err, docker.ErrInvalidAuthorization):
 		return verdict{http.StatusUnauthorized, "UNAUTHORIZED", codes.PermissionDenied}
@@ -96,11 +93,11 @@ func (m *Mirror) judge(err error) verdict {
 // shown returns an error without the query of a URL, in which a registry's storage has
 // tokens.
 func shown(err error) error {
-	var key *keyError
+	var layer *layerError
 	var status remoteerrors.ErrUnexpectedStatus
 	var request *url.Error
 	switch {
-	case errors.As(err, &key):
+	case errors.As(err, &layer) && layer.key:
 		return err // no registry's
 	case errors.As(err, &status):
 		var said docker.Errors
@@ -176,6 +173,7 @@ func (m *Mirror) fail(w *answer, r *http.Request, c caller, t target, err error)
 		}
 		w.Header().Set("Retry-After", strconv.Itoa(int((wait+time.Second-1)/time.Second)))
 	}
+	w.ended.Store(false) // what was slow may have been the registry
 	w.refuse(v.status, v.code, message)
 }
 
@@ -191,13 +189,10 @@ func (m *Mirror) log(r *http.Request, t target, v verdict, err error) {
 	if id := traceid.Of(r.Context()); id != "" {
 		log = log.WithField("trace", id)
 	}
-	var key *keyError
 	var layer *layerError
 	switch {
 	case v.result == codes.Canceled:
 		return
-	case errors.As(err, &key):
-		log.WithFields(ofLayer(key.layer)).Warn("layer not decrypted")
 	case errors.As(err, &layer):
 		log.WithFields(ofLayer(layer.layer)).Warn("layer not decrypted")
 	case v.result == codes.NotFound || v.result == codes.InvalidArgument:

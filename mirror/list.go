@@ -1,8 +1,13 @@
 package mirror
 
 import (
+	"encoding/json"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image/registry"
 )
@@ -16,9 +21,17 @@ func (m *Mirror) list(w *answer, r *http.Request, repo *repository) error {
 			query[name] = values
 		}
 	}
+	leave, err := m.documents.enter(r.Context(), w.work())
+	if err != nil {
+		return err
+	}
+	defer leave()
 	page, err := repo.List(r.Context(), query, repo.kind, repo.object)
 	if err != nil {
 		return err
+	}
+	if !isList(repo.kind, page.Content) {
+		return fmt.Errorf("%s: %w", repo.registry, errNoList)
 	}
 	if page.Filters != "" {
 		w.Header().Set("OCI-Filters-Applied", page.Filters)
@@ -26,8 +39,30 @@ func (m *Mirror) list(w *answer, r *http.Request, repo *repository) error {
 	if link := next(repo.target, page); link != "" {
 		w.Header().Set("Link", link)
 	}
-	w.json(page.MediaType, page.Content)
+	w.json(listTypes[repo.kind], page.Content)
 	return nil
+}
+
+// listTypes are the media types of lists.
+var listTypes = map[string]string{"tags": "application/json", "referrers": ocispec.MediaTypeImageIndex}
+
+// errNoList is the error of an answer to a request for a list.
+var errNoList = errors.New("the answer is not a list of a registry's")
+
+// isList reports whether a document is a list of that kind. What else a host answers, which
+// may be none of a registry's, is not for callers.
+func isList(kind string, doc []byte) bool {
+	var list struct {
+		Tags      json.RawMessage `json:"tags"`
+		Manifests json.RawMessage `json:"manifests"`
+	}
+	if json.Unmarshal(doc, &list) != nil {
+		return false
+	}
+	if kind == "tags" {
+		return list.Tags != nil
+	}
+	return list.Manifests != nil
 }
 
 // next returns where the page after this one is, by the names that the request has.

@@ -57,6 +57,11 @@ func (m *Mirror) manifest(w *answer, r *http.Request, repo *repository) error {
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
+	leave, err := m.documents.enter(ctx, w.work())
+	if err != nil {
+		return err
+	}
+	defer leave()
 	b, err := content.ReadBlob(ctx, repo, desc)
 	return send(w, r, &image.Document{MediaType: desc.MediaType, Content: b}, desc.Digest, err)
 }
@@ -79,13 +84,13 @@ func send(w *answer, r *http.Request, doc *image.Document, d digest.Digest, err 
 const makeTimeout = 15 * time.Minute
 
 // plain returns the image that desc describes, as it is once it is decrypted. The caller
-// has asked the registry for desc. Callers that go away do not end what others may wait
-// for, and what they themselves find done when they try again.
+// has asked the registry for desc. Callers that go away do not end what others with the same
+// credentials may wait for, and what they themselves find done when they try again.
 func (m *Mirror) plain(ctx context.Context, repo *repository, desc ocispec.Descriptor) (*plainImage, error) {
 	if i := m.images.find(repo.key(), desc.Digest); i != nil {
 		return i, nil
 	}
-	made := m.makes.DoChan(repo.key()+"@"+desc.Digest.String(), func() (any, error) {
+	made := m.makes.DoChan(fmt.Sprintf("%x %s@%s", repo.upstream.credentials, repo.key(), desc.Digest), func() (any, error) {
 		return m.makePlain(context.WithoutCancel(ctx), repo, desc)
 	})
 	select {
@@ -102,15 +107,11 @@ func (m *Mirror) plain(ctx context.Context, repo *repository, desc ocispec.Descr
 func (m *Mirror) makePlain(ctx context.Context, repo *repository, desc ocispec.Descriptor) (*plainImage, error) {
 	ctx, cancel := context.WithTimeout(ctx, makeTimeout)
 	defer cancel()
-	// A registry that is slow must not take all places.
-	for _, places := range []chan struct{}{repo.upstream.making, m.making} {
-		leave, err := enter(ctx, places)
-		if err != nil {
-			return nil, err
-		}
-		defer leave()
-	}
-	p, err := image.PlaintextOf(ctx, repo, desc, m.unwrap)
+	var p image.Plaintext
+	err := m.making.do(ctx, repo.registry, func(ctx context.Context) (err error) {
+		p, err = image.PlaintextOf(ctx, repo, desc, m.unwrap)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -43,6 +43,10 @@ type Config struct {
 	// a request names another with ?ns=. If it is empty, names without ns begin with
 	// their registry, as in registry.example.com/team/app.
 	Upstream string
+	// AllowedUpstreams are patterns of the registries, besides Upstream, that are asked:
+	// see [glob.MatchName]. Default: all, except those on loopback and link-local addresses
+	// that neither Upstream nor HostsDir names.
+	AllowedUpstreams []string
 	// HostsDir is a directory in the form of containerd's certs.d that says how to
 	// reach registries. Default: by https, and http on loopback.
 	HostsDir string
@@ -62,6 +66,9 @@ type Config struct {
 	// StallTimeout is how long a caller may take for [processor.BufferSize] bytes.
 	// Default: 30 seconds.
 	StallTimeout time.Duration
+	// ManifestTimeout bounds how long a registry may take for a manifest or an index.
+	// Default: one minute.
+	ManifestTimeout time.Duration
 	// Metrics is what the mirror's metrics are registered with. May be nil.
 	Metrics prometheus.Registerer
 }
@@ -70,10 +77,20 @@ const (
 	defaultUnwrapTimeout = 40 * time.Second
 	defaultStreams       = 32
 	defaultStallTimeout  = 30 * time.Second
+	// defaultManifestTimeout is that of the request for a manifest too.
+	defaultManifestTimeout = time.Minute
 	// maxConcurrentImages is how many plain images are made at once, and
-	// maxRegistryImages how many of one registry.
+	// maxRegistryImages how many of one registry. While others wait, one that takes longer
+	// than imagePatience may be ended.
 	maxConcurrentImages = 8
 	maxRegistryImages   = 4
+	imagePatience       = time.Minute
+	// maxConcurrentDocuments is how many lists, and manifests that are not decrypted, are
+	// in memory at once, of up to 8 MiB each. maxRegistryDocuments is how many of one
+	// registry. While others wait, one that takes longer than documentPatience may be ended.
+	maxConcurrentDocuments = 8
+	maxRegistryDocuments   = 4
+	documentPatience       = 10 * time.Second
 	// maxConcurrentUnwraps is how many keys of an image are unwrapped at once.
 	maxConcurrentUnwraps = 8
 )
@@ -89,7 +106,8 @@ type Mirror struct {
 	images    images
 	searches  searches
 	makes     singleflight.Group // of plain images
-	making    chan struct{}      // has one for each that is being made
+	making    turns              // of plain images
+	documents turns              // of lists, and of manifests that are passed on
 	streams   *streams
 	metrics   *metrics
 	handler   http.Handler
@@ -106,13 +124,17 @@ func New(conf Config) *Mirror {
 	if conf.StallTimeout <= 0 {
 		conf.StallTimeout = defaultStallTimeout
 	}
+	if conf.ManifestTimeout <= 0 {
+		conf.ManifestTimeout = defaultManifestTimeout
+	}
 	m := &Mirror{
-		conf:    conf,
-		secret:  sha256.Sum256([]byte(conf.Secret)),
-		keyDir:  processor.NewKeyDir(conf.DecryptionKeysPath, nil),
-		making:  make(chan struct{}, maxConcurrentImages),
-		streams: newStreams(conf.Streams),
-		metrics: newMetrics(conf.Metrics),
+		conf:      conf,
+		secret:    sha256.Sum256([]byte(conf.Secret)),
+		keyDir:    processor.NewKeyDir(conf.DecryptionKeysPath, nil),
+		making:    turns{most: maxConcurrentImages, registryMost: maxRegistryImages, patience: imagePatience},
+		documents: turns{most: maxConcurrentDocuments, registryMost: maxRegistryDocuments, patience: documentPatience},
+		streams:   newStreams(conf.Streams),
+		metrics:   newMetrics(conf.Metrics),
 	}
 	m.upstreams.init(conf)
 	// It makes a span of each request, in the caller's trace if there is one.
@@ -124,7 +146,10 @@ func New(conf Config) *Mirror {
 func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) { m.handler.ServeHTTP(w, r) }
 
 func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
-	out := &answer{ResponseWriter: w, stall: m.conf.StallTimeout}
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	r = r.WithContext(ctx)
+	out := &answer{ResponseWriter: w, stall: m.conf.StallTimeout, cancel: cancel}
 	kind := "other"
 	defer func() { m.metrics.requests.WithLabelValues(kind, out.code()).Inc() }()
 	if r.ContentLength != 0 {
@@ -136,6 +161,7 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 	c, ok := m.identify(r)
 	if !ok {
 		m.challenge(w)
+		w.Header().Set("Connection", "close") // it is not for those who only hold it
 		out.refuse(http.StatusUnauthorized, "UNAUTHORIZED", "the mirror does not know the caller: it takes "+m.accepted())
 		return
 	}
@@ -168,8 +194,11 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 		m.fail(out, r, c, target{}, err)
 		return
 	}
-	kind = t.kind
+	kind, out.registry = t.kind, t.registry
 	if err := m.answer(out, r, c, t); err != nil {
+		if out.ended.Load() {
+			err = errSlow // which the error may not say
+		}
 		m.fail(out, r, c, t, err)
 	}
 }
@@ -205,7 +234,7 @@ func (m *Mirror) unwrap(ctx context.Context, layer ocispec.Descriptor) (*process
 	defer cancel()
 	key, err := m.keyDir.Unwrap(within, m.conf.Keys, layer)
 	if err != nil {
-		return nil, &keyError{layer, err}
+		return nil, &layerError{layer: layer, key: true, err: err}
 	}
 	return key, nil
 }

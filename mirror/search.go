@@ -2,10 +2,14 @@ package mirror
 
 import (
 	"context"
+	"errors"
+	"net/http"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
@@ -64,9 +68,15 @@ func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) 
 	}
 	within, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
-	tags, err := repo.Tags(within, maxTags)
-	if errdefs.IsNotFound(err) {
-		return nil // there is no such repository, or no list
+	var tags []string
+	err = m.documents.do(within, repo.registry, func(ctx context.Context) (err error) {
+		tags, err = repo.Tags(ctx, maxTags)
+		return err
+	})
+	if refuses(err) {
+		// It has no such repository or no list, or not for this caller.
+		m.searches.miss(key)
+		return nil
 	}
 	if err != nil {
 		return err
@@ -88,6 +98,16 @@ func (m *Mirror) search(ctx context.Context, repo *repository, d digest.Digest) 
 	m.searches.miss(key)
 	logrus.WithFields(logrus.Fields{"repository": key.repository, "digest": d, "tags": searched, "of": len(tags)}).Info("no tag of the repository has this digest, encrypted or not")
 	return nil
+}
+
+// refuses reports whether an error is a registry's refusal, which is no answer about
+// anything but what was asked.
+func refuses(err error) bool {
+	var status remoteerrors.ErrUnexpectedStatus
+	if errors.As(err, &status) {
+		return status.StatusCode/100 == 4 && status.StatusCode != http.StatusTooManyRequests && status.StatusCode != http.StatusRequestTimeout
+	}
+	return errdefs.IsNotFound(err) || errors.Is(err, docker.ErrInvalidAuthorization)
 }
 
 // taggedImage returns the image of a tag, or nil if it can't be decrypted here.

@@ -9,17 +9,11 @@ import (
 	"log"
 	"net/http"
 	"os"
-	"strings"
 	"syscall"
 	"time"
 
-	"github.com/sirupsen/logrus"
-
 	"github.com/ctrlplane/pilot/internal/regular"
 )
-
-// MaxConnections is how many connections a mirror's listener should accept at once.
-const MaxConnections = 512
 
 // maxConnectionStreams is how many requests one HTTP/2 connection may make at once.
 const maxConnectionStreams = 32
@@ -27,7 +21,8 @@ const maxConnectionStreams = 32
 // bodyTimeout bounds the wait for the body of a request, which no request has to have.
 const bodyTimeout = 5 * time.Second
 
-// Server returns a server of the mirror. Its answers have deadlines of their own.
+// Server returns a server of the mirror, for a listener from [Listener]. Its answers have
+// deadlines of their own.
 func (m *Mirror) Server() *http.Server {
 	return &http.Server{
 		Handler:           m,
@@ -36,16 +31,8 @@ func (m *Mirror) Server() *http.Server {
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    32 << 10,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxConnectionStreams},
-		ErrorLog:          log.New(warnings{}, "", 0),
+		ErrorLog:          log.New(&warnings{}, "", 0),
 	}
-}
-
-// warnings logs what [http.Server] reports, such as failed handshakes.
-type warnings struct{}
-
-func (warnings) Write(b []byte) (int, error) {
-	logrus.WithField("listener", "mirror").Warn(strings.TrimSpace(string(b)))
-	return len(b), nil
 }
 
 // minSecret is how long a secret has to be, in bytes.

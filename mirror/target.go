@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/ctrlplane/pilot/internal/glob"
 )
 
 // target is what a request is about.
@@ -95,5 +98,14 @@ func (m *Mirror) parse(r *http.Request) (target, error) {
 	if err := CheckRegistry(t.registry); err != nil {
 		return t, &requestError{http.StatusBadRequest, "NAME_INVALID", err.Error()}
 	}
+	if !m.allows(t.registry) {
+		return t, &requestError{http.StatusForbidden, "DENIED", t.registry + " is not one of mirror-allowed-upstreams"}
+	}
 	return t, nil
+}
+
+// allows reports whether callers may have the mirror ask a registry.
+func (m *Mirror) allows(registry string) bool {
+	return len(m.conf.AllowedUpstreams) == 0 || registry == m.conf.Upstream ||
+		slices.ContainsFunc(m.conf.AllowedUpstreams, func(pattern string) bool { return glob.MatchName(pattern, registry) })
 }

@@ -1,11 +1,15 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
 	"net/http"
+	"net/url"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +24,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/registry"
+	"github.com/ctrlplane/pilot/internal/loopback"
 )
 
 const (
@@ -47,12 +52,30 @@ type upstreamKey struct {
 
 // upstream is a registry that is asked with certain credentials.
 type upstream struct {
+	upstreamKey
 	hosts     []docker.RegistryHost
 	throttle  throttle
-	making    chan struct{} // has one for each plain image that is being made
+	reach     *reach
+	succeeded atomic.Bool   // it has answered a request with these credentials
 	searching chan struct{} // has one while a digest is searched for
-	made      time.Time
-	used      time.Time
+
+	manifestTimeout time.Duration
+
+	made time.Time
+	used time.Time
+}
+
+// worth returns how much an upstream is worth to be remembered: one that has never answered
+// least, as with a password that somebody makes up, and one with the mirror's own
+// credentials most.
+func (u *upstream) worth() int {
+	switch {
+	case !u.succeeded.Load():
+		return 0
+	case u.credentials != [sha256.Size]byte{}:
+		return 1
+	}
+	return 2
 }
 
 // enter waits for room in places. The caller must call leave.
@@ -96,27 +119,38 @@ func (u *upstreams) of(c caller, name string) (*upstream, error) {
 	if err != nil {
 		return nil, err
 	}
-	made.made, made.used = now, now
-	u.known[key] = made
-	if len(u.known) > maxUpstreams {
-		oldest := key
-		for k, v := range u.known {
-			if v.used.Before(u.known[oldest].used) {
-				oldest = k
-			}
-		}
-		delete(u.known, oldest)
-	}
+	made.upstreamKey, made.made, made.used = key, now, now
+	u.add(made)
 	return made, nil
 }
 
+// add remembers an upstream, and forgets that which is worth least, if there are too many:
+// of several the one that was not used for the longest time.
+func (u *upstreams) add(made *upstream) {
+	delete(u.known, made.upstreamKey)
+	for len(u.known) >= maxUpstreams {
+		var least *upstream
+		for _, other := range u.known {
+			if least == nil || cmp.Or(cmp.Compare(other.worth(), least.worth()), other.used.Compare(least.used)) < 0 {
+				least = other
+			}
+		}
+		delete(u.known, least.upstreamKey)
+	}
+	u.known[made.upstreamKey] = made
+}
+
 func (u *upstreams) make(c caller, name string) (*upstream, error) {
-	made := &upstream{making: make(chan struct{}, maxRegistryImages), searching: make(chan struct{}, 1)}
+	configured := url.URL{Host: u.conf.Upstream}
+	made := &upstream{reach: newReach(loopback.Is(configured.Hostname())), searching: make(chan struct{}, 1), manifestTimeout: u.conf.ManifestTimeout}
 	// Nothing of this is bound to a request.
 	ctx := log.WithLogger(context.Background(), quiet)
 	options := config.HostOptions{
 		UpdateClient: func(client *http.Client) error {
-			client.Transport = throttled{client.Transport, &made.throttle}
+			if t, ok := client.Transport.(*http.Transport); ok {
+				t.DialContext, t.MaxResponseHeaderBytes = made.reach.dialer(t.DialContext), maxHeader
+			}
+			client.Transport = guarded{throttled{client.Transport, made}, made.reach, u.via}
 			return nil
 		},
 		Credentials: func(host string) (string, string, error) {
@@ -129,8 +163,14 @@ func (u *upstreams) make(c caller, name string) (*upstream, error) {
 			return "", "", nil
 		},
 	}
+	named := name == u.conf.Upstream || slices.Contains(u.conf.AllowedUpstreams, name)
 	if u.conf.HostsDir != "" {
-		options.HostDir = config.HostDirFromRoot(u.conf.HostsDir)
+		find := config.HostDirFromRoot(u.conf.HostsDir)
+		options.HostDir = func(host string) (string, error) {
+			dir, err := find(host)
+			named = named || err == nil && filepath.Base(dir) != "_default"
+			return dir, err
+		}
 	}
 	list, err := config.ConfigureHosts(ctx, options)(name)
 	if err != nil {
@@ -144,6 +184,7 @@ func (u *upstreams) make(c caller, name string) (*upstream, error) {
 		list[i].Header.Add("Via", u.via)
 	}
 	made.hosts = list
+	made.reach.add(name, named, list)
 	return made, nil
 }
 
@@ -177,12 +218,17 @@ func (u *upstream) open(ctx context.Context, t target) (*repository, error) {
 }
 
 // ReaderAt reads from the registry only, and not from URLs in a descriptor, and no more
-// manifests and indexes than are remembered of all images.
+// manifests and indexes than are remembered of all images, each as a whole and in time.
 func (r *repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
-	if registry.IsDocument(desc.MediaType) && r.read.Add(max(desc.Size, 0)) > maxImages {
+	desc.URLs = nil
+	if !registry.IsDocument(desc.MediaType) {
+		return r.Repository.ReaderAt(ctx, desc)
+	}
+	if r.read.Add(max(desc.Size, 0)) > maxImages {
 		return nil, fmt.Errorf("%w: its manifests and indexes have more than %d bytes", image.ErrLimit, maxImages)
 	}
-	desc.URLs = nil
+	ctx, cancel := context.WithTimeout(ctx, r.upstream.manifestTimeout)
+	defer cancel()
 	return r.Repository.ReaderAt(ctx, desc)
 }
 
@@ -235,11 +281,12 @@ func (t *throttle) note(host, retryAfter string) {
 // would repeat them at once.
 type throttled struct {
 	http.RoundTripper
-	throttle *throttle
+	upstream *upstream
 }
 
 func (t throttled) RoundTrip(r *http.Request) (*http.Response, error) {
-	if t.throttle.leftAt(r.URL.Host) > 0 {
+	throttle := &t.upstream.throttle
+	if throttle.leftAt(r.URL.Host) > 0 {
 		if r.Body != nil {
 			r.Body.Close()
 		}
@@ -250,7 +297,10 @@ func (t throttled) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	resp, err := t.RoundTripper.RoundTrip(r)
 	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
-		t.throttle.note(r.URL.Host, resp.Header.Get("Retry-After"))
+		throttle.note(r.URL.Host, resp.Header.Get("Retry-After"))
+	}
+	if err == nil && resp.StatusCode < http.StatusBadRequest {
+		t.upstream.succeeded.Store(true)
 	}
 	return resp, err
 }

@@ -36,6 +36,9 @@ It takes a minute at most.
 On a machine with CRI-O, it checks CRI-O's environment and directory of keys
 instead of containerd, and decrypts a small layer with CRI-O's key provider.
 
+With a mirror, it checks that the mirror answers, and that containerd goes to
+it and to nothing else where its hosts.toml names the mirror.
+
 It warns of certificates that expire within 14 days.
 
 The exit status is 0 if no check failed, 1 if one did, and 2 if pilot's
@@ -44,7 +47,8 @@ configuration or an argument can't be used.
 Example:
    pilot node doctor --kek team-a`,
 	Flags: slices.Concat(configFlags(append(brokerSettings,
-		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "containerd", "decryption-keys-path")...), containerdFlags(), []cli.Flag{
+		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "containerd", "decryption-keys-path",
+		"mirror-listen", "mirror-secret-file", "mirror-hosts-dir")...), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
 		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
@@ -132,6 +136,9 @@ func newDoctor(c *cli.Command) *doctor.Doctor {
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
 	d.DecryptionKeysPath = conf.DecryptionKeys
+	if conf.MirrorListen != mirrorOff {
+		d.Mirror = doctor.Mirror{Listen: string(conf.MirrorListen), Cert: conf.TLSCert, Key: conf.TLSKey, SecretFile: conf.MirrorSecretFile, HostsDir: conf.MirrorHostsDir}
+	}
 	d.Containerd = string(conf.Containerd)
 	d.CRIO = c.String("crio")
 	if d.CRIO == "" && crio.PullsImages(host.Host{}, containerd.Named{Binary: d.ContainerdBinary, Config: d.ContainerdConfig}) {

@@ -7,24 +7,17 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
-	"os/signal"
 	"strconv"
-	"syscall"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
-	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/dockerconfig"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/tracing"
-	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/mirror"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -44,52 +37,24 @@ Example:
    pilot mirror --mirror-listen 127.0.0.1:5000 --mirror-secret-file mirror.secret &
    podman login --tls-verify=false -u pilot --password-stdin 127.0.0.1:5000 <mirror.secret
    podman pull --tls-verify=false 127.0.0.1:5000/registry.example.com/team/app:1`,
-	Flags: configFlags(append(brokerSettings, "mirror-listen", "mirror-secret-file", "mirror-upstream", "mirror-hosts-dir", "tls-cert", "tls-key", "tls-client-ca",
+	Flags: configFlags(append(brokerSettings, "mirror-listen", "mirror-secret-file", "mirror-upstream", "mirror-allowed-upstreams", "mirror-hosts-dir", "tls-cert", "tls-key", "tls-client-ca",
 		"provider-name", "default-keks", "decryption-keys-path", "kek-cache-ttl", "kek-cache-grace", "kek-cache-idle", "kek-cache-size", "admin-listen", "metrics-listen", "log-level")...),
 	Action: serveMirrorOnly,
 }
 
 func serveMirrorOnly(ctx context.Context, c *cli.Command) error {
-	if c.NArg() > 0 {
-		return exit.Usagef("mirror takes no argument, and got %q", c.Args().First())
-	}
-	conf, err := loadConfiguration(c)
-	if err != nil {
-		return err
-	}
-	if conf.MirrorListen == mirrorOff {
-		return exit.Usagef("--mirror-listen HOST:PORT is missing, as in 127.0.0.1:5000")
-	}
-	registry := newRegistry()
-	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
-	if err := provider.use(ctx, conf); err != nil {
-		return err
-	}
-	stopTracing, err := tracing.Start(ctx, "pilot")
-	if err != nil {
-		return exit.UsageError(err)
-	}
-	defer endTracing(stopTracing)
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
-	g, ctx := errgroup.WithContext(ctx)
-	if conf.AdminListen == "" {
-		conf.AdminListen = off // the default is that of pilot serve
-	}
-	if err := conf.serveStatus(ctx, g, registry, func(context.Context) error { return nil }); err != nil {
-		return err
-	}
-	if err := conf.serveMirror(ctx, g, provider, registry); err != nil {
-		return err
-	}
-	go provider.onHangup(ctx, c, hangup)
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		logrus.WithError(err).Warn("systemd not notified")
-	}
-	return g.Wait()
+	return runDaemon(ctx, c, func(ctx context.Context, d *daemon) error {
+		if d.conf.MirrorListen == mirrorOff {
+			return exit.Usagef("--mirror-listen HOST:PORT is missing, as in 127.0.0.1:5000")
+		}
+		if d.conf.AdminListen == "" {
+			d.conf.AdminListen = off // the default is that of pilot serve
+		}
+		if err := d.conf.serveStatus(ctx, d.group, d.registry, func(context.Context) error { return nil }); err != nil {
+			return err
+		}
+		return d.conf.serveMirror(ctx, d.group, d.provider, d.registry)
+	})
 }
 
 // serveMirror adds to g the mirror on mirror-listen until ctx is done.
@@ -99,6 +64,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		DecryptionKeysPath: c.DecryptionKeys,
 		Unavailable:        func(err error) bool { return errors.Is(err, brokerclient.ErrUnavailable) },
 		Upstream:           c.MirrorUpstream,
+		AllowedUpstreams:   c.MirrorAllowed,
 		HostsDir:           c.MirrorHostsDir,
 		Credentials:        dockerconfig.Credentials,
 		Metrics:            metrics,
@@ -133,7 +99,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 			logrus.WithField("mirror", l.Addr().String()).Warn("without TLS, any user of this machine can take this port while pilot is down, and learn the secret: use a port below 1024, or tls-cert")
 		}
 	}
-	l = netutil.LimitListener(l, mirror.MaxConnections)
+	l = mirror.Listener(l)
 	if serverTLS != nil {
 		l = tls.NewListener(l, serverTLS)
 	}

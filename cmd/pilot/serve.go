@@ -4,14 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"os"
-	"os/signal"
 	"runtime"
-	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
@@ -22,7 +18,6 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/grpctls"
-	"github.com/ctrlplane/pilot/internal/status"
 	"github.com/ctrlplane/pilot/internal/tracing"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 	"github.com/ctrlplane/pilot/internal/watchdog"
@@ -41,9 +36,6 @@ const windowSize = 1 << 20
 // Go collects garbage when the heap has twice the size of what is in use, which is a few
 // MB, and each request leaves some KB. With this there may be as much more garbage.
 const ballast = 8 << 20
-
-// logInterval is how often the log says how many layer keys were wrapped and unwrapped.
-const logInterval = time.Minute
 
 // connectTimeout is how long a client may take to set up its connection, and how long
 // a readiness check may take.
@@ -70,43 +62,24 @@ const (
 )
 
 func serve(ctx context.Context, c *cli.Command) error {
-	if c.NArg() > 0 {
-		return exit.Usagef("serve takes no argument, and got %q", c.Args().First())
-	}
-	conf, err := loadConfiguration(c)
-	if err != nil {
-		return err
-	}
+	defer runtime.KeepAlive(make([]byte, ballast))
+	return runDaemon(ctx, c, serveAll)
+}
+
+// serveAll starts what "pilot serve" serves.
+func serveAll(ctx context.Context, d *daemon) error {
+	conf, g, provider, registry := &d.conf, d.group, d.provider, d.registry
 	if conf.Listen == "" {
 		return exit.Usagef("listen is not set, and has no default here: use --listen unix:///PATH on macOS, and --listen 127.0.0.1:PORT with --insecure-loopback or TLS on Windows")
 	}
-	defer runtime.KeepAlive(make([]byte, ballast))
-	registry := newRegistry()
-	provider := &reloadable{metrics: keyprovider.NewMetrics(registry)}
-	if err := provider.use(ctx, conf); err != nil {
-		return err
-	}
-	registry.MustRegister(status.Certificates("pilot_cert_not_after_seconds", provider.certificates))
 	options, err := conf.serverOptions()
 	if err != nil {
 		return exit.UsageError(err)
 	}
-	stopTracing, err := tracing.Start(ctx, "pilot")
-	if err != nil {
-		return exit.UsageError(err)
-	}
-	defer endTracing(stopTracing)
 	passed, err := activation.ListenersWithNames()
 	if err != nil {
 		return fmt.Errorf("sockets from systemd: %w", err)
 	}
-
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
-	g, ctx := errgroup.WithContext(ctx)
 	l, err := listen(passed[keyproviderSocket], conf.Listen)
 	if err != nil {
 		return err
@@ -150,11 +123,7 @@ func serve(ctx context.Context, c *cli.Command) error {
 		}
 	}
 	serveUntilDone(ctx, g, server, l)
-	go provider.onHangup(ctx, c, hangup)
-	go provider.renewCertificates(ctx)
 	go watchdog.Run(ctx, ready)
-	go logUses(ctx, provider.metrics)
-	defer provider.metrics.LogUses()
 
 	logrus.WithFields(logrus.Fields{
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
@@ -162,36 +131,7 @@ func serve(ctx context.Context, c *cli.Command) error {
 	if _, isUnix := conf.Listen.unix(); !isUnix && conf.TLSCert == "" {
 		logrus.WithField("listen", conf.Listen).Warn("every user of this machine can request layer keys: there is no TLS (insecure-loopback)")
 	}
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		logrus.WithError(err).Warn("systemd not notified")
-	}
-	return g.Wait()
-}
-
-// logUses logs how many layer keys were wrapped and unwrapped until ctx is done.
-func logUses(ctx context.Context, m *keyprovider.Metrics) {
-	tick := time.NewTicker(logInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			m.LogUses()
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// tracesTimeout is how long pilot waits, when it stops, for a collector to accept the
-// last spans.
-const tracesTimeout = 2 * time.Second
-
-func endTracing(stop func(context.Context) error) {
-	ctx, cancel := context.WithTimeout(context.Background(), tracesTimeout)
-	defer cancel()
-	if err := stop(ctx); err != nil {
-		logrus.WithError(err).Warn("last traces not sent")
-	}
+	return nil
 }
 
 // serveUntilDone adds to g a server on l until ctx is done.

@@ -5,12 +5,30 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
 
 	"github.com/ctrlplane/pilot/internal/loopback"
+	"github.com/ctrlplane/pilot/internal/setting"
 )
+
+// registryPatterns are patterns of registries, separated by commas in text.
+type registryPatterns []string
+
+func (r *registryPatterns) String() string { return strings.Join(*r, ",") }
+
+func (r *registryPatterns) UnmarshalText(b []byte) error {
+	return setting.Words((*[]string)(r), b, func(pattern string, _ []string) error {
+		if !registryPattern.MatchString(pattern) {
+			return fmt.Errorf("%.80q is neither a registry nor a pattern of some, as in *.example.com", pattern)
+		}
+		return nil
+	})
+}
+
+var registryPattern = regexp.MustCompile(`^[A-Za-z0-9.*:_\[\]-]+$`)
 
 // address is an address to listen on: unix:///PATH or HOST:PORT.
 type address string

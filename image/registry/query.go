@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -16,6 +17,9 @@ import (
 
 // maxList bounds one page of a list, in bytes.
 const maxList = 8 << 20
+
+// ErrTooLarge is the error of a manifest, an index or a list that is too large to be read.
+var ErrTooLarge = errors.New("too large")
 
 // Page is a page of a list of a registry's.
 type Page struct {
@@ -50,7 +54,7 @@ func (h *host) page(ctx context.Context, attempts int, query url.Values, element
 		return Page{}, err
 	}
 	if len(page.Content) > maxList {
-		return Page{}, fmt.Errorf("%s has a list of more than %d bytes", h.Host, maxList)
+		return Page{}, fmt.Errorf("%w: %s has a list of more than %d bytes", ErrTooLarge, h.Host, maxList)
 	}
 	page.Next = nextPage(resp)
 	return page, nil

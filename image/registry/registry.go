@@ -227,7 +227,7 @@ func (r *Repository) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (con
 		return nil, fmt.Errorf("digest %q: %w", desc.Digest, err)
 	}
 	if IsDocument(desc.MediaType) && desc.Size > maxDocument {
-		return nil, fmt.Errorf("%s has %d bytes, more than %d", desc.Digest, desc.Size, maxDocument)
+		return nil, fmt.Errorf("%w: %s has %d bytes, more than %d", ErrTooLarge, desc.Digest, desc.Size, maxDocument)
 	}
 	s, err := r.open(ctx, desc)
 	if err != nil {

@@ -24,6 +24,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // renews lets copilot renew nodes' certificates.
@@ -477,6 +478,11 @@ func TestPilotRenews(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The mirror alone does the same.
+	cert, key = b.Enroll(t, "mirror-1", "--for", "45s")
+	mirrorHome := b.Dir + "/mirror"
+	mirror := harness.Start(t, mirrorHome, "pilot-mirror", exec.Command("pilot", "mirror", "--config", "/dev/null", "--mirror-listen", loopbacktest.FreeAddress(t), "--mirror-secret-file", mirrorHome+"/secret",
+		"--broker", b.URL(), "--broker-ca", b.Dir+"/ca.pem", "--broker-cert", cert, "--broker-key", key, "--admin-listen", "unix://"+mirrorHome+"/admin.sock"))
 	for time.Now().Before(first.NotAfter.Add(5 * time.Second)) {
 		if err := k.Unwrap(t.Context(), annotation); err != nil {
 			t.Fatal(err)
@@ -488,6 +494,12 @@ func TestPilotRenews(t *testing.T) {
 	}
 	if at := k.Metric(t, `pilot_cert_not_after_seconds{cert="broker-cert"}`); at <= float64(first.NotAfter.Unix()) {
 		t.Errorf("the metric is %v", at)
+	}
+	if mirror.Logged(t, "broker-cert renewed") == 0 {
+		t.Errorf("log:\n%s", harness.Read(t, mirror.Log))
+	}
+	if at := harness.NewPilotClient(t, mirrorHome).Metric(t, `pilot_cert_not_after_seconds{cert="broker-cert"}`); at <= float64(first.NotAfter.Unix()) {
+		t.Errorf("the mirror's metric is %v", at)
 	}
 
 	// If it is not renewed, the log says so, once for each reason.

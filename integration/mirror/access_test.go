@@ -125,6 +125,7 @@ func TestMirrorListensOnlyWhereCallersAreKnown(t *testing.T) {
 		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", dir}, "a directory"},
 		{[]string{"--mirror-listen", "unix:///run/x.sock", "--mirror-secret-file", dir + "/secret"}, "neither HOST:PORT nor off"},
 		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", dir + "/secret", "--mirror-upstream", "https://registry.example.com"}, "is not a registry"},
+		{[]string{"--mirror-listen", "127.0.0.1:0", "--mirror-secret-file", dir + "/secret", "--mirror-allowed-upstreams", "https://registry.example.com"}, "neither a registry nor a pattern"},
 		{append([]string{"--mirror-listen", "127.0.0.1:0"}, certs.args()[:4]...), "must be used together"},
 		{nil, "--mirror-listen HOST:PORT is missing"},
 	} {

@@ -69,6 +69,19 @@ func TestEncryptedImageIsServedPlain(t *testing.T) {
 		t.Errorf("%d manifests", len(index.Manifests))
 	}
 
+	// An index without this machine's platform is as good as another.
+	foreign, foreignDigest := n.image("foreign", func(l *harness.Layout) harness.Object {
+		m := l.Image(harness.LayerKinds[1], false, "s390x", secret)
+		m["platform"] = harness.Object{"architecture": "s390x", "os": "linux"}
+		return l.JSON("application/vnd.oci.image.index.v1+json", harness.Object{
+			"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []harness.Object{m},
+		})
+	})
+	n.encrypt(foreign, "team/app:foreign")
+	if r := n.get(manifestPath("team/app", "foreign")); r.status != http.StatusOK || digestOf(r.body) != foreignDigest {
+		t.Errorf("an index of another platform: %d %s", r.status, r.body)
+	}
+
 	// What was encrypted stays so under its own digest.
 	r := n.get(manifestPath("team/app", encrypted))
 	r.expect(t, "the encrypted index", http.StatusOK)

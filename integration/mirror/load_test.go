@@ -2,6 +2,8 @@ package mirror
 
 import (
 	"bufio"
+	"bytes"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,17 +25,29 @@ import (
 // answer's head.
 func (n *node) stuck(path string) net.Conn {
 	n.t.Helper()
+	conn := n.connect()
+	// So that the answer does not fit into the kernel's buffers.
+	if err := conn.(*net.TCPConn).SetReadBuffer(4 << 10); err != nil {
+		n.t.Fatal(err)
+	}
+	n.send(conn, path)
+	return conn
+}
+
+// connect opens a connection to the mirror.
+func (n *node) connect() net.Conn {
+	n.t.Helper()
 	conn, err := net.Dial("tcp", n.mirror)
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { conn.Close() })
-	// So that the answer does not fit into the kernel's buffers.
-	if err := conn.(*net.TCPConn).SetReadBuffer(4 << 10); err != nil {
-		n.t.Fatal(err)
-	}
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nPilot-Secret: %s\r\n\r\n", path, n.mirror, n.secret)
 	return conn
+}
+
+// send asks the mirror for a path over a connection.
+func (n *node) send(conn net.Conn, path string) {
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nPilot-Secret: %s\r\n\r\n", path, n.mirror, n.secret)
 }
 
 // TestHundredSlowCallersHoldUpNobody has callers that take nothing of a layer: others are
@@ -161,8 +175,8 @@ func TestBodiesThatNeverComeHoldNoConnection(t *testing.T) {
 	wg.Wait()
 }
 
-// TestSlowRegistryHoldsUpNoOther has callers ask a registry that sends its manifests byte by
-// byte, and its list of tags not at all.
+// TestSlowRegistryHoldsUpNoOther has callers ask a registry that sends its manifests and
+// layers byte by byte, and its list of tags not at all.
 func TestSlowRegistryHoldsUpNoOther(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -174,6 +188,7 @@ func TestSlowRegistryHoldsUpNoOther(t *testing.T) {
 	var reading, listing atomic.Int32
 	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch tag := path.Base(r.URL.Path); {
+		case strings.Contains(r.URL.Path, "/slow/blobs/"):
 		case strings.Contains(r.URL.Path, "/blobs/"):
 			w.WriteHeader(http.StatusNotFound)
 			return
@@ -207,16 +222,164 @@ func TestSlowRegistryHoldsUpNoOther(t *testing.T) {
 	ns := "?ns=" + strings.TrimPrefix(slow.URL, "http://")
 	for i := range 10 {
 		n.stuck(manifestPath("app", fmt.Sprintf("slow%d", i)) + ns)
+		n.stuck(manifestPath("app", digestOf(fmt.Sprintf("slow%d", i))) + ns)
 		n.stuck(blobPath("app", digestOf(fmt.Sprint(i))) + ns)
+		for j := range 5 {
+			n.stuck(blobPath("slow", digestOf(fmt.Sprint(i, j))) + ns)
+		}
 	}
 	harness.Await(t, "the mirror waits for the slow registry", func() error {
-		if reading.Load() < 4 || listing.Load() < 1 {
-			return fmt.Errorf("%d manifests, %d lists", reading.Load(), listing.Load())
+		if reading.Load() < 4+3+28 || listing.Load() < 1 {
+			return fmt.Errorf("%d manifests and layers, %d lists", reading.Load(), listing.Load())
 		}
 		return nil
 	})
 	n.get(manifestPath("app", plain)).expect(t, "by digest, which is searched for", http.StatusOK)
 	n.get(manifestPath("app", "enc")).expect(t, "by tag", http.StatusOK)
+	n.get(manifestPath("app", n.tagged("app", "enc"))).expect(t, "the encrypted one", http.StatusOK)
+	n.get("/v2/app/tags/list").expect(t, "tags", http.StatusOK)
+	layer := blobPath("app", layers(t, harness.Read(t, file(layout, plain)))[1])
+	n.get(layer).expect(t, "layer", http.StatusOK)
+
+	// By another name it has the other turns too. The slowest lose theirs, after ten seconds.
+	before := reading.Load()
+	for i := range 10 {
+		n.stuck(blobPath("slow", digestOf(fmt.Sprint(i))) + strings.Replace(ns, "127.0.0.1", "localhost", 1))
+	}
+	harness.Await(t, "the mirror waits for the slow registry", func() error {
+		if now := reading.Load() - before; now < 4 {
+			return fmt.Errorf("%d layers", now)
+		}
+		return nil
+	})
+	n.get(layer).expect(t, "layer, when no turn is free", http.StatusOK)
+	if n.pilot.Logged(t, "too slow while others waited") == 0 {
+		t.Error("the log does not say what was ended")
+	}
+}
+
+// TestStrangersTakeNothingFromCallers opens more connections than the mirror has and says
+// nothing, or asks without the secret, and does not let go.
+func TestStrangersTakeNothingFromCallers(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	certs := newCertificates(t)
+	n.start(certs.args()...)
+	caller := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: certs.ca.Pool()}}
+	request := func() reply {
+		t.Helper()
+		return ask(t, caller, http.MethodGet, "https://"+n.mirror+"/v2/", http.Header{"Pilot-Secret": {n.secret}})
+	}
+	request().expect(t, "before", http.StatusOK)
+	for range 100 {
+		conn := tls.Client(n.connect(), &tls.Config{RootCAs: certs.ca.Pool(), ServerName: "127.0.0.1"})
+		conn.NetConn().SetDeadline(time.Now().Add(harness.Timeout))
+		fmt.Fprintf(conn, "GET /v2/ HTTP/1.1\r\nHost: %s\r\n\r\n", n.mirror)
+		answer, err := io.ReadAll(conn)
+		if !strings.HasPrefix(string(answer), "HTTP/1.1 401 ") || err != nil {
+			t.Fatalf("without the secret: %q %v, and not the end of the connection", answer, err)
+		}
+	}
+	for range 1200 {
+		n.connect()
+	}
+	// On the connection that is there, and on a new one: those who say nothing are not
+	// waited for, which would take ten seconds.
+	began := time.Now()
+	request().expect(t, "beside strangers", http.StatusOK)
+	caller.CloseIdleConnections()
+	request().expect(t, "a new connection beside strangers", http.StatusOK)
+	if took := time.Since(began); took > 9*time.Second {
+		t.Errorf("a caller waits for %v", took)
+	}
+	for range 100 {
+		fmt.Fprint(n.connect(), "nonsense")
+	}
+	harness.Await(t, "handshakes fail", func() error {
+		if n.pilot.Logged(t, "TLS handshake error") == 0 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	request().expect(t, "after nonsense", http.StatusOK)
+	if lines := n.pilot.Logged(t, "handshake error"); lines > 3 {
+		t.Errorf("the log has %d lines of handshakes that failed", lines)
+	}
+}
+
+// TestLongAnswersTakeBoundedMemory has many callers ask for a long list of tags, and a
+// registry whose tokens and manifests do not end.
+func TestLongAnswersTakeBoundedMemory(t *testing.T) {
+	t.Parallel()
+	n, f, _, _ := bigNode(t)
+	list := `{"name":"big","tags":["` + strings.Repeat(`a","`, 7<<20/4) + `b"]}`
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if r.URL.Path == "/v2/big/tags/list" {
+			io.WriteString(w, list)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+	before := n.pilot.Peak(t)
+	var wg sync.WaitGroup
+	for range 32 {
+		conn := n.connect()
+		wg.Go(func() {
+			n.send(conn, "/v2/big/tags/list")
+			_ = conn.SetDeadline(time.Now().Add(harness.Timeout))
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer resp.Body.Close()
+			if size, err := io.Copy(io.Discard, resp.Body); resp.StatusCode != http.StatusOK || size != int64(len(list)) || err != nil {
+				t.Errorf("%s, %d bytes, %v", resp.Status, size, err)
+			}
+		})
+	}
+	wg.Wait()
+	if grown := n.pilot.Peak(t) - before; grown > 256<<20 {
+		t.Errorf("the mirror takes %d MiB more for lists", grown>>20)
+	}
+	before = n.pilot.Peak(t)
+	var sent atomic.Int64
+	endless := func(w http.ResponseWriter) {
+		for range 1 << 10 {
+			n, err := w.Write(bytes.Repeat([]byte("x"), 1<<20))
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	}
+	f.set(func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		if r.URL.Path != "/token" {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token",service="x"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		fmt.Fprint(w, `{"token":"`)
+		endless(w)
+	})
+	if r := n.get(manifestPath("big", "enc")); r.status == http.StatusOK {
+		t.Errorf("without a token: %d", r.status)
+	}
+	if grown := n.pilot.Peak(t) - before; grown > 64<<20 {
+		t.Errorf("the mirror takes %d MiB more for a token", grown>>20)
+	}
+	f.set(func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+		if r.Method == http.MethodGet {
+			endless(w)
+		}
+	})
+	if r := n.get(manifestPath("big", "endless")); r.status == http.StatusOK {
+		t.Errorf("an endless manifest: %d", r.status)
+	}
+	if sent.Load() > 128<<20 {
+		t.Errorf("the mirror has read %d MiB", sent.Load()>>20)
+	}
 }
 
 // TestInlinedDataIsNotRemembered has images whose encrypted layer comes with data in its

@@ -280,6 +280,12 @@ func TestRegistryFaults(t *testing.T) {
 			}
 			forward.ServeHTTP(w, r)
 		},
+		"a byte too many": func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			if isBlob(r) {
+				w = &appending{w}
+			}
+			forward.ServeHTTP(w, r)
+		},
 		"other bytes": func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 			if isBlob(r) {
 				w.Write(random(8<<20 + 1536))
@@ -318,6 +324,46 @@ func TestRegistryFaults(t *testing.T) {
 	if fresh.status != http.StatusBadGateway {
 		t.Errorf("another manifest: %d %s", fresh.status, fresh.body)
 	}
+	f.set(nil)
+
+	// A registry whose token is to pull alone says nothing about what else it has.
+	for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed} {
+		f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			if strings.HasSuffix(r.URL.Path, "/tags/list") {
+				w.WriteHeader(status)
+				return
+			}
+			forward.ServeHTTP(w, r)
+		})
+		absent := digestOf(fmt.Sprint("absent ", status))
+		for code, path := range map[string]string{"MANIFEST_UNKNOWN": manifestPath("big", absent), "BLOB_UNKNOWN": blobPath("big", absent)} {
+			n.get(path).expect(t, fmt.Sprintf("absent, where tags are listed with %d", status), http.StatusNotFound, code)
+		}
+	}
+
+	// What is no registry's answer, such as that of another server, is not for callers.
+	const foreign = `{"AccessKeyId":"s3cret"}`
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		w.Header().Set("Content-Length", fmt.Sprint(len(foreign)))
+		io.WriteString(w, foreign)
+	})
+	for _, path := range []string{"/v2/big/tags/list", "/v2/big/referrers/" + plain, blobPath("big", digestOf("y")), manifestPath("big", "other"), manifestPath("big", digestOf("y"))} {
+		if r := n.get(path); r.status != http.StatusBadGateway && r.status != http.StatusNotFound || strings.Contains(r.body, "s3cret") {
+			t.Errorf("%s: %d %s", path, r.status, r.body)
+		}
+	}
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		http.Redirect(w, r, "http://169.254.169.254/latest/meta-data/iam/", http.StatusTemporaryRedirect)
+	})
+	for _, path := range []string{"/v2/big/tags/list", blob, manifestPath("big", "enc")} {
+		n.get(path).expect(t, "redirected to metadata", http.StatusForbidden, "DENIED", "169.254.169.254")
+	}
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		w.Header().Set("WWW-Authenticate", `Bearer realm="http://169.254.169.254/token",service="x"`)
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	n.request(http.MethodGet, manifestPath("big", "enc"), http.Header{"Pilot-Secret": {n.secret}, "Authorization": {"Basic " + basic("new", "p")}}).
+		expect(t, "tokens from metadata", http.StatusForbidden, "DENIED", "169.254.169.254")
 	f.set(nil)
 
 	limit := func(retryAfter string) (asked *atomic.Int32) {
@@ -361,6 +407,90 @@ func (b *breaking) Write(p []byte) (int, error) {
 	}
 	b.left -= len(p)
 	return b.ResponseWriter.Write(p)
+}
+
+// appending appends a byte to an answer.
+type appending struct{ http.ResponseWriter }
+
+func (a *appending) WriteHeader(status int) {
+	size, _ := strconv.Atoi(a.Header().Get("Content-Length"))
+	a.Header().Set("Content-Length", fmt.Sprint(size+1))
+	a.ResponseWriter.WriteHeader(status)
+	a.ResponseWriter.Write([]byte{'x'})
+}
+
+// TestOnlyAllowedRegistriesAreAsked has callers name registries.
+func TestOnlyAllowedRegistriesAreAsked(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	f := newFaulty(t, n.registry)
+	manifest := func(registry string) reply {
+		t.Helper()
+		return n.get(manifestPath("app", "enc") + "?ns=" + url.QueryEscape(registry))
+	}
+	start := func(upstream string, args ...string) {
+		t.Helper()
+		if n.pilot != nil {
+			n.pilot.Stop(t)
+		}
+		n.startWith(upstream, append([]string{"--mirror-secret-file", n.dir + "/secret"}, args...)...)
+		n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
+	}
+	start("")
+	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "app:enc")
+	// What only this machine reaches, whether something listens there or not.
+	for _, registry := range []string{f.address, "127.0.0.1:1", "localhost:1", "[::1]:1", "0.0.0.0:1", "169.254.169.254", "169.254.169.254:80"} {
+		manifest(registry).expect(t, "by default "+registry, http.StatusForbidden, "DENIED", "mirror-allowed-upstreams")
+	}
+	if asked := f.requests(""); len(asked) > 0 {
+		t.Errorf("it was asked: %q", asked)
+	}
+	start("", "--mirror-allowed-upstreams", "*.example.com,"+f.address)
+	manifest(f.address).expect(t, "allowed", http.StatusOK)
+	for _, registry := range []string{n.registry, "docker.io", "example.com", "x.example.com.test"} {
+		manifest(registry).expect(t, "not allowed: "+registry, http.StatusForbidden, "DENIED", "is not one of mirror-allowed-upstreams")
+	}
+	start(n.registry, "--mirror-allowed-upstreams", "*.example.com")
+	n.get(manifestPath("app", "enc")).expect(t, "mirror-upstream", http.StatusOK)
+	manifest(n.registry).expect(t, "mirror-upstream by its name", http.StatusOK)
+	manifest(f.address).expect(t, "another one", http.StatusForbidden, "DENIED")
+}
+
+// TestProxyOnLoopbackIsNoRegistry has the mirror reach a registry through an HTTP proxy on
+// this machine, which is not for callers to name.
+func TestProxyOnLoopbackIsNoRegistry(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.start()
+	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
+		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
+	})
+	n.encrypt(layout, "app:enc")
+	n.pilot.Stop(t)
+	f := newFaulty(t, n.registry)
+	f.set(func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		switch r.Host {
+		case "registry.test":
+			forward.ServeHTTP(w, r)
+		case "leads.test":
+			http.Redirect(w, r, "http://169.254.169.254/latest/", http.StatusTemporaryRedirect)
+		default:
+			t.Errorf("the proxy was asked for %s", r.URL)
+		}
+	})
+	for _, registry := range []string{"registry.test", "leads.test"} {
+		harness.Write(t, n.dir+"/upstream/"+registry+"/hosts.toml", "server = 'http://"+registry+"'\n")
+	}
+	n.env = []string{"HTTP_PROXY=http://" + f.address, "NO_PROXY="}
+	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
+	if r := n.get(manifestPath("registry.test/app", "enc")); digestOf(r.body) != plain {
+		t.Errorf("through the proxy: %d %s", r.status, r.body)
+	}
+	n.get(manifestPath("leads.test/app", "enc")).expect(t, "redirected to metadata", http.StatusForbidden, "DENIED")
+	n.get(manifestPath("app", "enc")+"?ns="+f.address).expect(t, "the proxy as a registry", http.StatusForbidden, "DENIED")
 }
 
 // TestTagThatMovesDoesNotMixImages moves a tag after its manifest was read.

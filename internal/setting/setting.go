@@ -106,3 +106,17 @@ func (s Setting) Set(v any, text string) error {
 	}
 	return nil
 }
+
+// Words sets list to the words of text, which are separated by commas. check gets each word
+// and those before it.
+func Words(list *[]string, text []byte, check func(word string, before []string) error) error {
+	*list = nil
+	for word := range strings.SplitSeq(string(text), ",") {
+		word = strings.TrimSpace(word)
+		if err := check(word, *list); err != nil {
+			return err
+		}
+		*list = append(*list, word)
+	}
+	return nil
+}

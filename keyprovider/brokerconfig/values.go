@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/ctrlplane/pilot/internal/setting"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -18,7 +19,7 @@ func (u *URLs) String() string { return strings.Join(*u, ",") }
 
 // UnmarshalText reads URLs.
 func (u *URLs) UnmarshalText(b []byte) error {
-	return split((*[]string)(u), b, func(url string, _ []string) error {
+	return setting.Words((*[]string)(u), b, func(url string, _ []string) error {
 		if url == "" {
 			return errors.New("a URL is empty")
 		}
@@ -34,7 +35,7 @@ func (n *ProviderNames) String() string { return strings.Join(*n, ",") }
 
 // UnmarshalText reads names.
 func (n *ProviderNames) UnmarshalText(b []byte) error {
-	return split((*[]string)(n), b, func(name string, before []string) error {
+	return setting.Words((*[]string)(n), b, func(name string, before []string) error {
 		switch {
 		case name == "":
 			return errors.New("a name is empty")
@@ -55,21 +56,7 @@ func (k *KEKIDs) String() string { return strings.Join(*k, ",") }
 
 // UnmarshalText reads ids.
 func (k *KEKIDs) UnmarshalText(b []byte) error {
-	return split((*[]string)(k), b, func(id string, _ []string) error { return wireformat.ValidateKEKID(id) })
-}
-
-// split sets list to the words of text, which are separated by commas. check gets
-// each word and those before it.
-func split(list *[]string, text []byte, check func(word string, before []string) error) error {
-	*list = nil
-	for word := range strings.SplitSeq(string(text), ",") {
-		word = strings.TrimSpace(word)
-		if err := check(word, *list); err != nil {
-			return err
-		}
-		*list = append(*list, word)
-	}
-	return nil
+	return setting.Words((*[]string)(k), b, func(id string, _ []string) error { return wireformat.ValidateKEKID(id) })
 }
 
 // TokenSource is where a token for the broker comes from: github-actions or env:NAME.

@@ -52,6 +52,8 @@ type Doctor struct {
 	DiffSocket string
 	// DecryptionKeysPath is the directory of the differ's private keys, or "".
 	DecryptionKeysPath string
+	// Mirror has the settings of the mirror. Its Listen is "" if there is none.
+	Mirror Mirror
 	// Containerd is the path of containerd's socket.
 	Containerd string
 	// ContainerdConfig is containerd's configuration file, and ContainerdBinary the
@@ -106,6 +108,7 @@ const (
 	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
 	StepDocker           = "docker"
+	StepMirror           = "mirror" // only with a Mirror
 )
 
 // examineTimeout bounds an examination, without the time to clean up.
@@ -127,7 +130,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
-		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck()) {
+		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck(), e.mirrorCheck()) {
 			step := e.step(ctx, c)
 			step.Name, step.Mend = c.name, step.Fix
 			if step.Result == "" {
