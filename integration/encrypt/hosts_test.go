@@ -41,4 +41,11 @@ func TestWhatIsThereIsAskedOfTheHostThatTakesPushes(t *testing.T) {
 	}
 	// What the mirror does not have is there all the same.
 	harness.ExpectFailure(t, a.images("rewrap", "--hosts-dir", hosts, app+"1", app+"2"), "already exists")
+
+	// Tags are listed by the next host if one does not answer.
+	harness.Write(t, hosts+"/registry.example.com/hosts.toml", fmt.Sprintf(
+		"server = \"http://%s\"\n[host.\"http://127.0.0.1:1\"]\ncapabilities = [\"pull\", \"resolve\"]\n", origin))
+	if r := a.rewrap("--hosts-dir", hosts, "--dry-run", app+"*"); len(r) != 3 || r[0].Error+r[1].Error+r[2].Error != "" {
+		t.Errorf("%+v", r)
+	}
 }
