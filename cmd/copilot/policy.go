@@ -31,17 +31,22 @@ than expected may get in.
 Whether the KEK is disabled or revoked is asked of the configured store, or of
 --server. The exit status is 0 if it is allowed, and 3 if it is denied.
 
+With --workload it is for a workload that the identity vouches for, as a node does
+before it starts a container.
+
 With --token FILE the identity and its claims are those of a token, and IDENTITY
 is left out. The token's signature is not checked.
 
 Examples:
    copilot policy check spiffe://example.com/node/worker-7 team-a unwrap
+   copilot policy check --workload prod/web spiffe://example.com/node/worker-7 team-a unwrap
    copilot policy check --claim repository_id=123456 --claim ref=refs/heads/main \
       github:repo:acme/app:ref:refs/heads/main team-a wrap
    copilot policy check --token token.jwt team-a wrap`,
 		Flags: configFlags(append(serverFlags(),
 			&cli.StringSliceFlag{Name: "claim", Usage: "claim `NAME=VALUE` of the identity's token; several, if repeated"},
 			&cli.StringFlag{Name: "token", Usage: "`FILE` with a token (JWT), or - for standard input, instead of IDENTITY"},
+			&cli.StringFlag{Name: "workload", Usage: "`NAMESPACE/SERVICEACCOUNT` that the identity, a node, vouches for"},
 			&cli.GenericFlag{Name: "at", Usage: "`TIME` to check for, as in 2030-01-01, 2030-01-02T03:04:05Z or 90d", Value: &commandline.When{}, DefaultText: "now"},
 			jsonFlag(),
 		)...),
@@ -67,6 +72,14 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return err
 	}
+	if c.IsSet("workload") {
+		if err := policy.CheckWorkload(c.String("workload")); err != nil {
+			return exit.Usagef("policy check: --workload: %w", err)
+		}
+		if len(args) == 0 {
+			return exit.Usagef("policy check: --workload is for one KEK: use it with IDENTITY KEK unwrap")
+		}
+	}
 	switch {
 	case len(args) == 0 && who.Identity != "":
 		return printGrants(c, p, who, now)
@@ -76,6 +89,9 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 		return exit.Usagef("policy check takes an identity (or --token), a KEK and an action, and got %d arguments", c.NArg())
 	}
 	identity, kek, action := who.Identity, args[0], policy.Action(args[1])
+	if who.Workload = c.String("workload"); who.Workload != "" && action != policy.Unwrap {
+		return exit.Usagef("policy check: --workload is for unwrap: other actions are the node's own")
+	}
 	if !slices.Contains(policy.Actions, action) {
 		return exit.Usagef("policy check: unknown action %q: use wrap, unwrap, export or admin", action)
 	}
@@ -91,7 +107,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 			v.Reason += ", but " + reason
 		}
 	}
-	if !v.Allowed {
+	if !v.Allowed && who.Workload == "" {
 		// Identities that may export the KEK can wrap and unwrap without the broker.
 		if (action == policy.Wrap || action == policy.Unwrap) && p.Decide(who, kek, policy.Export, now).Allowed {
 			reason, err := refusedByKEK(ctx, c, kek, identity, &unknown)
@@ -104,7 +120,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 		}
 	}
 	if c.Bool("json") {
-		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown, who.Claims}); err != nil {
+		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown, who.Claims, who.Workload}); err != nil {
 			return err
 		}
 	}
@@ -129,6 +145,8 @@ type policyVerdict struct {
 	Unknown string `json:"unknown,omitempty"`
 	// Claims are those of the token, or of --claim.
 	Claims policy.Claims `json:"claims,omitempty"`
+	// Workload is that of --workload.
+	Workload string `json:"workload,omitempty"`
 }
 
 // printUsable prints that a policy can be used, and warnings.
@@ -160,8 +178,8 @@ func refusedByKEK(ctx context.Context, c *cli.Command, id, identity string, unkn
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("policy check: %w", err)
-	case authorization.IsRevoked(info.Revoked, identity):
-		return "the KEK was revoked for " + identity, nil
+	case authorization.Revocation(info.Revoked, identity) != "":
+		return "the KEK was revoked for " + authorization.Revocation(info.Revoked, identity), nil
 	case info.Disabled:
 		return "the KEK is disabled", nil
 	}

@@ -130,6 +130,10 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	if c.Bool("json") && !c.Bool("dry-run") {
 		return exit.Usagef("--json is for --dry-run")
 	}
+	// As sd_booted(3) does.
+	if _, err := os.Stat("/run/systemd/system"); c.Bool("now") && !c.Bool("dry-run") && err != nil {
+		return exit.Usagef("--now starts and restarts services with systemd, which does not run here: without it, \"pilot node install\" prints what to do by hand")
+	}
 	conf := defaults()
 	for _, s := range settings {
 		if !c.IsSet(s.Name) {

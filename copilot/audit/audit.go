@@ -37,6 +37,8 @@ type Entry struct {
 	Version int       `json:"version,omitempty"`
 	Subject string    `json:"subject,omitempty"` // whom a revocation is about
 	Who     string    `json:"who"`
+	// Workload is the one that the caller vouches for, NAMESPACE/SERVICEACCOUNT.
+	Workload string `json:"workload,omitempty"`
 	// Claims are some of those of the caller's token, which say which CI job it is of.
 	Claims  map[string]string `json:"claims,omitempty"`
 	From    string            `json:"from"`

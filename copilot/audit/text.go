@@ -53,7 +53,7 @@ func (e *Entry) bound() {
 	e.shown = true
 	for s, most := range map[*string]int{
 		&e.Request: maxShort, &e.Trace: maxShort, &e.Action: maxShort, &e.KEK: maxName, &e.Subject: maxName,
-		&e.Who: maxName, &e.From: maxShort, &e.Reason: maxReason,
+		&e.Who: maxName, &e.Workload: maxName, &e.From: maxShort, &e.Reason: maxReason,
 	} {
 		*s = printable(*s, most)
 	}

@@ -237,6 +237,40 @@ func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []
 	return plaintext, nil
 }
 
+// Use asks whether the KEK named id may be used, in a version or in its current one if
+// version is 0, for a workload that this node vouches for: NAMESPACE/SERVICEACCOUNT. It
+// returns nil if so. The error wraps ErrForbidden, or ErrNotFound, if not. Only copilot's
+// own API can.
+func (c *Client) Use(ctx context.Context, id string, version int, workload string) error {
+	body, err := json.Marshal(struct {
+		Workload string `json:"workload"`
+		Version  int    `json:"version,omitempty"`
+	}{workload, version})
+	if err != nil {
+		return err
+	}
+	err = c.post(ctx, id, "use", body, func(answer []byte) error {
+		var a struct {
+			ID       string `json:"id"`
+			Workload string `json:"workload"`
+		}
+		if err := decode(answer, &a); err != nil {
+			return err
+		}
+		if a.ID != id || a.Workload != workload {
+			return fmt.Errorf("%w: it answered for KEK %.60q and workload %.60q", ErrUnavailable, a.ID, a.Workload)
+		}
+		return nil
+	})
+	if errors.Is(err, errNoSuchPath) {
+		err = fmt.Errorf("a broker that knows no workloads: upgrade copilot: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("use KEK %q for workload %s: %w", id, workload, err)
+	}
+	return nil
+}
+
 // post sends a request about a KEK to copilot's own API. It clears body.
 func (c *Client) post(ctx context.Context, id, verb string, body []byte, accept func(answer []byte) error) error {
 	secret := keyjson.NewBody(body)

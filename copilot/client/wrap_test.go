@@ -45,6 +45,14 @@ func TestWrapAnswers(t *testing.T) {
 		{"not exported, by another status", "key", 500, strings.Replace(problemText(500, "no"), "about:blank", wireformat.ProblemNotExported, 1), ErrUnavailable},
 		{"conflict", "key", 409, strings.Replace(problemText(409, "no"), "about:blank", "urn:pilot:problem:other", 1), ErrRejected},
 		{"wrong path", "key", 404, strings.Replace(problemText(404, "no"), "about:blank", wireformat.ProblemNoSuchPath, 1), ErrUnavailable},
+		{"good", "use", 200, `{"id":"a","workload":"prod/web"}`, nil},
+		{"another KEK", "use", 200, `{"id":"b","workload":"prod/web"}`, ErrUnavailable},
+		{"another workload", "use", 200, `{"id":"a","workload":"dev/web"}`, ErrUnavailable},
+		{"nothing", "use", 200, `{}`, ErrUnavailable},
+		{"web page", "use", 200, `<html>SECRET`, ErrUnavailable},
+		{"not allowed", "use", 403, problemText(403, "no"), ErrForbidden},
+		{"proxy", "use", 403, "no", ErrUnavailable},
+		{"earlier broker", "use", 404, strings.Replace(problemText(404, "no"), "about:blank", wireformat.ProblemNoSuchPath, 1), ErrUnavailable},
 		{"another KEK", "wrap", 200, `{"id":"b","version":2,"wrappedKey":"AAAA"}`, ErrUnavailable},
 	} {
 		b := startAsked(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -64,6 +72,10 @@ func TestWrapAnswers(t *testing.T) {
 			_, err = c.Unwrap(t.Context(), "a", Wrapped{Version: 2, Method: "copilot", Key: []byte("x")})
 		case "key":
 			_, err = c.KEK(t.Context(), "a", 0)
+		case "use":
+			if err = c.Use(t.Context(), "a", 1, "prod/web"); test.name == "earlier broker" && !strings.Contains(err.Error(), "upgrade copilot") {
+				t.Error(err)
+			}
 		}
 		if !errors.Is(err, test.is) || err != nil && (!strings.Contains(err.Error(), b.url) || strings.Contains(err.Error(), "PLAIN") || test.code == 200 && strings.Contains(err.Error(), "SECRET")) {
 			t.Errorf("%s %s: %v, want %v", test.verb, test.name, err, test.is)

@@ -17,6 +17,9 @@ import (
 type Principal struct {
 	Identity string
 	Claims   Claims // of its token; nil without one
+	// Workload is the one that a node vouches for in its request, NAMESPACE/SERVICEACCOUNT.
+	// It is "" for what the node does itself.
+	Workload string
 }
 
 // Claims are what an issuer says in a token, as text by name: a string as it is, true
@@ -84,7 +87,7 @@ func quoted(texts []string, between string) string {
 
 // optionalSettings are those of a rule that nobody would miss if they were taken for claims,
 // as TOML does with what follows the line [rule.claims].
-var optionalSettings = []string{"deny", "not-before", "not-after"}
+var optionalSettings = []string{"deny", "not-before", "not-after", "workloads"}
 
 // wantedClaims returns the claims of a rule in the file, in the order of their names. A
 // value is a string, a number, true or false, or an array of those.

@@ -69,7 +69,7 @@ func TestRuleWantsAllOfItsClaims(t *testing.T) {
 		"no claims":         {nil, "the token has no"},
 		"denied":            {main("actor", "mallory"), "rule 2 of p denies it"},
 	} {
-		who := Principal{"github:repo:acme/app:ref:refs/heads/main", test.claims}
+		who := Principal{Identity: "github:repo:acme/app:ref:refs/heads/main", Claims: test.claims}
 		v := p.Decide(who, "team-a", Wrap, anyTime)
 		if v.Allowed != (test.reason == "") || !strings.Contains(v.Reason, test.reason) {
 			t.Errorf("%s: %+v", name, v)
@@ -212,8 +212,8 @@ func TestRuleThatLetsInEverybodyOfAForgeIsRefused(t *testing.T) {
 func TestDenialByNamesThatChangeIsWarnedOf(t *testing.T) {
 	allow := ruleFor(`'github:**'`, "claims = { repository_owner_id = 4711, event_name = 'push' }")
 	claims := Claims{"repository_owner_id": {"4711"}, "event_name": {"push"}, "repository_id": {"5"}, "repository": {"acme/old"}, "actor": {"mallory"}, "actor_id": {"6"}}
-	before := Principal{"github:repo:acme/old:ref:refs/heads/main", claims}
-	after := Principal{"github:repository_id:5", maps.Clone(claims)}
+	before := Principal{Identity: "github:repo:acme/old:ref:refs/heads/main", Claims: claims}
+	after := Principal{Identity: "github:repository_id:5", Claims: maps.Clone(claims)}
 	after.Claims["repository"], after.Claims["actor"] = []string{"acme/new"}, []string{"mallory2"}
 	for _, test := range []struct {
 		identity, claims string
@@ -248,8 +248,8 @@ func TestDenialByNamesThatChangeIsWarnedOf(t *testing.T) {
 
 // TestPatternOfAnyBranchIsWarnedOf has a branch whose name looks like another one.
 func TestPatternOfAnyBranchIsWarnedOf(t *testing.T) {
-	who := Principal{"github:repo:acme/app:ref:refs/heads/x@refs/heads/main",
-		Claims{"repository_id": {"1"}, "workflow_ref": {"acme/app/.github/workflows/evil.yml@refs/heads/x@refs/heads/main"}}}
+	who := Principal{Identity: "github:repo:acme/app:ref:refs/heads/x@refs/heads/main",
+		Claims: Claims{"repository_id": {"1"}, "workflow_ref": {"acme/app/.github/workflows/evil.yml@refs/heads/x@refs/heads/main"}}}
 	for pattern, gets := range map[string]bool{
 		"acme/app/**@refs/heads/main":                  true,
 		"acme/app/.github/workflows/*@refs/heads/main": false,
@@ -272,7 +272,7 @@ func TestGrantsSayWhatATokenLacks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	grants := p.Grants(Principal{"cluster:x", Claims{"a": {"1"}}}, time.Unix(1_800_000_000, 0))
+	grants := p.Grants(Principal{Identity: "cluster:x", Claims: Claims{"a": {"1"}}}, time.Unix(1_800_000_000, 0))
 	if len(grants) != 3 || grants[0].Unmet != nil || len(grants[1].Unmet) != 1 || !grants[2].Deny || grants[2].Rule != 3 {
 		t.Errorf("%+v", grants)
 	}
@@ -304,7 +304,7 @@ func FuzzStrangersOfAForge(f *testing.F) {
 			own = "actor:" + own
 		}
 		for _, who := range []Principal{
-			{"github:" + own, claims}, {"github:repo:mallory/" + other + ":" + subject, claims}, {"gitlab:project_path:mallory/" + other + ":" + subject, gitLab},
+			{Identity: "github:" + own, Claims: claims}, {Identity: "github:repo:mallory/" + other + ":" + subject, Claims: claims}, {Identity: "gitlab:project_path:mallory/" + other + ":" + subject, Claims: gitLab},
 		} {
 			if p.Decide(who, "team-a", Wrap, anyTime).Allowed {
 				t.Errorf("%q with %s = %q lets in %+v", identity, name, pattern, who)

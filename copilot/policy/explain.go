@@ -11,12 +11,13 @@ import (
 // others has.
 func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time) string {
 	var both []Action
+	var other *rule   // of those that are for another workload
 	var closest *rule // of those that want other claims
 	var unmet []string
 	known, likely := false, 0
 	for i := range p.rules {
 		r := &p.rules[i]
-		if r.Deny || !matchAny(r.Identities, who.Identity) {
+		if r.Deny || !matchIdentity(r.Identities, who.Identity) {
 			continue
 		}
 		if missing := r.unmet(who.Claims); len(missing) > 0 {
@@ -33,6 +34,12 @@ func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time)
 			continue
 		}
 		known = true
+		if !r.isForWorkload(who.Workload) {
+			if r.holds(now) && matchAny(r.KEKs, kek) && slices.Contains(r.Actions, action) && (other == nil || other.Workloads == nil) {
+				other = r
+			}
+			continue
+		}
 		if matchAny(r.KEKs, kek) {
 			both = append(both, r.Actions...)
 		}
@@ -40,6 +47,8 @@ func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time)
 	switch {
 	case closest != nil && (likely == 2 || !known):
 		return fmt.Sprintf("%s of %s wants other claims: %s", closest, p.name, strings.Join(unmet, "; "))
+	case other != nil:
+		return fmt.Sprintf("%s of %s %s", other, p.name, other.otherWorkload(who.Workload))
 	case len(both) > 0:
 		return fmt.Sprintf("no rule of %s allows %s: those for %s with %s allow %s", p.name, action, who.Identity, kek, joined(both))
 	case known:
@@ -54,6 +63,8 @@ type Grant struct {
 	KEKs    []string `json:"keks"`
 	Actions []Action `json:"actions"`
 	Deny    bool     `json:"deny,omitempty"`
+	// Workloads are those that the rule is for, if it is not for the node itself.
+	Workloads []string `json:"workloads,omitempty"`
 	// Unmet are the claims that the rule wants besides and the caller's token does not
 	// have. The rule does not count then.
 	Unmet []string `json:"unmet,omitempty"`
@@ -62,8 +73,8 @@ type Grant struct {
 // Grants returns the rules that name who at the time now, in their order.
 func (p *Policy) Grants(who Principal, now time.Time) (list []Grant) {
 	for _, r := range p.rules {
-		if r.holds(now) && matchAny(r.Identities, who.Identity) {
-			list = append(list, Grant{r.number, r.KEKs, r.Actions, r.Deny, r.unmet(who.Claims)})
+		if r.holds(now) && matchIdentity(r.Identities, who.Identity) {
+			list = append(list, Grant{r.number, r.KEKs, r.Actions, r.Deny, r.Workloads, r.unmet(who.Claims)})
 		}
 	}
 	return list

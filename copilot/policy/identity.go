@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +16,62 @@ const Anonymous = "anonymous"
 
 // identityForms are the identities that there are, for errors.
 const identityForms = "identities are spiffe://DOMAIN/PATH, dns:NAME, cn:NAME, uid:NUMBER, ISSUER:SUBJECT and " + Anonymous
+
+// A token of a Kubernetes service account that names the node of its pod has the identity
+// ISSUER:system:serviceaccount:NAMESPACE:NAME@node/NODE. Names of service accounts have no @.
+const (
+	serviceAccount = "system:serviceaccount:"
+	onNode         = "@node/"
+)
+
+// subdomain matches RFC 1123 subdomains, such as the names of nodes.
+var subdomain = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+
+// maxSubdomain bounds a subdomain, in bytes.
+const maxSubdomain = 253
+
+// TokenIdentity returns the identity of an issuer's token, from its subject and the node
+// that it names, or "". Only the node of a Kubernetes service account counts.
+func TokenIdentity(issuer, subject, node string) (string, error) {
+	identity := issuer + ":" + subject
+	if !isServiceAccount(identity) {
+		return identity, nil
+	}
+	if strings.Contains(subject, "@") {
+		return "", fmt.Errorf("the subject %.300q is no service account's: it has an @", subject)
+	}
+	if node != "" {
+		identity += onNode + node
+	}
+	return identity, checkNode(identity)
+}
+
+// checkNode checks the node's name in the identity of a service account.
+func checkNode(identity string) error {
+	account, node, ok := strings.Cut(identity, "@")
+	if !ok || !isServiceAccount(account) {
+		return nil
+	}
+	if node, ok = strings.CutPrefix("@"+node, onNode); !ok || len(node) > maxSubdomain || !subdomain.MatchString(node) {
+		return fmt.Errorf("%.400q: what follows a service account is %sNAME, with the name of a node", identity, onNode)
+	}
+	return nil
+}
+
+func isServiceAccount(identity string) bool {
+	_, subject, _ := strings.Cut(identity, ":")
+	return strings.HasPrefix(subject, serviceAccount) && mayBeOfIssuer(identity)
+}
+
+// Group returns the identity that a service account has on all nodes, without the node, or
+// "" for identities that have none. What names the group names all of its identities.
+func Group(identity string) string {
+	account, _, ok := strings.Cut(identity, onNode)
+	if !ok || !isServiceAccount(account) {
+		return ""
+	}
+	return account
+}
 
 // canonicalDNS returns a host name as identities have it: in lower case, and
 // without the dot at its end (RFC 4343, RFC 1034 section 3.1).
@@ -57,15 +114,23 @@ func Canonical(identity string, issuers []string) (string, error) {
 		}
 		return "uid:" + strconv.FormatUint(uid, 10), nil
 	}
-	for _, name := range issuers {
-		if name == kind {
-			return identity, nil
-		}
+	if issuers != nil && !slices.Contains(issuers, kind) {
+		return "", noIssuer(identity, kind)
 	}
-	if issuers == nil {
-		return identity, nil
+	if err := checkNode(identity); err != nil {
+		return "", err
 	}
-	return "", fmt.Errorf("%q: there is no issuer %q: %s", identity, kind, identityForms)
+	return identity, nil
+}
+
+// noIssuer returns the error of an identity, or a pattern of some, of an issuer that is not
+// configured.
+func noIssuer(identity, issuer string) error {
+	advice := ""
+	if !strings.ContainsFunc(issuer, func(r rune) bool { return r != '-' && (r < '0' || r > '9') && (r < 'a' || r > 'z') }) {
+		advice = fmt.Sprintf(" (a token's needs [issuers.%s] in copilot.toml)", issuer)
+	}
+	return fmt.Errorf("%q: there is no issuer %q%s: %s", identity, issuer, advice, identityForms)
 }
 
 // canonicalPattern returns a pattern of identities as they are compared. It is an
@@ -108,7 +173,7 @@ func canonicalPattern(pattern string, issuers []string) (string, error) {
 			return pattern, nil
 		}
 	}
-	return "", fmt.Errorf("%q: there is no issuer %q: %s", pattern, kind, identityForms)
+	return "", noIssuer(pattern, kind)
 }
 
 // mayBeOfIssuer reports whether a pattern may match the subject of a token.

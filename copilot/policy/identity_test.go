@@ -25,7 +25,7 @@ func TestCanonical(t *testing.T) {
 		"":                                 "is not an identity",
 		"dns:":                             "is not an identity",
 		"node/worker-7":                    "is not an identity",
-		"SPIFFE://example.com/node/a":      "no issuer",
+		"SPIFFE://example.com/node/a":      "no issuer \"SPIFFE\": identities are",
 		"spiffe://Example.com/node/a":      "SPIFFE ID",
 		"spiffe://example.com":             "no path",
 		"spiffe://example.com/node/../a":   "SPIFFE ID",
@@ -42,7 +42,7 @@ func TestCanonical(t *testing.T) {
 		"dns:.example.com":                 "not a host name",
 		"uid:root":                         "not a user's number",
 		"uid:-1":                           "not a user's number",
-		"other:subject":                    "no issuer \"other\"",
+		"other:subject":                    "no issuer \"other\" (a token's needs [issuers.other] in copilot.toml)",
 	} {
 		if got, err := Canonical(in, issuers); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %q, %v", in, got, err)

@@ -44,12 +44,15 @@ type rule struct {
 	Identities []string `toml:"identities"`
 	// Claims are what the caller's token has to have besides, all of them. A pointer says
 	// whether they are in the file: an empty table is decoded as a map that is nil.
-	Claims    *map[string]any `toml:"claims"`
-	KEKs      []string        `toml:"keks"`
-	Actions   []Action        `toml:"actions"`
-	Deny      bool            `toml:"deny"`
-	NotBefore time.Time       `toml:"not-before"`
-	NotAfter  time.Time       `toml:"not-after"`
+	Claims *map[string]any `toml:"claims"`
+	KEKs   []string        `toml:"keks"`
+	// Workloads are those that nodes may vouch for. Without them, a rule that allows is for
+	// requests without a workload.
+	Workloads []string  `toml:"workloads"`
+	Actions   []Action  `toml:"actions"`
+	Deny      bool      `toml:"deny"`
+	NotBefore time.Time `toml:"not-before"`
+	NotAfter  time.Time `toml:"not-after"`
 
 	number int     // in the file, from 1
 	claims []claim // Claims, as they are compared
@@ -144,6 +147,9 @@ func (r *rule) check(issuers []string) error {
 	if err := checkPatterns(r.KEKs); err != nil {
 		return err
 	}
+	if err := r.checkWorkloads(); err != nil {
+		return err
+	}
 	if !r.NotBefore.IsZero() && !r.NotAfter.IsZero() && !r.NotAfter.After(r.NotBefore) {
 		return errors.New("not-after is not after not-before")
 	}
@@ -203,7 +209,7 @@ func (p *Policy) Decide(who Principal, kek string, action Action, now time.Time)
 	var expired, early *rule
 	for i := range p.rules {
 		r := &p.rules[i]
-		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !r.isFor(who) {
+		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !r.isFor(who) || !r.isForWorkload(who.Workload) {
 			continue
 		}
 		switch {
@@ -238,9 +244,9 @@ func (r *rule) unmet(claims Claims) (list []string) {
 	return list
 }
 
-// isFor reports whether a rule's identities and claims match.
+// isFor reports whether a rule's identities and claims match, for some workload or none.
 func (r *rule) isFor(who Principal) bool {
-	return matchAny(r.Identities, who.Identity) && len(r.unmet(who.Claims)) == 0
+	return matchIdentity(r.Identities, who.Identity) && len(r.unmet(who.Claims)) == 0
 }
 
 // Names reports whether a rule allows who anything at the time now.
@@ -260,7 +266,7 @@ func (p *Policy) ClaimNames() (names []string) {
 }
 
 // Usable returns a function that reports whether who may do anything at all with a KEK at
-// the time now.
+// the time now, for some workload or none.
 func (p *Policy) Usable(who Principal, now time.Time) func(kek string) bool {
 	var rules []*rule
 	for i := range p.rules {
@@ -272,7 +278,7 @@ func (p *Policy) Usable(who Principal, now time.Time) func(kek string) bool {
 		var allowed, denied []Action
 		for _, r := range rules {
 			switch {
-			case !matchAny(r.KEKs, kek):
+			case !matchAny(r.KEKs, kek), r.Deny && r.Workloads != nil:
 			case r.Deny:
 				denied = append(denied, r.Actions...)
 			default:
@@ -310,7 +316,7 @@ func (r *rule) holds(now time.Time) bool {
 // once.
 func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
 	for _, l := range p.limits {
-		if matchAny(l.Identities, identity) {
+		if matchIdentity(l.Identities, identity) {
 			return l.PerSecond, l.Burst
 		}
 	}
@@ -320,7 +326,7 @@ func (p *Policy) Limit(identity string) (perSecond float64, burst int) {
 // Connections returns how many connections identity may have open.
 func (p *Policy) Connections(identity string) int {
 	for _, l := range p.limits {
-		if matchAny(l.Identities, identity) {
+		if matchIdentity(l.Identities, identity) {
 			return cmp.Or(l.Connections, defaultConnections)
 		}
 	}
@@ -338,6 +344,12 @@ func joined(actions []Action) string {
 	return strings.Join(names, ", ")
 }
 
+// matchIdentity reports whether patterns name an identity or its group.
+func matchIdentity(patterns []string, identity string) bool {
+	group := Group(identity)
+	return matchAny(patterns, identity) || group != "" && matchAny(patterns, group)
+}
+
 func matchAny(patterns []string, name string) bool {
 	return slices.ContainsFunc(patterns, func(p string) bool { return glob.MatchPath(p, name) })
 }
@@ -345,7 +357,8 @@ func matchAny(patterns []string, name string) bool {
 // Local is the policy of a broker without a policy file: only these identities may use
 // the KEKs, and they may use all.
 func Local(identities ...string) *Policy {
-	return &Policy{name: "the built-in policy", rules: []rule{{
-		Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export}, number: 1,
-	}}}
+	return &Policy{name: "the built-in policy", rules: []rule{
+		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export}, number: 1},
+		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Unwrap}, Workloads: []string{"**"}, number: 2},
+	}}
 }

@@ -105,6 +105,7 @@ func TestParseErrors(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(example))
+	f.Add([]byte(workloads))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p, err := parse("f", b, nil)
 		if err != nil {
@@ -113,7 +114,11 @@ func FuzzParse(f *testing.F) {
 		now := time.Now()
 		a := Principal{Identity: "dns:a"}
 		may := slices.ContainsFunc(Actions, func(action Action) bool { return p.Decide(a, "team-a", action, now).Allowed })
-		if p.Usable(a, now)("team-a") != may {
+		vouched := a
+		vouched.Workload = "prod/web"
+		may = may || p.Decide(vouched, "team-a", Unwrap, now).Allowed
+		forWorkloads := slices.ContainsFunc(p.rules, func(r rule) bool { return r.Workloads != nil })
+		if usable := p.Usable(a, now)("team-a"); usable != may && !(usable && forWorkloads) {
 			t.Errorf("a list has the KEK: %t", !may)
 		}
 		p.Limit("dns:a")

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -66,7 +67,8 @@ func (a *api) routes() map[string]route {
 		"GET /api/v2/keks/{id}":            {action: "info", onKEK: a.info, may: policy.Actions},
 		"GET /api/v2/keks/{id}/key":        {action: "export", handle: a.export},
 		"POST /api/v2/keks/{id}/wrap":      {action: "wrap", onKEK: a.wrap, may: []policy.Action{policy.Wrap}},
-		"POST /api/v2/keks/{id}/unwrap":    {action: "unwrap", onKEK: a.unwrap, may: []policy.Action{policy.Unwrap}},
+		"POST /api/v2/keks/{id}/unwrap":    {action: "unwrap", handle: a.unwrap},
+		"POST /api/v2/keks/{id}/use":       {action: "use", handle: a.use},
 		"POST /api/v2/keks/{id}/rotate":    {action: "rotate", onKEK: a.rotate, may: admin},
 		"POST /api/v2/keks/{id}/disable":   {action: "disable", onKEK: a.disable, may: admin},
 		"POST /api/v2/keks/{id}/enable":    {action: "enable", onKEK: a.enable, may: admin},
@@ -250,19 +252,64 @@ func (a *api) wrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, erro
 	}{e.KEK, w}, err
 }
 
-func (a *api) unwrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
-	var in keyring.Wrapped
-	if err := decodeBody(r, &in); err != nil {
+func (a *api) unwrap(r *http.Request, e *auditing.Entry) (any, error) {
+	var in struct {
+		keyring.Wrapped
+		Workload string `json:"workload"`
+	}
+	bad := decodeBody(r, &in)
+	if bad == nil && in.Workload != "" {
+		bad = vouch(e, in.Workload)
+	}
+	k, err := a.allowed(r.Context(), e, policy.Unwrap)
+	if err = cmp.Or(err, bad); err != nil {
 		return nil, err
 	}
 	if in.Version < 1 {
 		return nil, fmt.Errorf("%w: version %d is not 1 or more", keystore.ErrInput, in.Version)
 	}
 	e.Version = in.Version
-	plaintext, err := a.keks.Unwrap(r.Context(), k, in)
+	plaintext, err := a.keks.Unwrap(r.Context(), k, in.Wrapped)
 	if err != nil {
 		return nil, err
 	}
 	defer clear(plaintext)
 	return secret(keyjson.Object(keyjson.Key("plaintext", plaintext))), nil
+}
+
+// vouch notes the workload that the caller vouches for.
+func vouch(e *auditing.Entry, workload string) error {
+	if err := policy.CheckWorkload(workload); err != nil {
+		return fmt.Errorf("%w: %w", keystore.ErrInput, err)
+	}
+	e.Workload, e.Caller.Workload = workload, workload
+	return nil
+}
+
+// use answers whether a KEK may be used for a workload that the caller vouches for, as it
+// may be if unwrapping for it is allowed. The key is not touched.
+func (a *api) use(r *http.Request, e *auditing.Entry) (any, error) {
+	var in struct {
+		Workload string `json:"workload"`
+		Version  int    `json:"version"`
+	}
+	bad := decodeBody(r, &in)
+	if bad == nil {
+		bad = vouch(e, in.Workload)
+	}
+	if bad == nil && in.Version < 0 {
+		bad = fmt.Errorf("%w: version %d is not 1 or more", keystore.ErrInput, in.Version)
+	}
+	if bad != nil {
+		return nil, bad
+	}
+	e.Version = in.Version
+	k, err := a.allowed(r.Context(), e, policy.Unwrap)
+	if err == nil {
+		err = a.keks.Store.CheckUse(k.KEK, in.Version)
+	}
+	return struct {
+		ID       string `json:"id"`
+		Workload string `json:"workload"`
+	}{e.KEK, in.Workload}, err
 }

@@ -35,7 +35,7 @@ func statusOf(err error) (int, string) {
 		return http.StatusConflict, audit.Failed
 	case errors.As(err, new(*ratelimit.Exceeded)):
 		return http.StatusTooManyRequests, audit.Denied
-	case errors.Is(err, caller.ErrIssuer):
+	case errors.Is(err, caller.ErrIssuer), errors.Is(err, caller.ErrNodes):
 		return http.StatusServiceUnavailable, audit.Failed
 	case errors.Is(err, caller.ErrUnauthenticated):
 		return http.StatusUnauthorized, audit.Denied
@@ -101,7 +101,7 @@ func problemOf(e *auditing.Entry, err error) problem {
 	case errors.As(err, new(*notOpen)): // the detail is for the caller
 	case e.Status >= http.StatusInternalServerError:
 		detail = "the broker failed"
-		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, caller.ErrIssuer} {
+		for _, known := range []error{audit.ErrUnavailable, keystore.ErrUnavailable, kms.ErrUnavailable, kms.ErrForbidden, caller.ErrIssuer, caller.ErrNodes} {
 			if errors.Is(err, known) {
 				detail = known.Error()
 			}

@@ -66,9 +66,15 @@ func (i *oidcIssuer) newKey(t *testing.T) {
 
 func (i *oidcIssuer) keyID() string { return fmt.Sprintf("%x", i.key.X.Bytes()[:8]) }
 
-// token returns a token like those that Kubernetes projects into pods, with
+// token returns a token like those that Kubernetes before 1.30 projects into pods, with
 // claims changed.
 func (i *oidcIssuer) token(t *testing.T, change func(*jwt.Claims)) string {
+	t.Helper()
+	return i.nodeToken(t, "", change)
+}
+
+// nodeToken returns a token like those that Kubernetes 1.30 projects into a node's pods.
+func (i *oidcIssuer) nodeToken(t *testing.T, node string, change func(*jwt.Claims)) string {
 	t.Helper()
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: i.key, KeyID: i.keyID()}}, nil)
 	if err != nil {
@@ -82,9 +88,11 @@ func (i *oidcIssuer) token(t *testing.T, change func(*jwt.Claims)) string {
 	if change != nil {
 		change(&claims)
 	}
-	token, err := jwt.Signed(signer).Claims(claims).Claims(map[string]any{
-		"kubernetes.io": map[string]any{"namespace": "prod", "serviceaccount": map[string]string{"name": "puller", "uid": "1"}},
-	}).Serialize()
+	bound := map[string]any{"namespace": "prod", "serviceaccount": map[string]string{"name": "puller", "uid": "1"}}
+	if node != "" {
+		bound["node"] = map[string]string{"name": node, "uid": "2"}
+	}
+	token, err := jwt.Signed(signer).Claims(claims).Claims(map[string]any{"kubernetes.io": bound}).Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -57,7 +57,8 @@ func newKubernetes(t testing.TB, pause string) *kubernetes {
 	}
 	k := &kubernetes{t: t, dir: harness.TempDir(t)}
 	harness.Write(t, k.dir+"/services/hosts", "")
-	k.controlPlane()
+	k.apiServer()
+	k.controllers()
 	k.bootNode(pause)
 	k.kubelet()
 	k.wait("node/node1", "condition=Ready")
@@ -71,7 +72,8 @@ func (k *kubernetes) program(name string, args ...string) {
 	harness.Start(k.t, k.dir, name, exec.Command(filepath.Join(harness.Tools, "bin/kubernetes"), append([]string{name}, args...)...))
 }
 
-func (k *kubernetes) controlPlane() {
+// apiServer starts etcd and the API server, and waits until that is ready.
+func (k *kubernetes) apiServer() {
 	t := k.t
 	t.Helper()
 	harness.Output(t, harness.Command(t, "openssl", "genrsa", "-out", k.dir+"/service-accounts.pem", "2048"))
@@ -89,6 +91,11 @@ func (k *kubernetes) controlPlane() {
 		"--kubelet-preferred-address-types", "InternalIP")
 	k.kubeconfig("admin", k.dir+"/admin.conf")
 	harness.Await(t, "the API server", func() error { return k.kubectl("get", "--raw", "/readyz").Run() })
+}
+
+func (k *kubernetes) controllers() {
+	t := k.t
+	t.Helper()
 	k.program("kube-controller-manager", "--kubeconfig", k.dir+"/admin.conf", "--leader-elect=false", "--use-service-account-credentials",
 		"--service-account-private-key-file", k.dir+"/service-accounts.pem", "--root-ca-file", k.dir+"/ca.pem")
 	k.program("kube-scheduler", "--kubeconfig", k.dir+"/admin.conf", "--leader-elect=false")

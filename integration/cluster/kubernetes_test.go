@@ -84,7 +84,9 @@ func TestKubernetesManifests(t *testing.T) {
 	kustomization := dir + "/manifests/example/kustomization.yaml"
 	harness.Write(t, kustomization, strings.NewReplacer("registry.example.com", ci.Registry, "docker.io/library", ci.Registry, "newTag: v1", "newTag: test", `newTag: "17"`, "newTag: test").Replace(harness.Read(t, kustomization)))
 	policy := dir + "/manifests/copilot/policy.toml"
-	harness.Write(t, policy, harness.Read(t, policy)+"[[rule]]\nidentities = [\"cluster:system:serviceaccount:default:builder\"]\nkeks = [\"**\"]\nactions = [\"wrap\"]\n")
+	const account = "cluster:system:serviceaccount:pilot-system:pilot"
+	rules := strings.Replace(harness.Read(t, policy), `"`+account+`"`, `"`+account+`@node/node1"`, 1) // which the node's token has to name
+	harness.Write(t, policy, rules+"[[rule]]\nidentities = [\"cluster:system:serviceaccount:default:builder\"]\nkeks = [\"**\"]\nactions = [\"wrap\"]\n")
 	pushLayout(ci, "pilot", filepath.Join(harness.Repo, "dist/images/pilot"))
 	pushLayout(ci, "copilot", filepath.Join(harness.Repo, "dist/images/copilot"))
 	postgres(ci)

@@ -25,12 +25,15 @@ type workflow struct {
 		RunsOn      string `yaml:"runs-on"`
 		Environment string
 		Permissions map[string]string
+		Outputs     map[string]string
 		Env         map[string]string
-		Steps       []struct {
-			Name, Uses, Run string
-			With, Env       map[string]string
-		}
+		Steps       []workflowStep
 	}
+}
+
+type workflowStep struct {
+	ID, Name, Uses, Run string
+	With, Env           map[string]string
 }
 
 // gitLabJobs are what GitLab's pipelines of the pages consist of.
@@ -41,6 +44,11 @@ type gitLabJobs map[string]struct {
 	Variables    map[string]string
 	BeforeScript []string `yaml:"before_script"`
 	Script       []string
+	Dependencies []string
+	Artifacts    struct {
+		Paths    []string
+		ExpireIn string `yaml:"expire_in"`
+	}
 }
 
 // decodeYAML decodes YAML. A key that v has no field for is an error, and so is one that
@@ -72,12 +80,7 @@ func checkWorkflow(t *testing.T, text string) error {
 		if (job.Permissions["id-token"] == "write") != encrypts {
 			return fmt.Errorf("job %s: the job that encrypts, and no other, needs id-token: write", name)
 		}
-		if encrypts && (job.Environment == "" || slices.ContainsFunc(job.Steps, func(s struct {
-			Name, Uses, Run string
-			With, Env       map[string]string
-		}) bool {
-			return s.Uses != ""
-		})) {
+		if encrypts && (job.Environment == "" || slices.ContainsFunc(job.Steps, func(s workflowStep) bool { return s.Uses != "" })) {
 			return fmt.Errorf("job %s can get tokens: it needs an environment, and runs no action", name)
 		}
 		if err := checkCI(t, script, job.Env, "ACTIONS_ID_TOKEN_REQUEST_URL=https://localhost", "ACTIONS_ID_TOKEN_REQUEST_TOKEN=x"); err != nil {
@@ -98,6 +101,9 @@ func checkGitLab(t *testing.T, text string) error {
 		var tokens []string
 		for variable := range job.IDTokens {
 			tokens = append(tokens, variable+"=e30.e30.x")
+		}
+		if len(job.IDTokens) > 0 && (job.Dependencies == nil || !strings.Contains(script, "/plain@$digest")) {
+			return fmt.Errorf("job %s has a token: it needs dependencies, so that not every job's artifacts come in, and the image's digest", name)
 		}
 		if err := checkCI(t, script, job.Variables, tokens...); err != nil {
 			return fmt.Errorf("job %s: %w", name, err)

@@ -315,15 +315,19 @@ func TestWorkflowsOfThePages(t *testing.T) {
 		t.Helper()
 		dir := harness.TempDir(t)
 		harness.Output(t, k.debian.Run("skopeo", "copy", "-q", "--dest-tls-verify=false", "oci:"+k.dir+"/app:v1", "docker://"+plain))
+		digest := strings.TrimSpace(harness.Output(t, k.debian.Run("skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", "docker://"+plain)))
+		harness.Write(t, dir+"/plain-digest", digest+"\n")
 		cmd := harness.Command(t, "bash", "-euxc", strings.ReplaceAll(script, "ghcr.io", k.registry))
 		cmd.Dir = dir
-		cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}, env...)
+		cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "TMPDIR=" + dir}, env...)
 		for name, value := range variables {
 			switch name {
 			case "COPILOT_CA":
 				value = harness.Read(t, k.broker.Dir+"/ca.pem")
 			case "PILOT_BROKER":
 				value = k.broker.URL()
+			case "PLAIN":
+				value = k.registry + "/acme/app-plain@" + digest
 			}
 			cmd.Env = append(cmd.Env, name+"="+value)
 		}
@@ -339,16 +343,20 @@ func TestWorkflowsOfThePages(t *testing.T) {
 	}
 	yamlOf("docs/ci-github.md", &workflow)
 	job := workflow.Jobs["encrypt"]
-	run(job.Steps[len(job.Steps)-1].Run, job.Env, k.registry+"/acme/app-plain:1", append(k.github.Job(gitHubMain), "GITHUB_SHA=1")...)
+	run(job.Steps[len(job.Steps)-1].Run, job.Env, k.registry+"/acme/app-plain:another", append(k.github.Job(gitHubMain), "GITHUB_SHA=1")...)
 
 	var pipeline map[string]struct {
-		Variables map[string]string
-		Script    []string
+		Variables    map[string]string
+		BeforeScript []string `yaml:"before_script"`
+		Script       []string
 	}
 	yamlOf("docs/ci-gitlab.md", &pipeline)
 	gitlab := pipeline["encrypt"]
 	gitlab.Variables["COPILOT_CA"] = ""
-	run(strings.Join(gitlab.Script, "\n"), gitlab.Variables, k.registry+"/acme/app/plain:2",
+	// Until the job leaves the directory with the artifacts. Nothing has the tag that build
+	// gave the image.
+	before := gitlab.BeforeScript[:1+slices.Index(gitlab.BeforeScript, `cd "$(mktemp -d)"`)]
+	run(strings.Join(slices.Concat(before, gitlab.Script), "\n"), gitlab.Variables, k.registry+"/acme/app/plain:another",
 		"CI_REGISTRY_IMAGE="+k.registry+"/acme/app", "CI_COMMIT_SHA=2", "COPILOT_TOKEN="+k.gitlab.Token("copilot.example.com", gitLabMain))
 }
 

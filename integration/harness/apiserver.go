@@ -75,7 +75,7 @@ func (c *APIServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(answer)
 }
 
-// Token returns a new token of pilot's service account.
+// Token returns a new token of pilot's service account on the node worker-7.
 func (c *APIServer) Token(t testing.TB) string {
 	t.Helper()
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: c.key, KeyID: "1"}}, nil)
@@ -85,7 +85,7 @@ func (c *APIServer) Token(t testing.TB) string {
 	token, err := jwt.Signed(signer).Claims(jwt.Claims{
 		Issuer: c.URL, Subject: "system:serviceaccount:pilot-system:pilot", Audience: jwt.Audience{"copilot"},
 		Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour)), ID: strconv.FormatInt(time.Now().UnixNano(), 10),
-	}).Serialize()
+	}).Claims(map[string]any{"kubernetes.io": Object{"namespace": "pilot-system", "node": Object{"name": "worker-7", "uid": "3"}}}).Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -104,7 +104,7 @@ func TestDeploy(t *testing.T) {
 	b := harness.NewTLSBroker(t, "team-a")
 	b.Process.Stop(t)
 	appendTo(t, b.Dir+"/copilot.toml", fmt.Sprintf("\n[issuers.cluster]\nurl = %q\nkeys-url = %q\naudience = \"copilot\"\nca = %q\n", c.URL, c.URL+"/openid/v1/jwks", c.Dir+"/account/ca.crt"))
-	appendTo(t, b.Dir+"/policy.toml", "\n[[rule]]\nidentities = [\"cluster:system:serviceaccount:pilot-system:pilot\"]\nkeks = [\"team-*\"]\nactions = [\"unwrap\"]\n")
+	appendTo(t, b.Dir+"/policy.toml", "\n[[rule]]\nidentities = [\"cluster:system:serviceaccount:pilot-system:pilot@node/worker-7\"]\nkeks = [\"team-*\"]\nactions = [\"unwrap\"]\n")
 	b.Start(t)
 	harness.Write(t, c.Dir+"/broker/ca.pem", harness.Read(t, b.Dir+"/ca.pem"))
 	dir := harness.TempDir(t)

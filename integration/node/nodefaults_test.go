@@ -100,6 +100,8 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	harness.Await(t, "containerd", harness.Reachable(m.Root+"/run/containerd/containerd.sock"))
 	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/none.sock"), "/run/none.sock is unknown", "/run/containerd/containerd.sock")
 	m.CheckFiles(before)
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--now", "--containerd-address", "/run/containerd/containerd.sock"), "systemd, which does not run here")
+	m.CheckFiles(before)
 	harness.Output(t, m.Run("pilot", "node", "install", "--containerd-address", "/run/containerd/containerd.sock"))
 	if got := harness.Read(t, m.Root+"/opt/c/config.toml"); !strings.Contains(got, "/opt/c/conf.d/pilot*.toml") {
 		t.Errorf("its configuration: %s", got)

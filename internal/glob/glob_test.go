@@ -49,12 +49,32 @@ func TestMatchName(t *testing.T) {
 	}
 }
 
+// maxSteps bounds the steps of matching.
+func maxSteps(pattern, name string) int { return 2 * (len(pattern) + 1) * (len(name) + 1) }
+
+// TestStepsAreBoundedByThePatternTimesTheName has names that nearly match in many ways.
+func TestStepsAreBoundedByThePatternTimesTheName(t *testing.T) {
+	for _, units := range [][2]string{
+		{"**a*b", "a"}, {"**a*b", "a/"}, {"**a*b", "ab"}, {"**a*/b", "a/"}, {"*a", "a"}, {"**a", "a"}, {"**a*a*a*a*b", "aaaaa/"}, {"**/*/*/*b", "a/"}, {"**/*a/*a", "/aaa"},
+	} {
+		for _, n := range []int{1, 10, 100} {
+			pattern, name := strings.Repeat(units[0], n)+"c", strings.Repeat(units[1], 40*n)
+			for _, path := range []bool{true, false} {
+				if matched, steps := match(pattern, name, path); matched || steps > maxSteps(pattern, name) {
+					t.Errorf("%d times %q, %d times %q, as paths: %t: matches: %t, %d steps, at most %d", n, units[0], 40*n, units[1], path, matched, steps, maxSteps(pattern, name))
+				}
+			}
+		}
+	}
+}
+
 // FuzzMatch compares with regular expressions.
 func FuzzMatch(f *testing.F) {
 	f.Add("a*b**c", "axb/yc")
 	f.Add("**/x*/**y", "a/b/xx/yy/y")
 	f.Add("****", "a\n/b")
 	f.Add("x*??y*", "x€y")
+	f.Add("**a*b/c*d**e", "axb/ab/cd/ab/c/de")
 	f.Fuzz(func(t *testing.T, pattern, name string) {
 		if len(pattern) > 50 || len(name) > 50 || !utf8.ValidString(pattern) || !utf8.ValidString(name) {
 			return
@@ -67,6 +87,11 @@ func FuzzMatch(f *testing.F) {
 		}
 		if got := MatchName(pattern, name); got != regexp.MustCompile(`\A(?:`+names+`)\z`).MatchString(name) {
 			t.Errorf("name %q matches %q: %t", pattern, name, got)
+		}
+		for _, path := range []bool{true, false} {
+			if _, steps := match(pattern, name, path); steps > maxSteps(pattern, name) {
+				t.Errorf("%q and %q, as paths: %t: %d steps, at most %d", pattern, name, path, steps, maxSteps(pattern, name))
+			}
 		}
 	})
 }

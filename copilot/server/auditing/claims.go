@@ -31,7 +31,7 @@ func Claims(c policy.Claims, others []string) map[string]string {
 		if _, twice := shown[name]; !ok || twice {
 			continue
 		}
-		text := strings.Join(texts, " ")
+		text := claimText(texts)
 		// As it is shown, if it has to be quoted or cut.
 		if n := len(name) + min(len(strconv.Quote(text)), 300); size+n <= maxClaims {
 			size += n
@@ -39,4 +39,17 @@ func Claims(c policy.Claims, others []string) map[string]string {
 		}
 	}
 	return shown
+}
+
+// claimText returns a claim in one text: an array of several as in JSON. Claims that differ
+// never look the same.
+func claimText(texts []string) string {
+	if len(texts) == 1 && !strings.HasPrefix(texts[0], "[") {
+		return texts[0]
+	}
+	quoted := make([]string, len(texts))
+	for i, text := range texts {
+		quoted[i] = strconv.Quote(text)
+	}
+	return "[" + strings.Join(quoted, ",") + "]"
 }

@@ -48,7 +48,20 @@ func TestClaimsInALineAreBounded(t *testing.T) {
 	if c := Claims(full, append(slices.Sorted(maps.Keys(full)), "owner_id")); c["owner_id"] != "4711" || len(c) != 7 {
 		t.Errorf("%v", c)
 	}
-	if c := Claims(policy.Claims{"groups": {"a", "b"}, "email": {"x"}}, []string{"groups"}); len(c) != 1 || c["groups"] != "a b" {
+	if c := Claims(policy.Claims{"groups": {"a", "b"}, "email": {"x"}}, []string{"groups"}); len(c) != 1 || c["groups"] != `["a","b"]` {
 		t.Errorf("%v", c)
+	}
+}
+
+func TestClaimsThatDifferNeverLookTheSame(t *testing.T) {
+	seen := make(map[string][]string)
+	for _, texts := range [][]string{
+		{"a b"}, {"a", "b"}, {"b", "a"}, {`["a","b"]`}, {`["a"`, `"b"]`}, {`a","b`}, {"[]"}, {""}, {"", ""}, {"a", "b", ""}, {`["a","b"]`, "c"}, {"\xff", "x"}, {"\ufffd", "x"},
+	} {
+		shown := audit.Entry{Claims: Claims(policy.Claims{"groups": texts}, []string{"groups"})}.Shown().Claims["groups"]
+		if other, ok := seen[shown]; ok {
+			t.Errorf("%q and %q are both %s", texts, other, shown)
+		}
+		seen[shown] = texts
 	}
 }

@@ -90,7 +90,7 @@ func (r *refusals) note(who string, e audit.Entry, many bool) bool {
 		r.callers[who] = c
 	}
 	coarse := many
-	id := idOf(who, e.Action, fmt.Sprint(e.Status), e.KEK, e.Reason, caller.Address(e.From))
+	id := idOf(who, e.Action, fmt.Sprint(e.Status), e.KEK, e.Workload, e.Reason, caller.Address(e.From))
 	if many {
 		id = idOf(who, fmt.Sprint(e.Status))
 	} else if r.kinds[id] == nil && c.kinds >= maxCallerKinds {

@@ -4,7 +4,6 @@ package authorization
 
 import (
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
@@ -54,13 +53,24 @@ func (c Caller) May(kek string, actions ...policy.Action) error {
 			reason = v.Reason
 		}
 	}
-	return &Denial{c.who.Identity, reason}
+	return c.denial(reason)
+}
+
+func (c Caller) denial(reason string) *Denial {
+	who := c.who.Identity
+	if c.who.Workload != "" {
+		who += " for the workload " + c.who.Workload
+	}
+	return &Denial{who, reason}
 }
 
 // NotRevoked returns a [*Denial] if a KEK was revoked for the caller.
 func (c Caller) NotRevoked(k keystore.KEK) error {
-	if !c.owner && IsRevoked(k.Revoked, c.who.Identity) {
-		return &Denial{c.who.Identity, "the KEK was revoked for " + c.who.Identity}
+	if c.owner {
+		return nil
+	}
+	if revoked := Revocation(k.Revoked, c.who.Identity); revoked != "" {
+		return c.denial("the KEK was revoked for " + revoked)
 	}
 	return nil
 }
@@ -73,13 +83,17 @@ func (c Caller) Usable() func(kek string) bool {
 	return c.policy.Usable(c.who, c.now)
 }
 
-// IsRevoked reports whether an identity is among those that a KEK was revoked for.
-func IsRevoked(revoked []string, identity string) bool {
-	return slices.ContainsFunc(revoked, func(r string) bool {
+// Revocation returns the identity, of those that a KEK was revoked for, that is the given
+// one or its group, or "".
+func Revocation(revoked []string, identity string) string {
+	for _, r := range revoked {
 		// Earlier versions stored identities as they were spelled.
 		if canonical, err := policy.Canonical(r, nil); err == nil {
 			r = canonical
 		}
-		return r == identity
-	})
+		if r != "" && (r == identity || r == policy.Group(identity)) {
+			return r
+		}
+	}
+	return ""
 }

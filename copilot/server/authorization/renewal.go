@@ -27,7 +27,7 @@ func CheckRenewal(p *policy.Policy, who string, keks []keystore.KEK) error {
 	may, usable := false, c.Usable()
 	for _, k := range keks {
 		// Also a KEK that the policy does not let it use any more.
-		if IsRevoked(k.Revoked, who) {
+		if Revocation(k.Revoked, who) != "" {
 			return &NotRenewed{fmt.Sprintf("the KEK %s was revoked for %s", k.ID, who)}
 		}
 		may = may || usable(k.ID)

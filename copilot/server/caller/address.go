@@ -7,8 +7,7 @@ import (
 	"strings"
 )
 
-// Address returns the caller that all requests from one address, HOST:PORT, count for
-// as long as they are not authenticated.
+// Address returns the name of the caller at an address, HOST:PORT.
 func Address(address string) string {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
@@ -17,8 +16,9 @@ func Address(address string) string {
 	return "from " + host
 }
 
-// Network is [Address] for lines of the audit log: an IPv6 address stands for its /64
-// network, since one machine can use all of its addresses.
+// Network returns the caller that all requests from one address, HOST:PORT, count for
+// as long as they are not authenticated. An IPv6 address stands for its /64 network, since
+// one machine can use all of its addresses.
 func Network(address string) string {
 	from := Address(address)
 	ip, err := netip.ParseAddr(strings.TrimPrefix(from, "from "))
@@ -32,11 +32,11 @@ func Network(address string) string {
 	return "from " + prefix.String()
 }
 
-// Source is [Address] for a request. All users of a unix socket have the same address,
+// Source is [Network] for a request. All users of a unix socket have the same address,
 // so each user is a caller of its own.
 func Source(r *http.Request) string {
 	if user := User(r.Context()); user != "" {
 		return "from " + user
 	}
-	return Address(r.RemoteAddr)
+	return Network(r.RemoteAddr)
 }

@@ -1,6 +1,9 @@
 package caller
 
-import "testing"
+import (
+	"net/http"
+	"testing"
+)
 
 func TestNetworkCountsAllAddressesOfOneMachineAsOne(t *testing.T) {
 	for from, want := range map[string]string{
@@ -15,5 +18,15 @@ func TestNetworkCountsAllAddressesOfOneMachineAsOne(t *testing.T) {
 		if got := Network(from); got != want {
 			t.Errorf("%s: %q", from, got)
 		}
+	}
+}
+
+func TestSourceOfARequestIsItsNetwork(t *testing.T) {
+	source := func(from string) string { return Source(&http.Request{RemoteAddr: from}) }
+	if a, b := source("[2001:db8:1:2::3]:443"), source("[2001:db8:1:2:ffff::1]:80"); a != b {
+		t.Errorf("%q and %q are limited separately", a, b)
+	}
+	if a, b := source("[2001:db8:1:2::3]:443"), source("[2001:db8:1:3::3]:443"); a == b {
+		t.Errorf("two networks are limited as one, %q", a)
 	}
 }

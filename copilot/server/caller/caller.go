@@ -58,7 +58,7 @@ func (a *Authenticator) identify(r *http.Request) (who policy.Principal, err err
 		if !strings.EqualFold(scheme, "Bearer") {
 			return who, fmt.Errorf("the authorization scheme %.20q is not supported: use Bearer", scheme)
 		}
-		return a.Issuers.verify(r.Context(), strings.TrimSpace(token))
+		return a.Issuers.verify(r.Context(), strings.TrimSpace(token), r.RemoteAddr)
 	}
 	who.Identity = Anonymous
 	if len(chains) > 0 {

@@ -47,6 +47,10 @@ type Issuer struct {
 	// KeysURL is where the keys are. Default: the jwks_uri of the issuer's
 	// /.well-known/openid-configuration.
 	KeysURL string `toml:"keys-url"`
+	// NodesURL is where a Kubernetes API server has its nodes, as in
+	// https://kubernetes.default.svc.cluster.local/api/v1/nodes. A token that names a node
+	// then has to come from one of its addresses. Default: from anywhere.
+	NodesURL string `toml:"nodes-url"`
 }
 
 // Check validates an issuer's settings. Its name is the prefix of the identities of its
@@ -58,13 +62,13 @@ func (i Issuer) Check(name string) error {
 	if i.URL == "" || i.Audience == "" {
 		return errors.New("url and audience are required")
 	}
-	for _, u := range []string{i.URL, i.KeysURL} {
+	for _, u := range []string{i.URL, i.KeysURL, i.NodesURL} {
 		if u == "" {
 			continue
 		}
 		parsed, err := url.Parse(u)
 		if err != nil || parsed.Scheme != "https" && !(parsed.Scheme == "http" && loopback.Is(parsed.Hostname())) {
-			return fmt.Errorf("%s: keys fetched without TLS could be anybody's: use https", u)
+			return fmt.Errorf("%s: what is fetched without TLS could be anybody's: use https", u)
 		}
 	}
 	return nil
@@ -81,6 +85,7 @@ type issuer struct {
 	name   string
 	conf   Issuer
 	client *http.Client
+	nodes  *nodes // nil without NodesURL
 
 	flight singleflight.Group
 
@@ -105,10 +110,15 @@ func NewIssuers(conf map[string]Issuer) (*Issuers, error) {
 			}
 			transport.TLSClientConfig.RootCAs = pool
 		}
-		all.byURL[c.URL] = &issuer{name: name, conf: c, client: &http.Client{
-			Timeout:   issuerTimeout,
-			Transport: newIssuerTransport(withToken{transport, c.TokenFile}, c.URL, c.KeysURL),
-		}}
+		shown := withToken{transport, c.TokenFile}
+		i := &issuer{name: name, conf: c, client: &http.Client{Timeout: issuerTimeout, Transport: newIssuerTransport(shown, c.URL, c.KeysURL)}}
+		if c.NodesURL != "" {
+			i.nodes = &nodes{url: c.NodesURL, client: &http.Client{
+				Timeout: issuerTimeout, Transport: shown,
+				CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+			}}
+		}
+		all.byURL[c.URL] = i
 	}
 	return all, nil
 }
@@ -141,8 +151,9 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // verify verifies a token, and returns who it is for: the issuer's name, a colon and the
-// token's subject, and its claims.
-func (all *Issuers) verify(ctx context.Context, token string) (who policy.Principal, err error) {
+// token's subject, with its node if it has one, and its claims. The token was shown from an
+// address, HOST:PORT.
+func (all *Issuers) verify(ctx context.Context, token, address string) (who policy.Principal, err error) {
 	claimed, err := issuerOf(token)
 	if err != nil {
 		return who, err
@@ -176,11 +187,41 @@ func (all *Issuers) verify(ctx context.Context, token string) (who policy.Princi
 	if err := verified.Claims(&payload); err != nil {
 		return who, fmt.Errorf("token of issuer %s: %w", i.name, err)
 	}
-	claims, err := policy.ParseClaims(payload)
-	if err != nil {
+	if who, err = principal(i.name, verified.Subject, payload); err != nil {
 		return who, fmt.Errorf("token of issuer %s: %w", i.name, err)
 	}
-	return policy.Principal{Identity: i.name + ":" + verified.Subject, Claims: claims}, nil
+	if node := nodeOf(payload); i.nodes != nil && policy.Group(who.Identity) != "" {
+		if err := i.nodes.check(ctx, node, address); err != nil {
+			return who, fmt.Errorf("token of issuer %s: %w", i.name, err)
+		}
+	}
+	return who, nil
+}
+
+// principal returns who a token is for.
+func principal(issuer, subject string, payload []byte) (who policy.Principal, err error) {
+	if who.Claims, err = policy.ParseClaims(payload); err != nil {
+		return who, err
+	}
+	who.Identity, err = policy.TokenIdentity(issuer, subject, nodeOf(payload))
+	return who, err
+}
+
+// nodeOf returns the node of the pod, or the node, that a token of Kubernetes 1.30 or later
+// is bound to, or "".
+func nodeOf(payload []byte) string {
+	var claims struct {
+		Kubernetes json.RawMessage `json:"kubernetes.io"`
+	}
+	var bound struct {
+		Node struct {
+			Name string `json:"name"`
+		} `json:"node"`
+	}
+	if json.Unmarshal(payload, &claims) != nil || json.Unmarshal(claims.Kubernetes, &bound) != nil {
+		return "" // an issuer that is no Kubernetes
+	}
+	return bound.Node.Name
 }
 
 // issuerOf returns the issuer that a token claims, before it is verified.
@@ -227,10 +268,6 @@ func Inspect(token string, issuers map[string]Issuer) (who policy.Principal, iss
 	if err != nil {
 		return who, issuer, err
 	}
-	claims, err := policy.ParseClaims(b)
-	if err != nil {
-		return who, issuer, err
-	}
 	var registered struct {
 		Issuer  string `json:"iss"`
 		Subject string `json:"sub"`
@@ -243,7 +280,8 @@ func Inspect(token string, issuers map[string]Issuer) (who policy.Principal, iss
 	}
 	for name, i := range issuers {
 		if i.URL == registered.Issuer {
-			return policy.Principal{Identity: name + ":" + registered.Subject, Claims: claims}, i, nil
+			who, err = principal(name, registered.Subject, b)
+			return who, i, err
 		}
 	}
 	return who, issuer, fmt.Errorf("the token is from issuer %.200q, which is not among the issuers in the configuration", registered.Issuer)

@@ -12,9 +12,9 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 )
 
-// maxUnidentified is how many connections may be open from one address, or from one user
-// of a unix socket, before a request on them was authenticated. All nodes behind a NAT
-// share one address.
+// maxUnidentified is how many connections may be open from one address, one /64 network
+// of IPv6, or one user of a unix socket, before a request on them was authenticated. All
+// nodes behind a NAT share one address.
 const maxUnidentified = 4096
 
 // ErrUnidentified is the error of reading from a connection that is one too many.
@@ -61,7 +61,7 @@ type connection struct {
 func (all *Connections) opened(c net.Conn) *connection {
 	conn := &connection{Conn: c, all: all, from: caller.UserOf(c)}
 	if conn.from == "" {
-		conn.from = caller.Address(c.RemoteAddr().String())
+		conn.from = caller.Network(c.RemoteAddr().String())
 	}
 	all.mu.Lock()
 	defer all.mu.Unlock()

@@ -59,3 +59,33 @@ func TestUnidentifiedConnectionOverTheLimitIsClosed(t *testing.T) {
 		t.Errorf("read: %v", err)
 	}
 }
+
+// from6 is a connection from an IPv6 address.
+type from6 struct {
+	net.Conn
+	address string
+}
+
+func (c from6) RemoteAddr() net.Addr {
+	return &net.TCPAddr{IP: net.ParseIP(c.address), Port: 1}
+}
+
+func TestUnidentifiedConnectionsOfANetworkCountAsOneAddress(t *testing.T) {
+	all := &Connections{Refused: prometheus.NewCounter(prometheus.CounterOpts{})}
+	open := func(address string) *connection {
+		a, b := net.Pipe()
+		t.Cleanup(func() {
+			a.Close()
+			b.Close()
+		})
+		return all.opened(from6{a, address})
+	}
+	first := open("2001:db8:1:2::3")
+	all.unidentified[first.from] = maxUnidentified
+	if !open("2001:db8:1:2:ffff::1").refused {
+		t.Error("another address of the same machine is not refused")
+	}
+	if open("2001:db8:1:3::1").refused {
+		t.Error("another network is refused")
+	}
+}
