@@ -91,6 +91,9 @@ func nearestFlag(c *cli.Command, args []string) string {
 	names := slices.Sorted(maps.Keys(known))
 	for _, arg := range args {
 		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		if ours := flagOfSkopeo[name]; ours != "" && strings.HasPrefix(arg, "-") && !known[dashed(name)] {
+			return ", which is skopeo's: use " + ours
+		}
 		name = dashed(name)
 		if arg == "--" {
 			break
@@ -100,6 +103,13 @@ func nearestFlag(c *cli.Command, args []string) string {
 		}
 	}
 	return ""
+}
+
+// flagOfSkopeo has our flags for those of skopeo, buildah and podman that have other names.
+var flagOfSkopeo = map[string]string{
+	"encryption-key": "--recipient", "decryption-key": "--key", "encrypt-layer": "--layer",
+	"creds": "--user", "src-creds": "--user", "dest-creds": "--user",
+	"tls-verify": "--skip-verify or --plain-http", "src-tls-verify": "--skip-verify or --plain-http", "dest-tls-verify": "--skip-verify or --plain-http",
 }
 
 func dashed(name string) string {

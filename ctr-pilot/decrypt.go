@@ -8,6 +8,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 )
 
 var decryptCommand = &cli.Command{
@@ -18,11 +19,11 @@ var decryptCommand = &cli.Command{
 providers, and gives the result the new name, or the image's own. An image that
 was encrypted with ctr-pilot becomes what it was, byte for byte. Another image of the
 new name is replaced only with --force, and a name by digest never is.
-` + transportsHelp + `
+` + transportsHelp + keyProvidersHelp + `
 Examples:
    ctr-pilot images decrypt --key key.pem:file=password.txt app:encrypted app:1
    ctr-pilot images decrypt docker://registry.example.com/app:enc oci:plain:1`,
-	Flags:                     slices.Concat([]cli.Flag{forceFlag, jsonFlag()}, selectionFlags("decrypt"), keyFlags(), registryFlags()),
+	Flags:                     slices.Concat([]cli.Flag{forceFlag, jsonFlag()}, selectionFlags("decrypt"), keyFlags(), brokerconfig.Flags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		if err := checkRegistryFlags(cmd, "images named docker://…"); err != nil {
@@ -40,7 +41,7 @@ Examples:
 			if err != nil {
 				return image.Result{}, err
 			}
-			return image.Decrypt(ctx, at, target, withProviders(dc), opts)
+			return image.Decrypt(ctx, at, target, withProviders(cmd, dc), opts)
 		})
 	},
 }

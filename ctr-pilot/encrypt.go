@@ -12,6 +12,7 @@ import (
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 )
 
 var encryptCommand = &cli.Command{
@@ -39,7 +40,7 @@ Layers that an earlier encrypted image has too, by the digest of the plain layer
 taken over as they are there, if their keys unwrap here, and wrapped for the new
 recipients alone. A rebuilt image then uploads what changed, and nodes download no
 more. The earlier image is the one that --like names, or that --force replaces.
-` + transportsHelp + `
+` + transportsHelp + keyProvidersHelp + `
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
    jwe:FILE                  a public key
@@ -49,6 +50,8 @@ Recipients:
 
 Examples:
    ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted
+   ctr-pilot images encrypt --broker https://copilot.example.com:8443 \
+      --recipient provider:pilot:team-a oci:app docker://registry.example.com/app:enc
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
       --keys-from registry.example.com/base:1 app:built app:encrypted
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
@@ -62,7 +65,7 @@ Examples:
 		likeFlag,
 		forceFlag,
 		allButBaseFlag,
-	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), registryFlags()),
+	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), brokerconfig.Flags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		if !cmd.IsSet("keys-from") && !cmd.IsSet("all-but-base") && !cmd.IsSet("like") {
@@ -82,7 +85,7 @@ Examples:
 			if err != nil {
 				return image.Result{}, err
 			}
-			to, err := newRecipients(keyArguments(cmd), layers)
+			to, err := newRecipients(cmd, keyArguments(cmd), layers)
 			if err != nil {
 				return image.Result{}, err
 			}
@@ -112,6 +115,9 @@ func crypt(ctx context.Context, cmd *cli.Command, verb string, do cryptFunc) err
 	}
 	if toName == "" {
 		toName = name
+	}
+	if err := checkKeyProviders(cmd); err != nil {
+		return err
 	}
 	opts, err := selection(cmd)
 	if err != nil {

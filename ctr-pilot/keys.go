@@ -2,40 +2,22 @@ package main
 
 import (
 	"fmt"
-	"os"
 	"slices"
 	"strings"
-	"sync"
 
 	"github.com/containerd/imgcrypt/v2/images/encryption/parsehelpers"
 	"github.com/containers/ocicrypt/config"
-	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v3"
 
-	"github.com/ctrlplane/pilot/internal/configfile"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/processor/ocicryptclient"
-	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
 
-// defaultKeyProviders names the key providers when no variable does.
-var defaultKeyProviders = configfile.Default("pilot", "ocicrypt.conf")
-
-// keyProviders returns the key providers of the file that $OCICRYPT_KEYPROVIDER_CONFIG
-// names, or else of the default file. An error is for layers that need one of them.
-var keyProviders = sync.OnceValues(func() (map[string]processor.KeyProvider, error) {
-	if os.Getenv(keyproviderconfig.ENVVARNAME) == "" {
-		return ocicryptclient.FromFile(defaultKeyProviders, grpcdial.Call)
-	}
-	return ocicryptclient.FromEnvironment(grpcdial.Call)
-})
-
-// withProviders returns the key providers and dc, private keys.
-func withProviders(dc *config.DecryptConfig) processor.Keys {
-	providers, err := keyProviders()
+// withProviders returns the key providers of a command and dc, private keys.
+func withProviders(cmd *cli.Command, dc *config.DecryptConfig) processor.Keys {
+	providers, err := keyProviders(cmd)
 	return processor.Keys{Providers: providers, ProvidersErr: err, Private: dc}
 }
 
@@ -117,7 +99,7 @@ func checkRecipients(list []string) error {
 
 // newRecipients returns the recipients in args, and the keys to add them to layers that are
 // encrypted already.
-func newRecipients(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (processor.Recipients, error) {
+func newRecipients(cmd *cli.Command, args parsehelpers.EncArgs, layers []ocispec.Descriptor) (processor.Recipients, error) {
 	var none processor.Recipients
 	if err := checkRecipients(args.Recipient); err != nil {
 		return none, err
@@ -149,7 +131,7 @@ func newRecipients(args parsehelpers.EncArgs, layers []ocispec.Descriptor) (proc
 		return none, errArguments(args, err)
 	}
 	cc.EncryptConfig.AttachDecryptConfig(taken)
-	return processor.Recipients{Keys: withProviders(&cc.EncryptConfig.DecryptConfig), Parameters: cc.EncryptConfig.Parameters}, nil
+	return processor.Recipients{Keys: withProviders(cmd, &cc.EncryptConfig.DecryptConfig), Parameters: cc.EncryptConfig.Parameters}, nil
 }
 
 // errArguments returns err, which imgcrypt has for recipients and keys, and names the

@@ -17,6 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -48,7 +49,7 @@ Signatures and the like that the registry or the directory has about the image a
 Those about manifests that do not change are kept; the others do not sign the new image.
 
 --registry is for names without docker://.
-` + transportsHelp + credentialsHelp + `
+` + transportsHelp + keyProvidersHelp + credentialsHelp + `
 Examples:
    ctr-pilot images rewrap app:1
    ctr-pilot images rewrap --from team-a --to team-b app:1 app:1-b
@@ -65,7 +66,7 @@ Examples:
 		&cli.BoolFlag{Name: "registry", Usage: "the images are in a registry, as with docker:// before their names"},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 		&cli.DurationFlag{Name: "image-timeout", Value: 5 * time.Minute, Usage: "`TIME` that each of several images may take, so that one does not hold up the others"},
-	}, selectionFlags("rewrap"), keyFlags(), registryFlags()),
+	}, selectionFlags("rewrap"), keyFlags(), brokerconfig.Flags(), registryFlags()),
 	DisableSliceFlagSeparator: true,
 	Action: func(ctx context.Context, cmd *cli.Command) error {
 		r, err := newRewrapper(cmd)
@@ -97,6 +98,9 @@ type rewrapper struct {
 // newRewrapper checks the flags and arguments before anything is done.
 func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	r := &rewrapper{cmd: cmd, how: image.Rewrapping{From: cmd.String("from"), To: cmd.String("to"), DryRun: cmd.Bool("dry-run")}}
+	if err := checkKeyProviders(cmd); err != nil {
+		return nil, err
+	}
 	if (r.how.From == "") != (r.how.To == "") {
 		return nil, exit.Usagef("--from and --to must be used together")
 	}
@@ -127,7 +131,7 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	if len(cmd.StringSlice("recipient")) > 0 {
 		args := keyArguments(cmd)
 		args.Key, args.DecRecipient = nil, nil
-		to, err := newRecipients(args, nil)
+		to, err := newRecipients(cmd, args, nil)
 		if err != nil {
 			return nil, err
 		}
@@ -135,7 +139,7 @@ func newRewrapper(cmd *cli.Command) (_ *rewrapper, err error) {
 	}
 	r.changes = r.how.From != "" || r.how.Add != nil || len(r.how.Remove) > 0
 	dc, err := decryptConfig(cmd, nil)
-	r.how.Keys = withProviders(dc)
+	r.how.Keys = withProviders(cmd, dc)
 	return r, err
 }
 
@@ -330,6 +334,6 @@ func (r *rewrapper) withPGP(ctx context.Context, j *job, failed error) (image.Re
 		return image.Rewrapped{}, err
 	}
 	how := r.how
-	how.Keys = withProviders(dc)
+	how.Keys = withProviders(r.cmd, dc)
 	return image.Rewrap(ctx, j, j.desc, how, r.opts)
 }

@@ -125,7 +125,7 @@ func (r *rewrapper) oneOfMany(ctx context.Context, p *places, name string) (rewr
 	if err != nil && within.Err() != nil && ctx.Err() == nil {
 		err = fmt.Errorf("it took longer than %s (--image-timeout): %w", timeout, err)
 	}
-	return out, err
+	return out, explainRegistry(r.cmd, err)
 }
 
 // expand returns the images that are named or match a pattern, each once.
@@ -140,7 +140,7 @@ func (r *rewrapper) expand(ctx context.Context, p *places, t *tally) []string {
 			if err == nil && len(found) == 0 {
 				err = errors.New("no image matches")
 			}
-			if err != nil {
+			if err = explainRegistry(r.cmd, err); err != nil {
 				t.results = append(t.results, r.result(name, rewrapped{}, time.Now(), err))
 				t.fail(name, err)
 			}

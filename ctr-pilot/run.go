@@ -52,7 +52,7 @@ func prepareUse(ctx context.Context, cmd *cli.Command) error {
 		}
 		check, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
-		if err := image.CheckAccess(check, client.ContentStore(), img.Target, withProviders(dc), p); err != nil {
+		if err := image.CheckAccess(check, client.ContentStore(), img.Target, withProviders(cmd, dc), p); err != nil {
 			return fmt.Errorf("you are not authorized to use %s (--skip-decrypt-auth leaves that to the node): %w", img.Name, err)
 		}
 	}

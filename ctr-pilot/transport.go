@@ -72,6 +72,8 @@ func withPlaces(ctx context.Context, cmd *cli.Command, names []transport.Name, d
 	if err != nil {
 		return err
 	}
+	stock := do
+	do = func(ctx context.Context, p *places) error { return explainRegistry(cmd, stock(ctx, p)) }
 	for _, n := range names {
 		if n.Transport == transport.Containerd {
 			err := withClient(ctx, cmd, func(ctx context.Context, client *containerd.Client) error {
@@ -90,11 +92,16 @@ func withPlaces(ctx context.Context, cmd *cli.Command, names []transport.Name, d
 }
 
 // meantTransport asks whether a name in containerd is that of an image elsewhere, with
-// its transport mistyped, or returns nothing.
+// its transport mistyped, or names the way from one of skopeo's that is none here.
 func meantTransport(name string) string {
 	before, _, ok := strings.Cut(name, ":")
-	if !ok {
+	switch {
+	case !ok:
 		return ""
+	case before == "docker-daemon":
+		return `: for an image of Docker's, "docker save --output FILE" and docker-archive:FILE`
+	case before == "containers-storage":
+		return `: for an image of Podman's, "podman save --format oci-archive --output FILE" and oci-archive:FILE`
 	}
 	return mistyped.DidYouMean(before, []string{transport.Registry, transport.OCI, transport.OCIArchive, transport.DockerArchive, transport.Containerd})
 }

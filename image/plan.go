@@ -78,7 +78,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 			return layerPlan{}, fmt.Errorf("it is encrypted already, and adding recipients takes its key: %w", err)
 		}
 		defer key.Clear()
-		c.annotations, err = key.Wrap(ctx, e.to, desc.Annotations)
+		c.annotations, err = e.again(ctx, desc, key)
 		return layerPlan{change: c}, err
 	}
 	key, blob, err := e.earlier.find(ctx, w, desc)

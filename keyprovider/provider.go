@@ -116,7 +116,8 @@ var errNoKEK = errors.New("no KEK is named")
 // WrapKey wraps a layer key for each KEK that params name; those of
 // `--recipient provider:pilot:team-a` name team-a. The broker is asked which version of a
 // KEK is current, even if the KEK is in memory. The annotation has at most 1 MiB. WrapKey
-// takes 30 seconds at most. The error wraps [ErrInput] if the request makes no sense.
+// takes 30 seconds at most. The error wraps [ErrInput] if the request makes no sense, and
+// [processor.ErrDenied] if the broker refuses a KEK.
 func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte) (_ []byte, err error) {
 	defer func(start time.Time) { p.metrics.request(ctx, opWrap, start, err) }(time.Now())
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -140,6 +141,9 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 		start := time.Now()
 		a, version, err := p.wrap(ctx, id, layerKey)
 		if err != nil {
+			if denies(err) {
+				err = denied{err}
+			}
 			return nil, err
 		}
 		annotations[i] = a

@@ -18,6 +18,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/crio"
 	"github.com/ctrlplane/pilot/node/doctor"
@@ -117,11 +118,11 @@ func nodeDoctor(ctx context.Context, c *cli.Command) error {
 func newDoctor(c *cli.Command) *doctor.Doctor {
 	d := &doctor.Doctor{Configuration: c.String("config"), ContainerdBinary: c.String("containerd-binary"), ContainerdConfig: c.String("containerd-config"), Snapshotter: c.String("snapshotter")}
 	if d.Configuration == "" {
-		d.Configuration = defaultConfigFile
+		d.Configuration = brokerconfig.DefaultFile
 	}
 	conf, err := loadConfiguration(c)
 	if err == nil {
-		d.Brokers, err = conf.client()
+		d.Brokers, err = conf.Client()
 	}
 	if err == nil {
 		_, err = conf.serverOptions()

@@ -44,7 +44,7 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if daemon := c.String("daemon"); daemon != "" {
 			return denied(forward(ctx, address(daemon)))
 		}
-		broker, err := conf.client()
+		broker, err := conf.Client()
 		if err != nil {
 			return err
 		}

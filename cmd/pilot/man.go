@@ -17,7 +17,7 @@ func init() {
 		conf := defaults()
 		var options []man.Option
 		for _, s := range settings {
-			options = append(options, man.Option{Name: s.name, Usage: s.usage, Default: s.text(&conf)})
+			options = append(options, man.Option{Name: s.Name, Usage: s.Usage, Default: s.Text(&conf)})
 		}
 		err = man.WriteSettings(os.Stdout, options)
 	} else {

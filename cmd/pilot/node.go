@@ -102,8 +102,8 @@ func containerdFlags() []cli.Flag {
 // brokerFlag is a setting for pilot.toml.
 func brokerFlag(name string) cli.Flag {
 	for _, s := range settings {
-		if s.name == name {
-			return &cli.StringFlag{Name: name, Usage: s.usage + ", for pilot.toml"}
+		if s.Name == name {
+			return &cli.StringFlag{Name: name, Usage: s.Usage + ", for pilot.toml"}
 		}
 	}
 	panic("unknown setting " + name)
@@ -136,24 +136,24 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	}
 	conf := defaults()
 	for _, s := range settings {
-		if !c.IsSet(s.name) {
+		if !c.IsSet(s.Name) {
 			continue
 		}
-		v := c.String(s.name)
-		if strings.HasPrefix(s.name, "broker-") && !filepath.IsAbs(v) {
-			return exit.Usagef("--%s %s: use an absolute path: the daemon runs in another directory", s.name, v)
+		v := c.String(s.Name)
+		if strings.HasPrefix(s.Name, "broker-") && !filepath.IsAbs(v) {
+			return exit.Usagef("--%s %s: use an absolute path: the daemon runs in another directory", s.Name, v)
 		}
-		if err := s.set(&conf, v); err != nil {
-			return exit.Usagef("--%s: %w", s.name, err)
+		if err := s.Set(&conf, v); err != nil {
+			return exit.Usagef("--%s: %w", s.Name, err)
 		}
-		o.Settings[s.name] = v
+		o.Settings[s.Name] = v
 	}
 	if err := conf.check(); err != nil {
 		return exit.UsageError(err)
 	}
 	if c.String("root") == "" {
 		// On a node image the files may come later.
-		if _, err := conf.client(); err != nil {
+		if _, err := conf.Client(); err != nil {
 			return err
 		}
 	}

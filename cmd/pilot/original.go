@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strconv"
 	"time"
+
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 )
 
 // originalDefaults sets conf to the defaults of the original pilot, changed by its
@@ -23,7 +25,7 @@ func originalDefaults(conf *configuration, getenv func(string) string) error {
 	}
 	conf.InsecureLoopback = true
 	conf.DiffListen = off
-	conf.Broker = urls{variable("KEYREQUEST_BASEURL", "http://localhost:8080/api/v1/key")}
+	conf.Broker = brokerconfig.URLs{variable("KEYREQUEST_BASEURL", "http://localhost:8080/api/v1/key")}
 	conf.AnnotationFormat = "original"
 	conf.KEKCacheTTL = 0
 

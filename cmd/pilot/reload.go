@@ -26,7 +26,7 @@ type reloadable struct {
 // use switches to another configuration and drops the KEKs in memory. If the
 // configuration can't be used, nothing changes.
 func (r *reloadable) use(ctx context.Context, conf configuration) error {
-	client, err := conf.client()
+	client, err := conf.Client()
 	if err != nil {
 		return err
 	}
@@ -95,9 +95,9 @@ func (r *reloadable) reload(ctx context.Context, c *cli.Command) {
 	conf, err := loadConfiguration(c)
 	var late []string
 	for _, s := range settings {
-		if s.restart && s.text(&conf) != s.text(&was) {
-			late = append(late, s.name)
-			s.restore(&conf, &was)
+		if s.Restart && s.Text(&conf) != s.Text(&was) {
+			late = append(late, s.Name)
+			s.Restore(&conf, &was)
 		}
 	}
 	if err == nil {

@@ -79,7 +79,7 @@ func (r *reloadable) renewCertificates(ctx context.Context) {
 
 // renew renews broker-cert with a new client, and so over new connections.
 func (c *configuration) renew(ctx context.Context) error {
-	client, err := c.client()
+	client, err := c.Client()
 	if err != nil {
 		return err
 	}

@@ -45,7 +45,7 @@ func renew(ctx context.Context, c *cli.Command) error {
 	if conf.BrokerCert == "" {
 		return exit.Usagef("broker-cert is not set, so there is no certificate to renew")
 	}
-	client, err := conf.client()
+	client, err := conf.Client()
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 	"github.com/ctrlplane/pilot/node/sandbox"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -12,7 +13,7 @@ const (
 	defaultDiffListen  = "unix:///run/pilot/diff.sock"
 )
 
-var defaultBroker = urls{"unix:///run/copilot/copilot.sock"}
+var defaultBroker = brokerconfig.URLs{"unix:///run/copilot/copilot.sock"}
 
 // isolate does the work of a child process that pilot has started as itself, and ends, if
 // this is one.

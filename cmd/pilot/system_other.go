@@ -4,6 +4,7 @@ package main
 
 import (
 	"github.com/ctrlplane/pilot/internal/commandline"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 )
 
 // The defaults of settings that name sockets: other systems have no /run.
@@ -13,7 +14,7 @@ const (
 	defaultDiffListen  = off
 )
 
-var defaultBroker urls
+var defaultBroker brokerconfig.URLs
 
 var nodeCommand = commandline.LinuxOnly("node", "run it on the node")
 

@@ -7,55 +7,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/ctrlplane/pilot/internal/loopback"
-	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/internal/setting"
 )
-
-// urls are URLs, separated by commas in text.
-type urls []string
-
-func (u *urls) String() string { return strings.Join(*u, ",") }
-
-func (u *urls) UnmarshalText(b []byte) error {
-	return split((*[]string)(u), b, func(url string, _ []string) error {
-		if url == "" {
-			return errors.New("a URL is empty")
-		}
-		return nil
-	})
-}
-
-// providerNames are names of a key provider, separated by commas in text.
-type providerNames []string
-
-func (n *providerNames) String() string { return strings.Join(*n, ",") }
-
-func (n *providerNames) UnmarshalText(b []byte) error {
-	return split((*[]string)(n), b, func(name string, before []string) error {
-		switch {
-		case name == "":
-			return errors.New("a name is empty")
-		case strings.ContainsAny(name, ": "):
-			return fmt.Errorf("%.60q can't be the name of a key provider: it has a colon or a space", name)
-		case slices.Contains(before, name):
-			return fmt.Errorf("duplicate name %q", name)
-		}
-		return nil
-	})
-}
-
-// kekIDs are the ids of KEKs, separated by commas in text.
-type kekIDs []string
-
-func (k *kekIDs) String() string { return strings.Join(*k, ",") }
-
-func (k *kekIDs) UnmarshalText(b []byte) error {
-	return split((*[]string)(k), b, func(id string, _ []string) error { return wireformat.ValidateKEKID(id) })
-}
 
 // registryPatterns are patterns of registries, separated by commas in text.
 type registryPatterns []string
@@ -63,7 +20,7 @@ type registryPatterns []string
 func (r *registryPatterns) String() string { return strings.Join(*r, ",") }
 
 func (r *registryPatterns) UnmarshalText(b []byte) error {
-	return split((*[]string)(r), b, func(pattern string, _ []string) error {
+	return setting.Words((*[]string)(r), b, func(pattern string, _ []string) error {
 		if !registryPattern.MatchString(pattern) {
 			return fmt.Errorf("%.80q is neither a registry nor a pattern of some, as in *.example.com", pattern)
 		}
@@ -72,20 +29,6 @@ func (r *registryPatterns) UnmarshalText(b []byte) error {
 }
 
 var registryPattern = regexp.MustCompile(`^[A-Za-z0-9.*:_\[\]-]+$`)
-
-// split sets list to the words of text, which are separated by commas. check gets
-// each word and those before it.
-func split(list *[]string, text []byte, check func(word string, before []string) error) error {
-	*list = nil
-	for word := range strings.SplitSeq(string(text), ",") {
-		word = strings.TrimSpace(word)
-		if err := check(word, *list); err != nil {
-			return err
-		}
-		*list = append(*list, word)
-	}
-	return nil
-}
 
 // address is an address to listen on: unix:///PATH or HOST:PORT.
 type address string
@@ -168,31 +111,4 @@ func (p *socketPath) UnmarshalText(b []byte) error {
 	}
 	*p = socketPath(path)
 	return nil
-}
-
-// tokenSource is where a token for the broker comes from: github-actions or env:NAME.
-type tokenSource string
-
-const gitHubActions tokenSource = "github-actions"
-
-// variableName matches the names of environment variables.
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-
-func (s *tokenSource) UnmarshalText(b []byte) error {
-	v := tokenSource(b)
-	if v != gitHubActions && !variableName.MatchString(v.variable()) {
-		// It may be a token itself, which must not be repeated.
-		return errors.New("it is neither github-actions nor env:NAME with the name of a variable, as in env:COPILOT_TOKEN")
-	}
-	*s = v
-	return nil
-}
-
-// variable returns the name of the environment variable, or "".
-func (s tokenSource) variable() string {
-	name, ok := strings.CutPrefix(string(s), "env:")
-	if !ok {
-		return ""
-	}
-	return name
 }

@@ -68,7 +68,10 @@ func permanent(err error, withCert bool) error {
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
 		return fmt.Errorf("%w: renew the broker's certificate, or correct this machine's clock", ErrUnavailable)
 	}
-	if errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname) ||
+	if errors.As(err, &authority) {
+		return fmt.Errorf("%w: no CA that is trusted here has issued its certificate: set broker-ca to copilot's ca.pem", ErrUnavailable)
+	}
+	if errors.As(err, &verification) || errors.As(err, &hostname) ||
 		errors.As(err, &record) || errors.Is(err, http.ErrSchemeMismatch) || errors.Is(err, syscall.EACCES) {
 		return ErrUnavailable
 	}

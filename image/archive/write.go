@@ -3,6 +3,7 @@ package archive
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -19,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/image/layout"
+	"github.com/ctrlplane/pilot/internal/ingest"
 	"github.com/ctrlplane/pilot/internal/partfile"
 	"github.com/ctrlplane/pilot/internal/verified"
 )
@@ -154,47 +155,41 @@ func (w *Output) Writer(_ context.Context, opts ...content.WriterOpt) (content.W
 	w.mu.Lock()
 	w.pending++
 	w.mu.Unlock()
-	return &blobWriter{archive: w, ref: o.Ref, region: r, started: time.Now(), digester: digest.Canonical.Digester()}, nil
+	return &blobWriter{Blob: ingest.New(o.Ref, r.size), archive: w, region: r}, nil
 }
 
 type blobWriter struct {
-	archive  *Output
-	ref      string
-	region   region
-	n        int64
-	started  time.Time
-	digester digest.Digester
-	done     bool
+	ingest.Blob
+	archive *Output
+	region  region
+	done    bool
 }
 
 func (b *blobWriter) Write(p []byte) (int, error) {
 	if b.done {
 		return 0, fs.ErrClosed
 	}
-	if int64(len(p)) > b.region.size-b.n {
+	if int64(len(p)) > b.region.size-b.Written() {
 		return 0, fmt.Errorf("the blob has more than %d bytes", b.region.size)
 	}
-	n, err := b.archive.file.WriteAt(p, b.region.offset+b.n)
-	_, _ = b.digester.Hash().Write(p[:n]) // never fails
-	b.n += int64(n)
+	n, err := b.archive.file.WriteAt(p, b.region.offset+b.Written())
+	b.Add(p[:n])
 	return n, err
 }
-
-func (b *blobWriter) Digest() digest.Digest { return b.digester.Digest() }
 
 func (b *blobWriter) Commit(_ context.Context, size int64, expected digest.Digest, _ ...content.Opt) error {
 	if b.done {
 		return fs.ErrClosed
 	}
-	d := b.Digest()
-	if b.n != b.region.size || size > 0 && size != b.n || expected != "" && expected != d {
-		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", b.n, d, errdefs.ErrFailedPrecondition)
+	if err := cmp.Or(b.Check(b.region.size, ""), b.Check(size, expected)); err != nil {
+		return err
 	}
+	d := b.Digest()
 	name, err := layout.BlobPath(d)
 	if err != nil {
 		return err
 	}
-	h, err := header(name, b.n)
+	h, err := header(name, b.region.size)
 	if err != nil {
 		return err
 	}
@@ -209,16 +204,11 @@ func (b *blobWriter) Commit(_ context.Context, size int64, expected digest.Diges
 	return nil
 }
 
-func (b *blobWriter) Status() (content.Status, error) {
-	return content.Status{Ref: b.ref, Offset: b.n, Total: b.region.size, StartedAt: b.started, UpdatedAt: time.Now()}, nil
-}
-
 func (b *blobWriter) Truncate(size int64) error {
 	if size != 0 {
 		return errdefs.ErrNotImplemented
 	}
-	b.n = 0
-	b.digester.Hash().Reset()
+	b.Reset()
 	return nil
 }
 

@@ -309,7 +309,11 @@ func (l *Layout) Tag(ctx context.Context, desc ocispec.Descriptor, name string, 
 			return fmt.Errorf("%s: %w", l.name, errdefs.ErrConflict)
 		}
 	}
-	after, err := withImage(had, desc, name, name == "" && before != nil && *before != "")
+	var replaces digest.Digest
+	if before != nil {
+		replaces = *before
+	}
+	after, err := withImage(had, desc, name, replaces)
 	if err != nil {
 		return fmt.Errorf("%s: %w", l.name, err)
 	}

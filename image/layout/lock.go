@@ -13,7 +13,7 @@ const lockInterval = 20 * time.Millisecond
 
 // lockTimeout bounds the wait for a lock. They are held for milliseconds, but anybody who
 // can read the directory can lock it. Tests shorten it.
-var lockTimeout = time.Minute
+var lockTimeout = 10 * time.Second
 
 // lock keeps others from changing index.json, which is replaced and so is not locked
 // itself, until the returned function is called. A file system without locks is no error.

@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"regexp"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -14,14 +12,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-const (
-	// cosignKind is the annotation with which "cosign save" says what an entry is.
-	cosignKind = "kind"
-	// cosignKinds begins its values, such as dev.cosignproject.cosign/sigs.
-	cosignKinds = "dev.cosignproject.cosign/"
-	// maxReferrer bounds a manifest that is read to see what it is about, in bytes.
-	maxReferrer = 4 << 20
-)
+// maxReferrer bounds a manifest that is read to see what it is about, in bytes.
+const maxReferrer = 4 << 20
 
 // Referrer is an entry of index.json that is about a manifest: a signature, an SBOM.
 type Referrer struct {
@@ -30,7 +22,8 @@ type Referrer struct {
 	Subject digest.Digest
 	// Type is its artifact type, or what its name or its annotation says, such as sig.
 	Type string
-	// Name is the entry's, if that says what it is about.
+	// Name is what cosign would call it in a registry, or empty if its manifest says what
+	// it is about.
 	Name string
 }
 
@@ -43,9 +36,6 @@ func (l *Layout) Referrers(ctx context.Context) ([]Referrer, error) {
 	return Referrers(ctx, b, l)
 }
 
-// cosignTag matches the names that cosign gives to what is about a manifest.
-var cosignTag = regexp.MustCompile(`^(sha256)-([0-9a-f]{64})\.([A-Za-z0-9_-]{1,32})$`)
-
 // Referrers lists the entries of an index.json that are about a manifest: those whose
 // manifests have a subject, those with a name that cosign would give them in a registry,
 // and those that "cosign save" put beside its image.
@@ -54,22 +44,12 @@ func Referrers(ctx context.Context, index []byte, blobs content.Provider) ([]Ref
 	if err := json.Unmarshal(index, &list); err != nil {
 		return nil, fmt.Errorf("index.json: %w", err)
 	}
-	var saved digest.Digest // the image of "cosign save"
-	for _, e := range list.Manifests {
-		if kind := e.Annotations[cosignKind]; kind == cosignKinds+"image" || kind == cosignKinds+"imageIndex" {
-			saved = e.Digest
-		}
-	}
+	saved := savedImage(list.Manifests)
 	var found []Referrer
 	for _, e := range list.Manifests {
-		name := e.Annotations[ocispec.AnnotationRefName]
-		kind, ofCosign := strings.CutPrefix(e.Annotations[cosignKind], cosignKinds)
-		if m := cosignTag.FindStringSubmatch(name); m != nil {
-			found = append(found, Referrer{bare(e), digest.Digest(m[1] + ":" + m[2]), m[3], name})
-			continue
-		}
-		if ofCosign && saved != "" && e.Digest != saved {
-			found = append(found, Referrer{bare(e), saved, kind, ""})
+		if tag := cosignTagOf(e, saved); tag != "" {
+			subject, suffix := parseCosignTag(tag)
+			found = append(found, Referrer{bare(e), subject, suffix, tag})
 			continue
 		}
 		if !images.IsManifestType(e.MediaType) || e.Size > maxReferrer {

@@ -4,13 +4,13 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/ingest"
 	"github.com/ctrlplane/pilot/internal/partfile"
 )
 
@@ -30,45 +30,34 @@ func (l *Layout) Writer(_ context.Context, opts ...content.WriterOpt) (content.W
 	if err != nil {
 		return nil, err
 	}
-	return &writer{ref: o.Ref, file: f, started: time.Now(), digester: digest.Canonical.Digester()}, nil
+	return &writer{ingest.New(o.Ref, o.Desc.Size), f}, nil
 }
 
 type writer struct {
-	ref      string
-	file     *partfile.File // nil when it is closed
-	started  time.Time
-	digester digest.Digester
-	n        int64
+	ingest.Blob
+	file *partfile.File // nil when it is closed
 }
 
 func (w *writer) Write(p []byte) (int, error) {
 	n, err := w.file.Write(p)
-	_, _ = w.digester.Hash().Write(p[:n]) // never fails
-	w.n += int64(n)
+	w.Add(p[:n])
 	return n, err
 }
-
-func (w *writer) Digest() digest.Digest { return w.digester.Digest() }
 
 func (w *writer) Commit(_ context.Context, size int64, expected digest.Digest, _ ...content.Opt) error {
 	if w.file == nil {
 		return fmt.Errorf("the writer is closed: %w", errdefs.ErrFailedPrecondition)
 	}
-	d := w.Digest()
-	if size > 0 && size != w.n || expected != "" && expected != d {
-		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", w.n, d, errdefs.ErrFailedPrecondition)
+	if err := w.Check(size, expected); err != nil {
+		return err
 	}
-	name, err := BlobPath(d)
+	name, err := BlobPath(w.Digest())
 	if err != nil {
 		return err
 	}
 	f := w.file
 	w.file = nil
 	return f.Commit(name)
-}
-
-func (w *writer) Status() (content.Status, error) {
-	return content.Status{Ref: w.ref, Offset: w.n, StartedAt: w.started, UpdatedAt: time.Now()}, nil
 }
 
 func (w *writer) Truncate(size int64) error {
@@ -78,8 +67,7 @@ func (w *writer) Truncate(size int64) error {
 	if _, err := w.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	w.n = 0
-	w.digester.Hash().Reset()
+	w.Reset()
 	return w.file.Truncate(0)
 }
 

@@ -35,16 +35,16 @@ type Page struct {
 // List returns one page of a list: elements are tags and list, or referrers and a digest.
 // The query is that of the distribution specification:
 // https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#content-discovery.
-func (r *Repository) List(ctx context.Context, query url.Values, elements ...string) (Page, error) {
-	ctx, err := r.querying(ctx)
-	if err != nil {
-		return Page{}, err
-	}
-	return r.lists.page(ctx, 1, query, elements...)
+func (r *Repository) List(ctx context.Context, query url.Values, elements ...string) (page Page, err error) {
+	err = r.ask(ctx, func(ctx context.Context, h *host) error {
+		page, err = h.page(ctx, 1, query, elements...)
+		return err
+	})
+	return page, err
 }
 
 // page returns one page of a list, for which it makes so many attempts.
-func (h *pushHost) page(ctx context.Context, attempts int, query url.Values, elements ...string) (Page, error) {
+func (h *host) page(ctx context.Context, attempts int, query url.Values, elements ...string) (Page, error) {
 	resp, err := h.do(ctx, request{method: http.MethodGet, url: h.url(query, elements...), attempts: attempts, most: maxList + 1}, http.StatusOK)
 	if err != nil {
 		return Page{}, err
@@ -60,37 +60,54 @@ func (h *pushHost) page(ctx context.Context, attempts int, query url.Values, ele
 	return page, nil
 }
 
-// querying returns a context with which requests get the right to pull.
-func (r *Repository) querying(ctx context.Context) (context.Context, error) {
-	if r.lists == nil {
-		return nil, fmt.Errorf("no host of %s resolves tags: %w", r.spec.Hostname(), errdefs.ErrNotFound)
+// ask calls do with the hosts that resolve tags, with the right to pull, until one succeeds.
+// The error is that of the last.
+func (r *Repository) ask(ctx context.Context, do func(context.Context, *host) error) error {
+	ctx, err := docker.ContextWithRepositoryScope(ctx, r.spec, false)
+	if err != nil {
+		return err
 	}
-	return docker.ContextWithRepositoryScope(ctx, r.spec, false)
+	err = fmt.Errorf("no host of %s resolves tags: %w", r.spec.Hostname(), errdefs.ErrNotFound)
+	for _, h := range r.resolve {
+		if err = do(ctx, h); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return err
 }
 
 // Size asks the registry for a blob and returns its size in bytes, once, whatever it has
 // answered before. The error wraps [errdefs.ErrNotFound] if the blob is not there.
-func (r *Repository) Size(ctx context.Context, d digest.Digest) (int64, error) {
-	ctx, err := r.querying(ctx)
-	if err != nil {
-		return 0, err
-	}
-	resp, err := r.lists.do(ctx, request{method: http.MethodHead, url: r.lists.url(nil, "blobs", d.String()), attempts: 1}, http.StatusOK)
-	if err != nil {
-		return 0, err
-	}
-	if resp.ContentLength < 0 {
-		return 0, fmt.Errorf("%s does not say how large %s is", r.lists.Host, d)
-	}
-	return resp.ContentLength, nil
+func (r *Repository) Size(ctx context.Context, d digest.Digest) (size int64, err error) {
+	err = r.ask(ctx, func(ctx context.Context, h *host) error {
+		resp, err := h.do(ctx, request{method: http.MethodHead, url: h.url(nil, "blobs", d.String()), attempts: 1}, http.StatusOK)
+		if err == nil && resp.ContentLength < 0 {
+			err = fmt.Errorf("%s does not report the size of %s", h.Host, d)
+		}
+		if err == nil {
+			size = resp.ContentLength
+		}
+		return err
+	})
+	return size, err
 }
 
+// tagsPerPage is how many tags are requested at once.
+const tagsPerPage = 1000
+
 // Tags returns the repository's first tags, in the registry's order, at most so many.
-func (r *Repository) Tags(ctx context.Context, most int) ([]string, error) {
-	query := url.Values{"n": {fmt.Sprint(most)}}
-	var all []string
+func (r *Repository) Tags(ctx context.Context, most int) (all []string, err error) {
+	err = r.ask(ctx, func(ctx context.Context, h *host) error {
+		all, err = h.tags(ctx, most)
+		return err
+	})
+	return all, err
+}
+
+func (h *host) tags(ctx context.Context, most int) (all []string, err error) {
+	query := url.Values{"n": {fmt.Sprint(min(most, tagsPerPage))}}
 	for query != nil && len(all) < most {
-		page, err := r.List(ctx, query, "tags", "list")
+		page, err := h.page(ctx, attempts, query, "tags", "list")
 		if err != nil {
 			return nil, err
 		}
@@ -98,7 +115,7 @@ func (r *Repository) Tags(ctx context.Context, most int) ([]string, error) {
 			Tags []string `json:"tags"`
 		}
 		if err := json.Unmarshal(page.Content, &list); err != nil {
-			return nil, fmt.Errorf("the list of tags: %w", err)
+			return nil, fmt.Errorf("%s: the list of tags: %w", h.Host, err)
 		}
 		if all, query = append(all, list.Tags...), page.Next; len(list.Tags) == 0 {
 			break

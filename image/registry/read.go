@@ -44,7 +44,7 @@ func (r *Repository) open(ctx context.Context, desc ocispec.Descriptor) (*sequen
 	body, err := r.fetcher.Fetch(ctx, desc)
 	if err != nil {
 		cancel(nil)
-		return nil, err
+		return nil, plainly(r.spec.Hostname(), err)
 	}
 	return &sequential{body: body, size: desc.Size, ctx: ctx, cancel: cancel}, nil
 }

@@ -54,7 +54,7 @@ func (r *Repository) Referrers(ctx context.Context, d digest.Digest) ([]Referrer
 	}
 	for _, suffix := range CosignSuffixes {
 		tag := ReferrersTag(d) + "." + suffix
-		_, desc, err := r.resolver.Resolve(ctx, r.spec.Locator+":"+tag)
+		desc, err := r.lookUp(ctx, r.spec.Locator+":"+tag)
 		if err == nil {
 			list = append(list, Referrer{desc, suffix, tag})
 		} else if !errdefs.IsNotFound(err) {
@@ -104,25 +104,41 @@ func (r *Repository) PushReferrer(ctx context.Context, from content.Provider, re
 	if err != nil || resp.Header.Get("OCI-Subject") != "" {
 		return err
 	}
-	tag := ReferrersTag(subject)
-	index, err := r.referrersIndex(ctx, tag)
-	if err != nil {
-		return fmt.Errorf("read the referrers under %s: %w", tag, err)
-	}
-	if slices.ContainsFunc(index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == ref.Digest }) {
-		return nil
-	}
 	entry, err := referrerEntry(ctx, from, ref.Descriptor)
 	if err != nil {
 		return err
 	}
-	index.Manifests = append(index.Manifests, entry)
-	doc, err := json.Marshal(index)
-	if err != nil {
-		return err
+	return r.addReferrer(ctx, entry, ReferrersTag(subject))
+}
+
+// addReferrer adds an entry to the index under a referrers tag. No registry can compare and
+// replace a tag, so a client that has read the index before this one replaced it takes the
+// entry out again. The index is read once more after a pause, in which such a client is done.
+func (r *Repository) addReferrer(ctx context.Context, entry ocispec.Descriptor, tag string) error {
+	for n := 1; ; n++ {
+		index, err := r.referrersIndex(ctx, tag)
+		if err != nil {
+			return fmt.Errorf("read the referrers under %s: %w", tag, err)
+		}
+		if slices.ContainsFunc(index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == entry.Digest }) {
+			return nil
+		}
+		if n > attempts {
+			return fmt.Errorf("other clients replaced the referrers under %s %d times meanwhile: try again", tag, attempts)
+		}
+		index.Manifests = append(index.Manifests, entry)
+		doc, err := json.Marshal(index)
+		if err != nil {
+			return err
+		}
+		desc := ocispec.Descriptor{MediaType: index.MediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
+		if err := r.Push(ctx, document{index.MediaType, doc}, desc, tag); err != nil {
+			return err
+		}
+		if err := pause(ctx, n, nil); err != nil {
+			return err
+		}
 	}
-	desc := ocispec.Descriptor{MediaType: index.MediaType, Digest: digest.FromBytes(doc), Size: int64(len(doc))}
-	return r.Push(ctx, document{index.MediaType, doc}, desc, tag)
 }
 
 // referrerEntry returns the entry of a referrer in a list: its descriptor with what its
@@ -150,7 +166,7 @@ func referrerEntry(ctx context.Context, from content.Provider, desc ocispec.Desc
 // referrersIndex returns the index under a referrers tag, or an empty one.
 func (r *Repository) referrersIndex(ctx context.Context, tag string) (ocispec.Index, error) {
 	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
-	_, desc, err := r.resolver.Resolve(ctx, r.spec.Locator+":"+tag)
+	desc, err := r.lookUp(ctx, r.spec.Locator+":"+tag)
 	if errdefs.IsNotFound(err) {
 		return index, nil
 	}

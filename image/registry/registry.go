@@ -11,7 +11,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,18 +19,17 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/ingest"
 	"github.com/ctrlplane/pilot/internal/verified"
 )
 
@@ -49,11 +47,12 @@ type Repository struct {
 	spec     reference.Spec
 	resolver remotes.Resolver
 	fetcher  remotes.Fetcher
-	push     *pushHost // nil if no host takes pushes
-	lists    *pushHost // has the lists of tags and referrers; nil if no host resolves tags
+	pull     []*host // that have blobs and manifests, in the order in which they are asked
+	resolve  []*host // that have tags and the list of them
+	push     *host   // nil if no host takes pushes
 	// referrers has the list of referrers that counts: a mirror that is not configured to
 	// have it may lack some. nil if there is no such host.
-	referrers *pushHost
+	referrers *host
 
 	mu        sync.Mutex
 	documents map[digest.Digest]document // that are to be pushed
@@ -85,30 +84,66 @@ func Open(ctx context.Context, name string, hosts docker.RegistryHosts) (*Reposi
 	if err != nil {
 		return nil, err
 	}
-	r.push = hostWith(list, spec, docker.HostCapabilityPush)
-	r.lists = hostWith(list, spec, docker.HostCapabilityResolve)
-	r.referrers = cmp.Or(hostWith(list, spec, docker.HostCapabilityReferrers), r.push, r.lists)
+	with := func(capability docker.HostCapabilities) (found []*host) {
+		for _, h := range list {
+			if h.Capabilities.Has(capability) {
+				found = append(found, newHost(h, spec))
+			}
+		}
+		return found
+	}
+	r.pull, r.resolve = with(docker.HostCapabilityPull), with(docker.HostCapabilityResolve)
+	r.push = first(with(docker.HostCapabilityPush))
+	r.referrers = cmp.Or(first(with(docker.HostCapabilityReferrers)), r.push, first(r.resolve))
 	return r, nil
 }
 
-// hostWith returns the first host with a capability, or nil.
-func hostWith(list []docker.RegistryHost, spec reference.Spec, capability docker.HostCapabilities) *pushHost {
-	i := slices.IndexFunc(list, func(h docker.RegistryHost) bool { return h.Capabilities.Has(capability) })
-	if i < 0 {
+// OpenToPush returns a repository as the host has it that takes pushes. The others may be
+// mirrors, so they are not asked what is there.
+func OpenToPush(ctx context.Context, name string, hosts docker.RegistryHosts) (*Repository, error) {
+	return Open(ctx, name, func(registry string) ([]docker.RegistryHost, error) {
+		list, err := hosts(registry)
+		if err != nil {
+			return nil, err
+		}
+		i := slices.IndexFunc(list, func(h docker.RegistryHost) bool { return h.Capabilities.Has(docker.HostCapabilityPush) })
+		if i < 0 {
+			return nil, errNoPush(registry)
+		}
+		only := list[i]
+		only.Capabilities |= docker.HostCapabilityPull | docker.HostCapabilityResolve
+		return []docker.RegistryHost{only}, nil
+	})
+}
+
+func errNoPush(registry string) error { return fmt.Errorf("no host of %s takes pushes", registry) }
+
+func newHost(h docker.RegistryHost, spec reference.Spec) *host {
+	n := &host{RegistryHost: h, repository: strings.TrimPrefix(spec.Locator, spec.Hostname()+"/")}
+	if own, err := docker.DefaultHost(spec.Hostname()); err != nil || h.Host != own && h.Host != spec.Hostname() {
+		n.namespace = spec.Hostname()
+	}
+	return n
+}
+
+func first(list []*host) *host {
+	if len(list) == 0 {
 		return nil
 	}
-	h := &pushHost{RegistryHost: list[i], repository: strings.TrimPrefix(spec.Locator, spec.Hostname()+"/")}
-	if own, err := docker.DefaultHost(spec.Hostname()); err != nil || h.Host != own && h.Host != spec.Hostname() {
-		h.namespace = spec.Hostname()
+	return list[0]
+}
+
+// Holds reports whether all that other reads is where r pushes: in the same repository, at
+// the same host.
+func (r *Repository) Holds(other *Repository) bool {
+	elsewhere := func(h *host) bool {
+		return r.push == nil || h.Scheme != r.push.Scheme || h.Host != r.push.Host || h.Path != r.push.Path
 	}
-	return h
+	return r.spec.Locator == other.spec.Locator && !slices.ContainsFunc(other.pull, elsewhere)
 }
 
 // Name returns the name that the repository was opened with.
 func (r *Repository) Name() string { return r.spec.String() }
-
-// Locator returns the registry and the repository, as in registry.example.com/team/app.
-func (r *Repository) Locator() string { return r.spec.Locator }
 
 // Tag returns the tag that the repository was opened with.
 func (r *Repository) Tag() string {
@@ -121,7 +156,14 @@ func (r *Repository) Tag() string {
 func (r *Repository) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestWithin)
 	defer cancel()
-	_, desc, err := r.resolver.Resolve(ctx, r.spec.String())
+	return r.lookUp(ctx, r.spec.String())
+}
+
+func (r *Repository) lookUp(ctx context.Context, name string) (ocispec.Descriptor, error) {
+	_, desc, err := r.resolver.Resolve(ctx, name)
+	if err = plainly(r.spec.Hostname(), err); errdefs.IsNotFound(err) {
+		err = &Error{"not found in the registry", err}
+	}
 	return desc, err
 }
 
@@ -142,12 +184,12 @@ func (r *Repository) Info(ctx context.Context, d digest.Digest) (content.Info, e
 		return content.Info{Digest: d, Size: size}, nil
 	}
 	// A blob is asked for by HEAD: what containerd does opens it besides.
-	if r.push != nil {
-		pulling, err := docker.ContextWithRepositoryScope(ctx, r.spec, false)
-		if err != nil {
-			return content.Info{}, err
-		}
-		if here, err := r.hasBlob(pulling, d); err == nil && here {
+	pulling, err := docker.ContextWithRepositoryScope(ctx, r.spec, false)
+	if err != nil {
+		return content.Info{}, err
+	}
+	for _, h := range r.pull {
+		if here, err := r.hasBlob(pulling, h, d); err == nil && here {
 			return r.Info(ctx, d)
 		}
 	}
@@ -159,7 +201,7 @@ func (r *Repository) Info(ctx context.Context, d digest.Digest) (content.Info, e
 	defer cancel()
 	body, desc, err := byDigest.FetchByDigest(ctx, d)
 	if err != nil {
-		return content.Info{}, err
+		return content.Info{}, plainly(r.spec.Hostname(), err)
 	}
 	if err := body.Close(); err != nil {
 		return content.Info{}, err
@@ -223,7 +265,7 @@ func (r *Repository) Writer(ctx context.Context, opts ...content.WriterOpt) (con
 		}
 	}
 	if IsDocument(o.Desc.MediaType) {
-		return &documentWriter{repo: r, ref: o.Ref, mediaType: o.Desc.MediaType, started: time.Now()}, nil
+		return &documentWriter{Blob: ingest.New(o.Ref, o.Desc.Size), repo: r, mediaType: o.Desc.MediaType}, nil
 	}
 	ctx, err := r.pushing(ctx)
 	if err != nil {
@@ -235,7 +277,7 @@ func (r *Repository) Writer(ctx context.Context, opts ...content.WriterOpt) (con
 // pushing returns a context with which requests get the right to push.
 func (r *Repository) pushing(ctx context.Context) (context.Context, error) {
 	if r.push == nil {
-		return nil, fmt.Errorf("no host of %s takes pushes", r.spec.Hostname())
+		return nil, errNoPush(r.spec.Hostname())
 	}
 	return docker.ContextWithRepositoryScope(ctx, r.spec, true)
 }
@@ -266,15 +308,15 @@ func (r *Repository) checkSize(desc ocispec.Descriptor) error {
 	return nil
 }
 
-// hasBlob reports whether the host that takes pushes has a blob.
-func (r *Repository) hasBlob(ctx context.Context, d digest.Digest) (bool, error) {
+// hasBlob reports whether a host has a blob.
+func (r *Repository) hasBlob(ctx context.Context, h *host, d digest.Digest) (bool, error) {
 	r.mu.Lock()
 	_, known := r.blobs[d]
 	r.mu.Unlock()
 	if known {
 		return true, nil
 	}
-	resp, err := r.push.do(ctx, request{method: http.MethodHead, url: r.push.url(nil, "blobs", d.String())}, http.StatusOK)
+	resp, err := h.do(ctx, request{method: http.MethodHead, url: h.url(nil, "blobs", d.String())}, http.StatusOK)
 	if errdefs.IsNotFound(err) {
 		return false, nil
 	}
@@ -282,7 +324,7 @@ func (r *Repository) hasBlob(ctx context.Context, d digest.Digest) (bool, error)
 		return false, err
 	}
 	if got := resp.Header.Get("Docker-Content-Digest"); got != "" && got != d.String() {
-		return false, fmt.Errorf("%s was asked for %s and has %.100q instead", r.push.Host, d, got)
+		return false, fmt.Errorf("%s was asked for %s and has %.100q instead", h.Host, d, got)
 	}
 	r.note(d, resp.ContentLength)
 	return true, nil
@@ -305,7 +347,7 @@ func (r *Repository) Copy(ctx context.Context, from content.Provider, desc ocisp
 	if err != nil {
 		return "", err
 	}
-	if here, err := r.hasBlob(ctx, desc.Digest); err != nil || here {
+	if here, err := r.hasBlob(ctx, r.push, desc.Digest); err != nil || here {
 		return Present, errors.Join(err, r.checkSize(desc))
 	}
 	if other, ok := from.(*Repository); ok && r.mountsFrom(other) {
@@ -394,35 +436,6 @@ func (r *Repository) put(ctx context.Context, from content.Provider, desc ocispe
 // manifestAttempts is how often a manifest is pushed before its refusal counts.
 const manifestAttempts = 3
 
-// isBlobUnknown reports whether a registry refused a manifest since it has not all of its
-// blobs. docker-registry says so too while another client uploads one of them once more.
-func isBlobUnknown(err error) bool {
-	var status remoteerrors.ErrUnexpectedStatus
-	return errors.As(err, &status) && slices.ContainsFunc(Refusals(status.Body), func(r Refusal) bool {
-		return r.Code == "MANIFEST_BLOB_UNKNOWN"
-	})
-}
-
-// Refusal is one of the errors in a registry's response:
-// https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#error-codes.
-type Refusal struct {
-	Code    string          `json:"code"`
-	Message string          `json:"message"`
-	Detail  json.RawMessage `json:"detail"`
-}
-
-// Refusals returns the errors in the body of a registry's response, or nil if it is not of
-// that form.
-func Refusals(body []byte) []Refusal {
-	var list struct {
-		Errors []Refusal `json:"errors"`
-	}
-	if json.Unmarshal(body, &list) != nil {
-		return nil
-	}
-	return list.Errors
-}
-
 // IsDocument reports whether a media type is that of a manifest or an index.
 func IsDocument(mediaType string) bool {
 	return images.IsManifestType(mediaType) || images.IsIndexType(mediaType)
@@ -435,10 +448,9 @@ func (memory) Close() error { return nil }
 
 // documentWriter keeps a manifest until it is pushed.
 type documentWriter struct {
+	ingest.Blob
 	repo      *Repository
-	ref       string
 	mediaType string
-	started   time.Time
 	b         []byte
 }
 
@@ -447,14 +459,13 @@ func (w *documentWriter) Write(p []byte) (int, error) {
 		return 0, fmt.Errorf("a manifest has more than %d bytes", maxDocument)
 	}
 	w.b = append(w.b, p...)
+	w.Add(p)
 	return len(p), nil
 }
 
-func (w *documentWriter) Digest() digest.Digest { return digest.FromBytes(w.b) }
-
 func (w *documentWriter) Commit(_ context.Context, size int64, expected digest.Digest, _ ...content.Opt) error {
-	if size > 0 && size != int64(len(w.b)) || expected != "" && expected != w.Digest() {
-		return fmt.Errorf("the manifest is not what was to be written: %w", errdefs.ErrFailedPrecondition)
+	if err := w.Check(size, expected); err != nil {
+		return err
 	}
 	w.repo.mu.Lock()
 	defer w.repo.mu.Unlock()
@@ -462,15 +473,12 @@ func (w *documentWriter) Commit(_ context.Context, size int64, expected digest.D
 	return nil
 }
 
-func (w *documentWriter) Status() (content.Status, error) {
-	return content.Status{Ref: w.ref, Offset: int64(len(w.b)), StartedAt: w.started, UpdatedAt: time.Now()}, nil
-}
-
 func (w *documentWriter) Truncate(size int64) error {
 	if size != 0 {
 		return errdefs.ErrNotImplemented
 	}
 	w.b = nil
+	w.Reset()
 	return nil
 }
 

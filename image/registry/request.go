@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
@@ -35,8 +36,8 @@ const (
 	longestPause = 30 * time.Second
 )
 
-// pushHost makes requests to the host that takes a repository's pushes, or has its lists.
-type pushHost struct {
+// host makes requests about a repository to one of its registry's hosts.
+type host struct {
 	docker.RegistryHost
 	repository string // as in library/app
 	namespace  string // the registry that the host stands for, or ""
@@ -46,13 +47,13 @@ type pushHost struct {
 }
 
 // url returns the URL of something in the repository.
-func (h *pushHost) url(query url.Values, elements ...string) *url.URL {
+func (h *host) url(query url.Values, elements ...string) *url.URL {
 	u := &url.URL{Scheme: h.Scheme, Host: h.Host, Path: path.Join(append([]string{"/", h.Path, h.repository}, elements...)...)}
 	if strings.HasSuffix(elements[len(elements)-1], "/") {
 		u.Path += "/"
 	}
 	if h.namespace != "" {
-		if query == nil {
+		if query = maps.Clone(query); query == nil {
 			query = url.Values{}
 		}
 		query.Set("ns", h.namespace)
@@ -79,9 +80,10 @@ type request struct {
 }
 
 // do makes a request until it is answered. The answer's body is read and closed: want
-// lists the statuses of success, of which the answer is returned; others are a
-// [remoteerrors.ErrUnexpectedStatus], which wraps [errdefs.ErrNotFound] if it is that.
-func (h *pushHost) do(ctx context.Context, r request, want ...int) (*http.Response, error) {
+// lists the statuses of success, of which the answer is returned; others are an [Error]
+// that wraps a [remoteerrors.ErrUnexpectedStatus], and [errdefs.ErrNotFound] if it is that.
+func (h *host) do(ctx context.Context, r request, want ...int) (_ *http.Response, err error) {
+	defer func() { err = plainly(h.Host, err) }()
 	var answers []*http.Response // that the authorizer has not seen
 	refused := false
 	last := cmp.Or(r.attempts, attempts)
@@ -143,15 +145,15 @@ func pause(ctx context.Context, n int, resp *http.Response) error {
 
 // authorizes reports whether the host's credentials are for u: an upload may be at
 // another host, which must not see them.
-func (h *pushHost) authorizes(u *url.URL) bool { return h.Authorizer != nil && h.is(u) }
+func (h *host) authorizes(u *url.URL) bool { return h.Authorizer != nil && h.is(u) }
 
 // is reports whether u is at the host.
-func (h *pushHost) is(u *url.URL) bool {
+func (h *host) is(u *url.URL) bool {
 	return u.Host == h.Host && (u.Scheme == h.Scheme || u.Scheme == "http" && h.fellBack.Load())
 }
 
 // once makes one attempt. The answer's body is in memory.
-func (h *pushHost) once(ctx context.Context, r request) (_ *http.Response, err error) {
+func (h *host) once(ctx context.Context, r request) (_ *http.Response, err error) {
 	within := r.within
 	if within == 0 {
 		within = requestWithin
@@ -183,7 +185,7 @@ func (h *pushHost) once(ctx context.Context, r request) (_ *http.Response, err e
 const maxAnswer = 64 << 10
 
 // send sends a request with a body of size bytes, or -1 if that is not known.
-func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header http.Header, body io.Reader, size int64) (*http.Response, error) {
+func (h *host) send(ctx context.Context, method string, u *url.URL, header http.Header, body io.Reader, size int64) (*http.Response, error) {
 	if h.Scheme == "https" && u.Scheme != "https" && !h.is(u) {
 		return nil, fmt.Errorf("%s sends uploads to %s://%s, which is not encrypted: its own address in its configuration may lack https", h.Host, u.Scheme, u.Host)
 	}
@@ -206,7 +208,7 @@ func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header h
 	req.ContentLength = size
 	if h.authorizes(u) {
 		if err := h.Authorizer.Authorize(ctx, req); err != nil {
-			return nil, fmt.Errorf("authorize at %s: %w", h.Host, err)
+			return nil, err
 		}
 	}
 	client := h.Client
@@ -217,10 +219,7 @@ func (h *pushHost) send(ctx context.Context, method string, u *url.URL, header h
 	if err == nil && u.Scheme == "https" && resp.Request.URL.Scheme == "http" && resp.Request.URL.Host == h.Host {
 		h.fellBack.Store(true)
 	}
-	if uerr := (*url.Error)(nil); errors.As(err, &uerr) {
-		err = fmt.Errorf("%s %s: %w", method, u.Redacted(), uerr.Err) // not its query, in which uploads have tokens
-	}
-	return resp, err
+	return resp, plainly(h.Host, err)
 }
 
 // statusError returns the error of an answer that is not a success.

@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/ctrlplane/pilot/internal/ingest"
 )
 
 const (
@@ -40,15 +42,13 @@ var errNotTaken = errors.New("the registry takes no more of a blob, and does not
 // is sent again from where the registry says that it stopped:
 // https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md#pushing-a-blob-in-chunks.
 type upload struct {
+	ingest.Blob
 	ctx      context.Context
 	repo     *Repository
-	ref      string
-	started  time.Time
 	location *url.URL // nil until the upload has begun
 	chunk    []byte   // what the registry does not have yet
 	size     int      // of a chunk
 	sent     int64
-	digester digest.Digester
 	stream   *stream // of a registry that takes no chunks
 	err      error
 	ended    bool
@@ -59,10 +59,7 @@ func newUpload(ctx context.Context, repo *Repository, ref string, size int64) *u
 	if size > 0 {
 		room = min(room, size)
 	}
-	return &upload{
-		ctx: ctx, repo: repo, ref: ref, started: time.Now(), size: chunkSize,
-		chunk: make([]byte, 0, room), digester: digest.Canonical.Digester(),
-	}
+	return &upload{Blob: ingest.New(ref, size), ctx: ctx, repo: repo, size: chunkSize, chunk: make([]byte, 0, room)}
 }
 
 func (u *upload) Write(p []byte) (int, error) {
@@ -76,7 +73,7 @@ func (u *upload) Write(p []byte) (int, error) {
 			continue
 		}
 		part := p[:min(len(p), u.size-len(u.chunk))]
-		_, _ = u.digester.Hash().Write(part) // never fails
+		u.Add(part)
 		if u.stream != nil {
 			_, u.err = u.stream.Write(part)
 			u.sent += int64(len(part))
@@ -203,13 +200,10 @@ func (u *upload) Commit(ctx context.Context, size int64, expected digest.Digest,
 	if u.err != nil {
 		return u.err
 	}
+	if err := u.Check(size, expected); err != nil {
+		return err
+	}
 	d := u.Digest()
-	if total := u.sent + int64(len(u.chunk)); size > 0 && size != total {
-		return fmt.Errorf("the blob has %d bytes, and %d were expected: %w", total, size, errdefs.ErrFailedPrecondition)
-	}
-	if expected != "" && expected != d {
-		return fmt.Errorf("the blob has the digest %s, and %s was expected: %w", d, expected, errdefs.ErrFailedPrecondition)
-	}
 	if u.stream != nil {
 		resp, err := u.stream.end()
 		if err != nil {
@@ -238,21 +232,15 @@ func (u *upload) Commit(ctx context.Context, size int64, expected digest.Digest,
 	}, http.StatusCreated, http.StatusNoContent, http.StatusOK)
 	if err != nil {
 		// It may have been done, and the answer lost.
-		if here, herr := u.repo.hasBlob(u.ctx, d); herr != nil || !here {
+		if here, herr := u.repo.hasBlob(u.ctx, u.repo.push, d); herr != nil || !here {
 			return fmt.Errorf("finish the upload of %s: %w", d, err)
 		}
 	} else if got := resp.Header.Get("Docker-Content-Digest"); got != "" && got != d.String() {
 		return fmt.Errorf("%s keeps the blob %s as %s", resp.Request.URL.Host, d, got)
 	}
 	u.ended = true
-	u.repo.note(d, u.sent+int64(len(u.chunk)))
+	u.repo.note(d, u.Written())
 	return nil
-}
-
-func (u *upload) Digest() digest.Digest { return u.digester.Digest() }
-
-func (u *upload) Status() (content.Status, error) {
-	return content.Status{Ref: u.ref, Offset: u.sent + int64(len(u.chunk)), StartedAt: u.started, UpdatedAt: time.Now()}, nil
 }
 
 func (u *upload) Truncate(int64) error {
@@ -324,7 +312,7 @@ func (u *upload) streamFrom(first []byte) error {
 		if err == nil {
 			defer resp.Body.Close()
 			if !slices.Contains([]int{http.StatusAccepted, http.StatusCreated, http.StatusNoContent}, resp.StatusCode) {
-				err = statusError(resp)
+				err = plainly(u.repo.push.Host, statusError(resp))
 			}
 		}
 		if err != nil {

@@ -41,7 +41,7 @@ func (registryImage) Close() error { return nil }
 
 func (r registryImage) Holds(source Source) bool {
 	other, ok := source.(registryImage)
-	return ok && r.Locator() == other.Locator()
+	return ok && r.Repository.Holds(other.Repository)
 }
 
 func (r registryImage) Copy(ctx context.Context, from content.Provider, desc ocispec.Descriptor) (registry.Origin, error) {

@@ -94,7 +94,7 @@ func OpenTarget(ctx context.Context, n Name, inPlace bool, hosts docker.Registry
 		if spec, err := reference.Parse(n.Image); err == nil && spec.Digest() != "" {
 			return nil, fmt.Errorf("%w: %s is named by its digest, which changes: give it a new name, with a tag", ErrName, n)
 		}
-		r, err := registry.Open(ctx, n.Image, hosts)
+		r, err := registry.OpenToPush(ctx, n.Image, hosts)
 		if err != nil {
 			return nil, err
 		}

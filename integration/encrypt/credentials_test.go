@@ -4,6 +4,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -199,10 +201,47 @@ func TestRegistryCredentials(t *testing.T) {
 	defer moved.Close()
 	from := strings.TrimPrefix(moved.URL, "http://")
 	harness.Write(t, dir+"/hosts/"+from+"/hosts.toml", fmt.Sprintf("server = %q\n[host.%[1]q]\n[host.%[1]q.header]\nX-Secret = [%q]\n", moved.URL, password))
-	harness.ExpectFailure(t, run(nil, append([]string{"images", "rewrap", "docker://" + from + "/team/app:*"}, mirrored...)...), "no basic auth credentials")
+	harness.ExpectFailure(t, run(nil, append([]string{"images", "rewrap", "docker://" + from + "/team/app:*"}, mirrored...)...), "401 Unauthorized")
 	mu.Lock()
 	defer mu.Unlock()
 	if len(shown) > 0 {
 		t.Errorf("a stranger was shown %q", shown)
+	}
+}
+
+// TestErrorsOfRegistriesSayWhatToDo has wrong passwords, unknown CAs, and registries that
+// speak TLS or do not.
+func TestErrorsOfRegistriesSayWhatToDo(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	a := anywhere{t, dir, ""}
+	private := privateRegistry(t, dir)
+	answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.Path, "/forbidden/") {
+			w.WriteHeader(http.StatusForbidden)
+		}
+	})
+	plain, secure := httptest.NewServer(answer), httptest.NewTLSServer(answer)
+	defer plain.Close()
+	defer secure.Close()
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	for name, server := range map[string]string{"plain.example.com": "https://" + plain.Listener.Addr().String(), "secure.example.com": secure.URL} {
+		harness.Write(t, dir+"/hosts/"+name+"/hosts.toml", fmt.Sprintf("server = %q\n", server))
+	}
+	for _, c := range []struct {
+		name, want string
+		flags      []string
+	}{
+		{private + "/app:1", "give --user", []string{"--plain-http"}},
+		{private + "/app:1", "give --user", []string{"--plain-http", "--user", "ci:wrong"}},
+		{plain.Listener.Addr().String() + "/forbidden/app:1", "this user may not do that", []string{"--plain-http"}},
+		{"plain.example.com/app:1", "use --plain-http", []string{"--hosts-dir", dir + "/hosts"}},
+		{secure.Listener.Addr().String() + "/app:1", "leave --plain-http out", []string{"--plain-http"}},
+		{"secure.example.com/app:1", "name the CA that issued the registry's certificate with --tlscacert", []string{"--hosts-dir", dir + "/hosts"}},
+	} {
+		out := harness.ExpectFailure(t, a.images(append([]string{"layerinfo", "docker://" + c.name}, c.flags...)...), c.want)
+		if strings.Count(out, "\n") != 1 || strings.Count(out, "failed to") > 1 || strings.Contains(out, "unexpected status") {
+			t.Errorf("%s: %s", c.name, out)
+		}
 	}
 }

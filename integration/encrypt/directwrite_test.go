@@ -243,6 +243,14 @@ func TestContainerdGetsBlobsOverItsAPI(t *testing.T) {
 			}
 			n.expectIntact()
 			n.expectDecrypts("example.com/isolated:1")
+
+			// A user who may write the files and is not their owner can't make them read-only.
+			cmd = n.encrypt("example.com/writable:1")
+			caps := "+dac_override,+dac_read_search"
+			other := exec.Command("setpriv", append([]string{"--reuid=1", "--regid=1", "--clear-groups", "--inh-caps=" + caps, "--ambient-caps=" + caps}, cmd.Args...)...)
+			other.Env = cmd.Env
+			harness.Output(t, other)
+			harness.Output(t, n.CtrPilot("images", "decrypt", "--key", n.private, "example.com/writable:1", "example.com/plain:2"))
 		})
 	}
 }

@@ -59,7 +59,6 @@ type keyless struct {
 	broker         *harness.TLSBroker
 	github, gitlab *harness.Issuer
 	debian         *harness.Debian
-	ocicrypt       string
 }
 
 func startKeyless(t *testing.T) *keyless {
@@ -75,8 +74,8 @@ func startKeyless(t *testing.T) *keyless {
 	k.registry, _ = harness.StartRegistry(t, k.dir)
 	l := harness.NewLayout(t)
 	l.Write(k.dir+"/app", "v1", l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret()))
-	k.ocicrypt = harness.Write(t, k.dir+"/ocicrypt.conf", `{"key-providers": {"pilot": {"cmd": {"path": "`+harness.Bin+`/pilot", "args": ["keyprovider"]}}}}`)
-	k.debian = harness.NewDebian(t, k.dir, k.ocicrypt)
+	ocicrypt := harness.Write(t, k.dir+"/ocicrypt.conf", `{"key-providers": {"pilot": {"cmd": {"path": "`+harness.Bin+`/pilot", "args": ["keyprovider"]}}}}`)
+	k.debian = harness.NewDebian(t, k.dir, ocicrypt)
 	// The programs read the files of the broker and of the issuers in its root, too.
 	for _, file := range []string{k.broker.Dir + "/ca.pem", k.github.CA} {
 		harness.Write(t, k.debian.Root+file, harness.Read(t, file))
@@ -93,7 +92,7 @@ func (k *keyless) append(name, text string) {
 
 // settings are pilot's, in the variables of a job.
 func (k *keyless) settings(more ...string) []string {
-	return append([]string{"PILOT_CONFIG=/dev/null", "PILOT_BROKER=" + k.broker.URL(), "PILOT_BROKER_CA=" + k.broker.Dir + "/ca.pem", "OCICRYPT_KEYPROVIDER_CONFIG=" + k.ocicrypt, "HOME=" + k.dir}, more...)
+	return append([]string{"PILOT_CONFIG=/dev/null", "PILOT_BROKER=" + k.broker.URL(), "PILOT_BROKER_CA=" + k.broker.Dir + "/ca.pem", "HOME=" + k.dir}, more...)
 }
 
 // gitHubJob returns the environment of a GitHub Actions job.
@@ -107,7 +106,7 @@ func (k *keyless) gitLabJob(token string) []string {
 }
 
 // encrypt encrypts the image in the layout into the registry, with what a job has in its
-// environment.
+// environment. No other program is needed.
 func (k *keyless) encrypt(env []string) *exec.Cmd {
 	cmd := harness.Command(k.t, "ctr-pilot", "images", "encrypt", "--force", "--like", "none", "--recipient", "provider:pilot:team-a", "oci:"+k.dir+"/app:v1", "docker://"+k.registry+"/app:enc")
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, env...)

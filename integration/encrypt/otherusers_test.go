@@ -122,7 +122,7 @@ func TestOtherUsers(t *testing.T) {
 	harness.Output(t, exec.Command("chmod", "a+r", foreign, d.root+"/etc/pilot/cert.pem"))
 	request := d.run("", "pilot", "keyprovider")
 	request.Stdin = strings.NewReader(`{"op":"keyunwrap"}`)
-	harness.ExpectFailure(t, request, "/etc/pilot/key.pem: permission denied", "run pilot as root, or give this user a pilot.toml with a certificate and key of its own")
+	harness.ExpectFailure(t, request, "/etc/pilot/key.pem: permission denied", "run this as root, or give this user a pilot.toml with a certificate and key of its own")
 
 	harness.Output(t, exec.Command("chmod", "a+rx", b.Dir))
 	d2 := &harness.Debian{T: t, Root: d.root, Ocicrypt: ""}

@@ -2,10 +2,14 @@ package encrypt
 
 import (
 	"encoding/json"
+	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -60,6 +64,129 @@ func TestSignaturesAreKeptOrNamed(t *testing.T) {
 	}
 	if r := a.crypt("decrypt", "--json", "docker://"+registry+"/app:enc", "oci-archive:"+dir+"/back.tar:x"); len(r.Referrers) != 1 || r.Referrers[0].Kept {
 		t.Errorf("in an archive: %+v", r.Referrers)
+	}
+
+	t.Run("in a directory of cosign save", func(t *testing.T) {
+		const kinds = "dev.cosignproject.cosign/"
+		saved := "oci:" + dir + "/saved"
+		entries := func() (list []map[string]any) {
+			var index struct{ Manifests []map[string]any }
+			if err := json.Unmarshal([]byte(harness.Read(t, dir+"/saved/index.json")), &index); err != nil {
+				t.Fatal(err)
+			}
+			return index.Manifests
+		}
+		kindsOf := func() map[string]any {
+			of := map[string]any{}
+			for _, e := range entries() {
+				annotations, _ := e["annotations"].(map[string]any)
+				of[e["digest"].(string)] = annotations["kind"]
+			}
+			return of
+		}
+		a.crypt("decrypt", "--json", "docker://"+registry+"/app:enc", saved+":v1")
+		// cosign finds them, in the form that it writes.
+		list := entries()
+		if len(list) != 2 {
+			t.Fatalf("%v", list)
+		}
+		kinded := map[string]any{plain["digest"].(string): kinds + "image"}
+		for i, e := range list {
+			kind := kinds + "image"
+			if e["digest"] != plain["digest"] {
+				kind = kinds + "sigs"
+			}
+			kinded[e["digest"].(string)] = kind
+			list[i]["annotations"] = harness.Object{"kind": kind}
+		}
+		if got := kindsOf(); !maps.Equal(got, kinded) {
+			t.Errorf("%v, want %v", got, kinded)
+		}
+		b, _ := json.Marshal(harness.Object{"schemaVersion": 2, "manifests": list})
+		harness.Write(t, dir+"/saved/index.json", string(b))
+
+		// Encrypted there, it is another image, which nobody has signed.
+		if r := a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", saved); len(r.Referrers) != 1 || r.Referrers[0].Kept || r.Referrers[0].Name != want.Name {
+			t.Errorf("%+v", r.Referrers)
+		}
+		for digest, kind := range kindsOf() {
+			if kind != nil {
+				t.Errorf("%s is %s", digest, kind)
+			}
+		}
+		// Decrypted, it is the one that was signed, in a registry and there.
+		for _, to := range []string{"docker://" + registry + "/saved:back", saved} {
+			if r := a.crypt("decrypt", "--json", saved, to); len(r.Referrers) != 1 || r.Referrers[0] != want {
+				t.Errorf("%s: %+v, want %+v", to, r.Referrers, want)
+			}
+		}
+		harness.Output(t, d.Run("skopeo", verify(registry+"/saved:back")...))
+		if got := kindsOf(); !maps.Equal(got, kinded) {
+			t.Errorf("%v, want %v", got, kinded)
+		}
+	})
+}
+
+// TestReferrersOfTwoRunsAreBothKept has two runs add to the list of what is about an image in
+// a registry that has no referrers API. Both have read it before either writes.
+func TestReferrersOfTwoRunsAreBothKept(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	a := newAnywhere(t, dir, "team-a")
+	address, _ := harness.StartRegistry(t, dir)
+	l := harness.NewLayout(t)
+	plain := l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
+	const manifest = "application/vnd.oci.image.manifest.v1+json"
+	empty := l.Blob("application/vnd.oci.empty.v1+json", []byte("{}"))
+	var artifacts []harness.Object
+	for i := range 2 {
+		artifacts = append(artifacts, l.JSON(manifest, harness.Object{
+			"schemaVersion": 2, "mediaType": manifest, "artifactType": fmt.Sprint("application/example.", i), "config": empty, "layers": []harness.Object{empty}, "subject": plain,
+		}))
+	}
+	for i := range 2 {
+		layout := fmt.Sprint(dir, "/", i)
+		l.Write(layout, "v1", plain)
+		a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "oci:"+layout+":v1", "oci:"+layout+":enc")
+		var index struct{ Manifests []any }
+		if err := json.Unmarshal([]byte(harness.Read(t, layout+"/index.json")), &index); err != nil {
+			t.Fatal(err)
+		}
+		b, _ := json.Marshal(harness.Object{"schemaVersion": 2, "manifests": append(index.Manifests, artifacts[i])})
+		harness.Write(t, layout+"/index.json", string(b))
+	}
+	tag := strings.Replace(plain["digest"].(string), ":", "-", 1)
+	var writers atomic.Int32
+	both := make(chan struct{})
+	front := harness.FrontRegistry(t, address, func(h http.Handler) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPut && strings.HasSuffix(r.URL.Path, "/manifests/"+tag) {
+				if writers.Add(1) == 2 {
+					close(both)
+				}
+				select {
+				case <-both:
+				case <-r.Context().Done():
+				}
+			}
+			h.ServeHTTP(w, r)
+		}
+	})
+	var runs sync.WaitGroup
+	for i := range 2 {
+		runs.Go(func() {
+			out, err := a.images("decrypt", fmt.Sprintf("oci:%s/%d:enc", dir, i), fmt.Sprintf("docker://%s/app:%d", front, i)).CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "kept: "+artifacts[i]["digest"].(string)) {
+				t.Errorf("%v: %s", err, out)
+			}
+		})
+	}
+	runs.Wait()
+	list, _ := harness.RecordRegistry(t, address).Manifest("GET", "app", tag, "", "")
+	for i, artifact := range artifacts {
+		if !strings.Contains(list, artifact["digest"].(string)) {
+			t.Errorf("that of run %d is lost: %s", i, list)
+		}
 	}
 }
 

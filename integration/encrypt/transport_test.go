@@ -2,6 +2,7 @@ package encrypt
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -156,6 +157,57 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 					t.Errorf("%s: %v, %s", name, err, out)
 				}
 			}
+			// A KEK that the layers are wrapped for already is not added once more.
+			if _, keks := a.layers(name); keks != "team-a@1" {
+				t.Errorf("%s: wrapped for %s", name, keks)
+			}
+		}
+	})
+	t.Run("without a key provider", func(t *testing.T) {
+		// Settings in flags, in a file and in variables. What no flag says, an ocicrypt.conf
+		// that names pilot does.
+		toml := harness.Write(t, dir+"/pilot.toml", "broker = \""+broker+"\"\nmirror-listen = \"127.0.0.1:0\"\nlog-level = \"debug\"\n")
+		alone := a
+		alone.ociConf = ""
+		for i, flags := range [][]string{{"--broker", broker}, {"--config", toml}, {"--broker", broker, "--provider-name", "ours"}} {
+			provider := "pilot"
+			if i == 2 {
+				provider = "ours"
+			}
+			enc := fmt.Sprintf("oci:%s/alone:%d", dir, i)
+			alone.crypt(append([]string{"encrypt", "--json", "--recipient", "provider:" + provider + ":team-a", "oci:" + dir + "/plain:v1", enc}, flags...)...)
+			alone.rewrap(append([]string{enc}, flags...)...)
+			alone.crypt(append([]string{"decrypt", "--json", enc, fmt.Sprintf("oci:%s/alone:plain%d", dir, i)}, flags...)...)
+		}
+		broken := a
+		broken.ociConf = harness.Write(t, dir+"/broken.conf", `{"key-providers": {"pilot": {"cmd": {"path": "/bin/false"}}}}`)
+		decrypt := []string{"decrypt", "--json", "--force", "oci:" + dir + "/alone:0", "oci:" + dir + "/alone:plain"}
+		harness.ExpectFailure(t, broken.images(decrypt...), "/bin/false")
+		broken.crypt(append(decrypt, "--broker", broker)...)
+		byVariable := alone.images(decrypt...)
+		byVariable.Env = append(byVariable.Env, "PILOT_BROKER="+broker)
+		harness.Output(t, byVariable)
+
+		encrypt := func(flags ...string) *exec.Cmd {
+			return alone.images(append([]string{"encrypt", "--recipient", "provider:pilot:nobody", "oci:" + dir + "/plain:v1", "oci:" + dir + "/none:x"}, flags...)...)
+		}
+		for _, bad := range []struct {
+			status int
+			want   string
+			cmd    *exec.Cmd
+		}{
+			{3, "no such KEK", encrypt("--broker", broker)},
+			{1, "if --broker https://HOST:PORT, PILOT_BROKER or broker in /etc/pilot/pilot.toml names it", encrypt()},
+			{1, "start copilot on this machine", encrypt("--broker", "unix:///nonexistent/copilot.sock")},
+			{2, "no such file", encrypt("--config", dir+"/absent.toml")},
+			{2, "KEKs would cross the network unencrypted", encrypt("--broker", "http://copilot.example.com")},
+			{2, "brokr: unknown setting: did you mean broker?", encrypt("--config", harness.Write(t, dir+"/mistyped.toml", "brokr = \"x\"\n"))},
+			{2, "which is skopeo's: use --recipient", encrypt("--encryption-key", "provider:pilot:team-a")},
+		} {
+			harness.ExpectFailure(t, bad.cmd, bad.want)
+			if got := bad.cmd.ProcessState.ExitCode(); got != bad.status {
+				t.Errorf("%s: exit status %d, want %d", bad.want, got, bad.status)
+			}
 		}
 	})
 	t.Run("bad names", func(t *testing.T) {
@@ -167,6 +219,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 			"docker://" + registry + "/plain:absent": "not found",
 			"docker://app:1":                         "docker://registry.example.com/app:1",
 			"oci-archve:" + dir + "/plain.tar":       "did you mean oci-archive?",
+			"docker-daemon:app:1":                    "docker save --output FILE",
 		} {
 			harness.ExpectFailure(t, a.images("encrypt", "--recipient", "provider:pilot:team-a", name, "oci:"+dir+"/none:x"), want)
 		}

@@ -17,6 +17,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/internal/ingest"
 )
 
 // minDirect is the size of the smallest blob that is written to its file, in bytes. It
@@ -43,19 +45,19 @@ func (s *store) Writer(ctx context.Context, opts ...content.WriterOpt) (content.
 			return nil, err
 		}
 	}
-	ingest, err := s.Store.Writer(ctx, opts...)
+	held, err := s.Store.Writer(ctx, opts...)
 	if err != nil || o.Desc.Digest != "" || o.Desc.Size < minDirect || s.apiOnly.Load() || runtime.GOOS != "linux" {
-		return ingest, err
+		return held, err
 	}
 	root, file, err := s.openIngest(ctx, o.Ref)
 	if err != nil {
 		s.forgetRoot()
 		logrus.WithError(err).WithField("ref", o.Ref).Debug("blob is written over the content API")
-		return ingest, nil
+		return held, nil
 	}
 	return &writer{
-		store: s, ctx: ctx, ref: o.Ref, mediaType: o.Desc.MediaType, total: o.Desc.Size, started: time.Now(),
-		ingest: ingest, root: root, file: file, digester: digest.Canonical.Digester(),
+		Blob: ingest.New(o.Ref, o.Desc.Size), store: s, ctx: ctx, ref: o.Ref, mediaType: o.Desc.MediaType,
+		held: held, root: root, file: file,
 	}, nil
 }
 
@@ -103,30 +105,20 @@ func (s *store) openIngest(ctx context.Context, ref string) (root string, _ *os.
 
 // writer writes a blob to the file of an ingest.
 type writer struct {
+	ingest.Blob
 	store     *store
 	ctx       context.Context // of the ingest
 	ref       string
 	mediaType string
-	total     int64
-	started   time.Time
-	ingest    content.Writer // holds the ref, and nothing is written to it
+	held      content.Writer // holds the ref, and nothing is written to it
 	root      string         // of the content store
 	file      *os.File       // nil once the writer is closed
-	digester  digest.Digester
-	n         int64
 }
 
 func (w *writer) Write(p []byte) (int, error) {
 	n, err := w.file.Write(p)
-	_, _ = w.digester.Hash().Write(p[:n]) // never fails
-	w.n += int64(n)
+	w.Add(p[:n])
 	return n, err
-}
-
-func (w *writer) Digest() digest.Digest { return w.digester.Digest() }
-
-func (w *writer) Status() (content.Status, error) {
-	return content.Status{Ref: w.ref, Offset: w.n, Total: w.total, StartedAt: w.started, UpdatedAt: time.Now()}, nil
 }
 
 func (w *writer) Truncate(size int64) error {
@@ -136,8 +128,7 @@ func (w *writer) Truncate(size int64) error {
 	if _, err := w.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	w.n = 0
-	w.digester.Hash().Reset()
+	w.Reset()
 	return w.file.Truncate(0)
 }
 
@@ -148,36 +139,39 @@ func (w *writer) Truncate(size int64) error {
 //
 // If containerd does not share blobs between namespaces (content_sharing_policy), or the
 // garbage collector was faster, the blob goes over the content API after all.
-func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest, opts ...content.Opt) error {
+//
+// The writer is closed then, even after an error, as containerd's is.
+func (w *writer) Commit(ctx context.Context, size int64, expected digest.Digest, opts ...content.Opt) (err error) {
 	if w.file == nil {
 		return fmt.Errorf("the writer is closed: %w", errdefs.ErrFailedPrecondition)
 	}
-	d := w.Digest()
-	if size > 0 && size != w.n || expected != "" && expected != d {
-		return fmt.Errorf("the blob has %d bytes and the digest %s, which is not what was expected: %w", w.n, d, errdefs.ErrFailedPrecondition)
+	defer func() { err = errors.Join(err, w.Close()) }()
+	if err := w.Check(size, expected); err != nil {
+		return err
 	}
+	d := w.Digest()
 	if err := w.publish(d); err != nil {
 		return err
 	}
-	err := w.adopt(ctx, d, opts)
+	err = w.adopt(ctx, d, opts)
 	if err == nil || errdefs.IsAlreadyExists(err) {
 		w.store.unadopted.Delete(w.ref)
 	}
-	return errors.Join(err, w.Close())
+	return err
 }
 
 // publish makes the ingest's file the blob's as well, as containerd does: on the disk, and
-// read-only.
+// read-only where that is possible.
 func (w *writer) publish(d digest.Digest) error {
 	info, err := w.file.Stat()
 	if err != nil {
 		return err
 	}
-	if info.Size() != w.n {
-		return fmt.Errorf("%s has %d bytes, and %d were written", w.file.Name(), info.Size(), w.n)
+	if info.Size() != w.Written() {
+		return fmt.Errorf("%s has %d bytes, and %d were written", w.file.Name(), info.Size(), w.Written())
 	}
 	if err := w.file.Chmod(info.Mode().Perm() &^ 0o333); err != nil {
-		return err
+		logrus.WithError(err).WithField("digest", d).Debug("blob stays writable")
 	}
 	if err := w.file.Sync(); err != nil {
 		return err
@@ -199,7 +193,7 @@ func (w *writer) publish(d digest.Digest) error {
 // find it among its blobs.
 func (w *writer) adopt(ctx context.Context, d digest.Digest, opts []content.Opt) error {
 	ref := w.ref + "-blob"
-	cw, err := w.store.Store.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: w.mediaType, Digest: d, Size: w.n}))
+	cw, err := w.store.Store.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: w.mediaType, Digest: d, Size: w.Written()}))
 	if err != nil {
 		return err
 	}
@@ -208,14 +202,14 @@ func (w *writer) adopt(ctx context.Context, d digest.Digest, opts []content.Opt)
 	if err != nil {
 		return err
 	}
-	if status.Offset != w.n {
+	if status.Offset != w.Written() {
 		w.store.apiOnly.Store(true)
 		logrus.WithField("digest", d).Debug("blob is written over the content API after all")
-		if _, err := io.CopyBuffer(struct{ io.Writer }{cw}, struct{ io.Reader }{io.NewSectionReader(w.file, 0, w.n)}, make([]byte, copySize)); err != nil {
+		if _, err := io.CopyBuffer(struct{ io.Writer }{cw}, struct{ io.Reader }{io.NewSectionReader(w.file, 0, w.Written())}, make([]byte, copySize)); err != nil {
 			return err
 		}
 	}
-	return cw.Commit(ctx, w.n, d, opts...)
+	return cw.Commit(ctx, w.Written(), d, opts...)
 }
 
 // Close removes the ingest.
@@ -231,7 +225,7 @@ func (w *writer) Close() error {
 		logrus.WithError(err).WithField("ref", w.ref).Debug("ingest is left to its lease")
 	}
 	// After that, since containerd's writer writes to the ingest's directory when it closes.
-	return errors.Join(err, w.ingest.Close())
+	return errors.Join(err, w.held.Close())
 }
 
 // Abort removes an ingest, unless its blob may be among containerd's and in no namespace.

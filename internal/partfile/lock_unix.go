@@ -11,17 +11,20 @@ import (
 	"github.com/ctrlplane/pilot/internal/replacefile"
 )
 
-// lock locks a file until it is closed. A file system without locks is no error.
-func lock(f *os.File) error {
+// lock locks a file until it is closed, and reports whether no other process has it locked.
+// A file system without locks is no error.
+func lock(f *os.File) (bool, error) {
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return false, nil
 		case errors.Is(err, unix.ENOLCK), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):
-			return nil
+			return true, nil
 		}
-		return err
+		return err == nil, err
 	}
 }
 

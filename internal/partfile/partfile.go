@@ -5,9 +5,11 @@ package partfile
 import (
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 )
 
@@ -21,29 +23,34 @@ type File struct {
 	name string
 }
 
+// maxTries bounds the files that are made before one is not locked by another process.
+const maxTries = 100
+
 // Create makes a file in a directory of root, with a mode before umask.
 func Create(root *os.Root, dir string, mode fs.FileMode) (*File, error) {
-	for {
+	for range maxTries {
 		name := path.Join(dir, prefix+rand.Text())
 		f, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, mode)
+		if failed := (*fs.PathError)(nil); errors.As(err, &failed) {
+			err = fmt.Errorf("make a file in %s: %w", filepath.Join(root.Name(), dir), failed.Err) // its name says nothing
+		}
 		if err != nil {
 			return nil, err
 		}
 		part := &File{f, root, name}
-		if err := lock(f); err != nil {
-			return nil, errors.Join(err, part.Discard())
-		}
 		// Another process may have taken it for a leftover before it was locked.
-		switch is, err := part.named(); {
-		case err != nil:
-			return nil, errors.Join(err, part.Discard())
-		case is:
+		ours, err := lock(f)
+		if ours {
+			ours, err = part.named()
+		}
+		if ours && err == nil {
 			return part, nil
 		}
-		if err := f.Close(); err != nil {
+		if err := errors.Join(err, part.Discard()); err != nil {
 			return nil, err
 		}
 	}
+	return nil, fmt.Errorf("another process locks each new file in %s", filepath.Join(root.Name(), dir))
 }
 
 // named reports whether the file still has its name.

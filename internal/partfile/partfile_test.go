@@ -161,3 +161,28 @@ func TestCommitNewLeavesTheFirst(t *testing.T) {
 		t.Errorf("left: %s", left)
 	}
 }
+
+// TestFilesThatOthersLockAreNotWaitedFor has another process hold the lock of a new file.
+func TestFilesThatOthersLockAreNotWaitedFor(t *testing.T) {
+	name := t.TempDir() + "/file"
+	for _, held := range []bool{false, true} {
+		ours, err := os.Create(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if held {
+			if _, err := lock(theirs); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, err := lock(ours); err != nil || got == held {
+			t.Errorf("held by another process: %v, locked: %v, %v", held, got, err)
+		}
+		ours.Close()
+		theirs.Close()
+	}
+}

@@ -20,7 +20,7 @@ var rooms = []struct {
 	mayImport []string
 }{
 	{"cmd", []string{"copilot", "image", "keyprovider", "mirror", "node", "plugin", "processor"}},
-	{"ctr-pilot", []string{"image", "processor"}},
+	{"ctr-pilot", []string{"image", "keyprovider", "processor"}},
 	{"packaging", nil},
 	{"integration", []string{"copilot", "image", "keyprovider", "node", "plugin", "processor"}},
 	{"node", nil}, // which holds no code: who may import whom below it

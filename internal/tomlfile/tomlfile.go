@@ -41,6 +41,16 @@ func Decode(name string, b []byte, v any) error {
 // order of the file, as text: an array of strings with commas between them. Errors,
 // those of set too, name the file, the line and the setting.
 func DecodeText(name string, b []byte, v any, set func(key, text string) error) error {
+	return decodeText(name, b, v, false, set)
+}
+
+// DecodePart does so for a program that has some of the settings of the file only. It
+// ignores the others, except those that look like one of its own, mistyped.
+func DecodePart(name string, b []byte, v any, set func(key, text string) error) error {
+	return decodeText(name, b, v, true, set)
+}
+
+func decodeText(name string, b []byte, v any, part bool, set func(key, text string) error) error {
 	var values map[string]any
 	if err := Decode(name, b, &values); err != nil {
 		return err
@@ -49,6 +59,9 @@ func DecodeText(name string, b []byte, v any, set func(key, text string) error) 
 	known := names(v)
 	for _, key := range slices.SortedFunc(maps.Keys(values), func(a, b string) int { return lines[a] - lines[b] }) {
 		if !slices.Contains(known, key) {
+			if part && mistyped.DidYouMean(key, known) == "" {
+				continue
+			}
 			return unknown(name, lines[key], toml.Key{key}, v)
 		}
 		text, err := textOf(values[key])
@@ -111,8 +124,10 @@ func names(v any) (list []string) {
 	if t.Kind() != reflect.Struct {
 		return nil
 	}
-	for i := range t.NumField() {
-		list = append(list, t.Field(i).Tag.Get("toml"))
+	for _, f := range reflect.VisibleFields(t) {
+		if !f.Anonymous {
+			list = append(list, f.Tag.Get("toml"))
+		}
 	}
 	return list
 }

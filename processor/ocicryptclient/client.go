@@ -19,6 +19,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os/exec"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containers/ocicrypt/config"
@@ -160,19 +162,29 @@ func run(ctx context.Context, command keyproviderconfig.Command, request []byte)
 		err = nil // it succeeded, and left something running, such as an agent
 	}
 	if err != nil {
-		if e := new(exec.ExitError); errors.As(err, &e) && e.ExitCode() == exit.Denied {
-			err = &deniedError{err}
-		}
-		err = fmt.Errorf("%s: %w", command.Path, err)
-		if text := bytes.TrimSpace(stderr.b); len(text) > 0 {
-			err = fmt.Errorf("%w: %s", err, text)
-		}
-		return nil, err
+		return nil, failed(command.Path, err, string(bytes.TrimSpace(stderr.b)))
 	}
 	if len(answer.b) > MaxAnswer {
 		return nil, fmt.Errorf("%s answers more than %d bytes", command.Path, MaxAnswer)
 	}
 	return answer.b, nil
+}
+
+// failed returns the error of an executable, which is what it printed if it exited by
+// itself. It wraps [processor.ErrDenied] if the status is that of a denial.
+func failed(path string, err error, printed string) error {
+	e := new(exec.ExitError)
+	if exited := errors.As(err, &e) && e.Exited(); exited && printed != "" {
+		// Programs begin with their name.
+		err = errors.New(strings.TrimPrefix(printed, strings.TrimSuffix(filepath.Base(path), ".exe")+": "))
+	} else if printed != "" {
+		err = fmt.Errorf("%w: %s", err, printed)
+	}
+	err = fmt.Errorf("%s: %w", path, err)
+	if e.ProcessState != nil && e.ExitCode() == exit.Denied {
+		err = &deniedError{err}
+	}
+	return err
 }
 
 // deniedError is the error of an executable, such as pilot's, that exited with the

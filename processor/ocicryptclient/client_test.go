@@ -31,7 +31,7 @@ func TestExecutable(t *testing.T) {
 		t.Errorf("it says much: %.100v", err)
 	}
 	for script, want := range map[string]string{
-		"echo why >&2; exit 3":      "/bin/sh: exit status 3: why",
+		"echo why >&2; exit 3":      "/bin/sh: why",
 		"exit 3":                    "/bin/sh: exit status 3",
 		"head -c 5000000 /dev/zero": "/bin/sh answers more than 4194304 bytes",
 		"kill -9 $$":                "/bin/sh: signal: killed",

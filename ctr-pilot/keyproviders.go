@@ -1,0 +1,111 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"sync"
+	"time"
+
+	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
+	"github.com/urfave/cli/v3"
+
+	"github.com/ctrlplane/pilot/internal/configfile"
+	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
+	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
+)
+
+// defaultKeyProviders names the key providers when no variable does.
+var defaultKeyProviders = configfile.Default("pilot", "ocicrypt.conf")
+
+var keyProvidersHelp = `
+Key providers are those of the file that OCICRYPT_KEYPROVIDER_CONFIG names, or else
+of ` + defaultKeyProviders + `. Without either, or with a flag that is a setting of
+pilot's, this command is the key provider pilot itself: it asks the broker that
+--broker, PILOT_BROKER or pilot.toml names.
+`
+
+// commandProviders are the key providers of this process's command, once they are known.
+var commandProviders struct {
+	sync.Once
+	all map[string]processor.KeyProvider
+	err error
+}
+
+// keyProviders returns the key providers of a command. An error is for layers that need one
+// that is missing.
+func keyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error) {
+	c := &commandProviders
+	c.Do(func() { c.all, c.err = findKeyProviders(cmd) })
+	return c.all, c.err
+}
+
+// checkKeyProviders returns the error of settings in flags before anything is done.
+func checkKeyProviders(cmd *cli.Command) error {
+	if !brokerconfig.Given(cmd) {
+		return nil
+	}
+	_, err := keyProviders(cmd)
+	return err
+}
+
+func findKeyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error) {
+	given := brokerconfig.Given(cmd)
+	file := os.Getenv(keyproviderconfig.ENVVARNAME)
+	byDefault := file == ""
+	if byDefault {
+		file = defaultKeyProviders
+	}
+	named, err := ocicryptclient.FromFile(file, grpcdial.Call)
+	if byDefault && errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	} else if !given {
+		return named, err
+	}
+	own, ownErr := ownKeyProvider(cmd)
+	if ownErr != nil {
+		return named, ownErr
+	}
+	all := maps.Clone(own)
+	for name, p := range named {
+		if all[name] == nil {
+			all[name] = p
+		}
+	}
+	return all, err
+}
+
+const (
+	// kekTTL is how long a KEK is kept: as long as by "pilot serve".
+	kekTTL = 5 * time.Minute
+	// maxKEKs bounds the KEKs that are kept.
+	maxKEKs = 1024
+)
+
+// ownKeyProvider returns pilot's key provider, which asks the broker from here, by its names.
+func ownKeyProvider(cmd *cli.Command) (map[string]processor.KeyProvider, error) {
+	conf, err := brokerconfig.Read(cmd)
+	if err != nil {
+		return nil, err
+	}
+	if len(conf.Broker) == 0 {
+		return nil, fmt.Errorf("ctr-pilot asks the broker itself if --broker https://HOST:PORT, PILOT_BROKER or broker in %s names it", brokerconfig.DefaultFile)
+	}
+	broker, err := conf.Client()
+	if err != nil {
+		return nil, err
+	}
+	p := keyprovider.New(broker, keyprovider.Config{
+		Name: conf.ProviderName[0], Format: conf.AnnotationFormat, DefaultKEKs: conf.DefaultKEKs, CacheTTL: kekTTL, CacheSize: maxKEKs,
+	})
+	all := map[string]processor.KeyProvider{}
+	for _, name := range conf.ProviderName {
+		all[name] = p
+	}
+	return all, nil
+}
