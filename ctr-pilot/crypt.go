@@ -27,7 +27,7 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 		}
 		return p.earlier(ctx, replaced, j.Take)
 	}
-	result, err := do(ctx, workplace{j, p.layersOf, earlier}, j.desc, opts)
+	result, err := do(ctx, workplace{j, p.layersOf, earlier, j.convert}, j.desc, opts)
 	if err == nil && ctx.Err() != nil {
 		err = ctx.Err()
 	}
@@ -37,6 +37,7 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 	var done finished
 	if err == nil {
 		done, err = j.finish(ctx, result, verb == "decrypt")
+		done.converted = j.converted
 	}
 	progress.stop()
 	if plain := (*image.PlainError)(nil); errors.As(err, &plain) {

@@ -40,6 +40,12 @@ Layers that an earlier encrypted image has too, by the digest of the plain layer
 taken over as they are there, if their keys unwrap here, and wrapped for the new
 recipients alone. A rebuilt image then uploads what changed, and nodes download no
 more. The earlier image is the one that --like names, or that --force replaces.
+
+Layers that are eStargz or zstd:chunked are sealed for lazy pulling, and "not lazy"
+says which could not be, and why. --estargz converts the others before it encrypts
+them. The plain image is another one then, by which decrypting gives it back:
+signatures that were made of it before don't fit. Converted layers are in temporary
+files without names (in TMPDIR) until they are encrypted.
 ` + transportsHelp + keyProvidersHelp + `
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
@@ -56,6 +62,8 @@ Examples:
       --keys-from registry.example.com/base:1 app:built app:encrypted
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
       oci-archive:app.tar docker://registry.example.com/app:enc
+   ctr-pilot images encrypt --estargz --recipient provider:pilot:team-a \
+      docker://registry.example.com/app:1 docker://registry.example.com/app:1-enc
    ctr-pilot images encrypt --recipient provider:pilot:team-a \
       --like docker://registry.example.com/app:1-enc \
       oci:app docker://registry.example.com/app:2-enc`,
@@ -63,6 +71,7 @@ Examples:
 		&cli.StringSliceFlag{Name: "recipient", Usage: "`RECIPIENT` that may decrypt the image; may be repeated"},
 		&cli.StringSliceFlag{Name: "keys-from", Usage: "`IMAGE` that has the keys of layers that are encrypted and lost them; may be repeated"},
 		likeFlag,
+		&cli.BoolFlag{Name: "estargz", Usage: "convert layers to eStargz first, so that nodes can pull the image lazily"},
 		forceFlag,
 		allButBaseFlag,
 	}, plainFlags(), selectionFlags("encrypt"), keyFlags(), brokerconfig.Flags(), registryFlags()),
@@ -100,7 +109,15 @@ Examples:
 			opts.Like = like.Like
 			opts.AllowPlain, opts.KeepAbsent = cmd.Bool("allow-plain"), cmd.Bool("keep-absent")
 			opts.Attestations = image.Attestations(cmd.String("attestations"))
-			return image.Encrypt(ctx, at, target, to, opts)
+			if cmd.Bool("estargz") {
+				if err := image.Check(ctx, at.Store, target, to, opts); err != nil {
+					return image.Result{}, err
+				}
+				if target, err = at.convert(ctx, opts); err != nil {
+					return image.Result{}, err
+				}
+			}
+			return image.Encrypt(ctx, at.Store, target, to, opts)
 		})
 	},
 }

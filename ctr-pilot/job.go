@@ -24,6 +24,8 @@ type job struct {
 	desc     ocispec.Descriptor // what from stands for
 	before   *digest.Digest     // what to stands for, or nil if it is replaced in any case
 	replaced digest.Digest      // what to stands for, or empty
+
+	converted *image.Converted // what desc became with --estargz, or nil
 }
 
 // takenError is the error of a new name that another image has.
@@ -96,10 +98,22 @@ func (j *job) check(ctx context.Context, force bool) error {
 	return nil
 }
 
+// convert converts the image to eStargz.
+func (j *job) convert(ctx context.Context, opts image.Options) (ocispec.Descriptor, error) {
+	var err error
+	if j.converted, err = j.Convert(ctx, j.desc, opts); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	return j.converted.Target, nil
+}
+
 func (j *job) close() error {
 	var err error
+	if j.converted != nil {
+		err = j.converted.Close()
+	}
 	if j.source != nil {
-		err = j.source.Close()
+		err = errors.Join(err, j.source.Close())
 	}
 	if j.target != nil {
 		err = errors.Join(err, j.target.Close())
@@ -117,6 +131,7 @@ type finished struct {
 	moved     *transport.Moved // nil if the image stayed in containerd
 	referrers []transport.Referrer
 	unlisted  error // why referrers may be missing
+	converted *image.Converted
 }
 
 // finish brings what was made of the image where it belongs, and names it. restored says

@@ -137,6 +137,15 @@ func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	lazy := 0
+	for _, r := range rows {
+		if r.Lazy {
+			lazy++
+		}
+	}
+	if lazy > 0 {
+		fmt.Fprintf(os.Stderr, "lazy: %d of %d layers are sealed for lazy pulling\n", lazy, len(rows))
+	}
 	if len(notEncrypted) == 0 {
 		fmt.Fprintln(os.Stderr, "fully encrypted, except configurations, which are never encrypted")
 		return nil
@@ -166,12 +175,16 @@ type layerInfo struct {
 	Encrypted  bool          `json:"encrypted"`
 	Encryption []string      `json:"encryption"` // ways in which the layer key is wrapped
 	Recipients []string      `json:"recipients"`
+	// Lazy says that the layer has a seal for lazy pulling, which only its key can show to
+	// be right.
+	Lazy bool `json:"lazy"`
 }
 
 func newLayerInfo(l image.Layer, gpg ocicrypt.GPGClient) layerInfo {
 	info := layerInfo{
 		Layer: l.Index, Digest: l.Descriptor.Digest, MediaType: l.Descriptor.MediaType, Size: l.Descriptor.Size,
 		Encrypted: processor.IsEncrypted(l.Descriptor.MediaType), Encryption: []string{}, Recipients: []string{},
+		Lazy: image.IsLazy(l.Descriptor),
 	}
 	if l.Platform != nil {
 		info.Platform = platforms.FormatAll(*l.Platform)

@@ -33,6 +33,18 @@ type cryptReport struct {
 	Reused *image.Reused `json:"reused,omitempty"`
 	// Moved counts the bytes of an image that went from one place to another.
 	Moved *transport.Moved `json:"moved,omitempty"`
+	// Lazy says which of the layers that were encrypted can be pulled lazily.
+	Lazy *lazyReport `json:"lazy,omitempty"`
+}
+
+// lazyReport is the JSON of what --estargz converted and encrypt sealed for lazy pulling.
+type lazyReport struct {
+	Layers  int             `json:"layers"` // that were sealed
+	NotLazy []image.NotLazy `json:"notLazy"`
+	// Converted counts the layers that were converted, and Digest is that of the plain
+	// image then.
+	Converted int           `json:"converted"`
+	Digest    digest.Digest `json:"digest,omitempty"`
 }
 
 // leftOut is an entry of an index that the new one does not have.
@@ -50,6 +62,7 @@ func report(cmd *cli.Command, verb, name string, result image.Result, done finis
 	warnLacking(result.Lacking)
 	done.printReferrers()
 	printNotReused(result.Reused)
+	printLazy(result, done)
 	if cmd.Bool("json") {
 		return printJSON(newReport(verb, name, result, done))
 	}
@@ -62,7 +75,7 @@ func report(cmd *cli.Command, verb, name string, result image.Result, done finis
 	if result.Layers == 0 {
 		fmt.Printf("%s has no encrypted layers\n", name)
 	}
-	fmt.Printf("%s %s (%d layers %sed%s%s)\n", name, result.Target.Digest, result.Layers, verb, reusedText(result.Reused), movedText(done.moved))
+	fmt.Printf("%s %s (%d layers %sed%s%s%s)\n", name, result.Target.Digest, result.Layers, verb, reusedText(result.Reused), lazyText(result), movedText(done.moved))
 	return nil
 }
 
@@ -73,6 +86,10 @@ func newReport(verb, name string, result image.Result, done finished) cryptRepor
 	}
 	if verb == "encrypt" {
 		r.Reused = &result.Reused
+		r.Lazy = &lazyReport{Layers: result.Lazy, NotLazy: append([]image.NotLazy{}, result.NotLazy...)}
+		if done.converted != nil {
+			r.Lazy.Converted, r.Lazy.Digest = done.converted.Layers, done.converted.Target.Digest
+		}
 	}
 	if r.Plain == nil {
 		r.Plain = []image.Plain{}
@@ -88,6 +105,26 @@ func newReport(verb, name string, result image.Result, done finished) cryptRepor
 		r.LeftOut = append(r.LeftOut, leftOut{platform, d.Digest, d.MediaType})
 	}
 	return r
+}
+
+// printLazy says which layers can't be pulled lazily although they say so, and what
+// became of the plain image.
+func printLazy(result image.Result, done finished) {
+	for _, l := range result.NotLazy {
+		fmt.Fprintf(os.Stderr, "ctr-pilot: not lazy: %s\n", shownText(fmt.Sprintf("layer %s, which nodes pull in full: %s", l.Digest, l.Reason)))
+	}
+	if done.converted != nil && done.converted.Layers > 0 {
+		fmt.Fprintf(os.Stderr, "ctr-pilot: converted: %d layers to eStargz; decrypting gives back %s, which signatures made before don't fit\n",
+			done.converted.Layers, done.converted.Target.Digest)
+	}
+}
+
+// lazyText says how many layers can be pulled lazily.
+func lazyText(result image.Result) string {
+	if result.Lazy == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", %d of them for lazy pulling", result.Lazy)
 }
 
 // movedText says how many bytes went where, as far as they are not new.

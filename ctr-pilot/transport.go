@@ -46,6 +46,8 @@ type workplace struct {
 	// earlier opens the encrypted image that the new one may share layers with. The
 	// caller closes it.
 	earlier func(ctx context.Context) (earlierImage, error)
+	// convert returns the image with its layers as eStargz, which it reads from there on.
+	convert func(ctx context.Context, opts image.Options) (ocispec.Descriptor, error)
 }
 
 // places opens images by their names.

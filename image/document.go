@@ -29,6 +29,7 @@ type edit struct {
 	removed []int                                    // indexes into it, in order, of elements to leave out
 	renamed map[digest.Digest]ocispec.Descriptor     // what attestations refer to
 	subject *ocispec.Descriptor                      // replaces the subject, if not nil
+	config  *ocispec.Descriptor                      // replaces the configuration when converting, if not nil
 	content func(ocispec.Descriptor) ([]byte, error) // reads a small blob
 	mode    mode
 	plain   []string // digests of entries of an index that are known not to be encrypted
@@ -101,6 +102,8 @@ func (e *edit) apply(doc []byte, mediaType string) ([]byte, string, error) {
 	case e.mode == decrypting && (e.was || len(notes) > 0) && e.notePlain(notes):
 		doc, err = notes.write(doc)
 		return doc, mediaType, err
+	case e.mode == converting:
+		return e.convertedDocument(doc, mediaType)
 	case e.mode != encrypting:
 		return doc, mediaType, nil
 	}
@@ -150,9 +153,11 @@ func (e *edit) element(i int, element []byte, at string, notes restore) (_ []byt
 		element, err = e.encrypted(element, c, at, notes)
 	case changes && e.mode == decrypting:
 		element, err = e.decrypted(element, c, at, notes)
+	case changes && e.mode == converting:
+		element, err = e.converted(element, c)
 	case changes:
 		element, err = e.rewrapped(element, c)
-	case e.mode == encrypting && e.list == "layers":
+	case (e.mode == encrypting || e.mode == converting) && e.list == "layers":
 		element, err = convert(element, at, notes)
 	}
 	if err != nil {

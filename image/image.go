@@ -67,6 +67,11 @@ type Result struct {
 	Plain []Plain
 	// Reused counts the layers of Options.Like that [Encrypt] took over.
 	Reused Reused
+	// Lazy counts the layers that [Encrypt] sealed for lazy pulling.
+	Lazy int
+	// NotLazy are the layers that say that they can be pulled lazily, and that [Encrypt]
+	// could not seal for it.
+	NotLazy []NotLazy
 	// Lacking has a sentence for each selected layer that some manifest does not
 	// have.
 	Lacking []string
@@ -87,6 +92,13 @@ type Result struct {
 // layer is read, so errors of recipients and limits come first. The error wraps
 // [ErrLimit] or [processor.ErrTooManyRecipients] if the result would be too large.
 //
+// A layer that is eStargz or zstd:chunked, and says so by the annotation
+// containerd.io/snapshot/stargz/toc.digest, is sealed for lazy pulling: see [SealedLazy].
+// That takes reading its end before the rest of it, which a store that reads blobs in
+// order has to have a method for:
+//
+//	ReadRange(ctx context.Context, desc ocispec.Descriptor, p []byte, off int64) error
+//
 // A Docker image becomes an OCI image, since only those can have encrypted
 // layers, with a note that lets [Decrypt] undo that.
 func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to processor.Recipients, opts Options) (Result, error) {
@@ -106,6 +118,7 @@ func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to pro
 	}
 	w := newWork(store, opts, encrypting, e.layer)
 	w.was = e.was
+	w.diffIDs = e.diffIDs
 	if result, err = w.run(ctx, target); err == nil {
 		err = refusal(result, opts) // content may have gone since
 	}
@@ -113,7 +126,33 @@ func Encrypt(ctx context.Context, store Store, target ocispec.Descriptor, to pro
 		return Result{}, err
 	}
 	result.Reused = e.earlier.result()
+	result.Lazy, result.NotLazy = len(e.sealed), e.notLazy
 	return result, nil
+}
+
+// Check returns an error if [Encrypt] would refuse the image for what stays readable, or can't
+// wrap for the recipients to, of which it tries a key. It reads no layer, so callers can
+// find out before they spend time on an image.
+func Check(ctx context.Context, store Store, target ocispec.Descriptor, to processor.Recipients, opts Options) error {
+	e := &encryption{to: to}
+	w := newWork(store, opts, encrypting, func(_ context.Context, _ *work, desc ocispec.Descriptor) (change, error) {
+		if encrypted, ok := processor.EncryptedMediaType(desc.MediaType); ok {
+			desc.MediaType = encrypted
+		}
+		return change{desc: desc}, nil
+	})
+	w.dry = true
+	result, err := w.run(ctx, target)
+	if err == nil {
+		err = refusal(result, opts)
+	}
+	if err != nil {
+		return err
+	}
+	key := processor.NewLayerKey("")
+	defer key.Clear()
+	_, err = e.wrap(ctx, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer}, key)
+	return err
 }
 
 // refusal returns an error if something is readable that the options do not accept.

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -24,14 +25,21 @@ type encryption struct {
 	was   bool // the image has encrypted layers already
 	// earlier is the image of [Options.Like], or nil.
 	earlier *earlier
+	diffIDs map[digest.Digest][]digest.Digest // see work
+
+	mu      sync.Mutex
+	sealed  map[digest.Digest]bool // plain layers that were sealed for lazy pulling
+	notLazy []NotLazy
 }
 
 // layer encrypts a layer as planned.
 func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	p, err := e.plans.of(desc)
 	if err == nil && p.taken != nil {
-		if err := e.earlier.take(ctx, *p.taken); err == nil || ctx.Err() != nil {
-			return p.change, err
+		if err := e.earlier.take(ctx, *p.taken); err == nil {
+			return e.sealTaken(ctx, w, desc, p)
+		} else if ctx.Err() != nil {
+			return change{}, err
 		}
 		if p, err = e.newLayer(ctx, desc); err == nil {
 			e.plans.add(desc, p)
@@ -41,7 +49,14 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 		return p.change, err
 	}
 	c, key := p.change, p.key
+	check := e.check(ctx, w, desc)
+	if check != nil {
+		defer check.close()
+	}
 	err = w.read(ctx, desc, func(r io.Reader) error {
+		if check != nil {
+			r = io.TeeReader(r, check)
+		}
 		encrypter, err := processor.NewEncrypter(r, key)
 		if err != nil {
 			return err
@@ -55,6 +70,9 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 	}
 	added, err := annotationsOf(key, c.desc.Digest)
 	maps.Copy(c.annotations, added)
+	if err == nil {
+		e.seal(w, desc, key, check, c)
+	}
 	return c, err
 }
 
@@ -126,8 +144,8 @@ type blobs struct {
 func (b *blobs) change(ctx context.Context, w *work, desc ocispec.Descriptor) (change, error) {
 	b.mu.Lock()
 	name := desc.MediaType + " " + desc.Digest.String()
-	if processor.IsEncrypted(desc.MediaType) && w.mode != decrypting {
-		name = planKey(desc) // only its annotations change
+	if w.mode != decrypting {
+		name = planKey(desc) // of one that is encrypted, only annotations change
 	}
 	if w.checked[desc.Digest] {
 		name += " checked" // and so planned again if another manifest shows that it is not

@@ -126,10 +126,10 @@ func (e *earlier) note(err error) {
 // find returns the key and the layer of the earlier image that is the encrypted form of
 // the plain layer desc, or nil if there is none. The key is e's. The error is ctx's, or
 // that of reading the plain layer.
-func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (*processor.LayerKey, ocispec.Descriptor, error) {
+func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (earlierKey, ocispec.Descriptor, error) {
 	var none ocispec.Descriptor
 	if e == nil {
-		return nil, none, nil
+		return earlierKey{}, none, nil
 	}
 	for i, l := range e.Layers {
 		if l.Size != desc.Size || !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l) {
@@ -137,7 +137,7 @@ func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (*
 		}
 		k := e.key(ctx, i)
 		if ctx.Err() != nil {
-			return nil, none, ctx.Err()
+			return earlierKey{}, none, ctx.Err()
 		}
 		if k.LayerKey == nil || k.Digest != desc.Digest {
 			continue
@@ -148,15 +148,15 @@ func (e *earlier) find(ctx context.Context, w *work, desc ocispec.Descriptor) (*
 			}
 			switch same, err := reproduces(ctx, w, desc, k.LayerKey, l); {
 			case err != nil:
-				return nil, none, err
+				return earlierKey{}, none, err
 			case !same:
 				e.fail(fmt.Errorf("layer %s: it is not the encrypted form of %s, as its key says: it was tampered with", l.Digest, desc.Digest))
 				continue
 			}
 		}
-		return k.LayerKey, l, nil
+		return k, l, nil
 	}
-	return nil, none, nil
+	return earlierKey{}, none, nil
 }
 
 // reproduces reads the plain layer desc and reports whether key encrypts it to l.
@@ -260,28 +260,35 @@ func (e *earlier) take(ctx context.Context, blob ocispec.Descriptor) error {
 }
 
 // noteChecked notes, when planning, which layers of a manifest nodes unpack, and compare
-// with the diff IDs in its configuration. One that another manifest has too counts only if
-// that is so there as well.
+// with the diff IDs in its configuration, and those diff IDs. A layer that another manifest
+// has too is checked only if that is so there as well.
 func (w *work) noteChecked(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) {
-	if w.Like == nil || !w.dry {
+	if w.mode != encrypting || !w.dry || w.Like == nil && !slices.ContainsFunc(m.Layers, isMarked) {
 		return
 	}
-	unpacked := w.isUnpacked(ctx, desc, m)
-	for _, l := range m.Layers {
-		checked := unpacked && images.IsLayerType(l.MediaType) && strings.Contains(l.MediaType, ".tar")
+	ids := w.diffIDsOf(ctx, desc, m)
+	for i, l := range m.Layers {
+		checked := ids != nil && images.IsLayerType(l.MediaType) && strings.Contains(l.MediaType, ".tar")
 		before, had := w.checked[l.Digest]
 		w.checked[l.Digest] = checked && (before || !had)
+		if checked && !slices.Contains(w.diffIDs[l.Digest], ids[i]) {
+			w.diffIDs[l.Digest] = append(w.diffIDs[l.Digest], ids[i])
+		}
 	}
 }
 
-// isUnpacked reports whether a manifest is an image with a diff ID for each layer.
-func (w *work) isUnpacked(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) bool {
+// diffIDsOf returns the diff IDs of a manifest's layers, or nil if it is no image that has
+// one for each.
+func (w *work) diffIDsOf(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest) []digest.Digest {
 	if IsAttestation(desc) || !images.IsConfigType(m.Config.MediaType) {
-		return false
+		return nil
 	}
 	if info, err := w.Info(ctx, m.Config.Digest); err != nil || info.Size > maxManifest {
-		return false
+		return nil
 	}
 	ids, err := images.RootFS(ctx, w.Store, m.Config)
-	return err == nil && len(ids) == len(m.Layers)
+	if err != nil || len(ids) != len(m.Layers) {
+		return nil
+	}
+	return ids
 }

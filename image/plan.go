@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"strings"
 	"sync"
 
@@ -25,7 +26,7 @@ func (e *encryption) plan(ctx context.Context, store Store, target ocispec.Descr
 	w := newWork(store, opts, encrypting, e.planLayer)
 	w.dry = true
 	result, err := w.run(ctx, target)
-	e.was = w.was
+	e.was, e.diffIDs = w.was, w.diffIDs
 	return result, err
 }
 
@@ -49,11 +50,11 @@ func (e *encryption) planLayer(ctx context.Context, w *work, desc ocispec.Descri
 		return change{}, err
 	}
 	e.plans.add(desc, made)
-	if made.key == nil {
+	if made.key == nil && made.taken == nil {
 		return made.change, nil
 	}
 	c := made.change
-	added, err := annotationsAsLong()
+	added, err := annotationsAsLong(isMarked(desc))
 	if err != nil {
 		return change{}, err
 	}
@@ -85,7 +86,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 	if err != nil {
 		return layerPlan{}, err
 	}
-	if key != nil {
+	if key.LayerKey != nil {
 		return e.reuse(ctx, desc, key, blob)
 	}
 	return e.newLayer(ctx, desc)
@@ -104,15 +105,15 @@ func (e *encryption) newLayer(ctx context.Context, desc ocispec.Descriptor) (lay
 
 // reuse plans to take over the blob of the earlier image, which key has encrypted. The
 // recipients are the new ones alone.
-func (e *encryption) reuse(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, blob ocispec.Descriptor) (layerPlan, error) {
-	c, err := e.wrap(ctx, desc, key)
+func (e *encryption) reuse(ctx context.Context, desc ocispec.Descriptor, key earlierKey, blob ocispec.Descriptor) (layerPlan, error) {
+	c, err := e.wrap(ctx, desc, key.LayerKey)
 	if err != nil {
 		return layerPlan{}, err
 	}
 	c.desc.Digest, c.desc.Size = blob.Digest, blob.Size
-	added, err := annotationsOf(key, blob.Digest)
+	added, err := annotationsOf(key.LayerKey, blob.Digest)
 	maps.Copy(c.annotations, added)
-	return layerPlan{taken: &blob, change: c}, err
+	return layerPlan{taken: &blob, takenKey: key, change: c}, err
 }
 
 // wrap wraps a layer's key for the recipients.
@@ -131,8 +132,8 @@ func (e *encryption) wrap(ctx context.Context, desc ocispec.Descriptor, key *pro
 }
 
 // annotationsAsLong returns annotations of the length that each encrypted layer gets,
-// which are known only once the layer is encrypted.
-func annotationsAsLong() (map[string]string, error) {
+// which are known only once the layer is encrypted. If lazy is set, it may get one more.
+func annotationsAsLong(lazy bool) (map[string]string, error) {
 	key := processor.NewLayerKey("")
 	defer key.Clear()
 	encrypter, err := processor.NewEncrypter(strings.NewReader(""), key)
@@ -143,7 +144,14 @@ func annotationsAsLong() (map[string]string, error) {
 	if _, err := io.Copy(io.Discard, encrypter); err != nil {
 		return nil, err
 	}
-	return annotationsOf(key, digest.FromBytes(nil))
+	added, err := annotationsOf(key, digest.FromBytes(nil))
+	if err != nil || !lazy {
+		return added, err
+	}
+	d := digest.FromBytes(nil)
+	longest := Lazy{Plain: d, Size: math.MaxInt64, DiffID: d, TOC: d, TailOffset: math.MaxInt64 - 1, Tail: d}
+	added[lazyAnnotation], err = longest.annotation(key)
+	return added, err
 }
 
 // layerPlan is what is to become of a layer.
@@ -151,6 +159,8 @@ type layerPlan struct {
 	key    *processor.LayerKey // with which it is to be encrypted, or nil if it is
 	taken  *ocispec.Descriptor // the earlier image's layer that it becomes, or nil
 	change change              // without its digest, if it is still to be encrypted
+	// takenKey is the key of taken, which is the earlier image's.
+	takenKey earlierKey
 }
 
 // plans are those of an image's layers.
@@ -183,10 +193,13 @@ func (p *plans) of(desc ocispec.Descriptor) (layerPlan, error) {
 }
 
 // planKey identifies a layer. One that is encrypted may have other recipients
-// elsewhere.
+// elsewhere, and a plain one may not be marked for lazy pulling there.
 func planKey(desc ocispec.Descriptor) string {
 	key := desc.MediaType + " " + desc.Digest.String()
 	if !processor.IsEncrypted(desc.MediaType) {
+		if isMarked(desc) {
+			key += " " + desc.Annotations[tocAnnotation]
+		}
 		return key
 	}
 	annotations := maps.Clone(desc.Annotations)

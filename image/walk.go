@@ -28,6 +28,7 @@ const (
 	decrypting             // the same, undone
 	rewrapping             // annotations of recipients change, and nothing else
 	inspecting             // nothing changes
+	converting             // layers become eStargz, and diff IDs change
 )
 
 // layerFunc changes a layer and returns how its descriptor changes.
@@ -42,13 +43,15 @@ type work struct {
 	dry     bool                                          // nothing is written
 	written func(desc ocispec.Descriptor, doc []byte)     // gets what a dry run would write; may be nil
 	enter   func(context.Context, ocispec.Manifest) error // is called before the layers of a manifest change; may be nil
-	was     bool                                          // some manifest had encrypted layers, as far as is known
-	strict  bool                                          // a document that can be read in several ways is an error
-	blobs   blobs                                         // by layer
-	usage   usage
-	skipped []ocispec.Descriptor
-	leftOut []ocispec.Descriptor
-	plain   []Plain
+	// configure returns the new configuration of a manifest whose layers changed; may be nil.
+	configure func(ctx context.Context, w *work, m ocispec.Manifest, changes map[int]change) (*ocispec.Descriptor, error)
+	was       bool  // some manifest had encrypted layers, as far as is known
+	strict    bool  // a document that can be read in several ways is an error
+	blobs     blobs // by layer
+	usage     usage
+	skipped   []ocispec.Descriptor
+	leftOut   []ocispec.Descriptor
+	plain     []Plain
 	// encrypted are the layers, as they are in target, of which the blob is
 	// encrypted, or will be.
 	encrypted []Plain
@@ -63,13 +66,15 @@ type work struct {
 	hasBase   bool                                 // some manifest has a layer of Base
 	lacking   []string
 	checked   map[digest.Digest]bool // plain layers that nodes compare with a diff ID
+	// diffIDs are those that configurations say such a layer has.
+	diffIDs map[digest.Digest][]digest.Digest
 }
 
 func newWork(store Store, opts Options, mode mode, layer layerFunc) *work {
 	return &work{
 		Store: store, Options: opts, mode: mode, layer: layer, matched: map[int]bool{}, inRange: map[int]bool{},
 		changed: map[string]bool{}, done: map[string]*visited{}, entries: map[digest.Digest]indexEntry{}, renamed: map[digest.Digest]ocispec.Descriptor{},
-		checked: map[digest.Digest]bool{},
+		checked: map[digest.Digest]bool{}, diffIDs: map[digest.Digest][]digest.Digest{},
 	}
 }
 
@@ -94,10 +99,18 @@ func (w *work) run(ctx context.Context, target ocispec.Descriptor) (Result, erro
 	return Result{Target: out.desc, Layers: len(w.changed), Skipped: w.skipped, LeftOut: w.leftOut, Plain: w.plain, Lacking: w.lacking}, nil
 }
 
-// changes reports whether layers of a media type change. Those that are encrypted
+// changes reports whether a layer changes. Those that are encrypted
 // already get more recipients when encrypting.
-func (m mode) changes(mediaType string) bool {
-	return m == encrypting || m != inspecting && processor.IsEncrypted(mediaType)
+func (m mode) changes(l ocispec.Descriptor) bool {
+	switch m {
+	case encrypting:
+		return true
+	case converting:
+		return isConvertible(l)
+	case inspecting:
+		return false
+	}
+	return processor.IsEncrypted(l.MediaType)
 }
 
 // outcome is what became of a manifest or an index.
@@ -225,6 +238,9 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 		}
 	}
 	w.noteChecked(ctx, desc, manifest)
+	if w.mode == converting && w.diffIDsOf(ctx, desc, manifest) == nil {
+		c.layers = nil // it is no image
+	}
 	changes, err := w.changeLayers(ctx, manifest.Layers, c.layers)
 	if err != nil && desc.Platform != nil {
 		err = fmt.Errorf("platform %s: %w", platforms.FormatAll(*desc.Platform), err)
@@ -241,6 +257,11 @@ func (w *work) manifest(ctx context.Context, desc ocispec.Descriptor, top bool) 
 	e := &edit{list: "layers", changes: changes, mode: w.mode, done: !out.encrypted, fresh: !out.was, content: w.small(ctx), subject: w.subject(ctx, manifest.Subject)}
 	if len(changes) == 0 && e.subject == nil {
 		return out, nil
+	}
+	if w.configure != nil && len(changes) > 0 {
+		if e.config, err = w.configure(ctx, w, manifest, changes); err != nil {
+			return outcome{}, fmt.Errorf("configuration %s: %w", manifest.Config.Digest, err)
+		}
 	}
 	for i := range changes {
 		w.changed[manifest.Layers[i].MediaType+" "+manifest.Layers[i].Digest.String()] = true
@@ -286,7 +307,7 @@ func (w *work) choose(ctx context.Context, desc ocispec.Descriptor, m ocispec.Ma
 		case w.mode == encrypting && w.Attestations == KeepAttestations && IsAttestation(desc):
 			c.plain[i] = ReasonAttestation
 			continue
-		case w.mode == encrypting:
+		case w.mode == encrypting, w.mode == converting:
 			reason, err := w.unencryptable(ctx, l)
 			if err != nil {
 				return choice{}, fmt.Errorf("layer %s: %w", l.Digest, err)
@@ -296,7 +317,7 @@ func (w *work) choose(ctx context.Context, desc ocispec.Descriptor, m ocispec.Ma
 				continue
 			}
 		}
-		if w.mode.changes(l.MediaType) {
+		if w.mode.changes(l) {
 			c.layers = append(c.layers, i)
 		}
 	}
@@ -308,7 +329,7 @@ func (w *work) choose(ctx context.Context, desc ocispec.Descriptor, m ocispec.Ma
 func (w *work) checkChosen(ctx context.Context, desc ocispec.Descriptor, m ocispec.Manifest, c choice, top bool) error {
 	for _, i := range c.layers {
 		l := m.Layers[i]
-		if w.mode == encrypting && strangeData(l) {
+		if (w.mode == encrypting || w.mode == converting) && strangeData(l) {
 			return fmt.Errorf("manifest %s: %w", desc.Digest, errData(l))
 		}
 		if !w.reads(l) {
@@ -331,6 +352,8 @@ func (w *work) reads(l ocispec.Descriptor) bool {
 	switch w.mode {
 	case rewrapping:
 		return false
+	case converting:
+		return true
 	case encrypting: // for more recipients of an encrypted layer, its key is enough
 		return !processor.IsEncrypted(l.MediaType) || !processor.HasRecipients(l)
 	}

@@ -31,6 +31,24 @@ func (r *Repository) Stream(ctx context.Context, desc ocispec.Descriptor) (io.Re
 	return r.open(ctx, desc)
 }
 
+// ReadRange reads len(p) bytes of a blob, at that offset. Nobody has checked them.
+func (r *Repository) ReadRange(ctx context.Context, desc ocispec.Descriptor, p []byte, off int64) error {
+	s, err := r.open(ctx, desc)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	body, ok := s.body.(io.Seeker)
+	if !ok {
+		return fmt.Errorf("blob %s: %w", desc.Digest, errors.ErrUnsupported)
+	}
+	if _, err := body.Seek(off, io.SeekStart); err != nil {
+		return err
+	}
+	_, err = io.ReadFull(s, p)
+	return err
+}
+
 // Read reads on.
 func (s *sequential) Read(p []byte) (int, error) {
 	n, err := s.read(p)

@@ -128,7 +128,7 @@ func (f *finish) bring(ctx context.Context, desc ocispec.Descriptor, depth int) 
 
 // has reports whether the target has something since the source has it.
 func (f *finish) has(desc ocispec.Descriptor) bool {
-	return f.same && !f.pair.written.has(desc.Digest)
+	return f.same && !f.pair.written.has(desc.Digest) && !f.pair.isConverted(desc.Digest)
 }
 
 // children is what a manifest or an index refers to.
@@ -148,7 +148,14 @@ func (c children) blobs() []ocispec.Descriptor {
 }
 
 func (f *finish) blob(ctx context.Context, desc ocispec.Descriptor) error {
-	origin, err := f.pair.target.Copy(ctx, f.pair.Source, desc)
+	var from content.Provider = f.pair.Source
+	if f.pair.isConverted(desc.Digest) {
+		if f.pair.converted.HasLayer(desc.Digest) {
+			return fmt.Errorf("layer %s was converted and not encrypted: it is not written, since it would be readable", desc.Digest)
+		}
+		from = f.pair.converted
+	}
+	origin, err := f.pair.target.Copy(ctx, from, desc)
 	if errdefs.IsNotFound(err) && len(desc.URLs) > 0 {
 		// A foreign layer is where its URLs say. The target may have said so of an upload.
 		if _, serr := f.pair.Source.Info(ctx, desc.Digest); errdefs.IsNotFound(serr) {

@@ -35,6 +35,15 @@ func (a *archived) Resolve(ctx context.Context) (ocispec.Descriptor, error) {
 	return a.resolve(ctx, a.name)
 }
 
+// ReadRange reads a part of a blob of an OCI archive.
+func (a *archived) ReadRange(ctx context.Context, desc ocispec.Descriptor, p []byte, off int64) error {
+	r, ok := a.readable.(ranged)
+	if !ok {
+		return fmt.Errorf("blob %s: %w", desc.Digest, errors.ErrUnsupported)
+	}
+	return r.ReadRange(ctx, desc, p, off)
+}
+
 type registryImage struct{ *registry.Repository }
 
 func (registryImage) Close() error { return nil }

@@ -1,0 +1,236 @@
+package image
+
+import (
+	"archive/tar"
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/stargz-snapshotter/estargz"
+	"github.com/klauspost/compress/gzip"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/spoolfile"
+)
+
+// estargzLevel is how hard layers are compressed. The library's default, 9, takes three
+// times as long for one percent.
+const estargzLevel = 6
+
+const (
+	// chunkSize is that of the library's chunks of large files, in bytes.
+	chunkSize = 4 << 20
+	// tocEntrySize is about what the table of contents has of a file or a chunk besides
+	// names, in bytes.
+	tocEntrySize = 300
+)
+
+// estargzLayer is a layer that was made.
+type estargzLayer struct {
+	digest, toc digest.Digest
+	was, diffID digest.Digest // the diff IDs of the layer before, and of this one
+}
+
+// toEstargz converts a layer into a temporary file, which the caller closes.
+//
+// The library's Build would do that with several processors, but keeps the uncompressed
+// layer in files that stay, readable, if the process is killed, and its result depends on
+// how many processors there are.
+func (w *work) toEstargz(ctx context.Context, desc ocispec.Descriptor) (_ spooled, made estargzLayer, err error) {
+	f, err := spoolfile.Create()
+	if err != nil {
+		return spooled{}, made, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	// A file that the archive has once more later is left out, as when it is unpacked.
+	// That is known once all of it was read.
+	var replaced map[int]bool
+	for range 2 {
+		if _, err := f.Seek(0, io.SeekStart); err != nil {
+			return spooled{}, made, err
+		}
+		if err := f.Truncate(0); err != nil {
+			return spooled{}, made, err
+		}
+		var found map[int]bool
+		err := w.read(ctx, desc, func(r io.Reader) (err error) {
+			made, found, err = writeEstargz(f, &contextReader{ctx, r}, replaced)
+			return err
+		})
+		if err != nil {
+			return spooled{}, made, err
+		}
+		if len(found) == len(replaced) {
+			break
+		}
+		replaced = found
+	}
+	size, err := f.Seek(0, io.SeekCurrent)
+	return spooled{f, size}, made, err
+}
+
+// writeEstargz reads a layer and writes it as eStargz, without the entries of those
+// indexes. It returns which entries are replaced by later ones of the same name.
+func writeEstargz(f *os.File, r io.Reader, without map[int]bool) (made estargzLayer, replaced map[int]bool, err error) {
+	layer, err := decompressed(r)
+	if err != nil {
+		return made, nil, err
+	}
+	defer layer.Close()
+	was, hash := digest.SHA256.Digester(), digest.SHA256.Digester()
+	from := io.TeeReader(layer, was.Hash())
+	spool := &spoolWriter{f}
+	w := estargz.NewWriterWithCompressor(io.MultiWriter(spool, hash.Hash()), newGzipCompressor())
+	pr, pw := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		replaced, err = copyFiles(tar.NewWriter(pw), tar.NewReader(from), without, maxTOC)
+		_ = pw.CloseWithError(err)
+		done <- err
+	}()
+	err = w.AppendTar(pr)
+	_ = pr.CloseWithError(err)
+	if cerr := <-done; cerr != nil {
+		err = cerr // of which the other is a consequence
+	}
+	if err == nil {
+		_, err = io.Copy(io.Discard, from) // what follows the archive is covered by the diff ID
+	}
+	if err != nil {
+		return made, nil, err
+	}
+	if made.toc, err = w.Close(); err != nil {
+		return made, nil, err
+	}
+	made.digest, made.was, made.diffID = hash.Digest(), was.Digest(), digest.Digest(w.DiffID())
+	return made, replaced, nil
+}
+
+// copyFiles copies a layer's files, after one that says that none of them has to be
+// fetched before it is read. Their table of contents may have limit bytes, about, since
+// the library has it in memory.
+func copyFiles(to *tar.Writer, from *tar.Reader, without map[int]bool, limit int64) (replaced map[int]bool, err error) {
+	const landmark = "\x0f" // as the library has it
+	if err := to.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: estargz.NoPrefetchLandmark, Size: int64(len(landmark))}); err != nil {
+		return nil, err
+	}
+	if _, err := io.WriteString(to, landmark); err != nil {
+		return nil, err
+	}
+	replaced, last, left := map[int]bool{}, map[string]int{}, limit
+	for i := 0; ; i++ {
+		h, err := from.Next()
+		if err == io.EOF {
+			return replaced, to.Close()
+		}
+		if err != nil {
+			return nil, err
+		}
+		switch name := cleanName(h.Name); {
+		case h.Typeflag == tar.TypeXGlobalHeader, name == estargz.NoPrefetchLandmark, name == estargz.PrefetchLandmark, name == estargz.TOCTarName:
+			continue // what unpacks layers ignores the first kind
+		default:
+			if before, ok := last[name]; ok {
+				replaced[before] = true
+			}
+			last[name] = i
+		}
+		if left -= tocEntrySize + int64(len(h.Name)+len(h.Linkname)) + h.Size/chunkSize*tocEntrySize; left < 0 {
+			return nil, fmt.Errorf("%w: its table of contents would have more than %d bytes: split the layer", ErrLimit, limit)
+		}
+		for key, value := range h.PAXRecords {
+			left -= int64(len(key) + len(value))
+		}
+		if without[i] {
+			continue
+		}
+		if err := to.WriteHeader(h); err != nil {
+			return nil, fmt.Errorf("file %.200q: %w", h.Name, err)
+		}
+		if _, err := io.Copy(to, from); err != nil {
+			return nil, fmt.Errorf("file %.200q: %w", h.Name, err)
+		}
+	}
+}
+
+// decompressed returns a reader of a layer's tar archive, which the caller closes.
+func decompressed(r io.Reader) (io.ReadCloser, error) {
+	b := bufio.NewReader(r)
+	magic, err := b.Peek(10)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	switch compression.DetectCompression(magic) {
+	case compression.Gzip:
+		return gzip.NewReader(b)
+	case compression.Zstd:
+		return tail{zstd: true}.decompress(b)
+	}
+	return io.NopCloser(b), nil
+}
+
+// gzipCompressor compresses files with compressors that are used again: each file has one.
+type gzipCompressor struct {
+	*estargz.GzipCompressor
+	free sync.Pool
+}
+
+func newGzipCompressor() *gzipCompressor {
+	return &gzipCompressor{GzipCompressor: estargz.NewGzipCompressorWithLevel(estargzLevel)}
+}
+
+// Writer returns a writer that compresses to w.
+func (c *gzipCompressor) Writer(w io.Writer) (estargz.WriteFlushCloser, error) {
+	if z, ok := c.free.Get().(*gzip.Writer); ok {
+		z.Reset(w)
+		return &pooledWriter{z, &c.free}, nil
+	}
+	z, err := gzip.NewWriterLevel(w, estargzLevel)
+	return &pooledWriter{z, &c.free}, err
+}
+
+type pooledWriter struct {
+	*gzip.Writer
+	pool *sync.Pool
+}
+
+func (w *pooledWriter) Close() error {
+	err := w.Writer.Close()
+	w.pool.Put(w.Writer)
+	return err
+}
+
+// spoolWriter says where there is no room for a temporary file.
+type spoolWriter struct{ *os.File }
+
+func (w *spoolWriter) Write(p []byte) (int, error) {
+	n, err := w.File.Write(p)
+	if err != nil {
+		err = fmt.Errorf("temporary file in %s, which takes as much room as the converted layers (TMPDIR names another directory): %w", os.TempDir(), errors.Unwrap(err))
+	}
+	return n, err
+}
+
+// contextReader reads until ctx is done.
+type contextReader struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (r *contextReader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.Reader.Read(p)
+}

@@ -1,0 +1,82 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/containerd/stargz-snapshotter/estargz"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/processor"
+)
+
+// VerifyLazy reads a plain layer from r to its end, and checks that l is true of it: that it
+// has that diff ID, and that its table of contents lists the files of its tar archive, and
+// nothing else. end are the layer's bytes from l.TailOffset on. A seal says only what those
+// who have the layer's key wanted it to. The error wraps [processor.ErrTampered] if it was
+// not the truth, and that of r if the layer could not be read.
+func VerifyLazy(r io.Reader, l Lazy, end []byte) error {
+	desc := ocispec.Descriptor{Digest: l.Plain, Size: l.Size, Annotations: map[string]string{tocAnnotation: l.TOC.String()}}
+	t, err := l.tail(end)
+	if err != nil {
+		return untrue(err)
+	}
+	check, err := startLazyCheck(desc, t)
+	if err != nil {
+		return untrue(err)
+	}
+	defer check.close()
+	if _, err := io.CopyBuffer(writerOnly{check}, r, make([]byte, processor.BufferSize)); err != nil {
+		return err
+	}
+	got, err := check.lazy([]digest.Digest{l.DiffID})
+	if err == nil && got != l {
+		err = errors.New("its end is another")
+	}
+	if err != nil {
+		return untrue(err)
+	}
+	return nil
+}
+
+// VerifyTOC checks that the table of contents of a layer, of which end are the bytes from
+// l.TailOffset on, has the digest that l says. The error wraps [processor.ErrTampered].
+func VerifyTOC(l Lazy, end []byte) error {
+	t, err := l.tail(end)
+	if err != nil {
+		return untrue(err)
+	}
+	toc, err := t.contents()
+	if err != nil {
+		return untrue(err)
+	}
+	defer toc.Close()
+	for err == nil {
+		_, err = toc.next()
+	}
+	if err == io.EOF {
+		err = nil
+		if got := toc.hash.Digest(); got != l.TOC {
+			err = fmt.Errorf("its table of contents has the digest %s", got)
+		}
+	}
+	if err != nil {
+		return untrue(err)
+	}
+	return nil
+}
+
+func (l Lazy) tail(end []byte) (tail, error) {
+	t, err := parseFooter(end[max(0, len(end)-estargz.FooterSize):], l.Size)
+	if err == nil && t.offset != l.TailOffset {
+		err = fmt.Errorf("its table of contents is at %d", t.offset)
+	}
+	t.bytes = end
+	return t, err
+}
+
+func untrue(err error) error {
+	return fmt.Errorf("the layer is not what its key has sealed: %w: %w", err, processor.ErrTampered)
+}
