@@ -16,6 +16,8 @@ type caller struct {
 	// user and secret are the caller's own credentials for the registry.
 	user, secret string
 	named        bool // there are such
+	// trusted says that the caller is root of this machine: see [Mirror.LazyServer].
+	trusted bool
 	// password says that the caller has authenticated by password, so it can't send
 	// credentials for the registry.
 	password bool
@@ -29,7 +31,8 @@ func (c caller) mayAsk() bool { return !c.password && !c.named }
 func (m *Mirror) identify(r *http.Request) (caller, bool) {
 	var c caller
 	user, password, basic := r.BasicAuth()
-	known := m.hasCertificate(r) || m.isSecret(r.Header.Get(SecretHeader))
+	c.trusted = isTrusted(r)
+	known := c.trusted || m.hasCertificate(r) || m.isSecret(r.Header.Get(SecretHeader))
 	if basic && m.isSecret(password) {
 		known, c.password = true, true
 	} else if basic {

@@ -147,6 +147,11 @@ const retryAfter = 5 * time.Second
 func (m *Mirror) fail(w *answer, r *http.Request, c caller, t target, err error) {
 	v := m.judge(err)
 	m.log(r, t, v, err)
+	m.respond(w, r, c, t, v, err)
+}
+
+// respond answers with an error that is logged.
+func (m *Mirror) respond(w *answer, r *http.Request, c caller, t target, v verdict, err error) {
 	if w.status != 0 || v.result == codes.Canceled {
 		panic(http.ErrAbortHandler)
 	}

@@ -11,6 +11,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/claims"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -71,6 +73,14 @@ type Config struct {
 	ManifestTimeout time.Duration
 	// Metrics is what the mirror's metrics are registered with. May be nil.
 	Metrics prometheus.Registerer
+
+	// Images are those of this machine's containerd, whose snapshotter may request parts
+	// of their layers. May be nil: none. The mirror sets its Keep.
+	Images *claims.Finder
+	// LayerKeyLifetime returns for how long the key of a layer that the snapshotter reads is
+	// used after a key provider gave it (0: no limit), and how much longer while key
+	// providers are unavailable. Default: 10 seconds, and no longer.
+	LayerKeyLifetime func() (ttl, grace time.Duration)
 }
 
 const (
@@ -110,6 +120,7 @@ type Mirror struct {
 	documents turns              // of lists, and of manifests that are passed on
 	streams   *streams
 	metrics   *metrics
+	lazy      *lazy // nil if there is no containerd
 	handler   http.Handler
 }
 
@@ -120,6 +131,9 @@ func New(conf Config) *Mirror {
 	}
 	if conf.Streams <= 0 {
 		conf.Streams = defaultStreams
+	}
+	if conf.LayerKeyLifetime == nil {
+		conf.LayerKeyLifetime = func() (ttl, grace time.Duration) { return keysTTL, 0 }
 	}
 	if conf.StallTimeout <= 0 {
 		conf.StallTimeout = defaultStallTimeout
@@ -135,6 +149,7 @@ func New(conf Config) *Mirror {
 		documents: turns{most: maxConcurrentDocuments, registryMost: maxRegistryDocuments, patience: documentPatience},
 		streams:   newStreams(conf.Streams),
 		metrics:   newMetrics(conf.Metrics),
+		lazy:      newLazy(conf),
 	}
 	m.upstreams.init(conf)
 	// It makes a span of each request, in the caller's trace if there is one.
@@ -187,6 +202,11 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 			m.challenge(w)
 		}
 		out.json("application/json", []byte("{}"))
+		return
+	}
+	if path, ok := strings.CutPrefix(r.URL.Path, lazyPath); ok {
+		kind = "lazy"
+		m.serveLazy(out, r, c, path)
 		return
 	}
 	t, err := m.parse(r)

@@ -98,7 +98,7 @@ func (m *Mirror) parse(r *http.Request) (target, error) {
 	if err := CheckRegistry(t.registry); err != nil {
 		return t, &requestError{http.StatusBadRequest, "NAME_INVALID", err.Error()}
 	}
-	if !m.allows(t.registry) {
+	if !isTrusted(r) && !m.allows(t.registry) {
 		return t, &requestError{http.StatusForbidden, "DENIED", t.registry + " is not one of mirror-allowed-upstreams"}
 	}
 	return t, nil

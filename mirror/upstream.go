@@ -28,6 +28,9 @@ import (
 )
 
 const (
+	// maxIdleConnections is how many connections to a registry are kept for the next
+	// requests: a container that reads makes many at once.
+	maxIdleConnections = 16
 	// maxUpstreams bounds the registries that are remembered with their tokens and
 	// connections, each once for each caller's credentials.
 	maxUpstreams = 128
@@ -48,6 +51,7 @@ type upstreams struct {
 type upstreamKey struct {
 	registry    string
 	credentials [sha256.Size]byte // of the caller, or zero
+	trusted     bool              // the caller is
 }
 
 // upstream is a registry that is asked with certain credentials.
@@ -104,7 +108,7 @@ func (u *upstreams) isOwn(h http.Header) bool {
 
 // of returns a registry, to be asked with the caller's credentials or the mirror's own.
 func (u *upstreams) of(c caller, name string) (*upstream, error) {
-	key := upstreamKey{registry: name}
+	key := upstreamKey{registry: name, trusted: c.trusted}
 	if c.named {
 		key.credentials = sha256.Sum256([]byte(c.user + "\x00" + c.secret))
 	}
@@ -142,13 +146,14 @@ func (u *upstreams) add(made *upstream) {
 
 func (u *upstreams) make(c caller, name string) (*upstream, error) {
 	configured := url.URL{Host: u.conf.Upstream}
-	made := &upstream{reach: newReach(loopback.Is(configured.Hostname())), searching: make(chan struct{}, 1), manifestTimeout: u.conf.ManifestTimeout}
+	made := &upstream{reach: newReach(c.trusted || loopback.Is(configured.Hostname())), searching: make(chan struct{}, 1), manifestTimeout: u.conf.ManifestTimeout}
 	// Nothing of this is bound to a request.
 	ctx := log.WithLogger(context.Background(), quiet)
 	options := config.HostOptions{
 		UpdateClient: func(client *http.Client) error {
 			if t, ok := client.Transport.(*http.Transport); ok {
 				t.DialContext, t.MaxResponseHeaderBytes = made.reach.dialer(t.DialContext), maxHeader
+				t.MaxIdleConns, t.MaxIdleConnsPerHost = maxIdleConnections, maxIdleConnections
 			}
 			client.Transport = guarded{throttled{client.Transport, made}, made.reach, u.via}
 			return nil

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Encrypts an image, pushes it to a registry, pulls it into another containerd
 # that decrypts on pull, and runs it; shows that a node which may not use the KEK
-# can't; then rotates the KEK, moves the image to it, and revokes the node.
+# can't; then rotates the KEK, moves the image to it, and revokes the node; and
+# starts a larger image before it is pulled.
 # Everything happens in a directory of its own and is removed at the end.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -79,7 +80,18 @@ containerd_for() {
 		  platform = 'linux/$(go env GOARCH)'
 		  snapshotter = 'overlayfs'
 		  differ = 'pilot'
+		[proxy_plugins.pilot-lazy]
+		  type = 'snapshot'
+		  address = '$home/snapshotter.sock'
+		  [proxy_plugins.pilot-lazy.exports]
+		    enable_remote_snapshot_annotations = 'true'
+		[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+		  platform = 'linux/$(go env GOARCH)'
+		  snapshotter = 'pilot-lazy'
+		  differ = 'pilot'
 	EOF
+	background "$1-snapshotter" pilot snapshotter --listen "$home/snapshotter.sock" --root "$home/snapshots" --lazy "$home/lazy.sock"
+	await "$1's snapshotter" test -S "$home/snapshotter.sock"
 	background "$1-containerd" containerd --config "$home/config.toml"
 	await "$1's containerd" ctr --address "$home/containerd.sock" version
 }
@@ -116,7 +128,7 @@ show copilot enroll --config-dir "$etc" --out "$etc" --role guest stranger
 for name in ci node-1 stranger; do
 	background "$name-pilot" pilot serve --config /dev/null --kek-cache-ttl 1s \
 		--broker "$broker" --broker-ca "$etc/ca.pem" --broker-cert "$etc/$name.pem" --broker-key "$etc/$name-key.pem" \
-		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --containerd "$dir/$name/containerd.sock"
+		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --lazy-listen "unix://$dir/$name/lazy.sock" --containerd "$dir/$name/containerd.sock"
 	await "$name's pilot" test -S "$dir/$name/keyprovider.sock"
 	containerd_for $name
 done
@@ -232,5 +244,36 @@ refused node-1 "spiffe://example.com/node/node-1 may not"
 step "What the broker's audit log says"
 tail -n 1 "$dir/copilot/audit.log"
 show copilot audit verify
+
+step "Lazily: another image, with a file of 256 MiB that its program does not read, is pulled in full, and then started before it is pulled"
+show copilot keys create team-b
+head -c 256M /dev/urandom >"$root/app/data"
+tar -C "$root" -cf "$dir/app.tar" app
+rm "$root/app/data"
+sed "s/sha256:[0-9a-f]*\"\]/sha256:$(sha256sum <"$dir/app.tar" | cut -c1-64)\"]/" "$dir/config.json" >"$dir/large.json"
+cat >"$dir/manifest.json" <<EOF
+[{"Config":"large.json","RepoTags":["$image:large"],"Layers":["base.tar","app.tar"]}]
+EOF
+tar -C "$dir" -cf "$dir/image.tar" manifest.json large.json base.tar app.tar
+on ci ctr-pilot images import --no-unpack "$dir/image.tar"
+on ci ctr-pilot images encrypt --estargz --recipient provider:pilot:team-b "$image:large" "$image:lazy"
+on ci ctr-pilot images push --plain-http "$image:lazy" | tail -n 1
+# started SNAPSHOTTER: pulls the image and runs it. It sets took, in milliseconds until
+# the program has ended, and stored, in MiB that the node has on its disk then.
+started() {
+	local began output
+	began=$(date +%s%N)
+	on node-1 ctr images pull --plain-http --snapshotter "$1" "$image:lazy" >"$dir/pull.out"
+	output=$(on node-1 ctr run --rm --snapshotter "$1" "$image:lazy" "$1-$$" | tee >(cat >&2))
+	took=$((($(date +%s%N) - began) / 1000000))
+	grep -q "$secret" <<<"$output"
+	stored=$(du -smxc "$dir/node-1/root" "$dir/node-1/snapshots" | tail -n 1 | cut -f 1)
+	on node-1 ctr images rm --sync "$image:lazy"
+}
+started overlayfs
+full=$took in_full=$stored
+started pilot-lazy
+printf 'encrypted, pulled in full: %5d ms, %4d MiB on the node\nencrypted, lazily:         %5d ms, %4d MiB on the node\n' "$full" "$in_full" "$took" "$stored"
+[ "$stored" -lt "$in_full" ]
 
 printf '\nDone in %d seconds; everything is cleaned up.\n' $((SECONDS - start))

@@ -10,12 +10,15 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // BootedMachine is a machine that systemd runs.
 type BootedMachine struct {
 	*Machine
-	Init int // process of its init
+	Init   int // process of its init
+	start  func() *Process
+	nspawn *Process
 }
 
 // Boot boots a machine on top of a root directory, as systemd-nspawn does with
@@ -37,15 +40,24 @@ func Boot(t testing.TB, lower string, args []string, prepare func(*Machine)) *Bo
 	m.Mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
 	Write(t, m.Root+"/etc/hosts", "127.0.0.1 localhost\n")
 	prepare(m)
-	cmd := exec.Command("systemd-nspawn", append([]string{"--boot", "--register=no", "--keep-unit", "--console=pipe", "--system-call-filter=@keyring bpf",
-		"--kill-signal=SIGRTMIN+3", "--machine=" + filepath.Base(dir), "--directory=" + m.Root, "--bind=" + m.Lib + ":/var/lib/containerd"}, args...)...)
-	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	// nspawn leaves it unless /run is a tmpfs.
 	t.Cleanup(func() { os.Remove("/run/systemd/nspawn/propagate/" + filepath.Base(dir)) })
-	p := Start(t, dir, "systemd-nspawn", cmd)
-	b := &BootedMachine{Machine: m}
+	b := &BootedMachine{Machine: m, start: func() *Process {
+		cmd := exec.Command("systemd-nspawn", append([]string{"--boot", "--register=no", "--keep-unit", "--console=pipe", "--system-call-filter=@keyring bpf",
+			"--kill-signal=SIGRTMIN+3", "--machine=" + filepath.Base(dir), "--directory=" + m.Root, "--bind=" + m.Lib + ":/var/lib/containerd"}, args...)...)
+		cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+		return Start(t, dir, "systemd-nspawn", cmd)
+	}}
+	b.boot(t)
+	return b
+}
+
+// boot starts the machine, and waits until its containerd or CRI-O answers.
+func (b *BootedMachine) boot(t testing.TB) {
+	t.Helper()
+	b.nspawn = b.start()
 	Await(t, "the machine's init", func() error {
-		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", p.Cmd.Process.Pid))
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", b.nspawn.Cmd.Process.Pid))
 		if err != nil {
 			return err
 		}
@@ -61,7 +73,19 @@ func Boot(t testing.TB, lower string, args []string, prepare func(*Machine)) *Bo
 	Await(t, "the machine's containerd or CRI-O", func() error {
 		return b.Run("sh", "-c", "ctr version || systemctl --quiet is-active crio.service").Run()
 	})
-	return b
+}
+
+// Reboot reboots the machine.
+func (b *BootedMachine) Reboot(t testing.TB) {
+	t.Helper()
+	b.Output("systemctl", "reboot")
+	// It leaves booting again to its service.
+	select {
+	case <-b.nspawn.Done:
+	case <-time.After(Timeout):
+		t.Fatal("the machine does not shut down")
+	}
+	b.boot(t)
 }
 
 // Run returns a command on the machine.

@@ -57,6 +57,14 @@ func Take(ctx context.Context) bool {
 	return b == nil || b.used.Add(1) <= Calls
 }
 
+// Taken returns how many calls for the context's layer were allowed.
+func Taken(ctx context.Context) int {
+	if b := of(ctx); b != nil {
+		return int(min(b.used.Load(), Calls))
+	}
+	return 0
+}
+
 // Layers are the budgets of other processes' layers, by ID. It is safe for concurrent
 // use.
 type Layers struct {

@@ -32,7 +32,7 @@ var rooms = []struct {
 	{"node/install", []string{"node/containerd", "node/crio", "node/docker", "node/host"}},
 	{"node/daemonset", []string{"node/host", "node/install"}},
 	// The doctor asks install for the record of what was installed.
-	{"node/doctor", []string{"copilot/client", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
+	{"node/doctor", []string{"copilot/client", "image", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
 	{"mirror", []string{"image", "processor"}},
 	{"image", []string{"processor"}},

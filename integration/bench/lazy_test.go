@@ -1,0 +1,282 @@
+package bench
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+const (
+	// lazyImage is the size of the image that is pulled lazily, in bytes, in four layers.
+	lazyImage = 1 << 30
+	// linkRate is how many bytes a second the registry sends.
+	linkRate = 100_000_000
+)
+
+// link is the network to a registry: all answers share its rate.
+type link struct {
+	sent atomic.Int64
+
+	mu   sync.Mutex
+	free time.Time // when it can send more
+}
+
+func (l *link) wrap(h http.Handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(linked{w, l}, r) }
+}
+
+type linked struct {
+	http.ResponseWriter
+	link *link
+}
+
+func (w linked) Write(p []byte) (done int, err error) {
+	for err == nil && done < len(p) {
+		n := min(len(p)-done, 64<<10)
+		w.link.mu.Lock()
+		if now := time.Now(); w.link.free.Before(now) {
+			w.link.free = now
+		}
+		w.link.free = w.link.free.Add(time.Duration(n) * time.Second / linkRate)
+		until := w.link.free
+		w.link.mu.Unlock()
+		time.Sleep(time.Until(until))
+		n, err = w.ResponseWriter.Write(p[done : done+n])
+		done += n
+	}
+	w.link.sent.Add(int64(done))
+	return done, err
+}
+
+// lazyBench is a node that pulls lazily, with an image in a registry: plain, as eStargz, and
+// encrypted.
+type lazyBench struct {
+	*harness.LazyNode
+	b        *testing.B
+	registry string // without the link
+	link     link
+	front    string // with it
+}
+
+func newLazyBench(b *testing.B, size int, layers int) *lazyBench {
+	b.Helper()
+	n := &lazyBench{b: b}
+	n.registry, _ = harness.StartRegistry(b, harness.TempDir(b))
+	n.front = harness.FrontRegistry(b, n.registry, n.link.wrap)
+	n.LazyNode = harness.NewLazyNode(b, []string{n.registry, n.front})
+	_, port, _ := strings.Cut(n.front, ":")
+	// By this name the snapshotter goes to the registry itself.
+	harness.Write(b, n.Dir+"/hosts/localhost_"+port+"_/hosts.toml", "server = 'http://"+n.front+"'\n")
+	m := newMaterial(b)
+	var contents [][]byte
+	for range layers {
+		contents = append(contents, m.layer(size/layers))
+	}
+	l := harness.NewLayout(b)
+	l.Write(n.Dir+"/layout", "v1", l.ImageOf(harness.LayerKinds[1], contents))
+	n.encrypt("app:enc", "--estargz")
+	return n
+}
+
+func (n *lazyBench) encrypt(name string, args ...string) {
+	n.b.Helper()
+	cmd := harness.Command(n.b, "ctr-pilot", append(append([]string{"images", "encrypt", "--plain-http", "--recipient", "provider:pilot:team-a"}, args...), "oci:"+n.Dir+"/layout:v1", "docker://"+n.registry+"/"+name)...)
+	cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+n.OciConf, "HOME="+n.Dir)
+	harness.Output(n.b, cmd)
+}
+
+// firstRead pulls an image, reads the first small file that it finds, and removes the image. It
+// returns how long it takes to have read, in milliseconds, and how many megabytes the
+// registry has sent.
+func (n *lazyBench) firstRead(snapshotter, name string) (ms, bytes float64) {
+	n.b.Helper()
+	n.Pilot.Stop(n.b)
+	n.StartPilot()
+	n.link.sent.Store(0)
+	at := filepath.Join(n.Dir, "mnt")
+	if err := os.MkdirAll(at, 0o700); err != nil {
+		n.b.Fatal(err)
+	}
+	ms = took(func() {
+		harness.Output(n.b, n.Ctr("images", "pull", "--plain-http", "--snapshotter", snapshotter, name))
+		harness.Output(n.b, n.Ctr("images", "mount", "--snapshotter", snapshotter, name, at))
+		err := filepath.WalkDir(at+"/text", func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			if _, err := os.ReadFile(path); err != nil {
+				return err
+			}
+			return fs.SkipAll
+		})
+		if err != nil {
+			n.b.Fatal(err)
+		}
+	})
+	bytes = float64(n.link.sent.Load()) / 1e6
+	harness.Output(n.b, n.Ctr("images", "unmount", "--rm", "--snapshotter", snapshotter, at))
+	harness.Output(n.b, n.Ctr("images", "remove", "--sync", name))
+	n.CollectGarbage(n.b)
+	// The snapshotter remembers layers by the image's name.
+	n.Stargz.Stop(n.b)
+	n.StartStargz()
+	return ms, bytes
+}
+
+// BenchmarkLazy pulls an image to its first read.
+func BenchmarkLazy(b *testing.B) {
+	n := newLazyBench(b, lazyImage, 4)
+	_, port, _ := strings.Cut(n.front, ":")
+	encrypted, plain, direct := n.front+"/app:enc", n.front+"/app:plain", "localhost:"+port+"/app:plain"
+	decrypt := harness.Command(b, "ctr-pilot", "images", "decrypt", "--plain-http", "docker://"+n.registry+"/app:enc", "docker://"+n.registry+"/app:plain")
+	decrypt.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+n.OciConf, "HOME="+n.Dir)
+	harness.Output(b, decrypt)
+	for _, c := range []struct {
+		what, unit, peer, target string
+		snapshotter, name        string
+	}{
+		{"Time", "ms", "full pull of the plain image", "≤ 0.05", "overlayfs", plain},
+		{"Bytes", "MB", "full pull of the plain image", "≤ 0.01", "overlayfs", plain},
+		{"TimeOfEStargz", "ms", "plain eStargz without mirror", "≤ 1.15", "stargz", direct},
+	} {
+		b.Run(c.what, func(b *testing.B) {
+			figure := func(snapshotter, name string) func() float64 {
+				return func() float64 {
+					ms, bytes := n.firstRead(snapshotter, name)
+					if c.unit == "ms" {
+						return ms
+					}
+					return bytes
+				}
+			}
+			compare(b, comparison{fmt.Sprintf("pull to first read, %d MiB, encrypted and lazy", lazyImage>>20), c.peer, c.unit, c.target},
+				figure("stargz", encrypted), figure(c.snapshotter, c.name))
+		})
+	}
+}
+
+// layersOf returns the digests and sizes of the layers of the image, as the registry or the
+// mirror has it.
+func (n *lazyBench) layersOf(host string) (digests []string, sizes []int64) {
+	n.b.Helper()
+	req, err := http.NewRequestWithContext(n.b.Context(), http.MethodGet, "http://"+host+"/v2/app/manifests/enc?ns="+n.registry, nil)
+	if err != nil {
+		n.b.Fatal(err)
+	}
+	req.Header.Set("Accept", "application/vnd.oci.image.manifest.v1+json")
+	req.Header.Set("Pilot-Secret", n.Secret)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		n.b.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var m struct {
+		Layers []struct {
+			Digest string
+			Size   int64
+		}
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&m); err != nil {
+		n.b.Fatal(err)
+	}
+	for _, l := range m.Layers {
+		digests, sizes = append(digests, l.Digest), append(sizes, l.Size)
+	}
+	return digests, sizes
+}
+
+// ranges requests random ranges of 64 KiB, by 16 callers, and returns megabytes a second.
+func (n *lazyBench) ranges(base string, digests []string, sizes []int64) float64 {
+	n.b.Helper()
+	const callers, each, length = 16, 50, 64 << 10
+	client := http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: callers}}
+	defer client.CloseIdleConnections()
+	return rate(callers*each*length, func() {
+		var g errgroup.Group
+		for range callers {
+			g.Go(func() error {
+				for range each {
+					i := rand.IntN(len(digests))
+					at := rand.Int64N(sizes[i] - length)
+					req, err := http.NewRequestWithContext(n.b.Context(), http.MethodGet, base+digests[i]+"?ns="+n.registry, nil)
+					if err != nil {
+						return err
+					}
+					req.Header.Set("Pilot-Secret", n.Secret)
+					req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", at, at+length-1))
+					resp, err := client.Do(req)
+					if err != nil {
+						return err
+					}
+					got, err := io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+					if err != nil || got != length || resp.StatusCode != http.StatusPartialContent {
+						return fmt.Errorf("%s, %d bytes: %v", resp.Status, got, err)
+					}
+				}
+				return nil
+			})
+		}
+		if err := g.Wait(); err != nil {
+			n.b.Fatal(err)
+		}
+	})
+}
+
+// BenchmarkLazyRanges requests random ranges from the mirror, and from the registry.
+func BenchmarkLazyRanges(b *testing.B) {
+	n := newLazyBench(b, 256<<20, 4)
+	harness.Output(b, n.Ctr("images", "pull", "--plain-http", "--snapshotter", "stargz", n.registry+"/app:enc"))
+	digests, sizes := n.layersOf(n.registry)
+	compare(b, comparison{"random ranges of 64 KiB, 16 callers, through the mirror", "the registry", "MB/s", "≥ 0.9"},
+		func() float64 { return n.ranges("http://"+n.Mirror+"/lazy/v2/app/blobs/", digests, sizes) },
+		func() float64 { return n.ranges("http://"+n.registry+"/v2/app/blobs/", digests, sizes) })
+}
+
+// BenchmarkLazyMemory reports pilot's peak memory with 64 layers mounted, and four whole
+// blobs on their way.
+func BenchmarkLazyMemory(b *testing.B) {
+	n := newLazyBench(b, 512<<20, 64)
+	harness.Output(b, n.Ctr("images", "pull", "--plain-http", "--snapshotter", "stargz", n.registry+"/app:enc"))
+	digests, sizes := n.layersOf(n.registry)
+	plain, _ := n.layersOf(n.Mirror)
+	var g errgroup.Group
+	for i := range 4 {
+		g.Go(func() error {
+			req, err := http.NewRequestWithContext(b.Context(), http.MethodGet, "http://"+n.Mirror+"/v2/app/blobs/"+plain[i]+"?ns="+n.registry, nil)
+			if err != nil {
+				return err
+			}
+			req.Header.Set("Pilot-Secret", n.Secret)
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			if got, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK || got != sizes[i] {
+				return fmt.Errorf("whole blob: %s, %d bytes: %v", resp.Status, got, err)
+			}
+			return nil
+		})
+	}
+	n.ranges("http://"+n.Mirror+"/lazy/v2/app/blobs/", digests, sizes)
+	if err := g.Wait(); err != nil {
+		b.Fatal(err)
+	}
+	peak := float64(n.Pilot.Peak(b)) / 1e6
+	measure(b, comparison{"memory of pilot serve, 64 layers mounted and four blobs at once", "target: 48 MiB", "MB", "≤ 1"}, (48<<20)/1e6, func() float64 { return peak })
+}

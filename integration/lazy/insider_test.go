@@ -1,0 +1,133 @@
+package lazy
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient"
+	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
+)
+
+// seal puts a seal of a diff ID on a layer, and of a table of contents unless toc is empty,
+// as somebody can who may unwrap its key.
+func (m *machine) seal(l harness.Object, diffID, toc string) {
+	m.t.Helper()
+	b, err := json.Marshal(l)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	var desc ocispec.Descriptor
+	if err := json.Unmarshal(b, &desc); err != nil {
+		m.t.Fatal(err)
+	}
+	providers, err := ocicryptclient.FromFile(m.OciConf, grpcdial.Call)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	key, err := processor.Unwrap(context.Background(), processor.Keys{Providers: providers}, desc)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	var seal map[string]any
+	d := json.NewDecoder(strings.NewReader(desc.Annotations[lazyAnnotation]))
+	d.UseNumber()
+	if err := d.Decode(&seal); err != nil {
+		m.t.Fatal(err)
+	}
+	seal["diffID"] = diffID
+	if toc != "" {
+		seal["toc"], annotations(l)[tocAnnotation] = toc, toc
+	}
+	mac := hmac.New(sha256.New, key.Derive("pilot image lazy layer"))
+	fmt.Fprintf(mac, "%s %d %s %s %s %s", key.Digest, desc.Size, diffID, seal["toc"], seal["tailOffset"], seal["tail"])
+	seal["seal"] = base64.StdEncoding.EncodeToString(mac.Sum(nil))
+	text, err := json.Marshal(seal)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	annotations(l)[lazyAnnotation] = string(text)
+}
+
+// TestFalseSealIsFoundBeforeASnapshotIsShared has somebody who may use a KEK of the node seal
+// that their layer is that of another image, encrypted or plain.
+func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.encrypt("victim:1", layer{"file": []byte("of the victim")}, layer{"big": random(1, mib)})
+	m.encrypt("evil:1", layer{"file": []byte("of the attacker")}, layer{"big": random(2, mib)})
+	victim, evil := m.manifest("victim:1"), m.manifest("evil:1")
+	_, ids := m.configOf(victim)
+	forged := clone(t, evil)
+	for i, l := range layersOf(forged) {
+		m.seal(l, ids[i].(string), "")
+	}
+	forged["config"] = m.withDiffIDs("evil", evil, ids...)
+	m.push("evil:forged", forged)
+
+	// Nothing says that it is false yet, and its own image has what its maker wants.
+	m.pull("evil:forged")
+	if reasons := m.fullPulls(); len(reasons) > 0 {
+		t.Fatalf("the forged image is not lazy: %v", reasons)
+	}
+	at := m.mount("evil:forged")
+	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the attacker" {
+		t.Fatalf("%q %v", b, err)
+	}
+	m.unmount(at)
+
+	// The victim comes to the node. It has the snapshots already.
+	m.pull("victim:1")
+	if at, err := m.tryMount("victim:1"); err == nil {
+		b, err := os.ReadFile(at + "/file")
+		t.Errorf("the victim's image is mounted from the attacker's snapshots: %q %v", b, err)
+	}
+	log := harness.Read(t, m.Pilot.Log)
+	if !strings.Contains(log, "is not what it was sealed to be") || !strings.Contains(log, layersOf(evil)[0]["digest"].(string)) {
+		t.Errorf("the log does not say so:\n%s", log)
+	}
+	if n := m.metrics()[`pilot_lazy_layers_read_whole_total{result="FailedPrecondition"}`]; n == 0 {
+		t.Error("nor do the metrics")
+	}
+	// The other way around, the layer is pulled in full, and containerd finds it.
+	m.remove("evil:forged")
+	m.remove("victim:1")
+	m.pull("victim:1")
+	m.remove("victim:1")
+	m.pull("victim:1")
+	harness.Output(t, m.Ctr("content", "fetch", "--plain-http", m.ref("evil:forged")))
+	d := layersOf(evil)[0]["digest"].(string)
+	if r := m.ask("GET", m.lazyPath("evil", d), "0-1"); r.status != 404 || !strings.Contains(r.body, "another image") {
+		t.Errorf("a mount of the forged layer: %d %s", r.status, r.body)
+	}
+	// The victim's own layer is read as a whole, once, and found to be right. The snapshotter
+	// does not ask for layers that it has as a whole, such as the other, which is small.
+	at = m.mount("victim:1")
+	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the victim" {
+		t.Errorf("the victim's image has %q %v", b, err)
+	}
+	if n := m.metrics()[`pilot_lazy_layers_read_whole_total{result="OK"}`]; n != 1 {
+		t.Errorf("%g of the victim's layers were read as a whole, not 1", n)
+	}
+
+	// They can also seal that it has the victim's table of contents.
+	m.remove("evil:forged")
+	for i, l := range layersOf(forged) {
+		m.seal(l, ids[i].(string), annotations(layersOf(victim)[i])[tocAnnotation].(string))
+	}
+	m.push("evil:toc", forged)
+	harness.Output(t, m.Ctr("content", "fetch", "--plain-http", m.ref("evil:toc")))
+	if r := m.ask("GET", m.lazyPath("evil", d), "0-1"); r.status != 404 || !strings.Contains(r.body, "table of contents has the digest") {
+		t.Errorf("a mount of the layer with the victim's table of contents: %d %s", r.status, r.body)
+	}
+}

@@ -1,0 +1,174 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/image"
+	"github.com/ctrlplane/pilot/internal/claims"
+	"github.com/ctrlplane/pilot/processor"
+)
+
+const (
+	// proveTimeout bounds the reading of a whole layer.
+	proveTimeout = 30 * time.Minute
+	// proveWait is how long a request waits for that. The snapshotter waits for 30 seconds.
+	proveWait = 20 * time.Second
+)
+
+// errProving is the error of a layer that is being read as a whole.
+var errProving = errors.New("another image of this machine has a layer with the same diff ID, so the layer is being read as a whole, to find out whether it has that: try again")
+
+// proof is what was found out about a layer by reading it as a whole.
+type proof struct{ err error } // nil: it is what its key has sealed
+
+// checkShared returns an error if the layer's snapshot must not be shared with the other
+// images that have another blob unpacked under its diff ID. Their makers have not agreed to
+// that: everybody who may wrap for a KEK of this machine can seal what they like. If all of
+// them say that the layer has the same table of contents, it shows the same files, once it
+// has that. If not, it is read as a whole.
+func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyLayer, all []claims.Claim) error {
+	shared := false
+	for _, c := range all {
+		if c.DiffID != layer.sealed.DiffID || c.Layer.Digest == layer.desc.Digest {
+			continue
+		}
+		if !m.vouches(ctx, layer, c) {
+			return m.prove(ctx, repo, layer)
+		}
+		shared = true
+	}
+	if !shared || layer.tocProven.Load() || layer.proof.Load() != nil {
+		return nil
+	}
+	end, err := m.tail(ctx, repo, layer)
+	if err != nil {
+		return err
+	}
+	if err := image.VerifyTOC(layer.sealed, end); err != nil {
+		return m.refute(layer, err)
+	}
+	layer.tocProven.Store(true)
+	return nil
+}
+
+// maxVouched bounds the claims of which it is remembered that they vouch for a layer.
+const maxVouched = 256
+
+// vouches reports whether the maker of an image says that the layer with the diff ID has the
+// table of contents that is sealed: in its seal, or, of a plain layer, in its annotation,
+// which is as good as the rest of that image.
+func (m *Mirror) vouches(ctx context.Context, layer *lazyLayer, c claims.Claim) bool {
+	if !processor.IsEncrypted(c.Layer.MediaType) {
+		return c.Layer.Annotations[tocAnnotation] == layer.sealed.TOC.String()
+	}
+	m.lazy.mu.Lock()
+	known := slices.ContainsFunc(layer.vouched, func(l ocispec.Descriptor) bool { return sameLayer(l, c.Layer) })
+	m.lazy.mu.Unlock()
+	if known {
+		return true
+	}
+	key, err := m.unwrap(ctx, c.Layer)
+	if err != nil {
+		return false
+	}
+	defer key.Clear()
+	sealed, err := image.SealedLazy(key, c.Layer)
+	if err != nil || sealed.DiffID != layer.sealed.DiffID || sealed.TOC != layer.sealed.TOC {
+		return false
+	}
+	m.lazy.mu.Lock()
+	defer m.lazy.mu.Unlock()
+	if len(layer.vouched) >= maxVouched {
+		layer.vouched = nil
+	}
+	layer.vouched = append(layer.vouched, c.Layer)
+	return true
+}
+
+// prove reads a layer as a whole, unless that was done, and returns an error if it is not
+// what its key has sealed.
+func (m *Mirror) prove(ctx context.Context, repo *repository, layer *lazyLayer) error {
+	if p := layer.proof.Load(); p != nil {
+		return p.err
+	}
+	proved := m.lazy.proofs.DoChan(layer.desc.Digest.String(), func() (any, error) {
+		if p := layer.proof.Load(); p != nil {
+			return nil, p.err
+		}
+		return nil, m.readWhole(context.WithoutCancel(ctx), repo, layer)
+	})
+	within, cancel := context.WithTimeout(ctx, proveWait)
+	defer cancel()
+	select {
+	case r := <-proved:
+		return r.Err
+	case <-within.Done():
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return errProving
+	}
+}
+
+func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLayer) error {
+	ctx, cancel := context.WithTimeout(ctx, proveTimeout)
+	defer cancel()
+	leave, err := enter(ctx, m.lazy.proving)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	began := time.Now()
+	end, err := m.tail(ctx, repo, layer)
+	if err != nil {
+		return err
+	}
+	body, err := repo.Stream(ctx, ocispec.Descriptor{MediaType: octets, Digest: layer.desc.Digest, Size: layer.desc.Size})
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	plain, err := layer.decrypter(body)
+	if err != nil {
+		return err
+	}
+	defer plain.Close()
+	err = image.VerifyLazy(plain, layer.sealed, end)
+	log := logrus.WithFields(ofLayer(layer.desc)).WithFields(logrus.Fields{"image": repo.key(), "bytes": layer.desc.Size, "took": time.Since(began), "diff-id": layer.sealed.DiffID})
+	switch {
+	case err == nil:
+		layer.proof.Store(&proof{})
+		log.Info("lazy layer read as a whole: another image has its diff ID")
+	case errors.Is(err, processor.ErrTampered):
+		err = m.refute(layer, err)
+	}
+	m.lazy.metrics.proofs.WithLabelValues(m.judgeLazy(err).result.String()).Inc()
+	return err
+}
+
+// refute makes sure that nothing more of a layer is served.
+func (m *Mirror) refute(layer *lazyLayer, err error) error {
+	err = &notLazy{reasonClaim, fmt.Errorf("%w: it was made to be taken for a layer of another image", err)}
+	layer.proof.Store(&proof{err})
+	logrus.WithError(err).WithFields(ofLayer(layer.desc)).WithField("diff-id", layer.sealed.DiffID).
+		Error("lazy layer is not what it was sealed to be: remove the image, and find out who has encrypted it")
+	return err
+}
+
+// decrypter returns the plain layer, of which all is verified.
+func (l *lazyLayer) decrypter(body io.Reader) (*processor.Decrypter, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.key == nil {
+		return nil, fmt.Errorf("layer %s: %w", l.desc.Digest, errKeyGone)
+	}
+	return processor.NewDecrypter(body, l.key)
+}
