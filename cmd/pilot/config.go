@@ -42,6 +42,7 @@ type configuration struct {
 	MirrorUpstream   string           `toml:"mirror-upstream" reload:"no" usage:"registry of all names that the mirror is asked for, such as registry.example.com (default: the name's first part)"`
 	MirrorAllowed    registryPatterns `toml:"mirror-allowed-upstreams" reload:"no" usage:"registries that the mirror's callers may name, separated by commas, with * for any text, as in *.example.com (default: all but those on loopback)"`
 	MirrorHostsDir   string           `toml:"mirror-hosts-dir" reload:"no" usage:"directory, in the form of containerd's certs.d, of how the mirror reaches registries"`
+	LazyListen       unixAddress      `toml:"lazy-listen" reload:"no" usage:"where to serve parts of layers to pilot's snapshotter: unix:///PATH (mode 0600), or off"`
 	AdminListen      unixAddress      `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
 	MetricsListen    string           "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
 	LogLevel         logrus.Level     `toml:"log-level" usage:"debug, info, warning or error"`
@@ -62,6 +63,7 @@ func defaults() configuration {
 		Containerd:    "/run/containerd/containerd.sock",
 		LayersAtOnce:  8,
 		MirrorListen:  mirrorOff,
+		LazyListen:    off,
 		LogLevel:      logrus.InfoLevel,
 	}
 	conf.Broker = defaultBroker

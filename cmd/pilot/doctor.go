@@ -36,6 +36,10 @@ It takes a minute at most.
 On a machine with CRI-O, it checks CRI-O's environment and directory of keys
 instead of containerd, and decrypts a small layer with CRI-O's key provider.
 
+On a machine that pulls lazily, it also pulls a small image that way. With the
+name of an IMAGE, it says of each layer whether it was pulled lazily, and if not,
+why.
+
 With a mirror, it checks that the mirror answers, and that containerd goes to
 it and to nothing else where its hosts.toml names the mirror.
 
@@ -45,21 +49,24 @@ The exit status is 0 if no check failed, 1 if one did, and 2 if pilot's
 configuration or an argument can't be used.
 
 Example:
-   pilot node doctor --kek team-a`,
+   pilot node doctor --kek team-a
+   pilot node doctor registry.example.com/team/app:1`,
+	ArgsUsage: "[IMAGE]",
 	Flags: slices.Concat(configFlags(append(brokerSettings,
-		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "containerd", "decryption-keys-path",
+		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "lazy-listen", "containerd", "decryption-keys-path",
 		"mirror-listen", "mirror-secret-file", "mirror-hosts-dir")...), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
 		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
 		&cli.StringFlag{Name: "snapshotter", Usage: "containerd's `SNAPSHOTTER` to unpack into (default: that of the kubelet's images)"},
+		&cli.StringFlag{Name: "lazy-snapshotter", Usage: "`SOCKET` of pilot's snapshotter", Value: containerd.LazySocket},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
 	}),
 	Action: nodeDoctor,
 }
 
 func nodeDoctor(ctx context.Context, c *cli.Command) error {
-	if c.NArg() > 0 {
-		return exit.Usagef("doctor takes no argument, and got %q", c.Args().First())
+	if c.NArg() > 1 {
+		return exit.Usagef("doctor takes one image at most, and got %q", c.Args().Slice())
 	}
 	if os.Geteuid() != 0 {
 		return exit.Usagef("doctor needs root for sockets and mounts: run sudo pilot node doctor")
@@ -135,11 +142,13 @@ func newDoctor(c *cli.Command) *doctor.Doctor {
 	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, conf.BrokerCA, conf.BrokerCert
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
+	d.Lazy, d.LazySnapshotter = conf.LazyListen.path(), c.String("lazy-snapshotter")
 	d.DecryptionKeysPath = conf.DecryptionKeys
 	if conf.MirrorListen != mirrorOff {
 		d.Mirror = doctor.Mirror{Listen: string(conf.MirrorListen), Cert: conf.TLSCert, Key: conf.TLSKey, SecretFile: conf.MirrorSecretFile, HostsDir: conf.MirrorHostsDir}
 	}
 	d.Containerd = string(conf.Containerd)
+	d.Image = c.Args().First()
 	d.CRIO = c.String("crio")
 	if d.CRIO == "" && crio.PullsImages(host.Host{}, containerd.Named{Binary: d.ContainerdBinary, Config: d.ContainerdConfig}) {
 		d.CRIO = crio.Socket

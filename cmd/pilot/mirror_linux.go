@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
@@ -16,10 +17,11 @@ import (
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/claims"
 	"github.com/ctrlplane/pilot/internal/dockerconfig"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/mirror"
-	"github.com/ctrlplane/pilot/processor"
+	"github.com/ctrlplane/pilot/plugin"
 )
 
 var mirrorCommand = &cli.Command{
@@ -53,12 +55,15 @@ func serveMirrorOnly(ctx context.Context, c *cli.Command) error {
 		if err := d.conf.serveStatus(ctx, d.group, d.registry, func(context.Context) error { return nil }); err != nil {
 			return err
 		}
-		return d.conf.serveMirror(ctx, d.group, d.provider, d.registry)
+		d.conf.LazyListen = off
+		return d.conf.serveMirror(ctx, d.group, d.provider, d.registry, "", nil)
 	})
 }
 
-// serveMirror adds to g the mirror on mirror-listen until ctx is done.
-func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider processor.KeyProvider, metrics prometheus.Registerer) error {
+// serveMirror adds to g the mirror on mirror-listen and lazy-listen, until ctx is done. The
+// snapshotter of the containerd that listens on a socket may request parts of layers, if one
+// is given. lazy are sockets from systemd for that.
+func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, metrics prometheus.Registerer, containerd socketPath, lazy []net.Listener) error {
 	conf := mirror.Config{
 		Keys:               c.keys(provider),
 		DecryptionKeysPath: c.DecryptionKeys,
@@ -68,6 +73,17 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		HostsDir:           c.MirrorHostsDir,
 		Credentials:        dockerconfig.Credentials,
 		Metrics:            metrics,
+	}
+	if containerd != "" {
+		client, err := plugin.Dial(string(containerd))
+		if err != nil {
+			return fmt.Errorf("containerd: %w", err)
+		}
+		conf.Images = &claims.Finder{Client: client}
+		conf.LayerKeyLifetime = func() (ttl, grace time.Duration) {
+			now := provider.configuration()
+			return now.layerKeyTTL(), now.KEKCacheGrace
+		}
 	}
 	var serverTLS *tls.Config
 	if c.TLSCert != "" {
@@ -89,6 +105,18 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		}
 		conf.Secret = secret
 	}
+	m := mirror.New(conf)
+	provider.afterReload = m.ForgetKeys
+	if c.LazyListen != off {
+		l, err := listen(lazy, address(c.LazyListen))
+		if err != nil {
+			return fmt.Errorf("lazy-listen: %w", err)
+		}
+		serveMirrorUntilDone(ctx, g, m.LazyServer(), l)
+	}
+	if c.MirrorListen == mirrorOff {
+		return nil
+	}
 	l, err := net.Listen("tcp", string(c.MirrorListen))
 	if err != nil {
 		return fmt.Errorf("mirror-listen: %w", err)
@@ -103,7 +131,12 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 	if serverTLS != nil {
 		l = tls.NewListener(l, serverTLS)
 	}
-	s := mirror.New(conf).Server()
+	serveMirrorUntilDone(ctx, g, m.Server(), l)
+	return nil
+}
+
+// serveMirrorUntilDone adds to g a server of the mirror on l until ctx is done.
+func serveMirrorUntilDone(ctx context.Context, g *errgroup.Group, s *http.Server, l net.Listener) {
 	g.Go(func() error {
 		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("mirror: %w", err)
@@ -119,7 +152,18 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		}
 		return nil
 	})
-	return nil
+}
+
+// layerKeyTTL returns for how long the key of a layer may be used without asking for it again:
+// no longer than the KEK that unwraps it would be kept.
+func (c *configuration) layerKeyTTL() time.Duration {
+	switch {
+	case c.KEKCacheSize == 0:
+		return time.Second
+	case c.KEKCacheIdle > 0 && (c.KEKCacheTTL == 0 || c.KEKCacheIdle < c.KEKCacheTTL):
+		return c.KEKCacheIdle
+	}
+	return c.KEKCacheTTL
 }
 
 // firstUnprivilegedPort is the first port that any user may listen on.

@@ -40,11 +40,16 @@ changes nothing.
 On a machine with CRI-O and no containerd, it writes a drop-in of crio.service
 instead of containerd's.
 
+With --lazy it also sets up pilot's snapshotter for the kubelet's images: those
+that "ctr-pilot images encrypt --estargz" has made start before they are pulled.
+All others are unpacked into that snapshotter. Running containers are left alone.
+
 Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca /etc/pilot/ca.pem --broker-cert /etc/pilot/node.pem --broker-key /etc/pilot/node-key.pem`,
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
+				&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter"},
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.BoolFlag{Name: "json", Usage: "with --dry-run: print JSON"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
@@ -57,10 +62,14 @@ Example:
 			Description: `Undoes install, byte for byte. Files that were changed since are kept and
 listed.
 
+If containers run from pilot's snapshotter, it changes nothing and lists them:
+drain the node first.
+
 Example:
    pilot node uninstall --now`,
 			Flags: append(nodeFlags(),
 				&cli.BoolFlag{Name: "keep-config", Usage: "leave /etc/pilot as it is, for another install"},
+				&cli.BoolFlag{Name: "force", Usage: "go on although containers run from pilot's snapshotter, which lose their files"},
 			),
 			Action: nodeUninstall,
 		},
@@ -123,6 +132,7 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 		},
 		PilotBinary: c.String("pilot-binary"),
 		Settings:    map[string]string{},
+		Lazy:        c.Bool("lazy"),
 	}
 	if err := nodeArguments(c); err != nil {
 		return err
@@ -190,10 +200,15 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	}
 	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
 	for _, service := range install.Pending(h) {
-		if service == "pilot.service" {
+		if service == install.PilotService {
 			commands = commands[:1]
 		}
 		commands = append(commands, "systemctl restart "+service)
+	}
+	if plan.Lazy() {
+		// After pilot, and before containerd. It is not restarted: containers may run
+		// from it.
+		commands = slices.Insert(commands, 2, "systemctl start "+install.SnapshotterService)
 	}
 	if err := runOrPrint(c.Bool("now"), commands); err != nil || !c.Bool("now") {
 		return err
@@ -209,7 +224,7 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	o := install.Options{Host: h, KeepConfig: c.Bool("keep-config")}
+	o := install.Options{Host: h, KeepConfig: c.Bool("keep-config"), Force: c.Bool("force")}
 	had, err := install.Installed(o)
 	if err != nil {
 		return err
@@ -224,6 +239,10 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	}
 	// Files that were changed since are listed at the end.
 	unsure, stays := install.Uninstall(ctx, o)
+	var used *install.LazyInUse
+	if errors.As(stays, &used) {
+		return fmt.Errorf("nothing was changed: %w: stop them first (kubectl drain), or use --force", stays)
+	}
 	if len(unsure) > 0 {
 		fmt.Println("the record of the installation is lost, so these files are kept: remove them if pilot installed them")
 		for _, path := range unsure {
@@ -239,6 +258,13 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	commands := []string{"systemctl daemon-reload", "systemctl try-restart " + had.Service}
 	if len(had.Units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(had.Units, " "))
+	}
+	if had.Lazy {
+		pilot, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		commands = append(commands, pilot+" snapshotter --remove")
 	}
 	return errors.Join(runOrPrint(c.Bool("now"), commands), stays)
 }

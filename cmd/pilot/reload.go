@@ -15,7 +15,8 @@ import (
 // reloadable is a key provider that is replaced when the configuration is reloaded.
 // Requests end with the provider that they began with.
 type reloadable struct {
-	metrics *keyprovider.Metrics
+	metrics     *keyprovider.Metrics
+	afterReload func() // called once KEKs were dropped; may be nil
 
 	mu       sync.RWMutex
 	conf     configuration
@@ -107,6 +108,9 @@ func (r *reloadable) reload(ctx context.Context, c *cli.Command) {
 		logrus.SetLevel(was.LogLevel)
 		logrus.WithError(err).Error("reload failed, keeping the previous configuration")
 		return
+	}
+	if r.afterReload != nil {
+		r.afterReload()
 	}
 	logrus.WithField("broker", conf.Broker.String()).Info("configuration reloaded, KEKs dropped from the cache")
 	if len(late) > 0 {

@@ -59,6 +59,7 @@ Example:
 const (
 	keyproviderSocket = "keyprovider"
 	diffSocket        = "diff"
+	lazySocket        = "lazy"
 )
 
 func serve(ctx context.Context, c *cli.Command) error {
@@ -117,8 +118,8 @@ func serveAll(ctx context.Context, d *daemon) error {
 		}
 		serveUntilDone(ctx, g, diffs, diffListener)
 	}
-	if conf.MirrorListen != mirrorOff {
-		if err := conf.serveMirror(ctx, g, provider, registry); err != nil {
+	if conf.MirrorListen != mirrorOff || conf.LazyListen != off {
+		if err := conf.serveMirror(ctx, g, provider, registry, conf.Containerd, passed[lazySocket]); err != nil {
 			return err
 		}
 	}

@@ -220,7 +220,7 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 	if got := b.Output("pilot", "--version"); got != "pilot version v"+harness.PackageVersion {
 		t.Errorf("pilot --version: %s", got)
 	}
-	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "copilot.service"} {
+	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "pilot-lazy.socket", "pilot-snapshotter.service", "copilot.service"} {
 		if state := harness.CombinedOutput(t, b.Run("systemctl", "is-enabled", unit)); strings.TrimSpace(state) != "disabled" {
 			t.Errorf("after the installation %s is %s", unit, state)
 		}
@@ -277,7 +277,7 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 	if got := harness.Read(t, b.Path("etc/pilot/pilot.toml")); got != conf || !exists(b.Path("etc/pilot/node-key.pem")) {
 		t.Errorf("pilot.toml after the removal: %s", got)
 	}
-	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "copilot.service"} {
+	for _, unit := range []string{"pilot.service", "pilot-diff.socket", "pilot-keyprovider.socket", "pilot-lazy.socket", "pilot-snapshotter.service", "copilot.service"} {
 		if state := harness.CombinedOutput(t, b.Run("systemctl", "is-active", unit)); strings.TrimSpace(state) != "inactive" {
 			t.Errorf("after the removal %s is %s", unit, state)
 		}

@@ -411,10 +411,10 @@ func TestDoctorRejectsInvalidConfiguration(t *testing.T) {
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/pilot.toml", "broker = 'unix:///b.sock'\nlisten = 'nowhere'\n")
 	for want, args := range map[string][]string{
-		conf + ":2: listen":        {"--config", conf},
-		"broker-cert and":          {"--config", "/dev/null", "--broker-cert", "x"},
-		"KEK id":                   {"--config", "/dev/null", "--kek", "a b"},
-		"doctor takes no argument": {"--config", "/dev/null", "now"},
+		conf + ":2: listen":              {"--config", conf},
+		"broker-cert and":                {"--config", "/dev/null", "--broker-cert", "x"},
+		"KEK id":                         {"--config", "/dev/null", "--kek", "a b"},
+		"doctor takes one image at most": {"--config", "/dev/null", "right", "now"},
 	} {
 		cmd := harness.Command(t, "pilot", append([]string{"node", "doctor"}, args...)...)
 		out, err := cmd.CombinedOutput()

@@ -100,6 +100,7 @@ type installedNode struct {
 	version          string
 	registry         string
 	plain, encrypted string
+	lazy             bool // installed with --lazy
 }
 
 func (n *installedNode) config() string {
@@ -233,6 +234,9 @@ func (n *installedNode) onlyPilotDiffers(t *testing.T, when string, was map[stri
 	own := []string{"imports", "proxy_plugins/pilot/", "plugins/io.containerd.service.v1.diff-service/default", "plugins/io.containerd.transfer.v1.local/unpack_config", "stream_processors/io.containerd.ocicrypt.decoder.v1.tar"}
 	if n.version != "1.6" {
 		own = own[:4]
+	}
+	if n.lazy {
+		own = append(own, lazyOwn...)
 	}
 	all := maps.Clone(was)
 	maps.Copy(all, is)

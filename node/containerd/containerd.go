@@ -27,6 +27,7 @@ type Instance struct {
 	Files        ConfigFiles
 	Ours         []string       // pilot's drop-ins, which may be gone
 	Plain        map[string]any // the effective configuration without them
+	Lazy         bool           // pilot's drop-in is to add pilot's snapshotter too
 }
 
 // CheckAddress returns a [host.Conflict] if the user has named a socket, nothing
@@ -188,11 +189,14 @@ const (
 	CRIV1           = "io.containerd.grpc.v1.cri"
 )
 
-// Snapshotter returns the snapshotter of the kubelet's images.
-func (c *Instance) Snapshotter() string {
-	s, _ := c.plugin(CRIImages)["snapshotter"].(string)
+// Snapshotter returns the snapshotter of the kubelet's images without pilot's drop-in.
+func (c *Instance) Snapshotter() string { return SnapshotterIn(c.Plain) }
+
+// SnapshotterIn returns the snapshotter of the kubelet's images in a dump.
+func SnapshotterIn(dump map[string]any) string {
+	s, _ := Plugin(dump, CRIImages)["snapshotter"].(string)
 	if s == "" {
-		v1, _ := c.plugin(CRIV1)["containerd"].(map[string]any)
+		v1, _ := Plugin(dump, CRIV1)["containerd"].(map[string]any)
 		s, _ = v1["snapshotter"].(string)
 	}
 	if s == "" {

@@ -106,12 +106,18 @@ func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 	if !found {
 		entries = append(entries, UnpackConfig{Platform: platforms.Format(platform), Snapshotter: c.Snapshotter(), Differ: "pilot"})
 	}
+	if c.Lazy && !slices.ContainsFunc(entries, func(e UnpackConfig) bool { return e.Snapshotter == LazySnapshotter }) {
+		entries = append(entries, UnpackConfig{Platform: platforms.Format(platform), Snapshotter: LazySnapshotter, Differ: "pilot"})
+	}
 	return entries, nil
 }
 
 // SetByPilot returns a function that reports whether pilot's drop-in sets a setting.
 func (c *Instance) SetByPilot() func(path []string) bool {
-	if c.UsesDiffer() {
+	switch {
+	case c.Lazy:
+		return func(path []string) bool { return setByDiffer(path) || setForLazy(path) }
+	case c.UsesDiffer():
 		return setByDiffer
 	}
 	return setByDecoder
@@ -137,15 +143,24 @@ func setByDecoder(path []string) bool {
 // AddsOnlyPilot reports whether a drop-in's settings add pilot to containerd's
 // configuration, and nothing else.
 func AddsOnlyPilot(conf map[string]any) bool {
+	lazy := AddsLazy(conf)
 	others := Differences(nil, conf, func(path []string) bool {
-		return setByDiffer(path) || setByDecoder(path) || within(path, "plugins", DiffService, "sync_fs")
+		return setByDiffer(path) || setByDecoder(path) || within(path, "plugins", DiffService, "sync_fs") ||
+			// See LazyCRI.
+			lazy && (setForLazy(path) || within(path, "plugins", CRIV1))
 	})
 	return len(others) == 0 && MentionsPilot(conf)
 }
 
+// AddsLazy reports whether a configuration has pilot's snapshotter.
+func AddsLazy(conf map[string]any) bool {
+	proxies, _ := conf["proxy_plugins"].(map[string]any)
+	return proxies[LazySnapshotter] != nil
+}
+
 // MentionsPilot reports whether containerd asks pilot with this configuration.
 func MentionsPilot(dump map[string]any) bool {
-	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket {
+	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket || AddsLazy(dump) || SnapshotterIn(dump) == LazySnapshotter {
 		return true
 	}
 	if slices.Contains(Strings(Plugin(dump, DiffService)["default"]), "pilot") {

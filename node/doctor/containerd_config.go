@@ -70,6 +70,7 @@ func (e *examination) look(ctx context.Context) error {
 	}
 	e.running = c
 	e.dump, err = c.Dump(ctx, machine)
+	c.Lazy = containerd.AddsLazy(e.dump)
 	return err
 }
 
@@ -368,6 +369,9 @@ func (e *examination) streamProcessor(mediaType string) string {
 func (e *examination) snapshotter() string {
 	if e.Snapshotter != "" {
 		return e.Snapshotter
+	}
+	if e.dump != nil {
+		return containerd.SnapshotterIn(e.dump)
 	}
 	return e.running.Snapshotter()
 }

@@ -50,6 +50,13 @@ type Doctor struct {
 
 	// DiffSocket is the path of the differ's socket, or "" if pilot serves none.
 	DiffSocket string
+	// Lazy is the path of the socket at which pilot serves parts of layers to its
+	// snapshotter, or "" if it serves none.
+	Lazy string
+	// LazySnapshotter is the path of the snapshotter's socket.
+	LazySnapshotter string
+	// Image is the name of an image whose layers to examine, or "".
+	Image string
 	// DecryptionKeysPath is the directory of the differ's private keys, or "".
 	DecryptionKeysPath string
 	// Mirror has the settings of the mirror. Its Listen is "" if there is none.
@@ -105,6 +112,9 @@ const (
 	StepBroker           = "broker"
 	StepLayer            = "layer"
 	StepTransfer         = "transfer"
+	StepSnapshotter      = "snapshotter"     // only where images are pulled lazily
+	StepLazy             = "lazy"            // likewise
+	StepImage            = "image"           // with an Image, one for each layer
 	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
 	StepDocker           = "docker"
@@ -131,11 +141,23 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
 		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck(), e.mirrorCheck()) {
+			if isLazyStep(c.name) && !e.isLazy() {
+				continue
+			}
 			step := e.step(ctx, c)
 			step.Name, step.Mend = c.name, step.Fix
 			if step.Result == "" {
 				continue // there is nothing that it could examine
 			}
+			if !yield(step) {
+				return
+			}
+		}
+		if e.Image == "" || e.ConfigurationError != nil {
+			return
+		}
+		for _, step := range e.image(ctx) {
+			step.Name, step.Mend = StepImage, step.Fix
 			if !yield(step) {
 				return
 			}
@@ -156,8 +178,10 @@ func (e *examination) checks() []check {
 		{StepContainerdConfig, []string{StepContainerd}, 10 * time.Second, e.containerdConfig},
 		// pilot responds within 30 seconds.
 		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
-		{StepLayer, []string{StepContainerdConfig}, 20 * time.Second, e.unpackLayer},
-		{StepTransfer, []string{StepContainerdConfig}, 20 * time.Second, e.transfer},
+		{StepSnapshotter, []string{StepContainerd}, 5 * time.Second, e.snapshotterStep},
+		{StepLayer, []string{StepContainerdConfig, StepSnapshotter}, 20 * time.Second, e.unpackLayer},
+		{StepTransfer, []string{StepContainerdConfig, StepSnapshotter}, 20 * time.Second, e.transfer},
+		{StepLazy, []string{StepContainerd, StepSnapshotter, StepDiffer}, 20 * time.Second, e.lazy},
 		{StepDocker, nil, 10 * time.Second, e.docker},
 	}
 }

@@ -42,9 +42,7 @@ type testLayer struct {
 // newTestLayer makes a layer that is encrypted for a KEK by the key provider at target, as
 // ocicrypt's tools do it, or for a new private key if kek is "".
 func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer, error) {
-	l := &testLayer{secret: make([]byte, 16), keys: &config.DecryptConfig{}}
-	rand.Read(l.secret) // never fails
-	l.secret = []byte(hex.EncodeToString(l.secret))
+	l := &testLayer{secret: newSecret(), keys: &config.DecryptConfig{}}
 	plain, err := l.pack()
 	if err != nil {
 		return nil, err
@@ -68,6 +66,13 @@ func newTestLayer(ctx context.Context, provider, target, kek string) (*testLayer
 		return nil, err
 	}
 	return l, nil
+}
+
+// newSecret returns 32 random hexadecimal digits.
+func newSecret() []byte {
+	b := make([]byte, 16)
+	rand.Read(b) // never fails
+	return []byte(hex.EncodeToString(b))
 }
 
 // pack returns the plain layer, and sets the diff ID.

@@ -73,11 +73,13 @@ func (a *adoption) all() bool {
 	a.file(pilotConfig, isPilotConfig)
 	a.file(keyProviders, func(text []byte) bool { return string(text) == keyProvidersText })
 	a.file(filepath.Join(host.UnitDir, PilotService+".d", decoderUnit), isEnvironmentUnit)
+	a.file(filepath.Join(host.UnitDir, PilotService+".d", lazyUnit), func(text []byte) bool { return string(text) == lazyUnitText })
 	for unit, wants := range unitWants {
 		path := filepath.Join(host.UnitDir, unit)
 		if !a.file(path, func(text []byte) bool { return isUnit(unit, text) }) {
 			continue
 		}
+		a.s.Lazy = a.s.Lazy || isLazyUnit(unit)
 		link := filepath.Join(host.UnitDir, wants, unit)
 		if to, err := a.o.Readlink(link); err == nil && to == path {
 			a.s.Files = append(a.s.Files, installed{Path: link, Link: to})
@@ -131,6 +133,10 @@ func (a *adoption) dropIns(config string, dirs map[string]bool) {
 			continue
 		}
 		dirs[filepath.Dir(path)] = true
+		if text, err := a.o.ReadFile(path); err == nil {
+			var conf map[string]any
+			a.s.Lazy = a.s.Lazy || toml.Unmarshal(text, &conf) == nil && containerd.AddsLazy(conf)
+		}
 		a.inserted(&files, path)
 		if t, err := containerd.WithConfig(a.o.Host, a.o.Containerd, config); err == nil && a.s.Containerd == nil {
 			a.s.Containerd = &installedTarget{t.Program, t.Config, t.Address, t.Service}
@@ -184,9 +190,13 @@ func isDropInText(text []byte) bool {
 		return false
 	}
 	delete(conf, "version")
-	if plugins, ok := conf["plugins"].(map[string]any); ok && plugins["diff-service"] != nil {
-		plugins[containerd.DiffService] = plugins["diff-service"] // without a version
-		delete(plugins, "diff-service")
+	if plugins, ok := conf["plugins"].(map[string]any); ok {
+		for id, short := range shortIDs { // without a version
+			if plugins[short] != nil {
+				plugins[id] = plugins[short]
+				delete(plugins, short)
+			}
+		}
 	}
 	return containerd.AddsOnlyPilot(conf)
 }
@@ -222,13 +232,13 @@ func isEnvironmentUnit(text []byte) bool {
 var (
 	environmentUnitText = regexp.MustCompile(`^# Written by "pilot node install": what the stream processors of\n# \S+ had\.\n\[Service\]\n(Environment=".*"\n)+$`)
 	refreshUnitText     = regexp.MustCompile("^" + strings.Replace(regexp.QuoteMeta(string(refreshUnit("PILOT"))), "PILOT", `/\S+`, 1) + "$")
-	serveLine           = regexp.MustCompile(`(?m)^ExecStart=/\S+ serve$`)
+	serveLine           = regexp.MustCompile(`(?m)^ExecStart=/\S+ (serve|snapshotter)$`)
 )
 
 // isUnit reports whether an installation by this version of pilot or an earlier one has
 // written this unit.
 func isUnit(name string, text []byte) bool {
-	text = serveLine.ReplaceAll(text, []byte("ExecStart="+PackagedPilot+" serve"))
+	text = serveLine.ReplaceAll(text, []byte("ExecStart="+PackagedPilot+" $1"))
 	ours, err := unitFiles.ReadFile("units/" + name)
 	return err == nil && bytes.Equal(text, ours) || slices.Contains(earlierUnits, hash(text))
 }

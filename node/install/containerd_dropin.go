@@ -31,7 +31,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 			}
 		}
 	}
-	if err := p.own(before, d.Path, d.Text, nil); err != nil {
+	if err := p.ownMode(before, d.Path, d.Text, d.mode, nil); err != nil {
 		return err
 	}
 	// A file that its distribution rewrites at each start gets its imports then.
@@ -88,12 +88,13 @@ func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candida
 	if c.Rewritten && c.Files.Text == nil {
 		return nil, nil, &host.Conflict{Where: c.Config, What: "it does not exist yet: " + c.Name + " writes it when it starts", Fix: "start " + c.Name + " once, and run this again"}
 	}
-	conf, err := additions(c, o)
+	conf, mode, err := additions(c, o)
 	if err != nil {
 		return nil, nil, err
 	}
 	var failure error // of the first, which is the best
 	for _, d := range candidates(c) {
+		d.mode = mode
 		if err := d.render(conf); err != nil {
 			return nil, nil, err
 		}
@@ -129,6 +130,7 @@ func (d *candidate) describe() string {
 type candidate struct {
 	containerd.DropIn
 	format containerd.Format
+	mode   fs.FileMode
 }
 
 // candidates returns the drop-ins to try, the best first.
@@ -140,20 +142,20 @@ func candidates(c *containerd.Instance) []candidate {
 		if c.Files.Version == 3 {
 			name = "config-v3.toml.tmpl"
 		}
-		return []candidate{{containerd.DropIn{Path: filepath.Join(filepath.Dir(c.Config), name), Template: true}, containerd.Format{Version: c.Files.Version}}}
+		return []candidate{{DropIn: containerd.DropIn{Path: filepath.Join(filepath.Dir(c.Config), name), Template: true}, format: containerd.Format{Version: c.Files.Version}}}
 	}
 	for _, f := range c.Formats() {
 		switch {
 		case isImported:
 			for _, name := range []string{dropInName, lastDropInName} {
-				list = append(list, candidate{containerd.DropIn{Path: filepath.Join(dir, name)}, f})
+				list = append(list, candidate{DropIn: containerd.DropIn{Path: filepath.Join(dir, name)}, format: f})
 			}
 		case c.DropIns != "":
 			path := filepath.Join(c.DropIns, dropInName)
-			list = append(list, candidate{containerd.DropIn{Path: path, Pattern: path}, f})
+			list = append(list, candidate{DropIn: containerd.DropIn{Path: path, Pattern: path}, format: f})
 		default:
 			path := filepath.Join(filepath.Dir(c.Config), "conf.d", dropInName)
-			d := candidate{containerd.DropIn{Path: path}, f}
+			d := candidate{DropIn: containerd.DropIn{Path: path}, format: f}
 			if !c.Files.Matches(path) {
 				// A pattern, since containerd does not start if a file is missing that is
 				// imported by name.
@@ -165,12 +167,26 @@ func candidates(c *containerd.Instance) []candidate {
 	return list
 }
 
-// additions returns the settings to add to containerd's configuration.
-func additions(c *containerd.Instance, o Options) (map[string]any, error) {
-	if c.UsesDiffer() {
-		return differConfig(c, o.Host)
+// additions returns the settings to add to containerd's configuration, and the mode of the
+// file.
+func additions(c *containerd.Instance, o Options) (conf map[string]any, mode fs.FileMode, err error) {
+	mode = 0o644
+	if !c.UsesDiffer() {
+		conf, err = processorConfig(c, o)
+		return conf, mode, err
 	}
-	return processorConfig(c, o)
+	if conf, err = differConfig(c, o.Host); err != nil || !c.Lazy {
+		return conf, mode, err
+	}
+	conf["proxy_plugins"].(map[string]any)[containerd.LazySnapshotter] = containerd.LazyProxy()
+	id, section, secret := c.LazyCRI()
+	if section != nil {
+		conf["plugins"].(map[string]any)[id] = section
+	}
+	if secret {
+		mode = 0o600
+	}
+	return conf, mode, nil
 }
 
 // templateBase inserts what k3s writes without a template.
@@ -197,6 +213,9 @@ func (d *candidate) render(conf map[string]any) error {
 	return nil
 }
 
+// shortIDs are the short names of the plugins that pilot's drop-in configures there.
+var shortIDs = map[string]string{containerd.DiffService: "diff-service", containerd.CRIV1: "cri"}
+
 // withShortIDs names plugins as containerd 1.x expects if none of its files has a
 // version.
 func withShortIDs(conf map[string]any) map[string]any {
@@ -206,8 +225,8 @@ func withShortIDs(conf map[string]any) map[string]any {
 	}
 	short := map[string]any{}
 	for id, section := range plugins {
-		if id == containerd.DiffService {
-			id = "diff-service"
+		if name, found := shortIDs[id]; found {
+			id = name
 		}
 		short[id] = section
 	}
@@ -266,12 +285,17 @@ func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
 	if order := containerd.Strings(containerd.Plugin(dump, containerd.DiffService)["default"]); len(order) == 0 || order[0] != "pilot" {
 		return fmt.Errorf("containerd's differs are still %q: is the plugin %s configured by another of its files?", order, containerd.DiffService)
 	}
-	if !c.HasTransfer() {
-		return nil
-	}
 	platform, err := c.Platform(h)
 	if err != nil {
 		return err
+	}
+	if c.Lazy {
+		if missing, err := c.NotLazy(dump, platform); err != nil || missing != "" {
+			return errors.Join(err, errors.New(missing))
+		}
+	}
+	if !c.HasTransfer() {
+		return nil
 	}
 	differ, err := c.UnpacksWith(dump, platform, c.Snapshotter())
 	if err == nil && differ != "pilot" {

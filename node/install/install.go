@@ -33,6 +33,10 @@ type Options struct {
 	PilotBinary string
 	// Settings are settings for pilot.toml, by name.
 	Settings map[string]string
+	// Lazy sets up pilot's snapshotter too, which pulls encrypted images lazily.
+	Lazy bool
+	// Force makes Uninstall go on although containers use pilot's snapshotter.
+	Force bool
 	// KeepConfig makes Uninstall keep pilot.toml and ocicrypt.conf.
 	KeepConfig bool
 }
@@ -137,6 +141,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	}
 	p := &Plan{options: o, before: &before, lost: lost, inserted: make(map[string]string), release: release}
 	if crio.PullsImages(o.Host, o.Containerd) {
+		if o.Lazy {
+			return nil, &host.Conflict{Where: crio.Service, What: "CRI-O has no snapshotters", Fix: "leave out --lazy"}
+		}
 		return p, p.forCRIO(before)
 	}
 	c, err := look(ctx, o, before)
@@ -144,6 +151,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		return nil, err
 	}
 	p.containerd = c
+	if err := p.checkLazy(); err != nil {
+		return nil, err
+	}
 	if err := p.containerdFiles(ctx, before); err != nil {
 		return nil, err
 	}
@@ -163,6 +173,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	}
 	if o.HasSystemd() {
 		if err := p.units(before, c.UsesDiffer()); err != nil {
+			return nil, err
+		}
+		if err := p.lazyUnits(before); err != nil {
 			return nil, err
 		}
 		if err := p.unitDropIns(before, env); err != nil {
@@ -188,6 +201,7 @@ func look(ctx context.Context, o Options, before record) (*containerd.Instance, 
 	if err != nil {
 		return nil, err
 	}
+	c.Lazy = o.Lazy || before.Lazy
 	return c, c.CheckAddress(o.Containerd)
 }
 
@@ -248,6 +262,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	s.Files, s.Dirs = slices.Clone(before.Files), slices.Clone(before.Dirs)
 	if c := p.containerd; c != nil {
 		s.Containerd = &installedTarget{c.Program, c.Config, c.Address, c.Service}
+		s.Lazy = c.Lazy
 	}
 	s.noteDir(p.options, recordDir)
 	for _, c := range p.Changes {

@@ -61,6 +61,9 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) e
 	if keys != "" {
 		settings["decryption-keys-path"] = keys
 	}
+	if c.Lazy {
+		settings["lazy-listen"] = "unix://" + LazySocket
+	}
 	wanted, err := p.options.withInstalled(settings)
 	if err != nil {
 		return err
@@ -197,6 +200,8 @@ var unitWants = map[string]string{
 	PilotService:               "multi-user.target.wants",
 	"pilot-keyprovider.socket": "sockets.target.wants",
 	"pilot-diff.socket":        "sockets.target.wants",
+	lazySocketUnit:             "sockets.target.wants",
+	SnapshotterService:         "multi-user.target.wants",
 }
 
 // units plans systemd's units and the links that enable them. Units of a package are
@@ -205,6 +210,9 @@ func (p *Plan) units(before record, differ bool) error {
 	names := maps.Clone(unitWants)
 	if !differ {
 		delete(names, "pilot-diff.socket")
+	}
+	if !p.Lazy() {
+		maps.DeleteFunc(names, func(name, _ string) bool { return isLazyUnit(name) })
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		path := filepath.Join(host.UnitDir, name)

@@ -22,6 +22,8 @@ type record struct {
 	Dirs  []string    `json:"dirs,omitempty"` // that were made, the outermost first
 	// Containerd is the one that was set up; null: unknown, set up by an old version.
 	Containerd *installedTarget `json:"containerd,omitempty"`
+	// Lazy is true if pilot's snapshotter was set up.
+	Lazy bool `json:"lazy,omitempty"`
 	// Unsure are files and directories that may have existed before the installation:
 	// the record was lost and rebuilt.
 	Unsure []string `json:"unsure,omitempty"`
@@ -205,7 +207,7 @@ func (f *installed) isOwnFile() bool {
 	case dir == host.UnitDir:
 		return unitWants[name] != ""
 	case filepath.Dir(dir) == host.UnitDir:
-		return strings.HasSuffix(dir, ".service.d") && (name == refreshName || name == decoderUnit)
+		return strings.HasSuffix(dir, ".service.d") && (name == refreshName || name == decoderUnit || name == lazyUnit)
 	case name == "pilot" || name == "pilot-decoder":
 		return true // the DaemonSet copies them to any directory
 	}

@@ -36,6 +36,9 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := o.checkLazyUse(s); err != nil {
+		return nil, err
+	}
 	if err := s.disconnect(ctx, o); err != nil {
 		return nil, err
 	}
@@ -108,7 +111,11 @@ func (s *record) lookAgain(ctx context.Context, o Options) (*containerd.Instance
 	if err != nil {
 		return nil, err
 	}
-	return containerd.Examine(ctx, o.Host, *t, s.dropIns())
+	c, err := containerd.Examine(ctx, o.Host, *t, s.dropIns())
+	if err == nil {
+		c.Lazy = s.Lazy
+	}
+	return c, err
 }
 
 // target returns the containerd that was set up.
@@ -145,9 +152,9 @@ func without(ctx context.Context, c *containerd.Instance, o Options) error {
 }
 
 // namesPilot matches a line of a configuration that adds pilot: the name of its proxy
-// plugin or differ, its socket, its stream processor, or its drop-in. It does not match
+// plugin, differ or snapshotter, its socket, its stream processor, or its drop-in. It does not match
 // copilot, or a directory named pilot.
-var namesPilot = regexp.MustCompile(`["']pilot["']|\bproxy_plugins\.pilot\s*[].=]|^\s*pilot\s*[.=]|` +
+var namesPilot = regexp.MustCompile(`["']pilot(-lazy)?["']|\bproxy_plugins\.pilot(-lazy)?\s*[].=]|^\s*pilot(-lazy)?\s*[.=]|` +
 	regexp.QuoteMeta(containerd.DiffSocket) + `\b|/pilot-decoder\b|/(zz-)?pilot\*?\.toml["']`)
 
 // linesWithPilot returns the lines of containerd's files that name pilot, as FILE:LINE.
@@ -195,6 +202,8 @@ type Installation struct {
 	Units []string
 	// Service is the systemd service of the containerd or CRI-O that asks pilot.
 	Service string
+	// Lazy is true if pilot's snapshotter was set up.
+	Lazy bool
 	// Present is true if there is something to uninstall.
 	Present bool
 }
@@ -202,7 +211,7 @@ type Installation struct {
 // Installed returns what a machine's record says.
 func Installed(o Options) (Installation, error) {
 	s, _, err := o.loadRecord()
-	i := Installation{Service: containerd.Service}
+	i := Installation{Service: containerd.Service, Lazy: s.Lazy}
 	if s.Containerd != nil {
 		i.Service = s.Containerd.Service
 	}

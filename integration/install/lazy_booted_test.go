@@ -1,0 +1,119 @@
+//go:build packages
+
+package install
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// TestLazyNodeBoots sets up a machine that systemd runs with --lazy, restarts pilot and
+// reboots the machine with lazily mounted layers, and takes everything back.
+func TestLazyNodeBoots(t *testing.T) {
+	b := harness.NewTLSBroker(t, "team-a")
+	cert, key := b.Enroll(t, "worker-7")
+	dir, certs, state := harness.TempDir(t), harness.TempDir(t), harness.TempDir(t)
+	for name, from := range map[string]string{"ca.pem": b.Dir + "/ca.pem", "node.pem": cert, "node-key.pem": key} {
+		harness.Write(t, certs+"/"+name, harness.Read(t, from))
+	}
+	if err := os.Chmod(certs+"/node-key.pem", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, ociConf := harness.StartPilot(t, dir+"/ci", "unix://"+b.Dir+"/copilot.sock")
+	c := harness.NewCI(t, dir+"/ci", ociConf)
+	secret := harness.NewSecret()
+	image := c.Registry + "/lazy:1"
+	l := harness.NewLayout(t)
+	harness.Output(t, c.CtrPilot("images", "import", "--no-unpack", l.Tar(dir+"/image.tar", image+"-plain", l.Image(harness.LayerKinds[1], false, harness.Arch, secret))))
+	harness.Output(t, c.CtrPilot("images", "encrypt", "--estargz", "--recipient", "provider:pilot:team-a", image+"-plain", image))
+	for _, name := range []string{image, image + "-plain"} {
+		harness.Output(t, c.CtrPilot("images", "push", "--plain-http", name))
+	}
+
+	m := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=/dev/fuse", "--bind=" + certs + ":/srv/certs", "--bind=" + state + ":/var/lib/pilot"}, func(m *harness.Machine) {
+		for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
+			m.AddProgram(filepath.Join(harness.Tools, "bin", name))
+		}
+		harness.Write(t, m.Root+"/etc/systemd/system/containerd.service.d/newest.conf", "[Service]\nExecStart=\nExecStart=/usr/local/bin/containerd\n")
+		m.AddProgram(filepath.Join(harness.Bin, "pilot"))
+	})
+	before := m.Files()
+	// As the machine's own, which has fewer rights than this test.
+	ctr := func(args ...string) string {
+		t.Helper()
+		return m.Output("systemd-run", append([]string{"--quiet", "--wait", "--pipe", "--collect", "ctr", "--namespace", "k8s.io"}, args...)...)
+	}
+	run := func(args ...string) string {
+		t.Helper()
+		return ctr(append([]string{"run", "--privileged", "--cpu-shares", "0", "--net-host"}, args...)...)
+	}
+	n := &harness.Node{T: t, Dir: dir, Socket: fmt.Sprintf("/proc/%d/root/run/containerd/containerd.sock", m.Init)}
+	// A container that ran before goes on.
+	harness.Output(t, n.Crictl("pull", image+"-plain"))
+	run("--detach", image+"-plain", "earlier", "/hello", "pause")
+	m.Output("pilot", "node", "install", "--lazy", "--now", "--broker", b.URL(),
+		"--broker-ca", "/srv/certs/ca.pem", "--broker-cert", "/srv/certs/node.pem", "--broker-key", "/srv/certs/node-key.pem")
+	for _, unit := range []string{"pilot.service", "pilot-lazy.socket", "pilot-snapshotter.service"} {
+		m.Output("systemctl", "is-active", unit)
+		m.Output("systemctl", "is-enabled", unit)
+	}
+	if out := ctr("tasks", "list"); !strings.Contains(out, "earlier") || !strings.Contains(out, "RUNNING") {
+		t.Errorf("the container that ran before: %s", out)
+	}
+	if out := m.Output("pilot", "node", "doctor", "--kek", "team-a"); !strings.Contains(out, "without being pulled") {
+		t.Errorf("doctor: %s", out)
+	}
+	snapshotter := m.PID("pilot-snapshotter")
+	harness.Output(t, n.Crictl("pull", image))
+	run("--detach", "--snapshotter", "pilot-lazy", image, "running", "/hello", "pause")
+
+	refused := harness.ExpectFailure(t, m.Run("pilot", "node", "uninstall", "--now"), "nothing was changed", "k8s.io/running", "--force")
+	if strings.Contains(refused, "earlier") {
+		t.Errorf("uninstall names a container that has overlayfs: %s", refused)
+	}
+	m.Output("systemctl", "is-active", "pilot-snapshotter")
+	m.Output("systemctl", "restart", "pilot")
+	if out := ctr("tasks", "exec", "--exec-id", "after", "running", "/hello"); !strings.Contains(out, secret) {
+		t.Errorf("after pilot was restarted, the container prints %s", out)
+	}
+	// Installing again does not restart what containers need.
+	m.Output("pilot", "node", "install", "--now")
+	if now := m.PID("pilot-snapshotter"); now != snapshotter || now == "0" {
+		t.Errorf("the snapshotter was process %s, and is %s", snapshotter, now)
+	}
+
+	m.Reboot(t)
+	n.Socket = fmt.Sprintf("/proc/%d/root/run/containerd/containerd.sock", m.Init)
+	var last uint64
+	for _, unit := range []string{"pilot.service", "pilot-snapshotter.service", "containerd.service"} {
+		at, err := strconv.ParseUint(m.Output("systemctl", "show", "--property=ActiveEnterTimestampMonotonic", "--value", unit), 10, 64)
+		if err != nil || at == 0 || at < last {
+			t.Errorf("%s was started at %d, before those it needs: %v", unit, at, err)
+		}
+		last = at
+	}
+	if out := run("--rm", "--snapshotter", "pilot-lazy", image, "again"); !strings.Contains(out, secret) {
+		t.Errorf("after the reboot the image prints %s", out)
+	}
+
+	m.Output("pilot", "node", "uninstall", "--now")
+	m.CheckFiles(before)
+	for _, path := range []string{"/var/lib/pilot/snapshotter", "/run/pilot/snapshotter.sock"} {
+		if err := m.Run("test", "-e", path).Run(); err == nil {
+			t.Errorf("%s is left", path)
+		}
+	}
+	if mounts := m.Output("cat", "/proc/self/mountinfo"); strings.Contains(mounts, "stargz") {
+		t.Errorf("mounts are left: %s", mounts)
+	}
+	if now := m.PID("pilot-snapshotter"); now != "0" {
+		t.Error("the snapshotter still runs")
+	}
+	harness.Output(t, n.Crictl("pull", image+"-plain"))
+}

@@ -1,0 +1,150 @@
+package doctor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/install"
+)
+
+// Commands that start pilot's snapshotter, and show why it does not start.
+var startSnapshotter = []string{"systemctl start " + install.SnapshotterService, "journalctl -u " + install.SnapshotterService + " -n 30"}
+
+// isLazy reports whether the node is set up to pull lazily.
+func (e *examination) isLazy() bool {
+	return e.Lazy != "" || e.running != nil && e.running.Lazy
+}
+
+// isLazyStep reports whether a step is only for nodes that pull lazily.
+func isLazyStep(name string) bool { return name == StepSnapshotter || name == StepLazy }
+
+// snapshotterStep asks pilot's snapshotter for a snapshot that it does not have.
+func (e *examination) snapshotterStep(ctx context.Context) Step {
+	if !exists(e.LazySnapshotter) {
+		return failed(e.LazySnapshotter+" does not exist: pilot's snapshotter is not running", startSnapshotter...)
+	}
+	if _, wrong := e.socket(e.LazySnapshotter); wrong != nil {
+		return *wrong
+	}
+	target := "unix://" + e.LazySnapshotter
+	conn, err := dial(target)
+	if err != nil {
+		return failed(err.Error(), startSnapshotter...)
+	}
+	defer conn.Close()
+	_, err = snapshotsapi.NewSnapshotsClient(conn).Stat(ctx, &snapshotsapi.StatSnapshotRequest{Snapshotter: containerd.LazySnapshotter, Key: "pilot-doctor"})
+	if status.Code(err) != codes.NotFound {
+		if err == nil {
+			err = errors.New("it has a snapshot that nobody made")
+		}
+		return failed(fmt.Sprintf("%s: no snapshotter answers: %s", target, said(err)), startSnapshotter...)
+	}
+	return passed(target)
+}
+
+// lazy pulls a small image lazily, as the kubelet does.
+func (e *examination) lazy(ctx context.Context) Step {
+	if step, none := e.withoutKEK(); none {
+		return step
+	}
+	if e.Lazy == "" {
+		return failed(fmt.Sprintf("lazy-listen is off in %s, so the snapshotter reads nothing from pilot, and images are pulled in full", e.Configuration), reinstall...)
+	}
+	if _, wrong := e.socket(e.Lazy); wrong != nil {
+		return *wrong
+	}
+	if e.dump != nil {
+		missing, err := e.running.NotLazy(e.dump, platforms.DefaultSpec())
+		if err != nil {
+			missing = err.Error()
+		}
+		if missing != "" {
+			return failed(e.running.Config+": "+missing+": images are pulled in full", reinstall...)
+		}
+	}
+	if step, wrong := e.lazyLoaded(ctx); wrong {
+		return step
+	}
+	var why string
+	err := e.inScratch(ctx, func(ctx context.Context) (err error) {
+		why, err = e.pullLazily(ctx)
+		return err
+	})
+	switch {
+	case err != nil:
+		return failed(err.Error(), "journalctl -u "+install.SnapshotterService+" -u pilot.service -n 30")
+	case why != "":
+		return failed("a sealed image was pulled in full: "+why, "journalctl -u "+install.SnapshotterService+" -u pilot.service -n 30")
+	}
+	return passed(fmt.Sprintf("an image encrypted for KEK %q was mounted by %s without being pulled, and read", e.kek, containerd.LazySnapshotter))
+}
+
+// lazyLoaded returns the failed step if the running containerd has not loaded pilot's
+// snapshotter as its files say.
+func (e *examination) lazyLoaded(ctx context.Context) (Step, bool) {
+	loaded, err := e.loaded(ctx)
+	if err != nil {
+		return failed("containerd does not list its plugins: " + said(err)), true
+	}
+	for _, p := range loaded.all {
+		if p.Type != string(plugins.SnapshotPlugin) || p.ID != containerd.LazySnapshotter {
+			continue
+		}
+		if p.InitErr != nil {
+			return failed(fmt.Sprintf("containerd could not load %s: %s", containerd.LazySnapshotter, p.InitErr.Message), e.restartContainerd()), true
+		}
+		return Step{}, false
+	}
+	return failed("containerd has not loaded "+containerd.LazySnapshotter+note(e.olderThan()), e.restartContainerd()), true
+}
+
+// refused asks the pilot that listens on a unix socket for the first bytes of a layer, as
+// its snapshotter does, and returns why it does not serve them, or "".
+func refused(ctx context.Context, socket, registry, repository string, layer digest.Digest) (string, error) {
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		},
+	}}
+	at := url.URL{Scheme: "http", Host: "pilot", Path: "/lazy/v2/" + repository + "/blobs/" + layer.String(), RawQuery: url.Values{"ns": {registry}}.Encode()}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Range", "bytes=0-1")
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", fmt.Errorf("pilot does not answer at %s: %w", socket, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusPartialContent {
+		return "", nil
+	}
+	b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	if err != nil {
+		return "", err
+	}
+	var doc struct {
+		Errors []struct{ Message string }
+	}
+	if json.Unmarshal(b, &doc) == nil && len(doc.Errors) > 0 && doc.Errors[0].Message != "" {
+		return doc.Errors[0].Message, nil
+	}
+	return resp.Status, nil
+}

@@ -1,0 +1,57 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/stargz-snapshotter/snapshot"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/singleflight"
+)
+
+// remounter mounts layers of an earlier process again when they are needed.
+type remounter struct {
+	snapshot.FileSystem
+	started atomic.Bool // the snapshotter has read what it had
+
+	mounted sync.Map // by mount point
+	mounts  singleflight.Group
+}
+
+// Mount mounts a layer, but none of those that an earlier process had while the
+// snapshotter starts.
+func (r *remounter) Mount(ctx context.Context, mountpoint string, labels map[string]string) error {
+	if !r.started.Load() {
+		return errdefs.ErrUnavailable
+	}
+	err := r.FileSystem.Mount(ctx, mountpoint, labels)
+	if err == nil {
+		r.mounted.Store(mountpoint, true)
+	}
+	return err
+}
+
+// Check checks that a layer can be used, and mounts it if it is not mounted.
+func (r *remounter) Check(ctx context.Context, mountpoint string, labels map[string]string) error {
+	_, err, _ := r.mounts.Do(mountpoint, func() (any, error) {
+		if _, mounted := r.mounted.Load(mountpoint); mounted {
+			return nil, nil
+		}
+		// Callers that wait for it may have more time.
+		return nil, r.Mount(context.WithoutCancel(ctx), mountpoint, labels)
+	})
+	if err != nil {
+		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not mounted again")
+		return fmt.Errorf("mount again: %w", err)
+	}
+	return r.FileSystem.Check(ctx, mountpoint, labels)
+}
+
+// Unmount unmounts a layer.
+func (r *remounter) Unmount(ctx context.Context, mountpoint string) error {
+	r.mounted.Delete(mountpoint)
+	return r.FileSystem.Unmount(ctx, mountpoint)
+}

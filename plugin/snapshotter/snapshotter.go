@@ -1,0 +1,112 @@
+// Package snapshotter is a snapshotter for containerd, as a proxy plugin. It mounts layers
+// of encrypted eStargz images before they are pulled, and reads their decrypted parts from
+// pilot's mirror when a container needs them. containerd pulls all other layers as ever,
+// and unpacks them into this snapshotter.
+//
+// The file system, its verification and its caches are those of stargz-snapshotter. The
+// daemon of that project can't do this: besides a mirror it always asks the registry,
+// so anyone who may write there could put a plain layer in the place of an encrypted one.
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/log"
+	stargzfs "github.com/containerd/stargz-snapshotter/fs"
+	fsconfig "github.com/containerd/stargz-snapshotter/fs/config"
+	"github.com/containerd/stargz-snapshotter/fs/layer"
+	"github.com/containerd/stargz-snapshotter/snapshot"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+)
+
+// Config says where a snapshotter keeps its files, and where it reads layers.
+type Config struct {
+	// Root is the directory of the snapshots and caches, as an absolute path. It is
+	// created with mode 0700.
+	Root string
+	// Lazy is the path of the unix socket at which pilot serves parts of layers.
+	Lazy string
+}
+
+// New returns a snapshotter. One process at a time may use a root directory.
+//
+// Layers that an earlier process had mounted are mounted again when containerd next uses
+// them, and not before: a registry or broker that is away keeps no other container from
+// starting.
+func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
+	snapshotsDir, filesDir := filepath.Join(conf.Root, "snapshotter"), filepath.Join(conf.Root, "stargz")
+	if err := os.MkdirAll(conf.Root, 0o700); err != nil {
+		return nil, err
+	}
+	if err := overlayutils.Supported(snapshotsDir); err != nil {
+		return nil, fmt.Errorf("overlayfs below %s: %w", conf.Root, err)
+	}
+	// The caches of an earlier process, each of which has directories of its own.
+	if err := os.RemoveAll(filesDir); err != nil {
+		return nil, err
+	}
+	opaque := layer.OverlayOpaqueTrusted
+	if userXAttr, err := overlayutils.NeedsUserXAttr(snapshotsDir); err != nil {
+		return nil, err
+	} else if userXAttr {
+		opaque = layer.OverlayOpaqueUser
+	}
+	files, err := stargzfs.NewFilesystem(filesDir, settings, stargzfs.WithGetSources(sources(conf.Lazy)), stargzfs.WithOverlayOpaqueType(opaque))
+	if err != nil {
+		return nil, err
+	}
+	r := &remounter{FileSystem: files}
+	// It warns of each layer that it can't mount again now.
+	s, err := snapshot.NewSnapshotter(log.WithLogger(ctx, silent), snapshotsDir, r, snapshot.AsynchronousRemove, snapshot.AllowInvalidMountsOnRestart)
+	r.started.Store(true)
+	return s, err
+}
+
+// settings are those of stargz-snapshotter's file system.
+var settings = fsconfig.Config{
+	// Nothing is read that no container reads, except what an image has put before its
+	// prefetch landmark.
+	NoBackgroundFetch: true,
+	NoPrometheus:      true,
+	BlobConfig: fsconfig.BlobConfig{
+		// The mirror decides for each mount whether the layer may be used.
+		CheckAlways: true,
+		// It answers with one range at a time.
+		ForceSingleRangeMode: true,
+	},
+	DirectoryCacheConfig: fsconfig.DirectoryCacheConfig{Direct: true},
+}
+
+var silent = func() *log.Entry {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	return logrus.NewEntry(l)
+}()
+
+// Serve serves a snapshotter as containerd's proxy plugins do, until ctx is done.
+//
+// It does not unmount layers then: containers may be using them, and their overlays keep
+// what is mounted.
+func Serve(ctx context.Context, s snapshots.Snapshotter, l net.Listener) error {
+	server := grpc.NewServer(grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		if !logrus.IsLevelEnabled(logrus.DebugLevel) {
+			// It warns of each layer that is not mounted, such as those of plain images.
+			// pilot logs those that should have been.
+			ctx = log.WithLogger(ctx, silent)
+		}
+		return handle(ctx, req)
+	}))
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
+	defer context.AfterFunc(ctx, server.Stop)()
+	return server.Serve(l)
+}
