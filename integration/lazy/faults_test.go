@@ -103,8 +103,8 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	r.again(t, "the registry is back")
 
 	// The mounts of a snapshotter end with it. Containers that are started anew have all.
-	m.Stargz.Stop(t)
-	m.StartStargz()
+	m.Snapshotter.Stop(t)
+	m.StartSnapshotter()
 	if got := m.run("app:1"); got != "hello, "+secret+"\n" {
 		t.Errorf("a container, once the snapshotter is back: %q", got)
 	}
@@ -148,7 +148,7 @@ func TestRevokedWhileMounted(t *testing.T) {
 		t.Errorf("reads count as pulls: %v", reasons)
 	}
 	// A new container does not start either.
-	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "stargz", m.ref("app:1"), harness.ContainerID()))
+	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", m.ref("app:1"), harness.ContainerID()))
 	revoke("--undo")
 	r.again(t, "the node may use the KEK again")
 }
