@@ -75,12 +75,17 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	ok("containerd is stopped")
 	m.Pilot.Stop(t)
 	m.StartPilot("--kek-cache-ttl", "1s")
-	// Which images there are is not known, so nothing is served.
-	if err := r.read(); !errors.Is(err, syscall.EIO) {
-		t.Errorf("while containerd is stopped, and pilot was restarted: %v", err)
+	// Which images there are is not known, so nothing is served, and reads wait for that.
+	path := m.lazyPath("app", layersOf(m.manifest("app:1"))[1]["digest"].(string))
+	if got := m.ask(http.MethodGet, path, "100-200"); got.status != http.StatusServiceUnavailable {
+		t.Errorf("while containerd is stopped, and pilot was restarted: %d %s", got.status, got.body)
 	}
+	waited := make(chan error, 1)
+	go func() { waited <- r.read() }()
 	m.Start(t)
-	r.again(t, "containerd is back")
+	if err := <-waited; err != nil {
+		t.Errorf("a read that began while containerd was stopped: %v", err)
+	}
 	if got := m.run("app:1"); got != "hello, "+secret+"\n" {
 		t.Errorf("a container, once containerd is back: %q", got)
 	}
