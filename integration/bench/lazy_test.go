@@ -16,8 +16,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/pkg/reference"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	stargzfs "github.com/containerd/stargz-snapshotter/fs"
 	fsconfig "github.com/containerd/stargz-snapshotter/fs/config"
+	"github.com/containerd/stargz-snapshotter/fs/source"
 	"github.com/containerd/stargz-snapshotter/snapshot"
 	"golang.org/x/sync/errgroup"
 
@@ -141,6 +145,17 @@ func (n *lazyBench) firstRead(snapshotter, name string) (ms, bytes float64) {
 	return ms, bytes
 }
 
+// registrySources finds layers in the registry by containerd's labels.
+func registrySources(labels map[string]string) ([]source.Source, error) {
+	const ours = "containerd.io/snapshot/remote/stargz."
+	return source.FromDefaultLabels(func(image reference.Spec) ([]docker.RegistryHost, error) {
+		return docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost))(image.Hostname())
+	})(map[string]string{
+		ours + "reference": labels[snapshotters.TargetRefLabel], ours + "digest": labels[snapshotters.TargetLayerDigestLabel],
+		ours + "layers": labels[snapshotters.TargetImageLayersLabel],
+	})
+}
+
 // startStargz starts a snapshotter of stargz-snapshotter's that reads plain eStargz from the
 // registry, and that containerd knows as stargz.
 func (n *lazyBench) startStargz() {
@@ -149,7 +164,7 @@ func (n *lazyBench) startStargz() {
 	stop := func() {}
 	n.restart = func() {
 		stop()
-		files, err := stargzfs.NewFilesystem(root+"/files", fsconfig.Config{NoBackgroundFetch: true, NoPrometheus: true, BlobConfig: fsconfig.BlobConfig{CheckAlways: true}})
+		files, err := stargzfs.NewFilesystem(root+"/files", fsconfig.Config{NoBackgroundFetch: true, NoPrometheus: true, BlobConfig: fsconfig.BlobConfig{CheckAlways: true}}, stargzfs.WithGetSources(registrySources))
 		if err != nil {
 			n.b.Fatal(err)
 		}
