@@ -24,9 +24,9 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// lazyPath begins the paths of layers for a snapshotter that pulls lazily. It requests ranges
-// of the encrypted layer, by its digest, and gets those of the plain one. Nobody else is to
-// come there: who resumes the download of a blob must not get other bytes than it began with.
+// lazyPath begins the paths of layers for pilot's snapshotter. It requests ranges of the
+// encrypted layer, by its digest, and gets those of the plain one. Only [Mirror.LazyServer]
+// has them: who resumes the download of a blob must not get other bytes than it began with.
 const lazyPath = "/lazy"
 
 // lazy serves parts of encrypted layers to the snapshotter of this machine's containerd.

@@ -204,7 +204,7 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request) {
 		out.json("application/json", []byte("{}"))
 		return
 	}
-	if path, ok := strings.CutPrefix(r.URL.Path, lazyPath); ok {
+	if path, ok := strings.CutPrefix(r.URL.Path, lazyPath); ok && c.trusted {
 		kind = "lazy"
 		m.serveLazy(out, r, c, path)
 		return

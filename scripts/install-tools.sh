@@ -127,8 +127,6 @@ build_module() {
 	echo "$version" >"$dir/bin/.$name"
 }
 build_module vault-dev vault
-# stargz-snapshotter's daemon, for lazy pulling.
-build_module containerd-stargz-grpc stargz
 # Debian's docker-registry is 2.8.
 build_module distribution distribution "" "" github.com/distribution/distribution/v3/cmd/registry
 

@@ -3,17 +3,19 @@ package harness
 import (
 	"fmt"
 	"net"
-	"os"
 	"os/exec"
-	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
-// LazyNode is a node that pulls lazily: a containerd with stargz-snapshotter's daemon, whose
-// only host is the mirror of pilot serve. Both have their directories in Dir.
+// LazyNode is a node that pulls lazily: a containerd with pilot's snapshotter, which reads
+// from pilot serve. All have their directories in Dir.
 type LazyNode struct {
 	*Node
 	Copilot *Process
@@ -23,8 +25,8 @@ type LazyNode struct {
 	Mirror  string // its HOST:PORT
 	Secret  string // of the mirror
 
-	registries []string // that the mirror may ask
-	Stargz     *Process
+	registries  []string // that the mirror may ask
+	Snapshotter *Process
 }
 
 // NewLazyNode starts a broker with the KEK team-a, and a node that pulls from registries,
@@ -36,40 +38,29 @@ func NewLazyNode(t testing.TB, registries []string, args ...string) *LazyNode {
 	n.Copilot, n.Broker = StartBroker(t, dir+"/broker", "team-a")
 	n.StartPilot(args...)
 	n.Secret = strings.TrimSpace(Read(t, dir+"/secret"))
-	Write(t, dir+"/hosts/_default/hosts.toml", fmt.Sprintf(
-		"server = 'http://%s/lazy/v2'\noverride_path = true\ncapabilities = ['pull']\n[header]\n  Pilot-Secret = '%s'\n", n.Mirror, n.Secret))
-	Write(t, dir+"/stargz.toml", fmt.Sprintf(`no_background_fetch = true
-no_prometheus = true
-[registry]
-  config_path = '%s/hosts'
-[blob]
-  check_always = true
-[snapshotter]
-  allow_invalid_mounts_on_restart = true
-`, dir))
-	n.StartStargz()
+	n.StartSnapshotter()
 	n.Node = StartNode(t, dir, Containerd2(), "", fmt.Sprintf(`
 [proxy_plugins.pilot]
   type = 'diff'
   address = '%[1]s/diff.sock'
-[proxy_plugins.stargz]
+[proxy_plugins.pilot-lazy]
   type = 'snapshot'
-  address = '%[1]s/stargz.sock'
-  [proxy_plugins.stargz.exports]
-    root = '%[1]s/stargz'
+  address = '%[1]s/snapshotter.sock'
+  [proxy_plugins.pilot-lazy.exports]
+    root = '%[1]s/snapshotter'
     enable_remote_snapshot_annotations = 'true'
 [plugins.'io.containerd.service.v1.diff-service']
   default = ['pilot', 'walking']
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = 'linux/%[2]s'
-  snapshotter = 'stargz'
+  snapshotter = 'pilot-lazy'
   differ = 'pilot'
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = 'linux/%[2]s'
   snapshotter = 'overlayfs'
   differ = 'pilot'
 [plugins.'io.containerd.cri.v1.images']
-  snapshotter = 'stargz'
+  snapshotter = 'pilot-lazy'
   disable_snapshot_annotations = false
 [plugins.'io.containerd.cri.v1.runtime']
   restrict_oom_score_adj = true
@@ -80,7 +71,7 @@ no_prometheus = true
 // StartPilot starts the node's pilot.
 func (n *LazyNode) StartPilot(args ...string) {
 	n.T.Helper()
-	n.Pilot, n.OciConf = StartPilot(n.T, n.Dir, n.Broker, append([]string{"--mirror-listen", n.Mirror,
+	n.Pilot, n.OciConf = StartPilot(n.T, n.Dir, n.Broker, append([]string{"--mirror-listen", n.Mirror, "--lazy-listen", "unix://" + n.LazySocket(),
 		"--mirror-secret-file", n.Dir + "/secret", "--mirror-allowed-upstreams", strings.Join(n.registries, ","), "--admin-listen", "unix://" + n.Dir + "/admin.sock"}, args...)...)
 	Await(n.T, "the mirror", func() error {
 		conn, err := net.Dial("tcp", n.Mirror)
@@ -91,14 +82,28 @@ func (n *LazyNode) StartPilot(args ...string) {
 	})
 }
 
-// StartStargz starts the node's snapshotter.
-func (n *LazyNode) StartStargz() {
+// LazySocket is where the node's pilot serves parts of layers.
+func (n *LazyNode) LazySocket() string { return n.Dir + "/lazy.sock" }
+
+// StartSnapshotter starts the node's snapshotter.
+func (n *LazyNode) StartSnapshotter() {
 	n.T.Helper()
-	n.Stargz = Start(n.T, n.Dir, "stargz", exec.Command(filepath.Join(Tools, "bin/containerd-stargz-grpc"),
-		"--address", n.Dir+"/stargz.sock", "--root", n.Dir+"/stargz", "--config", n.Dir+"/stargz.toml", "--log-level", "debug"))
-	Await(n.T, "the snapshotter", Reachable(n.Dir+"/stargz.sock"))
+	root := n.Dir + "/snapshotter"
+	p := Start(n.T, n.Dir, "snapshotter", exec.Command("pilot", "snapshotter",
+		"--listen", root+".sock", "--root", root, "--lazy", n.LazySocket(), "--log-level", "debug"))
+	n.Snapshotter = p
+	Await(n.T, "the snapshotter", Reachable(root+".sock"))
 	n.T.Cleanup(func() {
-		n.Stargz.Cmd.Process.Signal(os.Interrupt) // it unmounts all layers
-		<-n.Stargz.Done
+		p.Kill()
+		// It leaves its mounts to the containers that use them.
+		mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(root))
+		if err != nil {
+			n.T.Error(err)
+		}
+		for _, m := range slices.Backward(mounts) {
+			if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil {
+				n.T.Errorf("unmount %s: %v", m.Mountpoint, err)
+			}
+		}
 	})
 }

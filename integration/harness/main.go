@@ -52,7 +52,6 @@ var (
 	OpenCryptoki = Program{tools: []string{"trixie/usr/sbin/pkcsslotd"}}
 	LocalKMS     = Program{tools: []string{"bin/local-kms"}}
 	Vault        = Program{tools: []string{"bin/vault-dev"}}
-	Stargz       = Program{tools: []string{"bin/containerd-stargz-grpc"}}
 )
 
 // Main builds and looks for what the tests of a package need, runs them, and

@@ -75,12 +75,17 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	ok("containerd is stopped")
 	m.Pilot.Stop(t)
 	m.StartPilot("--kek-cache-ttl", "1s")
-	// Which images there are is not known, so nothing is served.
-	if err := r.read(); !errors.Is(err, syscall.EIO) {
-		t.Errorf("while containerd is stopped, and pilot was restarted: %v", err)
+	// Which images there are is not known, so nothing is served, and reads wait for that.
+	path := m.lazyPath("app", layersOf(m.manifest("app:1"))[1]["digest"].(string))
+	if got := m.ask(http.MethodGet, path, "100-200"); got.status != http.StatusServiceUnavailable {
+		t.Errorf("while containerd is stopped, and pilot was restarted: %d %s", got.status, got.body)
 	}
+	waited := make(chan error, 1)
+	go func() { waited <- r.read() }()
 	m.Start(t)
-	r.again(t, "containerd is back")
+	if err := <-waited; err != nil {
+		t.Errorf("a read that began while containerd was stopped: %v", err)
+	}
 	if got := m.run("app:1"); got != "hello, "+secret+"\n" {
 		t.Errorf("a container, once containerd is back: %q", got)
 	}
@@ -103,8 +108,8 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	r.again(t, "the registry is back")
 
 	// The mounts of a snapshotter end with it. Containers that are started anew have all.
-	m.Stargz.Stop(t)
-	m.StartStargz()
+	m.Snapshotter.Stop(t)
+	m.StartSnapshotter()
 	if got := m.run("app:1"); got != "hello, "+secret+"\n" {
 		t.Errorf("a container, once the snapshotter is back: %q", got)
 	}
@@ -148,7 +153,7 @@ func TestRevokedWhileMounted(t *testing.T) {
 		t.Errorf("reads count as pulls: %v", reasons)
 	}
 	// A new container does not start either.
-	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "stargz", m.ref("app:1"), harness.ContainerID()))
+	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", m.ref("app:1"), harness.ContainerID()))
 	revoke("--undo")
 	r.again(t, "the node may use the KEK again")
 }

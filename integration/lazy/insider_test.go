@@ -64,34 +64,49 @@ func (m *machine) seal(l harness.Object, diffID, toc string) {
 func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
+	// forge has the layers of evil sealed as those of victim, and mounts them before victim
+	// comes to the node, which has the snapshots then.
+	forge := func(victim, evil, forged string) (ids []any, manifest harness.Object) {
+		t.Helper()
+		_, ids = m.configOf(m.manifest(victim))
+		original := m.manifest(evil)
+		manifest = clone(t, original)
+		for i, l := range layersOf(manifest) {
+			m.seal(l, ids[i].(string), "")
+		}
+		manifest["config"] = m.withDiffIDs("evil", original, ids...)
+		m.push(forged, manifest)
+
+		// Nothing says that it is false yet, and its own image has what its maker wants.
+		m.pull(forged)
+		if reasons := m.fullPulls(); len(reasons) > 0 {
+			t.Fatalf("%s is not lazy: %v", forged, reasons)
+		}
+		at := m.mount(forged)
+		if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the attacker" {
+			t.Fatalf("%q %v", b, err)
+		}
+		m.unmount(at)
+		return ids, manifest
+	}
+	refused := func(victim string) {
+		t.Helper()
+		m.pull(victim)
+		if at, err := m.tryMount(victim); err == nil {
+			b, err := os.ReadFile(at + "/file")
+			t.Errorf("%s is mounted from the attacker's snapshots: %q %v", victim, b, err)
+		}
+	}
+	// The snapshotter has all of the small layers once their file is read.
+	m.encrypt("victim:small", layer{"file": []byte("of the victim's small image")})
+	m.encrypt("evil:small", layer{"file": []byte("of the attacker")})
 	m.encrypt("victim:1", layer{"file": []byte("of the victim")}, layer{"big": random(1, mib)})
-	m.encrypt("evil:1", layer{"file": []byte("of the attacker")}, layer{"big": random(2, mib)})
+	m.encrypt("evil:1", layer{"file": []byte("of the attacker"), "more": nil}, layer{"big": random(2, mib)})
+	forge("victim:small", "evil:small", "evil:forged-small")
+	ids, forged := forge("victim:1", "evil:1", "evil:forged")
+	refused("victim:small")
+	refused("victim:1")
 	victim, evil := m.manifest("victim:1"), m.manifest("evil:1")
-	_, ids := m.configOf(victim)
-	forged := clone(t, evil)
-	for i, l := range layersOf(forged) {
-		m.seal(l, ids[i].(string), "")
-	}
-	forged["config"] = m.withDiffIDs("evil", evil, ids...)
-	m.push("evil:forged", forged)
-
-	// Nothing says that it is false yet, and its own image has what its maker wants.
-	m.pull("evil:forged")
-	if reasons := m.fullPulls(); len(reasons) > 0 {
-		t.Fatalf("the forged image is not lazy: %v", reasons)
-	}
-	at := m.mount("evil:forged")
-	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the attacker" {
-		t.Fatalf("%q %v", b, err)
-	}
-	m.unmount(at)
-
-	// The victim comes to the node. It has the snapshots already.
-	m.pull("victim:1")
-	if at, err := m.tryMount("victim:1"); err == nil {
-		b, err := os.ReadFile(at + "/file")
-		t.Errorf("the victim's image is mounted from the attacker's snapshots: %q %v", b, err)
-	}
 	log := harness.Read(t, m.Pilot.Log)
 	if !strings.Contains(log, "is not what it was sealed to be") || !strings.Contains(log, layersOf(evil)[0]["digest"].(string)) {
 		t.Errorf("the log does not say so:\n%s", log)
@@ -99,6 +114,8 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	if n := m.metrics()[`pilot_lazy_layers_read_whole_total{result="FailedPrecondition"}`]; n == 0 {
 		t.Error("nor do the metrics")
 	}
+	m.remove("evil:forged-small")
+	m.remove("victim:small")
 	// The other way around, the layer is pulled in full, and containerd finds it.
 	m.remove("evil:forged")
 	m.remove("victim:1")
@@ -110,14 +127,13 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	if r := m.ask("GET", m.lazyPath("evil", d), "0-1"); r.status != 404 || !strings.Contains(r.body, "another image") {
 		t.Errorf("a mount of the forged layer: %d %s", r.status, r.body)
 	}
-	// The victim's own layer is read as a whole, once, and found to be right. The snapshotter
-	// does not ask for layers that it has as a whole, such as the other, which is small.
-	at = m.mount("victim:1")
+	// The victim's own layers are read as a whole, once, and found to be right.
+	at := m.mount("victim:1")
 	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the victim" {
 		t.Errorf("the victim's image has %q %v", b, err)
 	}
-	if n := m.metrics()[`pilot_lazy_layers_read_whole_total{result="OK"}`]; n != 1 {
-		t.Errorf("%g of the victim's layers were read as a whole, not 1", n)
+	if n := m.metrics()[`pilot_lazy_layers_read_whole_total{result="OK"}`]; n != 2 {
+		t.Errorf("%g of the victim's layers were read as a whole, not 2", n)
 	}
 
 	// They can also seal that it has the victim's table of contents.

@@ -1,5 +1,5 @@
-// Package lazy tests lazy pulling: containerd with stargz-snapshotter's daemon, which reads
-// parts of encrypted layers through pilot's mirror.
+// Package lazy tests lazy pulling: containerd with pilot's snapshotter, which reads
+// parts of encrypted layers from pilot serve.
 package lazy
 
 import (
@@ -26,7 +26,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	os.Exit(harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Hello, harness.Containerd, harness.Registry, harness.Stargz))
+	os.Exit(harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Hello, harness.Containerd, harness.Registry))
 }
 
 // machine is a node that pulls lazily, with a registry.
@@ -90,13 +90,13 @@ func (m *machine) pull(name string) {
 
 func (m *machine) pullCommand(name string) *exec.Cmd {
 	m.t.Helper()
-	return m.Ctr("images", "pull", "--plain-http", "--snapshotter", "stargz", m.ref(name))
+	return m.Ctr("images", "pull", "--plain-http", "--snapshotter", "pilot-lazy", m.ref(name))
 }
 
 // run runs a container of an image that is there, and returns what it prints.
 func (m *machine) run(name string) string {
 	m.t.Helper()
-	return harness.ContainerOutput(m.t, m.Ctr("run", "--rm", "--snapshotter", "stargz", m.ref(name), harness.ContainerID()))
+	return harness.ContainerOutput(m.t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", m.ref(name), harness.ContainerID()))
 }
 
 // mount mounts an image that is there, and returns the directory.
@@ -128,7 +128,7 @@ func (m *machine) tryMount(name string) (at string, err error) {
 	}
 	m.mounts++
 	at = filepath.Join(m.Dir, "mnt"+strconv.Itoa(m.mounts))
-	list, err := client.SnapshotService("stargz").View(ctx, at, identity.ChainID(diffIDs).String(), snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"}))
+	list, err := client.SnapshotService("pilot-lazy").View(ctx, at, identity.ChainID(diffIDs).String(), snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"}))
 	if err != nil {
 		return "", err
 	}
@@ -156,7 +156,7 @@ func (m *machine) tryUnmount(at string) error {
 		return err
 	}
 	defer client.Close()
-	return client.SnapshotService("stargz").Remove(namespaces.WithNamespace(context.Background(), "default"), at)
+	return client.SnapshotService("pilot-lazy").Remove(namespaces.WithNamespace(context.Background(), "default"), at)
 }
 
 // remove removes an image and what was made of it.
@@ -341,23 +341,32 @@ type reply struct {
 // ask requests a range of a layer as the snapshotter does.
 func (m *machine) ask(method, path, bytes string) reply {
 	m.t.Helper()
-	header := http.Header{"Pilot-Secret": {m.Secret}}
+	header := http.Header{}
 	if bytes != "" {
 		header["Range"] = []string{"bytes=" + bytes}
 	}
-	return m.request(method, path, header)
+	return m.request("unix", m.LazySocket(), method, path, header)
 }
 
-func (m *machine) request(method, path string, header http.Header) reply {
+// askMirror makes a request to pilot's mirror, which all users of the node can reach.
+func (m *machine) askMirror(path string, header http.Header) reply {
+	m.t.Helper()
+	return m.request("tcp", m.Mirror, http.MethodGet, path, header)
+}
+
+func (m *machine) request(network, address, method, path string, header http.Header) reply {
 	m.t.Helper()
 	ctx, cancel := context.WithTimeout(m.t.Context(), harness.Timeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+m.Mirror+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://pilot"+path, nil)
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	req.Header = header
-	resp, err := http.DefaultTransport.RoundTrip(req)
+	transport := http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, address)
+	}}
+	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		return reply{err: err}
 	}

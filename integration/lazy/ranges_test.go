@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -79,29 +80,37 @@ func TestRangesAreThoseOfThePlainLayer(t *testing.T) {
 			t.Errorf("%q: %v", text, got.header)
 		}
 	}
-	known := http.Header{"Pilot-Secret": {m.Secret}, "Range": {"bytes=0-1"}}
 	for what, r := range map[string]struct {
 		method, path string
-		header       http.Header
 		status       int
 	}{
-		"a stranger":         {http.MethodGet, path, http.Header{"Range": {"bytes=0-1"}}, http.StatusUnauthorized},
-		"a wrong secret":     {http.MethodGet, path, http.Header{"Range": {"bytes=0-1"}, "Pilot-Secret": {m.Secret + "x"}}, http.StatusUnauthorized},
-		"a push":             {http.MethodPut, path, known, http.StatusMethodNotAllowed},
-		"a manifest":         {http.MethodGet, "/lazy/v2/big/manifests/1?ns=" + m.front.address, known, http.StatusNotFound},
-		"no name":            {http.MethodGet, "/lazy/v2/", known, http.StatusNotFound},
-		"an unknown layer":   {http.MethodGet, m.lazyPath("big", "sha256:"+strings.Repeat("0", 64)), known, http.StatusNotFound},
-		"the plain digest":   {http.MethodGet, m.lazyPath("big", "sha256:"+harness.SHA256(plain)), known, http.StatusNotFound},
-		"no digest":          {http.MethodGet, m.lazyPath("big", "latest"), known, http.StatusBadRequest},
-		"another repository": {http.MethodGet, m.lazyPath("other", digest), known, http.StatusPartialContent}, // of memory
-		"its middle there":   {http.MethodGet, m.lazyPath("other", digest), http.Header{"Pilot-Secret": {m.Secret}, "Range": {"bytes=1000000-1000001"}}, http.StatusNotFound},
+		"a push":             {http.MethodPut, path, http.StatusMethodNotAllowed},
+		"a manifest":         {http.MethodGet, "/lazy/v2/big/manifests/1?ns=" + m.front.address, http.StatusNotFound},
+		"no name":            {http.MethodGet, "/lazy/v2/", http.StatusNotFound},
+		"the mirror's paths": {http.MethodGet, "/v2/big/blobs/" + digest + "?ns=" + m.front.address, http.StatusNotFound},
+		"an unknown layer":   {http.MethodGet, m.lazyPath("big", "sha256:"+strings.Repeat("0", 64)), http.StatusNotFound},
+		"the plain digest":   {http.MethodGet, m.lazyPath("big", "sha256:"+harness.SHA256(plain)), http.StatusNotFound},
+		"no digest":          {http.MethodGet, m.lazyPath("big", "latest"), http.StatusBadRequest},
+		"another repository": {http.MethodGet, m.lazyPath("other", digest), http.StatusPartialContent}, // of memory
 	} {
-		if got := m.request(r.method, r.path, r.header); got.status != r.status {
+		if got := m.ask(r.method, r.path, "0-1"); got.status != r.status {
 			t.Errorf("%s: %d %.300s, not %d", what, got.status, got.body, r.status)
 		}
 	}
+	if got := m.ask(http.MethodGet, m.lazyPath("other", digest), "1000000-1000001"); got.status != http.StatusNotFound {
+		t.Errorf("the middle of a layer in another repository: %d", got.status)
+	}
+
+	// Only root can connect to the socket, and the mirror has no such paths.
+	if info, err := os.Stat(m.LazySocket()); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the socket: %v %v", info.Mode(), err)
+	}
+	part := http.Header{"Pilot-Secret": {m.Secret}, "Range": {"bytes=100-199"}}
+	if got := m.askMirror(path, part); got.status != http.StatusNotFound || !strings.Contains(got.body, "below /v2/NAME/") {
+		t.Errorf("the mirror: %d %.300s", got.status, got.body)
+	}
 	// Who resumes a download of the encrypted layer gets no plain bytes.
-	got := m.request(http.MethodGet, "/v2/big/blobs/"+digest+"?ns="+m.front.address, http.Header{"Pilot-Secret": {m.Secret}, "Range": {"bytes=100-199"}})
+	got := m.askMirror("/v2/big/blobs/"+digest+"?ns="+m.front.address, part)
 	if strings.Contains(got.body, plain[100:200]) || "sha256:"+harness.SHA256(got.body) != digest {
 		t.Errorf("the encrypted layer: %d, %d bytes", got.status, len(got.body))
 	}
@@ -274,12 +283,12 @@ func TestSlowCallersKeepNobodyFromReading(t *testing.T) {
 	m.pull("large:1")
 	path := m.lazyPath("large", layersOf(m.manifest("large:1"))[0]["digest"].(string))
 	for range 100 {
-		conn, err := net.Dial("tcp", m.Mirror)
+		conn, err := net.Dial("unix", m.LazySocket())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nPilot-Secret: %s\r\nRange: bytes=100-23000000\r\n\r\n", path, m.Secret)
+		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nRange: bytes=100-23000000\r\n\r\n", path)
 	}
 	want := m.ask(http.MethodGet, path, "1000000-1065535")
 	if want.status != http.StatusPartialContent || want.err != nil || len(want.body) != 65536 {

@@ -276,7 +276,7 @@ func TestChangedImageIsPulledWholeOrRefused(t *testing.T) {
 			t.Errorf("%s: refused: %s", c.what, out)
 		}
 		m.CollectGarbage(t)
-		if out := harness.Output(t, m.Ctr("snapshots", "--snapshotter", "stargz", "list")); strings.Contains(out, "sha256:") {
+		if out := harness.Output(t, m.Ctr("snapshots", "--snapshotter", "pilot-lazy", "list")); strings.Contains(out, "sha256:") {
 			t.Errorf("%s: snapshots are left:\n%s", c.what, out)
 		}
 	}
@@ -367,7 +367,7 @@ func TestNoSnapshotIsTakenForAnothers(t *testing.T) {
 	annotations(layersOf(named)[0])[tocAnnotation] = annotations(layersOf(evil)[0])[tocAnnotation]
 	m.push("victim:named", named)
 	for _, args := range [][]string{nil, {"--local"}} {
-		args = append(append([]string{"images", "pull", "--plain-http", "--snapshotter", "stargz"}, args...), m.ref("victim:named"))
+		args = append(append([]string{"images", "pull", "--plain-http", "--snapshotter", "pilot-lazy"}, args...), m.ref("victim:named"))
 		out, err := m.Ctr(args...).CombinedOutput()
 		if err != nil {
 			t.Errorf("%v: %s", args, out) // containerd can pull it as a whole

@@ -12,9 +12,11 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// remounter mounts layers of an earlier process again when they are needed.
+// remounter mounts layers of an earlier process again when they are needed, and has pilot
+// decide about each use of a layer.
 type remounter struct {
 	snapshot.FileSystem
+	pilot   pilot
 	started atomic.Bool // the snapshotter has read what it had
 
 	mounted sync.Map // by mount point
@@ -34,8 +36,16 @@ func (r *remounter) Mount(ctx context.Context, mountpoint string, labels map[str
 	return err
 }
 
-// Check checks that a layer can be used, and mounts it if it is not mounted.
+// Check checks that a layer can be used, and mounts it if it is not mounted. containerd has
+// it called for each layer of each container that it creates.
+//
+// It asks pilot itself: the file system does not once it has all of a layer, and what other
+// images claim may have changed since.
 func (r *remounter) Check(ctx context.Context, mountpoint string, labels map[string]string) error {
+	if err := r.pilot.ask(ctx, labels); err != nil {
+		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not used")
+		return err
+	}
 	_, err, _ := r.mounts.Do(mountpoint, func() (any, error) {
 		if _, mounted := r.mounted.Load(mountpoint); mounted {
 			return nil, nil

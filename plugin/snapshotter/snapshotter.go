@@ -61,11 +61,12 @@ func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
 	} else if userXAttr {
 		opaque = layer.OverlayOpaqueUser
 	}
-	files, err := stargzfs.NewFilesystem(filesDir, settings, stargzfs.WithGetSources(sources(conf.Lazy)), stargzfs.WithOverlayOpaqueType(opaque))
+	mirror := pilotAt(conf.Lazy)
+	files, err := stargzfs.NewFilesystem(filesDir, settings, stargzfs.WithGetSources(mirror.sources), stargzfs.WithOverlayOpaqueType(opaque))
 	if err != nil {
 		return nil, err
 	}
-	r := &remounter{FileSystem: files}
+	r := &remounter{FileSystem: files, pilot: mirror}
 	// It warns of each layer that it can't mount again now.
 	s, err := snapshot.NewSnapshotter(log.WithLogger(ctx, silent), snapshotsDir, r, snapshot.AsynchronousRemove, snapshot.AllowInvalidMountsOnRestart)
 	r.started.Store(true)

@@ -3,8 +3,10 @@ package snapshotter
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -20,48 +22,97 @@ import (
 const (
 	// lazyPath is where the mirror serves parts of layers.
 	lazyPath = "/lazy/v2"
+	// pilotHost is in requests. The transport connects to the socket.
+	pilotHost = "pilot.invalid"
 	// requestTimeout bounds a request with its answer.
 	requestTimeout = time.Minute
 )
 
-// sources returns a function that finds where to read a layer from by the labels that
-// containerd gives to its snapshot: always pilot's mirror at that socket, never a
-// registry.
-func sources(socket string) source.GetSources {
-	transport := &http.Transport{
+// pilot is the mirror of a pilot on this machine: the only host of all layers, so that no
+// registry is ever asked.
+type pilot struct{ transport *http.Transport }
+
+// pilotAt returns the pilot that serves parts of layers at a unix socket.
+func pilotAt(socket string) pilot {
+	return pilot{&http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)
 		},
 		MaxIdleConnsPerHost: 16,
 		IdleConnTimeout:     time.Minute,
+	}}
+}
+
+func (p pilot) client() *retryablehttp.Client {
+	client := retryablehttp.NewClient()
+	client.Logger = nil
+	client.HTTPClient = &http.Client{Transport: p.transport, Timeout: requestTimeout}
+	return client
+}
+
+// sources returns where to read a layer from.
+func (p pilot) sources(labels map[string]string) ([]source.Source, error) {
+	name, d, err := layerOf(labels)
+	if err != nil {
+		return nil, err
 	}
 	hosts := func(reference.Spec) ([]docker.RegistryHost, error) {
 		// stargz-snapshotter sets how it retries, for each layer.
-		client := retryablehttp.NewClient()
-		client.Logger = nil
-		client.HTTPClient = &http.Client{Transport: transport, Timeout: requestTimeout}
 		return []docker.RegistryHost{{
-			Client: client.StandardClient(), Scheme: "http", Host: "pilot.invalid", Path: lazyPath,
+			Client: p.client().StandardClient(), Scheme: "http", Host: pilotHost, Path: lazyPath,
 			Capabilities: docker.HostCapabilityPull,
 		}}, nil
 	}
-	return func(labels map[string]string) ([]source.Source, error) {
-		name, err := reference.Parse(labels[snapshotters.TargetRefLabel])
-		if err != nil {
-			return nil, fmt.Errorf("label %s: %w", snapshotters.TargetRefLabel, err)
+	s := source.Source{Hosts: hosts, Name: name, Target: ocispec.Descriptor{Digest: d, Annotations: labels}}
+	// The layers above it, which are looked at meanwhile.
+	for other := range strings.SplitSeq(labels[snapshotters.TargetImageLayersLabel], ",") {
+		if d, err := digest.Parse(other); err == nil {
+			s.Manifest.Layers = append(s.Manifest.Layers, ocispec.Descriptor{Digest: d})
 		}
-		d, err := digest.Parse(labels[snapshotters.TargetLayerDigestLabel])
-		if err != nil {
-			return nil, fmt.Errorf("label %s: %w", snapshotters.TargetLayerDigestLabel, err)
-		}
-		s := source.Source{Hosts: hosts, Name: name, Target: ocispec.Descriptor{Digest: d, Annotations: labels}}
-		// The layers above it, which are looked at meanwhile.
-		for other := range strings.SplitSeq(labels[snapshotters.TargetImageLayersLabel], ",") {
-			if d, err := digest.Parse(other); err == nil {
-				s.Manifest.Layers = append(s.Manifest.Layers, ocispec.Descriptor{Digest: d})
-			}
-		}
-		return []source.Source{s}, nil
 	}
+	return []source.Source{s}, nil
+}
+
+// ask returns an error unless pilot says that a layer may be used now.
+func (p pilot) ask(ctx context.Context, labels map[string]string) error {
+	name, d, err := layerOf(labels)
+	if err != nil {
+		return err
+	}
+	registry := name.Hostname()
+	at := url.URL{
+		Scheme: "http", Host: pilotHost, Path: lazyPath + "/" + strings.TrimPrefix(name.Locator, registry+"/") + "/blobs/" + d.String(),
+		RawQuery: url.Values{"ns": {registry}}.Encode(),
+	}
+	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+	if err != nil {
+		return err
+	}
+	// As stargz-snapshotter asks.
+	req.Header.Set("Range", "bytes=0-1")
+	client := p.client()
+	client.RetryMax, client.RetryWaitMin, client.RetryWaitMax = 5, 30*time.Millisecond, time.Second
+	resp, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("pilot: %w", err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusPartialContent {
+		return fmt.Errorf("pilot refuses layer %s: %s, and its log says why", d, resp.Status)
+	}
+	_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, 2)) // for the next request
+	return err
+}
+
+// layerOf returns the image and the layer of a snapshot, by the labels that containerd gives
+// to it.
+func layerOf(labels map[string]string) (image reference.Spec, layer digest.Digest, err error) {
+	if image, err = reference.Parse(labels[snapshotters.TargetRefLabel]); err != nil {
+		return image, "", fmt.Errorf("label %s: %w", snapshotters.TargetRefLabel, err)
+	}
+	if layer, err = digest.Parse(labels[snapshotters.TargetLayerDigestLabel]); err != nil {
+		return image, "", fmt.Errorf("label %s: %w", snapshotters.TargetLayerDigestLabel, err)
+	}
+	return image, layer, nil
 }
