@@ -52,9 +52,9 @@ func (w *work) toEstargz(ctx context.Context, desc ocispec.Descriptor) (_ spoole
 			err = errors.Join(err, f.Close())
 		}
 	}()
-	// A file that the archive has once more later is left out, as when it is unpacked.
-	// That is known once all of it was read.
-	var replaced map[int]bool
+	// What becomes of files that the archive has once more later is known once all of it
+	// was read.
+	var replaced map[int]*tar.Header
 	for range 2 {
 		if _, err := f.Seek(0, io.SeekStart); err != nil {
 			return spooled{}, made, err
@@ -62,9 +62,9 @@ func (w *work) toEstargz(ctx context.Context, desc ocispec.Descriptor) (_ spoole
 		if err := f.Truncate(0); err != nil {
 			return spooled{}, made, err
 		}
-		var found map[int]bool
+		var found map[int]*tar.Header
 		err := w.read(ctx, desc, func(r io.Reader) (err error) {
-			made, found, err = writeEstargz(f, &contextReader{ctx, r}, replaced)
+			made, found, err = writeEstargz(ctx, f, &contextReader{ctx, r}, replaced)
 			return err
 		})
 		if err != nil {
@@ -79,9 +79,9 @@ func (w *work) toEstargz(ctx context.Context, desc ocispec.Descriptor) (_ spoole
 	return spooled{f, size}, made, err
 }
 
-// writeEstargz reads a layer and writes it as eStargz, without the entries of those
-// indexes. It returns which entries are replaced by later ones of the same name.
-func writeEstargz(f *os.File, r io.Reader, without map[int]bool) (made estargzLayer, replaced map[int]bool, err error) {
+// writeEstargz reads a layer and writes it as eStargz, with the entries at those indexes
+// replaced, or left out. It returns what of that copyFiles has found.
+func writeEstargz(ctx context.Context, f *os.File, r io.Reader, replace map[int]*tar.Header) (made estargzLayer, replaced map[int]*tar.Header, err error) {
 	layer, err := decompressed(r)
 	if err != nil {
 		return made, nil, err
@@ -95,7 +95,7 @@ func writeEstargz(f *os.File, r io.Reader, without map[int]bool) (made estargzLa
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		replaced, err = copyFiles(tar.NewWriter(pw), tar.NewReader(from), without, maxTOC)
+		replaced, err = copyFiles(ctx, tar.NewWriter(pw), tar.NewReader(from), replace, maxTOC)
 		_ = pw.CloseWithError(err)
 		done <- err
 	}()
@@ -120,7 +120,12 @@ func writeEstargz(f *os.File, r io.Reader, without map[int]bool) (made estargzLa
 // copyFiles copies a layer's files, after one that says that none of them has to be
 // fetched before it is read. Their table of contents may have limit bytes, about, since
 // the library has it in memory.
-func copyFiles(to *tar.Writer, from *tar.Reader, without map[int]bool, limit int64) (replaced map[int]bool, err error) {
+//
+// It returns what is to be done for each name to be there once, with what unpacking leaves
+// of it, by the index of the entry: a file that another one replaces later is left out (nil),
+// and a directory gets the header of the last of its name. Files that a hard link between
+// them is to, or that become another kind of file, stay. Then the layer is not sealed.
+func copyFiles(ctx context.Context, to *tar.Writer, from *tar.Reader, replace map[int]*tar.Header, limit int64) (replaced map[int]*tar.Header, err error) {
 	const landmark = "\x0f" // as the library has it
 	if err := to.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: estargz.NoPrefetchLandmark, Size: int64(len(landmark))}); err != nil {
 		return nil, err
@@ -128,7 +133,7 @@ func copyFiles(to *tar.Writer, from *tar.Reader, without map[int]bool, limit int
 	if _, err := io.WriteString(to, landmark); err != nil {
 		return nil, err
 	}
-	replaced, last, left := map[int]bool{}, map[string]int{}, limit
+	replaced, last, left := map[int]*tar.Header{}, map[string]archived{}, limit
 	for i := 0; ; i++ {
 		h, err := from.Next()
 		if err == io.EOF {
@@ -141,10 +146,22 @@ func copyFiles(to *tar.Writer, from *tar.Reader, without map[int]bool, limit int
 		case h.Typeflag == tar.TypeXGlobalHeader, name == estargz.NoPrefetchLandmark, name == estargz.PrefetchLandmark, name == estargz.TOCTarName:
 			continue // what unpacks layers ignores the first kind
 		default:
-			if before, ok := last[name]; ok {
-				replaced[before] = true
+			e := archived{index: i, dir: h.Typeflag == tar.TypeDir}
+			switch before, ok := last[name]; {
+			case !ok || before.dir != e.dir || before.linked:
+			case e.dir:
+				e.index = before.index // what is below it needs it first
+				replaced[before.index], replaced[i] = h, nil
+			default:
+				replaced[before.index] = nil
 			}
-			last[name] = i
+			last[name] = e
+			if target := cleanName(h.Linkname); h.Typeflag == tar.TypeLink {
+				if e, ok := last[target]; ok {
+					e.linked = true
+					last[target] = e
+				}
+			}
 		}
 		if left -= tocEntrySize + int64(len(h.Name)+len(h.Linkname)) + h.Size/chunkSize*tocEntrySize; left < 0 {
 			return nil, fmt.Errorf("%w: its table of contents would have more than %d bytes: split the layer", ErrLimit, limit)
@@ -152,16 +169,26 @@ func copyFiles(to *tar.Writer, from *tar.Reader, without map[int]bool, limit int
 		for key, value := range h.PAXRecords {
 			left -= int64(len(key) + len(value))
 		}
-		if without[i] {
-			continue
+		if by, ok := replace[i]; ok {
+			if by == nil {
+				continue
+			}
+			h = by
 		}
 		if err := to.WriteHeader(h); err != nil {
 			return nil, fmt.Errorf("file %.200q: %w", h.Name, err)
 		}
-		if _, err := io.Copy(to, from); err != nil {
+		if _, err := io.Copy(to, &contextReader{ctx, from}); err != nil { // holes of sparse files are not read
 			return nil, fmt.Errorf("file %.200q: %w", h.Name, err)
 		}
 	}
+}
+
+// archived is the last file of its name in an archive.
+type archived struct {
+	index  int
+	dir    bool
+	linked bool // a hard link is to it
 }
 
 // decompressed returns a reader of a layer's tar archive, which the caller closes.

@@ -2,6 +2,9 @@ package image
 
 import (
 	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -18,8 +21,8 @@ func TestOddArchivesAreConvertedAsTheyAreUnpacked(t *testing.T) {
 	newKEKs(t, "a")
 	s := newStore(t)
 	global := file{tar.Header{Typeflag: tar.TypeXGlobalHeader, Name: "pax_global_header", PAXRecords: map[string]string{"comment": "x"}}, ""}
-	dir := func(mode int64) file { return file{tar.Header{Typeflag: tar.TypeDir, Name: "d/", Mode: mode}, ""} }
-	twice := tarOf(t, reg("a", "first"), dir(0o700), reg("d/b", "1"), reg("./a", strings.Repeat("second", 1<<20)), dir(0o755), reg("a", "third"), reg("d/b", "2"))
+	d := func(mode int64) file { return file{tar.Header{Typeflag: tar.TypeDir, Name: "d/", Mode: mode}, ""} }
+	twice := tarOf(t, reg("a", "first"), d(0o700), reg("d/b", "1"), reg("./a", strings.Repeat("second", 1<<20)), d(0o755), reg("a", "third"), reg("d/b", "2"))
 	for name, archive := range map[string]string{
 		"a file twice":       twice,
 		"global headers":     tarOf(t, reg("a", "1")),
@@ -38,14 +41,74 @@ func TestOddArchivesAreConvertedAsTheyAreUnpacked(t *testing.T) {
 			t.Errorf("%s: %d layers converted, %+v, %v", name, o.Layers, result, err)
 			continue
 		}
-		var m ocispec.Manifest
-		if err := json.Unmarshal([]byte(o.read(o.Target)), &m); err != nil {
-			t.Fatal(err)
-		}
 		plain := tarOf(t, slices.DeleteFunc(filesOf(t, strings.NewReader(archive)), func(f file) bool {
 			return f.Typeflag == tar.TypeXGlobalHeader || f.Name == estargz.PrefetchLandmark
 		})...)
-		sameTar(t, name, o.read(m.Layers[0]), plain)
+		sameTar(t, name, o.read(layersOf(t, o.read(o.Target))[0]), plain)
+	}
+}
+
+func layersOf(t *testing.T, manifest string) []ocispec.Descriptor {
+	t.Helper()
+	var m ocispec.Manifest
+	if err := json.Unmarshal([]byte(manifest), &m); err != nil {
+		t.Fatal(err)
+	}
+	return m.Layers
+}
+
+// TestDuplicatesThatMatterStay has files that are replaced once something else depends on
+// them, so that leaving them out would give the image other files.
+func TestDuplicatesThatMatterStay(t *testing.T) {
+	newKEKs(t, "a")
+	s := newStore(t)
+	for name, files := range map[string][]file{
+		"a hard link to the first":     {reg("a", "1"), hardLink("b", "a"), reg("a", "2")},
+		"a directory that was emptied": {dir("d"), reg("d/a", "1"), reg("d", "2"), dir("d")},
+	} {
+		archive := tarOf(t, files...)
+		o := s.mustConvert(s.of(ocispec.MediaTypeImageConfig, s.config(archive), []ocispec.Descriptor{s.put(ocispec.MediaTypeImageLayer, archive)}), Options{})
+		z, err := gzip.NewReader(strings.NewReader(o.read(layersOf(t, o.read(o.Target))[0])))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tr := tar.NewReader(z)
+		if _, err := tr.Next(); err != nil { // the landmark
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			h, err := tr.Next()
+			if err != nil {
+				t.Fatal(err)
+			}
+			text, err := io.ReadAll(tr)
+			if err != nil || h.Name != f.Name || h.Typeflag != f.Typeflag || string(text) != f.content {
+				t.Errorf("%s: %s %q, %v, want %s %q", name, h.Name, text, err, f.Name, f.content)
+			}
+		}
+		result, err := Encrypt(s.ctx, o, o.Target, kek("pilot", "a"), Options{})
+		if err != nil || result.Lazy != 0 || len(result.NotLazy) != 1 || !strings.Contains(result.NotLazy[0].Reason, "twice") {
+			t.Errorf("%s: %+v, %v", name, result, err)
+		}
+	}
+}
+
+// TestSparseFilesAreConverted has a file whose holes are not read, which can't keep a
+// conversion from being interrupted.
+func TestSparseFilesAreConverted(t *testing.T) {
+	var b bytes.Buffer
+	archive := sparse(t, "a")
+	if _, err := copyFiles(t.Context(), tar.NewWriter(&b), tar.NewReader(strings.NewReader(archive)), nil, maxTOC); err != nil {
+		t.Fatal(err)
+	}
+	files := filesOf(t, &b)
+	if want := "x" + strings.Repeat("\x00", 1<<20-1); len(files) != 1 || files[0].content != want {
+		t.Errorf("%d files", len(files))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := copyFiles(ctx, tar.NewWriter(io.Discard), tar.NewReader(strings.NewReader(archive)), nil, maxTOC); !errors.Is(err, context.Canceled) {
+		t.Errorf("it was not interrupted: %v", err)
 	}
 }
 
@@ -64,12 +127,12 @@ func TestTableOfContentsIsBoundedWhileItIsMade(t *testing.T) {
 		"a long link":      {{tar.Header{Typeflag: tar.TypeSymlink, Name: "a", Linkname: strings.Repeat("x", limit)}, ""}},
 		"a long attribute": {xattr, reg("b", "")}, "many chunks": {reg("a", strings.Repeat("\x00", 34*chunkSize))},
 	} {
-		_, err := copyFiles(tar.NewWriter(io.Discard), tar.NewReader(strings.NewReader(tarOf(t, files...))), nil, limit)
+		_, err := copyFiles(t.Context(), tar.NewWriter(io.Discard), tar.NewReader(strings.NewReader(tarOf(t, files...))), nil, limit)
 		if !errors.Is(err, ErrLimit) || !strings.Contains(err.Error(), "split the layer") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := copyFiles(tar.NewWriter(io.Discard), tar.NewReader(strings.NewReader(tarOf(t, many[:10]...))), nil, limit); err != nil {
+	if _, err := copyFiles(t.Context(), tar.NewWriter(io.Discard), tar.NewReader(strings.NewReader(tarOf(t, many[:10]...))), nil, limit); err != nil {
 		t.Error(err)
 	}
 }

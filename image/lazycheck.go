@@ -148,7 +148,7 @@ func sameFiles(archive *tar.Reader, toc *contents) error {
 		if name == estargz.TOCTarName {
 			continue
 		}
-		if err := names.add(name, h.Typeflag == tar.TypeDir); err != nil {
+		if err := names.add(h); err != nil {
 			return err
 		}
 		e, err := toc.next()
@@ -175,36 +175,70 @@ func sameFiles(archive *tar.Reader, toc *contents) error {
 	return nil
 }
 
-// fileNames finds files of which the snapshotter shows something else than what unpacking
-// them gives: for the chunks of a file that is there twice it takes those of the first,
-// and what is below a symbolic link it does not show.
+// fileNames finds files that the snapshotter shows differently from how they are unpacked.
+// Of a duplicate file it takes the chunks of the first. It hides what is below a symbolic
+// link. A directory that is not listed hides what lower layers have in its place, such as a
+// symbolic link, where unpacking goes through that. And it links any two files of the layer,
+// whichever is first, even directories.
 type fileNames struct {
 	seed  maphash.Seed
 	kinds map[uint64]fileKind // by the hash of the name
 }
 
-type fileKind struct{ listed, dir, other bool }
+// fileKind is what a file can be for those that follow it.
+type fileKind byte
 
-func (f fileNames) add(name string, dir bool) error {
-	sum := maphash.String(f.seed, name)
-	k := f.kinds[sum]
-	if k.listed {
+const (
+	linkable fileKind = iota + 1 // by a hard link
+	directory
+	whiteout
+)
+
+// add adds the next file of the archive.
+func (f fileNames) add(h *tar.Header) error {
+	name := cleanName(h.Name)
+	kind := linkable
+	removed, isWhiteout := strings.CutPrefix(path.Base(name), whiteoutPrefix)
+	switch {
+	case isWhiteout:
+		kind = whiteout
+	case h.Typeflag == tar.TypeDir:
+		kind = directory
+	}
+	if f.kind(name) != 0 {
 		return fmt.Errorf("it has the file %.200q twice", name)
 	}
-	k.listed, k.dir, k.other = true, k.dir || dir, !dir
-	if f.kinds[sum] = k; k.dir && k.other {
-		return fmt.Errorf("its file %.200q is no directory, and has files below it", name)
+	f.kinds[maphash.String(f.seed, name)] = kind
+	if name == "" {
+		if kind != directory {
+			return errors.New("its root is no directory")
+		}
+		return nil
 	}
-	for parent := path.Dir(name); parent != "." && parent != "/"; parent = path.Dir(parent) {
-		sum := maphash.String(f.seed, parent)
-		k := f.kinds[sum]
-		k.dir = true
-		if f.kinds[sum] = k; k.other {
+	if parent := path.Dir(name); parent != "." {
+		switch f.kind(parent) {
+		case directory:
+		case 0:
+			return fmt.Errorf("it has the file %.200q without its directory before it", name)
+		default:
 			return fmt.Errorf("its file %.200q is no directory, and has files below it", parent)
 		}
 	}
+	if isWhiteout && (removed == "" || removed == "." || removed == ".." || f.kind(path.Join(path.Dir(name), removed)) != 0) {
+		return fmt.Errorf("its whiteout %.200q removes what is no file of another layer", name)
+	}
+	if h.Typeflag == tar.TypeLink && f.kind(cleanName(h.Linkname)) != linkable {
+		return fmt.Errorf("its hard link %.200q is to %.200q, which is no file before it", name, h.Linkname)
+	}
 	return nil
 }
+
+// kind returns what a file is, or 0 if there has been none of that name.
+func (f fileNames) kind(name string) fileKind { return f.kinds[maphash.String(f.seed, name)] }
+
+// whiteoutPrefix begins the names of files that remove those of lower layers:
+// https://github.com/opencontainers/image-spec/blob/v1.1.1/layer.md#whiteouts
+const whiteoutPrefix = ".wh."
 
 // tocTypes are what the table of contents calls the types of files.
 var tocTypes = map[byte]string{
@@ -227,6 +261,9 @@ func sameFile(h *tar.Header, e estargz.TOCEntry) error {
 	for key, value := range h.PAXRecords {
 		if name, ok := strings.CutPrefix(key, "SCHILY.xattr."); ok {
 			xattrs[name] = []byte(value)
+		}
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return errors.New("sparse files can't be described") // and may have any size
 		}
 	}
 	switch {

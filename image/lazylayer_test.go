@@ -52,6 +52,21 @@ func reg(name, content string) file {
 	return file{tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644}, content}
 }
 
+func dir(name string) file {
+	return file{tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: 0o755}, ""}
+}
+
+func hardLink(name, to string) file {
+	return file{tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: to}, ""}
+}
+
+// sparse returns a tar archive with a file of 1 MiB that has one byte.
+func sparse(t testing.TB, name string) string {
+	f := reg(name, "x")
+	f.PAXRecords = map[string]string{"GNU_sparse.size": "1048576", "GNU_sparse.numblocks": "1", "GNU_sparse.map": "0,1"}
+	return strings.ReplaceAll(tarOf(t, f), "GNU_sparse", "GNU.sparse") // which the library does not write
+}
+
 // allKinds is a layer with a file of each kind, and one of several chunks.
 func allKinds(t testing.TB) string {
 	large := make([]byte, 5<<20)
@@ -68,6 +83,7 @@ func allKinds(t testing.TB) string {
 		file{tar.Header{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3}, ""},
 		file{tar.Header{Typeflag: tar.TypeBlock, Name: "disk", Devmajor: 8, Devminor: 1}, ""},
 		file{tar.Header{Typeflag: tar.TypeFifo, Name: "pipe"}, ""},
+		dir("etc/"),
 		reg("etc/.wh.gone", ""),
 		reg("é", "unicode"),
 	)

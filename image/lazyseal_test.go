@@ -124,12 +124,13 @@ func TestLayersWithoutSealSayWhy(t *testing.T) {
 			c.blob = c.blob[:n] + strings.Replace(c.blob[n:], c.blob[n+16:n+32], offset, 1)
 		}
 	}
-	toc := func(text string) chunked { // with another text as its table of contents
+	tocOf := func(archive, text string) chunked { // with another text as its table of contents
 		inTar := tarOf(t, reg(estargz.TOCTarName, text))
 		blob := gzipped(archive)
 		extra := fmt.Appendf([]byte("SG\x16\x00"), "%016xSTARGZ", len(blob))
 		return chunked{ocispec.MediaTypeImageLayerGzip, blob + gzipped(inTar) + string(estargz.CreateGzipFooter(extra)), digest.FromString(text), digest.FromString(archive + inTar)}
 	}
+	toc := func(text string) chunked { return tocOf(archive, text) }
 	for name, test := range map[string]struct {
 		layer chunked
 		want  string
@@ -161,6 +162,20 @@ func TestLayersWithoutSealSayWhy(t *testing.T) {
 		}), "its footer says"},
 		// What is not the table of contents of the archive.
 		"twice the same file": {buildLossless(t, tarOf(t, reg("a", "1"), reg("./a", "2"))), `it has the file "a" twice`},
+		// What the snapshotter shows differently from how it is unpacked.
+		"no directory":                {buildLossless(t, tarOf(t, reg("d/a", "1"))), `"d/a" without its directory`},
+		"a directory after its files": {buildLossless(t, tarOf(t, reg("d/a", "1"), dir("d"))), `"d/a" without its directory`},
+		"a file below a link": {buildLossless(t, tarOf(t, file{tar.Header{Typeflag: tar.TypeSymlink, Name: "d", Linkname: "e"}, ""}, reg("d/a", "1"))),
+			`"d" is no directory`},
+		"a root that is a file":       {buildLossless(t, tarOf(t, reg(".", "1"))), "its root is no directory"},
+		"a link to nothing":           {buildLossless(t, tarOf(t, hardLink("a", "b"))), `hard link "a" is to "b"`},
+		"a link to a later file":      {buildLossless(t, tarOf(t, hardLink("a", "b"), reg("b", "1"))), `hard link "a" is to "b"`},
+		"a link to a directory":       {buildLossless(t, tarOf(t, dir("d"), hardLink("a", "/d"))), `hard link "a" is to "/d"`},
+		"a link to a whiteout":        {buildLossless(t, tarOf(t, reg(".wh.x", "1"), hardLink("a", ".wh.x"))), `hard link "a" is to ".wh.x"`},
+		"a whiteout of its file":      {buildLossless(t, tarOf(t, dir("d"), reg("d/x", "1"), reg("d/.wh.x", ""))), `whiteout "d/.wh.x" removes`},
+		"a whiteout of the directory": {buildLossless(t, tarOf(t, dir("d"), reg("d/.wh..", ""))), `whiteout "d/.wh.." removes`},
+		"files below a whiteout":      {buildLossless(t, tarOf(t, dir(".wh.d"), reg(".wh.d/a", "1"))), `".wh.d" is no directory`},
+		"a sparse file":               {tocOf(sparse(t, "a"), `{"entries":[{"name":"a","type":"reg","size":1048576}]}`), "sparse files"},
 		"a file more": {forged(t, archive, false, func(toc *estargz.JTOC) {
 			toc.Entries = append(toc.Entries, &estargz.TOCEntry{Name: "evil", Type: "reg"})
 		}), `has reg "evil", which`},
@@ -193,6 +208,8 @@ func TestLayersWithoutSealSayWhy(t *testing.T) {
 		"two in capitals": {toc(`{"Entries":[]}`), `can be taken for "entries"`},
 		"null":            {toc(`{"entries":null}`), `lacks "a"`},
 		"no list":         {toc(`{"entries":{}}`), "its entries are"},
+		"a huge value":    {toc(`{"x":"` + strings.Repeat("x", maxTOCEntry) + `","entries":[]}`), "an entry has more than"},
+		"a huge entry":    {toc(`{"entries":[{"name":"` + strings.Repeat("x", maxTOCEntry) + `"}]}`), "an entry has more than"},
 	} {
 		result := s.mustEncrypt(s.lazyImage(test.layer), kek("pilot", "a"), Options{})
 		if result.Layers != 1 || result.Lazy != 0 || len(result.NotLazy) != 1 || !strings.Contains(result.NotLazy[0].Reason, test.want) || result.NotLazy[0].Digest != digest.FromString(test.layer.blob) {
@@ -363,7 +380,7 @@ func TestSealedImageOfARegistryWriter(t *testing.T) {
 // FuzzLazyCheck checks layers that somebody made who wants to be sealed, or to stop the program
 // that encrypts them.
 func FuzzLazyCheck(f *testing.F) {
-	archive := tarOf(f, reg("a", "content"), reg("d/b", strings.Repeat("x", 3000)))
+	archive := tarOf(f, reg("a", "content"), dir("d"), reg("d/b", strings.Repeat("x", 3000)))
 	chunks := estargz.WithChunkSize(1000)
 	for _, c := range []chunked{build(f, archive, chunks), buildLossless(f, archive), buildZstd(f, archive)} {
 		f.Add([]byte(c.blob), c.toc.String(), c.diffID.String())

@@ -26,6 +26,9 @@ const (
 	maxTail = 32 << 20
 	// maxTOC bounds the JSON of a table of contents, in bytes: that of about 700,000 files.
 	maxTOC = 256 << 20
+	// maxTOCEntry bounds the JSON of one of its entries, in bytes: a tar archive has at most
+	// 1 MiB of names and extended attributes for a file.
+	maxTOCEntry = 8 << 20
 	// zstdFooterSize is the size of the footer of zstd:chunked, in bytes.
 	zstdFooterSize = 40
 	// maxZstdWindow bounds the memory that a zstd layer takes, in bytes.
@@ -126,7 +129,9 @@ func (t tail) contents() (*contents, error) {
 		r = tr
 	}
 	hash := digest.Canonical.Digester()
-	d := json.NewDecoder(io.TeeReader(&boundedReader{r, maxTOC}, hash.Hash()))
+	bounded := &boundedReader{Reader: r}
+	d := json.NewDecoder(io.TeeReader(bounded, hash.Hash()))
+	bounded.decoded = d.InputOffset
 	c := &contents{Closer: z, json: d, hash: hash}
 	if err := c.begin(); err != nil {
 		return nil, errors.Join(err, z.Close())
@@ -220,16 +225,21 @@ func (c *contents) delim(want json.Delim) error {
 	return err
 }
 
-// boundedReader fails after n bytes.
+// boundedReader fails once the table of contents, or an entry of it, is too large.
 type boundedReader struct {
 	io.Reader
-	n int64
+	n       int64        // bytes that were read
+	decoded func() int64 // bytes of them that are no longer in memory
 }
 
 func (b *boundedReader) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if b.n -= int64(n); b.n < 0 {
+	b.n += int64(n)
+	if b.n > maxTOC {
 		return 0, fmt.Errorf("it has more than %d bytes", maxTOC)
+	}
+	if b.n-b.decoded() > maxTOCEntry {
+		return 0, fmt.Errorf("an entry has more than %d bytes", maxTOCEntry)
 	}
 	return n, err
 }
