@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
@@ -163,7 +164,8 @@ func copyFiles(ctx context.Context, to *tar.Writer, from *tar.Reader, replace ma
 				}
 			}
 		}
-		if left -= tocEntrySize + int64(len(h.Name)+len(h.Linkname)) + h.Size/chunkSize*tocEntrySize; left < 0 {
+		each := tocEntrySize + jsonSize(h.Name) // of chunks too
+		if left -= each + jsonSize(h.Linkname) + h.Size/chunkSize*each; left < 0 {
 			return nil, fmt.Errorf("%w: its table of contents would have more than %d bytes: split the layer", ErrLimit, limit)
 		}
 		for key, value := range h.PAXRecords {
@@ -182,6 +184,17 @@ func copyFiles(ctx context.Context, to *tar.Writer, from *tar.Reader, replace ma
 			return nil, fmt.Errorf("file %.200q: %w", h.Name, err)
 		}
 	}
+}
+
+// jsonSize returns how long s is in JSON, at most, in bytes.
+func jsonSize(s string) int64 {
+	n := len(s)
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || strings.IndexByte(`"\\<>&`, c) >= 0 {
+			n += len(`\u0000`) - 1
+		}
+	}
+	return int64(n)
 }
 
 // archived is the last file of its name in an archive.

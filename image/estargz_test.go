@@ -126,6 +126,8 @@ func TestTableOfContentsIsBoundedWhileItIsMade(t *testing.T) {
 		"many files": many, "a long name": {reg(strings.Repeat("long/", limit)+"x", "")},
 		"a long link":      {{tar.Header{Typeflag: tar.TypeSymlink, Name: "a", Linkname: strings.Repeat("x", limit)}, ""}},
 		"a long attribute": {xattr, reg("b", "")}, "many chunks": {reg("a", strings.Repeat("\x00", 34*chunkSize))},
+		"chunks with a long name": {reg(strings.Repeat("x", limit/8), strings.Repeat("\x00", 8*chunkSize))},
+		"escaped characters":      {reg(strings.Repeat("\x01", limit/4), "")},
 	} {
 		_, err := copyFiles(t.Context(), tar.NewWriter(io.Discard), tar.NewReader(strings.NewReader(tarOf(t, files...))), nil, limit)
 		if !errors.Is(err, ErrLimit) || !strings.Contains(err.Error(), "split the layer") {
