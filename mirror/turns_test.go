@@ -62,6 +62,7 @@ func TestSlowestStreamLosesItsTurnWhileOthersWait(t *testing.T) {
 			waited <- time.Since(began)
 		}()
 		time.Sleep(2 * time.Second)
+		synctest.Wait()
 		if !slow[1].ended || slow[0].ended || slow[2].ended || fast.ended {
 			t.Errorf("ended: %v %v %v, and the fast one %v; want the slowest", slow[0].ended, slow[1].ended, slow[2].ended, fast.ended)
 		}
@@ -72,6 +73,7 @@ func TestSlowestStreamLosesItsTurnWhileOthersWait(t *testing.T) {
 		for _, i := range []int{0, 2, 3} {
 			leave[i]()
 		}
+		synctest.Wait()
 		if len(all.held) > 0 || len(all.count) > 0 {
 			t.Errorf("held: %v, %v", all.held, all.count)
 		}
