@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -342,6 +343,17 @@ func TestLazyNode(t *testing.T) {
 			if err := os.Chmod(n.m.Root+"/run/pilot/lazy.sock", 0o600); err != nil {
 				t.Fatal(err)
 			}
+
+			// The machine's /dev is this one's, so only the mount namespace tells them apart.
+			fuse := n.m.Root + "/dev/fuse"
+			if err := syscall.Mount("/dev/null", fuse, "", syscall.MS_BIND, ""); err != nil {
+				t.Fatal(err)
+			}
+			out = n.doctor(t, false)
+			if err := syscall.Unmount(fuse, 0); err != nil {
+				t.Fatal(err)
+			}
+			expectStep(t, out, "failed", "lazy", "/dev/fuse is not", "modprobe fuse")
 
 			conf := n.m.Root + "/etc/pilot/pilot.toml"
 			was := harness.Read(t, conf)
