@@ -26,6 +26,9 @@ const (
 	maxTail = 32 << 20
 	// maxTOC bounds the JSON of a table of contents, in bytes: that of about 700,000 files.
 	maxTOC = 256 << 20
+	// maxEntries bounds the entries of a table of contents: the snapshotter has all of
+	// them in memory, in several hundred bytes each.
+	maxEntries = 1 << 20
 	// zstdFooterSize is the size of the footer of zstd:chunked, in bytes.
 	zstdFooterSize = 40
 	// maxZstdWindow bounds the memory that a zstd layer takes, in bytes.
@@ -141,6 +144,7 @@ type contents struct {
 	hash  digest.Digester
 	empty bool // its entries are null, as of a layer without files
 	end   bool
+	count int // of the entries that were read
 }
 
 // begin reads on to the first entry.
@@ -170,6 +174,9 @@ func (c *contents) next() (e estargz.TOCEntry, err error) {
 		return e, io.EOF
 	}
 	if !c.empty && c.json.More() {
+		if c.count++; c.count > maxEntries {
+			return e, fmt.Errorf("it has more than %d entries", maxEntries)
+		}
 		err = c.json.Decode(&e)
 		return e, err
 	}
