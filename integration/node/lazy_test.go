@@ -313,12 +313,15 @@ func TestLazyNode(t *testing.T) {
 			harness.Output(t, n.Crictl("rmi", unsealed))
 			harness.Output(t, n.Crictl("pull", sealed))
 
-			// The node is restarted.
+			// The node is restarted, while somebody is in a lazily mounted layer.
 			pulled := n.layers(t)
+			within := n.m.Start(t, "sh", "-c", "cd $(grep -o '/var/lib/pilot/snapshotter/[^ ]*/fs' /proc/self/mountinfo | head -n 1) && touch /tmp/within && exec sleep 1000")
+			harness.Await(t, "somebody in a layer", func() error { return n.m.Run("test", "-e", "/tmp/within").Run() })
 			n.containerd.Stop(t)
 			n.snapshotter.Kill()
 			n.pilot.Stop(t)
 			n.startSnapshotter(t) // which waits for nothing
+			within.Stop(t)
 			n.startContainerd(t)
 			harness.ExpectFailure(t, n.m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", "--snapshotter", "pilot-lazy", sealed, harness.ContainerID()), "unavailable")
 			n.startPilot(t)
