@@ -29,6 +29,9 @@ const (
 	// maxTOCEntry bounds the JSON of one of its entries, in bytes: a tar archive has at most
 	// 1 MiB of names and extended attributes for a file.
 	maxTOCEntry = 8 << 20
+	// maxEntries bounds the entries of a table of contents: the snapshotter has all of
+	// them in memory, in several hundred bytes each.
+	maxEntries = 1 << 20
 	// zstdFooterSize is the size of the footer of zstd:chunked, in bytes.
 	zstdFooterSize = 40
 	// maxZstdWindow bounds the memory that a zstd layer takes, in bytes.
@@ -146,6 +149,7 @@ type contents struct {
 	hash  digest.Digester
 	empty bool // its entries are null, as of a layer without files
 	end   bool
+	count int // of the entries that were read
 }
 
 // begin reads on to the first entry.
@@ -175,6 +179,9 @@ func (c *contents) next() (e estargz.TOCEntry, err error) {
 		return e, io.EOF
 	}
 	if !c.empty && c.json.More() {
+		if c.count++; c.count > maxEntries {
+			return e, fmt.Errorf("it has more than %d entries", maxEntries)
+		}
 		err = c.json.Decode(&e)
 		return e, err
 	}

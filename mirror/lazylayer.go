@@ -19,7 +19,8 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-// lazyLayer is an encrypted layer of which parts are served. Its tail was verified.
+// lazyLayer is an encrypted layer of which parts are served. Its tail was verified, and the
+// table of contents in it.
 type lazyLayer struct {
 	desc   ocispec.Descriptor
 	sealed image.Lazy
@@ -28,9 +29,8 @@ type lazyLayer struct {
 	tail []byte    // under lazy.mu: those from sealed.TailOffset on, or nil: not in memory
 	used time.Time // under lazy.mu
 
-	proof     atomic.Pointer[proof] // nil: the layer was not read as a whole
-	tocProven atomic.Bool           // its table of contents has the sealed digest
-	vouched   []ocispec.Descriptor  // under lazy.mu: other blobs whose seals say the same
+	proof   atomic.Pointer[proof] // nil: the layer was not read as a whole
+	vouched []ocispec.Descriptor  // under lazy.mu: other blobs whose seals say the same
 
 	turn chan struct{} // held while the key is unwrapped again
 

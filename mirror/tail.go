@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -20,8 +21,8 @@ const (
 	maxTails = 32 << 20
 )
 
-// pin fetches the first and the last bytes of a layer, the latter verified: no other part
-// is served before.
+// pin fetches the first and the last bytes of a layer, the latter verified, with the table
+// of contents in them: no other part is served before.
 func (m *Mirror) pin(ctx context.Context, repo *repository, layer *lazyLayer) error {
 	sealed := layer.sealed
 	if size := sealed.Size - sealed.TailOffset; size > maxTail {
@@ -30,6 +31,11 @@ func (m *Mirror) pin(ctx context.Context, repo *repository, layer *lazyLayer) er
 	tail, err := m.fetchTail(ctx, repo, layer)
 	if err != nil {
 		return noLazyRange(err)
+	}
+	// The maker of the seal may lie, and the snapshotter reads a table of contents of any
+	// size into memory.
+	if err := image.VerifyTOC(sealed, tail); err != nil {
+		return &notLazy{reasonTampered, err}
 	}
 	head, err := m.fetchPart(ctx, repo, layer, 0, min(mountRange.last+1, sealed.Size))
 	if err != nil {

@@ -241,7 +241,7 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	unsure, stays := install.Uninstall(ctx, o)
 	var used *install.LazyInUse
 	if errors.As(stays, &used) {
-		return fmt.Errorf("nothing was changed: %w: stop them first (kubectl drain), or use --force", stays)
+		return fmt.Errorf("nothing was changed: %w: remove them first (kubectl drain; it leaves pods of DaemonSets, which \"crictl rmp -fa\" removes once the kubelet is stopped), or use --force", stays)
 	}
 	if len(unsure) > 0 {
 		fmt.Println("the record of the installation is lost, so these files are kept: remove them if pilot installed them")
@@ -264,7 +264,14 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 		if err != nil {
 			return err
 		}
-		commands = append(commands, pilot+" snapshotter --remove")
+		remove := pilot + " snapshotter --remove"
+		if had.Address != "" {
+			remove += " --containerd " + had.Address
+		}
+		if o.Force {
+			remove += " --force"
+		}
+		commands = append(commands, remove)
 	}
 	return errors.Join(runOrPrint(c.Bool("now"), commands), stays)
 }

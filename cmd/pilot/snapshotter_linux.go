@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
@@ -15,6 +16,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/install"
+	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/plugin/snapshotter"
 )
 
@@ -35,7 +37,9 @@ Example:
 		&cli.StringFlag{Name: "root", Usage: "`DIRECTORY` of the snapshots", Value: containerd.LazyRoot},
 		&cli.StringFlag{Name: "lazy", Usage: "`SOCKET` of lazy-listen", Value: install.LazySocket},
 		&cli.StringFlag{Name: "log-level", Usage: "debug, info, warning or error", Value: "info"},
-		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped"},
+		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped, and the images in containerd whose layers were only mounted"},
+		&cli.BoolFlag{Name: "force", Usage: "with --remove: go on although containers run from it, which lose their files"},
+		&cli.StringFlag{Name: "containerd", Usage: "with --remove: containerd's `SOCKET`", Value: string(defaults().Containerd)},
 	},
 	Action: serveSnapshotter,
 }
@@ -50,7 +54,11 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 	}
 	logrus.SetLevel(level)
 	if c.Bool("remove") {
-		return install.RemoveSnapshots()
+		if err := install.RemoveSnapshots(c.Bool("force")); err != nil {
+			return err
+		}
+		forgetLazyImages(ctx, c.String("containerd"))
+		return nil
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -69,4 +77,23 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		logrus.WithError(err).Warn("systemd not notified")
 	}
 	return snapshotter.Serve(ctx, s, l)
+}
+
+// forgetLazyImages removes the images that can't be used without pilot's snapshotter from
+// the containerd at a socket. That it does not run keeps nobody from removing pilot.
+func forgetLazyImages(ctx context.Context, socket string) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	var removed []string
+	client, err := plugin.Dial(socket)
+	if err == nil {
+		defer client.Close()
+		removed, err = snapshotter.ForgetImages(ctx, client)
+	}
+	for _, name := range removed {
+		logrus.WithField("image", name).Info("image removed from containerd: its layers were never pulled")
+	}
+	if err != nil {
+		logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
+	}
 }

@@ -104,6 +104,9 @@ func TestLazyNodeBoots(t *testing.T) {
 
 	m.Output("pilot", "node", "uninstall", "--now")
 	m.CheckFiles(before)
+	if out := harness.Output(t, n.Crictl("images", "-o", "json")); strings.Contains(out, image+`"`) || !strings.Contains(out, image+`-plain"`) {
+		t.Errorf("the images after uninstall: %s", out)
+	}
 	for _, path := range []string{"/var/lib/pilot/snapshotter", "/run/pilot/snapshotter.sock"} {
 		if err := m.Run("test", "-e", path).Run(); err == nil {
 			t.Errorf("%s is left", path)

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -300,6 +301,7 @@ func TestLazyNode(t *testing.T) {
 			expectStep(t, n.doctor(t, true, plain), "warning", "image", "is not encrypted")
 			expectStep(t, n.doctor(t, false, c.Registry+"/nothing:1"), "failed", "image", "containerd has no image")
 			if version != "2.4.2" {
+				n.uninstall(t, sealed, plain)
 				return
 			}
 
@@ -311,12 +313,15 @@ func TestLazyNode(t *testing.T) {
 			harness.Output(t, n.Crictl("rmi", unsealed))
 			harness.Output(t, n.Crictl("pull", sealed))
 
-			// The node is restarted.
+			// The node is restarted, while somebody is in a lazily mounted layer.
 			pulled := n.layers(t)
+			within := n.m.Start(t, "sh", "-c", "cd $(grep -o '/var/lib/pilot/snapshotter/[^ ]*/fs' /proc/self/mountinfo | head -n 1) && touch /tmp/within && exec sleep 1000")
+			harness.Await(t, "somebody in a layer", func() error { return n.m.Run("test", "-e", "/tmp/within").Run() })
 			n.containerd.Stop(t)
 			n.snapshotter.Kill()
 			n.pilot.Stop(t)
 			n.startSnapshotter(t) // which waits for nothing
+			within.Stop(t)
 			n.startContainerd(t)
 			harness.ExpectFailure(t, n.m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", "--snapshotter", "pilot-lazy", sealed, harness.ContainerID()), "unavailable")
 			n.startPilot(t)
@@ -342,6 +347,17 @@ func TestLazyNode(t *testing.T) {
 				t.Fatal(err)
 			}
 
+			// The machine's /dev is this one's, so only the mount namespace tells them apart.
+			fuse := n.m.Root + "/dev/fuse"
+			if err := syscall.Mount("/dev/null", fuse, "", syscall.MS_BIND, ""); err != nil {
+				t.Fatal(err)
+			}
+			out = n.doctor(t, false)
+			if err := syscall.Unmount(fuse, 0); err != nil {
+				t.Fatal(err)
+			}
+			expectStep(t, out, "failed", "lazy", "/dev/fuse is not", "modprobe fuse")
+
 			conf := n.m.Root + "/etc/pilot/pilot.toml"
 			was := harness.Read(t, conf)
 			harness.Write(t, conf, strings.ReplaceAll(was, "lazy-listen", "#lazy-listen"))
@@ -363,6 +379,27 @@ func TestLazyNode(t *testing.T) {
 			}
 			harness.Write(t, dropIn, was)
 			expectStep(t, n.doctor(t, true), "ok", "lazy")
+			n.uninstall(t, sealed, plain)
 		})
 	}
+}
+
+// uninstall takes pilot from a node, and checks that it can still use an image that was
+// pulled in full, and that the kubelet would pull the lazy one again.
+func (n *lazyNode) uninstall(t testing.TB, lazy, full string) {
+	t.Helper()
+	out := harness.Output(t, n.m.Pilot("node", "uninstall"))
+	n.containerd.Stop(t)
+	harness.ExpectFailure(t, n.m.Run("pilot", "snapshotter", "--remove"), "pilot's snapshotter is running")
+	n.snapshotter.Stop(t)
+	n.startContainerd(t)
+	harness.CombinedOutput(t, n.m.Run("pilot", "snapshotter", "--remove"))
+	images := harness.Output(t, n.Crictl("images", "-o", "json"))
+	if strings.Contains(images, lazy) || !strings.Contains(images, full) {
+		t.Errorf("after uninstall, which says %s\ncontainerd has the images %s", out, images)
+	}
+	if mounts := harness.Output(t, n.m.Run("cat", "/proc/self/mountinfo")); strings.Contains(mounts, "stargz") {
+		t.Errorf("mounts are left: %s", mounts)
+	}
+	harness.Output(t, n.Crictl("pull", full))
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -67,6 +68,9 @@ func (e *examination) lazy(ctx context.Context) Step {
 	if _, wrong := e.socket(e.Lazy); wrong != nil {
 		return *wrong
 	}
+	if !isFUSE("/dev/fuse") {
+		return failed("/dev/fuse is not the kernel's FUSE: the snapshotter can mount nothing, and images are pulled in full", "modprobe fuse")
+	}
 	if e.dump != nil {
 		missing, err := e.running.NotLazy(e.dump, platforms.DefaultSpec())
 		if err != nil {
@@ -91,6 +95,12 @@ func (e *examination) lazy(ctx context.Context) Step {
 		return failed("a sealed image was pulled in full: "+why, "journalctl -u "+install.SnapshotterService+" -u pilot.service -n 30")
 	}
 	return passed(fmt.Sprintf("an image encrypted for KEK %q was mounted by %s without being pulled, and read", e.kek, containerd.LazySnapshotter))
+}
+
+// isFUSE reports whether a file is the device by which file systems are mounted.
+func isFUSE(path string) bool {
+	var stat unix.Stat_t
+	return unix.Stat(path, &stat) == nil && stat.Mode&unix.S_IFMT == unix.S_IFCHR && stat.Rdev == unix.Mkdev(10, 229)
 }
 
 // lazyLoaded returns the failed step if the running containerd has not loaded pilot's

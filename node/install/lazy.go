@@ -60,12 +60,16 @@ func (e *LazyInUse) Error() string {
 	return fmt.Sprintf("these containers run from pilot's snapshotter, and would lose their files: %s%s", strings.Join(shown, ", "), more)
 }
 
-// checkLazyUse returns a [LazyInUse] if containers of this machine have their files in
-// pilot's snapshotter.
+// checkLazyUse returns a [LazyInUse] if pilot's snapshotter was set up, and containers of
+// this machine have their files in it.
 func (o Options) checkLazyUse(s record) error {
 	if !s.Lazy || o.Root != "" || o.Force {
 		return nil
 	}
+	return lazyInUse()
+}
+
+func lazyInUse() error {
 	mounts, err := os.ReadFile("/proc/1/mountinfo")
 	if err != nil {
 		return err
@@ -96,11 +100,17 @@ func lazyContainers(mountinfo []byte) (used []string) {
 }
 
 // RemoveSnapshots removes the snapshots and caches of pilot's snapshotter, which must not
-// run, from this machine.
-func RemoveSnapshots() error {
+// run, from this machine. Unless force is true, the error is a [LazyInUse] if containers
+// have their files there.
+func RemoveSnapshots(force bool) error {
 	if conn, err := net.Dial("unix", containerd.LazySocket); err == nil {
 		conn.Close()
 		return fmt.Errorf("pilot's snapshotter is running: run \"systemctl stop %s\" first", SnapshotterService)
+	}
+	if !force {
+		if err := lazyInUse(); err != nil {
+			return err
+		}
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -117,7 +127,8 @@ func RemoveSnapshots() error {
 	if err := errors.Join(append(errs, lines.Err())...); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(containerd.LazyRoot); err != nil {
+	// It may be the mount point of a disk.
+	if err := os.RemoveAll(containerd.LazyRoot); err != nil && !errors.Is(err, unix.EBUSY) {
 		return err
 	}
 	Options{}.removeDirs([]string{recordDir})

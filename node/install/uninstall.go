@@ -202,6 +202,8 @@ type Installation struct {
 	Units []string
 	// Service is the systemd service of the containerd or CRI-O that asks pilot.
 	Service string
+	// Address is the socket of that containerd, or "".
+	Address string
 	// Lazy is true if pilot's snapshotter was set up.
 	Lazy bool
 	// Present is true if there is something to uninstall.
@@ -213,7 +215,7 @@ func Installed(o Options) (Installation, error) {
 	s, _, err := o.loadRecord()
 	i := Installation{Service: containerd.Service, Lazy: s.Lazy}
 	if s.Containerd != nil {
-		i.Service = s.Containerd.Service
+		i.Service, i.Address = s.Containerd.Service, s.Containerd.Address
 	}
 	for _, f := range s.Files {
 		if f.Link != "" {

@@ -18,6 +18,7 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/log"
@@ -26,6 +27,7 @@ import (
 	"github.com/containerd/stargz-snapshotter/fs/layer"
 	"github.com/containerd/stargz-snapshotter/snapshot"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 )
 
@@ -50,6 +52,11 @@ func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
 	}
 	if err := overlayutils.Supported(snapshotsDir); err != nil {
 		return nil, fmt.Errorf("overlayfs below %s: %w", conf.Root, err)
+	}
+	// The mounts of an earlier process. Where somebody has a file open, stargz-snapshotter
+	// would fail to unmount them, at each start.
+	if err := mount.UnmountRecursive(filepath.Join(snapshotsDir, "snapshots"), unix.MNT_DETACH); err != nil {
+		return nil, err
 	}
 	// The caches of an earlier process, each of which has directories of its own.
 	if err := os.RemoveAll(filesDir); err != nil {
