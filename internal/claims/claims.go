@@ -60,14 +60,20 @@ type Finder struct {
 
 	began time.Time // when the listing that found began
 	found []Claim
-	known map[digest.Digest][]Claim // by manifest, without namespace
-	size  int                       // of the documents in known, in bytes
+	known map[digest.Digest]document // by manifest
+	size  int                        // of those, in bytes
+}
+
+// document is a manifest with its configurations.
+type document struct {
+	claims []Claim // without namespace
+	size   int     // in bytes
 }
 
 // All returns the claims of all images of all namespaces, as they are at some time after it
 // was called. The caller must not change them.
 func (f *Finder) All(ctx context.Context) ([]Claim, error) {
-	f.once.Do(func() { f.turn, f.known = make(chan struct{}, 1), map[digest.Digest][]Claim{} })
+	f.once.Do(func() { f.turn, f.known = make(chan struct{}, 1), map[digest.Digest]document{} })
 	asked := time.Now()
 	select {
 	case f.turn <- struct{}{}:
@@ -122,21 +128,19 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 			}
 		}
 	}
-	for d := range f.known {
+	for d, doc := range f.known {
 		if !seen[d] {
 			delete(f.known, d)
+			f.size -= doc.size
 		}
-	}
-	if len(f.known) == 0 {
-		f.size = 0
 	}
 	return all, nil
 }
 
 // of returns what a manifest claims.
 func (f *Finder) of(ctx context.Context, store content.Store, info content.Info) ([]Claim, error) {
-	if claims, ok := f.known[info.Digest]; ok {
-		return claims, nil
+	if doc, ok := f.known[info.Digest]; ok {
+		return doc.claims, nil
 	}
 	var manifest ocispec.Manifest
 	size, err := read(ctx, store, ocispec.Descriptor{Digest: info.Digest}, &manifest)
@@ -178,7 +182,7 @@ func (f *Finder) of(ctx context.Context, store content.Store, info content.Info)
 		}
 	}
 	if complete && f.size+size <= maxKept {
-		f.known[info.Digest] = claims
+		f.known[info.Digest] = document{claims, size}
 		f.size += size
 	}
 	return claims, nil

@@ -32,6 +32,9 @@ func (r *remounter) Mount(ctx context.Context, mountpoint string, labels map[str
 	err := r.FileSystem.Mount(ctx, mountpoint, labels)
 	if err == nil {
 		r.mounted.Store(mountpoint, true)
+	} else if r.pilot.ask(ctx, labels) == nil {
+		// pilot logs the layers that it does not serve.
+		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not lazy, which pilot serves: it is pulled as a whole")
 	}
 	return err
 }
