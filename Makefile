@@ -107,10 +107,13 @@ BUSY  ?= 2
 test-repeat: tools
 	scripts/repeat-tests.sh $(COUNT) $(BUSY)
 
-# The tests that need neither root nor other programs.
+# The tests that need neither root nor other programs. Many of them wait for timers, so more
+# packages are tested at once than there are cores.
+PACKAGES ?= $(shell echo $$(($$(nproc) * 2)))
+
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover -timeout 30m -skip '^TestProperty$$' $$(go list -buildvcs=false ./... | grep -v /integration) && \
+	go test -buildvcs=false -race -cover -timeout 30m -p $(PACKAGES) -skip '^TestProperty$$' $$(go list -buildvcs=false ./... | grep -v /integration) && \
 	go test -buildvcs=false -timeout 30m -run '^TestProperty$$' ./image
 
 # Each version of containerd with each configuration.

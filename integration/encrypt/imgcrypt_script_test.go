@@ -165,11 +165,16 @@ func imgcryptKeys(t testing.TB, dir string) {
 		done`)
 	t.Cleanup(func() { exec.Command("gpgconf", "--homedir", dir+"/gpg", "--kill", "all").Run() })
 	for _, name := range []string{"testkey1", "testkey2"} {
-		run(`gpg --homedir gpg --batch --passphrase '' --quick-gen-key "` + name + ` <` + name + `@key.org>" rsa2048 default never
-			fpr=$(gpg --homedir gpg --batch --with-colons --list-keys ` + name + `@key.org | awk -F: '/^fpr/ {print $10; exit}')
-			gpg --homedir gpg --batch --passphrase '' --quick-add-key $fpr rsa2048 encr never
+		// ocicrypt asks gpg for a key by its ID without leading zeros, by which gpg finds none.
+		run(`until case ${id-0} in 0*) false ;; esac; do
+				[ -z "${fpr-}" ] || gpg --homedir gpg --batch --yes --delete-secret-and-public-key $fpr
+				gpg --homedir gpg --batch --passphrase '' --quick-gen-key "` + name + ` <` + name + `@key.org>" rsa2048 default never
+				fpr=$(gpg --homedir gpg --batch --with-colons --list-keys ` + name + `@key.org | awk -F: '/^fpr/ {print $10; exit}')
+				gpg --homedir gpg --batch --passphrase '' --quick-add-key $fpr rsa2048 encr never
+				id=$(gpg --homedir gpg --batch --with-colons --list-keys ` + name + `@key.org | awk -F: '/^sub/ {print tolower($5)}')
+			done
 			gpg --homedir gpg --batch --export-secret-keys ` + name + `@key.org >` + name + `.gpg
-			gpg --homedir gpg --batch --with-colons --list-keys ` + name + `@key.org | awk -F: '/^sub/ {print tolower($5)}' | sed 's/^0*/0x/' >` + name + `.id`)
+			echo 0x$id >` + name + `.id`)
 	}
 	// One key of RSA in three spellings, and one of EC.
 	key, err := rsa.GenerateKey(rand.Reader, 2048)

@@ -110,6 +110,9 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	// The mounts of a snapshotter end with it. Containers that are started anew have all.
 	m.Snapshotter.Stop(t)
 	m.StartSnapshotter()
+	harness.Await(t, "containerd connects to it again", func() error {
+		return m.Ctr("snapshots", "--snapshotter", "pilot-lazy", "ls").Run()
+	})
 	if got := m.run("app:1"); got != "hello, "+secret+"\n" {
 		t.Errorf("a container, once the snapshotter is back: %q", got)
 	}
