@@ -193,6 +193,7 @@ check:
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
 	go vet -buildvcs=false ./...
 	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak,wine ./...
+	cd integration/testdata/containerd && go list -deps . >/dev/null
 	@export CGO_ENABLED=0 GOFLAGS=-buildvcs=false; \
 	for to in $(CLIENT_PLATFORMS); do \
 		echo "build and vet for $$to"; export GOOS=$${to%/*} GOARCH=$${to#*/}; \
