@@ -109,7 +109,7 @@ func (r *repository) fetchRangeFrom(ctx context.Context, host docker.RegistryHos
 			return nil, err
 		}
 		if resp.StatusCode == http.StatusTooManyRequests {
-			// Longer waits are the caller's, which the answer tells how long.
+			// The caller does longer waits itself: the answer says how long.
 			if left := r.upstream.throttle.leftAt(resp.Request.URL.Host); left > wait {
 				if left > maxThrottleWait {
 					return nil, err

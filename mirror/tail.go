@@ -2,7 +2,6 @@ package mirror
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -99,15 +98,10 @@ func (m *Mirror) fetchTail(ctx context.Context, repo *repository, layer *lazyLay
 	if err != nil {
 		return nil, err
 	}
-	if got := digest.NewDigestFromBytes(digest.SHA256, sum(tail)); got != sealed.Tail {
+	if got := digest.FromBytes(tail); got != sealed.Tail {
 		return nil, &notLazy{reasonTampered, fmt.Errorf("the layer's table of contents has the digest %s, and its key has sealed that it is %s: %w", got, sealed.Tail, processor.ErrTampered)}
 	}
 	return tail, nil
-}
-
-func sum(b []byte) []byte {
-	s := sha256.Sum256(b)
-	return s[:]
 }
 
 // fetchPart fetches a part of a layer into memory.

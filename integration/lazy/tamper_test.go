@@ -176,7 +176,7 @@ func TestChangedImageIsPulledWholeOrRefused(t *testing.T) {
 	}
 	otherSeal := annotations(layersOf(other)[0])[lazyAnnotation]
 	plainLayer := func() harness.Object {
-		// What is in the image, but for the file, as plain eStargz.
+		// The image's files, except the changed one, as plain eStargz.
 		m.encrypt("app:evil", layer{"file": []byte("of the attacker")})
 		r := m.lazyPlain("app:evil")
 		l := m.pushBlob("app", "application/vnd.oci.image.layer.v1.tar+gzip", r)

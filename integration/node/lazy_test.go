@@ -347,7 +347,7 @@ func TestLazyNode(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			// The machine's /dev is this one's, so only the mount namespace tells them apart.
+			// The machine shares /dev with the host, so only the mount namespace differs.
 			fuse := n.m.Root + "/dev/fuse"
 			if err := syscall.Mount("/dev/null", fuse, "", syscall.MS_BIND, ""); err != nil {
 				t.Fatal(err)

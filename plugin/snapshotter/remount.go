@@ -32,11 +32,18 @@ func (r *remounter) Mount(ctx context.Context, mountpoint string, labels map[str
 	err := r.FileSystem.Mount(ctx, mountpoint, labels)
 	if err == nil {
 		r.mounted.Store(mountpoint, true)
-	} else if r.pilot.ask(ctx, labels) == nil {
-		// pilot logs the layers that it does not serve.
-		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not lazy, which pilot serves: it is pulled as a whole")
+	} else {
+		go r.explain(context.WithoutCancel(ctx), mountpoint, labels, err)
 	}
 	return err
+}
+
+// explain logs why a layer that pilot serves could not be mounted: pilot logs those that it
+// does not serve. The full pull does not wait for that.
+func (r *remounter) explain(ctx context.Context, mountpoint string, labels map[string]string, err error) {
+	if r.pilot.ask(ctx, labels) == nil {
+		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not lazy, which pilot serves: it is pulled as a whole")
+	}
 }
 
 // Check checks that a layer can be used, and mounts it if it is not mounted. containerd has
