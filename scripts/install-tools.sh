@@ -58,6 +58,7 @@ build github.com/containerd/containerd/v2/cmd/containerd $containerd
 build github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 $containerd
 build github.com/containerd/containerd/v2/cmd/ctr $containerd
 build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
+build helm.sh/helm/v4/cmd/helm v4.3.2
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 

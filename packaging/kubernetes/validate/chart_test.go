@@ -1,0 +1,271 @@
+package validate
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+)
+
+var update = flag.Bool("update", false, "write the manifests that are made from the chart")
+
+// helmProgram returns Helm, which the other tests' tools have too.
+func helmProgram(t *testing.T) string {
+	t.Helper()
+	tools := os.Getenv("PILOT_TOOLS")
+	if tools == "" {
+		tools = "../../../.cache/tools"
+	}
+	name := filepath.Join(tools, "bin/helm")
+	if _, err := os.Stat(name); err != nil {
+		t.Fatalf("Helm is missing: install it with \"scripts/install-tools.sh %s\"", tools)
+	}
+	return name
+}
+
+// helm runs Helm, and returns its output or what it says about its failure.
+func helm(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	home := t.TempDir()
+	cmd := exec.Command(helmProgram(t), args...)
+	cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home, "KUBECONFIG=/dev/null")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("helm %s: %w: %s", args[0], err, stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+// asExample are the values that make of the chart what the example is.
+var asExample = []string{
+	"--set=images.registry=registry.example.com", "--set=images.pilot.tag=v1", "--set=images.copilot.tag=v1",
+	"--set=copilot.service.clusterIP=10.96.0.200", "--set=copilot.postgres.enabled=true",
+	"--set-file=broker.ca=../example/ca.pem",
+}
+
+// template renders the chart.
+func template(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	return helm(t, append([]string{"template", "pilot", "../chart", "--namespace", "pilot-system"}, args...)...)
+}
+
+// objects are the objects of manifests, by kind, namespace and name.
+func objects(t *testing.T, manifests string) map[string]map[string]any {
+	t.Helper()
+	all := map[string]map[string]any{}
+	for document := range strings.SplitSeq(manifests, "\n---\n") {
+		var object map[string]any
+		if err := yaml.UnmarshalStrict([]byte(document), &object); err != nil {
+			t.Fatalf("%v in\n%s", err, document)
+		}
+		if object == nil {
+			continue
+		}
+		metadata := object["metadata"].(map[string]any)
+		all[fmt.Sprint(object["kind"], " ", metadata["namespace"], "/", metadata["name"])] = object
+	}
+	return all
+}
+
+// helmOnly are lines of the chart that the manifests have not.
+var helmOnly = regexp.MustCompile(`(?m)^(# Source: .*|.* # helm only| +(helm\.sh/chart|app\.kubernetes\.io/(instance|version|managed-by)): .*)\n`)
+
+// rendered returns the manifests that are made from the chart, by their files.
+func rendered(t *testing.T) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	for file, from := range map[string]string{
+		"pilot/rbac.yaml": "pilot/rbac.yaml", "pilot/daemonset.yaml": "pilot/daemonset.yaml", "admission/policy.yaml": "admission/policy.yaml",
+		"copilot/deployment.yaml": "copilot/deployment.yaml", "copilot/service.yaml": "copilot/service.yaml",
+		"copilot/networkpolicy.yaml": "copilot/networkpolicy.yaml", "copilot/postgres/postgres.yaml": "copilot/postgres/postgres.yaml",
+		"copilot": "copilot/configmaps.yaml",
+	} {
+		text, err := template(t, append(asExample, "--set=images.postgres=postgres", "--show-only=templates/"+from)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if file == "copilot" {
+			for _, o := range objects(t, text) {
+				for name, content := range o["data"].(map[string]any) {
+					files[file+"/"+name] = content.(string)
+				}
+			}
+			continue
+		}
+		text = helmOnly.ReplaceAllString(strings.TrimPrefix(text, "---\n"), "")
+		text = regexp.MustCompile(`image: registry\.example\.com/(\w+):v1`).ReplaceAllString(text, "image: $1")
+		files[file] = "# Made from ../chart by \"make manifests\".\n" + text
+	}
+	return files
+}
+
+// TestManifestsAreMadeFromTheChart compares kustomize's manifests with the chart. With
+// -update it makes them.
+func TestManifestsAreMadeFromTheChart(t *testing.T) {
+	for name, want := range rendered(t) {
+		name = "../" + name
+		if *update {
+			if err := os.WriteFile(name, []byte(want), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		is, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(is) != want {
+			t.Errorf("%s is not what the chart makes: change the chart, then \"make manifests\":\n%s", name, is)
+		}
+	}
+}
+
+var hash = regexp.MustCompile(`"name":"((?:co)?pilot)-[a-z0-9]{10}"`)
+
+// TestExampleIsWhatTheChartInstalls compares all that both ways install.
+func TestExampleIsWhatTheChartInstalls(t *testing.T) {
+	text, err := template(t, asExample...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chart := objects(t, helmOnly.ReplaceAllString(text, ""))
+	var manifests strings.Builder
+	for _, r := range build(t, "../example").Resources() {
+		b, err := r.MarshalJSON()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&manifests, "%s\n---\n", hash.ReplaceAll(b, []byte(`"name":"$1"`)))
+	}
+	example := objects(t, manifests.String())
+	chart["Service copilot-system/copilot"]["spec"].(map[string]any)["clusterIP"] = "10.96.0.200" // which is no line of the manifests
+	for name, o := range chart {
+		if !reflect.DeepEqual(o, example[name]) {
+			t.Errorf("%s differs:\nthe chart has\n%s\nthe example has\n%s", name, text1(o), text1(example[name]))
+		}
+	}
+	for name := range example {
+		if chart[name] == nil {
+			t.Errorf("the chart has no %s", name)
+		}
+	}
+}
+
+func text1(o map[string]any) string {
+	b, _ := yaml.Marshal(o)
+	return string(b)
+}
+
+// everything are values that have all objects and fields rendered but those that others
+// exclude.
+var everything = []string{
+	"--set=pilot.lazy=true", "--set=pilot.workloads=true", "--set=pilot.name=pilot-gpu", "--set=pilot.binDir=/opt/pilot/bin",
+	"--set=pilot.extraArgs={--containerd-address=/run/k3s/containerd/containerd.sock}", "--set=pilot.podLabels.a=b", "--set=pilot.podAnnotations.a=b",
+	"--set=pilot.serviceAccount.annotations.a=b", "--set-json=pilot.affinity={\"nodeAffinity\":{}}", "--set=images.pullSecrets={registry}",
+	"--set=images.copilot.digest=sha256:0000000000000000000000000000000000000000000000000000000000000000",
+	"--set=copilot.nodeAddresses=true", "--set=copilot.secrets={vault,hsm}", "--set=copilot.egressPorts={9200}",
+	"--set-json=copilot.tolerations=[{\"operator\":\"Exists\"}]", "--set-json=copilot.env=[{\"name\":\"AWS_REGION\",\"value\":\"eu-central-1\"}]",
+	"--set-json=copilot.affinity={\"podAntiAffinity\":{}}", "--set=copilot.nodeSelector.a=b", "--set=copilot.priorityClassName=high",
+	"--set=copilot.podLabels.a=b", "--set=copilot.podAnnotations.a=b", "--set=copilot.service.annotations.a=b", "--set=copilot.postgres.storageClassName=fast",
+	"--set-json=copilot.backends={\"vault\":{\"type\":\"vault-transit\",\"address\":\"https://vault.example.com:8200\",\"kubernetes\":{\"role\":\"copilot\"}}}",
+	"--set-json=copilot.keks={\"team-b\":{\"backend\":\"vault\",\"path\":\"team-b\"}}", "--set=copilot.settings.audit-log=-", "--set=copilot.settings.wrap-limit=1000",
+}
+
+// TestChartIsValid validates what the chart makes of values by Kubernetes' schemas.
+func TestChartIsValid(t *testing.T) {
+	for name, values := range map[string][]string{
+		"defaults":        nil,
+		"everything":      everything,
+		"pilot":           {"--set=copilot.enabled=false", "--set=broker.url=https://copilot.example.com:8443"},
+		"copilot":         {"--set=pilot.enabled=false", "--set=copilot.postgres.enabled=false", "--set=copilot.masterKey.secret="},
+		"IPv6":            {"--set=copilot.service.clusterIP=fd00::200"},
+		"other ConfigMap": {"--set=broker.ca=", "--set=broker.caConfigMap.name=trust", "--set=broker.caConfigMap.key=ca.crt"},
+		"trust bundle":    {"--set=broker.ca=", "--set=broker.caTrustBundle.name=copilot"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text, err := template(t, append(asExample, values...)...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			v := newValidator(t, "1.30")
+			for id, o := range objects(t, text) {
+				if err := check(v, []byte(text1(o))); err != nil {
+					t.Errorf("%s: %v", id, err)
+				}
+			}
+		})
+	}
+}
+
+// TestMistypedValuesAreRefused has Helm refuse values that the chart would ignore, or that
+// would make something else than was meant.
+func TestMistypedValuesAreRefused(t *testing.T) {
+	for values, want := range map[string]string{
+		"pilot.lasy=true":                              "lasy",
+		"pilot.lazy=yes":                               "/pilot/lazy",
+		"copilot.replicas=two":                         "/copilot/replicas",
+		"copilot.postgress.enabled=true":               "postgress",
+		"copilot.tls.source=certmanager":               "/copilot/tls/source",
+		"copilot.tls.podCertificate.keyType=RSA":       "/copilot/tls/podCertificate/keyType",
+		"copilot.settings.tls-cert=/a":                 "/copilot/settings",
+		"copilot.backends.vault.adress=a":              "/copilot/backends/vault",
+		"copilot.keks.team-b.path=a":                   "/copilot/keks/team-b",
+		"copilot.service.clusterIP=copilot":            "/copilot/service/clusterIP",
+		"broker.url=http://copilot":                    "/broker/url",
+		"images.copilot.digest=latest":                 "/images/copilot/digest",
+		"images.registry=":                             "images.registry: set",
+		"images.registry=https://registry.example.com": "/images/registry",
+		"broker.ca=":                                   "broker.ca: set",
+		"copilot.service.clusterIP=":                   "copilot.service.clusterIP: set",
+		"copilot.enabled=false":                        "broker.url: set",
+		"copilot.namespace=pilot-system":               "copilot.namespace: ",
+		"copilot.tls.source=cert-manager":              "issuerRef.name: set",
+		"copilot.tls.source=pod-certificate":           "signerName: set",
+		"monitoring.podMonitors.enabled=true":          "podMonitors",
+	} {
+		t.Run(values, func(t *testing.T) {
+			_, err := template(t, append(asExample, "--set="+values)...)
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want an error with %q", err, want)
+			}
+		})
+	}
+}
+
+// TestOldClustersHaveNoAdmissionPolicy renders the chart for Kubernetes 1.29.
+func TestOldClustersHaveNoAdmissionPolicy(t *testing.T) {
+	old := append(asExample, "--kube-version=1.29.0")
+	if text, err := template(t, append(old, "--set=admissionPolicy.enabled=false")...); err != nil || strings.Contains(text, "ValidatingAdmissionPolicy") {
+		t.Errorf("%v\n%s", err, text)
+	}
+}
+
+// TestChartSettings looks at the files that the chart makes of values.
+func TestChartSettings(t *testing.T) {
+	text, err := template(t, append(asExample, everything...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := func(name, file string) string {
+		t.Helper()
+		return objects(t, text)["ConfigMap copilot-system/"+name]["data"].(map[string]any)[file].(string)
+	}
+	conf := data("copilot", "copilot.toml")
+	for _, want := range []string{"\naudit-log = \"-\"\nwrap-limit = 1000\n", "[backends.vault]\n", "type = \"vault-transit\"\n", "[keks.team-b]\n", "\nnodes-url = "} {
+		if !strings.Contains(conf, want) {
+			t.Errorf("copilot.toml has not %q:\n%s", want, conf)
+		}
+	}
+	if policy := data("copilot-policy", "policy.toml"); !strings.Contains(policy, `"cluster:system:serviceaccount:pilot-system:pilot-gpu@node/*"`) {
+		t.Errorf("the policy is for another account:\n%s", policy)
+	}
+}
