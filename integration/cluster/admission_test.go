@@ -51,7 +51,8 @@ metadata: {name: on-worker-7, namespace: pilot-system}
 spec:
   nodeName: worker-7
   serviceAccountName: pilot
-  containers: [{name: pilot, image: pilot}]
+  containers: [{name: pilot, image: pilot, volumeMounts: [{name: token, mountPath: /run/broker}]}]
+  volumes: [{name: token, projected: {sources: [{serviceAccountToken: {audience: copilot, path: token}}]}}]
 `)
 
 	// ops has all rights in both namespaces that can be given there, deployer is let

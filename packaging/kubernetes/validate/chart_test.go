@@ -17,16 +17,16 @@ import (
 
 var update = flag.Bool("update", false, "write the manifests that are made from the chart")
 
-// helmProgram returns Helm, which the other tests' tools have too.
-func helmProgram(t *testing.T) string {
+// tool returns the path of a file in the directory of the tests' tools.
+func tool(t *testing.T, name string) string {
 	t.Helper()
 	tools := os.Getenv("PILOT_TOOLS")
 	if tools == "" {
 		tools = "../../../.cache/tools"
 	}
-	name := filepath.Join(tools, "bin/helm")
+	name = filepath.Join(tools, name)
 	if _, err := os.Stat(name); err != nil {
-		t.Fatalf("Helm is missing: install it with \"scripts/install-tools.sh %s\"", tools)
+		t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
 	}
 	return name
 }
@@ -35,7 +35,7 @@ func helmProgram(t *testing.T) string {
 func helm(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	home := t.TempDir()
-	cmd := exec.Command(helmProgram(t), args...)
+	cmd := exec.Command(tool(t, "bin/helm"), args...)
 	cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home, "KUBECONFIG=/dev/null")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -150,7 +150,7 @@ func TestExampleIsWhatTheChartInstalls(t *testing.T) {
 	chart["Service copilot-system/copilot"]["spec"].(map[string]any)["clusterIP"] = "10.96.0.200" // which is no line of the manifests
 	for name, o := range chart {
 		if !reflect.DeepEqual(o, example[name]) {
-			t.Errorf("%s differs:\nthe chart has\n%s\nthe example has\n%s", name, text1(o), text1(example[name]))
+			t.Errorf("%s differs:\nthe chart has\n%s\nthe example has\n%s", name, asYAML(o), asYAML(example[name]))
 		}
 	}
 	for name := range example {
@@ -160,7 +160,7 @@ func TestExampleIsWhatTheChartInstalls(t *testing.T) {
 	}
 }
 
-func text1(o map[string]any) string {
+func asYAML(o map[string]any) string {
 	b, _ := yaml.Marshal(o)
 	return string(b)
 }
@@ -189,6 +189,8 @@ func TestChartIsValid(t *testing.T) {
 		"copilot":         {"--set=pilot.enabled=false", "--set=copilot.postgres.enabled=false", "--set=copilot.masterKey.secret="},
 		"IPv6":            {"--set=copilot.service.clusterIP=fd00::200"},
 		"other ConfigMap": {"--set=broker.ca=", "--set=broker.caConfigMap.name=trust", "--set=broker.caConfigMap.key=ca.crt"},
+		"cert-manager":    {"--set=copilot.tls.source=cert-manager", "--set=copilot.tls.certManager.issuerRef.name=internal"},
+		"monitoring":      {"--set=monitoring.podMonitor.enabled=true", "--set=monitoring.rules.enabled=true", "--set=monitoring.rules.labels.release=prometheus"},
 		"trust bundle":    {"--set=broker.ca=", "--set=broker.caTrustBundle.name=copilot"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -198,11 +200,34 @@ func TestChartIsValid(t *testing.T) {
 			}
 			v := newValidator(t, "1.30")
 			for id, o := range objects(t, text) {
-				if err := check(v, []byte(text1(o))); err != nil {
+				if err := check(v, []byte(asYAML(o))); err != nil {
 					t.Errorf("%s: %v", id, err)
 				}
 			}
 		})
+	}
+}
+
+// TestInvalidCustomResources breaks objects of other projects, which has to be found.
+func TestInvalidCustomResources(t *testing.T) {
+	text, err := template(t, append(asExample, "--set=copilot.tls.source=cert-manager", "--set=copilot.tls.certManager.issuerRef.name=internal",
+		"--set=monitoring.podMonitor.enabled=true", "--set=monitoring.rules.enabled=true")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, v := objects(t, text), newValidator(t, "1.30")
+	for name, c := range map[string]struct{ old, new string }{
+		"Certificate copilot-system/copilot":  {"issuerRef:", "issuerref:"},
+		"PodMonitor copilot-system/copilot":   {"podMetricsEndpoints:", "podMetricEndpoints:"},
+		"PrometheusRule copilot-system/pilot": {"expr:", "expression:"},
+	} {
+		manifest := asYAML(all[name])
+		if err := check(v, []byte(manifest)); err != nil || !strings.Contains(manifest, c.old) {
+			t.Errorf("%s: %v\n%s", name, err, manifest)
+		}
+		if err := check(v, []byte(strings.Replace(manifest, c.old, c.new, 1))); err == nil {
+			t.Errorf("%s with %s is valid", name, c.new)
+		}
 	}
 }
 
