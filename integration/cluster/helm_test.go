@@ -111,7 +111,7 @@ copilot:
 	s := newSigner(t, k)
 	last, late := i.image(0), i.image(2) // the machine that encrypts trusts the server CA
 	release("upgrade", "--set", "copilot.tls.source=pod-certificate", "--set", "copilot.tls.podCertificate.signerName="+signerName,
-		"--set", "broker.ca=", "--set", "broker.caTrustBundle.name="+s.bundle)
+		"--set", "broker.caTrustBundle.name="+s.bundle)
 	harness.Await(t, "copilot's pods with certificates of the signer", func() error {
 		if err := s.sign(); err != nil {
 			return err
