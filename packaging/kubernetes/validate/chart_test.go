@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -178,7 +179,7 @@ var everything = []string{
 	"--set-json=copilot.affinity={\"podAntiAffinity\":{}}", "--set=copilot.nodeSelector.a=b", "--set=copilot.priorityClassName=high",
 	"--set=copilot.podLabels.a=b", "--set=copilot.podAnnotations.a=b", "--set=copilot.service.annotations.a=b", "--set=copilot.postgres.storageClassName=fast",
 	"--set-json=copilot.backends={\"vault\":{\"type\":\"vault-transit\",\"address\":\"https://vault.example.com:8200\",\"kubernetes\":{\"role\":\"copilot\"}}}",
-	"--set-json=copilot.keks={\"team-b\":{\"backend\":\"vault\",\"path\":\"team-b\"}}", "--set=copilot.settings.audit-log=-", "--set=copilot.settings.wrap-limit=1000",
+	"--set-json=copilot.keks={\"team-b\":{\"backend\":\"vault\",\"path\":\"team-b\"}}", "--set=copilot.settings.audit-log=-",
 }
 
 // TestChartIsValid validates what the chart makes of values by Kubernetes' schemas.
@@ -281,7 +282,12 @@ func TestOldClustersHaveNoAdmissionPolicy(t *testing.T) {
 
 // TestChartSettings looks at the files that the chart makes of values.
 func TestChartSettings(t *testing.T) {
-	text, err := template(t, append(asExample, everything...)...)
+	// In a file, Helm reads all numbers as floats.
+	values := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(values, []byte("copilot: {settings: {wrap-limit: 4294967296}}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	text, err := template(t, append(slices.Concat(asExample, everything), "--values="+values)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +296,7 @@ func TestChartSettings(t *testing.T) {
 		return objects(t, text)["ConfigMap copilot-system/"+name]["data"].(map[string]any)[file].(string)
 	}
 	conf := data("copilot", "copilot.toml")
-	for _, want := range []string{"\naudit-log = \"-\"\nwrap-limit = 1000\n", "[backends.vault]\n", "type = \"vault-transit\"\n", "[keks.team-b]\n", "\nnodes-url = "} {
+	for _, want := range []string{"\naudit-log = \"-\"\nwrap-limit = 4294967296\n", "[backends.vault]\n", "type = \"vault-transit\"\n", "[keks.team-b]\n", "\nnodes-url = "} {
 		if !strings.Contains(conf, want) {
 			t.Errorf("copilot.toml has not %q:\n%s", want, conf)
 		}

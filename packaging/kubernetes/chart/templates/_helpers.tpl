@@ -39,6 +39,24 @@ https://{{ if contains ":" $ip }}[{{ $ip }}]{{ else }}{{ $ip }}{{ end }}:8443
 {{- toJson $hosts -}}
 {{- end }}
 
+{{- /* TOML. Numbers in values are floats, and copilot's settings are integers. */ -}}
+{{- define "pilot.toTOML" -}}
+{{- $values := deepCopy . -}}
+{{- include "pilot.toIntegers" $values -}}
+{{ mustToToml $values | trim }}
+{{- end }}
+
+{{- /* Changes a dict. */ -}}
+{{- define "pilot.toIntegers" -}}
+{{- range $key, $value := . -}}
+{{- if kindIs "map" $value -}}
+{{- include "pilot.toIntegers" $value -}}
+{{- else if kindIs "float64" $value -}}
+{{- if eq (floor $value) $value }}{{ $_ := set $ $key (int64 $value) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{- define "copilot.toml" -}}
 dir = "/var/lib/copilot" # the admin socket; nothing that has to stay
 listen = [":8443"]
@@ -48,15 +66,15 @@ policy = "/etc/copilot/policy/policy.toml"
 metrics-listen = ":9464"
 # database comes as COPILOT_DATABASE, the master key as a credential.
 {{- with .Values.copilot.settings }}
-{{ mustToToml . | trim }}
+{{ include "pilot.toTOML" . }}
 {{- end }}
 {{- with .Values.copilot.backends }}
 
-{{ mustToToml (dict "backends" .) | trim }}
+{{ include "pilot.toTOML" (dict "backends" .) }}
 {{- end }}
 {{- with .Values.copilot.keks }}
 
-{{ mustToToml (dict "keks" .) | trim }}
+{{ include "pilot.toTOML" (dict "keks" .) }}
 {{- end }}
 
 [issuers.cluster]
