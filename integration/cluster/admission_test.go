@@ -44,6 +44,10 @@ func TestKubernetesTenants(t *testing.T) {
 	count("pilot-system", "pilot", 2)
 	count("copilot-system", "copilot", 2)
 	count("copilot-system", "copilot-postgres", 1)
+	// Helm takes over what kustomize has installed.
+	harness.Output(t, k.helm("install", "pilot", manifests+"/chart", "--take-ownership", "--set", "images.registry=registry.example.com",
+		"--set", "copilot.service.clusterIP=10.96.0.200,copilot.postgres.enabled=true", "--set-file", "broker.ca="+manifests+"/example/ca.pem"))
+
 	// Without a scheduler, no pod of the DaemonSet gets to its node.
 	k.apply(`apiVersion: v1
 kind: Pod
@@ -171,7 +175,7 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: alice}]
 	})
 
 	for _, user := range []string{"alice", "deployer"} {
-		succeeds(user, "pilot-system", "", "label daemonset pilot by="+user)
+		succeeds(user, "pilot-system", "", "label daemonset pilot --overwrite by="+user)
 		succeeds(user, "pilot-system", "", "create token pilot --audience copilot")
 		succeeds(user, "pilot-system", podWithAccount, "create -f -")
 		succeeds(user, "pilot-system", "", "delete pod mine --grace-period 0 --force")
