@@ -45,7 +45,7 @@ func TestKubernetesTenants(t *testing.T) {
 	count("copilot-system", "copilot", 2)
 	count("copilot-system", "copilot-postgres", 1)
 	// Helm takes over what kustomize has installed.
-	harness.Output(t, k.helm("install", "pilot", manifests+"/chart", "--take-ownership", "--set", "images.registry=registry.example.com",
+	harness.Output(t, k.helm("install", "pilot", manifests+"/chart", "--take-ownership", "--force-conflicts", "--set", "images.registry=registry.example.com",
 		"--set", "copilot.service.clusterIP=10.96.0.200,copilot.postgres.enabled=true", "--set-file", "broker.ca="+manifests+"/example/ca.pem"))
 
 	// Without a scheduler, no pod of the DaemonSet gets to its node.
