@@ -32,8 +32,12 @@ const (
 )
 
 // servedFor is how long a certificate is valid that a broker issues for itself. It is
-// replaced when a third of that time is left.
-const servedFor = 7 * 24 * time.Hour
+// replaced when a third of that time is left. Each start issues one, so it is valid for
+// clients whose clocks are behind by servedBackdate.
+const (
+	servedFor      = 7 * 24 * time.Hour
+	servedBackdate = 24 * time.Hour
+)
 
 // CreateServerCA makes a CA in dir that can issue certificates for servers named hosts,
 // which are names and addresses, and for nothing else. A CA file in dir gets its
@@ -77,23 +81,24 @@ func CreateServerCA(dir string, hosts []string, valid time.Duration, own func(*o
 	if err != nil {
 		return err
 	}
-	if err := writePair(filepath.Join(dir, ServerCACertFile), der, filepath.Join(dir, ServerCAKeyFile), key, own); err != nil {
-		return err
-	}
 	trusted := filepath.Join(dir, CertFile)
 	all, err := certfile.Certificates(trusted)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("CA: %w", err)
 	}
-	r, err := replacefile.Prepare(trusted, slices.Concat(encodeAll(all), encode("CERTIFICATE", der)))
-	if err != nil {
+	certFile, keyFile := filepath.Join(dir, ServerCACertFile), filepath.Join(dir, ServerCAKeyFile)
+	if err := writePair(certFile, der, keyFile, key, own); err != nil || len(all) == 0 {
 		return err
 	}
-	defer r.Discard()
-	return r.Commit()
+	r, err := replacefile.Prepare(trusted, slices.Concat(encodeAll(all), encode("CERTIFICATE", der)))
+	if err == nil {
+		defer r.Discard()
+		err = r.Commit()
+	}
+	if err != nil { // it can be run again
+		return errors.Join(err, os.Remove(certFile), os.Remove(keyFile))
+	}
+	return nil
 }
 
 // Served returns the certificate that a server shows, now and whenever it is called: the
@@ -174,7 +179,17 @@ func issueServed(ca *tls.Certificate, now time.Time) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	der, err := sign(template, ca.Leaf, key.Public(), signer, min(servedFor, ca.Leaf.NotAfter.Sub(now)-time.Second))
+	from, until := now.Add(-servedBackdate), now.Add(servedFor)
+	if from.Before(ca.Leaf.NotBefore) {
+		from = ca.Leaf.NotBefore
+	}
+	if until.After(ca.Leaf.NotAfter) {
+		until = ca.Leaf.NotAfter
+	}
+	if !now.Before(until) {
+		return nil, fmt.Errorf("the CA itself was valid until %s: make a new one with \"copilot certs server-ca\"", until.Format(time.RFC3339))
+	}
+	der, err := signBetween(from, until, template, ca.Leaf, key.Public(), signer)
 	if err != nil {
 		return nil, err
 	}

@@ -135,6 +135,9 @@ func TestServedCertificateIsRenewedInTime(t *testing.T) {
 	if cert, err := s.current(now.Add(1001 * time.Hour)); err == nil || cert != second {
 		t.Errorf("an expired CA issued %v: %v", cert, err)
 	}
+	if last := at(999 * time.Hour).Leaf; last.NotAfter.After(pair.Certificate().Leaf.NotAfter) {
+		t.Errorf("it is valid until %s, after its CA", last.NotAfter)
+	}
 	// It is replaced while copilot runs.
 	_, newCert, newKey := newServerCA(t, "copilot.example.com")
 	for from, to := range map[string]string{newCert: certFile, newKey: keyFile} {
