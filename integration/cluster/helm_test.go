@@ -11,6 +11,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -116,7 +117,11 @@ copilot:
 		if err := s.sign(); err != nil {
 			return err
 		}
-		return k.kubectl("--namespace", "copilot-system", "rollout", "status", "deployment/copilot", "--watch=false", "--timeout", "1s").Run()
+		status := harness.CombinedOutput(t, k.kubectl("--namespace", "copilot-system", "rollout", "status", "deployment/copilot", "--watch=false"))
+		if !strings.Contains(status, "successfully rolled out") {
+			return errors.New(status)
+		}
+		return nil
 	})
 	k.rolledOut("daemonset/pilot")
 	k.rolledOut("deployment/copilot")
