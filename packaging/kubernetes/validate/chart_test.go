@@ -167,6 +167,28 @@ func asYAML(o map[string]any) string {
 	return string(b)
 }
 
+// TestDocumentedValues renders the chart with the values that the documentation shows, which
+// are those of the example.
+func TestDocumentedValues(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/kubernetes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, values, _ := strings.Cut(string(page), "```yaml\n")
+	values, _, found := strings.Cut(values, "```")
+	file := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(file, []byte(values), 0o644); err != nil || !found {
+		t.Fatal("the page has no values: ", err)
+	}
+	got, err := template(t, "--values="+file, asExample[len(asExample)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want, err := template(t, asExample...); err != nil || got != want {
+		t.Errorf("they make other manifests than the example's: %v\n%s", err, got)
+	}
+}
+
 // everything are values that have all objects and fields rendered but those that others
 // exclude.
 var everything = []string{
