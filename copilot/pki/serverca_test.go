@@ -52,7 +52,7 @@ func TestServerCAIssuesForItsHosts(t *testing.T) {
 				t.Errorf("%v: %s: %v", hosts, host, err)
 			}
 		}
-		if shown() != shown() {
+		if first := shown(); shown() != first {
 			t.Errorf("%v: each connection has another certificate", hosts)
 		}
 	}

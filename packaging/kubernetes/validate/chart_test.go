@@ -167,6 +167,37 @@ func asYAML(o map[string]any) string {
 	return string(b)
 }
 
+// TestPackagedChart makes the package of a release, which names the images of the release
+// and is the same each time.
+func TestPackagedChart(t *testing.T) {
+	var packages []string
+	for range 2 {
+		dir := t.TempDir()
+		cmd := exec.Command("../../../scripts/chart.sh", dir)
+		cmd.Env = append(os.Environ(), "VERSION=v1.2.3", "SOURCE_DATE_EPOCH=1700000000")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		content, err := os.ReadFile(dir + "/pilot-chart-1.2.3.tgz")
+		if err != nil {
+			t.Fatal(err)
+		}
+		packages = append(packages, string(content))
+		text, err := helm(t, append([]string{"template", "pilot", dir + "/pilot-chart-1.2.3.tgz"}, asExample[0], asExample[3], asExample[5], "--set=monitoring.rules.enabled=true")...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{"image: registry.example.com/pilot:v1.2.3\n", "image: registry.example.com/copilot:v1.2.3\n", "helm.sh/chart: pilot-1.2.3\n", "alert: CopilotCertificateExpires\n"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("want %q in\n%s", want, text)
+			}
+		}
+	}
+	if packages[0] != packages[1] {
+		t.Error("the packages differ")
+	}
+}
+
 // TestDocumentedValues renders the chart with the values that the documentation shows, which
 // are those of the example.
 func TestDocumentedValues(t *testing.T) {
