@@ -223,7 +223,7 @@ func TestDocumentedValues(t *testing.T) {
 // everything are values that have all objects and fields rendered but those that others
 // exclude.
 var everything = []string{
-	"--set=pilot.lazy=true", "--set=pilot.workloads=true", "--set=pilot.name=pilot-gpu", "--set=pilot.binDir=/opt/pilot/bin",
+	"--set=pilot.lazy=true", "--set=pilot.workloads=false", "--set=pilot.name=pilot-gpu", "--set=pilot.binDir=/opt/pilot/bin",
 	"--set=pilot.extraArgs={--containerd-address=/run/k3s/containerd/containerd.sock}", "--set=pilot.podLabels.a=b", "--set=pilot.podAnnotations.a=b",
 	"--set=pilot.serviceAccount.annotations.a=b", "--set-json=pilot.affinity={\"nodeAffinity\":{}}", "--set=images.pullSecrets={registry}",
 	"--set=images.copilot.digest=sha256:0000000000000000000000000000000000000000000000000000000000000000",
@@ -352,6 +352,11 @@ func TestChartSettings(t *testing.T) {
 	for _, want := range []string{"\naudit-log = \"-\"\nwrap-limit = 4294967296\n", "[backends.vault]\n", "type = \"vault-transit\"\n", "[keks.team-b]\n", "\nnodes-url = "} {
 		if !strings.Contains(conf, want) {
 			t.Errorf("copilot.toml has not %q:\n%s", want, conf)
+		}
+	}
+	for _, want := range []string{"--lazy=true", "--workloads=false", "--daemonset=pilot-gpu", "--bin-dir=/opt/pilot/bin", "--containerd-address=/run/k3s/containerd/containerd.sock"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the DaemonSet has no argument %s", want)
 		}
 	}
 	if policy := data("copilot-policy", "policy.toml"); !strings.Contains(policy, `"cluster:system:serviceaccount:pilot-system:pilot-gpu@node/*"`) {
