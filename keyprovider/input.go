@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"github.com/containers/ocicrypt/config"
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
 	"github.com/ctrlplane/pilot/processor/ocicryptclient"
@@ -46,6 +47,10 @@ func decodeQuick(b []byte) (params ocicrypt.KeyUnwrapParams, ok bool) {
 	var err error
 	if params.Annotation, err = base64.StdEncoding.AppendDecode(nil, text); err != nil {
 		return params, false
+	}
+	if string(dc) == `{"Parameters":null}` { // without keys
+		params.Dc = new(config.DecryptConfig)
+		return params, true
 	}
 	return params, json.Unmarshal(dc, &params.Dc) == nil
 }
