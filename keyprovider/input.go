@@ -33,7 +33,7 @@ func decodeInput(b []byte, want ocicryptclient.Operation) (*ocicrypt.KeyProvider
 
 // decodeQuick decodes a request to unwrap in the very bytes that ocicrypt writes, most of
 // which are an annotation in base64. It reports false for others, which may be valid too:
-// encoding/json, which decodes those, takes four times as long.
+// encoding/json, which decodes those, takes longer than unwrapping the key.
 func decodeQuick(b []byte) (params ocicrypt.KeyUnwrapParams, ok bool) {
 	b, isHead := bytes.CutPrefix(b, []byte(`{"op":"keyunwrap","keywrapparams":{"ec":null,"optsdata":null},"keyunwrapparams":{"dc":`))
 	b, isTail := bytes.CutSuffix(b, []byte(`"}}`))
