@@ -60,8 +60,8 @@ func (s Signer) Sign(key PublicKey, now time.Time, valid time.Duration) (*File, 
 		KEK: key.ID, Version: key.Version, Broker: cert.URIs[0].String(), Key: key.Bytes(), certs: s.Chain,
 		Created: now.UTC().Truncate(time.Second), Expires: now.Add(valid).UTC().Truncate(time.Second),
 	}
-	if f.Expires.After(cert.NotAfter) {
-		return nil, nil, fmt.Errorf("%w, which expires on %s: renew that with \"copilot certs renew\"", ErrValidity, cert.NotAfter.UTC().Format(time.RFC3339))
+	if f.Expires.After(cert.NotAfter) || !now.Before(cert.NotAfter) {
+		return nil, nil, fmt.Errorf("%w, whose end is %s: renew that with \"copilot certs renew\"", ErrValidity, cert.NotAfter.UTC().Format(time.RFC3339))
 	}
 	f.signed = f.encode()
 	algorithm, hash := algorithmOf(cert)

@@ -23,10 +23,10 @@ const (
 
 // Sizes in bytes.
 const (
-	KEKSize        = 32 // of a KEK for A256GCMKW
-	IVSize         = 12 // of A256GCMKW
-	OriginalIVSize = 16 // of AES-GCM as the original has it
-	TagSize        = 16 // of AES-GCM
+	KEKSize        = 32   // of a KEK for A256GCMKW
+	IVSize         = 12   // of A256GCMKW
+	OriginalIVSize = 16   // of AES-GCM as the original has it
+	TagSize        = 16   // of AES-GCM
 	EncSize        = 1120 // of the encapsulated key of HPKE: 1088 of ML-KEM-768, 32 of X25519
 
 	// MaxAnnotation bounds all annotations of a layer for one key provider.

@@ -189,4 +189,3 @@ func (l *limited) Write(p []byte) (int, error) {
 }
 
 func (l *limited) clear() { clear(l.b) }
-
