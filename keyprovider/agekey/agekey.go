@@ -68,7 +68,10 @@ func asRecipient[R age.Recipient](r R, err error) (age.Recipient, error) { retur
 // reason returns the end of an error of age's, which quotes the recipient before.
 func reason(err error) string {
 	text := err.Error()
-	return text[strings.LastIndex(text, "\": ")+1:]
+	if i := strings.LastIndex(text, "\": "); i >= 0 {
+		text = text[i+3:]
+	}
+	return text
 }
 
 // Check reports whether a text is a recipient. The error wraps [ErrRecipient].
