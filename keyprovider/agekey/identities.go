@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"filippo.io/age"
@@ -111,12 +113,12 @@ func (ids *Identities) Unwrap(wrapped []byte) ([]byte, error) {
 // Plugins returns the names of the plugins that may unwrap what was wrapped for a
 // recipient: its own, or all if it is one of those that several plugins share.
 func (ids *Identities) Plugins(to string) (names []string) {
-	r, err := parse(to)
+	own, _, err := plugin.ParseRecipient(to)
 	if err != nil {
 		return nil
 	}
-	for name := range ids.plugin {
-		if name == r.plugin || strings.HasPrefix(to, "age1tag") {
+	for _, name := range slices.Sorted(maps.Keys(ids.plugin)) {
+		if name == own || own == "tag" || own == "tagpq" {
 			names = append(names, name)
 		}
 	}
