@@ -359,7 +359,7 @@ func matchAny(patterns []string, name string) bool {
 // the KEKs, and they may use all.
 func Local(identities ...string) *Policy {
 	return &Policy{name: "the built-in policy", rules: []rule{
-		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export}, number: 1},
+		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export, Public}, number: 1},
 		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Unwrap}, Workloads: []string{"**"}, number: 2},
 	}}
 }

@@ -12,6 +12,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -70,6 +71,12 @@ func (k *PrivateKey) Clear() {
 			clear(seed)
 		}
 	})
+}
+
+// Cleared reports whether the seed is overwritten.
+func (k *PrivateKey) Cleared() bool {
+	seed, err := k.key.Bytes()
+	return err == nil && !slices.ContainsFunc(seed, func(b byte) bool { return b != 0 })
 }
 
 // Public returns the public key.
