@@ -119,10 +119,10 @@ func ownKeyProvider(cmd *cli.Command) (map[string]processor.KeyProvider, error) 
 }
 
 // withoutBroker reports whether pilot's key provider can be of use without a broker: it has
-// public keys or identities of age, or a recipient of age.
+// public keys or identities of age, or a recipient is a public key or one of age.
 func withoutBroker(cmd *cli.Command, conf brokerconfig.Settings) bool {
 	return len(conf.PublicKeys)+len(conf.AgeIdentities) > 0 || slices.ContainsFunc(cmd.StringSlice("recipient"), func(r string) bool {
 		parts := strings.SplitN(r, ":", 3)
-		return len(parts) == 3 && parts[0] == "provider" && slices.Contains(conf.ProviderName, parts[1]) && wireformat.IsAgeRecipient(parts[2])
+		return strings.HasPrefix(r, hpkePrefix) || len(parts) == 3 && parts[0] == "provider" && slices.Contains(conf.ProviderName, parts[1]) && wireformat.IsAgeRecipient(parts[2])
 	})
 }
