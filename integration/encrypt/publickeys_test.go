@@ -30,15 +30,19 @@ func annotations(t testing.TB, dir string) []wireformat.Annotation {
 		t.Fatal(err)
 	}
 	blob(index.Manifests[0], &manifest)
-	text, err := base64.StdEncoding.DecodeString(manifest.Layers[0].Annotations["org.opencontainers.image.enc.keys.provider.pilot"])
-	if err != nil {
-		t.Fatal(err)
+	var all []wireformat.Annotation
+	for value := range strings.SplitSeq(manifest.Layers[0].Annotations["org.opencontainers.image.enc.keys.provider.pilot"], ",") {
+		text, err := base64.StdEncoding.DecodeString(value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := wireformat.ParseAnnotation(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, list...)
 	}
-	list, err := wireformat.ParseAnnotation(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return list
+	return all
 }
 
 // withoutNetwork returns a command in a network of its own, where nothing is, not even
@@ -136,7 +140,7 @@ deny = true
 		}
 		harness.Output(t, harness.Command(t, "ctr-pilot", append(append([]string{"images", "rewrap"}, "--broker", "unix://"+b.Dir+"/copilot.sock", "--public-keys-ca", ca,
 			"--recipient", "hpke:"+public("team-b")), "oci:"+dir+"/hpke:v1")...))
-		if list := annotations(t, dir+"/hpke"); len(list) != 1 || list[0].KEKID != "team-a" {
+		if list := annotations(t, dir+"/hpke"); len(list) != 2 || list[0].KEKVersion != 2 || list[1].Method != wireformat.MethodHPKE || list[1].KEKID != "team-b" {
 			t.Errorf("with another recipient: %+v", list)
 		}
 	}
