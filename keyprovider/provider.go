@@ -254,7 +254,7 @@ func namedKEKs(params [][]byte) ([]string, error) {
 			continue
 		}
 		if wireformat.IsSecretKey(id) {
-			return nil, fmt.Errorf("%w: a private key of age is named as a recipient: whoever saw it can unwrap with it; recipients begin with age1, and identities are in files that age-identities names", ErrInput)
+			return nil, fmt.Errorf("%w: a private key of age is named as a recipient: replace it, since others may have seen it; recipients begin with age1, and identities are in files that age-identities names", ErrInput)
 		}
 		if err := wireformat.ValidateKEKID(id); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrInput, err)

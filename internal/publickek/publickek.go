@@ -2,7 +2,7 @@
 // somebody who has neither the KEK nor a broker. It is HPKE (RFC 9180) in base mode with
 // MLKEM768-X25519 (draft-ietf-hpke-pq), HKDF-SHA256 and AES-256-GCM.
 //
-// The suite is hybrid: whoever wants the layer key has to break ML-KEM-768 and X25519.
+// The suite is hybrid: an attacker has to break both ML-KEM-768 and X25519.
 // docs/formats.md describes the derivation, the annotation and the file.
 package publickek
 
@@ -12,7 +12,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -71,12 +70,6 @@ func (k *PrivateKey) Clear() {
 			clear(seed)
 		}
 	})
-}
-
-// Cleared reports whether the seed is overwritten.
-func (k *PrivateKey) Cleared() bool {
-	seed, err := k.key.Bytes()
-	return err == nil && !slices.ContainsFunc(seed, func(b byte) bool { return b != 0 })
 }
 
 // Public returns the public key.

@@ -58,6 +58,9 @@ func TestUnwrapGivesWhatWasWrapped(t *testing.T) {
 		t.Errorf("%s version %d, encapsulated key of %d bytes", a.KEKID, a.KEKVersion, len(a.Enc))
 	}
 	private.Clear() // what is in progress goes on
+	if seed, err := private.key.Bytes(); err != nil || !bytes.Equal(seed, make([]byte, 32)) {
+		t.Errorf("the seed is not cleared, %v", err)
+	}
 	if got, err := private.Unwrap(a); err != nil || string(got) != layerKey {
 		t.Errorf("%q, %v", got, err)
 	}

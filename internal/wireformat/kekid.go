@@ -44,6 +44,5 @@ const agePrefix = "age1"
 // IsSecretKey reports whether what is named as a KEK is a private key of age, which must
 // go into no message.
 func IsSecretKey(id string) bool {
-	upper := strings.ToUpper(id)
-	return strings.HasPrefix(upper, "AGE-SECRET-KEY-") || strings.HasPrefix(upper, "AGE-PLUGIN-")
+	return strings.HasPrefix(strings.ToUpper(id), "AGE-SECRET-KEY-") || strings.HasPrefix(id, "AGE-PLUGIN-")
 }
