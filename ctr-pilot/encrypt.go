@@ -48,7 +48,8 @@ signatures that were made of it before don't fit. Converted layers are in tempor
 files without names (in TMPDIR) until they are encrypted.
 ` + transportsHelp + keyProvidersHelp + `
 Recipients:
-   provider:NAME:PARAMETER   a key provider; for pilot, the parameter is a KEK
+   provider:NAME:PARAMETER   a key provider; for pilot, a KEK, or a recipient of age
+   hpke:FILE                 the public half of a KEK, from "copilot keys public"
    jwe:FILE                  a public key
    pkcs7:FILE                an X.509 certificate
    pgp:NAME                  a name or mail address in gpg's keyring

@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -13,6 +15,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/configfile"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 	"github.com/ctrlplane/pilot/processor"
@@ -41,7 +44,10 @@ var commandProviders struct {
 // that is missing.
 func keyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error) {
 	c := &commandProviders
-	c.Do(func() { c.all, c.err = findKeyProviders(cmd) })
+	c.Do(func() {
+		c.all, c.err = findKeyProviders(cmd)
+		c.all, c.err = withPublicKeys(cmd, c.all, c.err)
+	})
 	return c.all, c.err
 }
 
@@ -93,19 +99,30 @@ func ownKeyProvider(cmd *cli.Command) (map[string]processor.KeyProvider, error) 
 	if err != nil {
 		return nil, err
 	}
-	if len(conf.Broker) == 0 {
+	if len(conf.Broker) == 0 && !withoutBroker(cmd, conf) {
 		return nil, fmt.Errorf("ctr-pilot asks the broker itself if --broker https://HOST:PORT, PILOT_BROKER or broker in %s names it", brokerconfig.DefaultFile)
 	}
-	broker, err := conf.Client()
-	if err != nil {
-		return nil, err
+	var broker keyprovider.Broker
+	if len(conf.Broker) > 0 {
+		if broker, err = conf.Client(); err != nil {
+			return nil, err
+		}
 	}
-	p := keyprovider.New(broker, keyprovider.Config{
-		Name: conf.ProviderName[0], Format: conf.AnnotationFormat, DefaultKEKs: conf.DefaultKEKs, CacheTTL: kekTTL, CacheSize: maxKEKs,
-	})
+	providerConf := conf.ProviderConfig()
+	providerConf.CacheTTL, providerConf.CacheSize = kekTTL, maxKEKs
+	p := keyprovider.New(broker, providerConf)
 	all := map[string]processor.KeyProvider{}
 	for _, name := range conf.ProviderName {
 		all[name] = p
 	}
 	return all, nil
+}
+
+// withoutBroker reports whether pilot's key provider can be of use without a broker: it has
+// public keys or identities of age, or a recipient is a public key or one of age.
+func withoutBroker(cmd *cli.Command, conf brokerconfig.Settings) bool {
+	return len(conf.PublicKeys)+len(conf.AgeIdentities) > 0 || slices.ContainsFunc(cmd.StringSlice("recipient"), func(r string) bool {
+		parts := strings.SplitN(r, ":", 3)
+		return strings.HasPrefix(r, hpkePrefix) || len(parts) == 3 && parts[0] == "provider" && slices.Contains(conf.ProviderName, parts[1]) && wireformat.IsAgeRecipient(parts[2])
+	})
 }

@@ -82,7 +82,7 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 }
 
 // recipientSchemes are the first words of recipients.
-var recipientSchemes = []string{"provider", "jwe", "pkcs7", "pgp", "pkcs11"}
+var recipientSchemes = []string{"provider", "hpke", "jwe", "pkcs7", "pgp", "pkcs11"}
 
 // checkRecipients checks how recipients are spelled, and that there is one.
 func checkRecipients(list []string) error {
@@ -91,7 +91,7 @@ func checkRecipients(list []string) error {
 	}
 	for _, r := range list {
 		if scheme, _, ok := strings.Cut(r, ":"); !ok || !slices.Contains(recipientSchemes, scheme) {
-			return exit.Usagef("recipient %q: use provider:NAME:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+			return exit.Usagef("recipient %q: use provider:NAME:KEK, hpke:FILE, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
 		}
 	}
 	return nil
@@ -117,6 +117,16 @@ func newRecipients(cmd *cli.Command, args parsehelpers.EncArgs, layers []ocispec
 		// imgcrypt leaves such a recipient out if it finds no gpg.
 		if _, err := parsehelpers.CreateGPGClient(args); err != nil {
 			return none, fmt.Errorf("recipient %s: %w", r, err)
+		}
+	}
+	public, provider, err := publicRecipients(cmd)
+	if err != nil {
+		return none, err
+	}
+	args.Recipient = slices.Clone(args.Recipient)
+	for i, r := range args.Recipient {
+		if key, ok := public[r]; ok {
+			args.Recipient[i] = "provider:" + provider + ":" + key.ID
 		}
 	}
 	taken, err := takeKeys(&args)

@@ -17,6 +17,7 @@ import (
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/keyprovider/agekey"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -132,7 +133,7 @@ func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
 			encryption = "NO KEY"
 		}
 		fmt.Fprintf(w, "%d\t%s\t%s\t%d\t%s\t%s\n", r.Layer, shown(r.Digest.String()), shown(r.Platform), r.Size,
-			encryption, shown(strings.Join(r.Recipients, ", ")))
+			encryption, shown(strings.Join(short(r.Recipients), ", ")))
 	}
 	if err := w.Flush(); err != nil {
 		return err
@@ -155,6 +156,15 @@ func printLayers(rows []layerInfo, notEncrypted []image.Plain) error {
 		fmt.Fprintln(os.Stderr, "  "+p.String())
 	}
 	return nil
+}
+
+// short returns recipients without the ends of those of age that are long.
+func short(recipients []string) []string {
+	list := make([]string, len(recipients))
+	for i, r := range recipients {
+		list[i] = agekey.Shown(r)
+	}
+	return list
 }
 
 // imageInfo is the JSON of layerinfo.

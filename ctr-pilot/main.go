@@ -13,6 +13,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/version"
+	"github.com/ctrlplane/pilot/keyprovider/agekey"
 )
 
 // suppressDeprecations is a variable of ctr's. Set to false, the warnings appear.
@@ -24,6 +25,7 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
+	agekey.IsolatePlugins()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintln(os.Stderr, "ctr-pilot: core dumps can't be disabled:", err)
 		return 1

@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -29,7 +30,7 @@ type Recipient struct {
 	// pkcs11, or provider. and the name of a key provider.
 	Scheme string
 	// KEK is the KEK's id, and Version its version, if the key provider writes
-	// pilot's annotations and the annotation names them.
+	// pilot's annotations and the annotation names them. It may be a recipient of age.
 	KEK     string
 	Version int
 	// Original says that the annotation is one of pilot's in the original format,
@@ -179,7 +180,7 @@ func separate(scheme string, text []byte, annotations []wireformat.Annotation) (
 	}
 	keys := make([]wrapped, len(annotations))
 	for i, a := range annotations {
-		keys[i] = wrapped{Recipient: Recipient{Scheme: scheme, KEK: a.KEKID, Version: a.KEKVersion}, json: texts[i], method: a.Method}
+		keys[i] = wrapped{Recipient: Recipient{Scheme: scheme, KEK: cmp.Or(a.KEKID, a.Recipient), Version: a.KEKVersion}, json: texts[i], method: a.Method}
 	}
 	return keys, nil
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/containers/ocicrypt/config"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -122,6 +123,10 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 			return renew, nil
 		}
 		return move, nil
+	case k.method == wireformat.MethodAge && l.adds(k.Recipient):
+		return drop, nil // the one that is added replaces it
+	case k.method == wireformat.MethodAge:
+		return keep, nil // there are no versions
 	case k.KEK != "" && l.adds(k.Recipient):
 		return renew, nil
 	case !anew || l.From != "":

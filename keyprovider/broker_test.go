@@ -14,6 +14,7 @@ import (
 	ocicrypt "github.com/containers/ocicrypt/keywrap/keyprovider"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/copilot/pki"
 	broker "github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
@@ -36,8 +37,18 @@ func startBroker(t testing.TB, keks map[string][]byte) *testBroker {
 	b.url = "unix://" + socket
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
+	ca, err := pki.Create(b.dir, "example.com", 24*time.Hour)
+	if err == nil {
+		err = ca.IssueSigner(b.dir, time.Hour, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	go func() {
-		done <- broker.Serve(ctx, broker.Config{Dir: b.dir, Listen: []string{address, b.url}, InsecureLoopback: true})
+		done <- broker.Serve(ctx, broker.Config{
+			Dir: b.dir, Listen: []string{address, b.url}, InsecureLoopback: true,
+			PublicKeysCert: filepath.Join(b.dir, pki.SignerCertFile), PublicKeysKey: filepath.Join(b.dir, pki.SignerKeyFile),
+		})
 	}()
 	t.Cleanup(func() {
 		stop()

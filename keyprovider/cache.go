@@ -14,6 +14,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/traceid"
 )
 
@@ -64,6 +65,7 @@ type cacheKey struct {
 type cacheEntry struct {
 	key       cacheKey
 	kek       client.KEK
+	private   *publickek.PrivateKey // derived from the KEK, once it was needed; may be nil
 	fetched   time.Time
 	isCurrent time.Time // when it was last fetched as the current version, or zero
 	doubted   bool      // another version may be current since
@@ -380,6 +382,10 @@ func (c *cache) remove(el *list.Element) {
 		delete(c.current, e.key.id)
 	}
 	clear(e.kek.Key)
+	if e.private != nil {
+		e.private.Clear()
+		e.private = nil
+	}
 	c.count(-1)
 }
 

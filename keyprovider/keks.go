@@ -1,6 +1,7 @@
 package keyprovider
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,9 +21,18 @@ import (
 // or one written when the broker had no versions.
 const maxVersions = 16
 
-// wrap wraps optsdata with the current version of the KEK named id, locally, or at the
-// broker if the KEK is not exported. It returns that version too.
+// wrap wraps optsdata for an age recipient, or for the public half of the KEK named id if
+// there is a file of it, or else with the KEK's current version: locally, or at the broker
+// if the KEK is not exported. It returns the version too, 0 for an age recipient.
 func (p *Provider) wrap(ctx context.Context, id string, optsdata []byte) (wireformat.Annotation, int, error) {
+	if wireformat.IsAgeRecipient(id) {
+		a, err := p.wrapAge(ctx, id, optsdata)
+		return a, 0, err
+	}
+	if a, err := p.wrapHPKE(id, optsdata); a != nil || err != nil {
+		a = cmp.Or(a, new(wireformat.Annotation))
+		return *a, a.KEKVersion, err
+	}
 	if p.conf.Format == FormatCopilot {
 		return p.wrapAtBroker(ctx, id, optsdata)
 	}
@@ -53,7 +63,7 @@ func (p *Provider) wrapAtBroker(ctx context.Context, id string, optsdata []byte)
 	return a, w.Version, nil
 }
 
-// unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW or copilot.
+// unwrapAtBroker has the broker unwrap a, whose method is A256GCMKW, copilot or HPKE.
 // A KEK that the broker refused a moment ago is not tried again.
 func (p *Provider) unwrapAtBroker(ctx context.Context, a wireformat.Annotation) (optsdata []byte, _ client.KEK, err error) {
 	key := cacheKey{a.KEKID, a.KEKVersion}
@@ -65,7 +75,7 @@ func (p *Provider) unwrapAtBroker(ctx context.Context, a wireformat.Annotation) 
 	}
 	defer func() { p.keks.refuse(key, err, traceid.Of(ctx)) }()
 	defer func(start time.Time) { p.metrics.asked(ctx, "unwrap", start, err) }(time.Now())
-	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, client.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Key: a.WrappedKey})
+	optsdata, err = p.broker.Unwrap(ctx, a.KEKID, client.Wrapped{Version: a.KEKVersion, Method: a.Method, IV: a.IV, Enc: a.Enc, Key: a.WrappedKey})
 	if errors.Is(err, client.ErrRejected) {
 		err = fmt.Errorf("%w: %w", ErrWrongKEK, err)
 	}
@@ -76,6 +86,9 @@ func (p *Provider) unwrapAtBroker(ctx context.Context, a wireformat.Annotation) 
 func (p *Provider) unwrap(ctx context.Context, a wireformat.Annotation, allowed []string) ([]byte, client.KEK, error) {
 	if a.Method == wireformat.MethodAESGCM {
 		return p.unwrapOriginal(ctx, a, allowed)
+	}
+	if a.Method == wireformat.MethodAge {
+		return p.unwrapAge(ctx, a, allowed)
 	}
 	if len(allowed) > 0 && !slices.Contains(allowed, a.KEKID) {
 		return nil, client.KEK{}, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, a.KEKID, strings.Join(allowed, ", "))
@@ -137,7 +150,12 @@ func (p *Provider) tryVersions(ctx context.Context, a wireformat.Annotation, id 
 			}
 			break
 		}
-		optsdata, err := unwrap(kek, a)
+		var optsdata []byte
+		if a.Method == wireformat.MethodHPKE {
+			optsdata, err = p.unwrapHPKE(kek, a)
+		} else {
+			optsdata, err = unwrap(kek, a)
+		}
 		clear(kek.Key)
 		kek.Key = nil
 		if err == nil {

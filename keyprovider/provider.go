@@ -21,7 +21,9 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/keyprovider/agekey"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -58,6 +60,12 @@ type Config struct {
 	CacheIdle time.Duration
 	// CacheSize is how many KEKs are kept at most; 0: none.
 	CacheSize int
+	// PublicKey returns the public half of a KEK to wrap for, without asking the broker,
+	// or nil if there is no file of one. May be nil.
+	PublicKey func(id string) (*publickek.PublicKey, error)
+	// AgeIdentities are files of identities that unwrap what was wrapped for recipients
+	// of age, in the form of age-keygen. They are read each time.
+	AgeIdentities []string
 	// Metrics count what the Provider does. May be nil.
 	Metrics *Metrics
 }
@@ -85,10 +93,14 @@ type Provider struct {
 	metrics *Metrics
 }
 
-// New returns a Provider that gets its KEKs from broker.
+// New returns a Provider that gets its KEKs from broker. Without one, which is nil, it
+// wraps for public keys, and wraps and unwraps for recipients of age.
 func New(broker Broker, conf Config) *Provider {
 	conf.Name = cmp.Or(conf.Name, defaultName)
 	conf.Format = cmp.Or(conf.Format, FormatA256GCMKW)
+	if broker == nil {
+		broker = noBroker{}
+	}
 	p := &Provider{conf: conf, broker: broker, metrics: conf.Metrics}
 	if p.metrics == nil {
 		p.metrics = NewMetrics(nil)
@@ -147,7 +159,7 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 			return nil, err
 		}
 		annotations[i] = a
-		p.done(ctx, opWrap, id, version, a.Method, start)
+		p.done(ctx, opWrap, agekey.Shown(id), version, a.Method, start)
 	}
 	var b []byte
 	if len(annotations) == 1 {
@@ -186,7 +198,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []
 	}
 
 	cached := func(a wireformat.Annotation) bool {
-		return a.Method == wireformat.MethodA256GCMKW && a.KEKVersion != 0 && p.keks.has(a.KEKID, a.KEKVersion)
+		return (a.Method == wireformat.MethodA256GCMKW || a.Method == wireformat.MethodHPKE) && a.KEKVersion != 0 && p.keks.has(a.KEKID, a.KEKVersion)
 	}
 	slices.SortStableFunc(annotations, func(a, b wireformat.Annotation) int {
 		switch inMemory := cached(a); {
@@ -240,6 +252,9 @@ func namedKEKs(params [][]byte) ([]string, error) {
 		// ocicrypt passes this for a recipient without a parameter.
 		if id == "" || id == "Enabled" {
 			continue
+		}
+		if wireformat.IsSecretKey(id) {
+			return nil, fmt.Errorf("%w: a private key of age is named as a recipient: replace it, since others may have seen it; recipients begin with age1, and identities are in files that age-identities names", ErrInput)
 		}
 		if err := wireformat.ValidateKEKID(id); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrInput, err)

@@ -33,7 +33,8 @@ func wrap(kek client.KEK, format Format, optsdata []byte) (wireformat.Annotation
 	return a, nil
 }
 
-// unwrap returns the optsdata that a holds, or errWrongKEK.
+// unwrap returns the optsdata that a holds, whose method is A256GCMKW or the original's, or
+// errWrongKEK.
 func unwrap(kek client.KEK, a wireformat.Annotation) ([]byte, error) {
 	if a.Method == wireformat.MethodA256GCMKW && len(kek.Key) != wireformat.KEKSize {
 		return nil, fmt.Errorf("has %d bytes, and %s takes %d", len(kek.Key), a.Method, wireformat.KEKSize)

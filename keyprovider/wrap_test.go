@@ -124,12 +124,17 @@ func FuzzParseAnnotation(f *testing.F) {
 	f.Add([]byte(`{"method":"A256GCMKW","kekId":"a","kekVersion":1,"iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}`))
 	f.Add([]byte(`[{"method":"AES-GCM","iv":"AAAAAAAAAAAAAAAAAAAAAA==","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}]`))
 	f.Add([]byte(`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"AAAA"}`))
+	f.Add([]byte(`{"method":"age","recipient":"age1x","wrappedKey":"AAAA"}`))
+	f.Add([]byte(`{"method":"HPKE-MLKEM768-X25519-HKDF-SHA256-A256GCM","kekId":"a","kekVersion":1,"enc":"` + strings.Repeat("AAAA", 373) + `AA==","wrappedKey":"AAAAAAAAAAAAAAAAAAAAAAAAAAA="}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		list, err := wireformat.ParseAnnotation(b)
 		if err != nil {
 			return
 		}
 		for _, a := range list {
+			if a.Method == wireformat.MethodHPKE || a.Method == wireformat.MethodAge {
+				continue // packages publickek and agekey
+			}
 			if _, err := unwrap(client.KEK{Key: make([]byte, 32)}, a); err == nil {
 				t.Fatalf("%s unwraps with a KEK of zeros", b)
 			}

@@ -86,6 +86,7 @@ Example:
 		},
 		nodeCACommand,
 		serverCACommand,
+		publicKeysCommand,
 	},
 }
 
@@ -121,7 +122,7 @@ func certsRotateCA(_ context.Context, c *cli.Command) error {
 	fmt.Printf(`%s has the new CA and the old one.
 
    1. copy it to every node, as its broker-ca
-   2. copilot certs renew FILE...            # the server's, the admin's, the nodes'
+   2. copilot certs renew FILE...            # the server's, the admin's, that of public keys, the nodes'
    3. copilot certs rotate-ca --finish       # when no certificate of the old CA is in use
    4. copy %[1]s to every node again
 `, filepath.Join(dir, pki.CertFile))

@@ -32,10 +32,11 @@ var initCommand = &cli.Command{
 	Name:  "init",
 	Usage: "write a working configuration, with a CA, a server certificate and an admin's",
 	Description: `Writes into --config-dir: copilot.toml and policy.toml, a private CA (ca.pem,
-ca-key.pem), the server's certificate (server.pem, server-key.pem) and an
-admin's (admin.pem, admin-key.pem). It overwrites nothing, and uses an existing CA,
-such as one from a backup. The user copilot, which the package creates for the
-service, gets the server's key and the store, and no other key.
+ca-key.pem), the server's certificate (server.pem, server-key.pem), one that signs
+the public halves of KEKs (public-keys.pem, public-keys-key.pem), and an admin's
+(admin.pem, admin-key.pem). It overwrites nothing, and uses an existing CA, such as
+one from a backup. The user copilot, which the package creates for the service, gets
+the keys of the server and of public-keys.pem and the store, and no other key.
 
 Example:
    copilot init --host copilot.example.com --trust-domain example.com`,
@@ -80,7 +81,7 @@ func initialize(_ context.Context, c *cli.Command) error {
 		return err
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
-	for _, name := range []string{"copilot.toml", "policy.toml", "server.pem", "server-key.pem", "admin.pem", "admin-key.pem"} {
+	for _, name := range []string{"copilot.toml", "policy.toml", "server.pem", "server-key.pem", "admin.pem", "admin-key.pem", pki.SignerCertFile, pki.SignerKeyFile} {
 		if _, err := os.Lstat(in(name)); !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("init: %s exists, and nothing is overwritten: move it away, or use another --config-dir", in(name))
 		}
@@ -97,6 +98,9 @@ func initialize(_ context.Context, c *cli.Command) error {
 	}
 	domain = ca.TrustDomain()
 	if err := ca.IssueServer(hosts, serverFor, in("server.pem"), in("server-key.pem"), giveToService); err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	if err := makeSigner(ca, dir, serverFor); err != nil {
 		return fmt.Errorf("init: %w", err)
 	}
 	admin := pki.Client{Path: "admin", Hold: serverFor}
@@ -225,6 +229,8 @@ tls-cert = "%[3]s/server.pem"
 tls-key = "%[3]s/server-key.pem"
 tls-client-ca = "%[3]s/ca.pem"
 policy = "%[3]s/policy.toml"
+public-keys-cert = "%[3]s/public-keys.pem"
+public-keys-key = "%[3]s/public-keys-key.pem"
 `
 
 const policyText = `# Who may do what with which KEK. What no rule allows is denied.

@@ -27,7 +27,7 @@ import (
 
 var keysCommand = &cli.Command{
 	Name:  "keys",
-	Usage: "create, list, show, import, rotate, disable, revoke and destroy KEKs",
+	Usage: "create, list, show, import, rotate, disable, revoke and destroy KEKs, and give out their public halves",
 	Description: `Manages the KEKs of the configured store, through the copilot that has it open if
 there is one, or with --server those of another machine. No command shows a key.
 
@@ -167,6 +167,7 @@ Example:
 			}),
 		},
 		checkKEKCommand,
+		publicCommand,
 		{
 			Name: "list", Usage: "list the KEKs",
 			Description: `Lists the KEKs that the caller may do anything with: on the broker's machine, all.

@@ -25,7 +25,7 @@ var policyCommand = &cli.Command{
 		Name: "check", Usage: "show whether an identity may do something with a KEK, and why", ArgsUsage: "[IDENTITY [KEK ACTION]]",
 		Description: `Identities look as in the audit log: spiffe://DOMAIN/PATH, dns:NAME or cn:NAME of
 a certificate, uid:NUMBER over a unix socket, ISSUER:SUBJECT of a token. Actions
-are wrap, unwrap, export and admin. With IDENTITY alone, it lists the rules for
+are wrap, unwrap, export, public and admin. With IDENTITY alone, it lists the rules for
 it. Without arguments, it checks the file only, and warns of rules by which others
 than expected may get in.
 Whether the KEK is disabled or revoked is asked of the configured store, or of
@@ -93,7 +93,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 		return exit.Usagef("policy check: --workload is for unwrap: other actions are the node's own")
 	}
 	if !slices.Contains(policy.Actions, action) {
-		return exit.Usagef("policy check: unknown action %q: use wrap, unwrap, export or admin", action)
+		return exit.Usagef("policy check: unknown action %q: use wrap, unwrap, export, public or admin", action)
 	}
 	v := p.Decide(who, kek, action, now)
 	unknown := ""

@@ -12,7 +12,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
 
-	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/setting"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
@@ -172,15 +171,9 @@ func (c *configuration) listensByTLS() bool {
 }
 
 // provider returns the key provider that the configuration describes.
-func (c *configuration) provider(broker *brokerclient.Client, metrics *keyprovider.Metrics) *keyprovider.Provider {
-	return keyprovider.New(broker, keyprovider.Config{
-		Name:        c.ProviderName[0],
-		Format:      c.AnnotationFormat,
-		DefaultKEKs: c.DefaultKEKs,
-		CacheTTL:    c.KEKCacheTTL,
-		CacheGrace:  c.KEKCacheGrace,
-		CacheIdle:   c.KEKCacheIdle,
-		CacheSize:   c.KEKCacheSize,
-		Metrics:     metrics,
-	})
+func (c *configuration) provider(broker keyprovider.Broker, metrics *keyprovider.Metrics) *keyprovider.Provider {
+	conf := c.Settings.ProviderConfig()
+	conf.CacheTTL, conf.CacheGrace, conf.CacheIdle, conf.CacheSize = c.KEKCacheTTL, c.KEKCacheGrace, c.KEKCacheIdle, c.KEKCacheSize
+	conf.Metrics = metrics
+	return keyprovider.New(broker, conf)
 }

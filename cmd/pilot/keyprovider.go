@@ -27,7 +27,7 @@ writes the answer to standard output. It asks the broker itself, or with
 Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
    {"key-providers": {"pilot": {"cmd": {"path": "/usr/local/bin/pilot",
       "args": ["keyprovider", "--broker", "unix:///run/copilot/copilot.sock"]}}}}`,
-	Flags: append(configFlags(append(brokerSettings, "provider-name", "annotation-format", "default-keks", "log-level")...),
+	Flags: append(configFlags(append(brokerSettings, "provider-name", "annotation-format", "default-keks", "public-keys", "public-keys-ca", "age-identities", "log-level")...),
 		&cli.StringFlag{Name: "daemon", Usage: "unix socket of a running pilot serve to go through, as unix:///`PATH`"}),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		if c.NArg() > 0 {
@@ -44,9 +44,11 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 		if daemon := c.String("daemon"); daemon != "" {
 			return denied(forward(ctx, address(daemon)))
 		}
-		broker, err := conf.Client()
-		if err != nil {
-			return err
+		var broker keyprovider.Broker
+		if len(conf.Broker) > 0 {
+			if broker, err = conf.Client(); err != nil {
+				return err
+			}
 		}
 		service := keyprovider.Service{Provider: conf.provider(broker, nil), Names: conf.ProviderName}
 		return denied(service.Exec(ctx, os.Stdin, os.Stdout))

@@ -12,6 +12,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/commandline"
 	"github.com/ctrlplane/pilot/internal/coredump"
 	"github.com/ctrlplane/pilot/internal/version"
+	"github.com/ctrlplane/pilot/keyprovider/agekey"
 )
 
 func main() {
@@ -20,6 +21,7 @@ func main() {
 
 // run runs the command line and returns the exit status.
 func run() int {
+	agekey.IsolatePlugins()
 	isolate()
 	if err := coredump.Disable(); err != nil {
 		fmt.Fprintf(os.Stderr, "pilot: core dumps can't be disabled: %s\n", err)

@@ -176,10 +176,13 @@ type Wrapped struct {
 	// Version is the KEK's, from 1.
 	Version int `json:"version"`
 	// Method is that of pilot's annotations: A256GCMKW for what anybody with the
-	// KEK can unwrap, copilot for what only the broker can.
+	// KEK can unwrap, copilot for what only the broker can. What was wrapped for the public
+	// half of a KEK has that of HPKE.
 	Method string `json:"method"`
-	// IV has 12 bytes, and is nil with the method copilot.
+	// IV has 12 bytes, and is nil with any method but A256GCMKW.
 	IV []byte `json:"iv,omitempty"`
+	// Enc is the encapsulated key of HPKE, of 1120 bytes. Brokers return none.
+	Enc []byte `json:"enc,omitempty"`
 	// Key has at most 90 KiB.
 	Key []byte `json:"wrappedKey"`
 }

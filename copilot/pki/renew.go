@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/replacefile"
 )
@@ -86,6 +87,13 @@ func (ca *CA) renewable(old *x509.Certificate) error {
 			return errors.New("it was not issued by copilot")
 		}
 		return ca.issued(old, ca.replaced())
+	case publickek.IsSigner(old):
+		if old.URIs[0].Host != ca.TrustDomain() {
+			return fmt.Errorf("it is for %s, and the CA's trust domain is %s", old.URIs[0], ca.TrustDomain())
+		}
+		return ca.issued(old, ca.replaced())
+	case len(old.UnknownExtKeyUsage) > 0:
+		return errors.New("it was not issued by copilot: it has a key usage that copilot does not know")
 	case len(old.URIs) != 1 || len(old.DNSNames)+len(old.IPAddresses)+len(old.EmailAddresses) > 0:
 		return errors.New("it was not issued by copilot: it has no SPIFFE ID, or other names besides")
 	}
@@ -143,6 +151,8 @@ func (ca *CA) again(old *x509.Certificate, public crypto.PublicKey, valid time.D
 		IPAddresses: old.IPAddresses,
 		KeyUsage:    old.KeyUsage,
 		ExtKeyUsage: old.ExtKeyUsage,
+
+		UnknownExtKeyUsage: old.UnknownExtKeyUsage,
 	}, ca.cert, public, ca.key, valid)
 }
 

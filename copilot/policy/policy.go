@@ -22,11 +22,12 @@ const (
 	Wrap   Action = "wrap"   // have the broker wrap layer keys
 	Unwrap Action = "unwrap" // have the broker unwrap them
 	Export Action = "export" // get the KEK itself, to wrap and unwrap with
+	Public Action = "public" // get its public half, to wrap for it without the broker
 	Admin  Action = "admin"  // create, rotate, disable, destroy, revoke, list
 )
 
 // Actions are all there are.
-var Actions = []Action{Wrap, Unwrap, Export, Admin}
+var Actions = []Action{Wrap, Unwrap, Export, Public, Admin}
 
 // Policy is what a file of rules says. What no rule allows is denied.
 type Policy struct {
@@ -127,7 +128,7 @@ func (r *rule) check(issuers []string) error {
 	}
 	for _, a := range r.Actions {
 		if !slices.Contains(Actions, a) {
-			return fmt.Errorf("%q is no action: there are wrap, unwrap, export and admin", a)
+			return fmt.Errorf("%q is no action: there are wrap, unwrap, export, public and admin", a)
 		}
 	}
 	if err := canonicalPatterns(r.Identities, issuers); err != nil {
@@ -358,7 +359,7 @@ func matchAny(patterns []string, name string) bool {
 // the KEKs, and they may use all.
 func Local(identities ...string) *Policy {
 	return &Policy{name: "the built-in policy", rules: []rule{
-		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export}, number: 1},
+		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Wrap, Unwrap, Export, Public}, number: 1},
 		{Identities: identities, KEKs: []string{"**"}, Actions: []Action{Unwrap}, Workloads: []string{"**"}, number: 2},
 	}}
 }

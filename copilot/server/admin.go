@@ -13,6 +13,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server/auditing"
 	"github.com/ctrlplane/pilot/copilot/server/keyring"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // Handlers for admins. Each decodes the request, and has a function that does the work,
@@ -43,6 +44,9 @@ func (a *api) create(r *http.Request, e *auditing.Entry) (any, error) {
 func (a *api) createKEK(ctx context.Context, e *auditing.Entry, key []byte) (keyring.Info, error) {
 	if err := a.rights(e).May(e.KEK, policy.Admin); err != nil {
 		return keyring.Info{}, err
+	}
+	if wireformat.IsAgeRecipient(e.KEK) {
+		return keyring.Info{}, fmt.Errorf("%w: names that begin with age1 are recipients of age: use another one", keystore.ErrInput)
 	}
 	if location, ok := a.keks.Location(e.KEK); ok {
 		return keyring.Info{}, fmt.Errorf("%w: the configuration says that it is in %s: create it there", keystore.ErrExists, location.Backend)

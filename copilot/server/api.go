@@ -66,6 +66,7 @@ func (a *api) routes() map[string]route {
 		"POST /api/v2/keks":                {action: "create", handle: a.create},
 		"GET /api/v2/keks/{id}":            {action: "info", onKEK: a.info, may: policy.Actions},
 		"GET /api/v2/keks/{id}/key":        {action: "export", handle: a.export},
+		"GET /api/v2/keks/{id}/public":     {action: "public", onKEK: a.public, may: []policy.Action{policy.Public, policy.Admin}},
 		"POST /api/v2/keks/{id}/wrap":      {action: "wrap", onKEK: a.wrap, may: []policy.Action{policy.Wrap}},
 		"POST /api/v2/keks/{id}/unwrap":    {action: "unwrap", handle: a.unwrap},
 		"POST /api/v2/keks/{id}/use":       {action: "use", handle: a.use},

@@ -37,6 +37,7 @@ type broker struct {
 	auditLog *audit.Log       // nil until it is open
 	heads    *headNotes       // nil until it is open
 	nodeCA   *nodeCA          // renews clients' certificates; may be nil
+	signer   publicSigner     // of the public halves of KEKs
 	metrics  *metrics
 
 	// opened says that the store and the audit log are open. Before that, nothing else
@@ -67,6 +68,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 	b = &broker{
 		audit:   auditing.New(),
 		metrics: newMetrics(),
+		signer:  publicSigner{conf.PublicKeysCert, conf.PublicKeysKey},
 		callers: caller.Authenticator{AllowAnonymous: conf.InsecureLoopback && !conf.hasTLS()},
 	}
 	if b.policy, err = openPolicy(conf); err != nil {

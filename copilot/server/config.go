@@ -41,6 +41,10 @@ type Config struct {
 	// TLSClientCA too.
 	NodeCA    string `toml:"node-ca"`
 	NodeCAKey string `toml:"node-ca-key"`
+	// PublicKeysCert and PublicKeysKey are PEM files of the certificate that signs the
+	// public halves of KEKs, and its key. Default: none are given out.
+	PublicKeysCert string `toml:"public-keys-cert"`
+	PublicKeysKey  string `toml:"public-keys-key"`
 	// InsecureLoopback allows a loopback address without TLS, where clients
 	// without a token are anonymous.
 	InsecureLoopback bool `toml:"insecure-loopback"`
@@ -139,6 +143,9 @@ func (c *Config) check() error {
 	}
 	if c.NodeCA != "" && c.TLSClientCA == "" {
 		return errors.New("node-ca needs tls-client-ca: it renews certificates that clients show")
+	}
+	if (c.PublicKeysCert == "") != (c.PublicKeysKey == "") {
+		return errors.New("public-keys-cert and public-keys-key must be set together")
 	}
 	if c.MetricsListen != "" {
 		if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil {

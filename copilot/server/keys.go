@@ -39,6 +39,9 @@ type Keys interface {
 	Reinstate(ctx context.Context, id, identity string) (keyring.Info, error)
 	// Check tries a KEK.
 	Check(ctx context.Context, id string) (Check, error)
+	// Public returns the public half of a KEK, signed, and valid for that time, in whole
+	// seconds: 0 for the default.
+	Public(ctx context.Context, id string, valid time.Duration) (PublicKey, error)
 	// Created describes the store if it was created since there was none, or returns "".
 	Created() string
 	// Close ends the connection, or closes the store.

@@ -72,6 +72,9 @@ burst = 8
 	if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
 		t.Fatal(err)
 	}
+	if err := ca.IssueSigner(dir, time.Hour, nil); err != nil {
+		t.Fatal(err)
+	}
 	pair, err := tls.LoadX509KeyPair(in("node.pem"), in("node-key.pem"))
 	if err != nil {
 		t.Fatal(err)
@@ -89,6 +92,7 @@ burst = 8
 	public := strings.TrimPrefix(serve(t, dir, server.Config{
 		Policy: policy, Listen: []string{node}, TLSCert: in("server.pem"), TLSKey: in("server-key.pem"), TLSClientCA: in("ca.pem"),
 		NodeCA: in("ca.pem"), NodeCAKey: in("ca-key.pem"),
+		PublicKeysCert: in(pki.SignerCertFile), PublicKeysKey: in(pki.SignerKeyFile),
 	}), "unix://")
 	admin := filepath.Join(dir, "admin.sock")
 	seen := make(map[string]bool)
@@ -112,6 +116,11 @@ burst = 8
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?version=1", "", 200},
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?wraps=64", "", 200},
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?version=2", "", 404},
+		{admin, "GET", "/api/v2/keks/team%2Fa/public", "", 200},
+		{admin, "GET", "/api/v2/keks/team%2Fa/public?seconds=60", "", 200},
+		{admin, "GET", "/api/v2/keks/team%2Fa/public?seconds=7200", "", 409},
+		{admin, "GET", "/api/v2/keks/short/public", "", 409},
+		{admin, "GET", "/api/v2/keks/nobody/public", "", 404},
 		{admin, "POST", "/api/v2/keks/team%2Fa/wrap", `{"plaintext":"AAAA"}`, 200},
 		{admin, "POST", "/api/v2/keks/short/wrap", `{"plaintext":"AAAA"}`, 400},
 		{admin, "POST", "/api/v2/keks/team%2Fa/check", "", 200},

@@ -31,7 +31,7 @@ func statusOf(err error) (int, string) {
 		return http.StatusRequestEntityTooLarge, audit.Failed
 	case errors.As(err, new(*authorization.Denial)), errors.As(err, new(*authorization.NotRenewed)):
 		return http.StatusForbidden, audit.Denied
-	case errors.Is(err, errNoNodeCA):
+	case errors.Is(err, errNoNodeCA), errors.Is(err, errNoSigner), errors.Is(err, keyring.ErrNoPublic):
 		return http.StatusConflict, audit.Failed
 	case errors.As(err, new(*ratelimit.Exceeded)):
 		return http.StatusTooManyRequests, audit.Denied

@@ -78,7 +78,7 @@ func Serve(ctx context.Context, conf Config) error {
 	}
 	b.policyRead()
 	b.metrics.registry.MustRegister(status.Certificates("copilot_cert_not_after_seconds", func() map[string]string {
-		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA}
+		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA, "public-keys-cert": conf.PublicKeysCert}
 	}))
 
 	s := &server{broker: b, turns: handshake.NewTurns(b.metrics.shed), connections: &ratelimit.Connections{Refused: b.metrics.refused}}

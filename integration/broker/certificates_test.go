@@ -99,7 +99,7 @@ func TestCertificatesRenewed(t *testing.T) {
 	works("copilot's certificate is the new CA's, the node's the old CA's")
 	harness.ExpectFailure(t, harness.Command(t, "copilot", "certs", "rotate-ca", "--config-dir", b.Dir, "--finish"), "worker-7.pem was not issued by the new CA", "admin.pem was not issued by the new CA")
 	old := harness.Write(t, b.Dir+"/before/worker-7.pem", harness.Read(t, node))
-	certs("renew", node, b.Dir+"/admin.pem")
+	certs("renew", node, b.Dir+"/admin.pem", b.Dir+"/public-keys.pem")
 	works("all certificates are the new CA's")
 	if out := certs("rotate-ca", "--finish"); !strings.Contains(out, "removed the old CA") {
 		t.Error(out)

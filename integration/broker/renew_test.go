@@ -413,7 +413,7 @@ func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
 	issued("before it renews", cert, before)
 	harness.Output(t, renew(t, b, cert, key))
 	issued("renewed", cert, b.Dir+"/ca.pem") // its first certificate is the new CA's
-	certs("renew", b.Dir+"/server.pem", b.Dir+"/admin.pem")
+	certs("renew", b.Dir+"/server.pem", b.Dir+"/admin.pem", b.Dir+"/public-keys.pem")
 	certs("rotate-ca", "--finish")
 	issued("the old CA is gone", cert, b.Dir+"/ca.pem")
 
@@ -443,7 +443,7 @@ func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	certs("rotate-ca")
-	certs("renew", b.Dir+"/server.pem", b.Dir+"/admin.pem")
+	certs("renew", b.Dir+"/server.pem", b.Dir+"/admin.pem", b.Dir+"/public-keys.pem")
 	certs("rotate-ca", "--finish")
 	issued("the CA was replaced", cert2, b.Dir+"/node-ca.pem")
 

@@ -17,19 +17,25 @@ const (
 	MethodA256GCMKW = "A256GCMKW" // RFC 7518, section 4.7
 	MethodCopilot   = "copilot"   // the broker's own
 	MethodAESGCM    = "AES-GCM"   // the original's
+	// MethodHPKE is for the public half of a KEK: RFC 9180 in base mode with this suite.
+	MethodHPKE = "HPKE-MLKEM768-X25519-HKDF-SHA256-A256GCM"
+	MethodAge  = "age" // https://age-encryption.org/v1, for a recipient that is no KEK
 )
 
 // Sizes in bytes.
 const (
-	KEKSize        = 32 // of a KEK for A256GCMKW
-	IVSize         = 12 // of A256GCMKW
-	OriginalIVSize = 16 // of AES-GCM as the original has it
-	TagSize        = 16 // of AES-GCM
+	KEKSize        = 32   // of a KEK for A256GCMKW
+	IVSize         = 12   // of A256GCMKW
+	OriginalIVSize = 16   // of AES-GCM as the original has it
+	TagSize        = 16   // of AES-GCM
+	EncSize        = 1120 // of the encapsulated key of HPKE: 1088 of ML-KEM-768, 32 of X25519
 
 	// MaxAnnotation bounds all annotations of a layer for one key provider.
 	MaxAnnotation = 1 << 20
 	// MaxWrappedKey bounds what a broker makes of a layer key.
 	MaxWrappedKey = 90 << 10
+	// MaxAge bounds a layer key that is wrapped with age.
+	MaxAge = 16 << 10
 )
 
 // MaxRecipients is how many KEKs one annotation can be for.
@@ -39,18 +45,23 @@ const MaxRecipients = 64
 // what stands, in base64, in a layer's
 // org.opencontainers.image.enc.keys.provider.pilot annotation.
 type Annotation struct {
-	// Method is A256GCMKW, copilot, or AES-GCM for the original's.
+	// Method is A256GCMKW, copilot, HPKE-MLKEM768-X25519-HKDF-SHA256-A256GCM, age, or
+	// AES-GCM for the original's.
 	Method string `json:"method"`
-	// KEKID is the name of the KEK; the original's annotations lack it.
+	// KEKID is the name of the KEK; the original's annotations lack it, and those of age.
 	KEKID string `json:"kekId,omitempty"`
 	// KEKVersion is the KEK's version, counted from 1. It is 0 when the
-	// broker has no versions, and in the original's annotations.
+	// broker has no versions, and where KEKID is missing.
 	KEKVersion int `json:"kekVersion,omitempty"`
-	// IV has 12 bytes, and 16 in the original's. With the method copilot
-	// there is none.
+	// Recipient is that of age: age1….
+	Recipient string `json:"recipient,omitempty"`
+	// IV has 12 bytes, and 16 in the original's. Only these two methods have one.
 	IV []byte `json:"iv,omitempty"`
+	// Enc is the encapsulated key of HPKE, of 1120 bytes. No other method has one.
+	Enc []byte `json:"enc,omitempty"`
 	// WrappedKey is the encrypted layer key with its 16-byte tag. With the
-	// method copilot only the broker knows what it is.
+	// method copilot only the broker knows what it is. With age it is an age file, of at
+	// most 16 KiB.
 	WrappedKey []byte `json:"wrappedKey"`
 }
 
@@ -88,6 +99,12 @@ func ParseAnnotation(b []byte) ([]Annotation, error) {
 
 // Validate reports what is wrong with an annotation.
 func (a *Annotation) Validate() error {
+	if a.Enc != nil && a.Method != MethodHPKE {
+		return fmt.Errorf("annotation: method %.40q has no encapsulated key", a.Method)
+	}
+	if a.Recipient != "" && a.Method != MethodAge {
+		return fmt.Errorf("annotation: method %.40q has no recipient", a.Method)
+	}
 	ivSize := IVSize
 	switch a.Method {
 	case MethodA256GCMKW:
@@ -99,6 +116,10 @@ func (a *Annotation) Validate() error {
 		}
 	case MethodCopilot:
 		return a.validateCopilot()
+	case MethodHPKE:
+		return a.validateHPKE()
+	case MethodAge:
+		return a.validateAge()
 	case MethodAESGCM:
 		if a.KEKID != "" || a.KEKVersion != 0 {
 			return fmt.Errorf("annotation: method %s does not name a KEK", MethodAESGCM)
@@ -133,10 +154,44 @@ func (a *Annotation) validateCopilot() error {
 	return nil
 }
 
+func (a *Annotation) validateHPKE() error {
+	switch n := len(a.WrappedKey); {
+	case a.KEKVersion < 1:
+		return fmt.Errorf("annotation: KEK version %d is not from 1", a.KEKVersion)
+	case a.IV != nil:
+		return fmt.Errorf("annotation: method %s has no IV", MethodHPKE)
+	case len(a.Enc) != EncSize:
+		return fmt.Errorf("annotation: encapsulated key of %d bytes, not %d", len(a.Enc), EncSize)
+	case n <= TagSize || n > MaxWrappedKey:
+		return fmt.Errorf("annotation: wrapped key of %d bytes, not %d to %d", n, TagSize+1, MaxWrappedKey)
+	}
+	if err := ValidateKEKID(a.KEKID); err != nil {
+		return fmt.Errorf("annotation: %w", err)
+	}
+	return nil
+}
+
+func (a *Annotation) validateAge() error {
+	switch n := len(a.WrappedKey); {
+	case a.KEKID != "" || a.KEKVersion != 0:
+		return fmt.Errorf("annotation: method %s does not name a KEK", MethodAge)
+	case a.IV != nil:
+		return fmt.Errorf("annotation: method %s has no IV", MethodAge)
+	case n == 0 || n > MaxAge:
+		return fmt.Errorf("annotation: wrapped key of %d bytes, not 1 to %d", n, MaxAge)
+	case !IsAgeRecipient(a.Recipient):
+		return fmt.Errorf("annotation: %.40q is not a recipient of age", a.Recipient)
+	}
+	if err := ValidateKEKID(a.Recipient); err != nil {
+		return fmt.Errorf("annotation: %w", err)
+	}
+	return nil
+}
+
 // AdditionalData returns what binds the wrapped key to its method, KEK and version:
-// see [AdditionalData]. The original has none.
+// see [AdditionalData]. The original has none, nor has age.
 func (a *Annotation) AdditionalData() []byte {
-	if a.Method == MethodAESGCM {
+	if a.Method == MethodAESGCM || a.Method == MethodAge {
 		return nil
 	}
 	return AdditionalData(a.Method, a.KEKID, a.KEKVersion)

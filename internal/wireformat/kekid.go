@@ -32,3 +32,17 @@ func ValidateKEKID(id string) error {
 	}
 	return nil
 }
+
+// IsAgeRecipient reports whether what is named as a KEK is a recipient of age, or looks
+// like one that was typed wrong. No KEK is called so.
+func IsAgeRecipient(id string) bool {
+	return len(id) >= len(agePrefix) && strings.EqualFold(id[:len(agePrefix)], agePrefix)
+}
+
+const agePrefix = "age1"
+
+// IsSecretKey reports whether what is named as a KEK is a private key of age, which must
+// go into no message.
+func IsSecretKey(id string) bool {
+	return strings.HasPrefix(strings.ToUpper(id), "AGE-SECRET-KEY-") || strings.HasPrefix(id, "AGE-PLUGIN-")
+}

@@ -16,6 +16,7 @@ func TestAdditionalDataIsCanonical(t *testing.T) {
 
 func TestParseAnnotationErrors(t *testing.T) {
 	iv12, iv16, key := "AAAAAAAAAAAAAAAA", "AAAAAAAAAAAAAAAAAAAAAA==", "AAAAAAAAAAAAAAAAAAAAAAAAAAA="
+	enc := strings.Repeat("AAAA", EncSize/3) + "AA=="
 	for _, test := range []struct{ in, want string }{
 		{``, "not pilot's"},
 		{`null`, "no method"},
@@ -40,6 +41,19 @@ func TestParseAnnotationErrors(t *testing.T) {
 		{`{"method":"copilot","kekId":"a","kekVersion":1}`, "wrapped key of 0 bytes"},
 		{`{"method":"copilot","kekId":"a","kekVersion":1,"wrappedKey":"` + strings.Repeat("AAAA", 92160/3+1) + `"}`, "not 1 to 92160"},
 		{`{"method":"A256GCMKW","kekId":"a","wrappedKey":"` + key + `"}`, "IV of 0 bytes"},
+		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","enc":"AAAA","wrappedKey":"` + key + `"}`, "no encapsulated key"},
+		{`{"method":"A256GCMKW","kekId":"a","iv":"` + iv12 + `","recipient":"age1x","wrappedKey":"` + key + `"}`, "no recipient"},
+		{`{"method":"` + MethodHPKE + `","kekId":"a","kekVersion":1,"wrappedKey":"` + key + `"}`, "encapsulated key of 0 bytes, not 1120"},
+		{`{"method":"` + MethodHPKE + `","kekId":"a","enc":"` + enc + `","wrappedKey":"` + key + `"}`, "version 0 is not from 1"},
+		{`{"method":"` + MethodHPKE + `","kekVersion":1,"enc":"` + enc + `","wrappedKey":"` + key + `"}`, "no KEK is named"},
+		{`{"method":"` + MethodHPKE + `","kekId":"a","kekVersion":1,"enc":"` + enc + `","wrappedKey":"AAAA"}`, "wrapped key of 3 bytes"},
+		{`{"method":"` + MethodHPKE + `","kekId":"a","kekVersion":1,"enc":"` + enc + `","iv":"` + iv12 + `","wrappedKey":"` + key + `"}`, "has no IV"},
+		{`{"method":"HPKE-MLKEM1024-P384","kekId":"a","kekVersion":1,"wrappedKey":"` + key + `"}`, "not known to this version of pilot"},
+		{`{"method":"age","wrappedKey":"` + key + `"}`, "is not a recipient of age"},
+		{`{"method":"age","kekId":"a","recipient":"age1x","wrappedKey":"` + key + `"}`, "does not name a KEK"},
+		{`{"method":"age","recipient":"age1 x","wrappedKey":"` + key + `"}`, "not allowed"},
+		{`{"method":"age","recipient":"age1x"}`, "wrapped key of 0 bytes"},
+		{`{"method":"age","recipient":"age1x","wrappedKey":"` + strings.Repeat("AAAA", MaxAge/3+1) + `"}`, "not 1 to 16384"},
 		{`{"method":"A256GCMKW","kekId":"` + strings.Repeat("a", 2049) + `"}`, "longer than 2048"},
 		{strings.Repeat(" ", MaxAnnotation+1), "more than 1048576 bytes"},
 	} {

@@ -38,6 +38,9 @@ type Settings struct {
 	ProviderName     ProviderNames      `toml:"provider-name" reload:"no" usage:"pilot's name among the key providers of ocicrypt.conf; several, separated by commas, if it has several there"`
 	AnnotationFormat keyprovider.Format `toml:"annotation-format" usage:"how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original"`
 	DefaultKEKs      KEKIDs             `toml:"default-keks" usage:"KEKs to try on keys in the original's format, separated by commas"`
+	PublicKeys       Paths              `toml:"public-keys" usage:"public halves of KEKs to wrap for without the broker, as copilot keys public prints them: files, or directories of *.pub files, separated by commas"`
+	PublicKeysCA     string             `toml:"public-keys-ca" usage:"CA of the broker that signed public-keys (default: broker-ca)"`
+	AgeIdentities    Paths              `toml:"age-identities" usage:"files of age identities that unwrap what was wrapped for recipients of age, separated by commas"`
 }
 
 // Defaults returns the settings where nothing is set. They name no broker.
@@ -56,6 +59,9 @@ func (s *Settings) Check() error {
 	}
 	if err := s.checkToken(); err != nil {
 		return err
+	}
+	if len(s.PublicKeys) > 0 && s.AnnotationFormat != keyprovider.FormatA256GCMKW {
+		return fmt.Errorf("public-keys and annotation-format %s are mutually exclusive: what is wrapped for a public key has a format of its own", s.AnnotationFormat)
 	}
 	if s.BrokerTimeout == 0 {
 		return errors.New("broker-timeout is 0: no request to the broker could succeed")
@@ -86,6 +92,17 @@ func (s *Settings) checkToken() error {
 		s.TokenAudience = u.Hostname()
 	}
 	return nil
+}
+
+// ProviderConfig returns the configuration of a key provider with these settings.
+func (s *Settings) ProviderConfig() keyprovider.Config {
+	return keyprovider.Config{
+		Name:          s.ProviderName[0],
+		Format:        s.AnnotationFormat,
+		DefaultKEKs:   s.DefaultKEKs,
+		PublicKey:     s.PublicKey,
+		AgeIdentities: s.AgeIdentities,
+	}
 }
 
 // Client returns the client of the brokers.

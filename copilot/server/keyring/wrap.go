@@ -19,6 +19,7 @@ type Wrapped struct {
 	Version int    `json:"version"`
 	Method  string `json:"method"`
 	IV      []byte `json:"iv,omitempty"`
+	Enc     []byte `json:"enc,omitempty"` // of HPKE
 	Key     []byte `json:"wrappedKey"`
 }
 
@@ -107,14 +108,16 @@ type envelope struct {
 	Sealed []byte `json:"sealed"` // 12-byte nonce, what was sealed with that key, 16-byte tag
 }
 
-// Unwrap undoes [Keyring.Wrap], and what pilot has wrapped with an exported KEK. The
-// caller clears the result. Errors wrap [kms.ErrUnwrap] if the key was not wrapped with
+// Unwrap undoes [Keyring.Wrap], and what pilot has wrapped with an exported KEK or for the
+// public half of one. The caller clears the result. Errors wrap [kms.ErrUnwrap] if the key was not wrapped with
 // this KEK and version, or was changed.
 func (r *Keyring) Unwrap(ctx context.Context, k KEK, w Wrapped) ([]byte, error) {
 	switch {
+	case w.Method == wireformat.MethodHPKE:
+		return r.unwrapHPKE(ctx, k, w)
 	case w.Method == wireformat.MethodCopilot && w.IV == nil && !k.WrapsHere():
 		return r.unwrapInside(ctx, k, w.Version, w.Key)
-	case w.Method == wireformat.MethodA256GCMKW && len(w.IV) == wireformat.IVSize:
+	case w.Method == wireformat.MethodA256GCMKW && len(w.IV) == wireformat.IVSize && w.Enc == nil:
 	default:
 		return nil, fmt.Errorf("%w: this KEK does not unwrap method %.40q with an iv of %d bytes: %s has 12 bytes, and %s, for a KEK that stays in its KMS, none",
 			keystore.ErrInput, w.Method, len(w.IV), wireformat.MethodA256GCMKW, wireformat.MethodCopilot)
