@@ -54,6 +54,7 @@ type Store struct {
 
 	masters   atomic.Pointer[masterSet]
 	reloading sync.Mutex
+	missed    time.Time // when reloading did not help
 }
 
 // Made reports whether there was no store before: Open has made it, with a new
@@ -206,6 +207,9 @@ func (s *Store) encode(k KEK) ([]byte, error) {
 
 // renew seals the versions of a KEK under another master key.
 func (k *KEK) renew(to *masterKey) error {
+	if k.by == to {
+		return nil
+	}
 	k.Versions = slices.Clone(k.Versions)
 	for i, v := range k.Versions {
 		if v.Sealed == nil {

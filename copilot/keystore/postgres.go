@@ -147,7 +147,7 @@ func (d *postgresDB) replace(ctx context.Context, name string, change func(old, 
 	defer cancel()
 	h := fnv.New32a()
 	h.Write([]byte(name))
-	// Whoever changes the master keys waits for all others, and they for it.
+	// A change of the master keys waits for all other changes, and they for it.
 	lock := `SELECT pg_advisory_xact_lock_shared($1, 2), pg_advisory_xact_lock($1, $2)`
 	if name == masterName {
 		lock = `SELECT pg_advisory_xact_lock($1, 2), pg_advisory_xact_lock($1, $2)`

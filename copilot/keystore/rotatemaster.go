@@ -186,7 +186,7 @@ func (s *Store) ResealMaster(ctx context.Context, pause func(time.Duration), log
 			return false, err
 		}
 		if n := status.left(); n > 0 || len(status.Damaged) > 0 {
-			return false, fmt.Errorf("%w: %d records are still sealed under master key %d, of which %d are damaged, such as %.3q", ErrState, n, set.current.version-1, len(status.Damaged), status.Damaged)
+			return false, fmt.Errorf("%w: %d records are still sealed under master key %d, of which %d are damaged, such as %q: the old master key is kept", ErrState, n+len(status.Damaged), set.current.version-1, len(status.Damaged), status.Damaged[:min(len(status.Damaged), 3)])
 		}
 		version := set.current.version
 		if err := s.keepMasters(ctx, func(_ *masterSet, state *masterState) error {
@@ -320,13 +320,14 @@ func (s *Store) replaceFile(set *masterSet) error {
 	return err
 }
 
-// waiting are the holders of the old master key that have to take over.
-func (s masterState) waiting() (names []string) {
-	if !s.rotating() {
+// waiting are the holders of the old master key that have to take over. A store that is a
+// file has no other holder than the copilot that has it open.
+func (s *Store) waiting(state masterState) (names []string) {
+	if !state.rotating() || !s.shared {
 		return nil
 	}
-	for _, h := range s.Keys[0].Holders {
-		if s.current().holder(h.String()) < 0 {
+	for _, h := range state.Keys[0].Holders {
+		if state.current().holder(h.String()) < 0 {
 			names = append(names, h.String())
 		}
 	}
@@ -337,7 +338,7 @@ func (s masterState) waiting() (names []string) {
 func (s *Store) dropMaster(ctx context.Context, log func(version int) error) (done bool, err error) {
 	err = s.keepMasters(ctx, func(set *masterSet, state *masterState) error {
 		done = !state.rotating()
-		if done || !state.Resealed || len(state.waiting()) > 0 || state.current().holder(s.holderName()) < 0 {
+		if done || !state.Resealed || len(s.waiting(*state)) > 0 || state.current().holder(s.holderName()) < 0 {
 			return nil
 		}
 		if err := log(state.current().Version); err != nil {
@@ -363,7 +364,7 @@ func (s *Store) RotationStatus(ctx context.Context) (MasterStatus, error) {
 	if err != nil {
 		return MasterStatus{}, err
 	}
-	m := MasterStatus{Source: s.source, Current: set.current.version, Rotating: set.state.rotating(), Resealed: set.state.Resealed, Waiting: set.state.waiting()}
+	m := MasterStatus{Source: s.source, Current: set.current.version, Rotating: set.state.rotating(), Resealed: set.state.Resealed, Waiting: s.waiting(set.state)}
 	for _, e := range set.state.Keys {
 		m.Keys = append(m.Keys, MasterKeyStatus{Version: e.Version, Created: e.Created, Holders: e.names()})
 	}

@@ -46,9 +46,7 @@ func (m *masterRotation) run(ctx context.Context, b *broker) {
 	var since time.Time
 	for {
 		if !held {
-			err := b.keks.Store.HoldMaster(ctx)
-			held = err == nil
-			m.log(ctx, err)
+			held = b.keks.Store.HoldMaster(ctx) == nil
 		}
 		status, err := b.keks.Store.RotationStatus(ctx)
 		switch {
@@ -58,12 +56,12 @@ func (m *masterRotation) run(ctx context.Context, b *broker) {
 			since = time.Now()
 		}
 		if err == nil && status.Rotating && (mine || status.Resealed || !b.keks.Store.Shared() || time.Since(since) > masterPatience) {
-			var done bool
-			if done, err = b.keks.Store.ResealMaster(ctx, pause(ctx), b.masterRotated); done && err == nil {
+			done, err := b.keks.Store.ResealMaster(ctx, pause(ctx), b.masterRotated)
+			if done && err == nil {
 				logrus.WithField("version", status.Current).Info("master key rotated")
 			}
+			m.log(ctx, err)
 		}
-		m.log(ctx, err)
 		select {
 		case <-ctx.Done():
 			return
