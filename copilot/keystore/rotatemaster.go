@@ -23,7 +23,7 @@ import (
 //  4. Once all have, the one before is dropped, and with it what it has handed on.
 
 // resealBatch is how many records are sealed again in one transaction.
-const resealBatch = 64
+const resealBatch = 128
 
 // MasterStatus says where the master keys of a store are.
 type MasterStatus struct {
@@ -378,17 +378,12 @@ func (s *Store) MasterStatus(ctx context.Context) (MasterStatus, error) {
 		return m, err
 	}
 	records := make(map[int]int)
-	err = s.db.list(ctx, All, func(id string, b []byte) error {
-		k, err := s.decode(id, b)
-		if s.catchesUp(ctx, err) {
-			k, err = s.decode(id, b)
-		}
+	err = s.each(ctx, All, func(k KEK, err error) {
 		if err != nil {
-			m.Damaged = append(m.Damaged, id)
-			return nil
+			m.Damaged = append(m.Damaged, k.ID)
+			return
 		}
 		records[k.by.version]++
-		return nil
 	})
 	for i := range m.Keys {
 		m.Keys[i].Records = records[m.Keys[i].Version]

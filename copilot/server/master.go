@@ -29,7 +29,7 @@ const (
 	masterPatience = 10 * time.Second
 	// masterPause is how many times as long as it has worked a copilot then waits, so that
 	// requests do not wait for the rotation.
-	masterPause = 4
+	masterPause = 3
 )
 
 // masterRotation goes on with rotations of the master key while a server runs.
