@@ -286,8 +286,18 @@ func (s *Store) takeOver(ctx context.Context) error {
 	}
 	h := s.fileHolder()
 	if s.wrapping != nil {
+		// A TPM that would not unseal the old one now, as its PCRs have changed, would seal
+		// the new one to what they are.
 		var err error
-		if h, err = s.wrapping.wrap(ctx, set.current); err != nil {
+		if i := set.state.Keys[0].holder(name); i >= 0 {
+			var old []byte
+			old, err = s.wrapping.unwrap(ctx, set.state.Keys[0].Holders[i])
+			clear(old)
+		}
+		if err == nil {
+			h, err = s.wrapping.wrap(ctx, set.current)
+		}
+		if err != nil {
 			return err
 		}
 	} else {
@@ -320,25 +330,25 @@ func (s *Store) replaceFile(set *masterSet) error {
 	return err
 }
 
-// waiting are the holders of the old master key that have to take over. A store that is a
-// file has no other holder than the copilot that has it open.
+// waiting are the holders of the old master key that have to take over, this copilot's
+// among them. A store that is a file has no other.
 func (s *Store) waiting(state masterState) (names []string) {
-	if !state.rotating() || !s.shared {
+	if !state.rotating() {
 		return nil
 	}
-	for _, h := range state.Keys[0].Holders {
-		if state.current().holder(h.String()) < 0 {
-			names = append(names, h.String())
-		}
+	names = []string{s.holderName()}
+	if s.shared {
+		names = append(names, state.Keys[0].names()...)
 	}
-	return names
+	slices.Sort(names)
+	return slices.DeleteFunc(slices.Compact(names), func(name string) bool { return state.current().holder(name) >= 0 })
 }
 
 // dropMaster drops the old master key, if nothing needs it any more.
 func (s *Store) dropMaster(ctx context.Context, log func(version int) error) (done bool, err error) {
 	err = s.keepMasters(ctx, func(set *masterSet, state *masterState) error {
 		done = !state.rotating()
-		if done || !state.Resealed || len(s.waiting(*state)) > 0 || state.current().holder(s.holderName()) < 0 {
+		if done || !state.Resealed || len(s.waiting(*state)) > 0 {
 			return nil
 		}
 		if err := log(state.current().Version); err != nil {

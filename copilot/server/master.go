@@ -27,6 +27,9 @@ const (
 	// masterPatience is how long a copilot that shares its store leaves a rotation to the
 	// one that began it.
 	masterPatience = 10 * time.Second
+	// holderPatience is how long the command line waits for other holders, which look
+	// each masterInterval.
+	holderPatience = 10 * time.Second
 	// masterPause is how many times as long as it has worked a copilot then waits, so that
 	// requests do not wait for the rotation.
 	masterPause = 3
@@ -219,7 +222,11 @@ func RotateMaster(ctx context.Context, conf Config, begun func(keystore.MasterSt
 			return status, err
 		}
 		begun(status)
-		for status.Rotating && !(status.Resealed && len(status.Waiting) > 0) {
+		var waiting time.Time // since then
+		for status.Rotating && (waiting.IsZero() || time.Since(waiting) < holderPatience) {
+			if waiting.IsZero() && status.Resealed {
+				waiting = time.Now()
+			}
 			select {
 			case <-ctx.Done():
 				return status, errors.New("stopped waiting: the rotation goes on, see \"copilot master status\"")

@@ -169,7 +169,28 @@ func TestMasterKeyInKMS(t *testing.T) {
 			if out := b.run(t, "master", "rotate"); !strings.Contains(out, "master key 2 seals everything") {
 				t.Error(out)
 			}
-			if out := b.run(t, "master", "status"); !strings.Contains(out, "2: seals 1 KEKs") || strings.Contains(out, "1: seals") || !strings.Contains(out, "held by kms/"+w.path) {
+			// The KMS is away when it is to wrap the new one.
+			back = w.away()
+			if status, body := harness.RequestOverSocket(t, b.dir+"/store/admin.sock", "POST", "/master/rotate", ""); status != 200 {
+				t.Errorf("%d %s", status, body)
+			}
+			harness.Await(t, "the log says why", func() error {
+				if b.process.Logged(t, "can't rotate the master key: retrying") == 0 {
+					return fmt.Errorf("%s", harness.Read(t, b.process.Log))
+				}
+				return nil
+			})
+			if out := b.run(t, "master", "status"); !strings.Contains(out, "being rotated, waits for kms/"+w.path) || !strings.Contains(out, "3: seals 1 KEKs") || b.key(t) != key {
+				t.Error(out)
+			}
+			back()
+			harness.Await(t, "the rotation is done", func() error {
+				if out := b.run(t, "master", "status"); strings.Contains(out, "being rotated") {
+					return fmt.Errorf("%s\n%s", out, harness.Read(t, b.process.Log))
+				}
+				return nil
+			})
+			if out := b.run(t, "master", "status"); !strings.Contains(out, "3: seals 1 KEKs") || strings.Contains(out, "2: seals") || !strings.Contains(out, "held by kms/"+w.path) {
 				t.Error(out)
 			}
 			if out := b.run(t, "audit", "verify"); !strings.Contains(out, "none changed or missing") {
