@@ -99,6 +99,18 @@ func (b *sealedBroker) waits(t *testing.T, why string, back func()) {
 	b.awaitReady(t)
 }
 
+// moveAway renames a file until back is called.
+func moveAway(t *testing.T, name string) (back func()) {
+	t.Helper()
+	rename := func(from, to string) {
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename(name, name+".away")
+	return func() { rename(name+".away", name) }
+}
+
 // TestMasterKeyInKMS has each KMS wrap the master key: of a new store, of one whose KMS is
 // away when it starts, of one that is rotated, and of one that leaves it for a file.
 func TestMasterKeyInKMS(t *testing.T) {
@@ -112,30 +124,18 @@ func TestMasterKeyInKMS(t *testing.T) {
 			v := harness.NewOpenBao(t)
 			v.Write("transit/keys/copilot", "{}")
 			return wrapper{fmt.Sprintf("type = 'vault-transit'\naddress = %q\ntoken-file = %q\n", v.URL, v.Dir+"/root-token"), "copilot",
-				func() func() {
-					resume := v.Process.Pause(t)
-					return resume
-				}, "gives no usable answer"}
+				func() func() { return moveAway(t, v.Dir+"/vault.sock") }, "gives no usable answer"}
 		},
 		"SoftHSM": func(t *testing.T) wrapper {
 			k := harness.NewHSMToken(t, "copilot")
-			return wrapper{"type = 'pkcs11'\n" + k.Settings(), "copilot", func() func() {
-				if err := os.Rename(k.Dir+"/tokens", k.Dir+"/away"); err != nil {
-					t.Fatal(err)
-				}
-				return func() {
-					if err := os.Rename(k.Dir+"/away", k.Dir+"/tokens"); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}, "the KMS"}
+			return wrapper{"type = 'pkcs11'\n" + k.Settings(), "copilot", func() func() { return moveAway(t, k.Dir+"/tokens") }, "the KMS"}
 		},
 		"AWS": func(t *testing.T) wrapper {
 			k := newLocalKMS(t)
 			p := k.start(1)
 			return wrapper{"type = 'aws-kms'\nregion = 'eu-central-1'\nendpoint = '" + k.url + "'\n", "alias/a", func() func() {
 				p.Stop(t)
-				return func() { k.start(1) }
+				return func() { p = k.start(1) }
 			}, "gives no usable answer"}
 		},
 		"TPM": func(t *testing.T) wrapper {
