@@ -10,6 +10,7 @@ var (
 	certsCommand       = commandline.LinuxOnly("certs", onBroker)
 	enrollCommand      = commandline.LinuxOnly("enroll", onBroker)
 	initCommand        = commandline.LinuxOnly("init", onBroker)
+	masterCommand      = commandline.LinuxOnly("master", onBroker)
 	serveCommand       = commandline.LinuxOnly("serve", onBroker)
 	storeCommand       = commandline.LinuxOnly("store", onBroker)
 )

@@ -13,6 +13,7 @@ import (
 type KEK struct {
 	ID string
 	record
+	by *masterKey // that seals it
 }
 
 // record is how a KEK is stored.
@@ -116,11 +117,8 @@ func (s *Store) Key(k KEK, version int) ([]byte, int, error) {
 	if !ok {
 		return nil, 0, ErrNotFound
 	}
-	key, err := s.seal.Open(nil, nil, v.Sealed, versionPlace(k.ID, v.Version))
-	if err != nil {
-		return nil, 0, fmt.Errorf("KEK %q version %d is damaged or was tampered with in the store", k.ID, v.Version)
-	}
-	return key, v.Version, nil
+	key, err := k.open(v)
+	return key, v.Version, err
 }
 
 // versionPlace is what a sealed version is bound to.
@@ -150,7 +148,7 @@ func (s *Store) Create(ctx context.Context, id string, key []byte, c Change) (KE
 		if len(k.Versions) > 0 {
 			return ErrExists
 		}
-		s.add(k, key)
+		k.add(key, s.now())
 		return nil
 	})
 }
@@ -168,7 +166,7 @@ func (s *Store) Rotate(ctx context.Context, id string, from int, c Change) (KEK,
 		case from != 0 && from != k.Current():
 			return fmt.Errorf("%w: version %d is current by now", ErrState, k.Current())
 		}
-		s.add(k, key)
+		k.add(key, s.now())
 		return nil
 	})
 }
@@ -179,13 +177,13 @@ func newKey() []byte {
 	return key
 }
 
-func (s *Store) add(k *KEK, key []byte) {
+func (k *KEK) add(key []byte, now time.Time) {
 	version := k.Current() + 1
 	k.Versions = append(k.Versions, Version{
 		Version: version,
-		Created: s.now().UTC().Truncate(time.Second),
+		Created: now.UTC().Truncate(time.Second),
 		Bits:    8 * len(key),
-		Sealed:  s.seal.Seal(nil, nil, key, versionPlace(k.ID, version)),
+		Sealed:  k.by.sealFor(versionPlace(k.ID, version), key),
 	})
 }
 
@@ -284,13 +282,19 @@ func (s *Store) forget(v *Version) bool {
 // Sweep removes the keys of versions whose time has come. log is called with each KEK
 // that changes. A damaged record is an error, but does not end the sweep.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
-	list, damaged := s.List(ctx, All)
-	for _, k := range list {
-		due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
-		if !slices.ContainsFunc(k.Versions, due) {
-			continue
+	due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
+	var ids []string
+	var errs []error
+	err := s.each(ctx, All, func(k KEK, err error) {
+		if err != nil {
+			errs = append(errs, err)
+		} else if slices.ContainsFunc(k.Versions, due) {
+			ids = append(ids, k.ID)
 		}
-		_, err := s.update(ctx, k.ID, Change{Log: log}, func(k *KEK) error {
+	})
+	damaged := errors.Join(append(errs, err)...)
+	for _, id := range ids {
+		_, err := s.update(ctx, id, Change{Log: log}, func(k *KEK) error {
 			changed := false
 			for i := range k.Versions {
 				changed = s.forget(&k.Versions[i]) || changed
