@@ -58,18 +58,25 @@ func (s *Store) AuditHeads(ctx context.Context) ([]AuditHead, error) {
 func auditHeads(ctx context.Context, db database, seal cipher.AEAD) ([]AuditHead, error) {
 	var heads []AuditHead
 	err := db.named(ctx, auditHead, func(name string, sealed []byte) error {
-		var h AuditHead
-		b, err := seal.Open(nil, nil, sealed, []byte(name))
-		if err == nil {
-			err = json.Unmarshal(b, &h)
-		}
-		if err != nil || auditHead+h.Chain != name {
-			return fmt.Errorf("the last line of the audit log's chain %s was %w", strings.TrimPrefix(name, auditHead), ErrAuditHead)
+		h, err := openAuditHead(seal, name, sealed)
+		if err != nil {
+			return err
 		}
 		heads = append(heads, h)
 		return nil
 	})
 	return heads, err
+}
+
+func openAuditHead(seal cipher.AEAD, name string, sealed []byte) (h AuditHead, err error) {
+	b, err := seal.Open(nil, nil, sealed, []byte(name))
+	if err == nil {
+		err = json.Unmarshal(b, &h)
+	}
+	if err != nil || auditHead+h.Chain != name {
+		return AuditHead{}, fmt.Errorf("the last line of the audit log's chain %s was %w", strings.TrimPrefix(name, auditHead), ErrAuditHead)
+	}
+	return h, nil
 }
 
 // ReadAuditHeads returns the heads of a store, as [Open] finds it, that no process on

@@ -26,6 +26,13 @@ type database interface {
 	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)
 	// wraps returns the sums of all versions.
 	wraps(ctx context.Context, id string) (map[int]int64, error)
+	// snapshot calls to with all that put and once have kept under names that begin with
+	// prefix, then with all records in the order of ids, then with all sums, as of one
+	// moment.
+	snapshot(ctx context.Context, prefix string, to contents) error
+	// fill calls do with what stores records and sums in an empty database. Nothing is
+	// stored if do fails. The error wraps ErrNotEmpty if there is a record.
+	fill(ctx context.Context, do func(to contents) error) error
 	// ready reports whether a change could be made now.
 	ready(ctx context.Context) error
 	close() error

@@ -116,11 +116,17 @@ func (s *Store) Key(k KEK, version int) ([]byte, int, error) {
 	if !ok {
 		return nil, 0, ErrNotFound
 	}
+	key, err := s.open(k, v)
+	return key, v.Version, err
+}
+
+// open returns the key of a version. The caller clears it.
+func (s *Store) open(k KEK, v Version) ([]byte, error) {
 	key, err := s.seal.Open(nil, nil, v.Sealed, versionPlace(k.ID, v.Version))
 	if err != nil {
-		return nil, 0, fmt.Errorf("KEK %q version %d is damaged or was tampered with in the store", k.ID, v.Version)
+		return nil, fmt.Errorf("KEK %q version %d is damaged or was tampered with in the store", k.ID, v.Version)
 	}
-	return key, v.Version, nil
+	return key, nil
 }
 
 // versionPlace is what a sealed version is bound to.

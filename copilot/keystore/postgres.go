@@ -231,6 +231,100 @@ func (d *postgresDB) wraps(ctx context.Context, id string) (map[int]int64, error
 	return sums, d.explain(err)
 }
 
+func (d *postgresDB) snapshot(ctx context.Context, prefix string, to contents) error {
+	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
+	defer cancel()
+	var failed error
+	err := postgres.InSnapshot(ctx, d.pool, func(tx pgx.Tx) error {
+		var name string
+		var b []byte
+		var version int
+		var n int64
+		for _, part := range []struct {
+			query string
+			args  []any
+			into  []any
+			do    func() error
+		}{
+			{`SELECT name, value FROM copilot_once WHERE starts_with(name, $1) ORDER BY name`, []any{prefix}, []any{&name, &b}, func() error { return to.named(name, b) }},
+			{`SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &b}, func() error { return to.record(name, b) }},
+			{`SELECT id, version, wraps FROM copilot_wraps ORDER BY id COLLATE "C", version`, nil, []any{&name, &version, &n}, func() error { return to.wraps(name, version, n) }},
+		} {
+			rows, err := tx.Query(ctx, part.query, part.args...)
+			if err != nil {
+				return err
+			}
+			_, err = pgx.ForEachRow(rows, part.into, func() error {
+				failed = part.do()
+				return failed
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return cmp.Or(failed, d.explain(err))
+}
+
+// fillBatch is how many rows are inserted together.
+const fillBatch = 1000
+
+func (d *postgresDB) fill(ctx context.Context, do func(contents) error) error {
+	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
+	defer cancel()
+	var failed error
+	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
+		// Others may read meanwhile, and see nothing yet.
+		if _, err := tx.Exec(ctx, `LOCK TABLE copilot_keks IN EXCLUSIVE MODE`); err != nil {
+			return err
+		}
+		var id string
+		err := tx.QueryRow(ctx, `SELECT id FROM copilot_keks LIMIT 1`).Scan(&id)
+		if err == nil {
+			failed = fmt.Errorf("%w, such as %s: restore into an empty one", ErrNotEmpty, id)
+			return failed
+		}
+		if !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		var ids, counted []string
+		var records [][]byte
+		var versions []int
+		var sums []int64
+		flush := func() error {
+			_, err := tx.Exec(ctx, `INSERT INTO copilot_keks (id, record) SELECT * FROM unnest($1::text[], $2::bytea[])`, ids, records)
+			if err == nil {
+				_, err = tx.Exec(ctx, `INSERT INTO copilot_wraps (id, version, wraps) SELECT * FROM unnest($1::text[], $2::int[], $3::bigint[])
+					ON CONFLICT (id, version) DO UPDATE SET wraps = greatest(copilot_wraps.wraps, excluded.wraps)`, counted, versions, sums)
+			}
+			ids, records, counted, versions, sums = ids[:0], records[:0], counted[:0], versions[:0], sums[:0]
+			return d.explain(err)
+		}
+		flushFull := func() error {
+			if len(ids)+len(counted) < fillBatch {
+				return nil
+			}
+			return flush()
+		}
+		failed = do(contents{
+			record: func(id string, b []byte) error {
+				ids, records = append(ids, id), append(records, b)
+				return flushFull()
+			},
+			wraps: func(id string, version int, n int64) error {
+				counted, versions, sums = append(counted, id), append(versions, version), append(sums, n)
+				return flushFull()
+			},
+		})
+		if failed == nil {
+			failed = flush()
+		}
+		return failed
+	})
+	return cmp.Or(failed, d.explain(err))
+}
+
 func (d *postgresDB) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()

@@ -49,6 +49,8 @@ func (a *api) handler() http.Handler {
 		mux.Handle("GET /metrics", a.metrics.handler())
 		mux.HandleFunc("GET "+auditHeadsPath, a.auditHeads)
 		mux.Handle("POST "+acknowledgePath, a.chain(route{action: "acknowledge", handle: a.acknowledge}))
+		mux.Handle("POST "+describePath, a.chain(route{action: "describe", handle: a.describeStore}))
+		mux.Handle("POST "+backupPath, a.chain(route{action: "backup", handle: a.backup}))
 		status.Profiles(mux)
 	}
 	for pattern, r := range a.routes() {

@@ -45,6 +45,8 @@ type broker struct {
 	// waiting is why they are not open yet.
 	waiting  atomic.Pointer[string]
 	stopping atomic.Bool
+
+	dir string // of the store
 }
 
 // newBroker opens the broker of a configuration.
@@ -65,6 +67,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 		return nil, err
 	}
 	b = &broker{
+		dir:     conf.Dir,
 		audit:   auditing.New(),
 		metrics: newMetrics(),
 		callers: caller.Authenticator{AllowAnonymous: conf.InsecureLoopback && !conf.hasTLS()},

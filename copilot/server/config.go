@@ -53,6 +53,9 @@ type Config struct {
 	// Policy is a file. Default: root, and the user that the server runs as,
 	// may use each KEK over unix sockets.
 	Policy string `toml:"policy"`
+	// BackupRecipients is a file with the age recipients that backups are sealed to, unless
+	// others are named.
+	BackupRecipients string `toml:"backup-recipients"`
 	// WrapLimit is how many keys a version of a KEK may wrap before a new one
 	// is made. Default, and at most: 2^32 (NIST SP 800-38D, section 8.3).
 	WrapLimit int64 `toml:"wrap-limit"`
