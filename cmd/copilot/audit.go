@@ -64,7 +64,7 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return fmt.Errorf("--since: %w", err)
 	}
-	key, err := keystore.AuditKey(conf.Dir)
+	key, err := server.AuditKey(ctx, conf)
 	if err != nil {
 		return asOwner(err)
 	}

@@ -12,6 +12,7 @@ var (
 	enrollCommand      = commandline.LinuxOnly("enroll", onBroker)
 	initCommand        = commandline.LinuxOnly("init", onBroker)
 	restoreCommand     = commandline.LinuxOnly("restore", onBroker)
+	masterCommand      = commandline.LinuxOnly("master", onBroker)
 	serveCommand       = commandline.LinuxOnly("serve", onBroker)
 	storeCommand       = commandline.LinuxOnly("store", onBroker)
 )

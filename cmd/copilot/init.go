@@ -18,7 +18,10 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/pki"
+	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/tomlfile"
 )
 
 const (
@@ -37,6 +40,10 @@ admin's (admin.pem, admin-key.pem). It overwrites nothing, and uses an existing 
 such as one from a backup. The user copilot, which the package creates for the
 service, gets the server's key and the store, and no other key.
 
+The master key, which seals the store, is a file in --dir that copilot makes, unless
+--tpm has this machine's TPM seal it, or --kms names a file with [backends] and
+[master-key] for copilot.toml. Then init makes the store, and no file has the key.
+
 Example:
    copilot init --host copilot.example.com --trust-domain example.com`,
 	Flags: []cli.Flag{
@@ -45,6 +52,9 @@ Example:
 		&cli.StringSliceFlag{Name: "host", Usage: "`NAME` or address that nodes connect to; may be repeated", Required: true},
 		&cli.IntFlag{Name: "port", Usage: "`PORT` to listen on", Value: 8443},
 		&cli.BoolFlag{Name: "node-ca", Usage: "let copilot renew nodes' certificates, with a separate CA (copilot certs node-ca)"},
+		&cli.StringFlag{Name: "kms", Usage: "`FILE` with the [backends] and the [master-key] of copilot.toml, for a master key that a KMS wraps"},
+		&cli.BoolFlag{Name: "tpm", Usage: "have this machine's TPM 2.0 seal the master key"},
+		&cli.StringFlag{Name: "tpm-pcrs", Usage: "with --tpm, unseal only while these `PCRS` are as they are now, as in sha256:7"},
 		&cli.StringFlag{Name: "trust-domain", Usage: "trust `DOMAIN` of SPIFFE IDs (default: the first --host that is a name)"},
 	},
 	Action: initialize,
@@ -54,7 +64,7 @@ func configDirFlag() cli.Flag {
 	return &cli.StringFlag{Name: "config-dir", Usage: "`DIRECTORY` of the configuration and the CA", Value: defaultConfigDir}
 }
 
-func initialize(_ context.Context, c *cli.Command) error {
+func initialize(ctx context.Context, c *cli.Command) error {
 	if err := noArguments(c); err != nil {
 		return err
 	}
@@ -85,6 +95,23 @@ func initialize(_ context.Context, c *cli.Command) error {
 			return fmt.Errorf("init: %s exists, and nothing is overwritten: move it away, or use another --config-dir", in(name))
 		}
 	}
+	text := fmt.Sprintf(configText, store, c.Int("port"), dir)
+	if c.Bool("node-ca") {
+		text += nodeCAText(dir, "")
+	}
+	wrapped, err := masterText(c)
+	if err != nil {
+		return err
+	}
+	if err := makeStore(store); err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	if wrapped != "" {
+		text += wrapped
+		if err := makeWrapped(ctx, store, text); err != nil {
+			return fmt.Errorf("init: %w", err)
+		}
+	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -106,15 +133,10 @@ func initialize(_ context.Context, c *cli.Command) error {
 	if err := writeNew(in("policy.toml"), fmt.Sprintf(policyText, domain)); err != nil {
 		return err
 	}
-	if err := makeStore(store); err != nil {
-		return fmt.Errorf("init: %w", err)
-	}
-	text := fmt.Sprintf(configText, store, c.Int("port"), dir)
 	if c.Bool("node-ca") {
 		if err := makeNodeCA(dir, caFor); err != nil {
 			return fmt.Errorf("init: %w", err)
 		}
-		text += nodeCAText(dir, "")
 	}
 	// Last, so that the rest is there once it is.
 	if err := writeNew(in("copilot.toml"), text); err != nil {
@@ -181,6 +203,53 @@ func makeStore(store string) error {
 		return err
 	}
 	return os.Lchown(store, uid, gid)
+}
+
+// masterText returns what copilot.toml says of a master key that is not in a file, or "".
+func masterText(c *cli.Command) (string, error) {
+	file, tpm, pcrs := c.String("kms"), c.Bool("tpm"), c.String("tpm-pcrs")
+	switch {
+	case file != "" && tpm:
+		return "", exit.Usagef("init: --kms and --tpm are mutually exclusive")
+	case pcrs != "" && !tpm:
+		return "", exit.Usagef("init: --tpm-pcrs needs --tpm")
+	case file != "":
+		b, err := regular.ReadText(file, regular.MaxConfig)
+		return "\n" + string(b), err
+	case !tpm:
+		return "", nil
+	}
+	host, err := os.Hostname()
+	text := "\n[backends.tpm]\ntype = \"tpm\"\n"
+	if pcrs != "" {
+		text += fmt.Sprintf("pcrs = %q\n", pcrs)
+	}
+	return text + fmt.Sprintf("\n[master-key]\nbackend = \"tpm\"\npath = %q\n", host), err
+}
+
+// makeWrapped makes a store whose master key is where the configuration says.
+func makeWrapped(ctx context.Context, dir, config string) error {
+	conf := server.Config{KMS: kmsTypes()}
+	if err := tomlfile.Decode("copilot.toml, with --kms", []byte(config), &conf); err != nil {
+		return exit.UsageError(err)
+	}
+	if conf.Wrapping() == nil {
+		return exit.Usagef("--kms: [master-key] is missing")
+	}
+	file := filepath.Join(dir, "keks.db")
+	_, err := os.Stat(file)
+	if err := server.MakeStore(ctx, conf); err != nil {
+		return err
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err // it is there, and whose it is
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return giveToService(f)
 }
 
 // giveToService gives a file to the server's user, if there is one.

@@ -38,6 +38,7 @@ Example:
    systemctl stop copilot
    copilot store copy /var/lib/copilot 'postgres:///copilot?host=/var/run/postgresql'`,
 		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "config", Usage: "`FILE` with the configuration, if [master-key] there names a KMS"},
 			&cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` of master.key (default: the store's directory, or " + defaultDir + " between databases)"},
 			&cli.StringFlag{Name: "audit-from", Usage: "`FILE` of the audit log (default: audit.log in FROM, or the database)"},
 			&cli.StringFlag{Name: "audit-to", Usage: "`FILE` to copy the audit log to (default: audit.log in TO, or the database)"},
@@ -64,18 +65,32 @@ func storeCopy(ctx context.Context, c *cli.Command) error {
 		master = cmp.Or(master, name)
 	}
 	master = cmp.Or(master, defaultDir)
+	wrapping := server.Config{Dir: master, KMS: kmsTypes()}
+	if name := c.String("config"); name != "" {
+		if err := wrapping.ReadConfig(name); err != nil {
+			return exit.UsageError(err)
+		}
+		wrapping.Dir = master
+	}
 	oldName, newName := logName(c.String("audit-from"), from), logName(c.String("audit-to"), to)
 	n, err := keystore.Copy(ctx, from, to, master, func(log string) string {
 		if log == oldName {
 			return newName
 		}
 		return log
-	})
+	}, wrapping.Wrapping()...)
 	if err != nil {
 		return fmt.Errorf("store copy: %w", asOwner(err))
 	}
 	fmt.Printf("copied %d KEKs\n", n)
-	lines, err := auditCopy(ctx, c, from, to, master)
+	if wrapping.Wrapping() != nil {
+		// The audit log's key is in the store.
+		wrapping.Dir, wrapping.Database = from, ""
+		if keystore.IsDatabase(from) {
+			wrapping.Dir, wrapping.Database = master, from
+		}
+	}
+	lines, err := auditCopy(ctx, c, from, to, wrapping)
 	if err != nil {
 		return fmt.Errorf("store copy: audit log: %w", err)
 	}
@@ -84,8 +99,8 @@ func storeCopy(ctx context.Context, c *cli.Command) error {
 }
 
 // auditCopy copies the audit log, after verifying it, and verifies the copy.
-func auditCopy(ctx context.Context, c *cli.Command, from, to, master string) (int, error) {
-	key, err := keystore.AuditKey(master)
+func auditCopy(ctx context.Context, c *cli.Command, from, to string, conf server.Config) (int, error) {
+	key, err := server.AuditKey(ctx, conf)
 	if err != nil {
 		return 0, err
 	}

@@ -1,8 +1,8 @@
 package keystore
 
 import (
+	"cmp"
 	"context"
-	"crypto/cipher"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-
-	"github.com/ctrlplane/pilot/internal/aesgcm"
 )
 
 // AuditHead is a line of an audit log that was the last one of its chain when it was
@@ -38,89 +36,89 @@ var ErrAuditHead = errors.New("damaged or tampered with in the store")
 
 // NoteAuditHead keeps a head instead of the one before of its chain.
 func (s *Store) NoteAuditHead(ctx context.Context, h AuditHead) error {
-	return putAuditHead(ctx, s.db, s.seal, h)
-}
-
-func putAuditHead(ctx context.Context, db database, seal cipher.AEAD, h AuditHead) error {
 	b, err := json.Marshal(h)
 	if err != nil {
 		return err
 	}
 	name := auditHead + h.Chain
-	return db.put(ctx, name, seal.Seal(nil, nil, b, []byte(name)))
+	return s.current(ctx, func() error {
+		return s.db.keep(ctx, name, func(_, master []byte) ([]byte, error) {
+			set, err := s.follow(master)
+			if err != nil {
+				return nil, err
+			}
+			return set.current.sealFor([]byte(name), b), nil
+		})
+	})
 }
 
 // AuditHeads returns the heads of all chains.
 func (s *Store) AuditHeads(ctx context.Context) ([]AuditHead, error) {
-	return auditHeads(ctx, s.db, s.seal)
-}
-
-func auditHeads(ctx context.Context, db database, seal cipher.AEAD) ([]AuditHead, error) {
 	var heads []AuditHead
-	err := db.named(ctx, auditHead, func(name string, sealed []byte) error {
-		h, err := openAuditHead(seal, name, sealed)
-		if err != nil {
+	err := s.current(ctx, func() error {
+		heads = nil
+		return s.db.named(ctx, auditHead, func(name string, sealed []byte) error {
+			h, _, err := s.masters.Load().openHead(name, sealed)
+			if err != nil {
+				// It may be sealed under a master key that is new.
+				if raw, _, readErr := s.readMasters(ctx); readErr == nil {
+					if set, followErr := s.follow(raw); followErr == nil {
+						h, _, err = set.openHead(name, sealed)
+					} else {
+						err = followErr
+					}
+				}
+			}
+			heads = append(heads, h)
 			return err
-		}
-		heads = append(heads, h)
-		return nil
+		})
 	})
 	return heads, err
 }
 
-func openAuditHead(seal cipher.AEAD, name string, sealed []byte) (h AuditHead, err error) {
-	b, err := seal.Open(nil, nil, sealed, []byte(name))
-	if err == nil {
-		err = json.Unmarshal(b, &h)
+// openHead opens a head, and returns the master key that seals it.
+func (m *masterSet) openHead(name string, sealed []byte) (h AuditHead, by *masterKey, err error) {
+	for _, by := range m.keys() {
+		b, err := by.openFor([]byte(name), sealed)
+		if err == nil && json.Unmarshal(b, &h) == nil && auditHead+h.Chain == name {
+			return h, by, nil
+		}
 	}
-	if err != nil || auditHead+h.Chain != name {
-		return AuditHead{}, fmt.Errorf("the last line of the audit log's chain %s was %w", strings.TrimPrefix(name, auditHead), ErrAuditHead)
-	}
-	return h, nil
+	return AuditHead{}, nil, fmt.Errorf("the last line of the audit log's chain %s was %w", strings.TrimPrefix(name, auditHead), ErrAuditHead)
 }
 
-// ReadAuditHeads returns the heads of a store, as [Open] finds it, that no process on
-// this machine has open. It makes nothing.
-func ReadAuditHeads(ctx context.Context, dir, url string) ([]AuditHead, error) {
-	key, err := masterKey(dir, false)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(key)
-	seal, err := aesgcm.New(key)
-	if err != nil {
-		return nil, err
-	}
+// Read opens a store, as [Open] finds it, to read: one that no process on this machine
+// has open. It makes nothing.
+func Read(ctx context.Context, dir, url string, master ...Wrapping) (*Store, error) {
 	var db database
+	err := errNoPostgres
 	switch {
 	case url == "":
 		if err = Exists(dir); err == nil {
 			db, err = readBolt(filepath.Join(dir, boltFile))
 		}
-	case readPostgres == nil:
-		err = errNoPostgres
-	default:
+	case readPostgres != nil:
 		db, err = readPostgres(ctx, url)
 	}
 	if err != nil {
 		return nil, err
 	}
-	defer db.close()
-	return auditHeads(ctx, db, seal)
+	s := newStore(db, dir, url, master)
+	raw, check, err := s.readMasters(ctx)
+	if err == nil && raw == nil && check == nil {
+		err = fmt.Errorf("%w in %s", ErrNoStore, cmp.Or(url, dir))
+	}
+	if err == nil {
+		err = s.load(ctx, raw, check)
+	}
+	if err != nil {
+		db.close()
+		return nil, err
+	}
+	return s, nil
 }
 
 var errNoPostgres = errors.New("this copilot was built without PostgreSQL")
-
-// copyAuditHeads copies the heads to another store. Logs have the names there that
-// renamed returns.
-func copyAuditHeads(ctx context.Context, from, to database, seal cipher.AEAD, renamed func(log string) string) error {
-	heads, err := auditHeads(ctx, from, seal)
-	for _, h := range heads {
-		h.Log = renamed(h.Log)
-		err = errors.Join(err, putAuditHead(ctx, to, seal, h))
-	}
-	return err
-}
 
 // AuditLogName returns the name of an audit log in a file, for [AuditHead]. Several
 // copilots on a database have each a file of its own.

@@ -27,7 +27,7 @@ func TestAuditHeadChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, changed := range [][]byte{other, other[:len(other)-1], nil} {
-		if err := s.db.put(t.Context(), auditHead+"b", changed); err != nil {
+		if err := s.db.keep(t.Context(), auditHead+"b", func(_, _ []byte) ([]byte, error) { return append([]byte{}, changed...), nil }); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := s.AuditHeads(t.Context()); !errors.Is(err, ErrAuditHead) {

@@ -115,33 +115,58 @@ func (d *boltDB) list(_ context.Context, wanted func(string) bool, do func(strin
 	})
 }
 
-func (d *boltDB) update(_ context.Context, id string, change func([]byte) ([]byte, error)) error {
+func (d *boltDB) update(_ context.Context, id string, change func(old, master []byte) ([]byte, error)) error {
+	return d.replace(bucketKEKs, id, change)
+}
+
+func (d *boltDB) keep(_ context.Context, name string, change func(old, master []byte) ([]byte, error)) error {
+	return d.replace(bucketOnce, name, change)
+}
+
+func (d *boltDB) replace(bucket []byte, name string, change func(old, master []byte) ([]byte, error)) error {
 	return d.db.Update(func(tx *bolt.Tx) error {
-		keks := tx.Bucket(bucketKEKs)
-		b, err := change(bytes.Clone(keks.Get([]byte(id))))
-		if err != nil {
+		in, old := tx.Bucket(bucket), bytes.Clone(tx.Bucket(bucket).Get([]byte(name)))
+		b, err := change(old, bytes.Clone(tx.Bucket(bucketOnce).Get([]byte(masterName))))
+		if err != nil || old != nil && bytes.Equal(b, old) {
 			return err
 		}
-		return keks.Put([]byte(id), b)
+		return in.Put([]byte(name), b)
 	})
 }
 
-func (d *boltDB) once(_ context.Context, name string, made func() ([]byte, error)) (b []byte, err error) {
+func (d *boltDB) reseal(_ context.Context, after string, n int, change func(string, []byte) ([]byte, error)) (last string, err error) {
 	err = d.db.Update(func(tx *bolt.Tx) error {
-		bucket := tx.Bucket(bucketOnce)
-		if b = bytes.Clone(bucket.Get([]byte(name))); b != nil {
-			return nil
+		bucket := tx.Bucket(bucketKEKs)
+		type record struct{ id, b []byte }
+		var found, changed []record
+		c := bucket.Cursor()
+		id, b := c.Seek([]byte(after))
+		if after != "" && string(id) == after {
+			id, b = c.Next()
 		}
-		if b, err = made(); err != nil {
-			return err
+		for ; id != nil && len(found) < n; id, b = c.Next() {
+			found = append(found, record{id, b})
 		}
-		return bucket.Put([]byte(name), b)
+		for _, r := range found {
+			b, err := change(string(r.id), bytes.Clone(r.b))
+			if err != nil {
+				return err
+			}
+			if b != nil {
+				changed = append(changed, record{bytes.Clone(r.id), b})
+			}
+		}
+		if id != nil && len(found) > 0 {
+			last = string(found[len(found)-1].id)
+		}
+		for _, r := range changed {
+			if err := bucket.Put(r.id, r.b); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
-	return b, err
-}
-
-func (d *boltDB) put(_ context.Context, name string, b []byte) error {
-	return d.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOnce).Put([]byte(name), b) })
+	return last, err
 }
 
 func (d *boltDB) named(_ context.Context, prefix string, do func(string, []byte) error) error {

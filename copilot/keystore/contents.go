@@ -56,9 +56,13 @@ type HeldWraps struct {
 // audit log, then the KEKs in the order of their ids, then their counts. The keys are
 // cleared after each call. A damaged record is an error.
 func (s *Store) Export(ctx context.Context, do func(Held) error) error {
+	// What is sealed under a master key that is new is known before the snapshot.
+	if _, err := s.readSet(ctx); err != nil {
+		return err
+	}
 	return s.db.snapshot(ctx, auditHead, contents{
 		named: func(name string, sealed []byte) error {
-			h, err := openAuditHead(s.seal, name, sealed)
+			h, _, err := s.masters.Load().openHead(name, sealed)
 			if err != nil {
 				return err
 			}
@@ -75,7 +79,7 @@ func (s *Store) Export(ctx context.Context, do func(Held) error) error {
 				if v.Sealed == nil {
 					continue
 				}
-				if held.Keys[v.Version], err = s.open(k, v); err != nil {
+				if held.Keys[v.Version], err = k.open(v); err != nil {
 					return err
 				}
 				k.Versions[i].Sealed = nil
@@ -96,6 +100,13 @@ func (s *Store) Export(ctx context.Context, do func(Held) error) error {
 // Heads are not imported: they are of the log of the store that was exported. The error
 // wraps [ErrNotEmpty] if there is a KEK already.
 func (s *Store) Import(ctx context.Context, next func() (Held, error)) (keks int, err error) {
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if set.state.rotating() {
+		return 0, fmt.Errorf("%w: the store's master key is being rotated", ErrState)
+	}
 	err = s.db.fill(ctx, func(to contents) error {
 		for {
 			h, err := next()
@@ -107,7 +118,7 @@ func (s *Store) Import(ctx context.Context, next func() (Held, error)) (keks int
 			}
 			switch {
 			case h.KEK != nil:
-				b, err := s.sealed(h.KEK)
+				b, err := s.sealed(h.KEK, set.current)
 				h.KEK.Clear()
 				if err != nil {
 					return err
@@ -126,17 +137,18 @@ func (s *Store) Import(ctx context.Context, next func() (Held, error)) (keks int
 	return keks, err
 }
 
-// sealed returns the record of a KEK from a backup, sealed under this store's master key.
-func (s *Store) sealed(h *HeldKEK) ([]byte, error) {
+// sealed returns the record of a KEK from a backup, sealed under a master key.
+func (s *Store) sealed(h *HeldKEK, by *masterKey) ([]byte, error) {
 	k, err := h.Decode()
 	if err != nil {
 		return nil, err
 	}
 	for i, v := range k.Versions {
 		if key, ok := h.Keys[v.Version]; ok {
-			k.Versions[i].Sealed = s.seal.Seal(nil, nil, key, versionPlace(k.ID, v.Version))
+			k.Versions[i].Sealed = by.sealFor(versionPlace(k.ID, v.Version), key)
 		}
 	}
+	k.by = by
 	return s.encode(k)
 }
 

@@ -9,8 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-
-	"github.com/ctrlplane/pilot/internal/aesgcm"
 )
 
 // IsDatabase reports whether a store's name is a PostgreSQL URL, not a directory.
@@ -21,42 +19,41 @@ func IsDatabase(name string) bool {
 // Copy copies a store to another, which must not have any KEKs. Each is a directory
 // or a PostgreSQL URL. Records go as they are, sealed: KEKs with all versions, their
 // states, revocations and how often they have wrapped. The master key is the one
-// of masterDir, as for [Open]. A directory that it is copied to gets a master.key
-// unless it has one. The last lines of audit logs are copied, too: renamed returns
+// of masterDir, or wrapped by master, as for [Open]. A directory that it is copied to gets
+// a master.key unless it has one, or a KMS has wrapped the key. The last lines of audit
+// logs are copied, too: renamed returns
 // where a log will be, by where it was (see [AuditHead]).
 //
 // Nothing may use either store meanwhile. Copy reads back what it wrote and returns
 // the number of KEKs.
-func Copy(ctx context.Context, from, to, masterDir string, renamed func(log string) string) (n int, err error) {
+func Copy(ctx context.Context, from, to, masterDir string, renamed func(log string) string, master ...Wrapping) (n int, err error) {
 	if !IsDatabase(from) {
 		if err := Exists(from); err != nil {
 			return 0, err
 		}
-	}
-	key, err := masterKey(masterDir, false)
-	if err != nil {
-		return 0, err
-	}
-	defer clear(key)
-	seal, err := aesgcm.New(key)
-	if err != nil {
-		return 0, err
 	}
 	source, err := openDatabase(ctx, from)
 	if err != nil {
 		return 0, err
 	}
 	defer source.close()
-	nothing := errors.New("it has no master key's check")
-	check, err := source.once(ctx, masterCheck, func() ([]byte, error) { return nil, nothing })
-	if errors.Is(err, nothing) {
-		return 0, fmt.Errorf("%w in %s", ErrNoStore, from)
+	s := newStore(source, masterDir, "", master)
+	raw, check, err := s.readMasters(ctx)
+	if err == nil && raw == nil && check == nil {
+		err = fmt.Errorf("%w in %s", ErrNoStore, from)
+	}
+	if err == nil {
+		err = s.load(ctx, raw, check)
+	}
+	if errors.Is(err, errOtherMaster) {
+		return 0, fmt.Errorf("the master key in %s is not the one that the KEKs in %s are sealed with", masterDir, from)
 	}
 	if err != nil {
 		return 0, err
 	}
-	if _, err := seal.Open(nil, nil, check, []byte(masterCheck)); err != nil {
-		return 0, fmt.Errorf("the master key in %s is not the one that the KEKs in %s are sealed with", masterDir, from)
+	set := s.masters.Load()
+	if set.state.rotating() {
+		return 0, fmt.Errorf("%w: the master key of %s is being rotated: let \"copilot master rotate\" finish that first", ErrState, from)
 	}
 	target, err := openDatabase(ctx, to)
 	if err != nil {
@@ -68,15 +65,24 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 	}); err != nil {
 		return 0, err
 	}
-	has, err := target.once(ctx, masterCheck, func() ([]byte, error) { return check, nil })
+	t := newStore(target, masterDir, "", nil)
+	has, hasCheck, err := t.readMasters(ctx)
 	if err != nil {
 		return 0, err
 	}
-	if _, err := seal.Open(nil, nil, has, []byte(masterCheck)); err != nil {
+	if other := masterEntryOf(has, hasCheck); other != nil && !set.current.isOf(*other) {
 		return 0, fmt.Errorf("%s was made with another master key: copy to a new store", to)
 	}
-	if !IsDatabase(to) {
-		if err := putMaster(to, key); err != nil {
+	for name, b := range map[string][]byte{masterName: raw, masterCheck: check} {
+		if b == nil {
+			continue
+		}
+		if err := target.keep(ctx, name, func(_, _ []byte) ([]byte, error) { return b, nil }); err != nil {
+			return 0, err
+		}
+	}
+	if !IsDatabase(to) && len(master) == 0 {
+		if err := putMaster(to, set.fileBytes()); err != nil {
 			return 0, err
 		}
 	}
@@ -87,10 +93,30 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 		}
 		return nil
 	})
-	if err == nil {
-		err = copyAuditHeads(ctx, source, target, seal, renamed)
+	if err != nil {
+		return n, err
+	}
+	t.masters.Store(set)
+	heads, err := s.AuditHeads(ctx)
+	for _, h := range heads {
+		h.Log = renamed(h.Log)
+		err = errors.Join(err, t.NoteAuditHead(ctx, h))
 	}
 	return n, err
+}
+
+// masterEntryOf returns the current master key's entry, or nil if the store is new.
+func masterEntryOf(raw, check []byte) *masterEntry {
+	state := legacyState(check)
+	if raw != nil {
+		var err error
+		if state, err = parseMasterState(raw); err != nil {
+			return &masterEntry{} // of no master key
+		}
+	} else if check == nil {
+		return nil
+	}
+	return state.current()
 }
 
 func copyKEK(ctx context.Context, source, target database, id string, record []byte) error {
@@ -103,7 +129,7 @@ func copyKEK(ctx context.Context, source, target database, id string, record []b
 			return err
 		}
 	}
-	err = target.update(ctx, id, func(old []byte) ([]byte, error) {
+	err = target.update(ctx, id, func(old, _ []byte) ([]byte, error) {
 		if old != nil {
 			return nil, ErrExists
 		}

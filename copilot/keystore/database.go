@@ -12,15 +12,17 @@ type database interface {
 	list(ctx context.Context, wanted func(id string) bool, do func(id string, b []byte) error) error
 	// update replaces the record, nil if there is none, with what change
 	// returns, in a transaction that excludes other changes of this record
-	// and is not made if change fails.
-	update(ctx context.Context, id string, change func(old []byte) ([]byte, error)) error
-	// once stores what made returns under a name, unless the name is taken, and returns
-	// the stored value. Of concurrent callers, one stores it.
-	once(ctx context.Context, name string, made func() ([]byte, error)) ([]byte, error)
-	// put stores b under a name, in place of what was there.
-	put(ctx context.Context, name string, b []byte) error
-	// named calls do with all that put and once have kept under names that begin
-	// with prefix.
+	// and of what is kept under masterName, which change gets as master. It is not made
+	// if change fails.
+	update(ctx context.Context, id string, change func(old, master []byte) ([]byte, error)) error
+	// reseal calls change with up to n records after the one named, in some order of ids
+	// that is always the same, and replaces those for which it returns a record, in one
+	// transaction. It returns the last id, or "" if there are no more.
+	reseal(ctx context.Context, after string, n int, change func(id string, old []byte) ([]byte, error)) (last string, err error)
+	// keep is update for what is kept under a name. A change of masterName excludes all
+	// other changes, of records too. What change returns as it is, is not written.
+	keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error
+	// named calls do with all that is kept under names that begin with prefix.
 	named(ctx context.Context, prefix string, do func(name string, b []byte) error) error
 	// addWraps adds n to the wraps of a version and returns the sum.
 	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)

@@ -69,19 +69,14 @@ func (c counted) list(ctx context.Context, wanted func(string) bool, do func(str
 	})
 }
 
-func (c counted) update(ctx context.Context, id string, change func([]byte) ([]byte, error)) error {
+func (c counted) update(ctx context.Context, id string, change func(old, master []byte) ([]byte, error)) error {
 	c.accesses.Add(ctx, "update")
 	return c.database.update(ctx, id, change)
 }
 
-func (c counted) once(ctx context.Context, name string, made func() ([]byte, error)) ([]byte, error) {
-	c.accesses.Add(ctx, "once")
-	return c.database.once(ctx, name, made)
-}
-
-func (c counted) put(ctx context.Context, name string, b []byte) error {
-	c.accesses.Add(ctx, "put")
-	return c.database.put(ctx, name, b)
+func (c counted) keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error {
+	c.accesses.Add(ctx, "keep")
+	return c.database.keep(ctx, name, change)
 }
 
 func (c counted) named(ctx context.Context, prefix string, do func(string, []byte) error) error {

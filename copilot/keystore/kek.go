@@ -13,6 +13,7 @@ import (
 type KEK struct {
 	ID string
 	record
+	by *masterKey // that seals it
 }
 
 // record is how a KEK is stored.
@@ -116,17 +117,8 @@ func (s *Store) Key(k KEK, version int) ([]byte, int, error) {
 	if !ok {
 		return nil, 0, ErrNotFound
 	}
-	key, err := s.open(k, v)
+	key, err := k.open(v)
 	return key, v.Version, err
-}
-
-// open returns the key of a version. The caller clears it.
-func (s *Store) open(k KEK, v Version) ([]byte, error) {
-	key, err := s.seal.Open(nil, nil, v.Sealed, versionPlace(k.ID, v.Version))
-	if err != nil {
-		return nil, fmt.Errorf("KEK %q version %d is damaged or was tampered with in the store", k.ID, v.Version)
-	}
-	return key, nil
 }
 
 // versionPlace is what a sealed version is bound to.
@@ -156,7 +148,7 @@ func (s *Store) Create(ctx context.Context, id string, key []byte, c Change) (KE
 		if len(k.Versions) > 0 {
 			return ErrExists
 		}
-		s.add(k, key)
+		k.add(key, s.now())
 		return nil
 	})
 }
@@ -174,7 +166,7 @@ func (s *Store) Rotate(ctx context.Context, id string, from int, c Change) (KEK,
 		case from != 0 && from != k.Current():
 			return fmt.Errorf("%w: version %d is current by now", ErrState, k.Current())
 		}
-		s.add(k, key)
+		k.add(key, s.now())
 		return nil
 	})
 }
@@ -185,13 +177,13 @@ func newKey() []byte {
 	return key
 }
 
-func (s *Store) add(k *KEK, key []byte) {
+func (k *KEK) add(key []byte, now time.Time) {
 	version := k.Current() + 1
 	k.Versions = append(k.Versions, Version{
 		Version: version,
-		Created: s.now().UTC().Truncate(time.Second),
+		Created: now.UTC().Truncate(time.Second),
 		Bits:    8 * len(key),
-		Sealed:  s.seal.Seal(nil, nil, key, versionPlace(k.ID, version)),
+		Sealed:  k.by.sealFor(versionPlace(k.ID, version), key),
 	})
 }
 

@@ -6,7 +6,6 @@ package keystore
 import (
 	"cmp"
 	"context"
-	"crypto/cipher"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,11 +13,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
-
-	"github.com/ctrlplane/pilot/internal/aesgcm"
 )
 
 // Errors that a caller may decide by.
@@ -44,16 +43,25 @@ const KeySize = 32
 // a master key that is not in the database, and so is what is known of it. A
 // Store is safe for concurrent use.
 type Store struct {
-	db     database
-	seal   cipher.AEAD
-	counts counts
-	now    func() time.Time
-	made   bool
+	db       database
+	dir      string
+	shared   bool      // with other copilots
+	wrapping *Wrapping // of the master key; nil: it is in a file
+	source   string    // the file that the master key is in, or BACKEND/PATH
+	counts   counts
+	now      func() time.Time
+	made     bool
+
+	masters   atomic.Pointer[masterSet]
+	reloading sync.Mutex
 }
 
 // Made reports whether there was no store before: Open has made it, with a new
 // master key unless there was one.
 func (s *Store) Made() bool { return s.made }
+
+// Shared reports whether other copilots may have the store open, too.
+func (s *Store) Shared() bool { return s.shared }
 
 // ErrNoStore is the error of a store that does not exist.
 var ErrNoStore = errors.New("there is no store")
@@ -74,56 +82,29 @@ func Exists(dir string) error {
 var openPostgres, readPostgres func(ctx context.Context, url string) (database, error)
 
 // Open opens the store in the PostgreSQL database at url, or, if url is
-// empty, in a file in the directory dir, making what is missing. The master key
+// empty, in a file in the directory dir, making what is missing. The master key is
+// wrapped by master, if one is given. Otherwise it
 // is in $CREDENTIALS_DIRECTORY/copilot-master-key if that exists, else in the
 // file master.key in dir, which is made if the store is new.
-func Open(ctx context.Context, dir, url string) (*Store, error) {
+func Open(ctx context.Context, dir, url string, master ...Wrapping) (*Store, error) {
 	db, err := openDatabase(ctx, cmp.Or(url, dir))
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{db: db, now: time.Now}
-	if err := s.unlock(ctx, dir); err != nil {
+	s := newStore(db, dir, url, master)
+	if err := s.unlock(ctx); err != nil {
 		db.close()
 		return nil, err
 	}
 	return s, nil
 }
 
-// masterCheck is the name of a constant sealed under the master key, to recognize the
-// key.
-const masterCheck = "check"
-
-// unlock loads the master key, or makes it if the store is new, and checks
-// that it is the one that the store was made with.
-func (s *Store) unlock(ctx context.Context, dir string) error {
-	sealed, err := s.db.once(ctx, masterCheck, func() ([]byte, error) {
-		s.made = true
-		key, err := masterKey(dir, true)
-		if err != nil {
-			return nil, err
-		}
-		defer clear(key)
-		if s.seal, err = aesgcm.New(key); err != nil {
-			return nil, err
-		}
-		return s.seal.Seal(nil, nil, nil, []byte(masterCheck)), nil
-	})
-	if err != nil {
-		return err
+func newStore(db database, dir, url string, master []Wrapping) *Store {
+	s := &Store{db: db, dir: dir, shared: url != "", now: time.Now}
+	if len(master) > 0 {
+		s.wrapping = &master[0]
 	}
-	key, err := masterKey(dir, false)
-	if err != nil {
-		return err
-	}
-	defer clear(key)
-	if s.seal, err = aesgcm.New(key); err != nil {
-		return err
-	}
-	if _, err := s.seal.Open(nil, nil, sealed, []byte(masterCheck)); err != nil {
-		return errors.New("the master key is not the one that the KEKs are sealed with: put that one back")
-	}
-	return nil
+	return s
 }
 
 // Close closes the store.
@@ -161,7 +142,11 @@ func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
 	if b == nil {
 		return KEK{}, ErrNotFound
 	}
-	return s.decode(id, b)
+	k, err := s.decode(id, b)
+	if s.catchesUp(ctx, err) {
+		k, err = s.decode(id, b)
+	}
+	return k, err
 }
 
 // All is the filter of [Store.List] for all KEKs.
@@ -174,6 +159,9 @@ func (s *Store) List(ctx context.Context, wanted func(id string) bool) ([]KEK, e
 	var damaged []error
 	err := s.db.list(ctx, wanted, func(id string, b []byte) error {
 		k, err := s.decode(id, b)
+		if s.catchesUp(ctx, err) {
+			k, err = s.decode(id, b)
+		}
 		if err != nil {
 			damaged = append(damaged, err)
 			return nil
@@ -189,37 +177,87 @@ func (s *Store) List(ctx context.Context, wanted func(id string) bool) ([]KEK, e
 
 // stored is how a KEK is written: as JSON, and what authenticates it.
 type stored struct {
-	KEK json.RawMessage `json:"kek"`
-	Tag []byte          `json:"tag"` // 12-byte nonce, 16-byte tag
+	Format int             `json:"format,omitempty"` // absent: 1
+	Master int             `json:"master,omitempty"` // the master key that seals it; absent: 1
+	KEK    json.RawMessage `json:"kek"`
+	Tag    []byte          `json:"tag"` // 12-byte nonce, 16-byte tag
 }
+
+// recordFormat is the newest format of [stored] that this copilot knows.
+const recordFormat = 1
 
 // recordPlace is what the tag of a record is bound to.
 func recordPlace(id string, kek []byte) []byte {
 	return append(fmt.Appendf(nil, "record %d %s ", len(id), id), kek...)
 }
 
+// encode returns the record of a KEK whose versions are sealed under the key that it has.
 func (s *Store) encode(k KEK) ([]byte, error) {
 	b, err := json.Marshal(k.record)
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(stored{b, s.seal.Seal(nil, nil, nil, recordPlace(k.ID, b))})
+	out := stored{KEK: b, Tag: k.by.sealFor(recordPlace(k.ID, b), nil)}
+	if k.by.version > 1 {
+		out.Master = k.by.version
+	}
+	return json.Marshal(out)
 }
 
-func (s *Store) decode(id string, b []byte) (KEK, error) {
+// renew seals the versions of a KEK under another master key.
+func (k *KEK) renew(to *masterKey) error {
+	k.Versions = slices.Clone(k.Versions)
+	for i, v := range k.Versions {
+		if v.Sealed == nil {
+			continue
+		}
+		key, err := k.open(v)
+		if err != nil {
+			return err
+		}
+		k.Versions[i].Sealed = to.sealFor(versionPlace(k.ID, v.Version), key)
+		clear(key)
+	}
+	k.by = to
+	return nil
+}
+
+// decode opens a record. The error is a [*missingMaster] if it is sealed under a master
+// key that this process does not know yet.
+func (s *Store) decode(id string, b []byte) (KEK, error) { return s.masters.Load().decode(id, b) }
+
+func (m *masterSet) decode(id string, b []byte) (KEK, error) {
 	k := KEK{ID: id}
 	var in stored
 	err := json.Unmarshal(b, &in)
+	if err == nil && in.Format > recordFormat {
+		return KEK{}, fmt.Errorf("%w: KEK %q has format %d, and this copilot knows %d", ErrNewer, id, in.Format, recordFormat)
+	}
 	if err == nil {
-		_, err = s.seal.Open(nil, nil, in.Tag, recordPlace(id, in.KEK))
+		version := max(in.Master, 1)
+		if k.by = m.known[version]; k.by == nil {
+			return KEK{}, fmt.Errorf("KEK %q is sealed under master key %d: %w", id, version, &missingMaster{version})
+		}
+		_, err = k.by.openFor(recordPlace(id, in.KEK), in.Tag)
 	}
 	if err == nil {
 		err = json.Unmarshal(in.KEK, &k.record)
 	}
 	if err != nil {
-		return KEK{}, fmt.Errorf("KEK %q is damaged or was tampered with in the store", id)
+		return KEK{}, fmt.Errorf("KEK %q %w", id, errDamaged)
 	}
 	return k, nil
+}
+
+var errDamaged = errors.New("is damaged or was tampered with in the store")
+
+// open returns the key of a version. The caller clears it.
+func (k *KEK) open(v Version) ([]byte, error) {
+	key, err := k.by.openFor(versionPlace(k.ID, v.Version), v.Sealed)
+	if err != nil {
+		return nil, fmt.Errorf("KEK %q version %d %w", k.ID, v.Version, errDamaged)
+	}
+	return key, nil
 }
 
 // Change is a change of one KEK.
@@ -237,22 +275,31 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 	if err := CheckID(id); err != nil {
 		return KEK{}, err
 	}
-	err = s.db.update(ctx, id, func(old []byte) ([]byte, error) {
-		k = KEK{ID: id, record: record{Backend: c.Backend}}
-		if old != nil {
-			if k, err = s.decode(id, old); err != nil {
+	err = s.current(ctx, func() error {
+		return s.db.update(ctx, id, func(old, master []byte) ([]byte, error) {
+			set, err := s.follow(master)
+			if err != nil {
 				return nil, err
 			}
-		}
-		if err := change(&k); err != nil {
-			return nil, err
-		}
-		if c.Log != nil {
-			if err := c.Log(k); err != nil {
+			k = KEK{ID: id, record: record{Backend: c.Backend}, by: set.current}
+			if old != nil {
+				if k, err = set.decode(id, old); err != nil {
+					return nil, err
+				}
+				if err := k.renew(set.current); err != nil {
+					return nil, err
+				}
+			}
+			if err := change(&k); err != nil {
 				return nil, err
 			}
-		}
-		return s.encode(k)
+			if c.Log != nil {
+				if err := c.Log(k); err != nil {
+					return nil, err
+				}
+			}
+			return s.encode(k)
+		})
 	})
 	return k, err
 }

@@ -1,9 +1,7 @@
 package keystore
 
 import (
-	"crypto/hkdf"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -22,30 +20,56 @@ const (
 	masterSize       = 32 // bytes
 )
 
-// masterKey returns the master key. It makes the file in dir if there is none
-// and mayMake says that no KEK is sealed yet.
-func masterKey(dir string, mayMake bool) ([]byte, error) {
+// masterBytes is what a file has: the master key and, if that is not the first one of its
+// store, the audit log's key after it.
+type masterBytes []byte
+
+func (b masterBytes) key() []byte { return b[:masterSize] }
+
+// auditKey returns the key of the audit log: 32 bytes.
+func (b masterBytes) auditKey() ([]byte, error) {
+	if len(b) > masterSize {
+		return b[masterSize:], nil
+	}
+	return deriveAuditKey(b.key())
+}
+
+// masterCredentialFile returns the name of the credential, whether it exists or not, or ""
+// if there are none.
+func masterCredentialFile() string {
 	if credentials := os.Getenv("CREDENTIALS_DIRECTORY"); credentials != "" {
+		return filepath.Join(credentials, masterCredential)
+	}
+	return ""
+}
+
+// masterFrom returns the master key, and the file that it is in. It makes the file in dir
+// if there is none and mayMake says that no KEK is sealed yet.
+func masterFrom(dir string, mayMake bool) (masterBytes, string, error) {
+	if name := masterCredentialFile(); name != "" {
 		// systemd sees to it that only the service reads it; a pod's fsGroup may.
-		key, err := readMaster(filepath.Join(credentials, masterCredential), 0o027, "chmod 0440 it, or give a Secret's volume defaultMode: 0440")
+		key, err := readMaster(name, 0o027, "chmod 0440 it, or give a Secret's volume defaultMode: 0440")
 		if !errors.Is(err, fs.ErrNotExist) {
-			return key, err
+			return key, name, err
 		}
 	}
 	name := filepath.Join(dir, masterFile)
 	key, err := readMaster(name, 0o077, "chmod 0600 it")
 	if !errors.Is(err, fs.ErrNotExist) {
-		return key, err
+		return key, name, err
 	}
 	if !mayMake {
-		return nil, fmt.Errorf("the master key is missing: put %s back, or hand it over as the credential %s", name, masterCredential)
+		return nil, "", fmt.Errorf("%w: put %s back, or hand it over as the credential %s", errNoMaster, name, masterCredential)
 	}
-	return makeMaster(name)
+	key, err = makeMaster(name)
+	return key, name, err
 }
+
+var errNoMaster = errors.New("the master key is missing")
 
 // readMaster reads a master key from a file that has none of the mode bits in
 // forbidden, which fix removes.
-func readMaster(name string, forbidden fs.FileMode, fix string) ([]byte, error) {
+func readMaster(name string, forbidden fs.FileMode, fix string) (masterBytes, error) {
 	f, err := regular.Open(name)
 	if err != nil {
 		return nil, err
@@ -58,10 +82,10 @@ func readMaster(name string, forbidden fs.FileMode, fix string) ([]byte, error) 
 	if err := checkFile(name, info, forbidden, "read", fix+", and if others could have read it, import the KEKs into a new store"); err != nil {
 		return nil, err
 	}
-	if info.Size() != masterSize {
-		return nil, fmt.Errorf("%s has %d bytes, not %d: it is no master key", name, info.Size(), masterSize)
+	if n := info.Size(); n != masterSize && n != 2*masterSize {
+		return nil, fmt.Errorf("%s has %d bytes, not %d: it is no master key", name, n, masterSize)
 	}
-	key := make([]byte, masterSize)
+	key := make([]byte, info.Size())
 	if _, err := io.ReadFull(f, key); err != nil {
 		return nil, err
 	}
@@ -69,7 +93,7 @@ func readMaster(name string, forbidden fs.FileMode, fix string) ([]byte, error) 
 }
 
 // makeMaster makes a master key in a file.
-func makeMaster(name string) ([]byte, error) {
+func makeMaster(name string) (masterBytes, error) {
 	key := make([]byte, masterSize)
 	rand.Read(key) // never fails
 	if err := writeMaster(name, key); err != nil {
@@ -90,7 +114,7 @@ func writeMaster(name string, key []byte) error {
 	}
 	defer os.Remove(f.Name()) // fails once it is renamed
 	_, err = f.Write(key)
-	err = errors.Join(err, f.Sync(), f.Close())
+	err = errors.Join(err, giveToOwner(f), f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(f.Name(), name)
 	}
@@ -113,12 +137,11 @@ func syncDir(name string) error {
 }
 
 // AuditKey returns the key that authenticates the audit log of the store in
-// dir: 32 bytes, derived from the master key.
+// dir, whose master key is a file: 32 bytes.
 func AuditKey(dir string) ([]byte, error) {
-	master, err := masterKey(dir, false)
+	master, _, err := masterFrom(dir, false)
 	if err != nil {
 		return nil, err
 	}
-	defer clear(master)
-	return hkdf.Key(sha256.New, master, nil, "copilot audit log", sha256.Size)
+	return master.auditKey()
 }

@@ -74,3 +74,13 @@ func CheckOwner(name string, info fs.FileInfo) error {
 	}
 	return fmt.Errorf("%s belongs to user %d, who may have put it there: if it is the right one, run \"chown %d %[1]s\"", name, owner, dir.Sys().(*syscall.Stat_t).Uid)
 }
+
+// giveToOwner gives a file that root has made to the owner of its directory.
+func giveToOwner(f *os.File) error {
+	dir, err := os.Stat(filepath.Dir(f.Name()))
+	if err != nil || os.Geteuid() != 0 {
+		return err
+	}
+	owner := dir.Sys().(*syscall.Stat_t)
+	return f.Chown(int(owner.Uid), int(owner.Gid))
+}

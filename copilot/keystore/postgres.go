@@ -3,6 +3,7 @@
 package keystore
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -127,66 +128,88 @@ func (d *postgresDB) list(ctx context.Context, wanted func(string) bool, do func
 	return cmp.Or(failed, d.explain(err))
 }
 
-func (d *postgresDB) update(ctx context.Context, id string, change func([]byte) ([]byte, error)) error {
-	return d.locked(ctx, id, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
-		var old []byte
-		err = tx.QueryRow(ctx, `SELECT record FROM copilot_keks WHERE id = $1`, id).Scan(&old)
-		if err != nil && !errors.Is(err, pgx.ErrNoRows) {
-			return nil, err
-		}
-		b, err := change(old)
-		if err != nil {
-			return err, nil
-		}
-		_, err = tx.Exec(ctx, `INSERT INTO copilot_keks (id, record) VALUES ($1, $2)
-			ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`, id, b)
-		return nil, err
-	})
+func (d *postgresDB) update(ctx context.Context, id string, change func(old, master []byte) ([]byte, error)) error {
+	return d.replace(ctx, id, change,
+		`SELECT (SELECT record FROM copilot_keks WHERE id = $1), (SELECT value FROM copilot_once WHERE name = $2)`,
+		`INSERT INTO copilot_keks (id, record) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`)
 }
 
-// locked calls do in a transaction that excludes others of the same name, and
-// now and then of another. Of what do returns, the first are errors that are
-// not the database's.
-func (d *postgresDB) locked(ctx context.Context, name string, do func(context.Context, pgx.Tx) (failed, err error)) error {
+func (d *postgresDB) keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error {
+	return d.replace(ctx, name, change,
+		`SELECT (SELECT value FROM copilot_once WHERE name = $1), (SELECT value FROM copilot_once WHERE name = $2)`,
+		`INSERT INTO copilot_once (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value`)
+}
+
+// replace reads by one statement and writes by another, in a transaction that excludes
+// others of the same name, and now and then of another.
+func (d *postgresDB) replace(ctx context.Context, name string, change func(old, master []byte) ([]byte, error), read, write string) error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	h := fnv.New32a()
 	h.Write([]byte(name))
+	// Whoever changes the master keys waits for all others, and they for it.
+	lock := `SELECT pg_advisory_xact_lock_shared($1, 2), pg_advisory_xact_lock($1, $2)`
+	if name == masterName {
+		lock = `SELECT pg_advisory_xact_lock($1, 2), pg_advisory_xact_lock($1, $2)`
+	}
 	var failed error
-	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) (err error) {
+	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
 		// A row lock would not keep two brokers from creating the row.
-		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, $2)`, lockSpace, int32(h.Sum32()|1)); err != nil {
+		if _, err := tx.Exec(ctx, lock, lockSpace, int32(h.Sum32()|1)); err != nil {
 			return err
 		}
-		if failed, err = do(ctx, tx); failed != nil {
+		var old, master, b []byte
+		if err := tx.QueryRow(ctx, read, name, masterName).Scan(&old, &master); err != nil {
+			return err
+		}
+		if b, failed = change(old, master); failed != nil {
 			return failed
 		}
+		if old != nil && bytes.Equal(b, old) {
+			return nil
+		}
+		_, err := tx.Exec(ctx, write, name, b)
 		return err
 	})
 	return cmp.Or(failed, d.explain(err))
 }
 
-func (d *postgresDB) once(ctx context.Context, name string, made func() ([]byte, error)) (b []byte, err error) {
-	err = d.locked(ctx, name, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
-		err = tx.QueryRow(ctx, `SELECT value FROM copilot_once WHERE name = $1`, name).Scan(&b)
-		if !errors.Is(err, pgx.ErrNoRows) {
-			return nil, err
-		}
-		if b, err = made(); err != nil {
-			return err, nil
-		}
-		_, err = tx.Exec(ctx, `INSERT INTO copilot_once (name, value) VALUES ($1, $2)`, name, b)
-		return nil, err
-	})
-	return b, err
-}
-
-func (d *postgresDB) put(ctx context.Context, name string, b []byte) error {
+func (d *postgresDB) reseal(ctx context.Context, after string, n int, change func(string, []byte) ([]byte, error)) (last string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	_, err := d.pool.Exec(ctx, `INSERT INTO copilot_once (name, value) VALUES ($1, $2)
-		ON CONFLICT (name) DO UPDATE SET value = excluded.value`, name, b)
-	return d.explain(err)
+	var failed error
+	err = postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
+		// The locks of the rows keep others from changing them meanwhile.
+		rows, err := tx.Query(ctx, `SELECT id, record FROM copilot_keks WHERE id > $1 ORDER BY id LIMIT $2 FOR UPDATE`, after, n)
+		if err != nil {
+			return err
+		}
+		var id string
+		var old []byte
+		var ids []string
+		var records [][]byte
+		found := 0
+		last = ""
+		if _, err := pgx.ForEachRow(rows, []any{&id, &old}, func() error {
+			found++
+			var b []byte
+			if b, failed = change(id, old); b != nil {
+				ids, records = append(ids, id), append(records, b)
+			}
+			return failed
+		}); err != nil {
+			return err
+		}
+		if found == n {
+			last = id
+		}
+		if len(ids) == 0 {
+			return nil
+		}
+		_, err = tx.Exec(ctx, `UPDATE copilot_keks SET record = changed.record FROM unnest($1::text[], $2::bytea[]) AS changed (id, record) WHERE copilot_keks.id = changed.id`, ids, records)
+		return err
+	})
+	return last, cmp.Or(failed, d.explain(err))
 }
 
 func (d *postgresDB) named(ctx context.Context, prefix string, do func(string, []byte) error) error {

@@ -48,6 +48,11 @@ func (a *api) handler() http.Handler {
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
 		mux.HandleFunc("GET "+auditHeadsPath, a.auditHeads)
+		mux.HandleFunc("GET "+auditKeyPath, a.auditKey)
+		mux.Handle("GET "+masterPath, a.chain(route{action: "master-status", handle: a.masterStatus}))
+		mux.HandleFunc("GET "+masterPath+"/rotation", a.rotationStatus)
+		mux.Handle("POST "+masterPath+"/rotate", a.chain(route{action: "master-rotate", handle: a.rotateMaster}))
+		mux.Handle("POST "+masterPath+"/forget", a.chain(route{action: "master-forget", handle: a.forgetHolder}))
 		mux.Handle("POST "+acknowledgePath, a.chain(route{action: "acknowledge", handle: a.acknowledge}))
 		mux.Handle("POST "+describePath, a.chain(route{action: "describe", handle: a.describeStore}))
 		mux.Handle("POST "+backupPath, a.chain(route{action: "backup", handle: a.backup}))

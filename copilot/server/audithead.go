@@ -83,10 +83,7 @@ func (n *headNotes) run(ctx context.Context) {
 // openAudit opens the audit log of a configuration, and checks that it has the lines that
 // the store has recorded.
 func openAudit(ctx context.Context, conf Config, store *keystore.Store) (*audit.Log, error) {
-	key, err := keystore.AuditKey(conf.Dir)
-	if err != nil {
-		return nil, err
-	}
+	key := audit.Key(store.AuditKey())
 	heads, err := store.AuditHeads(ctx)
 	if err != nil {
 		return nil, err
@@ -132,7 +129,7 @@ const auditHeadsPath = "/audit/heads"
 // auditHeads handles requests for the heads in the store.
 func (b *broker) auditHeads(w http.ResponseWriter, r *http.Request) {
 	if !b.opened.Load() {
-		http.Error(w, "copilot's database can't be used", http.StatusServiceUnavailable)
+		http.Error(w, b.notOpen().Error(), http.StatusServiceUnavailable)
 		return
 	}
 	b.heads.note(r.Context())
@@ -162,7 +159,12 @@ func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) 
 	}
 	resp, err := admin.http.Do(r)
 	if err != nil { // none runs
-		return keystore.ReadAuditHeads(ctx, conf.Dir, conf.Database)
+		store, err := keystore.Read(ctx, conf.Dir, conf.Database, conf.Wrapping()...)
+		if err != nil {
+			return nil, err
+		}
+		defer store.Close()
+		return store.AuditHeads(ctx)
 	}
 	defer resp.Body.Close()
 	switch resp.StatusCode {
@@ -175,4 +177,49 @@ func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) 
 	var heads []keystore.AuditHead
 	err = json.NewDecoder(io.LimitReader(resp.Body, 64<<20)).Decode(&heads)
 	return heads, err
+}
+
+// auditKeyPath is the admin socket's path for the audit log's key, since nothing else can
+// open a store that is a file while it is in use.
+const auditKeyPath = "/audit/key"
+
+// auditKey handles requests for the audit log's key, by those who can read the store.
+func (b *broker) auditKey(w http.ResponseWriter, _ *http.Request) {
+	if !b.opened.Load() {
+		http.Error(w, b.notOpen().Error(), http.StatusServiceUnavailable)
+		return
+	}
+	key := b.keks.Store.AuditKey()
+	defer clear(key)
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Write(key)
+}
+
+// AuditKey returns the key that authenticates the audit log: from the master key's file, or
+// if a KMS has wrapped that, from the copilot that runs, or from the store itself.
+func AuditKey(ctx context.Context, conf Config) (audit.Key, error) {
+	wrapping := conf.Wrapping()
+	if wrapping == nil {
+		return keystore.AuditKey(conf.Dir)
+	}
+	admin := adminOf(conf.Dir)
+	defer admin.Close()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, admin.base+auditKeyPath, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := admin.http.Do(r)
+	if err != nil { // none runs
+		store, err := keystore.Read(ctx, conf.Dir, conf.Database, wrapping...)
+		if err != nil {
+			return nil, err
+		}
+		defer store.Close()
+		return store.AuditKey(), nil
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("the running copilot answered %s", resp.Status)
+	}
+	return io.ReadAll(io.LimitReader(resp.Body, 1<<10))
 }

@@ -215,10 +215,7 @@ func (a *api) writeBackup(ctx context.Context, e *auditing.Entry, recipients []s
 }
 
 func (a *api) seal(ctx context.Context, w io.Writer, to []age.Recipient) (backup.Totals, error) {
-	key, err := keystore.AuditKey(a.dir)
-	if err != nil {
-		return backup.Totals{}, err
-	}
+	key := a.keks.Store.AuditKey()
 	defer clear(key)
 	a.heads.note(ctx)
 	return backup.Write(w, to, backup.Header{Created: time.Now().UTC(), AuditKey: key}, func(put func(keystore.Held) error) error {

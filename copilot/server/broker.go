@@ -36,14 +36,15 @@ type broker struct {
 	keks     *keyring.Keyring // nil until it is open
 	auditLog *audit.Log       // nil until it is open
 	heads    *headNotes       // nil until it is open
-	nodeCA   *nodeCA          // renews clients' certificates; may be nil
+	master   masterRotation
+	nodeCA   *nodeCA // renews clients' certificates; may be nil
 	metrics  *metrics
 
 	// opened says that the store and the audit log are open. Before that, nothing else
 	// uses them.
 	opened atomic.Bool
 	// waiting is why they are not open yet.
-	waiting  atomic.Pointer[string]
+	waiting  atomic.Pointer[error]
 	stopping atomic.Bool
 
 	dir string // of the store
@@ -68,6 +69,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 	}
 	b = &broker{
 		dir:     conf.Dir,
+		master:  masterRotation{begun: make(chan struct{}, 1)},
 		audit:   auditing.New(),
 		metrics: newMetrics(),
 		callers: caller.Authenticator{AllowAnonymous: conf.InsecureLoopback && !conf.hasTLS()},
@@ -83,7 +85,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 
 // open opens the store, the audit log and the KMSs. It can be called again if it fails.
 func (b *broker) open(ctx context.Context, conf Config) (err error) {
-	store, err := keystore.Open(ctx, conf.Dir, conf.Database)
+	store, err := keystore.Open(ctx, conf.Dir, conf.Database, conf.Wrapping()...)
 	if err != nil {
 		return err
 	}
@@ -192,7 +194,7 @@ func (b *broker) ready(ctx context.Context) error {
 		return errStopping
 	}
 	if !b.opened.Load() {
-		return keystore.ErrUnavailable
+		return b.notOpen()
 	}
 	if err := b.keks.Store.Ready(ctx); err != nil {
 		logrus.WithError(err).Warn("not ready")

@@ -72,6 +72,9 @@ type Config struct {
 	KMS kms.Types `toml:"-"`
 	// KEKs that are in Backends.
 	KEKs map[string]keyring.Location `toml:"keks"`
+	// MasterKey is the key in one of Backends that wraps the master key. Default: the master
+	// key is in a file.
+	MasterKey keyring.Location `toml:"master-key"`
 }
 
 // MaxWraps is how many keys one AES-GCM key may wrap with random nonces of 96
@@ -103,6 +106,21 @@ func (c Config) IssuerNames() []string {
 }
 
 func (c Config) hasTLS() bool { return c.TLSCert != "" || c.TLSKey != "" || c.TLSClientCA != "" }
+
+// Wrapping returns the key that wraps the master key, if one does.
+func (c Config) Wrapping() []keystore.Wrapping {
+	if c.MasterKey == (keyring.Location{}) {
+		return nil
+	}
+	open, _ := c.openBackend(c.MasterKey.Backend)
+	return []keystore.Wrapping{{Backend: c.MasterKey.Backend, Path: c.MasterKey.Path, Open: open}}
+}
+
+// openBackend returns what opens a KMS of the configuration.
+func (c Config) openBackend(name string) (open func() (kms.Backend, error), ok bool) {
+	settings, ok := c.Backends[name]
+	return func() (kms.Backend, error) { return keyring.OpenBackend(c.KMS, settings) }, ok
+}
 
 // AuditTo returns where the audit log goes: a file, "-" or "database".
 func (c Config) AuditTo() string {
@@ -151,6 +169,14 @@ func (c *Config) check() error {
 	for name, i := range c.Issuers {
 		if err := i.Check(name); err != nil {
 			return fmt.Errorf("issuers.%s: %w", name, err)
+		}
+	}
+	if c.MasterKey != (keyring.Location{}) {
+		if _, ok := c.Backends[c.MasterKey.Backend]; !ok {
+			return fmt.Errorf("master-key: no such backend: %q", c.MasterKey.Backend)
+		}
+		if c.MasterKey.Path == "" {
+			return fmt.Errorf("master-key: path is not set: it is which key in %s wraps the master key", c.MasterKey.Backend)
 		}
 	}
 	for id, k := range c.KEKs {

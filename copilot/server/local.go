@@ -31,6 +31,8 @@ func describeCreated(conf Config, s *keystore.Store) string {
 	switch {
 	case !s.Made():
 		return ""
+	case conf.Wrapping() != nil:
+		return "made a new store, whose master key " + conf.Wrapping()[0].String() + " has wrapped"
 	case conf.Database != "":
 		return "made a new store in the database, and its master key is in " + conf.Dir
 	}

@@ -97,6 +97,10 @@ func Serve(ctx context.Context, conf Config) error {
 			b.heads.run(ctx)
 			return nil
 		})
+		g.Go(func() error {
+			b.master.run(ctx, b)
+			return nil
+		})
 		b.tend(ctx, hangup)
 		return nil
 	})

@@ -50,6 +50,7 @@ var (
 	SoftHSM      = Program{path: []string{"softhsm2-util"}}
 	NSS          = Program{path: []string{"certutil"}}
 	OpenCryptoki = Program{tools: []string{"trixie/usr/sbin/pkcsslotd"}}
+	SWTPM        = Program{path: []string{"swtpm", "tpm2_getrandom"}}
 	LocalKMS     = Program{tools: []string{"bin/local-kms"}}
 	Vault        = Program{tools: []string{"bin/vault-dev"}}
 )

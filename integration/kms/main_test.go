@@ -10,5 +10,5 @@ import (
 
 func TestMain(m *testing.M) {
 	os.Exit(harness.Main(m, harness.Pilot, harness.Copilot, harness.Debian13, harness.SoftHSM, harness.NSS, harness.OpenCryptoki,
-		harness.LocalKMS, harness.Vault))
+		harness.LocalKMS, harness.Vault, harness.SWTPM))
 }

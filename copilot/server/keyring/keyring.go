@@ -106,7 +106,7 @@ func New(conf Config, store *keystore.Store, log *auditing.Log, m *Metrics) (_ *
 		}
 	}()
 	for name, settings := range conf.Backends {
-		if r.backends[name], err = openBackend(conf.KMS, settings); err != nil {
+		if r.backends[name], err = OpenBackend(conf.KMS, settings); err != nil {
 			delete(r.backends, name)
 			return nil, exit.Usagef("backends.%s: %w", name, err)
 		}
@@ -125,7 +125,8 @@ func (r *Keyring) Close() error {
 	return errors.Join(errs...)
 }
 
-func openBackend(types kms.Types, settings map[string]any) (kms.Backend, error) {
+// OpenBackend opens a KMS of a configuration.
+func OpenBackend(types kms.Types, settings map[string]any) (kms.Backend, error) {
 	kind, ok := settings["type"].(string)
 	if !ok {
 		return nil, errors.New("type is not set")
