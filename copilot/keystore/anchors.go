@@ -1,6 +1,7 @@
 package keystore
 
 import (
+	"bytes"
 	"context"
 	"crypto/hkdf"
 	"crypto/hmac"
@@ -10,8 +11,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"maps"
 	"slices"
+	"strings"
 	"sync"
 )
 
@@ -44,13 +45,13 @@ type anchored struct {
 
 // ErrRolledBack is the error of a record that is older than the one that copilot has
 // written last, and of a store that is older than its audit log.
-var ErrRolledBack = errors.New("was put back as it was earlier, in the database: \"copilot store check\" says more")
+var ErrRolledBack = fmt.Errorf("%w: its record was put back as it was earlier, in the database: see \"copilot store check\" on the broker's machine", ErrDisabled)
 
 // anchors is what this process knows of the anchors.
 type anchors struct {
 	mu sync.Mutex
 	// changes are the most that each anchor was seen to have.
-	changes [anchorShards]int64
+	changes [anchorShards + 1]int64
 	// seen are the stored bytes' digests of the records that were compared, by row.
 	seen map[string][sha256.Size]byte
 	// whole says why no record can be relied on, or is "".
@@ -63,21 +64,33 @@ type row struct {
 	name string
 }
 
+// rowKEK begins the text of a KEK's row.
+const rowKEK = "kek "
+
 func (r row) String() string {
 	if r.kek {
-		return "kek " + r.name
+		return rowKEK + r.name
 	}
 	return r.name
 }
 
-// shard returns the number of the row's anchor.
+// shard returns the number of the row's anchor. Rows that are no KEKs have one of their own,
+// the last.
 func (r row) shard() int {
+	if !r.kek {
+		return anchorShards
+	}
 	h := fnv.New32a()
 	h.Write([]byte(r.String()))
 	return int(h.Sum32() % anchorShards)
 }
 
-func anchorName(shard int) string { return fmt.Sprintf("%s%02x", anchorPrefix, shard) }
+func anchorName(shard int) string {
+	if shard == anchorShards {
+		return anchorPrefix + "others"
+	}
+	return fmt.Sprintf("%s%02x", anchorPrefix, shard)
+}
 
 // stateKey authenticates what is kept and no secret.
 func (m *masterSet) stateKey() []byte {
@@ -140,20 +153,26 @@ func digestOf(b []byte) string {
 	return base64.RawURLEncoding.EncodeToString(sum[:16])
 }
 
-// advance returns the anchor after a change of a row from a digest to another; an empty
-// one is that of no record.
-func (s *Store) advance(set *masterSet, r row, side []byte, from, to string) ([]byte, error) {
+// advance returns the anchor, side, after a change of a row to a digest.
+func advance(set *masterSet, r row, side []byte, digest string) ([]byte, error) {
 	name := anchorName(r.shard())
 	a, err := set.openAnchor(name, side)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.compare(r, a, from); err != nil {
-		return nil, err
-	}
 	a.Changes++
-	a.Digests[r.String()] = to
+	a.Digests[r.String()] = digest
 	return set.sealAnchor(name, a)
+}
+
+// compareWith compares the digest of a row, which is empty if there is no record, with its
+// anchor, side.
+func (s *Store) compareWith(set *masterSet, r row, side []byte, digest string) error {
+	a, err := set.openAnchor(anchorName(r.shard()), side)
+	if err != nil {
+		return err
+	}
+	return s.compare(r, a, digest)
 }
 
 // compare compares the digest of a row with its anchor. A record that was written before
@@ -162,55 +181,55 @@ func (s *Store) compare(r row, a anchor, digest string) error {
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
 	if why := s.anchors.whole; why != "" {
-		return fmt.Errorf("the store %w (%s)", ErrRolledBack, why)
+		return fmt.Errorf("%s: %w (all of the store: %s)", r, ErrRolledBack, why)
 	}
 	seen := &s.anchors.changes[r.shard()]
 	if a.Changes < *seen {
-		return fmt.Errorf("the anchor of %s %w", r, ErrRolledBack)
+		return fmt.Errorf("%s: %w (and its anchor)", r, ErrRolledBack)
 	}
 	*seen = a.Changes
 	if want, ok := a.Digests[r.String()]; ok && want != digest {
-		return fmt.Errorf("%s %w", r, ErrRolledBack)
+		return fmt.Errorf("%s: %w", r, ErrRolledBack)
 	}
 	return nil
 }
 
-// current compares a KEK, which was read as b, with its anchor, unless it was compared
-// before.
-func (s *Store) notRolledBack(ctx context.Context, k KEK, b []byte) error {
-	r, sum := row{true, k.ID}, sha256.Sum256(b)
-	s.anchors.mu.Lock()
-	known := s.anchors.seen[r.String()] == sum && s.anchors.whole == ""
-	s.anchors.mu.Unlock()
-	if known {
-		return nil
-	}
-	err := s.compareNow(ctx, k)
-	for range 2 { // the record was changed between reading it and its anchor
+// notRolledBack compares a KEK, which was read as b, with its anchor, unless it was
+// compared before. It returns the KEK as it is by then.
+func (s *Store) notRolledBack(ctx context.Context, k KEK, b []byte) (KEK, error) {
+	name := row{true, k.ID}.String()
+	for range 3 {
+		sum := sha256.Sum256(b)
+		s.anchors.mu.Lock()
+		known := s.anchors.seen[name] == sum && s.anchors.whole == ""
+		s.anchors.mu.Unlock()
+		if known {
+			return k, nil
+		}
+		err := s.compareNow(ctx, k)
+		if err == nil {
+			s.anchors.mu.Lock()
+			defer s.anchors.mu.Unlock()
+			if s.anchors.seen == nil {
+				s.anchors.seen = make(map[string][sha256.Size]byte)
+			}
+			s.anchors.seen[name] = sum
+			return k, nil
+		}
 		if !errors.Is(err, ErrRolledBack) {
-			break
+			return KEK{}, err
 		}
-		b, getErr := s.db.get(ctx, k.ID)
-		if getErr != nil || b == nil {
-			return errors.Join(err, getErr)
+		// It may have been changed between reading it and its anchor.
+		again, getErr := s.db.get(ctx, k.ID)
+		if getErr != nil || again == nil || bytes.Equal(again, b) {
+			return KEK{}, errors.Join(err, getErr)
 		}
-		now, decodeErr := s.decode(k.ID, b)
-		if decodeErr != nil {
-			return errors.Join(err, decodeErr)
+		b = again
+		if k, err = s.decode(k.ID, b); err != nil {
+			return KEK{}, err
 		}
-		sum = sha256.Sum256(b)
-		err = s.compareNow(ctx, now)
 	}
-	if err != nil {
-		return err
-	}
-	s.anchors.mu.Lock()
-	defer s.anchors.mu.Unlock()
-	if s.anchors.seen == nil {
-		s.anchors.seen = make(map[string][sha256.Size]byte)
-	}
-	s.anchors.seen[r.String()] = sum
-	return nil
+	return KEK{}, fmt.Errorf("%w: KEK %q changes all the time", ErrUnavailable, k.ID)
 }
 
 func (s *Store) compareNow(ctx context.Context, k KEK) error {
@@ -258,21 +277,24 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 	if err != nil {
 		return nil, err
 	}
-	var anchorsNow [anchorShards]anchor
+	var anchorsNow [anchorShards + 1]anchor
 	for i := range anchorsNow {
 		anchorsNow[i].Digests = map[string]string{}
 	}
-	var bad error
-	known := s.Generation()
-	err = s.db.snapshot(ctx, anchorPrefix, contents{
+	var names []string
+	for i := range anchorsNow {
+		names = append(names, anchorName(i))
+	}
+	any, known := false, s.Generation()
+	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
 		named: func(name string, b []byte) error {
-			var shard int
-			if _, err := fmt.Sscanf(name, anchorPrefix+"%02x", &shard); err != nil || shard < 0 || shard >= anchorShards {
+			shard := slices.IndexFunc(names, func(n string) bool { return n == name })
+			if shard < 0 {
 				return nil
 			}
+			any = true
 			a, err := set.openAnchor(name, b)
 			if err != nil {
-				bad = errors.Join(bad, err)
 				found[name] = err.Error()
 				return nil
 			}
@@ -301,11 +323,14 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 	if err != nil {
 		return nil, err
 	}
+	if !any && least == 0 && known == 0 {
+		return found, s.anchorAll(ctx, 0, 1) // an earlier copilot made the store
+	}
 	var sum int64
 	for _, a := range anchorsNow {
 		sum += a.Changes
 		for name := range a.Digests {
-			if len(name) > 4 && name[:4] == "kek " {
+			if strings.HasPrefix(name, rowKEK) {
 				found[name] = "its record was deleted"
 			}
 		}
@@ -324,8 +349,12 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 	return found, nil
 }
 
+// acceptJump is by how much each anchor's number of changes grows when records are accepted
+// as they are: other copilots may have seen more changes than this one knows of.
+const acceptJump = 1 << 20
+
 // AcceptRollback takes all records as they are now: their anchors are made anew, and the
-// generation is at least the one given. It returns what was accepted, as
+// generation is more than the one given. It returns what was accepted, as
 // [Store.CheckAnchors] does; log is called with that right before.
 func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found map[string]string) error) (map[string]string, error) {
 	found, err := s.CheckAnchors(ctx, least)
@@ -335,56 +364,88 @@ func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found 
 	if err := log(found); err != nil {
 		return nil, err
 	}
-	list := make(map[int]map[string]string)
-	err = s.db.list(ctx, All, func(id string, b []byte) error {
-		k, err := s.decode(id, b)
-		if err != nil {
-			return nil
-		}
-		r := row{true, id}
-		if list[r.shard()] == nil {
-			list[r.shard()] = make(map[string]string)
-		}
-		list[r.shard()][r.String()], err = k.digest()
+	return found, s.anchorAll(ctx, least+1, acceptJump)
+}
+
+// anchorAll makes the anchors of all KEKs anew, each with so many changes more, and a
+// generation that is least or more.
+func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
+	digests := make([]map[string]string, anchorShards)
+	for i := range digests {
+		digests[i] = make(map[string]string)
+	}
+	before := make(map[string]int64)
+	set, err := s.readSet(ctx)
+	if err != nil {
 		return err
+	}
+	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
+		named: func(name string, b []byte) error {
+			a, _ := set.openAnchor(name, b) // a damaged one is replaced
+			before[name] = a.Changes
+			return nil
+		},
+		record: func(id string, b []byte) error {
+			k, err := set.decode(id, b)
+			if err != nil {
+				return nil
+			}
+			r := row{true, id}
+			digests[r.shard()][r.String()], err = k.digest()
+			return err
+		},
+		wraps: func(string, int, int64) error { return nil },
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	s.anchors.mu.Lock()
 	changes := s.anchors.changes
 	s.anchors.mu.Unlock()
 	var sum int64
-	for i := range changes {
-		changes[i]++
+	for i := range anchorShards {
+		changes[i] = max(changes[i], before[anchorName(i)]) + jump
 		sum += changes[i]
 	}
-	changes[0] += max(0, least+1-sum)
+	sum += max(changes[anchorShards], before[anchorName(anchorShards)])
+	changes[0] += max(0, least-sum)
 	for i := range anchorShards {
-		err := s.db.keep(ctx, anchorName(i), func(old, master []byte) ([]byte, error) {
-			set, err := s.follow(master)
-			if err != nil {
-				return nil, err
+		name := anchorName(i)
+		err := s.db.keep(ctx, name, func(old, _ []byte) ([]byte, error) {
+			now, _ := set.openAnchor(name, old)
+			if now.Changes != before[name] {
+				return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
 			}
-			a := anchor{Changes: changes[i], Digests: maps.Clone(list[i])}
-			if before, err := set.openAnchor(anchorName(i), old); err == nil {
-				for name, digest := range before.Digests {
-					if len(name) < 4 || name[:4] != "kek " {
-						if a.Digests == nil {
-							a.Digests = make(map[string]string)
-						}
-						a.Digests[name] = digest
-					}
-				}
-			}
-			return set.sealAnchor(anchorName(i), a)
+			return set.sealAnchor(name, anchor{changes[i], digests[i]})
 		})
 		if err != nil {
-			return nil, err
+			return err
 		}
 	}
 	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
 	s.anchors.changes, s.anchors.whole, s.anchors.seen = changes, "", nil
-	s.anchors.mu.Unlock()
-	return found, nil
+	return nil
 }
+
+// fillAnchors stores the anchors of a restored store, in place of those that it had when it
+// was empty.
+func (s *Store) fillAnchors(set *masterSet, list []anchor, to contents) error {
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	for i, a := range list {
+		name := anchorName(i)
+		a.Changes = max(a.Changes, s.anchors.changes[i]+1)
+		b, err := set.sealAnchor(name, a)
+		if err != nil {
+			return err
+		}
+		if err := to.named(name, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// statePrefixes begin the names of what belongs to the records.
+var statePrefixes = []string{anchorPrefix}

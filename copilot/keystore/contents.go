@@ -60,7 +60,7 @@ func (s *Store) Export(ctx context.Context, do func(Held) error) error {
 	if _, err := s.readSet(ctx); err != nil {
 		return err
 	}
-	return s.db.snapshot(ctx, auditHead, contents{
+	return s.db.snapshot(ctx, []string{auditHead}, contents{
 		named: func(name string, sealed []byte) error {
 			h, _, err := s.masters.Load().openHead(name, sealed)
 			if err != nil {
@@ -99,7 +99,9 @@ func (s *Store) Export(ctx context.Context, do func(Held) error) error {
 // master key, in one transaction: there is all of it then, or nothing. It clears the keys.
 // Heads are not imported: they are of the log of the store that was exported. The error
 // wraps [ErrNotEmpty] if there is a KEK already.
-func (s *Store) Import(ctx context.Context, next func() (Held, error)) (keks int, err error) {
+//
+// The store's generation is more than the one given then.
+func (s *Store) Import(ctx context.Context, generation int64, next func() (Held, error)) (keks int, err error) {
 	set, err := s.readSet(ctx)
 	if err != nil {
 		return 0, err
@@ -107,22 +109,29 @@ func (s *Store) Import(ctx context.Context, next func() (Held, error)) (keks int
 	if set.state.rotating() {
 		return 0, fmt.Errorf("%w: the store's master key is being rotated", ErrState)
 	}
+	var list [anchorShards]anchor
+	for i := range list {
+		list[i] = anchor{1, make(map[string]string)}
+	}
+	list[0].Changes = max(1, generation+1)
 	err = s.db.fill(ctx, func(to contents) error {
 		for {
 			h, err := next()
 			if errors.Is(err, io.EOF) {
-				return nil
+				return s.fillAnchors(set, list[:], to)
 			}
 			if err != nil {
 				return err
 			}
 			switch {
 			case h.KEK != nil:
-				b, err := s.sealed(h.KEK, set.current)
+				b, digest, err := s.sealed(h.KEK, set.current)
 				h.KEK.Clear()
 				if err != nil {
 					return err
 				}
+				r := row{true, h.KEK.ID}
+				list[r.shard()].Digests[r.String()] = digest
 				if err := to.record(h.KEK.ID, b); err != nil {
 					return err
 				}
@@ -138,10 +147,10 @@ func (s *Store) Import(ctx context.Context, next func() (Held, error)) (keks int
 }
 
 // sealed returns the record of a KEK from a backup, sealed under a master key.
-func (s *Store) sealed(h *HeldKEK, by *masterKey) ([]byte, error) {
+func (s *Store) sealed(h *HeldKEK, by *masterKey) (b []byte, digest string, err error) {
 	k, err := h.Decode()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	for i, v := range k.Versions {
 		if key, ok := h.Keys[v.Version]; ok {
@@ -149,7 +158,10 @@ func (s *Store) sealed(h *HeldKEK, by *masterKey) ([]byte, error) {
 		}
 	}
 	k.by = by
-	return s.encode(k)
+	if b, err = s.encode(k); err == nil {
+		digest, err = k.digest()
+	}
+	return b, digest, err
 }
 
 // DecodeRecord returns the KEK of a record without keys.

@@ -52,6 +52,7 @@ type Store struct {
 	now      func() time.Time
 	made     bool
 
+	anchors   anchors
 	masters   atomic.Pointer[masterSet]
 	reloading sync.Mutex
 }
@@ -145,6 +146,9 @@ func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
 	k, err := s.decode(id, b)
 	if s.catchesUp(ctx, err) {
 		k, err = s.decode(id, b)
+	}
+	if err == nil {
+		k, err = s.notRolledBack(ctx, k, b)
 	}
 	return k, err
 }
@@ -276,29 +280,45 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 		return KEK{}, err
 	}
 	err = s.current(ctx, func() error {
-		return s.db.update(ctx, id, func(old, master []byte) ([]byte, error) {
+		r := row{true, id}
+		return s.db.update(ctx, r, anchorName(r.shard()), func(old, master, side []byte) (b, newSide []byte, err error) {
 			set, err := s.follow(master)
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 			k = KEK{ID: id, record: record{Backend: c.Backend}, by: set.current}
+			before := ""
 			if old != nil {
 				if k, err = set.decode(id, old); err != nil {
-					return nil, err
+					return nil, nil, err
+				}
+				if before, err = k.digest(); err != nil {
+					return nil, nil, err
 				}
 				if err := k.renew(set.current); err != nil {
-					return nil, err
+					return nil, nil, err
 				}
 			}
+			if err := s.compareWith(set, r, side, before); err != nil {
+				return nil, nil, err
+			}
 			if err := change(&k); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 			if c.Log != nil {
 				if err := c.Log(k); err != nil {
-					return nil, err
+					return nil, nil, err
 				}
 			}
-			return s.encode(k)
+			after, err := k.digest()
+			if err != nil {
+				return nil, nil, err
+			}
+			if newSide, err = advance(set, r, side, after); err != nil {
+				return nil, nil, err
+			}
+			b, err = s.encode(k)
+			return b, newSide, err
 		})
 	})
 	return k, err

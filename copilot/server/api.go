@@ -54,6 +54,8 @@ func (a *api) handler() http.Handler {
 		mux.Handle("POST "+masterPath+"/rotate", a.chain(route{action: "master-rotate", handle: a.rotateMaster}))
 		mux.Handle("POST "+masterPath+"/forget", a.chain(route{action: "master-forget", handle: a.forgetHolder}))
 		mux.Handle("POST "+acknowledgePath, a.chain(route{action: "acknowledge", handle: a.acknowledge}))
+		mux.Handle("POST "+checkStorePath, a.chain(route{action: "check", handle: a.checkStore}))
+		mux.Handle("POST "+acceptPath, a.chain(route{action: "acknowledge", handle: a.acceptRollback}))
 		mux.Handle("POST "+describePath, a.chain(route{action: "describe", handle: a.describeStore}))
 		mux.Handle("POST "+backupPath, a.chain(route{action: "backup", handle: a.backup}))
 		status.Profiles(mux)

@@ -218,7 +218,14 @@ func (a *api) seal(ctx context.Context, w io.Writer, to []age.Recipient) (backup
 	key := a.keks.Store.AuditKey()
 	defer clear(key)
 	a.heads.note(ctx)
-	return backup.Write(w, to, backup.Header{Created: time.Now().UTC(), AuditKey: key}, func(put func(keystore.Held) error) error {
+	found, err := a.keks.Store.CheckAnchors(ctx, a.least)
+	if err == nil && len(found) > 0 {
+		err = fmt.Errorf("%w: %d records were put back as they were earlier, or deleted: see \"copilot store check\" first", keystore.ErrState, len(found))
+	}
+	if err != nil {
+		return backup.Totals{}, err
+	}
+	return backup.Write(w, to, backup.Header{Created: time.Now().UTC(), Generation: a.keks.Store.Generation(), AuditKey: key}, func(put func(keystore.Held) error) error {
 		return a.keks.Store.Export(ctx, put)
 	})
 }
@@ -318,7 +325,7 @@ func Restore(ctx context.Context, conf Config, open func() (*backup.Reader, erro
 		made := Restored{Backup: r.Header, Created: l.created}
 		var ended audit.Head
 		e.Reason = fmt.Sprintf("of %s, %s", r.Created.Format(time.RFC3339), want)
-		_, err = b.keks.Store.Import(ctx, func() (keystore.Held, error) {
+		_, err = b.keks.Store.Import(ctx, max(l.api.least, r.Generation), func() (keystore.Held, error) {
 			h, err := r.Next()
 			if h.Head != nil {
 				ended = headOf(*h.Head)

@@ -48,6 +48,9 @@ type broker struct {
 	stopping atomic.Bool
 
 	dir string // of the store
+	// least is how often the store was changed, by the audit log.
+	least      int64
+	rolledBack map[string]string // as last reported
 }
 
 // newBroker opens the broker of a configuration.
@@ -97,7 +100,11 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	if err != nil {
 		return errors.Join(err, store.Close(), log.Close())
 	}
-	b.keks, b.auditLog = keks, log
+	b.keks, b.auditLog, b.least = keks, log, log.Generation()
+	if err := b.checkAnchors(ctx); err != nil {
+		return errors.Join(err, keks.Close(), store.Close(), log.Close())
+	}
+	log.Count(store.Generation)
 	b.heads = &headNotes{log: log, store: store, name: conf.AuditName()}
 	b.metrics.auditLosses(log.Losses)
 	b.audit.Open(log)
@@ -157,13 +164,15 @@ const (
 
 // tend does the periodic work, until ctx is done.
 func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
-	look, sweep := time.NewTicker(policyInterval), time.NewTicker(sweepInterval)
+	look, sweep, anchors := time.NewTicker(policyInterval), time.NewTicker(sweepInterval), time.NewTicker(anchorInterval)
 	defer look.Stop()
+	defer anchors.Stop()
 	defer sweep.Stop()
 	b.sweep(ctx)
 	for {
 		select {
 		case <-ctx.Done():
+			b.countChanges()
 			return
 		case <-hangup:
 			b.reload(true)
@@ -174,6 +183,11 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 			b.reload(false)
 		case <-sweep.C:
 			b.sweep(ctx)
+		case <-anchors.C:
+			b.countChanges()
+			if err := b.checkAnchors(ctx); err != nil && ctx.Err() == nil {
+				logrus.WithError(err).Error("can't check whether records were put back as they were earlier")
+			}
 		}
 	}
 }
