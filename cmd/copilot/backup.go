@@ -4,6 +4,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -118,7 +120,7 @@ func openFlags(more ...cli.Flag) []cli.Flag {
 }
 
 // opener returns what opens the backup that is the command's argument, from its beginning.
-func opener(c *cli.Command) (func() (*backup.Reader, error), io.Closer, error) {
+func opener(c *cli.Command) (func() (*backup.Reader, error), io.ReadCloser, error) {
 	if c.NArg() != 1 {
 		return nil, nil, exit.Usagef("%s takes the FILE of a backup, and got %d arguments", c.Name, c.NArg())
 	}
@@ -268,7 +270,11 @@ Example:
 		if err != nil {
 			return err
 		}
-		made, err := server.Restore(ctx, conf, open)
+		digest := sha256.New()
+		if _, err := io.Copy(digest, file); err != nil {
+			return fmt.Errorf("restore: %w", err)
+		}
+		made, err := server.Restore(ctx, conf, hex.EncodeToString(digest.Sum(nil)), open)
 		if err != nil {
 			return fmt.Errorf("restore: %w", withStatus(asOwner(err)))
 		}

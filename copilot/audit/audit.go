@@ -48,6 +48,8 @@ type Entry struct {
 	Reason  string            `json:"reason,omitempty"`
 	// Generation is how often the store had been changed at least, which the log adds.
 	Generation int64 `json:"generation,omitempty"`
+	// Approval is the request of one admin that another one has approved.
+	Approval string `json:"approval,omitempty"`
 	// Count is how many requests like this one were refused from Since on, up to
 	// this one, that have no line of their own. It is 0 in the line of a request.
 	Count int64     `json:"count,omitempty"`

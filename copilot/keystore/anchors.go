@@ -58,6 +58,16 @@ type anchors struct {
 	whole string
 }
 
+// see notes the digest of a record's stored bytes that agree with its anchor.
+func (a *anchors) see(name string, sum [sha256.Size]byte) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.seen == nil {
+		a.seen = make(map[string][sha256.Size]byte)
+	}
+	a.seen[name] = sum
+}
+
 // row names a record, among KEKs or what is kept under a name.
 type row struct {
 	kek  bool
@@ -153,6 +163,8 @@ func digestOf(b []byte) string {
 	return base64.RawURLEncoding.EncodeToString(sum[:16])
 }
 
+func macEqual(a, b []byte) bool { return hmac.Equal(a, b) }
+
 // advance returns the anchor, side, after a change of a row to a digest.
 func advance(set *masterSet, r row, side []byte, digest string) ([]byte, error) {
 	name := anchorName(r.shard())
@@ -208,12 +220,7 @@ func (s *Store) notRolledBack(ctx context.Context, k KEK, b []byte) (KEK, error)
 		}
 		err := s.compareNow(ctx, k)
 		if err == nil {
-			s.anchors.mu.Lock()
-			defer s.anchors.mu.Unlock()
-			if s.anchors.seen == nil {
-				s.anchors.seen = make(map[string][sha256.Size]byte)
-			}
-			s.anchors.seen[name] = sum
+			s.anchors.see(name, sum)
 			return k, nil
 		}
 		if !errors.Is(err, ErrRolledBack) {
@@ -343,6 +350,9 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
 	s.anchors.whole = whole
+	for name := range found {
+		delete(s.anchors.seen, name)
+	}
 	for i, a := range anchorsNow {
 		s.anchors.changes[i] = max(s.anchors.changes[i], a.Changes)
 	}
@@ -448,4 +458,4 @@ func (s *Store) fillAnchors(set *masterSet, list []anchor, to contents) error {
 }
 
 // statePrefixes begin the names of what belongs to the records.
-var statePrefixes = []string{anchorPrefix}
+var statePrefixes = []string{anchorPrefix, approvalPrefix}

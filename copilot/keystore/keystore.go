@@ -6,6 +6,7 @@ package keystore
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -279,8 +280,9 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 	if err := CheckID(id); err != nil {
 		return KEK{}, err
 	}
+	r := row{true, id}
+	var written []byte
 	err = s.current(ctx, func() error {
-		r := row{true, id}
 		return s.db.update(ctx, r, anchorName(r.shard()), func(old, master, side []byte) (b, newSide []byte, err error) {
 			set, err := s.follow(master)
 			if err != nil {
@@ -318,9 +320,14 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 				return nil, nil, err
 			}
 			b, err = s.encode(k)
+			written = b
 			return b, newSide, err
 		})
 	})
+	if err == nil {
+		// So that the record before is not taken for one that was compared.
+		s.anchors.see(r.String(), sha256.Sum256(written))
+	}
 	return k, err
 }
 

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -164,7 +165,7 @@ type spooled struct {
 // spool has write write an answer to a file without a name, so that the store's
 // transaction does not last as long as a client takes to read.
 func (a *api) spool(write func(io.Writer) (backup.Totals, error)) (_ *spooled, err error) {
-	f, err := os.CreateTemp(a.dir, ".backup-")
+	f, err := os.CreateTemp(a.conf.Dir, ".backup-")
 	if err != nil {
 		return nil, err
 	}
@@ -202,6 +203,9 @@ func (a *api) writeBackup(ctx context.Context, e *auditing.Entry, recipients []s
 	if len(to) == 0 {
 		return nil, fmt.Errorf("%w: a backup needs recipients", keystore.ErrInput)
 	}
+	if err := a.approveRecipients(ctx, e, recipients); err != nil {
+		return nil, err
+	}
 	s, err := a.spool(func(w io.Writer) (backup.Totals, error) { return a.seal(ctx, w, to) })
 	if err != nil {
 		return nil, err
@@ -212,6 +216,29 @@ func (a *api) writeBackup(ctx context.Context, e *auditing.Entry, recipients []s
 	}
 	e.Reason = fmt.Sprintf("%s, sha256:%s, for %s", s.made.Totals, s.made.SHA256, strings.Join(names, ", "))
 	return s, nil
+}
+
+// approveRecipients has a second admin approve recipients that the configuration does not
+// name, if exports need one.
+func (a *api) approveRecipients(ctx context.Context, e *auditing.Entry, recipients []string) error {
+	var configured []string
+	if name := a.conf.BackupRecipients; name != "" {
+		var err error
+		if configured, err = backup.ReadRecipients(name); err != nil {
+			return err
+		}
+	}
+	var others []string
+	for _, r := range recipients {
+		if !slices.Contains(configured, r) {
+			sum := sha256.Sum256([]byte(r))
+			others = append(others, fmt.Sprintf("%s (sha256 %x)", backup.Short(r), sum[:8]))
+		}
+	}
+	if len(others) == 0 {
+		return nil
+	}
+	return a.approved(ctx, e, opExport, "a backup of the store for "+strings.Join(others, ", "))
 }
 
 func (a *api) seal(ctx context.Context, w io.Writer, to []age.Recipient) (backup.Totals, error) {
@@ -296,9 +323,9 @@ type Restored struct {
 }
 
 // Restore fills the store that conf names, which has no KEKs yet, or is made, with a backup
-// that open opens. It is read twice: before anything is changed, it turns out to be whole.
+// that open opens, whose file has that digest. It is read twice: before anything is changed, it turns out to be whole.
 // No broker may run. The store has all of the backup then, or nothing.
-func Restore(ctx context.Context, conf Config, open func() (*backup.Reader, error)) (Restored, error) {
+func Restore(ctx context.Context, conf Config, digest string, open func() (*backup.Reader, error)) (Restored, error) {
 	if err := conf.check(); err != nil {
 		return Restored{}, exit.UsageError(err)
 	}
@@ -324,7 +351,11 @@ func Restore(ctx context.Context, conf Config, open func() (*backup.Reader, erro
 		defer clear(r.AuditKey)
 		made := Restored{Backup: r.Header, Created: l.created}
 		var ended audit.Head
-		e.Reason = fmt.Sprintf("of %s, %s", r.Created.Format(time.RFC3339), want)
+		what := fmt.Sprintf("the backup of %s with %s, sha256:%s", r.Created.Format(time.RFC3339), want, digest)
+		if err := l.api.approved(ctx, e, opRestore, what); err != nil {
+			return Restored{}, err
+		}
+		e.Reason = what
 		_, err = b.keks.Store.Import(ctx, max(l.api.least, r.Generation), func() (keystore.Held, error) {
 			h, err := r.Next()
 			if h.Head != nil {

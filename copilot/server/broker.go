@@ -47,7 +47,7 @@ type broker struct {
 	waiting  atomic.Pointer[error]
 	stopping atomic.Bool
 
-	dir string // of the store
+	conf Config
 	// least is how often the store was changed, by the audit log.
 	least      int64
 	rolledBack map[string]string // as last reported
@@ -71,7 +71,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 		return nil, err
 	}
 	b = &broker{
-		dir:     conf.Dir,
+		conf:    conf,
 		master:  masterRotation{begun: make(chan struct{}, 1)},
 		audit:   auditing.New(),
 		metrics: newMetrics(),
@@ -100,11 +100,12 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	if err != nil {
 		return errors.Join(err, store.Close(), log.Close())
 	}
-	b.keks, b.auditLog, b.least = keks, log, log.Generation()
+	least := log.Generation()
+	b.keks, b.auditLog, b.least = keks, log, least
 	if err := b.checkAnchors(ctx); err != nil {
 		return errors.Join(err, keks.Close(), store.Close(), log.Close())
 	}
-	log.Count(store.Generation)
+	log.Count(func() int64 { return max(least, store.Generation()) })
 	b.heads = &headNotes{log: log, store: store, name: conf.AuditName()}
 	b.metrics.auditLosses(log.Losses)
 	b.audit.Open(log)

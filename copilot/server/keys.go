@@ -37,6 +37,10 @@ type Keys interface {
 	Revoke(ctx context.Context, id, identity string) (keyring.Info, error)
 	// Reinstate undoes Revoke.
 	Reinstate(ctx context.Context, id, identity string) (keyring.Info, error)
+	// Approvals returns the requests that the caller may approve.
+	Approvals(ctx context.Context) ([]keystore.Approval, error)
+	// Approve approves a request of another admin.
+	Approve(ctx context.Context, id string) (keystore.Approval, error)
 	// Check tries a KEK.
 	Check(ctx context.Context, id string) (Check, error)
 	// Created describes the store if it was created since there was none, or returns "".
