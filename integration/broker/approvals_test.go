@@ -116,6 +116,8 @@ func TestExportOutsideThePolicyNeedsASecondAdmin(t *testing.T) {
 	_, other := backupKey(t, harness.TempDir(t))
 	harness.Write(t, b.Dir+"/copilot.toml", "backup-recipients = \""+harness.Write(t, b.Dir+"/recipients", recipient+"\n")+"\"\n"+harness.Read(t, b.Dir+"/copilot.toml"))
 	approving(t, b.Dir+"/copilot.toml", "24h")
+	policy := b.Dir + "/policy.toml"
+	harness.Write(t, policy, strings.Replace(harness.Read(t, policy), `identities = ["uid:0"]`, `identities = ["uid:4242"]`, 1))
 	b.Process.Stop(t)
 	b.Start(t)
 	approve := func(id string) {
