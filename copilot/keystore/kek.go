@@ -282,13 +282,19 @@ func (s *Store) forget(v *Version) bool {
 // Sweep removes the keys of versions whose time has come. log is called with each KEK
 // that changes. A damaged record is an error, but does not end the sweep.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
-	list, damaged := s.List(ctx, All)
-	for _, k := range list {
-		due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
-		if !slices.ContainsFunc(k.Versions, due) {
-			continue
+	due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
+	var ids []string
+	var errs []error
+	err := s.each(ctx, All, func(k KEK, err error) {
+		if err != nil {
+			errs = append(errs, err)
+		} else if slices.ContainsFunc(k.Versions, due) {
+			ids = append(ids, k.ID)
 		}
-		_, err := s.update(ctx, k.ID, Change{Log: log}, func(k *KEK) error {
+	})
+	damaged := errors.Join(append(errs, err)...)
+	for _, id := range ids {
+		_, err := s.update(ctx, id, Change{Log: log}, func(k *KEK) error {
 			changed := false
 			for i := range k.Versions {
 				changed = s.forget(&k.Versions[i]) || changed

@@ -56,6 +56,7 @@ type Store struct {
 	anchors   anchors
 	masters   atomic.Pointer[masterSet]
 	reloading sync.Mutex
+	missed    time.Time // when reloading did not help
 }
 
 // Made reports whether there was no store before: Open has made it, with a new
@@ -162,22 +163,30 @@ func All(string) bool { return true }
 func (s *Store) List(ctx context.Context, wanted func(id string) bool) ([]KEK, error) {
 	var list []KEK
 	var damaged []error
-	err := s.db.list(ctx, wanted, func(id string, b []byte) error {
-		k, err := s.decode(id, b)
-		if s.catchesUp(ctx, err) {
-			k, err = s.decode(id, b)
-		}
+	err := s.each(ctx, wanted, func(k KEK, err error) {
 		if err != nil {
 			damaged = append(damaged, err)
-			return nil
+			return
 		}
 		list = append(list, k)
-		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	return list, errors.Join(damaged...)
+}
+
+// each calls do with the KEKs whose ids are wanted, in the order of their ids; of one that
+// is damaged, with its id and the error.
+func (s *Store) each(ctx context.Context, wanted func(id string) bool, do func(KEK, error)) error {
+	return s.db.list(ctx, wanted, func(id string, b []byte) error {
+		k, err := s.decode(id, b)
+		if s.catchesUp(ctx, err) {
+			k, err = s.decode(id, b)
+		}
+		do(k, err)
+		return nil
+	})
 }
 
 // stored is how a KEK is written: as JSON, and what authenticates it.
@@ -211,6 +220,9 @@ func (s *Store) encode(k KEK) ([]byte, error) {
 
 // renew seals the versions of a KEK under another master key.
 func (k *KEK) renew(to *masterKey) error {
+	if k.by == to {
+		return nil
+	}
 	k.Versions = slices.Clone(k.Versions)
 	for i, v := range k.Versions {
 		if v.Sealed == nil {
@@ -236,12 +248,12 @@ func (m *masterSet) decode(id string, b []byte) (KEK, error) {
 	var in stored
 	err := json.Unmarshal(b, &in)
 	if err == nil && in.Format > recordFormat {
-		return KEK{}, fmt.Errorf("%w: KEK %q has format %d, and this copilot knows %d", ErrNewer, id, in.Format, recordFormat)
+		return KEK{ID: id}, fmt.Errorf("%w: KEK %q has format %d, and this copilot knows %d", ErrNewer, id, in.Format, recordFormat)
 	}
 	if err == nil {
 		version := max(in.Master, 1)
 		if k.by = m.known[version]; k.by == nil {
-			return KEK{}, fmt.Errorf("KEK %q is sealed under master key %d: %w", id, version, &missingMaster{version})
+			return KEK{ID: id}, fmt.Errorf("KEK %q is sealed under master key %d: %w", id, version, &missingMaster{version})
 		}
 		_, err = k.by.openFor(recordPlace(id, in.KEK), in.Tag)
 	}
@@ -249,7 +261,7 @@ func (m *masterSet) decode(id string, b []byte) (KEK, error) {
 		err = json.Unmarshal(in.KEK, &k.record)
 	}
 	if err != nil {
-		return KEK{}, fmt.Errorf("KEK %q %w", id, errDamaged)
+		return KEK{ID: id}, fmt.Errorf("KEK %q %w", id, errDamaged)
 	}
 	return k, nil
 }

@@ -23,7 +23,7 @@ import (
 //  4. Once all have, the one before is dropped, and with it what it has handed on.
 
 // resealBatch is how many records are sealed again in one transaction.
-const resealBatch = 64
+const resealBatch = 128
 
 // MasterStatus says where the master keys of a store are.
 type MasterStatus struct {
@@ -186,7 +186,7 @@ func (s *Store) ResealMaster(ctx context.Context, pause func(time.Duration), log
 			return false, err
 		}
 		if n := status.left(); n > 0 || len(status.Damaged) > 0 {
-			return false, fmt.Errorf("%w: %d records are still sealed under master key %d, of which %d are damaged, such as %.3q", ErrState, n, set.current.version-1, len(status.Damaged), status.Damaged)
+			return false, fmt.Errorf("%w: %d records are still sealed under master key %d, of which %d are damaged, such as %q: the old master key is kept", ErrState, n+len(status.Damaged), set.current.version-1, len(status.Damaged), status.Damaged[:min(len(status.Damaged), 3)])
 		}
 		version := set.current.version
 		if err := s.keepMasters(ctx, func(_ *masterSet, state *masterState) error {
@@ -286,8 +286,18 @@ func (s *Store) takeOver(ctx context.Context) error {
 	}
 	h := s.fileHolder()
 	if s.wrapping != nil {
+		// A TPM that would not unseal the old one now, as its PCRs have changed, would seal
+		// the new one to what they are.
 		var err error
-		if h, err = s.wrapping.wrap(ctx, set.current); err != nil {
+		if i := set.state.Keys[0].holder(name); i >= 0 {
+			var old []byte
+			old, err = s.wrapping.unwrap(ctx, set.state.Keys[0].Holders[i])
+			clear(old)
+		}
+		if err == nil {
+			h, err = s.wrapping.wrap(ctx, set.current)
+		}
+		if err != nil {
 			return err
 		}
 	} else {
@@ -320,24 +330,25 @@ func (s *Store) replaceFile(set *masterSet) error {
 	return err
 }
 
-// waiting are the holders of the old master key that have to take over.
-func (s masterState) waiting() (names []string) {
-	if !s.rotating() {
+// waiting are the holders of the old master key that have to take over, this copilot's
+// among them. A store that is a file has no other.
+func (s *Store) waiting(state masterState) (names []string) {
+	if !state.rotating() {
 		return nil
 	}
-	for _, h := range s.Keys[0].Holders {
-		if s.current().holder(h.String()) < 0 {
-			names = append(names, h.String())
-		}
+	names = []string{s.holderName()}
+	if s.shared {
+		names = append(names, state.Keys[0].names()...)
 	}
-	return names
+	slices.Sort(names)
+	return slices.DeleteFunc(slices.Compact(names), func(name string) bool { return state.current().holder(name) >= 0 })
 }
 
 // dropMaster drops the old master key, if nothing needs it any more.
 func (s *Store) dropMaster(ctx context.Context, log func(version int) error) (done bool, err error) {
 	err = s.keepMasters(ctx, func(set *masterSet, state *masterState) error {
 		done = !state.rotating()
-		if done || !state.Resealed || len(state.waiting()) > 0 || state.current().holder(s.holderName()) < 0 {
+		if done || !state.Resealed || len(s.waiting(*state)) > 0 {
 			return nil
 		}
 		if err := log(state.current().Version); err != nil {
@@ -363,7 +374,7 @@ func (s *Store) RotationStatus(ctx context.Context) (MasterStatus, error) {
 	if err != nil {
 		return MasterStatus{}, err
 	}
-	m := MasterStatus{Source: s.source, Current: set.current.version, Rotating: set.state.rotating(), Resealed: set.state.Resealed, Waiting: set.state.waiting()}
+	m := MasterStatus{Source: s.source, Current: set.current.version, Rotating: set.state.rotating(), Resealed: set.state.Resealed, Waiting: s.waiting(set.state)}
 	for _, e := range set.state.Keys {
 		m.Keys = append(m.Keys, MasterKeyStatus{Version: e.Version, Created: e.Created, Holders: e.names()})
 	}
@@ -377,17 +388,12 @@ func (s *Store) MasterStatus(ctx context.Context) (MasterStatus, error) {
 		return m, err
 	}
 	records := make(map[int]int)
-	err = s.db.list(ctx, All, func(id string, b []byte) error {
-		k, err := s.decode(id, b)
-		if s.catchesUp(ctx, err) {
-			k, err = s.decode(id, b)
-		}
+	err = s.each(ctx, All, func(k KEK, err error) {
 		if err != nil {
-			m.Damaged = append(m.Damaged, id)
-			return nil
+			m.Damaged = append(m.Damaged, k.ID)
+			return
 		}
 		records[k.by.version]++
-		return nil
 	})
 	for i := range m.Keys {
 		m.Keys[i].Records = records[m.Keys[i].Version]

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 )
 
 // errBothMasters says that copilot.toml names a KMS, and there is a file too.
@@ -79,7 +80,7 @@ func (s *Store) load(ctx context.Context, raw, check []byte) error {
 	var m *masterKey
 	var err error
 	if s.wrapping != nil {
-		s.source = s.wrapping.String()
+		s.foundIn(s.wrapping.String())
 		m, err = s.wrapping.unwrapFrom(ctx, state)
 	} else {
 		m, err = s.masterOf(state)
@@ -95,6 +96,13 @@ func (s *Store) load(ctx context.Context, raw, check []byte) error {
 	return nil
 }
 
+// foundIn notes where the master key is, the first time.
+func (s *Store) foundIn(source string) {
+	if s.source == "" {
+		s.source = source
+	}
+}
+
 // masterOf returns the master key in a file, which has to be one of the state's.
 func (s *Store) masterOf(state masterState) (*masterKey, error) {
 	b, name, err := masterFrom(s.dir, false)
@@ -104,7 +112,7 @@ func (s *Store) masterOf(state masterState) (*masterKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.source = name
+	s.foundIn(name)
 	for _, e := range state.Keys {
 		if m, err := newMasterKey(e.Version, b.key()); err != nil || m.isOf(e) {
 			return m, err
@@ -203,18 +211,28 @@ func (s *Store) catchesUp(ctx context.Context, err error) bool {
 	}
 	s.reloading.Lock()
 	defer s.reloading.Unlock()
-	if s.masters.Load().known[missing.version] != nil {
+	version := missing.version
+	if s.masters.Load().known[version] != nil {
 		return true
 	}
+	if time.Since(s.missed) < reloadInterval {
+		return false // there may be many such records
+	}
 	raw, check, err := s.readMasters(ctx)
-	if err != nil {
+	if err == nil {
+		if _, err = s.follow(raw); errors.As(err, &missing) {
+			err = s.load(ctx, raw, check)
+		}
+	}
+	if err != nil || s.masters.Load().known[version] == nil {
+		s.missed = time.Now()
 		return false
 	}
-	if _, err = s.follow(raw); errors.As(err, &missing) {
-		err = s.load(ctx, raw, check)
-	}
-	return err == nil && s.masters.Load().known[missing.version] != nil
+	return true
 }
+
+// reloadInterval is how often master keys are looked for that this process does not have.
+const reloadInterval = time.Second
 
 // AuditKey returns the key that authenticates the audit log: 32 bytes. It is derived from
 // the first master key, and outlives that.

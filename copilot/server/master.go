@@ -27,9 +27,12 @@ const (
 	// masterPatience is how long a copilot that shares its store leaves a rotation to the
 	// one that began it.
 	masterPatience = 10 * time.Second
+	// holderPatience is how long the command line waits for other holders, which look
+	// each masterInterval.
+	holderPatience = 10 * time.Second
 	// masterPause is how many times as long as it has worked a copilot then waits, so that
 	// requests do not wait for the rotation.
-	masterPause = 4
+	masterPause = 3
 )
 
 // masterRotation goes on with rotations of the master key while a server runs.
@@ -46,9 +49,7 @@ func (m *masterRotation) run(ctx context.Context, b *broker) {
 	var since time.Time
 	for {
 		if !held {
-			err := b.keks.Store.HoldMaster(ctx)
-			held = err == nil
-			m.log(ctx, err)
+			held = b.keks.Store.HoldMaster(ctx) == nil
 		}
 		status, err := b.keks.Store.RotationStatus(ctx)
 		switch {
@@ -58,12 +59,12 @@ func (m *masterRotation) run(ctx context.Context, b *broker) {
 			since = time.Now()
 		}
 		if err == nil && status.Rotating && (mine || status.Resealed || !b.keks.Store.Shared() || time.Since(since) > masterPatience) {
-			var done bool
-			if done, err = b.keks.Store.ResealMaster(ctx, pause(ctx), b.masterRotated); done && err == nil {
+			done, err := b.keks.Store.ResealMaster(ctx, pause(ctx), b.masterRotated)
+			if done && err == nil {
 				logrus.WithField("version", status.Current).Info("master key rotated")
 			}
+			m.log(ctx, err)
 		}
-		m.log(ctx, err)
 		select {
 		case <-ctx.Done():
 			return
@@ -224,7 +225,11 @@ func RotateMaster(ctx context.Context, conf Config, begun func(keystore.MasterSt
 			return status, err
 		}
 		begun(status)
-		for status.Rotating && !(status.Resealed && len(status.Waiting) > 0) {
+		var waiting time.Time // since then
+		for status.Rotating && (waiting.IsZero() || time.Since(waiting) < holderPatience) {
+			if waiting.IsZero() && status.Resealed {
+				waiting = time.Now()
+			}
 			select {
 			case <-ctx.Done():
 				return status, errors.New("stopped waiting: the rotation goes on, see \"copilot master status\"")

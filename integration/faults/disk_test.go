@@ -6,27 +6,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 )
-
-// disk mounts a disk of that many MiB at dir until the end of the test.
-func disk(t testing.TB, dir string, size int) {
-	t.Helper()
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%dm,mode=0755", size)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-}
 
 // leave fills a disk except for that many MiB, and returns what frees it again.
 func leave(t *testing.T, dir string, free int) func() {
@@ -54,8 +37,8 @@ func TestFullDiskOfNodeFailsCleanly(t *testing.T) {
 	_, conf := harness.StartPilot(t, home, brokerURL, "--admin-listen", "unix://"+home+"/admin.sock")
 	contents, snapshots := home+"/root/io.containerd.content.v1.content", home+"/root/io.containerd.snapshotter.v1.overlayfs"
 	const layers, size, fits = 3, 16, 24 // MiB
-	disk(t, contents, 256)
-	disk(t, snapshots, 128)
+	harness.MountDisk(t, contents, 256)
+	harness.MountDisk(t, snapshots, 128)
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	n.Ocicrypt = conf
 	address, _ := harness.StartRegistry(t, dir)

@@ -55,6 +55,22 @@ func Read(t testing.TB, name string) string {
 	return string(b)
 }
 
+// MountDisk mounts a disk of that many MiB at dir until the end of the test.
+func MountDisk(t testing.TB, dir string, size int) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%dm,mode=0755", size)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+}
+
 // FillDisk writes until the disk is full.
 func FillDisk(t *testing.T, name string) {
 	t.Helper()

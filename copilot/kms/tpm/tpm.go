@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/fips140"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -63,6 +64,9 @@ func open(decode kms.Settings) (kms.Backend, error) {
 	s := settings{Device: defaultDevice}
 	if err := decode(&s); err != nil {
 		return nil, err
+	}
+	if fips140.Enforced() {
+		return nil, errors.New("a TPM encrypts its sessions with AES-CFB, which GODEBUG=fips140=only refuses")
 	}
 	b := &backend{device: s.Device, turn: make(chan struct{}, 1)}
 	if !filepath.IsAbs(s.Device) {
