@@ -160,14 +160,14 @@ func Open(r io.Reader, identities ...age.Identity) (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	var any struct {
+	var kind struct {
 		Format int `json:"copilotBackup"`
 	}
-	if json.Unmarshal(first, &any) != nil || any.Format < 1 {
+	if json.Unmarshal(first, &kind) != nil || kind.Format < 1 {
 		return nil, ErrNotBackup
 	}
-	if any.Format > Format {
-		return nil, fmt.Errorf("%w (it has format %d, and this copilot reads up to %d)", ErrNewer, any.Format, Format)
+	if kind.Format > Format {
+		return nil, fmt.Errorf("%w (it has format %d, and this copilot reads up to %d)", ErrNewer, kind.Format, Format)
 	}
 	if err := keyjson.Decode(first, &b.Header, "copilotBackup", "created", "copilot", "generation", "auditKey"); err != nil {
 		return nil, fmt.Errorf("%w: its first line: %w", ErrDamaged, err)

@@ -36,9 +36,9 @@ type anchor struct {
 	Digests map[string]string `json:"digests"`
 }
 
-// anchored is how an anchor is kept: JSON, and HMAC-SHA-256 by a key that is derived from
+// storedAnchor is how an anchor is kept: JSON, and HMAC-SHA-256 by a key that is derived from
 // the audit log's, since both outlive master keys.
-type anchored struct {
+type storedAnchor struct {
 	Anchor json.RawMessage `json:"anchor"`
 	MAC    []byte          `json:"mac"`
 }
@@ -124,7 +124,7 @@ func (m *masterSet) openAnchor(name string, b []byte) (anchor, error) {
 	if b == nil {
 		return a, nil
 	}
-	var in anchored
+	var in storedAnchor
 	err := json.Unmarshal(b, &in)
 	if err == nil && !hmac.Equal(in.MAC, m.stateMAC(name, in.Anchor)) {
 		err = errDamaged
@@ -143,7 +143,7 @@ func (m *masterSet) sealAnchor(name string, a anchor) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(anchored{b, m.stateMAC(name, b)})
+	return json.Marshal(storedAnchor{b, m.stateMAC(name, b)})
 }
 
 // digest returns the digest of a KEK's record without its sealed keys: sealing it under
@@ -162,8 +162,6 @@ func digestOf(b []byte) string {
 	sum := sha256.Sum256(b)
 	return base64.RawURLEncoding.EncodeToString(sum[:16])
 }
-
-func macEqual(a, b []byte) bool { return hmac.Equal(a, b) }
 
 // advance returns the anchor, side, after a change of a row to a digest.
 func advance(set *masterSet, r row, side []byte, digest string) ([]byte, error) {
@@ -292,14 +290,14 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 	for i := range anchorsNow {
 		names = append(names, anchorName(i))
 	}
-	any, known := false, s.Generation()
+	anchored, known := false, s.Generation()
 	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
 		named: func(name string, b []byte) error {
 			shard := slices.IndexFunc(names, func(n string) bool { return n == name })
 			if shard < 0 {
 				return nil
 			}
-			any = true
+			anchored = true
 			a, err := set.openAnchor(name, b)
 			if err != nil {
 				found[name] = err.Error()
@@ -330,7 +328,7 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 	if err != nil {
 		return nil, err
 	}
-	if !any && least == 0 && known == 0 {
+	if !anchored && least == 0 && known == 0 {
 		return found, s.anchorAll(ctx, 0, 1) // an earlier copilot made the store
 	}
 	var sum int64

@@ -2,6 +2,7 @@ package keystore
 
 import (
 	"context"
+	"crypto/hmac"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,7 +42,7 @@ type storedApproval struct {
 func (m *masterSet) openApproval(name string, b []byte) (a Approval, err error) {
 	var in storedApproval
 	err = json.Unmarshal(b, &in)
-	if err == nil && !macEqual(in.MAC, m.stateMAC(name, in.Approval)) {
+	if err == nil && !hmac.Equal(in.MAC, m.stateMAC(name, in.Approval)) {
 		err = errDamaged
 	}
 	if err == nil {
