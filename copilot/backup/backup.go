@@ -144,6 +144,9 @@ type Reader struct {
 // Open opens a backup. Errors wrap one of those above. The caller clears the header's
 // AuditKey.
 func Open(r io.Reader, identities ...age.Identity) (*Reader, error) {
+	if err := notInFIPS(); err != nil {
+		return nil, err
+	}
 	plain, err := age.Decrypt(r, identities...)
 	if none := new(age.NoIdentityMatchError); errors.As(err, &none) {
 		return nil, ErrIdentity

@@ -2,6 +2,8 @@ package backup
 
 import (
 	"bytes"
+	"crypto/fips140"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -10,6 +12,15 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/regular"
 )
+
+// notInFIPS returns an error where only what FIPS 140-3 approves is allowed: age uses
+// ChaCha20-Poly1305, and its library waits for a key that it can't make.
+func notInFIPS() error {
+	if fips140.Enforced() {
+		return errors.New("backups are in the format of age, whose ciphers FIPS 140-3 does not approve: run this command without GODEBUG=fips140=only, or back up the database by its own means")
+	}
+	return nil
+}
 
 // maxKeys bounds a file of recipients or identities, in bytes.
 const maxKeys = 1 << 20
@@ -35,6 +46,9 @@ func ParseRecipient(text string) (age.Recipient, error) {
 // ParseRecipients is [ParseRecipient] for several. Post-quantum ones can't be together
 // with others, which would open the backup to a quantum computer.
 func ParseRecipients(texts []string) ([]age.Recipient, error) {
+	if err := notInFIPS(); err != nil {
+		return nil, err
+	}
 	var list []age.Recipient
 	hybrid := 0
 	for _, text := range texts {

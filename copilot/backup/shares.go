@@ -45,6 +45,9 @@ var letters = base32.NewEncoding("0123456789ABCDEFGHJKMNPQRSTVWXYZ").WithPadding
 // NewShares makes a new identity and splits it into shares, of which threshold are needed.
 // Backups are sealed to the recipient, which is no secret. The identity itself is nowhere.
 func NewShares(threshold, total int) ([]Share, *age.HybridRecipient, error) {
+	if err := notInFIPS(); err != nil {
+		return nil, nil, err
+	}
 	identity, err := age.GenerateHybridIdentity()
 	if err != nil {
 		return nil, nil, err

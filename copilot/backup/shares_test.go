@@ -1,7 +1,10 @@
 package backup
 
 import (
+	"crypto/fips140"
 	"fmt"
+	"os"
+	"os/exec"
 	"strings"
 	"testing"
 )
@@ -45,6 +48,27 @@ func TestEachTypingErrorIsFound(t *testing.T) {
 		if s, err := ParseShare(text[:i] + string(other) + text[i+1:]); err == nil {
 			t.Errorf("character %d: %+v", i, s)
 		}
+	}
+}
+
+// TestRefusedInFIPSOnlyMode runs this test again where Go refuses what FIPS 140-3 does not
+// approve.
+func TestRefusedInFIPSOnlyMode(t *testing.T) {
+	if fips140.Enforced() {
+		_, _, err := NewShares(2, 3)
+		_, open := Open(strings.NewReader(""))
+		_, parse := ParseRecipients(nil)
+		for _, err := range []error{err, open, parse} {
+			if err == nil || !strings.Contains(err.Error(), "FIPS 140-3 does not approve") {
+				t.Error(err)
+			}
+		}
+		return
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^TestRefusedInFIPSOnlyMode$", "-test.v")
+	cmd.Env = append(os.Environ(), "GODEBUG=fips140=only")
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS") {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 
