@@ -151,6 +151,9 @@ func initialize(ctx context.Context, c *cli.Command) error {
 By %[4]s, nodes may decrypt, CI may encrypt, and root on this machine may do both, with every KEK.
 Keep %[5]s away from this machine where you can: it can issue certificates for nodes.
 `, in("copilot.toml"), dir, in(pki.CertFile), in("policy.toml"), in(pki.KeyFile))
+	if c.Bool("tpm") {
+		fmt.Println("The TPM has sealed the master key: give the service access to it, as docs/kms.md shows, and keep a copy\n(copilot master move --to-file): a TPM that is cleared takes the master key with it.")
+	}
 	return nil
 }
 

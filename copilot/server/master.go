@@ -29,7 +29,7 @@ const (
 	masterPatience = 10 * time.Second
 	// holderPatience is how long the command line waits for other holders, which look
 	// each masterInterval.
-	holderPatience = 10 * time.Second
+	holderPatience = 5 * time.Second
 	// masterPause is how many times as long as it has worked a copilot then waits, so that
 	// requests do not wait for the rotation.
 	masterPause = 3

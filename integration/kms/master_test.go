@@ -121,6 +121,7 @@ func TestMasterKeyInKMS(t *testing.T) {
 	}
 	for name, make := range map[string]func(t *testing.T) wrapper{
 		"OpenBao": func(t *testing.T) wrapper {
+			t.Parallel()
 			v := harness.NewOpenBao(t)
 			v.Write("transit/keys/copilot", "{}")
 			return wrapper{fmt.Sprintf("type = 'vault-transit'\naddress = %q\ntoken-file = %q\n", v.URL, v.Dir+"/root-token"), "copilot",
@@ -139,6 +140,7 @@ func TestMasterKeyInKMS(t *testing.T) {
 			}, "gives no usable answer"}
 		},
 		"TPM": func(t *testing.T) wrapper {
+			t.Parallel()
 			p := harness.NewTPM(t)
 			return wrapper{p.Settings() + "pcrs = 'sha256:7'", "machine", func() func() {
 				p.Extend(t, 7, "other firmware")

@@ -1,0 +1,81 @@
+package keystore
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestMasterKeyRotatesWhileInUse reads and changes KEKs while the master key is rotated, and
+// reads an audit log's head.
+func TestMasterKeyRotatesWhileInUse(t *testing.T) {
+	dir, ctx := t.TempDir(), t.Context()
+	s := openStore(t, dir)
+	const n = 300 // more than one batch
+	first := make(map[string][]byte)
+	for i := range n {
+		id := fmt.Sprintf("kek-%d", i)
+		if _, err := s.Create(ctx, id, nil, Change{}); err != nil {
+			t.Fatal(err)
+		}
+		first[id], _, _ = key(s, id, 1)
+	}
+	audit := s.AuditKey()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for worker := range 2 {
+		wg.Go(func() {
+			for i := worker; ; i += 2 {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				id := fmt.Sprintf("kek-%d", i%n)
+				if got, _, err := key(s, id, 1); err != nil || !bytes.Equal(got, first[id]) {
+					t.Errorf("%s: %v", id, err)
+				}
+				if _, err := s.Rotate(ctx, id, 0, Change{}); err != nil {
+					t.Errorf("rotate %s: %v", id, err)
+				}
+				if err := s.NoteAuditHead(ctx, AuditHead{Chain: id, Seq: int64(i + 1), MAC: "m", Log: "l"}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	none := func(int) error { return nil }
+	for version := 2; version < 5; version++ {
+		if got, err := s.RotateMaster(ctx, none); err != nil || got != version {
+			t.Fatalf("%d, %v", got, err)
+		}
+		if _, err := s.RotateMaster(ctx, none); !errors.Is(err, ErrState) {
+			t.Errorf("a second rotation: %v", err)
+		}
+		if done, err := s.ResealMaster(ctx, func(time.Duration) {}, none); err != nil || !done {
+			t.Fatalf("%v, %v", done, err)
+		}
+		if heads, err := s.AuditHeads(ctx); err != nil || len(heads) == 0 {
+			t.Errorf("%d heads, %v", len(heads), err)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	m, err := s.MasterStatus(ctx)
+	if err != nil || m.Current != 4 || m.Rotating || len(m.Keys) != 1 || m.Keys[0].Records != n {
+		t.Errorf("%+v, %v", m, err)
+	}
+	s.Close()
+	s = openStore(t, dir)
+	if !bytes.Equal(s.AuditKey(), audit) {
+		t.Error("the audit log has another key")
+	}
+	for id, want := range first {
+		if got, _, err := key(s, id, 1); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+}
