@@ -37,7 +37,7 @@ func newApp() *cli.Command {
 		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It releases
 them to pilot, or wraps and unwraps with them, according to a policy, and audits
 each request. "copilot init" writes a configuration to start with.`,
-		Commands: []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, masterCommand, storeCommand, policyCommand, auditCommand},
+		Commands: []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, masterCommand, storeCommand, backupCommand, restoreCommand, approvalsCommand, policyCommand, auditCommand},
 	}
 	withoutHelpCommands(app.Commands)
 	return commandline.Complete(app)

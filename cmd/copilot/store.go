@@ -25,8 +25,8 @@ import (
 
 var storeCommand = &cli.Command{
 	Name:  "store",
-	Usage: "copy the store to another database",
-	Commands: []*cli.Command{{
+	Usage: "copy the store to another database, and look for records that were put back",
+	Commands: []*cli.Command{storeCheckCommand, storeAcknowledgeCommand, {
 		Name: "copy", Usage: "copy KEKs and audit log from a file to PostgreSQL, or back", ArgsUsage: "FROM TO",
 		Description: `FROM and TO are each a directory or a PostgreSQL URL. All KEKs are copied, with
 their versions, states, revocations and counts of wraps, and the audit log with

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -45,6 +46,10 @@ type Entry struct {
 	Verdict string            `json:"verdict"`
 	Status  int               `json:"status,omitempty"` // HTTP
 	Reason  string            `json:"reason,omitempty"`
+	// Generation is how often the store had been changed at least, which the log adds.
+	Generation int64 `json:"generation,omitempty"`
+	// Approval is the request of one admin that another one has approved.
+	Approval string `json:"approval,omitempty"`
 	// Count is how many requests like this one were refused from Since on, up to
 	// this one, that have no line of their own. It is 0 in the line of a request.
 	Count int64     `json:"count,omitempty"`
@@ -134,6 +139,10 @@ type sink interface {
 type Log struct {
 	key  Key
 	sink sink
+	// generation returns how often the store was changed. It may be nil.
+	generation atomic.Pointer[func() int64]
+	counted    atomic.Int64 // by the last line that was written
+	claimed    int64        // the most of a line that was there when the log was opened
 
 	mu      sync.Mutex
 	turn    sync.Cond // something below changed
@@ -187,6 +196,16 @@ const (
 	maxLine = 16 << 10
 )
 
+// Generation returns how often the store had been changed by the last line that was there
+// when the log was opened, or 0.
+func (l *Log) Generation() int64 { return l.claimed }
+
+// Count has each line say how often the store was changed.
+func (l *Log) Count(generation func() int64) { l.generation.Store(&generation) }
+
+// Counted returns how often the store had been changed by the last line that was written.
+func (l *Log) Counted() int64 { return l.counted.Load() }
+
 // Head returns the last line that is on disk. Its number is 0 if there is none.
 func (l *Log) Head() Head {
 	l.mu.Lock()
@@ -215,6 +234,7 @@ func (l *Log) last(chain string) (Head, error) {
 	if err != nil {
 		return Head{}, fmt.Errorf("the last line of the audit log: %w", err)
 	}
+	l.claimed = max(l.claimed, read.Generation)
 	return Head{read.Chain, read.Seq, mac}, nil
 }
 
@@ -299,8 +319,13 @@ func (l *Log) write(batch []*waiting) error {
 	}
 	at := l.at
 	lines := make([][]byte, len(batch))
+	var counted int64
+	if g := l.generation.Load(); g != nil {
+		counted = (*g)()
+	}
 	for i, w := range batch {
 		next := line{Chain: at.Chain, Seq: at.Seq + 1, Prev: at.MAC, Entry: w.entry}
+		next.Generation = counted
 		if next.Seq == 1 {
 			next.After = l.after
 		}
@@ -315,6 +340,7 @@ func (l *Log) write(batch []*waiting) error {
 		return err
 	}
 	l.at, l.first = at, nil
+	l.counted.Store(counted)
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -114,17 +115,27 @@ func (d *boltDB) list(_ context.Context, wanted func(string) bool, do func(strin
 	})
 }
 
-func (d *boltDB) update(_ context.Context, id string, change func(old, master []byte) ([]byte, error)) error {
-	return d.replace(bucketKEKs, id, change)
+func (d *boltDB) update(_ context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error {
+	return d.db.Update(func(tx *bolt.Tx) error {
+		in, once := tx.Bucket(bucketOnce), tx.Bucket(bucketOnce)
+		if r.kek {
+			in = tx.Bucket(bucketKEKs)
+		}
+		get := func(bucket *bolt.Bucket, name string) []byte { return bytes.Clone(bucket.Get([]byte(name))) }
+		b, side, err := change(get(in, r.name), get(once, masterName), get(once, beside))
+		if err != nil {
+			return err
+		}
+		if err := in.Put([]byte(r.name), b); err != nil {
+			return err
+		}
+		return once.Put([]byte(beside), side)
+	})
 }
 
 func (d *boltDB) keep(_ context.Context, name string, change func(old, master []byte) ([]byte, error)) error {
-	return d.replace(bucketOnce, name, change)
-}
-
-func (d *boltDB) replace(bucket []byte, name string, change func(old, master []byte) ([]byte, error)) error {
 	return d.db.Update(func(tx *bolt.Tx) error {
-		in, old := tx.Bucket(bucket), bytes.Clone(tx.Bucket(bucket).Get([]byte(name)))
+		in, old := tx.Bucket(bucketOnce), bytes.Clone(tx.Bucket(bucketOnce).Get([]byte(name)))
 		b, err := change(old, bytes.Clone(tx.Bucket(bucketOnce).Get([]byte(masterName))))
 		if err != nil || old != nil && bytes.Equal(b, old) {
 			return err
@@ -186,12 +197,12 @@ func (d *boltDB) named(_ context.Context, prefix string, do func(string, []byte)
 
 func (d *boltDB) addWraps(_ context.Context, id string, version int, n int64) (sum int64, err error) {
 	err = d.db.Update(func(tx *bolt.Tx) error {
-		bucket, key := tx.Bucket(bucketWraps), fmt.Appendf(nil, "%s\x00%d", id, version)
+		bucket, key := tx.Bucket(bucketWraps), wrapsKey(id, version)
 		if b := bucket.Get(key); len(b) == 8 {
 			sum = int64(binary.BigEndian.Uint64(b))
 		}
 		sum += n
-		return bucket.Put(key, binary.BigEndian.AppendUint64(nil, uint64(sum)))
+		return bucket.Put(key, wrapsValue(sum))
 	})
 	return sum, err
 }
@@ -211,6 +222,54 @@ func (d *boltDB) wraps(_ context.Context, id string) (map[int]int64, error) {
 	})
 	return sums, err
 }
+
+func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) error {
+	return d.db.View(func(tx *bolt.Tx) error {
+		c := tx.Bucket(bucketOnce).Cursor()
+		for _, prefix := range prefixes {
+			for k, v := c.Seek([]byte(prefix)); bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
+				if err := to.named(string(k), bytes.Clone(v)); err != nil {
+					return err
+				}
+			}
+		}
+		err := tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			return to.record(string(id), bytes.Clone(b))
+		})
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(bucketWraps).ForEach(func(k, v []byte) error {
+			id, text, _ := bytes.Cut(k, []byte{0})
+			version, err := strconv.Atoi(string(text))
+			if err != nil || len(v) != 8 {
+				return nil // as in wraps
+			}
+			return to.wraps(string(id), version, int64(binary.BigEndian.Uint64(v)))
+		})
+	})
+}
+
+func (d *boltDB) fill(_ context.Context, do func(contents) error) error {
+	return d.db.Update(func(tx *bolt.Tx) error {
+		keks, wraps := tx.Bucket(bucketKEKs), tx.Bucket(bucketWraps)
+		if id, _ := keks.Cursor().First(); id != nil {
+			return fmt.Errorf("%w, such as %s: restore into an empty one", ErrNotEmpty, id)
+		}
+		return do(contents{
+			named:  func(name string, b []byte) error { return tx.Bucket(bucketOnce).Put([]byte(name), b) },
+			record: func(id string, b []byte) error { return keks.Put([]byte(id), b) },
+			wraps:  func(id string, version int, n int64) error { return wraps.Put(wrapsKey(id, version), wrapsValue(n)) },
+		})
+	})
+}
+
+func wrapsKey(id string, version int) []byte { return fmt.Appendf(nil, "%s\x00%d", id, version) }
+
+func wrapsValue(n int64) []byte { return binary.BigEndian.AppendUint64(nil, uint64(n)) }
 
 func (d *boltDB) ready(context.Context) error {
 	return d.db.View(func(*bolt.Tx) error { return nil })

@@ -1,7 +1,6 @@
 package keystore
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -86,12 +85,14 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 			return 0, err
 		}
 	}
-	err = source.list(ctx, All, func(id string, record []byte) error {
-		n++
-		if err := copyKEK(ctx, source, target, id, record); err != nil {
-			return fmt.Errorf("copy %s: %w", id, err)
-		}
-		return nil
+	err = target.fill(ctx, func(to contents) error {
+		return source.snapshot(ctx, statePrefixes, contents{
+			record: func(id string, record []byte) error {
+				n++
+				return to.record(id, record)
+			},
+			wraps: to.wraps, named: to.named,
+		})
 	})
 	if err != nil {
 		return n, err
@@ -117,32 +118,6 @@ func masterEntryOf(raw, check []byte) *masterEntry {
 		return nil
 	}
 	return state.current()
-}
-
-func copyKEK(ctx context.Context, source, target database, id string, record []byte) error {
-	wraps, err := source.wraps(ctx, id)
-	if err != nil {
-		return err
-	}
-	for version, n := range wraps {
-		if _, err := target.addWraps(ctx, id, version, n); err != nil {
-			return err
-		}
-	}
-	err = target.update(ctx, id, func(old, _ []byte) ([]byte, error) {
-		if old != nil {
-			return nil, ErrExists
-		}
-		return record, nil
-	})
-	if err != nil {
-		return err
-	}
-	written, err := target.get(ctx, id)
-	if err == nil && !bytes.Equal(written, record) {
-		err = errors.New("it was not written as it is")
-	}
-	return err
 }
 
 // openDatabase opens the database of a store.

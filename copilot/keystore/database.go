@@ -14,7 +14,8 @@ type database interface {
 	// returns, in a transaction that excludes other changes of this record
 	// and of what is kept under masterName, which change gets as master. It is not made
 	// if change fails.
-	update(ctx context.Context, id string, change func(old, master []byte) ([]byte, error)) error
+	// Beside it, what is kept under another name, beside, is replaced in the same way.
+	update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error
 	// reseal calls change with up to n records after the one named, in some order of ids
 	// that is always the same, and replaces those for which it returns a record, in one
 	// transaction. It returns the last id, or "" if there are no more.
@@ -28,6 +29,12 @@ type database interface {
 	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)
 	// wraps returns the sums of all versions.
 	wraps(ctx context.Context, id string) (map[int]int64, error)
+	// snapshot calls to with all that is kept under names that begin with one of prefixes,
+	// then with all records in the order of ids, then with all sums, as of one moment.
+	snapshot(ctx context.Context, prefixes []string, to contents) error
+	// fill calls do with what stores records and sums in an empty database. Nothing is
+	// stored if do fails. The error wraps ErrNotEmpty if there is a record.
+	fill(ctx context.Context, do func(to contents) error) error
 	// ready reports whether a change could be made now.
 	ready(ctx context.Context) error
 	close() error

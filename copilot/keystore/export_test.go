@@ -69,9 +69,9 @@ func (c counted) list(ctx context.Context, wanted func(string) bool, do func(str
 	})
 }
 
-func (c counted) update(ctx context.Context, id string, change func(old, master []byte) ([]byte, error)) error {
+func (c counted) update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error {
 	c.accesses.Add(ctx, "update")
-	return c.database.update(ctx, id, change)
+	return c.database.update(ctx, r, beside, change)
 }
 
 func (c counted) keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error {

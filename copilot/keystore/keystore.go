@@ -6,6 +6,7 @@ package keystore
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -52,6 +53,7 @@ type Store struct {
 	now      func() time.Time
 	made     bool
 
+	anchors   anchors
 	masters   atomic.Pointer[masterSet]
 	reloading sync.Mutex
 	missed    time.Time // when reloading did not help
@@ -146,6 +148,9 @@ func (s *Store) Get(ctx context.Context, id string) (KEK, error) {
 	k, err := s.decode(id, b)
 	if s.catchesUp(ctx, err) {
 		k, err = s.decode(id, b)
+	}
+	if err == nil {
+		k, err = s.notRolledBack(ctx, k, b)
 	}
 	return k, err
 }
@@ -287,32 +292,54 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 	if err := CheckID(id); err != nil {
 		return KEK{}, err
 	}
+	r := row{true, id}
+	var written []byte
 	err = s.current(ctx, func() error {
-		return s.db.update(ctx, id, func(old, master []byte) ([]byte, error) {
+		return s.db.update(ctx, r, anchorName(r.shard()), func(old, master, side []byte) (b, newSide []byte, err error) {
 			set, err := s.follow(master)
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 			k = KEK{ID: id, record: record{Backend: c.Backend}, by: set.current}
+			before := ""
 			if old != nil {
 				if k, err = set.decode(id, old); err != nil {
-					return nil, err
+					return nil, nil, err
+				}
+				if before, err = k.digest(); err != nil {
+					return nil, nil, err
 				}
 				if err := k.renew(set.current); err != nil {
-					return nil, err
+					return nil, nil, err
 				}
 			}
+			if err := s.compareWith(set, r, side, before); err != nil {
+				return nil, nil, err
+			}
 			if err := change(&k); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 			if c.Log != nil {
 				if err := c.Log(k); err != nil {
-					return nil, err
+					return nil, nil, err
 				}
 			}
-			return s.encode(k)
+			after, err := k.digest()
+			if err != nil {
+				return nil, nil, err
+			}
+			if newSide, err = advance(set, r, side, after); err != nil {
+				return nil, nil, err
+			}
+			b, err = s.encode(k)
+			written = b
+			return b, newSide, err
 		})
 	})
+	if err == nil {
+		// So that the record before is not taken for one that was compared.
+		s.anchors.see(r.String(), sha256.Sum256(written))
+	}
 	return k, err
 }
 

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -128,47 +129,81 @@ func (d *postgresDB) list(ctx context.Context, wanted func(string) bool, do func
 	return cmp.Or(failed, d.explain(err))
 }
 
-func (d *postgresDB) update(ctx context.Context, id string, change func(old, master []byte) ([]byte, error)) error {
-	return d.replace(ctx, id, change,
-		`SELECT (SELECT record FROM copilot_keks WHERE id = $1), (SELECT value FROM copilot_once WHERE name = $2)`,
-		`INSERT INTO copilot_keks (id, record) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`)
+func (d *postgresDB) update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error {
+	read, write := readOnce, writeOnce
+	if r.kek {
+		read = `SELECT record FROM copilot_keks WHERE id = $1`
+		write = `INSERT INTO copilot_keks (id, record) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`
+	}
+	return d.locked(ctx, []string{r.name, beside}, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
+		var old, master, side []byte
+		if err := tx.QueryRow(ctx, `SELECT (`+read+`), (SELECT value FROM copilot_once WHERE name = $2), (SELECT value FROM copilot_once WHERE name = $3)`,
+			r.name, masterName, beside).Scan(&old, &master, &side); err != nil {
+			return nil, err
+		}
+		b, side, failed := change(old, master, side)
+		if failed != nil {
+			return failed, nil
+		}
+		if _, err := tx.Exec(ctx, write, r.name, b); err != nil {
+			return nil, err
+		}
+		_, err = tx.Exec(ctx, writeOnce, beside, side)
+		return nil, err
+	})
 }
+
+const (
+	readOnce  = `SELECT value FROM copilot_once WHERE name = $1`
+	writeOnce = `INSERT INTO copilot_once (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value`
+)
 
 func (d *postgresDB) keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error {
-	return d.replace(ctx, name, change,
-		`SELECT (SELECT value FROM copilot_once WHERE name = $1), (SELECT value FROM copilot_once WHERE name = $2)`,
-		`INSERT INTO copilot_once (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value`)
+	return d.locked(ctx, []string{name}, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
+		var old, master []byte
+		if err := tx.QueryRow(ctx, `SELECT (`+readOnce+`), (SELECT value FROM copilot_once WHERE name = $2)`, name, masterName).Scan(&old, &master); err != nil {
+			return nil, err
+		}
+		b, failed := change(old, master)
+		if failed != nil || old != nil && bytes.Equal(b, old) {
+			return failed, nil
+		}
+		_, err = tx.Exec(ctx, writeOnce, name, b)
+		return nil, err
+	})
 }
 
-// replace reads by one statement and writes by another, in a transaction that excludes
-// others of the same name, and now and then of another.
-func (d *postgresDB) replace(ctx context.Context, name string, change func(old, master []byte) ([]byte, error), read, write string) error {
+// locked calls do in a transaction that excludes others of the same names, and now and
+// then of another. Of what do returns, the first are errors that are not the database's.
+func (d *postgresDB) locked(ctx context.Context, names []string, do func(context.Context, pgx.Tx) (failed, err error)) error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	h := fnv.New32a()
-	h.Write([]byte(name))
-	// A change of the master keys waits for all other changes, and they for it.
-	lock := `SELECT pg_advisory_xact_lock_shared($1, 2), pg_advisory_xact_lock($1, $2)`
-	if name == masterName {
-		lock = `SELECT pg_advisory_xact_lock($1, 2), pg_advisory_xact_lock($1, $2)`
-	}
 	var failed error
-	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
+	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) (err error) {
+		// Changes of the master keys wait for all others, and these for them.
+		lock := `SELECT pg_advisory_xact_lock_shared($1, 2)`
+		if names[0] == masterName {
+			lock = `SELECT pg_advisory_xact_lock($1, 2)`
+		}
+		if _, err := tx.Exec(ctx, lock, lockSpace); err != nil {
+			return err
+		}
 		// A row lock would not keep two brokers from creating the row.
-		if _, err := tx.Exec(ctx, lock, lockSpace, int32(h.Sum32()|1)); err != nil {
-			return err
+		var locks []int32
+		for _, name := range names {
+			h := fnv.New32a()
+			h.Write([]byte(name))
+			locks = append(locks, int32(h.Sum32()|1))
 		}
-		var old, master, b []byte
-		if err := tx.QueryRow(ctx, read, name, masterName).Scan(&old, &master); err != nil {
-			return err
+		slices.Sort(locks) // so that no two wait for each other
+		for _, l := range locks {
+			if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1, $2)`, lockSpace, l); err != nil {
+				return err
+			}
 		}
-		if b, failed = change(old, master); failed != nil {
+		if failed, err = do(ctx, tx); failed != nil {
 			return failed
 		}
-		if old != nil && bytes.Equal(b, old) {
-			return nil
-		}
-		_, err := tx.Exec(ctx, write, name, b)
 		return err
 	})
 	return cmp.Or(failed, d.explain(err))
@@ -252,6 +287,104 @@ func (d *postgresDB) wraps(ctx context.Context, id string) (map[int]int64, error
 		return nil
 	})
 	return sums, d.explain(err)
+}
+
+func (d *postgresDB) snapshot(ctx context.Context, prefixes []string, to contents) error {
+	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
+	defer cancel()
+	var failed error
+	err := postgres.InSnapshot(ctx, d.pool, func(tx pgx.Tx) error {
+		var name string
+		var b []byte
+		var version int
+		var n int64
+		for _, part := range []struct {
+			query string
+			args  []any
+			into  []any
+			do    func() error
+		}{
+			{`SELECT name, value FROM copilot_once WHERE EXISTS (SELECT FROM unnest($1::text[]) AS p(prefix) WHERE starts_with(name, p.prefix)) ORDER BY name`, []any{prefixes}, []any{&name, &b}, func() error { return to.named(name, b) }},
+			{`SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &b}, func() error { return to.record(name, b) }},
+			{`SELECT id, version, wraps FROM copilot_wraps ORDER BY id COLLATE "C", version`, nil, []any{&name, &version, &n}, func() error { return to.wraps(name, version, n) }},
+		} {
+			rows, err := tx.Query(ctx, part.query, part.args...)
+			if err != nil {
+				return err
+			}
+			_, err = pgx.ForEachRow(rows, part.into, func() error {
+				failed = part.do()
+				return failed
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return cmp.Or(failed, d.explain(err))
+}
+
+// fillBatch is how many rows are inserted together.
+const fillBatch = 1000
+
+func (d *postgresDB) fill(ctx context.Context, do func(contents) error) error {
+	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
+	defer cancel()
+	var failed error
+	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
+		// Others may read meanwhile, and see nothing yet.
+		if _, err := tx.Exec(ctx, `LOCK TABLE copilot_keks IN EXCLUSIVE MODE`); err != nil {
+			return err
+		}
+		var id string
+		err := tx.QueryRow(ctx, `SELECT id FROM copilot_keks LIMIT 1`).Scan(&id)
+		if err == nil {
+			failed = fmt.Errorf("%w, such as %s: restore into an empty one", ErrNotEmpty, id)
+			return failed
+		}
+		if !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		var ids, counted []string
+		var records [][]byte
+		var versions []int
+		var sums []int64
+		flush := func() error {
+			_, err := tx.Exec(ctx, `INSERT INTO copilot_keks (id, record) SELECT * FROM unnest($1::text[], $2::bytea[])`, ids, records)
+			if err == nil {
+				_, err = tx.Exec(ctx, `INSERT INTO copilot_wraps (id, version, wraps) SELECT * FROM unnest($1::text[], $2::int[], $3::bigint[])
+					ON CONFLICT (id, version) DO UPDATE SET wraps = greatest(copilot_wraps.wraps, excluded.wraps)`, counted, versions, sums)
+			}
+			ids, records, counted, versions, sums = ids[:0], records[:0], counted[:0], versions[:0], sums[:0]
+			return d.explain(err)
+		}
+		flushFull := func() error {
+			if len(ids)+len(counted) < fillBatch {
+				return nil
+			}
+			return flush()
+		}
+		failed = do(contents{
+			named: func(name string, b []byte) error {
+				_, err := tx.Exec(ctx, writeOnce, name, b)
+				return d.explain(err)
+			},
+			record: func(id string, b []byte) error {
+				ids, records = append(ids, id), append(records, b)
+				return flushFull()
+			},
+			wraps: func(id string, version int, n int64) error {
+				counted, versions, sums = append(counted, id), append(versions, version), append(sums, n)
+				return flushFull()
+			},
+		})
+		if failed == nil {
+			failed = flush()
+		}
+		return failed
+	})
+	return cmp.Or(failed, d.explain(err))
 }
 
 func (d *postgresDB) ready(ctx context.Context) error {

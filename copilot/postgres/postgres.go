@@ -18,7 +18,11 @@ import (
 
 // begin starts a transaction. No broker waits long for one that died in the
 // middle of a change. As startup parameters, poolers would refuse the timeouts.
-const begin = `BEGIN; SET LOCAL lock_timeout = '8s'; SET LOCAL idle_in_transaction_session_timeout = '20s'`
+const (
+	begin         = `BEGIN` + timeouts
+	beginSnapshot = `BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY` + timeouts
+	timeouts      = `; SET LOCAL lock_timeout = '8s'; SET LOCAL idle_in_transaction_session_timeout = '20s'`
+)
 
 // Connect returns a pool of connections to the database at url, a URL or a
 // connection string as libpq has it. The pool connects when it is first used.
@@ -47,6 +51,12 @@ func Connect(ctx context.Context, url, application string, maxConns int32) (*pgx
 // InTransaction calls do in a transaction, and commits it if do returns nil.
 func InTransaction(ctx context.Context, pool *pgxpool.Pool, do func(pgx.Tx) error) error {
 	return pgx.BeginTxFunc(ctx, pool, pgx.TxOptions{BeginQuery: begin}, do)
+}
+
+// InSnapshot calls do in a transaction that only reads, and that sees the database as it
+// was at its first statement.
+func InSnapshot(ctx context.Context, pool *pgxpool.Pool, do func(pgx.Tx) error) error {
+	return pgx.BeginTxFunc(ctx, pool, pgx.TxOptions{BeginQuery: beginSnapshot}, do)
 }
 
 // Temporary reports whether the database may well do later what it failed to do

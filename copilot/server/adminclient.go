@@ -161,17 +161,29 @@ func (k *remoteKeys) call(ctx context.Context, method, path string, body []byte,
 
 // do sends a request and decodes the answer into out.
 func (k *remoteKeys) do(req *http.Request, out any) error {
+	return k.receive(req, func(resp *http.Response) error {
+		answer, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
+		if err != nil {
+			return fmt.Errorf("request to copilot: %w", err)
+		}
+		return json.Unmarshal(answer, out)
+	})
+}
+
+// receive sends a request and calls take with the answer. One that is no success is a
+// [*StatusError].
+func (k *remoteKeys) receive(req *http.Request, take func(*http.Response) error) error {
 	resp, err := k.http.Do(req)
 	if err != nil {
 		return fmt.Errorf("request to copilot: %w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
+	if resp.StatusCode == http.StatusOK {
+		return take(resp)
+	}
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	if err != nil {
 		return fmt.Errorf("request to copilot: %w", err)
-	}
-	if resp.StatusCode == http.StatusOK {
-		return json.Unmarshal(answer, out)
 	}
 	var problem struct {
 		Detail string `json:"detail"`

@@ -40,6 +40,9 @@ func writeAnswer(w http.ResponseWriter, e *auditing.Entry, answer any, err error
 	case document:
 		h.Set("Content-Type", "application/json")
 		b = answer
+	case *spooled:
+		answer.write(w)
+		return
 	default:
 		if b, err = json.Marshal(answer); err != nil {
 			e.Status = http.StatusInternalServerError

@@ -54,6 +54,10 @@ func (a *api) handler() http.Handler {
 		mux.Handle("POST "+masterPath+"/rotate", a.chain(route{action: "master-rotate", handle: a.rotateMaster}))
 		mux.Handle("POST "+masterPath+"/forget", a.chain(route{action: "master-forget", handle: a.forgetHolder}))
 		mux.Handle("POST "+acknowledgePath, a.chain(route{action: "acknowledge", handle: a.acknowledge}))
+		mux.Handle("POST "+checkStorePath, a.chain(route{action: "check", handle: a.checkStore}))
+		mux.Handle("POST "+acceptPath, a.chain(route{action: "acknowledge", handle: a.acceptRollback}))
+		mux.Handle("POST "+describePath, a.chain(route{action: "describe", handle: a.describeStore}))
+		mux.Handle("POST "+backupPath, a.chain(route{action: "backup", handle: a.backup}))
 		status.Profiles(mux)
 	}
 	for pattern, r := range a.routes() {
@@ -65,25 +69,27 @@ func (a *api) handler() http.Handler {
 func (a *api) routes() map[string]route {
 	admin := []policy.Action{policy.Admin}
 	return map[string]route{
-		"GET /api/v1/key/{id}":             {action: "export", handle: a.exportOriginal},
-		"GET /api/v2/openapi.json":         {action: "openapi", handle: a.openAPI},
-		"GET /api/v2/keks":                 {action: "list", handle: a.list},
-		"POST /api/v2/keks":                {action: "create", handle: a.create},
-		"GET /api/v2/keks/{id}":            {action: "info", onKEK: a.info, may: policy.Actions},
-		"GET /api/v2/keks/{id}/key":        {action: "export", handle: a.export},
-		"GET /api/v2/keks/{id}/public":     {action: "public", onKEK: a.public, may: []policy.Action{policy.Public, policy.Admin}},
-		"POST /api/v2/keks/{id}/wrap":      {action: "wrap", onKEK: a.wrap, may: []policy.Action{policy.Wrap}},
-		"POST /api/v2/keks/{id}/unwrap":    {action: "unwrap", handle: a.unwrap},
-		"POST /api/v2/keks/{id}/use":       {action: "use", handle: a.use},
-		"POST /api/v2/keks/{id}/rotate":    {action: "rotate", onKEK: a.rotate, may: admin},
-		"POST /api/v2/keks/{id}/disable":   {action: "disable", onKEK: a.disable, may: admin},
-		"POST /api/v2/keks/{id}/enable":    {action: "enable", onKEK: a.enable, may: admin},
-		"POST /api/v2/keks/{id}/destroy":   {action: "destroy", onKEK: a.destroy, may: admin},
-		"POST /api/v2/keks/{id}/revoke":    {action: "revoke", onKEK: a.revoke, may: admin},
-		"POST /api/v2/keks/{id}/reinstate": {action: "reinstate", onKEK: a.reinstate, may: admin},
-		"POST /api/v2/keks/{id}/check":     {action: "check", onKEK: a.check, may: admin},
-		"POST /api/v2/certificate/renew":   {action: "renew", handle: a.renew},
-		"/":                                {action: "other", handle: noSuchPath},
+		"GET /api/v1/key/{id}":                {action: "export", handle: a.exportOriginal},
+		"GET /api/v2/openapi.json":            {action: "openapi", handle: a.openAPI},
+		"GET /api/v2/keks":                    {action: "list", handle: a.list},
+		"POST /api/v2/keks":                   {action: "create", handle: a.create},
+		"GET /api/v2/keks/{id}":               {action: "info", onKEK: a.info, may: policy.Actions},
+		"GET /api/v2/keks/{id}/key":           {action: "export", handle: a.export},
+		"GET /api/v2/keks/{id}/public":        {action: "public", onKEK: a.public, may: []policy.Action{policy.Public, policy.Admin}},
+		"POST /api/v2/keks/{id}/wrap":         {action: "wrap", onKEK: a.wrap, may: []policy.Action{policy.Wrap}},
+		"POST /api/v2/keks/{id}/unwrap":       {action: "unwrap", handle: a.unwrap},
+		"POST /api/v2/keks/{id}/use":          {action: "use", handle: a.use},
+		"POST /api/v2/keks/{id}/rotate":       {action: "rotate", onKEK: a.rotate, may: admin},
+		"POST /api/v2/keks/{id}/disable":      {action: "disable", onKEK: a.disable, may: admin},
+		"POST /api/v2/keks/{id}/enable":       {action: "enable", onKEK: a.enable, may: admin},
+		"POST /api/v2/keks/{id}/destroy":      {action: "destroy", onKEK: a.destroy, may: admin},
+		"POST /api/v2/keks/{id}/revoke":       {action: "revoke", onKEK: a.revoke, may: admin},
+		"POST /api/v2/keks/{id}/reinstate":    {action: "reinstate", onKEK: a.reinstate, may: admin},
+		"POST /api/v2/keks/{id}/check":        {action: "check", onKEK: a.check, may: admin},
+		"GET /api/v2/approvals":               {action: "approvals", handle: a.approvals},
+		"POST /api/v2/approvals/{id}/approve": {action: "approve", handle: a.approve},
+		"POST /api/v2/certificate/renew":      {action: "renew", handle: a.renew},
+		"/":                                   {action: "other", handle: noSuchPath},
 	}
 }
 
@@ -109,6 +115,11 @@ func (a *api) exportOriginal(r *http.Request, e *auditing.Entry) (any, error) {
 	k, err := a.allowed(r.Context(), e, policy.Export)
 	if err != nil {
 		return nil, err
+	}
+	if a.outsidePolicy(e) {
+		if err := a.approved(r.Context(), e, opExport, "the current version"); err != nil {
+			return nil, err
+		}
 	}
 	key, version, err := a.keks.Key(r.Context(), k, 0)
 	e.Version = version
@@ -207,6 +218,15 @@ func (a *api) export(r *http.Request, e *auditing.Entry) (any, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if a.outsidePolicy(e) {
+		what := "the current version"
+		if e.Version != 0 {
+			what = fmt.Sprintf("version %d", e.Version)
+		}
+		if err := a.approved(r.Context(), e, opExport, what); err != nil {
+			return nil, err
+		}
 	}
 	var key []byte
 	if version := e.Version; version != 0 {

@@ -47,6 +47,11 @@ type broker struct {
 	// waiting is why they are not open yet.
 	waiting  atomic.Pointer[error]
 	stopping atomic.Bool
+
+	conf Config
+	// least is how often the store was changed, by the audit log.
+	least      int64
+	rolledBack map[string]string // as last reported
 }
 
 // newBroker opens the broker of a configuration.
@@ -67,6 +72,7 @@ func closedBroker(conf Config) (b *broker, err error) {
 		return nil, err
 	}
 	b = &broker{
+		conf:    conf,
 		master:  masterRotation{begun: make(chan struct{}, 1)},
 		audit:   auditing.New(),
 		metrics: newMetrics(),
@@ -96,7 +102,12 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	if err != nil {
 		return errors.Join(err, store.Close(), log.Close())
 	}
-	b.keks, b.auditLog = keks, log
+	least := log.Generation()
+	b.keks, b.auditLog, b.least = keks, log, least
+	if err := b.checkAnchors(ctx); err != nil {
+		return errors.Join(err, keks.Close(), store.Close(), log.Close())
+	}
+	log.Count(func() int64 { return max(least, store.Generation()) })
 	b.heads = &headNotes{log: log, store: store, name: conf.AuditName()}
 	b.metrics.auditLosses(log.Losses)
 	b.audit.Open(log)
@@ -156,13 +167,15 @@ const (
 
 // tend does the periodic work, until ctx is done.
 func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
-	look, sweep := time.NewTicker(policyInterval), time.NewTicker(sweepInterval)
+	look, sweep, anchors := time.NewTicker(policyInterval), time.NewTicker(sweepInterval), time.NewTicker(anchorInterval)
 	defer look.Stop()
+	defer anchors.Stop()
 	defer sweep.Stop()
 	b.sweep(ctx)
 	for {
 		select {
 		case <-ctx.Done():
+			b.countChanges()
 			return
 		case <-hangup:
 			b.reload(true)
@@ -173,6 +186,11 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 			b.reload(false)
 		case <-sweep.C:
 			b.sweep(ctx)
+		case <-anchors.C:
+			b.countChanges()
+			if err := b.checkAnchors(ctx); err != nil && ctx.Err() == nil {
+				logrus.WithError(err).Error("can't check whether records were put back as they were earlier")
+			}
 		}
 	}
 }

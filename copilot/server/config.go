@@ -57,6 +57,11 @@ type Config struct {
 	// Policy is a file. Default: root, and the user that the server runs as,
 	// may use each KEK over unix sockets.
 	Policy string `toml:"policy"`
+	// BackupRecipients is a file with the age recipients that backups are sealed to, unless
+	// others are named.
+	BackupRecipients string `toml:"backup-recipients"`
+	// Approvals are which operations need a second admin.
+	Approvals Approvals `toml:"approvals"`
 	// WrapLimit is how many keys a version of a KEK may wrap before a new one
 	// is made. Default, and at most: 2^32 (NIST SP 800-38D, section 8.3).
 	WrapLimit int64 `toml:"wrap-limit"`
@@ -151,6 +156,9 @@ func (c *Config) check() error {
 		return errors.New("audit-log is \"database\", and database is not set")
 	}
 	if _, err := c.socketMode(); err != nil {
+		return err
+	}
+	if err := c.Approvals.check(); err != nil {
 		return err
 	}
 	if c.hasTLS() && (c.TLSCert == "" || c.TLSKey == "" || c.TLSClientCA == "" && len(c.Issuers) == 0) {

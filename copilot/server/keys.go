@@ -37,6 +37,10 @@ type Keys interface {
 	Revoke(ctx context.Context, id, identity string) (keyring.Info, error)
 	// Reinstate undoes Revoke.
 	Reinstate(ctx context.Context, id, identity string) (keyring.Info, error)
+	// Approvals returns the requests that the caller may approve.
+	Approvals(ctx context.Context) ([]keystore.Approval, error)
+	// Approve approves a request of another admin.
+	Approve(ctx context.Context, id string) (keystore.Approval, error)
 	// Check tries a KEK.
 	Check(ctx context.Context, id string) (Check, error)
 	// Public returns the public half of a KEK, signed, and valid for that time, in whole

@@ -41,7 +41,12 @@ func describeCreated(conf Config, s *keystore.Store) string {
 
 // audited runs one operation and writes its line of the audit log.
 func audited[T any](ctx context.Context, l *localKeys, action, kek string, do func(context.Context, *auditing.Entry) (T, error)) (T, error) {
-	ctx, cancel := context.WithTimeout(ctx, localTimeout)
+	return auditedWithin(ctx, localTimeout, l, action, kek, do)
+}
+
+// auditedWithin is audited with another timeout.
+func auditedWithin[T any](ctx context.Context, timeout time.Duration, l *localKeys, action, kek string, do func(context.Context, *auditing.Entry) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	e := newEntry(action, kek, "command line")
 	e.Who = fmt.Sprintf("uid:%d", os.Getuid())

@@ -134,6 +134,9 @@ func (a *api) rotateMaster(r *http.Request, e *auditing.Entry) (any, error) {
 }
 
 func (a *api) beginRotation(ctx context.Context, e *auditing.Entry) (keystore.MasterStatus, error) {
+	if err := a.approved(ctx, e, opMasterRotate, "a new master key"); err != nil {
+		return keystore.MasterStatus{}, err
+	}
 	_, err := a.keks.Store.RotateMaster(ctx, func(version int) error {
 		e.Version = version
 		return a.audit.WriteAhead(e)

@@ -23,6 +23,7 @@ type metrics struct {
 	shed          prometheus.Counter
 	refused       prometheus.Counter
 	policyUsable  prometheus.Gauge
+	rolledBack    prometheus.Gauge
 	policyLoaded  prometheus.Gauge
 }
 
@@ -45,6 +46,9 @@ func newMetrics() *metrics {
 		refused: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "copilot_connections_refused_total", Help: "Connections refused because an identity, or an address, had too many open.",
 		}),
+		rolledBack: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "copilot_store_rolled_back", Help: "Records of the store that were found put back as they were earlier, or deleted, at the last check: they are refused until acknowledged.",
+		}),
 		policyUsable: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "copilot_policy_usable", Help: "1 if the policy file was valid when last read, else 0: the previous policy stays in force.",
 		}),
@@ -52,7 +56,7 @@ func newMetrics() *metrics {
 			Name: "copilot_policy_loaded_timestamp_seconds", Help: "When the policy in force was read.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.seconds, m.auditFailures, m.shed, m.refused, m.policyUsable, m.policyLoaded,
+	m.registry.MustRegister(m.requests, m.seconds, m.auditFailures, m.shed, m.refused, m.policyUsable, m.policyLoaded, m.rolledBack,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewBuildInfoCollector())
 	m.keyring = keyring.NewMetrics(m.registry)
 	return m

@@ -23,6 +23,7 @@ import (
 	"github.com/getkin/kin-openapi/routers"
 	"github.com/getkin/kin-openapi/routers/gorillamux"
 
+	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
@@ -87,6 +88,19 @@ burst = 8
 	if err != nil {
 		t.Fatal(err)
 	}
+	store, err := keystore.Open(t.Context(), dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.ChangeApproval(t.Context(), "abcdefghijkl", func(a *keystore.Approval, _ bool) error {
+		a.Operation, a.KEK, a.Content, a.By, a.At, a.Expires = "destroy", "team-b", "version 1", "uid:4242", time.Now(), time.Now().Add(time.Hour)
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
 	// node is the address for the holder of a certificate.
 	node := loopbacktest.FreeAddress(t)
 	public := strings.TrimPrefix(serve(t, dir, server.Config{
@@ -149,6 +163,11 @@ burst = 8
 		{admin, "POST", "/api/v2/keks/team%2Fa/destroy", `{"version":1}`, 200},
 		{admin, "POST", "/api/v2/keks/team%2Fa/destroy", `{"afterSeconds":0}`, 200},
 		{admin, "GET", "/api/v2/keks/team%2Fa", "", 200},
+		{admin, "GET", "/api/v2/approvals", "", 200},
+		{admin, "POST", "/api/v2/approvals/abcdefghijkl/approve", "", 200},
+		{admin, "POST", "/api/v2/approvals/abcdefghijkl/approve", "", 409},
+		{admin, "POST", "/api/v2/approvals/nobody/approve", "", 404},
+		{admin, "GET", "/api/v2/approvals", "", 200},
 		{node, "POST", "/api/v2/certificate/renew", string(renew), 200},
 		{node, "POST", "/api/v2/certificate/renew", `{"csr":"none"}`, 400},
 		{admin, "POST", "/api/v2/certificate/renew", string(renew), 400},

@@ -29,6 +29,8 @@ func statusOf(err error) (int, string) {
 	switch {
 	case errors.As(err, new(*http.MaxBytesError)):
 		return http.StatusRequestEntityTooLarge, audit.Failed
+	case errors.As(err, new(*needsApproval)):
+		return http.StatusForbidden, audit.Denied
 	case errors.As(err, new(*authorization.Denial)), errors.As(err, new(*authorization.NotRenewed)):
 		return http.StatusForbidden, audit.Denied
 	case errors.Is(err, errNoNodeCA), errors.Is(err, errNoSigner), errors.Is(err, keyring.ErrNoPublic):
@@ -110,6 +112,8 @@ func problemOf(e *auditing.Entry, err error) problem {
 			detail += " (" + cause + ")"
 		}
 		detail += ": see copilot's log for request " + e.Request
+	case errors.As(err, new(*needsApproval)):
+		kind = wireformat.ProblemNeedsApproval
 	case errors.Is(err, keyring.ErrNotExported):
 		kind = wireformat.ProblemNotExported
 	case errors.Is(err, errNoSuchPath):

@@ -8,6 +8,8 @@ const (
 	ProblemNoSuchPath = "urn:pilot:problem:no-such-path"
 	// ProblemNoSuchVersion: the KEK exists, but not in the version that was asked for.
 	ProblemNoSuchVersion = "urn:pilot:problem:no-such-version"
+	// ProblemNeedsApproval: a second admin has to approve it, then the request is repeated.
+	ProblemNeedsApproval = "urn:pilot:problem:needs-approval"
 	// ProblemNoNodeCA: this broker renews no certificates.
 	ProblemNoNodeCA = "urn:pilot:problem:no-node-ca"
 )

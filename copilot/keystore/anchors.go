@@ -1,0 +1,459 @@
+package keystore
+
+import (
+	"bytes"
+	"context"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// Anchors find records that were put back as they were earlier. A record alone is
+// authentic at any age, so the store also keeps, in anchorShards parts, the digest of each
+// record as copilot has written it last, and how often a part has changed. The sum of
+// those is the store's generation, which lines of the audit log have: a store that is put
+// back with its anchors has a lower one than its log.
+
+// anchorShards is how many anchors there are: those of 100,000 KEKs have about 400 each.
+const anchorShards = 256
+
+// anchorPrefix begins the names under which anchors are kept.
+const anchorPrefix = "anchor "
+
+// anchor is one of them.
+type anchor struct {
+	// Changes is how often a record of this anchor was changed.
+	Changes int64 `json:"changes"`
+	// Digests are those of the records, by row.
+	Digests map[string]string `json:"digests"`
+}
+
+// storedAnchor is how an anchor is kept: JSON, and HMAC-SHA-256 by a key that is derived from
+// the audit log's, since both outlive master keys.
+type storedAnchor struct {
+	Anchor json.RawMessage `json:"anchor"`
+	MAC    []byte          `json:"mac"`
+}
+
+// ErrRolledBack is the error of a record that is older than the one that copilot has
+// written last, and of a store that is older than its audit log.
+var ErrRolledBack = fmt.Errorf("%w: its record was put back as it was earlier, in the database: see \"copilot store check\" on the broker's machine", ErrDisabled)
+
+// anchors is what this process knows of the anchors.
+type anchors struct {
+	mu sync.Mutex
+	// changes are the most that each anchor was seen to have.
+	changes [anchorShards + 1]int64
+	// seen are the stored bytes' digests of the records that were compared, by row.
+	seen map[string][sha256.Size]byte
+	// whole says why no record can be relied on, or is "".
+	whole string
+}
+
+// see notes the digest of a record's stored bytes that agree with its anchor.
+func (a *anchors) see(name string, sum [sha256.Size]byte) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.seen == nil {
+		a.seen = make(map[string][sha256.Size]byte)
+	}
+	a.seen[name] = sum
+}
+
+// row names a record, among KEKs or what is kept under a name.
+type row struct {
+	kek  bool
+	name string
+}
+
+// rowKEK begins the text of a KEK's row.
+const rowKEK = "kek "
+
+func (r row) String() string {
+	if r.kek {
+		return rowKEK + r.name
+	}
+	return r.name
+}
+
+// shard returns the number of the row's anchor. Rows that are no KEKs have one of their own,
+// the last.
+func (r row) shard() int {
+	if !r.kek {
+		return anchorShards
+	}
+	h := fnv.New32a()
+	h.Write([]byte(r.String()))
+	return int(h.Sum32() % anchorShards)
+}
+
+func anchorName(shard int) string {
+	if shard == anchorShards {
+		return anchorPrefix + "others"
+	}
+	return fmt.Sprintf("%s%02x", anchorPrefix, shard)
+}
+
+// stateKey authenticates what is kept and no secret.
+func (m *masterSet) stateKey() []byte {
+	key, err := hkdf.Key(sha256.New, m.audit, nil, "copilot store state", sha256.Size)
+	if err != nil {
+		panic(err) // of sizes
+	}
+	return key
+}
+
+func (m *masterSet) stateMAC(name string, b []byte) []byte {
+	h := hmac.New(sha256.New, m.stateKey())
+	fmt.Fprintf(h, "%d %s ", len(name), name)
+	h.Write(b)
+	return h.Sum(nil)
+}
+
+// openAnchor opens an anchor. Nil is a new one.
+func (m *masterSet) openAnchor(name string, b []byte) (anchor, error) {
+	a := anchor{Digests: make(map[string]string)}
+	if b == nil {
+		return a, nil
+	}
+	var in storedAnchor
+	err := json.Unmarshal(b, &in)
+	if err == nil && !hmac.Equal(in.MAC, m.stateMAC(name, in.Anchor)) {
+		err = errDamaged
+	}
+	if err == nil {
+		err = json.Unmarshal(in.Anchor, &a)
+	}
+	if err != nil {
+		return anchor{}, fmt.Errorf("the store's %s %w", name, errDamaged)
+	}
+	return a, nil
+}
+
+func (m *masterSet) sealAnchor(name string, a anchor) ([]byte, error) {
+	b, err := json.Marshal(a)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(storedAnchor{b, m.stateMAC(name, b)})
+}
+
+// digest returns the digest of a KEK's record without its sealed keys: sealing it under
+// another master key does not change it.
+func (k KEK) digest() (string, error) {
+	bare := k.record
+	bare.Versions = slices.Clone(bare.Versions)
+	for i := range bare.Versions {
+		bare.Versions[i].Sealed = nil
+	}
+	b, err := json.Marshal(bare)
+	return digestOf(b), err
+}
+
+func digestOf(b []byte) string {
+	sum := sha256.Sum256(b)
+	return base64.RawURLEncoding.EncodeToString(sum[:16])
+}
+
+// advance returns the anchor, side, after a change of a row to a digest.
+func advance(set *masterSet, r row, side []byte, digest string) ([]byte, error) {
+	name := anchorName(r.shard())
+	a, err := set.openAnchor(name, side)
+	if err != nil {
+		return nil, err
+	}
+	a.Changes++
+	a.Digests[r.String()] = digest
+	return set.sealAnchor(name, a)
+}
+
+// compareWith compares the digest of a row, which is empty if there is no record, with its
+// anchor, side.
+func (s *Store) compareWith(set *masterSet, r row, side []byte, digest string) error {
+	a, err := set.openAnchor(anchorName(r.shard()), side)
+	if err != nil {
+		return err
+	}
+	return s.compare(r, a, digest)
+}
+
+// compare compares the digest of a row with its anchor. A record that was written before
+// there were anchors has none.
+func (s *Store) compare(r row, a anchor, digest string) error {
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	if why := s.anchors.whole; why != "" {
+		return fmt.Errorf("%s: %w (all of the store: %s)", r, ErrRolledBack, why)
+	}
+	seen := &s.anchors.changes[r.shard()]
+	if a.Changes < *seen {
+		return fmt.Errorf("%s: %w (and its anchor)", r, ErrRolledBack)
+	}
+	*seen = a.Changes
+	if want, ok := a.Digests[r.String()]; ok && want != digest {
+		return fmt.Errorf("%s: %w", r, ErrRolledBack)
+	}
+	return nil
+}
+
+// notRolledBack compares a KEK, which was read as b, with its anchor, unless it was
+// compared before. It returns the KEK as it is by then.
+func (s *Store) notRolledBack(ctx context.Context, k KEK, b []byte) (KEK, error) {
+	name := row{true, k.ID}.String()
+	for range 3 {
+		sum := sha256.Sum256(b)
+		s.anchors.mu.Lock()
+		known := s.anchors.seen[name] == sum && s.anchors.whole == ""
+		s.anchors.mu.Unlock()
+		if known {
+			return k, nil
+		}
+		err := s.compareNow(ctx, k)
+		if err == nil {
+			s.anchors.see(name, sum)
+			return k, nil
+		}
+		if !errors.Is(err, ErrRolledBack) {
+			return KEK{}, err
+		}
+		// It may have been changed between reading it and its anchor.
+		again, getErr := s.db.get(ctx, k.ID)
+		if getErr != nil || again == nil || bytes.Equal(again, b) {
+			return KEK{}, errors.Join(err, getErr)
+		}
+		b = again
+		if k, err = s.decode(k.ID, b); err != nil {
+			return KEK{}, err
+		}
+	}
+	return KEK{}, fmt.Errorf("%w: KEK %q changes all the time", ErrUnavailable, k.ID)
+}
+
+func (s *Store) compareNow(ctx context.Context, k KEK) error {
+	digest, err := k.digest()
+	if err != nil {
+		return err
+	}
+	r := row{true, k.ID}
+	a, err := s.readAnchor(ctx, r.shard())
+	if err != nil {
+		return err
+	}
+	return s.compare(r, a, digest)
+}
+
+func (s *Store) readAnchor(ctx context.Context, shard int) (a anchor, err error) {
+	name := anchorName(shard)
+	var found []byte
+	err = s.db.named(ctx, name, func(_ string, b []byte) error {
+		found = slices.Clone(b)
+		return nil
+	})
+	if err != nil {
+		return a, err
+	}
+	return s.masters.Load().openAnchor(name, found)
+}
+
+// Generation returns how often the store was changed, as far as this process knows.
+func (s *Store) Generation() (sum int64) {
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	for _, n := range s.anchors.changes {
+		sum += n
+	}
+	return sum
+}
+
+// CheckAnchors compares all records with their anchors, and the store with a generation
+// that it had at least. It returns what was put back, or deleted: a record's name or the
+// store's, and why. After it, no record of a store that is too old is used.
+func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]string, error) {
+	found := make(map[string]string)
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var anchorsNow [anchorShards + 1]anchor
+	for i := range anchorsNow {
+		anchorsNow[i].Digests = map[string]string{}
+	}
+	var names []string
+	for i := range anchorsNow {
+		names = append(names, anchorName(i))
+	}
+	anchored, known := false, s.Generation()
+	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
+		named: func(name string, b []byte) error {
+			shard := slices.IndexFunc(names, func(n string) bool { return n == name })
+			if shard < 0 {
+				return nil
+			}
+			anchored = true
+			a, err := set.openAnchor(name, b)
+			if err != nil {
+				found[name] = err.Error()
+				return nil
+			}
+			anchorsNow[shard] = a
+			return nil
+		},
+		record: func(id string, b []byte) error {
+			k, err := set.decode(id, b)
+			if err != nil {
+				return nil // damaged: reported where it is used
+			}
+			digest, err := k.digest()
+			if err != nil {
+				return err
+			}
+			r := row{true, id}
+			digests := anchorsNow[r.shard()].Digests
+			if want, ok := digests[r.String()]; ok && want != digest {
+				found[r.String()] = "it is not as copilot has written it last"
+			}
+			delete(digests, r.String())
+			return nil
+		},
+		wraps: func(string, int, int64) error { return nil },
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !anchored && least == 0 && known == 0 {
+		return found, s.anchorAll(ctx, 0, 1) // an earlier copilot made the store
+	}
+	var sum int64
+	for _, a := range anchorsNow {
+		sum += a.Changes
+		for name := range a.Digests {
+			if strings.HasPrefix(name, rowKEK) {
+				found[name] = "its record was deleted"
+			}
+		}
+	}
+	whole := ""
+	if least = max(least, known); sum < least {
+		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+		found["store"] = whole
+	}
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	s.anchors.whole = whole
+	for name := range found {
+		delete(s.anchors.seen, name)
+	}
+	for i, a := range anchorsNow {
+		s.anchors.changes[i] = max(s.anchors.changes[i], a.Changes)
+	}
+	return found, nil
+}
+
+// acceptJump is by how much each anchor's number of changes grows when records are accepted
+// as they are: other copilots may have seen more changes than this one knows of.
+const acceptJump = 1 << 20
+
+// AcceptRollback takes all records as they are now: their anchors are made anew, and the
+// generation is more than the one given. It returns what was accepted, as
+// [Store.CheckAnchors] does; log is called with that right before.
+func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found map[string]string) error) (map[string]string, error) {
+	found, err := s.CheckAnchors(ctx, least)
+	if err != nil || len(found) == 0 {
+		return found, err
+	}
+	if err := log(found); err != nil {
+		return nil, err
+	}
+	return found, s.anchorAll(ctx, least+1, acceptJump)
+}
+
+// anchorAll makes the anchors of all KEKs anew, each with so many changes more, and a
+// generation that is least or more.
+func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
+	digests := make([]map[string]string, anchorShards)
+	for i := range digests {
+		digests[i] = make(map[string]string)
+	}
+	before := make(map[string]int64)
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return err
+	}
+	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
+		named: func(name string, b []byte) error {
+			a, _ := set.openAnchor(name, b) // a damaged one is replaced
+			before[name] = a.Changes
+			return nil
+		},
+		record: func(id string, b []byte) error {
+			k, err := set.decode(id, b)
+			if err != nil {
+				return nil
+			}
+			r := row{true, id}
+			digests[r.shard()][r.String()], err = k.digest()
+			return err
+		},
+		wraps: func(string, int, int64) error { return nil },
+	})
+	if err != nil {
+		return err
+	}
+	s.anchors.mu.Lock()
+	changes := s.anchors.changes
+	s.anchors.mu.Unlock()
+	var sum int64
+	for i := range anchorShards {
+		changes[i] = max(changes[i], before[anchorName(i)]) + jump
+		sum += changes[i]
+	}
+	sum += max(changes[anchorShards], before[anchorName(anchorShards)])
+	changes[0] += max(0, least-sum)
+	for i := range anchorShards {
+		name := anchorName(i)
+		err := s.db.keep(ctx, name, func(old, _ []byte) ([]byte, error) {
+			now, _ := set.openAnchor(name, old)
+			if now.Changes != before[name] {
+				return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
+			}
+			return set.sealAnchor(name, anchor{changes[i], digests[i]})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	s.anchors.changes, s.anchors.whole, s.anchors.seen = changes, "", nil
+	return nil
+}
+
+// fillAnchors stores the anchors of a restored store, in place of those that it had when it
+// was empty.
+func (s *Store) fillAnchors(set *masterSet, list []anchor, to contents) error {
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	for i, a := range list {
+		name := anchorName(i)
+		a.Changes = max(a.Changes, s.anchors.changes[i]+1)
+		b, err := set.sealAnchor(name, a)
+		if err != nil {
+			return err
+		}
+		if err := to.named(name, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// statePrefixes begin the names of what belongs to the records.
+var statePrefixes = []string{anchorPrefix, approvalPrefix}
