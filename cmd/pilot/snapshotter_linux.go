@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
@@ -16,7 +15,6 @@ import (
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/install"
-	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/plugin/snapshotter"
 )
 
@@ -37,7 +35,7 @@ Example:
 		&cli.StringFlag{Name: "root", Usage: "`DIRECTORY` of the snapshots", Value: containerd.LazyRoot},
 		&cli.StringFlag{Name: "lazy", Usage: "`SOCKET` of lazy-listen", Value: install.LazySocket},
 		&cli.StringFlag{Name: "log-level", Usage: "debug, info, warning or error", Value: "info"},
-		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped, and the images in containerd whose layers were only mounted"},
+		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped, and the images in containerd that no container can be started from then"},
 		&cli.BoolFlag{Name: "force", Usage: "with --remove: go on although containers run from it, which lose their files"},
 		&cli.StringFlag{Name: "containerd", Usage: "with --remove: containerd's `SOCKET`", Value: string(defaults().Containerd)},
 	},
@@ -57,7 +55,11 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		if err := install.RemoveSnapshots(c.Bool("force")); err != nil {
 			return err
 		}
-		forgetLazyImages(ctx, c.String("containerd"))
+		change := snapshotter.Change{From: containerd.LazySnapshotter, To: "overlayfs", Lazy: containerd.LazySnapshotter}
+		if err := forgetImages(ctx, c.String("containerd"), change); err != nil {
+			// That containerd does not run keeps nobody from removing pilot.
+			logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
+		}
 		return nil
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
@@ -79,21 +81,3 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 	return snapshotter.Serve(ctx, s, l)
 }
 
-// forgetLazyImages removes the images that can't be used without pilot's snapshotter from
-// the containerd at a socket. That it does not run keeps nobody from removing pilot.
-func forgetLazyImages(ctx context.Context, socket string) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	var removed []string
-	client, err := plugin.Dial(socket)
-	if err == nil {
-		defer client.Close()
-		removed, err = snapshotter.ForgetImages(ctx, client)
-	}
-	for _, name := range removed {
-		logrus.WithField("image", name).Info("image removed from containerd: its layers were never pulled")
-	}
-	if err != nil {
-		logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
-	}
-}

@@ -27,7 +27,7 @@ var startSnapshotter = []string{"systemctl start " + install.SnapshotterService,
 
 // isLazy reports whether the node is set up to pull lazily.
 func (e *examination) isLazy() bool {
-	return e.Lazy != "" || e.running != nil && e.running.Lazy
+	return e.Lazy != "" || e.running != nil && e.running.Lazy != containerd.LazyOff
 }
 
 // isLazyStep reports whether a step is only for nodes that pull lazily.
