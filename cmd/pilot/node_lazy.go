@@ -49,12 +49,7 @@ func nodeForgetImages(ctx context.Context, c *cli.Command) error {
 
 // lazyChange is the change of snapshotter that has led to what pilot's is for now.
 func lazyChange(mode containerd.LazyMode) snapshotter.Change {
-	// Lazy pulling takes the place of overlayfs only.
-	change := snapshotter.Change{From: containerd.LazySnapshotter, To: "overlayfs", Lazy: containerd.LazySnapshotter}
-	if mode == containerd.LazyOn {
-		change.From, change.To = change.To, change.From
-	}
-	return change
+	return snapshotter.Change{Snapshotter: containerd.LazySnapshotter, To: mode == containerd.LazyOn}
 }
 
 // socketOf returns the socket of the containerd that was set up.

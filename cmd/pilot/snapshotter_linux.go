@@ -55,8 +55,7 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		if err := install.RemoveSnapshots(c.Bool("force")); err != nil {
 			return err
 		}
-		change := snapshotter.Change{From: containerd.LazySnapshotter, To: "overlayfs", Lazy: containerd.LazySnapshotter}
-		if err := forgetImages(ctx, c.String("containerd"), change); err != nil {
+		if err := forgetImages(ctx, c.String("containerd"), lazyChange(containerd.LazyOff)); err != nil {
 			// That containerd does not run keeps nobody from removing pilot.
 			logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
 		}
@@ -80,4 +79,3 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 	}
 	return snapshotter.Serve(ctx, s, l)
 }
-

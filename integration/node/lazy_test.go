@@ -197,8 +197,14 @@ func newLazyNode(t testing.TB, m *harness.Machine, broker string) *lazyNode {
 
 func (n *lazyNode) startPilot(t testing.TB) {
 	t.Helper()
+	n.startPilotAt(t, "lazy.sock")
+}
+
+// startPilotAt starts pilot, and waits for one of its sockets.
+func (n *lazyNode) startPilotAt(t testing.TB, socket string) {
+	t.Helper()
 	n.pilot = n.m.Start(t, "pilot", "serve")
-	harness.Await(t, "pilot", harness.Reachable(n.m.Root+"/run/pilot/lazy.sock"))
+	harness.Await(t, "pilot", harness.Reachable(n.m.Root+"/run/pilot/"+socket))
 }
 
 func (n *lazyNode) startSnapshotter(t testing.TB) {
@@ -393,7 +399,8 @@ func (n *lazyNode) uninstall(t testing.TB, lazy, full string) {
 	harness.ExpectFailure(t, n.m.Run("pilot", "snapshotter", "--remove"), "pilot's snapshotter is running")
 	n.snapshotter.Stop(t)
 	n.startContainerd(t)
-	harness.CombinedOutput(t, n.m.Run("pilot", "snapshotter", "--remove"))
+	// Another test may have containers below a directory of that name.
+	harness.CombinedOutput(t, n.m.Run("pilot", "snapshotter", "--remove", "--force"))
 	images := harness.Output(t, n.Crictl("images", "-o", "json"))
 	if strings.Contains(images, lazy) || !strings.Contains(images, full) {
 		t.Errorf("after uninstall, which says %s\ncontainerd has the images %s", out, images)

@@ -23,18 +23,28 @@ import (
 // kubelet is the namespace of the kubelet's images.
 const kubelet = "k8s.io"
 
-// Change is a change of the snapshotter of the kubelet's images.
+// overlayfs is the snapshotter that pilot's takes the place of.
+const overlayfs = "overlayfs"
+
+// Change is a change of the snapshotter of the kubelet's images, from or to pilot's.
 type Change struct {
-	From, To string
-	// Lazy is the name of pilot's snapshotter.
-	Lazy string
+	Snapshotter string // pilot's
+	To          bool   // to it, not from it
+}
+
+// from returns the earlier snapshotter.
+func (ch Change) from() string {
+	if ch.To {
+		return overlayfs
+	}
+	return ch.Snapshotter
 }
 
 // Image is an image of a containerd.
 type Image struct{ Namespace, Name string }
 
-// Stranded returns the images from which no container can be started after a change: they
-// lack layers, and only the earlier snapshotter has them unpacked. Their layers were pulled
+// Stranded returns the images from which no container can be started after a change, or
+// soon none: they lack layers, and only the earlier snapshotter keeps them unpacked. Their layers were pulled
 // lazily, or removed once they were unpacked (discard_unpacked_layers).
 //
 // Images of other namespaces than the kubelet's are among them only if their layers were
@@ -49,9 +59,9 @@ func (ch Change) Stranded(ctx context.Context, c *client.Client) (list []Image, 
 	if err != nil {
 		return nil, err
 	}
-	others := slices.DeleteFunc(loaded, func(name string) bool { return name == ch.From })
+	others := slices.DeleteFunc(loaded, func(name string) bool { return name == ch.from() })
 	for _, space := range spaces {
-		if space != kubelet && ch.From != ch.Lazy {
+		if space != kubelet && ch.To {
 			continue
 		}
 		ctx := namespaces.WithNamespace(ctx, space)
@@ -90,13 +100,25 @@ func lacksLayers(ctx context.Context, i client.Image, onlyLazy bool) bool {
 	})
 }
 
-// isUnpacked reports whether one of these snapshotters has an image, or does not say.
+// isUnpacked reports whether one of these snapshotters keeps an image, or does not say. One
+// in which a container alone keeps the image does not.
 func isUnpacked(ctx context.Context, i client.Image, names []string) bool {
-	return slices.ContainsFunc(names, func(name string) bool {
+	config, err := i.Config(ctx)
+	if err != nil {
+		return true
+	}
+	info, err := i.ContentStore().Info(ctx, config.Digest)
+	return err != nil || slices.ContainsFunc(names, func(name string) bool {
+		if info.Labels[snapshotLabel+name] == "" {
+			return false
+		}
 		unpacked, err := i.IsUnpacked(ctx, name)
 		return err != nil || unpacked
 	})
 }
+
+// snapshotLabel begins the labels on an image's configuration that keep its snapshots.
+const snapshotLabel = "containerd.io/gc.ref.snapshot."
 
 // ForgetImages removes images that a change has stranded from containerd, so that the
 // kubelet pulls them again, and returns them. If pilot's snapshotter was left, it also has
@@ -110,19 +132,19 @@ func (ch Change) ForgetImages(ctx context.Context, c *client.Client) (removed []
 		}
 		removed = append(removed, i)
 	}
-	if ch.From == ch.Lazy {
+	if !ch.To {
 		err = errors.Join(err, ch.release(ctx, c))
 	}
 	return removed, err
 }
 
-// release removes what keeps the snapshots of images in the earlier snapshotter.
+// release removes what keeps the snapshots of images in pilot's snapshotter.
 func (ch Change) release(ctx context.Context, c *client.Client) error {
 	spaces, err := c.NamespaceService().List(ctx)
 	if err != nil {
 		return err
 	}
-	label := "containerd.io/gc.ref.snapshot." + ch.From
+	label := snapshotLabel + ch.Snapshotter
 	var errs []error
 	for _, space := range spaces {
 		ctx := namespaces.WithNamespace(ctx, space)
