@@ -188,7 +188,7 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 	if err != nil {
 		return false, err
 	}
-	o.LazyUnused = had.Lazy == containerd.LazyEnding && lazyUse(ctx, had.Address).none()
+	o.LazyUnused = had.Lazy == containerd.LazyEnding && lazyUse(ctx, had).none()
 	plan, err := install.NewPlan(ctx, o)
 	if err != nil {
 		return false, err
@@ -227,7 +227,7 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 	}
 	// Its last commands wait for this installation to end.
 	plan.Close()
-	if err := runOrPrint(now, installCommands(is, install.Pending(o.Host))); err != nil {
+	if err := runOrPrint(now, installCommands(is, install.Pending(o.Host), now)); err != nil {
 		return false, err
 	}
 	if now {
@@ -242,7 +242,7 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 		fmt.Println("pilot's snapshotter stays for the containers that have it: run \"pilot node install\" again once they have ended")
 		return false, nil
 	}
-	use := lazyUse(ctx, is.Address)
+	use := lazyUse(ctx, is)
 	if use.none() {
 		return true, nil
 	}
@@ -252,10 +252,16 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 
 // installCommands returns the commands that make an installation take effect. pending are the
 // services that have to be restarted.
-func installCommands(is install.Installation, pending []string) []string {
+// With now, they are run, and may have been run before.
+func installCommands(is install.Installation, pending []string, now bool) []string {
 	commands := []string{"systemctl daemon-reload"}
 	if is.LazyLeft {
-		commands = append(commands, "systemctl stop "+install.SnapshotterService+" "+install.LazySocketUnit)
+		for _, unit := range []string{install.SnapshotterService, install.LazySocketUnit} {
+			// systemd forgets units that are gone and stopped.
+			if !now || exec.Command("systemctl", "is-active", "--quiet", unit).Run() == nil {
+				commands = append(commands, "systemctl stop "+unit)
+			}
+		}
 	}
 	if !slices.Contains(pending, install.PilotService) {
 		commands = append(commands, "systemctl start "+install.PilotService)

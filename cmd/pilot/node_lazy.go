@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
@@ -40,7 +42,9 @@ func nodeForgetImages(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	err = forgetImages(ctx, socketOf(is), lazyChange(is.Lazy))
+	err = withContainerd(ctx, socketOf(is), func(ctx context.Context, client *client.Client) error {
+		return forgetImages(ctx, client, lazyChange(is.Lazy))
+	})
 	if err != nil {
 		return fmt.Errorf("images without layers are left in containerd: run \"pilot node forget-images\" once it runs: %w", err)
 	}
@@ -63,8 +67,8 @@ func socketOf(is install.Installation) string {
 // containerdTimeout bounds what is asked of containerd, which may just be starting.
 const containerdTimeout = 30 * time.Second
 
-// forgetImages removes the images that a change has stranded, and logs their names.
-func forgetImages(ctx context.Context, socket string, change snapshotter.Change) error {
+// withContainerd calls f with the containerd at a socket.
+func withContainerd(ctx context.Context, socket string, f func(ctx context.Context, client *client.Client) error) error {
 	ctx, cancel := context.WithTimeout(ctx, containerdTimeout)
 	defer cancel()
 	client, err := plugin.Dial(socket)
@@ -72,6 +76,11 @@ func forgetImages(ctx context.Context, socket string, change snapshotter.Change)
 		return err
 	}
 	defer client.Close()
+	return f(ctx, client)
+}
+
+// forgetImages removes the images that a change has stranded, and logs their names.
+func forgetImages(ctx context.Context, client *client.Client, change snapshotter.Change) error {
 	removed, err := change.ForgetImages(ctx, client)
 	for _, i := range removed {
 		if !strings.HasPrefix(i.Name, "sha256:") { // which has another name too
@@ -84,26 +93,16 @@ func forgetImages(ctx context.Context, socket string, change snapshotter.Change)
 // warnStranded prints which images have to be pulled again. That containerd does not say
 // keeps nobody from installing.
 func warnStranded(ctx context.Context, is install.Installation) {
-	ctx, cancel := context.WithTimeout(ctx, containerdTimeout)
-	defer cancel()
-	client, err := plugin.Dial(socketOf(is))
-	if err != nil {
-		return
+	var list []snapshotter.Image
+	_ = withContainerd(ctx, socketOf(is), func(ctx context.Context, client *client.Client) (err error) {
+		list, err = lazyChange(is.Lazy).Stranded(ctx, client)
+		return err
+	})
+	list = slices.DeleteFunc(list, func(i snapshotter.Image) bool { return strings.HasPrefix(i.Name, "sha256:") })
+	if len(list) > 0 {
+		fmt.Println("containerd does not have the layers of these images, so no new container of them starts until they are pulled again, for which the last of the commands below removes them:")
 	}
-	defer client.Close()
-	list, err := lazyChange(is.Lazy).Stranded(ctx, client)
-	if err != nil {
-		return
-	}
-	first := true
 	for _, i := range list {
-		if strings.HasPrefix(i.Name, "sha256:") {
-			continue
-		}
-		if first {
-			fmt.Println("containerd does not have the layers of these images, so no new container of them starts until they are pulled again, for which the last of the commands below removes them:")
-			first = false
-		}
 		fmt.Printf("  %s (namespace %s)\n", i.Name, i.Namespace)
 	}
 }
@@ -130,24 +129,20 @@ func (u use) String() string {
 	return strings.Join(u.containers, ", ")
 }
 
-// lazyUse returns what the containerd at a socket uses pilot's snapshotter for.
-func lazyUse(ctx context.Context, socket string) (u use) {
-	ctx, cancel := context.WithTimeout(ctx, containerdTimeout)
-	defer cancel()
-	client, err := plugin.Dial(socketOf(install.Installation{Address: socket}))
-	if err != nil {
-		return use{err: err}
-	}
-	defer client.Close()
-	u.containers, u.err = snapshotter.Containers(ctx, client, containerd.LazySnapshotter)
-	list, err := client.IntrospectionService().Plugins(ctx, "type=="+plugins.SnapshotPlugin.String())
-	if err != nil {
-		u.err = errors.Join(u.err, err)
-		return u
-	}
-	for _, p := range list.Plugins {
-		u.pulls = u.pulls || p.ID == containerd.LazySnapshotter && containerd.LazyExported(p.Exports) == containerd.LazyOn
-	}
+// lazyUse returns what the containerd of an installation uses pilot's snapshotter for.
+func lazyUse(ctx context.Context, is install.Installation) (u use) {
+	u.err = withContainerd(ctx, socketOf(is), func(ctx context.Context, client *client.Client) error {
+		var containing error
+		u.containers, containing = snapshotter.Containers(ctx, client, containerd.LazySnapshotter)
+		list, err := client.IntrospectionService().Plugins(ctx, "type=="+plugins.SnapshotPlugin.String())
+		if err != nil || containing != nil {
+			return errors.Join(err, containing)
+		}
+		for _, p := range list.Plugins {
+			u.pulls = u.pulls || p.ID == containerd.LazySnapshotter && containerd.LazyExported(p.Exports) == containerd.LazyOn
+		}
+		return nil
+	})
 	return u
 }
 

@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
 
+	"github.com/containerd/containerd/v2/client"
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
@@ -55,7 +57,10 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		if err := install.RemoveSnapshots(c.Bool("force")); err != nil {
 			return err
 		}
-		if err := forgetImages(ctx, c.String("containerd"), lazyChange(containerd.LazyOff)); err != nil {
+		err := withContainerd(ctx, c.String("containerd"), func(ctx context.Context, client *client.Client) error {
+			return errors.Join(snapshotter.ReleaseContainers(ctx, client, containerd.LazySnapshotter), forgetImages(ctx, client, lazyChange(containerd.LazyOff)))
+		})
+		if err != nil {
 			// That containerd does not run keeps nobody from removing pilot.
 			logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
 		}

@@ -92,7 +92,7 @@ func TestLazyPullingIsSwitchedOnAndOff(t *testing.T) {
 			}
 
 			// Nothing needs the snapshotter any more.
-			expect(install(), "removed /etc/systemd/system/pilot-snapshotter.service", "systemctl stop pilot-snapshotter.service pilot-lazy.socket", "pilot snapshotter --remove")
+			expect(install(), "removed /etc/systemd/system/pilot-snapshotter.service", "systemctl stop pilot-snapshotter.service", "systemctl stop pilot-lazy.socket", "pilot snapshotter --remove")
 			expect(install(), "nothing to change", "pilot snapshotter --remove")
 			n.snapshotter.Stop(t)
 			n.pilot.Stop(t)

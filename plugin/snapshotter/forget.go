@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -191,4 +192,26 @@ func Containers(ctx context.Context, c *client.Client, snapshotter string) (list
 		}
 	}
 	return list, nil
+}
+
+// ReleaseContainers has a containerd that no longer has a snapshotter forget which snapshots
+// its containers have there. It could not remove those containers otherwise.
+func ReleaseContainers(ctx context.Context, c *client.Client, snapshotter string) error {
+	spaces, err := c.NamespaceService().List(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, space := range spaces {
+		ctx := namespaces.WithNamespace(ctx, space)
+		all, err := c.ContainerService().List(ctx)
+		errs = append(errs, err)
+		for _, container := range all {
+			if container.Snapshotter == snapshotter && container.SnapshotKey != "" {
+				_, err := c.ContainerService().Update(ctx, containers.Container{ID: container.ID}, "snapshotkey")
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
