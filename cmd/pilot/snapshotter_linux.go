@@ -36,6 +36,7 @@ Example:
 		&cli.StringFlag{Name: "listen", Usage: "`SOCKET` for containerd (mode 0600)", Value: containerd.LazySocket},
 		&cli.StringFlag{Name: "root", Usage: "`DIRECTORY` of the snapshots", Value: containerd.LazyRoot},
 		&cli.StringFlag{Name: "lazy", Usage: "`SOCKET` of lazy-listen", Value: install.LazySocket},
+		&cli.Uint64Flag{Name: "max-memory", Usage: "in `MiB`: beyond that, no more layers are mounted, and images are pulled as a whole (default: a quarter of the machine's memory)"},
 		&cli.StringFlag{Name: "log-level", Usage: "debug, info, warning or error", Value: "info"},
 		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped, and the images in containerd that no container can be started from then"},
 		&cli.BoolFlag{Name: "force", Usage: "with --remove: go on although containers run from it, which lose their files"},
@@ -74,7 +75,7 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	defer l.Close()
-	s, err := snapshotter.New(ctx, snapshotter.Config{Root: c.String("root"), Lazy: c.String("lazy")})
+	s, err := snapshotter.New(ctx, snapshotter.Config{Root: c.String("root"), Lazy: c.String("lazy"), MaxMemory: c.Uint64("max-memory") << 20})
 	if err != nil {
 		return fmt.Errorf("--root %s: %w", c.String("root"), err)
 	}
