@@ -251,8 +251,7 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 }
 
 // installCommands returns the commands that make an installation take effect. pending are the
-// services that have to be restarted.
-// With now, they are run, and may have been run before.
+// services that have to be restarted. With now, they are run, and may have been run before.
 func installCommands(is install.Installation, pending []string, now bool) []string {
 	commands := []string{"systemctl daemon-reload"}
 	if is.LazyLeft {

@@ -45,8 +45,8 @@ func (ch Change) from() string {
 type Image struct{ Namespace, Name string }
 
 // Stranded returns the images from which no container can be started after a change, or
-// soon none: they lack layers, and only the earlier snapshotter keeps them unpacked. Their layers were pulled
-// lazily, or removed once they were unpacked (discard_unpacked_layers).
+// soon none: they lack layers, and only the earlier snapshotter keeps them unpacked. Their
+// layers were pulled lazily, or removed once they were unpacked (discard_unpacked_layers).
 //
 // Images of other namespaces than the kubelet's are among them only if their layers were
 // pulled lazily, and pilot's snapshotter was left: their clients name a snapshotter
