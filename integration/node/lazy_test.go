@@ -307,7 +307,7 @@ func TestLazyNode(t *testing.T) {
 			expectStep(t, n.doctor(t, true, plain), "warning", "image", "is not encrypted")
 			expectStep(t, n.doctor(t, false, c.Registry+"/nothing:1"), "failed", "image", "containerd has no image")
 			if version != "2.4.2" {
-				n.uninstall(t, sealed, plain)
+				n.uninstall(t, sealed, gzip, plain)
 				return
 			}
 
@@ -385,14 +385,15 @@ func TestLazyNode(t *testing.T) {
 			}
 			harness.Write(t, dropIn, was)
 			expectStep(t, n.doctor(t, true), "ok", "lazy")
-			n.uninstall(t, sealed, plain)
+			n.uninstall(t, sealed, gzip, plain)
 		})
 	}
 }
 
-// uninstall takes pilot from a node, and checks that it can still use an image that was
-// pulled in full, and that the kubelet would pull the lazy one again.
-func (n *lazyNode) uninstall(t testing.TB, lazy, full string) {
+// uninstall takes pilot from a node, and checks that it still has an image that was pulled in
+// full, and that the kubelet would pull the lazy one again, and a plain one whose layers
+// were not pulled because their snapshots were there.
+func (n *lazyNode) uninstall(t testing.TB, lazy, full, plain string) {
 	t.Helper()
 	out := harness.Output(t, n.m.Pilot("node", "uninstall"))
 	n.containerd.Stop(t)
@@ -402,11 +403,11 @@ func (n *lazyNode) uninstall(t testing.TB, lazy, full string) {
 	// Another test may have containers below a directory of that name.
 	harness.CombinedOutput(t, n.m.Run("pilot", "snapshotter", "--remove", "--force"))
 	images := harness.Output(t, n.Crictl("images", "-o", "json"))
-	if strings.Contains(images, lazy) || !strings.Contains(images, full) {
+	if strings.Contains(images, lazy+`"`) || !strings.Contains(images, full+`"`) || strings.Contains(images, plain+`"`) {
 		t.Errorf("after uninstall, which says %s\ncontainerd has the images %s", out, images)
 	}
 	if mounts := harness.Output(t, n.m.Run("cat", "/proc/self/mountinfo")); strings.Contains(mounts, "stargz") {
 		t.Errorf("mounts are left: %s", mounts)
 	}
-	harness.Output(t, n.Crictl("pull", full))
+	harness.Output(t, n.Crictl("pull", plain))
 }
