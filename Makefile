@@ -87,8 +87,10 @@ chart: export VERSION := $(VERSION)
 chart:
 	scripts/chart.sh $(DIST)
 
-manifests: tools
-	cd packaging/kubernetes/validate && go test -buildvcs=false -count=1 -run '^TestManifestsAreMadeFromTheChart$$' -update .
+manifests:
+	scripts/install-tools.sh $(PILOT_TOOLS) helm
+	cd packaging/kubernetes/validate && go test -buildvcs=false -count=1 -tags kubernetes -run '^TestManifestsAreMadeFromTheChart$$' -update . && \
+	go test -buildvcs=false -count=1 -run '^TestManifestsFitTheChart$$' -update .
 
 tools:
 	scripts/install-tools.sh $(PILOT_TOOLS)
@@ -136,6 +138,7 @@ test-nodes: tools
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
+	cd packaging/kubernetes/validate && go test -buildvcs=false -count=1 -tags kubernetes .
 	go test -buildvcs=false -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration/cluster
 
 test-engines:

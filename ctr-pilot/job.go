@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -43,6 +44,11 @@ func errDigest(name string) error {
 	return fmt.Errorf("%s is named by its digest, which changes: give it a new name", name)
 }
 
+// registryGCPercent is GOGC when an image is written to a registry. By default there may be as
+// much garbage as there is in use, which are the parts of layers that are being sent. There
+// is little garbage to collect.
+const registryGCPercent = 25
+
 // open opens an image that is to get a new name, or its own. Another image of the new name
 // is an error unless force is set. The caller closes the job.
 func (p *places) open(ctx context.Context, from, to transport.Name, force bool) (_ *job, err error) {
@@ -69,6 +75,9 @@ func (p *places) open(ctx context.Context, from, to transport.Name, force bool) 
 	}
 	if j.target == nil {
 		j.target = p.inContainerd(to.Image, j.source, force)
+	}
+	if to.Transport == transport.Registry && os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(registryGCPercent)
 	}
 	j.Pair = transport.NewPair(j.source, j.target)
 	return j, j.check(ctx, force)

@@ -224,8 +224,9 @@ func recipientsOf(annotations map[string]string) []Recipient {
 	return list
 }
 
-// difference describes which recipients a layer lost and gained.
-func difference(had, has []Recipient) string {
+// difference describes which recipients a layer lost and gained, or, if they are the same,
+// those of the annotations that changed.
+func difference(had, has []Recipient, changed map[string]string) string {
 	gone := slices.DeleteFunc(slices.Clone(had), func(r Recipient) bool {
 		i := slices.Index(has, r)
 		if i >= 0 {
@@ -234,6 +235,9 @@ func difference(had, has []Recipient) string {
 		return i >= 0
 	})
 	switch {
+	case len(gone) == 0 && len(has) == 0:
+		again := joinRecipients(recipientsOf(changed))
+		return again + " -> " + again
 	case len(gone) == 0:
 		return "+ " + joinRecipients(has)
 	case len(has) == 0:

@@ -128,7 +128,7 @@ func (r *rewrap) layer(ctx context.Context, _ *work, desc ocispec.Descriptor) (c
 		r.had[rec] = true
 	}
 	if !c.none {
-		r.changes[difference(had, recipientsOf(annotations))] = true
+		r.changes[difference(had, recipientsOf(annotations), c.annotations)] = true
 	}
 	return c, nil
 }

@@ -219,6 +219,11 @@ func TestRecipientsChange(t *testing.T) {
 	rotate(t, keys, "b")
 	s := newStore(t)
 	jwe := s.ec
+	one, two := processor.Recipients{Parameters: pgpRecipient(t, "one@example.com").ec}, processor.Recipients{Parameters: pgpRecipient(t, "two@example.com").ec}
+	both := processor.Recipients{Parameters: map[string][][]byte{
+		"gpg-recipients":     slices.Concat(one.Parameters["gpg-recipients"], two.Parameters["gpg-recipients"]),
+		"gpg-pubkeyringfile": {slices.Concat(one.Parameters["gpg-pubkeyringfile"][0], two.Parameters["gpg-pubkeyringfile"][0])},
+	}}
 	remove := func(names ...string) (list []Recipient) {
 		for _, name := range names {
 			rec, err := ParseRecipient(name)
@@ -257,6 +262,9 @@ func TestRecipientsChange(t *testing.T) {
 		{"add KEKs", []processor.Recipients{jwe, kek("pilot", "a")}, Rewrapping{Add: kek("pilot", "b", "c").Parameters}, "jwe, pilot:a@1, pilot:b@2, pilot:c@1", "", ""},
 		{"add what is there", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b")}, Rewrapping{Add: kek("pilot", "b").Parameters}, "", "", ""},
 		{"add what is old", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b")}, Rewrapping{Add: kek("pilot", "a", "c").Parameters}, "pilot:a@2, pilot:b@2, pilot:c@1", "", ""},
+		{"add OpenPGP again", []processor.Recipients{jwe, one}, Rewrapping{Add: one.Parameters}, "jwe, pgp", "", ""},
+		{"add OpenPGP to both", []processor.Recipients{jwe, one, two}, Rewrapping{Add: both.Parameters}, "jwe, pgp", "", ""},
+		{"add OpenPGP of two", []processor.Recipients{jwe, both}, Rewrapping{Add: one.Parameters}, "jwe, pgp, pgp", "", ""},
 		{"remove", []processor.Recipients{kek("pilot", "a"), kek("pilot", "b"), jwe}, Rewrapping{Remove: remove("provider:pilot:a", "jwe")}, "pilot:b@2", "", ""},
 		{"remove of an array", []processor.Recipients{kek("pilot", "a", "b", "c")}, Rewrapping{Remove: remove("provider:pilot:b")}, "pilot:a@1, pilot:c@1", "", ""},
 		{"remove a provider's", []processor.Recipients{kek("pilot", "a", "b"), kek("second", "c")}, Rewrapping{Remove: remove("provider:pilot")}, "second:c@1", "", ""},
@@ -299,6 +307,9 @@ func TestRecipientsChange(t *testing.T) {
 		}
 		if got := s.recipients(out.Target); got != test.want || out.Layers != 2 {
 			t.Errorf("%s: recipients %s, want %s; %d layers", test.name, got, test.want, out.Layers)
+		}
+		if len(out.Changes) != 1 || len(out.Changes[0]) < len("+ pgp") {
+			t.Errorf("%s: changes %q", test.name, out.Changes)
 		}
 		if _, err := Decrypt(s.ctx, s, out.Target, s.dc, Options{}); err != nil {
 			t.Errorf("%s: decrypt: %v", test.name, err)

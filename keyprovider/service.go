@@ -119,8 +119,11 @@ func (s *Service) unwrap(ctx context.Context, in ocicrypt.KeyUnwrapParams) ([]by
 	defer clear(layerKey)
 	results := keyjson.Object(keyjson.Key("optsdata", layerKey))
 	defer clear(results)
-	return keyjson.Object(keyjson.Value("keywrapresults", ocicrypt.KeyWrapResults{}), keyjson.Raw("keyunwrapresults", results)), nil
+	return keyjson.Object(noWrapResults, keyjson.Raw("keyunwrapresults", results)), nil
 }
+
+// noWrapResults is the member of an answer that it has without a result, too.
+var noWrapResults = keyjson.Value("keywrapresults", ocicrypt.KeyWrapResults{})
 
 func (s *Service) names() []string {
 	if len(s.Names) == 0 {
@@ -149,21 +152,6 @@ func (s *Service) otherNames(params map[string][][]byte) string {
 		}
 	}
 	return ""
-}
-
-func decodeInput(b []byte, want ocicryptclient.Operation) (*ocicrypt.KeyProviderKeyWrapProtocolInput, error) {
-	var in ocicrypt.KeyProviderKeyWrapProtocolInput
-	if err := json.Unmarshal(b, &in); err != nil {
-		// The error of encoding/json may quote its input, which holds keys.
-		return nil, fmt.Errorf("%w: it is not the JSON of ocicrypt's key provider protocol", ErrInput)
-	}
-	if in.Operation != ocicrypt.KeyProviderKeyWrapProtocolOperation(want) {
-		return nil, fmt.Errorf("%w: op is %.40q, not %q", ErrInput, in.Operation, want)
-	}
-	if want == ocicryptclient.Wrap && (in.KeyWrapParams.Ec == nil || len(in.KeyWrapParams.OptsData) == 0) {
-		return nil, fmt.Errorf("%w: keywrapparams lack ec or optsdata", ErrInput)
-	}
-	return &in, nil
 }
 
 // code returns the gRPC status code that says what err means to a caller.

@@ -50,6 +50,9 @@ func (t *traced) Unwrap() error { return t.error }
 // inTrace adds to a remembered error the trace of the request that got it, by which the
 // broker's audit log knows that request.
 func inTrace(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
 	if t := new(traced); errors.As(err, &t) && t.trace != "" && t.trace != traceid.Of(ctx) {
 		return fmt.Errorf("%w (requested in trace %s)", err, t.trace)
 	}

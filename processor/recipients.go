@@ -7,10 +7,10 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
+	"github.com/containers/ocicrypt/keywrap/pgp"
 	"github.com/go-jose/go-jose/v4"
 )
 
@@ -51,6 +51,45 @@ func CheckWrappedKeys(annotations map[string]string) error {
 	return fmt.Errorf("%w: the layer would have %d wrapped keys, and only %d are tried when it is decrypted: "+
 		"name several recipients in one command, which share one, or remove some with \"ctr-pilot images rewrap --remove\"",
 		ErrTooManyRecipients, n, MaxWrappedKeys)
+}
+
+// distinct returns the parameters with each value once, however often a recipient is named.
+func distinct(params map[string][][]byte) map[string][][]byte {
+	out := make(map[string][][]byte, len(params))
+	for name, values := range params {
+		for _, v := range values {
+			if !slices.ContainsFunc(out[name], func(had []byte) bool { return bytes.Equal(had, v) }) {
+				out[name] = append(out[name], v)
+			}
+		}
+	}
+	return out
+}
+
+// notReplaced returns the values of had, an annotation of a scheme, that added does not
+// replace: those that are for somebody else too.
+//
+// Only OpenPGP says for whom a key is wrapped, by a hash of the recipient's key. JWE and
+// PKCS #11 do not. PKCS #7 names the certificate's issuer and serial number, which
+// self-signed certificates with different keys can share.
+func notReplaced(scheme, had, added string) string {
+	if scheme != "pgp" || had == "" {
+		return had
+	}
+	openpgp := pgp.NewKeyWrapper()
+	now, err := openpgp.GetKeyIdsFromPacket(added)
+	if err != nil {
+		return had
+	}
+	var kept []string
+	for value := range strings.SplitSeq(had, ",") {
+		ids, err := openpgp.GetKeyIdsFromPacket(value)
+		// The ID 0 hides who the recipient is: RFC 9580, section 5.1.
+		if err != nil || len(ids) == 0 || slices.ContainsFunc(ids, func(id uint64) bool { return id == 0 || !slices.Contains(now, id) }) {
+			kept = append(kept, value)
+		}
+	}
+	return strings.Join(kept, ",")
 }
 
 // split returns the parameters that a scheme wraps for, in as many parts as it writes
@@ -105,9 +144,8 @@ func wrapAll(ctx context.Context, scheme string, to Recipients, private []byte) 
 	if err != nil {
 		return "", err
 	}
-	params := to.Parameters
+	params := distinct(to.Parameters)
 	if conf, ok := to.private().Parameters["pkcs11-config"]; ok && scheme == "pkcs11" {
-		params = maps.Clone(params)
 		params["pkcs11-config"] = conf // says which modules may be loaded
 	}
 	var values [][]byte

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"io"
@@ -92,6 +93,32 @@ func TestJWERecipients(t *testing.T) {
 		if _, err := Unwrap(t.Context(), newPair(t).decrypt(), desc); !errors.Is(err, ErrNoKey) {
 			t.Errorf("%d recipients, a stranger: %v", n, err)
 		}
+	}
+}
+
+func TestRecipientNamedTwiceIsWrappedForOnce(t *testing.T) {
+	key, _ := encryptedKey(t)
+	pairs := newECPairs(t, 2)
+	count := func(to Recipients) int {
+		text, err := base64.StdEncoding.DecodeString(wrapped(t, key, to, nil)[annotationKeysPrefix+"jwe"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		var one struct{ Recipients []any } // none of them stands for a single one
+		if err := json.Unmarshal(text, &one); err != nil {
+			t.Fatal(err)
+		}
+		return max(1, len(one.Recipients))
+	}
+	if n := count(forAll([]pair{pairs[0], pairs[1], pairs[0]})); n != 2 {
+		t.Errorf("wrapped for %d recipients, not 2", n)
+	}
+	named := forAll([]pair{pairs[0], pairs[0]})
+	if n := count(named); n != 1 {
+		t.Errorf("wrapped for %d recipients, not 1", n)
+	}
+	if n := len(named.Parameters["pubkeys"]); n != 2 {
+		t.Errorf("the caller's parameters have %d keys now", n)
 	}
 }
 

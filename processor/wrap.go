@@ -111,8 +111,9 @@ func (w keyWrapper) possible(params map[string][][]byte) bool { return !w.NoPoss
 
 // Wrap wraps the layer key for each of the recipients to and returns the annotations
 // that hold it. annotations are those of the layer's descriptor: its recipients are kept
-// and the new ones follow them. What is wrapped does not depend on the layer's content,
-// so this can be done before the layer is encrypted, and fail early.
+// and the new ones follow them. What was wrapped for nobody but new ones is left out, if
+// the annotations say so, as OpenPGP's do. What is wrapped does not depend on the layer's
+// content, so this can be done before the layer is encrypted, and fail early.
 //
 // A key provider gets its own parameters and no others, so no private key reaches it.
 //
@@ -133,7 +134,7 @@ func (k *LayerKey) Wrap(ctx context.Context, to Recipients, annotations map[stri
 			return err
 		}
 		id := annotationKeysPrefix + scheme
-		if had := annotations[id]; had != "" {
+		if had := notReplaced(scheme, annotations[id], value); had != "" {
 			value = had + "," + value
 		}
 		out[id] = value

@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# install-tools.sh DIR [kubernetes|engines|wine] [PACKAGE...]: installs what the tests
-# and the demo run with, what the tests on Kubernetes, with other engines or of the
-# programs for Windows need besides, and Debian's packages that are named. It takes Debian's packages where they will
+# install-tools.sh DIR [helm|kubernetes|engines|wine] [PACKAGE...]: installs what the
+# tests and the demo run with, what the tests of the chart, on Kubernetes, with other engines
+# or of the programs for Windows need besides, and Debian's packages that are named. It takes Debian's packages where they will
 # do, builds the rest into DIR/bin, and makes DIR/trixie, a root of Debian 13, for
 # the tools that are too old in Debian 12. It is quick when all is there.
 set -euo pipefail
-dir=${1:?usage: install-tools.sh DIR [kubernetes|engines] [PACKAGE...]}
+dir=${1:?usage: install-tools.sh DIR [helm|kubernetes|engines|wine] [PACKAGE...]}
 shift
 mkdir -p "$dir/bin"
 dir=$(cd "$dir" && pwd)
 
 packages=(containerd runc docker-registry mmdebstrap jq busybox-static gnupg softhsm2 libnss3 libnss3-tools openssl procps systemd systemd-container postgresql libevent-2.1-7 libc-ares2 python3-venv iproute2)
+helm=
+if [ "${1-}" = helm ]; then
+	helm=1
+	shift
+fi
 kubernetes=
 if [ "${1-}" = kubernetes ]; then
+	helm=1
 	kubernetes=1
 	packages+=(containernetworking-plugins dnsmasq-base nftables)
 	shift
@@ -58,7 +64,6 @@ build github.com/containerd/containerd/v2/cmd/containerd $containerd
 build github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 $containerd
 build github.com/containerd/containerd/v2/cmd/ctr $containerd
 build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
-build helm.sh/helm/v4/cmd/helm v4.3.2
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
 
@@ -73,9 +78,12 @@ crds() {
 	(cd "$source" && install -m 0644 "$@" "$dir/crds/")
 	echo "$version" >"$dir/crds/.${module##*/}"
 }
-crds github.com/cert-manager/cert-manager v1.21.2 deploy/crds/cert-manager.io_certificates.yaml
-crds github.com/prometheus-operator/prometheus-operator v0.85.0 \
-	example/prometheus-operator-crd/monitoring.coreos.com_{podmonitors,prometheusrules}.yaml
+if [ -n "$helm" ]; then
+	build helm.sh/helm/v4/cmd/helm v4.3.2
+	crds github.com/cert-manager/cert-manager v1.21.2 deploy/crds/cert-manager.io_certificates.yaml
+	crds github.com/prometheus-operator/prometheus-operator v0.85.0 \
+		example/prometheus-operator-crd/monitoring.coreos.com_{podmonitors,prometheusrules}.yaml
+fi
 
 # older_containerd VERSION: a release and its shim into DIR/containerd-VERSION,
 # unless they are there. go install refuses 2.0's go.mod, which excludes versions.

@@ -65,10 +65,8 @@ func (a anywhere) lazyLayers(name string) (list []bool) {
 func TestLazyImagesOnEachTransport(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	a := newAnywhere(t, dir, "team-a", "team-b")
-	d := harness.NewDebian(t, dir, a.ociConf)
-	registry, _ := harness.StartRegistry(t, dir)
-	distribution, _ := harness.StartDistribution(t, dir)
+	a := newEverywhere(t, dir, "team-a", "team-b")
+	d, registry := a.debian, a.registry
 	secret := harness.NewSecret()
 	write := func(name string, image func(l *harness.Layout) harness.Object) {
 		l := harness.NewLayout(t)
@@ -85,7 +83,7 @@ func TestLazyImagesOnEachTransport(t *testing.T) {
 	harness.Output(t, d.Run("skopeo", "copy", "--all", "oci:"+dir+"/plain:v1", "oci-archive:"+dir+"/plain.tar:v1"))
 	harness.Output(t, d.Run("skopeo", "copy", "--all", "--dest-tls-verify=false", "oci:"+dir+"/plain:v1", "docker://"+registry+"/plain:v1"))
 
-	to := []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + registry + "/enc:x", "docker://" + distribution + "/enc:x"}
+	to := a.targets
 	converted := map[string]string{}
 	for i, from := range []string{"oci:" + dir + "/plain:v1", "oci-archive:" + dir + "/plain.tar:v1", "docker-archive:" + dir + "/docker.tar", "docker://" + registry + "/plain:v1", "oci:" + dir + "/docker:v1"} {
 		to := to[i%len(to)]

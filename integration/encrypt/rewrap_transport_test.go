@@ -53,14 +53,12 @@ func (a anywhere) layers(name string) (digests []string, recipients string) {
 func TestRewrapEachTransport(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	a := newAnywhere(t, dir, "team-a", "team-b")
-	d := harness.NewDebian(t, dir, a.ociConf)
-	registry, _ := harness.StartRegistry(t, dir)
-	distribution, _ := harness.StartDistribution(t, dir)
+	a := newEverywhere(t, dir, "team-a", "team-b")
+	d, registry, distribution := a.debian, a.registry, a.distribution
 	l := harness.NewLayout(t)
 	secret := harness.NewSecret()
 	l.Write(dir+"/plain", "v1", l.Image(harness.LayerKinds[1], false, harness.Arch, secret))
-	places := []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + registry + "/enc:x", "docker://" + distribution + "/enc:x"}
+	places := a.targets
 	for _, place := range places {
 		a.crypt("encrypt", "--json", "--recipient", "provider:pilot:team-a", "oci:"+dir+"/plain:v1", place)
 	}

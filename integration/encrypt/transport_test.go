@@ -53,6 +53,24 @@ func newAnywhere(t testing.TB, dir string, keks ...string) anywhere {
 	return anywhere{t, dir, ociConf}
 }
 
+// everywhere is anywhere with skopeo, and an image in each transport that can be written to.
+type everywhere struct {
+	anywhere
+	debian                 *harness.Debian
+	registry, distribution string   // addresses
+	targets                []string // names of the images
+}
+
+func newEverywhere(t testing.TB, dir string, keks ...string) everywhere {
+	t.Helper()
+	e := everywhere{anywhere: newAnywhere(t, dir, keks...)}
+	e.debian = harness.NewDebian(t, dir, e.ociConf)
+	e.registry, _ = harness.StartRegistry(t, dir)
+	e.distribution, _ = harness.StartDistribution(t, dir)
+	e.targets = []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + e.registry + "/enc:x", "docker://" + e.distribution + "/enc:x"}
+	return e
+}
+
 func (a anywhere) crypt(args ...string) cryptResult {
 	a.t.Helper()
 	var r cryptResult
@@ -67,16 +85,8 @@ func (a anywhere) crypt(args ...string) cryptResult {
 func TestTransportsWithoutContainerd(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	_, broker := harness.StartBroker(t, dir+"/broker", "team-a")
-	_, ociConf := harness.StartPilot(t, dir, broker)
-	d := harness.NewDebian(t, dir, ociConf)
-	registry, _ := harness.StartRegistry(t, dir)
-	distribution, _ := harness.StartDistribution(t, dir)
-	if err := os.MkdirAll(dir+"/tmp", 0o777); err != nil {
-		t.Fatal(err)
-	}
-	a := anywhere{t, dir, ociConf}
-
+	a := newEverywhere(t, dir, "team-a")
+	d, registry, distribution := a.debian, a.registry, a.distribution
 	l := harness.NewLayout(t)
 	secret := harness.NewSecret()
 	l.Write(dir+"/plain", "v1", l.Image(harness.LayerKinds[0], false, harness.Arch, secret))
@@ -88,7 +98,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 
 	for i, from := range []string{"oci:" + dir + "/plain:v1", "oci-archive:" + dir + "/plain.tar:v1", "docker-archive:" + dir + "/docker.tar", "docker://" + registry + "/plain:v1", "docker://" + distribution + "/plain:v1"} {
 		plain := ""
-		for j, to := range []string{"oci:" + dir + "/enc:x", "oci-archive:" + dir + "/enc.tar:x", "docker://" + registry + "/enc:x", "docker://" + distribution + "/enc:x"} {
+		for j, to := range a.targets {
 			result := a.crypt("encrypt", "--json", "--force", "--recipient", "provider:pilot:team-a", from, to)
 			if result.Layers != 2 || result.Image != to || result.Moved.Written == 0 {
 				t.Errorf("%s to %s: %+v", from, to, result)
@@ -166,6 +176,7 @@ func TestTransportsWithoutContainerd(t *testing.T) {
 	t.Run("without a key provider", func(t *testing.T) {
 		// Settings in flags, in a file and in variables. What no flag says, an ocicrypt.conf
 		// that names pilot does.
+		broker := "unix://" + dir + "/broker/copilot.sock"
 		toml := harness.Write(t, dir+"/pilot.toml", "broker = \""+broker+"\"\nmirror-listen = \"127.0.0.1:0\"\nlog-level = \"debug\"\n")
 		alone := a
 		alone.ociConf = ""

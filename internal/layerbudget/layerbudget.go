@@ -3,6 +3,7 @@
 package layerbudget
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"crypto/rand"
@@ -25,7 +26,8 @@ type key struct{}
 
 // Budget is what is left for one layer. It is safe for concurrent use.
 type Budget struct {
-	id   string
+	id   string // made when it is needed
+	once sync.Once
 	used atomic.Int64
 }
 
@@ -34,7 +36,7 @@ func With(ctx context.Context) context.Context {
 	if of(ctx) != nil {
 		return ctx
 	}
-	return context.WithValue(ctx, key{}, &Budget{id: rand.Text()})
+	return context.WithValue(ctx, key{}, new(Budget))
 }
 
 func of(ctx context.Context) *Budget {
@@ -44,10 +46,12 @@ func of(ctx context.Context) *Budget {
 
 // ID returns the value of [Header] for the context's layer, or "".
 func ID(ctx context.Context) string {
-	if b := of(ctx); b != nil {
-		return b.id
+	b := of(ctx)
+	if b == nil {
+		return ""
 	}
-	return ""
+	b.once.Do(func() { b.id = cmp.Or(b.id, rand.Text()) })
+	return b.id
 }
 
 // Take reports whether one more call for the context's layer is allowed, and counts it.

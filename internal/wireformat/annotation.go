@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 )
 
 // Methods of an [Annotation].
@@ -68,9 +69,12 @@ func ParseAnnotation(b []byte) ([]Annotation, error) {
 			return nil, fmt.Errorf("annotation has %d recipients, not 1 to %d", len(list), MaxRecipients)
 		}
 	} else {
-		var a Annotation
-		if err := decodeStrict(b, &a); err != nil {
-			return nil, fmt.Errorf("annotation is not pilot's: %.200s", err)
+		a, ok := parseQuick(b)
+		if !ok {
+			a = Annotation{}
+			if err := decodeStrict(b, &a); err != nil {
+				return nil, fmt.Errorf("annotation is not pilot's: %.200s", err)
+			}
 		}
 		list = []Annotation{a}
 	}
@@ -141,6 +145,9 @@ func (a *Annotation) AdditionalData() []byte {
 // AdditionalData returns the additional data of AES-GCM for a wrapped layer key: the
 // canonical JSON (RFC 8785) of its method, KEK and version.
 func AdditionalData(method, kekID string, kekVersion int) []byte {
+	if isVerbatim(kekID) && isVerbatim(method) { // as almost always
+		return []byte(`{"kekId":"` + kekID + `","kekVersion":` + strconv.Itoa(kekVersion) + `,"method":"` + method + `"}`)
+	}
 	b, err := json.Marshal(struct {
 		KEKID      string `json:"kekId"`
 		KEKVersion int    `json:"kekVersion"`

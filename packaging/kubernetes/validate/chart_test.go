@@ -1,8 +1,9 @@
+//go:build kubernetes
+
 package validate
 
 import (
 	"bytes"
-	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -16,8 +17,6 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-var update = flag.Bool("update", false, "write the manifests that are made from the chart")
-
 // tool returns the path of a file in the directory of the tests' tools.
 func tool(t *testing.T, name string) string {
 	t.Helper()
@@ -27,7 +26,7 @@ func tool(t *testing.T, name string) string {
 	}
 	name = filepath.Join(tools, name)
 	if _, err := os.Stat(name); err != nil {
-		t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s\"", name, tools)
+		t.Fatalf("%s is missing: install it with \"scripts/install-tools.sh %s helm\"", name, tools)
 	}
 	return name
 }
@@ -253,7 +252,7 @@ func TestChartIsValid(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			v := newValidator(t, "1.30")
+			v := newValidator(t, "1.30", tool(t, "crds"))
 			for id, o := range objects(t, text) {
 				if err := check(v, []byte(asYAML(o))); err != nil {
 					t.Errorf("%s: %v", id, err)
@@ -270,7 +269,7 @@ func TestInvalidCustomResources(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, v := objects(t, text), newValidator(t, "1.30")
+	all, v := objects(t, text), newValidator(t, "1.30", tool(t, "crds"))
 	for name, c := range map[string]struct{ old, new string }{
 		"Certificate copilot-system/copilot":  {"issuerRef:", "issuerref:"},
 		"PodMonitor copilot-system/copilot":   {"podMetricsEndpoints:", "podMetricEndpoints:"},

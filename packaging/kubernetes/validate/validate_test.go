@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/client-go/openapi"
 	"sigs.k8s.io/kubectl-validate/pkg/openapiclient"
 	"sigs.k8s.io/kubectl-validate/pkg/validator"
 	"sigs.k8s.io/kustomize/api/krusty"
@@ -30,10 +31,15 @@ func build(t *testing.T, dir string) resmap.ResMap {
 	return m
 }
 
-func newValidator(t *testing.T, version string) *validator.Validator {
+// newValidator returns a validator with the schemas of a version of Kubernetes, and those of
+// custom resources in directories.
+func newValidator(t *testing.T, version string, crds ...string) *validator.Validator {
 	t.Helper()
-	crds := tool(t, "crds")
-	v, err := validator.New(openapiclient.NewComposite(openapiclient.NewHardcodedBuiltins(version), openapiclient.NewLocalCRDFiles(os.DirFS(crds))))
+	clients := []openapi.Client{openapiclient.NewHardcodedBuiltins(version)}
+	for _, dir := range crds {
+		clients = append(clients, openapiclient.NewLocalCRDFiles(os.DirFS(dir)))
+	}
+	v, err := validator.New(openapiclient.NewComposite(clients...))
 	if err != nil {
 		t.Fatal(err)
 	}

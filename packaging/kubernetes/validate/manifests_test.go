@@ -1,0 +1,53 @@
+package validate
+
+import (
+	"crypto/sha256"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write what is made from the chart")
+
+const sums = "../chart.sum"
+
+// TestManifestsFitTheChart compares the chart and kustomize's manifests with their digests
+// as they were when the manifests were made, which needs no Helm.
+func TestManifestsFitTheChart(t *testing.T) {
+	var now strings.Builder
+	for _, dir := range []string{"chart", "pilot", "copilot", "admission"} {
+		err := filepath.WalkDir("../"+dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			content, err := os.ReadFile(path)
+			fmt.Fprintf(&now, "%x  %s\n", sha256.Sum256(content), strings.TrimPrefix(path, "../"))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if *update {
+		if err := os.WriteFile(sums, []byte(now.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(sums)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(now.String()) {
+		if !strings.Contains(string(want), line) {
+			t.Errorf("%s changed: run \"make manifests\"", strings.TrimSpace(line[66:]))
+		}
+	}
+	if now.Len() != len(want) {
+		t.Error("files came or went: run \"make manifests\"")
+	}
+}
