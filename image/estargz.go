@@ -177,6 +177,13 @@ func copyFiles(ctx context.Context, to *tar.Writer, from *tar.Reader, replace ma
 			}
 			h = by
 		}
+		switch h.Typeflag {
+		case tar.TypeDir, tar.TypeLink, tar.TypeSymlink:
+		default:
+			// The library does not write others with a slash at the end, without which
+			// they are unpacked too.
+			h.Name = strings.TrimRight(h.Name, "/")
+		}
 		if err := to.WriteHeader(h); err != nil {
 			return nil, fmt.Errorf("file %.200q: %w", h.Name, err)
 		}

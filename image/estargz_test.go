@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -46,6 +47,30 @@ func TestOddArchivesAreConvertedAsTheyAreUnpacked(t *testing.T) {
 		})...)
 		sameTar(t, name, o.read(layersOf(t, o.read(o.Target))[0]), plain)
 	}
+}
+
+// TestFilesWithASlashAtTheEndAreConverted has a regular file that Go's library would not
+// write, and which is unpacked without the slash.
+func TestFilesWithASlashAtTheEndAreConverted(t *testing.T) {
+	newKEKs(t, "a")
+	s := newStore(t)
+	header := []byte(tarOf(t, reg("ab", "1")))
+	header[1] = '/'
+	copy(header[148:156], "        ")
+	sum := 0
+	for _, b := range header[:512] {
+		sum += int(b)
+	}
+	copy(header[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	if f := filesOf(t, bytes.NewReader(header)); len(f) != 1 || f[0].Name != "a/" || f[0].Typeflag != tar.TypeReg {
+		t.Fatalf("the archive has %+v", f)
+	}
+	o := s.mustConvert(s.of(ocispec.MediaTypeImageConfig, s.config(string(header)), []ocispec.Descriptor{s.put(ocispec.MediaTypeImageLayerGzip, gzipped(string(header)))}), Options{})
+	result, err := Encrypt(s.ctx, o, o.Target, kek("pilot", "a"), Options{})
+	if err != nil || result.Lazy != 1 {
+		t.Errorf("%+v, %v", result, err)
+	}
+	sameTar(t, "a slash", o.read(layersOf(t, o.read(o.Target))[0]), tarOf(t, reg("a", "1")))
 }
 
 func layersOf(t *testing.T, manifest string) []ocispec.Descriptor {

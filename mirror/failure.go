@@ -172,6 +172,9 @@ func (m *Mirror) respond(w *answer, r *http.Request, c caller, t target, v verdi
 			v.code = notFound[t.kind]
 		}
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		if _, mounts := errors.AsType[*mountError](err); mounts {
+			break // containerd waits for the snapshotter meanwhile, and has its own way to pull
+		}
 		wait := retryAfter
 		if u, err := m.upstreams.of(c, t.registry); err == nil && v.status == http.StatusTooManyRequests {
 			wait = max(u.throttle.left(), time.Second)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -43,6 +44,7 @@ type lazy struct {
 	opens   singleflight.Group
 	proving chan struct{} // has one for each layer that is being read as a whole
 	proofs  singleflight.Group
+	slow    atomic.Int64 // until when containerd counts as slow, in Unix nanoseconds
 
 	mu     sync.Mutex
 	layers map[digest.Digest]*lazyLayer
@@ -65,6 +67,12 @@ const (
 	maxCandidates = 16
 	// openTimeout bounds the opening of a layer. stargz-snapshotter waits for 30 seconds.
 	openTimeout = 25 * time.Second
+	// claimsTimeout bounds the listing of containerd's images, and slowClaimsTimeout those
+	// in slowFor after one that took longer: an image has many layers, and containerd asks
+	// for one after the other.
+	claimsTimeout     = 5 * time.Second
+	slowClaimsTimeout = time.Second
+	slowFor           = 30 * time.Second
 	// noteTTL is how long a layer's failure is not logged and counted again.
 	noteTTL  = 10 * time.Minute
 	maxNoted = 1024
@@ -249,9 +257,17 @@ func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool) (
 // claims returns what the images of containerd claim, and what of that is about a blob, at
 // least one claim.
 func (m *Mirror) claims(ctx context.Context, d digest.Digest) (all, found []claims.Claim, err error) {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	timeout := claimsTimeout
+	if time.Now().UnixNano() < m.lazy.slow.Load() {
+		timeout = slowClaimsTimeout
+	}
+	within, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if all, err = m.lazy.images.All(ctx); err != nil {
+	if all, err = m.lazy.images.All(within); err != nil {
+		if ctx.Err() == nil && within.Err() != nil {
+			m.lazy.slow.Store(time.Now().Add(slowFor).UnixNano())
+			err = fmt.Errorf("not listed in %v: %w", timeout, err)
+		}
 		return nil, nil, &imagesError{err}
 	}
 	for _, c := range all {

@@ -60,7 +60,12 @@ func (m *Mirror) judgeLazy(err error) verdict {
 	if _, ok := errors.AsType[*notLazy](err); ok {
 		return verdict{http.StatusNotFound, "BLOB_UNKNOWN", codes.FailedPrecondition}
 	}
+	_, mounts := errors.AsType[*mountError](err)
 	if _, ok := errors.AsType[*imagesError](err); errors.Is(err, errProving) || ok && !errors.Is(err, context.Canceled) {
+		if ok && mounts {
+			// containerd waits for the answer, and may not answer itself before that.
+			return verdict{http.StatusNotFound, "BLOB_UNKNOWN", codes.Unavailable}
+		}
 		return verdict{http.StatusServiceUnavailable, "UNAVAILABLE", codes.Unavailable}
 	}
 	v := m.judge(err)

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/signal"
 	"slices"
@@ -32,7 +33,7 @@ Example:
       --broker-ca-from /run/broker/ca.pem --broker-token-from /run/broker/token`,
 	Flags: slices.Concat(containerdFlags(), settingFlags(), []cli.Flag{
 		&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
-		&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter"},
+		&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter; --lazy=false: no longer (default: as it is)"},
 		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` in the pod to copy to the node as broker-ca"},
 		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` in the pod to copy to the node as broker-token-file"},
 		&cli.StringFlag{Name: "bin-dir", Usage: "`DIRECTORY` for the programs on the node, such as /opt/pilot/bin if /usr can't be written", Value: "/usr/local/bin"},
@@ -77,8 +78,8 @@ func nodeDeploy(ctx context.Context, c *cli.Command) error {
 			d.Install = append(d.Install, "--"+name, c.String(name))
 		}
 	}
-	if c.Bool("lazy") {
-		d.Install = append(d.Install, "--lazy")
+	if c.IsSet("lazy") {
+		d.Install = append(d.Install, fmt.Sprintf("--lazy=%v", c.Bool("lazy")))
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()

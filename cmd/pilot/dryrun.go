@@ -32,10 +32,10 @@ func printPlan(plan *install.Plan, asJSON bool) error {
 	for _, c := range plan.Changes {
 		action := "write"
 		switch {
-		case c.Link != "":
-			action = "link"
 		case c.Remove:
 			action = "remove"
+		case c.Link != "":
+			action = "link"
 		}
 		out.Changes = append(out.Changes, plannedChange{c.Path, action, c.Diff()})
 	}

@@ -43,13 +43,16 @@ instead of containerd's.
 With --lazy it also sets up pilot's snapshotter for the kubelet's images: those
 that "ctr-pilot images encrypt --estargz" has made start before they are pulled.
 All others are unpacked into that snapshotter. Running containers are left alone.
+--lazy=false takes that back, and keeps the snapshotter only until no container
+has it any more. Without the flag, it stays as it is. Images whose layers
+containerd does not have are pulled again after either.
 
 Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca /etc/pilot/ca.pem --broker-cert /etc/pilot/node.pem --broker-key /etc/pilot/node-key.pem`,
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
-				&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter"},
+				&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter; --lazy=false: no longer (default: as it is)"},
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.BoolFlag{Name: "json", Usage: "with --dry-run: print JSON"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
@@ -85,6 +88,7 @@ Example:
    pilot node refresh`,
 			Action: nodeRefresh,
 		},
+		forgetCommand,
 		renewCommand,
 		deployCommand,
 		doctorCommand,
@@ -132,7 +136,10 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 		},
 		PilotBinary: c.String("pilot-binary"),
 		Settings:    map[string]string{},
-		Lazy:        c.Bool("lazy"),
+	}
+	if c.IsSet("lazy") {
+		lazy := c.Bool("lazy")
+		o.Lazy = &lazy
 	}
 	if err := nodeArguments(c); err != nil {
 		return err
@@ -167,9 +174,24 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 			return err
 		}
 	}
+	again, err := carryOut(ctx, c, o)
+	if err == nil && again {
+		_, err = carryOut(ctx, c, o)
+	}
+	return err
+}
+
+// carryOut plans an installation, and carries it out. It reports whether another one now
+// would remove what was kept for containers that there are none of.
+func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again bool, err error) {
+	had, err := install.Installed(o)
+	if err != nil {
+		return false, err
+	}
+	o.LazyUnused = had.Lazy == containerd.LazyEnding && lazyUse(ctx, had).none()
 	plan, err := install.NewPlan(ctx, o)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer plan.Close()
 	fmt.Fprintln(os.Stderr, "found "+plan.Runtime())
@@ -177,10 +199,10 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 		fmt.Fprintf(os.Stderr, "%s. These files were written by pilot and are adopted: %s\n", why, strings.Join(files, ", "))
 	}
 	if c.Bool("dry-run") {
-		return printPlan(plan, c.Bool("json"))
+		return false, printPlan(plan, c.Bool("json"))
 	}
 	if err := plan.Install(ctx); err != nil {
-		return err
+		return false, err
 	}
 	for _, change := range plan.Changes {
 		did := "wrote"
@@ -195,25 +217,67 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	for _, line := range plan.DockerNote(ctx) {
 		fmt.Println(line)
 	}
-	if c.String("root") != "" || len(plan.Changes) == 0 && !c.Bool("now") && len(install.Pending(h)) == 0 {
-		return nil
+	now := c.Bool("now")
+	is, err := install.Installed(o)
+	if err != nil || o.Root != "" || len(plan.Changes) == 0 && !now && len(install.Pending(o.Host)) == 0 && !is.LazyLeft {
+		return false, err
 	}
-	commands := []string{"systemctl daemon-reload", "systemctl start pilot.service"}
-	for _, service := range install.Pending(h) {
-		if service == install.PilotService {
-			commands = commands[:1]
+	if is.Lazy != had.Lazy && !now {
+		warnStranded(ctx, is)
+	}
+	// Its last commands wait for this installation to end.
+	plan.Close()
+	if err := runOrPrint(now, installCommands(is, install.Pending(o.Host), now)); err != nil {
+		return false, err
+	}
+	if now {
+		if err := install.Restarted(); err != nil {
+			return false, err
 		}
+	}
+	if is.Lazy != containerd.LazyEnding {
+		return false, nil
+	}
+	if !now {
+		fmt.Println("pilot's snapshotter stays for the containers that have it: run \"pilot node install\" again once they have ended")
+		return false, nil
+	}
+	use := lazyUse(ctx, is)
+	if use.none() {
+		return true, nil
+	}
+	fmt.Printf("pilot's snapshotter stays for the containers that have it: run \"pilot node install --now\" again once they have ended (%s)\n", use)
+	return false, nil
+}
+
+// installCommands returns the commands that make an installation take effect. pending are the
+// services that have to be restarted. With now, they are run, and may have been run before.
+func installCommands(is install.Installation, pending []string, now bool) []string {
+	commands := []string{"systemctl daemon-reload"}
+	if is.LazyLeft {
+		for _, unit := range []string{install.SnapshotterService, install.LazySocketUnit} {
+			// systemd forgets units that are gone and stopped.
+			if !now || exec.Command("systemctl", "is-active", "--quiet", unit).Run() == nil {
+				commands = append(commands, "systemctl stop "+unit)
+			}
+		}
+	}
+	if !slices.Contains(pending, install.PilotService) {
+		commands = append(commands, "systemctl start "+install.PilotService)
+	}
+	for _, service := range pending {
 		commands = append(commands, "systemctl restart "+service)
 	}
-	if plan.Lazy() {
+	if is.Lazy != containerd.LazyOff {
 		// After pilot, and before containerd. It is not restarted: containers may run
 		// from it.
 		commands = slices.Insert(commands, 2, "systemctl start "+install.SnapshotterService)
+		commands = append(commands, thisProgram()+" node forget-images")
 	}
-	if err := runOrPrint(c.Bool("now"), commands); err != nil || !c.Bool("now") {
-		return err
+	if is.LazyLeft {
+		commands = append(commands, removeSnapshots(is))
 	}
-	return install.Restarted()
+	return commands
 }
 
 func nodeUninstall(ctx context.Context, c *cli.Command) error {
@@ -259,15 +323,8 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if len(had.Units) > 0 {
 		commands = append(commands, "systemctl stop "+strings.Join(had.Units, " "))
 	}
-	if had.Lazy {
-		pilot, err := os.Executable()
-		if err != nil {
-			return err
-		}
-		remove := pilot + " snapshotter --remove"
-		if had.Address != "" {
-			remove += " --containerd " + had.Address
-		}
+	if had.Lazy != containerd.LazyOff || had.LazyLeft {
+		remove := removeSnapshots(had)
 		if o.Force {
 			remove += " --force"
 		}

@@ -2,12 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
+	"github.com/containerd/containerd/v2/client"
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
@@ -16,7 +17,6 @@ import (
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/install"
-	"github.com/ctrlplane/pilot/plugin"
 	"github.com/ctrlplane/pilot/plugin/snapshotter"
 )
 
@@ -36,8 +36,9 @@ Example:
 		&cli.StringFlag{Name: "listen", Usage: "`SOCKET` for containerd (mode 0600)", Value: containerd.LazySocket},
 		&cli.StringFlag{Name: "root", Usage: "`DIRECTORY` of the snapshots", Value: containerd.LazyRoot},
 		&cli.StringFlag{Name: "lazy", Usage: "`SOCKET` of lazy-listen", Value: install.LazySocket},
+		&cli.Uint64Flag{Name: "max-memory", Usage: "in `MiB`: beyond that, no more layers are mounted, and images are pulled as a whole (default: a quarter of the machine's memory)"},
 		&cli.StringFlag{Name: "log-level", Usage: "debug, info, warning or error", Value: "info"},
-		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped, and the images in containerd whose layers were only mounted"},
+		&cli.BoolFlag{Name: "remove", Usage: "remove its mounts and the default directory of the snapshots, once it is stopped, and the images in containerd that no container can be started from then"},
 		&cli.BoolFlag{Name: "force", Usage: "with --remove: go on although containers run from it, which lose their files"},
 		&cli.StringFlag{Name: "containerd", Usage: "with --remove: containerd's `SOCKET`", Value: string(defaults().Containerd)},
 	},
@@ -57,7 +58,13 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		if err := install.RemoveSnapshots(c.Bool("force")); err != nil {
 			return err
 		}
-		forgetLazyImages(ctx, c.String("containerd"))
+		err := withContainerd(ctx, c.String("containerd"), func(ctx context.Context, client *client.Client) error {
+			return errors.Join(snapshotter.ReleaseContainers(ctx, client, containerd.LazySnapshotter), forgetImages(ctx, client, lazyChange(containerd.LazyOff)))
+		})
+		if err != nil {
+			// That containerd does not run keeps nobody from removing pilot.
+			logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
+		}
 		return nil
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
@@ -68,7 +75,7 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	defer l.Close()
-	s, err := snapshotter.New(ctx, snapshotter.Config{Root: c.String("root"), Lazy: c.String("lazy")})
+	s, err := snapshotter.New(ctx, snapshotter.Config{Root: c.String("root"), Lazy: c.String("lazy"), MaxMemory: c.Uint64("max-memory") << 20})
 	if err != nil {
 		return fmt.Errorf("--root %s: %w", c.String("root"), err)
 	}
@@ -77,23 +84,4 @@ func serveSnapshotter(ctx context.Context, c *cli.Command) error {
 		logrus.WithError(err).Warn("systemd not notified")
 	}
 	return snapshotter.Serve(ctx, s, l)
-}
-
-// forgetLazyImages removes the images that can't be used without pilot's snapshotter from
-// the containerd at a socket. That it does not run keeps nobody from removing pilot.
-func forgetLazyImages(ctx context.Context, socket string) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	var removed []string
-	client, err := plugin.Dial(socket)
-	if err == nil {
-		defer client.Close()
-		removed, err = snapshotter.ForgetImages(ctx, client)
-	}
-	for _, name := range removed {
-		logrus.WithField("image", name).Info("image removed from containerd: its layers were never pulled")
-	}
-	if err != nil {
-		logrus.WithError(err).Warn("images that were pulled lazily are left in containerd, which can't start containers from them: remove them with \"crictl rmi\"")
-	}
 }

@@ -85,12 +85,12 @@ func (n *LazyNode) StartPilot(args ...string) {
 // LazySocket is where the node's pilot serves parts of layers.
 func (n *LazyNode) LazySocket() string { return n.Dir + "/lazy.sock" }
 
-// StartSnapshotter starts the node's snapshotter.
-func (n *LazyNode) StartSnapshotter() {
+// StartSnapshotter starts the node's snapshotter. args are more of its.
+func (n *LazyNode) StartSnapshotter(args ...string) {
 	n.T.Helper()
 	root := n.Dir + "/snapshotter"
-	p := Start(n.T, n.Dir, "snapshotter", exec.Command("pilot", "snapshotter",
-		"--listen", root+".sock", "--root", root, "--lazy", n.LazySocket(), "--log-level", "debug"))
+	p := Start(n.T, n.Dir, "snapshotter", exec.Command("pilot", append([]string{"snapshotter",
+		"--listen", root + ".sock", "--root", root, "--lazy", n.LazySocket(), "--log-level", "debug"}, args...)...))
 	n.Snapshotter = p
 	Await(n.T, "the snapshotter", Reachable(root+".sock"))
 	n.T.Cleanup(func() {

@@ -26,7 +26,7 @@ const daemonSetManifest = "packaging/kubernetes/pilot/daemonset.yaml"
 
 // startPod starts a pod of an image with what the DaemonSet's have: its arguments,
 // the node's processes, all rights, a file system that can't be written.
-func startPod(b *harness.BootedMachine, c *harness.APIServer, name, image, broker string) *pod {
+func startPod(b *harness.BootedMachine, c *harness.APIServer, name, image, broker string, more ...string) *pod {
 	b.T.Helper()
 	url := strings.TrimPrefix(c.URL, "https://")
 	host, port, err := net.SplitHostPort(url)
@@ -44,6 +44,7 @@ func startPod(b *harness.BootedMachine, c *harness.APIServer, name, image, broke
 		}
 		args = append(args, arg)
 	}
+	args = append(args, more...)
 	// As the machine's own, which has fewer rights than this test.
 	harness.Output(b.T, b.Run("systemd-run", append([]string{"--quiet", "--wait", "--pipe", "--collect", "ctr"}, args...)...))
 	b.T.Cleanup(func() {
@@ -113,7 +114,7 @@ func TestDeploy(t *testing.T) {
 
 	for _, version := range []string{"1.7", "2.4.2"} {
 		t.Run(version, func(t *testing.T) {
-			m := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + c.Dir + ":/pod"}, func(m *harness.Machine) {
+			m := harness.Boot(t, filepath.Join(harness.Tools, "trixie"), []string{"--bind=" + c.Dir + ":/pod", "--bind=/dev/fuse", "--tmpfs=/var/lib/pilot/snapshotter"}, func(m *harness.Machine) {
 				if version == "2.4.2" {
 					for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr"} {
 						harness.Output(t, harness.Command(t, "install", filepath.Join(harness.Tools, "bin", name), m.Root+"/usr/bin/"+name))
@@ -208,6 +209,26 @@ func TestDeploy(t *testing.T) {
 			fourth.ready()
 			if now := m.PID("containerd"); now == containerd {
 				t.Errorf("containerd was not restarted")
+			}
+			pull()
+			fourth.stop()
+
+			// Lazily, and no longer.
+			lazy := startPod(m, c, "lazy", "registry.example.com/pilot:v2", b.URL(), "--lazy")
+			lazy.ready()
+			harness.Output(t, m.Run("systemctl", "is-active", "pilot-lazy.socket", "pilot-snapshotter.service"))
+			// Its policy lets the node unwrap only, so doctor does not succeed.
+			if out, _ := m.Run("pilot", "node", "doctor").CombinedOutput(); !strings.Contains(string(out), "was unpacked into pilot-lazy and read") {
+				t.Errorf("doctor: %s", out)
+			}
+			pull()
+			lazy.stop()
+			fourth = startPod(m, c, "again", "registry.example.com/pilot:v2", b.URL(), "--lazy=false")
+			fourth.ready()
+			for _, path := range []string{"/run/pilot/snapshotter.sock", "/etc/systemd/system/pilot-snapshotter.service"} {
+				if err := m.Run("test", "-e", path).Run(); err == nil {
+					t.Errorf("after lazy pulling was switched off, %s is left", path)
+				}
 			}
 			pull()
 

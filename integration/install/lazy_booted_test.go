@@ -102,7 +102,52 @@ func TestLazyNodeBoots(t *testing.T) {
 		t.Errorf("after the reboot the image prints %s", out)
 	}
 
+	ctr("container", "rm", "running") // which the reboot has ended
+	// Lazy pulling is switched off while a container has a lazily pulled image.
+	run("--detach", "--snapshotter", "pilot-lazy", image, "lasting", "/hello", "pause")
+	if out := m.Output("pilot", "node", "install", "--lazy=false", "--now"); !strings.Contains(out, "k8s.io/lasting") || !strings.Contains(out, image) {
+		t.Errorf("install --lazy=false says %s", out)
+	}
+	if out := m.Output("pilot", "node", "doctor", "--kek", "team-a"); !strings.Contains(out, "lazy pulling is switched off") {
+		t.Errorf("doctor: %s", out)
+	}
+	if out := ctr("tasks", "exec", "--exec-id", "off", "lasting", "/hello"); !strings.Contains(out, secret) {
+		t.Errorf("after lazy pulling was switched off, the container prints %s", out)
+	}
+	harness.Output(t, n.Crictl("pull", image))
+	if out := run("--rm", image, "unpacked"); !strings.Contains(out, secret) {
+		t.Errorf("pulled in full, the image prints %s", out)
+	}
+	harness.Output(t, n.Crictl("rmi", image))
+	ctr("task", "rm", "-f", "lasting")
+	ctr("container", "rm", "lasting")
+	// Installations that are killed are completed by the next one.
+	killed := func(args ...string) {
+		t.Helper()
+		for _, after := range []string{"0.1", "0.3", "0.6", "1", "1.5", "2.5"} {
+			m.Run("timeout", append([]string{"--signal=KILL", after, "pilot", "node", "install"}, args...)...).Run()
+		}
+		m.Output("pilot", append([]string{"node", "install"}, args...)...)
+	}
+	killed("--now")
+	for _, path := range []string{"/var/lib/pilot/snapshotter", "/run/pilot/snapshotter.sock", "/etc/systemd/system/pilot-snapshotter.service"} {
+		if err := m.Run("test", "-e", path).Run(); err == nil {
+			t.Errorf("after lazy pulling was switched off, %s is left", path)
+		}
+	}
+	if out := m.Output("pilot", "node", "doctor", "--kek", "team-a"); strings.Contains(out, "pilot-lazy") {
+		t.Errorf("doctor, without lazy pulling: %s", out)
+	}
+	killed("--lazy", "--now")
+	if out := m.Output("pilot", "node", "doctor", "--kek", "team-a"); !strings.Contains(out, "without being pulled") {
+		t.Errorf("doctor, with lazy pulling again: %s", out)
+	}
+	harness.Output(t, n.Crictl("pull", image))
+	run("--detach", "--snapshotter", "pilot-lazy", image, "ended", "/hello", "pause")
+	ctr("task", "rm", "-f", "ended")
+
 	m.Output("pilot", "node", "uninstall", "--now")
+	ctr("container", "rm", "ended")
 	m.CheckFiles(before)
 	if out := harness.Output(t, n.Crictl("images", "-o", "json")); strings.Contains(out, image+`"`) || !strings.Contains(out, image+`-plain"`) {
 		t.Errorf("the images after uninstall: %s", out)

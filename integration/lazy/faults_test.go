@@ -80,6 +80,10 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	if got := m.ask(http.MethodGet, path, "100-200"); got.status != http.StatusServiceUnavailable {
 		t.Errorf("while containerd is stopped, and pilot was restarted: %d %s", got.status, got.body)
 	}
+	// containerd waits for mounts, and does not get an answer that makes the snapshotter wait.
+	if got := m.ask(http.MethodGet, path, "0-1"); got.status != http.StatusNotFound || got.header.Get("Retry-After") != "" {
+		t.Errorf("a mount while containerd is stopped: %d %s, Retry-After %q", got.status, got.body, got.header.Get("Retry-After"))
+	}
 	waited := make(chan error, 1)
 	go func() { waited <- r.read() }()
 	m.Start(t)

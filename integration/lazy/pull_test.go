@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -133,4 +134,27 @@ func TestOtherLayersArePulledWhole(t *testing.T) {
 			t.Errorf("the log does not have %s:\n%s", reason, log)
 		}
 	}
+
+	// A snapshotter that has as much in memory as it may have.
+	m.remove("plain:1")
+	m.encrypt("sealed:1", files...)
+	m.Snapshotter.Stop(t)
+	m.StartSnapshotter("--max-memory", "1")
+	harness.Await(t, "containerd connects to it again", func() error {
+		return m.Ctr("snapshots", "--snapshotter", "pilot-lazy", "ls").Run()
+	})
+	m.front.count()
+	m.pull("sealed:1")
+	if fetched := m.front.count(); fetched < 2*mib {
+		t.Errorf("the registry has sent %d bytes to a snapshotter without memory", fetched)
+	}
+	if got := m.run("sealed:1"); got != "hello, "+secret+"\n" {
+		t.Errorf("pulled without memory, the container prints %q", got)
+	}
+	harness.Await(t, "the log says so", func() error {
+		if log := harness.Read(t, m.Snapshotter.Log); !strings.Contains(log, "more than 1 MiB") {
+			return errors.New(log)
+		}
+		return nil
+	})
 }

@@ -197,8 +197,14 @@ func newLazyNode(t testing.TB, m *harness.Machine, broker string) *lazyNode {
 
 func (n *lazyNode) startPilot(t testing.TB) {
 	t.Helper()
+	n.startPilotAt(t, "lazy.sock")
+}
+
+// startPilotAt starts pilot, and waits for one of its sockets.
+func (n *lazyNode) startPilotAt(t testing.TB, socket string) {
+	t.Helper()
 	n.pilot = n.m.Start(t, "pilot", "serve")
-	harness.Await(t, "pilot", harness.Reachable(n.m.Root+"/run/pilot/lazy.sock"))
+	harness.Await(t, "pilot", harness.Reachable(n.m.Root+"/run/pilot/"+socket))
 }
 
 func (n *lazyNode) startSnapshotter(t testing.TB) {
@@ -301,7 +307,7 @@ func TestLazyNode(t *testing.T) {
 			expectStep(t, n.doctor(t, true, plain), "warning", "image", "is not encrypted")
 			expectStep(t, n.doctor(t, false, c.Registry+"/nothing:1"), "failed", "image", "containerd has no image")
 			if version != "2.4.2" {
-				n.uninstall(t, sealed, plain)
+				n.uninstall(t, sealed, gzip, plain)
 				return
 			}
 
@@ -379,27 +385,29 @@ func TestLazyNode(t *testing.T) {
 			}
 			harness.Write(t, dropIn, was)
 			expectStep(t, n.doctor(t, true), "ok", "lazy")
-			n.uninstall(t, sealed, plain)
+			n.uninstall(t, sealed, gzip, plain)
 		})
 	}
 }
 
-// uninstall takes pilot from a node, and checks that it can still use an image that was
-// pulled in full, and that the kubelet would pull the lazy one again.
-func (n *lazyNode) uninstall(t testing.TB, lazy, full string) {
+// uninstall takes pilot from a node, and checks that it still has an image that was pulled in
+// full, and that the kubelet would pull the lazy one again, and a plain one whose layers
+// were not pulled because their snapshots were there.
+func (n *lazyNode) uninstall(t testing.TB, lazy, full, plain string) {
 	t.Helper()
 	out := harness.Output(t, n.m.Pilot("node", "uninstall"))
 	n.containerd.Stop(t)
 	harness.ExpectFailure(t, n.m.Run("pilot", "snapshotter", "--remove"), "pilot's snapshotter is running")
 	n.snapshotter.Stop(t)
 	n.startContainerd(t)
-	harness.CombinedOutput(t, n.m.Run("pilot", "snapshotter", "--remove"))
+	// Another test may have containers below a directory of that name.
+	harness.CombinedOutput(t, n.m.Run("pilot", "snapshotter", "--remove", "--force"))
 	images := harness.Output(t, n.Crictl("images", "-o", "json"))
-	if strings.Contains(images, lazy) || !strings.Contains(images, full) {
+	if strings.Contains(images, lazy+`"`) || !strings.Contains(images, full+`"`) || strings.Contains(images, plain+`"`) {
 		t.Errorf("after uninstall, which says %s\ncontainerd has the images %s", out, images)
 	}
 	if mounts := harness.Output(t, n.m.Run("cat", "/proc/self/mountinfo")); strings.Contains(mounts, "stargz") {
 		t.Errorf("mounts are left: %s", mounts)
 	}
-	harness.Output(t, n.Crictl("pull", full))
+	harness.Output(t, n.Crictl("pull", plain))
 }

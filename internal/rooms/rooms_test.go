@@ -30,7 +30,7 @@ var rooms = []struct {
 	{"node/crio", []string{"node/containerd", "node/host"}},
 	{"node/docker", []string{"node/containerd", "node/host"}},
 	{"node/install", []string{"node/containerd", "node/crio", "node/docker", "node/host"}},
-	{"node/daemonset", []string{"node/host", "node/install"}},
+	{"node/daemonset", []string{"node/containerd", "node/host", "node/install"}},
 	// The doctor asks install for the record of what was installed.
 	{"node/doctor", []string{"copilot/client", "image", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},

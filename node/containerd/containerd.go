@@ -27,7 +27,7 @@ type Instance struct {
 	Files        ConfigFiles
 	Ours         []string       // pilot's drop-ins, which may be gone
 	Plain        map[string]any // the effective configuration without them
-	Lazy         bool           // pilot's drop-in is to add pilot's snapshotter too
+	Lazy         LazyMode       // what pilot's drop-in is to have pilot's snapshotter for
 }
 
 // CheckAddress returns a [host.Conflict] if the user has named a socket, nothing

@@ -18,6 +18,18 @@ const (
 	LazyRoot = "/var/lib/pilot/snapshotter"
 )
 
+// LazyMode says what pilot's snapshotter is for.
+type LazyMode int
+
+const (
+	// LazyOff is without it.
+	LazyOff LazyMode = iota
+	// LazyEnding keeps it for the containers that have it, and for no others.
+	LazyEnding
+	// LazyOn has it for all new containers of the kubelet's.
+	LazyOn
+)
+
 // annotationsExport makes the transfer service pass the image and the layer of a snapshot
 // to its snapshotter.
 const annotationsExport = "enable_remote_snapshot_annotations"
@@ -49,12 +61,14 @@ func lazySettings() map[string]any {
 	return map[string]any{"snapshotter": LazySnapshotter, "disable_snapshot_annotations": false}
 }
 
-// LazyProxy returns the proxy plugin for pilot's snapshotter.
-func LazyProxy() map[string]any {
-	return map[string]any{
-		"type": "snapshot", "address": LazySocket,
-		"exports": map[string]any{"root": LazyRoot, annotationsExport: "true"},
+// LazyProxy returns the proxy plugin for pilot's snapshotter. Images are pulled into it
+// only if the mode is LazyOn.
+func LazyProxy(mode LazyMode) map[string]any {
+	exports := map[string]any{"root": LazyRoot}
+	if mode == LazyOn {
+		exports[annotationsExport] = "true"
 	}
+	return map[string]any{"type": "snapshot", "address": LazySocket, "exports": exports}
 }
 
 // LazyCRI returns the plugin whose section makes the kubelet's images use pilot's

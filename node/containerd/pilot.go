@@ -106,7 +106,7 @@ func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 	if !found {
 		entries = append(entries, UnpackConfig{Platform: platforms.Format(platform), Snapshotter: c.Snapshotter(), Differ: "pilot"})
 	}
-	if c.Lazy && !slices.ContainsFunc(entries, func(e UnpackConfig) bool { return e.Snapshotter == LazySnapshotter }) {
+	if c.Lazy == LazyOn && !slices.ContainsFunc(entries, func(e UnpackConfig) bool { return e.Snapshotter == LazySnapshotter }) {
 		entries = append(entries, UnpackConfig{Platform: platforms.Format(platform), Snapshotter: LazySnapshotter, Differ: "pilot"})
 	}
 	return entries, nil
@@ -115,7 +115,7 @@ func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 // SetByPilot returns a function that reports whether pilot's drop-in sets a setting.
 func (c *Instance) SetByPilot() func(path []string) bool {
 	switch {
-	case c.Lazy:
+	case c.Lazy != LazyOff:
 		return func(path []string) bool { return setByDiffer(path) || setForLazy(path) }
 	case c.UsesDiffer():
 		return setByDiffer
@@ -143,7 +143,7 @@ func setByDecoder(path []string) bool {
 // AddsOnlyPilot reports whether a drop-in's settings add pilot to containerd's
 // configuration, and nothing else.
 func AddsOnlyPilot(conf map[string]any) bool {
-	lazy := AddsLazy(conf)
+	lazy := LazyIn(conf) != LazyOff
 	others := Differences(nil, conf, func(path []string) bool {
 		return setByDiffer(path) || setByDecoder(path) || within(path, "plugins", DiffService, "sync_fs") ||
 			// See LazyCRI.
@@ -152,15 +152,32 @@ func AddsOnlyPilot(conf map[string]any) bool {
 	return len(others) == 0 && MentionsPilot(conf)
 }
 
-// AddsLazy reports whether a configuration has pilot's snapshotter.
-func AddsLazy(conf map[string]any) bool {
+// LazyIn returns what a configuration that pilot has written has pilot's snapshotter for.
+func LazyIn(conf map[string]any) LazyMode {
 	proxies, _ := conf["proxy_plugins"].(map[string]any)
-	return proxies[LazySnapshotter] != nil
+	proxy, found := proxies[LazySnapshotter].(map[string]any)
+	exports, _ := proxy["exports"].(map[string]any)
+	switch {
+	case !found:
+		return LazyOff
+	case exports[annotationsExport] != "true":
+		return LazyEnding
+	}
+	return LazyOn
+}
+
+// LazyExported returns what a containerd that has loaded pilot's snapshotter as pilot has
+// configured it, with these exports, has it for.
+func LazyExported(exports map[string]string) LazyMode {
+	if exports[annotationsExport] == "true" {
+		return LazyOn
+	}
+	return LazyEnding
 }
 
 // MentionsPilot reports whether containerd asks pilot with this configuration.
 func MentionsPilot(dump map[string]any) bool {
-	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket || AddsLazy(dump) || SnapshotterIn(dump) == LazySnapshotter {
+	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket || LazyIn(dump) != LazyOff || SnapshotterIn(dump) == LazySnapshotter {
 		return true
 	}
 	if slices.Contains(Strings(Plugin(dump, DiffService)["default"]), "pilot") {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/host"
 	"github.com/ctrlplane/pilot/node/install"
 )
@@ -36,11 +37,14 @@ type Deployment struct {
 	TokenFrom, CAFrom string
 	// DaemonSet decides whether to clean up at the end.
 	DaemonSet *DaemonSet
+
+	installed time.Time // when it was last
 }
 
 const (
 	pollInterval  = 10 * time.Second // of the pod's files
 	retryInstall  = 30 * time.Second // after an installation that failed
+	retryEnding   = time.Minute      // while containers have pilot's snapshotter that is to go
 	decideTimeout = 15 * time.Second // to decide whether to clean up
 	readySocket   = "@pilot-node-deploy"
 )
@@ -132,6 +136,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 
 // install installs pilot on the machine.
 func (d *Deployment) install(ctx context.Context) error {
+	d.installed = time.Now()
 	o := install.Options{Host: machine}
 	// Configuration that the removal of a package has left is not an installation.
 	had, err := install.Installed(install.Options{Host: machine, KeepConfig: true})
@@ -165,7 +170,12 @@ func (d *Deployment) renew(ctx context.Context) error {
 	if err := d.refresh(ctx, o); err != nil {
 		return err
 	}
-	if len(install.Pending(o.Host)) > 0 || !install.Intact(o) {
+	had, err := install.Installed(o)
+	if err != nil {
+		return err
+	}
+	ends := (had.Lazy == containerd.LazyEnding || had.LazyLeft) && time.Since(d.installed) >= retryEnding
+	if ends || len(install.Pending(o.Host)) > 0 || !install.Intact(o) {
 		return d.install(ctx)
 	}
 	return nil

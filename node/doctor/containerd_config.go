@@ -70,7 +70,13 @@ func (e *examination) look(ctx context.Context) error {
 	}
 	e.running = c
 	e.dump, err = c.Dump(ctx, machine)
-	c.Lazy = containerd.AddsLazy(e.dump)
+	if c.Lazy = containerd.LazyIn(e.dump); c.Lazy != containerd.LazyOff {
+		// Without a record somebody has set it up by hand, for all containers.
+		c.Lazy = containerd.LazyOn
+		if is, err := install.Installed(install.Options{Containerd: n}); err == nil && is.Lazy != containerd.LazyOff {
+			c.Lazy = is.Lazy
+		}
+	}
 	return err
 }
 

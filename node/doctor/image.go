@@ -25,7 +25,7 @@ func (e *examination) image(ctx context.Context) []Step {
 	switch {
 	case e.client == nil || e.broken[StepContainerd]:
 		return []Step{needs(StepContainerd)}
-	case !e.isLazy():
+	case !e.isLazy() || e.running.Lazy == containerd.LazyEnding:
 		return []Step{failed("this node does not pull lazily", "pilot node install --lazy --now")}
 	}
 	ctx, img, err := e.findImage(ctx)

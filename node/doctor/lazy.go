@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/plugins"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/install"
+	"github.com/ctrlplane/pilot/plugin/snapshotter"
 )
 
 // Commands that start pilot's snapshotter, and show why it does not start.
@@ -27,7 +29,7 @@ var startSnapshotter = []string{"systemctl start " + install.SnapshotterService,
 
 // isLazy reports whether the node is set up to pull lazily.
 func (e *examination) isLazy() bool {
-	return e.Lazy != "" || e.running != nil && e.running.Lazy
+	return e.Lazy != "" || e.running != nil && e.running.Lazy != containerd.LazyOff
 }
 
 // isLazyStep reports whether a step is only for nodes that pull lazily.
@@ -54,11 +56,46 @@ func (e *examination) snapshotterStep(ctx context.Context) Step {
 		}
 		return failed(fmt.Sprintf("%s: no snapshotter answers: %s", target, said(err)), startSnapshotter...)
 	}
+	if names := e.stranded(ctx); len(names) > 0 {
+		return Step{Result: Warning, Detail: fmt.Sprintf("%s; containerd does not have the layers of these images, and no container of them starts until they are pulled again: %s", target, strings.Join(names, ", ")), Fix: []string{"pilot node forget-images"}}
+	}
 	return passed(target)
+}
+
+// stranded returns the images from which no container can be started since lazy pulling was
+// switched on or off.
+func (e *examination) stranded(ctx context.Context) (names []string) {
+	change := snapshotter.Change{Snapshotter: containerd.LazySnapshotter, To: e.running.Lazy == containerd.LazyOn}
+	list, err := change.Stranded(ctx, e.client)
+	if err != nil {
+		return nil // other steps examine containerd
+	}
+	for _, i := range list {
+		if !strings.HasPrefix(i.Name, "sha256:") {
+			names = append(names, i.Name)
+		}
+	}
+	return names
+}
+
+// lazyEnding reports what pilot's snapshotter is still there for.
+func (e *examination) lazyEnding(ctx context.Context) Step {
+	const off = "lazy pulling is switched off"
+	containers, err := snapshotter.Containers(ctx, e.client, containerd.LazySnapshotter)
+	switch {
+	case err != nil:
+		return failed("containerd does not list its containers: " + said(err))
+	case len(containers) == 0:
+		return Step{Result: Warning, Detail: off + ", and no container has pilot's snapshotter any more", Fix: reinstall}
+	}
+	return passed(fmt.Sprintf("%s, and pilot's snapshotter stays for these containers: %s", off, strings.Join(containers, ", ")))
 }
 
 // lazy pulls a small image lazily, as the kubelet does.
 func (e *examination) lazy(ctx context.Context) Step {
+	if e.running.Lazy == containerd.LazyEnding {
+		return e.lazyEnding(ctx)
+	}
 	if step, none := e.withoutKEK(); none {
 		return step
 	}

@@ -50,6 +50,9 @@ func (o Options) loadRecord() (s record, lost string, err error) {
 type adoption struct {
 	o Options
 	s record
+	// withoutLazy says that containerd reads a drop-in that does not add pilot's
+	// snapshotter, so the units that run it are left over.
+	withoutLazy bool
 }
 
 // all adopts an installation. It reports false if there is none: no file makes
@@ -79,7 +82,9 @@ func (a *adoption) all() bool {
 		if !a.file(path, func(text []byte) bool { return isUnit(unit, text) }) {
 			continue
 		}
-		a.s.Lazy = a.s.Lazy || isLazyUnit(unit)
+		if isLazyUnit(unit) && !a.s.Lazy {
+			a.s.Lazy, a.s.LazyEnding = true, a.withoutLazy
+		}
 		link := filepath.Join(host.UnitDir, wants, unit)
 		if to, err := a.o.Readlink(link); err == nil && to == path {
 			a.s.Files = append(a.s.Files, installed{Path: link, Link: to})
@@ -135,7 +140,10 @@ func (a *adoption) dropIns(config string, dirs map[string]bool) {
 		dirs[filepath.Dir(path)] = true
 		if text, err := a.o.ReadFile(path); err == nil {
 			var conf map[string]any
-			a.s.Lazy = a.s.Lazy || toml.Unmarshal(text, &conf) == nil && containerd.AddsLazy(conf)
+			if toml.Unmarshal(bytes.Replace(text, []byte(templateBase), nil, 1), &conf) == nil && len(conf) > 0 {
+				a.s.setLazy(containerd.LazyIn(conf), a.o)
+				a.withoutLazy = !a.s.Lazy
+			}
 		}
 		a.inserted(&files, path)
 		if t, err := containerd.WithConfig(a.o.Host, a.o.Containerd, config); err == nil && a.s.Containerd == nil {
@@ -254,6 +262,7 @@ var earlierUnits = []string{
 	"c78805b6b557d9c09c5c21148cda326d8b5c56ec80ae1d17e5e5ee57ddc186bc",
 	"9766bd2517f288746b914a45516c532b2cd0c1a449088fcec8895b7bcdcefacb",
 	"fb93e1ed828da71c886563ff0bbe3f9cf7306bf8f673670b8ea575c12858c24e",
+	"750c88bf5e1970835177936c6703cd211529cdd29e9469eb3f9452cf1d673700",
 }
 
 // leftOver returns the existing files that an installation may have written and that are

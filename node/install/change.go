@@ -24,7 +24,10 @@ type Change struct {
 
 // Diff returns the change as a unified diff.
 func (c Change) Diff() string {
-	if c.Link != "" {
+	switch {
+	case c.Link != "" && c.Remove:
+		return fmt.Sprintf("unlink %s\n", c.Path)
+	case c.Link != "":
 		return fmt.Sprintf("link %s -> %s\n", c.Path, c.Link)
 	}
 	from, to := c.Path, c.Path
@@ -44,7 +47,10 @@ func (c Change) make(o Options) error {
 			return err
 		}
 	}
-	if c.Remove {
+	switch {
+	case c.Remove && c.Link != "":
+		return o.RemoveLink(c.Path)
+	case c.Remove:
 		return o.Remove(c.Path)
 	}
 	if err := o.MkdirAll(filepath.Dir(c.Path), 0o755); err != nil {
@@ -74,6 +80,9 @@ func (c Change) revert(o Options) error {
 		if err := c.finds(o, c.New); err != nil {
 			return err
 		}
+	}
+	if c.Link != "" && c.Remove {
+		return o.Symlink(c.Link, c.Path)
 	}
 	if c.Old != nil {
 		return o.WriteFile(c.Path, c.Old, c.Mode)

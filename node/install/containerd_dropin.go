@@ -26,7 +26,7 @@ func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 	// Remove one that was installed under another name.
 	for _, path := range c.Ours {
 		if path != d.Path {
-			if err := p.remove(before, path); err != nil {
+			if err := p.remove(before, path, "containerd must read another file instead"); err != nil {
 				return err
 			}
 		}
@@ -175,10 +175,13 @@ func additions(c *containerd.Instance, o Options) (conf map[string]any, mode fs.
 		conf, err = processorConfig(c, o)
 		return conf, mode, err
 	}
-	if conf, err = differConfig(c, o.Host); err != nil || !c.Lazy {
+	if conf, err = differConfig(c, o.Host); err != nil || c.Lazy == containerd.LazyOff {
 		return conf, mode, err
 	}
-	conf["proxy_plugins"].(map[string]any)[containerd.LazySnapshotter] = containerd.LazyProxy()
+	conf["proxy_plugins"].(map[string]any)[containerd.LazySnapshotter] = containerd.LazyProxy(c.Lazy)
+	if c.Lazy == containerd.LazyEnding {
+		return conf, mode, nil
+	}
 	id, section, secret := c.LazyCRI()
 	if section != nil {
 		conf["plugins"].(map[string]any)[id] = section
@@ -289,7 +292,7 @@ func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
 	if err != nil {
 		return err
 	}
-	if c.Lazy {
+	if c.Lazy == containerd.LazyOn {
 		if missing, err := c.NotLazy(dump, platform); err != nil || missing != "" {
 			return errors.Join(err, errors.New(missing))
 		}

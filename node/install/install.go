@@ -33,8 +33,12 @@ type Options struct {
 	PilotBinary string
 	// Settings are settings for pilot.toml, by name.
 	Settings map[string]string
-	// Lazy sets up pilot's snapshotter too, which pulls encrypted images lazily.
-	Lazy bool
+	// Lazy says whether to pull encrypted images lazily, with pilot's snapshotter. Default:
+	// as the machine does already.
+	Lazy *bool
+	// LazyUnused says that no container has pilot's snapshotter any more. If lazy pulling
+	// was switched off before, what was left of it goes.
+	LazyUnused bool
 	// Force makes Uninstall go on although containers use pilot's snapshotter.
 	Force bool
 	// KeepConfig makes Uninstall keep pilot.toml and ocicrypt.conf.
@@ -141,7 +145,7 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	}
 	p := &Plan{options: o, before: &before, lost: lost, inserted: make(map[string]string), release: release}
 	if crio.PullsImages(o.Host, o.Containerd) {
-		if o.Lazy {
+		if o.Lazy != nil && *o.Lazy {
 			return nil, &host.Conflict{Where: crio.Service, What: "CRI-O has no snapshotters", Fix: "leave out --lazy"}
 		}
 		return p, p.forCRIO(before)
@@ -201,12 +205,12 @@ func look(ctx context.Context, o Options, before record) (*containerd.Instance, 
 	if err != nil {
 		return nil, err
 	}
-	c.Lazy = o.Lazy || before.Lazy
+	c.Lazy = o.lazyMode(before.lazyMode())
 	return c, c.CheckAddress(o.Containerd)
 }
 
-// remove plans the removal of a file that was installed.
-func (p *Plan) remove(before record, path string) error {
+// remove plans the removal of a file that was installed. The reason is for the error.
+func (p *Plan) remove(before record, path, reason string) error {
 	old, err := p.options.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -215,7 +219,7 @@ func (p *Plan) remove(before record, path string) error {
 		return err
 	}
 	if f := before.file(path); f == nil || !f.is(old) {
-		return &host.Conflict{Where: path, What: "it was changed since it was installed, and containerd must read another file instead", Fix: "move it away"}
+		return &host.Conflict{Where: path, What: "it was changed since it was installed, and " + reason, Fix: "move it away"}
 	}
 	p.Changes = append(p.Changes, Change{Path: path, Old: old, Mode: 0o644, Remove: true})
 	return nil
@@ -262,7 +266,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	s.Files, s.Dirs = slices.Clone(before.Files), slices.Clone(before.Dirs)
 	if c := p.containerd; c != nil {
 		s.Containerd = &installedTarget{c.Program, c.Config, c.Address, c.Service}
-		s.Lazy = c.Lazy
+		s.setLazy(c.Lazy, p.options)
 	}
 	s.noteDir(p.options, recordDir)
 	for _, c := range p.Changes {

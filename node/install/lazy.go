@@ -20,7 +20,8 @@ import (
 const (
 	// SnapshotterService is the systemd service of pilot's snapshotter.
 	SnapshotterService = "pilot-snapshotter.service"
-	lazySocketUnit     = "pilot-lazy.socket"
+	// LazySocketUnit is the systemd unit of LazySocket.
+	LazySocketUnit = "pilot-lazy.socket"
 	// LazySocket is where pilot serves parts of layers to its snapshotter.
 	LazySocket = "/run/pilot/lazy.sock"
 	// lazyUnit is the drop-in of pilot.service that starts its socket first.
@@ -28,22 +29,75 @@ const (
 )
 
 const lazyUnitText = writtenBy + `[Unit]
-Wants=` + lazySocketUnit + `
-After=` + lazySocketUnit + "\n"
+Wants=` + LazySocketUnit + `
+After=` + LazySocketUnit + "\n"
 
 // isLazyUnit reports whether a unit is only needed to pull lazily.
-func isLazyUnit(name string) bool { return name == SnapshotterService || name == lazySocketUnit }
+func isLazyUnit(name string) bool { return name == SnapshotterService || name == LazySocketUnit }
 
-// lazyUnits plans what is needed in systemd besides the units.
+// lazyUnits plans what is needed in systemd besides the units, or, without pilot's
+// snapshotter, the removal of what was set up for it.
 func (p *Plan) lazyUnits(before record) error {
-	if !p.containerd.Lazy {
-		return nil
+	dropIn := filepath.Join(host.UnitDir, PilotService+".d", lazyUnit)
+	if p.Lazy() != containerd.LazyOff {
+		return p.own(before, dropIn, []byte(lazyUnitText), nil)
 	}
-	return p.own(before, filepath.Join(host.UnitDir, PilotService+".d", lazyUnit), []byte(lazyUnitText), nil)
+	for _, f := range before.Files {
+		switch {
+		case f.Link != "" && isLazyUnit(filepath.Base(f.Path)):
+			if to, err := p.options.Readlink(f.Path); err == nil && to == f.Link {
+				p.Changes = append(p.Changes, Change{Path: f.Path, Link: f.Link, Remove: true})
+			}
+		case f.Path == dropIn || filepath.Dir(f.Path) == host.UnitDir && isLazyUnit(filepath.Base(f.Path)):
+			if err := p.remove(before, f.Path, "lazy pulling is being switched off"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
-// Lazy reports whether the plan sets up lazy pulling, or finds it set up.
-func (p *Plan) Lazy() bool { return p.containerd != nil && p.containerd.Lazy }
+// Lazy returns what the machine has pilot's snapshotter for, once the plan is carried out.
+func (p *Plan) Lazy() containerd.LazyMode {
+	if p.containerd == nil {
+		return containerd.LazyOff
+	}
+	return p.containerd.Lazy
+}
+
+// lazyMode returns what pilot's snapshotter is to be for, of a machine that has it for had.
+func (o Options) lazyMode(had containerd.LazyMode) containerd.LazyMode {
+	switch {
+	case o.Lazy != nil && *o.Lazy:
+		return containerd.LazyOn
+	case had == containerd.LazyOn && o.Lazy != nil && o.Root != "":
+		return containerd.LazyOff // nothing runs there
+	case had == containerd.LazyOn && o.Lazy != nil:
+		return containerd.LazyEnding
+	case had == containerd.LazyEnding && (o.LazyUnused || o.Root != ""):
+		return containerd.LazyOff
+	}
+	return had
+}
+
+// lazyMode returns what the machine has pilot's snapshotter for.
+func (s *record) lazyMode() containerd.LazyMode {
+	switch {
+	case s.Lazy && s.LazyEnding:
+		return containerd.LazyEnding
+	case s.Lazy:
+		return containerd.LazyOn
+	}
+	return containerd.LazyOff
+}
+
+// lazyLeft reports whether pilot's snapshotter may have left snapshots.
+func (s *record) lazyLeft() bool { return !s.Lazy && s.LazyEnding }
+
+func (s *record) setLazy(mode containerd.LazyMode, o Options) {
+	left := mode == containerd.LazyOff && (s.Lazy || s.LazyEnding) && o.Root == ""
+	s.Lazy, s.LazyEnding = mode != containerd.LazyOff, mode == containerd.LazyEnding || left
+}
 
 // LazyInUse is the error of an Uninstall while containers use pilot's snapshotter.
 type LazyInUse struct {
@@ -63,7 +117,7 @@ func (e *LazyInUse) Error() string {
 // checkLazyUse returns a [LazyInUse] if pilot's snapshotter was set up, and containers of
 // this machine have their files in it.
 func (o Options) checkLazyUse(s record) error {
-	if !s.Lazy || o.Root != "" || o.Force {
+	if s.lazyMode() == containerd.LazyOff || o.Root != "" || o.Force {
 		return nil
 	}
 	return lazyInUse()
@@ -131,13 +185,28 @@ func RemoveSnapshots(force bool) error {
 	if err := os.RemoveAll(containerd.LazyRoot); err != nil && !errors.Is(err, unix.EBUSY) {
 		return err
 	}
-	Options{}.removeDirs([]string{recordDir})
-	return nil
+	return Options{}.lazyRemoved()
+}
+
+// lazyRemoved notes that pilot's snapshotter has left nothing.
+func (o Options) lazyRemoved() error {
+	release, err := o.lock()
+	if err != nil {
+		return err
+	}
+	defer release()
+	o.removeDirs([]string{recordDir})
+	s, err := o.readRecord()
+	if err != nil || !s.lazyLeft() {
+		return err
+	}
+	s.LazyEnding = false
+	return o.writeRecord(s)
 }
 
 // checkLazy checks that containerd can pull lazily, if the user or the record says so.
 func (p *Plan) checkLazy() error {
-	if !p.containerd.Lazy {
+	if p.Lazy() != containerd.LazyOn {
 		return nil
 	}
 	if !p.options.HasSystemd() {

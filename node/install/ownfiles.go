@@ -61,14 +61,23 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) e
 	if keys != "" {
 		settings["decryption-keys-path"] = keys
 	}
-	if c.Lazy {
+	if c.Lazy != containerd.LazyOff {
 		settings["lazy-listen"] = "unix://" + LazySocket
 	}
 	wanted, err := p.options.withInstalled(settings)
 	if err != nil {
 		return err
 	}
-	check := func(had []byte) error { return checkPilotConfig(had, settings, c.UsesDiffer()) }
+	ends := c.Lazy == containerd.LazyOff && (before.Lazy || before.LazyEnding) && wanted["lazy-listen"] == "unix://"+LazySocket
+	if ends {
+		delete(wanted, "lazy-listen")
+	}
+	check := func(had []byte) error {
+		if ends {
+			return &host.Conflict{Where: pilotConfig, What: "lazy-listen is set, and lazy pulling is being switched off", Fix: "remove it there, and run this again"}
+		}
+		return checkPilotConfig(had, settings, c.UsesDiffer())
+	}
 	return p.own(before, pilotConfig, newPilotConfig(wanted, c.UsesDiffer()), check)
 }
 
@@ -200,7 +209,7 @@ var unitWants = map[string]string{
 	PilotService:               "multi-user.target.wants",
 	"pilot-keyprovider.socket": "sockets.target.wants",
 	"pilot-diff.socket":        "sockets.target.wants",
-	lazySocketUnit:             "sockets.target.wants",
+	LazySocketUnit:             "sockets.target.wants",
 	SnapshotterService:         "multi-user.target.wants",
 }
 
@@ -211,7 +220,7 @@ func (p *Plan) units(before record, differ bool) error {
 	if !differ {
 		delete(names, "pilot-diff.socket")
 	}
-	if !p.Lazy() {
+	if p.Lazy() == containerd.LazyOff {
 		maps.DeleteFunc(names, func(name, _ string) bool { return isLazyUnit(name) })
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {

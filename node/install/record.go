@@ -22,8 +22,10 @@ type record struct {
 	Dirs  []string    `json:"dirs,omitempty"` // that were made, the outermost first
 	// Containerd is the one that was set up; null: unknown, set up by an old version.
 	Containerd *installedTarget `json:"containerd,omitempty"`
-	// Lazy is true if pilot's snapshotter was set up.
-	Lazy bool `json:"lazy,omitempty"`
+	// Lazy is true if pilot's snapshotter is set up. LazyEnding is true if it is to go: with
+	// Lazy, once no container has it; without, once its snapshots are removed.
+	Lazy       bool `json:"lazy,omitempty"`
+	LazyEnding bool `json:"lazyEnding,omitempty"`
 	// Unsure are files and directories that may have existed before the installation:
 	// the record was lost and rebuilt.
 	Unsure []string `json:"unsure,omitempty"`

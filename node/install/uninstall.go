@@ -113,7 +113,7 @@ func (s *record) lookAgain(ctx context.Context, o Options) (*containerd.Instance
 	}
 	c, err := containerd.Examine(ctx, o.Host, *t, s.dropIns())
 	if err == nil {
-		c.Lazy = s.Lazy
+		c.Lazy = s.lazyMode()
 	}
 	return c, err
 }
@@ -204,8 +204,10 @@ type Installation struct {
 	Service string
 	// Address is the socket of that containerd, or "".
 	Address string
-	// Lazy is true if pilot's snapshotter was set up.
-	Lazy bool
+	// Lazy says what pilot's snapshotter is for. LazyLeft is true if it is for nothing, and
+	// has left snapshots.
+	Lazy     containerd.LazyMode
+	LazyLeft bool
 	// Present is true if there is something to uninstall.
 	Present bool
 }
@@ -213,7 +215,7 @@ type Installation struct {
 // Installed returns what a machine's record says.
 func Installed(o Options) (Installation, error) {
 	s, _, err := o.loadRecord()
-	i := Installation{Service: containerd.Service, Lazy: s.Lazy}
+	i := Installation{Service: containerd.Service, Lazy: s.lazyMode(), LazyLeft: s.lazyLeft()}
 	if s.Containerd != nil {
 		i.Service, i.Address = s.Containerd.Service, s.Containerd.Address
 	}

@@ -3,6 +3,8 @@ package snapshotter
 import (
 	"context"
 	"fmt"
+	"runtime"
+	"runtime/metrics"
 	"sync"
 	"sync/atomic"
 
@@ -16,8 +18,9 @@ import (
 // decide about each use of a layer.
 type remounter struct {
 	snapshot.FileSystem
-	pilot   pilot
-	started atomic.Bool // the snapshotter has read what it had
+	pilot     pilot
+	started   atomic.Bool // the snapshotter has read what it had
+	maxMemory uint64      // in bytes
 
 	mounted sync.Map // by mount point
 	mounts  singleflight.Group
@@ -29,13 +32,45 @@ func (r *remounter) Mount(ctx context.Context, mountpoint string, labels map[str
 	if !r.started.Load() {
 		return errdefs.ErrUnavailable
 	}
-	err := r.FileSystem.Mount(ctx, mountpoint, labels)
+	err := checkMemory(r.maxMemory)
 	if err == nil {
-		r.mounted.Store(mountpoint, true)
-	} else {
+		err = r.mount(ctx, mountpoint, labels)
+	}
+	if err != nil {
 		go r.explain(context.WithoutCancel(ctx), mountpoint, labels, err)
 	}
 	return err
+}
+
+func (r *remounter) mount(ctx context.Context, mountpoint string, labels map[string]string) error {
+	err := r.FileSystem.Mount(ctx, mountpoint, labels)
+	if err == nil {
+		r.mounted.Store(mountpoint, true)
+	}
+	return err
+}
+
+// checkMemory returns an error if this process has more memory in use than that, in bytes.
+// If it took too much, the kernel would have to kill it, with all containers that read
+// through it, or others in its place.
+func checkMemory(most uint64) error {
+	used := memory()
+	if used > most {
+		runtime.GC()
+		used = memory()
+	}
+	if used > most {
+		return fmt.Errorf("the snapshotter has %d MiB in memory for the layers that are mounted, more than %d MiB: %w", used>>20, most>>20, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+// memory returns how much memory the objects of this process take, with those that the
+// garbage collector has not removed yet, in bytes.
+func memory() uint64 {
+	sample := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+	metrics.Read(sample)
+	return sample[0].Value.Uint64()
 }
 
 // explain logs why a layer that pilot serves could not be mounted: pilot logs those that it
@@ -61,7 +96,7 @@ func (r *remounter) Check(ctx context.Context, mountpoint string, labels map[str
 			return nil, nil
 		}
 		// Callers that wait for it may have more time.
-		return nil, r.Mount(context.WithoutCancel(ctx), mountpoint, labels)
+		return nil, r.mount(context.WithoutCancel(ctx), mountpoint, labels)
 	})
 	if err != nil {
 		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not mounted again")

@@ -38,6 +38,10 @@ type Config struct {
 	Root string
 	// Lazy is the path of the unix socket at which pilot serves parts of layers.
 	Lazy string
+	// MaxMemory is how much memory the snapshotter may have, in bytes, before it mounts no
+	// more layers, which are then pulled as a whole: of each layer that is mounted it has
+	// the table of contents. Default: a quarter of the machine's.
+	MaxMemory uint64
 }
 
 // New returns a snapshotter. One process at a time may use a root directory.
@@ -73,7 +77,14 @@ func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &remounter{FileSystem: files, pilot: mirror}
+	r := &remounter{FileSystem: files, pilot: mirror, maxMemory: conf.MaxMemory}
+	if r.maxMemory == 0 {
+		var machine unix.Sysinfo_t
+		if err := unix.Sysinfo(&machine); err != nil {
+			return nil, err
+		}
+		r.maxMemory = uint64(machine.Totalram) * uint64(machine.Unit) / 4
+	}
 	// It warns of each layer that it can't mount again now.
 	s, err := snapshot.NewSnapshotter(log.WithLogger(ctx, silent), snapshotsDir, r, snapshot.AsynchronousRemove, snapshot.AllowInvalidMountsOnRestart)
 	r.started.Store(true)

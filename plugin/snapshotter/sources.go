@@ -26,6 +26,9 @@ const (
 	pilotHost = "pilot.invalid"
 	// requestTimeout bounds a request with its answer.
 	requestTimeout = time.Minute
+	// askTimeout bounds all attempts to have pilot decide about a layer. stargz-snapshotter
+	// gives as much time to a mount.
+	askTimeout = 30 * time.Second
 )
 
 // pilot is the mirror of a pilot on this machine: the only host of all layers, so that no
@@ -80,6 +83,8 @@ func (p pilot) ask(ctx context.Context, labels map[string]string) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
 	registry := name.Hostname()
 	at := url.URL{
 		Scheme: "http", Host: pilotHost, Path: lazyPath + "/" + strings.TrimPrefix(name.Locator, registry+"/") + "/blobs/" + d.String(),
