@@ -1,0 +1,307 @@
+// Package layerkeys records which KEKs open a layer, by the layer's diff ID.
+//
+// containerd shares an unpacked layer among all images whose configurations name its diff
+// ID, and anybody can write a configuration. So what a container must be allowed to use
+// follows from the diff IDs of its image, and not from the image's manifest.
+//
+// An entry only ever demands more. There are three kinds, by what is known:
+//
+//   - Decrypted: the encrypted blob was decrypted on this node, its HMAC matched, and the
+//     plain layer had the diff ID. Only somebody who has the layer's content can make a blob
+//     of which that is true, so any KEK of any such blob is enough to use the layer.
+//   - Sealed: the layer's key has sealed that the blob has the diff ID, and it is mounted
+//     lazily, not read as a whole.
+//   - Claimed: a manifest says so that was in containerd's content store when the record
+//     was begun.
+//
+// What is sealed or claimed may be false, so it never loosens anything: a container has to
+// be allowed for each such blob, until the layer is decrypted once.
+package layerkeys
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// KEK is a version of a KEK. Version is 0 where the broker has no versions.
+type KEK struct {
+	ID      string `json:"id"`
+	Version int    `json:"version,omitempty"`
+}
+
+// Basis is what is known of an encrypted blob and its diff ID.
+type Basis string
+
+// What is known: see the package's comment.
+const (
+	Decrypted Basis = "decrypted"
+	Sealed    Basis = "sealed"
+	Claimed   Basis = "claimed"
+)
+
+// Blob is an encrypted blob of a layer. Each of its KEKs, and each other key, opens it.
+type Blob struct {
+	Digest digest.Digest `json:"digest"`
+	Basis  Basis         `json:"basis"`
+	KEKs   []KEK         `json:"keks,omitempty"`
+	// Other reports that a key opens it that is not a KEK of the broker's.
+	Other bool `json:"other,omitempty"`
+	// Public are those KEKs that anybody can encrypt for, as they have a public key.
+	Public []string `json:"public,omitempty"`
+	// Fingerprint is that of the layer key, 32 bytes, or nil if it was never unwrapped.
+	Fingerprint []byte `json:"fingerprint,omitempty"`
+}
+
+// Layer is what is known of a diff ID. Callers must not change it.
+type Layer struct {
+	Blobs []Blob `json:"blobs"`
+	// Seen is when the record learned of it last.
+	Seen time.Time `json:"seen"`
+}
+
+// Decrypted returns what is known of an encrypted blob of the layer that was decrypted here.
+func (l Layer) Decrypted(d digest.Digest) (Blob, bool) {
+	i := slices.IndexFunc(l.Blobs, func(b Blob) bool { return b.Digest == d && b.Basis == Decrypted })
+	if i < 0 {
+		return Blob{}, false
+	}
+	return l.Blobs[i], true
+}
+
+// plainBlob is a plain blob of which it is known that its content has a diff ID.
+type plainBlob struct {
+	DiffID digest.Digest `json:"diffID"`
+	Seen   time.Time     `json:"seen"`
+}
+
+// Bounds of what is kept for one diff ID.
+const (
+	maxBlobs = 256 // a layer that is encrypted anew for each build of an image
+	maxKEKs  = 256 // of a blob
+)
+
+// Record is the record of a node. It is safe for concurrent use. It is in memory, and in
+// one file, which is written anew for each change: see [Open].
+type Record struct {
+	path string
+	lock *os.File
+	now  func() time.Time
+
+	mu      sync.RWMutex
+	layers  map[digest.Digest]Layer
+	plain   map[digest.Digest]plainBlob // by blob
+	begun   bool                        // the claims of earlier images are in it
+	changes uint64                      // counts changes
+
+	saving sync.Mutex  // held while the file is written
+	saved  uint64      // changes that are in the file
+	inode  fs.FileInfo // of the file as it was written
+}
+
+// Layer returns what is known of a diff ID, and false if nothing is: no encrypted layer
+// with it is known here.
+func (r *Record) Layer(diffID digest.Digest) (Layer, bool) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	l, ok := r.layers[diffID]
+	return l, ok
+}
+
+// Add records what is known of an encrypted blob, and returns once that is on the disk.
+// What is known of the blob already is kept, except what is known better now.
+func (r *Record) Add(diffID digest.Digest, b Blob) error {
+	r.mu.Lock()
+	change := r.add(diffID, b)
+	r.mu.Unlock()
+	return r.save(change)
+}
+
+// add adds with r.mu held, and returns the change that a caller has to wait for.
+func (r *Record) add(diffID digest.Digest, b Blob) uint64 {
+	l, now := r.layers[diffID], r.now()
+	blobs := l.with(b)
+	if slices.EqualFunc(blobs, l.Blobs, Blob.equal) && now.Sub(l.Seen) < refreshInterval {
+		return r.changes // which may not be saved yet
+	}
+	r.layers[diffID] = Layer{Blobs: blobs, Seen: now}
+	r.changes++
+	return r.changes
+}
+
+// refreshInterval is how much older Layer.Seen may be than the truth.
+const refreshInterval = time.Hour
+
+// with returns the blobs of the layer once more is known of one.
+func (l Layer) with(b Blob) []Blob {
+	// Those that say the same of the same blob become one. What is claimed stays apart, as
+	// another manifest may name a key that does not open it.
+	same := func(o Blob) bool {
+		return o.Digest == b.Digest && (o.Basis == b.Basis && b.Basis == Decrypted ||
+			len(b.Fingerprint) > 0 && bytes.Equal(o.Fingerprint, b.Fingerprint))
+	}
+	blobs := make([]Blob, 0, len(l.Blobs)+1)
+	at := -1
+	for _, o := range l.Blobs {
+		switch {
+		case same(o) && at < 0:
+			if o.Basis == Decrypted {
+				b.Basis = Decrypted
+			}
+			b.KEKs, b.Public, b.Other = union(o.KEKs, b.KEKs), union(o.Public, b.Public), o.Other || b.Other
+			at = len(blobs)
+			blobs = append(blobs, b)
+		case same(o):
+		case o.Digest == b.Digest && (b.Basis == Decrypted || o.equal(b)):
+			// It was by others' word.
+		case o.Digest == b.Digest && o.Basis == Decrypted:
+			return l.Blobs
+		default:
+			blobs = append(blobs, o)
+		}
+	}
+	if at < 0 {
+		at = len(blobs)
+		blobs = append(blobs, b)
+	}
+	if n := len(blobs[at].KEKs); n > maxKEKs {
+		blobs[at].KEKs = blobs[at].KEKs[n-maxKEKs:]
+	}
+	if len(blobs) > maxBlobs {
+		blobs = slices.Delete(blobs, 0, 0+1)
+	}
+	return blobs
+}
+
+func (b Blob) equal(o Blob) bool {
+	return b.Digest == o.Digest && b.Basis == o.Basis && b.Other == o.Other && slices.Equal(b.KEKs, o.KEKs) &&
+		slices.Equal(b.Public, o.Public) && bytes.Equal(b.Fingerprint, o.Fingerprint)
+}
+
+// union returns a new slice with those of both, each once.
+func union[T comparable](a, b []T) []T {
+	all := slices.Clone(a)
+	for _, v := range b {
+		if !slices.Contains(all, v) {
+			all = append(all, v)
+		}
+	}
+	return all
+}
+
+// Withdraw removes what was sealed or claimed of a blob, once it is known to be false.
+func (r *Record) Withdraw(diffID, blob digest.Digest) error {
+	r.mu.Lock()
+	l := r.layers[diffID]
+	kept := slices.DeleteFunc(slices.Clone(l.Blobs), func(b Blob) bool { return b.Digest == blob && b.Basis != Decrypted })
+	change := r.changes
+	if len(kept) < len(l.Blobs) {
+		if l.Blobs = kept; len(kept) > 0 {
+			r.layers[diffID] = l
+		} else {
+			delete(r.layers, diffID)
+		}
+		r.changes++
+		change = r.changes
+	}
+	r.mu.Unlock()
+	return r.save(change)
+}
+
+// AddPlain records that the content of a plain blob has a diff ID. It does not wait for the
+// disk: a fact that is lost can be found again, and plain layers must not depend on it.
+func (r *Record) AddPlain(blob, diffID digest.Digest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	had, ok := r.plain[blob]
+	if now := r.now(); !ok || had.DiffID != diffID || now.Sub(had.Seen) >= refreshInterval {
+		r.plain[blob] = plainBlob{diffID, now}
+		r.changes++
+	}
+}
+
+// IsPlain reports whether the content of a plain blob is known to have a diff ID.
+func (r *Record) IsPlain(blob, diffID digest.Digest) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	p, ok := r.plain[blob]
+	return ok && p.DiffID == diffID
+}
+
+// Begin adds the claims of the images that were there before the record, unless it has
+// them. claims are by diff ID.
+func (r *Record) Begin(claims func(add func(diffID digest.Digest, b Blob)) error) error {
+	r.mu.RLock()
+	begun := r.begun
+	r.mu.RUnlock()
+	if begun {
+		return nil
+	}
+	type claim struct {
+		diffID digest.Digest
+		blob   Blob
+	}
+	var all []claim
+	if err := claims(func(diffID digest.Digest, b Blob) { all = append(all, claim{diffID, b}) }); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	for _, c := range all {
+		r.add(c.diffID, c.blob)
+	}
+	r.begun = true
+	r.changes++
+	change := r.changes
+	r.mu.Unlock()
+	return r.save(change)
+}
+
+// Begun reports whether the claims of earlier images are in the record.
+func (r *Record) Begun() bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.begun
+}
+
+// DiffIDs returns all diff IDs that the record has something of.
+func (r *Record) DiffIDs() []digest.Digest {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	all := slices.Collect(maps.Keys(r.layers))
+	for _, p := range r.plain {
+		if _, ok := r.layers[p.DiffID]; !ok {
+			all = append(all, p.DiffID)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// Forget removes what was last seen before a time and of whose diff ID no snapshot is
+// there, and returns of how many layers and plain blobs.
+func (r *Record) Forget(before time.Time, live func(diffID digest.Digest) bool) (n int, err error) {
+	r.mu.Lock()
+	was := len(r.layers) + len(r.plain)
+	maps.DeleteFunc(r.layers, func(d digest.Digest, l Layer) bool { return l.Seen.Before(before) && !live(d) })
+	maps.DeleteFunc(r.plain, func(_ digest.Digest, p plainBlob) bool { return p.Seen.Before(before) && !live(p.DiffID) })
+	if n = was - len(r.layers) - len(r.plain); n > 0 {
+		r.changes++
+	}
+	change := r.changes
+	r.mu.Unlock()
+	return n, r.save(change)
+}
+
+func (r *Record) wrap(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("record of layers %s: %w", r.path, err)
+}

@@ -1,0 +1,124 @@
+// Package mustencrypt has the rules which images must be encrypted: the setting
+// must-be-encrypted of pilot.toml.
+package mustencrypt
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/ctrlplane/pilot/internal/glob"
+	"github.com/ctrlplane/pilot/internal/wireformat"
+)
+
+// Rule says of the images of some repositories that all their layers must be encrypted.
+type Rule struct {
+	// Images are patterns of repositories with their registries, as in
+	// registry.example.com/team-a/**. One matches if all of the name does.
+	Images []string `json:"images"`
+	// KEKs are patterns of KEKs, one of which must open each layer. None: any KEK of the
+	// broker's.
+	KEKs []string `json:"keks,omitempty"`
+}
+
+// Rules are in the order of the file.
+type Rules []Rule
+
+const maxPatterns = 1024 // of one rule, and rules
+
+// UnmarshalText reads rules from JSON, which the tables of pilot.toml become.
+func (r *Rules) UnmarshalText(b []byte) error {
+	*r = nil
+	if len(bytes.TrimSpace(b)) == 0 {
+		return nil
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	var rules Rules
+	if err := d.Decode(&rules); err != nil {
+		return fmt.Errorf("it takes tables of the settings images and keks, each an array of strings: %w", err)
+	}
+	if len(rules) > maxPatterns {
+		return fmt.Errorf("%d rules are more than %d", len(rules), maxPatterns)
+	}
+	for i, rule := range rules {
+		if err := rule.check(); err != nil {
+			return fmt.Errorf("rule %d: %w", i+1, err)
+		}
+	}
+	*r = rules
+	return nil
+}
+
+func (r Rule) check() error {
+	if len(r.Images) == 0 {
+		return errors.New("images is missing: name repositories, as in images = [\"registry.example.com/team-a/**\"]")
+	}
+	if len(r.Images)+len(r.KEKs) > maxPatterns {
+		return fmt.Errorf("it has more than %d patterns", maxPatterns)
+	}
+	for _, image := range r.Images {
+		first, rest, _ := strings.Cut(image, "/")
+		switch {
+		case image == "**":
+		case strings.ContainsAny(image, " \t\n@"), rest == "":
+			return fmt.Errorf("images: %.100q is no pattern of repositories: begin with the registry, as in docker.io/library/* or registry.example.com/team-a/**", image)
+		case !strings.ContainsAny(first, ".:*") && first != "localhost":
+			return fmt.Errorf("images: %.100q does not begin with a registry: write docker.io/%s for Docker Hub", image, image)
+		case strings.Contains(rest[strings.LastIndex(rest, "/")+1:], ":"):
+			return fmt.Errorf("images: %.100q has a tag: a rule is for whole repositories", image)
+		}
+	}
+	for _, kek := range r.KEKs {
+		if err := wireformat.ValidateKEKID(kek); err != nil {
+			return fmt.Errorf("keks: %w", err)
+		}
+	}
+	return nil
+}
+
+// String returns the rules as UnmarshalText takes them, or "".
+func (r *Rules) String() string {
+	if len(*r) == 0 {
+		return ""
+	}
+	b, err := json.Marshal(*r)
+	if err != nil {
+		panic(err) // of strings
+	}
+	return string(b)
+}
+
+// For returns the rules that are for a repository, such as docker.io/library/nginx.
+func (r Rules) For(repository string) (rules []Rule) {
+	for _, rule := range r {
+		for _, pattern := range rule.Images {
+			if glob.MatchPath(pattern, repository) {
+				rules = append(rules, rule)
+				break
+			}
+		}
+	}
+	return rules
+}
+
+// Allows reports whether a rule is content with a layer that a KEK opens.
+func (r Rule) Allows(kek string) bool {
+	for _, pattern := range r.KEKs {
+		if glob.MatchPath(pattern, kek) {
+			return true
+		}
+	}
+	return len(r.KEKs) == 0
+}
+
+// String describes the rule in errors.
+func (r Rule) String() string {
+	text := fmt.Sprintf("images of %s must be encrypted", strings.Join(r.Images, ", "))
+	if len(r.KEKs) > 0 {
+		text += " for " + strings.Join(r.KEKs, " or ")
+	}
+	return text
+}
