@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -14,15 +15,7 @@ import (
 )
 
 // Opener is what has unwrapped a layer key.
-type Opener struct {
-	// Scheme is ocicrypt's name of how the key was wrapped, such as jwe or provider.pilot.
-	Scheme string
-	// KEK is the KEK of the broker's that has unwrapped it, or "": another key has.
-	KEK     string
-	Version int // of the KEK, or 0 where the broker has no versions
-	// Public reports that anybody can wrap for the KEK.
-	Public bool
-}
+type Opener = openedby.Opener
 
 func newOpener(scheme string, kek openedby.KEK) Opener {
 	o := Opener{Scheme: scheme, KEK: kek.ID, Version: kek.Version}
@@ -49,7 +42,7 @@ func Openers(ctx context.Context, keys Keys, desc ocispec.Descriptor, accept fun
 				}
 				key, err := unwrapWith(ctx, keys, scheme, one, desc.Annotations[annotationPubOpts], &left)
 				if err != nil {
-					complete = complete && isFinal(ctx, err)
+					complete = complete && ctx.Err() == nil && errors.Is(err, ErrDenied)
 					continue
 				}
 				if accept(key) {
@@ -61,9 +54,6 @@ func Openers(ctx context.Context, keys Keys, desc ocispec.Descriptor, accept fun
 	}
 	return openers, complete
 }
-
-// isFinal reports whether another attempt would fail too, as far as that can be known.
-func isFinal(ctx context.Context, _ error) bool { return ctx.Err() == nil }
 
 // recipientsOf returns the recipients of one wrapped key, in base64. Where pilot wrapped for
 // several KEKs at once, it is an array of JSON.

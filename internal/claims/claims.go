@@ -8,6 +8,7 @@ package claims
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -54,6 +55,9 @@ type Finder struct {
 	Client *containerd.Client
 	// Keep says which annotations of layers claims have. May be nil: none.
 	Keep func(key string) bool
+	// SkipLarge leaves images out whose manifest or configuration is too large to be read,
+	// which are an error otherwise.
+	SkipLarge bool
 
 	once sync.Once
 	turn chan struct{} // held while the content is listed
@@ -115,7 +119,7 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 		}
 		for _, info := range manifests {
 			claims, err := f.of(ctx, store, info)
-			if errdefs.IsNotFound(err) {
+			if errdefs.IsNotFound(err) || f.SkipLarge && errors.Is(err, errTooLarge) {
 				continue // removed meanwhile
 			}
 			if err != nil {
@@ -212,13 +216,16 @@ func (f *Finder) pair(manifest digest.Digest, layers []ocispec.Descriptor, diffI
 	return claims
 }
 
+// errTooLarge is the error of a document that is not read.
+var errTooLarge = errors.New("document too large")
+
 // read reads a document and returns its size in bytes. What is not JSON of its kind is left
 // as it is: containerd does not unpack it either.
 func read(ctx context.Context, store content.Store, desc ocispec.Descriptor, to any) (int, error) {
 	info, err := store.Info(ctx, desc.Digest)
 	switch {
 	case err == nil && info.Size > maxDocument:
-		return 0, fmt.Errorf("it has %d bytes, more than %d: remove the image", info.Size, maxDocument)
+		return 0, fmt.Errorf("%w: it has %d bytes, more than %d: remove the image", errTooLarge, info.Size, maxDocument)
 	case err != nil && !(errdefs.IsNotFound(err) && desc.Data != nil):
 		return 0, err
 	}

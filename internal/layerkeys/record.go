@@ -29,6 +29,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/ctrlplane/pilot/internal/openedby"
 )
 
 // KEK is a version of a KEK. Version is 0 where the broker has no versions.
@@ -54,10 +56,34 @@ type Blob struct {
 	KEKs   []KEK         `json:"keks,omitempty"`
 	// Other reports that a key opens it that is not a KEK of the broker's.
 	Other bool `json:"other,omitempty"`
-	// Public are those KEKs that anybody can encrypt for, as they have a public key.
-	Public []string `json:"public,omitempty"`
+	// Public are those of the KEKs that have opened what anybody could have wrapped, as it
+	// is wrapped with a public key.
+	Public []KEK `json:"public,omitempty"`
+	// Size is that of the uncompressed layer in bytes, where it was decrypted.
+	Size int64 `json:"size,omitempty"`
 	// Fingerprint is that of the layer key, 32 bytes, or nil if it was never unwrapped.
 	Fingerprint []byte `json:"fingerprint,omitempty"`
+}
+
+// Opened returns a blob whose key was unwrapped, with that key's fingerprint.
+func Opened(blob digest.Digest, basis Basis, by openedby.Opener, fingerprint []byte) Blob {
+	b := Blob{Digest: blob, Basis: basis, Fingerprint: fingerprint}
+	b.Open(by)
+	return b
+}
+
+// Open adds what opens the blob.
+func (b *Blob) Open(by openedby.Opener) {
+	kek := KEK{by.KEK, by.Version}
+	switch {
+	case by.KEK == "":
+		b.Other = true
+	case !slices.Contains(b.KEKs, kek):
+		b.KEKs = append(b.KEKs, kek)
+	}
+	if by.Public && !slices.Contains(b.Public, kek) {
+		b.Public = append(b.Public, kek)
+	}
 }
 
 // Layer is what is known of a diff ID. Callers must not change it.
@@ -155,6 +181,7 @@ func (l Layer) with(b Blob) []Blob {
 			if o.Basis == Decrypted {
 				b.Basis = Decrypted
 			}
+			b.Size = max(b.Size, o.Size)
 			b.KEKs, b.Public, b.Other = union(o.KEKs, b.KEKs), union(o.Public, b.Public), o.Other || b.Other
 			at = len(blobs)
 			blobs = append(blobs, b)
@@ -181,7 +208,7 @@ func (l Layer) with(b Blob) []Blob {
 }
 
 func (b Blob) equal(o Blob) bool {
-	return b.Digest == o.Digest && b.Basis == o.Basis && b.Other == o.Other && slices.Equal(b.KEKs, o.KEKs) &&
+	return b.Digest == o.Digest && b.Basis == o.Basis && b.Other == o.Other && b.Size == o.Size && slices.Equal(b.KEKs, o.KEKs) &&
 		slices.Equal(b.Public, o.Public) && bytes.Equal(b.Fingerprint, o.Fingerprint)
 }
 
@@ -235,29 +262,14 @@ func (r *Record) IsPlain(blob, diffID digest.Digest) bool {
 	return ok && p.DiffID == diffID
 }
 
-// Begin adds the claims of the images that were there before the record, unless it has
-// them. claims are by diff ID.
-func (r *Record) Begin(claims func(add func(diffID digest.Digest, b Blob)) error) error {
-	r.mu.RLock()
-	begun := r.begun
-	r.mu.RUnlock()
-	if begun {
-		return nil
-	}
-	type claim struct {
-		diffID digest.Digest
-		blob   Blob
-	}
-	var all []claim
-	if err := claims(func(diffID digest.Digest, b Blob) { all = append(all, claim{diffID, b}) }); err != nil {
-		return err
-	}
+// Begin adds the claims of images that were unpacked without the record.
+func (r *Record) Begin(claims func(add func(diffID digest.Digest, b Blob))) error {
 	r.mu.Lock()
-	for _, c := range all {
-		r.add(c.diffID, c.blob)
+	claims(func(diffID digest.Digest, b Blob) { r.add(diffID, b) })
+	if !r.begun {
+		r.begun = true
+		r.changes++
 	}
-	r.begun = true
-	r.changes++
 	change := r.changes
 	r.mu.Unlock()
 	return r.save(change)

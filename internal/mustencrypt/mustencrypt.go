@@ -104,6 +104,41 @@ func (r Rules) For(repository string) (rules []Rule) {
 	return rules
 }
 
+// sourceLabel begins the labels by which containerd says which repositories it has fetched a
+// blob from: the registry follows, and the value has the repositories with commas between
+// them.
+const sourceLabel = "containerd.io/distribution.source."
+
+// Sources returns the repositories that a blob's labels name, such as
+// docker.io/library/nginx.
+func Sources(labels map[string]string) (repositories []string) {
+	for key, value := range labels {
+		registry, ok := strings.CutPrefix(key, sourceLabel)
+		if !ok {
+			continue
+		}
+		for path := range strings.SplitSeq(value, ",") {
+			if path != "" {
+				repositories = append(repositories, registry+"/"+path)
+			}
+		}
+	}
+	return repositories
+}
+
+// ForAll returns a rule that is for one of the repositories, if there is one for each of
+// them. Else the blob may be another image's.
+func (r Rules) ForAll(repositories []string) (rule Rule, repository string, ok bool) {
+	for _, repository = range repositories {
+		rules := r.For(repository)
+		if len(rules) == 0 {
+			return Rule{}, "", false
+		}
+		rule, ok = rules[0], true
+	}
+	return rule, repository, ok
+}
+
 // Allows reports whether a rule is content with a layer that a KEK opens.
 func (r Rule) Allows(kek string) bool {
 	for _, pattern := range r.KEKs {

@@ -5,6 +5,17 @@ package openedby
 
 import "context"
 
+// Opener is what has unwrapped a layer key.
+type Opener struct {
+	// Scheme is ocicrypt's name of how the key was wrapped, such as jwe or provider.pilot.
+	Scheme string
+	// KEK is the KEK of the broker's that has unwrapped it, or "": another key has.
+	KEK     string
+	Version int // of the KEK, or 0 where the broker has no versions
+	// Public reports that anybody can wrap for the KEK.
+	Public bool
+}
+
 // KEK is a KEK of the broker's that has unwrapped a layer key.
 type KEK struct {
 	ID      string
@@ -21,8 +32,8 @@ func With(ctx context.Context) (context.Context, *KEK) {
 	return context.WithValue(ctx, key{}, kek), kek
 }
 
-// Report says which KEK has unwrapped the layer key of the context. Only the key provider
-// that calls it may have the KEK: not one that asks another program.
+// Report says which KEK has unwrapped the layer key of the context. Only a key provider that
+// has used the KEK itself, or asked the broker to, may call it.
 func Report(ctx context.Context, kek KEK) {
 	if to, ok := ctx.Value(key{}).(*KEK); ok {
 		*to = kek

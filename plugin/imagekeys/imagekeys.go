@@ -8,13 +8,21 @@
 package imagekeys
 
 import (
+	"cmp"
 	"context"
-	"time"
+	"fmt"
+	"slices"
+	"sync/atomic"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/internal/layerkeys"
+	"github.com/ctrlplane/pilot/internal/localstore"
 	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -59,14 +67,22 @@ type Config struct {
 
 // Resolver finds which KEKs containers need. It is safe for concurrent use.
 type Resolver struct {
-	conf Config
-	keys *processor.KeyDir
-	now  func() time.Time
+	conf   Config
+	store  content.Store
+	keys   *processor.KeyDir
+	docs   documents
+	proofs proofs
+	begins singleflight.Group
+	begun  atomic.Bool
 }
 
 // New returns a Resolver.
 func New(conf Config) *Resolver {
-	return &Resolver{conf: conf, keys: processor.NewKeyDir(conf.DecryptionKeysPath, nil), now: time.Now}
+	if conf.Rules == nil {
+		conf.Rules = func() mustencrypt.Rules { return nil }
+	}
+	store := localstore.New(conf.Client)
+	return &Resolver{conf: conf, store: store, keys: processor.NewKeyDir(conf.DecryptionKeysPath, nil), docs: documents{store: conf.Client.ContentStore()}, proofs: newProofs()}
 }
 
 // Needs returns what a container of an image in containerd's namespace ns has to be allowed
@@ -74,13 +90,111 @@ func New(conf Config) *Resolver {
 // errdefs: ErrNotFound if there is no such image. A caller that gets an error must not start
 // the container.
 func (r *Resolver) Needs(ctx context.Context, ns string, image Image) ([]Layer, error) {
-	return nil, nil
+	ctx = namespaces.WithNamespace(ctx, ns)
+	if err := r.Begin(ctx); err != nil {
+		return nil, err
+	}
+	_, docs, err := r.read(ctx, image)
+	if err != nil {
+		return nil, err
+	}
+	var all []Layer
+	for _, doc := range docs {
+		for _, p := range doc.parts {
+			all = append(all, r.needs(ctx, p)...)
+		}
+	}
+	return all, nil
 }
 
-// CheckEncrypted returns an error if the setting must-be-encrypted is for an image in
-// containerd's namespace ns, and not all its layers are encrypted as a rule says. The error
-// is errdefs.ErrFailedPrecondition, and says which rule and what to do. names are further
-// names under which the image was asked for, such as the one in a pod's specification.
-func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, names ...string) error {
-	return nil
+// read returns the manifests of an image that containerd may run.
+func (r *Resolver) read(ctx context.Context, image Image) (digest.Digest, []*document, error) {
+	target := ocispec.Descriptor{Digest: image.Digest}
+	if target.Digest == "" {
+		found, err := r.conf.Client.ImageService().Get(ctx, image.Name)
+		if err != nil {
+			return "", nil, fmt.Errorf("image %.200q: %w", image.Name, err)
+		}
+		target = found.Target
+	}
+	docs, err := r.docs.manifests(ctx, target)
+	if err != nil {
+		return "", nil, fmt.Errorf("image %.200q: %w", cmp.Or(image.Name, target.Digest.String()), err)
+	}
+	return target.Digest, docs, nil
+}
+
+// needs returns what the containers of an image need for one of its diff IDs.
+func (r *Resolver) needs(ctx context.Context, p part) []Layer {
+	known, ok := r.conf.Record.Layer(p.diffID)
+	if !ok {
+		// No encrypted layer of that content was ever unpacked here, so what is there is
+		// plain, and the image has only its own word to keep.
+		var all []Layer
+		for _, l := range p.layers {
+			if l.encrypted() {
+				all = append(all, claimed(p.diffID, l.claimed))
+			}
+		}
+		return unique(all)
+	}
+	isPlain, why := r.prove(ctx, p, known)
+	if isPlain {
+		return nil
+	}
+	if known, ok = r.conf.Record.Layer(p.diffID); !ok {
+		return nil // what was claimed was found to be false
+	}
+	if l, ok := decrypted(p.diffID, known); ok {
+		l.Why = why
+		return []Layer{l}
+	}
+	var all []Layer
+	for _, b := range known.Blobs {
+		all = append(all, Layer{DiffID: p.diffID, KEKs: b.KEKs, Other: b.Other, Why: why})
+	}
+	return unique(all)
+}
+
+// decrypted returns what is needed for a layer that was decrypted here.
+func decrypted(diffID digest.Digest, known layerkeys.Layer) (l Layer, ok bool) {
+	l.DiffID = diffID
+	for _, b := range known.Blobs {
+		if b.Basis != layerkeys.Decrypted {
+			continue
+		}
+		if ok = true; len(l.KEKs) == 0 {
+			l.KEKs, l.Other = slices.Clip(b.KEKs), l.Other || b.Other
+			continue
+		}
+		for _, k := range b.KEKs {
+			if !slices.Contains(l.KEKs, k) {
+				l.KEKs = append(l.KEKs, k)
+			}
+		}
+		l.Other = l.Other || b.Other
+	}
+	return l, ok
+}
+
+func claimed(diffID digest.Digest, openers []processor.Opener) Layer {
+	l := Layer{DiffID: diffID}
+	for _, o := range openers {
+		if o.KEK == "" {
+			l.Other = true
+		} else if k := (KEK{ID: o.KEK, Version: o.Version}); !slices.Contains(l.KEKs, k) {
+			l.KEKs = append(l.KEKs, k)
+		}
+	}
+	return l
+}
+
+// unique returns the layers that differ.
+func unique(all []Layer) []Layer {
+	for i := 0; i < len(all); i++ {
+		all = slices.Concat(all[:i+1], slices.DeleteFunc(slices.Clone(all[i+1:]), func(o Layer) bool {
+			return o.Other == all[i].Other && slices.Equal(o.KEKs, all[i].KEKs)
+		}))
+	}
+	return all
 }
