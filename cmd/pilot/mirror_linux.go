@@ -56,14 +56,14 @@ func serveMirrorOnly(ctx context.Context, c *cli.Command) error {
 			return err
 		}
 		d.conf.LazyListen = off
-		return d.conf.serveMirror(ctx, d.group, d.provider, d.registry, "", nil)
+		return d.conf.serveMirror(ctx, d.group, d.provider, layers{}, d.registry, "", nil)
 	})
 }
 
 // serveMirror adds to g the mirror on mirror-listen and lazy-listen, until ctx is done. The
 // snapshotter of the containerd that listens on a socket may request parts of layers, if one
 // is given. lazy are sockets from systemd for that.
-func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, metrics prometheus.Registerer, containerd socketPath, lazy []net.Listener) error {
+func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, known layers, metrics prometheus.Registerer, containerd socketPath, lazy []net.Listener) error {
 	conf := mirror.Config{
 		Keys:               c.keys(provider),
 		DecryptionKeysPath: c.DecryptionKeys,
@@ -73,6 +73,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		HostsDir:           c.MirrorHostsDir,
 		Credentials:        dockerconfig.Credentials,
 		Metrics:            metrics,
+		Record:             known.record,
 	}
 	if containerd != "" {
 		client, err := plugin.Dial(string(containerd))

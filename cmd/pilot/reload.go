@@ -9,6 +9,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/keyprovider"
 )
 
@@ -58,6 +59,9 @@ func (r *reloadable) configuration() configuration {
 	defer r.mu.RUnlock()
 	return r.conf
 }
+
+// rules returns those of the setting must-be-encrypted.
+func (r *reloadable) rules() mustencrypt.Rules { return r.configuration().MustBeEncrypted }
 
 // certificates returns the certificate files in use, by setting.
 func (r *reloadable) certificates() map[string]string {

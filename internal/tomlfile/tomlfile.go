@@ -4,6 +4,7 @@ package tomlfile
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -38,7 +39,7 @@ func Decode(name string, b []byte, v any) error {
 // DecodeText decodes b, the content of the file name, for a program whose settings are
 // read from text also where they are flags and variables. v is a pointer to a struct
 // that has a field with the tag toml for each setting. set gets the settings in the
-// order of the file, as text: an array of strings with commas between them. Errors,
+// order of the file, as text: an array of strings with commas between them, and tables as JSON. Errors,
 // those of set too, name the file, the line and the setting.
 func DecodeText(name string, b []byte, v any, set func(key, text string) error) error {
 	return decodeText(name, b, v, false, set)
@@ -81,6 +82,10 @@ func textOf(v any) (string, error) {
 	case string, bool, int64:
 		return fmt.Sprint(v), nil
 	case []any:
+		if len(v) > 0 && !slices.ContainsFunc(v, func(e any) bool { _, isTable := e.(map[string]any); return !isTable }) {
+			b, err := json.Marshal(v)
+			return string(b), err
+		}
 		words := make([]string, len(v))
 		for i, word := range v {
 			var ok bool

@@ -132,10 +132,7 @@ func (r *Resolver) Run(ctx context.Context) {
 			err = r.Sweep(ctx, time.Now().Add(-forgetAfter))
 		}
 		err = errors.Join(err, r.conf.Record.Save())
-		if ctx.Err() != nil {
-			return
-		}
-		if err != nil && err.Error() != failed {
+		if err != nil && ctx.Err() == nil && err.Error() != failed {
 			logrus.WithError(err).Warn("record of layers not kept")
 		}
 		failed = ""
@@ -145,6 +142,9 @@ func (r *Resolver) Run(ctx context.Context) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
+			if err := r.conf.Record.Save(); err != nil {
+				logrus.WithError(err).Warn("record of layers not saved")
+			}
 			return
 		}
 	}
