@@ -128,7 +128,7 @@ show copilot enroll --config-dir "$etc" --out "$etc" --role guest stranger
 for name in ci node-1 stranger; do
 	background "$name-pilot" pilot serve --config /dev/null --kek-cache-ttl 1s \
 		--broker "$broker" --broker-ca "$etc/ca.pem" --broker-cert "$etc/$name.pem" --broker-key "$etc/$name-key.pem" \
-		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --lazy-listen "unix://$dir/$name/lazy.sock" --containerd "$dir/$name/containerd.sock"
+		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --lazy-listen "unix://$dir/$name/lazy.sock" --containerd "$dir/$name/containerd.sock" --layer-record "$dir/$name/layers"
 	await "$name's pilot" test -S "$dir/$name/keyprovider.sock"
 	containerd_for $name
 done

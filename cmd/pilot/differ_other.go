@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
@@ -16,6 +17,8 @@ type layers struct{}
 func (c *configuration) openLayers(context.Context, *errgroup.Group, *reloadable) (layers, error) {
 	return layers{}, nil
 }
+
+func (layers) handle(*http.ServeMux) {}
 
 func (c *configuration) diffServer(*reloadable, layers, prometheus.Registerer) (*grpc.Server, error) {
 	return nil, errNoDiffer

@@ -52,7 +52,7 @@ func serveMirrorOnly(ctx context.Context, c *cli.Command) error {
 		if d.conf.AdminListen == "" {
 			d.conf.AdminListen = off // the default is that of pilot serve
 		}
-		if err := d.conf.serveStatus(ctx, d.group, d.registry, func(context.Context) error { return nil }); err != nil {
+		if err := d.conf.serveStatus(ctx, d.group, d.registry, layers{}, func(context.Context) error { return nil }); err != nil {
 			return err
 		}
 		d.conf.LazyListen = off

@@ -107,14 +107,14 @@ func serveAll(ctx context.Context, d *daemon) error {
 		return err
 	}
 	ready := func(ctx context.Context) error { return checkHealth(ctx, conns) }
-	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
-		return err
-	}
 	var known layers
 	if diffListener != nil || conf.LazyListen != off {
 		if known, err = conf.openLayers(ctx, g, provider); err != nil {
 			return err
 		}
+	}
+	if err := conf.serveStatus(ctx, g, registry, known, ready); err != nil {
+		return err
 	}
 	if diffListener != nil {
 		// After listening: while another pilot has the socket, the mounts are in use.

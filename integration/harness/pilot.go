@@ -118,7 +118,7 @@ func StartPilot(t testing.TB, dir, broker string, args ...string) (*Process, str
 	t.Helper()
 	socket := filepath.Join(dir, "keyprovider.sock")
 	p := Start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + socket, "--broker", broker,
-		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock"}, args...)...))
+		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock", "--layer-record", dir + "/layers"}, args...)...))
 	Await(t, "pilot", Reachable(socket))
 	return p, Write(t, filepath.Join(dir, "ocicrypt.conf"), `{"key-providers": {"pilot": {"grpc": "unix://`+socket+`"}}}`)
 }
@@ -127,8 +127,8 @@ func StartPilot(t testing.TB, dir, broker string, args ...string) (*Process, str
 // They stay open when it ends, until the test does.
 func StartActivatedPilot(t testing.TB, dir, broker string) *Process {
 	t.Helper()
-	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --admin-listen off --broker "$1" --containerd "$2" --diff-listen "unix://$3"`,
-		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock")
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --admin-listen off --broker "$1" --containerd "$2" --diff-listen "unix://$3" --layer-record "$4"`,
+		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock", dir+"/layers")
 	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "LISTEN_FDNAMES=keyprovider:diff")
 	for _, name := range []string{"keyprovider.sock", "diff.sock"} {
 		l, ok := sockets.Load(dir + "/" + name)

@@ -53,6 +53,8 @@ type installed struct {
 const (
 	recordDir  = "/var/lib/pilot"
 	RecordFile = recordDir + "/node.json"
+	// layerRecord is what pilot serve knows of unpacked layers.
+	layerRecord = recordDir + "/layers"
 )
 
 func (o Options) readRecord() (record, error) {

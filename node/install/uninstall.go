@@ -62,6 +62,9 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err := o.writeRecord(s); err != nil {
 		errs = append(errs, err)
 	}
+	for _, name := range []string{layerRecord, layerRecord + ".lock"} {
+		errs = append(errs, host.IgnoreNotExist(o.Remove(name)))
+	}
 	// recordDir is not in the record if an installation was killed before writing it.
 	o.removeDirs(append(s.Dirs, recordDir))
 	return unsure, errors.Join(errs...)
