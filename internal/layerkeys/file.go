@@ -146,7 +146,7 @@ func (r *Record) isThere() bool {
 	r.saving.Lock()
 	defer r.saving.Unlock()
 	info, err := os.Stat(r.path)
-	return err == nil && r.inode != nil && os.SameFile(info, r.inode)
+	return err == nil && r.inode != nil && os.SameFile(info, r.inode) && info.Size() == r.inode.Size() && info.ModTime().Equal(r.inode.ModTime())
 }
 
 // save returns once a change is in the file. Callers that wait for one another's writing

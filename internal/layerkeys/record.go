@@ -170,7 +170,7 @@ func (l Layer) with(b Blob) []Blob {
 	// Those that say the same of the same blob become one. What is claimed stays apart, as
 	// another manifest may name a key that does not open it.
 	same := func(o Blob) bool {
-		return o.Digest == b.Digest && (o.Basis == b.Basis && b.Basis == Decrypted ||
+		return o.equal(b) || o.Digest == b.Digest && (o.Basis == b.Basis && b.Basis == Decrypted ||
 			len(b.Fingerprint) > 0 && bytes.Equal(o.Fingerprint, b.Fingerprint))
 	}
 	blobs := make([]Blob, 0, len(l.Blobs)+1)
@@ -186,7 +186,7 @@ func (l Layer) with(b Blob) []Blob {
 			at = len(blobs)
 			blobs = append(blobs, b)
 		case same(o):
-		case o.Digest == b.Digest && (b.Basis == Decrypted || o.equal(b)):
+		case o.Digest == b.Digest && b.Basis == Decrypted:
 			// It was by others' word.
 		case o.Digest == b.Digest && o.Basis == Decrypted:
 			return l.Blobs
@@ -202,9 +202,23 @@ func (l Layer) with(b Blob) []Blob {
 		blobs[at].KEKs = blobs[at].KEKs[n-maxKEKs:]
 	}
 	if len(blobs) > maxBlobs {
-		blobs = slices.Delete(blobs, 0, 0+1)
+		blobs = slices.Delete(blobs, superfluous(blobs), superfluous(blobs)+1)
 	}
 	return blobs
+}
+
+// superfluous returns which of the blobs says least: the first of those whose keys open
+// others too, so that nobody can push another's out.
+func superfluous(blobs []Blob) int {
+	uses := map[KEK]int{}
+	for _, b := range blobs {
+		for _, k := range b.KEKs {
+			uses[k]++
+		}
+	}
+	return max(0, slices.IndexFunc(blobs, func(b Blob) bool {
+		return !slices.ContainsFunc(b.KEKs, func(k KEK) bool { return uses[k] == 1 })
+	}))
 }
 
 func (b Blob) equal(o Blob) bool {

@@ -127,7 +127,9 @@ func (r *Resolver) Run(ctx context.Context) {
 	failed := ""
 	for {
 		err := r.Begin(ctx)
-		if err == nil && time.Since(swept) > sweepInterval {
+		if errdefs.IsUnavailable(err) {
+			err = nil // containerd starts after pilot
+		} else if err == nil && time.Since(swept) > sweepInterval {
 			swept = time.Now()
 			err = r.Sweep(ctx, time.Now().Add(-forgetAfter))
 		}
