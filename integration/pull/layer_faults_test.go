@@ -5,9 +5,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 )
@@ -68,12 +70,39 @@ func TestDamagedLayerRecord(t *testing.T) {
 		t.Errorf("the damaged record: %q, %v", found, err)
 	}
 
+	// What containerd has no more is forgotten, a day after it was seen last.
+	gone, kept := n.needs(a).Layers, n.needs(b).Layers
+	harness.Output(t, n.Crictl("rmi", a))
+	n.CollectGarbage(t)
+	n.restart(func(string) { age(t, record) })
+	harness.Await(t, "the layers of an image that was removed to be forgotten", func() error {
+		text := harness.Read(t, record)
+		for i := range gone {
+			if !strings.Contains(text, kept[i].DiffID) {
+				t.Fatalf("layer %s of an image that is there was forgotten: %s", kept[i].DiffID, text)
+			}
+			if strings.Contains(text, gone[i].DiffID) {
+				return fmt.Errorf("layer %s is still in it", gone[i].DiffID)
+			}
+		}
+		return nil
+	})
+	n.expect(b, "team-a/1", "")
+
 	// Of another version, and another pilot's.
 	args := append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + dir + "/second.sock", "--diff-listen", "unix://" + dir + "/second-diff.sock"}, "--broker", c.BrokerURL, "--layer-record")
 	harness.ExpectFailure(t, harness.Command(t, "pilot", append(args, record)...), "layer-record", "another pilot uses it", "a layer-record of its own")
 	newer := harness.Write(t, filepath.Join(dir, "newer"), fmt.Sprintf("{\"version\":2,\"keys\":[]}\n%064d\n", 0))
 	harness.ExpectFailure(t, harness.Command(t, "pilot", append(args, newer)...), "layer-record", newer, "written by a newer version of pilot", "install that version, or move the file away")
 	harness.ExpectFailure(t, harness.Command(t, "pilot", append(args, "layers")...), `layer-record = "layers" is not the absolute path of a file`)
+}
+
+// age makes a record one of a year ago.
+func age(t *testing.T, record string) {
+	t.Helper()
+	text, _, _ := strings.Cut(harness.Read(t, record), "\n")
+	text = regexp.MustCompile(`"seen":"[^"]*"`).ReplaceAllString(text, `"seen":"`+time.Now().AddDate(-1, 0, 0).Format(time.RFC3339)+`"`)
+	harness.Write(t, record, text+"\n"+harness.SHA256(text)+"\n")
 }
 
 func stat(t *testing.T, name string) os.FileInfo {
@@ -110,7 +139,7 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 				}
 			}
 			rule := []string{"layer sha256:", "must-be-encrypted", "images of " + c.Registry + "/team/** must be encrypted for team-a", "push the encrypted image again, or find out who has replaced it"}
-			harness.ExpectFailure(t, n.Crictl("pull", wrong+"-plain"), append(rule, "fetched from "+c.Registry+"/team/wrong", "it is plain")...)
+			harness.ExpectFailure(t, n.Crictl("pull", wrong+"-plain"), append(rule, "fetched from 127.0.0.1/team/wrong", "it is plain")...)
 			harness.ExpectFailure(t, n.Crictl("pull", wrong), append(rule, `it is opened by KEK "team-b"`)...)
 
 			// Its layers are there from the encrypted image, so the differ sees none of them.

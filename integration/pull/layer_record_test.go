@@ -43,6 +43,7 @@ func newRecordedNode(t *testing.T, v harness.ContainerdVersion, broker string, a
 	n.pilot, _ = harness.StartPilot(t, home, broker, n.args...)
 	n.Node = harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
 	n.client = harness.NewPilotClient(t, home)
+	harness.Await(t, "pilot's admin socket", harness.Reachable(home+"/admin.sock"))
 	return n
 }
 
@@ -52,6 +53,7 @@ func (n *recordedNode) restart(between func(record string)) {
 	n.pilot.Stop(n.t)
 	between(n.Dir + "/layers")
 	n.pilot, _ = harness.StartPilot(n.t, n.Dir, n.broker, n.args...)
+	harness.Await(n.t, "pilot's admin socket", harness.Reachable(n.Dir+"/admin.sock"))
 }
 
 func (n *recordedNode) pull(images ...string) {

@@ -107,6 +107,23 @@ func (r *Record) load() error {
 	return err
 }
 
+// Inspect returns how many encrypted layers are in the record at path, which may be in use.
+// If there is no file, that is none.
+func Inspect(path string) (layers int, err error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	var f file
+	if err == nil {
+		f, err = parse(b)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("record of layers %s: %w", path, err)
+	}
+	return len(f.Layers), nil
+}
+
 func parse(b []byte) (f file, err error) {
 	var version struct{ Version int }
 	text, sum, ok := bytes.Cut(b, []byte("\n"))

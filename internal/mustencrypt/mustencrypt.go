@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/ctrlplane/pilot/internal/glob"
@@ -36,7 +37,7 @@ func (r *Rules) UnmarshalText(b []byte) error {
 	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
-	var rules Rules
+	var rules []Rule // of which a Rules is made of text, and not of JSON
 	if err := d.Decode(&rules); err != nil {
 		return fmt.Errorf("it takes tables of the settings images and keks, each an array of strings: %w", err)
 	}
@@ -92,16 +93,36 @@ func (r *Rules) String() string {
 }
 
 // For returns the rules that are for a repository, such as docker.io/library/nginx.
-func (r Rules) For(repository string) (rules []Rule) {
+func (r Rules) For(repository string) []Rule {
+	return r.matching(func(pattern string) bool { return glob.MatchPath(pattern, repository) })
+}
+
+// ForSource returns the rules that are for a repository of [Sources]. containerd leaves out
+// the registry's port there, so it may be that of another port.
+func (r Rules) ForSource(repository string) []Rule {
+	return r.matching(func(pattern string) bool { return glob.MatchPath(withoutPort(pattern), repository) })
+}
+
+func (r Rules) matching(matches func(pattern string) bool) (rules []Rule) {
 	for _, rule := range r {
-		for _, pattern := range rule.Images {
-			if glob.MatchPath(pattern, repository) {
-				rules = append(rules, rule)
-				break
-			}
+		if slices.ContainsFunc(rule.Images, matches) {
+			rules = append(rules, rule)
 		}
 	}
 	return rules
+}
+
+// withoutPort removes the port of the registry that a pattern begins with, and the brackets
+// of an IPv6 address, as [net/url.URL.Hostname] does.
+func withoutPort(pattern string) string {
+	registry, path, ok := strings.Cut(pattern, "/")
+	if !ok {
+		return pattern
+	}
+	if i := strings.LastIndex(registry, ":"); i >= 0 && !strings.HasSuffix(registry, "]") {
+		registry = registry[:i]
+	}
+	return strings.Trim(registry, "[]") + "/" + path
 }
 
 // sourceLabel begins the labels by which containerd says which repositories it has fetched a
@@ -110,7 +131,7 @@ func (r Rules) For(repository string) (rules []Rule) {
 const sourceLabel = "containerd.io/distribution.source."
 
 // Sources returns the repositories that a blob's labels name, such as
-// docker.io/library/nginx.
+// docker.io/library/nginx, without the port of the registry.
 func Sources(labels map[string]string) (repositories []string) {
 	for key, value := range labels {
 		registry, ok := strings.CutPrefix(key, sourceLabel)
@@ -130,7 +151,7 @@ func Sources(labels map[string]string) (repositories []string) {
 // them. Else the blob may be another image's.
 func (r Rules) ForAll(repositories []string) (rule Rule, repository string, ok bool) {
 	for _, repository = range repositories {
-		rules := r.For(repository)
+		rules := r.ForSource(repository)
 		if len(rules) == 0 {
 			return Rule{}, "", false
 		}

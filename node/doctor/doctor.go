@@ -16,6 +16,7 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/crio"
@@ -50,6 +51,10 @@ type Doctor struct {
 
 	// DiffSocket is the path of the differ's socket, or "" if pilot serves none.
 	DiffSocket string
+	// LayerRecord is the file in which the differ records the keys of layers.
+	LayerRecord string
+	// MustBeEncrypted are the rules of the setting.
+	MustBeEncrypted mustencrypt.Rules
 	// Lazy is the path of the socket at which pilot serves parts of layers to its
 	// snapshotter, or "" if it serves none.
 	Lazy string

@@ -29,13 +29,17 @@ func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, n
 	}
 	ctx = namespaces.WithNamespace(ctx, ns)
 	var repositories []string
+	var found []mustencrypt.Rule
 	for _, name := range append(slices.Clip(names), image.Name) {
 		// containerd's own name of an image is that of its configuration, a digest alone.
 		if named, err := reference.ParseNormalizedNamed(name); err == nil && digest.Digest(name).Validate() != nil {
 			repositories = append(repositories, named.Name())
 		}
 	}
-	if len(repositories) > 0 && len(rulesFor(rules, repositories)) == 0 {
+	for _, repository := range repositories {
+		found = append(found, rules.For(repository)...)
+	}
+	if len(repositories) > 0 && len(found) == 0 {
 		return nil
 	}
 	if err := r.Begin(ctx); err != nil {
@@ -50,9 +54,11 @@ func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, n
 		if err != nil {
 			return err
 		}
-		repositories = mustencrypt.Sources(info.Labels)
+		for _, repository := range mustencrypt.Sources(info.Labels) {
+			found = append(found, rules.ForSource(repository)...)
+		}
 	}
-	for _, rule := range rulesFor(rules, repositories) {
+	for _, rule := range found {
 		for _, doc := range docs {
 			for _, p := range doc.parts {
 				if err := r.checkPart(rule, p); err != nil {
@@ -62,13 +68,6 @@ func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, n
 		}
 	}
 	return nil
-}
-
-func rulesFor(rules mustencrypt.Rules, repositories []string) (all []mustencrypt.Rule) {
-	for _, repository := range repositories {
-		all = append(all, rules.For(repository)...)
-	}
-	return all
 }
 
 // checkPart returns an error unless an image has a layer encrypted, as a rule says. That a
