@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -98,6 +99,35 @@ func (k *PilotClient) Metric(t testing.TB, name string) float64 {
 		t.Fatalf("%s: %v", name, err)
 	}
 	return f
+}
+
+// ImageKeys is what pilot says a container of an image needs.
+type ImageKeys struct {
+	Layers []struct {
+		DiffID string
+		KEKs   []struct {
+			ID      string
+			Version int
+		}
+		Other bool
+		Why   string
+	}
+	Refused string
+}
+
+// ImageKeys returns what a container of an image in a namespace of containerd's needs.
+func (k *PilotClient) ImageKeys(t testing.TB, namespace, image string) (answer ImageKeys) {
+	t.Helper()
+	r, err := k.Admin.Get("http://pilot/image-keys?" + url.Values{"namespace": {namespace}, "image": {image}}.Encode())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	if err != nil || r.StatusCode != http.StatusOK || json.Unmarshal(b, &answer) != nil {
+		t.Fatalf("%s: %s %s %v", image, r.Status, b, err)
+	}
+	return answer
 }
 
 // CheckLeaks checks that the process has as many goroutines and open files as before,

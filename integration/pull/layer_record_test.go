@@ -2,11 +2,7 @@ package pull
 
 import (
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
-	"io"
-	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -63,31 +59,9 @@ func (n *recordedNode) pull(images ...string) {
 	}
 }
 
-type needs struct {
-	Layers []struct {
-		DiffID string
-		KEKs   []struct {
-			ID      string
-			Version int
-		}
-		Other bool
-		Why   string
-	}
-	Refused string
-}
-
-func (n *recordedNode) needs(image string) (answer needs) {
+func (n *recordedNode) needs(image string) harness.ImageKeys {
 	n.t.Helper()
-	r, err := n.client.Admin.Get("http://pilot/image-keys?image=" + url.QueryEscape(image))
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	defer r.Body.Close()
-	b, err := io.ReadAll(r.Body)
-	if err != nil || r.StatusCode != http.StatusOK || json.Unmarshal(b, &answer) != nil {
-		n.t.Fatalf("%s: %s %s %v", image, r.Status, b, err)
-	}
-	return answer
+	return n.client.ImageKeys(n.t, "k8s.io", image)
 }
 
 // expect checks what each of the two layers of an image needs: the KEKs one of which is

@@ -75,14 +75,17 @@ func Opened(blob digest.Digest, basis Basis, by openedby.Opener, fingerprint []b
 // Open adds what opens the blob.
 func (b *Blob) Open(by openedby.Opener) {
 	kek := KEK{by.KEK, by.Version}
+	is := func(k KEK) bool { return k == kek }
 	switch {
 	case by.KEK == "":
 		b.Other = true
 	case !slices.Contains(b.KEKs, kek):
-		b.KEKs = append(b.KEKs, kek)
-	}
-	if by.Public && !slices.Contains(b.Public, kek) {
-		b.Public = append(b.Public, kek)
+		b.KEKs = append(slices.Clip(b.KEKs), kek)
+		if by.Public {
+			b.Public = append(slices.Clip(b.Public), kek)
+		}
+	case !by.Public:
+		b.Public = slices.DeleteFunc(slices.Clone(b.Public), is) // it was wrapped in both ways
 	}
 }
 
@@ -182,7 +185,11 @@ func (l Layer) with(b Blob) []Blob {
 				b.Basis = Decrypted
 			}
 			b.Size = max(b.Size, o.Size)
-			b.KEKs, b.Public, b.Other = union(o.KEKs, b.KEKs), union(o.Public, b.Public), o.Other || b.Other
+			more := b
+			b.KEKs, b.Public, b.Other = o.KEKs, o.Public, o.Other || b.Other
+			for _, k := range more.KEKs {
+				b.Open(openedby.Opener{KEK: k.ID, Version: k.Version, Public: slices.Contains(more.Public, k)})
+			}
 			at = len(blobs)
 			blobs = append(blobs, b)
 		case same(o):
@@ -224,17 +231,6 @@ func superfluous(blobs []Blob) int {
 func (b Blob) equal(o Blob) bool {
 	return b.Digest == o.Digest && b.Basis == o.Basis && b.Other == o.Other && b.Size == o.Size && slices.Equal(b.KEKs, o.KEKs) &&
 		slices.Equal(b.Public, o.Public) && bytes.Equal(b.Fingerprint, o.Fingerprint)
-}
-
-// union returns a new slice with those of both, each once.
-func union[T comparable](a, b []T) []T {
-	all := slices.Clone(a)
-	for _, v := range b {
-		if !slices.Contains(all, v) {
-			all = append(all, v)
-		}
-	}
-	return all
 }
 
 // Withdraw removes what was sealed or claimed of a blob, once it is known to be false.

@@ -80,6 +80,23 @@ func TestWhatIsKnownBetterCounts(t *testing.T) {
 	}
 }
 
+func TestKEKIsPublicIfNothingElseWasWrappedWithIt(t *testing.T) {
+	public := openedby.Opener{KEK: "team-a", Version: 1, Public: true}
+	for name, test := range map[string]struct {
+		openers []openedby.Opener
+		want    int
+	}{"public": {[]openedby.Opener{public, public}, 1}, "both": {[]openedby.Opener{public, teamA}, 0}, "the other way around": {[]openedby.Opener{teamA, public}, 0}} {
+		r := open(t, filepath.Join(t.TempDir(), "layers"))
+		for _, o := range test.openers {
+			r.mustAdd(t, diffID, Opened(blob, Decrypted, o, []byte("f")))
+		}
+		l, _ := r.Layer(diffID)
+		if b, _ := l.Decrypted(blob); len(b.Public) != test.want || len(b.KEKs) != 1 {
+			t.Errorf("%s: %+v", name, b)
+		}
+	}
+}
+
 func TestRecordIsTheSameAfterARestart(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state", "layers")
 	r := open(t, path)

@@ -69,6 +69,8 @@ func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (is
 		switch {
 		case l.encrypted() && r.learn(ctx, p.diffID, known, l):
 			continue
+		case l.encrypted() && sameKEKs(known, l):
+			continue
 		case !l.encrypted() && r.conf.Record.IsPlain(l.desc.Digest, p.diffID):
 			continue
 		}
@@ -77,6 +79,21 @@ func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (is
 		}
 	}
 	return isPlain, why
+}
+
+// sameKEKs reports whether an image names the KEKs that are needed anyway, and no others, as
+// one does that was encrypted again for the same ones. Nothing has to be found out then.
+func sameKEKs(known layerkeys.Layer, l layer) bool {
+	named := claimed("", l.claimed)
+	if named.Other {
+		return false
+	}
+	for _, b := range known.Blobs {
+		if b.Other || len(b.KEKs) != len(named.KEKs) || slices.ContainsFunc(b.KEKs, func(k KEK) bool { return !slices.Contains(named.KEKs, k) }) {
+			return false
+		}
+	}
+	return true
 }
 
 // errProving is the error of a layer that is being read.
