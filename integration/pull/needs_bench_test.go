@@ -19,13 +19,10 @@ import (
 func BenchmarkNeeds(b *testing.B) {
 	dir := harness.TempDir(b)
 	c := harness.StartCI(b, dir, "team-a")
-	image := c.Image(harness.LayerKinds[1], "provider:pilot:team-a")
-	harness.Output(b, c.CtrPilot("images", "push", "--plain-http", image+"-plain"))
+	image, other := twoLayers(c, "a:1", harness.LayerKinds[1], "provider:pilot:team-a"), twoLayers(c, "b:1", harness.LayerKinds[1], "provider:pilot:team-a")
 	home := harness.TempDir(b)
 	harness.StartPilot(b, home, c.BrokerURL)
 	n := harness.NewDifferNode(b, home, harness.DifferConfig{Containerd: harness.Containerd2()})
-	other := c.Image(harness.LayerKinds[0], "provider:pilot:team-a")
-	harness.Output(b, c.CtrPilot("images", "push", "--plain-http", other+"-plain"))
 	images := map[string]string{"encrypted": image, "plain": other + "-plain"}
 	for _, image := range images {
 		harness.Output(b, n.Crictl("pull", image))

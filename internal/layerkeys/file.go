@@ -54,9 +54,18 @@ func Open(path string) (*Record, error) {
 	return r, nil
 }
 
-// Close saves what is not saved yet, and lets others open the record.
+// Close saves what is not saved yet, unless the file was removed, and lets others open the
+// record.
 func (r *Record) Close() error {
-	return errors.Join(r.Save(), r.lock.Close())
+	return errors.Join(r.Flush(), r.lock.Close())
+}
+
+// Flush saves what is not saved yet, unless the file was removed.
+func (r *Record) Flush() error {
+	if !r.isThere() {
+		return nil
+	}
+	return r.Save()
 }
 
 func lockFile(path string) (*os.File, error) {
@@ -143,11 +152,12 @@ func parse(b []byte) (f file, err error) {
 }
 
 // Save writes the file if something changed since, or if the file was removed or replaced.
+// It leaves it if its directory was removed too, as by "pilot node uninstall".
 func (r *Record) Save() error {
 	r.mu.RLock()
 	change := r.changes
 	r.mu.RUnlock()
-	if change == 0 {
+	if _, err := os.Stat(filepath.Dir(r.path)); change == 0 || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if !r.isThere() {

@@ -171,9 +171,8 @@ func TestSaveRestoresAFileThatWasRemovedOrReplaced(t *testing.T) {
 	r := open(t, path)
 	r.mustAdd(t, diffID, Opened(blob, Decrypted, teamA, nil))
 	for name, change := range map[string]func() error{
-		"removed":            func() error { return os.Remove(path) },
-		"replaced":           func() error { return errors.Join(os.Remove(path), os.WriteFile(path, []byte("{}"), 0o600)) },
-		"with its directory": func() error { return os.RemoveAll(filepath.Dir(path)) },
+		"removed":  func() error { return os.Remove(path) },
+		"replaced": func() error { return errors.Join(os.Remove(path), os.WriteFile(path, []byte("{}"), 0o600)) },
 	} {
 		if err := errors.Join(change(), r.Save()); err != nil {
 			t.Fatal(err)
@@ -185,6 +184,27 @@ func TestSaveRestoresAFileThatWasRemovedOrReplaced(t *testing.T) {
 		if f, err := parse(b); err != nil || len(f.Layers) != 1 {
 			t.Errorf("%s: %+v, %v", name, f, err)
 		}
+	}
+}
+
+// TestRecordThatWasUninstalledStaysAway stops pilot after "pilot node uninstall".
+func TestRecordThatWasUninstalledStaysAway(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state", "layers")
+	r := open(t, path)
+	r.mustAdd(t, diffID, Opened(blob, Decrypted, teamA, nil))
+	if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+		t.Fatal(err)
+	}
+	r.AddPlain(blob2, blob)
+	if err := errors.Join(r.Save(), r.Flush()); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Dir(path)); err == nil {
+		t.Error("it is back")
+	}
+	r.mustAdd(t, blob, Opened(blob, Decrypted, teamA, nil)) // pilot is used, so it is needed
+	if got, err := Inspect(path); err != nil || got != 2 {
+		t.Errorf("%d layers, %v", got, err)
 	}
 }
 

@@ -144,7 +144,7 @@ func (r *Resolver) Run(ctx context.Context) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			if err := r.conf.Record.Save(); err != nil {
+			if err := r.conf.Record.Flush(); err != nil {
 				logrus.WithError(err).Warn("record of layers not saved")
 			}
 			return
