@@ -23,8 +23,8 @@ import (
 )
 
 const (
-	// proofWait is how long a caller waits for the reading of a layer. containerd gives an
-	// NRI plugin 2 seconds.
+	// proofWait is how long a caller waits in all for layers to be read, and recipients to be
+	// tried, which go on without it. containerd gives an NRI plugin 2 seconds.
 	proofWait = time.Second
 	// proofTimeout bounds the reading of a layer.
 	proofTimeout = 10 * time.Minute
@@ -32,8 +32,6 @@ const (
 	maxProving = 2
 	// unwrapTimeout bounds the wait for layer keys.
 	unwrapTimeout = 40 * time.Second
-	// recipientsWait is how long a caller waits for the unwrapping of further recipients.
-	recipientsWait = time.Second
 	// refusedTTL is how long recipients are not tried again that gave no key, and failedTTL
 	// those whose key provider did not answer.
 	refusedTTL = 10 * time.Minute
@@ -131,9 +129,6 @@ func (r *Resolver) proveBlob(ctx context.Context, diffID digest.Digest, known la
 	if err != nil {
 		return err
 	}
-	if _, err := r.store.Info(ctx, l.desc.Digest); err != nil {
-		return err
-	}
 	done := r.proofs.flight.DoChan(id, func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), proofTimeout)
 		defer cancel()
@@ -148,13 +143,9 @@ func (r *Resolver) proveBlob(ctx context.Context, diffID digest.Digest, known la
 		}
 		return nil, err
 	})
-	wait := time.NewTimer(proofWait)
-	defer wait.Stop()
 	select {
 	case res := <-done:
 		return res.Err
-	case <-wait.C:
-		return errProving
 	case <-ctx.Done():
 		return errProving
 	}
@@ -162,6 +153,9 @@ func (r *Resolver) proveBlob(ctx context.Context, diffID digest.Digest, known la
 
 // compare reads the blob of a layer and records that it has the content of the diff ID.
 func (r *Resolver) compare(ctx context.Context, diffID digest.Digest, known layerkeys.Layer, l layer) error {
+	if _, err := r.store.Info(ctx, l.desc.Digest); err != nil {
+		return err
+	}
 	select {
 	case r.proofs.turn <- struct{}{}:
 		defer func() { <-r.proofs.turn }()
@@ -327,11 +321,8 @@ func (r *Resolver) addRecipients(ctx context.Context, diffID digest.Digest, l la
 		}
 		return nil, nil
 	})
-	timer := time.NewTimer(recipientsWait)
-	defer timer.Stop()
 	select {
 	case <-done:
-	case <-timer.C:
 	case <-ctx.Done():
 	}
 }
