@@ -118,16 +118,35 @@ type ImageKeys struct {
 // ImageKeys returns what a container of an image in a namespace of containerd's needs.
 func (k *PilotClient) ImageKeys(t testing.TB, namespace, image string) (answer ImageKeys) {
 	t.Helper()
+	status, b := k.imageKeys(t, namespace, image)
+	if status != http.StatusOK || json.Unmarshal(b, &answer) != nil {
+		t.Fatalf("%s: %d %s", image, status, b)
+	}
+	return answer
+}
+
+// ImageKeysError returns the error of an image of which pilot does not say what it needs.
+func (k *PilotClient) ImageKeysError(t testing.TB, namespace, image string) string {
+	t.Helper()
+	status, b := k.imageKeys(t, namespace, image)
+	if status == http.StatusOK {
+		t.Errorf("%s: pilot says what it needs: %s", image, b)
+	}
+	return string(b)
+}
+
+func (k *PilotClient) imageKeys(t testing.TB, namespace, image string) (int, []byte) {
+	t.Helper()
 	r, err := k.Admin.Get("http://pilot/image-keys?" + url.Values{"namespace": {namespace}, "image": {image}}.Encode())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer r.Body.Close()
 	b, err := io.ReadAll(r.Body)
-	if err != nil || r.StatusCode != http.StatusOK || json.Unmarshal(b, &answer) != nil {
-		t.Fatalf("%s: %s %s %v", image, r.Status, b, err)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return answer
+	return r.StatusCode, b
 }
 
 // CheckLeaks checks that the process has as many goroutines and open files as before,

@@ -2,6 +2,7 @@ package pull
 
 import (
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -153,6 +156,26 @@ func TestContainersNeedTheKeysOfWhatIsUnpacked(t *testing.T) {
 			m.Layers[i].Annotations[annotation] = lie + "," + m.Layers[i].Annotations[annotation]
 		}
 	})
+	// One layer, which is called after all of a's.
+	chain := c.Edit(a, "chain", func(m *ocispec.Manifest) {
+		var config map[string]any
+		if err := json.Unmarshal([]byte(harness.Read(t, c.Blob(m.Config.Digest.String()))), &config); err != nil {
+			t.Fatal(err)
+		}
+		rootfs := config["rootfs"].(map[string]any)
+		var ids []digest.Digest
+		for _, d := range rootfs["diff_ids"].([]any) {
+			ids = append(ids, digest.Digest(d.(string)))
+		}
+		rootfs["diff_ids"] = []digest.Digest{identity.ChainID(ids)}
+		b, err := json.Marshal(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Config.Digest, m.Config.Size = c.Put(a, "_layers", b), int64(len(b))
+		b = []byte("no layer at all")
+		m.Layers = []ocispec.Descriptor{{MediaType: gzip.OCI, Digest: c.Put(a, "_layers", b), Size: int64(len(b))}}
+	})
 	secret := harness.NewSecret()
 	l := harness.NewLayout(t)
 	index := c.Registry + "/index:1"
@@ -164,10 +187,12 @@ func TestContainersNeedTheKeysOfWhatIsUnpacked(t *testing.T) {
 		t.Run(v.Name, func(t *testing.T) {
 			t.Parallel()
 			n := newRecordedNode(t, v, c.BrokerURL, "--decryption-keys-path", filepath.Dir(private))
-			n.pull(a, garbage, foreign, added, a+"-plain", forB, rewrapped)
+			n.pull(a, garbage, foreign, added, a+"-plain", forB, rewrapped, chain)
 			// What containerd does by itself.
-			if out := harness.ContainerOutput(t, n.Ctr("--namespace", "k8s.io", "run", "--rm", garbage, harness.ContainerID())); !strings.Contains(out, c.Secrets[a]) {
-				t.Errorf("the test shows nothing, as containerd does not share layers: %s", out)
+			for _, image := range []string{garbage, chain} {
+				if out := harness.ContainerOutput(t, n.Ctr("--namespace", "k8s.io", "run", "--rm", image, harness.ContainerID())); !strings.Contains(out, c.Secrets[a]) {
+					t.Errorf("%s shows nothing, as containerd does not share layers: %s", image, out)
+				}
 			}
 			const unproven = "nothing shows that the image's own has the same content"
 			expectAll := func() {
@@ -178,6 +203,9 @@ func TestContainersNeedTheKeysOfWhatIsUnpacked(t *testing.T) {
 				n.expect(added, "team-a/1", "")
 				n.expect(a+"-plain", "team-a/1", unproven)
 				n.expect(forB, "team-a/1", unproven)
+				if err := n.client.ImageKeysError(t, "k8s.io", chain); !strings.Contains(err, "it is the chain ID of other layers") {
+					t.Errorf("%s: %s", chain, err)
+				}
 			}
 			expectAll()
 			n.restart(func(string) {})

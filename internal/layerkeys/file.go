@@ -22,10 +22,10 @@ const fileVersion = 1
 // file is what the file has: a line of JSON, and a line with the JSON's SHA-256 in hex, so
 // that no part of it can be missing.
 type file struct {
-	Version int                         `json:"version"`
-	Begun   bool                        `json:"begun"`
-	Layers  map[digest.Digest]Layer     `json:"layers"`
-	Plain   map[digest.Digest]plainBlob `json:"plain"`
+	Version int                          `json:"version"`
+	Begun   bool                         `json:"begun"`
+	Layers  map[digest.Digest]Layer      `json:"layers"`
+	Plain   map[digest.Digest]plainLayer `json:"plain"`
 }
 
 // ErrNewer is the error of a record that a newer version of pilot has written.
@@ -38,7 +38,7 @@ const lockTimeout = 5 * time.Second
 // A damaged file gets another name, and the record begins anew. The error wraps [ErrNewer]
 // if the file can't be read by this version.
 func Open(path string) (*Record, error) {
-	r := &Record{path: path, now: time.Now, layers: map[digest.Digest]Layer{}, plain: map[digest.Digest]plainBlob{}}
+	r := &Record{path: path, now: time.Now, layers: map[digest.Digest]Layer{}, plain: map[digest.Digest]plainLayer{}}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, r.wrap(err)
 	}

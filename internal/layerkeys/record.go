@@ -96,19 +96,10 @@ type Layer struct {
 	Seen time.Time `json:"seen"`
 }
 
-// Decrypted returns what is known of an encrypted blob of the layer that was decrypted here.
-func (l Layer) Decrypted(d digest.Digest) (Blob, bool) {
-	i := slices.IndexFunc(l.Blobs, func(b Blob) bool { return b.Digest == d && b.Basis == Decrypted })
-	if i < 0 {
-		return Blob{}, false
-	}
-	return l.Blobs[i], true
-}
-
-// plainBlob is a plain blob of which it is known that its content has a diff ID.
-type plainBlob struct {
-	DiffID digest.Digest `json:"diffID"`
-	Seen   time.Time     `json:"seen"`
+// plainLayer are the plain blobs of which it is known that their content has a diff ID.
+type plainLayer struct {
+	Blobs []digest.Digest `json:"blobs"`
+	Seen  time.Time       `json:"seen"`
 }
 
 // Bounds of what is kept for one diff ID.
@@ -126,9 +117,9 @@ type Record struct {
 
 	mu      sync.RWMutex
 	layers  map[digest.Digest]Layer
-	plain   map[digest.Digest]plainBlob // by blob
-	begun   bool                        // the claims of earlier images are in it
-	changes uint64                      // counts changes
+	plain   map[digest.Digest]plainLayer
+	begun   bool   // the claims of earlier images are in it
+	changes uint64 // counts changes
 
 	saving sync.Mutex  // held while the file is written
 	saved  uint64      // changes that are in the file
@@ -257,19 +248,34 @@ func (r *Record) Withdraw(diffID, blob digest.Digest) error {
 func (r *Record) AddPlain(blob, diffID digest.Digest) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	had, ok := r.plain[blob]
-	if now := r.now(); !ok || had.DiffID != diffID || now.Sub(had.Seen) >= refreshInterval {
-		r.plain[blob] = plainBlob{diffID, now}
-		r.changes++
+	l, now := r.plain[diffID], r.now()
+	known := slices.Contains(l.Blobs, blob)
+	if known && now.Sub(l.Seen) < refreshInterval {
+		return
 	}
+	if !known {
+		if l.Blobs = append(slices.Clip(l.Blobs), blob); len(l.Blobs) > maxBlobs {
+			l.Blobs = l.Blobs[1:]
+		}
+	}
+	r.plain[diffID] = plainLayer{l.Blobs, now}
+	r.changes++
 }
 
 // IsPlain reports whether the content of a plain blob is known to have a diff ID.
 func (r *Record) IsPlain(blob, diffID digest.Digest) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	p, ok := r.plain[blob]
-	return ok && p.DiffID == diffID
+	return slices.Contains(r.plain[diffID].Blobs, blob)
+}
+
+// IsDiffID reports whether a digest is known to be that of a layer's content, and so nothing
+// else, such as a chain ID.
+func (r *Record) IsDiffID(d digest.Digest) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	_, isPlain := r.plain[d]
+	return isPlain || slices.ContainsFunc(r.layers[d].Blobs, func(b Blob) bool { return b.Basis == Decrypted })
 }
 
 // Begin adds the claims of images that were unpacked without the record.
@@ -297,11 +303,7 @@ func (r *Record) DiffIDs() []digest.Digest {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	all := slices.Collect(maps.Keys(r.layers))
-	for _, p := range r.plain {
-		if _, ok := r.layers[p.DiffID]; !ok {
-			all = append(all, p.DiffID)
-		}
-	}
+	all = slices.AppendSeq(all, maps.Keys(r.plain))
 	slices.Sort(all)
 	return slices.Compact(all)
 }
@@ -312,7 +314,7 @@ func (r *Record) Forget(before time.Time, live func(diffID digest.Digest) bool) 
 	r.mu.Lock()
 	was := len(r.layers) + len(r.plain)
 	maps.DeleteFunc(r.layers, func(d digest.Digest, l Layer) bool { return l.Seen.Before(before) && !live(d) })
-	maps.DeleteFunc(r.plain, func(_ digest.Digest, p plainBlob) bool { return p.Seen.Before(before) && !live(p.DiffID) })
+	maps.DeleteFunc(r.plain, func(d digest.Digest, l plainLayer) bool { return l.Seen.Before(before) && !live(d) })
 	if n = was - len(r.layers) - len(r.plain); n > 0 {
 		r.changes++
 	}

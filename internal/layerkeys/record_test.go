@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -36,6 +37,15 @@ func (r *Record) mustAdd(t testing.TB, d digest.Digest, b Blob) {
 	if err := r.Add(d, b); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// decrypted returns what is known of a blob that was decrypted.
+func (l Layer) decrypted(d digest.Digest) (Blob, bool) {
+	i := slices.IndexFunc(l.Blobs, func(b Blob) bool { return b.Digest == d && b.Basis == Decrypted })
+	if i < 0 {
+		return Blob{}, false
+	}
+	return l.Blobs[i], true
 }
 
 // text returns what is known of a layer.
@@ -91,9 +101,22 @@ func TestKEKIsPublicIfNothingElseWasWrappedWithIt(t *testing.T) {
 			r.mustAdd(t, diffID, Opened(blob, Decrypted, o, []byte("f")))
 		}
 		l, _ := r.Layer(diffID)
-		if b, _ := l.Decrypted(blob); len(b.Public) != test.want || len(b.KEKs) != 1 {
+		if b, _ := l.decrypted(blob); len(b.Public) != test.want || len(b.KEKs) != 1 {
 			t.Errorf("%s: %+v", name, b)
 		}
+	}
+}
+
+// TestChainIDIsNoDiffID: only the content of a layer shows what is a diff ID.
+func TestChainIDIsNoDiffID(t *testing.T) {
+	r := open(t, filepath.Join(t.TempDir(), "layers"))
+	chain, plain := digest.FromString("a chain ID"), digest.FromString("of a plain layer")
+	r.mustAdd(t, chain, Opened(blob, Claimed, teamA, nil))
+	r.mustAdd(t, chain, Opened(blob, Sealed, teamA, []byte("f")))
+	r.mustAdd(t, diffID, Opened(blob, Decrypted, teamA, []byte("f")))
+	r.AddPlain(blob2, plain)
+	if r.IsDiffID(chain) || !r.IsDiffID(diffID) || !r.IsDiffID(plain) || r.IsDiffID(blob) {
+		t.Error("a chain ID is taken for a diff ID, or the other way around")
 	}
 }
 
@@ -112,7 +135,7 @@ func TestRecordIsTheSameAfterARestart(t *testing.T) {
 	}
 	r = open(t, path)
 	l, _ := r.Layer(diffID)
-	if got, ok := l.Decrypted(blob); !ok || !got.equal(b) || !r.Begun() || !r.IsPlain(blob2, diffID) || r.IsPlain(blob2, blob) || text(r, blob) != "2 claimed [{team-b 2}] false" {
+	if got, ok := l.decrypted(blob); !ok || !got.equal(b) || !r.Begun() || !r.IsPlain(blob2, diffID) || r.IsPlain(blob2, blob) || text(r, blob) != "2 claimed [{team-b 2}] false" {
 		t.Errorf("%+v, begun %v, %s", l, r.Begun(), text(r, blob))
 	}
 }
@@ -238,7 +261,7 @@ func TestGrowthIsBounded(t *testing.T) {
 	}
 	r.mu.Unlock()
 	l, _ := r.Layer(diffID)
-	if _, ok := l.Decrypted(blob); !ok || len(l.Blobs) != maxBlobs {
+	if _, ok := l.decrypted(blob); !ok || len(l.Blobs) != maxBlobs {
 		t.Errorf("%d blobs, and the first KEK's is there: %t", len(l.Blobs), ok)
 	}
 	if l, _ = r.Layer(blob); len(l.Blobs) != 1 || len(l.Blobs[0].KEKs) != maxKEKs {

@@ -38,6 +38,7 @@ type document struct {
 	children []ocispec.Descriptor // of an index
 	isIndex  bool                 // and no manifest
 	parts    []part               // of a manifest
+	bases    []digest.Digest      // the first diff ID of each configuration
 }
 
 // part is a diff ID of a configuration with the layers that a manifest has in its place.
@@ -198,6 +199,9 @@ func (d *documents) read(ctx context.Context, desc ocispec.Descriptor) (*documen
 			return nil, fmt.Errorf("configuration %s of manifest %s: %w", config.Digest, desc.Digest, err)
 		}
 		doc.size += n
+		if len(c.RootFS.DiffIDs) > 0 {
+			doc.bases = append(doc.bases, c.RootFS.DiffIDs[0])
+		}
 		doc.add(c.RootFS.DiffIDs, layers)
 		if len(layers) != len(raw.Layers) {
 			doc.add(c.RootFS.DiffIDs, raw.Layers)

@@ -74,6 +74,7 @@ type Resolver struct {
 	proofs proofs
 	begins singleflight.Group
 	begun  atomic.Bool
+	bases  bases
 }
 
 // New returns a Resolver.
@@ -106,6 +107,9 @@ func (r *Resolver) Needs(ctx context.Context, ns string, image Image) ([]Layer, 
 	defer cancel()
 	var all []Layer
 	for _, doc := range docs {
+		if err := r.checkBases(ctx, doc); err != nil {
+			return nil, err
+		}
 		for _, p := range doc.parts {
 			all = append(all, r.needs(waiting, p)...)
 		}
