@@ -37,6 +37,10 @@ type proof struct{ err error } // nil: it is what its key has sealed
 // it is read as a whole.
 func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyLayer, all []claims.Claim) error {
 	for _, c := range all {
+		if c.ChainID == layer.sealed.DiffID && c.DiffID != c.ChainID {
+			// It would be mounted in the place of all those layers, and can't be that.
+			return m.prove(ctx, repo, layer)
+		}
 		if c.DiffID == layer.sealed.DiffID && c.Layer.Digest != layer.desc.Digest && !m.vouches(ctx, layer, c) {
 			return m.prove(ctx, repo, layer)
 		}

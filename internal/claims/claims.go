@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -35,6 +37,9 @@ type Claim struct {
 	// DiffID is what a configuration has at the layer's place, or "" if the numbers of
 	// layers and of diff IDs differ, so that containerd can't unpack the image.
 	DiffID digest.Digest
+	// ChainID is that of the layer with those below it, after which containerd calls its
+	// snapshot, or "" likewise. It is the DiffID of a first layer.
+	ChainID digest.Digest
 }
 
 const (
@@ -195,6 +200,7 @@ func (f *Finder) of(ctx context.Context, store content.Store, info content.Info)
 // pair returns the claims of a manifest with those layers and diff IDs.
 func (f *Finder) pair(manifest digest.Digest, layers []ocispec.Descriptor, diffIDs []digest.Digest) []Claim {
 	claims := make([]Claim, 0, len(layers))
+	chainIDs := identity.ChainIDs(slices.Clone(diffIDs))
 	for i, l := range layers {
 		c := Claim{Manifest: manifest, Blobs: []digest.Digest{l.Digest}}
 		for _, key := range blobAnnotations {
@@ -209,7 +215,7 @@ func (f *Finder) pair(manifest digest.Digest, layers []ocispec.Descriptor, diffI
 			}
 		}
 		if len(layers) == len(diffIDs) {
-			c.DiffID = diffIDs[i]
+			c.DiffID, c.ChainID = diffIDs[i], chainIDs[i]
 		}
 		claims = append(claims, c)
 	}
