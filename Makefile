@@ -111,10 +111,14 @@ test-repeat: tools
 # packages are tested at once than there are cores.
 PACKAGES ?= $(shell echo $$(($$(nproc) * 2)))
 
+# Tests of image that handle much data, which the race detector makes slow. No other package may
+# have a test of one of these names.
+LARGE := ^(TestProperty|TestNotesOfTooManyEntriesAreRefused|TestSameLayersAreConvertedToTheSameBytes|TestImageLimits|TestLimitsAreCheckedBeforeLayersAreRead|TestConvertedImageIsLazyOnceEncrypted|TestChunkedLayersAreSealed|TestTableOfContentsIsBounded)$$
+
 test-unit:
 	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover -timeout 30m -p $(PACKAGES) -skip '^TestProperty$$' $$(go list -buildvcs=false ./... | grep -v /integration) && \
-	go test -buildvcs=false -timeout 30m -run '^TestProperty$$' ./image
+	go test -buildvcs=false -race -cover -timeout 30m -p $(PACKAGES) -skip '$(LARGE)' $$(go list -buildvcs=false ./... | grep -v /integration) && \
+	go test -buildvcs=false -timeout 30m -run '$(LARGE)' ./image
 
 # Each version of containerd with each configuration.
 test-nodes: tools

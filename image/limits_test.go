@@ -77,7 +77,7 @@ func TestNestedIndexes(t *testing.T) {
 }
 
 // TestLimits has every way in refuse images that are too large.
-func TestLimits(t *testing.T) {
+func TestImageLimits(t *testing.T) {
 	s := newStore(t)
 	layer := s.put(ocispec.MediaTypeImageLayer, "layer")
 	deep := s.manifestOf(layer)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
@@ -41,7 +42,7 @@ func benchDir(b *testing.B) string {
 // material makes the tar archive of a layer of some size, in bytes, as images
 // have them: a third is text in small files, a third binaries, and a third
 // random bytes, which is what compressed files look like. Text and binaries
-// are the Go distribution's.
+// are the Go distribution's. Directories stand before their files.
 type material struct {
 	b              testing.TB
 	text, binaries []string
@@ -75,7 +76,20 @@ func (m *material) layer(size int) []byte {
 	m.b.Helper()
 	var out bytes.Buffer
 	tw := tar.NewWriter(&out)
+	dirs := map[string]bool{".": true}
+	var directory func(name string)
+	directory = func(name string) {
+		if dirs[name] {
+			return
+		}
+		dirs[name] = true
+		directory(path.Dir(name))
+		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o755}); err != nil {
+			m.b.Fatal(err)
+		}
+	}
 	add := func(name string, content []byte) {
+		directory(path.Dir(name))
 		if err := tw.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(content))}); err != nil {
 			m.b.Fatal(err)
 		}

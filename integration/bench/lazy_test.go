@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -99,11 +100,14 @@ func newLazyBench(b *testing.B, size int, layers int) *lazyBench {
 	return n
 }
 
+// encrypt encrypts the layout's image into the registry, and fails if a layer is not lazy.
 func (n *lazyBench) encrypt(name string, args ...string) {
 	n.b.Helper()
 	cmd := harness.Command(n.b, "ctr-pilot", append(append([]string{"images", "encrypt", "--plain-http", "--recipient", "provider:pilot:team-a"}, args...), "oci:"+n.Dir+"/layout:v1", "docker://"+n.registry+"/"+name)...)
 	cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+n.OciConf, "HOME="+n.Dir)
-	harness.Output(n.b, cmd)
+	if out, err := cmd.CombinedOutput(); err != nil || bytes.Contains(out, []byte("not lazy")) {
+		n.b.Fatalf("%s: %v\n%s", cmd, err, out)
+	}
 }
 
 // firstRead pulls an image, reads the first small file that it finds, and removes the image. It
