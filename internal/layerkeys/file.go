@@ -37,28 +37,42 @@ const lockTimeout = 5 * time.Second
 // Open returns the record in the file at path, which it makes if there is none, mode 0600.
 // A damaged file gets another name, and the record begins anew. The error wraps [ErrNewer]
 // if the file can't be read by this version.
+//
+// If nothing can be written there, such as on a full disk, Open logs that, and [Record.Add]
+// returns the error: plain images must not wait for it.
 func Open(path string) (*Record, error) {
 	r := &Record{path: path, now: time.Now, layers: map[digest.Digest]Layer{}, plain: map[digest.Digest]plainLayer{}}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+	err := os.MkdirAll(filepath.Dir(path), 0o700)
+	if err == nil {
+		r.lock, err = lockFile(path + ".lock")
+	}
+	if errors.Is(err, errInUse) {
 		return nil, r.wrap(err)
 	}
-	lock, err := lockFile(path + ".lock")
 	if err != nil {
-		return nil, r.wrap(err)
+		logrus.WithError(err).WithField("path", path).Error("record of layers can't be written: no encrypted layer is unpacked until it can")
 	}
 	if err := r.load(); err != nil {
-		lock.Close()
-		return nil, r.wrap(err)
+		return nil, errors.Join(r.wrap(err), r.unlock())
 	}
-	r.lock = lock
 	return r, nil
 }
 
 // Close saves what is not saved yet, unless the file was removed, and lets others open the
 // record.
 func (r *Record) Close() error {
-	return errors.Join(r.Flush(), r.lock.Close())
+	return errors.Join(r.Flush(), r.unlock())
 }
+
+func (r *Record) unlock() error {
+	if r.lock == nil {
+		return nil
+	}
+	return r.lock.Close()
+}
+
+// errInUse is the error of a record that another process has open.
+var errInUse = errors.New("another pilot uses it: give each a layer-record of its own")
 
 // Flush saves what is not saved yet, unless the file was removed.
 func (r *Record) Flush() error {
@@ -79,14 +93,14 @@ func lockFile(path string) (*os.File, error) {
 		}
 		if time.Now().After(end) {
 			f.Close()
-			return nil, fmt.Errorf("another pilot uses it (%w): give each a layer-record of its own", err)
+			return nil, errInUse
 		}
 	}
 }
 
 func (r *Record) load() error {
 	b, err := os.ReadFile(r.path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil
 	}
 	if err != nil {
@@ -99,7 +113,7 @@ func (r *Record) load() error {
 	if err != nil {
 		aside := r.path + ".damaged-" + time.Now().UTC().Format("20060102T150405")
 		if err := os.Rename(r.path, aside); err != nil {
-			return err
+			aside = "" // nor can it be replaced
 		}
 		logrus.WithError(err).WithFields(logrus.Fields{"path": r.path, "moved-to": aside}).Error("record of layers damaged: it is made anew from the images that containerd has")
 		return nil

@@ -210,6 +210,27 @@ func TestSaveRestoresAFileThatWasRemovedOrReplaced(t *testing.T) {
 	}
 }
 
+// TestPlainLayersNeedNoRecord has a disk that can't be written from the beginning.
+func TestPlainLayersNeedNoRecord(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := open(t, filepath.Join(file, "layers"))
+	r.AddPlain(blob, diffID)
+	if !r.IsPlain(blob, diffID) {
+		t.Error("a plain layer is not known")
+	}
+	if err := r.Add(diffID, Opened(blob2, Decrypted, teamA, nil)); err == nil {
+		t.Error("an encrypted layer is recorded in no file")
+	}
+	path := filepath.Join(t.TempDir(), "layers")
+	open(t, path)
+	if _, err := Open(path); !errors.Is(err, errInUse) {
+		t.Errorf("a record that is in use: %v", err)
+	}
+}
+
 // TestRecordThatWasUninstalledStaysAway stops pilot after "pilot node uninstall".
 func TestRecordThatWasUninstalledStaysAway(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state", "layers")
