@@ -6,6 +6,8 @@
 #   make demo-svg       draws what make demo prints, into docs/demo.svg
 #   make packages       debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make images         container images, as OCI layouts in dist/images/ (ARCHS=amd64)
+#   make chart          the Helm chart, as dist/pilot-chart-VERSION.tgz
+#   make manifests      the manifests in packaging/kubernetes, from the chart
 #   make node-image     a bootable disk image of a node, into dist/node-image/ (NODE_IMAGE_PACKAGES=: with more packages)
 #   make clients        archives of the client programs for macOS and Windows, into dist/
 #   make release        all that a release of the tag at HEAD consists of, into dist/ (GPG_KEY=: signs the checksums)
@@ -50,7 +52,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo demo-svg images packages clients node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -80,6 +82,13 @@ images:
 		pilot,pilot-decoder $(foreach a,$(ARCHS),$(a)=$(DIST)/programs/$(a))
 	$(DIST)/ociimage $(IMAGE_FLAGS) -out $(DIST)/images/copilot -roots -description "pilot's key broker" \
 		copilot $(foreach a,$(ARCHS),$(a)=$(DIST)/programs/$(a))
+
+chart: export VERSION := $(VERSION)
+chart:
+	scripts/chart.sh $(DIST)
+
+manifests: tools
+	cd packaging/kubernetes/validate && go test -buildvcs=false -count=1 -run '^TestManifestsAreMadeFromTheChart$$' -update .
 
 tools:
 	scripts/install-tools.sh $(PILOT_TOOLS)

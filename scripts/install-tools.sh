@@ -58,8 +58,24 @@ build github.com/containerd/containerd/v2/cmd/containerd $containerd
 build github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 $containerd
 build github.com/containerd/containerd/v2/cmd/ctr $containerd
 build sigs.k8s.io/cri-tools/cmd/crictl v1.37.0
+build helm.sh/helm/v4/cmd/helm v4.3.2
 # It has the API of AWS's KMS, and no version that Go takes but its commits.
 build github.com/nsmithuk/local-kms v0.0.0-20260228092603-2a5e92d09ab6
+
+# crds MODULE VERSION FILE...: definitions of custom resources into DIR/crds.
+crds() {
+	local module=$1 version=$2 source
+	shift 2
+	[ "$(cat "$dir/crds/.${module##*/}" 2>/dev/null)" = "$version" ] && return
+	echo "fetching custom resources of ${module##*/} $version"
+	mkdir -p "$dir/crds"
+	source=$(cd / && go mod download -json "$module@$version" | jq -r .Dir)
+	(cd "$source" && install -m 0644 "$@" "$dir/crds/")
+	echo "$version" >"$dir/crds/.${module##*/}"
+}
+crds github.com/cert-manager/cert-manager v1.21.2 deploy/crds/cert-manager.io_certificates.yaml
+crds github.com/prometheus-operator/prometheus-operator v0.85.0 \
+	example/prometheus-operator-crd/monitoring.coreos.com_{podmonitors,prometheusrules}.yaml
 
 # older_containerd VERSION: a release and its shim into DIR/containerd-VERSION,
 # unless they are there. go install refuses 2.0's go.mod, which excludes versions.

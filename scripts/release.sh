@@ -21,6 +21,7 @@ notes=$(awk -v version="${tag#v}" '/^## / {on = $2 == version; next} on' CHANGEL
 rm -rf "$dir"
 VERSION=$tag ARCHS="amd64 arm64" FORMATS="deb rpm tar" scripts/packages.sh "$dir"
 VERSION=$tag scripts/clients.sh "$dir"
+VERSION=$tag scripts/chart.sh "$dir"
 make -s images DIST="$dir"
 for image in pilot copilot; do
 	tar -C "$dir/images/$image" --sort=name --mtime="@$(git log -1 --format=%ct)" --owner=0 --group=0 --numeric-owner -cf "$dir/$image-image-${tag#v}.oci.tar" .

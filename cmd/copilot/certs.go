@@ -85,6 +85,7 @@ Example:
 			Action: certsRotateCA,
 		},
 		nodeCACommand,
+		serverCACommand,
 	},
 }
 

@@ -28,7 +28,7 @@ If it is stopped while the DaemonSet is being deleted, it runs "pilot node
 uninstall --now", which removes all of this.
 
 Example:
-   pilot node deploy --broker https://copilot.pilot-system.svc:8443 \
+   pilot node deploy --broker https://10.96.0.200:8443 \
       --broker-ca-from /run/broker/ca.pem --broker-token-from /run/broker/token`,
 	Flags: slices.Concat(containerdFlags(), settingFlags(), []cli.Flag{
 		&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},

@@ -290,12 +290,16 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 	if hold <= 0 {
 		return nil, fmt.Errorf("a certificate cannot be valid for %s", hold)
 	}
+	now := time.Now()
+	return signBetween(now.Add(-Backdate), now.Add(hold), template, parent, public, key)
+}
+
+func signBetween(notBefore, notAfter time.Time, template, parent *x509.Certificate, public crypto.PublicKey, key crypto.Signer) ([]byte, error) {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
 		return nil, err
 	}
-	now := time.Now()
-	template.SerialNumber, template.NotBefore, template.NotAfter = serial, now.Add(-Backdate), now.Add(hold)
+	template.SerialNumber, template.NotBefore, template.NotAfter = serial, notBefore, notAfter
 	if parent == nil {
 		parent = template
 	} else if template.NotAfter.After(parent.NotAfter) {

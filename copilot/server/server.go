@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/copilot/server/handshake"
 	"github.com/ctrlplane/pilot/copilot/server/ratelimit"
@@ -55,8 +56,11 @@ func Serve(ctx context.Context, conf Config) error {
 		}
 	}
 	if conf.hasTLS() {
-		var err error
-		if tlsConfig, err = certfile.Server(conf.TLSCert, conf.TLSKey, clients, len(conf.Issuers) > 0); err != nil {
+		shown, err := pki.Served(conf.TLSCert, conf.TLSKey)
+		if err != nil {
+			return fmt.Errorf("TLS: certificate: %w", err)
+		}
+		if tlsConfig, err = certfile.ServerOf(shown, clients, len(conf.Issuers) > 0); err != nil {
 			return fmt.Errorf("TLS: %w", err)
 		}
 	}

@@ -239,7 +239,7 @@ func (k *kubernetes) up() {
 			[ -e /sys/fs/cgroup/$hierarchy/cgroup.procs ] || continue
 			mkdir -p /sys/fs/cgroup/$hierarchy/$0 && echo $$ >/sys/fs/cgroup/$hierarchy/$0/cgroup.procs
 		done
-		exec systemd-nspawn "$@"`, filepath.Base(k.dir), "--quiet", "--directory", b.Root, "--machine", "node1", "--register=no", "--keep-unit",
+		exec systemd-nspawn "$@"`, filepath.Base(k.dir), "--quiet", "--directory", b.Root, "--machine", filepath.Base(k.dir), "--hostname", "node1", "--register=no", "--keep-unit",
 		"--capability=all", "--system-call-filter=@keyring bpf", "--bind="+b.Lib+":/var/lib/containerd", "--bind="+k.dir+"/kubelet:/var/lib/kubelet",
 		"--bind=/dev/kmsg", "--bind-ro="+filepath.Join(harness.Tools, "bin/kubernetes")+":/usr/local/bin/kubernetes",
 		"--console=pipe", "--boot", "systemd.unit=basic.target"))

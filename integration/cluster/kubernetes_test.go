@@ -3,7 +3,6 @@
 package cluster
 
 import (
-	"crypto/rand"
 	"fmt"
 	"os"
 	"os/exec"
@@ -65,74 +64,63 @@ func TestKubernetes(t *testing.T) {
 
 // TestKubernetesManifests installs packaging/kubernetes as its example does: copilot with
 // PostgreSQL, and a DaemonSet that sets up the node, which has the identity of its service
-// account.
+// account. First all of it is in one namespace, as it was in earlier releases.
 func TestKubernetesManifests(t *testing.T) {
 	t.Parallel()
 	ownNetwork(t)
-	dir := harness.TempDir(t)
-	const broker = "https://10.96.0.200:8443" // the example's
-	harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", dir+"/copilot", "--host", "10.96.0.200", "--trust-domain", "example.com"))
-	ci := &harness.CI{Secrets: map[string]string{}}
-	ci.Registry, ci.Storage = harness.StartRegistry(t, dir)
-	ci.Node = harness.NewNode(t, dir, harness.Containerd2(), dir+"/ocicrypt.conf", "")
-	k := newKubernetes(t, ci.Pause())
-	before := k.node.Files()
+	i := newInstallation(t)
+	k, ci, dir := i.kubernetes, i.ci, i.dir
 
 	// Values that a user fills in.
 	harness.Output(t, harness.Command(t, "cp", "-r", filepath.Join(harness.Repo, "packaging/kubernetes"), dir+"/manifests"))
-	harness.Write(t, dir+"/manifests/example/ca.pem", harness.Read(t, dir+"/copilot/ca.pem"))
+	harness.Write(t, dir+"/manifests/example/ca.pem", harness.Read(t, dir+"/certificates/ca.pem"))
 	kustomization := dir + "/manifests/example/kustomization.yaml"
 	harness.Write(t, kustomization, strings.NewReplacer("registry.example.com", ci.Registry, "docker.io/library", ci.Registry, "newTag: v1", "newTag: test", `newTag: "17"`, "newTag: test").Replace(harness.Read(t, kustomization)))
-	policy := dir + "/manifests/copilot/policy.toml"
-	const account = "cluster:system:serviceaccount:pilot-system:pilot"
-	rules := strings.Replace(harness.Read(t, policy), `"`+account+`"`, `"`+account+`@node/node1"`, 1) // which the node's token has to name
-	harness.Write(t, policy, rules+"[[rule]]\nidentities = [\"cluster:system:serviceaccount:default:builder\"]\nkeks = [\"**\"]\nactions = [\"wrap\"]\n")
-	pushLayout(ci, "pilot", filepath.Join(harness.Repo, "dist/images/pilot"))
-	pushLayout(ci, "copilot", filepath.Join(harness.Repo, "dist/images/copilot"))
-	postgres(ci)
-	harness.Output(t, k.kubectl("apply", "--kustomize", dir+"/manifests/namespace"))
-	secret := func(name string, args ...string) {
-		t.Helper()
-		harness.Output(t, k.kubectl(append([]string{"--namespace", "pilot-system", "create", "secret", "generic", name}, args...)...))
-	}
-	master := make([]byte, 32)
-	rand.Read(master)
-	secret("copilot-master-key", "--from-file", "copilot-master-key="+harness.Write(t, dir+"/master", string(master)))
-	secret("copilot-tls", "--from-file", "tls.crt="+dir+"/copilot/server.pem", "--from-file", "tls.key="+dir+"/copilot/server-key.pem")
-	secret("copilot-postgres", "--from-literal", "password=secret")
-	secret("copilot-database", "--from-literal", "url=postgres://copilot:secret@copilot-postgres/copilot?sslmode=disable")
-	k.apply(`apiVersion: v1
-kind: PersistentVolume
-metadata: {name: postgres}
-spec:
-  capacity: {storage: 2Gi}
-  accessModes: [ReadWriteOnce]
-  hostPath: {path: /var/lib/kubelet/postgres}
-`)
-	harness.Output(t, k.node.Run("install", "-d", "-o", "999", "/var/lib/kubelet/postgres"))
+	harness.Write(t, dir+"/manifests/copilot/policy.toml", i.policy)
 
+	// The earlier release had no admission policy, and a certificate for a year.
+	harness.Output(t, harness.Command(t, "cp", "-r", dir+"/manifests", dir+"/earlier"))
+	harness.Output(t, harness.Command(t, "sh", "-ec", `
+		sed -i 's/copilot-system/pilot-system/' $(grep -rl copilot-system "$0")
+		sed -i /admission/d "$0/example/kustomization.yaml"`, dir+"/earlier"))
+	harness.Output(t, k.kubectl("create", "namespace", "pilot-system"))
+	i.secrets("pilot-system", "server.pem", "server-key.pem")
+	harness.Output(t, k.kubectl("apply", "--kustomize", dir+"/earlier/example"))
+	k.rolledOutIn("pilot-system", "statefulset/copilot-postgres")
+	k.nameServices()
+	k.rolledOutIn("pilot-system", "deployment/copilot")
+	k.rolledOut("daemonset/pilot")
+	i.createKEK("pilot-system")
+	i.ran("earlier", i.image(0))
+
+	// As docs/kubernetes.md says.
+	harness.Output(t, k.kubectl("apply", "--kustomize", dir+"/manifests/namespace"))
+	move := harness.Command(t, "sh", "-ec", `
+		for secret in copilot-tls copilot-master-key copilot-database copilot-postgres; do
+			kubectl -n pilot-system get secret $secret -o json |
+				jq '{apiVersion, kind, type, data, metadata: {name: .metadata.name}}' |
+				kubectl -n copilot-system apply -f -
+		done
+		kubectl apply -k kubernetes/example -l app.kubernetes.io/name=copilot-postgres
+		kubectl -n copilot-system rollout status statefulset/copilot-postgres --timeout 4m
+		kubectl -n pilot-system delete --cascade=foreground deployment/copilot service/copilot
+		kubectl -n pilot-system exec copilot-postgres-0 -- pg_dump --username=copilot copilot >copilot.sql
+		kubectl -n copilot-system exec -i copilot-postgres-0 -- psql --username=copilot --quiet --set=ON_ERROR_STOP=1 copilot <copilot.sql
+		kubectl apply -k kubernetes/example`)
+	harness.Output(t, harness.Command(t, "ln", "-s", "manifests", dir+"/kubernetes"))
+	kubectl := k.kubectl()
+	harness.Write(t, dir+"/bin/kubectl", "#!/bin/sh\nexec "+strings.Join(kubectl.Args, " ")+` "$@"`+"\n")
+	if err := os.Chmod(dir+"/bin/kubectl", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	move.Dir, move.Env = dir, append(os.Environ(), "PATH="+dir+"/bin:"+os.Getenv("PATH"))
 	began := time.Now()
-	harness.Output(t, k.kubectl("apply", "--kustomize", dir+"/manifests/example"))
-	k.rolledOut("statefulset/copilot-postgres")
+	harness.Output(t, move)
 	k.nameServices()
 	k.rolledOut("deployment/copilot")
-	k.rolledOut("daemonset/pilot")
-	t.Logf("all is rolled out after %v", time.Since(began))
-
-	harness.Output(t, k.kubectl("--namespace", "pilot-system", "exec", "deployment/copilot", "--", "/usr/bin/copilot", "keys", "create", "team-a"))
-	harness.Output(t, k.kubectl("create", "serviceaccount", "builder"))
-	token := harness.Write(t, dir+"/token", harness.Output(t, k.kubectl("create", "token", "builder", "--audience", "copilot")))
-	harness.StartPilot(t, dir, broker, "--annotation-format", "copilot", "--broker-ca", dir+"/copilot/ca.pem", "--broker-token-file", token)
-	runs := func(name string, layers harness.LayerKind) {
-		t.Helper()
-		image := ci.Image(layers, "provider:pilot:team-a")
-		k.apply(runOnce(name, image))
-		k.wait("pod/"+name, "jsonpath={.status.phase}=Succeeded")
-		if out := harness.Output(t, k.kubectl("logs", name)); !strings.Contains(out, ci.Secrets[image]) {
-			t.Errorf("the pod says: %s", out)
-		}
-	}
-	runs("installed", harness.LayerKinds[0])
+	t.Logf("copilot is in its own namespace after %v", time.Since(began))
+	i.ran("moved", i.image(1))
+	harness.Output(t, k.kubectl("--namespace", "pilot-system", "delete", "statefulset,service,networkpolicy", "copilot-postgres"))
 
 	containerd := k.node.PID("containerd")
 	harness.Output(t, k.kubectl("--namespace", "pilot-system", "rollout", "restart", "daemonset/pilot"))
@@ -140,7 +128,7 @@ spec:
 	if pid := k.node.PID("containerd"); pid != containerd {
 		t.Errorf("containerd was restarted: its process is %s, was %s", pid, containerd)
 	}
-	runs("restarted", harness.LayerKinds[1])
+	i.ran("restarted", i.image(1))
 
 	// A new version is rolled out while the node reboots. The token in /run is gone, and the
 	// image that writes it again has to be pulled first.
@@ -155,17 +143,11 @@ spec:
 	}
 	harness.Await(t, "copilot's database under its new address", func() error {
 		k.nameServices()
-		return k.kubectl("--namespace", "pilot-system", "exec", "deployment/copilot", "--", "/usr/bin/copilot", "keys", "show", "team-a").Run()
+		return k.kubectl("--namespace", "copilot-system", "exec", "deployment/copilot", "--", "/usr/bin/copilot", "keys", "show", "team-a").Run()
 	})
 	k.rolledOut("deployment/copilot")
-	runs("upgraded", harness.LayerKinds[2])
-
-	late := ci.Image(harness.LayerKinds[2], "provider:pilot:team-a")
-	harness.Output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/pilot"))
-	harness.Output(t, k.kubectl("--namespace", "pilot-system", "wait", "--for=delete", "pod", "--selector", "app.kubernetes.io/name=pilot", "--timeout", "4m"))
-	k.node.CheckFiles(before)
-	k.apply(runOnce("removed", late))
-	k.wait("pod/removed", "jsonpath={.status.containerStatuses[0].state.waiting.reason}=ImagePullBackOff")
+	i.ran("upgraded", i.image(2))
+	i.removed(i.image(2), func() { harness.Output(t, k.kubectl("delete", "--kustomize", dir+"/manifests/pilot")) })
 }
 
 // nextPilot builds the image of another version of pilot, as "make images" does, and
@@ -179,11 +161,20 @@ func nextPilot(t testing.TB, dir string) string {
 	return dir + "/next-image"
 }
 
-// rolledOut waits until a workload is rolled out.
+// rolledOut waits until a workload is rolled out, in its namespace.
 func (k *kubernetes) rolledOut(what string) {
 	k.t.Helper()
+	namespace := "copilot-system"
+	if what == "daemonset/pilot" {
+		namespace = "pilot-system"
+	}
+	k.rolledOutIn(namespace, what)
+}
+
+func (k *kubernetes) rolledOutIn(namespace, what string) {
+	k.t.Helper()
 	system := func(args ...string) *exec.Cmd {
-		return k.kubectl(append([]string{"--namespace", "pilot-system"}, args...)...)
+		return k.kubectl(append([]string{"--namespace", namespace}, args...)...)
 	}
 	var out string
 	for range 3 { // a command has five minutes
@@ -216,7 +207,7 @@ func postgres(c *harness.CI) {
 	version := filepath.Base(filepath.Dir(programs[0]))
 	list := harness.Output(t, harness.Command(t, "sh", "-ec", `
 		find /usr/lib/postgresql/$0/bin /usr/lib/postgresql/$0/lib /usr/share/postgresql/$0 -type f ! -path '*/bitcode/*' ! -name 'llvmjit*'
-		cd /usr/lib/postgresql/$0 && ldd bin/postgres bin/initdb bin/pg_isready lib/*.so | grep -v llvm | grep -o '/lib[^ ]*' | grep -v :$ | sort -u`, version))
+		cd /usr/lib/postgresql/$0 && ldd bin/postgres bin/initdb bin/pg_isready bin/pg_dump bin/psql lib/*.so | grep -v llvm | grep -o '/lib[^ ]*' | grep -v :$ | sort -u`, version))
 	files := map[string][]byte{
 		"bin/sh":     []byte(harness.Read(t, "/bin/busybox")),
 		"etc/passwd": []byte("postgres:x:999:999::/:/bin/sh\n"),

@@ -19,7 +19,7 @@ import (
 
 // TestCopilotInCluster runs copilot as its Deployment does: as an ordinary user, with the
 // manifests' configuration and policy, the database's URL in a variable and the Secrets in
-// files of root, and requests a KEK as a node does.
+// files of root, with a CA to issue its own certificates, and requests a KEK as a node does.
 func TestCopilotInCluster(t *testing.T) {
 	t.Parallel()
 	manifests := filepath.Join(harness.Repo, "packaging/kubernetes/copilot")
@@ -33,7 +33,7 @@ func TestCopilotInCluster(t *testing.T) {
 	m.Mount(d.Dir, d.Dir, "", syscall.MS_BIND, "")
 	m.Mount("tmpfs", "var/lib/copilot", "tmpfs", 0, "mode=0777")
 	certificates := harness.TempDir(t)
-	harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", certificates, "--dir", certificates+"/store", "--host", "127.0.0.1", "--trust-domain", "example.com"))
+	harness.Output(t, harness.Command(t, "copilot", "certs", "server-ca", "--config-dir", certificates, "--host", "127.0.0.1"))
 	master := make([]byte, 32)
 	rand.Read(master)
 	conf := harness.Read(t, manifests+"/copilot.toml")
@@ -44,8 +44,8 @@ func TestCopilotInCluster(t *testing.T) {
 	for name, content := range map[string]string{
 		"/etc/copilot/copilot.toml":                        strings.ReplaceAll(conf, issuer, c.URL),
 		"/etc/copilot/policy/policy.toml":                  harness.Read(t, manifests+"/policy.toml"),
-		"/etc/copilot/tls/tls.crt":                         harness.Read(t, certificates+"/server.pem"),
-		"/etc/copilot/tls/tls.key":                         harness.Read(t, certificates+"/server-key.pem"),
+		"/etc/copilot/tls/tls.crt":                         harness.Read(t, certificates+"/server-ca.pem"),
+		"/etc/copilot/tls/tls.key":                         harness.Read(t, certificates+"/server-ca-key.pem"),
 		"/run/credentials/copilot/copilot-master-key":      string(master),
 		"/run/secrets/kubernetes.io/serviceaccount/token":  "api-token",
 		"/run/secrets/kubernetes.io/serviceaccount/ca.crt": harness.Read(t, c.Dir+"/account/ca.crt"),
@@ -88,7 +88,7 @@ func TestCopilotInCluster(t *testing.T) {
 	}
 	harness.Output(t, inPod("keys", "create", "team-a"))
 
-	pool, err := certfile.Pool(certificates + "/ca.pem")
+	pool, err := certfile.Pool(certificates + "/server-ca.pem")
 	if err != nil {
 		t.Fatal(err)
 	}

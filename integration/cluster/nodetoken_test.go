@@ -25,7 +25,7 @@ func TestNodeTokensOfKubernetes(t *testing.T) {
 		return harness.Output(t, k.kubectl(append([]string{"--namespace", "pilot-system"}, args...)...))
 	}
 	for _, account := range []string{"pilot", "copilot"} {
-		system("create", "serviceaccount", account)
+		harness.Output(t, k.kubectl("--namespace", account+"-system", "create", "serviceaccount", account))
 	}
 	for node, address := range map[string]string{"worker-7": "127.0.0.1", "worker-8": "192.0.2.8"} {
 		k.apply(fmt.Sprintf(`apiVersion: v1
@@ -58,7 +58,7 @@ spec:
 	harness.Write(t, b.Dir+"/policy.toml", harness.Read(t, b.Dir+"/policy.toml")+fmt.Sprintf(rule, account, "all")+fmt.Sprintf(rule, account+"@node/worker-7", "one"))
 	const issuer = "https://kubernetes.default.svc.cluster.local"
 	conf := harness.Read(t, b.Dir+"/copilot.toml") + fmt.Sprintf("\n[issuers.cluster]\nurl = %q\nkeys-url = %q\naudience = \"copilot\"\nca = %q\ntoken-file = %q\n",
-		issuer, apiServer+"/openid/v1/jwks", k.dir+"/ca.pem", harness.Write(t, k.dir+"/copilot-token", system("create", "token", "copilot")))
+		issuer, apiServer+"/openid/v1/jwks", k.dir+"/ca.pem", harness.Write(t, k.dir+"/copilot-token", harness.Output(t, k.kubectl("--namespace", "copilot-system", "create", "token", "copilot"))))
 	restart := func(settings string) {
 		t.Helper()
 		b.Process.Stop(t)
@@ -106,10 +106,10 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: copilot-nodes}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: copilot-nodes}
-subjects: [{kind: ServiceAccount, name: copilot, namespace: pilot-system}]
+subjects: [{kind: ServiceAccount, name: copilot, namespace: copilot-system}]
 `)
 	harness.Await(t, "copilot's right to read nodes", func() error {
-		return k.kubectl("auth", "can-i", "get", "nodes", "--as", "system:serviceaccount:pilot-system:copilot").Run()
+		return k.kubectl("auth", "can-i", "get", "nodes", "--as", "system:serviceaccount:copilot-system:copilot").Run()
 	})
 	restart(fmt.Sprintf("nodes-url = %q\n", apiServer+"/api/v1/nodes")) // it asks again after five seconds
 	wrap(worker7, "all")

@@ -16,6 +16,11 @@ func Server(certFile, keyFile string, clients *Authorities, optional bool) (*tls
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
+	return ServerOf(pair.Certificate, clients, optional)
+}
+
+// ServerOf is [Server] with the certificate that shown returns for each connection.
+func ServerOf(shown func() *tls.Certificate, clients *Authorities, optional bool) (*tls.Config, error) {
 	conf := tls.Config{
 		MinVersion: tls.VersionTLS12,
 		ClientAuth: tls.RequireAndVerifyClientCert,
@@ -33,7 +38,7 @@ func Server(certFile, keyFile string, clients *Authorities, optional bool) (*tls
 	}
 	return &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 		fresh := conf.Clone()
-		fresh.Certificates = []tls.Certificate{*pair.Certificate()}
+		fresh.Certificates = []tls.Certificate{*shown()}
 		if clients != nil {
 			fresh.ClientCAs = clients.Pool()
 		}

@@ -5,6 +5,7 @@ package validate
 import (
 	"bytes"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 
@@ -31,7 +32,8 @@ func build(t *testing.T, dir string) resmap.ResMap {
 
 func newValidator(t *testing.T, version string) *validator.Validator {
 	t.Helper()
-	v, err := validator.New(openapiclient.NewHardcodedBuiltins(version))
+	crds := tool(t, "crds")
+	v, err := validator.New(openapiclient.NewComposite(openapiclient.NewHardcodedBuiltins(version), openapiclient.NewLocalCRDFiles(os.DirFS(crds))))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,8 +52,11 @@ func check(v *validator.Validator, manifest []byte) error {
 func TestValid(t *testing.T) {
 	for _, version := range versions {
 		v := newValidator(t, version)
-		for _, dir := range []string{"namespace", "pilot", "copilot", "example"} {
+		for _, dir := range []string{"namespace", "pilot", "copilot", "admission", "example"} {
 			for _, r := range build(t, "../"+dir).Resources() {
+				if version == "1.27" && strings.HasPrefix(r.GetKind(), "ValidatingAdmissionPolicy") {
+					continue // which has it since 1.30
+				}
 				if err := check(v, []byte(r.MustYaml())); err != nil {
 					t.Errorf("Kubernetes %s: %s: %s: %v", version, dir, r.CurId(), err)
 				}
@@ -117,8 +122,14 @@ func TestReferences(t *testing.T) {
 	}
 	for _, r := range resources.Resources() {
 		has[r.GetKind()+" "+r.GetName()] = true
-		if r.GetKind() != "Namespace" && r.GetNamespace() != "pilot-system" {
-			t.Errorf("%s is in namespace %q", r.CurId(), r.GetNamespace())
+		namespace := "pilot-system"
+		if strings.HasPrefix(r.GetName(), "copilot") {
+			namespace = "copilot-system"
+		} else if strings.HasPrefix(r.GetKind(), "ValidatingAdmissionPolicy") {
+			namespace = ""
+		}
+		if r.GetNamespace() != namespace {
+			t.Errorf("%s is in namespace %q, want %q", r.CurId(), r.GetNamespace(), namespace)
 		}
 		if r.GetKind() == "Secret" {
 			t.Errorf("%s: the manifests hold a Secret", r.CurId())
