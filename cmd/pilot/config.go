@@ -50,6 +50,12 @@ type configuration struct {
 	AdminListen      unixAddress       `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
 	MetricsListen    string            "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
 	LogLevel         logrus.Level      `toml:"log-level" usage:"debug, info, warning or error"`
+
+	WorkloadsListen   unixAddress      `toml:"workloads-listen" reload:"no" usage:"where containerd's NRI plugin asks which containers may be created: unix:///PATH (mode 0600), or off"`
+	WorkloadTTL       time.Duration    `toml:"workload-verdict-ttl" usage:"how long to use the broker's verdict on a workload and a KEK; 0s: ask for each container"`
+	WorkloadTokenKeys string           `toml:"workload-token-keys" usage:"file with the public keys of the cluster's tokens, as a JSON Web Key Set, to know pods' service accounts (default: none are known)"`
+	NodeKeyWorkloads  workloadPatterns `toml:"node-key-workloads" usage:"workloads that may use images that the node decrypts with keys of its own: NAMESPACE/SERVICEACCOUNT with * and **, separated by commas (default: none)"`
+	KubeletDir        string           `toml:"kubelet-dir" usage:"the kubelet's directory, with the tokens of pods"`
 }
 
 // brokerSettings are those of the connection to the broker.
@@ -70,6 +76,10 @@ func defaults() configuration {
 		MirrorListen:  mirrorOff,
 		LazyListen:    off,
 		LogLevel:      logrus.InfoLevel,
+
+		WorkloadsListen: off,
+		WorkloadTTL:     10 * time.Second,
+		KubeletDir:      "/var/lib/kubelet",
 	}
 	conf.Broker = defaultBroker
 	return conf
@@ -152,6 +162,9 @@ func (c *configuration) check() error {
 		}
 	}
 	if err := c.checkMirror(); err != nil {
+		return err
+	}
+	if err := c.checkWorkloads(); err != nil {
 		return err
 	}
 	if runtime.GOOS != "linux" && c.DiffListen != off {

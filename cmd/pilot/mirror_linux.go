@@ -107,13 +107,13 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		conf.Secret = secret
 	}
 	m := mirror.New(conf)
-	provider.afterReload = m.ForgetKeys
+	provider.afterReload = append(provider.afterReload, m.ForgetKeys)
 	if c.LazyListen != off {
 		l, err := listen(lazy, address(c.LazyListen))
 		if err != nil {
 			return fmt.Errorf("lazy-listen: %w", err)
 		}
-		serveMirrorUntilDone(ctx, g, m.LazyServer(), l)
+		serveHTTPUntilDone(ctx, g, "mirror", m.LazyServer(), l)
 	}
 	if c.MirrorListen == mirrorOff {
 		return nil
@@ -132,15 +132,15 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 	if serverTLS != nil {
 		l = tls.NewListener(l, serverTLS)
 	}
-	serveMirrorUntilDone(ctx, g, m.Server(), l)
+	serveHTTPUntilDone(ctx, g, "mirror", m.Server(), l)
 	return nil
 }
 
-// serveMirrorUntilDone adds to g a server of the mirror on l until ctx is done.
-func serveMirrorUntilDone(ctx context.Context, g *errgroup.Group, s *http.Server, l net.Listener) {
+// serveHTTPUntilDone adds to g a server of that name on l until ctx is done.
+func serveHTTPUntilDone(ctx context.Context, g *errgroup.Group, name string, s *http.Server, l net.Listener) {
 	g.Go(func() error {
 		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			return fmt.Errorf("mirror: %w", err)
+			return fmt.Errorf("%s: %w", name, err)
 		}
 		return nil
 	})

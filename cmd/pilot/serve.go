@@ -108,7 +108,7 @@ func serveAll(ctx context.Context, d *daemon) error {
 	}
 	ready := func(ctx context.Context) error { return checkHealth(ctx, conns) }
 	var known layers
-	if diffListener != nil || conf.LazyListen != off {
+	if diffListener != nil || conf.LazyListen != off || conf.WorkloadsListen != off {
 		if known, err = conf.openLayers(ctx, g, provider); err != nil {
 			return err
 		}
@@ -126,6 +126,11 @@ func serveAll(ctx context.Context, d *daemon) error {
 	}
 	if conf.MirrorListen != mirrorOff || conf.LazyListen != off {
 		if err := conf.serveMirror(ctx, g, provider, known, registry, conf.Containerd, passed[lazySocket]); err != nil {
+			return err
+		}
+	}
+	if conf.WorkloadsListen != off {
+		if err := conf.serveWorkloads(ctx, g, provider, known, registry); err != nil {
 			return err
 		}
 	}

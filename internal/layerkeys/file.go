@@ -41,7 +41,7 @@ const lockTimeout = 5 * time.Second
 // If nothing can be written there, such as on a full disk, Open logs that, and [Record.Add]
 // returns the error: plain images must not wait for it.
 func Open(path string) (*Record, error) {
-	r := &Record{path: path, now: time.Now, layers: map[digest.Digest]Layer{}, plain: map[digest.Digest]plainLayer{}}
+	r := newRecord(path)
 	err := os.MkdirAll(filepath.Dir(path), 0o700)
 	if err == nil {
 		r.lock, err = lockFile(path + ".lock")
@@ -118,13 +118,7 @@ func (r *Record) load() error {
 		logrus.WithError(err).WithFields(logrus.Fields{"path": r.path, "moved-to": aside}).Error("record of layers damaged: it is made anew from the images that containerd has")
 		return nil
 	}
-	r.begun = f.Begun
-	if f.Layers != nil {
-		r.layers = f.Layers
-	}
-	if f.Plain != nil {
-		r.plain = f.Plain
-	}
+	r.use(f)
 	r.changes, r.saved = 1, 1
 	r.inode, err = os.Stat(r.path)
 	return err
@@ -168,6 +162,9 @@ func parse(b []byte) (f file, err error) {
 // Save writes the file if something changed since, or if the file was removed or replaced.
 // It leaves it if its directory was removed too, as by "pilot node uninstall".
 func (r *Record) Save() error {
+	if r.isCopy {
+		return nil // see Read
+	}
 	r.mu.RLock()
 	change := r.changes
 	r.mu.RUnlock()
@@ -193,6 +190,9 @@ func (r *Record) isThere() bool {
 // save returns once a change is in the file. Callers that wait for one another's writing
 // share the next.
 func (r *Record) save(change uint64) error {
+	if r.isCopy {
+		return nil // see Read
+	}
 	r.saving.Lock()
 	defer r.saving.Unlock()
 	if r.saved >= change {

@@ -111,9 +111,10 @@ const (
 // Record is the record of a node. It is safe for concurrent use. It is in memory, and in
 // one file, which is written anew for each change: see [Open].
 type Record struct {
-	path string
-	lock *os.File
-	now  func() time.Time
+	isCopy bool // see Read
+	path   string
+	lock   *os.File
+	now    func() time.Time
 
 	mu      sync.RWMutex
 	layers  map[digest.Digest]Layer

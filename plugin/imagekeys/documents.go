@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/processor"
@@ -39,6 +40,7 @@ type document struct {
 	isIndex  bool                 // and no manifest
 	parts    []part               // of a manifest
 	bases    []digest.Digest      // the first diff ID of each configuration
+	chains   []digest.Digest      // the chain IDs of a manifest's configurations
 }
 
 // part is a diff ID of a configuration with the layers that a manifest has in its place.
@@ -202,6 +204,7 @@ func (d *documents) read(ctx context.Context, desc ocispec.Descriptor) (*documen
 		if len(c.RootFS.DiffIDs) > 0 {
 			doc.bases = append(doc.bases, c.RootFS.DiffIDs[0])
 		}
+		doc.chains = append(doc.chains, identity.ChainID(c.RootFS.DiffIDs))
 		doc.add(c.RootFS.DiffIDs, layers)
 		if len(layers) != len(raw.Layers) {
 			doc.add(c.RootFS.DiffIDs, raw.Layers)

@@ -75,6 +75,8 @@ type Resolver struct {
 	begins singleflight.Group
 	begun  atomic.Bool
 	bases  bases
+
+	snapshotterNames atomic.Pointer[[]string]
 }
 
 // New returns a Resolver.
