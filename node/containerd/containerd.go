@@ -28,6 +28,7 @@ type Instance struct {
 	Ours         []string       // pilot's drop-ins, which may be gone
 	Plain        map[string]any // the effective configuration without them
 	Lazy         bool           // pilot's drop-in is to add pilot's snapshotter too
+	Workloads    bool           // and to make containerd ask pilot's NRI plugin
 }
 
 // CheckAddress returns a [host.Conflict] if the user has named a socket, nothing

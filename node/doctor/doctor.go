@@ -58,6 +58,9 @@ type Doctor struct {
 	// Lazy is the path of the socket at which pilot serves parts of layers to its
 	// snapshotter, or "" if it serves none.
 	Lazy string
+	// Workloads is the path of the socket at which pilot decides for containerd's NRI
+	// plugin, or "" if it does not.
+	Workloads string
 	// LazySnapshotter is the path of the snapshotter's socket.
 	LazySnapshotter string
 	// Image is the name of an image whose layers to examine, or "".
@@ -122,6 +125,7 @@ const (
 	StepImage            = "image"           // with an Image, one for each layer
 	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
+	StepWorkloads        = "workloads"       // only where containerd asks about workloads
 	StepDocker           = "docker"
 	StepMirror           = "mirror" // only with a Mirror
 )
@@ -187,6 +191,7 @@ func (e *examination) checks() []check {
 		{StepLayer, []string{StepContainerdConfig, StepSnapshotter}, 20 * time.Second, e.unpackLayer},
 		{StepTransfer, []string{StepContainerdConfig, StepSnapshotter}, 20 * time.Second, e.transfer},
 		{StepLazy, []string{StepContainerd, StepSnapshotter, StepDiffer}, 20 * time.Second, e.lazy},
+		{StepWorkloads, []string{StepContainerd}, 5 * time.Second, e.workloads},
 		{StepDocker, nil, 10 * time.Second, e.docker},
 	}
 }

@@ -35,11 +35,22 @@ type Options struct {
 	Settings map[string]string
 	// Lazy sets up pilot's snapshotter too, which pulls encrypted images lazily.
 	Lazy bool
+	// Workloads has containerd ask pilot about each container: On, Off, or "" for what an
+	// earlier installation did.
+	Workloads Choice
 	// Force makes Uninstall go on although containers use pilot's snapshotter.
 	Force bool
 	// KeepConfig makes Uninstall keep pilot.toml and ocicrypt.conf.
 	KeepConfig bool
 }
+
+// Choice is whether to set something up.
+type Choice string
+
+const (
+	On  Choice = "on"
+	Off Choice = "off"
+)
 
 // Plan is what an installation would change.
 type Plan struct {
@@ -144,6 +155,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		if o.Lazy {
 			return nil, &host.Conflict{Where: crio.Service, What: "CRI-O has no snapshotters", Fix: "leave out --lazy"}
 		}
+		if o.Workloads == On {
+			return nil, &host.Conflict{Where: crio.Service, What: "pilot can't ask for CRI-O which workloads may use an image", Fix: "leave out --workloads"}
+		}
 		return p, p.forCRIO(before)
 	}
 	c, err := look(ctx, o, before)
@@ -155,6 +169,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		return nil, err
 	}
 	if err := p.containerdFiles(ctx, before); err != nil {
+		return nil, err
+	}
+	if err := p.nriPlugin(before); err != nil {
 		return nil, err
 	}
 	forContainerd := len(p.Changes)
@@ -202,6 +219,12 @@ func look(ctx context.Context, o Options, before record) (*containerd.Instance, 
 		return nil, err
 	}
 	c.Lazy = o.Lazy || before.Lazy
+	c.Workloads = o.Workloads == On || o.Workloads == "" && before.Workloads
+	if c.Workloads {
+		if err := c.CheckWorkloads(o.Host); err != nil {
+			return nil, err
+		}
+	}
 	return c, c.CheckAddress(o.Containerd)
 }
 
@@ -262,7 +285,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	s.Files, s.Dirs = slices.Clone(before.Files), slices.Clone(before.Dirs)
 	if c := p.containerd; c != nil {
 		s.Containerd = &installedTarget{c.Program, c.Config, c.Address, c.Service}
-		s.Lazy = c.Lazy
+		s.Lazy, s.Workloads = c.Lazy, c.Workloads
 	}
 	s.noteDir(p.options, recordDir)
 	for _, c := range p.Changes {

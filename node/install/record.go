@@ -24,6 +24,8 @@ type record struct {
 	Containerd *installedTarget `json:"containerd,omitempty"`
 	// Lazy is true if pilot's snapshotter was set up.
 	Lazy bool `json:"lazy,omitempty"`
+	// Workloads is true if containerd asks pilot's NRI plugin about each container.
+	Workloads bool `json:"workloads,omitempty"`
 	// Unsure are files and directories that may have existed before the installation:
 	// the record was lost and rebuilt.
 	Unsure []string `json:"unsure,omitempty"`
@@ -210,7 +212,7 @@ func (f *installed) isOwnFile() bool {
 		return unitWants[name] != ""
 	case filepath.Dir(dir) == host.UnitDir:
 		return strings.HasSuffix(dir, ".service.d") && (name == refreshName || name == decoderUnit || name == lazyUnit)
-	case name == "pilot" || name == "pilot-decoder":
+	case name == "pilot" || name == "pilot-decoder" || isNRIPlugin(f.Path):
 		return true // the DaemonSet copies them to any directory
 	}
 	return isDropIn(f.Path) || slices.Contains([]string{pilotConfig, keyProviders, DaemonSetMark, BrokerToken, BrokerCA}, f.Path)

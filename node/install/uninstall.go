@@ -116,7 +116,7 @@ func (s *record) lookAgain(ctx context.Context, o Options) (*containerd.Instance
 	}
 	c, err := containerd.Examine(ctx, o.Host, *t, s.dropIns())
 	if err == nil {
-		c.Lazy = s.Lazy
+		c.Lazy, c.Workloads = s.Lazy, s.Workloads
 	}
 	return c, err
 }
@@ -190,7 +190,9 @@ func (o Options) keeps(f installed) bool {
 }
 
 // connects reports whether a file makes containerd or CRI-O ask pilot.
-func connects(path string) bool { return isDropIn(path) || path == crioDropIn }
+func connects(path string) bool {
+	return isDropIn(path) || path == crioDropIn || isNRIPlugin(path)
+}
 
 // Connected reports whether containerd or CRI-O is still configured to ask pilot, by the
 // record.
