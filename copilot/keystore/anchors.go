@@ -237,6 +237,31 @@ func (s *Store) notRolledBack(ctx context.Context, k KEK, b []byte) (KEK, error)
 	return KEK{}, fmt.Errorf("%w: KEK %q changes all the time", ErrUnavailable, k.ID)
 }
 
+// Absent returns an error that wraps [ErrRolledBack] if a KEK had a record, which [Store.Get]
+// did not find.
+func (s *Store) Absent(ctx context.Context, id string) error {
+	name, none := row{true, id}.String(), sha256.Sum256(nil)
+	s.anchors.mu.Lock()
+	known := s.anchors.seen[name] == none && s.anchors.whole == ""
+	s.anchors.mu.Unlock()
+	if known {
+		return nil
+	}
+	r := row{true, id}
+	a, err := s.readAnchor(ctx, r.shard())
+	if err == nil {
+		err = s.compare(r, a, "")
+	}
+	if err == nil {
+		s.anchors.see(name, none)
+		return nil
+	}
+	if again, getErr := s.db.get(ctx, id); getErr == nil && again != nil {
+		return fmt.Errorf("%w: KEK %q got its record just now", ErrUnavailable, id)
+	}
+	return err
+}
+
 func (s *Store) compareNow(ctx context.Context, k KEK) error {
 	digest, err := k.digest()
 	if err != nil {
@@ -307,16 +332,17 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 			return nil
 		},
 		record: func(id string, b []byte) error {
+			r := row{true, id}
+			digests := anchorsNow[r.shard()].Digests
 			k, err := set.decode(id, b)
 			if err != nil {
-				return nil // damaged: reported where it is used
+				delete(digests, r.String())
+				return nil // damaged, which is reported where it is used, or of a newer master key
 			}
 			digest, err := k.digest()
 			if err != nil {
 				return err
 			}
-			r := row{true, id}
-			digests := anchorsNow[r.shard()].Digests
 			if want, ok := digests[r.String()]; ok && want != digest {
 				found[r.String()] = "it is not as copilot has written it last"
 			}
@@ -329,7 +355,11 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 		return nil, err
 	}
 	if !anchored && least == 0 && known == 0 {
-		return found, s.anchorAll(ctx, 0, 1) // an earlier copilot made the store
+		// An earlier copilot made the store.
+		if err = s.anchorAll(ctx, 0, 1); errors.Is(err, ErrState) {
+			return s.CheckAnchors(ctx, least) // another one has anchored it meanwhile
+		}
+		return found, err
 	}
 	var sum int64
 	for _, a := range anchorsNow {
@@ -417,18 +447,21 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
 	}
 	sum += max(changes[anchorShards], before[anchorName(anchorShards)])
 	changes[0] += max(0, least-sum)
+	made := make(map[string]anchor)
+	var names []string
 	for i := range anchorShards {
-		name := anchorName(i)
-		err := s.db.keep(ctx, name, func(old, _ []byte) ([]byte, error) {
-			now, _ := set.openAnchor(name, old)
-			if now.Changes != before[name] {
-				return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
-			}
-			return set.sealAnchor(name, anchor{changes[i], digests[i]})
-		})
-		if err != nil {
-			return err
+		names = append(names, anchorName(i))
+		made[anchorName(i)] = anchor{changes[i], digests[i]}
+	}
+	err = s.db.keepAll(ctx, names, func(name string, old []byte) ([]byte, error) {
+		now, _ := set.openAnchor(name, old)
+		if now.Changes != before[name] {
+			return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
 		}
+		return set.sealAnchor(name, made[name])
+	})
+	if err != nil {
+		return err
 	}
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
