@@ -1,7 +1,10 @@
 package keystore
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -64,7 +67,7 @@ func TestStoresAnchorTogether(t *testing.T) {
 	}
 	close(start)
 	wg.Wait()
-	if a, b := list[0].Generation(), list[7].Generation(); a != b || a != anchorShards {
+	if a, b := list[0].Generation(), list[7].Generation(); a != b || a != anchorShards+1 {
 		t.Errorf("%d and %d changes", a, b)
 	}
 }
@@ -145,5 +148,126 @@ func TestSweepGoesOnAfterARecordThatWasPutBack(t *testing.T) {
 	b, err := s.Get(ctx, "b")
 	if err != nil || b.Versions[0].Sealed != nil {
 		t.Errorf("the other KEK was not swept: %v, %v", b.Versions, err)
+	}
+}
+
+// rows returns all that a store's file has but KEKs, and puts it back.
+func rows(t *testing.T, s *Store) (putBack func()) {
+	t.Helper()
+	kept := make(map[string][]byte)
+	if err := s.db.(*boltDB).db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOnce).ForEach(func(name, b []byte) error {
+			kept[string(name)] = bytes.Clone(b)
+			return nil
+		})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error {
+			in := tx.Bucket(bucketOnce)
+			for name, b := range kept {
+				if err := in.Put([]byte(name), b); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestAcknowledgedRollbackVoidsApprovals puts back a database from before a request was
+// used. Once that is acknowledged, in the copilot that runs, requests work again, there and
+// after a restart, and the used one stays used.
+func TestAcknowledgedRollbackVoidsApprovals(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	use := func(s *Store, id string) error {
+		_, err := s.ChangeApproval(ctx, id, func(a *Approval, _ bool) error {
+			a.Used = time.Now()
+			return nil
+		})
+		return err
+	}
+	if _, err := s.ChangeApproval(ctx, "one", func(a *Approval, _ bool) error { a.Approved = "uid:7"; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	putBack := rows(t, s)
+	if err := use(s, "one"); err != nil {
+		t.Fatal(err)
+	}
+	putBack()
+	found, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil })
+	if err != nil || found["store"] == "" {
+		t.Fatalf("%v, %v", found, err)
+	}
+	again := newStore(s.db, s.dir, "", nil)
+	if err := again.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := again.CheckAnchors(ctx, s.Generation()); err != nil || len(found) > 0 {
+		t.Errorf("after a restart: %v, %v", found, err)
+	}
+	for i, s := range []*Store{s, again} {
+		if err := use(s, "one"); !errors.Is(err, ErrRolledBack) {
+			t.Errorf("used again: %v", err)
+		}
+		if err := use(s, fmt.Sprintf("new-%d", i)); err != nil {
+			t.Error(err)
+		}
+		if list, err := s.Approvals(ctx); err != nil || len(list) != i+1 {
+			t.Errorf("%v, %v", list, err)
+		}
+	}
+}
+
+// TestChangesOfOthersAreNoRollback reads a KEK for the first time, again and again, while
+// others that share its anchor are changed.
+func TestChangesOfOthersAreNoRollback(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	shard := row{true, "a"}.shard()
+	mate := ""
+	for i := 0; mate == ""; i++ {
+		if id := fmt.Sprintf("mate-%d", i); (row{true, id}).shard() == shard {
+			mate = id
+		}
+	}
+	if _, err := s.Create(ctx, mate, nil, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for range 100 {
+				if _, err := s.Rotate(ctx, mate, 0, Change{}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	for {
+		select {
+		case <-done:
+			return
+		default:
+		}
+		s.anchors.mu.Lock()
+		s.anchors.seen = nil
+		s.anchors.mu.Unlock()
+		if _, err := s.Get(ctx, "a"); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
