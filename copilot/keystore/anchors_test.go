@@ -248,7 +248,7 @@ func TestChangesOfOthersAreNoRollback(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 2 {
 		wg.Go(func() {
-			for range 100 {
+			for range 30 {
 				if _, err := s.Rotate(ctx, mate, 0, Change{}); err != nil {
 					t.Error(err)
 				}
@@ -268,6 +268,38 @@ func TestChangesOfOthersAreNoRollback(t *testing.T) {
 		s.anchors.mu.Unlock()
 		if _, err := s.Get(ctx, "a"); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestDeletedRecordOfAKEKInAKMSIsFound deletes the record that says that a KEK of a KMS is
+// disabled: without one it would be enabled.
+func TestDeletedRecordOfAKEKInAKMSIsFound(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Absent(ctx, "in-kms"); err != nil {
+		t.Errorf("before there was a record: %v", err)
+	}
+	if _, err := s.Disable(ctx, "in-kms", 0, Change{Backend: "vault"}); err != nil {
+		t.Fatal(err)
+	}
+	err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Delete([]byte("in-kms")) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := newStore(s.db, s.dir, "", nil)
+	if err := again.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*Store{s, again} {
+		if err := s.Absent(ctx, "in-kms"); !errors.Is(err, ErrRolledBack) {
+			t.Errorf("deleted: %v", err)
+		}
+		if err := s.Absent(ctx, "another"); err != nil {
+			t.Errorf("another: %v", err)
 		}
 	}
 }
