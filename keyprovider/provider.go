@@ -21,6 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/openedby"
 	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/keyprovider/agekey"
@@ -222,6 +223,7 @@ func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []
 			continue
 		}
 		p.done(ctx, opUnwrap, kek.ID, kek.Version, a.Method, start)
+		openedby.Report(ctx, openedby.KEK{ID: kek.ID, Version: kek.Version, Method: a.Method})
 		return layerKey, nil
 	}
 	err = errline.Join(errs...)

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/ctrlplane/pilot/internal/claims"
+	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -245,6 +246,9 @@ func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool) (
 			return nil, err
 		}
 		if err := m.checkShared(ctx, repo, layer, all); err != nil {
+			return nil, err
+		}
+		if err := m.record(layer, layerkeys.Sealed); err != nil {
 			return nil, err
 		}
 	}

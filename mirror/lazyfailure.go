@@ -36,9 +36,10 @@ const (
 	reasonKeys       = "keys unavailable"
 	reasonRegistry   = "registry"
 	reasonContainerd = "containerd"
+	reasonRecord     = "not recorded"
 )
 
-var lazyReasons = []string{reasonUnknown, reasonPlain, reasonNotSealed, reasonTampered, reasonClaim, reasonProving, reasonTailSize, reasonDenied, reasonKeys, reasonRegistry, reasonContainerd}
+var lazyReasons = []string{reasonUnknown, reasonPlain, reasonNotSealed, reasonTampered, reasonClaim, reasonProving, reasonTailSize, reasonDenied, reasonKeys, reasonRegistry, reasonContainerd, reasonRecord}
 
 // imagesError is the error of a containerd that does not say which images it has.
 type imagesError struct{ err error }

@@ -39,7 +39,11 @@ type lazyLayer struct {
 	fresh  time.Time           // until when it is used as it is
 	usable time.Time           // until when it is used if no key provider answers
 	noEnd  bool                // there is no such limit
-	expiry *time.Timer         // clears it
+
+	openedBy    processor.Opener // of the key
+	fingerprint []byte           // of the key
+
+	expiry *time.Timer // clears it
 }
 
 func newLazyLayer(desc ocispec.Descriptor) *lazyLayer {
@@ -90,6 +94,7 @@ func (l *lazyLayer) set(key *processor.LayerKey, fresh, usable time.Duration, no
 	defer l.mu.Unlock()
 	l.clearLocked()
 	now := time.Now()
+	l.openedBy, l.fingerprint = key.OpenedBy, key.Fingerprint()
 	l.key, l.fresh, l.usable, l.noEnd = key, now.Add(fresh), now.Add(usable), noEnd
 	if !noEnd {
 		l.expiry = time.AfterFunc(max(fresh, usable)+keyLinger, func() { l.clearOnly(key) })

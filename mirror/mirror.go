@@ -25,6 +25,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/claims"
+	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -81,6 +82,9 @@ type Config struct {
 	// used after a key provider gave it (0: no limit), and how much longer while key
 	// providers are unavailable. Default: 10 seconds, and no longer.
 	LayerKeyLifetime func() (ttl, grace time.Duration)
+	// Record is where the mirror notes which keys have opened the layers of Images. May be
+	// nil.
+	Record *layerkeys.Record
 }
 
 const (

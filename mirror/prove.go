@@ -13,6 +13,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/claims"
+	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -36,6 +37,10 @@ type proof struct{ err error } // nil: it is what its key has sealed
 // it is read as a whole.
 func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyLayer, all []claims.Claim) error {
 	for _, c := range all {
+		if c.ChainID == layer.sealed.DiffID && c.DiffID != c.ChainID {
+			// It would be mounted in the place of all those layers, and can't be that.
+			return m.prove(ctx, repo, layer)
+		}
 		if c.DiffID == layer.sealed.DiffID && c.Layer.Digest != layer.desc.Digest && !m.vouches(ctx, layer, c) {
 			return m.prove(ctx, repo, layer)
 		}
@@ -129,6 +134,9 @@ func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLay
 	log := logrus.WithFields(ofLayer(layer.desc)).WithFields(logrus.Fields{"image": repo.key(), "bytes": layer.desc.Size, "took": time.Since(began), "diff-id": layer.sealed.DiffID})
 	switch {
 	case err == nil:
+		if err = m.record(layer, layerkeys.Decrypted); err != nil {
+			break
+		}
 		layer.proof.Store(&proof{})
 		log.Info("lazy layer read as a whole: another image has its diff ID")
 	case errors.Is(err, processor.ErrTampered):
@@ -142,6 +150,7 @@ func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLay
 func (m *Mirror) refute(layer *lazyLayer, err error) error {
 	err = &notLazy{reasonClaim, fmt.Errorf("%w: it was made to be taken for a layer of another image", err)}
 	layer.proof.Store(&proof{err})
+	m.withdraw(layer)
 	logrus.WithError(err).WithFields(ofLayer(layer.desc)).WithField("diff-id", layer.sealed.DiffID).
 		Error("lazy layer is not what it was sealed to be: remove the image, and find out who has encrypted it")
 	return err

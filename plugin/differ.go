@@ -27,6 +27,8 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/ctrlplane/pilot/internal/layerkeys"
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/internal/traceid"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -47,6 +49,11 @@ type Config struct {
 	Keys processor.Keys
 	// Metrics is what the Differ's metrics are registered with. May be nil.
 	Metrics prometheus.Registerer
+	// Record is where the Differ notes which keys have opened a layer with which diff ID.
+	// A layer that can't be recorded is not unpacked. May be nil.
+	Record *layerkeys.Record
+	// Rules returns those of the setting must-be-encrypted. May be nil: none.
+	Rules func() mustencrypt.Rules
 }
 
 const (
@@ -111,7 +118,14 @@ func (d *Differ) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 			// It may be for a stream processor of containerd's.
 			return ocispec.Descriptor{}, fmt.Errorf("pilot: media type %s: %w", desc.MediaType, errdefs.ErrNotImplemented)
 		}
-		return d.apply(ctx, desc, mounts, opts...)
+		if err := d.mayBePlain(ctx, desc); err != nil {
+			return ocispec.Descriptor{}, &failure{desc.Digest, traceid.Of(ctx), err}
+		}
+		applied, err := d.apply(ctx, desc, mounts, opts...)
+		if err == nil && d.conf.Record != nil {
+			d.conf.Record.AddPlain(desc.Digest, applied.Digest)
+		}
+		return applied, err
 	}
 	applied, err := d.decrypt(ctx, desc, mounts, opts...)
 	if err != nil {
@@ -178,14 +192,28 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, err
 	}
 	defer key.Clear()
+	if err := d.isForRule(ctx, desc, key); err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	// Only now, so that layers that wait for a broker hold up no others.
 	if err := d.enter(ctx); err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	defer d.leave()
+	var applied ocispec.Descriptor
 	if len(mounts) > 0 && isErofs(desc.MediaType) {
-		return d.applyErofs(ctx, desc, key, mounts, opts...)
+		applied, err = d.applyErofs(ctx, desc, key, mounts, opts...)
+	} else {
+		applied, err = d.applyDecrypted(ctx, desc, key, mounts, opts...)
 	}
+	if err == nil {
+		err = d.record(desc, key, applied)
+	}
+	return applied, err
+}
+
+// applyDecrypted decrypts a layer while the appliers unpack it.
+func (d *Differ) applyDecrypted(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
 	layer := &decryption{key: key}
 	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
 	layer.end()

@@ -120,6 +120,15 @@ func (d *KeyDir) UnwrapAny(ctx context.Context, timeout time.Duration, keys Keys
 	})
 }
 
+// Openers is [Openers] with the private keys of the directory and then keys.
+func (d *KeyDir) Openers(ctx context.Context, keys Keys, desc ocispec.Descriptor, accept func(*LayerKey) bool) (openers []Opener, complete bool) {
+	_, err := d.with(ctx, keys, []ocispec.Descriptor{desc}, func(keys Keys) (*LayerKey, error) {
+		openers, complete = Openers(ctx, keys, desc, accept)
+		return nil, nil
+	})
+	return openers, complete && err == nil
+}
+
 // with calls unwrap with keys and, if a key in a file may be for one of the descriptors,
 // those of the directory before them.
 func (d *KeyDir) with(ctx context.Context, keys Keys, descs []ocispec.Descriptor, unwrap func(Keys) (*LayerKey, error)) (*LayerKey, error) {

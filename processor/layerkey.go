@@ -34,6 +34,8 @@ type LayerKey struct {
 	// it. It may be empty. If a tool compressed and encrypted in one step, it is that
 	// of the uncompressed layer.
 	Digest digest.Digest
+	// OpenedBy is what has unwrapped the key.
+	OpenedBy Opener
 
 	key   []byte // KeySize bytes
 	nonce []byte // aes.BlockSize bytes

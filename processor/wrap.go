@@ -18,6 +18,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/openedby"
 )
 
 // ErrNoKey is the error of a layer whose key could not be unwrapped: it is
@@ -213,6 +214,7 @@ func unwrapWith(ctx context.Context, keys Keys, scheme, annotation, public strin
 	if !w.possible(params) {
 		return nil, fmt.Errorf("%s: no private key was given", scheme)
 	}
+	ctx, kek := openedby.With(ctx)
 	private, err := unwrapOne(ctx, w, params, annotation, left)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", scheme, err)
@@ -222,6 +224,7 @@ func unwrapWith(ctx context.Context, keys Keys, scheme, annotation, public strin
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", scheme, err)
 	}
+	key.OpenedBy = newOpener(scheme, *kek)
 	return key, nil
 }
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Encrypts an image, pushes it to a registry, pulls it into another containerd
 # that decrypts on pull, and runs it; shows that a node which may not use the KEK
-# can't; then rotates the KEK, moves the image to it, and revokes the node; and
-# starts a larger image before it is pulled.
+# can't; then rotates the KEK, moves the image to it, and revokes the node; starts
+# a larger image before it is pulled; and lets one of two tenants of a node run an
+# image that both have there.
 # Everything happens in a directory of its own and is removed at the end.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -128,7 +129,7 @@ show copilot enroll --config-dir "$etc" --out "$etc" --role guest stranger
 for name in ci node-1 stranger; do
 	background "$name-pilot" pilot serve --config /dev/null --kek-cache-ttl 1s \
 		--broker "$broker" --broker-ca "$etc/ca.pem" --broker-cert "$etc/$name.pem" --broker-key "$etc/$name-key.pem" \
-		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --lazy-listen "unix://$dir/$name/lazy.sock" --containerd "$dir/$name/containerd.sock"
+		--listen "unix://$dir/$name/keyprovider.sock" --diff-listen "unix://$dir/$name/diff.sock" --lazy-listen "unix://$dir/$name/lazy.sock" --containerd "$dir/$name/containerd.sock" --layer-record "$dir/$name/layers"
 	await "$name's pilot" test -S "$dir/$name/keyprovider.sock"
 	containerd_for $name
 done
@@ -275,5 +276,102 @@ full=$took in_full=$stored
 started pilot-lazy
 printf 'encrypted, pulled in full: %5d ms, %4d MiB on the node\nencrypted, lazily:         %5d ms, %4d MiB on the node\n' "$full" "$in_full" "$took" "$stored"
 [ "$stored" -lt "$in_full" ]
+
+step "Tenants: namespaces prod and dev share a node, one image and one KEK. The policy lets prod use it"
+tee -a "$etc/policy.toml" <<EOF
+
+[[rule]]
+identities = ["spiffe://example.com/node/shared"]
+keks = ["team-b"]
+actions = ["unwrap"]
+workloads = ["prod/*"]
+EOF
+show copilot enroll --config-dir "$etc" --out "$etc" --role node shared
+on ci ctr-pilot images encrypt --recipient provider:pilot:team-b "$image:plain" "$image:tenants"
+on ci ctr-pilot images push --plain-http "$image:tenants" | tail -n 1
+# The image of pods' sandboxes.
+sed "s|\"/app/hello\"|\"/bin/busybox\",\"sleep\",\"1000\"|; s/,\"sha256:[0-9a-f]*\"\]/]/" "$dir/config.json" >"$dir/pause.json"
+cat >"$dir/manifest.json" <<EOF
+[{"Config":"pause.json","RepoTags":["$image:pause"],"Layers":["base.tar"]}]
+EOF
+tar -C "$dir" -cf "$dir/image.tar" manifest.json pause.json base.tar
+on ci ctr-pilot images import --no-unpack "$dir/image.tar" 3>/dev/null >"$dir/pause.out"
+on ci ctr-pilot images push --plain-http "$image:pause" 3>/dev/null >"$dir/pause.out"
+
+home=$dir/shared
+mkdir -p "$home/nri" "$home/nri.conf"
+cat >"$home/pilot.toml" <<EOF
+broker = "$broker"
+broker-ca = "$etc/ca.pem"
+broker-cert = "$etc/shared.pem"
+broker-key = "$etc/shared-key.pem"
+listen = "unix://$home/keyprovider.sock"
+diff-listen = "unix://$home/diff.sock"
+workloads-listen = "unix://$home/workloads.sock"
+layer-record = "$home/layers"
+containerd = "$home/containerd.sock"
+EOF
+# As "pilot node install --workloads" does on a machine.
+cp "$home/pilot.toml" "$home/nri.conf/00-pilot.conf"
+printf '#!%s nri-plugin\n' "$repo/bin/pilot" >"$home/nri/00-pilot"
+chmod +x "$home/nri/00-pilot"
+background shared-pilot pilot serve --config "$home/pilot.toml"
+await "the shared node's pilot" test -S "$home/workloads.sock"
+cat >"$home/config.toml" <<EOF
+version = 3
+root = '$home/root'
+state = '$home/state'
+[grpc]
+  address = '$home/containerd.sock'
+[ttrpc]
+  address = '$home/containerd.sock.ttrpc'
+[proxy_plugins.pilot]
+  type = 'diff'
+  address = '$home/diff.sock'
+[plugins.'io.containerd.service.v1.diff-service']
+  default = ['pilot', 'walking']
+[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+  platform = 'linux/$arch'
+  snapshotter = 'overlayfs'
+  differ = 'pilot'
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = '$image:pause'
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
+[plugins.'io.containerd.nri.v1.nri']
+  socket_path = '$home/nri.sock'
+  plugin_path = '$home/nri'
+  plugin_config_path = '$home/nri.conf'
+[plugins.'io.containerd.nri.v1.nri'.default_validator]
+  enable = true
+  required_plugins = ['pilot']
+EOF
+background shared-containerd containerd --config "$home/config.toml"
+cri() { crictl --runtime-endpoint "unix://$home/containerd.sock" --timeout 1m "$@" 2>&1; }
+await "the shared node's containerd" cri version
+# pod NAMESPACE: runs the image in a pod of a namespace.
+pod() {
+	cat >"$home/$1.json" <<-EOF
+		{"metadata": {"name": "hello", "namespace": "$1", "uid": "$1", "attempt": 1}, "log_directory": "$home/logs/$1",
+		"linux": {"security_context": {"namespace_options": {"network": 2, "pid": 1}}}}
+	EOF
+	cat >"$home/container.json" <<-EOF
+		{"metadata": {"name": "hello"}, "image": {"image": "$image:tenants"}, "log_path": "hello.log",
+		"linux": {"security_context": {"namespace_options": {"network": 2, "pid": 1}}}}
+	EOF
+	echo "\$ crictl run container.json pod-of-$1.json" >&3
+	cri run --no-pull "$home/container.json" "$home/$1.json"
+}
+cri pull "$image:tenants" >"$dir/pull.out"
+pod prod >"$dir/prod.out"
+await "the container of prod" grep -q "$secret" "$home/logs/prod/hello.log"
+cat "$home/logs/prod/hello.log"
+if pod dev >"$dir/dev.out"; then
+	echo "dev may not use the KEK, and runs the image" >&2
+	exit 1
+fi
+tr -d '\\' <"$dir/dev.out" | sed -n "s/.*\(namespace \"dev\" may not use KEK .* in copilot's policy\).*/\1/p" | sed -n 1p
+grep -q 'may not use KEK' "$dir/dev.out"
+cri rmp -f -a >"$dir/rmp.out"
 
 printf '\nDone in %d seconds; everything is cleaned up.\n' $((SECONDS - start))

@@ -37,7 +37,7 @@ func newStatus(r *prometheus.Registry, ready func(context.Context) error) *http.
 }
 
 // serveStatus adds to g servers on admin-listen and metrics-listen until ctx is done.
-func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *prometheus.Registry, ready func(context.Context) error) error {
+func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *prometheus.Registry, known layers, ready func(context.Context) error) error {
 	path := c.AdminListen.path()
 	if c.AdminListen == "" && c.Listen == defaultListen {
 		path = defaultAdminSocket
@@ -49,6 +49,7 @@ func (c *configuration) serveStatus(ctx context.Context, g *errgroup.Group, r *p
 		}
 		mux := newStatus(r, ready)
 		status.Profiles(mux)
+		known.handle(mux)
 		serveHTTP(ctx, g, l, mux)
 	}
 	if c.MetricsListen != "" {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/internal/setting"
 	"github.com/ctrlplane/pilot/internal/tomlfile"
 	"github.com/ctrlplane/pilot/keyprovider"
@@ -28,23 +30,31 @@ type configuration struct {
 	TLSKey           string  `toml:"tls-key" reload:"no" usage:"private key of tls-cert"`
 	TLSClientCA      string  `toml:"tls-client-ca" reload:"no" usage:"CA of the clients' certificates"`
 	brokerconfig.Settings
-	KEKCacheTTL      time.Duration    `toml:"kek-cache-ttl" usage:"how long to keep a KEK after it was fetched; 0s: no limit"`
-	KEKCacheGrace    time.Duration    `toml:"kek-cache-grace" usage:"how much longer to use a KEK while the broker gives no usable answer; 0s: no longer"`
-	KEKCacheIdle     time.Duration    `toml:"kek-cache-idle" usage:"how long to keep a KEK after its last use; 0s: as kek-cache-ttl says"`
-	KEKCacheSize     int              `toml:"kek-cache-size" usage:"how many KEKs to keep; 0: none"`
-	DiffListen       unixAddress      `toml:"diff-listen" reload:"no" usage:"where to listen as containerd's differ: unix:///PATH (mode 0600), or off"`
-	Containerd       socketPath       `toml:"containerd" reload:"no" usage:"containerd's socket, for the differ"`
-	LayersAtOnce     int              `toml:"layers-at-once" reload:"no" usage:"how many encrypted layers the differ unpacks at once"`
-	DecryptionKeys   string           `toml:"decryption-keys-path" reload:"no" usage:"directory of private keys for the differ to try, besides key providers"`
-	MirrorListen     mirrorAddress    `toml:"mirror-listen" reload:"no" usage:"where to serve encrypted images as plain ones: HOST:PORT, or off"`
-	MirrorSecretFile string           `toml:"mirror-secret-file" reload:"no" usage:"file with the secret of the mirror's callers that have no certificate, on a loopback address (mode 0600; made if it does not exist)"`
-	MirrorUpstream   string           `toml:"mirror-upstream" reload:"no" usage:"registry of all names that the mirror is asked for, such as registry.example.com (default: the name's first part)"`
-	MirrorAllowed    registryPatterns `toml:"mirror-allowed-upstreams" reload:"no" usage:"registries that the mirror's callers may name, separated by commas, with * for any text, as in *.example.com (default: all but those on loopback)"`
-	MirrorHostsDir   string           `toml:"mirror-hosts-dir" reload:"no" usage:"directory, in the form of containerd's certs.d, of how the mirror reaches registries"`
-	LazyListen       unixAddress      `toml:"lazy-listen" reload:"no" usage:"where to serve parts of layers to pilot's snapshotter: unix:///PATH (mode 0600), or off"`
-	AdminListen      unixAddress      `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
-	MetricsListen    string           "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
-	LogLevel         logrus.Level     `toml:"log-level" usage:"debug, info, warning or error"`
+	KEKCacheTTL      time.Duration     `toml:"kek-cache-ttl" usage:"how long to keep a KEK after it was fetched; 0s: no limit"`
+	KEKCacheGrace    time.Duration     `toml:"kek-cache-grace" usage:"how much longer to use a KEK while the broker gives no usable answer; 0s: no longer"`
+	KEKCacheIdle     time.Duration     `toml:"kek-cache-idle" usage:"how long to keep a KEK after its last use; 0s: as kek-cache-ttl says"`
+	KEKCacheSize     int               `toml:"kek-cache-size" usage:"how many KEKs to keep; 0: none"`
+	DiffListen       unixAddress       `toml:"diff-listen" reload:"no" usage:"where to listen as containerd's differ: unix:///PATH (mode 0600), or off"`
+	Containerd       socketPath        `toml:"containerd" reload:"no" usage:"containerd's socket, for the differ"`
+	LayersAtOnce     int               `toml:"layers-at-once" reload:"no" usage:"how many encrypted layers the differ unpacks at once"`
+	DecryptionKeys   string            `toml:"decryption-keys-path" reload:"no" usage:"directory of private keys for the differ to try, besides key providers"`
+	MirrorListen     mirrorAddress     `toml:"mirror-listen" reload:"no" usage:"where to serve encrypted images as plain ones: HOST:PORT, or off"`
+	MirrorSecretFile string            `toml:"mirror-secret-file" reload:"no" usage:"file with the secret of the mirror's callers that have no certificate, on a loopback address (mode 0600; made if it does not exist)"`
+	MirrorUpstream   string            `toml:"mirror-upstream" reload:"no" usage:"registry of all names that the mirror is asked for, such as registry.example.com (default: the name's first part)"`
+	MirrorAllowed    registryPatterns  `toml:"mirror-allowed-upstreams" reload:"no" usage:"registries that the mirror's callers may name, separated by commas, with * for any text, as in *.example.com (default: all but those on loopback)"`
+	MirrorHostsDir   string            `toml:"mirror-hosts-dir" reload:"no" usage:"directory, in the form of containerd's certs.d, of how the mirror reaches registries"`
+	LazyListen       unixAddress       `toml:"lazy-listen" reload:"no" usage:"where to serve parts of layers to pilot's snapshotter: unix:///PATH (mode 0600), or off"`
+	LayerRecord      string            `toml:"layer-record" reload:"no" usage:"file in which the differ records which KEKs have opened which layers"`
+	MustBeEncrypted  mustencrypt.Rules `toml:"must-be-encrypted" usage:"images that must be encrypted: tables in the file, or JSON, as in [{\"images\":[\"registry.example.com/team-a/**\"],\"keks\":[\"team-a\"]}]"`
+	AdminListen      unixAddress       `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
+	MetricsListen    string            "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
+	LogLevel         logrus.Level      `toml:"log-level" usage:"debug, info, warning or error"`
+
+	WorkloadsListen   unixAddress      `toml:"workloads-listen" reload:"no" usage:"where containerd's NRI plugin asks which containers may be created: unix:///PATH (mode 0600), or off"`
+	WorkloadTTL       time.Duration    `toml:"workload-verdict-ttl" usage:"how long to use the broker's verdict on a workload and a KEK; 0s: ask for each container"`
+	WorkloadTokenKeys string           `toml:"workload-token-keys" usage:"file with the public keys of the cluster's tokens, as a JSON Web Key Set, to know pods' service accounts (default: none are known)"`
+	NodeKeyWorkloads  workloadPatterns `toml:"node-key-workloads" usage:"workloads that may use images that the node decrypts with keys of its own: NAMESPACE/SERVICEACCOUNT with * and **, separated by commas (default: none)"`
+	KubeletDir        string           `toml:"kubelet-dir" usage:"the kubelet's directory, with the tokens of pods"`
 }
 
 // brokerSettings are those of the connection to the broker.
@@ -61,9 +71,14 @@ func defaults() configuration {
 		DiffListen:    defaultDiffListen,
 		Containerd:    "/run/containerd/containerd.sock",
 		LayersAtOnce:  8,
+		LayerRecord:   "/var/lib/pilot/layers",
 		MirrorListen:  mirrorOff,
 		LazyListen:    off,
 		LogLevel:      logrus.InfoLevel,
+
+		WorkloadsListen: off,
+		WorkloadTTL:     10 * time.Second,
+		KubeletDir:      "/var/lib/kubelet",
 	}
 	conf.Broker = defaultBroker
 	return conf
@@ -137,12 +152,18 @@ func (c *configuration) check() error {
 	if c.LayersAtOnce == 0 {
 		return errors.New("layers-at-once is 0: no encrypted layer could be unpacked")
 	}
+	if !filepath.IsAbs(c.LayerRecord) {
+		return fmt.Errorf("layer-record = %q is not the absolute path of a file", c.LayerRecord)
+	}
 	if c.MetricsListen != "" {
 		if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil {
 			return fmt.Errorf("metrics-listen = %q is not HOST:PORT", c.MetricsListen)
 		}
 	}
 	if err := c.checkMirror(); err != nil {
+		return err
+	}
+	if err := c.checkWorkloads(); err != nil {
 		return err
 	}
 	if runtime.GOOS != "linux" && c.DiffListen != off {

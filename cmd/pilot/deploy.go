@@ -34,6 +34,7 @@ Example:
 	Flags: slices.Concat(containerdFlags(), settingFlags(), []cli.Flag{
 		&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
 		&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter; --lazy=false: no longer (default: as it is)"},
+		&cli.BoolFlag{Name: "workloads", Usage: "have containerd ask pilot about each container whether its workload may use the image's KEKs; --workloads=false undoes that"},
 		&cli.StringFlag{Name: "broker-ca-from", Usage: "`FILE` in the pod to copy to the node as broker-ca"},
 		&cli.StringFlag{Name: "broker-token-from", Usage: "`FILE` in the pod to copy to the node as broker-token-file"},
 		&cli.StringFlag{Name: "bin-dir", Usage: "`DIRECTORY` for the programs on the node, such as /opt/pilot/bin if /usr can't be written", Value: "/usr/local/bin"},
@@ -80,6 +81,9 @@ func nodeDeploy(ctx context.Context, c *cli.Command) error {
 	}
 	if c.IsSet("lazy") {
 		d.Install = append(d.Install, fmt.Sprintf("--lazy=%v", c.Bool("lazy")))
+	}
+	if c.IsSet("workloads") {
+		d.Install = append(d.Install, fmt.Sprintf("--workloads=%t", c.Bool("workloads")))
 	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()

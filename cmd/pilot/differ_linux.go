@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"os"
@@ -9,12 +10,15 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/internal/tracing"
 	"github.com/ctrlplane/pilot/plugin"
+	"github.com/ctrlplane/pilot/plugin/imagekeys"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/processor/ocicryptclient"
 	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
@@ -49,8 +53,39 @@ func cleanMounts(dir string) error {
 	return nil
 }
 
+// layers is what is known of the layers that containerd has unpacked.
+type layers struct {
+	record   *layerkeys.Record
+	resolver *imagekeys.Resolver
+}
+
+// openLayers opens the record of which keys have opened which layers. It is kept until ctx
+// is done.
+func (c *configuration) openLayers(ctx context.Context, g *errgroup.Group, provider *reloadable) (layers, error) {
+	client, err := plugin.Dial(string(c.Containerd))
+	if err != nil {
+		return layers{}, fmt.Errorf("containerd: %w", err)
+	}
+	record, err := layerkeys.Open(c.LayerRecord)
+	if err != nil {
+		return layers{}, fmt.Errorf("layer-record: %w", err)
+	}
+	resolver := imagekeys.New(imagekeys.Config{
+		Client:             client,
+		Record:             record,
+		Keys:               c.keys(provider),
+		DecryptionKeysPath: c.DecryptionKeys,
+		Rules:              provider.rules,
+	})
+	g.Go(func() error {
+		resolver.Run(ctx)
+		return nil
+	})
+	return layers{record, resolver}, nil
+}
+
 // diffServer returns a gRPC server that is a differ for containerd.
-func (c *configuration) diffServer(provider processor.KeyProvider, metrics prometheus.Registerer) (*grpc.Server, error) {
+func (c *configuration) diffServer(provider *reloadable, l layers, metrics prometheus.Registerer) (*grpc.Server, error) {
 	if err := cleanMounts(filepath.Join(filepath.Dir(c.DiffListen.path()), "mounts")); err != nil {
 		return nil, fmt.Errorf("diff-listen: %w", err)
 	}
@@ -63,6 +98,8 @@ func (c *configuration) diffServer(provider processor.KeyProvider, metrics prome
 		DecryptionKeysPath: c.DecryptionKeys,
 		Keys:               c.keys(provider),
 		Metrics:            metrics,
+		Record:             l.record,
+		Rules:              provider.rules,
 	}, grpc.ConnectionTimeout(connectTimeout), grpc.ChainUnaryInterceptor(tracing.UnaryServer()))
 	healthpb.RegisterHealthServer(s, health.NewServer())
 	return s, nil

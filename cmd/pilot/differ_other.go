@@ -3,12 +3,23 @@
 package main
 
 import (
-	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc"
+	"context"
+	"net/http"
 
-	"github.com/ctrlplane/pilot/processor"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
 )
 
-func (c *configuration) diffServer(processor.KeyProvider, prometheus.Registerer) (*grpc.Server, error) {
+// layers is nothing where there is no differ.
+type layers struct{}
+
+func (c *configuration) openLayers(context.Context, *errgroup.Group, *reloadable) (layers, error) {
+	return layers{}, nil
+}
+
+func (layers) handle(*http.ServeMux) {}
+
+func (c *configuration) diffServer(*reloadable, layers, prometheus.Registerer) (*grpc.Server, error) {
 	return nil, errNoDiffer
 }

@@ -53,7 +53,7 @@ Example:
    pilot node doctor registry.example.com/team/app:1`,
 	ArgsUsage: "[IMAGE]",
 	Flags: slices.Concat(configFlags(append(brokerSettings,
-		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "lazy-listen", "containerd", "decryption-keys-path",
+		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "layer-record", "must-be-encrypted", "lazy-listen", "workloads-listen", "containerd", "decryption-keys-path",
 		"mirror-listen", "mirror-secret-file", "mirror-hosts-dir")...), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
 		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
@@ -142,6 +142,8 @@ func newDoctor(c *cli.Command) *doctor.Doctor {
 	d.BrokerURLs, d.BrokerCA, d.BrokerCert = conf.Broker, conf.BrokerCA, conf.BrokerCert
 	d.KEKs = conf.DefaultKEKs
 	d.DiffSocket = conf.DiffListen.path()
+	d.Workloads = conf.WorkloadsListen.path()
+	d.LayerRecord, d.MustBeEncrypted = conf.LayerRecord, conf.MustBeEncrypted
 	d.Lazy, d.LazySnapshotter = conf.LazyListen.path(), c.String("lazy-snapshotter")
 	d.DecryptionKeysPath = conf.DecryptionKeys
 	if conf.MirrorListen != mirrorOff {

@@ -52,18 +52,18 @@ func serveMirrorOnly(ctx context.Context, c *cli.Command) error {
 		if d.conf.AdminListen == "" {
 			d.conf.AdminListen = off // the default is that of pilot serve
 		}
-		if err := d.conf.serveStatus(ctx, d.group, d.registry, func(context.Context) error { return nil }); err != nil {
+		if err := d.conf.serveStatus(ctx, d.group, d.registry, layers{}, func(context.Context) error { return nil }); err != nil {
 			return err
 		}
 		d.conf.LazyListen = off
-		return d.conf.serveMirror(ctx, d.group, d.provider, d.registry, "", nil)
+		return d.conf.serveMirror(ctx, d.group, d.provider, layers{}, d.registry, "", nil)
 	})
 }
 
 // serveMirror adds to g the mirror on mirror-listen and lazy-listen, until ctx is done. The
 // snapshotter of the containerd that listens on a socket may request parts of layers, if one
 // is given. lazy are sockets from systemd for that.
-func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, metrics prometheus.Registerer, containerd socketPath, lazy []net.Listener) error {
+func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, known layers, metrics prometheus.Registerer, containerd socketPath, lazy []net.Listener) error {
 	conf := mirror.Config{
 		Keys:               c.keys(provider),
 		DecryptionKeysPath: c.DecryptionKeys,
@@ -73,6 +73,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		HostsDir:           c.MirrorHostsDir,
 		Credentials:        dockerconfig.Credentials,
 		Metrics:            metrics,
+		Record:             known.record,
 	}
 	if containerd != "" {
 		client, err := plugin.Dial(string(containerd))
@@ -106,13 +107,13 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		conf.Secret = secret
 	}
 	m := mirror.New(conf)
-	provider.afterReload = m.ForgetKeys
+	provider.afterReload = append(provider.afterReload, m.ForgetKeys)
 	if c.LazyListen != off {
 		l, err := listen(lazy, address(c.LazyListen))
 		if err != nil {
 			return fmt.Errorf("lazy-listen: %w", err)
 		}
-		serveMirrorUntilDone(ctx, g, m.LazyServer(), l)
+		serveHTTPUntilDone(ctx, g, "mirror", m.LazyServer(), l)
 	}
 	if c.MirrorListen == mirrorOff {
 		return nil
@@ -131,15 +132,15 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 	if serverTLS != nil {
 		l = tls.NewListener(l, serverTLS)
 	}
-	serveMirrorUntilDone(ctx, g, m.Server(), l)
+	serveHTTPUntilDone(ctx, g, "mirror", m.Server(), l)
 	return nil
 }
 
-// serveMirrorUntilDone adds to g a server of the mirror on l until ctx is done.
-func serveMirrorUntilDone(ctx context.Context, g *errgroup.Group, s *http.Server, l net.Listener) {
+// serveHTTPUntilDone adds to g a server of that name on l until ctx is done.
+func serveHTTPUntilDone(ctx context.Context, g *errgroup.Group, name string, s *http.Server, l net.Listener) {
 	g.Go(func() error {
 		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			return fmt.Errorf("mirror: %w", err)
+			return fmt.Errorf("%s: %w", name, err)
 		}
 		return nil
 	})

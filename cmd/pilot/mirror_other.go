@@ -19,7 +19,7 @@ var mirrorCommand = commandline.LinuxOnly("mirror", "run it on Linux, or decrypt
 
 var errNoMirror = errors.New("mirror-listen and lazy-listen: the mirror is for Linux: leave the settings out")
 
-func (c *configuration) serveMirror(context.Context, *errgroup.Group, *reloadable, prometheus.Registerer, socketPath, []net.Listener) error {
+func (c *configuration) serveMirror(context.Context, *errgroup.Group, *reloadable, layers, prometheus.Registerer, socketPath, []net.Listener) error {
 	return errNoMirror
 }
 

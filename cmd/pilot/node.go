@@ -47,12 +47,17 @@ All others are unpacked into that snapshotter. Running containers are left alone
 has it any more. Without the flag, it stays as it is. Images whose layers
 containerd does not have are pulled again after either.
 
+With --workloads containerd asks pilot about each container that the kubelet has it
+create, and pilot the broker, whether the container's namespace and service account
+may use the KEKs of its image. Write rules with workloads into copilot's policy first.
+
 Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca /etc/pilot/ca.pem --broker-cert /etc/pilot/node.pem --broker-key /etc/pilot/node-key.pem`,
 			Flags: slices.Concat(nodeFlags(), containerdFlags(), []cli.Flag{
 				&cli.StringFlag{Name: "containerd-address", Usage: "`SOCKET` of the containerd to set up, where several run"},
 				&cli.BoolFlag{Name: "lazy", Usage: "pull encrypted eStargz images lazily, with pilot's snapshotter; --lazy=false: no longer (default: as it is)"},
+				&cli.BoolFlag{Name: "workloads", Usage: "have containerd ask pilot about each container whether its workload may use the image's KEKs; --workloads=false undoes that"},
 				&cli.BoolFlag{Name: "dry-run", Usage: "show what would be changed"},
 				&cli.BoolFlag{Name: "json", Usage: "with --dry-run: print JSON"},
 				&cli.StringFlag{Name: "pilot-binary", Usage: "`PATH` of pilot on the machine (default: this program)"},
@@ -140,6 +145,12 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	if c.IsSet("lazy") {
 		lazy := c.Bool("lazy")
 		o.Lazy = &lazy
+	}
+	if c.IsSet("workloads") {
+		o.Workloads = install.Off
+		if c.Bool("workloads") {
+			o.Workloads = install.On
+		}
 	}
 	if err := nodeArguments(c); err != nil {
 		return err

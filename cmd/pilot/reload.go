@@ -9,6 +9,8 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/urfave/cli/v3"
 
+	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/keyprovider"
 )
 
@@ -16,10 +18,11 @@ import (
 // Requests end with the provider that they began with.
 type reloadable struct {
 	metrics     *keyprovider.Metrics
-	afterReload func() // called once KEKs were dropped; may be nil
+	afterReload []func() // called once KEKs were dropped
 
 	mu       sync.RWMutex
 	conf     configuration
+	broker   *client.Client
 	provider *keyprovider.Provider
 	forget   func()
 }
@@ -27,11 +30,11 @@ type reloadable struct {
 // use switches to another configuration and drops the KEKs in memory. If the
 // configuration can't be used, nothing changes.
 func (r *reloadable) use(ctx context.Context, conf configuration) error {
-	client, err := conf.Client()
+	broker, err := conf.Client()
 	if err != nil {
 		return err
 	}
-	p := conf.provider(client, r.metrics)
+	p := conf.provider(broker, r.metrics)
 	ctx, forget := context.WithCancel(ctx)
 	go p.Sweep(ctx)
 	r.mu.Lock()
@@ -39,10 +42,10 @@ func (r *reloadable) use(ctx context.Context, conf configuration) error {
 	if r.forget != nil {
 		r.forget()
 	}
-	r.conf, r.provider = conf, p
+	r.conf, r.broker, r.provider = conf, broker, p
 	r.forget = func() {
 		forget()
-		client.CloseIdleConnections()
+		broker.CloseIdleConnections()
 	}
 	return nil
 }
@@ -53,11 +56,21 @@ func (r *reloadable) current() *keyprovider.Provider {
 	return r.provider
 }
 
+// used returns the configuration and the client of its brokers.
+func (r *reloadable) used() (configuration, *client.Client) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.conf, r.broker
+}
+
 func (r *reloadable) configuration() configuration {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return r.conf
 }
+
+// rules returns those of the setting must-be-encrypted.
+func (r *reloadable) rules() mustencrypt.Rules { return r.configuration().MustBeEncrypted }
 
 // certificates returns the certificate files in use, by setting.
 func (r *reloadable) certificates() map[string]string {
@@ -109,8 +122,8 @@ func (r *reloadable) reload(ctx context.Context, c *cli.Command) {
 		logrus.WithError(err).Error("reload failed, keeping the previous configuration")
 		return
 	}
-	if r.afterReload != nil {
-		r.afterReload()
+	for _, f := range r.afterReload {
+		f()
 	}
 	logrus.WithField("broker", conf.Broker.String()).Info("configuration reloaded, KEKs dropped from the cache")
 	if len(late) > 0 {

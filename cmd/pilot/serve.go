@@ -107,19 +107,30 @@ func serveAll(ctx context.Context, d *daemon) error {
 		return err
 	}
 	ready := func(ctx context.Context) error { return checkHealth(ctx, conns) }
-	if err := conf.serveStatus(ctx, g, registry, ready); err != nil {
+	var known layers
+	if diffListener != nil || conf.LazyListen != off || conf.WorkloadsListen != off {
+		if known, err = conf.openLayers(ctx, g, provider); err != nil {
+			return err
+		}
+	}
+	if err := conf.serveStatus(ctx, g, registry, known, ready); err != nil {
 		return err
 	}
 	if diffListener != nil {
 		// After listening: while another pilot has the socket, the mounts are in use.
-		diffs, err := conf.diffServer(provider, registry)
+		diffs, err := conf.diffServer(provider, known, registry)
 		if err != nil {
 			return err
 		}
 		serveUntilDone(ctx, g, diffs, diffListener)
 	}
 	if conf.MirrorListen != mirrorOff || conf.LazyListen != off {
-		if err := conf.serveMirror(ctx, g, provider, registry, conf.Containerd, passed[lazySocket]); err != nil {
+		if err := conf.serveMirror(ctx, g, provider, known, registry, conf.Containerd, passed[lazySocket]); err != nil {
+			return err
+		}
+	}
+	if conf.WorkloadsListen != off {
+		if err := conf.serveWorkloads(ctx, g, provider, known, registry); err != nil {
 			return err
 		}
 	}

@@ -28,6 +28,20 @@ func (r *registryPatterns) UnmarshalText(b []byte) error {
 	})
 }
 
+// workloadPatterns are patterns of workloads, separated by commas in text.
+type workloadPatterns []string
+
+func (p *workloadPatterns) String() string { return strings.Join(*p, ",") }
+
+func (p *workloadPatterns) UnmarshalText(b []byte) error {
+	return setting.Words((*[]string)(p), b, func(pattern string, _ []string) error {
+		if !strings.Contains(pattern, "/") && !strings.Contains(pattern, "**") {
+			return fmt.Errorf("%.80q matches no workload: they are NAMESPACE/SERVICEACCOUNT, as in prod/*", pattern)
+		}
+		return nil
+	})
+}
+
 var registryPattern = regexp.MustCompile(`^[A-Za-z0-9.*:_\[\]-]+$`)
 
 // address is an address to listen on: unix:///PATH or HOST:PORT.

@@ -10,7 +10,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	code := harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Containerd, harness.Registry,
+	code := harness.Main(m, harness.Pilot, harness.Copilot, harness.CtrPilot, harness.Hello, harness.Containerd, harness.Registry,
 		harness.OpenSSL, harness.SoftHSM, harness.Debian13)
 	if err := printRows(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)

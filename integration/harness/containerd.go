@@ -36,6 +36,11 @@ func Containerd2() ContainerdVersion {
 	return ContainerdVersion{"2.4.2", []string{filepath.Join(Tools, "bin/containerd")}, 3, "io.containerd.cri.v1.images"}
 }
 
+// Containerd22 is the first with validators of NRI.
+func Containerd22() ContainerdVersion {
+	return ContainerdVersion{"2.2.9", []string{filepath.Join(Tools, "containerd-2.2.9/containerd")}, 3, "io.containerd.cri.v1.images"}
+}
+
 // Containerd17 is Debian 13's, with the libraries of that.
 func Containerd17() ContainerdVersion {
 	root := filepath.Join(Tools, "trixie")
@@ -82,6 +87,8 @@ type DifferConfig struct {
 	Sandbox     string // the image of pods' sandboxes
 	Local       bool   // CRI pulls images itself, on containerd 2.x
 	Unpacks     int    // at once, on containerd 2.x; default: 3
+	NRI         string // more lines of NRI's section
+	Stock       bool   // without pilot
 }
 
 // NewDifferNode starts a containerd whose differ is the pilot of the same
@@ -94,10 +101,14 @@ func NewDifferNode(t testing.TB, dir string, d DifferConfig) *Node {
 	if d.Unpacks == 0 {
 		d.Unpacks = 3
 	}
-	conf := fmt.Sprintf("[proxy_plugins.pilot]\n  type = 'diff'\n  address = '%s/diff.sock'\n", dir)
+	differ := "pilot"
+	conf := d.NRI + fmt.Sprintf("[proxy_plugins.pilot]\n  type = 'diff'\n  address = '%s/diff.sock'\n", dir)
 	conf += "[plugins.'io.containerd.service.v1.diff-service']\n  default = ['pilot', 'walking']\n"
+	if d.Stock {
+		differ, conf = "walking", d.NRI
+	}
 	if d.Containerd.Number > 2 {
-		conf += fmt.Sprintf("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = %d\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/%s'\n  snapshotter = '%s'\n  differ = 'pilot'\n", d.Unpacks, Arch, d.Snapshotter)
+		conf += fmt.Sprintf("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = %d\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/%s'\n  snapshotter = '%s'\n  differ = '%s'\n", d.Unpacks, Arch, d.Snapshotter, differ)
 		conf += fmt.Sprintf("[plugins.'%s']\n  snapshotter = '%s'\n  use_local_image_pull = %v\n", d.Containerd.images, d.Snapshotter, d.Local)
 		// A machine that is a container itself may not lower OOM scores.
 		conf += "[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"

@@ -57,7 +57,7 @@ func StartIssuer(t testing.TB) *Issuer {
 		json.NewEncoder(w).Encode(map[string]any{"issuer": i.URL, "jwks_uri": i.URL + "/.well-known/jwks", "id_token_signing_alg_values_supported": []string{"RS256"}})
 	})
 	mux.HandleFunc("GET /.well-known/jwks", func(w http.ResponseWriter, r *http.Request) {
-		json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "1", Algorithm: "RS256", Use: "sig"}}})
+		json.NewEncoder(w).Encode(i.keys())
 	})
 	mux.HandleFunc("GET /job", i.answerJob)
 	i.server = httptest.NewTLSServer(mux)
@@ -137,4 +137,18 @@ func (i *Issuer) answerJob(w http.ResponseWriter, r *http.Request) {
 		token := i.Token(r.URL.Query().Get("audience"), claims)
 		fmt.Fprintf(w, `{"count":%d,"value":%q}`, len(token), token)
 	}
+}
+
+// KeysFile writes the public keys of the issuer to a file, as a JSON Web Key Set.
+func (i *Issuer) KeysFile() string {
+	i.t.Helper()
+	b, err := json.Marshal(i.keys())
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	return Write(i.t, TempDir(i.t)+"/keys.json", string(b))
+}
+
+func (i *Issuer) keys() jose.JSONWebKeySet {
+	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: "1", Algorithm: "RS256", Use: "sig"}}}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -100,6 +101,54 @@ func (k *PilotClient) Metric(t testing.TB, name string) float64 {
 	return f
 }
 
+// ImageKeys is what pilot says a container of an image needs.
+type ImageKeys struct {
+	Layers []struct {
+		DiffID string
+		KEKs   []struct {
+			ID      string
+			Version int
+		}
+		Other bool
+		Why   string
+	}
+	Refused string
+}
+
+// ImageKeys returns what a container of an image in a namespace of containerd's needs.
+func (k *PilotClient) ImageKeys(t testing.TB, namespace, image string) (answer ImageKeys) {
+	t.Helper()
+	status, b := k.imageKeys(t, namespace, image)
+	if status != http.StatusOK || json.Unmarshal(b, &answer) != nil {
+		t.Fatalf("%s: %d %s", image, status, b)
+	}
+	return answer
+}
+
+// ImageKeysError returns the error of an image of which pilot does not say what it needs.
+func (k *PilotClient) ImageKeysError(t testing.TB, namespace, image string) string {
+	t.Helper()
+	status, b := k.imageKeys(t, namespace, image)
+	if status == http.StatusOK {
+		t.Errorf("%s: pilot says what it needs: %s", image, b)
+	}
+	return string(b)
+}
+
+func (k *PilotClient) imageKeys(t testing.TB, namespace, image string) (int, []byte) {
+	t.Helper()
+	r, err := k.Admin.Get("http://pilot/image-keys?" + url.Values{"namespace": {namespace}, "image": {image}}.Encode())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.StatusCode, b
+}
+
 // CheckLeaks checks that the process has as many goroutines and open files as before,
 // except a few connections that are kept.
 func (k *PilotClient) CheckLeaks(t testing.TB, name string, before float64) {
@@ -118,7 +167,7 @@ func StartPilot(t testing.TB, dir, broker string, args ...string) (*Process, str
 	t.Helper()
 	socket := filepath.Join(dir, "keyprovider.sock")
 	p := Start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + socket, "--broker", broker,
-		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock"}, args...)...))
+		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock", "--layer-record", dir + "/layers"}, args...)...))
 	Await(t, "pilot", Reachable(socket))
 	return p, Write(t, filepath.Join(dir, "ocicrypt.conf"), `{"key-providers": {"pilot": {"grpc": "unix://`+socket+`"}}}`)
 }
@@ -127,8 +176,8 @@ func StartPilot(t testing.TB, dir, broker string, args ...string) (*Process, str
 // They stay open when it ends, until the test does.
 func StartActivatedPilot(t testing.TB, dir, broker string) *Process {
 	t.Helper()
-	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --admin-listen off --broker "$1" --containerd "$2" --diff-listen "unix://$3"`,
-		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock")
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec pilot serve --config /dev/null --admin-listen off --broker "$1" --containerd "$2" --diff-listen "unix://$3" --layer-record "$4"`,
+		"sh", broker, dir+"/containerd.sock", dir+"/diff.sock", dir+"/layers")
 	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "LISTEN_FDNAMES=keyprovider:diff")
 	for _, name := range []string{"keyprovider.sock", "diff.sock"} {
 		l, ok := sockets.Load(dir + "/" + name)

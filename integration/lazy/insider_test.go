@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -148,4 +150,21 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	if r := m.ask("GET", m.lazyPath("evil", d), "0-1"); r.status != 404 || !strings.Contains(r.body, "table of contents has the digest") {
 		t.Errorf("a mount of the layer with the victim's table of contents: %d %s", r.status, r.body)
 	}
+
+	// Or that it is called as all layers of an image together are.
+	m.encrypt("victim:chain", layer{"file": []byte("of the victim's layers")}, layer{"more": []byte("of them")})
+	_, ids = m.configOf(m.manifest("victim:chain"))
+	chain := identity.ChainID([]digest.Digest{digest.Digest(ids[0].(string)), digest.Digest(ids[1].(string))}).String()
+	m.encrypt("evil:one", layer{"file": []byte("of the attacker alone")})
+	one := m.manifest("evil:one")
+	m.seal(layersOf(one)[0], chain, "")
+	one["config"] = m.withDiffIDs("evil", m.manifest("evil:one"), chain)
+	m.push("evil:chain", one)
+	m.pull("evil:chain")
+	if at, err := m.tryMount("evil:chain"); err != nil {
+		t.Errorf("the test shows nothing, as the attacker's image is not mounted: %v", err)
+	} else {
+		m.unmount(at)
+	}
+	refused("victim:chain")
 }

@@ -63,6 +63,27 @@ func TestContainerRunsBeforeItsLayersArePulled(t *testing.T) {
 		t.Error("the content store has the secret")
 	}
 
+	// Its containers need the KEK, and so do those of an image that has plain layers under
+	// its diff IDs.
+	thief := clone(t, m.manifest("app:1"))
+	for i := range layersOf(thief) {
+		thief["layers"].([]any)[i] = m.pushBlob("app", "application/vnd.oci.image.layer.v1.tar", []byte{byte(i)})
+	}
+	m.push("app:thief", thief)
+	m.pull("app:thief")
+	client := harness.NewPilotClient(t, m.Dir)
+	for name, why := range map[string]string{"app:1": "", "app:thief": "nothing shows that the image's own has the same content"} {
+		answer := client.ImageKeys(t, "default", m.ref(name))
+		if len(answer.Layers) != 3 {
+			t.Errorf("%s: %+v", name, answer)
+		}
+		for _, l := range answer.Layers {
+			if len(l.KEKs) != 1 || l.KEKs[0].ID != "team-a" || (why == "") != (l.Why == "") || !strings.Contains(l.Why, why) {
+				t.Errorf("%s: %+v", name, l)
+			}
+		}
+	}
+
 	// The kubelet pulls by CRI.
 	m.encrypt("pod:1", layer{"hello": program(t), "secret": []byte(harness.NewSecret())}, layer{"big": random(3, 24*mib)})
 	m.front.count()

@@ -262,7 +262,7 @@ func TestDoctorExaminesTCPKeyProvider(t *testing.T) {
 	listen := loopbacktest.FreeAddress(t)
 	original := []string{"--listen", listen, "--insecure-loopback", "--annotation-format", "original", "--default-keks", "team-a", "--broker", brokerURL}
 	harness.Start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null",
-		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock"}, original...)...))
+		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock", "--layer-record", dir + "/layers"}, original...)...))
 	p := harness.NewDoctorNode(t, harness.NewDifferNode(t, dir, harness.DifferConfig{Containerd: harness.Containerd2()}))
 	harness.Await(t, "pilot", func() error {
 		conn, err := net.Dial("tcp", listen)

@@ -101,6 +101,7 @@ type installedNode struct {
 	registry         string
 	plain, encrypted string
 	lazy             bool // installed with --lazy
+	workloads        bool // installed with --workloads
 }
 
 func (n *installedNode) config() string {
@@ -237,6 +238,9 @@ func (n *installedNode) onlyPilotDiffers(t *testing.T, when string, was map[stri
 	}
 	if n.lazy {
 		own = append(own, lazyOwn...)
+	}
+	if n.workloads {
+		own = append(own, workloadsOwn...)
 	}
 	all := maps.Clone(was)
 	maps.Copy(all, is)

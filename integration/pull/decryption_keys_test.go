@@ -267,7 +267,7 @@ func TestDecryptionKeysPKCS11(t *testing.T) {
 	home := harness.TempDir(t)
 	serve := func() *harness.Process {
 		p := harness.Start(t, home, "pilot", exec.Command(dir+"/pilot", "serve", "--config", "/dev/null", "--listen", "unix://"+home+"/k.sock", "--broker", "unix://"+home+"/nobody.sock",
-			"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--decryption-keys-path", home+"/keys"))
+			"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--layer-record", home+"/layers", "--decryption-keys-path", home+"/keys"))
 		harness.Await(t, "pilot", harness.Reachable(home+"/diff.sock"))
 		return p
 	}

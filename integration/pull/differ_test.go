@@ -291,7 +291,7 @@ func TestDifferReadsBlobsOverAPI(t *testing.T) {
 	c := harness.StartCI(t, dir, "team-a")
 	home := harness.TempDir(t)
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
-	hidden := exec.Command("unshare", "--mount", "sh", "-ec", `mount -t tmpfs tmpfs "$1"; exec pilot serve --config /dev/null --broker "$2" --listen "unix://$3/k.sock" --diff-listen "unix://$3/diff.sock" --containerd "$3/containerd.sock" --log-level debug`,
+	hidden := exec.Command("unshare", "--mount", "sh", "-ec", `mount -t tmpfs tmpfs "$1"; exec pilot serve --config /dev/null --broker "$2" --listen "unix://$3/k.sock" --diff-listen "unix://$3/diff.sock" --containerd "$3/containerd.sock" --layer-record "$3/layers" --log-level debug`,
 		"sh", home+"/root/io.containerd.content.v1.content", c.BrokerURL, home)
 	harness.Start(t, home, "pilot", hidden)
 	harness.Await(t, "pilot", harness.Reachable(home+"/diff.sock"))

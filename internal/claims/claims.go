@@ -8,7 +8,9 @@ package claims
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -34,6 +37,9 @@ type Claim struct {
 	// DiffID is what a configuration has at the layer's place, or "" if the numbers of
 	// layers and of diff IDs differ, so that containerd can't unpack the image.
 	DiffID digest.Digest
+	// ChainID is that of the layer with those below it, after which containerd calls its
+	// snapshot, or "" likewise. It is the DiffID of a first layer.
+	ChainID digest.Digest
 }
 
 const (
@@ -54,6 +60,9 @@ type Finder struct {
 	Client *containerd.Client
 	// Keep says which annotations of layers claims have. May be nil: none.
 	Keep func(key string) bool
+	// SkipLarge leaves images out whose manifest or configuration is too large to be read,
+	// which are an error otherwise.
+	SkipLarge bool
 
 	once sync.Once
 	turn chan struct{} // held while the content is listed
@@ -115,7 +124,7 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 		}
 		for _, info := range manifests {
 			claims, err := f.of(ctx, store, info)
-			if errdefs.IsNotFound(err) {
+			if errdefs.IsNotFound(err) || f.SkipLarge && errors.Is(err, errTooLarge) {
 				continue // removed meanwhile
 			}
 			if err != nil {
@@ -191,6 +200,7 @@ func (f *Finder) of(ctx context.Context, store content.Store, info content.Info)
 // pair returns the claims of a manifest with those layers and diff IDs.
 func (f *Finder) pair(manifest digest.Digest, layers []ocispec.Descriptor, diffIDs []digest.Digest) []Claim {
 	claims := make([]Claim, 0, len(layers))
+	chainIDs := identity.ChainIDs(slices.Clone(diffIDs))
 	for i, l := range layers {
 		c := Claim{Manifest: manifest, Blobs: []digest.Digest{l.Digest}}
 		for _, key := range blobAnnotations {
@@ -205,12 +215,15 @@ func (f *Finder) pair(manifest digest.Digest, layers []ocispec.Descriptor, diffI
 			}
 		}
 		if len(layers) == len(diffIDs) {
-			c.DiffID = diffIDs[i]
+			c.DiffID, c.ChainID = diffIDs[i], chainIDs[i]
 		}
 		claims = append(claims, c)
 	}
 	return claims
 }
+
+// errTooLarge is the error of a document that is not read.
+var errTooLarge = errors.New("document too large")
 
 // read reads a document and returns its size in bytes. What is not JSON of its kind is left
 // as it is: containerd does not unpack it either.
@@ -218,7 +231,7 @@ func read(ctx context.Context, store content.Store, desc ocispec.Descriptor, to 
 	info, err := store.Info(ctx, desc.Digest)
 	switch {
 	case err == nil && info.Size > maxDocument:
-		return 0, fmt.Errorf("it has %d bytes, more than %d: remove the image", info.Size, maxDocument)
+		return 0, fmt.Errorf("%w: it has %d bytes, more than %d: remove the image", errTooLarge, info.Size, maxDocument)
 	case err != nil && !(errdefs.IsNotFound(err) && desc.Data != nil):
 		return 0, err
 	}

@@ -34,6 +34,8 @@ var rooms = []struct {
 	// The doctor asks install for the record of what was installed.
 	{"node/doctor", []string{"copilot/client", "image", "keyprovider", "node/containerd", "node/crio", "node/docker", "node/host", "node/install", "plugin", "processor"}},
 	{"plugin", []string{"image", "processor"}},
+	// It asks the broker which workloads may use a KEK.
+	{"plugin/workloads", []string{"copilot/client", "plugin/imagekeys"}},
 	{"mirror", []string{"image", "processor"}},
 	{"image", []string{"processor"}},
 	{"keyprovider", []string{"copilot/client", "processor"}},

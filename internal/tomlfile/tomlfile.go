@@ -4,6 +4,7 @@ package tomlfile
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -38,7 +39,8 @@ func Decode(name string, b []byte, v any) error {
 // DecodeText decodes b, the content of the file name, for a program whose settings are
 // read from text also where they are flags and variables. v is a pointer to a struct
 // that has a field with the tag toml for each setting. set gets the settings in the
-// order of the file, as text: an array of strings with commas between them. Errors,
+// order of the file, as text: an array of strings with commas between them, and, for a field that is a slice of structs, as
+// JSON. Errors,
 // those of set too, name the file, the line and the setting.
 func DecodeText(name string, b []byte, v any, set func(key, text string) error) error {
 	return decodeText(name, b, v, false, set)
@@ -64,7 +66,14 @@ func decodeText(name string, b []byte, v any, part bool, set func(key, text stri
 			}
 			return unknown(name, lines[key], toml.Key{key}, v)
 		}
-		text, err := textOf(values[key])
+		text, err := "", error(nil)
+		if hasTables(v, key) {
+			var b []byte
+			b, err = json.Marshal(values[key])
+			text = string(b)
+		} else {
+			text, err = textOf(values[key])
+		}
 		if err == nil {
 			err = set(key, text)
 		}
@@ -73,6 +82,16 @@ func decodeText(name string, b []byte, v any, part bool, set func(key, text stri
 		}
 	}
 	return nil
+}
+
+// hasTables reports whether the field of a setting is of tables: a slice of structs.
+func hasTables(v any, key string) bool {
+	for _, f := range reflect.VisibleFields(reflect.TypeOf(v).Elem()) {
+		if f.Tag.Get("toml") == key {
+			return f.Type.Kind() == reflect.Slice && f.Type.Elem().Kind() == reflect.Struct
+		}
+	}
+	return false
 }
 
 // textOf returns the text of a value, as it would be in a flag.

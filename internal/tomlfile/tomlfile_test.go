@@ -67,3 +67,24 @@ func TestDecodeTextNamesBadValues(t *testing.T) {
 		}
 	}
 }
+
+// TestTablesBecomeJSON has a setting that is a slice of structs.
+func TestTablesBecomeJSON(t *testing.T) {
+	var v struct {
+		Size  int                     `toml:"size"`
+		Rules []struct{ Name string } `toml:"rules"`
+	}
+	for text, want := range map[string]string{
+		"[[rules]]\nname = 'a,b'\nkeks = ['x']\n[[rules]]\n": `[{"keks":["x"],"name":"a,b"},{}]`,
+		"rules = 'x'": `"x"`,
+	} {
+		var got string
+		err := DecodeText("f", []byte(text), &v, func(key, text string) error {
+			got = text
+			return nil
+		})
+		if err != nil || got != want {
+			t.Errorf("%q: %s, %v", text, got, err)
+		}
+	}
+}

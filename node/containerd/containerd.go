@@ -28,6 +28,7 @@ type Instance struct {
 	Ours         []string       // pilot's drop-ins, which may be gone
 	Plain        map[string]any // the effective configuration without them
 	Lazy         LazyMode       // what pilot's drop-in is to have pilot's snapshotter for
+	Workloads    bool           // and to make containerd ask pilot's NRI plugin
 }
 
 // CheckAddress returns a [host.Conflict] if the user has named a socket, nothing

@@ -114,13 +114,12 @@ func (c *Instance) UnpackConfigsWithPilot(h host.Host) ([]UnpackConfig, error) {
 
 // SetByPilot returns a function that reports whether pilot's drop-in sets a setting.
 func (c *Instance) SetByPilot() func(path []string) bool {
-	switch {
-	case c.Lazy != LazyOff:
-		return func(path []string) bool { return setByDiffer(path) || setForLazy(path) }
-	case c.UsesDiffer():
-		return setByDiffer
+	if !c.UsesDiffer() {
+		return setByDecoder
 	}
-	return setByDecoder
+	return func(path []string) bool {
+		return setByDiffer(path) || c.Lazy != LazyOff && setForLazy(path) || c.Workloads && setForWorkloads(path)
+	}
 }
 
 // setByDiffer reports whether pilot's drop-in for its differ sets the setting at path.
@@ -147,7 +146,9 @@ func AddsOnlyPilot(conf map[string]any) bool {
 	others := Differences(nil, conf, func(path []string) bool {
 		return setByDiffer(path) || setByDecoder(path) || within(path, "plugins", DiffService, "sync_fs") ||
 			// See LazyCRI.
-			lazy && (setForLazy(path) || within(path, "plugins", CRIV1))
+			lazy && (setForLazy(path) || within(path, "plugins", CRIV1)) ||
+			// See WorkloadsSection.
+			within(path, "plugins", NRI)
 	})
 	return len(others) == 0 && MentionsPilot(conf)
 }
@@ -177,7 +178,7 @@ func LazyExported(exports map[string]string) LazyMode {
 
 // MentionsPilot reports whether containerd asks pilot with this configuration.
 func MentionsPilot(dump map[string]any) bool {
-	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket || LazyIn(dump) != LazyOff || SnapshotterIn(dump) == LazySnapshotter {
+	if p, ok := PilotProxy(dump); ok && p.At == DiffSocket || LazyIn(dump) != LazyOff || SnapshotterIn(dump) == LazySnapshotter || RequiresPilot(dump) {
 		return true
 	}
 	if slices.Contains(Strings(Plugin(dump, DiffService)["default"]), "pilot") {

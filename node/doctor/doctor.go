@@ -16,6 +16,7 @@ import (
 	keyproviderconfig "github.com/containers/ocicrypt/config/keyprovider-config"
 
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/crio"
@@ -50,9 +51,16 @@ type Doctor struct {
 
 	// DiffSocket is the path of the differ's socket, or "" if pilot serves none.
 	DiffSocket string
+	// LayerRecord is the file in which the differ records the keys of layers.
+	LayerRecord string
+	// MustBeEncrypted are the rules of the setting.
+	MustBeEncrypted mustencrypt.Rules
 	// Lazy is the path of the socket at which pilot serves parts of layers to its
 	// snapshotter, or "" if it serves none.
 	Lazy string
+	// Workloads is the path of the socket at which pilot decides for containerd's NRI
+	// plugin, or "" if it does not.
+	Workloads string
 	// LazySnapshotter is the path of the snapshotter's socket.
 	LazySnapshotter string
 	// Image is the name of an image whose layers to examine, or "".
@@ -117,6 +125,7 @@ const (
 	StepImage            = "image"           // with an Image, one for each layer
 	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
+	StepWorkloads        = "workloads"       // only where containerd asks about workloads
 	StepDocker           = "docker"
 	StepMirror           = "mirror" // only with a Mirror
 )
@@ -182,6 +191,7 @@ func (e *examination) checks() []check {
 		{StepLayer, []string{StepContainerdConfig, StepSnapshotter}, 20 * time.Second, e.unpackLayer},
 		{StepTransfer, []string{StepContainerdConfig, StepSnapshotter}, 20 * time.Second, e.transfer},
 		{StepLazy, []string{StepContainerd, StepSnapshotter, StepDiffer}, 20 * time.Second, e.lazy},
+		{StepWorkloads, []string{StepContainerd}, 5 * time.Second, e.workloads},
 		{StepDocker, nil, 10 * time.Second, e.docker},
 	}
 }

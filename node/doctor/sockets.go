@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/node/containerd"
 )
@@ -76,7 +77,15 @@ func (e *examination) differ(ctx context.Context) Step {
 	// Servers without this service return that code too. The messages of pilot's differ
 	// begin with its name, in all versions.
 	if status.Code(err) == codes.Unimplemented && strings.HasPrefix(status.Convert(err).Message(), "pilot: ") {
-		return passed(target + who)
+		layers, err := layerkeys.Inspect(e.LayerRecord)
+		if err != nil {
+			return failed(err.Error(), restartPilot...)
+		}
+		detail := fmt.Sprintf("%s%s, which has recorded the keys of %d layers", target, who, layers)
+		for _, rule := range e.MustBeEncrypted {
+			detail += "; " + rule.String()
+		}
+		return passed(detail)
 	}
 	return noPilot(target, "differ", err)
 }

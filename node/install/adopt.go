@@ -73,6 +73,10 @@ func (a *adoption) all() bool {
 	if len(a.s.Files) == had {
 		return false
 	}
+	if a.file(containerd.DefaultPlugin, nriPluginFile.Match) {
+		a.s.Workloads = true
+		dirs[filepath.Dir(containerd.DefaultPlugin)] = true
+	}
 	a.file(pilotConfig, isPilotConfig)
 	a.file(keyProviders, func(text []byte) bool { return string(text) == keyProvidersText })
 	a.file(filepath.Join(host.UnitDir, PilotService+".d", decoderUnit), isEnvironmentUnit)

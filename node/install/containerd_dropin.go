@@ -175,8 +175,14 @@ func additions(c *containerd.Instance, o Options) (conf map[string]any, mode fs.
 		conf, err = processorConfig(c, o)
 		return conf, mode, err
 	}
-	if conf, err = differConfig(c, o.Host); err != nil || c.Lazy == containerd.LazyOff {
-		return conf, mode, err
+	if conf, err = differConfig(c, o.Host); err != nil {
+		return nil, mode, err
+	}
+	if section := c.WorkloadsSection(); c.Workloads && section != nil {
+		conf["plugins"].(map[string]any)[containerd.NRI] = section
+	}
+	if c.Lazy == containerd.LazyOff {
+		return conf, mode, nil
 	}
 	conf["proxy_plugins"].(map[string]any)[containerd.LazySnapshotter] = containerd.LazyProxy(c.Lazy)
 	if c.Lazy == containerd.LazyEnding {
@@ -217,7 +223,7 @@ func (d *candidate) render(conf map[string]any) error {
 }
 
 // shortIDs are the short names of the plugins that pilot's drop-in configures there.
-var shortIDs = map[string]string{containerd.DiffService: "diff-service", containerd.CRIV1: "cri"}
+var shortIDs = map[string]string{containerd.DiffService: "diff-service", containerd.CRIV1: "cri", containerd.NRI: "nri"}
 
 // withShortIDs names plugins as containerd 1.x expects if none of its files has a
 // version.
@@ -295,6 +301,11 @@ func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
 	if c.Lazy == containerd.LazyOn {
 		if missing, err := c.NotLazy(dump, platform); err != nil || missing != "" {
 			return errors.Join(err, errors.New(missing))
+		}
+	}
+	if c.Workloads {
+		if missing := c.NotAsking(dump); missing != "" {
+			return errors.New(missing)
 		}
 	}
 	if !c.HasTransfer() {

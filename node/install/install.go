@@ -39,11 +39,22 @@ type Options struct {
 	// LazyUnused says that no container has pilot's snapshotter any more. If lazy pulling
 	// was switched off before, what was left of it goes.
 	LazyUnused bool
+	// Workloads has containerd ask pilot about each container: On, Off, or "" for what an
+	// earlier installation did.
+	Workloads Choice
 	// Force makes Uninstall go on although containers use pilot's snapshotter.
 	Force bool
 	// KeepConfig makes Uninstall keep pilot.toml and ocicrypt.conf.
 	KeepConfig bool
 }
+
+// Choice is whether to set something up.
+type Choice string
+
+const (
+	On  Choice = "on"
+	Off Choice = "off"
+)
 
 // Plan is what an installation would change.
 type Plan struct {
@@ -148,6 +159,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		if o.Lazy != nil && *o.Lazy {
 			return nil, &host.Conflict{Where: crio.Service, What: "CRI-O has no snapshotters", Fix: "leave out --lazy"}
 		}
+		if o.Workloads == On {
+			return nil, &host.Conflict{Where: crio.Service, What: "pilot can't ask for CRI-O which workloads may use an image", Fix: "leave out --workloads"}
+		}
 		return p, p.forCRIO(before)
 	}
 	c, err := look(ctx, o, before)
@@ -159,6 +173,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		return nil, err
 	}
 	if err := p.containerdFiles(ctx, before); err != nil {
+		return nil, err
+	}
+	if err := p.nriPlugin(before); err != nil {
 		return nil, err
 	}
 	forContainerd := len(p.Changes)
@@ -206,6 +223,12 @@ func look(ctx context.Context, o Options, before record) (*containerd.Instance, 
 		return nil, err
 	}
 	c.Lazy = o.lazyMode(before.lazyMode())
+	c.Workloads = o.Workloads == On || o.Workloads == "" && before.Workloads
+	if c.Workloads {
+		if err := c.CheckWorkloads(o.Host); err != nil {
+			return nil, err
+		}
+	}
 	return c, c.CheckAddress(o.Containerd)
 }
 
@@ -267,6 +290,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	if c := p.containerd; c != nil {
 		s.Containerd = &installedTarget{c.Program, c.Config, c.Address, c.Service}
 		s.setLazy(c.Lazy, p.options)
+		s.Workloads = c.Workloads
 	}
 	s.noteDir(p.options, recordDir)
 	for _, c := range p.Changes {

@@ -64,9 +64,15 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) e
 	if c.Lazy != containerd.LazyOff {
 		settings["lazy-listen"] = "unix://" + LazySocket
 	}
+	if c.Workloads {
+		settings["workloads-listen"] = "unix://" + WorkloadsSocket
+	}
 	wanted, err := p.options.withInstalled(settings)
 	if err != nil {
 		return err
+	}
+	if !c.Workloads && before.Workloads {
+		delete(wanted, "workloads-listen")
 	}
 	ends := c.Lazy == containerd.LazyOff && (before.Lazy || before.LazyEnding) && wanted["lazy-listen"] == "unix://"+LazySocket
 	if ends {

@@ -26,6 +26,8 @@ type record struct {
 	// Lazy, once no container has it; without, once its snapshots are removed.
 	Lazy       bool `json:"lazy,omitempty"`
 	LazyEnding bool `json:"lazyEnding,omitempty"`
+	// Workloads is true if containerd asks pilot's NRI plugin about each container.
+	Workloads bool `json:"workloads,omitempty"`
 	// Unsure are files and directories that may have existed before the installation:
 	// the record was lost and rebuilt.
 	Unsure []string `json:"unsure,omitempty"`
@@ -55,6 +57,8 @@ type installed struct {
 const (
 	recordDir  = "/var/lib/pilot"
 	RecordFile = recordDir + "/node.json"
+	// layerRecord is what pilot serve knows of unpacked layers.
+	layerRecord = recordDir + "/layers"
 )
 
 func (o Options) readRecord() (record, error) {
@@ -210,7 +214,7 @@ func (f *installed) isOwnFile() bool {
 		return unitWants[name] != ""
 	case filepath.Dir(dir) == host.UnitDir:
 		return strings.HasSuffix(dir, ".service.d") && (name == refreshName || name == decoderUnit || name == lazyUnit)
-	case name == "pilot" || name == "pilot-decoder":
+	case name == "pilot" || name == "pilot-decoder" || isNRIPlugin(f.Path):
 		return true // the DaemonSet copies them to any directory
 	}
 	return isDropIn(f.Path) || slices.Contains([]string{pilotConfig, keyProviders, DaemonSetMark, BrokerToken, BrokerCA}, f.Path)

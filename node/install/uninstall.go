@@ -62,6 +62,9 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err := o.writeRecord(s); err != nil {
 		errs = append(errs, err)
 	}
+	for _, name := range []string{layerRecord, layerRecord + ".lock"} {
+		errs = append(errs, host.IgnoreNotExist(o.Remove(name)))
+	}
 	// recordDir is not in the record if an installation was killed before writing it.
 	o.removeDirs(append(s.Dirs, recordDir))
 	return unsure, errors.Join(errs...)
@@ -114,6 +117,7 @@ func (s *record) lookAgain(ctx context.Context, o Options) (*containerd.Instance
 	c, err := containerd.Examine(ctx, o.Host, *t, s.dropIns())
 	if err == nil {
 		c.Lazy = s.lazyMode()
+		c.Workloads = s.Workloads
 	}
 	return c, err
 }
@@ -187,7 +191,9 @@ func (o Options) keeps(f installed) bool {
 }
 
 // connects reports whether a file makes containerd or CRI-O ask pilot.
-func connects(path string) bool { return isDropIn(path) || path == crioDropIn }
+func connects(path string) bool {
+	return isDropIn(path) || path == crioDropIn || isNRIPlugin(path)
+}
 
 // Connected reports whether containerd or CRI-O is still configured to ask pilot, by the
 // record.

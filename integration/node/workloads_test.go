@@ -1,0 +1,140 @@
+package node
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// workloadsOwn are the settings that an installation with --workloads may change besides
+// those of pilot's differ, by what settings returns.
+var workloadsOwn = []string{
+	"plugins/io.containerd.nri.v1.nri/disable", "plugins/io.containerd.nri.v1.nri/default_validator/enable", "plugins/io.containerd.nri.v1.nri/default_validator/required_plugins",
+}
+
+const nriPlugin = "/opt/nri/plugins/00-pilot"
+
+// TestWorkloadsInstallChangesOnlyPilotsSettings installs with --workloads, turns that off and
+// on, and uninstalls.
+func TestWorkloadsInstallChangesOnlyPilotsSettings(t *testing.T) {
+	t.Parallel()
+	for version, file := range map[string]string{"1.7": "v2-cri.toml", "2.0.7": "v3-imports.toml", "2.2.9": "v2-cri-no-imports.toml", "2.4.2": "v3-eks.toml"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			m := harness.Machines()[version](t)
+			n := &installedNode{m: m, version: version, workloads: true}
+			os.RemoveAll(m.Root + "/etc/containerd")
+			original := harness.Read(t, "../testdata/nodes/"+file)
+			if version == "2.4.2" {
+				original += "\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  required_plugins = ['other']\n"
+			}
+			harness.Write(t, m.Root+n.config(), original)
+			before, untouched := m.Files(), n.dump(t)
+
+			install := func(args ...string) string {
+				t.Helper()
+				return harness.Output(t, m.Pilot(append([]string{"node", "install", "--containerd-config", n.config()}, args...)...))
+			}
+			install("--workloads")
+			n.onlyPilotDiffers(t, "installed", untouched)
+			n.asks(t, "installed")
+			after := m.Files()
+			// Without the flag it stays.
+			for _, args := range [][]string{{"--workloads"}, nil} {
+				if out := install(args...); !strings.Contains(out, "nothing to change") {
+					t.Errorf("%s: %s", args, out)
+				}
+			}
+			m.CheckFiles(after)
+			n.refresh(t)
+			m.CheckFiles(after)
+
+			install("--workloads=false")
+			without := &installedNode{m: m, version: version}
+			without.onlyPilotDiffers(t, "off", untouched)
+			for path, text := range map[string]string{nriPlugin: "", "/etc/pilot/pilot.toml": "workloads-listen"} {
+				if b, err := os.ReadFile(m.Root + path); err == nil && strings.Contains(string(b), text) {
+					t.Errorf("off: %s is\n%s", path, b)
+				}
+			}
+			install("--workloads")
+			n.onlyPilotDiffers(t, "on again", untouched)
+			n.asks(t, "on again")
+			harness.Output(t, m.Pilot("node", "uninstall"))
+			m.CheckFiles(before)
+			if _, err := os.Stat(m.Root + "/opt/nri"); err == nil {
+				t.Error("/opt/nri is left")
+			}
+
+			// The record is lost.
+			install("--workloads")
+			if err := os.Remove(m.Root + "/var/lib/pilot/node.json"); err != nil {
+				t.Fatal(err)
+			}
+			if out := harness.CombinedOutput(t, m.Pilot("node", "install", "--containerd-config", n.config())); !strings.Contains(out, "are adopted") || !strings.Contains(out, nriPlugin) {
+				t.Errorf("the record was lost: %s", out)
+			}
+			n.asks(t, "adopted")
+			harness.Output(t, m.Pilot("node", "uninstall"))
+			if _, err := os.Stat(m.Root + nriPlugin); err == nil {
+				t.Errorf("%s is left", nriPlugin)
+			}
+		})
+	}
+}
+
+// asks checks that containerd asks pilot's plugin.
+func (n *installedNode) asks(t *testing.T, when string) {
+	t.Helper()
+	dump := n.dump(t)
+	want := map[string]string{"plugins/io.containerd.nri.v1.nri/disable": "false"}
+	if n.version >= "2.2" {
+		want["plugins/io.containerd.nri.v1.nri/default_validator/enable"] = "true"
+		want["plugins/io.containerd.nri.v1.nri/default_validator/required_plugins"] = "[pilot]"
+	}
+	if n.version == "2.4.2" {
+		want["plugins/io.containerd.nri.v1.nri/default_validator/required_plugins"] = "[other pilot]"
+	}
+	for key, value := range want {
+		if got := fmt.Sprint(dump[key]); got != value {
+			t.Errorf("%s: %s is %s, not %s", when, key, got, value)
+		}
+	}
+	info, err := os.Stat(n.m.Root + nriPlugin)
+	if err != nil || info.Mode().Perm() != 0o755 || !strings.HasPrefix(harness.Read(t, n.m.Root+nriPlugin), "#!/usr/local/bin/pilot nri-plugin\n") {
+		t.Errorf("%s: the plugin is not there: %v", when, err)
+	}
+	if conf := harness.Read(t, n.m.Root+"/etc/pilot/pilot.toml"); !strings.Contains(conf, `workloads-listen = "unix:///run/pilot/workloads.sock"`) {
+		t.Errorf("%s: pilot.toml is\n%s", when, conf)
+	}
+}
+
+// TestWorkloadsInstallRefuses has nodes on which pods could do without pilot's plugin.
+func TestWorkloadsInstallRefuses(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		version, config, file string
+		want                  []string
+	}{
+		"containerd 1.6":           {"1.6", "", "", []string{"containerd 1.6 asks no plugin", "1.7 or later"}},
+		"pods that need no plugin": {"2.2.9", "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  tolerate_missing_plugins_annotation = 'example.com/none'\n", "", []string{"tolerate_missing_plugins_annotation", "example.com/none", "remove that setting"}},
+		"plugins that would start": {"1.7", "version = 2\n", "/opt/nri/plugins/10-other", []string{"NRI is off", "10-other"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := harness.Machines()[test.version](t)
+			if test.config != "" {
+				harness.Write(t, m.Root+"/etc/containerd/config.toml", test.config)
+			}
+			if test.file != "" {
+				harness.Write(t, m.Root+test.file, "#!/bin/sh\n")
+			}
+			before := m.Files()
+			harness.ExpectFailure(t, m.Pilot("node", "install", "--workloads"), test.want...)
+			m.CheckFiles(before)
+		})
+	}
+}

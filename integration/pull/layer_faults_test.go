@@ -1,0 +1,175 @@
+package pull
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ctrlplane/pilot/integration/harness"
+)
+
+// TestDamagedLayerRecord has a record that was removed, truncated, or can't be read or
+// written.
+func TestDamagedLayerRecord(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	c := harness.StartCI(t, dir, "team-a")
+	a, b := twoLayers(c, "a:1", harness.LayerKinds[1], "provider:pilot:team-a"), twoLayers(c, "b:1", harness.LayerKinds[0], "provider:pilot:team-a")
+	records := filepath.Join(dir, "records")
+	if err := os.Mkdir(records, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", records, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(records, syscall.MNT_DETACH) })
+	record := filepath.Join(records, "layers")
+	n := newRecordedNode(t, harness.Containerd2(), c.BrokerURL, "--layer-record", record)
+
+	filler := filepath.Join(records, "filler")
+	harness.FillDisk(t, filler)
+	harness.ExpectFailure(t, n.Crictl("pull", a), "layer sha256:", "pilot can't record which key it needs", record, "no space left on device")
+	n.pull(b + "-plain") // plain images do not depend on it
+	n.expect(b+"-plain", "", "")
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	n.pull(a)
+	n.expect(a, "team-a/1", "")
+	if mode := stat(t, record).Mode(); mode != 0o600 {
+		t.Errorf("the record has the mode %s", mode)
+	}
+
+	// Removed while pilot runs: what it knows is in the next file.
+	if err := os.Remove(record); err != nil {
+		t.Fatal(err)
+	}
+	harness.Output(t, n.Crictl("rmi", b+"-plain"))
+	n.CollectGarbage(t)
+	n.pull(b)
+	n.restart(func(string) {})
+	n.expect(a, "team-a/1", "")
+	n.expect(b, "team-a/1", "")
+
+	n.restart(func(string) {
+		if err := os.Truncate(record, stat(t, record).Size()/2); err != nil {
+			t.Fatal(err)
+		}
+	})
+	n.expect(a, "team-a/1", "")
+	if n.pilot.Logged(t, "record of layers damaged") != 1 {
+		t.Error("the log does not say that the record was damaged")
+	}
+	if found, err := filepath.Glob(record + ".damaged-*"); err != nil || len(found) != 1 {
+		t.Errorf("the damaged record: %q, %v", found, err)
+	}
+
+	// What containerd has no more is forgotten, a day after it was seen last.
+	gone, kept := n.needs(a).Layers, n.needs(b).Layers
+	harness.Output(t, n.Crictl("rmi", a))
+	n.CollectGarbage(t)
+	n.restart(func(string) { age(t, record) })
+	harness.Await(t, "the layers of an image that was removed to be forgotten", func() error {
+		text := harness.Read(t, record)
+		for i := range gone {
+			if !strings.Contains(text, kept[i].DiffID) {
+				t.Fatalf("layer %s of an image that is there was forgotten: %s", kept[i].DiffID, text)
+			}
+			if strings.Contains(text, gone[i].DiffID) {
+				return fmt.Errorf("layer %s is still in it", gone[i].DiffID)
+			}
+		}
+		return nil
+	})
+	n.expect(b, "team-a/1", "")
+
+	// Of another version, and another pilot's.
+	args := append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + dir + "/second.sock", "--diff-listen", "unix://" + dir + "/second-diff.sock"}, "--broker", c.BrokerURL, "--layer-record")
+	harness.ExpectFailure(t, harness.Command(t, "pilot", append(args, record)...), "layer-record", "another pilot uses it", "a layer-record of its own")
+	newer := harness.Write(t, filepath.Join(dir, "newer"), fmt.Sprintf("{\"version\":2,\"keys\":[]}\n%064d\n", 0))
+	harness.ExpectFailure(t, harness.Command(t, "pilot", append(args, newer)...), "layer-record", newer, "written by a newer version of pilot", "install that version, or move the file away")
+	harness.ExpectFailure(t, harness.Command(t, "pilot", append(args, "layers")...), `layer-record = "layers" is not the absolute path of a file`)
+}
+
+// age makes a record one of a year ago.
+func age(t *testing.T, record string) {
+	t.Helper()
+	text, _, _ := strings.Cut(harness.Read(t, record), "\n")
+	text = regexp.MustCompile(`"seen":"[^"]*"`).ReplaceAllString(text, `"seen":"`+time.Now().AddDate(-1, 0, 0).Format(time.RFC3339)+`"`)
+	harness.Write(t, record, text+"\n"+harness.SHA256(text)+"\n")
+}
+
+func stat(t *testing.T, name string) os.FileInfo {
+	t.Helper()
+	info, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info
+}
+
+// TestPlainImagesOfARuleAreRefused swaps encrypted images for others.
+func TestPlainImagesOfARuleAreRefused(t *testing.T) {
+	t.Parallel()
+	dir := harness.TempDir(t)
+	c := harness.StartCI(t, dir, "team-a", "team-b")
+	gzip := harness.LayerKinds[1]
+	app, tool := twoLayers(c, "team/app:1", gzip, "provider:pilot:team-a"), twoLayers(c, "tool:1", gzip, "provider:pilot:team-b")
+	both := twoLayers(c, "team/both:1", gzip, "provider:pilot:team-b")
+	harness.Output(t, c.CtrPilot("images", "rewrap", "--recipient", "provider:pilot:team-a", both, both))
+	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", both))
+	wrong := twoLayers(c, "team/wrong:1", gzip, "provider:pilot:team-b")
+	shared := twoLayers(c, "team/shared:1", gzip, "provider:pilot:team-a")
+
+	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), containerd22(), harness.Containerd17()} {
+		t.Run(v.Name, func(t *testing.T) {
+			t.Parallel()
+			conf := harness.Write(t, filepath.Join(harness.TempDir(t), "pilot.toml"), fmt.Sprintf("[[must-be-encrypted]]\nimages = ['%s/team/**']\nkeks = ['team-a']\n", c.Registry))
+			n := newRecordedNode(t, v, c.BrokerURL, "--config", conf)
+			n.pull(app, both, tool, tool+"-plain")
+			for _, image := range []string{app, both, tool + "-plain"} {
+				if answer := n.needs(image); answer.Refused != "" {
+					t.Errorf("%s: %s", image, answer.Refused)
+				}
+			}
+			rule := []string{"layer sha256:", "must-be-encrypted", "images of " + c.Registry + "/team/** must be encrypted for team-a", "push the encrypted image again, or find out who has replaced it"}
+			harness.ExpectFailure(t, n.Crictl("pull", wrong+"-plain"), append(rule, "fetched from 127.0.0.1/team/wrong", "it is plain")...)
+			harness.ExpectFailure(t, n.Crictl("pull", wrong), append(rule, `it is opened by KEK "team-b"`)...)
+
+			// Its layers are there from the encrypted image, so the differ sees none of them.
+			n.pull(app + "-plain")
+			if answer := n.needs(app + "-plain"); !strings.Contains(answer.Refused, "layer sha256:") || !strings.Contains(answer.Refused, "is plain") {
+				t.Errorf("a plain image of layers that were unpacked: %+v", answer)
+			}
+			// The same layers are another image's too, which no rule is for.
+			harness.Output(t, exec.Command("cp", "-a", c.Repository(shared), filepath.Join(filepath.Dir(filepath.Dir(c.Repository(shared))), "copy-"+filepath.Base(n.Dir))))
+			copied := c.Registry + "/copy-" + filepath.Base(n.Dir) + ":1-plain"
+			n.pull(copied, shared+"-plain")
+			if answer := n.needs(copied); answer.Refused != "" {
+				t.Errorf("%s: %s", copied, answer.Refused)
+			}
+			if answer := n.needs(shared + "-plain"); answer.Refused == "" {
+				t.Errorf("%s is not refused", shared+"-plain")
+			}
+
+			// Without the rule.
+			harness.Write(t, conf, "")
+			if err := n.pilot.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			harness.Await(t, "the other configuration", func() error {
+				if n.pilot.Logged(t, "configuration reloaded") == 0 {
+					return fmt.Errorf("it is not read yet")
+				}
+				return nil
+			})
+			n.pull(wrong + "-plain")
+		})
+	}
+}
