@@ -163,16 +163,26 @@ func digestOf(b []byte) string {
 	return base64.RawURLEncoding.EncodeToString(sum[:16])
 }
 
-// advance returns the anchor, side, after a change of a row to a digest.
-func advance(set *masterSet, r row, side []byte, digest string) ([]byte, error) {
+// advance returns the anchor, side, after a change of a row to a digest, and how often it
+// has changed then.
+func advance(set *masterSet, r row, side []byte, digest string) ([]byte, int64, error) {
 	name := anchorName(r.shard())
 	a, err := set.openAnchor(name, side)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	a.Changes++
 	a.Digests[r.String()] = digest
-	return set.sealAnchor(name, a)
+	side, err = set.sealAnchor(name, a)
+	return side, a.Changes, err
+}
+
+// changed notes that a row's anchor has changed so often, so that the generation counts it.
+func (a *anchors) changed(r row, changes int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	seen := &a.changes[r.shard()]
+	*seen = max(*seen, changes)
 }
 
 // compareWith compares the digest of a row, which is empty if there is no record, with its
@@ -182,22 +192,30 @@ func (s *Store) compareWith(set *masterSet, r row, side []byte, digest string) e
 	if err != nil {
 		return err
 	}
-	return s.compare(r, a, digest)
+	return s.compare(r, a, s.seenChanges(r.shard()), digest)
 }
 
-// compare compares the digest of a row with its anchor. A record that was written before
-// there were anchors has none.
-func (s *Store) compare(r row, a anchor, digest string) error {
+// seenChanges returns the most changes that an anchor was seen to have.
+func (s *Store) seenChanges(shard int) int64 {
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	return s.anchors.changes[shard]
+}
+
+// compare compares the digest of a row with its anchor, which has to have at least so many
+// changes: those that were seen before it was read. A record that was written before there
+// were anchors has none.
+func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
 	if why := s.anchors.whole; why != "" {
 		return fmt.Errorf("%s: %w (all of the store: %s)", r, ErrRolledBack, why)
 	}
-	seen := &s.anchors.changes[r.shard()]
-	if a.Changes < *seen {
+	if a.Changes < least {
 		return fmt.Errorf("%s: %w (and its anchor)", r, ErrRolledBack)
 	}
-	*seen = a.Changes
+	seen := &s.anchors.changes[r.shard()]
+	*seen = max(*seen, a.Changes)
 	if want, ok := a.Digests[r.String()]; ok && want != digest {
 		return fmt.Errorf("%s: %w", r, ErrRolledBack)
 	}
@@ -237,17 +255,44 @@ func (s *Store) notRolledBack(ctx context.Context, k KEK, b []byte) (KEK, error)
 	return KEK{}, fmt.Errorf("%w: KEK %q changes all the time", ErrUnavailable, k.ID)
 }
 
+// Absent returns an error that wraps [ErrRolledBack] if a KEK had a record, which [Store.Get]
+// did not find.
+func (s *Store) Absent(ctx context.Context, id string) error {
+	name, none := row{true, id}.String(), sha256.Sum256(nil)
+	s.anchors.mu.Lock()
+	known := s.anchors.seen[name] == none && s.anchors.whole == ""
+	s.anchors.mu.Unlock()
+	if known {
+		return nil
+	}
+	r := row{true, id}
+	least := s.seenChanges(r.shard())
+	a, err := s.readAnchor(ctx, r.shard())
+	if err == nil {
+		err = s.compare(r, a, least, "")
+	}
+	if err == nil {
+		s.anchors.see(name, none)
+		return nil
+	}
+	if again, getErr := s.db.get(ctx, id); getErr == nil && again != nil {
+		return fmt.Errorf("%w: KEK %q got its record just now", ErrUnavailable, id)
+	}
+	return err
+}
+
 func (s *Store) compareNow(ctx context.Context, k KEK) error {
 	digest, err := k.digest()
 	if err != nil {
 		return err
 	}
 	r := row{true, k.ID}
+	least := s.seenChanges(r.shard())
 	a, err := s.readAnchor(ctx, r.shard())
 	if err != nil {
 		return err
 	}
-	return s.compare(r, a, digest)
+	return s.compare(r, a, least, digest)
 }
 
 func (s *Store) readAnchor(ctx context.Context, shard int) (a anchor, err error) {
@@ -307,16 +352,17 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 			return nil
 		},
 		record: func(id string, b []byte) error {
+			r := row{true, id}
+			digests := anchorsNow[r.shard()].Digests
 			k, err := set.decode(id, b)
 			if err != nil {
-				return nil // damaged: reported where it is used
+				delete(digests, r.String())
+				return nil // damaged, which is reported where it is used, or of a newer master key
 			}
 			digest, err := k.digest()
 			if err != nil {
 				return err
 			}
-			r := row{true, id}
-			digests := anchorsNow[r.shard()].Digests
 			if want, ok := digests[r.String()]; ok && want != digest {
 				found[r.String()] = "it is not as copilot has written it last"
 			}
@@ -329,7 +375,11 @@ func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]strin
 		return nil, err
 	}
 	if !anchored && least == 0 && known == 0 {
-		return found, s.anchorAll(ctx, 0, 1) // an earlier copilot made the store
+		// An earlier copilot made the store.
+		if err = s.anchorAll(ctx, 0, 1); errors.Is(err, ErrState) {
+			return s.CheckAnchors(ctx, least) // another one has anchored it meanwhile
+		}
+		return found, err
 	}
 	var sum int64
 	for _, a := range anchorsNow {
@@ -375,10 +425,14 @@ func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found 
 	return found, s.anchorAll(ctx, least+1, acceptJump)
 }
 
-// anchorAll makes the anchors of all KEKs anew, each with so many changes more, and a
-// generation that is least or more.
+// voided is the digest of a request for approval from before its record may have been put
+// back: it is never used again, and nothing reports it.
+const voided = "voided"
+
+// anchorAll makes all anchors anew, each with so many changes more, and a generation that is
+// least or more. Requests for approval are voided: a used one may have been put back.
 func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
-	digests := make([]map[string]string, anchorShards)
+	digests := make([]map[string]string, anchorShards+1)
 	for i := range digests {
 		digests[i] = make(map[string]string)
 	}
@@ -387,8 +441,12 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
 	if err != nil {
 		return err
 	}
-	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
+	err = s.db.snapshot(ctx, statePrefixes, contents{
 		named: func(name string, b []byte) error {
+			if strings.HasPrefix(name, approvalPrefix) {
+				digests[anchorShards][name] = voided
+				return nil
+			}
 			a, _ := set.openAnchor(name, b) // a damaged one is replaced
 			before[name] = a.Changes
 			return nil
@@ -411,24 +469,26 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
 	changes := s.anchors.changes
 	s.anchors.mu.Unlock()
 	var sum int64
-	for i := range anchorShards {
+	for i := range changes {
 		changes[i] = max(changes[i], before[anchorName(i)]) + jump
 		sum += changes[i]
 	}
-	sum += max(changes[anchorShards], before[anchorName(anchorShards)])
 	changes[0] += max(0, least-sum)
-	for i := range anchorShards {
-		name := anchorName(i)
-		err := s.db.keep(ctx, name, func(old, _ []byte) ([]byte, error) {
-			now, _ := set.openAnchor(name, old)
-			if now.Changes != before[name] {
-				return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
-			}
-			return set.sealAnchor(name, anchor{changes[i], digests[i]})
-		})
-		if err != nil {
-			return err
+	made := make(map[string]anchor)
+	var names []string
+	for i := range changes {
+		names = append(names, anchorName(i))
+		made[anchorName(i)] = anchor{changes[i], digests[i]}
+	}
+	err = s.db.keepAll(ctx, names, func(name string, old []byte) ([]byte, error) {
+		now, _ := set.openAnchor(name, old)
+		if now.Changes != before[name] {
+			return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
 		}
+		return set.sealAnchor(name, made[name])
+	})
+	if err != nil {
+		return err
 	}
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()

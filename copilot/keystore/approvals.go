@@ -68,15 +68,19 @@ func (s *Store) Approvals(ctx context.Context) (list []Approval, err error) {
 	}); err != nil {
 		return nil, err
 	}
+	least := s.seenChanges(anchorShards)
 	a, err := s.readAnchor(ctx, anchorShards)
 	if err != nil {
 		return nil, err
 	}
 	var bad error
 	for name, b := range rows {
+		if a.Digests[name] == voided {
+			continue
+		}
 		approval, err := set.openApproval(name, b)
 		if err == nil {
-			err = s.compare(row{name: name}, a, digestOf(b))
+			err = s.compare(row{name: name}, a, least, digestOf(b))
 		}
 		if err != nil {
 			bad = errors.Join(bad, err)
@@ -94,6 +98,7 @@ func (s *Store) ChangeApproval(ctx context.Context, id string, change func(a *Ap
 		return a, fmt.Errorf("%w: %.60q is not the id of a request", ErrInput, id)
 	}
 	r := row{name: approvalPrefix + id}
+	var changes int64
 	err = s.current(ctx, func() error {
 		return s.db.update(ctx, r, anchorName(r.shard()), func(old, master, side []byte) (b, newSide []byte, err error) {
 			set, err := s.follow(master)
@@ -121,9 +126,12 @@ func (s *Store) ChangeApproval(ctx context.Context, id string, change func(a *Ap
 			if b, err = json.Marshal(storedApproval{text, set.stateMAC(r.name, text)}); err != nil {
 				return nil, nil, err
 			}
-			newSide, err = advance(set, r, side, digestOf(b))
+			newSide, changes, err = advance(set, r, side, digestOf(b))
 			return b, newSide, err
 		})
 	})
+	if err == nil {
+		s.anchors.changed(r, changes)
+	}
 	return a, err
 }

@@ -144,6 +144,22 @@ func (d *boltDB) keep(_ context.Context, name string, change func(old, master []
 	})
 }
 
+func (d *boltDB) keepAll(_ context.Context, names []string, change func(string, []byte) ([]byte, error)) error {
+	return d.db.Update(func(tx *bolt.Tx) error {
+		in := tx.Bucket(bucketOnce)
+		for _, name := range names {
+			b, err := change(name, bytes.Clone(in.Get([]byte(name))))
+			if err == nil {
+				err = in.Put([]byte(name), b)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 func (d *boltDB) reseal(_ context.Context, after string, n int, change func(string, []byte) ([]byte, error)) (last string, err error) {
 	err = d.db.Update(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(bucketKEKs)

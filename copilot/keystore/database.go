@@ -23,6 +23,8 @@ type database interface {
 	// keep is update for what is kept under a name. A change of masterName excludes all
 	// other changes, of records too. What change returns as it is, is not written.
 	keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error
+	// keepAll is keep for several names, in one transaction that excludes all other changes.
+	keepAll(ctx context.Context, names []string, change func(name string, old []byte) ([]byte, error)) error
 	// named calls do with all that is kept under names that begin with prefix.
 	named(ctx context.Context, prefix string, do func(name string, b []byte) error) error
 	// addWraps adds n to the wraps of a version and returns the sum.

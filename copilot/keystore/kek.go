@@ -280,7 +280,8 @@ func (s *Store) forget(v *Version) bool {
 }
 
 // Sweep removes the keys of versions whose time has come. log is called with each KEK
-// that changes. A damaged record is an error, but does not end the sweep.
+// that changes. A record that is damaged or was put back is an error, but does not end the
+// sweep.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
 	due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
 	var ids []string
@@ -304,6 +305,10 @@ func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
 			}
 			return nil
 		})
+		if errors.Is(err, ErrRolledBack) {
+			damaged = errors.Join(damaged, err)
+			continue
+		}
 		if err != nil && err != errNothing {
 			return errors.Join(err, damaged)
 		}

@@ -294,6 +294,7 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 	}
 	r := row{true, id}
 	var written []byte
+	var changes int64
 	err = s.current(ctx, func() error {
 		return s.db.update(ctx, r, anchorName(r.shard()), func(old, master, side []byte) (b, newSide []byte, err error) {
 			set, err := s.follow(master)
@@ -328,7 +329,7 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 			if err != nil {
 				return nil, nil, err
 			}
-			if newSide, err = advance(set, r, side, after); err != nil {
+			if newSide, changes, err = advance(set, r, side, after); err != nil {
 				return nil, nil, err
 			}
 			b, err = s.encode(k)
@@ -339,6 +340,7 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 	if err == nil {
 		// So that the record before is not taken for one that was compared.
 		s.anchors.see(r.String(), sha256.Sum256(written))
+		s.anchors.changed(r, changes)
 	}
 	return k, err
 }

@@ -173,6 +173,33 @@ func (d *postgresDB) keep(ctx context.Context, name string, change func(old, mas
 	})
 }
 
+func (d *postgresDB) keepAll(ctx context.Context, names []string, change func(string, []byte) ([]byte, error)) error {
+	return d.locked(ctx, []string{masterName}, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
+		old := make(map[string][]byte)
+		rows, err := tx.Query(ctx, `SELECT name, value FROM copilot_once WHERE name = ANY($1)`, names)
+		if err != nil {
+			return nil, err
+		}
+		var name string
+		var b []byte
+		if _, err := pgx.ForEachRow(rows, []any{&name, &b}, func() error {
+			old[name] = b
+			return nil
+		}); err != nil {
+			return nil, err
+		}
+		values := make([][]byte, len(names))
+		for i, name := range names {
+			if values[i], failed = change(name, old[name]); failed != nil {
+				return failed, nil
+			}
+		}
+		_, err = tx.Exec(ctx, `INSERT INTO copilot_once (name, value) SELECT * FROM unnest($1::text[], $2::bytea[])
+			ON CONFLICT (name) DO UPDATE SET value = excluded.value`, names, values)
+		return nil, err
+	})
+}
+
 // locked calls do in a transaction that excludes others of the same names, and now and
 // then of another. Of what do returns, the first are errors that are not the database's.
 func (d *postgresDB) locked(ctx context.Context, names []string, do func(context.Context, pgx.Tx) (failed, err error)) error {

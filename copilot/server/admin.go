@@ -146,6 +146,9 @@ func (a *api) destroy(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, e
 
 // destroyVersion destroys a version, or all if version is 0, after that time.
 func (a *api) destroyVersion(ctx context.Context, e *auditing.Entry, k keyring.KEK, version int, after seconds) (keyring.Info, error) {
+	if after < 0 || after > maxDestroyAfter {
+		return keyring.Info{}, fmt.Errorf("%w: afterSeconds %d is not from 0 to %d (ten years)", keystore.ErrInput, after, maxDestroyAfter)
+	}
 	what := "all versions"
 	if version != 0 {
 		what = fmt.Sprintf("version %d", version)
@@ -154,9 +157,6 @@ func (a *api) destroyVersion(ctx context.Context, e *auditing.Entry, k keyring.K
 		return keyring.Info{}, err
 	}
 	return a.changeVersion(ctx, e, k, version, func(ctx context.Context, id string, version int, c keystore.Change) (keystore.KEK, error) {
-		if after < 0 || after > maxDestroyAfter {
-			return keystore.KEK{}, fmt.Errorf("%w: afterSeconds %d is not from 0 to %d (ten years)", keystore.ErrInput, after, maxDestroyAfter)
-		}
 		at := time.Now().Add(time.Duration(after) * time.Second)
 		e.Reason = "the key is gone from " + at.UTC().Format(time.RFC3339) + " on"
 		return a.keks.Store.Destroy(ctx, id, version, at, c)

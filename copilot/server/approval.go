@@ -45,9 +45,11 @@ const (
 	maxValidFor     = 30 * 24 * time.Hour
 	// maxApprovals bounds the open requests of one admin.
 	maxApprovals = 100
-	// everyKEK is no KEK's name. Only rules for all KEKs, **, match it.
-	everyKEK = "*/*"
 )
+
+// wholeStore are no KEKs' names. An admin of both is one of all KEKs: their depths are the
+// least and the most that a name can have, so rules such as */* do not match them.
+var wholeStore = []string{"*", strings.Repeat("*/", 63) + "*"}
 
 func (a Approvals) check() error {
 	for _, op := range a.Require {
@@ -146,9 +148,14 @@ func (a *api) outsidePolicy(e *auditing.Entry) bool {
 	return a.owner && authorization.ByPolicy(a.policy.Policy(), e.Caller).May(e.KEK, policy.Export) != nil
 }
 
-// mayApprove returns an error unless the caller is an admin of what a request is about.
-func (a *api) mayApprove(e *auditing.Entry, r keystore.Approval) error {
-	return a.rights(e).May(cmp.Or(r.KEK, everyKEK), policy.Admin)
+// mayApprove reports whether the policy has the caller as an admin of what a request is
+// about.
+func (a *api) mayApprove(e *auditing.Entry, r keystore.Approval) bool {
+	of := wholeStore
+	if r.KEK != "" {
+		of = []string{r.KEK}
+	}
+	return !slices.ContainsFunc(of, func(kek string) bool { return a.rights(e).May(kek, policy.Admin) != nil })
 }
 
 func (a *api) approvals(r *http.Request, e *auditing.Entry) (any, error) {
@@ -166,7 +173,7 @@ func (a *api) listApprovals(ctx context.Context, e *auditing.Entry) ([]keystore.
 		}
 	}
 	list := slices.DeleteFunc(append([]keystore.Approval{}, all...), func(r keystore.Approval) bool {
-		return !r.Open(time.Now()) || a.mayApprove(e, r) != nil
+		return !r.Open(time.Now()) || !a.mayApprove(e, r)
 	})
 	slices.SortFunc(list, func(a, b keystore.Approval) int { return cmp.Or(a.At.Compare(b.At), cmp.Compare(a.ID, b.ID)) })
 	return list, nil
@@ -183,9 +190,27 @@ func (a *api) approve(r *http.Request, e *auditing.Entry) (any, error) {
 
 // approveRequest approves a request of another admin.
 func (a *api) approveRequest(ctx context.Context, e *auditing.Entry, id string) (keystore.Approval, error) {
+	none := fmt.Errorf("%w: no such request: see \"copilot approvals list\"", keystore.ErrNotFound)
+	all, err := a.keks.Store.Approvals(ctx)
+	if err != nil && !errors.Is(err, keystore.ErrRolledBack) {
+		return keystore.Approval{}, err
+	}
+	i := slices.IndexFunc(all, func(r keystore.Approval) bool { return r.ID == id })
+	if i < 0 || !a.mayApprove(e, all[i]) {
+		return keystore.Approval{}, none
+	}
+	if kek := all[i].KEK; kek != "" {
+		k, err := a.keks.Find(ctx, kek)
+		if err == nil {
+			err = a.rights(e).NotRevoked(k.KEK)
+		}
+		if err != nil {
+			return keystore.Approval{}, err
+		}
+	}
 	return a.keks.Store.ChangeApproval(ctx, id, func(r *keystore.Approval, isNew bool) error {
-		if isNew || a.mayApprove(e, *r) != nil {
-			return fmt.Errorf("%w: no such request: see \"copilot approvals list\"", keystore.ErrNotFound)
+		if isNew {
+			return none
 		}
 		e.KEK, e.Approval = r.KEK, r.ID
 		switch {

@@ -231,8 +231,8 @@ func (a *api) approveRecipients(ctx context.Context, e *auditing.Entry, recipien
 	var others []string
 	for _, r := range recipients {
 		if !slices.Contains(configured, r) {
-			sum := sha256.Sum256([]byte(r))
-			others = append(others, fmt.Sprintf("%s (sha256 %x)", backup.Short(r), sum[:8]))
+			// All of the digest: the comment of an SSH key can be chosen so that a part of it fits.
+			others = append(others, fmt.Sprintf("%s (sha256 %x)", backup.Short(r), sha256.Sum256([]byte(r))))
 		}
 	}
 	if len(others) == 0 {

@@ -54,9 +54,12 @@ func TestDestroyNeedsASecondAdmin(t *testing.T) {
 	if again := asked(t, destroy("team-a")); again != id {
 		t.Errorf("another request for the same: %s and %s", id, again)
 	}
-	if other := asked(t, destroy("team-b")); other == id {
+	other := asked(t, destroy("team-b"))
+	if other == id {
 		t.Error("one request for two KEKs")
 	}
+	harness.Output(t, b.Command(t, "keys", "revoke", "--identity", "spiffe://example.com/admin", "team-b"))
+	harness.ExpectFailure(t, admin("approvals", "approve", other), "spiffe://example.com/admin may not")
 	if strings.Contains(state("team-a"), "destroyed") {
 		t.Fatal("destroyed without approval")
 	}
@@ -178,7 +181,8 @@ func TestApprovalIsSharedTimeLimitedAndNotReplayed(t *testing.T) {
 	for i, r := range rs {
 		r.process.Stop(t)
 		config := harness.Write(t, r.dir+"/copilot.toml", "dir = \""+r.dir+"\"\ndatabase = \""+d.URL()+"\"\npolicy = \""+
-			harness.Write(t, r.dir+"/policy.toml", "[[rule]]\nidentities = [\"uid:4242\"]\nkeks = [\"**\"]\nactions = [\"admin\"]\n")+"\"\nsocket-mode = \"0666\"\n")
+			harness.Write(t, r.dir+"/policy.toml", "[[rule]]\nidentities = [\"uid:4242\"]\nkeks = [\"**\"]\nactions = [\"admin\"]\n"+
+				"[[rule]]\nidentities = [\"uid:4343\"]\nkeks = [\"*\", \"*/*\"]\nactions = [\"admin\"]\n")+"\"\nsocket-mode = \"0666\"\n")
 		approving(t, config, map[int]string{0: "20s", 1: "1s"}[i])
 		for dir := r.dir; dir != "/tmp"; dir = dir[:strings.LastIndex(dir, "/")] {
 			os.Chmod(dir, 0o755)
@@ -188,8 +192,13 @@ func TestApprovalIsSharedTimeLimitedAndNotReplayed(t *testing.T) {
 		harness.Output(t, r.keys(t, "create", map[int]string{0: "a", 1: "b"}[i]))
 	}
 	destroy := func(r *replica, kek string) *exec.Cmd { return r.keys(t, "destroy", "--after", "1h", kek) }
-	approve := func(r *replica, id string) string {
-		return harness.CombinedOutput(t, harness.Command(t, "setpriv", "--reuid=4242", "--clear-groups", "curl", "-s", "--unix-socket", r.socket, "-X", "POST", "http://copilot/api/v2/approvals/"+id+"/approve"))
+	as := func(uid string, r *replica, id string) string {
+		return harness.CombinedOutput(t, harness.Command(t, "setpriv", "--reuid="+uid, "--clear-groups", "curl", "-s", "--unix-socket", r.socket, "-X", "POST", "http://copilot/api/v2/approvals/"+id+"/approve"))
+	}
+	approve := func(r *replica, id string) string { return as("4242", r, id) }
+	store := asked(t, harness.Command(t, "copilot", "master", "rotate", "--dir", rs[0].dir))
+	if out := as("4343", rs[0], store); !strings.Contains(out, "no such request") {
+		t.Errorf("an admin of some KEKs approved a rotation of the master key: %s", out)
 	}
 	id := asked(t, destroy(rs[0], "a"))
 	if out := harness.Output(t, harness.Command(t, "copilot", "approvals", "list", "--dir", rs[1].dir)); !strings.Contains(out, id) {

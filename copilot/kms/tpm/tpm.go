@@ -227,23 +227,34 @@ func openParent(t transport.TPM, name []byte) (parent, error) {
 	made, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHOwner, InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}.Execute(t)
 	if err == nil {
 		flush := func() { tpm2.FlushContext{FlushHandle: made.ObjectHandle}.Execute(t) }
-		public, err := made.OutPublic.Contents()
-		if err == nil && fits(made.Name) {
-			return parent{tpm2.NamedHandle{Handle: made.ObjectHandle, Name: made.Name}, *public, flush}, nil
+		if p, ok := parentOf(made.ObjectHandle, made.OutPublic, flush); ok && fits(p.Name) {
+			return p, nil
 		}
 		flush()
 	}
-	if kept, errKept := (tpm2.ReadPublic{ObjectHandle: persistentSRK}.Execute(t)); errKept == nil && fits(kept.Name) {
-		public, err := kept.OutPublic.Contents()
-		if err != nil {
-			return parent{}, err
+	if kept, errKept := (tpm2.ReadPublic{ObjectHandle: persistentSRK}.Execute(t)); errKept == nil {
+		if p, ok := parentOf(persistentSRK, kept.OutPublic, func() {}); ok && fits(p.Name) {
+			return p, nil
 		}
-		return parent{tpm2.NamedHandle{Handle: persistentSRK, Name: kept.Name}, *public, func() {}}, nil
 	}
 	if errors.Is(err, tpm2.TPMRCBadAuth) || errors.Is(err, tpm2.TPMRCAuthFail) {
 		return parent{}, fmt.Errorf("%w: its owner has a password, and there is no storage root key at %#x, or another one than it was sealed under: %w", kms.ErrForbidden, persistentSRK, err)
 	}
 	return parent{}, cmp.Or(err, errOtherTPM)
+}
+
+// parentOf returns a storage root key with the name that its public part has. The TPM says
+// its name too, and somebody on the wires can say another.
+func parentOf(handle tpm2.TPMHandle, public tpm2.TPM2BPublic, flush func()) (parent, bool) {
+	content, err := public.Contents()
+	if err != nil {
+		return parent{}, false
+	}
+	name, err := tpm2.ObjectName(content)
+	if err != nil {
+		return parent{}, false
+	}
+	return parent{tpm2.NamedHandle{Handle: handle, Name: *name}, *content, flush}, true
 }
 
 // session returns a session whose parameters are encrypted to the storage root key, since

@@ -169,7 +169,8 @@ func (r *Keyring) Find(ctx context.Context, id string) (KEK, error) {
 		return k, err
 	}
 	if errors.Is(err, keystore.ErrNotFound) {
-		k.KEK, err = keystore.KEK{ID: id}, nil
+		// A record that was deleted may have said that the KEK is disabled or revoked.
+		k.KEK, err = keystore.KEK{ID: id}, r.Store.Absent(ctx, id)
 		k.Backend = conf.Backend
 	}
 	if err == nil && k.Backend == "" {

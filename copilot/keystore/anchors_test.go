@@ -1,0 +1,305 @@
+package keystore
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// unanchored returns stores that share a database, with KEKs and no anchors, as an earlier
+// copilot has left it.
+func unanchored(t *testing.T, n int) []*Store {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "store")
+	made, err := Open(t.Context(), dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { made.Close() })
+	for _, id := range []string{"a", "b", "c"} {
+		if _, err := made.Create(t.Context(), id, nil, Change{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = made.db.(*boltDB).db.Update(func(tx *bolt.Tx) error {
+		in := tx.Bucket(bucketOnce)
+		return in.ForEach(func(name, _ []byte) error {
+			if strings.HasPrefix(string(name), anchorPrefix) {
+				return in.Delete(name)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := make([]*Store, n)
+	for i := range list {
+		list[i] = newStore(made.db, dir, "", nil)
+		if err := list[i].unlock(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return list
+}
+
+// TestStoresAnchorTogether has several copilots start at once on a database of an earlier
+// one: all become ready.
+func TestStoresAnchorTogether(t *testing.T) {
+	list := unanchored(t, 8)
+	var wg sync.WaitGroup
+	start := make(chan struct{})
+	for _, s := range list {
+		wg.Go(func() {
+			<-start
+			if found, err := s.CheckAnchors(t.Context(), 0); err != nil || len(found) > 0 {
+				t.Errorf("%v, %v", found, err)
+			}
+		})
+	}
+	close(start)
+	wg.Wait()
+	if a, b := list[0].Generation(), list[7].Generation(); a != b || a != anchorShards+1 {
+		t.Errorf("%d and %d changes", a, b)
+	}
+}
+
+// interrupted is a database that fails after some changes, as one does whose copilot is
+// killed.
+type interrupted struct {
+	database
+	left int
+}
+
+func (d *interrupted) keep(ctx context.Context, name string, change func(old, master []byte) ([]byte, error)) error {
+	if d.left--; d.left < 0 {
+		return ErrUnavailable
+	}
+	return d.database.keep(ctx, name, change)
+}
+
+func (d *interrupted) keepAll(ctx context.Context, names []string, change func(string, []byte) ([]byte, error)) error {
+	return d.database.keepAll(ctx, names, func(name string, old []byte) ([]byte, error) {
+		if d.left--; d.left < 0 {
+			return nil, ErrUnavailable
+		}
+		return change(name, old)
+	})
+}
+
+// TestAnchoringIsNotHalfDone interrupts the anchoring of a store. Then a record that is put
+// back is found: none was left without an anchor.
+func TestAnchoringIsNotHalfDone(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	db := s.db
+	s.db = &interrupted{db, 10}
+	s.CheckAnchors(t.Context(), 0)
+	s = newStore(db, s.dir, "", nil)
+	if err := s.unlock(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := s.CheckAnchors(t.Context(), 0); err != nil || len(found) > 0 {
+		t.Fatalf("%v, %v", found, err)
+	}
+	for _, id := range []string{"a", "b", "c"} {
+		if a, err := s.readAnchor(t.Context(), row{true, id}.shard()); err != nil || a.Digests[rowKEK+id] == "" {
+			t.Errorf("KEK %s has no anchor: %v", id, err)
+		}
+	}
+}
+
+// TestSweepGoesOnAfterARecordThatWasPutBack has two KEKs whose time has come, and the record
+// of the first put back as it was earlier.
+func TestSweepGoesOnAfterARecordThatWasPutBack(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	at := time.Now().Add(time.Hour)
+	for _, id := range []string{"a", "b"} {
+		if _, err := s.Destroy(ctx, id, 1, at, Change{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	earlier, err := s.db.get(ctx, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Revoke(ctx, "a", "uid:7", Change{}); err != nil {
+		t.Fatal(err)
+	}
+	err = s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Put([]byte("a"), earlier) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.now = func() time.Time { return at.Add(time.Second) }
+	if err := s.Sweep(ctx, func(KEK) error { return nil }); err == nil {
+		t.Error("no error about the record that was put back")
+	}
+	b, err := s.Get(ctx, "b")
+	if err != nil || b.Versions[0].Sealed != nil {
+		t.Errorf("the other KEK was not swept: %v, %v", b.Versions, err)
+	}
+}
+
+// rows returns all that a store's file has but KEKs, and puts it back.
+func rows(t *testing.T, s *Store) (putBack func()) {
+	t.Helper()
+	kept := make(map[string][]byte)
+	if err := s.db.(*boltDB).db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOnce).ForEach(func(name, b []byte) error {
+			kept[string(name)] = bytes.Clone(b)
+			return nil
+		})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error {
+			in := tx.Bucket(bucketOnce)
+			for name, b := range kept {
+				if err := in.Put([]byte(name), b); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestAcknowledgedRollbackVoidsApprovals puts back a database from before a request was
+// used. Once that is acknowledged, in the copilot that runs, requests work again, there and
+// after a restart, and the used one stays used.
+func TestAcknowledgedRollbackVoidsApprovals(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	use := func(s *Store, id string) error {
+		_, err := s.ChangeApproval(ctx, id, func(a *Approval, _ bool) error {
+			a.Used = time.Now()
+			return nil
+		})
+		return err
+	}
+	if _, err := s.ChangeApproval(ctx, "one", func(a *Approval, _ bool) error { a.Approved = "uid:7"; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	putBack := rows(t, s)
+	if err := use(s, "one"); err != nil {
+		t.Fatal(err)
+	}
+	putBack()
+	found, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil })
+	if err != nil || found["store"] == "" {
+		t.Fatalf("%v, %v", found, err)
+	}
+	again := newStore(s.db, s.dir, "", nil)
+	if err := again.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := again.CheckAnchors(ctx, s.Generation()); err != nil || len(found) > 0 {
+		t.Errorf("after a restart: %v, %v", found, err)
+	}
+	for i, s := range []*Store{s, again} {
+		if err := use(s, "one"); !errors.Is(err, ErrRolledBack) {
+			t.Errorf("used again: %v", err)
+		}
+		if err := use(s, fmt.Sprintf("new-%d", i)); err != nil {
+			t.Error(err)
+		}
+		if list, err := s.Approvals(ctx); err != nil || len(list) != i+1 {
+			t.Errorf("%v, %v", list, err)
+		}
+	}
+}
+
+// TestChangesOfOthersAreNoRollback reads a KEK for the first time, again and again, while
+// others that share its anchor are changed.
+func TestChangesOfOthersAreNoRollback(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	shard := row{true, "a"}.shard()
+	mate := ""
+	for i := 0; mate == ""; i++ {
+		if id := fmt.Sprintf("mate-%d", i); (row{true, id}).shard() == shard {
+			mate = id
+		}
+	}
+	if _, err := s.Create(ctx, mate, nil, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for range 30 {
+				if _, err := s.Rotate(ctx, mate, 0, Change{}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	for {
+		select {
+		case <-done:
+			return
+		default:
+		}
+		s.anchors.mu.Lock()
+		s.anchors.seen = nil
+		s.anchors.mu.Unlock()
+		if _, err := s.Get(ctx, "a"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestDeletedRecordOfAKEKInAKMSIsFound deletes the record that says that a KEK of a KMS is
+// disabled: without one it would be enabled.
+func TestDeletedRecordOfAKEKInAKMSIsFound(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Absent(ctx, "in-kms"); err != nil {
+		t.Errorf("before there was a record: %v", err)
+	}
+	if _, err := s.Disable(ctx, "in-kms", 0, Change{Backend: "vault"}); err != nil {
+		t.Fatal(err)
+	}
+	err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Delete([]byte("in-kms")) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := newStore(s.db, s.dir, "", nil)
+	if err := again.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*Store{s, again} {
+		if err := s.Absent(ctx, "in-kms"); !errors.Is(err, ErrRolledBack) {
+			t.Errorf("deleted: %v", err)
+		}
+		if err := s.Absent(ctx, "another"); err != nil {
+			t.Errorf("another: %v", err)
+		}
+	}
+}
