@@ -19,9 +19,9 @@ const (
 )
 
 var (
-	q       = question{imagekeys.KEK{ID: "team-a", Version: 1}, "prod/web"}
-	errRefused = fmt.Errorf("403: %w", client.ErrForbidden)
-	errNoBroker    = fmt.Errorf("connection refused: %w", client.ErrUnavailable)
+	q           = question{imagekeys.KEK{ID: "team-a", Version: 1}, "prod/web"}
+	errRefused  = fmt.Errorf("403: %w", client.ErrForbidden)
+	errNoBroker = fmt.Errorf("connection refused: %w", client.ErrUnavailable)
 )
 
 // broker gives the answer that is set, and its clock is set by hand.
