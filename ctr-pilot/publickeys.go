@@ -60,7 +60,9 @@ func withPublicKeys(cmd *cli.Command, all map[string]processor.KeyProvider, miss
 	}
 	own := make(map[string]publickek.PublicKey)
 	for _, key := range keys {
-		own[key.ID] = key
+		if key.Version > own[key.ID].Version {
+			own[key.ID] = key
+		}
 	}
 	p := &publicProvider{ids: slices.Collect(maps.Keys(own)), next: all[name], missing: missing}
 	p.own = keyprovider.New(nil, keyprovider.Config{Name: name, PublicKey: func(id string) (*publickek.PublicKey, error) {
@@ -135,5 +137,9 @@ func joinAnnotations(annotations ...[]byte) ([]byte, error) {
 		}
 		all = append(all, list...)
 	}
-	return json.Marshal(all)
+	b, err := json.Marshal(all)
+	if err == nil {
+		_, err = wireformat.ParseAnnotation(b) // which has limits
+	}
+	return b, err
 }

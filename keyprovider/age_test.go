@@ -60,9 +60,9 @@ func TestAgeRecipientTypedWrongIsNoKEK(t *testing.T) {
 	}
 	to := id.Recipient().String()
 	p := New(nil, Config{})
-	for _, name := range []string{"age1", "age1x", to[:len(to)-1], strings.ToUpper(to), id.String(), strings.ToLower(id.String()), "AGE-PLUGIN-YUBIKEY-1QQQ"} {
+	for _, name := range []string{"age1", "age1x", to[:len(to)-1], strings.ToUpper(to), id.String(), strings.ToLower(id.String()), "AGE-PLUGIN-YUBIKEY-1QQQ", "age-plugin-yubikey-1qqq"} {
 		_, err := p.WrapKey(t.Context(), named(name), []byte(secret))
-		if !errors.Is(err, ErrInput) || strings.Contains(strings.ToUpper(err.Error()), id.String()[:30]) {
+		if !errors.Is(err, ErrInput) || strings.Contains(strings.ToUpper(err.Error()), id.String()[:30]) || strings.Contains(err.Error(), "1qqq") {
 			t.Errorf("%.20s: %v", name, err)
 		}
 	}

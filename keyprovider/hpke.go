@@ -31,9 +31,12 @@ func (p *Provider) wrapHPKE(id string, optsdata []byte) (*wireformat.Annotation,
 // unwrapHPKE unwraps a, whose method is HPKE, with the private key that is derived from
 // kek, which the caller clears.
 func (p *Provider) unwrapHPKE(kek client.KEK, a wireformat.Annotation) ([]byte, error) {
-	key, err := p.keks.private(kek, a.KEKVersion)
+	key, kept, err := p.keks.private(kek, a.KEKVersion)
 	if err != nil {
 		return nil, err
+	}
+	if !kept {
+		defer key.Clear()
 	}
 	optsdata, err := key.Unwrap(a)
 	if errors.Is(err, publickek.ErrNotUnwrapped) {
@@ -43,21 +46,21 @@ func (p *Provider) unwrapHPKE(kek client.KEK, a wireformat.Annotation) ([]byte, 
 }
 
 // private returns the private key that is derived from a KEK for a version: the KEK's own,
-// or another if the broker has no versions. It is kept beside the KEK.
-func (c *cache) private(kek client.KEK, version int) (*publickek.PrivateKey, error) {
+// or another if the broker has no versions. It is kept beside the KEK. If the KEK is not
+// kept, the caller clears the private key.
+func (c *cache) private(kek client.KEK, version int) (_ *publickek.PrivateKey, kept bool, _ error) {
 	key := cacheKey{kek.ID, version}
 	c.mu.Lock()
-	el := c.entries[key]
-	if el != nil {
+	if el := c.entries[key]; el != nil {
 		if k := el.Value.(*cacheEntry).private; k != nil {
 			c.mu.Unlock()
-			return k, nil
+			return k, true, nil
 		}
 	}
 	c.mu.Unlock()
 	k, err := publickek.Derive(kek.Key, kek.ID, version)
 	if err != nil {
-		return nil, fmt.Errorf("has no public half: %w", err)
+		return nil, false, fmt.Errorf("has no public half: %w", err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -65,9 +68,10 @@ func (c *cache) private(kek client.KEK, version int) (*publickek.PrivateKey, err
 	if el := c.entries[key]; el != nil {
 		if e := el.Value.(*cacheEntry); e.private == nil && subtle.ConstantTimeCompare(e.kek.Key, kek.Key) == 1 {
 			e.private = k
+			return k, true, nil
 		}
 	}
-	return k, nil
+	return k, false, nil
 }
 
 // noBroker is the broker of a provider that has none.

@@ -3,13 +3,17 @@ package keyprovider
 import (
 	"encoding/json"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"filippo.io/age"
+
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/openedby"
 	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
@@ -146,6 +150,50 @@ func BenchmarkUnwrapOfPublicKey(b *testing.B) {
 	for b.Loop() {
 		if _, err := p.UnwrapKey(b.Context(), nil, annotation); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// TestOnlyABrokersKEKIsReportedAsOpener has a recipient of age in an annotation, which is
+// what its writer says, and what anybody can wrap for.
+func TestOnlyABrokersKEKIsReportedAsOpener(t *testing.T) {
+	b := startBroker(t, map[string][]byte{"a": nil})
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "key.txt")
+	if err := os.WriteFile(file, []byte(id.String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := newProvider(t, b.url, Config{CacheSize: 1, AgeIdentities: []string{file}})
+	for name, test := range map[string]struct {
+		annotation []byte
+		want       openedby.KEK
+	}{
+		"KEK":        {wrapFor(t, p, "a"), openedby.KEK{ID: "a", Version: 1, Method: wireformat.MethodA256GCMKW}},
+		"public key": {wrapFor(t, offline(b.public(t, "a")), "a"), openedby.KEK{ID: "a", Version: 1, Method: wireformat.MethodHPKE}},
+		"age":        {wrapFor(t, p, id.Recipient().String()), openedby.KEK{}},
+	} {
+		ctx, kek := openedby.With(t.Context())
+		if _, err := p.UnwrapKey(ctx, nil, test.annotation); err != nil || *kek != test.want {
+			t.Errorf("%s: %+v, %v; want %+v", name, *kek, err, test.want)
+		}
+	}
+}
+
+func TestDerivedKeyIsKeptBesideItsKEKAlone(t *testing.T) {
+	b := startBroker(t, map[string][]byte{"a": nil})
+	for _, size := range []int{0, 1} {
+		p := newProvider(t, b.url, Config{CacheSize: size})
+		kek, err := p.keks.get(t.Context(), "a", 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if _, kept, err := p.keks.private(kek, 1); err != nil || kept != (size > 0) {
+				t.Errorf("of %d KEKs that are kept: %v, %v", size, kept, err)
+			}
 		}
 	}
 }

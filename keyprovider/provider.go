@@ -223,7 +223,9 @@ func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []
 			continue
 		}
 		p.done(ctx, opUnwrap, kek.ID, kek.Version, a.Method, start)
-		openedby.Report(ctx, openedby.KEK{ID: kek.ID, Version: kek.Version, Method: a.Method})
+		if a.Method != wireformat.MethodAge { // whose recipient is no KEK, and not proven
+			openedby.Report(ctx, openedby.KEK{ID: kek.ID, Version: kek.Version, Method: a.Method})
+		}
 		return layerKey, nil
 	}
 	err = errline.Join(errs...)

@@ -77,6 +77,9 @@ func (d *Differ) isForRule(ctx context.Context, desc ocispec.Descriptor, key *pr
 	if key.OpenedBy.KEK != "" {
 		by = fmt.Sprintf("KEK %q", key.OpenedBy.KEK)
 	}
+	if key.OpenedBy.Public {
+		by += ", and wrapped with its public key, as anybody can"
+	}
 	return mustBeEncrypted(rule, repository, "it is opened by "+by)
 }
 

@@ -86,11 +86,12 @@ func ClaimedOpeners(desc ocispec.Descriptor) (openers []Opener) {
 				o := Opener{Scheme: scheme}
 				b, _ := base64.StdEncoding.DecodeString(one)
 				var a struct {
+					Method     string `json:"method"`
 					KEKID      string `json:"kekId"`
 					KEKVersion int    `json:"kekVersion"`
 				}
 				if strings.HasPrefix(scheme, providerScheme) && json.Unmarshal(b, &a) == nil && wireformat.ValidateKEKID(a.KEKID) == nil {
-					o.KEK, o.Version = a.KEKID, a.KEKVersion
+					o = newOpener(scheme, openedby.KEK{ID: a.KEKID, Version: a.KEKVersion, Method: a.Method})
 				}
 				openers = append(openers, o)
 			}

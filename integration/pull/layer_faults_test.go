@@ -1,6 +1,8 @@
 package pull
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 )
@@ -126,11 +130,31 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", both))
 	wrong := twoLayers(c, "team/wrong:1", gzip, "provider:pilot:team-b")
 	shared := twoLayers(c, "team/shared:1", gzip, "provider:pilot:team-a")
+	public := c.Registry + "/team/public:1"
+	// A broker that signs the public key of the same KEK.
+	signer := filepath.Join(dir, "signer")
+	key := sha256.Sum256([]byte("team-a"))
+	harness.Output(t, harness.Command(t, "copilot", "init", "--config-dir", signer, "--dir", signer+"/store", "--host", "localhost", "--trust-domain", "example.com"))
+	harness.Output(t, harness.Command(t, "copilot", "keys", "import", "--config", signer+"/copilot.toml", "--file", harness.Write(t, dir+"/key", string(key[:])), "team-a"))
+	file := harness.Output(t, harness.Command(t, "copilot", "keys", "public", "--config", signer+"/copilot.toml", "team-a"))
+	harness.Output(t, c.CtrPilot("images", "encrypt", "--public-keys-ca", signer+"/ca.pem", "--recipient", "hpke:"+harness.Write(t, dir+"/team-a.pub", file), wrong+"-plain", public))
+	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", public))
+	// What is unpacked under its diff IDs is from a plain image, and its blobs are no layers.
+	plain := twoLayers(c, "team/plain:1", gzip, "provider:pilot:team-a") + "-plain"
+	lie := c.Edit(plain, "lie", func(m *ocispec.Manifest) {
+		for i := range m.Layers {
+			b := []byte(fmt.Sprint("no layer ", i))
+			m.Layers[i] = ocispec.Descriptor{MediaType: gzip.OCI + "+encrypted", Digest: c.Put(plain, "_layers", b), Size: int64(len(b)), Annotations: map[string]string{
+				"org.opencontainers.image.enc.keys.provider.pilot": base64.StdEncoding.EncodeToString([]byte(`{"method":"A256GCMKW","kekId":"team-a","kekVersion":1,"iv":"","wrappedKey":""}`)),
+			}}
+		}
+	})
 
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), containerd22(), harness.Containerd17()} {
 		t.Run(v.Name, func(t *testing.T) {
 			t.Parallel()
-			conf := harness.Write(t, filepath.Join(harness.TempDir(t), "pilot.toml"), fmt.Sprintf("[[must-be-encrypted]]\nimages = ['%s/team/**']\nkeks = ['team-a']\n", c.Registry))
+			rules := fmt.Sprintf("[[must-be-encrypted]]\nimages = ['%s/team/**']\nkeks = ['team-a']\n", c.Registry)
+			conf := harness.Write(t, filepath.Join(harness.TempDir(t), "pilot.toml"), rules)
 			n := newRecordedNode(t, v, c.BrokerURL, "--config", conf)
 			n.pull(app, both, tool, tool+"-plain")
 			for _, image := range []string{app, both, tool + "-plain"} {
@@ -141,6 +165,8 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 			rule := []string{"layer sha256:", "must-be-encrypted", "images of " + c.Registry + "/team/** must be encrypted for team-a", "push the encrypted image again, or find out who has replaced it"}
 			harness.ExpectFailure(t, n.Crictl("pull", wrong+"-plain"), append(rule, "fetched from 127.0.0.1/team/wrong", "it is plain")...)
 			harness.ExpectFailure(t, n.Crictl("pull", wrong), append(rule, `it is opened by KEK "team-b"`)...)
+
+			harness.ExpectFailure(t, n.Crictl("pull", public), append(rule, `it is opened by KEK "team-a", and wrapped with its public key`)...)
 
 			// Its layers are there from the encrypted image, so the differ sees none of them.
 			n.pull(app + "-plain")
@@ -169,7 +195,26 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 				}
 				return nil
 			})
-			n.pull(wrong + "-plain")
+			n.pull(wrong+"-plain", public, plain, lie)
+
+			// With the rule, and a new record, which has what manifests claim.
+			n.restart(func(record string) {
+				harness.Write(t, conf, rules)
+				if err := os.Remove(record); err != nil {
+					t.Error(err)
+				}
+			})
+			n.fetch(public)
+			for image, want := range map[string]string{public: `is encrypted for KEK "team-a" with its public key`, lie: "was unpacked without a record of the key that opened it"} {
+				if answer := n.needs(image); !strings.Contains(answer.Refused, want) {
+					t.Errorf("%s: %+v, want %s", image, answer, want)
+				}
+			}
+			for _, image := range []string{app, both} {
+				if answer := n.needs(image); answer.Refused != "" {
+					t.Errorf("%s, after its layers were read again: %s", image, answer.Refused)
+				}
+			}
 		})
 	}
 }

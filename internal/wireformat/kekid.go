@@ -44,5 +44,6 @@ const agePrefix = "age1"
 // IsSecretKey reports whether what is named as a KEK is a private key of age, which must
 // go into no message.
 func IsSecretKey(id string) bool {
-	return strings.HasPrefix(strings.ToUpper(id), "AGE-SECRET-KEY-") || strings.HasPrefix(id, "AGE-PLUGIN-")
+	id = strings.ToUpper(id)
+	return strings.HasPrefix(id, "AGE-SECRET-KEY-") || strings.HasPrefix(id, "AGE-PLUGIN-")
 }

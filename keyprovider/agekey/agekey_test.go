@@ -63,7 +63,7 @@ func TestUnwrapGivesWhatWasWrapped(t *testing.T) {
 		to, identity := generate(t)
 		_, other := generate(t)
 		wrapped := wrap(t, to)
-		file := write(t, "# created: 2026-11-29", "# public key: "+to, "", other, identity)
+		file := write(t, "# created: 2026-11-29", "# public key: "+to, "# "+strings.Repeat("long", 1<<15), "", other, identity)
 		got, err := Read([]string{filepath.Join(t.TempDir(), "missing"), file}).Unwrap(wrapped)
 		if err != nil || string(got) != layerKey {
 			t.Errorf("%s: %q, %v", name, got, err)

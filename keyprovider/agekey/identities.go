@@ -1,7 +1,6 @@
 package agekey
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -54,9 +53,9 @@ func (ids *Identities) read(name string) error {
 		return fmt.Errorf("%s is encrypted, and nobody is there to type its passphrase: decrypt it into a file that only this user can read", name)
 	}
 	n, found := 0, 0
-	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
+	for text := range bytes.Lines(b) {
 		n++
-		line := strings.TrimSpace(lines.Text())
+		line := string(bytes.TrimSpace(text))
 		if line == "" || strings.HasPrefix(line, "#") {
 			continue
 		}

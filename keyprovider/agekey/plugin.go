@@ -57,6 +57,7 @@ func IsolatePlugins() {
 	if len(os.Args) != 2 || os.Args[1] != pluginArgument {
 		return
 	}
+	os.Unsetenv("AGEDEBUG") // with which age's library prints keys
 	var request pluginRequest
 	err := coredump.Disable()
 	if err == nil && json.NewDecoder(os.Stdin).Decode(&request) != nil {

@@ -69,6 +69,26 @@ func TestPluginsWrapAndUnwrap(t *testing.T) {
 	}
 }
 
+// TestPluginsAreNotDebugged has the variable with which age's library prints all that it
+// exchanges with a plugin, among it the key.
+func TestPluginsAreNotDebugged(t *testing.T) {
+	plugins(t)
+	t.Setenv("AGEDEBUG", "plugin")
+	inner, _ := newX25519(t)
+	log, err := os.Create(t.TempDir() + "/log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	stderr := os.Stderr
+	os.Stderr = log
+	wrap(t, plugin.EncodeRecipient("demo", []byte(inner)))
+	os.Stderr = stderr
+	if b, err := os.ReadFile(log.Name()); err != nil || len(b) > 0 {
+		t.Errorf("it is printed: %q, %v", b, err)
+	}
+}
+
 func TestPluginThatHangsIsKilledWithItsChildren(t *testing.T) {
 	plugins(t)
 	inner, _ := newX25519(t)

@@ -61,7 +61,7 @@ func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, n
 	for _, rule := range found {
 		for _, doc := range docs {
 			for _, p := range doc.parts {
-				if err := r.checkPart(rule, p); err != nil {
+				if err := r.checkPart(ctx, rule, p); err != nil {
 					return fmt.Errorf("pilot's setting must-be-encrypted: %s, and this one is not: %w: push the encrypted image again, or find out who has replaced it: %w", rule, err, errdefs.ErrFailedPrecondition)
 				}
 			}
@@ -73,7 +73,7 @@ func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, n
 // checkPart returns an error unless an image has a layer encrypted, as a rule says. That a
 // manifest says so is not enough: what it says is encrypted is never read where there is a
 // snapshot with the diff ID.
-func (r *Resolver) checkPart(rule mustencrypt.Rule, p part) error {
+func (r *Resolver) checkPart(ctx context.Context, rule mustencrypt.Rule, p part) error {
 	if len(p.layers) == 0 {
 		return fmt.Errorf("its configuration names layer %s, and its manifest has none in its place", p.diffID)
 	}
@@ -86,18 +86,53 @@ func (r *Resolver) checkPart(rule mustencrypt.Rule, p part) error {
 	if !ok {
 		return fmt.Errorf("layer %s was never decrypted here, and what is unpacked under its diff ID %s is not from an encrypted image", p.layers[0].desc.Digest, p.diffID)
 	}
-	for _, b := range known.Blobs {
-		for _, k := range b.KEKs {
-			if rule.Allows(k.ID) && !slices.Contains(b.Public, k) {
-				return nil
-			}
+	if isFor(rule, known) {
+		return nil
+	}
+	if slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return b.Basis == layerkeys.Claimed }) {
+		if err := r.proveClaims(ctx, p, known); err != nil {
+			return err
+		}
+		if known, _ = r.conf.Record.Layer(p.diffID); isFor(rule, known) {
+			return nil
 		}
 	}
-	return fmt.Errorf("layer %s is encrypted for %s", p.layers[0].desc.Digest, openers(known))
+	return fmt.Errorf("layer %s is encrypted for %s", p.layers[0].desc.Digest, openers(rule, known))
 }
 
-// openers describes what opens a layer.
-func openers(known layerkeys.Layer) string {
+// isFor reports whether a KEK of a rule has opened a layer, wrapped with the KEK itself.
+// That a manifest claims so is not enough.
+func isFor(rule mustencrypt.Rule, known layerkeys.Layer) bool {
+	return slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool {
+		return b.Basis != layerkeys.Claimed && slices.ContainsFunc(b.KEKs, func(k KEK) bool {
+			return rule.Allows(k.ID) && !slices.Contains(b.Public, k)
+		})
+	})
+}
+
+// proveClaims reads the layers that an image has for a diff ID, of which nothing is known
+// but what manifests claim, and records which keys open them.
+func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Layer) error {
+	ctx, cancel := context.WithTimeout(ctx, proofWait)
+	defer cancel()
+	for _, l := range p.layers {
+		err := r.proveBlob(ctx, p.diffID, known, l)
+		if errdefs.IsNotFound(err) {
+			ns, _ := namespaces.Namespace(ctx)
+			err = fmt.Errorf("containerd does not have it any more: fetch it with \"ctr -n %s content fetch IMAGE\" (%w)", ns, err)
+		}
+		if err != nil {
+			return fmt.Errorf("layer %s was unpacked without a record of the key that opened it: %w", l.desc.Digest, err)
+		}
+		if proven, ok := r.conf.Record.Layer(p.diffID); ok {
+			r.learn(ctx, p.diffID, proven, l)
+		}
+	}
+	return nil
+}
+
+// openers describes what opens a layer that no KEK of a rule does.
+func openers(rule mustencrypt.Rule, known layerkeys.Layer) string {
 	l, _ := decrypted("", known)
 	if len(l.KEKs) == 0 {
 		return "none of the broker's KEKs"
@@ -109,7 +144,11 @@ func openers(known layerkeys.Layer) string {
 			names = append(names, fmt.Sprintf("%d more", len(l.KEKs)-i))
 			break
 		}
-		names = append(names, fmt.Sprintf("KEK %q", k.ID))
+		name := fmt.Sprintf("KEK %q", k.ID)
+		if rule.Allows(k.ID) {
+			name += " with its public key, as anybody can"
+		}
+		names = append(names, name)
 	}
 	return strings.Join(names, ", ")
 }

@@ -1,0 +1,27 @@
+package processor
+
+import (
+	"encoding/base64"
+	"slices"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// TestClaimOfWhatAnybodyCanWrapIsPublic reads annotations, of which nothing is proven.
+func TestClaimOfWhatAnybodyCanWrapIsPublic(t *testing.T) {
+	const scheme = "provider.pilot"
+	for annotation, want := range map[string]Opener{
+		`{"method":"A256GCMKW","kekId":"a","kekVersion":2,"iv":"","wrappedKey":""}`:                                 {Scheme: scheme, KEK: "a", Version: 2},
+		`{"method":"copilot","kekId":"a","kekVersion":2,"wrappedKey":""}`:                                           {Scheme: scheme, KEK: "a", Version: 2},
+		`{"method":"AES-GCM","iv":"","wrappedKey":""}`:                                                              {Scheme: scheme},
+		`{"method":"HPKE-MLKEM768-X25519-HKDF-SHA256-A256GCM","kekId":"a","kekVersion":2,"enc":"","wrappedKey":""}`: {Scheme: scheme, KEK: "a", Version: 2, Public: true},
+		`{"method":"of a later version","kekId":"a","kekVersion":2}`:                                                {Scheme: scheme, KEK: "a", Version: 2, Public: true},
+		`{"method":"age","recipient":"age1team","wrappedKey":""}`:                                                   {Scheme: scheme},
+	} {
+		desc := ocispec.Descriptor{Annotations: map[string]string{annotationKeysPrefix + scheme: base64.StdEncoding.EncodeToString([]byte(annotation))}}
+		if got := ClaimedOpeners(desc); !slices.Equal(got, []Opener{want}) {
+			t.Errorf("%s: %+v, want %+v", annotation, got, want)
+		}
+	}
+}
