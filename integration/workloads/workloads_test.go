@@ -22,7 +22,7 @@ type images struct {
 	pause, plain string
 	encrypted    string // for team-a
 	secret       string // that the encrypted one prints
-	borrowed     string // a plain one whose configuration names the layers of the encrypted one
+	borrowed     string // a plain one that claims the layers of the encrypted one
 	swapped      string // in a repository whose images must be encrypted, and plain
 }
 
@@ -54,8 +54,7 @@ func plain(t *testing.T, c *harness.CI, repository string) (name string) {
 	return name
 }
 
-// borrow makes an image with the layers of a plain one, and with the configuration of an
-// encrypted one, whose layers containerd then takes that it has unpacked already.
+// borrow makes an image that claims the layers of an encrypted one.
 func borrow(t *testing.T, c *harness.CI, encrypted, plain string) (name string) {
 	t.Helper()
 	var victim ocispec.Manifest

@@ -1,10 +1,9 @@
 // Package imagekeys finds which KEKs a container of an image needs.
 //
-// containerd shares unpacked layers by their diff IDs, over images and namespaces, and does
-// not fetch a layer that it has unpacked already. So an image of anybody's whose
-// configuration names the diff IDs of another's encrypted image gets its files without a
-// key. What a container needs is therefore found by the diff IDs of its image, in the record
-// of what was decrypted on this node: package layerkeys.
+// containerd shares unpacked layers by their diff IDs, across images and namespaces. So what
+// an image's manifest says of its layers is no proof of whose files its containers have. What
+// a container needs is found by the diff IDs of its image, in the record of what was
+// decrypted on this node: package layerkeys.
 package imagekeys
 
 import (
