@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -38,8 +39,9 @@ type Container struct {
 	Image imagekeys.Image `json:"image"`
 	// Asked is the image's name in the pod's specification, if it is known.
 	Asked string `json:"asked,omitempty"`
-	// Volumes are the images that it mounts as volumes.
-	Volumes []digest.Digest `json:"volumes,omitempty"`
+	// Volumes are where containerd has mounted the images that are its volumes. The last
+	// element of each path is the digest of the image's manifest or index, in hex.
+	Volumes []string `json:"volumes,omitempty"`
 }
 
 // images returns the images whose files the container has.
@@ -47,13 +49,19 @@ func (c Container) images(ctx context.Context, resolver *imagekeys.Resolver) ([]
 	own := c.Image
 	if own.Digest == "" {
 		var err error
-		if own, err = resolver.ImageOf(ctx, criNamespace, c.ID, own.Name); err != nil {
+		if own, err = resolver.ImageOf(ctx, criNamespace, c.ID, own); err != nil {
 			return nil, err
 		}
 	}
 	all := []imagekeys.Image{own}
-	for _, d := range c.Volumes {
-		all = append(all, imagekeys.Image{Digest: d})
+	for _, mounted := range c.Volumes {
+		// containerd looks the image's name up twice, for the path and for what it mounts.
+		said := imagekeys.Image{Digest: digest.NewDigestFromEncoded(digest.SHA256, path.Base(mounted))}
+		volume, err := resolver.ImageOf(ctx, criNamespace, mounted, said)
+		if err != nil {
+			return nil, fmt.Errorf("image volume: %w", err)
+		}
+		all = append(all, volume)
 	}
 	return all, nil
 }
