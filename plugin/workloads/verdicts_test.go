@@ -20,9 +20,9 @@ const (
 )
 
 var (
-	q       = question{imagekeys.KEK{ID: "team-a", Version: 1}, "prod/web"}
-	refused = fmt.Errorf("403: %w", client.ErrForbidden)
-	away    = fmt.Errorf("connection refused: %w", client.ErrUnavailable)
+	q           = question{imagekeys.KEK{ID: "team-a", Version: 1}, "prod/web"}
+	errRefused  = fmt.Errorf("403: %w", client.ErrForbidden)
+	errNoBroker = fmt.Errorf("connection refused: %w", client.ErrUnavailable)
 )
 
 // broker gives the answer that is set, and its clock is set by hand.
@@ -57,7 +57,7 @@ func (b *broker) expect(t *testing.T, want error, asked int32) {
 func TestVerdictIsUsedForItsTTL(t *testing.T) {
 	b := newBroker()
 	b.expect(t, nil, 1)
-	b.answer = refused
+	b.answer = errRefused
 	b.clock = b.clock.Add(ttl - 1)
 	b.expect(t, nil, 0)
 	b.clock = b.clock.Add(1)
@@ -70,13 +70,13 @@ func TestVerdictIsUsedForItsTTL(t *testing.T) {
 
 func TestEarlierPermissionCountsDuringAnOutageUntilItsGraceEnds(t *testing.T) {
 	b := newBroker()
-	b.answer = away
+	b.answer = errNoBroker
 	b.expect(t, client.ErrUnavailable, 1)
 	b.expect(t, client.ErrUnavailable, 0) // it was asked just now
 	b.clock = b.clock.Add(outageTTL)
 	b.answer = nil
 	b.expect(t, nil, 1)
-	b.answer = away
+	b.answer = errNoBroker
 	b.clock = b.clock.Add(ttl)
 	b.expect(t, nil, 1)
 	b.clock = b.clock.Add(grace - 1)
@@ -88,10 +88,10 @@ func TestEarlierPermissionCountsDuringAnOutageUntilItsGraceEnds(t *testing.T) {
 func TestRefusalEndsTheGrace(t *testing.T) {
 	b := newBroker()
 	b.expect(t, nil, 1)
-	b.answer = refused
+	b.answer = errRefused
 	b.clock = b.clock.Add(ttl)
 	b.expect(t, client.ErrForbidden, 1)
-	b.answer = away
+	b.answer = errNoBroker
 	b.clock = b.clock.Add(refusalTTL)
 	b.expect(t, client.ErrUnavailable, 1)
 }
