@@ -24,6 +24,7 @@ type images struct {
 	pause, plain string
 	encrypted    string // for team-a
 	secret       string // that the encrypted one prints
+	twin         string // the encrypted one, plain
 	borrowed     string // a plain one that claims the layers of the encrypted one
 	swapped      string // in a repository whose images must be encrypted, and plain
 
@@ -37,6 +38,8 @@ func TestContainersOfTenants(t *testing.T) {
 	i := images{pause: c.Pause(), encrypted: c.Image(harness.LayerKinds[1], "provider:pilot:team-a")}
 	i.secret = c.Secrets[i.encrypted]
 	i.plain, i.swapped = plain(t, c, "plain"), plain(t, c, "swapped")
+	i.twin = i.encrypted + "-plain"
+	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", i.twin))
 	i.borrowed = borrow(t, c, i.encrypted, i.plain)
 	i.plainDigest, i.chain = c.Digest(i.plain), chainOf(t, c, i.encrypted)
 	issuer := harness.StartIssuer(t)
@@ -119,6 +122,12 @@ workload-token-keys = %q
 		harness.Output(t, n.Crictl("pull", i.borrowed))
 		n.denied(t, b, i.borrowed, denial)
 	})
+	t.Run("PlainImagesOfTheSystemNeedNoProofOfTheirLayers", func(t *testing.T) {
+		harness.Output(t, n.Crictl("pull", i.twin))
+		n.denied(t, b, i.twin, denial, "nothing shows that the image's own has the same content")
+		n.created(t, n.pod(t, "kube-system", "4"), i.twin)
+		n.denied(t, n.pod(t, "kube-system", "5"), i.encrypted, `namespace "kube-system" may not use KEK "team-a"`)
+	})
 	t.Run("APlainImageInPlaceOfAnEncryptedOneDoesNotRun", func(t *testing.T) {
 		n.created(t, a, i.swapped)
 		repository := strings.TrimSuffix(i.swapped, ":1")
@@ -180,6 +189,8 @@ workload-token-keys = %q
 			n.denied(t, p, i.encrypted, "is encrypted, and pilot does not run")
 		}
 		n.denied(t, b, i.borrowed, "is encrypted, and pilot does not run")
+		n.denied(t, b, i.twin, "is encrypted, and pilot does not run")
+		n.created(t, n.pod(t, "kube-system", "6"), i.twin)
 		// Also while containerd starts.
 		n.Stop(t)
 		n.Start(n.T)

@@ -47,6 +47,9 @@ type Layer struct {
 	// Other reports that a key opens it that is not a KEK of the broker's, and would be
 	// enough too.
 	Other bool
+	// Unproven reports that the image has the layer plain, and containerd has not fetched it,
+	// so that nothing shows whether it has the same content.
+	Unproven bool
 	// Why says why the layer needs a key although the image does not say so, and what to do
 	// about that. It is "" where the image itself is encrypted for these KEKs.
 	Why string
@@ -149,7 +152,7 @@ func (r *Resolver) needs(ctx context.Context, p part) []Layer {
 		}
 		return unique(all)
 	}
-	isPlain, why := r.prove(ctx, p, known)
+	isPlain, unproven, why := r.prove(ctx, p, known)
 	if isPlain {
 		return nil
 	}
@@ -157,12 +160,12 @@ func (r *Resolver) needs(ctx context.Context, p part) []Layer {
 		return nil // what was claimed was found to be false
 	}
 	if l, ok := decrypted(p.diffID, known); ok {
-		l.Why = why
+		l.Why, l.Unproven = why, unproven
 		return []Layer{l}
 	}
 	var all []Layer
 	for _, b := range known.Blobs {
-		all = append(all, Layer{DiffID: p.diffID, KEKs: b.KEKs, Other: b.Other, Why: why})
+		all = append(all, Layer{DiffID: p.diffID, KEKs: b.KEKs, Other: b.Other, Why: why, Unproven: unproven})
 	}
 	return unique(all)
 }

@@ -56,14 +56,14 @@ func newProofs() proofs {
 
 // prove finds out whether the layers that an image has for a diff ID have its content. If
 // all have, and are plain, the image needs no key for it. Else why is the reason for which
-// it needs the keys of other images, or "".
-func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (isPlain bool, why string) {
+// it needs the keys of other images, or "". unproven is [Layer.Unproven].
+func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (isPlain, unproven bool, why string) {
 	if len(p.layers) == 0 {
-		return false, "the image's configuration names this layer, and its manifest has none in its place"
+		return false, false, "the image's configuration names this layer, and its manifest has none in its place"
 	}
-	isPlain = true
+	isPlain, unproven = true, true
 	for _, l := range p.layers {
-		isPlain = isPlain && !l.encrypted()
+		isPlain, unproven = isPlain && !l.encrypted(), unproven && !l.encrypted()
 		switch {
 		case l.encrypted() && r.learn(ctx, p.diffID, known, l):
 			continue
@@ -74,9 +74,10 @@ func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (is
 		}
 		if err := r.proveBlob(ctx, p.diffID, known, l); err != nil {
 			isPlain, why = false, r.explain(ctx, l, err)
+			unproven = unproven && errdefs.IsNotFound(err)
 		}
 	}
-	return isPlain, why
+	return isPlain, unproven && !isPlain, why
 }
 
 // sameKEKs reports whether an image names the KEKs that are needed anyway, and no others, as

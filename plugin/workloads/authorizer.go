@@ -77,6 +77,10 @@ type Settings struct {
 	// NodeKeyWorkloads are patterns of the workloads that may use images that the node
 	// decrypts with keys that no broker has. Default: none.
 	NodeKeyWorkloads []string
+	// SystemWorkloads are patterns of the workloads that may use the plain layers of their
+	// images, also if they were decrypted here for others and nothing shows that they are
+	// public. So nobody can keep the cluster's own containers from being created.
+	SystemWorkloads []string
 	// Accounts finds the service accounts of pods.
 	Accounts Accounts
 }
@@ -183,7 +187,7 @@ func (a *Authorizer) allowed(ctx context.Context, c Container, image imagekeys.I
 	workload := c.Namespace + "/" + account
 	done := map[string]bool{} // layers of an image mostly have the same KEKs
 	for _, layer := range layers {
-		key := fmt.Sprint(layer.KEKs, layer.Other)
+		key := fmt.Sprint(layer.KEKs, layer.Other, layer.Unproven)
 		if done[key] {
 			continue
 		}
@@ -202,12 +206,8 @@ func (a *Authorizer) allowed(ctx context.Context, c Container, image imagekeys.I
 
 // layerAllowed returns nil if a workload may use one of the KEKs of a layer.
 func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, workload string, layer imagekeys.Layer) error {
-	if layer.Other {
-		for _, pattern := range s.NodeKeyWorkloads {
-			if glob.MatchPath(pattern, workload) {
-				return nil
-			}
-		}
+	if layer.Other && matchesAny(s.NodeKeyWorkloads, workload) || layer.Unproven && matchesAny(s.SystemWorkloads, workload) {
+		return nil
 	}
 	for _, kek := range layer.KEKs {
 		if a.verdicts.knownAllowed(question{kek, workload}, s.TTL) {
@@ -239,6 +239,10 @@ func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, workload stri
 		return why
 	}
 	return &Denial{err: why}
+}
+
+func matchesAny(patterns []string, workload string) bool {
+	return slices.ContainsFunc(patterns, func(pattern string) bool { return glob.MatchPath(pattern, workload) })
 }
 
 // maxAsked is how many KEKs of a layer the broker is asked for, so that an image that names
