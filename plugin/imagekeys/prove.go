@@ -26,6 +26,10 @@ const (
 	// proofWait is how long a caller waits in all for layers to be read, and recipients to be
 	// tried, which go on without it. containerd gives an NRI plugin 2 seconds.
 	proofWait = time.Second
+	// joinWait is how long after its start somebody waits for the reading of a layer that
+	// another caller began. containerd creates one container at a time, so a tenant's pods
+	// that wait for a large layer again and again would hold up all others.
+	joinWait = 100 * time.Millisecond
 	// proofTimeout bounds the reading of a layer.
 	proofTimeout = 10 * time.Minute
 	// maxProving is how many layers are read at once.
@@ -47,11 +51,19 @@ type proofs struct {
 
 	mu       sync.Mutex
 	refuted  map[string]error     // by blob and diff ID, which never changes
+	readings map[string]*reading  // by blob and diff ID
 	attempts map[string]time.Time // by blob and recipients: until when they are not tried again
 }
 
+// reading is the reading of a layer that goes on.
+type reading struct {
+	began time.Time
+	done  chan struct{} // closed with err
+	err   error
+}
+
 func newProofs() proofs {
-	return proofs{turn: make(chan struct{}, maxProving), refuted: map[string]error{}, attempts: map[string]time.Time{}}
+	return proofs{turn: make(chan struct{}, maxProving), refuted: map[string]error{}, readings: map[string]*reading{}, attempts: map[string]time.Time{}}
 }
 
 // prove finds out whether the layers that an image has for a diff ID have its content. If
@@ -125,31 +137,43 @@ func (r *Resolver) explain(ctx context.Context, l layer, err error) string {
 func (r *Resolver) proveBlob(ctx context.Context, diffID digest.Digest, known layerkeys.Layer, l layer) error {
 	id := l.desc.Digest.String() + " " + diffID.String()
 	r.proofs.mu.Lock()
-	err := r.proofs.refuted[id]
-	r.proofs.mu.Unlock()
-	if err != nil {
+	if err := r.proofs.refuted[id]; err != nil {
+		r.proofs.mu.Unlock()
 		return err
 	}
-	done := r.proofs.flight.DoChan(id, func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), proofTimeout)
-		defer cancel()
-		err := r.compare(ctx, diffID, known, l)
-		if _, ok := errors.AsType[notTheLayer](err); ok {
-			r.proofs.mu.Lock()
-			defer r.proofs.mu.Unlock()
-			if len(r.proofs.refuted) >= maxOutcomes {
-				clear(r.proofs.refuted)
-			}
-			r.proofs.refuted[id] = err
-		}
-		return nil, err
-	})
+	read := r.proofs.readings[id]
+	if read == nil {
+		read = &reading{began: time.Now(), done: make(chan struct{})}
+		r.proofs.readings[id] = read
+		go r.finish(context.WithoutCancel(ctx), id, read, diffID, known, l)
+	}
+	r.proofs.mu.Unlock()
+	if time.Since(read.began) > joinWait {
+		return errProving
+	}
 	select {
-	case res := <-done:
-		return res.Err
+	case <-read.done:
+		return read.err
 	case <-ctx.Done():
 		return errProving
 	}
+}
+
+// finish reads the blob of a layer and ends a reading with the outcome.
+func (r *Resolver) finish(ctx context.Context, id string, read *reading, diffID digest.Digest, known layerkeys.Layer, l layer) {
+	ctx, cancel := context.WithTimeout(ctx, proofTimeout)
+	defer cancel()
+	read.err = r.compare(ctx, diffID, known, l)
+	r.proofs.mu.Lock()
+	defer r.proofs.mu.Unlock()
+	if _, ok := errors.AsType[notTheLayer](read.err); ok {
+		if len(r.proofs.refuted) >= maxOutcomes {
+			clear(r.proofs.refuted)
+		}
+		r.proofs.refuted[id] = read.err
+	}
+	delete(r.proofs.readings, id)
+	close(read.done)
 }
 
 // compare reads the blob of a layer and records that it has the content of the diff ID.
