@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -44,7 +45,7 @@ type configuration struct {
 	MirrorAllowed    registryPatterns  `toml:"mirror-allowed-upstreams" reload:"no" usage:"registries that the mirror's callers may name, separated by commas, with * for any text, as in *.example.com (default: all but those on loopback)"`
 	MirrorHostsDir   string            `toml:"mirror-hosts-dir" reload:"no" usage:"directory, in the form of containerd's certs.d, of how the mirror reaches registries"`
 	LazyListen       unixAddress       `toml:"lazy-listen" reload:"no" usage:"where to serve parts of layers to pilot's snapshotter: unix:///PATH (mode 0600), or off"`
-	LayerRecord      string            `toml:"layer-record" reload:"no" usage:"file in which the differ records which KEKs have opened which layers"`
+	LayerRecord      string            `toml:"layer-record" reload:"no" usage:"file in which the differ records which KEKs have opened which layers (default: /var/lib/pilot/layers, or one beside it for another diff-listen)"`
 	MustBeEncrypted  mustencrypt.Rules `toml:"must-be-encrypted" usage:"images that must be encrypted: tables in the file, or JSON, as in [{\"images\":[\"registry.example.com/team-a/**\"],\"keks\":[\"team-a\"]}]"`
 	AdminListen      unixAddress       `toml:"admin-listen" reload:"no" usage:"admin socket for metrics, health and pprof: unix:///PATH (mode 0600), or off (default: unix:///run/pilot/admin.sock, unless listen is set)"`
 	MetricsListen    string            "toml:\"metrics-listen\" reload:\"no\" usage:\"`HOST:PORT` for metrics and health, in plain HTTP (default: none)\""
@@ -72,7 +73,6 @@ func defaults() configuration {
 		DiffListen:    defaultDiffListen,
 		Containerd:    "/run/containerd/containerd.sock",
 		LayersAtOnce:  8,
-		LayerRecord:   "/var/lib/pilot/layers",
 		MirrorListen:  mirrorOff,
 		LazyListen:    off,
 		LogLevel:      logrus.InfoLevel,
@@ -141,6 +141,16 @@ func readConfigFile(conf *configuration, name string) error {
 	})
 }
 
+// defaultLayerRecord returns the record's file for a differ. Several of one machine have one
+// each.
+func defaultLayerRecord(diff unixAddress) string {
+	const file = "/var/lib/pilot/layers"
+	if diff == defaultDiffListen || diff == off {
+		return file
+	}
+	return file + strings.ReplaceAll(diff.path(), "/", "-")
+}
+
 var errNoDiffer = errors.New("diff-listen: containerd's differ is for Linux: leave the setting out")
 
 // check returns an error if settings can't work together.
@@ -153,6 +163,9 @@ func (c *configuration) check() error {
 	}
 	if c.LayersAtOnce == 0 {
 		return errors.New("layers-at-once is 0: no encrypted layer could be unpacked")
+	}
+	if c.LayerRecord == "" {
+		c.LayerRecord = defaultLayerRecord(c.DiffListen)
 	}
 	if !filepath.IsAbs(c.LayerRecord) {
 		return fmt.Errorf("layer-record = %q is not the absolute path of a file", c.LayerRecord)

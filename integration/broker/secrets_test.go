@@ -132,7 +132,7 @@ func TestKeysAreInNoLogFileOrProcess(t *testing.T) {
 	}
 	provider := func(home, url string, args ...string) (*harness.Process, string) {
 		args = append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + home + "/keyprovider.sock", "--admin-listen", "unix://" + home + "/admin.sock",
-			"--diff-listen", "unix://" + home + "/diff.sock", "--containerd", home + "/containerd.sock", "--broker-timeout", "5s", "--broker", url}, args...)
+			"--diff-listen", "unix://" + home + "/diff.sock", "--containerd", home + "/containerd.sock", "--layer-record", home + "/layers", "--broker-timeout", "5s", "--broker", url}, args...)
 		p := harness.Start(t, home, "pilot", dumpable(home, exec.Command("pilot", args...)))
 		harness.Await(t, "pilot", harness.Reachable(home+"/diff.sock"))
 		return p, harness.Write(t, home+"/ocicrypt.conf", `{"key-providers": {"pilot": {"grpc": "unix://`+home+`/keyprovider.sock"}}}`)

@@ -183,7 +183,7 @@ func TestUnprivilegedUserGetsNoKEK(t *testing.T) {
 
 	// What everybody may read: the configuration, which copilot's user has to read, and
 	// certificates, which are public.
-	public := []string{"read /etc/admin.pem", "read /etc/ca.pem", "read /etc/copilot.toml", "read /etc/policy.toml", "read /etc/server.pem"}
+	public := []string{"read /etc/admin.pem", "read /etc/ca.pem", "read /etc/copilot.toml", "read /etc/policy.toml", "read /etc/public-keys.pem", "read /etc/server.pem"}
 	var seen []string
 	for tries := 0; seen == nil && tries < 20; tries++ {
 		pull := n.Crictl("pull", image)

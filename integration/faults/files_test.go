@@ -99,7 +99,7 @@ func TestPilotOutOfFiles(t *testing.T) {
 	home := harness.TempDir(t)
 	const limit = 64
 	p := harness.Start(t, home, "pilot", limited(limit, "pilot", "serve", "--config", "/dev/null", "--listen", "unix://"+home+"/keyprovider.sock", "--broker", c.BrokerURL,
-		"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--kek-cache-size", "0", "--broker-timeout", "10s", "--admin-listen", "unix://"+home+"/admin.sock"))
+		"--diff-listen", "unix://"+home+"/diff.sock", "--containerd", home+"/containerd.sock", "--layer-record", home+"/layers", "--kek-cache-size", "0", "--broker-timeout", "10s", "--admin-listen", "unix://"+home+"/admin.sock"))
 	harness.Await(t, "pilot", harness.Reachable(home+"/diff.sock"))
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	pull := func() *exec.Cmd { return n.Crictl("pull", image) }

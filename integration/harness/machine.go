@@ -45,6 +45,10 @@ func BareMachine(t testing.TB, lower string) *Machine {
 		m.freeze(lower, filepath.Join(dir, "upper"), name)
 	}
 	m.Mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
+	// The machine that runs the tests may have had a pilot.
+	if err := os.RemoveAll(filepath.Join(m.Root, "var/lib/pilot")); err != nil {
+		t.Fatal(err)
+	}
 	m.Mount("proc", "proc", "proc", 0, "")
 	m.Mount("/dev", "dev", "", syscall.MS_BIND|syscall.MS_REC, "")
 	m.Mount("/sys", "sys", "", syscall.MS_BIND|syscall.MS_REC, "")

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/pelletier/go-toml/v2"
+
 	"github.com/ctrlplane/pilot/node/host"
 )
 
@@ -28,6 +30,24 @@ func (c *Instance) PluginPath() string {
 		return DefaultPlugin
 	}
 	return filepath.Join(dir, PluginFile)
+}
+
+// Plugins returns the paths that pilot's NRI plugin may have by the plugin_path of these
+// files, those that can't be read left out.
+func (f *ConfigFiles) Plugins(h host.Host) (paths []string) {
+	files, _, _ := f.All(h)
+	for _, file := range files {
+		var conf map[string]any
+		if text, err := ReadConfig(h, file); err != nil || toml.Unmarshal(text, &conf) != nil {
+			continue
+		}
+		for _, id := range []string{NRI, "nri"} { // the second in a file without a version
+			if dir, _ := Plugin(conf, id)["plugin_path"].(string); filepath.IsAbs(dir) {
+				paths = append(paths, filepath.Join(dir, PluginFile))
+			}
+		}
+	}
+	return paths
 }
 
 // RequiresPlugins reports whether this containerd can be made to create no container without

@@ -70,6 +70,7 @@ func (e *examination) look(ctx context.Context) error {
 	}
 	e.running = c
 	e.dump, err = c.Dump(ctx, machine)
+	c.Workloads = e.Workloads != "" || containerd.RequiresPilot(e.dump)
 	if c.Lazy = containerd.LazyIn(e.dump); c.Lazy != containerd.LazyOff {
 		// Without a record somebody has set it up by hand, for all containers.
 		c.Lazy = containerd.LazyOn

@@ -28,7 +28,7 @@ func examine(t *testing.T, d *Doctor) map[string]Step {
 		}
 		steps[s.Name] = s
 	}
-	if len(steps) != 8 {
+	if len(steps) != 9 {
 		t.Errorf("%d steps", len(steps))
 	}
 	return steps
@@ -49,7 +49,7 @@ func TestUnusableConfigurationSkipsTheOtherSteps(t *testing.T) {
 	if s := steps[StepConfiguration]; s.Result != Failed || !strings.Contains(s.Detail, "line 1: no") || s.Fix[0] != "correct pilot.toml" {
 		t.Errorf("%+v", s)
 	}
-	if n := len(results(steps, Skipped)); n != 7 {
+	if n := len(results(steps, Skipped)); n != 8 {
 		t.Errorf("%d steps are skipped: %v", n, steps)
 	}
 }

@@ -73,10 +73,7 @@ func (a *adoption) all() bool {
 	if len(a.s.Files) == had {
 		return false
 	}
-	if a.file(containerd.DefaultPlugin, nriPluginFile.Match) {
-		a.s.Workloads = true
-		dirs[filepath.Dir(containerd.DefaultPlugin)] = true
-	}
+	a.nriPlugin(containerd.DefaultPlugin, dirs)
 	a.file(pilotConfig, isPilotConfig)
 	a.file(keyProviders, func(text []byte) bool { return string(text) == keyProvidersText })
 	a.file(filepath.Join(host.UnitDir, PilotService+".d", decoderUnit), isEnvironmentUnit)
@@ -147,12 +144,25 @@ func (a *adoption) dropIns(config string, dirs map[string]bool) {
 			if toml.Unmarshal(bytes.Replace(text, []byte(templateBase), nil, 1), &conf) == nil && len(conf) > 0 {
 				a.s.setLazy(containerd.LazyIn(conf), a.o)
 				a.withoutLazy = !a.s.Lazy
+				a.s.Workloads = a.s.Workloads || containerd.RequiresPilot(conf)
 			}
+		}
+		for _, plugin := range files.Plugins(a.o.Host) {
+			a.nriPlugin(plugin, dirs)
 		}
 		a.inserted(&files, path)
 		if t, err := containerd.WithConfig(a.o.Host, a.o.Containerd, config); err == nil && a.s.Containerd == nil {
 			a.s.Containerd = &installedTarget{t.Program, t.Config, t.Address, t.Service}
 		}
+	}
+}
+
+// nriPlugin adopts the program that containerd starts as a plugin, and adds its directory
+// to dirs.
+func (a *adoption) nriPlugin(path string, dirs map[string]bool) {
+	if a.file(path, nriPluginFile.Match) {
+		a.s.Workloads = true
+		dirs[filepath.Dir(path)] = true
 	}
 }
 

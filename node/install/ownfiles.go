@@ -71,16 +71,17 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) e
 	if err != nil {
 		return err
 	}
-	if !c.Workloads && before.Workloads {
-		delete(wanted, "workloads-listen")
+	ends := map[string]string{} // settings to remove, with the reason
+	if c.Lazy == containerd.LazyOff && (before.Lazy || before.LazyEnding) && wanted["lazy-listen"] == "unix://"+LazySocket {
+		ends["lazy-listen"] = "lazy pulling is being switched off"
 	}
-	ends := c.Lazy == containerd.LazyOff && (before.Lazy || before.LazyEnding) && wanted["lazy-listen"] == "unix://"+LazySocket
-	if ends {
-		delete(wanted, "lazy-listen")
+	if !c.Workloads && before.Workloads && wanted["workloads-listen"] == "unix://"+WorkloadsSocket {
+		ends["workloads-listen"] = "asking about workloads is being switched off"
 	}
+	maps.DeleteFunc(wanted, func(name, _ string) bool { return ends[name] != "" })
 	check := func(had []byte) error {
-		if ends {
-			return &host.Conflict{Where: pilotConfig, What: "lazy-listen is set, and lazy pulling is being switched off", Fix: "remove it there, and run this again"}
+		for _, name := range slices.Sorted(maps.Keys(ends)) {
+			return &host.Conflict{Where: pilotConfig, What: name + " is set, and " + ends[name], Fix: "remove it there, and run this again"}
 		}
 		return checkPilotConfig(had, settings, c.UsesDiffer())
 	}
