@@ -55,6 +55,7 @@ type configuration struct {
 	WorkloadTTL       time.Duration    `toml:"workload-verdict-ttl" usage:"how long to use the broker's verdict on a workload and a KEK; 0s: ask for each container"`
 	WorkloadTokenKeys string           `toml:"workload-token-keys" usage:"file with the public keys of the cluster's tokens, as a JSON Web Key Set, to know pods' service accounts (default: none are known)"`
 	NodeKeyWorkloads  workloadPatterns `toml:"node-key-workloads" usage:"workloads that may use images that the node decrypts with keys of its own: NAMESPACE/SERVICEACCOUNT with * and **, separated by commas (default: none)"`
+	SystemWorkloads   workloadPatterns `toml:"system-workloads" usage:"workloads whose plain images need no proof that their layers are public: NAMESPACE/SERVICEACCOUNT with * and **, separated by commas"`
 	KubeletDir        string           `toml:"kubelet-dir" usage:"the kubelet's directory, with the tokens of pods"`
 }
 
@@ -78,6 +79,7 @@ func defaults() configuration {
 
 		WorkloadsListen: off,
 		WorkloadTTL:     10 * time.Second,
+		SystemWorkloads: workloadPatterns{"kube-system/*"},
 		KubeletDir:      "/var/lib/kubelet",
 	}
 	conf.Broker = defaultBroker

@@ -36,6 +36,7 @@ func (c *configuration) serveWorkloads(ctx context.Context, g *errgroup.Group, p
 			TTL:              conf.WorkloadTTL,
 			Grace:            conf.KEKCacheGrace,
 			NodeKeyWorkloads: conf.NodeKeyWorkloads,
+			SystemWorkloads:  conf.SystemWorkloads,
 			Accounts:         workloads.Accounts{KubeletDir: conf.KubeletDir, KeysFile: conf.WorkloadTokenKeys},
 		}
 	}, metrics)
@@ -91,9 +92,9 @@ func openPlugin(passed string) (socket string, offline *workloads.Offline, err e
 	return conf.WorkloadsListen.path(), &workloads.Offline{
 		Client: client,
 		Record: conf.LayerRecord,
-		Rules: func() (mustencrypt.Rules, error) {
+		Read: func() (mustencrypt.Rules, []string, error) {
 			conf, err := pluginSettings(passed)
-			return conf.MustBeEncrypted, err
+			return conf.MustBeEncrypted, conf.SystemWorkloads, err
 		},
 	}, nil
 }

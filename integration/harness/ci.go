@@ -91,7 +91,7 @@ func (c *CI) Edit(name, suffix string, change func(m *ocispec.Manifest)) string 
 	tags := filepath.Join(c.Repository(name), "_manifests/tags")
 	_, tag, _ := strings.Cut(strings.TrimPrefix(name, c.Registry+"/"), ":")
 	var m ocispec.Manifest
-	if err := json.Unmarshal([]byte(Read(c.T, c.Blob(Read(c.T, filepath.Join(tags, tag, "current/link"))))), &m); err != nil {
+	if err := json.Unmarshal([]byte(Read(c.T, c.Blob(c.Digest(name).String()))), &m); err != nil {
 		c.T.Fatal(err)
 	}
 	change(&m)
@@ -110,6 +110,13 @@ func (c *CI) Edit(name, suffix string, change func(m *ocispec.Manifest)) string 
 func (c *CI) Repository(name string) string {
 	repository, _, _ := strings.Cut(strings.TrimPrefix(name, c.Registry+"/"), ":")
 	return filepath.Join(c.Storage, "docker/registry/v2/repositories", repository)
+}
+
+// Digest returns that of the manifest or index of an image in the registry.
+func (c *CI) Digest(name string) digest.Digest {
+	c.T.Helper()
+	_, tag, _ := strings.Cut(strings.TrimPrefix(name, c.Registry+"/"), ":")
+	return digest.Digest(Read(c.T, filepath.Join(c.Repository(name), "_manifests/tags", tag, "current/link")))
 }
 
 // Put writes a blob into the registry's storage, as a layer or a manifest of an

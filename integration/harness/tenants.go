@@ -3,6 +3,7 @@ package harness
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -42,6 +43,12 @@ containerd = "%[5]s/containerd.sock"
 kubelet-dir = "%[5]s/kubelet"
 %[6]s`, n.Broker.URL(), n.Broker.Dir, cert, key, n.Dir, settings))
 	n.StartPilot(t)
+	if v.Name == "2.2.9" {
+		// As where it is below /var/run.
+		if err := errors.Join(os.Mkdir(n.Dir+"/run", 0o755), os.Symlink("run", n.Dir+"/state")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	n.Node = NewDifferNode(t, n.Dir, DifferConfig{Containerd: v, Sandbox: sandbox, NRI: NRIPlugin(t, n.Dir, n.Config, v)})
 	return n
 }

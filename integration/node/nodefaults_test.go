@@ -277,6 +277,19 @@ func TestNodeWithReadOnlyTmp(t *testing.T) {
 	m.CheckFiles(before)
 }
 
+// requiresWhatIsThere checks that containerd requires pilot's NRI plugin only if that is
+// there: else it creates no container.
+func requiresWhatIsThere(t *testing.T, m *harness.Machine) {
+	t.Helper()
+	b, err := os.ReadFile(m.Root + "/etc/containerd/conf.d/pilot.toml")
+	if err != nil || !strings.Contains(string(b), "required_plugins") {
+		return
+	}
+	if _, err := os.Stat(m.Root + nriPlugin); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestNodeKilled kills an installation at any moment: containerd can read its
 // configuration, and uninstalling restores everything.
 func TestNodeKilled(t *testing.T) {
@@ -313,7 +326,7 @@ func TestNodeKilled(t *testing.T) {
 	}
 	const times = 10
 	for i := range times {
-		cmd := m.Pilot("node", "install")
+		cmd := m.Pilot("node", "install", "--workloads")
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -321,11 +334,20 @@ func TestNodeKilled(t *testing.T) {
 		cmd.Process.Kill()
 		cmd.Wait()
 		m.CheckUnits()
+		requiresWhatIsThere(t, m)
 		if i%2 == 0 {
 			harness.Output(t, m.Run("pilot", "node", "refresh"))
 		} else {
 			harness.Output(t, m.Pilot("node", "install"))
 		}
+		cmd = m.Pilot("node", "uninstall")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(took * time.Duration(i+1) / times)
+		cmd.Process.Kill()
+		cmd.Wait()
+		requiresWhatIsThere(t, m)
 		harness.Output(t, m.Pilot("node", "uninstall"))
 		m.CheckFiles(before)
 		if t.Failed() {

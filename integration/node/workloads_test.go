@@ -38,6 +38,9 @@ func TestWorkloadsInstallChangesOnlyPilotsSettings(t *testing.T) {
 				t.Helper()
 				return harness.Output(t, m.Pilot(append([]string{"node", "install", "--containerd-config", n.config()}, args...)...))
 			}
+			if version >= "2.2" {
+				inOrder(t, install("--workloads", "--dry-run"), nriPlugin, "required_plugins")
+			}
 			install("--workloads")
 			n.onlyPilotDiffers(t, "installed", untouched)
 			n.asks(t, "installed")
@@ -52,6 +55,9 @@ func TestWorkloadsInstallChangesOnlyPilotsSettings(t *testing.T) {
 			n.refresh(t)
 			m.CheckFiles(after)
 
+			if version >= "2.2" {
+				inOrder(t, install("--workloads=false", "--dry-run"), "required_plugins", nriPlugin)
+			}
 			install("--workloads=false")
 			without := &installedNode{m: m, version: version}
 			without.onlyPilotDiffers(t, "off", untouched)
@@ -83,6 +89,15 @@ func TestWorkloadsInstallChangesOnlyPilotsSettings(t *testing.T) {
 				t.Errorf("%s is left", nriPlugin)
 			}
 		})
+	}
+}
+
+// inOrder checks that a plan requires pilot's plugin only while that is there: an
+// installation may be killed in between.
+func inOrder(t *testing.T, plan, first, second string) {
+	t.Helper()
+	if _, rest, _ := strings.Cut(plan, first); !strings.Contains(rest, second) {
+		t.Errorf("%s is not before %s:\n%s", first, second, plan)
 	}
 }
 

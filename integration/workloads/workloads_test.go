@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -22,8 +24,11 @@ type images struct {
 	pause, plain string
 	encrypted    string // for team-a
 	secret       string // that the encrypted one prints
-	borrowed     string // a plain one whose configuration names the layers of the encrypted one
+	twin         string // the encrypted one, plain
+	borrowed     string // a plain one that claims the layers of the encrypted one
 	swapped      string // in a repository whose images must be encrypted, and plain
+
+	plainDigest, chain digest.Digest // the plain one's manifest, and the encrypted one's layers
 }
 
 // TestContainersOfTenants has several tenants on a node of each containerd.
@@ -33,7 +38,10 @@ func TestContainersOfTenants(t *testing.T) {
 	i := images{pause: c.Pause(), encrypted: c.Image(harness.LayerKinds[1], "provider:pilot:team-a")}
 	i.secret = c.Secrets[i.encrypted]
 	i.plain, i.swapped = plain(t, c, "plain"), plain(t, c, "swapped")
+	i.twin = i.encrypted + "-plain"
+	harness.Output(t, c.CtrPilot("images", "push", "--plain-http", i.twin))
 	i.borrowed = borrow(t, c, i.encrypted, i.plain)
+	i.plainDigest, i.chain = c.Digest(i.plain), chainOf(t, c, i.encrypted)
 	issuer := harness.StartIssuer(t)
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd22(), harness.Containerd17()} {
 		t.Run(v.Name, func(t *testing.T) {
@@ -54,8 +62,7 @@ func plain(t *testing.T, c *harness.CI, repository string) (name string) {
 	return name
 }
 
-// borrow makes an image with the layers of a plain one, and with the configuration of an
-// encrypted one, whose layers containerd then takes that it has unpacked already.
+// borrow makes an image that claims the layers of an encrypted one.
 func borrow(t *testing.T, c *harness.CI, encrypted, plain string) (name string) {
 	t.Helper()
 	var victim ocispec.Manifest
@@ -66,6 +73,18 @@ func borrow(t *testing.T, c *harness.CI, encrypted, plain string) (name string) 
 		m.Config.Digest = c.Put(plain, "_layers", []byte(config+" "))
 		m.Config.Size = int64(len(config) + 1)
 	})
+}
+
+// chainOf returns the chain ID of an image's layers.
+func chainOf(t *testing.T, c *harness.CI, name string) digest.Digest {
+	t.Helper()
+	var m ocispec.Manifest
+	var config ocispec.Image
+	err := json.Unmarshal([]byte(harness.Read(t, c.Blob(c.Digest(name).String()))), &m)
+	if err := errors.Join(err, json.Unmarshal([]byte(harness.Read(t, c.Blob(m.Config.Digest.String()))), &config)); err != nil {
+		t.Fatal(err)
+	}
+	return identity.ChainID(config.RootFS.DiffIDs)
 }
 
 // grace is how long permissions are used while the broker is away.
@@ -103,6 +122,12 @@ workload-token-keys = %q
 		harness.Output(t, n.Crictl("pull", i.borrowed))
 		n.denied(t, b, i.borrowed, denial)
 	})
+	t.Run("PlainImagesOfTheSystemNeedNoProofOfTheirLayers", func(t *testing.T) {
+		harness.Output(t, n.Crictl("pull", i.twin))
+		n.denied(t, b, i.twin, denial, "nothing shows that the image's own has the same content")
+		n.created(t, n.pod(t, "kube-system", "4"), i.twin)
+		n.denied(t, n.pod(t, "kube-system", "5"), i.encrypted, `namespace "kube-system" may not use KEK "team-a"`)
+	})
 	t.Run("APlainImageInPlaceOfAnEncryptedOneDoesNotRun", func(t *testing.T) {
 		n.created(t, a, i.swapped)
 		repository := strings.TrimSuffix(i.swapped, ":1")
@@ -122,6 +147,17 @@ workload-token-keys = %q
 			mount := harness.Object{"container_path": "/volume", "image": harness.Object{"image": i.encrypted}, "readonly": true}
 			n.created(t, a, i.plain, mount)
 			cmd, _ := n.create(t, b, i.plain, mount)
+			harness.ExpectFailure(t, cmd, denial)
+		})
+		t.Run("AnImageVolumeIsWhatItsSnapshotHas", func(t *testing.T) {
+			dirs, err := filepath.Glob(n.Dir + "/state/*/image-volumes/" + a.id)
+			if err != nil || len(dirs) != 1 {
+				t.Fatal(dirs, err)
+			}
+			// As after a pull by the same name between containerd's two looks at it.
+			at := filepath.Join(filepath.Dir(dirs[0]), b.id, i.plainDigest.Encoded())
+			harness.Output(t, n.Ctr("--namespace", "k8s.io", "snapshots", "prepare", at, i.chain.String()))
+			cmd, _ := n.create(t, b, i.plain, harness.Object{"container_path": "/volume", "image": harness.Object{"image": i.plain}, "readonly": true})
 			harness.ExpectFailure(t, cmd, denial)
 		})
 	}
@@ -153,6 +189,8 @@ workload-token-keys = %q
 			n.denied(t, p, i.encrypted, "is encrypted, and pilot does not run")
 		}
 		n.denied(t, b, i.borrowed, "is encrypted, and pilot does not run")
+		n.denied(t, b, i.twin, "is encrypted, and pilot does not run")
+		n.created(t, n.pod(t, "kube-system", "6"), i.twin)
 		// Also while containerd starts.
 		n.Stop(t)
 		n.Start(n.T)

@@ -172,11 +172,16 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	if err := p.checkLazy(); err != nil {
 		return nil, err
 	}
-	if err := p.containerdFiles(ctx, before); err != nil {
-		return nil, err
+	// containerd creates no container if it requires a plugin that is not there, also if
+	// this is killed in between.
+	steps := []func() error{func() error { return p.containerdFiles(ctx, before) }, func() error { return p.nriPlugin(before) }}
+	if c.Workloads {
+		slices.Reverse(steps)
 	}
-	if err := p.nriPlugin(before); err != nil {
-		return nil, err
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return nil, err
+		}
 	}
 	forContainerd := len(p.Changes)
 	var keys string

@@ -86,10 +86,18 @@ func (s *record) disconnect(ctx context.Context, o Options) error {
 		}
 		return err
 	}
+	// The NRI plugin last: containerd creates no container while it requires one that is not
+	// there, also if this is killed in between.
+	var files, plugins []installed
 	for _, f := range slices.Backward(s.Files) {
-		if !connects(f.Path) && f.Inserted == "" {
-			continue
+		switch {
+		case isNRIPlugin(f.Path):
+			plugins = append(plugins, f)
+		case connects(f.Path) || f.Inserted != "":
+			files = append(files, f)
 		}
+	}
+	for _, f := range append(files, plugins...) {
 		was := Change{Path: f.Path, Mode: f.Mode}
 		if was.Old, err = o.ReadFile(f.Path); err != nil {
 			continue // it is gone, or undo reports why it can't be read

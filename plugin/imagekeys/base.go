@@ -21,9 +21,9 @@ type bases struct {
 
 // checkBases returns an error if the first diff ID of an image may be something else.
 //
-// containerd calls the snapshot of the first layer after its diff ID, and those above after
-// their chain IDs, and it compares neither with a layer where the snapshot is there. So a
-// configuration whose first diff ID is the chain ID of another image has all its files.
+// containerd names the snapshot of the first layer after its diff ID, and those above it
+// after their chain IDs. What a container needs is found by diff IDs, so a name of several
+// layers must not pass for one of them.
 func (r *Resolver) checkBases(ctx context.Context, doc *document) error {
 	for _, p := range doc.parts {
 		// Snapshots have other names too.
@@ -64,7 +64,7 @@ func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
 		case err != nil:
 			return err
 		case info.Parent != "":
-			return fmt.Errorf("it is the chain ID of other layers, so the image was made to get another's files: %w", errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("it is the chain ID of other layers: the image is forged: %w", errdefs.ErrFailedPrecondition)
 		default:
 			found = true
 		}

@@ -1,10 +1,9 @@
 // Package imagekeys finds which KEKs a container of an image needs.
 //
-// containerd shares unpacked layers by their diff IDs, over images and namespaces, and does
-// not fetch a layer that it has unpacked already. So an image of anybody's whose
-// configuration names the diff IDs of another's encrypted image gets its files without a
-// key. What a container needs is therefore found by the diff IDs of its image, in the record
-// of what was decrypted on this node: package layerkeys.
+// containerd shares unpacked layers by their diff IDs, across images and namespaces. So what
+// an image's manifest says of its layers is no proof of whose files its containers have. What
+// a container needs is found by the diff IDs of its image, in the record of what was
+// decrypted on this node: package layerkeys.
 package imagekeys
 
 import (
@@ -48,6 +47,9 @@ type Layer struct {
 	// Other reports that a key opens it that is not a KEK of the broker's, and would be
 	// enough too.
 	Other bool
+	// Unproven reports that the image has the layer plain, and containerd has not fetched it,
+	// so that nothing shows whether it has the same content.
+	Unproven bool
 	// Why says why the layer needs a key although the image does not say so, and what to do
 	// about that. It is "" where the image itself is encrypted for these KEKs.
 	Why string
@@ -150,7 +152,7 @@ func (r *Resolver) needs(ctx context.Context, p part) []Layer {
 		}
 		return unique(all)
 	}
-	isPlain, why := r.prove(ctx, p, known)
+	isPlain, unproven, why := r.prove(ctx, p, known)
 	if isPlain {
 		return nil
 	}
@@ -158,12 +160,12 @@ func (r *Resolver) needs(ctx context.Context, p part) []Layer {
 		return nil // what was claimed was found to be false
 	}
 	if l, ok := decrypted(p.diffID, known); ok {
-		l.Why = why
+		l.Why, l.Unproven = why, unproven
 		return []Layer{l}
 	}
 	var all []Layer
 	for _, b := range known.Blobs {
-		all = append(all, Layer{DiffID: p.diffID, KEKs: b.KEKs, Other: b.Other, Why: why})
+		all = append(all, Layer{DiffID: p.diffID, KEKs: b.KEKs, Other: b.Other, Why: why, Unproven: unproven})
 	}
 	return unique(all)
 }

@@ -26,6 +26,10 @@ const (
 	// proofWait is how long a caller waits in all for layers to be read, and recipients to be
 	// tried, which go on without it. containerd gives an NRI plugin 2 seconds.
 	proofWait = time.Second
+	// joinWait is how long after its start somebody waits for the reading of a layer that
+	// another caller began. containerd creates one container at a time, so a tenant's pods
+	// that wait for a large layer again and again would hold up all others.
+	joinWait = 100 * time.Millisecond
 	// proofTimeout bounds the reading of a layer.
 	proofTimeout = 10 * time.Minute
 	// maxProving is how many layers are read at once.
@@ -47,23 +51,31 @@ type proofs struct {
 
 	mu       sync.Mutex
 	refuted  map[string]error     // by blob and diff ID, which never changes
+	readings map[string]*reading  // by blob and diff ID
 	attempts map[string]time.Time // by blob and recipients: until when they are not tried again
 }
 
+// reading is the reading of a layer that goes on.
+type reading struct {
+	began time.Time
+	done  chan struct{} // closed with err
+	err   error
+}
+
 func newProofs() proofs {
-	return proofs{turn: make(chan struct{}, maxProving), refuted: map[string]error{}, attempts: map[string]time.Time{}}
+	return proofs{turn: make(chan struct{}, maxProving), refuted: map[string]error{}, readings: map[string]*reading{}, attempts: map[string]time.Time{}}
 }
 
 // prove finds out whether the layers that an image has for a diff ID have its content. If
 // all have, and are plain, the image needs no key for it. Else why is the reason for which
-// it needs the keys of other images, or "".
-func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (isPlain bool, why string) {
+// it needs the keys of other images, or "". unproven is [Layer.Unproven].
+func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (isPlain, unproven bool, why string) {
 	if len(p.layers) == 0 {
-		return false, "the image's configuration names this layer, and its manifest has none in its place"
+		return false, false, "the image's configuration names this layer, and its manifest has none in its place"
 	}
-	isPlain = true
+	isPlain, unproven = true, true
 	for _, l := range p.layers {
-		isPlain = isPlain && !l.encrypted()
+		isPlain, unproven = isPlain && !l.encrypted(), unproven && !l.encrypted()
 		switch {
 		case l.encrypted() && r.learn(ctx, p.diffID, known, l):
 			continue
@@ -74,9 +86,10 @@ func (r *Resolver) prove(ctx context.Context, p part, known layerkeys.Layer) (is
 		}
 		if err := r.proveBlob(ctx, p.diffID, known, l); err != nil {
 			isPlain, why = false, r.explain(ctx, l, err)
+			unproven = unproven && errdefs.IsNotFound(err)
 		}
 	}
-	return isPlain, why
+	return isPlain, unproven && !isPlain, why
 }
 
 // sameKEKs reports whether an image names the KEKs that are needed anyway, and no others, as
@@ -124,31 +137,43 @@ func (r *Resolver) explain(ctx context.Context, l layer, err error) string {
 func (r *Resolver) proveBlob(ctx context.Context, diffID digest.Digest, known layerkeys.Layer, l layer) error {
 	id := l.desc.Digest.String() + " " + diffID.String()
 	r.proofs.mu.Lock()
-	err := r.proofs.refuted[id]
-	r.proofs.mu.Unlock()
-	if err != nil {
+	if err := r.proofs.refuted[id]; err != nil {
+		r.proofs.mu.Unlock()
 		return err
 	}
-	done := r.proofs.flight.DoChan(id, func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), proofTimeout)
-		defer cancel()
-		err := r.compare(ctx, diffID, known, l)
-		if _, ok := errors.AsType[notTheLayer](err); ok {
-			r.proofs.mu.Lock()
-			defer r.proofs.mu.Unlock()
-			if len(r.proofs.refuted) >= maxOutcomes {
-				clear(r.proofs.refuted)
-			}
-			r.proofs.refuted[id] = err
-		}
-		return nil, err
-	})
+	read := r.proofs.readings[id]
+	if read == nil {
+		read = &reading{began: time.Now(), done: make(chan struct{})}
+		r.proofs.readings[id] = read
+		go r.finish(context.WithoutCancel(ctx), id, read, diffID, known, l)
+	}
+	r.proofs.mu.Unlock()
+	if time.Since(read.began) > joinWait {
+		return errProving
+	}
 	select {
-	case res := <-done:
-		return res.Err
+	case <-read.done:
+		return read.err
 	case <-ctx.Done():
 		return errProving
 	}
+}
+
+// finish reads the blob of a layer and ends a reading with the outcome.
+func (r *Resolver) finish(ctx context.Context, id string, read *reading, diffID digest.Digest, known layerkeys.Layer, l layer) {
+	ctx, cancel := context.WithTimeout(ctx, proofTimeout)
+	defer cancel()
+	read.err = r.compare(ctx, diffID, known, l)
+	r.proofs.mu.Lock()
+	defer r.proofs.mu.Unlock()
+	if _, ok := errors.AsType[notTheLayer](read.err); ok {
+		if len(r.proofs.refuted) >= maxOutcomes {
+			clear(r.proofs.refuted)
+		}
+		r.proofs.refuted[id] = read.err
+	}
+	delete(r.proofs.readings, id)
+	close(read.done)
 }
 
 // compare reads the blob of a layer and records that it has the content of the diff ID.

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -38,8 +39,9 @@ type Container struct {
 	Image imagekeys.Image `json:"image"`
 	// Asked is the image's name in the pod's specification, if it is known.
 	Asked string `json:"asked,omitempty"`
-	// Volumes are the images that it mounts as volumes.
-	Volumes []digest.Digest `json:"volumes,omitempty"`
+	// Volumes are where containerd has mounted the images that are its volumes. The last
+	// element of each path is the digest of the image's manifest or index, in hex.
+	Volumes []string `json:"volumes,omitempty"`
 }
 
 // images returns the images whose files the container has.
@@ -47,13 +49,19 @@ func (c Container) images(ctx context.Context, resolver *imagekeys.Resolver) ([]
 	own := c.Image
 	if own.Digest == "" {
 		var err error
-		if own, err = resolver.ImageOf(ctx, criNamespace, c.ID, own.Name); err != nil {
+		if own, err = resolver.ImageOf(ctx, criNamespace, c.ID, own); err != nil {
 			return nil, err
 		}
 	}
 	all := []imagekeys.Image{own}
-	for _, d := range c.Volumes {
-		all = append(all, imagekeys.Image{Digest: d})
+	for _, mounted := range c.Volumes {
+		// containerd looks the image's name up twice, for the path and for what it mounts.
+		said := imagekeys.Image{Digest: digest.NewDigestFromEncoded(digest.SHA256, path.Base(mounted))}
+		volume, err := resolver.ImageOf(ctx, criNamespace, mounted, said)
+		if err != nil {
+			return nil, fmt.Errorf("image volume: %w", err)
+		}
+		all = append(all, volume)
 	}
 	return all, nil
 }
@@ -69,6 +77,10 @@ type Settings struct {
 	// NodeKeyWorkloads are patterns of the workloads that may use images that the node
 	// decrypts with keys that no broker has. Default: none.
 	NodeKeyWorkloads []string
+	// SystemWorkloads are patterns of the workloads that may use the plain layers of their
+	// images, also if they were decrypted here for others and nothing shows that they are
+	// public. So nobody can keep the cluster's own containers from being created.
+	SystemWorkloads []string
 	// Accounts finds the service accounts of pods.
 	Accounts Accounts
 }
@@ -175,7 +187,7 @@ func (a *Authorizer) allowed(ctx context.Context, c Container, image imagekeys.I
 	workload := c.Namespace + "/" + account
 	done := map[string]bool{} // layers of an image mostly have the same KEKs
 	for _, layer := range layers {
-		key := fmt.Sprint(layer.KEKs, layer.Other)
+		key := fmt.Sprint(layer.KEKs, layer.Other, layer.Unproven)
 		if done[key] {
 			continue
 		}
@@ -194,12 +206,8 @@ func (a *Authorizer) allowed(ctx context.Context, c Container, image imagekeys.I
 
 // layerAllowed returns nil if a workload may use one of the KEKs of a layer.
 func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, workload string, layer imagekeys.Layer) error {
-	if layer.Other {
-		for _, pattern := range s.NodeKeyWorkloads {
-			if glob.MatchPath(pattern, workload) {
-				return nil
-			}
-		}
+	if layer.Other && matchesAny(s.NodeKeyWorkloads, workload) || layer.Unproven && matchesAny(s.SystemWorkloads, workload) {
+		return nil
 	}
 	for _, kek := range layer.KEKs {
 		if a.verdicts.knownAllowed(question{kek, workload}, s.TTL) {
@@ -231,6 +239,10 @@ func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, workload stri
 		return why
 	}
 	return &Denial{err: why}
+}
+
+func matchesAny(patterns []string, workload string) bool {
+	return slices.ContainsFunc(patterns, func(pattern string) bool { return glob.MatchPath(pattern, workload) })
 }
 
 // maxAsked is how many KEKs of a layer the broker is asked for, so that an image that names

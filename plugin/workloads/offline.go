@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -18,8 +19,8 @@ type Offline struct {
 	Client *containerd.Client
 	// Record is the file of pilot's record of layers.
 	Record string
-	// Rules reads those of the setting must-be-encrypted.
-	Rules func() (mustencrypt.Rules, error)
+	// Read reads the rules of the setting must-be-encrypted, and Settings.SystemWorkloads.
+	Read func() (rules mustencrypt.Rules, systemWorkloads []string, err error)
 
 	mu       sync.Mutex
 	read     os.FileInfo // of the record as the resolver has it
@@ -30,7 +31,7 @@ type Offline struct {
 // authorize returns an error that wraps away, unless all images of a container are plain and
 // may be.
 func (o *Offline) authorize(ctx context.Context, c Container, away error) error {
-	resolver, err := o.current()
+	resolver, system, err := o.current()
 	if err != nil {
 		return fmt.Errorf("%w, and it is unknown whether the image is encrypted: %w", away, err)
 	}
@@ -40,6 +41,7 @@ func (o *Offline) authorize(ctx context.Context, c Container, away error) error 
 	}
 	for i, image := range images {
 		layers, err := resolver.Needs(ctx, criNamespace, image)
+		layers = slices.DeleteFunc(layers, func(l imagekeys.Layer) bool { return l.Unproven && matchesAny(system, c.Namespace+"/") })
 		if err == nil {
 			err = checkEncrypted(ctx, resolver, c, image, i == 0)
 		}
@@ -53,25 +55,26 @@ func (o *Offline) authorize(ctx context.Context, c Container, away error) error 
 	return nil
 }
 
-// current returns a resolver for the record and the rules as they are now.
-func (o *Offline) current() (*imagekeys.Resolver, error) {
+// current returns a resolver for the record and the rules as they are now, and the system's
+// workloads.
+func (o *Offline) current() (resolver *imagekeys.Resolver, system []string, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	info, err := os.Stat(o.Record)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	rules, err := o.Rules()
+	rules, system, err := o.Read()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if o.resolver == nil || !os.SameFile(o.read, info) || !o.read.ModTime().Equal(info.ModTime()) || o.rules != rules.String() {
 		record, err := layerkeys.Read(o.Record)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		o.read, o.rules = info, rules.String()
 		o.resolver = imagekeys.New(imagekeys.Config{Client: o.Client, Record: record, Rules: func() mustencrypt.Rules { return rules }})
 	}
-	return o.resolver, nil
+	return o.resolver, system, nil
 }

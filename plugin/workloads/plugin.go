@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -149,23 +150,22 @@ func containerOf(pod *api.PodSandbox, c *api.Container) Container {
 	if image.Digest == "" {
 		image.Name = asked
 	}
-	var volumes []digest.Digest
+	var volumes []string
 	for _, m := range c.GetMounts() {
-		if d, ok := imageVolume(m.GetSource(), pod.GetId()); ok {
-			volumes = append(volumes, d)
+		if v, ok := imageVolume(m.GetSource(), pod.GetId()); ok && !slices.Contains(volumes, v) {
+			volumes = append(volumes, v)
 		}
 	}
 	return Container{Namespace: pod.GetNamespace(), Pod: pod.GetName(), PodUID: pod.GetUid(), Name: c.GetName(), ID: c.GetId(), Image: image, Asked: asked, Volumes: volumes}
 }
 
-// imageVolume returns the image of which a mount's source is a volume: containerd mounts
-// them at …/image-volumes/SANDBOX/HEX, and a path below that may follow.
-func imageVolume(source, sandbox string) (digest.Digest, bool) {
-	_, rest, ok := strings.Cut(path.Clean(source), "/image-volumes/"+sandbox+"/")
+// imageVolume returns where containerd has mounted the image of which a mount's source is a
+// volume: that is at …/image-volumes/SANDBOX/HEX, and a path below that may follow.
+func imageVolume(source, sandbox string) (mounted string, ok bool) {
+	parent, rest, ok := strings.Cut(path.Clean(source), "/image-volumes/"+sandbox+"/")
 	if !ok || sandbox == "" {
 		return "", false
 	}
 	hex, _, _ := strings.Cut(rest, "/")
-	d := digest.NewDigestFromEncoded(digest.SHA256, hex)
-	return d, d.Validate() == nil
+	return path.Join(parent, "image-volumes", sandbox, hex), true
 }
