@@ -104,9 +104,11 @@ demo-svg: build tools
 
 # Tests mostly wait, so each package runs more of them at once than there are cores.
 PARALLEL ?= 3
+# And packages of them: they wait much for timers and for one another's programs.
+TOGETHER ?= $(shell echo $$(($$(nproc) + 1)))
 
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 90m -parallel $(PARALLEL) ./integration/...
+	go test -buildvcs=false -count=1 -timeout 90m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
 
 # The same with programs that look for data races, and so take longer.
