@@ -113,6 +113,7 @@ test: tools test-unit
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit
+	go test -buildvcs=false -race -timeout 60m -skip '^TestProperty$$' ./image
 	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
@@ -121,17 +122,13 @@ test-repeat: tools
 	scripts/repeat-tests.sh $(COUNT) $(BUSY)
 
 # The tests that need neither root nor other programs. Many of them wait for timers, so more
-# packages are tested at once than there are cores.
+# packages are tested at once than there are cores. Those of image handle much data, which the
+# race detector makes slow: make test-race has them with it.
 PACKAGES ?= $(shell echo $$(($$(nproc) * 2)))
 
-# Tests of image that handle much data, which the race detector makes slow. No other package may
-# have a test of one of these names.
-LARGE := ^(TestProperty|TestNotesOfTooManyEntriesAreRefused|TestSameLayersAreConvertedToTheSameBytes|TestImageLimits|TestLimitsAreCheckedBeforeLayersAreRead|TestConvertedImageIsLazyOnceEncrypted|TestChunkedLayersAreSealed|TestTableOfContentsIsBounded)$$
-
 test-unit:
-	@GOCOVERDIR=$$(mktemp -d) && export GOCOVERDIR && trap "rm -rf $$GOCOVERDIR" EXIT && \
-	go test -buildvcs=false -race -cover -timeout 30m -p $(PACKAGES) -skip '$(LARGE)' $$(go list -buildvcs=false ./... | grep -v /integration) && \
-	go test -buildvcs=false -timeout 30m -run '$(LARGE)' ./image
+	go test -buildvcs=false -race -timeout 30m -p $(PACKAGES) $$(go list -buildvcs=false ./... | grep -v -e /integration -e '/pilot/image$$')
+	go test -buildvcs=false -timeout 30m ./image
 
 # Each version of containerd with each configuration.
 test-nodes: tools
