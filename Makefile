@@ -14,6 +14,7 @@
 #
 # All tests install what they need first.
 #   make test           all tests except these:
+#   make test-all       make test, with the tests that take longest
 #   make test-nodes     sets up nodes with each containerd and each configuration that nodes have
 #   make test-packages  installs, upgrades, removes and purges the packages, and runs the documentation's commands
 #   make test-node      boots the node image in qemu and as a container, and installs by a DaemonSet's pod
@@ -52,7 +53,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -108,8 +109,12 @@ PARALLEL ?= 3
 TOGETHER ?= $(shell echo $$(($$(nproc) + 1)))
 
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 90m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
+	go test -buildvcs=false -count=1 -timeout 90m -short -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
+
+# With the tests that take longest.
+test-all: tools test-unit
+	go test -buildvcs=false -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit

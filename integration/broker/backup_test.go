@@ -401,6 +401,7 @@ func TestBackupVerifyComparesWithTheStore(t *testing.T) {
 // TestRestoreOfManyKEKsIsKilled kills restores of many KEKs: the store has all of them then,
 // or none. They are backed up again while copilot runs.
 func TestRestoreOfManyKEKsIsKilled(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	const n = 10_000
 	dir := harness.TempDir(t)

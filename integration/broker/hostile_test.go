@@ -83,6 +83,7 @@ func (h *hostile) set(answer func(http.ResponseWriter, *http.Request, func() har
 // sends: no keys except the layer key that the broker is to wrap, nothing about other
 // KEKs, and nothing to any other server.
 func TestHostileBrokerGetsAndChangesNothing(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir+"/broker", "team-a", "team-b")

@@ -106,6 +106,7 @@ func (s *stored) rotated(version, n int) {
 // TestRotatedMasterKeyOutlivesKills kills copilot again and again while it rotates the
 // master key. It goes on each time, and every KEK stays as it is.
 func TestRotatedMasterKeyOutlivesKills(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	const n, rotations = 300, 6
 	s := &stored{t: t, dir: harness.TempDir(t)}
@@ -158,6 +159,7 @@ func TestRotatedMasterKeyOutlivesKills(t *testing.T) {
 
 // TestFullDiskKeepsBothMasterKeys rotates on a disk that is full.
 func TestFullDiskKeepsBothMasterKeys(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t) + "/store"
 	harness.MountDisk(t, dir, 8)
@@ -195,6 +197,7 @@ func TestFullDiskKeepsBothMasterKeys(t *testing.T) {
 // TestReplicasRotateMasterKey rotates the master key of several copilots on a database:
 // while they change KEKs, while one is killed, while one is away, and two at once.
 func TestReplicasRotateMasterKey(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	d := harness.StartPostgres(t)
 	var all []*stored

@@ -43,6 +43,7 @@ var strangers = map[string][3]string{
 // as during an outage, and tries the next broker if there is one. Only copilot itself can
 // revoke the KEK.
 func TestAnotherServerIsNoBroker(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir, "team-a")

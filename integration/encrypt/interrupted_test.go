@@ -78,6 +78,7 @@ func interrupt(t testing.TB, cmd *exec.Cmd, sig syscall.Signal, farEnough func()
 // TestInterruptedRunsLeaveNoTag ends runs in the middle of uploads and of writing files, by
 // each signal, and runs them again: they go on from what is there.
 func TestInterruptedRunsLeaveNoTag(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	a := newAnywhere(t, dir, "team-a", "team-b")

@@ -63,6 +63,7 @@ func (a anywhere) lazyLayers(name string) (list []bool) {
 // TestLazyImagesOnEachTransport converts an image to eStargz from each place into each, and
 // encrypts what was converted from each place. Everything reads it.
 func TestLazyImagesOnEachTransport(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	a := newEverywhere(t, dir, "team-a", "team-b")

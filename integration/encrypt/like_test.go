@@ -67,6 +67,7 @@ func common(a, b []string) (n int) {
 // TestLikeReusesLayersOnEachTransport encrypts a rebuilt image over the one before it, and
 // like the one before under another name, in each place that images can be written to.
 func TestLikeReusesLayersOnEachTransport(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, broker := harness.StartBroker(t, dir+"/broker", "team-a", "team-b")

@@ -68,6 +68,7 @@ func TestEachRecipientDecrypts(t *testing.T) {
 
 // TestInterruptedEncryptionLeavesNothing stops ctr-pilot in the middle of an encryption.
 func TestInterruptedEncryptionLeavesNothing(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)

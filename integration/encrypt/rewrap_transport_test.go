@@ -51,6 +51,7 @@ func (a anywhere) layers(name string) (digests []string, recipients string) {
 // TestRewrapEachTransport moves an image to a new version of its KEK where it is, and to
 // another KEK from each transport into each other, and has skopeo decrypt what was written.
 func TestRewrapEachTransport(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	a := newEverywhere(t, dir, "team-a", "team-b")

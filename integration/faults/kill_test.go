@@ -33,6 +33,7 @@ func rounds(t *testing.T) int {
 // was begun is whole or not there, and the next try works. `make test-long` does
 // so some hundred times.
 func TestKilledAtRandomLeavesWholeImages(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

@@ -101,6 +101,7 @@ func (g *memoryGroup) kills(t testing.TB) int {
 // a thousandfold need no more; one whose zstd window is larger has the kernel
 // kill pilot, which takes that pull with it, and nothing else.
 func TestOutOfMemory(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
