@@ -13,6 +13,7 @@ import (
 // TestDatabaseAwayAtStart starts copilot before PostgreSQL, and with a database that
 // does not let it in.
 func TestDatabaseAwayAtStart(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	d := harness.StartPostgres(t)
 	d.Crash(t)

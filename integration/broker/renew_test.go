@@ -464,6 +464,7 @@ func TestNodeRenewsWhileCAIsReplaced(t *testing.T) {
 
 // TestPilotRenews runs pilot with a certificate that expires soon, until after that.
 func TestPilotRenews(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
 	harness.Output(t, harness.Command(t, "copilot", "certs", "node-ca", "--config-dir", b.Dir))

@@ -67,6 +67,7 @@ func someTimes(method string, n int64, bad http.HandlerFunc) func(http.Handler) 
 // TestBadRegistries has each registry lie, refuse and break off. What is written is whole,
 // or there is an error and no tag.
 func TestBadRegistries(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	a := newAnywhere(t, dir, "team-a", "team-b")

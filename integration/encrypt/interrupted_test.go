@@ -271,6 +271,7 @@ func TestFullDisksLeaveNothing(t *testing.T) {
 
 // TestTwoRunsAtOnce gives two images the same name at the same time.
 func TestTwoRunsAtOnce(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	a := newAnywhere(t, dir, "team-a")

@@ -83,6 +83,7 @@ func (a anywhere) crypt(args ...string) cryptResult {
 // TestTransportsWithoutContainerd encrypts an image from each transport into each that
 // can be written, decrypts it, and has skopeo read what was written.
 func TestTransportsWithoutContainerd(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	a := newEverywhere(t, dir, "team-a")

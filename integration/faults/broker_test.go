@@ -92,6 +92,7 @@ var brokerFaults = map[string]func(*net.TCPConn, *harness.FaultyProxy){
 // ends in time with an error that says so, or is answered by another broker; the
 // next works; and nothing is left in pilot.
 func TestFaultyBrokerFailsInTime(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	harness.StartBroker(t, dir, "team-a")

@@ -13,6 +13,7 @@ import (
 // TestCertificatesExpire lets pilot's and copilot's certificates expire while
 // both run, and replaces them.
 func TestCertificatesExpire(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	b := harness.NewTLSBroker(t, "team-a")
 	cert, key := b.Enroll(t, "worker-7", "--for", "15s")

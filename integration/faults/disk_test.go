@@ -30,6 +30,7 @@ func leave(t *testing.T, dir string, free int) func() {
 // snapshotter: what does not fit fails and says why, and leaves nothing but what
 // was there before.
 func TestFullDiskOfNodeFailsCleanly(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")

@@ -92,6 +92,7 @@ func expectFilesClosed(t testing.TB, p *harness.Process, before int) {
 // TestPilotOutOfFiles takes all descriptors that pilot may have, on both its
 // sockets.
 func TestPilotOutOfFiles(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")

@@ -62,6 +62,7 @@ const cutLasts, silentFor = 14 * time.Second, 11 * time.Second
 // TestNetworkCutToBroker cuts the network between pilot and copilot, while requests are
 // under way and between them.
 func TestNetworkCutToBroker(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
 	c := newVethPair(t, dir)

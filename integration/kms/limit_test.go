@@ -20,6 +20,7 @@ import (
 // limit. With a transit key, which copilot may not rotate here, there is one, and
 // a rotation in Vault begins anew.
 func TestWrapLimitInKMS(t *testing.T) {
+	harness.Long(t)
 	aws := newLocalKMS(t)
 	aws.start(1)
 	v := harness.NewVault(t)

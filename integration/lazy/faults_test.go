@@ -49,6 +49,7 @@ func (r *reader) again(t testing.TB, what string) {
 // TestReadsSurviveRestartsAndOutages mounts an image, and restarts or takes away what is
 // needed to read it.
 func TestReadsSurviveRestartsAndOutages(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	m := newMachine(t, "--kek-cache-ttl", "1s")
 	secret := harness.NewSecret()

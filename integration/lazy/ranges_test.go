@@ -277,6 +277,7 @@ func TestStorageAndTokensOfTheRegistry(t *testing.T) {
 // TestSlowCallersKeepNobodyFromReading has more callers than there are streams that take a
 // range and do not read it.
 func TestSlowCallersKeepNobodyFromReading(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	m := newMachine(t)
 	m.encrypt("large:1", layer{"large": random(1, 24*mib)})

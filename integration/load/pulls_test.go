@@ -18,6 +18,7 @@ import (
 // a crictl of its own: 16, or as many as PILOT_PULLS says, of all kinds of layers, with one to four of those, under
 // three KEKs.
 func TestManyPullsAtOnce(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	count := 16
 	if s := os.Getenv("PILOT_PULLS"); s != "" {

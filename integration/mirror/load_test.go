@@ -54,6 +54,7 @@ func (n *node) send(conn net.Conn, path string) {
 // served beside them, the mirror's memory stays bounded, and what they hold is given back
 // when they go.
 func TestHundredSlowCallersHoldUpNobody(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	n, f, plain, layer := bigNode(t)
 	n.get(manifestPath("big", plain)).expect(t, "manifest", http.StatusOK)
@@ -385,6 +386,7 @@ func TestLongAnswersTakeBoundedMemory(t *testing.T) {
 // TestInlinedDataIsNotRemembered has images whose encrypted layer comes with data in its
 // descriptor, as somebody who can push may write it.
 func TestInlinedDataIsNotRemembered(t *testing.T) {
+	harness.Long(t)
 	t.Parallel()
 	n := newNode(t)
 	n.start()
