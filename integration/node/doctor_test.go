@@ -121,7 +121,7 @@ func TestDoctor(t *testing.T) {
 			n.Stop(t)
 			r = p.Examine(t, kek...)
 			r.ExpectFailed(t, "containerd", "systemctl restart containerd.service", "containerd.sock")
-			expectSkipped(t, r, "containerd-config", "layer", "transfer")
+			expectSkipped(t, r, "containerd-config", "layer", "transfer", "workloads")
 		})
 	}
 }
@@ -429,5 +429,5 @@ func TestDoctorRejectsInvalidConfiguration(t *testing.T) {
 		t.Fatal(err, jsonErr)
 	}
 	r.ExpectFailed(t, "configuration", "correct "+conf, fmt.Sprintf("%s:2: listen", conf))
-	expectSkipped(t, r, "key-provider", "differ", "containerd", "containerd-config", "broker", "layer", "transfer")
+	expectSkipped(t, r, "key-provider", "differ", "containerd", "containerd-config", "broker", "layer", "transfer", "workloads")
 }
