@@ -69,8 +69,8 @@ func distinct(params map[string][][]byte) map[string][][]byte {
 // notReplaced returns the values of had, an annotation of a scheme, that added does not
 // replace: those that are for somebody else too.
 //
-// Only OpenPGP says for whom a key is wrapped, by a hash of the recipient's key. JWE and
-// PKCS #11 do not. PKCS #7 names the certificate's issuer and serial number, which
+// Only OpenPGP names the recipient of a wrapped key, by a hash of the recipient's key. JWE
+// and PKCS #11 do not. PKCS #7 names the certificate's issuer and serial number, which
 // self-signed certificates with different keys can share.
 func notReplaced(scheme, had, added string) string {
 	if scheme != "pgp" || had == "" {

@@ -47,8 +47,8 @@ func evaluate(coefficients []byte, x byte) (y byte) {
 	return y
 }
 
-// Combine returns the secret of shares, which have to be at least the threshold and of
-// one secret: it can't tell whether they are, and returns other bytes then.
+// Combine returns the secret of shares. They have to be of one secret, and as many as its
+// threshold: it can't check that, and returns wrong bytes if they are not.
 func Combine(shares []Share) ([]byte, error) {
 	if len(shares) < 2 {
 		return nil, errors.New("two shares or more are needed")

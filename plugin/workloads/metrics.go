@@ -27,7 +27,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	with := promauto.With(r)
 	m := &metrics{
 		verdicts: with.NewCounterVec(prometheus.CounterOpts{
-			Name: "pilot_workload_verdicts_total", Help: "Containers about to be created, by verdict: of plain images (not-encrypted), of encrypted images that the workload may use (allowed) or not (denied), and those for which nobody could tell (unavailable).",
+			Name: "pilot_workload_verdicts_total", Help: "Containers about to be created, by verdict: of plain images (not-encrypted), of encrypted images that the workload may use (allowed) or not (denied), and those that could not be decided (unavailable).",
 		}, []string{"result"}),
 		seconds: with.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "pilot_workload_verdict_seconds", Help: "How long a verdict took, with the request to the broker if there was one.", Buckets: buckets,
