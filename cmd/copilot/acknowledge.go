@@ -22,11 +22,7 @@ It prints the last line of each chain that it acknowledges.
 
 Example:
    copilot audit acknowledge --by 'Jane Doe' --reason 'rows of 2024 deleted, ticket 4711'`,
-	Flags: configFlags(
-		&cli.StringFlag{Name: "by", Usage: "`NAME` of the person who acknowledges it", Required: true},
-		&cli.StringFlag{Name: "reason", Usage: "`TEXT` that says why the lines are gone", Required: true},
-		jsonFlag(),
-	),
+	Flags: acknowledgementFlags("why the lines are gone"),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		if err := noArguments(c); err != nil {
 			return err
@@ -35,7 +31,7 @@ Example:
 		if err != nil {
 			return err
 		}
-		heads, err := server.AcknowledgeAudit(ctx, conf, server.Acknowledgement{By: c.String("by"), Reason: c.String("reason")})
+		heads, err := server.AcknowledgeAudit(ctx, conf, acknowledgement(c))
 		if err != nil {
 			return fmt.Errorf("audit acknowledge: %w", withStatus(asOwner(err)))
 		}
@@ -54,4 +50,18 @@ Example:
 		}
 		return nil
 	},
+}
+
+// acknowledgementFlags returns the flags of a command that acknowledges something: see
+// [acknowledgement].
+func acknowledgementFlags(why string) []cli.Flag {
+	return configFlags(
+		&cli.StringFlag{Name: "by", Usage: "`NAME` of the person who acknowledges it", Required: true},
+		&cli.StringFlag{Name: "reason", Usage: "`TEXT` that says " + why, Required: true},
+		jsonFlag(),
+	)
+}
+
+func acknowledgement(c *cli.Command) server.Acknowledgement {
+	return server.Acknowledgement{By: c.String("by"), Reason: c.String("reason")}
 }

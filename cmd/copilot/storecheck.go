@@ -58,11 +58,7 @@ of the audit log, with who acknowledges it and why.
 
 Example:
    copilot store acknowledge --by 'Jane Doe' --reason 'database restored from 2026-01-31, ticket 4711'`,
-	Flags: configFlags(
-		&cli.StringFlag{Name: "by", Usage: "`NAME` of the person who acknowledges it", Required: true},
-		&cli.StringFlag{Name: "reason", Usage: "`TEXT` that says why the records were put back", Required: true},
-		jsonFlag(),
-	),
+	Flags: acknowledgementFlags("why the records were put back"),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		if err := noArguments(c); err != nil {
 			return err
@@ -71,7 +67,7 @@ Example:
 		if err != nil {
 			return err
 		}
-		list, err := server.AcknowledgeRollback(ctx, conf, server.Acknowledgement{By: c.String("by"), Reason: c.String("reason")})
+		list, err := server.AcknowledgeRollback(ctx, conf, acknowledgement(c))
 		if err != nil {
 			return fmt.Errorf("store acknowledge: %w", withStatus(asOwner(err)))
 		}

@@ -94,14 +94,7 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 	}
 	works := func(name string, args ...string) {
 		t.Helper()
-		socket := dir + "/" + name + ".sock"
-		p := harness.Start(t, dir+"/"+name, "copilot", exec.Command("copilot", append([]string{"serve", "--listen", "unix://" + socket}, args...)...))
-		harness.Await(t, "copilot", harness.Reachable(socket))
-		_, conf := harness.StartPilot(t, dir+"/"+name+"-ci", "unix://"+socket)
-		other := *c.Node
-		other.Ocicrypt = conf
-		harness.Output(t, other.CtrPilot("images", "decrypt", image, image+"-"+name))
-		p.Stop(t)
+		decryptsWith(t, c, dir, image, name, args...)
 	}
 	works("database", there...)
 	harness.ExpectFailure(t, copilot(append(append(append([]string{"restore"}, there...), three...), dir+"/1.backup")...), "the store has KEKs already", "restore into an empty one")

@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
@@ -66,15 +65,7 @@ func TestStoreCopy(t *testing.T) {
 	}
 	works := func(name string, args ...string) {
 		t.Helper()
-		socket := dir + "/" + name + ".sock"
-		p := harness.Start(t, dir+"/"+name, "copilot", exec.Command("copilot", append([]string{"serve", "--listen", "unix://" + socket}, args...)...))
-		harness.Await(t, "copilot", harness.Reachable(socket))
-		_, conf := harness.StartPilot(t, dir+"/"+name+"-ci", "unix://"+socket)
-		other := *c.Node
-		other.Ocicrypt = conf
-		plain := fmt.Sprintf("%s-%s", image, name)
-		harness.Output(t, other.CtrPilot("images", "decrypt", image, plain))
-		p.Stop(t)
+		decryptsWith(t, c, dir, image, name, args...)
 	}
 	works("database", "--dir", store, "--database", d.URL())
 
@@ -108,4 +99,18 @@ func TestStoreCopy(t *testing.T) {
 	if _, err := os.Stat(dir + "/new"); err == nil {
 		t.Error("a store was made")
 	}
+}
+
+// decryptsWith has a copilot of that name serve a store, by these arguments, and an image
+// decrypted with it.
+func decryptsWith(t *testing.T, c *harness.CI, dir, image, name string, args ...string) {
+	t.Helper()
+	socket := dir + "/" + name + ".sock"
+	p := harness.Start(t, dir+"/"+name, "copilot", exec.Command("copilot", append([]string{"serve", "--listen", "unix://" + socket}, args...)...))
+	harness.Await(t, "copilot", harness.Reachable(socket))
+	_, conf := harness.StartPilot(t, dir+"/"+name+"-ci", "unix://"+socket)
+	other := *c.Node
+	other.Ocicrypt = conf
+	harness.Output(t, other.CtrPilot("images", "decrypt", image, image+"-"+name))
+	p.Stop(t)
 }
