@@ -140,6 +140,7 @@ func (n *Node) Start(t testing.TB) {
 	// The newest has its shim beside itself.
 	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(n.Command[0])+":/usr/sbin:/usr/bin:/sbin:/bin")
 	n.Process = Start(t, n.Dir, "containerd-"+n.Name, cmd)
+	Await(t, "containerd "+n.Name, Reachable(n.Socket))
 	Await(t, "containerd "+n.Name, func() error {
 		return exec.Command(filepath.Join(Tools, "bin/ctr"), "--address", n.Socket, "version").Run()
 	})

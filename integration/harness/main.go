@@ -64,6 +64,7 @@ func Main(m *testing.M, needs ...Program) int {
 		return 1
 	}
 	defer os.RemoveAll(Bin)
+	defer lowers.remove()
 	return m.Run()
 }
 
