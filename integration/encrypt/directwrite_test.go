@@ -25,7 +25,7 @@ type directNode struct {
 }
 
 const (
-	directLayer = 48 << 20
+	directLayer = 24 << 20
 	directPlain = "example.com/plain:1"
 )
 
@@ -36,7 +36,7 @@ func newDirectNode(t *testing.T, v harness.ContainerdVersion, conf string) *dire
 	if err := os.MkdirAll(contents, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Mount("tmpfs", contents, "tmpfs", 0, "size=512m"); err != nil {
+	if err := syscall.Mount("tmpfs", contents, "tmpfs", 0, "size=256m"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

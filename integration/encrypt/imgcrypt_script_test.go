@@ -110,7 +110,7 @@ func imgcryptImages(t testing.TB, dir, address string) {
 	t.Helper()
 	n := harness.StartNode(t, dir, harness.Containerd2(), "", "")
 	echo := harness.Read(t, harness.Bin+"/hello")
-	large := make([]byte, 24<<20)
+	large := make([]byte, 6<<20)
 	rand.Read(large)
 	for name, architectures := range map[string][]string{"alpine": {harness.Arch, "s390x", "ppc64le"}, "nginx": {harness.Arch, "s390x"}, "bash": {harness.Arch}} {
 		l := harness.NewLayout(t)

@@ -301,7 +301,7 @@ func (n *Node) Unpacking(snapshotter string, done chan error) bool {
 		case err := <-done:
 			done <- err
 			return false
-		case <-time.After(time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }

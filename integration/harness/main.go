@@ -1,5 +1,19 @@
 // Package harness starts the programs that pilot is tested with, each in
 // directories of the test's own.
+//
+// # Slow machines
+//
+// Tests pass on a machine that is many times slower than usual ("make test-repeat" shows
+// it). So a test
+//   - waits for a state with [Await], or for a channel, and sleeps only where something
+//     wrong could happen meanwhile;
+//   - expects within [Timeout] what takes a quiet machine a second or less;
+//   - stops a program in the middle of its work by looking for that middle, as
+//     [Node.Unpacking] does, or after a part of the time that the whole has just taken;
+//   - tries again with more time where something expires before it was used, and leaves out
+//     a round in which the machine held up the test itself;
+//   - compares with what else happened in the same time (requests, tokens), not with a
+//     number.
 package harness
 
 import (

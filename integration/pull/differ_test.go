@@ -319,7 +319,7 @@ func TestPullWithoutPilot(t *testing.T) {
 		for _, image := range []string{plain, encrypted} {
 			// systemd holds the socket: a pull waits for pilot, about a second,
 			// which is what containerd gives a connection. Where pilot takes
-			// longer to start it is tried again.
+			// longer to start, it is started earlier the next time.
 			home := harness.TempDir(t)
 			process := harness.StartActivatedPilot(t, home, c.BrokerURL)
 			n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
@@ -329,13 +329,13 @@ func TestPullWithoutPilot(t *testing.T) {
 				if err := pull.Start(); err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(300 * time.Millisecond)
+				time.Sleep(300 * time.Millisecond / time.Duration(tries*tries))
 				process = harness.StartActivatedPilot(t, home, c.BrokerURL)
 				err := pull.Wait()
 				if err == nil {
 					break
 				}
-				if tries == 5 {
+				if tries == 10 {
 					t.Errorf("%s, %s: %v", v.Name, image, err)
 					break
 				}
