@@ -147,7 +147,7 @@ func TestBackupIsReadByAge(t *testing.T) {
 func ageProgram(t *testing.T) string {
 	t.Helper()
 	out := harness.TempDir(t) + "/age"
-	harness.Output(t, harness.Command(t, "go", "build", "-o", out, "filippo.io/age/cmd/age"))
+	harness.GoBuild(t, "", out, "filippo.io/age/cmd/age")
 	return out
 }
 

@@ -135,6 +135,9 @@ func TestContainerdTakesBlobsFromItsFiles(t *testing.T) {
 	t.Parallel()
 	for _, version := range directVersions {
 		t.Run(version().Name, func(t *testing.T) {
+			if version().Name == harness.Containerd17().Name { // between the others
+				harness.Long(t)
+			}
 			t.Parallel()
 			n := newDirectNode(t, version(), "")
 			before := n.blobs()
@@ -222,6 +225,9 @@ func TestContainerdGetsBlobsOverItsAPI(t *testing.T) {
 	t.Parallel()
 	for _, version := range directVersions {
 		t.Run(version().Name, func(t *testing.T) {
+			if version().Name == harness.Containerd17().Name { // between the others
+				harness.Long(t)
+			}
 			t.Parallel()
 			n := newDirectNode(t, version(), "[plugins.'io.containerd.metadata.v1.bolt']\n  content_sharing_policy = 'isolated'\n")
 			written := n.written()

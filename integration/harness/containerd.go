@@ -310,11 +310,7 @@ func (n *Node) Unpacking(snapshotter string, done chan error) bool {
 // it, whose directory of keys is keys in its own.
 func BuiltinNode(t testing.TB, dir, ociConf string) *Node {
 	t.Helper()
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "bin", "containerd"), ".")
-	build.Dir = filepath.Join(Repo, "integration/testdata/containerd")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", build.Args, err, out)
-	}
+	GoBuild(t, "integration/testdata/containerd", filepath.Join(dir, "bin", "containerd"), ".")
 	if err := os.Symlink(filepath.Join(Tools, "bin/containerd-shim-runc-v2"), filepath.Join(dir, "bin/containerd-shim-runc-v2")); err != nil {
 		t.Fatal(err)
 	}

@@ -278,11 +278,7 @@ func TestDoctorBuiltin(t *testing.T) {
 	dir := harness.TempDir(t)
 	v := harness.Containerd2()
 	v.Command = []string{filepath.Join(dir, "bin/containerd")}
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", v.Command[0], ".")
-	build.Dir = filepath.Join(harness.Repo, "integration/testdata/containerd")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", build.Args, err, out)
-	}
+	harness.GoBuild(t, "integration/testdata/containerd", v.Command[0], ".")
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
 	_, conf := harness.StartPilot(t, dir, brokerURL, "--diff-listen", "off")
 	p := harness.NewDoctorNode(t, harness.StartNode(t, dir, v, "", fmt.Sprintf(`
