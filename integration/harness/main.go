@@ -22,7 +22,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -86,8 +85,11 @@ func setUp(needs []Program) error {
 	if os.Getuid() != 0 {
 		return errors.New("these tests run containers and so need root; \"make test-unit\" runs those that do not")
 	}
-	_, file, _, _ := runtime.Caller(0)
-	Repo = file[:strings.LastIndex(file, "/integration/")]
+	dir, err := os.Getwd() // the package's
+	if err != nil {
+		return err
+	}
+	Repo = dir[:strings.LastIndex(dir, "/integration/")]
 	if Tools = os.Getenv("PILOT_TOOLS"); Tools == "" {
 		Tools = filepath.Join(Repo, ".cache", "tools")
 	}
@@ -103,7 +105,6 @@ func setUp(needs []Program) error {
 			}
 		}
 	}
-	var err error
 	if Bin, err = os.MkdirTemp("", "pilot-bin-"); err != nil {
 		return err
 	}
