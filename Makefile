@@ -220,7 +220,6 @@ CLIENT_PLATFORMS ?= windows/amd64
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
-	go vet ./...
 	go vet -tags man,packages,node,kubernetes,engines,soak,wine ./...
 	cd integration/testdata/containerd && go list -deps . >/dev/null
 	@export CGO_ENABLED=0; \
