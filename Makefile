@@ -112,7 +112,7 @@ PARALLEL ?= 3
 # And packages of them: they wait much for timers and for one another's programs.
 TOGETHER ?= $(shell echo $$(($$(nproc) + 1)))
 
-# go vet is a part of make check, which vets all that these would again.
+# make check vets all packages, so go test does not do so again.
 TEST := go test -vet=off
 
 test: tools test-unit
