@@ -118,9 +118,10 @@ func setUp(needs []Program) error {
 
 // GoBuild builds packages with cgo, in a directory of the repository, into a file or, if out
 // ends in a slash, a directory. Without symbols, which nobody looks at, that takes less time.
+// It may take many minutes where nothing was compiled before.
 func GoBuild(t testing.TB, dir, out string, packages ...string) {
 	t.Helper()
-	build := Command(t, "go", append([]string{"build", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, packages...)...)
+	build := exec.CommandContext(t.Context(), "go", append([]string{"build", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, packages...)...)
 	build.Dir, build.Env = filepath.Join(Repo, dir), append(os.Environ(), "CGO_ENABLED=1")
 	Output(t, build)
 }
