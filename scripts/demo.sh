@@ -13,6 +13,7 @@ export PATH="$repo/bin:$tools/bin:$PATH"
 unset "${!PILOT_@}" "${!COPILOT_@}" "${!OCICRYPT_@}"
 [ "$(id -u)" = 0 ] || { echo "the demo runs containers and so needs root" >&2; exit 1; }
 unshare --mount true 2>/dev/null || { echo "the demo mounts images and runs containers, and root may not mount here, as in a container without CAP_SYS_ADMIN: run it on a machine or in a VM" >&2; exit 1; }
+[ -x "$tools/bin/containerd" ] || { echo "$tools/bin/containerd is missing: \"make demo\" installs what the demo runs" >&2; exit 1; }
 
 start=$SECONDS
 dir=$(mktemp -d -t pilot-demo.XXXXXX)
@@ -53,16 +54,18 @@ background() {
 	"$@" >"$dir/$name.log" 2>&1 3>&- 4>&- &
 	pids+=($!)
 }
-# await WHAT COMMAND... waits until the command succeeds, 20 seconds at most.
+# await WHAT COMMAND... waits until the command succeeds, for a minute at most and as long
+# as what was started last runs.
 await() {
-	local what=$1
+	local what=$1 end=$((SECONDS + 60))
 	shift
-	for _ in $(seq 200); do
-		"$@" >/dev/null 2>&1 && return
+	until "$@" >/dev/null 2>&1; do
+		if [ $SECONDS -ge $end ] || ! kill -0 "${pids[-1]}" 2>/dev/null; then
+			echo "$what did not start"
+			return 1
+		fi
 		sleep 0.1
 	done
-	echo "$what did not start"
-	return 1
 }
 # free_port prints a port that is not in use.
 free_port() {
@@ -135,7 +138,7 @@ serve_containerd() {
 		$3
 	EOF
 	background "$1-containerd" containerd --config "$home/config.toml"
-	await "$1's containerd" ctr --address "$home/containerd.sock" version
+	await "$1's containerd" ctr --address "$home/containerd.sock" --connect-timeout 1s version
 }
 # on NAME PROGRAM ARGS... runs ctr or ctr-pilot as a user on NAME would.
 on() {
@@ -195,7 +198,7 @@ for _ in 1 2 3; do
 		http: {addr: '127.0.0.1:$port'}
 	EOF
 	background registry docker-registry serve registry.yml
-	if await "the registry" bash -c "kill -0 ${pids[-1]} && exec 5<>/dev/tcp/127.0.0.1/$port"; then
+	if await "the registry" bash -c "exec 5<>/dev/tcp/127.0.0.1/$port"; then
 		registry=127.0.0.1:$port
 		break
 	fi
