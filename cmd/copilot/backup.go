@@ -26,7 +26,7 @@ import (
 
 var backupCommand = &cli.Command{
 	Name:  "backup",
-	Usage: "back up the store into one sealed file, and check backups",
+	Usage: "back up the store into a sealed file, and check backups",
 	Description: `Writes the store into a new file, while copilot runs or not: all KEKs as of one
 moment, with their keys, versions, states, revocations and counts of wraps, and where
 the audit log ends. Only those who hold the private key of a recipient, or enough
@@ -34,9 +34,10 @@ shares ("copilot backup shares"), can open it: it does not need the master key. 
 audit log itself is not in it.
 
 A recipient is an age public key, best a post-quantum one (age1pq1…), or an SSH one.
-The default are those in the file that backup-recipients in copilot.toml names.
+The default recipients are in the file that backup-recipients in copilot.toml names.
 
-Example:
+Example, which three of five people together can open:
+   copilot backup shares --shares 5 --threshold 3 --out shares
    copilot backup --recipients-file shares/recipient.txt --out copilot-2026-01-31.backup`,
 	Flags: configFlags(
 		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist"},
@@ -254,11 +255,14 @@ under this store's master key, which is made if there is none. The store must no
 KEKs, and copilot must not run. The backup is checked to its end first. If anything
 fails, or the command is interrupted, the store stays as it was.
 
-What was changed after the backup is lost: keys that were created, revocations, and
-what was disabled or destroyed.
+Run it as the user that copilot runs as, who has to be able to read the files. What was
+changed after the backup is lost: keys that were created, revocations, and what was
+disabled or destroyed.
 
 Example:
-   copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup`,
+   systemctl stop copilot
+   runuser -u copilot -- copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup
+   systemctl start copilot`,
 	Flags: configFlags(openFlags(jsonFlag())...),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		open, file, err := opener(c)
