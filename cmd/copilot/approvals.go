@@ -75,7 +75,11 @@ Example:
 				if c.Bool("json") {
 					return printJSON(r)
 				}
-				fmt.Printf("approved %s of %s (%s): %s can run it until %s\n", r.Operation, orDash(r.KEK), r.Content, r.By, date(r.Expires))
+				operation := r.Operation
+				if r.KEK != "" {
+					operation += " of " + r.KEK
+				}
+				fmt.Printf("approved %s (%s): %s can run it until %s\n", operation, r.Content, r.By, date(r.Expires))
 				return nil
 			},
 		},
