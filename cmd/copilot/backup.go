@@ -16,6 +16,7 @@ import (
 
 	"filippo.io/age"
 	"github.com/urfave/cli/v3"
+	"golang.org/x/term"
 
 	"github.com/ctrlplane/pilot/copilot/backup"
 	"github.com/ctrlplane/pilot/copilot/server"
@@ -40,7 +41,7 @@ Example, which three of five people together can open:
    copilot backup shares --shares 5 --threshold 3 --out shares
    copilot backup --recipients-file shares/recipient.txt --out copilot-2026-01-31.backup`,
 	Flags: configFlags(
-		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist"},
+		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist, or - for standard output"},
 		&cli.StringSliceFlag{Name: "recipient", Usage: "age or SSH public `KEY` that can open the backup; may be repeated"},
 		&cli.StringSliceFlag{Name: "recipients-file", Usage: "`FILE` with recipients, a line each; may be repeated"},
 		jsonFlag(),
@@ -54,6 +55,9 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	if out == "" {
 		return exit.Usagef("backup: --out is required, the file to write")
 	}
+	if out == "-" && term.IsTerminal(int(os.Stdout.Fd())) {
+		return exit.Usagef("backup: standard output is a terminal: redirect it, or name a file with --out")
+	}
 	conf, err := configuration(c)
 	if err != nil {
 		return err
@@ -61,6 +65,13 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	recipients, err := recipientsOf(c, conf)
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
+	}
+	if out == "-" {
+		made, err := server.WriteBackup(ctx, conf, recipients, os.Stdout)
+		if err != nil {
+			return fmt.Errorf("backup: what was written, if anything, is no backup: %w", withStatus(asOwner(err)))
+		}
+		return reportBackup(c, os.Stderr, made)
 	}
 	if _, err := os.Lstat(out); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("backup: %s exists already: name a new file (%w)", out, err)
@@ -83,11 +94,16 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return fmt.Errorf("backup: nothing was written: %w", withStatus(asOwner(err)))
 	}
+	return reportBackup(c, os.Stdout, made)
+}
+
+// reportBackup writes what a backup has to w.
+func reportBackup(c *cli.Command, w io.Writer, made server.Backup) error {
 	if c.Bool("json") {
-		return printJSON(made)
+		return writeJSON(w, made)
 	}
-	fmt.Printf("%s: %s\nsha256:%s\n", out, made.Totals, made.SHA256)
-	return nil
+	_, err := fmt.Fprintf(w, "%s: %s\nsha256:%s\n", c.String("out"), made.Totals, made.SHA256)
+	return err
 }
 
 // recipientsOf returns the recipients of flags, or else of the configuration.

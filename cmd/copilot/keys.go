@@ -405,8 +405,10 @@ func decodeKey(b []byte, isHex, isBase64 bool) ([]byte, error) {
 	return bytes.Clone(b), nil
 }
 
-func printJSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
+func printJSON(v any) error { return writeJSON(os.Stdout, v) }
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
 }
