@@ -2,7 +2,7 @@
 #
 #   make build          the programs, into bin/        (PKCS11=1: with HSM support in all)
 #   make install        into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
-#   make demo           encrypt, push, pull and run an image, in private directories
+#   make demo           encrypt, pull and run an image, lose and restore the broker, in private directories
 #   make demo-svg       draws what make demo prints, into docs/demo.svg
 #   make packages       debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make images         container images, as OCI layouts in dist/images/ (ARCHS=amd64)

@@ -22,6 +22,10 @@ import (
 var auditCommand = &cli.Command{
 	Name:  "audit",
 	Usage: "verify the audit log",
+	Description: `The audit log has a line for each request, chained to the one before.
+
+Example:
+   copilot audit verify`,
 	Commands: []*cli.Command{acknowledgeCommand, {
 		Name: "verify", Usage: "find lines of the audit log that were changed, removed or inserted", ArgsUsage: "[FILE]...",
 		Description: `Reads the configured log, with the files that logrotate has moved away, or the

@@ -16,6 +16,7 @@ import (
 
 	"filippo.io/age"
 	"github.com/urfave/cli/v3"
+	"golang.org/x/term"
 
 	"github.com/ctrlplane/pilot/copilot/backup"
 	"github.com/ctrlplane/pilot/copilot/server"
@@ -26,7 +27,7 @@ import (
 
 var backupCommand = &cli.Command{
 	Name:  "backup",
-	Usage: "back up the store into one sealed file, and check backups",
+	Usage: "back up the store into a sealed file, and check backups",
 	Description: `Writes the store into a new file, while copilot runs or not: all KEKs as of one
 moment, with their keys, versions, states, revocations and counts of wraps, and where
 the audit log ends. Only those who hold the private key of a recipient, or enough
@@ -34,12 +35,13 @@ shares ("copilot backup shares"), can open it: it does not need the master key. 
 audit log itself is not in it.
 
 A recipient is an age public key, best a post-quantum one (age1pq1…), or an SSH one.
-The default are those in the file that backup-recipients in copilot.toml names.
+The default recipients are in the file that backup-recipients in copilot.toml names.
 
-Example:
+Example, which three of five people together can open:
+   copilot backup shares --shares 5 --threshold 3 --out shares
    copilot backup --recipients-file shares/recipient.txt --out copilot-2026-01-31.backup`,
 	Flags: configFlags(
-		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist"},
+		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist, or - for standard output"},
 		&cli.StringSliceFlag{Name: "recipient", Usage: "age or SSH public `KEY` that can open the backup; may be repeated"},
 		&cli.StringSliceFlag{Name: "recipients-file", Usage: "`FILE` with recipients, a line each; may be repeated"},
 		jsonFlag(),
@@ -53,6 +55,9 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	if out == "" {
 		return exit.Usagef("backup: --out is required, the file to write")
 	}
+	if out == "-" && term.IsTerminal(int(os.Stdout.Fd())) {
+		return exit.Usagef("backup: standard output is a terminal: redirect it, or name a file with --out")
+	}
 	conf, err := configuration(c)
 	if err != nil {
 		return err
@@ -60,6 +65,13 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	recipients, err := recipientsOf(c, conf)
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
+	}
+	if out == "-" {
+		made, err := server.WriteBackup(ctx, conf, recipients, os.Stdout)
+		if err != nil {
+			return fmt.Errorf("backup: what was written, if anything, is no backup: %w", withStatus(asOwner(err)))
+		}
+		return reportBackup(c, os.Stderr, made)
 	}
 	if _, err := os.Lstat(out); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("backup: %s exists already: name a new file (%w)", out, err)
@@ -82,11 +94,16 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return fmt.Errorf("backup: nothing was written: %w", withStatus(asOwner(err)))
 	}
+	return reportBackup(c, os.Stdout, made)
+}
+
+// reportBackup writes what a backup has to w.
+func reportBackup(c *cli.Command, w io.Writer, made server.Backup) error {
 	if c.Bool("json") {
-		return printJSON(made)
+		return writeJSON(w, made)
 	}
-	fmt.Printf("%s: %s\nsha256:%s\n", out, made.Totals, made.SHA256)
-	return nil
+	_, err := fmt.Fprintf(w, "%s: %s\nsha256:%s\n", c.String("out"), made.Totals, made.SHA256)
+	return err
 }
 
 // recipientsOf returns the recipients of flags, or else of the configuration.
@@ -254,11 +271,14 @@ under this store's master key, which is made if there is none. The store must no
 KEKs, and copilot must not run. The backup is checked to its end first. If anything
 fails, or the command is interrupted, the store stays as it was.
 
-What was changed after the backup is lost: keys that were created, revocations, and
-what was disabled or destroyed.
+Run it as the user that copilot runs as, who has to be able to read the files. What was
+changed after the backup is lost: keys that were created, revocations, and what was
+disabled or destroyed.
 
 Example:
-   copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup`,
+   systemctl stop copilot
+   runuser -u copilot -- copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup
+   systemctl start copilot`,
 	Flags: configFlags(openFlags(jsonFlag())...),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		open, file, err := opener(c)

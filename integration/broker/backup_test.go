@@ -74,6 +74,9 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 	if info, err := os.Stat(dir + "/1.backup"); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info, err)
 	}
+	// To standard output too, from where there is no file to fetch.
+	harness.Write(t, dir+"/piped.backup", harness.Output(t, copilot("backup", "--config", config, "--out", "-")))
+	harness.Output(t, copilot("backup", "verify", "--compare", "--config", config, "--share", shares+"/share-1.txt", "--share", shares+"/share-2.txt", "--share", shares+"/share-3.txt", dir+"/piped.backup"))
 	first.Stop(t)
 	if err := os.RemoveAll(store); err != nil {
 		t.Fatal(err)
