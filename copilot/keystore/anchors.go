@@ -177,11 +177,11 @@ func advance(set *masterSet, r row, side []byte, digest string) ([]byte, int64, 
 	return side, a.Changes, err
 }
 
-// changed notes that a row's anchor has changed so often, so that the generation counts it.
-func (a *anchors) changed(r row, changes int64) {
+// changed notes that an anchor has changed so often, so that the generation counts it.
+func (a *anchors) changed(shard int, changes int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	seen := &a.changes[r.shard()]
+	seen := &a.changes[shard]
 	*seen = max(*seen, changes)
 }
 
@@ -501,10 +501,10 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
 func (s *Store) fillAnchors(set *masterSet, list []anchor, to contents) error {
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
-	for i, a := range list {
+	for i := range list {
 		name := anchorName(i)
-		a.Changes = max(a.Changes, s.anchors.changes[i]+1)
-		b, err := set.sealAnchor(name, a)
+		list[i].Changes = max(list[i].Changes, s.anchors.changes[i]+1)
+		b, err := set.sealAnchor(name, list[i])
 		if err != nil {
 			return err
 		}

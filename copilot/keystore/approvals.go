@@ -131,7 +131,7 @@ func (s *Store) ChangeApproval(ctx context.Context, id string, change func(a *Ap
 		})
 	})
 	if err == nil {
-		s.anchors.changed(r, changes)
+		s.anchors.changed(r.shard(), changes)
 	}
 	return a, err
 }

@@ -269,13 +269,13 @@ func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) e
 	})
 }
 
-func (d *boltDB) fill(_ context.Context, do func(contents) error) error {
+func (d *boltDB) fill(_ context.Context, do func([]byte, contents) error) error {
 	return d.db.Update(func(tx *bolt.Tx) error {
 		keks, wraps := tx.Bucket(bucketKEKs), tx.Bucket(bucketWraps)
 		if id, _ := keks.Cursor().First(); id != nil {
 			return fmt.Errorf("%w, such as %s: restore into an empty one", ErrNotEmpty, id)
 		}
-		return do(contents{
+		return do(bytes.Clone(tx.Bucket(bucketOnce).Get([]byte(masterName))), contents{
 			named:  func(name string, b []byte) error { return tx.Bucket(bucketOnce).Put([]byte(name), b) },
 			record: func(id string, b []byte) error { return keks.Put([]byte(id), b) },
 			wraps:  func(id string, version int, n int64) error { return wraps.Put(wrapsKey(id, version), wrapsValue(n)) },

@@ -34,9 +34,10 @@ type database interface {
 	// snapshot calls to with all that is kept under names that begin with one of prefixes,
 	// then with all records in the order of ids, then with all sums, as of one moment.
 	snapshot(ctx context.Context, prefixes []string, to contents) error
-	// fill calls do with what stores records and sums in an empty database. Nothing is
+	// fill calls do with what stores records and sums in an empty database, and with what is
+	// kept under masterName, in one transaction that excludes all other changes. Nothing is
 	// stored if do fails. The error wraps ErrNotEmpty if there is a record.
-	fill(ctx context.Context, do func(to contents) error) error
+	fill(ctx context.Context, do func(master []byte, to contents) error) error
 	// ready reports whether a change could be made now.
 	ready(ctx context.Context) error
 	close() error

@@ -200,6 +200,13 @@ func (d *postgresDB) keepAll(ctx context.Context, names []string, change func(st
 	})
 }
 
+// Changes of the master keys, of all anchors, and of an empty database as a whole wait for all
+// other changes, and these for them.
+const (
+	lockAll    = `SELECT pg_advisory_xact_lock($1, 2)`
+	lockShared = `SELECT pg_advisory_xact_lock_shared($1, 2)`
+)
+
 // locked calls do in a transaction that excludes others of the same names, and now and
 // then of another. Of what do returns, the first are errors that are not the database's.
 func (d *postgresDB) locked(ctx context.Context, names []string, do func(context.Context, pgx.Tx) (failed, err error)) error {
@@ -207,10 +214,9 @@ func (d *postgresDB) locked(ctx context.Context, names []string, do func(context
 	defer cancel()
 	var failed error
 	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) (err error) {
-		// Changes of the master keys wait for all others, and these for them.
-		lock := `SELECT pg_advisory_xact_lock_shared($1, 2)`
+		lock := lockShared
 		if names[0] == masterName {
-			lock = `SELECT pg_advisory_xact_lock($1, 2)`
+			lock = lockAll
 		}
 		if _, err := tx.Exec(ctx, lock, lockSpace); err != nil {
 			return err
@@ -355,13 +361,17 @@ func (d *postgresDB) snapshot(ctx context.Context, prefixes []string, to content
 // fillBatch is how many rows are inserted together.
 const fillBatch = 1000
 
-func (d *postgresDB) fill(ctx context.Context, do func(contents) error) error {
+func (d *postgresDB) fill(ctx context.Context, do func([]byte, contents) error) error {
 	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
 	defer cancel()
 	var failed error
 	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
 		// Others may read meanwhile, and see nothing yet.
-		if _, err := tx.Exec(ctx, `LOCK TABLE copilot_keks IN EXCLUSIVE MODE`); err != nil {
+		if _, err := tx.Exec(ctx, lockAll, lockSpace); err != nil {
+			return err
+		}
+		var master []byte
+		if err := tx.QueryRow(ctx, `SELECT (`+readOnce+`)`, masterName).Scan(&master); err != nil {
 			return err
 		}
 		var id string
@@ -392,7 +402,7 @@ func (d *postgresDB) fill(ctx context.Context, do func(contents) error) error {
 			}
 			return flush()
 		}
-		failed = do(contents{
+		failed = do(master, contents{
 			named: func(name string, b []byte) error {
 				_, err := tx.Exec(ctx, writeOnce, name, b)
 				return d.explain(err)

@@ -2,8 +2,10 @@ package keystore
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"testing"
 	"time"
@@ -77,5 +79,59 @@ func TestMasterKeyRotatesWhileInUse(t *testing.T) {
 		if got, _, err := key(s, id, 1); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%s: %v", id, err)
 		}
+	}
+}
+
+// lateRotation is a database in which another copilot rotates the master key right before it
+// is filled.
+type lateRotation struct {
+	database
+	rotate func()
+}
+
+func (d lateRotation) fill(ctx context.Context, do func([]byte, contents) error) error {
+	d.rotate()
+	return d.database.fill(ctx, do)
+}
+
+// TestImportSealsUnderTheMasterKeyOfNow restores a backup while another copilot rotates the
+// master key: nothing is sealed under the one that was dropped.
+func TestImportSealsUnderTheMasterKeyOfNow(t *testing.T) {
+	dir, ctx := t.TempDir(), t.Context()
+	s := openStore(t, dir)
+	other := newStore(s.db, dir, "", nil)
+	if err := other.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	none := func(int) error { return nil }
+	var once sync.Once
+	s.db = lateRotation{s.db, func() {
+		once.Do(func() {
+			if _, err := other.RotateMaster(ctx, none); err != nil {
+				t.Fatal(err)
+			}
+			if done, err := other.ResealMaster(ctx, func(time.Duration) {}, none); err != nil || !done {
+				t.Fatalf("%v, %v", done, err)
+			}
+		})
+	}}
+	want := bytes.Repeat([]byte{7}, KeySize)
+	held := []Held{{KEK: &HeldKEK{ID: "a", Record: []byte(`{"versions":[{"version":1}]}`), Keys: map[int][]byte{1: bytes.Clone(want)}}}}
+	_, err := s.Import(ctx, 0, func() (h Held, err error) {
+		if len(held) == 0 {
+			return h, io.EOF
+		}
+		h, held = held[0], held[1:]
+		return h, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := newStore(s.db, dir, "", nil)
+	if err := again.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got, _, err := key(again, "a", 1); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("after a restart: %v", err)
 	}
 }

@@ -102,12 +102,11 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	if err != nil {
 		return errors.Join(err, store.Close(), log.Close())
 	}
-	least := log.Generation()
-	b.keks, b.auditLog, b.least = keks, log, least
+	b.keks, b.auditLog, b.least = keks, log, log.Counted()
 	if err := b.checkAnchors(ctx); err != nil {
 		return errors.Join(err, keks.Close(), store.Close(), log.Close())
 	}
-	log.Count(func() int64 { return max(least, store.Generation()) })
+	log.Count(store.Generation)
 	b.heads = &headNotes{log: log, store: store, name: conf.AuditName()}
 	b.metrics.auditLosses(log.Losses)
 	b.audit.Open(log)
@@ -121,6 +120,7 @@ func (b *broker) close() error {
 	}
 	err := b.keks.Close()
 	b.audit.Flush()
+	b.countChanges()
 	b.heads.note(context.Background())
 	return errors.Join(err, b.keks.Store.Close(), b.auditLog.Close())
 }
@@ -175,7 +175,6 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-ctx.Done():
-			b.countChanges()
 			return
 		case <-hangup:
 			b.reload(true)
