@@ -3,6 +3,7 @@ package keystore
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -133,5 +134,61 @@ func TestImportSealsUnderTheMasterKeyOfNow(t *testing.T) {
 	}
 	if got, _, err := key(again, "a", 1); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("after a restart: %v", err)
+	}
+}
+
+// TestForgedMasterStateIsRefused has somebody who can write the database say during a
+// rotation that nothing is sealed under the old master key any more, or that another copilot
+// does not have it: neither a copilot that runs nor one that starts believes that.
+func TestForgedMasterStateIsRefused(t *testing.T) {
+	dir, ctx := t.TempDir(), t.Context()
+	s := openStore(t, dir)
+	s.shared = true
+	if _, err := s.Create(ctx, "a", nil, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.HoldMaster(ctx); err != nil {
+		t.Fatal(err)
+	}
+	none := func(int) error { return nil }
+	if _, err := s.RotateMaster(ctx, none); err != nil {
+		t.Fatal(err)
+	}
+	raw, _, err := s.readMasters(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(b []byte) {
+		if err := s.db.keep(ctx, masterName, func(_, _ []byte) ([]byte, error) { return b, nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, forge := range map[string]func(*masterState){
+		"resealed":         func(m *masterState) { m.Resealed = true },
+		"a holder less":    func(m *masterState) { m.Keys[0].Holders = nil },
+		"a holder more":    func(m *masterState) { m.Keys[0].Holders = append(m.Keys[0].Holders, Holder{File: "b:/c"}) },
+		"not authentic":    func(m *masterState) { m.Resealed, m.MAC = true, nil },
+		"without rotation": func(m *masterState) { m.Keys = m.Keys[:1] },
+	} {
+		state, err := parseMasterState(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forge(&state)
+		b, err := json.Marshal(state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(b)
+		if _, err := s.ResealMaster(ctx, func(time.Duration) {}, none); !errors.Is(err, errMasters) && name != "without rotation" || err == nil {
+			t.Errorf("%s: a copilot that runs: %v", name, err)
+		}
+		if err := newStore(s.db, dir, "", nil).unlock(ctx); !errors.Is(err, errMasters) {
+			t.Errorf("%s: a copilot that starts: %v", name, err)
+		}
+	}
+	put(raw)
+	if done, err := s.ResealMaster(ctx, func(time.Duration) {}, none); err != nil || !done {
+		t.Errorf("%v, %v", done, err)
 	}
 }
