@@ -4,11 +4,8 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -119,8 +116,9 @@ func openFlags(more ...cli.Flag) []cli.Flag {
 	}, more...)
 }
 
-// opener returns what opens the backup that is the command's argument, from its beginning.
-func opener(c *cli.Command) (func() (*backup.Reader, error), io.ReadCloser, error) {
+// sealed returns the backup that is the command's argument, and what opens it. The caller
+// closes it.
+func sealed(c *cli.Command) (*os.File, []age.Identity, error) {
 	if c.NArg() != 1 {
 		return nil, nil, exit.Usagef("%s takes the FILE of a backup, and got %d arguments", c.Name, c.NArg())
 	}
@@ -128,21 +126,8 @@ func opener(c *cli.Command) (func() (*backup.Reader, error), io.ReadCloser, erro
 	if err != nil {
 		return nil, nil, err
 	}
-	name := c.Args().First()
-	f, err := regular.Open(name)
-	if err != nil {
-		return nil, nil, err
-	}
-	return func() (*backup.Reader, error) {
-		if _, err := f.Seek(0, io.SeekStart); err != nil {
-			return nil, err
-		}
-		r, err := backup.Open(f, identities...)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		return r, nil
-	}, f, nil
+	f, err := regular.Open(c.Args().First())
+	return f, identities, err
 }
 
 func identitiesOf(c *cli.Command) (list []age.Identity, err error) {
@@ -207,14 +192,14 @@ type verifiedBackup struct {
 }
 
 func verifyBackup(ctx context.Context, c *cli.Command) error {
-	open, file, err := opener(c)
+	file, identities, err := sealed(c)
 	if err != nil {
 		return fmt.Errorf("backup verify: %w", err)
 	}
 	defer file.Close()
-	r, err := open()
+	r, err := backup.Open(file, identities...)
 	if err != nil {
-		return fmt.Errorf("backup verify: %w", err)
+		return fmt.Errorf("backup verify: %s: %w", file.Name(), err)
 	}
 	defer clear(r.AuditKey)
 	out := verifiedBackup{Created: r.Created, Copilot: r.Copilot, Generation: r.Generation}
@@ -261,7 +246,7 @@ Example:
    copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup`,
 	Flags: configFlags(openFlags(jsonFlag())...),
 	Action: func(ctx context.Context, c *cli.Command) error {
-		open, file, err := opener(c)
+		file, identities, err := sealed(c)
 		if err != nil {
 			return fmt.Errorf("restore: %w", err)
 		}
@@ -270,13 +255,9 @@ Example:
 		if err != nil {
 			return err
 		}
-		digest := sha256.New()
-		if _, err := io.Copy(digest, file); err != nil {
-			return fmt.Errorf("restore: %w", err)
-		}
-		made, err := server.Restore(ctx, conf, hex.EncodeToString(digest.Sum(nil)), open)
+		made, err := server.Restore(ctx, conf, file, identities...)
 		if err != nil {
-			return fmt.Errorf("restore: %w", withStatus(asOwner(err)))
+			return fmt.Errorf("restore: %s: %w", file.Name(), withStatus(asOwner(err)))
 		}
 		if made.Created != "" {
 			fmt.Fprintf(os.Stderr, "copilot: %s\n", made.Created)

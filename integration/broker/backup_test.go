@@ -89,6 +89,9 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 	if out := restore(append(append(there, three...), dir+"/1.backup")...); !strings.Contains(out, "restored 3 KEKs with 6 versions and 5 keys") {
 		t.Error(out)
 	}
+	if line := d.Sql(t, "SELECT line FROM copilot_audit WHERE entry->>'action' = 'restore'"); !strings.Contains(line, digest) {
+		t.Errorf("the audit log has %s, and the backup is %s", line, digest)
+	}
 	if got := described(t, there...); got != want {
 		t.Errorf("in the database: %s, want %s", got, want)
 	}
@@ -264,6 +267,8 @@ func TestBackupThatCanNotBeRestored(t *testing.T) {
 		"less than it says":      {file("less", sealed(header, end)), "it has 0 KEKs"},
 		"more after its end":     {file("more", sealed(header, `{"end":{"keks":0,"versions":0,"keys":0}}`, "x")), "goes on after its end"},
 		"another kind of line":   {file("kind", sealed(header, `{"policy":1}`, end)), "the backup is damaged"},
+		"a KEK twice":            {file("twice", sealed(header, `{"kek":"a","record":{},"keys":{}}`, `{"kek":"a","record":{},"keys":{}}`, `{"end":{"keks":2,"versions":0,"keys":0}}`)), `KEK "a" comes after "a"`},
+		"wraps below nothing":    {file("wraps", sealed(header, `{"wraps":{"id":"a","version":1,"wraps":-1}}`, `{"end":{"keks":0,"versions":0,"keys":0}}`)), "can't have wrapped -1 keys"},
 		"a KEK's line cut short": {file("half", sealed(header, `{"kek":"a","rec`)), "the backup is damaged"},
 	} {
 		store := dir + "/new"
