@@ -3,6 +3,7 @@ package keystore
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -239,6 +240,18 @@ func (d *boltDB) wraps(_ context.Context, id string) (map[int]int64, error) {
 	return sums, err
 }
 
+func (d *boltDB) sums(_ context.Context, prefix string, named, record func(string, [sha256.Size]byte) error) error {
+	return d.db.View(func(tx *bolt.Tx) error {
+		c := tx.Bucket(bucketOnce).Cursor()
+		for k, v := c.Seek([]byte(prefix)); bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
+			if err := named(string(k), sha256.Sum256(v)); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error { return record(string(id), sha256.Sum256(b)) })
+	})
+}
+
 func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) error {
 	return d.db.View(func(tx *bolt.Tx) error {
 		c := tx.Bucket(bucketOnce).Cursor()
@@ -250,12 +263,12 @@ func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) e
 			}
 		}
 		err := tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error {
-			if err := ctx.Err(); err != nil {
+			if err := ctx.Err(); err != nil || to.wanted != nil && !to.wanted(string(id)) {
 				return err
 			}
 			return to.record(string(id), bytes.Clone(b))
 		})
-		if err != nil {
+		if err != nil || to.wraps == nil {
 			return err
 		}
 		return tx.Bucket(bucketWraps).ForEach(func(k, v []byte) error {

@@ -13,9 +13,12 @@ import (
 
 // contents takes what a database has, a part at a time. The bytes are the taker's.
 type contents struct {
+	named func(name string, b []byte) error
+	// wanted says which records are read, or is nil for all.
+	wanted func(id string) bool
 	record func(id string, b []byte) error
-	wraps  func(id string, version int, n int64) error
-	named  func(name string, b []byte) error
+	// wraps is nil if they are not read.
+	wraps func(id string, version int, n int64) error
 }
 
 // ErrNotEmpty is the error of filling a store that has KEKs.

@@ -1,6 +1,9 @@
 package keystore
 
-import "context"
+import (
+	"context"
+	"crypto/sha256"
+)
 
 // database keeps records by id. It is safe for concurrent use, by several
 // processes too where it can be opened by several.
@@ -31,6 +34,9 @@ type database interface {
 	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)
 	// wraps returns the sums of all versions.
 	wraps(ctx context.Context, id string) (map[int]int64, error)
+	// sums calls named and record with SHA-256 of all that is kept under names that begin with
+	// prefix, then of all records in the order of ids, as of one moment.
+	sums(ctx context.Context, prefix string, named, record func(name string, sum [sha256.Size]byte) error) error
 	// snapshot calls to with all that is kept under names that begin with one of prefixes,
 	// then with all records in the order of ids, then with all sums, as of one moment.
 	snapshot(ctx context.Context, prefixes []string, to contents) error

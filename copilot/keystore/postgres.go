@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -322,25 +323,55 @@ func (d *postgresDB) wraps(ctx context.Context, id string) (map[int]int64, error
 	return sums, d.explain(err)
 }
 
+func (d *postgresDB) sums(ctx context.Context, prefix string, named, record func(string, [sha256.Size]byte) error) error {
+	var name string
+	var sum []byte
+	return d.read(ctx, []part{
+		{`SELECT name, sha256(value) FROM copilot_once WHERE starts_with(name, $1) ORDER BY name`, []any{prefix}, []any{&name, &sum}, func() error { return named(name, [sha256.Size]byte(sum)) }},
+		{`SELECT id, sha256(record) FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &sum}, func() error { return record(name, [sha256.Size]byte(sum)) }},
+	})
+}
+
 func (d *postgresDB) snapshot(ctx context.Context, prefixes []string, to contents) error {
+	var name string
+	var b []byte
+	var version int
+	var n int64
+	parts := []part{
+		{`SELECT name, value FROM copilot_once WHERE EXISTS (SELECT FROM unnest($1::text[]) AS p(prefix) WHERE starts_with(name, p.prefix)) ORDER BY name`, []any{prefixes}, []any{&name, &b}, func() error { return to.named(name, b) }},
+	}
+	if to.wanted == nil {
+		parts = append(parts, part{`SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &b}, func() error { return to.record(name, b) }})
+	} else {
+		var ids []string
+		parts = append(parts, part{`SELECT id FROM copilot_keks`, nil, []any{&name}, func() error {
+			if to.wanted(name) {
+				ids = append(ids, name)
+			}
+			return nil
+		}}, part{`SELECT id, record FROM copilot_keks WHERE id = ANY($1) ORDER BY id COLLATE "C"`, []any{&ids}, []any{&name, &b}, func() error { return to.record(name, b) }})
+	}
+	if to.wraps != nil {
+		parts = append(parts, part{`SELECT id, version, wraps FROM copilot_wraps ORDER BY id COLLATE "C", version`, nil, []any{&name, &version, &n}, func() error { return to.wraps(name, version, n) }})
+	}
+	return d.read(ctx, parts)
+}
+
+// part is one query of several, which do is called with the rows of.
+type part struct {
+	query string
+	args  []any
+	into  []any
+	do    func() error
+}
+
+// read reads parts as of one moment, one after the other.
+func (d *postgresDB) read(ctx context.Context, parts []part) error {
 	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
 	defer cancel()
 	var failed error
 	err := postgres.InSnapshot(ctx, d.pool, func(tx pgx.Tx) error {
-		var name string
-		var b []byte
-		var version int
-		var n int64
-		for _, part := range []struct {
-			query string
-			args  []any
-			into  []any
-			do    func() error
-		}{
-			{`SELECT name, value FROM copilot_once WHERE EXISTS (SELECT FROM unnest($1::text[]) AS p(prefix) WHERE starts_with(name, p.prefix)) ORDER BY name`, []any{prefixes}, []any{&name, &b}, func() error { return to.named(name, b) }},
-			{`SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &b}, func() error { return to.record(name, b) }},
-			{`SELECT id, version, wraps FROM copilot_wraps ORDER BY id COLLATE "C", version`, nil, []any{&name, &version, &n}, func() error { return to.wraps(name, version, n) }},
-		} {
+		for _, part := range parts {
 			rows, err := tx.Query(ctx, part.query, part.args...)
 			if err != nil {
 				return err

@@ -246,7 +246,7 @@ func (a *api) seal(ctx context.Context, w io.Writer, to []age.Recipient) (backup
 	key := a.keks.Store.AuditKey()
 	defer clear(key)
 	a.heads.note(ctx)
-	found, err := a.keks.Store.CheckAnchors(ctx, a.least)
+	found, err := a.keks.Store.CheckChanged(ctx, a.least)
 	if err == nil && len(found) > 0 {
 		err = fmt.Errorf("%w: %d records were put back as they were earlier, or deleted: see \"copilot store check\" first", keystore.ErrState, len(found))
 	}

@@ -158,19 +158,14 @@ func (b *broker) policyRead() {
 	b.metrics.policyLoaded.SetToCurrentTime()
 }
 
-const (
-	// policyInterval is how often the policy's file is checked for changes.
-	policyInterval = 2 * time.Second
-	// sweepInterval is how often keys are destroyed whose time has come.
-	sweepInterval = time.Minute
-)
+// policyInterval is how often the policy's file is checked for changes.
+const policyInterval = 2 * time.Second
 
 // tend does the periodic work, until ctx is done.
 func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
-	look, sweep, anchors := time.NewTicker(policyInterval), time.NewTicker(sweepInterval), time.NewTicker(anchorInterval)
+	look, check := time.NewTicker(policyInterval), time.NewTicker(checkInterval)
 	defer look.Stop()
-	defer anchors.Stop()
-	defer sweep.Stop()
+	defer check.Stop()
 	b.sweep(ctx)
 	for {
 		select {
@@ -183,13 +178,13 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 			}
 		case <-look.C:
 			b.reload(false)
-		case <-sweep.C:
-			b.sweep(ctx)
-		case <-anchors.C:
+		case <-check.C:
 			b.countChanges()
 			if err := b.checkAnchors(ctx); err != nil && ctx.Err() == nil {
 				logrus.WithError(err).Error("can't check whether records were put back as they were earlier")
+				continue
 			}
+			b.sweep(ctx)
 		}
 	}
 }
