@@ -217,8 +217,8 @@ func (s *Store) seenChanges(shard int) int64 {
 }
 
 // compare compares the digest of a row with its anchor, which has to have at least so many
-// changes: those that were seen before it was read. A record that was written before there
-// were anchors has none.
+// changes: those that were seen before it was read. The record of a KEK that was written
+// before there were anchors has no digest.
 func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
@@ -230,7 +230,7 @@ func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	}
 	seen := &s.anchors.changes[r.shard()]
 	*seen = max(*seen, a.Changes)
-	if want, ok := a.Digests[r.String()]; ok && want != digest {
+	if want, ok := a.Digests[r.String()]; ok && want != digest || !ok && !r.kek && digest != "" {
 		return fmt.Errorf("%s: %w", r, ErrRolledBack)
 	}
 	return nil

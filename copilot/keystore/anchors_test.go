@@ -429,3 +429,71 @@ func TestAcknowledgementNamesWhatItAccepts(t *testing.T) {
 		t.Errorf("logged %v, accepted %v, %v", logged, accepted, err)
 	}
 }
+
+// TestExpiredApprovalsAreDropped drops requests that have expired, used ones and ones that an
+// acknowledged rollback has voided. None of them can be put back, whatever the clock says.
+func TestExpiredApprovalsAreDropped(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx, now := t.Context(), time.Now()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	create := func(id string, expires time.Duration) {
+		t.Helper()
+		if _, err := s.ChangeApproval(ctx, id, func(a *Approval, _ bool) error {
+			a.Approved, a.Expires = "uid:7", now.Add(expires)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	listed := func() (ids []string) {
+		list, err := s.Approvals(ctx)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, a := range list {
+			ids = append(ids, a.ID)
+		}
+		slices.Sort(ids)
+		return ids
+	}
+	create("voided", -time.Hour)
+	if err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Delete([]byte("a")) }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for i := range dropAtOnce {
+		create(fmt.Sprint("old-", i), -time.Hour)
+	}
+	create("open", time.Hour)
+	putBack := rows(t, s)
+	for range 2 {
+		if err := s.DropApprovals(ctx, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if ids := listed(); !slices.Equal(ids, []string{"open"}) {
+		t.Errorf("left: %v", ids)
+	}
+	a, err := s.readAnchor(ctx, anchorShards)
+	if err != nil || len(a.Digests) != 1 {
+		t.Errorf("the anchor has %d digests, %v", len(a.Digests), err)
+	}
+	raw, err := s.masters.Load().sealAnchor(anchorName(anchorShards), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	putBack()
+	if err := s.db.keep(ctx, anchorName(anchorShards), func(_, _ []byte) ([]byte, error) { return raw, nil }); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := s.Approvals(ctx); len(list) != 1 || !errors.Is(err, ErrRolledBack) {
+		t.Errorf("put back: %d requests, %v", len(list), err)
+	}
+	if _, err := s.ChangeApproval(ctx, "old-1", func(*Approval, bool) error { return nil }); !errors.Is(err, ErrRolledBack) {
+		t.Errorf("used: %v", err)
+	}
+}

@@ -127,7 +127,12 @@ func (d *boltDB) update(_ context.Context, r row, beside string, change func(old
 		if err != nil {
 			return err
 		}
-		if err := in.Put([]byte(r.name), b); err != nil {
+		if b == nil {
+			err = in.Delete([]byte(r.name))
+		} else {
+			err = in.Put([]byte(r.name), b)
+		}
+		if err != nil {
 			return err
 		}
 		return once.Put([]byte(beside), side)

@@ -17,7 +17,8 @@ type database interface {
 	// returns, in a transaction that excludes other changes of this record
 	// and of what is kept under masterName, which change gets as master. It is not made
 	// if change fails.
-	// Beside it, what is kept under another name, beside, is replaced in the same way.
+	// A record that change returns as nil is deleted. Beside it, what is kept under another
+	// name, beside, is replaced in the same way.
 	update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error
 	// reseal calls change with up to n records after the one named, in some order of ids
 	// that is always the same, and replaces those for which it returns a record, in one

@@ -131,9 +131,9 @@ func (d *postgresDB) list(ctx context.Context, wanted func(string) bool, do func
 }
 
 func (d *postgresDB) update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error {
-	read, write := readOnce, writeOnce
+	read, write, remove := readOnce, writeOnce, `DELETE FROM copilot_once WHERE name = $1`
 	if r.kek {
-		read = `SELECT record FROM copilot_keks WHERE id = $1`
+		read, remove = `SELECT record FROM copilot_keks WHERE id = $1`, `DELETE FROM copilot_keks WHERE id = $1`
 		write = `INSERT INTO copilot_keks (id, record) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`
 	}
 	return d.locked(ctx, []string{r.name, beside}, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
@@ -146,7 +146,12 @@ func (d *postgresDB) update(ctx context.Context, r row, beside string, change fu
 		if failed != nil {
 			return failed, nil
 		}
-		if _, err := tx.Exec(ctx, write, r.name, b); err != nil {
+		if b == nil {
+			_, err = tx.Exec(ctx, remove, r.name)
+		} else {
+			_, err = tx.Exec(ctx, write, r.name, b)
+		}
+		if err != nil {
 			return nil, err
 		}
 		_, err = tx.Exec(ctx, writeOnce, beside, side)
