@@ -75,6 +75,7 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 		t.Errorf("%v, %v", info, err)
 	}
 	first.Stop(t)
+	log := harness.Write(t, dir+"/old.log", harness.Read(t, store+"/audit.log"))
 	if err := os.RemoveAll(store); err != nil {
 		t.Fatal(err)
 	}
@@ -112,6 +113,21 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 		t.Error("the stores have one master key")
 	}
 	harness.Output(t, copilot("audit", "verify", "--dir", dir+"/machine-3"))
+
+	// The log of the machine that is lost, whose key only the backup has.
+	verify := func(more ...string) *exec.Cmd {
+		return copilot(append([]string{"audit", "verify", "--dir", dir + "/machine-3"}, more...)...)
+	}
+	harness.ExpectFailure(t, verify(log), "it was changed, or written with another master key")
+	old := append(three, "--backup", dir+"/1.backup")
+	if out := harness.Output(t, verify(append(old, log)...)); !strings.Contains(out, "none changed or missing") {
+		t.Error(out)
+	}
+	lines := strings.SplitAfter(harness.Read(t, log), "\n")
+	cut := harness.Write(t, dir+"/cut.log", strings.Join(lines[:3], ""))
+	harness.ExpectFailure(t, verify(append(old, cut)...), "ends with line 3, and copilot has noted line", "lines were cut off")
+	harness.ExpectFailure(t, verify(old...), "name the files of the log")
+	harness.ExpectFailure(t, verify("--backup", dir+"/1.backup", log), "--identity FILE, or --share FILE")
 }
 
 // TestBackupIsReadByAge opens a backup with the age program, by a post-quantum key, by one
