@@ -4,17 +4,13 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
-	"filippo.io/age"
 	"github.com/urfave/cli/v3"
 	"golang.org/x/term"
 
@@ -22,7 +18,6 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/partfile"
-	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var backupCommand = &cli.Command{
@@ -128,73 +123,6 @@ func recipientsOf(c *cli.Command, conf server.Config) ([]string, error) {
 	return recipients, nil
 }
 
-// openFlags are those of commands that open a backup.
-func openFlags(more ...cli.Flag) []cli.Flag {
-	return append([]cli.Flag{
-		&cli.StringSliceFlag{Name: "identity", Usage: "`FILE` with the age or SSH private key of a recipient; may be repeated"},
-		&cli.StringSliceFlag{Name: "share", Usage: "`FILE` with a share of \"copilot backup shares\"; repeated for each"},
-	}, more...)
-}
-
-// opener returns what opens the backup that is the command's argument, from its beginning.
-func opener(c *cli.Command) (func() (*backup.Reader, error), io.ReadCloser, error) {
-	if c.NArg() != 1 {
-		return nil, nil, exit.Usagef("%s takes the FILE of a backup, and got %d arguments", c.Name, c.NArg())
-	}
-	identities, err := identitiesOf(c)
-	if err != nil {
-		return nil, nil, err
-	}
-	name := c.Args().First()
-	f, err := regular.Open(name)
-	if err != nil {
-		return nil, nil, err
-	}
-	return func() (*backup.Reader, error) {
-		if _, err := f.Seek(0, io.SeekStart); err != nil {
-			return nil, err
-		}
-		r, err := backup.Open(f, identities...)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		return r, nil
-	}, f, nil
-}
-
-func identitiesOf(c *cli.Command) (list []age.Identity, err error) {
-	for _, name := range c.StringSlice("identity") {
-		ids, err := backup.ReadIdentities(name)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, ids...)
-	}
-	var shares []backup.Share
-	for _, name := range c.StringSlice("share") {
-		text, err := regular.ReadText(name, maxKeyFile)
-		if err != nil {
-			return nil, err
-		}
-		s, err := backup.ParseShare(string(text))
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		shares = append(shares, s)
-	}
-	if len(shares) > 0 {
-		id, err := backup.Combine(shares)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, id)
-	}
-	if len(list) == 0 {
-		return nil, exit.Usagef("name what opens it: --identity FILE, or --share FILE for each share")
-	}
-	return list, nil
-}
-
 var backupVerifyCommand = &cli.Command{
 	Name: "verify", Usage: "open a backup and check all of it, without writing anything", ArgsUsage: "FILE",
 	Description: `The drill for a restore: it opens the backup with the identity or the shares that a
@@ -224,14 +152,14 @@ type verifiedBackup struct {
 }
 
 func verifyBackup(ctx context.Context, c *cli.Command) error {
-	open, file, err := opener(c)
+	file, identities, err := sealed(c)
 	if err != nil {
 		return fmt.Errorf("backup verify: %w", err)
 	}
 	defer file.Close()
-	r, err := open()
+	r, err := backup.Open(file, identities...)
 	if err != nil {
-		return fmt.Errorf("backup verify: %w", err)
+		return fmt.Errorf("backup verify: %s: %w", file.Name(), err)
 	}
 	defer clear(r.AuditKey)
 	out := verifiedBackup{Created: r.Created, Copilot: r.Copilot, Generation: r.Generation}
@@ -281,7 +209,7 @@ Example:
    systemctl start copilot`,
 	Flags: configFlags(openFlags(jsonFlag())...),
 	Action: func(ctx context.Context, c *cli.Command) error {
-		open, file, err := opener(c)
+		file, identities, err := sealed(c)
 		if err != nil {
 			return fmt.Errorf("restore: %w", err)
 		}
@@ -290,13 +218,9 @@ Example:
 		if err != nil {
 			return err
 		}
-		digest := sha256.New()
-		if _, err := io.Copy(digest, file); err != nil {
-			return fmt.Errorf("restore: %w", err)
-		}
-		made, err := server.Restore(ctx, conf, hex.EncodeToString(digest.Sum(nil)), open)
+		made, err := server.Restore(ctx, conf, file, identities...)
 		if err != nil {
-			return fmt.Errorf("restore: %w", withStatus(asOwner(err)))
+			return fmt.Errorf("restore: %s: %w", file.Name(), withStatus(asOwner(err)))
 		}
 		if made.Created != "" {
 			fmt.Fprintf(os.Stderr, "copilot: %s\n", made.Created)
