@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -95,6 +96,9 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 // newLayer plans to encrypt a plain layer with a new key.
 func (e *encryption) newLayer(ctx context.Context, desc ocispec.Descriptor) (layerPlan, error) {
 	key := processor.NewLayerKey(desc.Digest)
+	if isMarked(desc) {
+		key.Sealed = make([]byte, sha256.Size) // until it is known: see wrapSeal
+	}
 	c, err := e.wrap(ctx, desc, key)
 	if err != nil {
 		key.Clear()

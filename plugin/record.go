@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/layerkeys"
@@ -15,12 +16,13 @@ import (
 
 // record notes which key has opened a layer that was decrypted, verified and unpacked. It
 // returns an error if that can't be saved: containerd would share the layer with images that
-// need no key.
-func (d *Differ) record(desc ocispec.Descriptor, key *processor.LayerKey, applied ocispec.Descriptor) error {
+// need no key. plain is the digest of the plain blob, or "".
+func (d *Differ) record(desc ocispec.Descriptor, key *processor.LayerKey, applied ocispec.Descriptor, plain digest.Digest) error {
 	if d.conf.Record == nil {
 		return nil
 	}
-	blob := layerkeys.Opened(desc.Digest, layerkeys.Decrypted, key.OpenedBy, key.Fingerprint())
+	blob := layerkeys.Opened(desc.Digest, layerkeys.Decrypted, key.OpenedBy.Vouching(plain, applied.Digest), key.Fingerprint())
+	blob.Plain = plain
 	if !isErofs(desc.MediaType) {
 		blob.Size = applied.Size
 	}
@@ -30,14 +32,19 @@ func (d *Differ) record(desc ocispec.Descriptor, key *processor.LayerKey, applie
 	return nil
 }
 
+// rules returns those of the setting must-be-encrypted.
+func (d *Differ) rules() mustencrypt.Rules {
+	if d.conf.Rules == nil {
+		return nil
+	}
+	return d.conf.Rules()
+}
+
 // ruleFor returns a rule of must-be-encrypted that is for all repositories which containerd
 // has fetched a layer from. It has the layer alone, and not the image's name: a layer that
 // came from another repository too may be of an image that no rule is for.
 func (d *Differ) ruleFor(ctx context.Context, desc ocispec.Descriptor) (rule mustencrypt.Rule, repository string, ok bool, err error) {
-	if d.conf.Rules == nil {
-		return rule, "", false, nil
-	}
-	rules := d.conf.Rules()
+	rules := d.rules()
 	if len(rules) == 0 {
 		return rule, "", false, nil
 	}
@@ -59,28 +66,44 @@ func (d *Differ) mayBePlain(ctx context.Context, desc ocispec.Descriptor) error 
 }
 
 // isForRule returns an error if a layer has to be encrypted for other KEKs than the one that
-// has opened it, and the others that do.
-func (d *Differ) isForRule(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) error {
+// has opened it, and the others that do. If it returns none, it is certain only once the
+// layer was decrypted, so then isAsWrapped is called with its content: the digest of the
+// plain blob, and that of the uncompressed layer.
+func (d *Differ) isForRule(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) (isAsWrapped func(content ...digest.Digest) error, err error) {
 	rule, repository, ok, err := d.ruleFor(ctx, desc)
 	if err != nil || !ok {
-		return err
+		return func(...digest.Digest) error { return nil }, err
 	}
 	allows := func(o processor.Opener) bool { return o.KEK != "" && !o.Public && rule.Allows(o.KEK) }
-	if allows(key.OpenedBy) {
-		return nil
+	by := key.OpenedBy
+	if !allows(by) {
+		others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, key.Equal)
+		i := slices.IndexFunc(others, allows)
+		if i < 0 {
+			return nil, mustBeEncrypted(rule, repository, "it is opened by "+describe(by))
+		}
+		by = others[i]
 	}
-	others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, key.Equal)
-	if slices.ContainsFunc(others, allows) {
-		return nil
+	return func(content ...digest.Digest) error {
+		if by.Vouching(content...).Vouches {
+			return nil
+		}
+		why := mustencrypt.OtherContent
+		if by.Digest == "" {
+			why = mustencrypt.NoDigest
+		}
+		return mustBeEncrypted(rule, repository, fmt.Sprintf("it is opened by %s, %s", describe(by), why))
+	}, nil
+}
+
+func describe(by processor.Opener) string {
+	switch {
+	case by.KEK == "":
+		return "a key that is none of the broker's KEKs"
+	case by.Public:
+		return fmt.Sprintf("KEK %q, and wrapped with its public key, as anybody can", by.KEK)
 	}
-	by := "a key that is none of the broker's KEKs"
-	if key.OpenedBy.KEK != "" {
-		by = fmt.Sprintf("KEK %q", key.OpenedBy.KEK)
-	}
-	if key.OpenedBy.Public {
-		by += ", and wrapped with its public key, as anybody can"
-	}
-	return mustBeEncrypted(rule, repository, "it is opened by "+by)
+	return fmt.Sprintf("KEK %q", by.KEK)
 }
 
 func mustBeEncrypted(rule mustencrypt.Rule, repository, reason string) error {

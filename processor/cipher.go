@@ -10,6 +10,8 @@ import (
 	"hash"
 	"io"
 	"sync"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // Encrypter encrypts a layer as it is read. It is not safe for concurrent use.
@@ -78,6 +80,20 @@ func (d *Decrypter) Read(p []byte) (int, error) { return d.stream.read(p) }
 // the number of bytes written. Its error is nil only if the whole layer is authentic.
 func (d *Decrypter) WriteTo(w io.Writer) (int64, error) { return d.stream.writeTo(w) }
 
+// HashPlain has d compute the digest of the plain layer as well: see [Decrypter.PlainDigest].
+// It must be called before anything is read.
+func (d *Decrypter) HashPlain() { d.stream.plain = sha256.New() }
+
+// PlainDigest returns the SHA-256 of the plain layer, or "" unless all of it was read, is
+// authentic, and [Decrypter.HashPlain] was called before.
+func (d *Decrypter) PlainDigest() digest.Digest {
+	if s := d.stream; s.plain != nil && s.ready.err == io.EOF && len(s.ready.b) == 0 {
+		s.hashing.Wait()
+		return digest.NewDigest(digest.SHA256, s.plain)
+	}
+	return ""
+}
+
 // Close stops reading the layer and waits until nothing reads it any more. It may be
 // called while another goroutine reads from d, which then gets an error.
 func (d *Decrypter) Close() error { return d.stream.shut() }
@@ -108,6 +124,8 @@ type stream struct {
 	end     func(mac []byte) error // how a layer with this MAC ends: io.EOF or an error
 	next    func() chunk           // the next to hand out, made from what is received
 	ready   chunk                  // handed out now
+	plain   hash.Hash              // of all that is handed out; nil: it is not computed
+	hashing sync.WaitGroup         // ready is being hashed, while it is used
 
 	start sync.Once
 	out   chan chunk
@@ -158,6 +176,7 @@ func (s *stream) writeTo(w io.Writer) (total int64, err error) {
 // fill makes something ready to be handed out.
 func (s *stream) fill() error {
 	for len(s.ready.b) == 0 {
+		s.hashing.Wait() // whose buffer it is
 		if err := s.ready.err; err != nil {
 			s.recycle(s.ready)
 			s.ready = chunk{err: err}
@@ -165,6 +184,9 @@ func (s *stream) fill() error {
 		}
 		s.release(s.ready)
 		s.ready = s.next()
+		if b := s.ready.b; s.plain != nil && len(b) > 0 {
+			s.hashing.Go(func() { s.plain.Write(b) })
+		}
 	}
 	return nil
 }

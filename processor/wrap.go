@@ -127,10 +127,20 @@ func (k *LayerKey) Wrap(ctx context.Context, to Recipients, annotations map[stri
 		return nil, err
 	}
 	defer clear(private)
+	// RSA of 2048 bits, which PKCS #11 wraps with, has room for no more.
+	short, err := (&LayerKey{Digest: k.Digest, key: k.key, nonce: k.nonce}).private()
+	if err != nil {
+		return nil, err
+	}
+	defer clear(short)
 
 	out := make(map[string]string)
 	add := func(scheme string) error {
-		value, err := wrapAll(ctx, scheme, to, private)
+		what := private
+		if scheme == "pkcs11" {
+			what = short
+		}
+		value, err := wrapAll(ctx, scheme, to, what)
 		if err != nil {
 			return err
 		}
@@ -225,6 +235,7 @@ func unwrapWith(ctx context.Context, keys Keys, scheme, annotation, public strin
 		return nil, fmt.Errorf("%s: %w", scheme, err)
 	}
 	key.OpenedBy = newOpener(scheme, *kek)
+	key.OpenedBy.Digest = key.Digest
 	return key, nil
 }
 

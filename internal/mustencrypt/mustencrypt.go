@@ -178,3 +178,12 @@ func (r Rule) String() string {
 	}
 	return text
 }
+
+// OtherContent describes, after a KEK, a layer that it opens, and of which the wrapped key
+// has not the digest.
+const OtherContent = "but what is wrapped with it is not the digest of this layer: somebody who can decrypt another layer has encrypted this one under its key, " +
+	"or the tool that encrypted it has wrapped the digest of something else, as skopeo does when it compresses layers anew: encrypt the plain image again with ctr-pilot"
+
+// NoDigest describes, after a KEK, a layer that it opens, and of which no digest is wrapped
+// with the key.
+const NoDigest = "but no digest of the layer is wrapped with its key, so everybody who can decrypt it could put something else in its place: encrypt the plain image again with ctr-pilot"
