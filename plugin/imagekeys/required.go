@@ -136,7 +136,7 @@ func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Laye
 			err = fmt.Errorf("containerd does not have it: fetch it with \"ctr -n %s content fetch IMAGE\" (%w)", ns, err)
 		}
 		if err != nil {
-			return fmt.Errorf("layer %s was unpacked without a record of what its key was wrapped for, or is mounted lazily and was sealed by an earlier version of pilot: %w", l.desc.Digest, err)
+			return fmt.Errorf("layer %s %s: %w", l.desc.Digest, unknownContent(known, l), err)
 		}
 		if proven, ok := r.conf.Record.Layer(p.diffID); ok {
 			for _, b := range proven.Blobs {
@@ -147,6 +147,15 @@ func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Laye
 		}
 	}
 	return nil
+}
+
+// unknownContent describes a layer of which nothing shows that it is what was encrypted.
+func unknownContent(known layerkeys.Layer, l layer) string {
+	if slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return b.Basis == layerkeys.Sealed && b.Digest == l.desc.Digest }) {
+		return "is mounted lazily, and what is sealed of it is not wrapped with its key, so everybody who can decrypt it could have sealed that: " +
+			"encrypt the plain image again with ctr-pilot, since earlier versions did not wrap it, or have pilot read the layer"
+	}
+	return "was unpacked without a record of the key that opened it, and of what is wrapped with that"
 }
 
 // openers describes what opens a layer that no KEK of a rule does.
