@@ -3,39 +3,17 @@ package pull
 import (
 	"bytes"
 	"compress/gzip"
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/hmac"
-	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"io"
 	"testing"
 
-	"github.com/containers/ocicrypt/blockcipher"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 	"github.com/ctrlplane/pilot/processor"
-	"github.com/ctrlplane/pilot/processor/ocicryptclient"
-	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
 )
-
-const (
-	providerAnnotation = "org.opencontainers.image.enc.keys.provider.pilot"
-	publicAnnotation   = "org.opencontainers.image.enc.pubopts"
-)
-
-// providers returns the key provider of the machine that encrypts, which may unwrap, too.
-func providers(c *harness.CI) map[string]processor.KeyProvider {
-	c.T.Helper()
-	found, err := ocicryptclient.FromFile(c.Ocicrypt, grpcdial.Call)
-	if err != nil {
-		c.T.Fatal(err)
-	}
-	return found
-}
 
 // forge makes an image beside another, in its repository, of the plain layers that evil has.
 // They are encrypted with the keys of that image's layers, as somebody can who may decrypt
@@ -43,44 +21,20 @@ func providers(c *harness.CI) map[string]processor.KeyProvider {
 // wrapped for that before, with the digests of the new layers.
 func forge(c *harness.CI, image, evil, suffix, also string) string {
 	c.T.Helper()
-	provider := providers(c)["pilot"]
-	return replaced(c, image, evil, suffix, func(original ocispec.Descriptor, plain []byte) (out []byte, annotations map[string]string) {
-		wrapped, err := base64.StdEncoding.DecodeString(original.Annotations[providerAnnotation])
-		if err != nil {
-			c.T.Fatal(err)
-		}
-		b, err := provider.UnwrapKey(c.T.Context(), nil, wrapped)
-		if err != nil {
-			c.T.Fatal(err)
-		}
-		var private blockcipher.PrivateLayerBlockCipherOptions
-		if err := json.Unmarshal(b, &private); err != nil {
-			c.T.Fatal(err)
-		}
-		block, err := aes.NewCipher(private.SymmetricKey)
-		if err != nil {
-			c.T.Fatal(err)
-		}
-		out = make([]byte, len(plain))
-		cipher.NewCTR(block, private.CipherOptions["nonce"]).XORKeyStream(out, plain)
-		mac := hmac.New(sha256.New, private.SymmetricKey)
-		mac.Write(out)
-		public, err := json.Marshal(blockcipher.PublicLayerBlockCipherOptions{CipherType: blockcipher.AES256CTR, Hmac: mac.Sum(nil), CipherOptions: map[string][]byte{}})
-		if err != nil {
-			c.T.Fatal(err)
-		}
-		annotations = map[string]string{providerAnnotation: original.Annotations[providerAnnotation], publicAnnotation: base64.StdEncoding.EncodeToString(public)}
+	keys := harness.Providers(c.T, c.Ocicrypt)
+	return replaced(c, image, evil, suffix, func(original ocispec.Descriptor, plain []byte) ([]byte, map[string]string) {
+		out, annotations, private := harness.EncryptUnder(c.T, keys, original.Annotations[harness.KeyAnnotation], plain)
 		if also != "" {
 			private.Digest = digest.FromBytes(plain)
 			again, err := json.Marshal(private)
 			if err != nil {
 				c.T.Fatal(err)
 			}
-			own, err := provider.WrapKey(c.T.Context(), [][]byte{[]byte(also)}, again)
+			own, err := keys.Providers["pilot"].WrapKey(c.T.Context(), [][]byte{[]byte(also)}, again)
 			if err != nil {
 				c.T.Fatal(err)
 			}
-			annotations[providerAnnotation] = base64.StdEncoding.EncodeToString(own) + "," + annotations[providerAnnotation]
+			annotations[harness.KeyAnnotation] = base64.StdEncoding.EncodeToString(own) + "," + annotations[harness.KeyAnnotation]
 		}
 		return out, annotations
 	})
@@ -91,7 +45,7 @@ func forge(c *harness.CI, image, evil, suffix, also string) string {
 // layer.
 func encryptAs(c *harness.CI, image, from, suffix string, named func(plain []byte) digest.Digest) string {
 	c.T.Helper()
-	to := processor.Recipients{Keys: processor.Keys{Providers: providers(c)}, Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}
+	to := processor.Recipients{Keys: harness.Providers(c.T, c.Ocicrypt), Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}
 	return replaced(c, image, from, suffix, func(_ ocispec.Descriptor, plain []byte) ([]byte, map[string]string) {
 		key := processor.NewLayerKey(named(plain))
 		encrypter, err := processor.NewEncrypter(bytes.NewReader(plain), key)
