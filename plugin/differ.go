@@ -192,7 +192,7 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, err
 	}
 	defer key.Clear()
-	isAsWrapped, err := d.isForRule(ctx, desc, key)
+	isAsWrapped, err := d.isForRules(ctx, desc, key)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

@@ -40,49 +40,48 @@ func (d *Differ) rules() mustencrypt.Rules {
 	return d.conf.Rules()
 }
 
-// ruleFor returns a rule of must-be-encrypted that is for all repositories which containerd
-// has fetched a layer from. It has the layer alone, and not the image's name: a layer that
-// came from another repository too may be of an image that no rule is for.
-func (d *Differ) ruleFor(ctx context.Context, desc ocispec.Descriptor) (rule mustencrypt.Rule, repository string, ok bool, err error) {
+// rulesFor returns the rules of must-be-encrypted that are for all repositories which
+// containerd has fetched a layer from: it has to meet those of one. The differ has the layer
+// alone, and not the image's name: a layer that came from another repository too may be of an
+// image that no rule is for.
+func (d *Differ) rulesFor(ctx context.Context, desc ocispec.Descriptor) ([]mustencrypt.Alternative, error) {
 	rules := d.rules()
 	if len(rules) == 0 {
-		return rule, "", false, nil
+		return nil, nil
 	}
 	info, err := d.store.Info(ctx, desc.Digest)
 	if err != nil {
-		return rule, "", false, err
+		return nil, err
 	}
-	rule, repository, ok = rules.ForAll(mustencrypt.Sources(info.Labels))
-	return rule, repository, ok, nil
+	return rules.ForAll(mustencrypt.Sources(info.Labels)), nil
 }
 
 // mayBePlain returns an error if a plain layer has to be encrypted.
 func (d *Differ) mayBePlain(ctx context.Context, desc ocispec.Descriptor) error {
-	rule, repository, ok, err := d.ruleFor(ctx, desc)
-	if err != nil || !ok {
+	alternatives, err := d.rulesFor(ctx, desc)
+	if err != nil || len(alternatives) == 0 {
 		return err
 	}
-	return mustBeEncrypted(rule, repository, "it is plain")
+	return mustBeEncrypted(alternatives[0].Rules[0], alternatives[0].Repository, "it is plain")
 }
 
-// isForRule returns an error if a layer has to be encrypted for other KEKs than the one that
+// isForRules returns an error if a layer has to be encrypted for other KEKs than the one that
 // has opened it, and the others that do. If it returns none, it is certain only once the
 // layer was decrypted, so then isAsWrapped is called with its content: the digest of the
 // plain blob, and that of the uncompressed layer.
-func (d *Differ) isForRule(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) (isAsWrapped func(content ...digest.Digest) error, err error) {
-	rule, repository, ok, err := d.ruleFor(ctx, desc)
-	if err != nil || !ok {
+func (d *Differ) isForRules(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) (isAsWrapped func(content ...digest.Digest) error, err error) {
+	alternatives, err := d.rulesFor(ctx, desc)
+	if err != nil || len(alternatives) == 0 {
 		return func(...digest.Digest) error { return nil }, err
 	}
-	allows := func(o processor.Opener) bool { return o.KEK != "" && !o.Public && rule.Allows(o.KEK) }
-	by := key.OpenedBy
-	if !allows(by) {
+	openers := []processor.Opener{key.OpenedBy}
+	met, by, err := firstMet(alternatives, openers)
+	if err != nil {
+		// Those of the same key, and of the same digest that is wrapped with it.
 		others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, key.Equal)
-		i := slices.IndexFunc(others, allows)
-		if i < 0 {
-			return nil, mustBeEncrypted(rule, repository, "it is opened by "+describe(by))
+		if met, by, err = firstMet(alternatives, append(openers, others...)); err != nil {
+			return nil, err
 		}
-		by = others[i]
 	}
 	return func(content ...digest.Digest) error {
 		if by.Vouching(content...).Vouches {
@@ -92,8 +91,29 @@ func (d *Differ) isForRule(ctx context.Context, desc ocispec.Descriptor, key *pr
 		if by.Digest == "" {
 			why = mustencrypt.NoDigest
 		}
-		return mustBeEncrypted(rule, repository, fmt.Sprintf("it is opened by %s, %s", describe(by), why))
+		return mustBeEncrypted(met.Rules[0], met.Repository, fmt.Sprintf("it is opened by %s, %s", describe(by), why))
 	}, nil
+}
+
+// firstMet returns the first alternative each rule of which is content with one of the
+// openers, and an opener that one is content with. The error is that of the first of all.
+func firstMet(alternatives []mustencrypt.Alternative, openers []processor.Opener) (met mustencrypt.Alternative, by processor.Opener, err error) {
+	for _, a := range alternatives {
+		i := slices.IndexFunc(a.Rules, func(rule mustencrypt.Rule) bool {
+			j := slices.IndexFunc(openers, func(o processor.Opener) bool { return o.KEK != "" && !o.Public && rule.Allows(o.KEK) })
+			if j >= 0 {
+				by = openers[j]
+			}
+			return j < 0
+		})
+		if i < 0 {
+			return a, by, nil
+		}
+		if err == nil {
+			err = mustBeEncrypted(a.Rules[i], a.Repository, "it is opened by "+describe(openers[0]))
+		}
+	}
+	return met, by, err
 }
 
 func describe(by processor.Opener) string {

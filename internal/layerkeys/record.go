@@ -239,14 +239,18 @@ func (l Layer) with(b Blob) []Blob {
 // superfluous returns which of the blobs says least: the first of those whose keys open
 // others too, so that nobody can push another's out.
 func superfluous(blobs []Blob) int {
-	uses := map[KEK]int{}
+	uses := map[string]int{} // in all versions, of which somebody can make many
 	for _, b := range blobs {
+		ids := map[string]bool{}
 		for _, k := range b.KEKs {
-			uses[k]++
+			ids[k.ID] = true
+		}
+		for id := range ids {
+			uses[id]++
 		}
 	}
 	return max(0, slices.IndexFunc(blobs, func(b Blob) bool {
-		return !slices.ContainsFunc(b.KEKs, func(k KEK) bool { return uses[k] == 1 })
+		return !slices.ContainsFunc(b.KEKs, func(k KEK) bool { return uses[k.ID] == 1 })
 	}))
 }
 
