@@ -18,7 +18,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/singleflight"
 
-	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -328,8 +327,10 @@ func (r *Resolver) addRecipients(ctx context.Context, diffID digest.Digest, l la
 		b.KEKs, b.Public, b.Vouched, b.Other = nil, nil, nil, false
 		_, complete := r.keys.Openers(ctx, r.conf.Keys, l.desc, func(key *processor.LayerKey) bool {
 			same := bytes.Equal(key.Fingerprint(), b.Fingerprint)
-			if same {
-				b.Open(key.OpenedBy.Vouching(b.Plain, diffID, sealedPlain(key, l, diffID)))
+			if same && b.Basis == layerkeys.Decrypted {
+				b.Open(key.OpenedBy.Vouching(b.Plain, diffID))
+			} else if same {
+				b.Open(key.OpenedBy) // nobody has compared the content
 			}
 			return same
 		})
@@ -355,14 +356,4 @@ func (r *Resolver) addRecipients(ctx context.Context, diffID digest.Digest, l la
 	case <-done:
 	case <-ctx.Done():
 	}
-}
-
-// sealedPlain returns the digest of the plain blob if what is sealed of a lazy layer is
-// wrapped with its key, for this diff ID, or else "".
-func sealedPlain(key *processor.LayerKey, l layer, diffID digest.Digest) digest.Digest {
-	sealed, err := image.SealedLazy(key, l.desc)
-	if err != nil || sealed.DiffID != diffID || !sealed.IsWrapped(key) {
-		return ""
-	}
-	return sealed.Plain
 }
