@@ -71,7 +71,7 @@ func (e *encryption) layer(ctx context.Context, w *work, desc ocispec.Descriptor
 	added, err := annotationsOf(key, c.desc.Digest)
 	maps.Copy(c.annotations, added)
 	if err == nil {
-		e.seal(w, desc, key, check, c)
+		err = e.seal(ctx, w, desc, key, check, c)
 	}
 	return c, err
 }

@@ -2,6 +2,7 @@ package image
 
 import (
 	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,6 +35,18 @@ type Lazy struct {
 	TOC        digest.Digest // SHA-256, as in the annotation containerd.io/snapshot/stargz/toc.digest
 	TailOffset int64         // where TOC and footer begin, in bytes
 	Tail       digest.Digest // SHA-256, of the plain bytes from there to the end
+}
+
+// IsWrapped reports whether what was sealed is wrapped together with the layer's key, from
+// which key was unwrapped. If not, everybody who could decrypt the layer may have sealed it.
+func (l Lazy) IsWrapped(key *processor.LayerKey) bool {
+	return hmac.Equal(key.Sealed, l.wrapped())
+}
+
+// wrapped returns what is wrapped with the layer's key of what is sealed, 32 bytes.
+func (l Lazy) wrapped() []byte {
+	sum := sha256.Sum256([]byte("pilot image lazy layer " + l.text()))
+	return sum[:]
 }
 
 // ErrNotSealed is the error of a layer that has no seal for lazy pulling. It is not
@@ -85,11 +98,14 @@ func (l Lazy) annotation(key *processor.LayerKey) (string, error) {
 	return string(text), err
 }
 
-// seal returns the HMAC-SHA-256 of all that l says, 32 bytes. No digest has a space, so no
-// two values of l have the same text.
+// seal returns the HMAC-SHA-256 of all that l says, 32 bytes.
 func (l Lazy) seal(key *processor.LayerKey) []byte {
-	text := fmt.Sprintf("%s %d %s %s %d %s", l.Plain, l.Size, l.DiffID, l.TOC, l.TailOffset, l.Tail)
-	return sealOf(key.Derive("pilot image lazy layer"), []byte(text))
+	return sealOf(key.Derive("pilot image lazy layer"), []byte(l.text()))
+}
+
+// text returns all that l says. No digest has a space, so no two values have the same text.
+func (l Lazy) text() string {
+	return fmt.Sprintf("%s %d %s %s %d %s", l.Plain, l.Size, l.DiffID, l.TOC, l.TailOffset, l.Tail)
 }
 
 func (l Lazy) validate() error {

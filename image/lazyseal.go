@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"io"
+	"maps"
 	"slices"
 
 	"github.com/opencontainers/go-digest"
@@ -38,10 +39,10 @@ func (e *encryption) check(ctx context.Context, w *work, desc ocispec.Descriptor
 }
 
 // seal adds the seal of a layer, whose plain form was written to check, to its annotations.
-// check may be nil.
-func (e *encryption) seal(w *work, desc ocispec.Descriptor, key *processor.LayerKey, check *lazyCheck, c change) {
+// check may be nil. The error is that of wrapping its key.
+func (e *encryption) seal(ctx context.Context, w *work, desc ocispec.Descriptor, key *processor.LayerKey, check *lazyCheck, c change) error {
 	if check == nil {
-		return
+		return nil
 	}
 	l, err := check.lazy(w.diffIDs[desc.Digest])
 	if err == nil {
@@ -50,9 +51,21 @@ func (e *encryption) seal(w *work, desc ocispec.Descriptor, key *processor.Layer
 	if err != nil {
 		delete(c.annotations, lazyAnnotation)
 		e.fail(desc, err)
-		return
+		return nil
 	}
 	e.isSealed(desc)
+	return e.wrapSeal(ctx, desc, key, l, c)
+}
+
+// wrapSeal wraps what was sealed of a layer together with its key, once more, so that those
+// who can decrypt the layer can't seal something else.
+func (e *encryption) wrapSeal(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, l Lazy, c change) error {
+	if l.IsWrapped(key) {
+		return nil
+	}
+	again, err := e.wrap(ctx, desc, key.WithSealed(l.wrapped()))
+	maps.Copy(c.annotations, again.annotations)
+	return err
 }
 
 // sealTaken returns how a plain layer changes that became one of the earlier image. The
@@ -69,7 +82,7 @@ func (e *encryption) sealTaken(ctx context.Context, w *work, desc ocispec.Descri
 	if err == nil && p.takenKey.trusted && l.TOC.String() == desc.Annotations[tocAnnotation] && slices.Equal(ids, []digest.Digest{l.DiffID}) {
 		p.change.annotations[lazyAnnotation] = was.Annotations[lazyAnnotation]
 		e.isSealed(desc)
-		return p.change, nil
+		return p.change, e.wrapSeal(ctx, desc, p.takenKey.LayerKey, l, p.change)
 	}
 	check := e.check(ctx, w, desc)
 	if check == nil {
@@ -79,8 +92,7 @@ func (e *encryption) sealTaken(ctx context.Context, w *work, desc ocispec.Descri
 	if err := w.feed(ctx, desc, check); err != nil {
 		return change{}, err
 	}
-	e.seal(w, desc, p.takenKey.LayerKey, check, p.change)
-	return p.change, nil
+	return p.change, e.seal(ctx, w, desc, p.takenKey.LayerKey, check, p.change)
 }
 
 // feed writes a plain layer to check.

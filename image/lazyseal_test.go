@@ -28,7 +28,11 @@ func (s *store) sealed(l ocispec.Descriptor) (Lazy, error) {
 		s.t.Fatal(err)
 	}
 	defer key.Clear()
-	return SealedLazy(key, l)
+	sealed, err := SealedLazy(key, l)
+	if err == nil && !sealed.IsWrapped(key) {
+		err = errors.New("what is sealed is not wrapped with the key")
+	}
+	return sealed, err
 }
 
 // TestChunkedLayersAreSealed encrypts layers of each tool that makes them.

@@ -98,10 +98,11 @@ func (s *store) mustComeBack(from Result, plain ocispec.Descriptor) {
 }
 
 // plant makes what an attacker who knows the key may put into an earlier image: a blob of
-// what, which is said to be plain and is sealed, and whose key is wrapped for to.
+// what, which is said to be plain and is sealed, and whose key is wrapped for to, with a seal
+// for lazy pulling.
 func (s *store) plant(plain ocispec.Descriptor, what string, to processor.Recipients) ocispec.Descriptor {
 	s.t.Helper()
-	key := processor.NewLayerKey(plain.Digest)
+	key := processor.NewLayerKey(plain.Digest).WithSealed(bytes.Repeat([]byte{7}, 32))
 	e, err := processor.NewEncrypter(strings.NewReader(what), key)
 	if err != nil {
 		s.t.Fatal(err)
@@ -432,4 +433,21 @@ func TestLikeGoesByThePlainDigest(t *testing.T) {
 		t.Errorf("%q, want %q", types, want)
 	}
 	s.mustComeBack(v2, plain)
+}
+
+// TestLikeWrapsNothingThatOthersSealed takes a layer over with the key of which somebody has
+// wrapped what they like for lazy pulling.
+func TestLikeWrapsNothingThatOthersSealed(t *testing.T) {
+	newKEKs(t, "a")
+	s := newStore(t)
+	plain := s.put(ocispec.MediaTypeImageLayer, "the same layer")
+	earlier := s.plant(plain, "the same layer", kek("pilot", "a"))
+	result := s.mustEncrypt(s.image(plain), kek("pilot", "a"), Options{Like: s.likeLayers(earlier)})
+	if result.Reused.Layers != 1 {
+		t.Fatalf("%d layers were taken over", result.Reused.Layers)
+	}
+	got, err := processor.Unwrap(s.ctx, s.dc, s.layers(result.Target)[0])
+	if err != nil || got.Sealed != nil || got.Digest != plain.Digest {
+		t.Errorf("the key is wrapped with %x and %s: %v", got.Sealed, got.Digest, err)
+	}
 }

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -94,7 +95,7 @@ func (e *encryption) layerPlan(ctx context.Context, w *work, desc ocispec.Descri
 
 // newLayer plans to encrypt a plain layer with a new key.
 func (e *encryption) newLayer(ctx context.Context, desc ocispec.Descriptor) (layerPlan, error) {
-	key := processor.NewLayerKey(desc.Digest)
+	key := processor.NewLayerKey(desc.Digest).WithSealed(notSealed(desc))
 	c, err := e.wrap(ctx, desc, key)
 	if err != nil {
 		key.Clear()
@@ -103,9 +104,20 @@ func (e *encryption) newLayer(ctx context.Context, desc ocispec.Descriptor) (lay
 	return layerPlan{key: key, change: c}, nil
 }
 
+// notSealed is wrapped with the key of a layer until it is known what can be sealed of it: see
+// wrapSeal. It is as long, if the layer says that it can be pulled lazily.
+func notSealed(desc ocispec.Descriptor) []byte {
+	if !isMarked(desc) {
+		return nil
+	}
+	return make([]byte, sha256.Size)
+}
+
 // reuse plans to take over the blob of the earlier image, which key has encrypted. The
-// recipients are the new ones alone.
+// recipients are the new ones alone. What was wrapped with the key of a seal is not taken
+// over: it may be anybody's.
 func (e *encryption) reuse(ctx context.Context, desc ocispec.Descriptor, key earlierKey, blob ocispec.Descriptor) (layerPlan, error) {
+	key.LayerKey = key.WithSealed(notSealed(desc))
 	c, err := e.wrap(ctx, desc, key.LayerKey)
 	if err != nil {
 		return layerPlan{}, err

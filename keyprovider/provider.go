@@ -18,6 +18,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
@@ -101,6 +103,12 @@ func New(broker Broker, conf Config) *Provider {
 	conf.Format = cmp.Or(conf.Format, FormatA256GCMKW)
 	if broker == nil {
 		broker = noBroker{}
+	}
+	for _, name := range conf.AgeIdentities {
+		// What can't be read is an error where it is needed.
+		if exposed, _ := agekey.CheckIdentities(name); exposed != nil {
+			logrus.WithError(exposed).Warn("age identities not protected")
+		}
 	}
 	p := &Provider{conf: conf, broker: broker, metrics: conf.Metrics}
 	if p.metrics == nil {

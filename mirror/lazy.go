@@ -248,7 +248,7 @@ func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool) (
 		if err := m.checkShared(ctx, repo, layer, all); err != nil {
 			return nil, err
 		}
-		if err := m.record(layer, layerkeys.Sealed); err != nil {
+		if err := m.record(layer, layerkeys.Sealed, ""); err != nil {
 			return nil, err
 		}
 	}

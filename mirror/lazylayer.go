@@ -153,6 +153,9 @@ func (m *Mirror) unwrapLazy(ctx context.Context, layer *lazyLayer) error {
 	if layer.sealed == (image.Lazy{}) {
 		layer.sealed = sealed // nobody else has the layer yet
 	}
+	if sealed.IsWrapped(key) {
+		key.OpenedBy = key.OpenedBy.Vouching(key.Digest)
+	}
 	ttl, grace := m.conf.LayerKeyLifetime()
 	switch {
 	case layerbudget.Taken(ctx) == 0:

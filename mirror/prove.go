@@ -130,11 +130,12 @@ func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLay
 		return err
 	}
 	defer plain.Close()
+	plain.HashPlain()
 	err = image.VerifyLazy(plain, layer.sealed, end)
 	log := logrus.WithFields(ofLayer(layer.desc)).WithFields(logrus.Fields{"image": repo.key(), "bytes": layer.desc.Size, "took": time.Since(began), "diff-id": layer.sealed.DiffID})
 	switch {
 	case err == nil:
-		if err = m.record(layer, layerkeys.Decrypted); err != nil {
+		if err = m.record(layer, layerkeys.Decrypted, plain.PlainDigest()); err != nil {
 			break
 		}
 		layer.proof.Store(&proof{})

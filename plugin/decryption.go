@@ -6,6 +6,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -24,6 +25,7 @@ var registerDecryption = sync.OnceFunc(func() {
 // decryption is a stream processor in this process.
 type decryption struct {
 	key       *processor.LayerKey
+	hash      bool // of the plain layer, too
 	mediaType string
 
 	// What decompresses may read in a goroutine, and go on for a moment
@@ -38,6 +40,9 @@ func startDecryption(ctx context.Context, stream diff.StreamProcessor, _ map[str
 	layer, err := processor.NewDecrypter(stream, d.key)
 	if err != nil {
 		return nil, err
+	}
+	if d.hash {
+		layer.HashPlain()
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -64,6 +69,16 @@ func (d *decryption) verified() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.layer != nil && d.layer.Verified()
+}
+
+// plainDigest returns the digest of a layer that was verified, or "" if it is not computed.
+func (d *decryption) plainDigest() digest.Digest {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.layer == nil {
+		return ""
+	}
+	return d.layer.PlainDigest()
 }
 
 // end ends the decryption, if it has begun, and a Read that goes on with an error. It

@@ -192,7 +192,8 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 		return ocispec.Descriptor{}, err
 	}
 	defer key.Clear()
-	if err := d.isForRule(ctx, desc, key); err != nil {
+	isAsWrapped, err := d.isForRules(ctx, desc, key)
+	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	// Only now, so that layers that wait for a broker hold up no others.
@@ -201,21 +202,27 @@ func (d *Differ) decrypt(ctx context.Context, desc ocispec.Descriptor, mounts []
 	}
 	defer d.leave()
 	var applied ocispec.Descriptor
+	var plain digest.Digest
 	if len(mounts) > 0 && isErofs(desc.MediaType) {
-		applied, err = d.applyErofs(ctx, desc, key, mounts, opts...)
+		applied, plain, err = d.applyErofs(ctx, desc, key, mounts, opts...)
 	} else {
-		applied, err = d.applyDecrypted(ctx, desc, key, mounts, opts...)
+		applied, plain, err = d.applyDecrypted(ctx, desc, key, mounts, opts...)
 	}
 	if err == nil {
-		err = d.record(desc, key, applied)
+		err = isAsWrapped(plain, applied.Digest)
+	}
+	if err == nil {
+		err = d.record(desc, key, applied, plain)
 	}
 	return applied, err
 }
 
-// applyDecrypted decrypts a layer while the appliers unpack it.
-func (d *Differ) applyDecrypted(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
-	layer := &decryption{key: key}
-	applied, err := d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
+// applyDecrypted decrypts a layer while the appliers unpack it. plain is the digest of the
+// plain blob, if there is any rule which images must be encrypted, and else "": it costs as
+// much as the HMAC.
+func (d *Differ) applyDecrypted(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, mounts []mount.Mount, opts ...diff.ApplyOpt) (applied ocispec.Descriptor, plain digest.Digest, err error) {
+	layer := &decryption{key: key, hash: len(d.rules()) > 0 && isCompressed(ctx, desc.MediaType)}
+	applied, err = d.apply(context.WithValue(ctx, decryptionKey{}, layer), desc, mounts, opts...)
 	layer.end()
 	if err == nil {
 		err = ctx.Err()
@@ -230,7 +237,15 @@ func (d *Differ) applyDecrypted(ctx context.Context, desc ocispec.Descriptor, ke
 	if errors.Is(err, processor.ErrTampered) {
 		err = processor.ErrTampered // hide follow-up errors
 	}
-	return applied, err
+	return applied, layer.plainDigest(), err
+}
+
+// isCompressed reports whether an encrypted layer may be compressed. If not, its digest is
+// the one that containerd computes of what it unpacks.
+func isCompressed(ctx context.Context, mediaType string) bool {
+	plain, _ := processor.PlainMediaType(mediaType)
+	compression, err := images.DiffCompression(ctx, plain)
+	return err != nil || compression != ""
 }
 
 // enter waits until fewer than Config.Layers layers are read. The caller calls

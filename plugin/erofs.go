@@ -28,28 +28,28 @@ func isErofs(mediaType string) bool {
 // applyErofs decrypts a layer that is an EROFS file system and hands it to
 // containerd's EROFS differ, which knows no stream processors for such layers and
 // copies them as they are.
-func (d *Differ) applyErofs(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
-	store := &decryptedStore{Store: d.store, encrypted: desc, key: key, digester: digest.Canonical.Digester()}
+func (d *Differ) applyErofs(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey, mounts []mount.Mount, opts ...diff.ApplyOpt) (applied ocispec.Descriptor, plainDigest digest.Digest, err error) {
+	store := &decryptedStore{Store: d.store, encrypted: desc, key: key}
 	defer store.close()
 	plain := desc
 	plain.MediaType, _ = processor.PlainMediaType(desc.MediaType)
-	applied, err := erofs.NewErofsDiffer(store).Apply(ctx, plain, mounts, opts...)
+	applied, err = erofs.NewErofsDiffer(store).Apply(ctx, plain, mounts, opts...)
 	if errdefs.IsNotImplemented(err) {
-		return ocispec.Descriptor{}, fmt.Errorf("a layer of type %s is for the snapshotter erofs: %w", plain.MediaType, errdefs.ErrFailedPrecondition)
+		return ocispec.Descriptor{}, "", fmt.Errorf("a layer of type %s is for the snapshotter erofs: %w", plain.MediaType, errdefs.ErrFailedPrecondition)
 	}
 	if err == nil {
-		err = store.verify()
+		plainDigest, err = store.verify()
 	} else if ctx.Err() == nil && errors.Is(d.verify(ctx, desc, key), processor.ErrTampered) {
 		err = processor.ErrTampered // hide follow-up errors
 	}
 	if err != nil {
-		return ocispec.Descriptor{}, err
+		return ocispec.Descriptor{}, "", err
 	}
 	if applied.Digest == desc.Digest {
 		// It returns what it was given for what it does not decompress.
-		applied.Digest = store.digester.Digest()
+		applied.Digest = plainDigest
 	}
-	return applied, nil
+	return applied, plainDigest, nil
 }
 
 // decryptedStore is a content store in which one layer is plain. It reads it once,
@@ -61,10 +61,9 @@ type decryptedStore struct {
 	blob      content.ReaderAt
 
 	// What decompresses may read in a goroutine, and go on for a moment.
-	mu       sync.Mutex
-	layer    *processor.Decrypter
-	digester digest.Digester // of the plain layer
-	offset   int64
+	mu     sync.Mutex
+	layer  *processor.Decrypter
+	offset int64
 }
 
 func (s *decryptedStore) ReaderAt(ctx context.Context, _ ocispec.Descriptor) (content.ReaderAt, error) {
@@ -79,6 +78,7 @@ func (s *decryptedStore) ReaderAt(ctx context.Context, _ ocispec.Descriptor) (co
 	if s.layer, err = processor.NewDecrypter(content.NewReader(blob), s.key); err != nil {
 		return nil, err
 	}
+	s.layer.HashPlain()
 	return s, nil
 }
 
@@ -92,7 +92,6 @@ func (s *decryptedStore) ReadAt(p []byte, offset int64) (int, error) {
 	}
 	n, err := io.ReadFull(s.layer, p)
 	s.offset += int64(n)
-	s.digester.Hash().Write(p[:n])
 	if err == io.ErrUnexpectedEOF {
 		err = io.EOF
 	}
@@ -105,15 +104,16 @@ func (s *decryptedStore) Size() int64 { return s.blob.Size() }
 // Close does nothing: the layer is yet to be verified.
 func (s *decryptedStore) Close() error { return nil }
 
-// verify reads the rest of the layer, and returns an error unless all of it is
-// authentic.
-func (s *decryptedStore) verify() error {
+// verify reads the rest of the layer, and returns its digest, and an error unless all of it
+// is authentic.
+func (s *decryptedStore) verify() (digest.Digest, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.layer == nil {
-		return nil
+		return "", nil
 	}
-	return s.layer.Verify()
+	err := s.layer.Verify()
+	return s.layer.PlainDigest(), err
 }
 
 func (s *decryptedStore) close() {

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/layerkeys"
@@ -15,12 +16,13 @@ import (
 
 // record notes which key has opened a layer that was decrypted, verified and unpacked. It
 // returns an error if that can't be saved: containerd would share the layer with images that
-// need no key.
-func (d *Differ) record(desc ocispec.Descriptor, key *processor.LayerKey, applied ocispec.Descriptor) error {
+// need no key. plain is the digest of the plain blob, or "".
+func (d *Differ) record(desc ocispec.Descriptor, key *processor.LayerKey, applied ocispec.Descriptor, plain digest.Digest) error {
 	if d.conf.Record == nil {
 		return nil
 	}
-	blob := layerkeys.Opened(desc.Digest, layerkeys.Decrypted, key.OpenedBy, key.Fingerprint())
+	blob := layerkeys.Opened(desc.Digest, layerkeys.Decrypted, key.OpenedBy.Vouching(plain, applied.Digest), key.Fingerprint())
+	blob.Plain = plain
 	if !isErofs(desc.MediaType) {
 		blob.Size = applied.Size
 	}
@@ -30,57 +32,98 @@ func (d *Differ) record(desc ocispec.Descriptor, key *processor.LayerKey, applie
 	return nil
 }
 
-// ruleFor returns a rule of must-be-encrypted that is for all repositories which containerd
-// has fetched a layer from. It has the layer alone, and not the image's name: a layer that
-// came from another repository too may be of an image that no rule is for.
-func (d *Differ) ruleFor(ctx context.Context, desc ocispec.Descriptor) (rule mustencrypt.Rule, repository string, ok bool, err error) {
+// rules returns those of the setting must-be-encrypted.
+func (d *Differ) rules() mustencrypt.Rules {
 	if d.conf.Rules == nil {
-		return rule, "", false, nil
+		return nil
 	}
-	rules := d.conf.Rules()
+	return d.conf.Rules()
+}
+
+// rulesFor returns the rules of must-be-encrypted that are for all repositories which
+// containerd has fetched a layer from: it has to meet those of one. The differ has the layer
+// alone, and not the image's name: a layer that came from another repository too may be of an
+// image that no rule is for.
+func (d *Differ) rulesFor(ctx context.Context, desc ocispec.Descriptor) ([]mustencrypt.Alternative, error) {
+	rules := d.rules()
 	if len(rules) == 0 {
-		return rule, "", false, nil
+		return nil, nil
 	}
 	info, err := d.store.Info(ctx, desc.Digest)
 	if err != nil {
-		return rule, "", false, err
+		return nil, err
 	}
-	rule, repository, ok = rules.ForAll(mustencrypt.Sources(info.Labels))
-	return rule, repository, ok, nil
+	return rules.ForAll(mustencrypt.Sources(info.Labels)), nil
 }
 
 // mayBePlain returns an error if a plain layer has to be encrypted.
 func (d *Differ) mayBePlain(ctx context.Context, desc ocispec.Descriptor) error {
-	rule, repository, ok, err := d.ruleFor(ctx, desc)
-	if err != nil || !ok {
+	alternatives, err := d.rulesFor(ctx, desc)
+	if err != nil || len(alternatives) == 0 {
 		return err
 	}
-	return mustBeEncrypted(rule, repository, "it is plain")
+	return mustBeEncrypted(alternatives[0].Rules[0], alternatives[0].Repository, "it is plain")
 }
 
-// isForRule returns an error if a layer has to be encrypted for other KEKs than the one that
-// has opened it, and the others that do.
-func (d *Differ) isForRule(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) error {
-	rule, repository, ok, err := d.ruleFor(ctx, desc)
-	if err != nil || !ok {
-		return err
+// isForRules returns an error if a layer has to be encrypted for other KEKs than the one that
+// has opened it, and the others that do. If it returns none, it is certain only once the
+// layer was decrypted, so then isAsWrapped is called with its content: the digest of the
+// plain blob, and that of the uncompressed layer.
+func (d *Differ) isForRules(ctx context.Context, desc ocispec.Descriptor, key *processor.LayerKey) (isAsWrapped func(content ...digest.Digest) error, err error) {
+	alternatives, err := d.rulesFor(ctx, desc)
+	if err != nil || len(alternatives) == 0 {
+		return func(...digest.Digest) error { return nil }, err
 	}
-	allows := func(o processor.Opener) bool { return o.KEK != "" && !o.Public && rule.Allows(o.KEK) }
-	if allows(key.OpenedBy) {
-		return nil
+	openers := []processor.Opener{key.OpenedBy}
+	met, by, err := firstMet(alternatives, openers)
+	if err != nil {
+		// Those of the same key, and of the same digest that is wrapped with it.
+		others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, key.Equal)
+		if met, by, err = firstMet(alternatives, append(openers, others...)); err != nil {
+			return nil, err
+		}
 	}
-	others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, key.Equal)
-	if slices.ContainsFunc(others, allows) {
-		return nil
+	return func(content ...digest.Digest) error {
+		if by.Vouching(content...).Vouches {
+			return nil
+		}
+		why := mustencrypt.OtherContent
+		if by.Digest == "" {
+			why = mustencrypt.NoDigest
+		}
+		return mustBeEncrypted(met.Rules[0], met.Repository, fmt.Sprintf("it is opened by %s, %s", describe(by), why))
+	}, nil
+}
+
+// firstMet returns the first alternative each rule of which is content with one of the
+// openers, and an opener that one is content with. The error is that of the first of all.
+func firstMet(alternatives []mustencrypt.Alternative, openers []processor.Opener) (met mustencrypt.Alternative, by processor.Opener, err error) {
+	for _, a := range alternatives {
+		i := slices.IndexFunc(a.Rules, func(rule mustencrypt.Rule) bool {
+			j := slices.IndexFunc(openers, func(o processor.Opener) bool { return o.KEK != "" && !o.Public && rule.Allows(o.KEK) })
+			if j >= 0 {
+				by = openers[j]
+			}
+			return j < 0
+		})
+		if i < 0 {
+			return a, by, nil
+		}
+		if err == nil {
+			err = mustBeEncrypted(a.Rules[i], a.Repository, "it is opened by "+describe(openers[0]))
+		}
 	}
-	by := "a key that is none of the broker's KEKs"
-	if key.OpenedBy.KEK != "" {
-		by = fmt.Sprintf("KEK %q", key.OpenedBy.KEK)
+	return met, by, err
+}
+
+func describe(by processor.Opener) string {
+	switch {
+	case by.KEK == "":
+		return "a key that is none of the broker's KEKs"
+	case by.Public:
+		return fmt.Sprintf("KEK %q, and wrapped with its public key, as anybody can", by.KEK)
 	}
-	if key.OpenedBy.Public {
-		by += ", and wrapped with its public key, as anybody can"
-	}
-	return mustBeEncrypted(rule, repository, "it is opened by "+by)
+	return fmt.Sprintf("KEK %q", by.KEK)
 }
 
 func mustBeEncrypted(rule mustencrypt.Rule, repository, reason string) error {

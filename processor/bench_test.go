@@ -42,7 +42,13 @@ func BenchmarkEncrypt(b *testing.B) {
 	}
 }
 
-func BenchmarkDecrypt(b *testing.B) {
+func BenchmarkDecrypt(b *testing.B) { benchmarkDecrypt(b, false) }
+
+// BenchmarkDecryptAndHash computes the digest of the plain layer, too, as the differ does
+// where there is a rule of must-be-encrypted.
+func BenchmarkDecryptAndHash(b *testing.B) { benchmarkDecrypt(b, true) }
+
+func benchmarkDecrypt(b *testing.B, hash bool) {
 	ciphertext, k := encrypt(b, randomBytes(benchSize))
 	b.SetBytes(benchSize)
 	b.ReportAllocs()
@@ -50,6 +56,9 @@ func BenchmarkDecrypt(b *testing.B) {
 		d, err := NewDecrypter(bytes.NewReader(ciphertext), k)
 		if err != nil {
 			b.Fatal(err)
+		}
+		if hash {
+			d.HashPlain()
 		}
 		if _, err := d.WriteTo(onlyWriter{io.Discard}); err != nil {
 			b.Fatal(err)

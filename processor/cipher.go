@@ -10,6 +10,8 @@ import (
 	"hash"
 	"io"
 	"sync"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // Encrypter encrypts a layer as it is read. It is not safe for concurrent use.
@@ -78,6 +80,22 @@ func (d *Decrypter) Read(p []byte) (int, error) { return d.stream.read(p) }
 // the number of bytes written. Its error is nil only if the whole layer is authentic.
 func (d *Decrypter) WriteTo(w io.Writer) (int64, error) { return d.stream.writeTo(w) }
 
+// HashPlain has d compute the digest of the plain layer as well: see [Decrypter.PlainDigest].
+// It must be called before anything is read.
+func (d *Decrypter) HashPlain() {
+	d.stream.plain, d.stream.used = sha256.New(), make(chan chunk, chunks)
+}
+
+// PlainDigest returns the SHA-256 of the plain layer, or "" unless all of it was read, is
+// authentic, and [Decrypter.HashPlain] was called before.
+func (d *Decrypter) PlainDigest() digest.Digest {
+	if s := d.stream; s.ready.err == io.EOF && len(s.ready.b) == 0 {
+		s.endHash()
+		return s.sum
+	}
+	return ""
+}
+
 // Close stops reading the layer and waits until nothing reads it any more. It may be
 // called while another goroutine reads from d, which then gets an error.
 func (d *Decrypter) Close() error { return d.stream.shut() }
@@ -93,6 +111,7 @@ var buffers = sync.Pool{New: func() any { return new([BufferSize]byte) }}
 // chunk is a piece of a layer.
 type chunk struct {
 	b      []byte
+	whole  []byte            // b before some of it was handed out
 	buffer *[BufferSize]byte // that b is in
 	err    error             // what comes after b: nil for more, io.EOF, or what went wrong
 }
@@ -108,6 +127,11 @@ type stream struct {
 	end     func(mac []byte) error // how a layer with this MAC ends: io.EOF or an error
 	next    func() chunk           // the next to hand out, made from what is received
 	ready   chunk                  // handed out now
+	plain   hash.Hash              // of all that is handed out; nil: it is not computed
+	used    chan chunk             // that were handed out, and are to be hashed
+	hashing sync.WaitGroup         // until all are
+	hashed  bool                   // used is closed
+	sum     digest.Digest          // of all that was handed out, once that is the whole
 
 	start sync.Once
 	out   chan chunk
@@ -159,12 +183,14 @@ func (s *stream) writeTo(w io.Writer) (total int64, err error) {
 func (s *stream) fill() error {
 	for len(s.ready.b) == 0 {
 		if err := s.ready.err; err != nil {
+			s.endHash()
 			s.recycle(s.ready)
 			s.ready = chunk{err: err}
 			return err
 		}
 		s.release(s.ready)
 		s.ready = s.next()
+		s.ready.whole = s.ready.b
 	}
 	return nil
 }
@@ -175,6 +201,9 @@ func (s *stream) receive() chunk {
 		read := make(chan chunk, chunks)
 		s.done.Go(func() { s.readSource(read) })
 		s.done.Go(func() { s.authenticate(read) })
+		if s.plain != nil {
+			s.hashing.Go(s.hash)
+		}
 	})
 	select {
 	case c := <-s.out:
@@ -186,9 +215,43 @@ func (s *stream) receive() chunk {
 
 // release gives back the buffer of a chunk that was used.
 func (s *stream) release(c chunk) {
-	if c.buffer != nil {
+	switch {
+	case c.buffer == nil:
+	case s.plain != nil:
+		s.used <- c // which has room for all there are
+	default:
 		s.free <- c.buffer
 	}
+}
+
+// hash hashes the chunks that were used, and gives back their buffers. So it waits for
+// nobody who uses them, nor they for it.
+func (s *stream) hash() {
+	for {
+		select {
+		case c, more := <-s.used:
+			if !more {
+				s.sum = digest.NewDigest(digest.SHA256, s.plain)
+				return
+			}
+			s.plain.Write(c.whole)
+			s.free <- c.buffer
+		case <-s.stop:
+			return
+		}
+	}
+}
+
+// endHash waits until all that was handed out is hashed, once the stream has ended.
+func (s *stream) endHash() {
+	if s.plain == nil || s.hashed {
+		return
+	}
+	s.hashed = true
+	s.release(s.ready)
+	s.ready.buffer = nil
+	close(s.used)
+	s.hashing.Wait()
 }
 
 // recycle gives back all buffers of a stream that has ended, and that of c.
@@ -278,5 +341,6 @@ func (s *stream) shut() error {
 	s.start.Do(func() {}) // never, if it has not been
 	s.close.Do(func() { close(s.stop) })
 	s.done.Wait()
+	s.hashing.Wait()
 	return nil
 }

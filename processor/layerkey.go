@@ -1,6 +1,7 @@
 package processor
 
 import (
+	"bytes"
 	"crypto/aes"
 	"crypto/rand"
 	"crypto/sha256"
@@ -34,6 +35,9 @@ type LayerKey struct {
 	// it. It may be empty. If a tool compressed and encrypted in one step, it is that
 	// of the uncompressed layer.
 	Digest digest.Digest
+	// Sealed is 32 bytes that get wrapped with the key, too, or nil: what the tool that
+	// encrypted the layer has sealed of it.
+	Sealed []byte
 	// OpenedBy is what has unwrapped the key.
 	OpenedBy Opener
 
@@ -51,25 +55,38 @@ func NewLayerKey(plain digest.Digest) *LayerKey {
 	return &LayerKey{Digest: plain, key: secret[:KeySize], nonce: secret[KeySize:]}
 }
 
+// WithSealed returns the same key with other bytes in Sealed. [LayerKey.Clear] of either
+// clears both.
+func (k *LayerKey) WithSealed(sealed []byte) *LayerKey {
+	other := *k
+	other.Sealed = sealed
+	return &other
+}
+
 // Clear overwrites the key. The LayerKey is of no use afterwards.
 func (k *LayerKey) Clear() {
 	clear(k.key)
 }
 
-// Equal reports whether both decrypt the same layers. It takes the same time
-// whatever the keys are.
+// Equal reports whether both are the key of the same plain layer, so what is wrapped with
+// them is the same. It takes the same time whatever the keys are.
 func (k *LayerKey) Equal(other *LayerKey) bool {
-	return subtle.ConstantTimeCompare(k.key, other.key)&subtle.ConstantTimeCompare(k.nonce, other.nonce) == 1
+	same := subtle.ConstantTimeCompare(k.key, other.key) & subtle.ConstantTimeCompare(k.nonce, other.nonce)
+	return same == 1 && k.Digest == other.Digest && bytes.Equal(k.Sealed, other.Sealed)
 }
 
 // private returns ocicrypt's private options, the secret that gets wrapped.
 func (k *LayerKey) private() ([]byte, error) {
-	return json.Marshal(blockcipher.PrivateLayerBlockCipherOptions{
-		SymmetricKey:  k.key,
-		Digest:        k.Digest,
-		CipherOptions: map[string][]byte{"nonce": k.nonce},
-	})
+	options := map[string][]byte{"nonce": k.nonce}
+	if k.Sealed != nil {
+		options[sealedOption] = k.Sealed
+	}
+	return json.Marshal(blockcipher.PrivateLayerBlockCipherOptions{SymmetricKey: k.key, Digest: k.Digest, CipherOptions: options})
 }
+
+// sealedOption is the cipher option with [LayerKey.Sealed]. Other tools ignore it, and keep
+// it when they wrap the key for others.
+const sealedOption = "pilot.sealed"
 
 // PublicOptions returns the annotation that a layer's descriptor needs besides
 // those of its recipients. It returns an error until the layer has been encrypted to
@@ -130,5 +147,9 @@ func newLayerKey(private []byte, public string) (*LayerKey, error) {
 	if priv.Digest != "" && priv.Digest.Validate() != nil {
 		return nil, errors.New("the unwrapped layer key names an invalid digest")
 	}
-	return &LayerKey{Digest: priv.Digest, key: priv.SymmetricKey, nonce: nonce, mac: pub.Hmac}, nil
+	sealed, ok := priv.CipherOptions[sealedOption]
+	if ok && len(sealed) != sha256.Size {
+		return nil, fmt.Errorf("the unwrapped layer key has a seal of %d bytes, not %d", len(sealed), sha256.Size)
+	}
+	return &LayerKey{Digest: priv.Digest, Sealed: sealed, key: priv.SymmetricKey, nonce: nonce, mac: pub.Hmac}, nil
 }

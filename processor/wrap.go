@@ -127,10 +127,20 @@ func (k *LayerKey) Wrap(ctx context.Context, to Recipients, annotations map[stri
 		return nil, err
 	}
 	defer clear(private)
+	// RSA of 2048 bits, which PKCS #11 wraps with, has room for no more.
+	short, err := (&LayerKey{Digest: k.Digest, key: k.key, nonce: k.nonce}).private()
+	if err != nil {
+		return nil, err
+	}
+	defer clear(short)
 
 	out := make(map[string]string)
 	add := func(scheme string) error {
-		value, err := wrapAll(ctx, scheme, to, private)
+		what := private
+		if scheme == "pkcs11" {
+			what = short
+		}
+		value, err := wrapAll(ctx, scheme, to, what)
 		if err != nil {
 			return err
 		}
@@ -214,8 +224,7 @@ func unwrapWith(ctx context.Context, keys Keys, scheme, annotation, public strin
 	if !w.possible(params) {
 		return nil, fmt.Errorf("%s: no private key was given", scheme)
 	}
-	ctx, kek := openedby.With(ctx)
-	private, err := unwrapOne(ctx, w, params, annotation, left)
+	private, kek, err := unwrapOne(ctx, w, params, annotation, left)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", scheme, err)
 	}
@@ -224,13 +233,15 @@ func unwrapWith(ctx context.Context, keys Keys, scheme, annotation, public strin
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", scheme, err)
 	}
-	key.OpenedBy = newOpener(scheme, *kek)
+	key.OpenedBy = newOpener(scheme, kek)
+	key.OpenedBy.Digest = key.Digest
 	return key, nil
 }
 
 // unwrapOne tries the recipients of one scheme, which annotation holds as
-// comma-separated base64, at most left of them.
-func unwrapOne(ctx context.Context, w wrapper, params map[string][][]byte, annotation string, left *int) ([]byte, error) {
+// comma-separated base64, at most left of them. kek is the one that has unwrapped it, if it
+// is one of the broker's.
+func unwrapOne(ctx context.Context, w wrapper, params map[string][][]byte, annotation string, left *int) (private []byte, kek openedby.KEK, err error) {
 	var reasons []error
 	for wrapped := range strings.SplitSeq(annotation, ",") {
 		if *left--; *left < 0 {
@@ -242,19 +253,20 @@ func unwrapOne(ctx context.Context, w wrapper, params map[string][][]byte, annot
 			reasons = append(reasons, fmt.Errorf("annotation is not base64: %w", err))
 			continue
 		}
-		private, err := w.unwrap(ctx, params, b)
+		one, by := openedby.With(ctx)
+		private, err := w.unwrap(one, params, b)
 		if err == nil && len(private) > 0 {
-			return private, nil
+			return private, *by, nil
 		}
 		if err == nil {
 			err = errors.New("it returned no layer key")
 		}
 		if ctx.Err() != nil {
-			return nil, err
+			return nil, kek, err
 		}
 		reasons = append(reasons, err)
 	}
-	return nil, joined(reasons)
+	return nil, kek, joined(reasons)
 }
 
 // wrappedWith returns the schemes that desc's layer key is wrapped with, key

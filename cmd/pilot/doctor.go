@@ -43,7 +43,8 @@ why.
 With a mirror, it checks that the mirror answers, and that containerd goes to
 it and to nothing else where its hosts.toml names the mirror.
 
-It warns of certificates that expire within 14 days.
+It warns of certificates that expire within 14 days, of public keys that expire
+within 30, and of identities of age that other users can read.
 
 The exit status is 0 if no check failed, 1 if one did, and 2 if pilot's
 configuration or an argument can't be used.
@@ -53,7 +54,7 @@ Example:
    pilot node doctor registry.example.com/team/app:1`,
 	ArgsUsage: "[IMAGE]",
 	Flags: slices.Concat(configFlags(append(brokerSettings,
-		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "layer-record", "must-be-encrypted", "lazy-listen", "workloads-listen", "containerd", "decryption-keys-path",
+		"listen", "provider-name", "annotation-format", "default-keks", "diff-listen", "layer-record", "must-be-encrypted", "lazy-listen", "workloads-listen", "containerd", "decryption-keys-path", "public-keys", "public-keys-ca", "age-identities",
 		"mirror-listen", "mirror-secret-file", "mirror-hosts-dir")...), containerdFlags(), []cli.Flag{
 		&cli.StringSliceFlag{Name: "kek", Usage: "`KEK` that this machine has to be able to use; can be repeated (default: default-keks)"},
 		&cli.StringFlag{Name: "crio", Usage: "`SOCKET` of CRI-O, to examine it instead of containerd (default: " + crio.Socket + " where there is CRI-O and no containerd)"},
@@ -145,7 +146,10 @@ func newDoctor(c *cli.Command) *doctor.Doctor {
 	d.Workloads = conf.WorkloadsListen.path()
 	d.LayerRecord, d.MustBeEncrypted = conf.LayerRecord, conf.MustBeEncrypted
 	d.Lazy, d.LazySnapshotter = conf.LazyListen.path(), c.String("lazy-snapshotter")
-	d.DecryptionKeysPath = conf.DecryptionKeys
+	d.DecryptionKeysPath, d.AgeIdentities = conf.DecryptionKeys, conf.AgeIdentities
+	if len(conf.PublicKeys) > 0 {
+		d.PublicKeys = conf.PublicKeyFiles
+	}
 	if conf.MirrorListen != mirrorOff {
 		d.Mirror = doctor.Mirror{Listen: string(conf.MirrorListen), Cert: conf.TLSCert, Key: conf.TLSKey, SecretFile: conf.MirrorSecretFile, HostsDir: conf.MirrorHostsDir}
 	}

@@ -312,7 +312,7 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 			return err
 		}
 		fmt.Println("nothing is installed")
-		return nil
+		return removeLayerRecord(o, c.Bool("now"), nil)
 	}
 	// Files that were changed since are listed at the end.
 	unsure, stays := install.Uninstall(ctx, o)
@@ -343,7 +343,24 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 		}
 		commands = append(commands, remove)
 	}
-	return errors.Join(runOrPrint(c.Bool("now"), commands), stays)
+	return errors.Join(removeLayerRecord(o, c.Bool("now"), commands), stays)
+}
+
+// removeLayerRecord runs commands that stop pilot and all that asks it, and removes pilot's
+// record of layers then, or prints the commands for both.
+func removeLayerRecord(o install.Options, now bool, commands []string) error {
+	if !now {
+		commands = append(commands, o.RemoveLayerRecordCommands()...)
+	}
+	if len(commands) > 0 {
+		if err := runOrPrint(now, commands); err != nil {
+			return err
+		}
+	}
+	if now {
+		return o.RemoveLayerRecord()
+	}
+	return nil
 }
 
 func nodeRefresh(ctx context.Context, c *cli.Command) error {

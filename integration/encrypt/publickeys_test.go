@@ -1,6 +1,7 @@
 package encrypt
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -59,7 +60,7 @@ func withoutNetwork(t testing.TB, variables []string, name string, args ...strin
 // the KEK, and that may only unwrap.
 func TestRunnerWithoutNetworkEncryptsForAPublicKey(t *testing.T) {
 	t.Parallel()
-	b := harness.NewTLSBroker(t, "team-a", "team-b")
+	b := harness.NewTLSBroker(t, "team-a", "team-b", "team-d")
 	policy := b.Dir + "/policy.toml"
 	if err := os.WriteFile(policy, []byte(harness.Read(t, policy)+`
 [[rule]]
@@ -145,6 +146,28 @@ deny = true
 		}
 	}
 
+	// A directory in which one file is damaged.
+	keys := dir + "/keys"
+	good := harness.Write(t, keys+"/team-a.pub", harness.Output(t, b.Command(t, "keys", "public", "--for", "20d", "team-a")))
+	damaged := harness.Write(t, keys+"/other.pub", strings.Replace(harness.Read(t, public("team-b")), "KEK-Version: 1", "KEK-Version: one", 1))
+	truncated := harness.Write(t, keys+"/team-c.pub", "-----BEGIN PILOT PUBLIC KEY-----\n")
+	cert, key := b.Enroll(t, "encrypts")
+	withDirectory := harness.Write(t, dir+"/directory.toml", fmt.Sprintf("public-keys = [%q]\npublic-keys-ca = %q\nbroker = %q\nbroker-ca = %q\nbroker-cert = %q\nbroker-key = %q\n", keys, ca, b.URL(), ca, cert, key))
+	for kek, want := range map[string]string{"team-a": "", "team-b": damaged, "team-c": truncated, "team-d": ""} {
+		cmd := harness.Command(t, "ctr-pilot", encrypt("--config", withDirectory, "--recipient", "provider:pilot:"+kek, plain, "oci:"+dir+"/directory-"+kek+":v1")...)
+		if want == "" {
+			harness.Output(t, cmd)
+		} else {
+			harness.ExpectFailure(t, cmd, fmt.Sprintf("KEK %q: no file of public-keys that can be used is for it", kek), want)
+		}
+	}
+	result, detail := examined(t, "public-keys", "--config", withDirectory)
+	for _, want := range []string{damaged + " can't be used: ", truncated + " can't be used: ", fmt.Sprintf("the public key of KEK \"team-a\" in %s expires on ", good)} {
+		if result != "failed" || !strings.Contains(detail, want) {
+			t.Errorf("doctor: %s %s, want %q", result, detail, want)
+		}
+	}
+
 	other := harness.NewTLSBroker(t, "team-a")
 	edited := harness.Write(t, dir+"/edited.pub", strings.Replace(harness.Read(t, file), "KEK-Version: 1", "KEK-Version: 2", 1))
 	unsigned, _, _ := strings.Cut(harness.Read(t, file), "-----BEGIN PILOT SIGNATURE")
@@ -212,6 +235,19 @@ func TestSkopeoEncryptsForRecipientsOfAge(t *testing.T) {
 		harness.ExpectFailure(t, d.Run("skopeo", "copy", "--decryption-key", "provider:pilot:"+one.to, "oci:"+byPilot+":v1", "oci:"+dir+"/no:v1"), "age-identities is not set")
 	}
 
+	// Others may read one of the files.
+	if err := os.Chmod(key, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	open := fmt.Sprintf("other users may read the private keys in %s (mode 0644): chmod 0600 it", key)
+	if result, detail := examined(t, "age-identities", "--config", conf, "--broker", "unix:///nowhere.sock"); result != "warning" || !strings.Contains(detail, open) || strings.Contains(detail, pqKey) {
+		t.Errorf("doctor: %s %s", result, detail)
+	}
+	opened := harness.Command(t, "ctr-pilot", "images", "decrypt", "--config", conf, "oci:"+dir+"/pilot-x25519:v1", "oci:"+dir+"/opened:v1")
+	if out, err := opened.CombinedOutput(); err != nil || strings.Count(string(out), "other users may read") != 1 || !strings.Contains(string(out), "mode 0644") {
+		t.Errorf("no warning of %s: %v %s", key, err, out)
+	}
+
 	// Recipients are exchanged and removed by their names.
 	rewrap := func(args ...string) []wireformat.Annotation {
 		t.Helper()
@@ -234,4 +270,24 @@ func TestSkopeoEncryptsForRecipientsOfAge(t *testing.T) {
 	} {
 		harness.ExpectFailure(t, d.Run("skopeo", "copy", "--encryption-key", "provider:pilot:"+recipient, plain, "oci:"+dir+"/refused:v1"), want)
 	}
+}
+
+// examined returns the result of a step of the doctor, on a machine where others fail.
+func examined(t testing.TB, step string, args ...string) (result, detail string) {
+	t.Helper()
+	cmd := harness.Command(t, "pilot", append([]string{"node", "doctor", "--json"}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, _ := cmd.Output()
+	var report harness.DoctorReport
+	if err := json.Unmarshal(out, &report); err != nil {
+		t.Fatalf("%v: %s%s", err, out, stderr.Bytes())
+	}
+	for _, s := range report.Steps {
+		if s.Name == step {
+			return s.Result, s.Detail
+		}
+	}
+	t.Fatalf("there is no step %s: %s", step, out)
+	return "", ""
 }

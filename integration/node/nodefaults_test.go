@@ -111,7 +111,17 @@ func TestNodeFindsTheConfiguration(t *testing.T) {
 	for range 5 {
 		harness.Output(t, m.Run("pilot", "node", "install"))
 	}
-	harness.Output(t, m.Run("pilot", "node", "uninstall"))
+	// pilot and containerd's plugin decide by the record until they have stopped.
+	record := harness.Write(t, m.Root+"/var/lib/pilot/layers", "of layers")
+	out := harness.Output(t, m.Run("pilot", "node", "uninstall"))
+	if got := harness.Read(t, record); got != "of layers" {
+		t.Errorf("the record of layers has become %q", got)
+	}
+	_, last, ok := strings.Cut(out, "  rm -f /var/lib/pilot/layers")
+	if !ok {
+		t.Fatalf("uninstall does not say how to remove the record of layers: %s", out)
+	}
+	harness.Output(t, m.Run("sh", "-ec", "rm -f /var/lib/pilot/layers"+last))
 	m.CheckFiles(before)
 }
 

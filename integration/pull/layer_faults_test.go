@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -150,14 +151,23 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 		}
 	})
 
+	// Somebody who may decrypt app has its keys, and makes another of them.
+	evil := twoLayers(c, "evil:1", gzip, "provider:pilot:team-b") + "-plain"
+	forged, forgedToo := forge(c, app, evil, "forged", ""), forge(c, app, evil, "forged-too", "team-b")
+	// As tools write them that wrap no digest, that of the uncompressed layer, or another.
+	tools := []string{twoLayers(c, "tools:0", gzip, "provider:pilot:team-b") + "-plain", twoLayers(c, "tools:1", gzip, "provider:pilot:team-b") + "-plain", twoLayers(c, "tools:2", gzip, "provider:pilot:team-b") + "-plain"}
+	noDigest := encryptAs(c, app, tools[0], "no-digest", func([]byte) digest.Digest { return "" })
+	ofTar := encryptAs(c, app, tools[1], "of-tar", uncompressed(t))
+	ofOther := encryptAs(c, app, tools[2], "of-other", func([]byte) digest.Digest { return digest.FromString("before it was compressed anew") })
+
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), containerd22(), harness.Containerd17()} {
 		t.Run(v.Name, func(t *testing.T) {
 			t.Parallel()
 			rules := fmt.Sprintf("[[must-be-encrypted]]\nimages = ['%s/team/**']\nkeks = ['team-a']\n", c.Registry)
 			conf := harness.Write(t, filepath.Join(harness.TempDir(t), "pilot.toml"), rules)
 			n := newRecordedNode(t, v, c.BrokerURL, "--config", conf)
-			n.pull(app, both, tool, tool+"-plain")
-			for _, image := range []string{app, both, tool + "-plain"} {
+			n.pull(app, both, ofTar, tool, tool+"-plain")
+			for _, image := range []string{app, both, ofTar, tool + "-plain"} {
 				if answer := n.needs(image); answer.Refused != "" {
 					t.Errorf("%s: %s", image, answer.Refused)
 				}
@@ -167,6 +177,11 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 			harness.ExpectFailure(t, n.Crictl("pull", wrong), append(rule, `it is opened by KEK "team-b"`)...)
 
 			harness.ExpectFailure(t, n.Crictl("pull", public), append(rule, `it is opened by KEK "team-a", and wrapped with its public key`)...)
+			const otherContent, withoutDigest = `KEK "team-a", but what is wrapped with it is not the digest of this layer: somebody who can decrypt another layer`, `KEK "team-a", but no digest of the layer is wrapped`
+			harness.ExpectFailure(t, n.Crictl("pull", forged), append(rule, "it is opened by "+otherContent)...)
+			harness.ExpectFailure(t, n.Crictl("pull", forgedToo), append(rule, `it is opened by KEK "team-b"`)...)
+			harness.ExpectFailure(t, n.Crictl("pull", ofOther), append(rule, "it is opened by "+otherContent)...)
+			harness.ExpectFailure(t, n.Crictl("pull", noDigest), append(rule, "it is opened by "+withoutDigest)...)
 
 			// Its layers are there from the encrypted image, so the differ sees none of them.
 			n.pull(app + "-plain")
@@ -195,7 +210,15 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 				}
 				return nil
 			})
-			n.pull(wrong+"-plain", public, plain, lie)
+			n.pull(wrong+"-plain", public, plain, lie, forged, forgedToo, noDigest, ofOther)
+
+			// With the rule, and the record that was made without it.
+			n.restart(func(string) { harness.Write(t, conf, rules) })
+			for _, image := range []string{forged, forgedToo, noDigest, ofOther} {
+				if answer := n.needs(image); !strings.Contains(answer.Refused, otherContent) {
+					t.Errorf("%s: %+v, want %s", image, answer, otherContent)
+				}
+			}
 
 			// With the rule, and a new record, which has what manifests claim.
 			n.restart(func(record string) {
@@ -205,12 +228,13 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 				}
 			})
 			n.fetch(public)
-			for image, want := range map[string]string{public: `is encrypted for KEK "team-a" with its public key`, lie: "was unpacked without a record of the key that opened it"} {
+			n.fetch(forgedToo)
+			for image, want := range map[string]string{forged: otherContent, forgedToo: otherContent, public: `is encrypted for KEK "team-a" with its public key`, lie: "was unpacked without a record of the key that opened it"} {
 				if answer := n.needs(image); !strings.Contains(answer.Refused, want) {
 					t.Errorf("%s: %+v, want %s", image, answer, want)
 				}
 			}
-			for _, image := range []string{app, both} {
+			for _, image := range []string{app, both, ofTar} {
 				if answer := n.needs(image); answer.Refused != "" {
 					t.Errorf("%s, after its layers were read again: %s", image, answer.Refused)
 				}

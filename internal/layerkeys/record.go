@@ -20,6 +20,7 @@ package layerkeys
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -59,6 +60,12 @@ type Blob struct {
 	// Public are those of the KEKs that have opened what anybody could have wrapped, as it
 	// is wrapped with a public key.
 	Public []KEK `json:"public,omitempty"`
+	// Vouched are those of the KEKs with which somebody who may wrap with them has wrapped
+	// the digest of the layer's content together with the key. What the others open may be
+	// something else that was encrypted under the same key.
+	Vouched []KEK `json:"vouched,omitempty"`
+	// Plain is the digest of the plain blob, or "" where it was not computed.
+	Plain digest.Digest `json:"plain,omitempty"`
 	// Size is that of the uncompressed layer in bytes, where it was decrypted.
 	Size int64 `json:"size,omitempty"`
 	// Fingerprint is that of the layer key, 32 bytes, or nil if it was never unwrapped.
@@ -87,6 +94,32 @@ func (b *Blob) Open(by openedby.Opener) {
 	case !by.Public:
 		b.Public = slices.DeleteFunc(slices.Clone(b.Public), is) // it was wrapped in both ways
 	}
+	if by.Vouches && !slices.Contains(b.Vouched, kek) {
+		b.Vouched = append(slices.Clip(b.Vouched), kek)
+	}
+}
+
+// Merge adds what is known of the same layer otherwise.
+func (b *Blob) Merge(o Blob) {
+	for _, k := range o.KEKs {
+		b.Open(openedby.Opener{KEK: k.ID, Version: k.Version, Public: slices.Contains(o.Public, k), Vouches: slices.Contains(o.Vouched, k)})
+	}
+	b.Other = b.Other || o.Other
+	b.Size = max(b.Size, o.Size)
+	b.Plain = cmp.Or(b.Plain, o.Plain)
+}
+
+// trim forgets the first of more KEKs than maxKEKs.
+func (b *Blob) trim() {
+	n := len(b.KEKs) - maxKEKs
+	if n <= 0 {
+		return
+	}
+	gone := b.KEKs[:n]
+	isGone := func(k KEK) bool { return slices.Contains(gone, k) }
+	b.KEKs = b.KEKs[n:]
+	b.Public = slices.DeleteFunc(slices.Clone(b.Public), isGone)
+	b.Vouched = slices.DeleteFunc(slices.Clone(b.Vouched), isGone)
 }
 
 // Layer is what is known of a diff ID. Callers must not change it.
@@ -173,15 +206,14 @@ func (l Layer) with(b Blob) []Blob {
 	for _, o := range l.Blobs {
 		switch {
 		case same(o) && at < 0:
-			if o.Basis == Decrypted {
+			more := b
+			if b = o; more.Basis == Decrypted {
 				b.Basis = Decrypted
 			}
-			b.Size = max(b.Size, o.Size)
-			more := b
-			b.KEKs, b.Public, b.Other = o.KEKs, o.Public, o.Other || b.Other
-			for _, k := range more.KEKs {
-				b.Open(openedby.Opener{KEK: k.ID, Version: k.Version, Public: slices.Contains(more.Public, k)})
+			if len(more.Fingerprint) > 0 {
+				b.Fingerprint = more.Fingerprint
 			}
+			b.Merge(more)
 			at = len(blobs)
 			blobs = append(blobs, b)
 		case same(o):
@@ -197,9 +229,7 @@ func (l Layer) with(b Blob) []Blob {
 		at = len(blobs)
 		blobs = append(blobs, b)
 	}
-	if n := len(blobs[at].KEKs); n > maxKEKs {
-		blobs[at].KEKs = blobs[at].KEKs[n-maxKEKs:]
-	}
+	blobs[at].trim()
 	if len(blobs) > maxBlobs {
 		blobs = slices.Delete(blobs, superfluous(blobs), superfluous(blobs)+1)
 	}
@@ -209,20 +239,24 @@ func (l Layer) with(b Blob) []Blob {
 // superfluous returns which of the blobs says least: the first of those whose keys open
 // others too, so that nobody can push another's out.
 func superfluous(blobs []Blob) int {
-	uses := map[KEK]int{}
+	uses := map[string]int{} // in all versions, of which somebody can make many
 	for _, b := range blobs {
+		ids := map[string]bool{}
 		for _, k := range b.KEKs {
-			uses[k]++
+			ids[k.ID] = true
+		}
+		for id := range ids {
+			uses[id]++
 		}
 	}
 	return max(0, slices.IndexFunc(blobs, func(b Blob) bool {
-		return !slices.ContainsFunc(b.KEKs, func(k KEK) bool { return uses[k] == 1 })
+		return !slices.ContainsFunc(b.KEKs, func(k KEK) bool { return uses[k.ID] == 1 })
 	}))
 }
 
 func (b Blob) equal(o Blob) bool {
-	return b.Digest == o.Digest && b.Basis == o.Basis && b.Other == o.Other && b.Size == o.Size && slices.Equal(b.KEKs, o.KEKs) &&
-		slices.Equal(b.Public, o.Public) && bytes.Equal(b.Fingerprint, o.Fingerprint)
+	return b.Digest == o.Digest && b.Basis == o.Basis && b.Other == o.Other && b.Size == o.Size && b.Plain == o.Plain && slices.Equal(b.KEKs, o.KEKs) &&
+		slices.Equal(b.Public, o.Public) && slices.Equal(b.Vouched, o.Vouched) && bytes.Equal(b.Fingerprint, o.Fingerprint)
 }
 
 // Withdraw removes what was sealed or claimed of a blob, once it is known to be false.

@@ -324,3 +324,43 @@ func BenchmarkAdd(b *testing.B) {
 		r.mustAdd(b, digest.FromString(fmt.Sprint("new", i%1000)), Opened(digest.FromString(fmt.Sprint(i)), Decrypted, teamA, make([]byte, 32)))
 	}
 }
+
+// TestVouchedIsWhatWasWrappedForTheContent merges what openers have said of one blob.
+func TestVouchedIsWhatWasWrappedForTheContent(t *testing.T) {
+	content, other := digest.FromString("plain"), digest.FromString("another plain")
+	a, b, public := teamA, teamB, teamA
+	a.Digest, b.Digest, public.Digest, public.Public = other, content, content, true
+	good := teamA
+	good.Digest = content
+	uncompressed := teamA
+	uncompressed.Digest = diffID
+	for name, test := range map[string]struct {
+		openers []openedby.Opener
+		want    []KEK
+	}{
+		"its content":                {[]openedby.Opener{good}, []KEK{{"team-a", 1}}},
+		"uncompressed":               {[]openedby.Opener{uncompressed}, []KEK{{"team-a", 1}}},
+		"no digest":                  {[]openedby.Opener{teamA}, nil},
+		"another's key":              {[]openedby.Opener{a}, nil},
+		"with a recipient of theirs": {[]openedby.Opener{b, a}, []KEK{{"team-b", 2}}},
+		"the other way around":       {[]openedby.Opener{a, b}, []KEK{{"team-b", 2}}},
+		"by a public key":            {[]openedby.Opener{public, a}, nil},
+		"by a public key, too":       {[]openedby.Opener{public, good, public}, []KEK{{"team-a", 1}}},
+		"known only later":           {[]openedby.Opener{teamA, good}, []KEK{{"team-a", 1}}},
+	} {
+		path := filepath.Join(t.TempDir(), "layers")
+		r := open(t, path)
+		for _, o := range test.openers {
+			known := Opened(blob, Decrypted, o.Vouching(content, diffID), []byte("f"))
+			known.Plain = content
+			r.mustAdd(t, diffID, known)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		l, _ := open(t, path).Layer(diffID)
+		if got, _ := l.decrypted(blob); !slices.Equal(got.Vouched, test.want) || got.Plain != content {
+			t.Errorf("%s: %+v, want %v", name, got, test.want)
+		}
+	}
+}

@@ -147,17 +147,55 @@ func Sources(labels map[string]string) (repositories []string) {
 	return repositories
 }
 
-// ForAll returns a rule that is for one of the repositories, if there is one for each of
-// them. Else the blob may be another image's.
-func (r Rules) ForAll(repositories []string) (rule Rule, repository string, ok bool) {
-	for _, repository = range repositories {
-		rules := r.ForSource(repository)
-		if len(rules) == 0 {
-			return Rule{}, "", false
+// Alternative are the rules, at least one, all of which a layer has to meet if it is of an
+// image of that repository.
+type Alternative struct {
+	Repository string
+	Rules      []Rule
+}
+
+// ForAll returns the rules for a layer that came from repositories of [Sources]: it has to
+// meet those of one alternative, as it is unknown of which repository the image is, and at
+// which port. There is none if one of the repositories has no rule: it may be that one.
+func (r Rules) ForAll(repositories []string) (alternatives []Alternative) {
+	for _, repository := range slices.Sorted(slices.Values(repositories)) {
+		was := len(alternatives)
+		for _, port := range r.ports() {
+			if rules := r.For(withPort(repository, port)); len(rules) > 0 {
+				alternatives = append(alternatives, Alternative{repository, rules})
+			}
 		}
-		rule, ok = rules[0], true
+		if len(alternatives) == was {
+			return nil
+		}
 	}
-	return rule, repository, ok
+	return alternatives
+}
+
+// ports returns the ports of registries in the patterns, and "".
+func (r Rules) ports() []string {
+	ports := []string{""}
+	for _, rule := range r {
+		for _, image := range rule.Images {
+			registry, _, _ := strings.Cut(image, "/")
+			if i := strings.LastIndex(registry, ":"); i >= 0 && !strings.HasSuffix(registry, "]") && !slices.Contains(ports, registry[i+1:]) {
+				ports = append(ports, registry[i+1:])
+			}
+		}
+	}
+	return ports
+}
+
+// withPort returns a repository of [Sources] as patterns have it, with a port unless it is "".
+func withPort(repository, port string) string {
+	registry, path, _ := strings.Cut(repository, "/")
+	if strings.Contains(registry, ":") {
+		registry = "[" + registry + "]"
+	}
+	if port != "" {
+		registry += ":" + port
+	}
+	return registry + "/" + path
 }
 
 // Allows reports whether a rule is content with a layer that a KEK opens.
@@ -178,3 +216,12 @@ func (r Rule) String() string {
 	}
 	return text
 }
+
+// OtherContent describes, after a KEK, a layer that it opens, and of which the wrapped key
+// has not the digest.
+const OtherContent = "but what is wrapped with it is not the digest of this layer: somebody who can decrypt another layer has encrypted this one under its key, " +
+	"or the tool that encrypted it has wrapped the digest of something else, as skopeo does when it compresses layers anew: encrypt the plain image again with ctr-pilot"
+
+// NoDigest describes, after a KEK, a layer that it opens, and of which no digest is wrapped
+// with the key.
+const NoDigest = "but no digest of the layer is wrapped with its key, so everybody who can decrypt it could put something else in its place: encrypt the plain image again with ctr-pilot"

@@ -58,18 +58,41 @@ func TestRuleIsForRepositoriesAndKEKs(t *testing.T) {
 func TestLayerOfAnotherRepositoryMayBeAnotherImages(t *testing.T) {
 	r := Rules{{Images: []string{"r.example.com/a/*"}}}
 	for source, want := range map[string]bool{"a/x": true, "a/x,a/y": true, "a/x,b": false, "b,a/x": false, "": false} {
-		if _, repository, ok := r.ForAll(Sources(map[string]string{"containerd.io/distribution.source.r.example.com": source, "other": "x"})); ok != want {
-			t.Errorf("%q: %s, %t", source, repository, ok)
+		if got := r.ForAll(Sources(map[string]string{"containerd.io/distribution.source.r.example.com": source, "other": "x"})); len(got) > 0 != want {
+			t.Errorf("%q: %v", source, got)
 		}
 	}
 	// containerd forgets the port.
 	ports := Rules{{Images: []string{"r.example.com:5000/a/*", "[::1]:5000/a/*", "*/c"}}}
 	for repository, want := range map[string]bool{"r.example.com/a/x": true, "::1/a/x": true, "r.example.com/b": false, "r.example.com/c": true} {
-		if _, _, ok := ports.ForAll([]string{repository}); ok != want {
-			t.Errorf("%s: %t", repository, ok)
+		if got := ports.ForAll([]string{repository}); len(got) > 0 != want {
+			t.Errorf("%s: %v", repository, got)
 		}
 	}
-	if _, _, ok := r.ForAll(nil); ok {
-		t.Error("a layer without labels is of an image with a rule")
+	if got := r.ForAll(nil); got != nil {
+		t.Errorf("a layer without labels is of an image with a rule: %v", got)
+	}
+}
+
+// TestAllRulesOfOneRepositoryCount: a wide rule before a narrow one does not hide it, and
+// registries at two ports of a host have rules of their own.
+func TestAllRulesOfOneRepositoryCount(t *testing.T) {
+	wide, narrow := Rule{Images: []string{"r.example.com/**"}}, Rule{Images: []string{"r.example.com/a/*"}, KEKs: []string{"a"}}
+	one, two := Rule{Images: []string{"p.example.com:1/**"}, KEKs: []string{"one"}}, Rule{Images: []string{"p.example.com:2/**"}, KEKs: []string{"two"}}
+	r := Rules{wide, narrow, one, two}
+	for repositories, want := range map[string][][]Rule{
+		"r.example.com/a/x":                 {{wide, narrow}},
+		"r.example.com/a/x,r.example.com/b": {{wide, narrow}, {wide}},
+		"r.example.com/b,r.example.com/a/x": {{wide, narrow}, {wide}},
+		"p.example.com/x":                   {{one}, {two}},
+		"p.example.com/x,q.example.com/x":   nil,
+	} {
+		var got [][]Rule
+		for _, a := range r.ForAll(strings.Split(repositories, ",")) {
+			got = append(got, a.Rules)
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v, want %v", repositories, got, want)
+		}
 	}
 }

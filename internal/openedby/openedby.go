@@ -3,7 +3,12 @@
 // an annotation may name many KEKs, any of which can be a lie.
 package openedby
 
-import "context"
+import (
+	"context"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+)
 
 // Opener is what has unwrapped a layer key.
 type Opener struct {
@@ -14,6 +19,20 @@ type Opener struct {
 	Version int // of the KEK, or 0 where the broker has no versions
 	// Public reports that anybody can wrap for the KEK.
 	Public bool
+	// Digest is that of the plain layer, as it was wrapped together with the key, or "". It
+	// says which content the key was wrapped for: everybody who could decrypt that can
+	// encrypt something else under the same key, and take over what was wrapped.
+	Digest digest.Digest
+	// Vouches reports that the layer has the content of Digest, which somebody has wrapped
+	// who may wrap for the KEK.
+	Vouches bool
+}
+
+// Vouching returns the Opener of a layer with that content: the digests of the plain blob
+// and of the uncompressed layer, either of which tools wrap. Those that are "" are not known.
+func (o Opener) Vouching(content ...digest.Digest) Opener {
+	o.Vouches = o.KEK != "" && !o.Public && o.Digest != "" && slices.Contains(content, o.Digest)
+	return o
 }
 
 // KEK is a KEK of the broker's that has unwrapped a layer key.

@@ -148,6 +148,34 @@ func parseKey(b *pem.Block) (*File, error) {
 	return f, nil
 }
 
+// Replaces reports whether the file is to be used in the place of another one of the same
+// KEK, which may be nil.
+func (f *File) Replaces(other *File) bool {
+	return other == nil || other.Version < f.Version || other.Version == f.Version && other.Expires.Before(f.Expires)
+}
+
+// End returns when the file, or a certificate in it, expires.
+func (f *File) End() time.Time {
+	end := f.Expires
+	for _, c := range f.certs {
+		if c.NotAfter.Before(end) {
+			end = c.NotAfter
+		}
+	}
+	return end
+}
+
+// Names reports whether a text that can't be read as the file of a public key says that it is
+// for a KEK.
+func Names(text []byte, kek string) bool {
+	for line := range bytes.Lines(text) {
+		if string(bytes.TrimSpace(line)) == headerKEK+": "+kek {
+			return true
+		}
+	}
+	return false
+}
+
 // Verify returns the public key if the file was signed by a broker whose certificate is
 // from one of roots, and has not expired at the time now.
 func (f *File) Verify(roots *x509.CertPool, now time.Time) (PublicKey, error) {

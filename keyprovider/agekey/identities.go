@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -41,6 +43,24 @@ func Read(files []string) *Identities {
 		ids.bad = errline.Join(errs...)
 	}
 	return ids
+}
+
+// CheckIdentities reads a file of identities. err says why it can't be used. exposed says that users
+// other than its owner may read private keys in it. Identities of plugins are none: they say
+// where the key is.
+func CheckIdentities(name string) (exposed, err error) {
+	ids := &Identities{plugin: make(map[string][]string)}
+	if err := ids.read(name); err != nil {
+		return nil, err
+	}
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if mode := info.Mode().Perm(); len(ids.native) > 0 && mode&0o077 != 0 && runtime.GOOS != "windows" {
+		exposed = fmt.Errorf("other users may read the private keys in %s (mode %04o): chmod 0600 it, and if they have, replace them", name, mode)
+	}
+	return exposed, nil
 }
 
 func (ids *Identities) read(name string) error {

@@ -5,14 +5,17 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/publickek"
+	"github.com/ctrlplane/pilot/internal/regular"
 	"github.com/ctrlplane/pilot/internal/setting"
 )
 
@@ -36,12 +39,10 @@ func (p *Paths) UnmarshalText(b []byte) error {
 }
 
 // PublicKey returns the public half of a KEK that one of the files of public-keys has, or
-// nil if none has. Of several it is that of the newest version. The files are read each
-// time, so a new one counts at once.
+// nil if none has, and there is a broker to ask. Of several it is that of the newest version.
+// The files are read each time, so a new one counts at once. One that can't be read is an
+// error for a KEK that it may be for.
 func (s *Settings) PublicKey(id string) (*publickek.PublicKey, error) {
-	if len(s.PublicKeys) == 0 {
-		return nil, nil
-	}
 	files, err := s.publicKeyFiles()
 	if err != nil {
 		return nil, err
@@ -53,14 +54,15 @@ func (s *Settings) PublicKey(id string) (*publickek.PublicKey, error) {
 		f, err := publickek.ReadFile(name)
 		switch {
 		case err != nil:
-			bad = append(bad, err)
-		case f.KEK == id && (newest == nil || newest.Version < f.Version || newest.Version == f.Version && newest.Expires.Before(f.Expires)):
+			if len(s.Broker) == 0 || mayBeFor(name, id) {
+				bad = append(bad, err)
+			}
+		case f.KEK == id && f.Replaces(newest):
 			newest, in = f, name
 		}
 	}
 	if newest == nil {
 		if len(bad) > 0 {
-			// It may be the one.
 			return nil, fmt.Errorf("KEK %q: no file of public-keys that can be used is for it: %w", id, errline.Join(bad...))
 		}
 		return nil, nil
@@ -74,6 +76,58 @@ func (s *Settings) PublicKey(id string) (*publickek.PublicKey, error) {
 		return nil, fmt.Errorf("public key of KEK %q in %s: %w", id, in, err)
 	}
 	return &key, nil
+}
+
+// mayBeFor reports whether a file that can't be read as a public key may be that of a KEK,
+// by its name or its text.
+func mayBeFor(file, id string) bool {
+	if strings.TrimSuffix(filepath.Base(file), publicSuffix) == id {
+		return true
+	}
+	b, err := regular.ReadText(file, publickek.MaxFile)
+	return err == nil && publickek.Names(b, id)
+}
+
+// PublicKeyFile is what is known of a file of public-keys.
+type PublicKeyFile struct {
+	Path string
+	// KEK is the KEK that the file is for, and Expires when it can't be used any more, if
+	// the file can be read.
+	KEK     string
+	Expires time.Time
+	// Err says why it can't be used now. May be nil.
+	Err error
+}
+
+// PublicKeyFiles reads and verifies the files of public-keys that are used: of several for
+// one KEK that of the newest version, and those that can't be read.
+func (s *Settings) PublicKeyFiles() ([]PublicKeyFile, error) {
+	names, err := s.publicKeyFiles()
+	if err != nil || len(names) == 0 {
+		return nil, err
+	}
+	roots, err := s.PublicKeysRoots()
+	if err != nil {
+		return nil, err
+	}
+	var all []PublicKeyFile
+	newest := map[string]*publickek.File{}
+	in := map[string]string{}
+	for _, name := range names {
+		f, err := publickek.ReadFile(name)
+		switch {
+		case err != nil:
+			all = append(all, PublicKeyFile{Path: name, Err: err})
+		case f.Replaces(newest[f.KEK]):
+			newest[f.KEK], in[f.KEK] = f, name
+		}
+	}
+	for _, kek := range slices.Sorted(maps.Keys(newest)) {
+		f := newest[kek]
+		_, err := f.Verify(roots, time.Now())
+		all = append(all, PublicKeyFile{in[kek], kek, f.End(), err})
+	}
+	return all, nil
 }
 
 // publicKeyFiles returns the files of public-keys: of a directory those whose names end in

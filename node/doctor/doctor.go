@@ -18,6 +18,7 @@ import (
 	brokerclient "github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/keyprovider"
+	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/crio"
 	"github.com/ctrlplane/pilot/plugin"
@@ -65,6 +66,10 @@ type Doctor struct {
 	LazySnapshotter string
 	// Image is the name of an image whose layers to examine, or "".
 	Image string
+	// PublicKeys reads the files of public-keys. May be nil: the setting is not set.
+	PublicKeys func() ([]brokerconfig.PublicKeyFile, error)
+	// AgeIdentities are the files of the setting.
+	AgeIdentities []string
 	// DecryptionKeysPath is the directory of the differ's private keys, or "".
 	DecryptionKeysPath string
 	// Mirror has the settings of the mirror. Its Listen is "" if there is none.
@@ -125,6 +130,8 @@ const (
 	StepImage            = "image"           // with an Image, one for each layer
 	StepCertificates     = "certificates"    // only with a BrokerCert, or a broker that shows one
 	StepDecryptionKeys   = "decryption-keys" // only with a DecryptionKeysPath
+	StepPublicKeys       = "public-keys"     // only with PublicKeys
+	StepAgeIdentities    = "age-identities"  // only with AgeIdentities
 	StepWorkloads        = "workloads"       // only where containerd asks about workloads
 	StepDocker           = "docker"
 	StepMirror           = "mirror" // only with a Mirror
@@ -149,7 +156,7 @@ func (d *Doctor) Examine(ctx context.Context) iter.Seq[Step] {
 		defer cancel()
 		e := &examination{Doctor: d, broken: map[string]bool{}}
 		defer e.close()
-		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck(), e.mirrorCheck()) {
+		for _, c := range slices.Concat(e.checks(), e.certificatesCheck(), e.decryptionKeysCheck(), e.keyFileChecks(), e.mirrorCheck()) {
 			if isLazyStep(c.name) && !e.isLazy() {
 				continue
 			}

@@ -57,9 +57,10 @@ type installed struct {
 const (
 	recordDir  = "/var/lib/pilot"
 	RecordFile = recordDir + "/node.json"
-	// layerRecord is what pilot serve knows of unpacked layers.
-	layerRecord = recordDir + "/layers"
 )
+
+// layerRecords are the files in which pilot serve keeps what it knows of unpacked layers.
+var layerRecords = []string{recordDir + "/layers", recordDir + "/layers.lock"}
 
 func (o Options) readRecord() (record, error) {
 	var s record

@@ -24,6 +24,9 @@ import (
 // because a tool has written its configuration from a dump with pilot in it, nothing is
 // removed, and the error names the lines.
 //
+// On the machine that runs, pilot's record of layers stays, for as long as pilot and its NRI
+// plugin do: see [Options.RemoveLayerRecord].
+//
 // If the record was lost, Uninstall removes the files that an installation has written,
 // and returns in unsure the paths that stay because they may have been there before.
 func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
@@ -62,12 +65,33 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 	if err := o.writeRecord(s); err != nil {
 		errs = append(errs, err)
 	}
-	for _, name := range []string{layerRecord, layerRecord + ".lock"} {
-		errs = append(errs, host.IgnoreNotExist(o.Remove(name)))
+	if o.Root != "" {
+		errs = append(errs, o.RemoveLayerRecord())
 	}
 	// recordDir is not in the record if an installation was killed before writing it.
 	o.removeDirs(append(s.Dirs, recordDir))
 	return unsure, errors.Join(errs...)
+}
+
+// RemoveLayerRecord removes pilot's record of layers. Pilot and containerd's NRI plugin have to
+// be stopped: a pilot that starts without it knows less of which keys a container needs, and
+// a plugin creates no container without it.
+func (o Options) RemoveLayerRecord() error {
+	var errs []error
+	for _, name := range layerRecords {
+		errs = append(errs, host.IgnoreNotExist(o.Remove(name)))
+	}
+	o.removeDirs([]string{recordDir})
+	return errors.Join(errs...)
+}
+
+// RemoveLayerRecordCommands returns the commands that do what [Options.RemoveLayerRecord]
+// does, if there is a record.
+func (o Options) RemoveLayerRecordCommands() []string {
+	if _, err := o.Stat(layerRecords[0]); err != nil {
+		return nil
+	}
+	return []string{"rm -f " + strings.Join(layerRecords, " "), "rmdir --ignore-fail-on-non-empty " + recordDir}
 }
 
 // disconnect removes pilot from containerd's configuration. If containerd would not start

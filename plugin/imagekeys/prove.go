@@ -212,14 +212,17 @@ func (r *Resolver) compare(ctx context.Context, diffID digest.Digest, known laye
 		return err
 	}
 	defer plain.Close()
+	plain.HashPlain()
 	if err := sameContent(ctx, plain, diffID, sizeOf(known)); err != nil {
 		return err
 	}
 	if err := plain.Verify(); err != nil {
 		return err
 	}
+	own := layerkeys.Opened(l.desc.Digest, layerkeys.Decrypted, key.OpenedBy.Vouching(plain.PlainDigest(), diffID), key.Fingerprint())
+	own.Plain = plain.PlainDigest()
 	logrus.WithFields(logrus.Fields{"digest": l.desc.Digest, "diff-id": diffID, "took": time.Since(began)}).Info("encrypted layer has the content of another one")
-	return r.conf.Record.Add(diffID, layerkeys.Opened(l.desc.Digest, layerkeys.Decrypted, key.OpenedBy, key.Fingerprint()))
+	return r.conf.Record.Add(diffID, own)
 }
 
 func (r *Resolver) unwrap(ctx context.Context, l layer) (*processor.LayerKey, error) {
@@ -311,7 +314,7 @@ func (r *Resolver) hasMore(l layer, b layerkeys.Blob) bool {
 // addRecipients tries the recipients that an image names, and records those that give the
 // blob's key.
 func (r *Resolver) addRecipients(ctx context.Context, diffID digest.Digest, l layer, b layerkeys.Blob) {
-	id := fmt.Sprintf("%s %v", l.desc.Digest, l.claimed)
+	id := fmt.Sprintf("%s %v %s", l.desc.Digest, l.claimed, b.Plain)
 	r.proofs.mu.Lock()
 	wait := time.Now().Before(r.proofs.attempts[id])
 	r.proofs.mu.Unlock()
@@ -321,13 +324,16 @@ func (r *Resolver) addRecipients(ctx context.Context, diffID digest.Digest, l la
 	done := r.proofs.flight.DoChan(id, func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unwrapTimeout)
 		defer cancel()
-		openers, complete := r.keys.Openers(ctx, r.conf.Keys, l.desc, func(key *processor.LayerKey) bool {
-			return bytes.Equal(key.Fingerprint(), b.Fingerprint)
+		b.KEKs, b.Public, b.Vouched, b.Other = nil, nil, nil, false
+		_, complete := r.keys.Openers(ctx, r.conf.Keys, l.desc, func(key *processor.LayerKey) bool {
+			same := bytes.Equal(key.Fingerprint(), b.Fingerprint)
+			if same && b.Basis == layerkeys.Decrypted {
+				b.Open(key.OpenedBy.Vouching(b.Plain, diffID))
+			} else if same {
+				b.Open(key.OpenedBy) // nobody has compared the content
+			}
+			return same
 		})
-		b.KEKs, b.Public, b.Other = nil, nil, false
-		for _, o := range openers {
-			b.Open(o)
-		}
 		ttl := failedTTL
 		if complete {
 			ttl = refusedTTL
@@ -338,7 +344,7 @@ func (r *Resolver) addRecipients(ctx context.Context, diffID digest.Digest, l la
 		}
 		r.proofs.attempts[id] = time.Now().Add(ttl)
 		r.proofs.mu.Unlock()
-		if len(openers) == 0 {
+		if len(b.KEKs) == 0 && !b.Other {
 			return nil, nil
 		}
 		if err := r.conf.Record.Add(diffID, b); err != nil {

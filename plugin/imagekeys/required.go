@@ -86,32 +86,46 @@ func (r *Resolver) checkPart(ctx context.Context, rule mustencrypt.Rule, p part)
 	if !ok {
 		return fmt.Errorf("layer %s was never decrypted here, and what is unpacked under its diff ID %s is not from an encrypted image", p.layers[0].desc.Digest, p.diffID)
 	}
-	if isFor(rule, known) {
+	if isFor(rule, known, p.layers) {
 		return nil
 	}
-	if slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return b.Basis == layerkeys.Claimed }) {
+	if slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return isUnread(rule, b) }) {
 		if err := r.proveClaims(ctx, p, known); err != nil {
 			return err
 		}
-		if known, _ = r.conf.Record.Layer(p.diffID); isFor(rule, known) {
+		if known, _ = r.conf.Record.Layer(p.diffID); isFor(rule, known, p.layers) {
 			return nil
 		}
 	}
 	return fmt.Errorf("layer %s is encrypted for %s", p.layers[0].desc.Digest, openers(rule, known))
 }
 
-// isFor reports whether a KEK of a rule has opened a layer, wrapped with the KEK itself.
-// That a manifest claims so is not enough.
-func isFor(rule mustencrypt.Rule, known layerkeys.Layer) bool {
-	return slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool {
-		return b.Basis != layerkeys.Claimed && slices.ContainsFunc(b.KEKs, func(k KEK) bool {
-			return rule.Allows(k.ID) && !slices.Contains(b.Public, k)
-		})
-	})
+// isFor reports whether somebody has wrapped the content of a layer for a KEK of a rule, who
+// may wrap for it. That a manifest claims so is not enough, nor that the KEK opens the layer:
+// those who could decrypt another one can encrypt what they like under its key.
+//
+// Of a layer that was decrypted here it is known that it has the content of the diff ID. Of
+// one that is mounted lazily that is known if it is what somebody has wrapped, so an image's
+// own such layers have to be.
+func isFor(rule mustencrypt.Rule, known layerkeys.Layer, own []layer) bool {
+	found := false
+	for _, b := range known.Blobs {
+		vouched := slices.ContainsFunc(b.Vouched, func(k KEK) bool { return rule.Allows(k.ID) })
+		if b.Basis == layerkeys.Sealed && !vouched && slices.ContainsFunc(own, func(l layer) bool { return l.desc.Digest == b.Digest }) {
+			return false
+		}
+		found = found || vouched && b.Basis != layerkeys.Claimed
+	}
+	return found
 }
 
-// proveClaims reads the layers that an image has for a diff ID, of which nothing is known
-// but what manifests claim, and records which keys open them.
+// isUnread reports whether reading a layer may show that it is for a KEK of a rule.
+func isUnread(rule mustencrypt.Rule, b layerkeys.Blob) bool {
+	return b.Basis == layerkeys.Claimed || b.Plain == "" && slices.ContainsFunc(b.KEKs, func(k KEK) bool { return rule.Allows(k.ID) })
+}
+
+// proveClaims reads the layers that an image has for a diff ID, of which it is not known
+// whether they are what was encrypted for the KEKs that open them, and records what they are.
 func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Layer) error {
 	ctx, cancel := context.WithTimeout(ctx, proofWait)
 	defer cancel()
@@ -119,21 +133,34 @@ func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Laye
 		err := r.proveBlob(ctx, p.diffID, known, l)
 		if errdefs.IsNotFound(err) {
 			ns, _ := namespaces.Namespace(ctx)
-			err = fmt.Errorf("containerd does not have it any more: fetch it with \"ctr -n %s content fetch IMAGE\" (%w)", ns, err)
+			err = fmt.Errorf("containerd does not have it: fetch it with \"ctr -n %s content fetch IMAGE\" (%w)", ns, err)
 		}
 		if err != nil {
-			return fmt.Errorf("layer %s was unpacked without a record of the key that opened it: %w", l.desc.Digest, err)
+			return fmt.Errorf("layer %s %s: %w", l.desc.Digest, unknownContent(known, l), err)
 		}
 		if proven, ok := r.conf.Record.Layer(p.diffID); ok {
-			r.learn(ctx, p.diffID, proven, l)
+			for _, b := range proven.Blobs {
+				if b.Digest == l.desc.Digest && b.Plain != "" {
+					r.addRecipients(ctx, p.diffID, l, b)
+				}
+			}
 		}
 	}
 	return nil
 }
 
+// unknownContent describes a layer of which nothing shows that it is what was encrypted.
+func unknownContent(known layerkeys.Layer, l layer) string {
+	if slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return b.Basis == layerkeys.Sealed && b.Digest == l.desc.Digest }) {
+		return "is mounted lazily, and what is sealed of it is not wrapped with its key, so everybody who can decrypt it could have sealed that: " +
+			"encrypt the plain image again with ctr-pilot, since earlier versions did not wrap it, or have pilot read the layer"
+	}
+	return "was unpacked without a record of the key that opened it, and of what is wrapped with that"
+}
+
 // openers describes what opens a layer that no KEK of a rule does.
 func openers(rule mustencrypt.Rule, known layerkeys.Layer) string {
-	l, _ := decrypted("", known)
+	l := opened(known)
 	if len(l.KEKs) == 0 {
 		return "none of the broker's KEKs"
 	}
@@ -145,10 +172,24 @@ func openers(rule mustencrypt.Rule, known layerkeys.Layer) string {
 			break
 		}
 		name := fmt.Sprintf("KEK %q", k.ID)
-		if rule.Allows(k.ID) {
+		switch {
+		case !rule.Allows(k.ID):
+		case slices.Contains(l.Public, k):
 			name += " with its public key, as anybody can"
+		default:
+			name += ", " + mustencrypt.OtherContent
 		}
 		names = append(names, name)
 	}
 	return strings.Join(names, ", ")
+}
+
+// opened returns all that has opened a layer.
+func opened(known layerkeys.Layer) (all layerkeys.Blob) {
+	for _, b := range known.Blobs {
+		if b.Basis != layerkeys.Claimed {
+			all.Merge(b)
+		}
+	}
+	return all
 }
