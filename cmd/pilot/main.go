@@ -43,6 +43,6 @@ Tools find it through a file such as
    {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
 
 named by OCICRYPT_KEYPROVIDER_CONFIG.`,
-		Commands: []*cli.Command{serveCommand, keyproviderCommand, mirrorCommand, snapshotterCommand, nriPluginCommand, nodeCommand},
+		Commands: []*cli.Command{serveCommand, keyproviderCommand, mirrorCommand, kbsPluginCommand, snapshotterCommand, nriPluginCommand, nodeCommand},
 	})
 }
