@@ -75,7 +75,7 @@ type plugin struct{ broker Broker }
 // validateAuth says that only the KBS's own admins may do anything but read, which handle
 // refuses. Guests have to be attested.
 func (*plugin) validateAuth(_ context.Context, in *request) verdict {
-	return verdict(in.httpVerb != http.MethodGet)
+	return verdict(in.verb != http.MethodGet)
 }
 
 // needsEncryption has the KBS encrypt all answers for the guest.
@@ -95,8 +95,8 @@ func (p *plugin) handle(ctx context.Context, in *request) *response {
 
 // kek returns the KEK of a request, or the HTTP status of the error.
 func (p *plugin) kek(ctx context.Context, in *request) (key []byte, status int, err error) {
-	if in.httpVerb != http.MethodGet {
-		return nil, http.StatusMethodNotAllowed, fmt.Errorf("%.20q is not possible: KEKs are read here, and managed in copilot", in.httpVerb)
+	if in.verb != http.MethodGet {
+		return nil, http.StatusMethodNotAllowed, fmt.Errorf("%.20q is not possible: KEKs are read here, and managed in copilot", in.verb)
 	}
 	id, version, ok := wireformat.ParsePluginPath(in.path)
 	if !ok || in.query || in.body {

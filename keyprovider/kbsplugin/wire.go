@@ -10,10 +10,10 @@ import (
 // request is PluginRequest, ValidateAuthRequest or NeedsEncryptionRequest, which have the
 // same fields.
 type request struct {
-	body     bool     // field 1: there is one
-	query    bool     // field 2: there are parameters
-	path     []string // field 3: what follows the backend's name in /kbs/v0/external/NAME/…
-	httpVerb string   // field 4
+	body  bool     // field 1: there is one
+	query bool     // field 2: there are parameters
+	path  []string // field 3: what follows the backend's name in /kbs/v0/external/NAME/…
+	verb  string   // field 4
 }
 
 // response is PluginResponse.
@@ -54,7 +54,7 @@ func (r *request) unmarshal(b []byte) error {
 		case 3:
 			r.path = append(r.path, string(value))
 		case 4:
-			r.httpVerb = string(value)
+			r.verb = string(value)
 		}
 	}
 	return nil
