@@ -11,7 +11,6 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/aesgcm"
-	"github.com/ctrlplane/pilot/internal/layerbudget"
 	"github.com/ctrlplane/pilot/internal/openedby"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
@@ -179,7 +178,7 @@ func (p *Provider) unwrapCoCo(ctx context.Context, annotation []byte, allowed []
 		return nil, fmt.Errorf("%w: it is wrapped with KEK %q, and the key given is %q", ErrWrongKEK, found.ID, strings.Join(allowed, ", "))
 	}
 	start := time.Now()
-	layerKey, version, err := p.openCoCo(layerbudget.With(ctx), found, packet)
+	layerKey, version, err := p.openCoCo(ctx, found, packet)
 	if err != nil {
 		if denies(err) {
 			err = denied{err}

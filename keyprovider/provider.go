@@ -181,10 +181,11 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 	return b, nil
 }
 
-// UnwrapKey returns the layer key that an annotation holds, pilot's or that of Confidential
-// Containers, which the caller clears. The annotation says which KEK it takes; if params name KEKs too, only those are used. KEKs
-// in memory are tried first. The broker is asked at most 128 times for one layer, or for
-// the annotation if ctx is not that of a layer. UnwrapKey takes 30 seconds at most.
+// UnwrapKey returns the layer key that an annotation holds, pilot's or that of
+// Confidential Containers, which the caller clears. The annotation says which KEK it
+// takes; if params name KEKs too, only those are used. KEKs in memory are tried first.
+// The broker is asked at most 128 times for one layer, or for the annotation if ctx is
+// not that of a layer. UnwrapKey takes 30 seconds at most.
 //
 // The error wraps [ErrInput], [ErrWrongKEK], [ErrTooManyKeys] or that of the broker, and
 // [processor.ErrDenied] if the broker refused all KEKs.

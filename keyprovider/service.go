@@ -105,8 +105,8 @@ func (s *Service) wrap(ctx context.Context, in ocicrypt.KeyWrapParams, numbers b
 	provider, params := s.Provider, s.own(in.Ec.Parameters)
 	if coco := in.Ec.Parameters[wireformat.CoCoProvider]; len(coco) > 0 && s.CoCo != nil && slices.Contains(s.names(), wireformat.CoCoProvider) {
 		if len(params) > 0 {
-			return nil, fmt.Errorf("%w: recipients are named for %s and for %s, and a request does not say which of the two is called: have ocicrypt.conf run \"pilot keyprovider --provider-name %[3]s\" for %[3]s",
-				ErrInput, s.names()[0], wireformat.CoCoProvider)
+			return nil, fmt.Errorf("%w: recipients are named for %[2]s and for another name of pilot's, and a request does not say which of the two is called: have ocicrypt.conf run \"pilot keyprovider --provider-name %[2]s\" for %[2]s",
+				ErrInput, wireformat.CoCoProvider)
 		}
 		provider, params = s.CoCo, coco
 	}
