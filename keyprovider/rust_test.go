@@ -69,8 +69,8 @@ func TestRustClients(t *testing.T) {
 	}
 }
 
-// TestRustDialectIsToldByTheRequest: an executable learns nothing else of its caller.
-func TestRustDialectIsToldByTheRequest(t *testing.T) {
+// TestRequestToWrapShowsItsDialect: an executable learns nothing else of its caller.
+func TestRequestToWrapShowsItsDialect(t *testing.T) {
 	p := newProvider(t, startBroker(t, map[string][]byte{"team-a": nil}).url, Config{})
 	s := Service{Provider: p}
 	var out bytes.Buffer
