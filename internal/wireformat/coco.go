@@ -94,7 +94,7 @@ func CanonicalKID(id string) (string, error) {
 		id = "kbs://" + id
 	}
 	if len(id) > maxKID || !kid.MatchString(id) {
-		return "", fmt.Errorf("kid %.100q is not the URI of a KBS resource: kbs:///REPOSITORY/TYPE/TAG, of letters, digits, and _, - and .", id)
+		return "", fmt.Errorf("kid %.100q is not the URI of a KBS resource: kbs:///REPOSITORY/TYPE/TAG, of letters, digits, and ., _ and -", id)
 	}
 	return id, nil
 }
