@@ -49,6 +49,6 @@ Example, a node:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca ca.pem --broker-cert node.pem --broker-key node-key.pem
    pilot node doctor --kek team-a`,
-		Commands: []*cli.Command{serveCommand, keyproviderCommand, mirrorCommand, snapshotterCommand, nriPluginCommand, nodeCommand},
+		Commands: []*cli.Command{serveCommand, keyproviderCommand, mirrorCommand, kbsPluginCommand, snapshotterCommand, nriPluginCommand, nodeCommand},
 	})
 }
