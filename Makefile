@@ -1,6 +1,6 @@
 # pilot: encrypted container images for containerd.
 #
-#   make build          the programs, into bin/        (PKCS11=1: with HSM support in all)
+#   make build          the programs, into bin/        (PKCS11=1: with HSM support in all; FIPS=1: with the FIPS 140-3 module)
 #   make install        into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo           encrypt, push, pull and run an image, in private directories
 #   make demo-svg       draws what make demo prints, into docs/demo.svg
@@ -46,6 +46,14 @@ ifeq ($(PKCS11),1)
 NODE_CGO := 1
 else
 NODE_CGO := 0
+endif
+
+# FIPS=1 builds with the validated version of the Go Cryptographic Module, another value with
+# that version of it: docs/fips.md. It counts for packages, images and clients, too.
+FIPS_MODULE := v1.0.0
+FIPS ?=
+ifneq ($(FIPS),)
+export GOFIPS140 := $(if $(filter 1,$(FIPS)),$(FIPS_MODULE),$(FIPS))
 endif
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2

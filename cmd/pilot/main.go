@@ -36,7 +36,7 @@ func newApp() *cli.Command {
 	return commandline.Complete(&cli.Command{
 		Name:    "pilot",
 		Usage:   "wrap and unwrap the keys of encrypted container images",
-		Version: version.Version,
+		Version: version.Text(),
 		Description: `pilot serves ocicrypt's key provider protocol with keys from a key broker.
 Tools find it through a file such as
 
