@@ -21,6 +21,7 @@
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-engines   with Docker Engine 29, BuildKit, CRI-O and syft, which take some minutes to build
 #   make test-windows   runs the client programs for Windows under Wine
+#   make test-fips      all tests, with programs that have the FIPS 140-3 module and GODEBUG=fips140=only
 #   make test-race      all of make test, with programs that look for data races
 #   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
@@ -61,7 +62,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-fips test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -128,6 +129,13 @@ test-all: tools test-unit
 test-race: tools test-unit
 	go test -buildvcs=false -race -timeout 60m -skip '^TestProperty$$' ./image
 	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m -parallel $(PARALLEL) ./integration/...
+
+# The mode is linked into our programs and tests, so that no others have it.
+test-fips: export GOFIPS140 := $(FIPS_MODULE)
+test-fips: export PILOT_FIPS := 1
+test-fips: tools
+	go test -buildvcs=false -count=1 -timeout 60m -ldflags=-X=runtime.godebugDefault=fips140=only $$(go list -buildvcs=false ./... | grep -v /integration)
+	go test -buildvcs=false -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
 BUSY  ?= 2
