@@ -135,10 +135,6 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 	}
 	sha1 := encrypt("--recipient", "pkcs11:"+public)
 	sha1.Env = append(os.Environ(), "OCICRYPT_OAEP_HASHALG=sha1")
-	sso := func(profile string) *exec.Cmd {
-		file := harness.Write(t, harness.TempDir(t)+"/aws", "[default]\nsso_account_id = 1\nsso_role_name = a\n"+profile)
-		return copilot(backend("aws-kms", "region = 'eu-central-1'"), "AWS_CONFIG_FILE="+file, "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_ACCESS_KEY_ID=", "AWS_PROFILE=")
-	}
 	const x25519, hybrid = "age1gde3ncmahlqd9gg50tanl99r960llztrhfapnmx853s4tjum03uqfssgdh", "age1pq1"
 	original := harness.Write(t, dir+"/original.toml", "annotation-format = \"original\"\n")
 	identity := harness.Write(t, dir+"/identity.txt", "AGE-SECRET-KEY-PQ-1XXC4XS9DXHZ6TREKQTT3XECY8VNNU7GJ83C3Y49D0GZ3ZUME4JWS6QC3EF\n")
@@ -162,12 +158,13 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 			unwrap(`{"iv":"AAAAAAAAAAAAAAAAAAAAAA==","method":"AES-GCM","wrappedKey":"` + strings.Repeat("A", 64) + `"}`),
 		},
 		fipstest.TPM:       {copilot(backend("tpm", "device = '/dev/tpmrm0'"))},
-		fipstest.SSO:       {sso("sso_start_url = https://x\nsso_region = a\n"), sso("sso_session = s\n[sso-session s]\nsso_start_url = https://x\nsso_region = a\n")},
 		fipstest.AzureCert: {copilot(backend("azure-key-vault", "vault-url = 'https://a.vault.azure.net'"), "AZURE_CLIENT_CERTIFICATE_PATH="+certificate)},
 	}
-	hpke := harness.Command(t, "copilot", "keys", "public", "--dir", dir+"/broker", "team-a")
+	hpke := harness.NewTLSBroker(t, "team-a").Command(t, "keys", "public", "team-a")
 	if strings.Contains(harness.Output(t, harness.Command(t, "copilot", "version")), "Module v1.0.0") {
 		refused[fipstest.HPKE] = []*exec.Cmd{hpke}
+	} else {
+		harness.Output(t, hpke)
 	}
 	for _, what := range fipstest.All {
 		for _, cmd := range refused[what] {

@@ -27,23 +27,6 @@ func Refuse(what, instead string) error {
 	return fmt.Errorf("%s: %w: %s", what, ErrNotApproved, instead)
 }
 
-// Recover is deferred around another project's library. Where only what FIPS 140-3
-// approves is allowed, Go's library panics at some of the rest, with a string: Recover makes
-// that an error like that of [Refuse]. It recovers from nothing else, and not in other
-// goroutines.
-func Recover(err *error, what, instead string) {
-	if !fips140.Enforced() {
-		return
-	}
-	switch r := recover().(type) {
-	case nil:
-	case string:
-		*err = Refuse(what+" takes what is not allowed ("+r+")", instead)
-	default:
-		panic(r)
-	}
-}
-
 // RefuseHPKE is [Refuse] for HPKE with AES-GCM, for which the module v1.0.0 has no
 // approved service.
 func RefuseHPKE() error {

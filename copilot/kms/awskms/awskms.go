@@ -15,7 +15,6 @@ import (
 	"github.com/aws/smithy-go"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
-	"github.com/ctrlplane/pilot/internal/fips"
 )
 
 // Types returns the types of backends that this package has.
@@ -37,7 +36,7 @@ type settings struct {
 // maxBlob is how long AWS's ciphertext may be, in bytes.
 const maxBlob = 6144
 
-func open(decode kms.Settings) (_ kms.Backend, err error) {
+func open(decode kms.Settings) (kms.Backend, error) {
 	var s settings
 	if err := decode(&s); err != nil {
 		return nil, err
@@ -47,12 +46,8 @@ func open(decode kms.Settings) (_ kms.Backend, err error) {
 			return nil, err
 		}
 	}
-	defer fips.Recover(&err, "AWS's library, for a profile of IAM Identity Center,", insteadOfSSO)
 	// It reads files. Credentials are fetched when they are needed.
 	conf, err := config.LoadDefaultConfig(context.Background(), config.WithRegion(s.Region), config.WithSharedConfigProfile(s.Profile))
-	if err == nil {
-		err = refuseSSO(conf)
-	}
 	if err != nil {
 		return nil, err
 	}
@@ -64,22 +59,6 @@ func open(decode kms.Settings) (_ kms.Backend, err error) {
 			o.BaseEndpoint = aws.String(s.Endpoint)
 		}
 	})}, nil
-}
-
-const insteadOfSSO = "use a role of the machine, a web identity, or an access key"
-
-// refuseSSO is the error of profiles of IAM Identity Center where SHA-1 is not allowed, by
-// which AWS's library names the files of their tokens.
-func refuseSSO(conf aws.Config) error {
-	for _, source := range conf.ConfigSources {
-		shared, ok := source.(config.SharedConfig)
-		for c := &shared; ok && c != nil; c = c.Source {
-			if c.SSOStartURL != "" {
-				return fips.Refuse("AWS profile "+c.Profile+": IAM Identity Center takes SHA-1 in AWS's library", insteadOfSSO)
-			}
-		}
-	}
-	return nil
 }
 
 func (b *backend) Wrap(ctx context.Context, path string, plaintext []byte) (int, []byte, error) {

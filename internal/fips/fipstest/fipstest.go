@@ -24,12 +24,11 @@ const (
 	HPKE       Refusal = "HPKE with the module v1.0.0"
 	TPM        Refusal = "TPMs"
 	MD5        Refusal = "PostgreSQL's authentication by MD5"
-	SSO        Refusal = "AWS profiles of IAM Identity Center"
 	AzureCert  Refusal = "Azure's logins by certificate"
 )
 
 // All are all of them.
-var All = []Refusal{JWE, PKCS7, PGP, SHA1OAEP, PrivateKey, Age, Backup, Original, HPKE, TPM, MD5, SSO, AzureCert}
+var All = []Refusal{JWE, PKCS7, PGP, SHA1OAEP, PrivateKey, Age, Backup, Original, HPKE, TPM, MD5, AzureCert}
 
 // Variable is set where the programs of the integration tests run in that mode.
 const Variable = "PILOT_FIPS"
