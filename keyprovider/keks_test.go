@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -299,6 +300,7 @@ func TestNotExportedMixed(t *testing.T) {
 // TestOriginalNotExported checks that the original's format, which takes the
 // KEK itself, says so.
 func TestOriginalNotExported(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	k := startKeeper(t, "team-a", "team-b")
 	k.exports["team-b"] = true
 	conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"team-a", "team-b"}}

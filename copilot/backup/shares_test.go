@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/internal/fips"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 func ExampleNewShares() {
@@ -35,6 +36,7 @@ func ExampleNewShares() {
 
 // TestEachTypingErrorIsFound changes each character of a share.
 func TestEachTypingErrorIsFound(t *testing.T) {
+	fipstest.Refused(t, fipstest.Backup)
 	shares, _, err := NewShares(2, 2)
 	if err != nil {
 		t.Fatal(err)
@@ -78,6 +80,7 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 }
 
 func FuzzParseShare(f *testing.F) {
+	fipstest.Refused(f, fipstest.Backup)
 	shares, _, err := NewShares(2, 3)
 	if err != nil {
 		f.Fatal(err)

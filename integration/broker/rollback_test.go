@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestRecordPutBackInTheDatabaseIsRefused has somebody who can write to the database, and
@@ -15,6 +16,7 @@ import (
 // after a restart, until that is acknowledged.
 func TestRecordPutBackInTheDatabaseIsRefused(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	d := harness.StartPostgres(t)
 	rs := replicas(t, d, 2)
 	a, b := rs[0], rs[1]
@@ -119,6 +121,7 @@ func TestRecordPutBackInTheDatabaseIsRefused(t *testing.T) {
 // that the command itself acknowledges.
 func TestStorePutBackIsRefused(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	store := dir + "/store"
 	copilot := func(args ...string) *exec.Cmd { return harness.Command(t, "copilot", append(args, "--dir", store)...) }
