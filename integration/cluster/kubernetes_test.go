@@ -28,7 +28,8 @@ func TestKubernetes(t *testing.T) {
 	denied := ci.Image(harness.LayerKinds[2], "provider:pilot:team-b")
 
 	began := time.Now()
-	k := newKubernetes(t, ci.Pause())
+	pause := ci.Pause()
+	k := newKubernetes(t, pause)
 	t.Logf("the node is ready after %v", time.Since(began))
 	k.node.AddProgram(filepath.Join(harness.Bin, "pilot"))
 	cert, key := b.Enroll(t, "node1")
@@ -60,6 +61,7 @@ func TestKubernetes(t *testing.T) {
 	if out := harness.Output(t, k.kubectl("logs", "denied")); !strings.Contains(out, ci.Secrets[denied]) {
 		t.Errorf("the pod says: %s", out)
 	}
+	t.Run("Workloads", func(t *testing.T) { testWorkloads(t, k, b, allowed, denied, pause) })
 }
 
 // TestKubernetesManifests installs packaging/kubernetes as its example does: copilot with
