@@ -61,7 +61,7 @@ func TestKubernetes(t *testing.T) {
 	if out := harness.Output(t, k.kubectl("logs", "denied")); !strings.Contains(out, ci.Secrets[denied]) {
 		t.Errorf("the pod says: %s", out)
 	}
-	t.Run("Workloads", func(t *testing.T) { testWorkloads(t, k, b, allowed, denied, pause) })
+	testWorkloads(t, k, b, allowed, denied, pause) // no subtest, whose thread has another network
 }
 
 // TestKubernetesManifests installs packaging/kubernetes as its example does: copilot with
