@@ -191,6 +191,18 @@ labels = "tier=gold"`, 1))
 			t.Errorf("%s with %.100v: audited %+v", test.workload, test.labels, e)
 		}
 	}
+	files = ca.Issue(t, spiffe("/ci"))
+	raw := newRemote(t, address, ca, &files)
+	status, wrapped := raw.do(t, "POST", "/api/v2/keks/tenant/wrap", `{"plaintext":"AAAA"}`)
+	files = ca.Issue(t, spiffe("/node/7"))
+	raw = newRemote(t, address, ca, &files)
+	_, wrapped, _ = strings.Cut(strings.TrimSpace(wrapped), `"tenant",`)
+	for labels, want := range map[string]int{`{"tier":"gold"}`: 200, `{"tier":"silver"}`: 403, `{}`: 403, `null`: 403} {
+		raw.want(t, want, "POST", "/api/v2/keks/tenant/unwrap", `{"workload":"prod/web","labels":`+labels+`,`+wrapped)
+	}
+	if status != 200 {
+		t.Errorf("wrap: %d %s", status, wrapped)
+	}
 	// An answer that no label matters for says so.
 	writeFile(t, policyFile, workloadPolicy)
 	eventually(t, func() bool {

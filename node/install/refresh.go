@@ -88,6 +88,9 @@ func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before rec
 			if p.containerdFiles(ctx, before) == nil && p.apply(ctx, nil) == nil {
 				return fmt.Errorf("containerd starts without pilot's differ, and can't decrypt images until \"pilot node install\" works; it still asks pilot about each container: %w", why)
 			}
+			if ctx.Err() != nil {
+				return staysAsItWas(why)
+			}
 			if !harmless {
 				missing = c.NotAsking(c.Plain)
 			}

@@ -114,6 +114,9 @@ func labelHash(labels map[string]string, keys []string, some bool) string {
 func (v *verdicts) knownAllowed(u use, ttl time.Duration) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if _, known := v.labelKeys[question{kek: u.kek, workload: u.workload}]; !known {
+		return false // and a layer may name thousands of KEKs
+	}
 	e := v.known[v.question(u)]
 	return e != nil && e.permits(ttl, v.now())
 }
