@@ -84,7 +84,7 @@ func newCreator(b testing.TB, n *harness.SharedNode, image string) *creator {
 	b.Cleanup(func() {
 		exec.Command(n.Crictl().Path, "--runtime-endpoint", "unix://"+n.Socket, "rmp", "-f", "-a").Run()
 	})
-	c.sandbox, _ = n.Sandbox(b, "a", "pod", "1", nil)
+	c.sandbox, _ = n.Sandbox(b, "a", "pod", "1")
 	return c
 }
 

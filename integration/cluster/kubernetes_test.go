@@ -15,7 +15,7 @@ import (
 )
 
 // TestKubernetes lets the kubelet pull encrypted images for pods without any setting for
-// encryption.
+// encryption, and scales deployments on a node that asks about workloads.
 func TestKubernetes(t *testing.T) {
 	ownNetwork(t)
 	b := harness.NewTLSBroker(t, "team-a", "team-b")

@@ -105,9 +105,14 @@ func (n *SharedNode) Allowing(t testing.TB, workloads ...string) *SharedNode {
 	return n
 }
 
-// Sandbox makes the sandbox of a pod with labels, and returns its ID and the file that
-// describes it.
-func (n *SharedNode) Sandbox(t testing.TB, namespace, name, uid string, labels map[string]string) (id, file string) {
+// Sandbox makes the sandbox of a pod, and returns its ID and the file that describes it.
+func (n *SharedNode) Sandbox(t testing.TB, namespace, name, uid string) (id, file string) {
+	t.Helper()
+	return n.LabelledSandbox(t, namespace, name, uid, nil)
+}
+
+// LabelledSandbox is Sandbox for a pod with labels.
+func (n *SharedNode) LabelledSandbox(t testing.TB, namespace, name, uid string, labels map[string]string) (id, file string) {
 	t.Helper()
 	b, err := json.Marshal(Object{
 		"metadata": Object{"name": name, "namespace": namespace, "uid": uid, "attempt": 1}, "labels": labels, "log_directory": filepath.Join(n.Dir, "logs", uid),

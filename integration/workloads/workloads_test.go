@@ -348,7 +348,7 @@ func (n *node) pod(t *testing.T, namespace, uid string) pod {
 func (n *node) labelled(t *testing.T, namespace, uid string, labels map[string]string) pod {
 	t.Helper()
 	p := pod{uid: uid}
-	p.id, p.file = n.Sandbox(t, namespace, "pod-"+uid, uid, labels)
+	p.id, p.file = n.LabelledSandbox(t, namespace, "pod-"+uid, uid, labels)
 	return p
 }
 
