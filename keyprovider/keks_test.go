@@ -90,7 +90,7 @@ func (k *keeper) find(w http.ResponseWriter, id string, version int) (cipher.AEA
 		return nil, nil
 	}
 	block, _ := aes.NewCipher(key)
-	aead, _ := cipher.NewGCM(block)
+	aead, _ := cipher.NewGCMWithRandomNonce(block)
 	return aead, key
 }
 
@@ -123,9 +123,7 @@ func (k *keeper) wrap(w http.ResponseWriter, r *http.Request) {
 	if aead == nil {
 		return
 	}
-	nonce := make([]byte, aead.NonceSize())
-	rand.Read(nonce)
-	reply(w, map[string]any{"id": id, "version": version, "method": "copilot", "wrappedKey": aead.Seal(nonce, nonce, in.Plaintext, fmt.Appendf(nil, "%s@%d", id, version))})
+	reply(w, map[string]any{"id": id, "version": version, "method": "copilot", "wrappedKey": aead.Seal(nil, nil, in.Plaintext, fmt.Appendf(nil, "%s@%d", id, version))})
 }
 
 func (k *keeper) unwrap(w http.ResponseWriter, r *http.Request) {
@@ -144,11 +142,11 @@ func (k *keeper) unwrap(w http.ResponseWriter, r *http.Request) {
 	if aead == nil {
 		return
 	}
-	nonce, sealed, data := in.IV, in.WrappedKey, fmt.Sprintf(`{"kekId":%q,"kekVersion":%d,"method":"A256GCMKW"}`, id, in.Version)
+	sealed, data := slices.Concat(in.IV, in.WrappedKey), fmt.Sprintf(`{"kekId":%q,"kekVersion":%d,"method":"A256GCMKW"}`, id, in.Version)
 	if in.Method == "copilot" {
-		nonce, sealed, data = sealed[:12], sealed[12:], fmt.Sprintf("%s@%d", id, in.Version)
+		data = fmt.Sprintf("%s@%d", id, in.Version)
 	}
-	plaintext, err := aead.Open(nil, nonce, sealed, []byte(data))
+	plaintext, err := aead.Open(nil, nil, sealed, []byte(data))
 	if err != nil {
 		problem(w, http.StatusBadRequest, "about:blank", "this KEK did not wrap that key, or it was changed")
 		return

@@ -57,7 +57,7 @@ func unwrap(kek client.KEK, a wireformat.Annotation) ([]byte, error) {
 }
 
 func sealOriginal(kek client.KEK, optsdata []byte) (wireformat.Annotation, error) {
-	aead, err := newOriginalGCM(kek.Key)
+	aead, err := newOriginalGCM(kek.Key, wireformat.OriginalIVSize)
 	if err != nil {
 		return wireformat.Annotation{}, fmt.Errorf("KEK %q: %w", kek.ID, err)
 	}
@@ -68,7 +68,7 @@ func sealOriginal(kek client.KEK, optsdata []byte) (wireformat.Annotation, error
 }
 
 func openOriginal(kek client.KEK, a wireformat.Annotation) ([]byte, error) {
-	aead, err := newOriginalGCM(kek.Key)
+	aead, err := newOriginalGCM(kek.Key, len(a.IV))
 	if err != nil {
 		return nil, err
 	}
@@ -87,10 +87,10 @@ func refuseOriginal() error {
 
 // newOriginalGCM returns the cipher of the original's format. Go's approved AES-GCM has no
 // IVs of that size.
-func newOriginalGCM(key []byte) (cipher.AEAD, error) {
+func newOriginalGCM(key []byte, ivSize int) (cipher.AEAD, error) {
 	block, err := aes.NewCipher(key)
 	if err != nil {
 		return nil, fmt.Errorf("has %d bytes, not 16, 24 or 32", len(key))
 	}
-	return cipher.NewGCMWithNonceSize(block, wireformat.OriginalIVSize)
+	return cipher.NewGCMWithNonceSize(block, ivSize)
 }

@@ -81,11 +81,10 @@ func sealAnnotation(t *testing.T, key []byte, additional string, plaintext []byt
 	if err != nil {
 		t.Fatal(err)
 	}
-	aead, err := cipher.NewGCM(block)
+	aead, err := cipher.NewGCMWithRandomNonce(block)
 	if err != nil {
 		t.Fatal(err)
 	}
-	iv = make([]byte, 12)
-	rand.Read(iv)
-	return iv, aead.Seal(nil, iv, plaintext, []byte(additional))
+	sealed = aead.Seal(nil, nil, plaintext, []byte(additional))
+	return sealed[:12:12], sealed[12:]
 }

@@ -44,6 +44,14 @@ func TestMainJobInFIPSOnlyMode(t *testing.T) {
 	home := harness.TempDir(t)
 	harness.StartPilot(t, home, b.URL(), append(tls, "--admin-listen", "unix://"+home+"/admin.sock")...)
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
+	report := harness.NewDoctorNode(t, n).Examine(t, append([]string{"--broker", b.URL()}, tls...)...)
+	details := map[string]string{}
+	for _, s := range report.Steps {
+		details[s.Name] = s.Result + " " + s.Detail
+	}
+	if !strings.Contains(details["key-provider"], "fips140=only") || !strings.HasPrefix(details["layer"], "skipped needs a KEK") {
+		t.Errorf("doctor: %s", report.Output)
+	}
 	harness.Output(t, n.Ctr("images", "pull", "--plain-http", image))
 	if out := harness.ContainerOutput(t, n.Ctr("run", "--rm", image, harness.ContainerID())); !strings.Contains(out, c.Secrets[image]) {
 		t.Errorf("the container said %q", out)
@@ -73,15 +81,6 @@ func TestMainJobInFIPSOnlyMode(t *testing.T) {
 	if _, err := metrics.ReadFrom(r.Body); err != nil || !strings.Contains(metrics.String(), fmt.Sprintf("pilot_fips140_info{mode=\"only\",module=%q} 1", module)) {
 		t.Errorf("%v: the metrics do not say so", err)
 	}
-	report := harness.NewDoctorNode(t, n).Examine(t, append([]string{"--broker", b.URL()}, tls...)...)
-	details := map[string]string{}
-	for _, s := range report.Steps {
-		details[s.Name] = s.Result + " " + s.Detail
-	}
-	if !strings.Contains(details["key-provider"], mode) || !strings.HasPrefix(details["layer"], "skipped needs a KEK") {
-		t.Errorf("doctor: %s", report.Output)
-	}
-
 	req, err := http.NewRequest(http.MethodGet, b.URL()+"/api/v2/keks/team-a/key", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -124,10 +123,10 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 		cmd.Env = append(os.Environ(), env...)
 		return cmd
 	}
-	// unwrap asks the one-shot key provider for a layer key.
-	unwrap := func(annotation string, args ...string) *exec.Cmd {
+	// unwrap asks the one-shot key provider for a layer key, with keys that are named.
+	unwrap := func(keys, annotation string, args ...string) *exec.Cmd {
 		cmd := harness.Command(t, "pilot", append([]string{"keyprovider", "--config", "/dev/null", "--broker", url}, args...)...)
-		cmd.Stdin = strings.NewReader(fmt.Sprintf(`{"op":"keyunwrap","keyunwrapparams":{"dc":{"Parameters":{"pilot":["dGVhbS1h"]}},"annotation":%q}}`, base64.StdEncoding.EncodeToString([]byte(annotation))))
+		cmd.Stdin = strings.NewReader(fmt.Sprintf(`{"op":"keyunwrap","keyunwrapparams":{"dc":{"Parameters":%s},"annotation":%q}}`, keys, base64.StdEncoding.EncodeToString([]byte(annotation))))
 		return cmd
 	}
 	backend := func(kind, more string) string {
@@ -146,7 +145,7 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 		fipstest.PrivateKey: {harness.Command(t, "ctr-pilot", "images", "decrypt", "--key", private, plain, "oci:"+dir+"/out:v1")},
 		fipstest.Age: {
 			encrypt("--recipient", "provider:pilot:"+x25519), encrypt("--recipient", "provider:pilot:"+hybrid),
-			unwrap(`{"method":"age","recipient":"`+x25519+`","wrappedKey":"AAAA"}`, "--age-identities", identity),
+			unwrap("null", `{"method":"age","recipient":"`+x25519+`","wrappedKey":"AAAA"}`, "--age-identities", identity),
 		},
 		fipstest.Backup: {
 			harness.Command(t, "copilot", "backup", "shares", "--shares", "3", "--threshold", "2", "--out", dir+"/shares"),
@@ -155,7 +154,7 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 		},
 		fipstest.Original: {
 			encrypt("--config", original, "--recipient", "provider:pilot:team-a"),
-			unwrap(`{"iv":"AAAAAAAAAAAAAAAAAAAAAA==","method":"AES-GCM","wrappedKey":"` + strings.Repeat("A", 64) + `"}`),
+			unwrap(`{"pilot":["dGVhbS1h"]}`, `{"iv":"AAAAAAAAAAAAAAAAAAAAAA==","method":"AES-GCM","wrappedKey":"`+strings.Repeat("A", 64)+`"}`),
 		},
 		fipstest.TPM:       {copilot(backend("tpm", "device = '/dev/tpmrm0'"))},
 		fipstest.AzureCert: {copilot(backend("azure-key-vault", "vault-url = 'https://a.vault.azure.net'"), "AZURE_CLIENT_CERTIFICATE_PATH="+certificate)},

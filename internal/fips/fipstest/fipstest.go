@@ -29,7 +29,10 @@ const (
 	AzureCert  Refusal = "Azure's logins by certificate"
 )
 
-// All are all of them.
+// Peer is the library with which a test compares pilot.
+const Peer Refusal = "the library to compare with"
+
+// All are all that pilot refuses.
 var All = []Refusal{JWE, PKCS7, PGP, SHA1OAEP, PrivateKey, Age, Backup, Original, HPKE, TPM, MD5, AzureCert}
 
 // Variable is set where the programs of the integration tests run in that mode.
