@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/stargz-snapshotter/estargz"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -56,6 +58,29 @@ func BenchmarkAddRecipient(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := Encrypt(s.ctx, s, encrypted, s.ec, Options{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkVerifyTOC verifies the table of contents of a layer with 20,000 files.
+func BenchmarkVerifyTOC(b *testing.B) {
+	var text strings.Builder
+	text.WriteString(`{"version":1,"entries":[`)
+	for i := range 20_000 {
+		d := digest.FromString(fmt.Sprint(i))
+		if i > 0 {
+			text.WriteString(",")
+		}
+		fmt.Fprintf(&text, `{"name":"usr/share/doc/package-%d/file-%d","type":"reg","size":1234,"modtime":"2026-01-02T03:04:05Z","mode":420,"NumLink":1,"digest":"%s","offset":%d,"chunkDigest":"%[3]s"}`, i%100, i, d, i*1000)
+	}
+	text.WriteString("]}")
+	end := gzipped(tarOf(b, reg(estargz.TOCTarName, text.String())))
+	end += string(estargz.CreateGzipFooter(fmt.Appendf([]byte("SG\x16\x00"), "%016xSTARGZ", 0)))
+	l := Lazy{Size: int64(len(end)), TOC: digest.FromString(text.String())}
+	b.SetBytes(int64(text.Len()))
+	for b.Loop() {
+		if err := VerifyTOC(l, []byte(end)); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -42,30 +43,67 @@ func VerifyLazy(r io.Reader, l Lazy, end []byte) error {
 }
 
 // VerifyTOC checks that the table of contents of a layer, of which end are the bytes from
-// l.TailOffset on, has the digest that l says. The error wraps [processor.ErrTampered].
+// l.TailOffset on, has the digest that l says, and no more bytes and entries than a reader
+// can have in memory. The error wraps [processor.ErrTampered].
 func VerifyTOC(l Lazy, end []byte) error {
 	t, err := l.tail(end)
 	if err != nil {
 		return untrue(err)
 	}
-	toc, err := t.contents()
+	got, most, err := t.digest()
+	if err == nil && got != l.TOC {
+		err = fmt.Errorf("its table of contents has the digest %s", got)
+	}
+	if err == nil && most > maxEntries {
+		err = t.countEntries()
+	}
 	if err != nil {
 		return untrue(err)
+	}
+	return nil
+}
+
+// digest returns the digest of the table of contents, and how many entries it has at the
+// most. To read them all takes several times as long.
+func (t tail) digest() (_ digest.Digest, most int, err error) {
+	r, z, err := t.json()
+	if err != nil {
+		return "", 0, err
+	}
+	defer z.Close()
+	hash := digest.Canonical.Digester()
+	buf := make([]byte, 32<<10)
+	for size := 0; ; {
+		n, err := r.Read(buf)
+		if size += n; size > maxTOC {
+			return "", 0, fmt.Errorf("it has more than %d bytes", maxTOC)
+		}
+		hash.Hash().Write(buf[:n])
+		// An entry is an object or null, and one null may be in two parts.
+		most += bytes.Count(buf[:n], []byte("{")) + bytes.Count(buf[:n], []byte("null")) + 1
+		if err == io.EOF {
+			return hash.Digest(), most, nil
+		}
+		if err != nil {
+			return "", 0, err
+		}
+	}
+}
+
+// countEntries returns an error if the table of contents has too many entries.
+func (t tail) countEntries() error {
+	toc, err := t.contents()
+	if err != nil {
+		return err
 	}
 	defer toc.Close()
 	for err == nil {
 		_, err = toc.next()
 	}
 	if err == io.EOF {
-		err = nil
-		if got := toc.hash.Digest(); got != l.TOC {
-			err = fmt.Errorf("its table of contents has the digest %s", got)
-		}
+		return nil
 	}
-	if err != nil {
-		return untrue(err)
-	}
-	return nil
+	return err
 }
 
 func (l Lazy) tail(end []byte) (tail, error) {

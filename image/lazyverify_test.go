@@ -21,6 +21,9 @@ func TestTableOfContentsIsBounded(t *testing.T) {
 	}{
 		{"small", `{"entries":[{},{}]}`, ""},
 		{"entries", `{"entries":[{}` + strings.Repeat(",{}", maxEntries) + `]}`, "more than 1048576 entries"},
+		{"no entries", `{"entries":[null` + strings.Repeat(",null", maxEntries) + `]}`, "more than 1048576 entries"},
+		{"braces in names", `{"entries":[{"name":"` + strings.Repeat("{", maxEntries) + `"}]}`, ""},
+		{"bytes", `{"entries":[{"name":"` + strings.Repeat("x", maxTOC) + `"}]}`, "more than 268435456 bytes"},
 	} {
 		end := gzipped(tarOf(t, reg(estargz.TOCTarName, test.text)))
 		end += string(estargz.CreateGzipFooter(fmt.Appendf([]byte("SG\x16\x00"), "%016xSTARGZ", 0)))

@@ -113,23 +113,31 @@ func (t tail) decompress(r io.Reader) (io.ReadCloser, error) {
 	return z.IOReadCloser(), nil
 }
 
+// json opens the JSON of the table of contents. The caller closes z.
+func (t tail) json() (r io.Reader, z io.Closer, err error) {
+	decompressed, err := t.decompress(bytes.NewReader(t.bytes[:t.toc]))
+	if err != nil {
+		return nil, nil, err
+	}
+	if t.zstd {
+		return decompressed, decompressed, nil
+	}
+	tr := tar.NewReader(decompressed)
+	h, err := tr.Next()
+	if err == nil && h.Name != estargz.TOCTarName {
+		err = fmt.Errorf("its name is %.80q", h.Name)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, decompressed.Close())
+	}
+	return tr, decompressed, nil
+}
+
 // contents opens the table of contents. The caller closes it.
 func (t tail) contents() (*contents, error) {
-	z, err := t.decompress(bytes.NewReader(t.bytes[:t.toc]))
+	r, z, err := t.json()
 	if err != nil {
 		return nil, err
-	}
-	var r io.Reader = z
-	if !t.zstd {
-		tr := tar.NewReader(z)
-		h, err := tr.Next()
-		if err == nil && h.Name != estargz.TOCTarName {
-			err = fmt.Errorf("its name is %.80q", h.Name)
-		}
-		if err != nil {
-			return nil, errors.Join(err, z.Close())
-		}
-		r = tr
 	}
 	hash := digest.Canonical.Digester()
 	bounded := &boundedReader{Reader: r}

@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/processor"
@@ -27,20 +28,23 @@ func (m *Mirror) pin(ctx context.Context, repo *repository, layer *lazyLayer) er
 	if size := sealed.Size - sealed.TailOffset; size > maxTail {
 		return &notLazy{reasonTailSize, fmt.Errorf("its table of contents has %d bytes, more than %d: it has too many files in one layer", size, maxTail)}
 	}
-	tail, err := m.fetchTail(ctx, repo, layer)
-	if err != nil {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() (err error) {
+		layer.tail, err = m.fetchTail(ctx, repo, layer)
+		return err
+	})
+	g.Go(func() (err error) {
+		layer.head, err = m.fetchPart(ctx, repo, layer, 0, min(mountRange.last+1, sealed.Size))
+		return err
+	})
+	if err := g.Wait(); err != nil {
 		return noLazyRange(err)
 	}
 	// The maker of the seal may lie, and the snapshotter reads a table of contents of any
 	// size into memory.
-	if err := image.VerifyTOC(sealed, tail); err != nil {
+	if err := image.VerifyTOC(sealed, layer.tail); err != nil {
 		return &notLazy{reasonTampered, err}
 	}
-	head, err := m.fetchPart(ctx, repo, layer, 0, min(mountRange.last+1, sealed.Size))
-	if err != nil {
-		return noLazyRange(err)
-	}
-	layer.tail, layer.head = tail, head
 	return nil
 }
 

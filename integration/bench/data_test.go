@@ -118,3 +118,21 @@ func (m *material) layer(size int) []byte {
 	}
 	return out.Bytes()
 }
+
+// with returns an archive with a program more, in its root.
+func (m *material) with(archive []byte, name string, program []byte) []byte {
+	m.b.Helper()
+	const end = 1024 // of an archive: two empty blocks
+	out := bytes.NewBuffer(archive[:len(archive)-end])
+	tw := tar.NewWriter(out)
+	if err := tw.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(program))}); err != nil {
+		m.b.Fatal(err)
+	}
+	if _, err := tw.Write(program); err != nil {
+		m.b.Fatal(err)
+	}
+	if err := tw.Close(); err != nil {
+		m.b.Fatal(err)
+	}
+	return out.Bytes()
+}
