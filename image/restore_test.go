@@ -190,7 +190,7 @@ func FuzzUndo(f *testing.F) {
 		to := &edit{list: "layers", changes: map[int]change{}, fresh: true}
 		for i, l := range was.Layers {
 			if mediaType, ok := processor.EncryptedMediaType(l.MediaType); ok && l.Digest != "" {
-				to.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: "sha256:bb", Size: l.Size}, sealKey: []byte("key"), annotations: map[string]string{
+				to.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: "sha256:bb", Size: l.Size}, sealKey: []byte("a key that seals"), annotations: map[string]string{
 					processor.AnnotationPrefix + "pubopts": fmt.Sprint(i), processor.AnnotationPrefix + "keys.jwe": "x",
 				}}
 			} else if processor.IsEncrypted(l.MediaType) {
@@ -207,7 +207,7 @@ func FuzzUndo(f *testing.F) {
 		back := &edit{list: "layers", changes: map[int]change{}, mode: decrypting, done: true}
 		for i, l := range is.Layers {
 			if mediaType, ok := processor.PlainMediaType(l.MediaType); ok {
-				back.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: was.Layers[i].Digest, Size: l.Size}, sealKey: []byte("key")}
+				back.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: was.Layers[i].Digest, Size: l.Size}, sealKey: []byte("a key that seals")}
 			}
 		}
 		decrypted, _, err := back.apply(encrypted, mediaType)
@@ -268,7 +268,7 @@ func TestHostileRestore(t *testing.T) {
 		"other members":          {"/layers/0/data": `"ZXZpbA=="`, "/layers/0/size": `1`, "/layers/0/platform": `{"os":"evil"}`, "/schemaVersion": `1`},
 		"sealed by a stranger": {
 			"/layers/0/annotations": `{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`,
-			"/layers/0/seal":        base64.StdEncoding.EncodeToString(sealOf([]byte("key"), []byte(`{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`))),
+			"/layers/0/seal":        base64.StdEncoding.EncodeToString(sealOf([]byte("a key that seals"), []byte(`{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`))),
 		},
 		"not sealed":     {"/layers/0/annotations": `{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`, "/layers/0/seal": ""},
 		"another digest": {"/layers/0/digest": `"` + digest.FromString("evil").String() + `"`},
