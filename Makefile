@@ -2,7 +2,7 @@
 #
 #   make build          the programs, into bin/        (PKCS11=1: with HSM support in all)
 #   make install        into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
-#   make demo           encrypt, push, pull and run an image, in private directories
+#   make demo           encrypt, pull and run an image, lose and restore the broker, in private directories
 #   make demo-svg       draws what make demo prints, into docs/demo.svg
 #   make packages       debs and rpms for amd64 and arm64, into dist/ (ARCHS=amd64, FORMATS=deb: only those)
 #   make images         container images, as OCI layouts in dist/images/ (ARCHS=amd64)
@@ -37,8 +37,12 @@ DESTDIR ?=
 PILOT_TOOLS ?= $(CURDIR)/.cache/tools
 export PILOT_TOOLS
 
+# The same for all that is built, so that each package is compiled once for programs, vet,
+# staticcheck and tests, wherever the repository is.
+export GOFLAGS := -trimpath -buildvcs=false
+
 VERSION := $(shell scripts/version.sh 2>/dev/null || echo dev)
-GOFLAGS_BUILD := -trimpath -buildvcs=false -ldflags '-s -w -X github.com/ctrlplane/pilot/internal/version.Version=$(VERSION)'
+GOFLAGS_BUILD := -ldflags '-s -w -X github.com/ctrlplane/pilot/internal/version.Version=$(VERSION)'
 
 # pilot and pilot-decoder run on every node, so they depend on no library there.
 # ocicrypt talks to PKCS#11 modules through cgo.
@@ -78,7 +82,7 @@ images:
 		echo "building for $$arch"; \
 		CGO_ENABLED=0 GOARCH=$$arch go build $(GOFLAGS_IMAGE) -o $(DIST)/programs/$$arch/ ./cmd/pilot ./cmd/pilot-decoder ./cmd/copilot || exit 1; \
 	done
-	cd packaging/ociimage && go build -buildvcs=false -o $(DIST)/ociimage .
+	cd packaging/ociimage && go build -o $(DIST)/ociimage .
 	$(DIST)/ociimage $(IMAGE_FLAGS) -out $(DIST)/images/pilot -user 0:0 -description "Installs pilot on a node" \
 		pilot,pilot-decoder $(foreach a,$(ARCHS),$(a)=$(DIST)/programs/$(a))
 	$(DIST)/ociimage $(IMAGE_FLAGS) -out $(DIST)/images/copilot -roots -description "pilot's key broker" \
@@ -90,8 +94,8 @@ chart:
 
 manifests:
 	scripts/install-tools.sh $(PILOT_TOOLS) helm
-	cd packaging/kubernetes/validate && go test -buildvcs=false -count=1 -tags kubernetes -run '^TestManifestsAreMadeFromTheChart$$' -update . && \
-	go test -buildvcs=false -count=1 -run '^TestManifestsFitTheChart$$' -update .
+	cd packaging/kubernetes/validate && go test -count=1 -tags kubernetes -run '^TestManifestsAreMadeFromTheChart$$' -update . && \
+	go test -count=1 -run '^TestManifestsFitTheChart$$' -update .
 
 tools:
 	scripts/install-tools.sh $(PILOT_TOOLS)
@@ -108,18 +112,21 @@ PARALLEL ?= 3
 # And packages of them: they wait much for timers and for one another's programs.
 TOGETHER ?= $(shell echo $$(($$(nproc) + 1)))
 
+# make check vets all packages, so go test does not do so again.
+TEST := go test -vet=off
+
 test: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 90m -short -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
-	cd packaging/kubernetes/validate && go test -buildvcs=false ./...
+	$(TEST) -count=1 -timeout 90m -short -p $(TOGETHER) -parallel $(PARALLEL) $$(go list ./integration/... | grep -v /bench$$)
+	cd packaging/kubernetes/validate && $(TEST) ./...
 
 # With the tests that take longest.
 test-all: tools test-unit
-	go test -buildvcs=false -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
+	$(TEST) -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 
 # The same with programs that look for data races, and so take longer.
 test-race: tools test-unit
-	go test -buildvcs=false -race -timeout 60m -skip '^TestProperty$$' ./image
-	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -buildvcs=false -count=1 -timeout 180m -parallel $(PARALLEL) ./integration/...
+	$(TEST) -race -timeout 60m -skip '^TestProperty$$' $(UNRACED)
+	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -count=1 -timeout 180m -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
 BUSY  ?= 2
@@ -128,34 +135,36 @@ test-repeat: tools
 
 # The tests that need neither root nor other programs. Many of them wait for timers, so more
 # packages are tested at once than there are cores. Those of image handle much data, which the
-# race detector makes slow: make test-race has them with it.
-PACKAGES ?= $(shell echo $$(($$(nproc) * 2)))
+# race detector makes slow, and those of two programs start them for each command, without
+# callers at once: make test-race has them with it.
+PACKAGES ?= $(shell echo $$(($$(nproc) * 3)))
+UNRACED  := ./image ./cmd/copilot ./ctr-pilot
 
 test-unit:
-	go test -buildvcs=false -race -timeout 30m -p $(PACKAGES) $$(go list -buildvcs=false ./... | grep -v -e /integration -e '/pilot/image$$')
-	go test -buildvcs=false -timeout 30m ./image
+	$(TEST) -race -timeout 30m -p $(PACKAGES) $$(go list ./... | grep -v -e /integration $(foreach p,$(UNRACED),-e '/pilot$(p:.%=%)$$'))
+	$(TEST) -timeout 30m -p $(PACKAGES) $(UNRACED)
 
 # Each version of containerd with each configuration.
 test-nodes: tools
-	PILOT_NODES=all go test -buildvcs=false -count=1 -timeout 120m -parallel $(PARALLEL) -run '^TestNode' -v ./integration/broker ./integration/node
+	PILOT_NODES=all go test -count=1 -timeout 120m -parallel $(PARALLEL) -run '^TestNode' -v ./integration/broker ./integration/node
 
 test-kubernetes:
 	$(MAKE) images ARCHS=$$(go env GOARCH)
 	scripts/install-tools.sh $(PILOT_TOOLS) kubernetes
-	cd packaging/kubernetes/validate && go test -buildvcs=false -count=1 -tags kubernetes .
-	go test -buildvcs=false -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration/cluster
+	cd packaging/kubernetes/validate && go test -count=1 -tags kubernetes .
+	go test -count=1 -tags kubernetes -timeout 60m -run Kubernetes ./integration/cluster
 
 test-engines:
 	scripts/install-tools.sh $(PILOT_TOOLS) engines
-	go test -buildvcs=false -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*|Test.*FromMirror)$$' ./integration/engines ./integration/mirror ./integration/node
+	go test -count=1 -tags engines -timeout 60m -run '^(TestDocker29|TestBuildKit|TestBuiltinBuildKit|TestCRIO.*|Test.*FromMirror)$$' ./integration/engines ./integration/mirror ./integration/node
 
 ROUNDS ?= 7
 bench: tools
-	PILOT_BENCH=$(CURDIR)/bench.json go test -buildvcs=false -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration/bench
+	PILOT_BENCH=$(CURDIR)/bench.json go test -timeout 90m -run '^$$' -bench . -benchtime $(ROUNDS)x ./integration/bench
 
 bench-go: COUNT = 6
 bench-go:
-	go test -buildvcs=false -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
+	go test -run '^$$' -bench . -count $(COUNT) ./processor ./keyprovider ./image >bench.txt || { cat bench.txt; exit 1; }
 	go run $(BENCHSTAT) bench.txt
 
 packages: export VERSION := $(VERSION)
@@ -170,7 +179,7 @@ release:
 
 test-packages:
 	scripts/install-tools.sh $(PILOT_TOOLS) lintian rpm man-db expect zsh fish bash-completion systemd-container
-	go test -buildvcs=false -count=1 -timeout 120m -tags packages -run '^TestPackage' ./integration/docs ./integration/install
+	go test -count=1 -timeout 120m -tags packages -run '^TestPackage' ./integration/docs ./integration/install
 NODE_IMAGE_DEB ?=
 node-image:
 	@[ -n "$(NODE_IMAGE_DEB)" ] || $(MAKE) packages ARCHS=$$(dpkg --print-architecture) FORMATS=deb
@@ -179,28 +188,28 @@ node-image:
 test-node:
 	@[ -e $(DIST)/node-image/pilot-node.raw ] || $(MAKE) node-image
 	scripts/install-tools.sh $(PILOT_TOOLS) qemu-system-x86 ovmf systemd-container e2fsprogs fdisk
-	go test -buildvcs=false -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration/install
+	go test -count=1 -timeout 120m -tags node -run '^(TestNodeImage|TestDeploy)$$' -v ./integration/install
 
 ROUNDS_LONG ?= 300
 test-long: tools
 	PILOT_ROUNDS=$(ROUNDS_LONG) PILOT_PULLS=64 PILOT_NODES=100,300,1000,3000,10000 \
-		go test -buildvcs=false -count=1 -timeout 2h -run '^(TestKilledAtRandomLeavesWholeImages|TestManyPullsAtOnce|TestAllNodesReconnectAtOnce)$$' -v ./integration/faults ./integration/load
+		go test -count=1 -timeout 2h -run '^(TestKilledAtRandomLeavesWholeImages|TestManyPullsAtOnce|TestAllNodesReconnectAtOnce)$$' -v ./integration/faults ./integration/load
 
 SOAK ?= 1h
 soak: tools
-	PILOT_SOAK=$(SOAK) go test -buildvcs=false -tags soak -timeout 0 -count=1 -run '^TestSoak$$' -v ./integration/load
+	PILOT_SOAK=$(SOAK) go test -tags soak -timeout 0 -count=1 -run '^TestSoak$$' -v ./integration/load
 
 IMAGES ?= 5000
 SEED   ?= $(shell date +%s)
 test-property:
-	PILOT_IMAGES=$(IMAGES) PILOT_SEED=$(SEED) go test -buildvcs=false -count=1 -timeout 0 -run '^TestProperty$$' -v ./image
+	PILOT_IMAGES=$(IMAGES) PILOT_SEED=$(SEED) go test -count=1 -timeout 0 -run '^TestProperty$$' -v ./image
 
 # The programs that run on macOS and Windows too.
 CLIENTS := ./cmd/pilot ./cmd/copilot ./ctr-pilot
 
 test-windows:
 	scripts/install-tools.sh $(PILOT_TOOLS) wine
-	go test -buildvcs=false -count=1 -tags wine ./integration/wine
+	go test -count=1 -tags wine ./integration/wine
 
 FUZZTIME ?= 60s
 fuzz:
@@ -211,19 +220,18 @@ CLIENT_PLATFORMS ?= windows/amd64
 check:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "not formatted: $$unformatted"; exit 1; fi
-	go vet -buildvcs=false ./...
-	go vet -buildvcs=false -tags man,packages,node,kubernetes,engines,soak,wine ./...
+	go vet -tags man,packages,node,kubernetes,engines,soak,wine ./...
 	cd integration/testdata/containerd && go list -deps . >/dev/null
-	@export CGO_ENABLED=0 GOFLAGS=-buildvcs=false; \
+	@export CGO_ENABLED=0; \
 	for to in $(CLIENT_PLATFORMS); do \
 		echo "build and vet for $$to"; export GOOS=$${to%/*} GOARCH=$${to#*/}; \
 		go build $(CLIENTS) && go vet $(CLIENTS) || exit 1; \
 	done
-	GOFLAGS=-buildvcs=false go run $(STATICCHECK) ./...
+	go run $(STATICCHECK) ./...
 	@sbom=$$(mktemp) && trap "rm -f $$sbom" EXIT && \
-	GOFLAGS=-buildvcs=false go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom
-	@if timeout 20 go run $(GOVULNCHECK) -version >/dev/null 2>&1 && timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
-		GOFLAGS=-buildvcs=false go run $(GOVULNCHECK) ./...; \
+	go run $(CYCLONEDX) mod -licenses -json -output $$sbom . && scripts/check-dependencies.sh $$sbom
+	@if timeout 20 curl -sfo /dev/null https://vuln.go.dev/index/modules.json; then \
+		go run $(GOVULNCHECK) ./...; \
 	else echo "govulncheck: its database can't be reached from here; not run"; fi
 
 clean:

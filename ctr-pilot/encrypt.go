@@ -50,6 +50,7 @@ files without names (in TMPDIR) until they are encrypted.
 Recipients:
    provider:NAME:PARAMETER   a key provider; for pilot, a KEK, or a recipient of age
    hpke:FILE                 the public half of a KEK, from "copilot keys public"
+   coco:KEK                  a KEK, for guests of Confidential Containers; or a URI kbs:///…
    jwe:FILE                  a public key
    pkcs7:FILE                an X.509 certificate
    pgp:NAME                  a name or mail address in gpg's keyring

@@ -79,7 +79,8 @@ func findKeyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error
 	}
 	all := maps.Clone(own)
 	for name, p := range named {
-		if all[name] == nil {
+		// The name attestation-agent is another project's.
+		if all[name] == nil || name == wireformat.CoCoProvider {
 			all[name] = p
 		}
 	}
@@ -111,8 +112,11 @@ func ownKeyProvider(cmd *cli.Command) (map[string]processor.KeyProvider, error) 
 	providerConf := conf.ProviderConfig()
 	providerConf.CacheTTL, providerConf.CacheSize = kekTTL, maxKEKs
 	p := keyprovider.New(broker, providerConf)
-	all := map[string]processor.KeyProvider{}
+	all := map[string]processor.KeyProvider{wireformat.CoCoProvider: keyprovider.CoCo(func() *keyprovider.Provider { return p })}
 	for _, name := range conf.ProviderName {
+		if name == wireformat.CoCoProvider {
+			continue
+		}
 		all[name] = p
 	}
 	return all, nil

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/regular"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -82,7 +83,7 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 }
 
 // recipientSchemes are the first words of recipients.
-var recipientSchemes = []string{"provider", "hpke", "jwe", "pkcs7", "pgp", "pkcs11"}
+var recipientSchemes = []string{"provider", "hpke", "coco", "jwe", "pkcs7", "pgp", "pkcs11"}
 
 // checkRecipients checks how recipients are spelled, and that there is one.
 func checkRecipients(list []string) error {
@@ -91,7 +92,7 @@ func checkRecipients(list []string) error {
 	}
 	for _, r := range list {
 		if scheme, _, ok := strings.Cut(r, ":"); !ok || !slices.Contains(recipientSchemes, scheme) {
-			return exit.Usagef("recipient %q: use provider:NAME:KEK, hpke:FILE, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+			return exit.Usagef("recipient %q: use provider:NAME:KEK, hpke:FILE, coco:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
 		}
 	}
 	return nil
@@ -127,6 +128,9 @@ func newRecipients(cmd *cli.Command, args parsehelpers.EncArgs, layers []ocispec
 	for i, r := range args.Recipient {
 		if key, ok := public[r]; ok {
 			args.Recipient[i] = "provider:" + provider + ":" + key.ID
+		}
+		if kek, ok := strings.CutPrefix(r, "coco:"); ok {
+			args.Recipient[i] = "provider:" + wireformat.CoCoProvider + ":" + kek
 		}
 	}
 	taken, err := takeKeys(&args)

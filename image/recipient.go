@@ -163,6 +163,9 @@ func pilots(scheme, text string) ([]wrapped, error) {
 		if annotations, err = wireformat.ParseAnnotation(b); err == nil {
 			return separate(scheme, b, annotations)
 		}
+		if packet, bad := wireformat.ParseCoCoPacket(b); bad == nil && scheme == providerScheme+wireformat.CoCoProvider {
+			return []wrapped{{Recipient: Recipient{Scheme: scheme, KEK: packet.KID}}}, nil
+		}
 	}
 	if scheme == providerScheme+"pilot" || bytes.Contains(b, []byte(`"wrappedKey"`)) {
 		return nil, err

@@ -16,7 +16,7 @@ func BenchmarkUnwrapKey(b *testing.B) {
 	input := unwrapRequest(b, wrapFor(b, p, "a"))
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := service.answer(b.Context(), ocicryptclient.Unwrap, input); err != nil {
+		if _, err := service.answer(b.Context(), ocicryptclient.Unwrap, input, false); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -30,7 +30,7 @@ func BenchmarkWrapKey(b *testing.B) {
 	input := wrapRequest(b, "a")
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := service.answer(b.Context(), ocicryptclient.Wrap, input); err != nil {
+		if _, err := service.answer(b.Context(), ocicryptclient.Wrap, input, false); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -16,7 +16,9 @@ const maxInput = 4 << 20
 // Exec is the key provider as an executable: it reads one request of at most 4 MiB from
 // r, does what its op says, and writes the answer to w.
 func (s *Service) Exec(ctx context.Context, r io.Reader, w io.Writer) error {
-	return execute(ctx, r, w, s.answer)
+	return execute(ctx, r, w, func(ctx context.Context, op ocicryptclient.Operation, input []byte) ([]byte, error) {
+		return s.answer(ctx, op, input, false)
+	})
 }
 
 // Forward is [Service.Exec] by another program, which gets the request and whose answer is

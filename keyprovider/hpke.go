@@ -88,6 +88,10 @@ func (noBroker) Wrap(_ context.Context, id string, _ []byte) (client.Wrapped, er
 	return client.Wrapped{}, fmt.Errorf("KEK %q: %w", id, errNoBroker)
 }
 
+func (noBroker) WrapCoCo(_ context.Context, id string, _ []byte) (client.Wrapped, error) {
+	return client.Wrapped{}, fmt.Errorf("KEK %q: %w", id, errNoBroker)
+}
+
 func (noBroker) Unwrap(_ context.Context, id string, _ client.Wrapped) ([]byte, error) {
 	return nil, fmt.Errorf("KEK %q: %w", id, errNoBroker)
 }

@@ -12,23 +12,26 @@ import (
 	"github.com/ctrlplane/pilot/processor/ocicryptclient"
 )
 
-// decodeInput decodes a request in the JSON of the protocol.
-func decodeInput(b []byte, want ocicryptclient.Operation) (*ocicrypt.KeyProviderKeyWrapProtocolInput, error) {
+// decodeInput decodes a request in the JSON of the protocol. It reports whether the request
+// is one to wrap in the Rust dialect.
+func decodeInput(b []byte, want ocicryptclient.Operation) (_ *ocicrypt.KeyProviderKeyWrapProtocolInput, isRust bool, err error) {
 	if params, ok := decodeQuick(b); ok && want == ocicryptclient.Unwrap {
-		return &ocicrypt.KeyProviderKeyWrapProtocolInput{Operation: ocicrypt.OpKeyUnwrap, KeyUnwrapParams: params}, nil
+		return &ocicrypt.KeyProviderKeyWrapProtocolInput{Operation: ocicrypt.OpKeyUnwrap, KeyUnwrapParams: params}, false, nil
 	}
-	var in ocicrypt.KeyProviderKeyWrapProtocolInput
-	if err := json.Unmarshal(b, &in); err != nil {
-		// The error of encoding/json may quote its input, which holds keys.
-		return nil, fmt.Errorf("%w: it is not the JSON of ocicrypt's key provider protocol", ErrInput)
+	in := new(ocicrypt.KeyProviderKeyWrapProtocolInput)
+	if json.Unmarshal(b, in) != nil {
+		if in, isRust = decodeRust(b); !isRust {
+			// The error of encoding/json may quote its input, which holds keys.
+			return nil, false, fmt.Errorf("%w: it is not the JSON of ocicrypt's key provider protocol", ErrInput)
+		}
 	}
 	if in.Operation != ocicrypt.KeyProviderKeyWrapProtocolOperation(want) {
-		return nil, fmt.Errorf("%w: op is %.40q, not %q", ErrInput, in.Operation, want)
+		return nil, false, fmt.Errorf("%w: op is %.40q, not %q", ErrInput, in.Operation, want)
 	}
 	if want == ocicryptclient.Wrap && (in.KeyWrapParams.Ec == nil || len(in.KeyWrapParams.OptsData) == 0) {
-		return nil, fmt.Errorf("%w: keywrapparams lack ec or optsdata", ErrInput)
+		return nil, false, fmt.Errorf("%w: keywrapparams lack ec or optsdata", ErrInput)
 	}
-	return &in, nil
+	return in, isRust, nil
 }
 
 // decodeQuick decodes a request to unwrap in the very bytes that ocicrypt writes, most of

@@ -66,6 +66,8 @@ type Config struct {
 	// PublicKey returns the public half of a KEK to wrap for, without asking the broker,
 	// or nil if there is no file of one. May be nil.
 	PublicKey func(id string) (*publickek.PublicKey, error)
+	// KBSKEKs are the KEKs behind the URIs of Confidential Containers, which are canonical.
+	KBSKEKs map[string]KBSKEK
 	// AgeIdentities are files of identities that unwrap what was wrapped for recipients
 	// of age, in the form of age-keygen. They are read each time.
 	AgeIdentities []string
@@ -82,6 +84,8 @@ type Broker interface {
 	KEK(ctx context.Context, id string, version int) (client.KEK, error)
 	// Wrap wraps a layer key with the current version of a KEK.
 	Wrap(ctx context.Context, id string, layerKey []byte) (client.Wrapped, error)
+	// WrapCoCo is Wrap in the form of Confidential Containers, A256GCM.
+	WrapCoCo(ctx context.Context, id string, layerKey []byte) (client.Wrapped, error)
 	// Unwrap unwraps a layer key, which the caller clears. The error wraps
 	// [client.ErrRejected] if it was not wrapped with that KEK.
 	Unwrap(ctx context.Context, id string, w client.Wrapped) (layerKey []byte, err error)
@@ -185,10 +189,11 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 	return b, nil
 }
 
-// UnwrapKey returns the layer key that an annotation holds, which the caller clears. The
-// annotation says which KEK it takes; if params name KEKs too, only those are used. KEKs
-// in memory are tried first. The broker is asked at most 128 times for one layer, or for
-// the annotation if ctx is not that of a layer. UnwrapKey takes 30 seconds at most.
+// UnwrapKey returns the layer key that an annotation holds, pilot's or that of
+// Confidential Containers, which the caller clears. The annotation says which KEK it
+// takes; if params name KEKs too, only those are used. KEKs in memory are tried first.
+// The broker is asked at most 128 times for one layer, or for the annotation if ctx is
+// not that of a layer. UnwrapKey takes 30 seconds at most.
 //
 // The error wraps [ErrInput], [ErrWrongKEK], [ErrTooManyKeys] or that of the broker, and
 // [processor.ErrDenied] if the broker refused all KEKs.
@@ -198,12 +203,16 @@ func (p *Provider) UnwrapKey(ctx context.Context, params [][]byte, annotation []
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	annotations, err := wireformat.ParseAnnotation(annotation)
-	if err != nil {
+	isCoCo := err != nil && wireformat.IsCoCoPacket(annotation)
+	if err != nil && !isCoCo {
 		return nil, fmt.Errorf("%w: %w", ErrInput, err)
 	}
 	allowed, err := namedKEKs(params)
 	if err != nil {
 		return nil, err
+	}
+	if isCoCo {
+		return p.unwrapCoCo(ctx, annotation, allowed)
 	}
 
 	cached := func(a wireformat.Annotation) bool {

@@ -20,6 +20,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/internal/layerbudget"
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/processor/ocicryptclient"
 )
@@ -33,6 +34,9 @@ type Service struct {
 	// Names are the key provider's in the ocicrypt.conf of its callers, which pass its
 	// parameters by that name. Default: pilot.
 	Names []string
+	// CoCo wraps for the guests of Confidential Containers, if attestation-agent is among
+	// Names: see [CoCo]. May be nil.
+	CoCo processor.KeyProvider
 	// Metrics count requests that are malformed. May be nil.
 	Metrics *Metrics
 }
@@ -63,7 +67,7 @@ func (s server) UnWrapKey(ctx context.Context, in *ocicryptpb.KeyProviderKeyWrap
 func (s server) answer(ctx context.Context, op ocicryptclient.Operation, in *ocicryptpb.KeyProviderKeyWrapProtocolInput) (*ocicryptpb.KeyProviderKeyWrapProtocolOutput, error) {
 	defer clear(in.GetKeyProviderKeyWrapProtocolInput()) // it may hold a layer key
 	ctx = withProbe(ctx)
-	out, err := s.service.answer(ctx, op, in.GetKeyProviderKeyWrapProtocolInput())
+	out, err := s.service.answer(ctx, op, in.GetKeyProviderKeyWrapProtocolInput(), isTonic(ctx))
 	if err != nil {
 		// The caller may be a runtime that reports it nowhere.
 		level := logrus.WarnLevel
@@ -76,10 +80,11 @@ func (s server) answer(ctx context.Context, op ocicryptclient.Operation, in *oci
 	return &ocicryptpb.KeyProviderKeyWrapProtocolOutput{KeyProviderKeyWrapProtocolOutput: out}, nil
 }
 
-// answer answers a request in the JSON of the protocol. The caller clears both.
-func (s *Service) answer(ctx context.Context, op ocicryptclient.Operation, input []byte) ([]byte, error) {
+// answer answers a request in the JSON of the protocol: in its Rust dialect if the request
+// is in that, or one to unwrap of a client in Rust. The caller clears both.
+func (s *Service) answer(ctx context.Context, op ocicryptclient.Operation, input []byte, isRust bool) ([]byte, error) {
 	start := time.Now()
-	in, err := decodeInput(input, op)
+	in, numbers, err := decodeInput(input, op)
 	if err != nil {
 		if s.Metrics != nil {
 			s.Metrics.request(ctx, operations[op], start, err)
@@ -87,27 +92,38 @@ func (s *Service) answer(ctx context.Context, op ocicryptclient.Operation, input
 		return nil, err
 	}
 	if op == ocicryptclient.Wrap {
-		return s.wrap(ctx, in.KeyWrapParams)
+		return s.wrap(ctx, in.KeyWrapParams, numbers)
 	}
-	return s.unwrap(ctx, in.KeyUnwrapParams)
+	return s.unwrap(ctx, in.KeyUnwrapParams, isRust)
 }
 
 // operations are what metrics call the operations.
 var operations = map[ocicryptclient.Operation]string{ocicryptclient.Wrap: opWrap, ocicryptclient.Unwrap: opUnwrap}
 
-func (s *Service) wrap(ctx context.Context, in ocicrypt.KeyWrapParams) ([]byte, error) {
+func (s *Service) wrap(ctx context.Context, in ocicrypt.KeyWrapParams, numbers bool) ([]byte, error) {
 	defer clear(in.OptsData)
-	annotation, err := s.Provider.WrapKey(ctx, s.own(in.Ec.Parameters), in.OptsData)
+	provider, params := s.Provider, s.own(in.Ec.Parameters)
+	if coco := in.Ec.Parameters[wireformat.CoCoProvider]; len(coco) > 0 && s.CoCo != nil && slices.Contains(s.names(), wireformat.CoCoProvider) {
+		if len(params) > 0 {
+			return nil, fmt.Errorf("%w: recipients are named for %[2]s and for another name of pilot's, and a request does not say which of the two is called: have ocicrypt.conf run \"pilot keyprovider --provider-name %[2]s\" for %[2]s",
+				ErrInput, wireformat.CoCoProvider)
+		}
+		provider, params = s.CoCo, coco
+	}
+	annotation, err := provider.WrapKey(ctx, params, in.OptsData)
 	if errors.Is(err, errNoKEK) {
 		return nil, fmt.Errorf("%w%s", err, s.otherNames(in.Ec.Parameters))
 	}
 	if err != nil {
 		return nil, err
 	}
+	if numbers {
+		return numbersIn("keywrapresults", "annotation", annotation), nil
+	}
 	return json.Marshal(ocicrypt.KeyProviderKeyWrapProtocolOutput{KeyWrapResults: ocicrypt.KeyWrapResults{Annotation: annotation}})
 }
 
-func (s *Service) unwrap(ctx context.Context, in ocicrypt.KeyUnwrapParams) ([]byte, error) {
+func (s *Service) unwrap(ctx context.Context, in ocicrypt.KeyUnwrapParams, numbers bool) ([]byte, error) {
 	var params [][]byte
 	if in.Dc != nil {
 		params = s.own(in.Dc.Parameters)
@@ -117,6 +133,9 @@ func (s *Service) unwrap(ctx context.Context, in ocicrypt.KeyUnwrapParams) ([]by
 		return nil, err
 	}
 	defer clear(layerKey)
+	if numbers {
+		return numbersIn("keyunwrapresults", "optsdata", layerKey), nil
+	}
 	results := keyjson.Object(keyjson.Key("optsdata", layerKey))
 	defer clear(results)
 	return keyjson.Object(noWrapResults, keyjson.Raw("keyunwrapresults", results)), nil
@@ -132,10 +151,14 @@ func (s *Service) names() []string {
 	return s.Names
 }
 
-// own returns the key provider's own parameters. ocicrypt passes those of all key
-// providers, and does not say by which name it found this one.
+// own returns the key provider's own parameters, without those of attestation-agent.
+// ocicrypt passes those of all key providers, and does not say by which name it found this
+// one.
 func (s *Service) own(params map[string][][]byte) (own [][]byte) {
 	for _, name := range s.names() {
+		if name == wireformat.CoCoProvider {
+			continue
+		}
 		own = append(own, params[name]...)
 	}
 	return own

@@ -28,7 +28,7 @@ import (
 
 // serveGRPC answers the key provider protocol on a unix socket, with KEKs from
 // the broker at url, and returns a client.
-func serveGRPC(t *testing.T, url string, timeout time.Duration) ocicryptpb.KeyProviderServiceClient {
+func serveGRPC(t *testing.T, url string, timeout time.Duration, options ...grpc.DialOption) ocicryptpb.KeyProviderServiceClient {
 	t.Helper()
 	broker, err := client.New(client.Config{URLs: []string{url}, Timeout: timeout})
 	if err != nil {
@@ -44,7 +44,7 @@ func serveGRPC(t *testing.T, url string, timeout time.Duration) ocicryptpb.KeyPr
 	service.Register(s)
 	go s.Serve(l)
 	t.Cleanup(s.Stop)
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+socket, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
 	if err != nil {
 		t.Fatal(err)
 	}

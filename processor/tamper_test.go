@@ -30,7 +30,7 @@ func TestTamperedAnywhere(t *testing.T) {
 			t.Errorf("%s: only the last %d bytes were held back", what, held)
 		}
 	}
-	small, k := encrypt(t, randomBytes(700))
+	small, k := encrypt(t, randomBytes(300))
 	for i := range small {
 		for bit := range 8 {
 			c := bytes.Clone(small)

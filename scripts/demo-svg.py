@@ -4,8 +4,7 @@
 usage: demo-svg.py [RECORDING] >demo.svg
 
 A RECORDING is drawn instead of a run: lines of seconds, a space, and a line of output.
-Pauses are shortened, the path of the demo's directory too. containerd's warnings about
-this machine are left out.
+Pauses are shortened.
 """
 import html
 import os
@@ -51,14 +50,11 @@ def rows(lines):
     """Yields (seconds, class, text) of each row of the terminal."""
     now, before = 0, None
     for at, text in lines:
-        if "DEPRECATION" in text:
-            continue
         if before is not None:
             now += min(max(at - before, SHORTEST), LONGEST)
         before = at
         kind = "h" if text.startswith("\033[1m") else "c" if text.startswith("$ ") else ""
         text = re.sub(r"\033\[[0-9;]*m", "", text.rstrip("\n"))
-        text = re.sub(r"/tmp/pilot-demo\.\w+", "/tmp/demo", text)
         for start in range(0, max(len(text), 1), COLUMNS):
             yield now, kind, text[start : start + COLUMNS]
 

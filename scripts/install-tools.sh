@@ -51,6 +51,23 @@ if [ ${#missing[@]} -gt 0 ]; then
 	apt-get -qq -o Acquire::Retries=3 install --no-install-recommends "${missing[@]}" >"$dir/apt.log" 2>&1 || { cat "$dir/apt.log"; exit 1; }
 fi
 
+# What is mostly fetched is fetched while the rest is built.
+trixie() {
+	if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ] || [ ! -e "$dir/trixie/usr/sbin/pgbouncer" ] ||
+		[ ! -e "$dir/trixie/usr/sbin/pkcsslotd" ]; then
+		echo "making a root of Debian 13"
+		rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
+		mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus,pgbouncer,opencryptoki \
+			--customize-hook='rm -f "$1/etc/systemd/system/multi-user.target.wants/pgbouncer.service" "$1/etc/systemd/system/multi-user.target.wants/pkcsslotd.service"' \
+			--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
+			{ cat "$dir/mmdebstrap.log"; exit 1; }
+		mv "$dir/trixie.part" "$dir/trixie"
+	fi
+}
+trixie &
+fetching=$!
+trap 'wait' EXIT
+
 # build PACKAGE VERSION: go install, unless that version is there.
 build() {
 	local name=${1##*/}
@@ -198,17 +215,6 @@ if [ -n "$engines" ]; then
 	fi
 fi
 
-if [ ! -e "$dir/trixie/usr/bin/skopeo" ] || [ ! -e "$dir/trixie/usr/sbin/dockerd" ] || [ ! -e "$dir/trixie/usr/bin/mkfs.erofs" ] || [ ! -e "$dir/trixie/usr/lib/systemd/systemd" ] || [ ! -e "$dir/trixie/usr/sbin/pgbouncer" ] ||
-	[ ! -e "$dir/trixie/usr/sbin/pkcsslotd" ]; then
-	echo "making a root of Debian 13"
-	rm -rf --one-file-system "$dir/trixie.part" "$dir/trixie"
-	mmdebstrap --quiet --variant=apt --include=skopeo,buildah,podman,containerd,runc,crun,erofs-utils,docker.io,docker-cli,docker-buildx,ca-certificates,systemd,systemd-sysv,dbus,pgbouncer,opencryptoki \
-		--customize-hook='rm -f "$1/etc/systemd/system/multi-user.target.wants/pgbouncer.service" "$1/etc/systemd/system/multi-user.target.wants/pkcsslotd.service"' \
-		--aptopt='Acquire::Retries "3"' trixie "$dir/trixie.part" http://deb.debian.org/debian >"$dir/mmdebstrap.log" 2>&1 ||
-		{ cat "$dir/mmdebstrap.log"; exit 1; }
-	mv "$dir/trixie.part" "$dir/trixie"
-fi
-
 # Wine of Debian 13: Debian 12's lacks what Go's programs need to start.
 if [ -n "$wine" ] && [ ! -e "$dir/wine/usr/lib/wine/wine64" ]; then
 	echo "making a root of Debian 13 with Wine"
@@ -218,3 +224,5 @@ if [ -n "$wine" ] && [ ! -e "$dir/wine/usr/lib/wine/wine64" ]; then
 		trixie "$dir/wine.part" http://deb.debian.org/debian >"$dir/mmdebstrap-wine.log" 2>&1 || { cat "$dir/mmdebstrap-wine.log"; exit 1; }
 	mv "$dir/wine.part" "$dir/wine"
 fi
+
+wait $fetching

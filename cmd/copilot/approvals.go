@@ -14,11 +14,15 @@ var approvalsCommand = &cli.Command{
 	Usage: "list and approve what another admin wants to do",
 	Description: `Operations in approvals.require of copilot.toml need two admins. The first one runs the
 command, which makes a request and prints its id. The second one approves it, and then
-the first one runs the same command again.`,
+the first one runs the same command again.
+
+Example, for the second one:
+   copilot approvals list
+   copilot approvals approve k7f3q9mzx2ab`,
 	Commands: []*cli.Command{
 		{
 			Name: "list", Usage: "list the requests that are not done yet",
-			Description: `Lists those that the caller may approve, or have been approved and not run yet.
+			Description: `Lists the requests that the caller may approve, and those approved and not run yet.
 
 Example:
    copilot approvals list`,
@@ -48,9 +52,9 @@ Example:
 		},
 		{
 			Name: "approve", Usage: "approve a request of another admin", ArgsUsage: "ID",
-			Description: `Read what "copilot approvals list" prints of it first. The admin who has made the
-request can't approve it. The right admin for the KEK is needed, or for requests about
-the whole store for **.
+			Description: `Read what "copilot approvals list" prints of it first. It takes the right "admin" for
+the KEK, or for ** if the request is about the whole store, and another identity than
+the one that has made the request.
 
 Example:
    copilot approvals approve --server https://copilot.example.com:8443 --ca ca.pem --cert jane.pem --key jane-key.pem k7f3q9mzx2ab`,
@@ -71,7 +75,11 @@ Example:
 				if c.Bool("json") {
 					return printJSON(r)
 				}
-				fmt.Printf("approved %s of %s (%s): %s can run it until %s\n", r.Operation, orDash(r.KEK), r.Content, r.By, date(r.Expires))
+				operation := r.Operation
+				if r.KEK != "" {
+					operation += " of " + r.KEK
+				}
+				fmt.Printf("approved %s (%s): %s can run it until %s\n", operation, r.Content, r.By, date(r.Expires))
 				return nil
 			},
 		},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/backup"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
@@ -22,6 +24,10 @@ import (
 var auditCommand = &cli.Command{
 	Name:  "audit",
 	Usage: "verify the audit log",
+	Description: `The audit log has a line for each request, chained to the one before.
+
+Example:
+   copilot audit verify`,
 	Commands: []*cli.Command{acknowledgeCommand, {
 		Name: "verify", Usage: "find lines of the audit log that were changed, removed or inserted", ArgsUsage: "[FILE]...",
 		Description: `Reads the configured log, with the files that logrotate has moved away, or the
@@ -34,14 +40,19 @@ by older ones. If there is no problem, it replaces FILE with the ends that it fo
 for the next time. FILE must exist, and is empty at first. --since also takes such
 a line itself. Files that end before those lines are not needed any more.
 
+With --backup FILE, it takes the key, and where the log ended then, from a backup: for
+the log of a store whose master key is lost. Name the log's files, and what opens the
+backup: --identity, or --share for each share.
+
 The exit status is 3 if there is a problem, and 1 if the log can't be read.
 
 Example:
    copilot audit verify --since /root/copilot-audit`,
-		Flags: configFlags(
+		Flags: configFlags(openFlags(
+			&cli.StringFlag{Name: "backup", Usage: "`FILE` of a backup to take the log's key from"},
 			&cli.StringSliceFlag{Name: "since", Usage: "`FILE` with the lines that the last verification ended with, or such a line; may be repeated"},
 			jsonFlag(),
-		),
+		)...),
 		Action: verifyAudit,
 	}},
 }
@@ -64,15 +75,26 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return fmt.Errorf("--since: %w", err)
 	}
-	key, err := server.AuditKey(ctx, conf)
-	if err != nil {
-		return asOwner(err)
-	}
+	name, fromBackup := conf.AuditName(), c.String("backup") != ""
+	var key audit.Key
 	// Before the log is read, which grows meanwhile.
-	heads, unread := server.AuditHeads(ctx, conf)
-	written := server.HeadsOf(heads, conf.AuditName())
+	var heads []keystore.AuditHead
+	var unread error
+	if fromBackup {
+		if key, heads, err = auditInBackup(c); err != nil {
+			return err
+		}
+		name = logIn(heads, name)
+	} else {
+		if key, err = server.AuditKey(ctx, conf); err != nil {
+			return asOwner(err)
+		}
+		heads, unread = server.AuditHeads(ctx, conf)
+	}
+	defer clear(key)
+	written := server.HeadsOf(heads, name)
 	var older []audit.Head // where the log itself is not among what is read
-	if files := c.Args().Slice(); len(files) > 0 && !slices.ContainsFunc(files, func(name string) bool { return isSameFile(name, conf.AuditTo()) }) {
+	if files := c.Args().Slice(); !fromBackup && len(files) > 0 && !slices.ContainsFunc(files, func(name string) bool { return isSameFile(name, conf.AuditTo()) }) {
 		written, older = nil, written
 	}
 	log, err := openAuditLog(ctx, c, conf)
@@ -80,7 +102,7 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 		return asOwner(err)
 	}
 	defer log.Close()
-	acknowledged, why := server.AcknowledgedOf(heads, conf.AuditName())
+	acknowledged, why := server.AcknowledgedOf(heads, name)
 	report, err := audit.VerifyTo(log, key, audit.Known{Written: written, Since: since, Acknowledged: acknowledged})
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)
@@ -97,7 +119,7 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 			report.Notes = append(report.Notes, fmt.Sprintf("chain %s up to line %d is missing, as acknowledged %s", h.Chain, h.Seq, why[i]))
 		}
 	}
-	if other := otherLogs(heads, conf.AuditName()); len(other) > 0 {
+	if other := otherLogs(heads, name); len(other) > 0 {
 		report.Notes = append(report.Notes, "copilot has written other audit logs, which are not verified here: "+strings.Join(other, ", "))
 	}
 	if errors.Is(unread, keystore.ErrAuditHead) {
@@ -111,6 +133,47 @@ func verifyAudit(ctx context.Context, c *cli.Command) error {
 		}
 	}
 	return printReport(c.Bool("json"), report)
+}
+
+// auditInBackup returns the key of the audit log, and where the log ended, from a backup.
+func auditInBackup(c *cli.Command) (key audit.Key, heads []keystore.AuditHead, err error) {
+	name := c.String("backup")
+	if c.NArg() == 0 {
+		return nil, nil, exit.Usagef("--backup %s: name the files of the log, oldest first", name)
+	}
+	f, identities, err := sealedIn(c, name)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--backup: %w", err)
+	}
+	defer f.Close()
+	r, err := backup.Open(f, identities...)
+	for err == nil {
+		var h keystore.Held
+		h, err = r.Next()
+		if h.KEK != nil {
+			h.KEK.Clear()
+		}
+		if h.Head != nil {
+			heads = append(heads, *h.Head)
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		return nil, nil, fmt.Errorf("--backup: %s: %w", name, err)
+	}
+	return r.AuditKey, heads, nil
+}
+
+// logIn returns the name of the log that heads are of: the one that is configured, or the only
+// one that there is.
+func logIn(heads []keystore.AuditHead, configured string) string {
+	names := make(map[string]bool)
+	for _, h := range heads {
+		names[h.Log] = true
+	}
+	if len(names) == 1 && !names[configured] {
+		return heads[0].Log
+	}
+	return configured
 }
 
 // isSameFile reports whether two names are equal, or of the same file.

@@ -4,29 +4,25 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
-	"filippo.io/age"
 	"github.com/urfave/cli/v3"
+	"golang.org/x/term"
 
 	"github.com/ctrlplane/pilot/copilot/backup"
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/internal/partfile"
-	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var backupCommand = &cli.Command{
 	Name:  "backup",
-	Usage: "back up the store into one sealed file, and check backups",
+	Usage: "back up the store into a sealed file, and check backups",
 	Description: `Writes the store into a new file, while copilot runs or not: all KEKs as of one
 moment, with their keys, versions, states, revocations and counts of wraps, and where
 the audit log ends. Only those who hold the private key of a recipient, or enough
@@ -34,12 +30,13 @@ shares ("copilot backup shares"), can open it: it does not need the master key. 
 audit log itself is not in it.
 
 A recipient is an age public key, best a post-quantum one (age1pq1…), or an SSH one.
-The default are those in the file that backup-recipients in copilot.toml names.
+The default recipients are in the file that backup-recipients in copilot.toml names.
 
-Example:
+Example, which three of five people together can open:
+   copilot backup shares --shares 5 --threshold 3 --out shares
    copilot backup --recipients-file shares/recipient.txt --out copilot-2026-01-31.backup`,
 	Flags: configFlags(
-		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist"},
+		&cli.StringFlag{Name: "out", Usage: "`FILE` to write, which must not exist, or - for standard output"},
 		&cli.StringSliceFlag{Name: "recipient", Usage: "age or SSH public `KEY` that can open the backup; may be repeated"},
 		&cli.StringSliceFlag{Name: "recipients-file", Usage: "`FILE` with recipients, a line each; may be repeated"},
 		jsonFlag(),
@@ -53,6 +50,9 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	if out == "" {
 		return exit.Usagef("backup: --out is required, the file to write")
 	}
+	if out == "-" && term.IsTerminal(int(os.Stdout.Fd())) {
+		return exit.Usagef("backup: standard output is a terminal: redirect it, or name a file with --out")
+	}
 	conf, err := configuration(c)
 	if err != nil {
 		return err
@@ -60,6 +60,13 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	recipients, err := recipientsOf(c, conf)
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
+	}
+	if out == "-" {
+		made, err := server.WriteBackup(ctx, conf, recipients, os.Stdout)
+		if err != nil {
+			return fmt.Errorf("backup: what was written, if anything, is no backup: %w", withStatus(asOwner(err)))
+		}
+		return reportBackup(c, os.Stderr, made)
 	}
 	if _, err := os.Lstat(out); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("backup: %s exists already: name a new file (%w)", out, err)
@@ -82,11 +89,16 @@ func makeBackup(ctx context.Context, c *cli.Command) error {
 	if err != nil {
 		return fmt.Errorf("backup: nothing was written: %w", withStatus(asOwner(err)))
 	}
+	return reportBackup(c, os.Stdout, made)
+}
+
+// reportBackup writes what a backup has to w.
+func reportBackup(c *cli.Command, w io.Writer, made server.Backup) error {
 	if c.Bool("json") {
-		return printJSON(made)
+		return writeJSON(w, made)
 	}
-	fmt.Printf("%s: %s\nsha256:%s\n", out, made.Totals, made.SHA256)
-	return nil
+	_, err := fmt.Fprintf(w, "%s: %s\nsha256:%s\n", c.String("out"), made.Totals, made.SHA256)
+	return err
 }
 
 // recipientsOf returns the recipients of flags, or else of the configuration.
@@ -109,73 +121,6 @@ func recipientsOf(c *cli.Command, conf server.Config) ([]string, error) {
 		return nil, exit.UsageError(err)
 	}
 	return recipients, nil
-}
-
-// openFlags are those of commands that open a backup.
-func openFlags(more ...cli.Flag) []cli.Flag {
-	return append([]cli.Flag{
-		&cli.StringSliceFlag{Name: "identity", Usage: "`FILE` with the age or SSH private key of a recipient; may be repeated"},
-		&cli.StringSliceFlag{Name: "share", Usage: "`FILE` with a share of \"copilot backup shares\"; repeated for each"},
-	}, more...)
-}
-
-// opener returns what opens the backup that is the command's argument, from its beginning.
-func opener(c *cli.Command) (func() (*backup.Reader, error), io.ReadCloser, error) {
-	if c.NArg() != 1 {
-		return nil, nil, exit.Usagef("%s takes the FILE of a backup, and got %d arguments", c.Name, c.NArg())
-	}
-	identities, err := identitiesOf(c)
-	if err != nil {
-		return nil, nil, err
-	}
-	name := c.Args().First()
-	f, err := regular.Open(name)
-	if err != nil {
-		return nil, nil, err
-	}
-	return func() (*backup.Reader, error) {
-		if _, err := f.Seek(0, io.SeekStart); err != nil {
-			return nil, err
-		}
-		r, err := backup.Open(f, identities...)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		return r, nil
-	}, f, nil
-}
-
-func identitiesOf(c *cli.Command) (list []age.Identity, err error) {
-	for _, name := range c.StringSlice("identity") {
-		ids, err := backup.ReadIdentities(name)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, ids...)
-	}
-	var shares []backup.Share
-	for _, name := range c.StringSlice("share") {
-		text, err := regular.ReadText(name, maxKeyFile)
-		if err != nil {
-			return nil, err
-		}
-		s, err := backup.ParseShare(string(text))
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		shares = append(shares, s)
-	}
-	if len(shares) > 0 {
-		id, err := backup.Combine(shares)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, id)
-	}
-	if len(list) == 0 {
-		return nil, exit.Usagef("name what opens it: --identity FILE, or --share FILE for each share")
-	}
-	return list, nil
 }
 
 var backupVerifyCommand = &cli.Command{
@@ -207,14 +152,14 @@ type verifiedBackup struct {
 }
 
 func verifyBackup(ctx context.Context, c *cli.Command) error {
-	open, file, err := opener(c)
+	file, identities, err := sealed(c)
 	if err != nil {
 		return fmt.Errorf("backup verify: %w", err)
 	}
 	defer file.Close()
-	r, err := open()
+	r, err := backup.Open(file, identities...)
 	if err != nil {
-		return fmt.Errorf("backup verify: %w", err)
+		return fmt.Errorf("backup verify: %s: %w", file.Name(), err)
 	}
 	defer clear(r.AuditKey)
 	out := verifiedBackup{Created: r.Created, Copilot: r.Copilot, Generation: r.Generation}
@@ -254,14 +199,17 @@ under this store's master key, which is made if there is none. The store must no
 KEKs, and copilot must not run. The backup is checked to its end first. If anything
 fails, or the command is interrupted, the store stays as it was.
 
-What was changed after the backup is lost: keys that were created, revocations, and
-what was disabled or destroyed.
+Run it as the user that copilot runs as, who has to be able to read the files. What was
+changed after the backup is lost: keys that were created, revocations, and what was
+disabled or destroyed.
 
 Example:
-   copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup`,
+   systemctl stop copilot
+   runuser -u copilot -- copilot restore --share share-1.txt --share share-4.txt --share share-5.txt copilot-2026-01-31.backup
+   systemctl start copilot`,
 	Flags: configFlags(openFlags(jsonFlag())...),
 	Action: func(ctx context.Context, c *cli.Command) error {
-		open, file, err := opener(c)
+		file, identities, err := sealed(c)
 		if err != nil {
 			return fmt.Errorf("restore: %w", err)
 		}
@@ -270,13 +218,9 @@ Example:
 		if err != nil {
 			return err
 		}
-		digest := sha256.New()
-		if _, err := io.Copy(digest, file); err != nil {
-			return fmt.Errorf("restore: %w", err)
-		}
-		made, err := server.Restore(ctx, conf, hex.EncodeToString(digest.Sum(nil)), open)
+		made, err := server.Restore(ctx, conf, file, identities...)
 		if err != nil {
-			return fmt.Errorf("restore: %w", withStatus(asOwner(err)))
+			return fmt.Errorf("restore: %s: %w", file.Name(), withStatus(asOwner(err)))
 		}
 		if made.Created != "" {
 			fmt.Fprintf(os.Stderr, "copilot: %s\n", made.Created)

@@ -7,9 +7,11 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 
 	"github.com/urfave/cli/v3"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/ctrlplane/pilot/copilot/backup"
@@ -34,7 +36,7 @@ Example:
 		&cli.IntFlag{Name: "threshold", Usage: "how `MANY` of them are needed, 2 or more", Value: 3},
 		&cli.StringFlag{Name: "out", Usage: "new `DIRECTORY` for the files"},
 	},
-	Action: func(_ context.Context, c *cli.Command) error {
+	Action: func(ctx context.Context, c *cli.Command) error {
 		if err := noArguments(c); err != nil {
 			return err
 		}
@@ -51,7 +53,7 @@ Example:
 			return fmt.Errorf("backup shares: %w", err)
 		}
 		if dir == "" {
-			return showShares(shares, recipient.String())
+			return showShares(ctx, shares, recipient.String())
 		}
 		if err := writeShares(dir, shares, recipient.String()); err != nil {
 			return fmt.Errorf("backup shares: %w", err)
@@ -92,16 +94,37 @@ func writeShares(dir string, shares []backup.Share, recipient string) (err error
 // clearScreen clears a terminal and what it can scroll back to.
 const clearScreen = "\x1b[2J\x1b[3J\x1b[H"
 
-// showShares shows each share on a page of its own.
-func showShares(shares []backup.Share, recipient string) error {
-	in := bufio.NewReader(os.Stdin)
+// showShares shows each share on a page of its own. None stays on the terminal, however this
+// ends.
+func showShares(ctx context.Context, shares []backup.Share, recipient string) error {
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
 	for _, s := range shares {
 		fmt.Printf("%s%s\nCopy it, then press Enter for the next page. ", clearScreen, page(s))
-		if _, err := in.ReadString('\n'); err != nil {
+		if err := awaitEnter(ctx); err != nil {
 			fmt.Print(clearScreen)
 			return fmt.Errorf("backup shares: stopped at share %d of %d: the shares are void, make new ones", s.Index, s.Total)
 		}
 	}
 	fmt.Printf("%s# Set %s: %d of %d shares open what is sealed to it.\n%s\n", clearScreen, shares[0].Set, shares[0].Threshold, shares[0].Total, recipient)
 	return nil
+}
+
+// awaitEnter returns once a line was typed. What was typed before does not count: it would
+// skip a page.
+func awaitEnter(ctx context.Context) error {
+	if err := unix.IoctlSetInt(int(os.Stdin.Fd()), unix.TCFLSH, unix.TCIFLUSH); err != nil {
+		return err
+	}
+	typed := make(chan error, 1)
+	go func() {
+		_, err := bufio.NewReader(os.Stdin).ReadString('\n')
+		typed <- err
+	}()
+	select {
+	case err := <-typed:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

@@ -27,14 +27,17 @@ import (
 
 var keysCommand = &cli.Command{
 	Name:  "keys",
-	Usage: "create, list, show, import, rotate, disable, revoke and destroy KEKs, and give out their public halves",
+	Usage: "manage KEKs, and give out their public halves",
 	Description: `Manages the KEKs of the configured store, through the copilot that has it open if
 there is one, or with --server those of another machine. No command shows a key.
 
 With --json, each prints the KEK, as "copilot keys show" does.
 
-Example:
-   copilot keys create team-a`,
+Example, a KEK's life:
+   copilot keys create team-a
+   copilot keys rotate team-a
+   copilot keys disable --key-version 1 team-a
+   copilot keys destroy --key-version 1 team-a`,
 	Commands: []*cli.Command{
 		{
 			Name: "create", Usage: "create a KEK with a random key", ArgsUsage: "ID",
@@ -402,8 +405,10 @@ func decodeKey(b []byte, isHex, isBase64 bool) ([]byte, error) {
 	return bytes.Clone(b), nil
 }
 
-func printJSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
+func printJSON(v any) error { return writeJSON(os.Stdout, v) }
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
 }

@@ -36,7 +36,13 @@ func newApp() *cli.Command {
 		Version: version.Version,
 		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It releases
 them to pilot, or wraps and unwraps with them, according to a policy, and audits
-each request. "copilot init" writes a configuration to start with.`,
+each request.
+
+Example, a new broker and a node's certificate:
+   copilot init --host copilot.example.com --trust-domain example.com
+   systemctl enable --now copilot
+   copilot keys create team-a
+   copilot enroll worker-7`,
 		Commands: []*cli.Command{initCommand, enrollCommand, certsCommand, serveCommand, keysCommand, masterCommand, storeCommand, backupCommand, restoreCommand, approvalsCommand, policyCommand, auditCommand},
 	}
 	withoutHelpCommands(app.Commands)

@@ -21,7 +21,12 @@ import (
 
 var masterCommand = &cli.Command{
 	Name:  "master",
-	Usage: "manage the master key, which seals copilot's store",
+	Usage: "move and rotate the master key, which seals copilot's store",
+	Description: `The master key is a file in --dir, or a KMS or TPM that [master-key] in copilot.toml
+names has wrapped it.
+
+Example:
+   copilot master status`,
 	Commands: []*cli.Command{{
 		Name: "status", Usage: "show where the master key is, and what it seals",
 		Description: `Reads all records, and reports how many each master key seals. There are two during

@@ -21,6 +21,10 @@ import (
 var policyCommand = &cli.Command{
 	Name:  "policy",
 	Usage: "check the policy",
+	Description: `The policy is a file that says who may do what with which KEK.
+
+Example:
+   copilot policy check spiffe://example.com/node/worker-7 team-a unwrap`,
 	Commands: []*cli.Command{{
 		Name: "check", Usage: "show whether an identity may do something with a KEK, and why", ArgsUsage: "[IDENTITY [KEK ACTION]]",
 		Description: `Identities look as in the audit log: spiffe://DOMAIN/PATH, dns:NAME or cn:NAME of

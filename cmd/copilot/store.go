@@ -26,6 +26,11 @@ import (
 var storeCommand = &cli.Command{
 	Name:  "store",
 	Usage: "copy the store to another database, and look for records that were put back",
+	Description: `The store has the KEKs, sealed under the master key: a file in --dir, or PostgreSQL.
+"copilot backup" backs it up.
+
+Example:
+   copilot store check`,
 	Commands: []*cli.Command{storeCheckCommand, storeAcknowledgeCommand, {
 		Name: "copy", Usage: "copy KEKs and audit log from a file to PostgreSQL, or back", ArgsUsage: "FROM TO",
 		Description: `FROM and TO are each a directory or a PostgreSQL URL. All KEKs are copied, with

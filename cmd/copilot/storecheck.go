@@ -17,7 +17,7 @@ var storeCheckCommand = &cli.Command{
 	Description: `Compares each record with what copilot has written last, and the store with its audit
 log. A record that somebody put back in the database, so that a revocation or a
 rotation is undone, is refused when it is used. copilot looks at all records when it
-starts, and each minute.
+starts, and each minute at those that have changed.
 
 The exit status is 3 if there are such records.
 

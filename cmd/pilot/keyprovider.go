@@ -27,7 +27,7 @@ writes the answer to standard output. It asks the broker itself, or with
 Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
    {"key-providers": {"pilot": {"cmd": {"path": "/usr/local/bin/pilot",
       "args": ["keyprovider", "--broker", "unix:///run/copilot/copilot.sock"]}}}}`,
-	Flags: append(configFlags(append(brokerSettings, "provider-name", "annotation-format", "default-keks", "public-keys", "public-keys-ca", "age-identities", "log-level")...),
+	Flags: append(configFlags(append(brokerSettings, "provider-name", "annotation-format", "default-keks", "kbs-keks", "public-keys", "public-keys-ca", "age-identities", "log-level")...),
 		&cli.StringFlag{Name: "daemon", Usage: "unix socket of a running pilot serve to go through, as unix:///`PATH`"}),
 	Action: func(ctx context.Context, c *cli.Command) error {
 		if c.NArg() > 0 {
@@ -50,7 +50,8 @@ Example, a file that OCICRYPT_KEYPROVIDER_CONFIG names:
 				return err
 			}
 		}
-		service := keyprovider.Service{Provider: conf.provider(broker, nil), Names: conf.ProviderName}
+		provider := conf.provider(broker, nil)
+		service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, CoCo: keyprovider.CoCo(func() *keyprovider.Provider { return provider })}
 		return denied(service.Exec(ctx, os.Stdin, os.Stdout))
 	},
 }

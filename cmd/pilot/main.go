@@ -35,14 +35,20 @@ func run() int {
 func newApp() *cli.Command {
 	return commandline.Complete(&cli.Command{
 		Name:    "pilot",
-		Usage:   "wrap and unwrap the keys of encrypted container images",
+		Usage:   "decrypt encrypted container images on nodes, and wrap and unwrap their keys",
 		Version: version.Version,
-		Description: `pilot serves ocicrypt's key provider protocol with keys from a key broker.
-Tools find it through a file such as
+		Description: `pilot wraps and unwraps the layer keys of encrypted images with keys from a key broker:
+for containerd as its differ, which decrypts layers, and for skopeo, buildah, podman
+and CRI-O as a key provider. Those find it through a file such as
 
    {"key-providers": {"pilot": {"grpc": "unix:///run/pilot/keyprovider.sock"}}}
 
-named by OCICRYPT_KEYPROVIDER_CONFIG.`,
-		Commands: []*cli.Command{serveCommand, keyproviderCommand, mirrorCommand, snapshotterCommand, nriPluginCommand, nodeCommand},
+named by OCICRYPT_KEYPROVIDER_CONFIG. "ctr-pilot" encrypts images.
+
+Example, a node:
+   pilot node install --now --broker https://copilot.example.com:8443 \
+      --broker-ca ca.pem --broker-cert node.pem --broker-key node-key.pem
+   pilot node doctor --kek team-a`,
+		Commands: []*cli.Command{serveCommand, keyproviderCommand, mirrorCommand, kbsPluginCommand, snapshotterCommand, nriPluginCommand, nodeCommand},
 	})
 }

@@ -40,7 +40,7 @@ Example:
    podman login --tls-verify=false -u pilot --password-stdin 127.0.0.1:5000 <mirror.secret
    podman pull --tls-verify=false 127.0.0.1:5000/registry.example.com/team/app:1`,
 	Flags: configFlags(append(brokerSettings, "mirror-listen", "mirror-secret-file", "mirror-upstream", "mirror-allowed-upstreams", "mirror-hosts-dir", "tls-cert", "tls-key", "tls-client-ca",
-		"provider-name", "default-keks", "age-identities", "decryption-keys-path", "kek-cache-ttl", "kek-cache-grace", "kek-cache-idle", "kek-cache-size", "admin-listen", "metrics-listen", "log-level")...),
+		"provider-name", "default-keks", "kbs-keks", "age-identities", "decryption-keys-path", "kek-cache-ttl", "kek-cache-grace", "kek-cache-idle", "kek-cache-size", "admin-listen", "metrics-listen", "log-level")...),
 	Action: serveMirrorOnly,
 }
 

@@ -24,7 +24,9 @@ import (
 var nodeCommand = &cli.Command{
 	Name:  "node",
 	Usage: "set up this machine with pilot, and check it",
-	Description: `Example:
+	Description: `Connects this machine's containerd or CRI-O with pilot, and undoes that byte for byte.
+
+Example:
    pilot node install --now --broker https://copilot.example.com:8443 \
       --broker-ca ca.pem --broker-cert node.pem --broker-key node-key.pem
    pilot node doctor --kek team-a`,

@@ -93,7 +93,7 @@ func serveAll(ctx context.Context, d *daemon) error {
 		// which gRPC sends one for each request.
 		grpc.StaticStreamWindowSize(windowSize), grpc.StaticConnWindowSize(windowSize),
 		grpc.UnaryInterceptor(tracing.UnaryServer()))...)
-	service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, Metrics: provider.metrics}
+	service := keyprovider.Service{Provider: provider, Names: conf.ProviderName, CoCo: keyprovider.CoCo(provider.current), Metrics: provider.metrics}
 	service.Register(server)
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	var diffListener net.Listener

@@ -141,8 +141,7 @@ type Log struct {
 	sink sink
 	// generation returns how often the store was changed. It may be nil.
 	generation atomic.Pointer[func() int64]
-	counted    atomic.Int64 // by the last line that was written
-	claimed    int64        // the most of a line that was there when the log was opened
+	counted    atomic.Int64 // by the last line that was written, or that was there
 
 	mu      sync.Mutex
 	turn    sync.Cond // something below changed
@@ -196,15 +195,16 @@ const (
 	maxLine = 16 << 10
 )
 
-// Generation returns how often the store had been changed by the last line that was there
-// when the log was opened, or 0.
-func (l *Log) Generation() int64 { return l.claimed }
-
-// Count has each line say how often the store was changed.
+// Count has each line say how often the store was changed. No line says less than one
+// before it.
 func (l *Log) Count(generation func() int64) { l.generation.Store(&generation) }
 
-// Counted returns how often the store had been changed by the last line that was written.
+// Counted returns how often the store had been changed by the last line, also of those that
+// were there when the log was opened, or 0.
 func (l *Log) Counted() int64 { return l.counted.Load() }
+
+// claims notes how often the store had been changed by a line.
+func (l *Log) claims(generation int64) { l.counted.Store(max(l.counted.Load(), generation)) }
 
 // Head returns the last line that is on disk. Its number is 0 if there is none.
 func (l *Log) Head() Head {
@@ -234,7 +234,7 @@ func (l *Log) last(chain string) (Head, error) {
 	if err != nil {
 		return Head{}, fmt.Errorf("the last line of the audit log: %w", err)
 	}
-	l.claimed = max(l.claimed, read.Generation)
+	l.claims(read.Generation)
 	return Head{read.Chain, read.Seq, mac}, nil
 }
 
@@ -319,9 +319,9 @@ func (l *Log) write(batch []*waiting) error {
 	}
 	at := l.at
 	lines := make([][]byte, len(batch))
-	var counted int64
+	counted := l.counted.Load()
 	if g := l.generation.Load(); g != nil {
-		counted = (*g)()
+		counted = max(counted, (*g)())
 	}
 	for i, w := range batch {
 		next := line{Chain: at.Chain, Seq: at.Seq + 1, Prev: at.MAC, Entry: w.entry}
@@ -340,7 +340,7 @@ func (l *Log) write(batch []*waiting) error {
 		return err
 	}
 	l.at, l.first = at, nil
-	l.counted.Store(counted)
+	l.claims(counted)
 	return nil
 }
 

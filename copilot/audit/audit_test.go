@@ -393,3 +393,33 @@ func BenchmarkWrite(b *testing.B) {
 		}
 	})
 }
+
+// TestLinesSayNoFewerChangesThanThoseBefore reopens a log, in its file and after logrotate
+// has moved that away, and writes lines without counting changes.
+func TestLinesSayNoFewerChangesThanThoseBefore(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "log")
+	l := openLog(t, name)
+	l.Count(func() int64 { return 7 })
+	for i := range 3 {
+		if err := l.Write(Entry{Action: "rotate", Who: "uid:0", From: "@", Verdict: Allowed}); err != nil {
+			t.Fatal(err)
+		}
+		known := l.Head()
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if i == 1 {
+			if err := os.Rename(name, name+".1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var err error
+		if l, err = OpenFile(name, testKey(t), known); err != nil {
+			t.Fatal(err)
+		}
+		if n := l.Counted(); n != 7 {
+			t.Errorf("opened again: %d changes", n)
+		}
+	}
+	l.Close()
+}

@@ -43,6 +43,9 @@ func OpenPostgres(ctx context.Context, url string, key Key, known ...Head) (*Log
 	if err == nil {
 		l, err = newLog(key, t, false, nil)
 	}
+	if err == nil {
+		err = t.generation(ctx, l)
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%w: %w: %w", ErrUnavailable, errDatabase, postgres.Explain(err)), t.Close())
 	}
@@ -70,6 +73,36 @@ func (t table) missing(ctx context.Context, _ Key, known []Head) ([]Head, error)
 		missing = append(missing, known[n-1])
 	}
 	return missing, err
+}
+
+// lastOfChains selects the last line of each chain, by the index, with the one first that says
+// that the store was changed most often.
+const lastOfChains = `WITH RECURSIVE chains(chain) AS (
+		(SELECT chain FROM copilot_audit ORDER BY chain LIMIT 1)
+		UNION ALL SELECT (SELECT a.chain FROM copilot_audit a WHERE a.chain > c.chain ORDER BY a.chain LIMIT 1) FROM chains c WHERE c.chain IS NOT NULL
+	) SELECT l.line FROM chains c
+	CROSS JOIN LATERAL (SELECT line, entry->'generation' AS generation FROM copilot_audit a WHERE a.chain = c.chain ORDER BY a.seq DESC LIMIT 1) l
+	ORDER BY CASE jsonb_typeof(l.generation) WHEN 'number' THEN l.generation::numeric END DESC NULLS LAST`
+
+// generation notes in l how often the store had been changed by the last line of any chain:
+// the log's last line may be of a copilot that had not seen all changes.
+func (t table) generation(ctx context.Context, l *Log) error {
+	rows, err := t.pool.Query(ctx, lastOfChains)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var text string
+		if err := rows.Scan(&text); err != nil {
+			return err
+		}
+		if read, _, err := l.key.open([]byte(text)); err == nil {
+			l.claims(read.Generation)
+			return nil
+		}
+	}
+	return rows.Err()
 }
 
 // CopyToPostgres copies a log into the PostgreSQL database at url. Its table must be

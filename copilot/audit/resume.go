@@ -44,7 +44,7 @@ func (l *Log) compare(last Head, known []Head) (after Head, goOn bool) {
 	}
 	unread := ""
 	if f, ok := l.sink.(*file); ok && ended {
-		before, name, err := l.key.rotatedTo(f.name, written)
+		before, name, err := l.rotatedTo(f.name, written)
 		switch {
 		case before.Seq > 0 && last.Seq > 0:
 			return last, true

@@ -82,7 +82,7 @@ const newestFiles = 2
 // rotatedTo looks for a line in the newest of the files that logrotate has moved away. If
 // it finds it, it returns the last line of its chain there, and the file of that one.
 // Errors are of files that can't be read.
-func (k Key) rotatedTo(name string, line Head) (last Head, file string, err error) {
+func (l *Log) rotatedTo(name string, line Head) (last Head, file string, err error) {
 	names, err := Rotated(name)
 	if err != nil {
 		return Head{}, "", err
@@ -91,7 +91,8 @@ func (k Key) rotatedTo(name string, line Head) (last Head, file string, err erro
 	var errs []error
 	for _, n := range slices.Backward(names) {
 		end, found := Head{}, false
-		any, err := k.each(n, []Head{line}, func(at Head) {
+		any, err := l.key.each(n, []Head{line}, func(at Head, generation int64) {
+			l.claims(generation)
 			found = found || at == line
 			if at.Seq > end.Seq {
 				end = at
@@ -127,16 +128,16 @@ func (s *file) missing(ctx context.Context, key Key, known []Head) ([]Head, erro
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		if _, err := key.each(n, known, func(at Head) { found[at] = true }); err != nil {
+		if _, err := key.each(n, known, func(at Head, _ int64) { found[at] = true }); err != nil {
 			return nil, err
 		}
 	}
 	return slices.DeleteFunc(slices.Clone(known), func(h Head) bool { return found[h] }), nil
 }
 
-// each calls do with the lines of a file that are of the chains of heads, and reports
-// whether there are any lines.
-func (k Key) each(name string, heads []Head, do func(Head)) (any bool, err error) {
+// each calls do with the lines of a file that are of the chains of heads, and how often they
+// say that the store was changed. It reports whether there are any lines.
+func (k Key) each(name string, heads []Head, do func(at Head, generation int64)) (any bool, err error) {
 	r, err := ReadFile(name)
 	if err != nil {
 		return false, err
@@ -157,7 +158,7 @@ func (k Key) each(name string, heads []Head, do func(Head)) (any bool, err error
 			continue
 		}
 		if l, mac, err := k.open(lines.Bytes()); err == nil {
-			do(Head{l.Chain, l.Seq, mac})
+			do(Head{l.Chain, l.Seq, mac}, l.Generation)
 		}
 	}
 	if err := lines.Err(); err != nil {

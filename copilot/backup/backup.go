@@ -46,8 +46,11 @@ func (t Totals) String() string {
 	return fmt.Sprintf("%d KEKs with %d versions and %d keys", t.KEKs, t.Versions, t.Keys)
 }
 
-// add counts a KEK after checking it.
+// add counts a KEK, and checks what is held.
 func (t *Totals) add(h keystore.Held) error {
+	if w := h.Wraps; w != nil && (w.Wraps < 0 || w.Version < 1 || keystore.CheckID(w.ID) != nil) {
+		return fmt.Errorf("version %d of %.60q can't have wrapped %d keys", w.Version, w.ID, w.Wraps)
+	}
 	if h.KEK == nil {
 		return nil
 	}
@@ -138,6 +141,7 @@ type Reader struct {
 	Header
 	lines *bufio.Reader
 	sum   Totals
+	last  string // KEK
 	done  bool
 }
 
@@ -228,7 +232,14 @@ func (b *Reader) Next() (keystore.Held, error) {
 	if l.KEK != "" {
 		h.KEK = &keystore.HeldKEK{ID: l.KEK, Record: l.Record, Keys: l.Keys}
 	}
-	if err := b.sum.add(h); err != nil {
+	err = b.sum.add(h)
+	if h.KEK != nil && err == nil {
+		if h.KEK.ID <= b.last {
+			err = fmt.Errorf("KEK %q comes after %q", h.KEK.ID, b.last)
+		}
+		b.last = h.KEK.ID
+	}
+	if err != nil {
 		return keystore.Held{}, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return h, nil

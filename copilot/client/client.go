@@ -177,9 +177,10 @@ type Wrapped struct {
 	Version int `json:"version"`
 	// Method is that of pilot's annotations: A256GCMKW for what anybody with the
 	// KEK can unwrap, copilot for what only the broker can. What was wrapped for the public
-	// half of a KEK has that of HPKE.
+	// half of a KEK has that of HPKE, and what is for the guests of Confidential Containers
+	// A256GCM.
 	Method string `json:"method"`
-	// IV has 12 bytes, and is nil with any method but A256GCMKW.
+	// IV has 12 bytes, and is nil with any method but A256GCMKW and A256GCM.
 	IV []byte `json:"iv,omitempty"`
 	// Enc is the encapsulated key of HPKE, of 1120 bytes. Brokers return none.
 	Enc []byte `json:"enc,omitempty"`
@@ -189,8 +190,23 @@ type Wrapped struct {
 
 // Wrap has the broker wrap plaintext, at most 64 KiB, with the current version
 // of the KEK named id. Only copilot's own API can.
-func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (w Wrapped, err error) {
-	err = c.post(ctx, id, "wrap", keyjson.Object(keyjson.Key("plaintext", plaintext)), func(answer []byte) error {
+func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (Wrapped, error) {
+	return c.wrap(ctx, id, keyjson.Object(keyjson.Key("plaintext", plaintext)))
+}
+
+// WrapCoCo is [Client.Wrap] in the form that the guests of Confidential Containers read:
+// A256GCM, without additional data.
+func (c *Client) WrapCoCo(ctx context.Context, id string, plaintext []byte) (Wrapped, error) {
+	w, err := c.wrap(ctx, id, keyjson.Object(keyjson.Key("plaintext", plaintext), keyjson.Value("method", wireformat.MethodCoCo)))
+	if err == nil && (w.Method != wireformat.MethodCoCo || len(w.IV) != wireformat.IVSize) {
+		err = fmt.Errorf("wrap with KEK %q: %w: its wrapped key is not of method %s", id, ErrUnavailable, wireformat.MethodCoCo)
+	}
+	return w, err
+}
+
+// wrap sends a request to wrap, which it clears.
+func (c *Client) wrap(ctx context.Context, id string, body []byte) (w Wrapped, err error) {
+	err = c.post(ctx, id, "wrap", body, func(answer []byte) error {
 		var a struct {
 			ID string `json:"id"`
 			Wrapped

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 )
@@ -56,6 +57,9 @@ type anchors struct {
 	seen map[string][sha256.Size]byte
 	// whole says why no record can be relied on, or is "".
 	whole string
+
+	checking sync.Mutex
+	checked  [anchorShards + 1]checked
 }
 
 // see notes the digest of a record's stored bytes that agree with its anchor.
@@ -100,6 +104,16 @@ func anchorName(shard int) string {
 		return anchorPrefix + "others"
 	}
 	return fmt.Sprintf("%s%02x", anchorPrefix, shard)
+}
+
+// shardOf returns the number of the anchor of a name.
+func shardOf(name string) (shard int, ok bool) {
+	text, ok := strings.CutPrefix(name, anchorPrefix)
+	if text == "others" {
+		return anchorShards, ok
+	}
+	n, err := strconv.ParseUint(text, 16, 8)
+	return int(n), ok && err == nil && anchorName(int(n)) == name
 }
 
 // stateKey authenticates what is kept and no secret.
@@ -177,11 +191,11 @@ func advance(set *masterSet, r row, side []byte, digest string) ([]byte, int64, 
 	return side, a.Changes, err
 }
 
-// changed notes that a row's anchor has changed so often, so that the generation counts it.
-func (a *anchors) changed(r row, changes int64) {
+// changed notes that an anchor has changed so often, so that the generation counts it.
+func (a *anchors) changed(shard int, changes int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	seen := &a.changes[r.shard()]
+	seen := &a.changes[shard]
 	*seen = max(*seen, changes)
 }
 
@@ -203,8 +217,8 @@ func (s *Store) seenChanges(shard int) int64 {
 }
 
 // compare compares the digest of a row with its anchor, which has to have at least so many
-// changes: those that were seen before it was read. A record that was written before there
-// were anchors has none.
+// changes: those that were seen before it was read. The record of a KEK that was written
+// before there were anchors has no digest.
 func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
@@ -216,7 +230,7 @@ func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	}
 	seen := &s.anchors.changes[r.shard()]
 	*seen = max(*seen, a.Changes)
-	if want, ok := a.Digests[r.String()]; ok && want != digest {
+	if want, ok := a.Digests[r.String()]; ok && want != digest || !ok && !r.kek && digest != "" {
 		return fmt.Errorf("%s: %w", r, ErrRolledBack)
 	}
 	return nil
@@ -317,203 +331,3 @@ func (s *Store) Generation() (sum int64) {
 	}
 	return sum
 }
-
-// CheckAnchors compares all records with their anchors, and the store with a generation
-// that it had at least. It returns what was put back, or deleted: a record's name or the
-// store's, and why. After it, no record of a store that is too old is used.
-func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]string, error) {
-	found := make(map[string]string)
-	set, err := s.readSet(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var anchorsNow [anchorShards + 1]anchor
-	for i := range anchorsNow {
-		anchorsNow[i].Digests = map[string]string{}
-	}
-	var names []string
-	for i := range anchorsNow {
-		names = append(names, anchorName(i))
-	}
-	anchored, known := false, s.Generation()
-	err = s.db.snapshot(ctx, []string{anchorPrefix}, contents{
-		named: func(name string, b []byte) error {
-			shard := slices.IndexFunc(names, func(n string) bool { return n == name })
-			if shard < 0 {
-				return nil
-			}
-			anchored = true
-			a, err := set.openAnchor(name, b)
-			if err != nil {
-				found[name] = err.Error()
-				return nil
-			}
-			anchorsNow[shard] = a
-			return nil
-		},
-		record: func(id string, b []byte) error {
-			r := row{true, id}
-			digests := anchorsNow[r.shard()].Digests
-			k, err := set.decode(id, b)
-			if err != nil {
-				delete(digests, r.String())
-				return nil // damaged, which is reported where it is used, or of a newer master key
-			}
-			digest, err := k.digest()
-			if err != nil {
-				return err
-			}
-			if want, ok := digests[r.String()]; ok && want != digest {
-				found[r.String()] = "it is not as copilot has written it last"
-			}
-			delete(digests, r.String())
-			return nil
-		},
-		wraps: func(string, int, int64) error { return nil },
-	})
-	if err != nil {
-		return nil, err
-	}
-	if !anchored && least == 0 && known == 0 {
-		// An earlier copilot made the store.
-		if err = s.anchorAll(ctx, 0, 1); errors.Is(err, ErrState) {
-			return s.CheckAnchors(ctx, least) // another one has anchored it meanwhile
-		}
-		return found, err
-	}
-	var sum int64
-	for _, a := range anchorsNow {
-		sum += a.Changes
-		for name := range a.Digests {
-			if strings.HasPrefix(name, rowKEK) {
-				found[name] = "its record was deleted"
-			}
-		}
-	}
-	whole := ""
-	if least = max(least, known); sum < least {
-		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
-		found["store"] = whole
-	}
-	s.anchors.mu.Lock()
-	defer s.anchors.mu.Unlock()
-	s.anchors.whole = whole
-	for name := range found {
-		delete(s.anchors.seen, name)
-	}
-	for i, a := range anchorsNow {
-		s.anchors.changes[i] = max(s.anchors.changes[i], a.Changes)
-	}
-	return found, nil
-}
-
-// acceptJump is by how much each anchor's number of changes grows when records are accepted
-// as they are: other copilots may have seen more changes than this one knows of.
-const acceptJump = 1 << 20
-
-// AcceptRollback takes all records as they are now: their anchors are made anew, and the
-// generation is more than the one given. It returns what was accepted, as
-// [Store.CheckAnchors] does; log is called with that right before.
-func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found map[string]string) error) (map[string]string, error) {
-	found, err := s.CheckAnchors(ctx, least)
-	if err != nil || len(found) == 0 {
-		return found, err
-	}
-	if err := log(found); err != nil {
-		return nil, err
-	}
-	return found, s.anchorAll(ctx, least+1, acceptJump)
-}
-
-// voided is the digest of a request for approval from before its record may have been put
-// back: it is never used again, and nothing reports it.
-const voided = "voided"
-
-// anchorAll makes all anchors anew, each with so many changes more, and a generation that is
-// least or more. Requests for approval are voided: a used one may have been put back.
-func (s *Store) anchorAll(ctx context.Context, least, jump int64) error {
-	digests := make([]map[string]string, anchorShards+1)
-	for i := range digests {
-		digests[i] = make(map[string]string)
-	}
-	before := make(map[string]int64)
-	set, err := s.readSet(ctx)
-	if err != nil {
-		return err
-	}
-	err = s.db.snapshot(ctx, statePrefixes, contents{
-		named: func(name string, b []byte) error {
-			if strings.HasPrefix(name, approvalPrefix) {
-				digests[anchorShards][name] = voided
-				return nil
-			}
-			a, _ := set.openAnchor(name, b) // a damaged one is replaced
-			before[name] = a.Changes
-			return nil
-		},
-		record: func(id string, b []byte) error {
-			k, err := set.decode(id, b)
-			if err != nil {
-				return nil
-			}
-			r := row{true, id}
-			digests[r.shard()][r.String()], err = k.digest()
-			return err
-		},
-		wraps: func(string, int, int64) error { return nil },
-	})
-	if err != nil {
-		return err
-	}
-	s.anchors.mu.Lock()
-	changes := s.anchors.changes
-	s.anchors.mu.Unlock()
-	var sum int64
-	for i := range changes {
-		changes[i] = max(changes[i], before[anchorName(i)]) + jump
-		sum += changes[i]
-	}
-	changes[0] += max(0, least-sum)
-	made := make(map[string]anchor)
-	var names []string
-	for i := range changes {
-		names = append(names, anchorName(i))
-		made[anchorName(i)] = anchor{changes[i], digests[i]}
-	}
-	err = s.db.keepAll(ctx, names, func(name string, old []byte) ([]byte, error) {
-		now, _ := set.openAnchor(name, old)
-		if now.Changes != before[name] {
-			return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
-		}
-		return set.sealAnchor(name, made[name])
-	})
-	if err != nil {
-		return err
-	}
-	s.anchors.mu.Lock()
-	defer s.anchors.mu.Unlock()
-	s.anchors.changes, s.anchors.whole, s.anchors.seen = changes, "", nil
-	return nil
-}
-
-// fillAnchors stores the anchors of a restored store, in place of those that it had when it
-// was empty.
-func (s *Store) fillAnchors(set *masterSet, list []anchor, to contents) error {
-	s.anchors.mu.Lock()
-	defer s.anchors.mu.Unlock()
-	for i, a := range list {
-		name := anchorName(i)
-		a.Changes = max(a.Changes, s.anchors.changes[i]+1)
-		b, err := set.sealAnchor(name, a)
-		if err != nil {
-			return err
-		}
-		if err := to.named(name, b); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// statePrefixes begin the names of what belongs to the records.
-var statePrefixes = []string{anchorPrefix, approvalPrefix}

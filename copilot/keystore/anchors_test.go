@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -142,7 +144,7 @@ func TestSweepGoesOnAfterARecordThatWasPutBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.now = func() time.Time { return at.Add(time.Second) }
-	if err := s.Sweep(ctx, func(KEK) error { return nil }); err == nil {
+	if err := sweep(s, func(KEK) error { return nil }); err == nil {
 		t.Error("no error about the record that was put back")
 	}
 	b, err := s.Get(ctx, "b")
@@ -301,5 +303,197 @@ func TestDeletedRecordOfAKEKInAKMSIsFound(t *testing.T) {
 		if err := s.Absent(ctx, "another"); err != nil {
 			t.Errorf("another: %v", err)
 		}
+	}
+}
+
+// TestCheckReadsOnlyWhatHasChanged compares a store again and again: of records that are
+// stored as before, nothing is read, and what is put back, deleted or damaged is found each
+// time, until it is in order.
+func TestCheckReadsOnlyWhatHasChanged(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	read := 0
+	s.db = countedReads{s.db, &read}
+	check := func(when string, reads int, want ...string) {
+		t.Helper()
+		read = 0
+		found, err := s.CheckChanged(ctx, 0)
+		if names := slices.Sorted(maps.Keys(found)); err != nil || !slices.Equal(names, want) || read != reads {
+			t.Errorf("%s: found %v, read %d records: %v", when, names, read, err)
+		}
+	}
+	bucket := func(do func(*bolt.Bucket) error) {
+		t.Helper()
+		if err := s.db.(countedReads).database.(*boltDB).db.Update(func(tx *bolt.Tx) error { return do(tx.Bucket(bucketKEKs)) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check("first", 6) // anchored, and compared
+	check("again", 0)
+	earlier, err := s.db.get(ctx, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Rotate(ctx, "a", 0, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	check("rotated", 1)
+	later, err := s.db.get(ctx, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bucket(func(b *bolt.Bucket) error { return errors.Join(b.Put([]byte("a"), earlier), b.Delete([]byte("b"))) })
+	check("put back and deleted", 1, "kek a", "kek b")
+	check("still", 1, "kek a", "kek b")
+	if found, err := s.CheckAnchors(ctx, 0); err != nil || len(found) != 2 {
+		t.Errorf("all of it: %v, %v", found, err)
+	}
+	bucket(func(b *bolt.Bucket) error { return b.Put([]byte("a"), later) })
+	check("one in order", 1, "kek b")
+	check("still", 0, "kek b")
+	bucket(func(b *bolt.Bucket) error { return b.Put([]byte("c"), []byte("{}")) })
+	check("damaged", 1, "kek b")
+	check("still", 1, "kek b")
+	if err := s.Sweep(ctx, func(KEK) error { return nil }); !errors.Is(err, errDamaged) {
+		t.Errorf("not reported: %v", err)
+	}
+	if _, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	check("accepted", 2)
+	check("still", 1)
+}
+
+// countedReads counts the records that are read.
+type countedReads struct {
+	database
+	read *int
+}
+
+func (d countedReads) snapshot(ctx context.Context, prefixes []string, to contents) error {
+	record := to.record
+	to.record = func(id string, b []byte) error {
+		*d.read++
+		return record(id, b)
+	}
+	return d.database.snapshot(ctx, prefixes, to)
+}
+
+// putsBack is a database in which a record is put back between a check and what follows.
+type putsBack struct {
+	database
+	after   int // snapshots
+	putBack func()
+}
+
+func (d *putsBack) snapshot(ctx context.Context, prefixes []string, to contents) error {
+	if d.after--; d.after < 0 {
+		d.putBack()
+	}
+	return d.database.snapshot(ctx, prefixes, to)
+}
+
+// TestAcknowledgementNamesWhatItAccepts puts back a second record while somebody acknowledges
+// the first.
+func TestAcknowledgementNamesWhatItAccepts(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	db := s.db.(*boltDB)
+	earlier := make(map[string][]byte)
+	for _, id := range []string{"a", "b"} {
+		b, err := db.get(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		earlier[id] = b
+		if _, err := s.Revoke(ctx, id, "uid:7", Change{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	putBack := func(id string) {
+		if err := db.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Put([]byte(id), earlier[id]) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	putBack("a")
+	s.db = &putsBack{db, 1, func() { putBack("b") }}
+	var logged []string
+	accepted, err := s.AcceptRollback(ctx, 0, func(found map[string]string) error {
+		logged = slices.Sorted(maps.Keys(found))
+		return nil
+	})
+	if want := []string{"kek a", "kek b"}; err != nil || !slices.Equal(logged, want) || !slices.Equal(slices.Sorted(maps.Keys(accepted)), want) {
+		t.Errorf("logged %v, accepted %v, %v", logged, accepted, err)
+	}
+}
+
+// TestExpiredApprovalsAreDropped drops requests that have expired, used ones and ones that an
+// acknowledged rollback has voided. None of them can be put back, whatever the clock says.
+func TestExpiredApprovalsAreDropped(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx, now := t.Context(), time.Now()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	create := func(id string, expires time.Duration) {
+		t.Helper()
+		if _, err := s.ChangeApproval(ctx, id, func(a *Approval, _ bool) error {
+			a.Approved, a.Expires = "uid:7", now.Add(expires)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	listed := func() (ids []string) {
+		list, err := s.Approvals(ctx)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, a := range list {
+			ids = append(ids, a.ID)
+		}
+		slices.Sort(ids)
+		return ids
+	}
+	create("voided", -time.Hour)
+	if err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Delete([]byte("a")) }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for i := range dropAtOnce {
+		create(fmt.Sprint("old-", i), -time.Hour)
+	}
+	create("open", time.Hour)
+	putBack := rows(t, s)
+	for range 2 {
+		if err := s.DropApprovals(ctx, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if ids := listed(); !slices.Equal(ids, []string{"open"}) {
+		t.Errorf("left: %v", ids)
+	}
+	a, err := s.readAnchor(ctx, anchorShards)
+	if err != nil || len(a.Digests) != 1 {
+		t.Errorf("the anchor has %d digests, %v", len(a.Digests), err)
+	}
+	raw, err := s.masters.Load().sealAnchor(anchorName(anchorShards), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	putBack()
+	if err := s.db.keep(ctx, anchorName(anchorShards), func(_, _ []byte) ([]byte, error) { return raw, nil }); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := s.Approvals(ctx); len(list) != 1 || !errors.Is(err, ErrRolledBack) {
+		t.Errorf("put back: %d requests, %v", len(list), err)
+	}
+	if _, err := s.ChangeApproval(ctx, "old-1", func(*Approval, bool) error { return nil }); !errors.Is(err, ErrRolledBack) {
+		t.Errorf("used: %v", err)
 	}
 }

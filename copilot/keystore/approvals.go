@@ -1,6 +1,7 @@
 package keystore
 
 import (
+	"bytes"
 	"context"
 	"crypto/hmac"
 	"encoding/json"
@@ -31,7 +32,7 @@ type Approval struct {
 func (a Approval) Open(now time.Time) bool { return a.Used.IsZero() && now.Before(a.Expires) }
 
 // approvalPrefix begins the names under which they are kept, authenticated as anchors are,
-// and with an anchor: one that was used can't be put back.
+// and with an anchor: one that was used, or dropped, can't be put back.
 const approvalPrefix = "approval "
 
 type storedApproval struct {
@@ -54,6 +55,20 @@ func (m *masterSet) openApproval(name string, b []byte) (a Approval, err error) 
 	return a, nil
 }
 
+// approvalRows returns what is kept of requests, by row, and their anchor.
+func (s *Store) approvalRows(ctx context.Context) (rows map[string][]byte, a anchor, least int64, err error) {
+	rows = make(map[string][]byte)
+	err = s.db.named(ctx, approvalPrefix, func(name string, b []byte) error {
+		rows[name] = b
+		return nil
+	})
+	if err == nil {
+		least = s.seenChanges(anchorShards)
+		a, err = s.readAnchor(ctx, anchorShards)
+	}
+	return rows, a, least, err
+}
+
 // Approvals returns all requests. One that was put back in the database as it was earlier
 // is missing, and an error besides.
 func (s *Store) Approvals(ctx context.Context) (list []Approval, err error) {
@@ -61,15 +76,7 @@ func (s *Store) Approvals(ctx context.Context) (list []Approval, err error) {
 	if err != nil {
 		return nil, err
 	}
-	rows := make(map[string][]byte)
-	if err := s.db.named(ctx, approvalPrefix, func(name string, b []byte) error {
-		rows[name] = b
-		return nil
-	}); err != nil {
-		return nil, err
-	}
-	least := s.seenChanges(anchorShards)
-	a, err := s.readAnchor(ctx, anchorShards)
+	rows, a, least, err := s.approvalRows(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -89,6 +96,70 @@ func (s *Store) Approvals(ctx context.Context) (list []Approval, err error) {
 		list = append(list, approval)
 	}
 	return list, bad
+}
+
+// dropAtOnce bounds how many requests are dropped together, each in a transaction.
+const dropAtOnce = 100
+
+// DropApprovals drops requests that had expired at a time, used or not.
+func (s *Store) DropApprovals(ctx context.Context, expired time.Time) error {
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return err
+	}
+	rows, _, _, err := s.approvalRows(ctx)
+	if err != nil {
+		return err
+	}
+	left := dropAtOnce
+	for name, b := range rows {
+		a, err := set.openApproval(name, b)
+		if err != nil || !a.Expires.Before(expired) {
+			continue
+		}
+		if left--; left < 0 {
+			break
+		}
+		if err := s.dropApproval(ctx, row{name: name}, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropApproval drops a request that is kept as b, unless it was put back.
+func (s *Store) dropApproval(ctx context.Context, r row, b []byte) error {
+	var changes int64
+	err := s.current(ctx, func() error {
+		return s.db.update(ctx, r, anchorName(r.shard()), func(old, master, side []byte) (_, newSide []byte, err error) {
+			set, err := s.follow(master)
+			if err != nil {
+				return nil, nil, err
+			}
+			a, err := set.openAnchor(anchorName(r.shard()), side)
+			if err == nil && a.Digests[r.String()] != voided {
+				err = s.compare(r, a, s.seenChanges(r.shard()), digestOf(b))
+			}
+			if err == nil && !bytes.Equal(old, b) {
+				err = errNothing // another copilot did it
+			}
+			if err != nil {
+				return nil, nil, err
+			}
+			a.Changes++
+			delete(a.Digests, r.String())
+			changes = a.Changes
+			newSide, err = set.sealAnchor(anchorName(r.shard()), a)
+			return nil, newSide, err
+		})
+	})
+	switch {
+	case errors.Is(err, ErrRolledBack), errors.Is(err, errNothing):
+		return nil // what was put back stays to be reported
+	case err == nil:
+		s.anchors.changed(r.shard(), changes)
+	}
+	return err
 }
 
 // ChangeApproval makes a request, which change gets with its id only, or changes it. If
@@ -131,7 +202,7 @@ func (s *Store) ChangeApproval(ctx context.Context, id string, change func(a *Ap
 		})
 	})
 	if err == nil {
-		s.anchors.changed(r, changes)
+		s.anchors.changed(r.shard(), changes)
 	}
 	return a, err
 }

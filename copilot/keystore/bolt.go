@@ -3,6 +3,7 @@ package keystore
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -126,7 +127,12 @@ func (d *boltDB) update(_ context.Context, r row, beside string, change func(old
 		if err != nil {
 			return err
 		}
-		if err := in.Put([]byte(r.name), b); err != nil {
+		if b == nil {
+			err = in.Delete([]byte(r.name))
+		} else {
+			err = in.Put([]byte(r.name), b)
+		}
+		if err != nil {
 			return err
 		}
 		return once.Put([]byte(beside), side)
@@ -239,6 +245,18 @@ func (d *boltDB) wraps(_ context.Context, id string) (map[int]int64, error) {
 	return sums, err
 }
 
+func (d *boltDB) sums(_ context.Context, prefix string, named, record func(string, [sha256.Size]byte) error) error {
+	return d.db.View(func(tx *bolt.Tx) error {
+		c := tx.Bucket(bucketOnce).Cursor()
+		for k, v := c.Seek([]byte(prefix)); bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
+			if err := named(string(k), sha256.Sum256(v)); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error { return record(string(id), sha256.Sum256(b)) })
+	})
+}
+
 func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) error {
 	return d.db.View(func(tx *bolt.Tx) error {
 		c := tx.Bucket(bucketOnce).Cursor()
@@ -250,12 +268,12 @@ func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) e
 			}
 		}
 		err := tx.Bucket(bucketKEKs).ForEach(func(id, b []byte) error {
-			if err := ctx.Err(); err != nil {
+			if err := ctx.Err(); err != nil || to.wanted != nil && !to.wanted(string(id)) {
 				return err
 			}
 			return to.record(string(id), bytes.Clone(b))
 		})
-		if err != nil {
+		if err != nil || to.wraps == nil {
 			return err
 		}
 		return tx.Bucket(bucketWraps).ForEach(func(k, v []byte) error {
@@ -269,13 +287,13 @@ func (d *boltDB) snapshot(ctx context.Context, prefixes []string, to contents) e
 	})
 }
 
-func (d *boltDB) fill(_ context.Context, do func(contents) error) error {
+func (d *boltDB) fill(_ context.Context, do func([]byte, contents) error) error {
 	return d.db.Update(func(tx *bolt.Tx) error {
 		keks, wraps := tx.Bucket(bucketKEKs), tx.Bucket(bucketWraps)
 		if id, _ := keks.Cursor().First(); id != nil {
 			return fmt.Errorf("%w, such as %s: restore into an empty one", ErrNotEmpty, id)
 		}
-		return do(contents{
+		return do(bytes.Clone(tx.Bucket(bucketOnce).Get([]byte(masterName))), contents{
 			named:  func(name string, b []byte) error { return tx.Bucket(bucketOnce).Put([]byte(name), b) },
 			record: func(id string, b []byte) error { return keks.Put([]byte(id), b) },
 			wraps:  func(id string, version int, n int64) error { return wraps.Put(wrapsKey(id, version), wrapsValue(n)) },

@@ -13,9 +13,12 @@ import (
 
 // contents takes what a database has, a part at a time. The bytes are the taker's.
 type contents struct {
+	named func(name string, b []byte) error
+	// wanted says which records are read, or is nil for all.
+	wanted func(id string) bool
 	record func(id string, b []byte) error
-	wraps  func(id string, version int, n int64) error
-	named  func(name string, b []byte) error
+	// wraps is nil if they are not read.
+	wraps func(id string, version int, n int64) error
 }
 
 // ErrNotEmpty is the error of filling a store that has KEKs.
@@ -102,19 +105,20 @@ func (s *Store) Export(ctx context.Context, do func(Held) error) error {
 //
 // The store's generation is more than the one given then.
 func (s *Store) Import(ctx context.Context, generation int64, next func() (Held, error)) (keks int, err error) {
-	set, err := s.readSet(ctx)
-	if err != nil {
-		return 0, err
-	}
-	if set.state.rotating() {
-		return 0, fmt.Errorf("%w: the store's master key is being rotated", ErrState)
-	}
 	var list [anchorShards]anchor
 	for i := range list {
 		list[i] = anchor{1, make(map[string]string)}
 	}
 	list[0].Changes = max(1, generation+1)
-	err = s.db.fill(ctx, func(to contents) error {
+	fill := func(master []byte, to contents) error {
+		// Nothing may be sealed under a master key that was dropped meanwhile.
+		set, err := s.follow(master)
+		if err == nil && set.state.rotating() {
+			err = fmt.Errorf("%w: the store's master key is being rotated", ErrState)
+		}
+		if err != nil {
+			return err
+		}
 		for {
 			h, err := next()
 			if errors.Is(err, io.EOF) {
@@ -142,7 +146,12 @@ func (s *Store) Import(ctx context.Context, generation int64, next func() (Held,
 				}
 			}
 		}
-	})
+	}
+	if err = s.current(ctx, func() error { return s.db.fill(ctx, fill) }); err == nil {
+		for i, a := range list {
+			s.anchors.changed(i, a.Changes)
+		}
+	}
 	return keks, err
 }
 

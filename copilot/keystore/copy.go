@@ -85,7 +85,7 @@ func Copy(ctx context.Context, from, to, masterDir string, renamed func(log stri
 			return 0, err
 		}
 	}
-	err = target.fill(ctx, func(to contents) error {
+	err = target.fill(ctx, func(_ []byte, to contents) error {
 		return source.snapshot(ctx, statePrefixes, contents{
 			record: func(id string, record []byte) error {
 				n++

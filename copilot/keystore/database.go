@@ -1,6 +1,9 @@
 package keystore
 
-import "context"
+import (
+	"context"
+	"crypto/sha256"
+)
 
 // database keeps records by id. It is safe for concurrent use, by several
 // processes too where it can be opened by several.
@@ -14,7 +17,8 @@ type database interface {
 	// returns, in a transaction that excludes other changes of this record
 	// and of what is kept under masterName, which change gets as master. It is not made
 	// if change fails.
-	// Beside it, what is kept under another name, beside, is replaced in the same way.
+	// A record that change returns as nil is deleted. Beside it, what is kept under another
+	// name, beside, is replaced in the same way.
 	update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error
 	// reseal calls change with up to n records after the one named, in some order of ids
 	// that is always the same, and replaces those for which it returns a record, in one
@@ -31,12 +35,16 @@ type database interface {
 	addWraps(ctx context.Context, id string, version int, n int64) (int64, error)
 	// wraps returns the sums of all versions.
 	wraps(ctx context.Context, id string) (map[int]int64, error)
+	// sums calls named and record with SHA-256 of all that is kept under names that begin with
+	// prefix, then of all records in the order of ids, as of one moment.
+	sums(ctx context.Context, prefix string, named, record func(name string, sum [sha256.Size]byte) error) error
 	// snapshot calls to with all that is kept under names that begin with one of prefixes,
 	// then with all records in the order of ids, then with all sums, as of one moment.
 	snapshot(ctx context.Context, prefixes []string, to contents) error
-	// fill calls do with what stores records and sums in an empty database. Nothing is
+	// fill calls do with what stores records and sums in an empty database, and with what is
+	// kept under masterName, in one transaction that excludes all other changes. Nothing is
 	// stored if do fails. The error wraps ErrNotEmpty if there is a record.
-	fill(ctx context.Context, do func(to contents) error) error
+	fill(ctx context.Context, do func(master []byte, to contents) error) error
 	// ready reports whether a change could be made now.
 	ready(ctx context.Context) error
 	close() error

@@ -279,21 +279,11 @@ func (s *Store) forget(v *Version) bool {
 	return true
 }
 
-// Sweep removes the keys of versions whose time has come. log is called with each KEK
-// that changes. A record that is damaged or was put back is an error, but does not end the
-// sweep.
+// Sweep removes the keys of versions whose time has come, of those that the last check has
+// seen ([Store.CheckChanged]). log is called with each KEK that changes. A record that is
+// damaged or was put back is an error, but does not end the sweep.
 func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
-	due := func(v Version) bool { return v.State == Destroying && v.In(s.now()) == Destroyed }
-	var ids []string
-	var errs []error
-	err := s.each(ctx, All, func(k KEK, err error) {
-		if err != nil {
-			errs = append(errs, err)
-		} else if slices.ContainsFunc(k.Versions, due) {
-			ids = append(ids, k.ID)
-		}
-	})
-	damaged := errors.Join(append(errs, err)...)
+	ids, damaged := s.due()
 	for _, id := range ids {
 		_, err := s.update(ctx, id, Change{Log: log}, func(k *KEK) error {
 			changed := false

@@ -340,7 +340,7 @@ func (s *Store) update(ctx context.Context, id string, c Change, change func(*KE
 	if err == nil {
 		// So that the record before is not taken for one that was compared.
 		s.anchors.see(r.String(), sha256.Sum256(written))
-		s.anchors.changed(r, changes)
+		s.anchors.changed(r.shard(), changes)
 	}
 	return k, err
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/cipher"
 	"crypto/hkdf"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
@@ -34,6 +35,24 @@ type masterState struct {
 	Keys   []masterEntry `json:"keys"` // in order: the last one is current
 	// Resealed says that nothing is sealed under any but the last one.
 	Resealed bool `json:"resealed,omitempty"`
+	// MAC authenticates the JSON without it, as that of an anchor does.
+	MAC []byte `json:"mac,omitempty"`
+}
+
+// text returns the JSON without its MAC.
+func (s masterState) text() ([]byte, error) {
+	s.MAC = nil
+	return json.Marshal(s)
+}
+
+// sealState returns what the store keeps of a state.
+func (s *masterSet) sealState(state masterState) ([]byte, error) {
+	text, err := state.text()
+	if err != nil {
+		return nil, err
+	}
+	state.MAC = s.stateMAC(masterName, text)
+	return json.Marshal(state)
 }
 
 // masterEntry is a master key, of 32 bytes, which is not in the database.
@@ -91,13 +110,13 @@ func (s *masterState) rotating() bool { return len(s.Keys) > 1 }
 func parseMasterState(b []byte) (masterState, error) {
 	var s masterState
 	if err := json.Unmarshal(b, &s); err != nil || s.Format < 1 {
-		return s, errors.New("what the store has of its master keys is damaged")
+		return s, errMasters
 	}
 	if s.Format > masterFormat {
 		return s, fmt.Errorf("%w: its master keys have format %d, and this copilot knows %d", ErrNewer, s.Format, masterFormat)
 	}
 	if len(s.Keys) < 1 || len(s.Keys) > 2 || s.Keys[0].Version < 1 || s.rotating() && s.Keys[1].Version != s.Keys[0].Version+1 {
-		return s, errors.New("what the store has of its master keys is damaged")
+		return s, errMasters
 	}
 	return s, nil
 }
@@ -181,15 +200,22 @@ func newMasterSet(raw []byte, state masterState, has ...*masterKey) (*masterSet,
 		return nil, &missingMaster{e.Version}
 	}
 	var err error
-	if e.Audit != nil {
-		if s.audit, err = s.current.openFor([]byte(auditPlace), e.Audit); err != nil {
-			return nil, errors.New("the audit log's key is damaged or was tampered with in the store")
-		}
-		return s, nil
+	if e.Audit == nil {
+		s.audit, err = deriveAuditKey(s.current.key)
+	} else if s.audit, err = s.current.openFor([]byte(auditPlace), e.Audit); err != nil {
+		err = errors.New("the audit log's key is damaged or was tampered with in the store")
 	}
-	s.audit, err = deriveAuditKey(s.current.key)
+	if err != nil || raw == nil {
+		return s, err
+	}
+	text, err := state.text()
+	if err == nil && !hmac.Equal(state.MAC, s.stateMAC(masterName, text)) {
+		err = errMasters
+	}
 	return s, err
 }
+
+var errMasters = errors.New("what the store has of its master keys is damaged or was tampered with: restore the store from a backup")
 
 const auditPlace = "audit log"
 

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -130,9 +131,9 @@ func (d *postgresDB) list(ctx context.Context, wanted func(string) bool, do func
 }
 
 func (d *postgresDB) update(ctx context.Context, r row, beside string, change func(old, master, side []byte) (b, newSide []byte, err error)) error {
-	read, write := readOnce, writeOnce
+	read, write, remove := readOnce, writeOnce, `DELETE FROM copilot_once WHERE name = $1`
 	if r.kek {
-		read = `SELECT record FROM copilot_keks WHERE id = $1`
+		read, remove = `SELECT record FROM copilot_keks WHERE id = $1`, `DELETE FROM copilot_keks WHERE id = $1`
 		write = `INSERT INTO copilot_keks (id, record) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET record = excluded.record, changed = now()`
 	}
 	return d.locked(ctx, []string{r.name, beside}, func(ctx context.Context, tx pgx.Tx) (failed, err error) {
@@ -145,7 +146,12 @@ func (d *postgresDB) update(ctx context.Context, r row, beside string, change fu
 		if failed != nil {
 			return failed, nil
 		}
-		if _, err := tx.Exec(ctx, write, r.name, b); err != nil {
+		if b == nil {
+			_, err = tx.Exec(ctx, remove, r.name)
+		} else {
+			_, err = tx.Exec(ctx, write, r.name, b)
+		}
+		if err != nil {
 			return nil, err
 		}
 		_, err = tx.Exec(ctx, writeOnce, beside, side)
@@ -200,6 +206,13 @@ func (d *postgresDB) keepAll(ctx context.Context, names []string, change func(st
 	})
 }
 
+// Changes of the master keys, of all anchors, and of an empty database as a whole wait for all
+// other changes, and these for them.
+const (
+	lockAll    = `SELECT pg_advisory_xact_lock($1, 2)`
+	lockShared = `SELECT pg_advisory_xact_lock_shared($1, 2)`
+)
+
 // locked calls do in a transaction that excludes others of the same names, and now and
 // then of another. Of what do returns, the first are errors that are not the database's.
 func (d *postgresDB) locked(ctx context.Context, names []string, do func(context.Context, pgx.Tx) (failed, err error)) error {
@@ -207,10 +220,9 @@ func (d *postgresDB) locked(ctx context.Context, names []string, do func(context
 	defer cancel()
 	var failed error
 	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) (err error) {
-		// Changes of the master keys wait for all others, and these for them.
-		lock := `SELECT pg_advisory_xact_lock_shared($1, 2)`
+		lock := lockShared
 		if names[0] == masterName {
-			lock = `SELECT pg_advisory_xact_lock($1, 2)`
+			lock = lockAll
 		}
 		if _, err := tx.Exec(ctx, lock, lockSpace); err != nil {
 			return err
@@ -316,25 +328,55 @@ func (d *postgresDB) wraps(ctx context.Context, id string) (map[int]int64, error
 	return sums, d.explain(err)
 }
 
+func (d *postgresDB) sums(ctx context.Context, prefix string, named, record func(string, [sha256.Size]byte) error) error {
+	var name string
+	var sum []byte
+	return d.read(ctx, []part{
+		{`SELECT name, sha256(value) FROM copilot_once WHERE starts_with(name, $1) ORDER BY name`, []any{prefix}, []any{&name, &sum}, func() error { return named(name, [sha256.Size]byte(sum)) }},
+		{`SELECT id, sha256(record) FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &sum}, func() error { return record(name, [sha256.Size]byte(sum)) }},
+	})
+}
+
 func (d *postgresDB) snapshot(ctx context.Context, prefixes []string, to contents) error {
+	var name string
+	var b []byte
+	var version int
+	var n int64
+	parts := []part{
+		{`SELECT name, value FROM copilot_once WHERE EXISTS (SELECT FROM unnest($1::text[]) AS p(prefix) WHERE starts_with(name, p.prefix)) ORDER BY name`, []any{prefixes}, []any{&name, &b}, func() error { return to.named(name, b) }},
+	}
+	if to.wanted == nil {
+		parts = append(parts, part{`SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &b}, func() error { return to.record(name, b) }})
+	} else {
+		var ids []string
+		parts = append(parts, part{`SELECT id FROM copilot_keks`, nil, []any{&name}, func() error {
+			if to.wanted(name) {
+				ids = append(ids, name)
+			}
+			return nil
+		}}, part{`SELECT id, record FROM copilot_keks WHERE id = ANY($1) ORDER BY id COLLATE "C"`, []any{&ids}, []any{&name, &b}, func() error { return to.record(name, b) }})
+	}
+	if to.wraps != nil {
+		parts = append(parts, part{`SELECT id, version, wraps FROM copilot_wraps ORDER BY id COLLATE "C", version`, nil, []any{&name, &version, &n}, func() error { return to.wraps(name, version, n) }})
+	}
+	return d.read(ctx, parts)
+}
+
+// part is one query of several, which do is called with the rows of.
+type part struct {
+	query string
+	args  []any
+	into  []any
+	do    func() error
+}
+
+// read reads parts as of one moment, one after the other.
+func (d *postgresDB) read(ctx context.Context, parts []part) error {
 	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
 	defer cancel()
 	var failed error
 	err := postgres.InSnapshot(ctx, d.pool, func(tx pgx.Tx) error {
-		var name string
-		var b []byte
-		var version int
-		var n int64
-		for _, part := range []struct {
-			query string
-			args  []any
-			into  []any
-			do    func() error
-		}{
-			{`SELECT name, value FROM copilot_once WHERE EXISTS (SELECT FROM unnest($1::text[]) AS p(prefix) WHERE starts_with(name, p.prefix)) ORDER BY name`, []any{prefixes}, []any{&name, &b}, func() error { return to.named(name, b) }},
-			{`SELECT id, record FROM copilot_keks ORDER BY id COLLATE "C"`, nil, []any{&name, &b}, func() error { return to.record(name, b) }},
-			{`SELECT id, version, wraps FROM copilot_wraps ORDER BY id COLLATE "C", version`, nil, []any{&name, &version, &n}, func() error { return to.wraps(name, version, n) }},
-		} {
+		for _, part := range parts {
 			rows, err := tx.Query(ctx, part.query, part.args...)
 			if err != nil {
 				return err
@@ -355,13 +397,17 @@ func (d *postgresDB) snapshot(ctx context.Context, prefixes []string, to content
 // fillBatch is how many rows are inserted together.
 const fillBatch = 1000
 
-func (d *postgresDB) fill(ctx context.Context, do func(contents) error) error {
+func (d *postgresDB) fill(ctx context.Context, do func([]byte, contents) error) error {
 	ctx, cancel := context.WithTimeout(ctx, exportTimeout)
 	defer cancel()
 	var failed error
 	err := postgres.InTransaction(ctx, d.pool, func(tx pgx.Tx) error {
 		// Others may read meanwhile, and see nothing yet.
-		if _, err := tx.Exec(ctx, `LOCK TABLE copilot_keks IN EXCLUSIVE MODE`); err != nil {
+		if _, err := tx.Exec(ctx, lockAll, lockSpace); err != nil {
+			return err
+		}
+		var master []byte
+		if err := tx.QueryRow(ctx, `SELECT (`+readOnce+`)`, masterName).Scan(&master); err != nil {
 			return err
 		}
 		var id string
@@ -392,7 +438,7 @@ func (d *postgresDB) fill(ctx context.Context, do func(contents) error) error {
 			}
 			return flush()
 		}
-		failed = do(contents{
+		failed = do(master, contents{
 			named: func(name string, b []byte) error {
 				_, err := tx.Exec(ctx, writeOnce, name, b)
 				return d.explain(err)

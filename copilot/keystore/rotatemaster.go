@@ -83,7 +83,7 @@ func (s *Store) keepMasters(ctx context.Context, change func(set *masterSet, sta
 			if err := change(set, &state); err != nil {
 				return nil, err
 			}
-			next, err = json.Marshal(state)
+			next, err = set.sealState(state)
 			return next, err
 		})
 		if err == nil {

@@ -2,7 +2,6 @@ package keystore
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -157,7 +156,12 @@ func (s *Store) makeWrapped(ctx context.Context) error {
 	}
 	e := newMasterEntry(m)
 	e.Holders = []Holder{h}
-	raw, err := json.Marshal(masterState{Format: masterFormat, Keys: []masterEntry{e}})
+	state := masterState{Format: masterFormat, Keys: []masterEntry{e}}
+	set, err := newMasterSet(nil, state, m)
+	if err != nil {
+		return err
+	}
+	raw, err := set.sealState(state)
 	if err != nil {
 		return err
 	}

@@ -261,8 +261,9 @@ func number(r *http.Request, name string, absent int) (int, error) {
 func (a *api) wrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, error) {
 	var in struct {
 		Plaintext []byte `json:"plaintext"`
+		Method    string `json:"method"`
 	}
-	err := decodeSecret(r.Body, &in, "plaintext")
+	err := decodeSecret(r.Body, &in, "plaintext", "method")
 	defer clear(in.Plaintext)
 	if err != nil {
 		return nil, err
@@ -270,7 +271,7 @@ func (a *api) wrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, erro
 	if len(in.Plaintext) == 0 || len(in.Plaintext) > maxPlaintext {
 		return nil, fmt.Errorf("%w: plaintext has %d bytes, not 1 to %d", keystore.ErrInput, len(in.Plaintext), maxPlaintext)
 	}
-	w, err := a.keks.Wrap(r.Context(), k, in.Plaintext)
+	w, err := a.keks.Wrap(r.Context(), k, in.Plaintext, in.Method)
 	e.Version = w.Version
 	return struct {
 		ID string `json:"id"`

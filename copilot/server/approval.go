@@ -45,6 +45,9 @@ const (
 	maxValidFor     = 30 * 24 * time.Hour
 	// maxApprovals bounds the open requests of one admin.
 	maxApprovals = 100
+	// keepApprovals is how long requests that have expired are kept, so that an admin who is
+	// late learns why.
+	keepApprovals = 24 * time.Hour
 )
 
 // wholeStore are no KEKs' names. An admin of both is one of all KEKs: their depths are the
@@ -125,6 +128,9 @@ func (a *api) approved(ctx context.Context, e *auditing.Entry, operation, conten
 	}
 	validFor, err := a.conf.Approvals.validFor()
 	if err != nil {
+		return err
+	}
+	if err := a.keks.Store.DropApprovals(ctx, time.Now().Add(-keepApprovals)); err != nil {
 		return err
 	}
 	id := strings.ToLower(rand.Text()[:12])
@@ -216,7 +222,7 @@ func (a *api) approveRequest(ctx context.Context, e *auditing.Entry, id string) 
 		switch {
 		case !r.Open(time.Now()):
 			return fmt.Errorf("%w: request %s has expired, or was used: have it made again", keystore.ErrState, id)
-		case r.By == e.Who:
+		case isSame(r.By, e.Who):
 			return fmt.Errorf("%w: %s has made request %s, and somebody else has to approve it", keystore.ErrState, e.Who, id)
 		case r.Approved != "":
 			return fmt.Errorf("%w: %s has approved request %s already", keystore.ErrState, r.Approved, id)
@@ -225,6 +231,11 @@ func (a *api) approveRequest(ctx context.Context, e *auditing.Entry, id string) 
 		r.Approved, r.ApprovedAt = e.Who, time.Now().UTC().Truncate(time.Second)
 		return a.audit.WriteAhead(e)
 	})
+}
+
+// isSame reports whether two identities are one. A service account is the same on all nodes.
+func isSame(a, b string) bool {
+	return cmp.Or(policy.Group(a), a) == cmp.Or(policy.Group(b), b)
 }
 
 const approvalsPath = "/api/v2/approvals"

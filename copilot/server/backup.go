@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"net/http"
 	"os"
@@ -245,7 +246,7 @@ func (a *api) seal(ctx context.Context, w io.Writer, to []age.Recipient) (backup
 	key := a.keks.Store.AuditKey()
 	defer clear(key)
 	a.heads.note(ctx)
-	found, err := a.keks.Store.CheckAnchors(ctx, a.least)
+	found, err := a.keks.Store.CheckChanged(ctx, a.least)
 	if err == nil && len(found) > 0 {
 		err = fmt.Errorf("%w: %d records were put back as they were earlier, or deleted: see \"copilot store check\" first", keystore.ErrState, len(found))
 	}
@@ -323,9 +324,10 @@ type Restored struct {
 }
 
 // Restore fills the store that conf names, which has no KEKs yet, or is made, with a backup
-// that open opens, whose file has that digest. It is read twice: before anything is changed, it turns out to be whole.
-// No broker may run. The store has all of the backup then, or nothing.
-func Restore(ctx context.Context, conf Config, digest string, open func() (*backup.Reader, error)) (Restored, error) {
+// that identities open. It is read twice: before anything is changed, it turns out to be whole,
+// and what is restored is what was read then, and approved. No broker may run. The store has
+// all of the backup then, or nothing.
+func Restore(ctx context.Context, conf Config, file io.ReadSeeker, identities ...age.Identity) (Restored, error) {
 	if err := conf.check(); err != nil {
 		return Restored{}, exit.UsageError(err)
 	}
@@ -333,7 +335,7 @@ func Restore(ctx context.Context, conf Config, digest string, open func() (*back
 	if adminOf(conf.Dir).alive(ctx) == nil {
 		return Restored{}, fmt.Errorf("a running copilot uses the store (%s): stop it first (systemctl stop copilot)", socket)
 	}
-	want, err := readAll(open)
+	want, digest, err := readAll(file, identities)
 	if err != nil {
 		return Restored{}, err
 	}
@@ -344,7 +346,7 @@ func Restore(ctx context.Context, conf Config, digest string, open func() (*back
 	l := newLocalKeys(b, conf)
 	defer l.Close()
 	return auditedWithin(ctx, backupTimeout, l, "restore", "", func(ctx context.Context, e *auditing.Entry) (Restored, error) {
-		r, err := open()
+		r, again, err := openBackup(file, identities)
 		if err != nil {
 			return Restored{}, err
 		}
@@ -363,6 +365,9 @@ func Restore(ctx context.Context, conf Config, digest string, open func() (*back
 			}
 			if errors.Is(err, io.EOF) {
 				// The last moment before the change is made.
+				if sum := hex.EncodeToString(again.Sum(nil)); sum != digest {
+					return keystore.Held{}, fmt.Errorf("%w: the file was changed while it was read: it was sha256:%s, and is sha256:%s", keystore.ErrState, digest, sum)
+				}
 				if ended.Seq > 0 {
 					e.Reason += "; the log went to " + ended.String()
 				}
@@ -386,12 +391,24 @@ func Restore(ctx context.Context, conf Config, digest string, open func() (*back
 	})
 }
 
-// readAll reads a whole backup, and returns its totals.
-func readAll(open func() (*backup.Reader, error)) (backup.Totals, error) {
-	r, err := open()
+// openBackup opens a backup from its file's beginning. What is read of the file goes into the
+// SHA-256 that it returns.
+func openBackup(file io.ReadSeeker, identities []age.Identity) (*backup.Reader, hash.Hash, error) {
+	if _, err := file.Seek(0, io.SeekStart); err != nil {
+		return nil, nil, err
+	}
+	digest := sha256.New()
+	r, err := backup.Open(io.TeeReader(file, digest), identities...)
+	return r, digest, err
+}
+
+// readAll reads a whole backup, and returns its totals and the file's SHA-256.
+func readAll(file io.ReadSeeker, identities []age.Identity) (backup.Totals, string, error) {
+	r, digest, err := openBackup(file, identities)
 	if err != nil {
-		return backup.Totals{}, err
+		return backup.Totals{}, "", err
 	}
 	defer clear(r.AuditKey)
-	return r.Check()
+	sum, err := r.Check()
+	return sum, hex.EncodeToString(digest.Sum(nil)), err
 }

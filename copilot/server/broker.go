@@ -102,12 +102,11 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 	if err != nil {
 		return errors.Join(err, store.Close(), log.Close())
 	}
-	least := log.Generation()
-	b.keks, b.auditLog, b.least = keks, log, least
+	b.keks, b.auditLog, b.least = keks, log, log.Counted()
 	if err := b.checkAnchors(ctx); err != nil {
 		return errors.Join(err, keks.Close(), store.Close(), log.Close())
 	}
-	log.Count(func() int64 { return max(least, store.Generation()) })
+	log.Count(store.Generation)
 	b.heads = &headNotes{log: log, store: store, name: conf.AuditName()}
 	b.metrics.auditLosses(log.Losses)
 	b.audit.Open(log)
@@ -121,6 +120,7 @@ func (b *broker) close() error {
 	}
 	err := b.keks.Close()
 	b.audit.Flush()
+	b.countChanges()
 	b.heads.note(context.Background())
 	return errors.Join(err, b.keks.Store.Close(), b.auditLog.Close())
 }
@@ -158,24 +158,18 @@ func (b *broker) policyRead() {
 	b.metrics.policyLoaded.SetToCurrentTime()
 }
 
-const (
-	// policyInterval is how often the policy's file is checked for changes.
-	policyInterval = 2 * time.Second
-	// sweepInterval is how often keys are destroyed whose time has come.
-	sweepInterval = time.Minute
-)
+// policyInterval is how often the policy's file is checked for changes.
+const policyInterval = 2 * time.Second
 
 // tend does the periodic work, until ctx is done.
 func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
-	look, sweep, anchors := time.NewTicker(policyInterval), time.NewTicker(sweepInterval), time.NewTicker(anchorInterval)
+	look, check := time.NewTicker(policyInterval), time.NewTicker(checkInterval)
 	defer look.Stop()
-	defer anchors.Stop()
-	defer sweep.Stop()
+	defer check.Stop()
 	b.sweep(ctx)
 	for {
 		select {
 		case <-ctx.Done():
-			b.countChanges()
 			return
 		case <-hangup:
 			b.reload(true)
@@ -184,13 +178,13 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 			}
 		case <-look.C:
 			b.reload(false)
-		case <-sweep.C:
-			b.sweep(ctx)
-		case <-anchors.C:
+		case <-check.C:
 			b.countChanges()
 			if err := b.checkAnchors(ctx); err != nil && ctx.Err() == nil {
 				logrus.WithError(err).Error("can't check whether records were put back as they were earlier")
+				continue
 			}
+			b.sweep(ctx)
 		}
 	}
 }

@@ -196,3 +196,32 @@ func TestTokenOfANodeIsAcceptedFromItsAddressesOnly(t *testing.T) {
 		}
 	}
 }
+
+// TestServiceAccountIsOneAdminOnAllNodes has a service account approve on one node what it has
+// asked for on another.
+func TestServiceAccountIsOneAdminOnAllNodes(t *testing.T) {
+	issuer := newOIDCIssuer(t)
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"team-a": nil})
+	ca := certtest.NewAuthority(t)
+	pod := newRemote(t, serveTLS(t, dir, ca, server.Config{
+		TLSClientCA: ca.File,
+		Policy:      writeFile(t, filepath.Join(dir, "policy.toml"), "[[rule]]\nidentities = [\"cluster:system:serviceaccount:prod:*\"]\nkeks = [\"**\"]\nactions = [\"admin\"]\n"),
+		Approvals:   server.Approvals{Require: []string{"destroy"}},
+		Issuers: map[string]caller.Issuer{"cluster": {
+			URL: issuer.URL, Audience: "copilot",
+			CA: writeFile(t, filepath.Join(dir, "issuer.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw}))),
+		}},
+	}), ca, nil)
+	pod.token = issuer.nodeToken(t, "worker-7", nil)
+	asked := pod.want(t, 403, "POST", "/api/v2/keks/team-a/destroy", "{}")
+	_, id, _ := strings.Cut(asked, "approvals approve ")
+	id, _, _ = strings.Cut(id, "\\")
+	approve := "/api/v2/approvals/" + id + "/approve"
+	pod.token = issuer.nodeToken(t, "worker-8", nil)
+	if answer := pod.want(t, 409, "POST", approve, ""); !strings.Contains(answer, "somebody else has to approve it") {
+		t.Errorf("approved by itself: %s", answer)
+	}
+	pod.token = issuer.nodeToken(t, "worker-8", func(c *jwt.Claims) { c.Subject = "system:serviceaccount:prod:other" })
+	pod.want(t, 200, "POST", approve, "")
+}

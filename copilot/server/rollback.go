@@ -17,9 +17,9 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server/auditing"
 )
 
-// anchorInterval is how often all records are compared with their anchors. Each is compared
-// when it is used, too.
-const anchorInterval = time.Minute
+// checkInterval is how often records that have changed are compared with their anchors, and
+// keys are destroyed whose time has come. Each record is compared when it is used, too.
+const checkInterval = time.Minute
 
 // RolledBack is what was put back in the store as it was earlier, or deleted.
 type RolledBack struct {
@@ -37,7 +37,7 @@ func rolledBackOf(found map[string]string) []RolledBack {
 
 // checkAnchors looks for records that were put back, and reports those that are new.
 func (b *broker) checkAnchors(ctx context.Context) error {
-	found, err := b.keks.Store.CheckAnchors(ctx, b.least)
+	found, err := b.keks.Store.CheckChanged(ctx, b.least)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -88,4 +89,50 @@ func sealAnnotation(t *testing.T, key []byte, additional string, plaintext []byt
 	iv = make([]byte, 12)
 	rand.Read(iv)
 	return iv, aead.Seal(nil, iv, plaintext, []byte(additional))
+}
+
+// TestBrokerWrapsForGuestsOfConfidentialContainers wraps in the one form without additional
+// data, and unwraps it, and takes neither form for the other.
+func TestBrokerWrapsForGuestsOfConfidentialContainers(t *testing.T) {
+	dir := t.TempDir()
+	key := bytes.Repeat([]byte("k"), 32)
+	create(t, dir, map[string][]byte{"team-a": bytes.Clone(key)})
+	url := serve(t, dir, server.Config{})
+	c, err := client.New(client.Config{URLs: []string{url}, Timeout: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := c.WrapCoCo(t.Context(), "team-a", []byte("a layer key"))
+	if err != nil || w.Method != "A256GCM" || w.Version != 1 {
+		t.Fatalf("%+v, %v", w, err)
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gcm, err := cipher.NewGCM(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := gcm.Open(nil, w.IV, w.Key, nil); err != nil || string(got) != "a layer key" {
+		t.Errorf("a guest unwraps %q, %v", got, err)
+	}
+	if got, err := c.Unwrap(t.Context(), "team-a", w); err != nil || string(got) != "a layer key" {
+		t.Errorf("the broker unwraps %q, %v", got, err)
+	}
+	w.Method = "A256GCMKW"
+	if got, err := c.Unwrap(t.Context(), "team-a", w); !errors.Is(err, client.ErrRejected) {
+		t.Errorf("as A256GCMKW: %q, %v", got, err)
+	}
+	own, err := c.Wrap(t.Context(), "team-a", []byte("a layer key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own.Method = "A256GCM"
+	if got, err := c.Unwrap(t.Context(), "team-a", own); !errors.Is(err, client.ErrRejected) {
+		t.Errorf("A256GCMKW as A256GCM: %q, %v", got, err)
+	}
+	if status, answer := request(t, url, "POST", "/api/v2/keks/team-a/wrap", `{"plaintext":"AAAA","method":"A256CTR"}`); status != 400 || !strings.Contains(answer, "is not A256GCM") {
+		t.Errorf("A256CTR: %d %s", status, answer)
+	}
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -31,13 +30,7 @@ func BenchmarkMirrorMemory(b *testing.B) {
 	l, layers = nil, nil
 	mirror := loopbacktest.FreeAddress(b)
 	process, _ := harness.StartPilot(b, dir+"/mirror", c.BrokerURL, "--mirror-listen", mirror, "--mirror-upstream", c.Registry, "--mirror-secret-file", dir+"/secret")
-	harness.Await(b, "the mirror", func() error {
-		conn, err := net.Dial("tcp", mirror)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(b, "the mirror", harness.Listening(mirror))
 	secret := strings.TrimSpace(harness.Read(b, dir+"/secret"))
 	get := func(path string, to io.Writer) error {
 		req, err := http.NewRequestWithContext(b.Context(), http.MethodGet, "http://"+mirror+"/v2/bulk/"+path, nil)

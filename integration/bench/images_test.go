@@ -13,9 +13,7 @@ import (
 // ctr-enc, on an image of 1 GiB in four layers.
 func BenchmarkImages(b *testing.B) {
 	dir := benchDir(b)
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/", "./integration/testdata/ctr-enc")
-	build.Dir = harness.Repo
-	harness.Output(b, build)
+	harness.GoBuild(b, "", dir+"/", "./integration/testdata/ctr-enc")
 	conf := harness.Write(b, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	n := harness.NewNode(b, dir+"/ci", harness.Containerd2(), conf, "")
 	private, public := harness.KeyPair(b, dir+"/keys")

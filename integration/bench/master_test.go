@@ -14,8 +14,11 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"filippo.io/age"
 
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -26,18 +29,51 @@ import (
 // while it rotates the master key. It reports the 99th percentile of both, and how many
 // failed.
 func BenchmarkRotateMaster(b *testing.B) {
-	number := func(name string, n int) int {
-		if s := os.Getenv(name); s != "" {
-			var err error
-			if n, err = strconv.Atoi(s); err != nil {
-				b.Fatalf("%s: %v", name, err)
-			}
-		}
-		return n
-	}
-	count, rate := number("PILOT_KEKS", 100_000), number("PILOT_UNWRAPS", 1000)
+	count, rate := number(b, "PILOT_KEKS", 100_000), number(b, "PILOT_UNWRAPS", 1000)
 	b.Run("file", func(b *testing.B) { rotateMaster(b, "", count, rate) })
 	b.Run("PostgreSQL", func(b *testing.B) { rotateMaster(b, harness.StartPostgres(b).URL(), count, rate) })
+}
+
+// number returns a variable's number, or n if it is not set.
+func number(b *testing.B, name string, n int) int {
+	if s := os.Getenv(name); s != "" {
+		var err error
+		if n, err = strconv.Atoi(s); err != nil {
+			b.Fatalf("%s: %v", name, err)
+		}
+	}
+	return n
+}
+
+// BenchmarkBackup backs up 100,000 KEKs, or as many as PILOT_KEKS says, while copilot serves
+// them, and reports the most memory that each of the two has had.
+func BenchmarkBackup(b *testing.B) {
+	count := number(b, "PILOT_KEKS", 100_000)
+	b.Run("file", func(b *testing.B) { backUp(b, "", count) })
+	b.Run("PostgreSQL", func(b *testing.B) { backUp(b, harness.StartPostgres(b).URL(), count) })
+}
+
+func backUp(b *testing.B, database string, count int) {
+	dir := harness.TempDir(b)
+	fill(b, dir, database, count)
+	identity, err := age.GenerateHybridIdentity()
+	if err != nil {
+		b.Fatal(err)
+	}
+	flags := []string{"--dir", dir}
+	if database != "" {
+		flags = append(flags, "--database", database)
+	}
+	broker := harness.Start(b, dir, "copilot", exec.Command("copilot", append([]string{"serve", "--listen", "unix://" + dir + "/copilot.sock"}, flags...)...))
+	harness.Await(b, "copilot", harness.Reachable(dir+"/admin.sock"))
+	var command int64
+	for i := 0; b.Loop(); i++ {
+		cmd := harness.Command(b, "copilot", append([]string{"backup", "--recipient", identity.Recipient().String(), "--out", fmt.Sprintf("%s/%d.backup", dir, i)}, flags...)...)
+		harness.Output(b, cmd)
+		command = max(command, cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)
+	}
+	b.ReportMetric(float64(command)/1024, "command-MiB")
+	b.ReportMetric(float64(broker.Peak(b))/(1<<20), "broker-MiB")
 }
 
 const (

@@ -74,7 +74,11 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 	if info, err := os.Stat(dir + "/1.backup"); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info, err)
 	}
+	// To standard output too, from where there is no file to fetch.
+	harness.Write(t, dir+"/piped.backup", harness.Output(t, copilot("backup", "--config", config, "--out", "-")))
+	harness.Output(t, copilot("backup", "verify", "--compare", "--config", config, "--share", shares+"/share-1.txt", "--share", shares+"/share-2.txt", "--share", shares+"/share-3.txt", dir+"/piped.backup"))
 	first.Stop(t)
+	log := harness.Write(t, dir+"/old.log", harness.Read(t, store+"/audit.log"))
 	if err := os.RemoveAll(store); err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +92,9 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 	}
 	if out := restore(append(append(there, three...), dir+"/1.backup")...); !strings.Contains(out, "restored 3 KEKs with 6 versions and 5 keys") {
 		t.Error(out)
+	}
+	if line := d.Sql(t, "SELECT line FROM copilot_audit WHERE entry->>'action' = 'restore'"); !strings.Contains(line, digest) {
+		t.Errorf("the audit log has %s, and the backup is %s", line, digest)
 	}
 	if got := described(t, there...); got != want {
 		t.Errorf("in the database: %s, want %s", got, want)
@@ -109,6 +116,21 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 		t.Error("the stores have one master key")
 	}
 	harness.Output(t, copilot("audit", "verify", "--dir", dir+"/machine-3"))
+
+	// The log of the machine that is lost, whose key only the backup has.
+	verify := func(more ...string) *exec.Cmd {
+		return copilot(append([]string{"audit", "verify", "--dir", dir + "/machine-3"}, more...)...)
+	}
+	harness.ExpectFailure(t, verify(log), "it was changed, or written with another master key")
+	old := append(three, "--backup", dir+"/1.backup")
+	if out := harness.Output(t, verify(append(old, log)...)); !strings.Contains(out, "none changed or missing") {
+		t.Error(out)
+	}
+	lines := strings.SplitAfter(harness.Read(t, log), "\n")
+	cut := harness.Write(t, dir+"/cut.log", strings.Join(lines[:3], ""))
+	harness.ExpectFailure(t, verify(append(old, cut)...), "ends with line 3, and copilot has noted line", "lines were cut off")
+	harness.ExpectFailure(t, verify(old...), "name the files of the log")
+	harness.ExpectFailure(t, verify("--backup", dir+"/1.backup", log), "--identity FILE, or --share FILE")
 }
 
 // TestBackupIsReadByAge opens a backup with the age program, by a post-quantum key, by one
@@ -147,7 +169,7 @@ func TestBackupIsReadByAge(t *testing.T) {
 func ageProgram(t *testing.T) string {
 	t.Helper()
 	out := harness.TempDir(t) + "/age"
-	harness.Output(t, harness.Command(t, "go", "build", "-o", out, "filippo.io/age/cmd/age"))
+	harness.GoBuild(t, "", out, "filippo.io/age/cmd/age")
 	return out
 }
 
@@ -264,6 +286,8 @@ func TestBackupThatCanNotBeRestored(t *testing.T) {
 		"less than it says":      {file("less", sealed(header, end)), "it has 0 KEKs"},
 		"more after its end":     {file("more", sealed(header, `{"end":{"keks":0,"versions":0,"keys":0}}`, "x")), "goes on after its end"},
 		"another kind of line":   {file("kind", sealed(header, `{"policy":1}`, end)), "the backup is damaged"},
+		"a KEK twice":            {file("twice", sealed(header, `{"kek":"a","record":{},"keys":{}}`, `{"kek":"a","record":{},"keys":{}}`, `{"end":{"keks":2,"versions":0,"keys":0}}`)), `KEK "a" comes after "a"`},
+		"wraps below nothing":    {file("wraps", sealed(header, `{"wraps":{"id":"a","version":1,"wraps":-1}}`, `{"end":{"keks":0,"versions":0,"keys":0}}`)), "can't have wrapped -1 keys"},
 		"a KEK's line cut short": {file("half", sealed(header, `{"kek":"a","rec`)), "the backup is damaged"},
 	} {
 		store := dir + "/new"

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"strings"
@@ -114,9 +115,36 @@ func TestRecordPutBackInTheDatabaseIsRefused(t *testing.T) {
 	harness.ExpectFailure(t, a.keys(t, "create", "disabled"), "put back as it was earlier")
 }
 
-// TestStorePutBackIsRefused puts back the whole file of a store, while copilot does not run:
-// its audit log goes on further. An earlier backup, restored with the log in place, is one
-// that the command itself acknowledges.
+// TestReplicaThatIsBehindDoesNotHideAChange puts back the whole store, and its audit log ends
+// with a line of a replica that had not seen the last change.
+func TestReplicaThatIsBehindDoesNotHideAChange(t *testing.T) {
+	t.Parallel()
+	d := harness.StartPostgres(t)
+	rs := replicas(t, d, 2)
+	a, b := rs[0], rs[1]
+	for _, kek := range []string{"revoked", "other"} {
+		harness.Output(t, a.keys(t, "create", kek))
+	}
+	b.process.Stop(t)
+	b.start(t)
+	d.Sql(t, "CREATE TABLE keks AS SELECT * FROM copilot_keks; CREATE TABLE once AS SELECT * FROM copilot_once WHERE name LIKE 'anchor %'")
+	harness.Output(t, a.keys(t, "revoke", "--identity", "uid:0", "revoked"))
+	a.process.Stop(t)
+	if status, body := harness.RequestOverSocket(t, b.socket, "GET", "/api/v2/keks/other/key", ""); status != 200 {
+		t.Errorf("%d %s", status, body)
+	}
+	b.process.Kill()
+	d.Sql(t, "UPDATE copilot_keks k SET record = e.record FROM keks e WHERE k.id = e.id; UPDATE copilot_once o SET value = e.value FROM once e WHERE o.name = e.name")
+	a.start(t)
+	if status, body := harness.RequestOverSocket(t, a.socket, "GET", "/api/v2/keks/revoked/key", ""); status != 403 || !strings.Contains(body, "put back as it was earlier") {
+		t.Errorf("%d %s", status, body)
+	}
+}
+
+// TestStorePutBackIsRefused puts back the whole file of a store, while copilot does not run,
+// right after a command that changed it: its audit log goes on further, also where logrotate
+// has moved that away. An earlier backup, restored with the log in place, is one that the
+// command itself acknowledges, and the empty store from before is not.
 func TestStorePutBackIsRefused(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
@@ -127,8 +155,13 @@ func TestStorePutBackIsRefused(t *testing.T) {
 	harness.Output(t, copilot("backup", "--recipient", recipient, "--out", dir+"/1.backup"))
 	earlier := harness.Read(t, store+"/keks.db")
 	harness.Output(t, copilot("keys", "disable", "team-a"))
-	harness.Output(t, copilot("keys", "list"))
 	harness.Write(t, store+"/keks.db", earlier)
+	harness.Output(t, harness.Command(t, "cp", "-a", store, dir+"/saved"))
+	err := os.Rename(store+"/audit.log", store+"/audit.log.1")
+	harness.ExpectFailure(t, copilot("keys", "rotate", "team-a"), "put back as it was earlier", "all of the store")
+	if err = errors.Join(err, os.RemoveAll(store), os.Rename(dir+"/saved", store)); err != nil {
+		t.Fatal(err)
+	}
 	harness.ExpectFailure(t, copilot("keys", "rotate", "team-a"), "put back as it was earlier", "all of the store")
 	harness.ExpectFailure(t, copilot("store", "check"), "store: it was changed ", "and copilot knows of ")
 	p, _ := harness.StartBroker(t, store)
@@ -145,7 +178,14 @@ func TestStorePutBackIsRefused(t *testing.T) {
 	if err := os.Remove(store + "/keks.db"); err != nil {
 		t.Fatal(err)
 	}
+	p, _ = harness.StartBroker(t, store)
+	p.Stop(t)
+	empty := harness.Read(t, store+"/keks.db")
 	harness.Output(t, copilot("restore", "--identity", identity, dir+"/1.backup"))
+	restored := harness.Read(t, store+"/keks.db")
+	harness.Write(t, store+"/keks.db", empty)
+	harness.ExpectFailure(t, copilot("store", "check"), "store: it was changed ", "and copilot knows of ")
+	harness.Write(t, store+"/keks.db", restored)
 	harness.Output(t, copilot("store", "check"))
 	harness.Output(t, copilot("keys", "rotate", "team-a"))
 	if log := harness.Read(t, store+"/audit.log"); !strings.Contains(log, `"action":"restore"`) {

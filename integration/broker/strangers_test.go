@@ -46,12 +46,7 @@ func TestAnotherServerIsNoBroker(t *testing.T) {
 	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
-	harness.StartBroker(t, dir, "team-a")
-	address, behind := loopbacktest.FreeAddress(t), dir+"/behind"
-	harness.Output(t, harness.Command(t, "copilot", "keys", "import", "--dir", behind, "--file", dir+"/key", "team-a"))
-	harness.Start(t, behind, "copilot", exec.Command("copilot", "serve", "--dir", behind, "--insecure-loopback", "--listen", address))
-	harness.Await(t, "copilot", harness.Reachable(behind+"/admin.sock"))
-	proxy := harness.NewFaultyProxy(t, address)
+	proxy := harness.StartBrokerBehindProxy(t, dir, "team-a")
 	var answered atomic.Int32
 	become := func(answer [3]string) {
 		proxy.SetFault(func(c *net.TCPConn, _ *harness.FaultyProxy) {
@@ -105,7 +100,7 @@ func TestAnotherServerIsNoBroker(t *testing.T) {
 	}
 
 	know(t)
-	harness.Output(t, harness.Command(t, "copilot", "keys", "disable", "--dir", behind, "team-a"))
+	harness.Output(t, harness.Command(t, "copilot", "keys", "disable", "--dir", proxy.Dir, "team-a"))
 	harness.Await(t, "the KEK is disabled", func() error {
 		if err := one.Unwrap(t.Context(), annotation); status.Code(err) != codes.PermissionDenied {
 			return fmt.Errorf("unwrap: %w", err)

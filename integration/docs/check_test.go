@@ -233,4 +233,4 @@ func succeeds(cmd *exec.Cmd) error {
 }
 
 // runsInTests are the pages whose commands TestPackageDocs runs.
-var runsInTests = map[string]bool{"README.md": true, "docs/node.md": true, "docs/copilot.md": true, "docs/encrypting.md": true, "docs/observability.md": true, "docs/kms.md": true, "docs/containerd.md": true, "docs/rotate.md": true, "docs/podman.md": true}
+var runsInTests = map[string]bool{"README.md": true, "docs/node.md": true, "docs/copilot.md": true, "docs/encrypting.md": true, "docs/observability.md": true, "docs/kms.md": true, "docs/containerd.md": true, "docs/rotate.md": true, "docs/podman.md": true, "docs/keys.md": true}

@@ -111,7 +111,7 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []harness.Object{windows}}))
 
 	switch p.Name {
-	case "docs/kms.md":
+	case "docs/kms.md", "docs/keys.md":
 		m.AddProgram(filepath.Join(harness.Tools, "bin/bao"))
 	case "docs/podman.md":
 		harness.Output(t, harness.Command(t, "cp", "-r", dir+"/dist/images", m.Root+"/root/images"))

@@ -25,7 +25,7 @@ type directNode struct {
 }
 
 const (
-	directLayer = 48 << 20
+	directLayer = 24 << 20
 	directPlain = "example.com/plain:1"
 )
 
@@ -36,7 +36,7 @@ func newDirectNode(t *testing.T, v harness.ContainerdVersion, conf string) *dire
 	if err := os.MkdirAll(contents, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Mount("tmpfs", contents, "tmpfs", 0, "size=512m"); err != nil {
+	if err := syscall.Mount("tmpfs", contents, "tmpfs", 0, "size=256m"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -135,6 +135,9 @@ func TestContainerdTakesBlobsFromItsFiles(t *testing.T) {
 	t.Parallel()
 	for _, version := range directVersions {
 		t.Run(version().Name, func(t *testing.T) {
+			if version().Name == harness.Containerd17().Name { // between the others
+				harness.Long(t)
+			}
 			t.Parallel()
 			n := newDirectNode(t, version(), "")
 			before := n.blobs()
@@ -222,6 +225,9 @@ func TestContainerdGetsBlobsOverItsAPI(t *testing.T) {
 	t.Parallel()
 	for _, version := range directVersions {
 		t.Run(version().Name, func(t *testing.T) {
+			if version().Name == harness.Containerd17().Name { // between the others
+				harness.Long(t)
+			}
 			t.Parallel()
 			n := newDirectNode(t, version(), "[plugins.'io.containerd.metadata.v1.bolt']\n  content_sharing_policy = 'isolated'\n")
 			written := n.written()

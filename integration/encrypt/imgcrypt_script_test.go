@@ -27,11 +27,7 @@ import (
 func TestImgcryptScript(t *testing.T) {
 	dir := harness.TempDir(t)
 	// Keys in an HSM take a pilot-decoder that is built with cgo, as PKCS11=1 does.
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/pilot-decoder", "./cmd/pilot-decoder")
-	build.Dir, build.Env = harness.Repo, append(os.Environ(), "CGO_ENABLED=1")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", build.Args, err, out)
-	}
+	harness.GoBuild(t, "", dir+"/pilot-decoder", "./cmd/pilot-decoder")
 	keys := dir + "/keys"
 	imgcryptKeys(t, keys)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "foobar")
@@ -110,7 +106,7 @@ func imgcryptImages(t testing.TB, dir, address string) {
 	t.Helper()
 	n := harness.StartNode(t, dir, harness.Containerd2(), "", "")
 	echo := harness.Read(t, harness.Bin+"/hello")
-	large := make([]byte, 24<<20)
+	large := make([]byte, 6<<20)
 	rand.Read(large)
 	for name, architectures := range map[string][]string{"alpine": {harness.Arch, "s390x", "ppc64le"}, "nginx": {harness.Arch, "s390x"}, "bash": {harness.Arch}} {
 		l := harness.NewLayout(t)

@@ -190,7 +190,7 @@ deny = true
 func TestSkopeoEncryptsForRecipientsOfAge(t *testing.T) {
 	t.Parallel()
 	dir := harness.TempDir(t)
-	harness.Output(t, harness.Command(t, "go", "build", "-buildvcs=false", "-o", dir+"/", "filippo.io/age/cmd/age", "filippo.io/age/cmd/age-keygen"))
+	harness.GoBuild(t, "", dir+"/", "filippo.io/age/cmd/age", "filippo.io/age/cmd/age-keygen")
 	identity := func(name string, args ...string) (file, to string) {
 		t.Helper()
 		file = dir + "/" + name

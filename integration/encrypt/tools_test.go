@@ -140,13 +140,7 @@ func TestPilotReplacesTheOriginal(t *testing.T) {
 		"KEYREQUEST_CACHE_TIMEOUT=1", "KEYREQUEST_CACHE_UNITS=MINUTES")
 	harness.Start(t, dir, "pilot", serve)
 	for _, port := range ports {
-		harness.Await(t, "port "+port, func() error {
-			conn, err := net.Dial("tcp", "127.0.0.1:"+port)
-			if err == nil {
-				conn.Close()
-			}
-			return err
-		})
+		harness.Await(t, "port "+port, harness.Listening("127.0.0.1:"+port))
 	}
 	d := harness.NewDebian(t, dir, harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {"pilot": {"grpc": "127.0.0.1:`+ports[1]+`"}}}`))
 	secret := harness.NewSecret()

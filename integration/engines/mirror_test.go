@@ -4,7 +4,6 @@ package engines
 
 import (
 	"fmt"
-	"net"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -43,13 +42,7 @@ func newMirrored(t testing.TB, hasTLS bool) mirrored {
 		args = append(args, "--tls-cert", m.cert, "--tls-key", m.key, "--tls-client-ca", ca.File)
 	}
 	harness.StartPilot(t, dir+"/mirror", c.BrokerURL, append(args, "--mirror-secret-file", m.secretFile)...)
-	harness.Await(t, "the mirror", func() error {
-		conn, err := net.Dial("tcp", m.address)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(t, "the mirror", harness.Listening(m.address))
 	m.tag = strings.Replace(image, c.Registry, m.address, 1)
 	repository, _, _ := strings.Cut(strings.TrimPrefix(m.tag, m.address+"/"), ":")
 	m.digest = m.address + "/" + repository + "@" + c.Target(image+"-plain")

@@ -5,14 +5,12 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os/exec"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
-	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // brokerFaults are what may be wrong with a broker.
@@ -95,19 +93,7 @@ func TestFaultyBrokerFailsInTime(t *testing.T) {
 	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)
-	harness.StartBroker(t, dir, "team-a")
-	// Another with the same KEK, behind the faults.
-	address, behind := loopbacktest.FreeAddress(t), dir+"/behind"
-	harness.Output(t, harness.Command(t, "copilot", "keys", "import", "--dir", behind, "--file", dir+"/key", "team-a"))
-	harness.Start(t, behind, "copilot", exec.Command("copilot", "serve", "--dir", behind, "--insecure-loopback", "--listen", address))
-	harness.Await(t, "copilot", func() error {
-		conn, err := net.Dial("tcp", address)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
-	proxy := harness.NewFaultyProxy(t, address)
+	proxy := harness.StartBrokerBehindProxy(t, dir, "team-a")
 
 	const timeout = 4 * time.Second
 	args := []string{"--broker-timeout", timeout.String(), "--kek-cache-size", "0", "--diff-listen", "off"}

@@ -152,7 +152,7 @@ func (c *CI) Pause() string {
 }
 
 // BigLayer is the size of a layer of the big image, in bytes.
-const BigLayer = 60 << 20
+const BigLayer = 32 << 20
 
 // BigImage makes an encrypted image of four such layers.
 func (c *CI) BigImage(recipient string) string {

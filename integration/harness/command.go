@@ -27,9 +27,14 @@ func Await(t testing.TB, what string, f func() error) {
 	t.Fatalf("%s: %v", what, err)
 }
 
-func Reachable(socket string) func() error {
+// Reachable and Listening try to connect to a unix socket and to HOST:PORT.
+func Reachable(socket string) func() error { return connects("unix", socket) }
+
+func Listening(address string) func() error { return connects("tcp", address) }
+
+func connects(network, address string) func() error {
 	return func() error {
-		conn, err := net.Dial("unix", socket)
+		conn, err := net.Dial(network, address)
 		if err == nil {
 			conn.Close()
 		}

@@ -140,6 +140,7 @@ func (n *Node) Start(t testing.TB) {
 	// The newest has its shim beside itself.
 	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(n.Command[0])+":/usr/sbin:/usr/bin:/sbin:/bin")
 	n.Process = Start(t, n.Dir, "containerd-"+n.Name, cmd)
+	Await(t, "containerd "+n.Name, Reachable(n.Socket))
 	Await(t, "containerd "+n.Name, func() error {
 		return exec.Command(filepath.Join(Tools, "bin/ctr"), "--address", n.Socket, "version").Run()
 	})
@@ -300,7 +301,7 @@ func (n *Node) Unpacking(snapshotter string, done chan error) bool {
 		case err := <-done:
 			done <- err
 			return false
-		case <-time.After(time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }
@@ -309,11 +310,7 @@ func (n *Node) Unpacking(snapshotter string, done chan error) bool {
 // it, whose directory of keys is keys in its own.
 func BuiltinNode(t testing.TB, dir, ociConf string) *Node {
 	t.Helper()
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "bin", "containerd"), ".")
-	build.Dir = filepath.Join(Repo, "integration/testdata/containerd")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", build.Args, err, out)
-	}
+	GoBuild(t, "integration/testdata/containerd", filepath.Join(dir, "bin", "containerd"), ".")
 	if err := os.Symlink(filepath.Join(Tools, "bin/containerd-shim-runc-v2"), filepath.Join(dir, "bin/containerd-shim-runc-v2")); err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -69,7 +70,7 @@ var LayerKinds = []LayerKind{
 
 // Layer adds a layer of files and returns its descriptor and its diff ID.
 func (l *Layout) Layer(k LayerKind, mediaType string, files map[string][]byte) (Object, string) {
-	var plain, packed bytes.Buffer
+	var plain bytes.Buffer
 	tw := tar.NewWriter(&plain)
 	for name, b := range files {
 		if err := tw.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(b))}); err != nil {
@@ -78,10 +79,28 @@ func (l *Layout) Layer(k LayerKind, mediaType string, files map[string][]byte) (
 		tw.Write(b)
 	}
 	tw.Close()
-	w := k.Compress(&packed)
-	w.Write(plain.Bytes())
-	w.Close()
-	return l.Blob(mediaType, packed.Bytes()), digest.FromBytes(plain.Bytes()).String()
+	id := digest.FromBytes(plain.Bytes())
+	return l.Blob(mediaType, k.pack(plain.Bytes(), id)), id.String()
+}
+
+// packed are layers by their kind and diff ID: nearly all images have the same program.
+var packed sync.Map
+
+// pack returns a layer in its compressed form.
+func (k LayerKind) pack(plain []byte, id digest.Digest) []byte {
+	if k.Name == "tar" {
+		return plain
+	}
+	key := k.Name + " " + id.String()
+	b, ok := packed.Load(key)
+	if !ok {
+		var out bytes.Buffer
+		w := k.Compress(&out)
+		w.Write(plain)
+		w.Close()
+		b, _ = packed.LoadOrStore(key, out.Bytes())
+	}
+	return bytes.Clone(b.([]byte))
 }
 
 // Manifest adds the manifest of an image of layers with these diff IDs, and its

@@ -2,7 +2,6 @@ package harness
 
 import (
 	"fmt"
-	"net"
 	"os/exec"
 	"slices"
 	"strings"
@@ -73,13 +72,7 @@ func (n *LazyNode) StartPilot(args ...string) {
 	n.T.Helper()
 	n.Pilot, n.OciConf = StartPilot(n.T, n.Dir, n.Broker, append([]string{"--mirror-listen", n.Mirror, "--lazy-listen", "unix://" + n.LazySocket(),
 		"--mirror-secret-file", n.Dir + "/secret", "--mirror-allowed-upstreams", strings.Join(n.registries, ","), "--admin-listen", "unix://" + n.Dir + "/admin.sock"}, args...)...)
-	Await(n.T, "the mirror", func() error {
-		conn, err := net.Dial("tcp", n.Mirror)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	Await(n.T, "the mirror", Listening(n.Mirror))
 }
 
 // LazySocket is where the node's pilot serves parts of layers.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 )
@@ -23,16 +24,24 @@ type Machine struct {
 // NewMachine makes a machine on top of a root directory, with our programs.
 func NewMachine(t testing.TB, lower string) *Machine {
 	t.Helper()
-	m := BareMachine(t, lower)
-	for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
-		m.AddProgram(filepath.Join(Bin, name))
-	}
-	m.AddProgram(filepath.Join(Tools, "bin/ctr"))
-	return m
+	programs := lowers.make(t, "programs", func(dir string) error {
+		var files []string
+		for _, name := range []string{"pilot", "pilot-decoder", "ctr-pilot"} {
+			files = append(files, filepath.Join(Bin, name))
+		}
+		return run("install", append(append([]string{"-D", "-t", filepath.Join(dir, "usr/local/bin")}, files...), filepath.Join(Tools, "bin/ctr"))...)
+	})
+	return newMachine(t, programs, frozen(t, lower), lower)
 }
 
 // BareMachine makes a machine that is as the root directory.
 func BareMachine(t testing.TB, lower string) *Machine {
+	t.Helper()
+	return newMachine(t, frozen(t, lower), lower)
+}
+
+// newMachine makes a machine on top of directories, of which the first is the topmost.
+func newMachine(t testing.TB, lower ...string) *Machine {
 	t.Helper()
 	dir := TempDir(t)
 	m := &Machine{t, filepath.Join(dir, "root"), filepath.Join(dir, "lib")}
@@ -41,10 +50,7 @@ func BareMachine(t testing.TB, lower string) *Machine {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"etc", "usr/lib/systemd"} {
-		m.freeze(lower, filepath.Join(dir, "upper"), name)
-	}
-	m.Mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir))
+	m.Mount("overlay", "", "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", strings.Join(lower, ":"), dir, dir))
 	// The machine that runs the tests may have had a pilot.
 	if err := os.RemoveAll(filepath.Join(m.Root, "var/lib/pilot")); err != nil {
 		t.Fatal(err)
@@ -59,19 +65,77 @@ func BareMachine(t testing.TB, lower string) *Machine {
 	return m
 }
 
-// freeze copies a directory whose files are compared, so that what others install
-// on the machine that runs the tests does not show in them.
-func (m *Machine) freeze(lower, upper, name string) {
-	m.T.Helper()
-	target := filepath.Join(upper, name)
-	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
-		m.T.Fatal(err)
+// frozen returns a directory with those of a root whose files are compared, so that what
+// others install on the machine that runs the tests does not show in them.
+func frozen(t testing.TB, root string) string {
+	t.Helper()
+	return lowers.make(t, root, func(dir string) error {
+		for _, name := range []string{"etc", "usr/lib/systemd"} {
+			target := filepath.Join(dir, name)
+			if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+				return err
+			}
+			// Files that disappear meanwhile are no fault.
+			exec.Command("cp", "-a", filepath.Join(root, name), target).Run()
+			if err := syscall.Setxattr(target, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
+				return fmt.Errorf("%s: %w", target, err)
+			}
+		}
+		return nil
+	})
+}
+
+// lowers are directories below the machines of a package.
+var lowers lowerDirs
+
+// lowerDirs are directories that several machines have below their own, by what they
+// contain. Each is a file system in memory: overlayfs refuses a lower directory inside
+// another, such as the root of the machine that runs the tests.
+type lowerDirs struct {
+	mu   sync.Mutex
+	dirs map[string]string
+}
+
+// make returns the directory of that content, which fill puts there if it is new.
+func (l *lowerDirs) make(t testing.TB, content string, fill func(dir string) error) string {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if dir, ok := l.dirs[content]; ok {
+		return dir
 	}
-	// Files that disappear meanwhile are no fault.
-	exec.CommandContext(m.T.Context(), "cp", "-a", filepath.Join(lower, name), target).Run()
-	if err := syscall.Setxattr(target, "trusted.overlay.opaque", []byte("y"), 0); err != nil {
-		m.T.Fatalf("%s: %v", target, err)
+	dir, err := os.MkdirTemp(Bin, "lower-")
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
 	}
+	if err == nil {
+		err = syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755")
+	}
+	if err == nil {
+		if l.dirs == nil {
+			l.dirs = map[string]string{}
+		}
+		l.dirs[content] = dir
+		err = fill(dir)
+	}
+	if err != nil {
+		t.Fatalf("make a lower directory: %v", err)
+	}
+	return dir
+}
+
+// remove removes the directories at the end of a package's tests.
+func (l *lowerDirs) remove() {
+	for _, dir := range l.dirs {
+		syscall.Unmount(dir, syscall.MNT_DETACH)
+	}
+}
+
+func run(name string, args ...string) error {
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, out)
+	}
+	return nil
 }
 
 // Mount mounts something on the machine until the end of the test.
@@ -149,7 +213,7 @@ func (m *Machine) Files() map[string]string {
 			}
 			sums[path] = info.Mode().String()
 			if info.Mode().IsRegular() {
-				sums[path] += " " + SHA256(Read(m.T, path))
+				sums[path] += " " + m.sum(path, info)
 			}
 			return nil
 		})
@@ -158,6 +222,23 @@ func (m *Machine) Files() map[string]string {
 		}
 	}
 	return sums
+}
+
+// sums are those of files that machines share, by name, inode, size and times: a change,
+// even back to what was there, gives a file another time of change.
+var sums sync.Map
+
+// sum returns the sum of a file, which was computed before for most of them.
+func (m *Machine) sum(path string, info fs.FileInfo) string {
+	m.T.Helper()
+	stat := info.Sys().(*syscall.Stat_t)
+	key := fmt.Sprint(strings.TrimPrefix(path, m.Root), stat.Ino, stat.Size, stat.Mtim, stat.Ctim)
+	sum, ok := sums.Load(key)
+	if !ok {
+		sum = SHA256(Read(m.T, path))
+		sums.Store(key, sum)
+	}
+	return sum.(string)
 }
 
 // CheckFiles checks that the files are as they were.

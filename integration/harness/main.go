@@ -1,5 +1,19 @@
 // Package harness starts the programs that pilot is tested with, each in
 // directories of the test's own.
+//
+// # Slow machines
+//
+// Tests pass on a machine that is many times slower than usual ("make test-repeat" shows
+// it). So a test
+//   - waits for a state with [Await], or for a channel, and sleeps only where something
+//     wrong could happen meanwhile;
+//   - expects within [Timeout] what takes a quiet machine a second or less;
+//   - stops a program in the middle of its work by looking for that middle, as
+//     [Node.Unpacking] does, or after a part of the time that the whole has just taken;
+//   - tries again with more time where something expires before it was used, and leaves out
+//     a round in which the machine held up the test itself;
+//   - compares with what else happened in the same time (requests, tokens), not with a
+//     number.
 package harness
 
 import (
@@ -8,7 +22,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -64,6 +77,7 @@ func Main(m *testing.M, needs ...Program) int {
 		return 1
 	}
 	defer os.RemoveAll(Bin)
+	defer lowers.remove()
 	return m.Run()
 }
 
@@ -71,8 +85,11 @@ func setUp(needs []Program) error {
 	if os.Getuid() != 0 {
 		return errors.New("these tests run containers and so need root; \"make test-unit\" runs those that do not")
 	}
-	_, file, _, _ := runtime.Caller(0)
-	Repo = file[:strings.LastIndex(file, "/integration/")]
+	dir, err := os.Getwd() // the package's
+	if err != nil {
+		return err
+	}
+	Repo = dir[:strings.LastIndex(dir, "/integration/")]
 	if Tools = os.Getenv("PILOT_TOOLS"); Tools == "" {
 		Tools = filepath.Join(Repo, ".cache", "tools")
 	}
@@ -88,7 +105,6 @@ func setUp(needs []Program) error {
 			}
 		}
 	}
-	var err error
 	if Bin, err = os.MkdirTemp("", "pilot-bin-"); err != nil {
 		return err
 	}
@@ -98,6 +114,16 @@ func setUp(needs []Program) error {
 	}
 	// containerd looks for its shim in PATH.
 	return os.Setenv("PATH", filepath.Join(Tools, "bin")+":"+Bin+":"+os.Getenv("PATH"))
+}
+
+// GoBuild builds packages with cgo, in a directory of the repository, into a file or, if out
+// ends in a slash, a directory. Without symbols, which nobody looks at, that takes less time.
+// It may take many minutes where nothing was compiled before.
+func GoBuild(t testing.TB, dir, out string, packages ...string) {
+	t.Helper()
+	build := exec.CommandContext(t.Context(), "go", append([]string{"build", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, packages...)...)
+	build.Dir, build.Env = filepath.Join(Repo, dir), append(os.Environ(), "CGO_ENABLED=1")
+	Output(t, build)
 }
 
 // build builds our programs into bin. All packages of tests build them in one

@@ -3,8 +3,11 @@ package harness
 import (
 	"io"
 	"net"
+	"os/exec"
 	"sync"
 	"testing"
+
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // FaultyProxy is what stands between pilot and a broker, and passes on what they say
@@ -12,6 +15,7 @@ import (
 type FaultyProxy struct {
 	URL    string
 	Broker string // HOST:PORT
+	Dir    string // the broker's, if StartBrokerBehindProxy has started it
 
 	mu    sync.Mutex
 	fault func(client *net.TCPConn, f *FaultyProxy)
@@ -44,6 +48,20 @@ func NewFaultyProxy(t testing.TB, broker string) *FaultyProxy {
 			}()
 		}
 	}()
+	return f
+}
+
+// StartBrokerBehindProxy starts a broker in dir with a KEK, and another with the same one
+// behind the proxy that it returns.
+func StartBrokerBehindProxy(t testing.TB, dir, kek string) *FaultyProxy {
+	t.Helper()
+	StartBroker(t, dir, kek)
+	address, behind := loopbacktest.FreeAddress(t), dir+"/behind"
+	Output(t, Command(t, "copilot", "keys", "import", "--dir", behind, "--file", dir+"/key", kek))
+	Start(t, behind, "copilot", exec.Command("copilot", "serve", "--dir", behind, "--insecure-loopback", "--listen", address))
+	Await(t, "copilot", Listening(address))
+	f := NewFaultyProxy(t, address)
+	f.Dir = behind
 	return f
 }
 

@@ -215,9 +215,7 @@ func TestHSMManyCallsAtOnce(t *testing.T) {
 // TestHSMRotateAtOnce has several brokers rotate a key and wrap with it at once.
 func TestHSMRotateAtOnce(t *testing.T) {
 	k := harness.NewHSMToken(t, "a")
-	build := harness.Command(t, "go", "build", "-buildvcs=false", "-o", k.Dir+"/hsmrotate", "./integration/testdata/hsmrotate")
-	build.Dir = harness.Repo
-	harness.Output(t, build)
+	harness.GoBuild(t, "", k.Dir+"/hsmrotate", "./integration/testdata/hsmrotate")
 	const brokers, times = 4, 5
 	outputs := make([]string, brokers)
 	var g sync.WaitGroup

@@ -232,9 +232,7 @@ func TestHSMModuleMissingToken(t *testing.T) {
 // buildHSMKey builds testdata/hsmkey into a directory.
 func buildHSMKey(t testing.TB, dir string) string {
 	t.Helper()
-	build := harness.Command(t, "go", "build", "-buildvcs=false", "-o", dir+"/hsmkey", "./integration/testdata/hsmkey")
-	build.Dir = harness.Repo
-	harness.Output(t, build)
+	harness.GoBuild(t, "", dir+"/hsmkey", "./integration/testdata/hsmkey")
 	return dir + "/hsmkey"
 }
 

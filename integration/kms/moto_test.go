@@ -44,13 +44,7 @@ func TestAWSKMSRotatesInMoto(t *testing.T) {
 		t.Fatal(err)
 	}
 	harness.Start(t, dir, "moto", exec.Command(program, "-H", host, "-p", port))
-	harness.Await(t, "moto", func() error {
-		conn, err := net.Dial("tcp", address)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(t, "moto", harness.Listening(address))
 	url := "http://" + address
 	client := service.New(service.Options{Region: "eu-central-1", BaseEndpoint: &url, Credentials: credentials.NewStaticCredentialsProvider("id", "key", "")})
 	var keys, ids []string

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os/exec"
 	"slices"
 	"strings"
@@ -171,24 +170,7 @@ func testVaultRotatesKeys(t *testing.T, v *harness.VaultServer) {
 	}
 
 	// Four at once make a version each.
-	var mu sync.Mutex
-	var versions []int
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			version, err := isRotator(b).Rotate(within(t), "team-a")
-			if err != nil {
-				t.Error(err)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			versions = append(versions, version)
-		})
-	}
-	wg.Wait()
-	if slices.Sort(versions); len(slices.Compact(slices.Clone(versions))) != 4 || versions[0] < 3 {
-		t.Errorf("versions %v", versions)
-	}
+	rotateAtOnce(t, "team-a", func() kms.Rotator { return isRotator(b) })
 	gives(t, b, "team-a", 1, first, 1)
 	gives(t, b, "team-a", 2, second, 2)
 
@@ -274,26 +256,10 @@ func testVaultTransit(t *testing.T, v *harness.VaultServer) {
 	unwraps(2, second)
 	refuses(w, "team-b", 2, append([]byte("vault:v2:"), first[9:]...), kms.ErrUnwrap)
 
-	var mu sync.Mutex
-	var versions []int
-	var wg sync.WaitGroup
-	for range 4 {
-		// Of several copilots. OpenBao refuses some with "transaction commit failed".
-		r := open(v, "vault-transit", v.Token("vault-transit", "vault-transit, rotating")).(kms.Rotator)
-		wg.Go(func() {
-			version, err := r.Rotate(within(t), "team-b")
-			if err != nil {
-				t.Error(err)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			versions = append(versions, version)
-		})
-	}
-	wg.Wait()
-	if slices.Sort(versions); len(slices.Compact(slices.Clone(versions))) != 4 || versions[0] < 3 {
-		t.Errorf("versions %v", versions)
-	}
+	// Of several copilots. OpenBao refuses some with "transaction commit failed".
+	rotateAtOnce(t, "team-b", func() kms.Rotator {
+		return open(v, "vault-transit", v.Token("vault-transit", "vault-transit, rotating")).(kms.Rotator)
+	})
 
 	v.Write("transit/keys/team-b/config", `{"min_decryption_version": 2}`)
 	refuses(w, "team-b", 1, first, kms.ErrNotFound, "too old")
@@ -314,6 +280,30 @@ func testVaultTransit(t *testing.T, v *harness.VaultServer) {
 	v.Write("transit/keys/signs", `{"type": "ed25519"}`)
 	_, _, err = root.Wrap(within(t), "signs", key)
 	isKMSError(t, err, kms.ErrUnavailable, "not supported")
+}
+
+// rotateAtOnce rotates a key that has two versions four times at once: each makes a version.
+func rotateAtOnce(t *testing.T, kek string, rotator func() kms.Rotator) {
+	t.Helper()
+	var mu sync.Mutex
+	var versions []int
+	var wg sync.WaitGroup
+	for range 4 {
+		r := rotator()
+		wg.Go(func() {
+			version, err := r.Rotate(within(t), kek)
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			versions = append(versions, version)
+		})
+	}
+	wg.Wait()
+	if slices.Sort(versions); len(slices.Compact(slices.Clone(versions))) != 4 || versions[0] < 3 {
+		t.Errorf("versions %v", versions)
+	}
 }
 
 // TestVaultLogsInAgain has tokens that end after two seconds, and then some that
@@ -456,13 +446,7 @@ func TestVaultTLS(t *testing.T) {
 	v := &harness.VaultServer{T: t, Dir: harness.TempDir(t)}
 	address := loopbacktest.FreeAddress(t)
 	v.Process = harness.Start(t, v.Dir, "vault-dev", exec.Command("vault-dev", "-dir", v.Dir, "-listen", address, "-tls-cert", files.Cert, "-tls-key", files.Key))
-	harness.Await(t, "vault-dev", func() error {
-		conn, err := net.Dial("tcp", address)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(t, "vault-dev", harness.Listening(address))
 	v.URL = "https://" + address
 	conf := api.DefaultConfig()
 	conf.Address = v.URL

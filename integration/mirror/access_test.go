@@ -28,9 +28,7 @@ func TestOtherUsersReadNothing(t *testing.T) {
 	n := newNode(t)
 	certs := newCertificates(t)
 	secret := harness.NewSecret()
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, secret)
-	})
+	layout, plain := n.plain(harness.LayerKinds[0], secret)
 	layer := layers(t, harness.Read(t, file(layout, plain)))[1]
 	if err := os.Chmod(n.dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -175,9 +173,7 @@ func TestCallersGetWhatTheirCredentialsMayRead(t *testing.T) {
 	upstream, _ := withUsers(t, n.registry)
 	n.start()
 	secret := harness.NewSecret()
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, secret)
-	})
+	layout, plain := n.plain(harness.LayerKinds[0], secret)
 	layer := layers(t, harness.Read(t, file(layout, plain)))[1]
 	n.encrypt(layout, "team/app:enc")
 	n.pilot.Stop(t)

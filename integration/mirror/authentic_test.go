@@ -225,9 +225,7 @@ func TestRevokedKEKStopsTheMirror(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.start("--kek-cache-ttl", "1s", "--kek-cache-grace", "0s")
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, plain := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	layer := layers(t, harness.Read(t, file(layout, plain)))[1]
 	paths := []string{manifestPath("app", "enc"), manifestPath("app", plain), blobPath("app", layer)}
@@ -272,9 +270,7 @@ func TestBrokerThatIsDownIsNoRefusal(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.start("--kek-cache-ttl", "1s", "--kek-cache-grace", "0s", "--broker-timeout", "1s")
-	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, _ := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	n.get(manifestPath("app", "enc")).expect(t, "manifest", http.StatusOK)
 	resume := n.copilot.Pause(t)

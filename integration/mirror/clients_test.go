@@ -25,9 +25,7 @@ func TestSkopeoPodmanAndBuildahPull(t *testing.T) {
 		harness.Write(t, filepath.Join(dir, name), harness.Read(t, from))
 	}
 	secret := harness.NewSecret()
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[2], false, harness.Arch, secret)
-	})
+	layout, plain := n.plain(harness.LayerKinds[2], secret)
 	n.encrypt(layout, "team/app:enc")
 
 	bySecret := []string{"--tls-verify=false", "--creds", "pilot:" + n.secret}
@@ -85,9 +83,7 @@ func TestBuildahCompressesAndEncryptsAtOnce(t *testing.T) {
 	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
 	d := harness.NewDebian(t, n.dir, n.ociConf)
 	secret := harness.NewSecret()
-	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[1], false, harness.Arch, secret)
-	})
+	layout, _ := n.plain(harness.LayerKinds[1], secret)
 	id := strings.TrimSpace(harness.Output(t, d.Run("buildah", "pull", "-q", "oci:"+layout+":v1")))
 	harness.Output(t, d.Run("buildah", "push", "-q", "--tls-verify=false", "--encryption-key", "provider:pilot:team-a", id, "docker://"+n.registry+"/app:enc"))
 
@@ -130,9 +126,7 @@ func TestContainerdPullsByHostsToml(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	certs := newCertificates(t)
-	harness.Write(t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
-	n.startWith("", append(certs.args(), "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")...)
-	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
+	n.startByName(certs.args()...)
 	secret := harness.NewSecret()
 	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object { return l.Index(harness.LayerKinds[1], secret) })
 	n.encrypt(layout, "team/app:enc")
@@ -185,9 +179,7 @@ func TestSelfSignedPairIsEnough(t *testing.T) {
 		t.Errorf("%v %v", info.Mode(), err)
 	}
 	n.startWith(n.registry, "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", cert)
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
-	})
+	layout, plain := n.plain(harness.LayerKinds[1], harness.NewSecret())
 	n.encrypt(layout, "team/app:enc")
 	url := "https://" + n.mirror + manifestPath("team/app", "enc")
 	if got := harness.Output(t, harness.Command(t, "curl", "-sf", "--cacert", cert, "--cert", cert, "--key", key, url)); digestOf(got) != plain {
@@ -207,12 +199,8 @@ func TestSelfSignedPairIsEnough(t *testing.T) {
 func TestPodmanPullsByRegistriesConf(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	harness.Write(t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
-	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
-	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
-	})
+	n.startByName()
+	layout, plain := n.plain(harness.LayerKinds[1], harness.NewSecret())
 	n.encrypt(layout, "team/app:enc")
 	d := harness.NewDebian(t, n.dir, "/nonexistent")
 	harness.Write(t, d.Root+"/etc/containers/registries.conf", fmt.Sprintf("[[registry]]\nlocation = 'registry.test'\n[[registry.mirror]]\nlocation = '%s/registry.test'\ninsecure = true\n", n.mirror))

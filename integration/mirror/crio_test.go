@@ -19,9 +19,7 @@ func TestCRIOPullsByPlainDigest(t *testing.T) {
 	n := newNode(t)
 	n.start()
 	secret := harness.NewSecret()
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[1], false, harness.Arch, secret)
-	})
+	layout, plain := n.plain(harness.LayerKinds[1], secret)
 	n.encrypt(layout, "team/app:enc")
 	harness.Write(t, n.dir+"/containers/auth.json", fmt.Sprintf(`{"auths": {"%s": {"auth": "%s"}}}`, n.mirror, basic("pilot", n.secret)))
 	cmd := harness.Command(t, filepath.Join(harness.Tools, "bin/criopull"), "-root", n.dir+"/crio", "-keys", "/nonexistent", n.mirror+"/team/app@"+plain)

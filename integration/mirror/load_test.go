@@ -182,9 +182,7 @@ func TestSlowRegistryHoldsUpNoOther(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.start()
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, plain := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	var reading, listing atomic.Int32
 	slow := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -390,9 +388,7 @@ func TestInlinedDataIsNotRemembered(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.start()
-	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, _ := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	doc := harness.Read(t, n.stored(n.tagged("app", "enc")))
 	const images, size = 12, 2900 << 10

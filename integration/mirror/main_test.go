@@ -74,6 +74,15 @@ func (n *node) start(args ...string) {
 	n.secret = strings.TrimSpace(harness.Read(n.t, n.dir+"/secret"))
 }
 
+// startByName starts pilot with a mirror that finds the registry by the name registry.test,
+// and others in the same directory.
+func (n *node) startByName(args ...string) {
+	n.t.Helper()
+	harness.Write(n.t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
+	n.startWith("", append([]string{"--mirror-secret-file", n.dir + "/secret", "--mirror-hosts-dir", n.dir + "/upstream"}, args...)...)
+	n.secret = strings.TrimSpace(harness.Read(n.t, n.dir+"/secret"))
+}
+
 // startWith starts pilot with a mirror of an upstream.
 func (n *node) startWith(upstream string, args ...string) {
 	n.t.Helper()
@@ -89,13 +98,7 @@ func (n *node) startWith(upstream string, args ...string) {
 		cmd.Env = append(os.Environ(), n.env...)
 		n.pilot = harness.Start(n.t, n.dir, "pilot-mirror", cmd)
 	}
-	harness.Await(n.t, "the mirror", func() error {
-		conn, err := net.Dial("tcp", n.mirror)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(n.t, "the mirror", harness.Listening(n.mirror))
 }
 
 // encrypt encrypts the image of a layout into the registry.
@@ -121,6 +124,12 @@ func (n *node) image(name string, make func(*harness.Layout) harness.Object) (la
 	digest = o["digest"].(string)
 	l.Write(layout, "v1", o)
 	return layout, digest
+}
+
+// plain is image with one that prints a secret.
+func (n *node) plain(k harness.LayerKind, secret string) (layout, digest string) {
+	n.t.Helper()
+	return n.image("plain", func(l *harness.Layout) harness.Object { return l.Image(k, false, harness.Arch, secret) })
 }
 
 // reply is what a registry answers.

@@ -98,12 +98,8 @@ func TestDockerImageComesBackAsSuch(t *testing.T) {
 func TestListsComeFromTheRegistry(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	harness.Write(t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
-	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
-	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	n.startByName()
+	layout, plain := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	for i := range 5 {
 		n.encrypt(layout, fmt.Sprintf("team/app:v%d", i))
 	}

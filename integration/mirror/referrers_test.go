@@ -34,14 +34,10 @@ func TestReferrersByTheAPI(t *testing.T) {
 	t.Cleanup(server.Close)
 	n.registry = strings.TrimPrefix(server.URL, "http://")
 	pages := harness.FrontRegistry(t, n.registry, inPages)
-	harness.Write(t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
 	harness.Write(t, n.dir+"/upstream/pages.test/hosts.toml", "server = 'http://"+pages+"'\n")
-	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
-	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
+	n.startByName()
 
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, plain := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "team/app:enc")
 	subject := harness.Object{"mediaType": manifestType, "digest": plain, "size": len(harness.Read(t, file(layout, plain)))}
 	want := map[string][]string{}

@@ -15,12 +15,8 @@ import (
 func TestSignatureMadeBeforeEncryptionIsValid(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	harness.Write(t, n.dir+"/upstream/registry.test/hosts.toml", "server = 'http://"+n.registry+"'\n")
-	n.startWith("", "--mirror-secret-file", n.dir+"/secret", "--mirror-hosts-dir", n.dir+"/upstream")
-	n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[1], false, harness.Arch, harness.NewSecret())
-	})
+	n.startByName()
+	layout, plain := n.plain(harness.LayerKinds[1], harness.NewSecret())
 	d := harness.NewDebian(t, n.dir, "/nonexistent")
 	harness.Write(t, filepath.Join(d.Root, "etc/containers/registries.d/test.yaml"), "default-docker:\n  use-sigstore-attachments: true\n")
 	harness.Write(t, n.dir+"/passphrase", "secret")

@@ -437,9 +437,7 @@ func TestOnlyAllowedRegistriesAreAsked(t *testing.T) {
 		n.secret = strings.TrimSpace(harness.Read(t, n.dir+"/secret"))
 	}
 	start("")
-	layout, _ := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, _ := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	// What only this machine reaches, whether something listens there or not.
 	for _, registry := range []string{f.address, "127.0.0.1:1", "localhost:1", "[::1]:1", "0.0.0.0:1", "169.254.169.254", "169.254.169.254:80"} {
@@ -465,9 +463,7 @@ func TestProxyOnLoopbackIsNoRegistry(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.start()
-	layout, plain := n.image("plain", func(l *harness.Layout) harness.Object {
-		return l.Image(harness.LayerKinds[0], false, harness.Arch, harness.NewSecret())
-	})
+	layout, plain := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	n.pilot.Stop(t)
 	f := newFaulty(t, n.registry)

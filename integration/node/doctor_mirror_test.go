@@ -97,13 +97,7 @@ func TestDoctorExaminesTheMirror(t *testing.T) {
 	pilot.Stop(t)
 	expect("failed", "the mirror does not answer at "+mirror)
 	foreign := harness.Start(t, dir, "foreign", exec.Command("openssl", "s_server", "-accept", mirror, "-quiet", "-www", "-cert", server.Cert, "-key", server.Key))
-	harness.Await(t, "another program", func() error {
-		conn, err := net.Dial("tcp", mirror)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(t, "another program", harness.Listening(mirror))
 	expect("failed", "another program answers at "+mirror+" in the mirror's place")
 	foreign.Kill()
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -264,13 +263,7 @@ func TestDoctorExaminesTCPKeyProvider(t *testing.T) {
 	harness.Start(t, dir, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null",
 		"--diff-listen", "unix://" + dir + "/diff.sock", "--containerd", dir + "/containerd.sock", "--layer-record", dir + "/layers"}, original...)...))
 	p := harness.NewDoctorNode(t, harness.NewDifferNode(t, dir, harness.DifferConfig{Containerd: harness.Containerd2()}))
-	harness.Await(t, "pilot", func() error {
-		conn, err := net.Dial("tcp", listen)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	})
+	harness.Await(t, "pilot", harness.Listening(listen))
 	expectOK(t, p.Examine(t, original...))
 	// A pull does not say which KEK such an annotation needs.
 	p.Examine(t, append(original, "--kek", "team-b")...).ExpectFailed(t, "broker", "journalctl -u pilot.service -n 30", `KEK "team-a"`, "does not unwrap")
@@ -285,11 +278,7 @@ func TestDoctorBuiltin(t *testing.T) {
 	dir := harness.TempDir(t)
 	v := harness.Containerd2()
 	v.Command = []string{filepath.Join(dir, "bin/containerd")}
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", v.Command[0], ".")
-	build.Dir = filepath.Join(harness.Repo, "integration/testdata/containerd")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", build.Args, err, out)
-	}
+	harness.GoBuild(t, "integration/testdata/containerd", v.Command[0], ".")
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
 	_, conf := harness.StartPilot(t, dir, brokerURL, "--diff-listen", "off")
 	p := harness.NewDoctorNode(t, harness.StartNode(t, dir, v, "", fmt.Sprintf(`

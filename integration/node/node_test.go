@@ -53,7 +53,10 @@ func TestNodeInstall(t *testing.T) {
 			if out := harness.Output(t, m.Run("pilot", "node", "doctor", "--kek", "team-a")); strings.Contains(out, "failed") || !strings.Contains(out, "ok       layer") {
 				t.Errorf("doctor: %s", out)
 			}
-			for _, image := range images {
+			for i, image := range images {
+				if testing.Short() && version != "1.6" && version != "2.4.2" && harness.LayerKinds[i].Name != "gzip" {
+					continue // these two pull all kinds, by the stream processor and by the differ
+				}
 				harness.Output(t, n.Crictl("pull", image))
 				if out := harness.ContainerOutput(t, m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.Secrets[image]) {
 					t.Errorf("crictl, %s: %s", image, out)

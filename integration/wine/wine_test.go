@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -224,13 +223,7 @@ func TestWindowsClients(t *testing.T) {
 		harness.Write(t, w.drive+"/grpc.conf", `{"key-providers": {"pilot": {"grpc": "`+address+`"}}}`)
 		serve := w.run("wine", `C:\pilot\pilot.exe`, "serve", "--listen", address, "--insecure-loopback")
 		p := harness.Start(t, harness.TempDir(t), "pilot", serve)
-		harness.Await(t, "pilot serve", func() error {
-			conn, err := net.Dial("tcp", address)
-			if err == nil {
-				conn.Close()
-			}
-			return err
-		})
+		harness.Await(t, "pilot serve", harness.Listening(address))
 		cmd := w.images("encrypt", "--recipient", recipient, plain, `oci:C:\images\daemon:x`)
 		cmd.Env = append(cmd.Environ(), `OCICRYPT_KEYPROVIDER_CONFIG=C:\grpc.conf`)
 		harness.Output(t, cmd)

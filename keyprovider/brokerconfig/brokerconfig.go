@@ -38,6 +38,7 @@ type Settings struct {
 	ProviderName     ProviderNames      `toml:"provider-name" reload:"no" usage:"pilot's name among the key providers of ocicrypt.conf; several, separated by commas, if it has several there"`
 	AnnotationFormat keyprovider.Format `toml:"annotation-format" usage:"how to write wrapped keys: A256GCMKW, copilot (the broker wraps), or original"`
 	DefaultKEKs      KEKIDs             `toml:"default-keks" usage:"KEKs to try on keys in the original's format, separated by commas"`
+	KBSKEKs          KBSKEKs            `toml:"kbs-keks" usage:"KEKs behind the URIs of Confidential Containers, as in kbs:///default/key/team-a=team-a, or …=team-a@2 if the KBS has version 2 there, separated by commas"`
 	PublicKeys       Paths              `toml:"public-keys" usage:"public halves of KEKs to wrap for without the broker, as copilot keys public prints them: files, or directories of *.pub files, separated by commas"`
 	PublicKeysCA     string             `toml:"public-keys-ca" usage:"CA of the broker that signed public-keys (default: broker-ca)"`
 	AgeIdentities    Paths              `toml:"age-identities" usage:"files of age identities that unwrap what was wrapped for recipients of age, separated by commas"`
@@ -100,6 +101,7 @@ func (s *Settings) ProviderConfig() keyprovider.Config {
 		Name:          s.ProviderName[0],
 		Format:        s.AnnotationFormat,
 		DefaultKEKs:   s.DefaultKEKs,
+		KBSKEKs:       s.KBSKEKs.byURI(),
 		PublicKey:     s.PublicKey,
 		AgeIdentities: s.AgeIdentities,
 	}

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/ctrlplane/pilot/internal/setting"
 	"github.com/ctrlplane/pilot/internal/wireformat"
+	"github.com/ctrlplane/pilot/keyprovider"
 )
 
 // URLs are URLs, separated by commas in text.
@@ -86,4 +88,54 @@ func (s TokenSource) variable() string {
 		return ""
 	}
 	return name
+}
+
+// KBSKEKs say which KEKs a KBS of Confidential Containers has: URI=KEK, or URI=KEK@VERSION if
+// that is not version 1, separated by commas in text.
+type KBSKEKs []string
+
+// String returns the text of the list.
+func (k *KBSKEKs) String() string { return strings.Join(*k, ",") }
+
+// UnmarshalText reads the list.
+func (k *KBSKEKs) UnmarshalText(b []byte) error {
+	return setting.Words((*[]string)(k), b, func(word string, before []string) error {
+		uri, _, err := parseKBSKEK(word)
+		if err != nil {
+			return err
+		}
+		for _, other := range before {
+			if had, _, _ := parseKBSKEK(other); had == uri {
+				return fmt.Errorf("duplicate URI %s", uri)
+			}
+		}
+		return nil
+	})
+}
+
+// byURI returns the KEKs by canonical URIs. The list was read by UnmarshalText.
+func (k *KBSKEKs) byURI() map[string]keyprovider.KBSKEK {
+	keks := make(map[string]keyprovider.KBSKEK)
+	for _, word := range *k {
+		uri, kek, _ := parseKBSKEK(word)
+		keks[uri] = kek
+	}
+	return keks
+}
+
+func parseKBSKEK(word string) (uri string, kek keyprovider.KBSKEK, err error) {
+	uri, kek.ID, _ = strings.Cut(word, "=")
+	if uri, err = wireformat.CanonicalKID(uri); err != nil {
+		return "", kek, err
+	}
+	if _, _, ok := wireformat.ParsePluginKID(uri); ok {
+		return "", kek, fmt.Errorf("%s says itself which KEK and version it is: leave it out", uri)
+	}
+	kek.Version = 1
+	if i := strings.LastIndexByte(kek.ID, '@'); i >= 0 {
+		if version, err := strconv.Atoi(kek.ID[i+1:]); err == nil && version > 0 {
+			kek.ID, kek.Version = kek.ID[:i], version
+		}
+	}
+	return uri, kek, wireformat.ValidateKEKID(kek.ID)
 }

@@ -102,9 +102,9 @@ func TestDeletionOfTheDaemonSetIsRecognized(t *testing.T) {
 				t.Fatalf("Find: %v", err)
 			}
 			server.Config.Handler = c.after
-			timeout := 300 * time.Millisecond // it asks for as long as it may
-			if c.deleted {
-				timeout = time.Minute
+			timeout := time.Minute
+			if c.why == "does not say" { // it asks for as long as it may
+				timeout = 300 * time.Millisecond
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), timeout)
 			defer cancel()

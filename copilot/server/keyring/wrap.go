@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"cmp"
 	"context"
 	"crypto/cipher"
 	"crypto/rand"
@@ -23,9 +24,16 @@ type Wrapped struct {
 	Key     []byte `json:"wrappedKey"`
 }
 
-// Wrap wraps plaintext with the current version, inside the KMS if that keeps the key.
-func (r *Keyring) Wrap(ctx context.Context, k KEK, plaintext []byte) (Wrapped, error) {
-	if !k.WrapsHere() {
+// Wrap wraps plaintext with the current version, inside the KMS if that keeps the key. The
+// method is A256GCM for guests of Confidential Containers, which have to get the key, and
+// else empty.
+func (r *Keyring) Wrap(ctx context.Context, k KEK, plaintext []byte, method string) (Wrapped, error) {
+	switch {
+	case method != "" && method != wireformat.MethodCoCo:
+		return Wrapped{}, fmt.Errorf("%w: method %.40q is not %s: leave it out for the broker's own", keystore.ErrInput, method, wireformat.MethodCoCo)
+	case method != "" && !k.WrapsHere():
+		return Wrapped{}, fmt.Errorf("%w, and it stays in its KMS: no guest of Confidential Containers can get it", ErrNotExported)
+	case !k.WrapsHere():
 		return r.wrapInside(ctx, k, plaintext, true)
 	}
 	key, version, err := r.Current(ctx, k, 1)
@@ -33,7 +41,7 @@ func (r *Keyring) Wrap(ctx context.Context, k KEK, plaintext []byte) (Wrapped, e
 		return Wrapped{}, err
 	}
 	defer clear(key)
-	return k.wrapWith(key, version, plaintext)
+	return k.wrapWith(key, version, plaintext, cmp.Or(method, wireformat.MethodA256GCMKW))
 }
 
 // wrapUncounted is [Keyring.Wrap] for a check, which is not counted.
@@ -46,17 +54,25 @@ func (r *Keyring) wrapUncounted(ctx context.Context, k KEK, plaintext []byte) (W
 		return Wrapped{}, err
 	}
 	defer clear(key)
-	return k.wrapWith(key, version, plaintext)
+	return k.wrapWith(key, version, plaintext, wireformat.MethodA256GCMKW)
 }
 
 // wrapWith wraps plaintext with the key of a version.
-func (k KEK) wrapWith(key []byte, version int, plaintext []byte) (Wrapped, error) {
+func (k KEK) wrapWith(key []byte, version int, plaintext []byte, method string) (Wrapped, error) {
 	aead, err := newGCM(key)
 	if err != nil {
 		return Wrapped{}, err
 	}
-	sealed := aead.Seal(nil, nil, plaintext, wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, version))
-	return Wrapped{Version: version, Method: wireformat.MethodA256GCMKW, IV: sealed[:wireformat.IVSize], Key: sealed[wireformat.IVSize:]}, nil
+	sealed := aead.Seal(nil, nil, plaintext, k.additional(method, version))
+	return Wrapped{Version: version, Method: method, IV: sealed[:wireformat.IVSize], Key: sealed[wireformat.IVSize:]}, nil
+}
+
+// additional returns the additional data of what is wrapped with a version.
+func (k KEK) additional(method string, version int) []byte {
+	if method == wireformat.MethodCoCo {
+		return nil
+	}
+	return wireformat.AdditionalData(method, k.ID, version)
 }
 
 // wrapInside wraps inside a KMS, and counts it if counted is true.
@@ -109,7 +125,7 @@ type envelope struct {
 }
 
 // Unwrap undoes [Keyring.Wrap], and what pilot has wrapped with an exported KEK or for the
-// public half of one. The caller clears the result. Errors wrap [kms.ErrUnwrap] if the key was not wrapped with
+// public half of one, or CoCo's key provider with the same key. The caller clears the result. Errors wrap [kms.ErrUnwrap] if the key was not wrapped with
 // this KEK and version, or was changed.
 func (r *Keyring) Unwrap(ctx context.Context, k KEK, w Wrapped) ([]byte, error) {
 	switch {
@@ -117,7 +133,7 @@ func (r *Keyring) Unwrap(ctx context.Context, k KEK, w Wrapped) ([]byte, error) 
 		return r.unwrapHPKE(ctx, k, w)
 	case w.Method == wireformat.MethodCopilot && w.IV == nil && !k.WrapsHere():
 		return r.unwrapInside(ctx, k, w.Version, w.Key)
-	case w.Method == wireformat.MethodA256GCMKW && len(w.IV) == wireformat.IVSize && w.Enc == nil:
+	case (w.Method == wireformat.MethodA256GCMKW || w.Method == wireformat.MethodCoCo) && len(w.IV) == wireformat.IVSize && w.Enc == nil:
 	default:
 		return nil, fmt.Errorf("%w: this KEK does not unwrap method %.40q with an iv of %d bytes: %s has 12 bytes, and %s, for a KEK that stays in its KMS, none",
 			keystore.ErrInput, w.Method, len(w.IV), wireformat.MethodA256GCMKW, wireformat.MethodCopilot)
@@ -131,7 +147,7 @@ func (r *Keyring) Unwrap(ctx context.Context, k KEK, w Wrapped) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	return open(aead, slices.Concat(w.IV, w.Key), wireformat.AdditionalData(wireformat.MethodA256GCMKW, k.ID, w.Version))
+	return open(aead, slices.Concat(w.IV, w.Key), k.additional(w.Method, w.Version))
 }
 
 func (r *Keyring) unwrapInside(ctx context.Context, k KEK, version int, wrapped []byte) ([]byte, error) {

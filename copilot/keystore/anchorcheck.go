@@ -1,0 +1,337 @@
+package keystore
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// checked is what the last check has found of the records of one anchor.
+type checked struct {
+	// sum is of the anchor and its records as they are stored, if they were in order, and
+	// else zero.
+	sum     [sha256.Size]byte
+	changes int64
+	// due is when the next key of a KEK is to be destroyed.
+	due map[string]time.Time
+	// damaged are the errors of records that can't be read.
+	damaged []error
+}
+
+// shardSums compute the sums of all anchors, with their records in the order of ids.
+type shardSums [anchorShards + 1]hash.Hash
+
+func (s *shardSums) add(shard int, name string, stored [sha256.Size]byte) {
+	if s[shard] == nil {
+		s[shard] = sha256.New()
+	}
+	fmt.Fprintf(s[shard], "%d %s ", len(name), name)
+	s[shard].Write(stored[:])
+}
+
+func (s *shardSums) sum(shard int) (sum [sha256.Size]byte) {
+	if s[shard] != nil {
+		s[shard].Sum(sum[:0])
+	}
+	return sum
+}
+
+// CheckAnchors compares all records with their anchors, and the store with a generation
+// that it had at least. It returns what was put back, or deleted: a record's name or the
+// store's, and why. After it, no record of a store that is too old is used.
+func (s *Store) CheckAnchors(ctx context.Context, least int64) (map[string]string, error) {
+	s.anchors.checking.Lock()
+	s.anchors.checked = [anchorShards + 1]checked{}
+	s.anchors.checking.Unlock()
+	return s.CheckChanged(ctx, least)
+}
+
+// CheckChanged is [Store.CheckAnchors] for what is not stored as it was at the last check: of
+// the rest, it reads digests, which the database computes.
+func (s *Store) CheckChanged(ctx context.Context, least int64) (map[string]string, error) {
+	s.anchors.checking.Lock()
+	defer s.anchors.checking.Unlock()
+	known := s.Generation()
+	var sums shardSums
+	anchored := false
+	err := s.db.sums(ctx, anchorPrefix, func(name string, stored [sha256.Size]byte) error {
+		if shard, ok := shardOf(name); ok {
+			anchored = true
+			sums.add(shard, "", stored)
+		}
+		return nil
+	}, func(id string, stored [sha256.Size]byte) error {
+		sums.add(row{true, id}.shard(), id, stored)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !anchored && least == 0 && known == 0 {
+		// An earlier copilot made the store.
+		if err := s.anchorAll(ctx, 0, 1, nil); err != nil && !errors.Is(err, ErrState) { // or another one has anchored it meanwhile
+			return nil, err
+		}
+		for i := range sums {
+			sums[i] = nil
+		}
+	}
+	var changed []int
+	for i, c := range s.anchors.checked {
+		if sum := sums.sum(i); sum != c.sum || sum == [sha256.Size]byte{} {
+			changed = append(changed, i)
+		}
+	}
+	found, err := s.checkShards(ctx, changed)
+	if err != nil {
+		return nil, err
+	}
+	var sum int64
+	for _, c := range s.anchors.checked {
+		sum += c.changes
+	}
+	whole := ""
+	if least = max(least, known); sum < least {
+		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+		found["store"] = whole
+	}
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	s.anchors.whole = whole
+	for name := range found {
+		delete(s.anchors.seen, name)
+	}
+	for i, c := range s.anchors.checked {
+		s.anchors.changes[i] = max(s.anchors.changes[i], c.changes)
+	}
+	return found, nil
+}
+
+// checkShards compares the records of some anchors, and notes what it has found.
+func (s *Store) checkShards(ctx context.Context, shards []int) (found map[string]string, err error) {
+	var wanted func(int) bool
+	switch len(shards) {
+	case 0:
+		return make(map[string]string), nil
+	case len(s.anchors.checked): // all
+	default:
+		wanted = func(shard int) bool { return slices.Contains(shards, shard) }
+	}
+	now, err := s.look(ctx, nil, wanted, func(int, row, string) {})
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range shards {
+		c := now.checked[i]
+		if !now.bad[i] && len(c.damaged) == 0 {
+			c.sum = now.sums.sum(i)
+		}
+		s.anchors.checked[i] = c
+	}
+	return now.found, nil
+}
+
+// look is what a store has at one moment.
+type look struct {
+	anchors [anchorShards + 1]anchor // less what was compared
+	sums    shardSums
+	checked [anchorShards + 1]checked // without sums
+	bad     [anchorShards + 1]bool    // something of it was found
+	found   map[string]string
+}
+
+// look compares records with their anchors at one moment: of those anchors that are wanted, or
+// of all if wanted is nil. It calls do with each record's digest, and named, if it is not nil,
+// with what is kept under the other names that belong to the records.
+func (s *Store) look(ctx context.Context, named func(name string), wanted func(shard int) bool, do func(shard int, r row, digest string)) (*look, error) {
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l := &look{found: make(map[string]string)}
+	find := func(shard int, name, reason string) {
+		l.found[name], l.bad[shard] = reason, true
+	}
+	to := contents{
+		named: func(name string, b []byte) error {
+			shard, ok := shardOf(name)
+			if !ok && named != nil {
+				named(name)
+			}
+			if !ok || wanted != nil && !wanted(shard) {
+				return nil
+			}
+			l.sums.add(shard, "", sha256.Sum256(b))
+			a, err := set.openAnchor(name, b)
+			if err != nil {
+				find(shard, name, err.Error())
+			}
+			l.anchors[shard], l.checked[shard].changes = a, a.Changes
+			return nil
+		},
+		record: func(id string, b []byte) error {
+			r := row{true, id}
+			shard := r.shard()
+			l.sums.add(shard, id, sha256.Sum256(b))
+			c, digests := &l.checked[shard], l.anchors[shard].Digests
+			want, ok := digests[r.String()]
+			delete(digests, r.String())
+			k, err := set.decode(id, b)
+			if err != nil { // damaged, which is reported where it is used, or of a newer master key
+				c.damaged = append(c.damaged, err)
+				return nil
+			}
+			digest, err := k.digest()
+			if err != nil {
+				return err
+			}
+			do(shard, r, digest)
+			if ok && want != digest {
+				find(shard, r.String(), "it is not as copilot has written it last")
+			}
+			for _, v := range k.Versions {
+				if at, ok := c.due[id]; v.State == Destroying && (!ok || v.DestroyAt.Before(at)) {
+					if c.due == nil {
+						c.due = make(map[string]time.Time)
+					}
+					c.due[id] = v.DestroyAt
+				}
+			}
+			return nil
+		},
+	}
+	if wanted != nil {
+		to.wanted = func(id string) bool { return wanted(row{true, id}.shard()) }
+	}
+	if err := s.db.snapshot(ctx, statePrefixes, to); err != nil {
+		return nil, err
+	}
+	for shard, a := range l.anchors {
+		for name := range a.Digests {
+			if strings.HasPrefix(name, rowKEK) {
+				find(shard, name, "its record was deleted")
+			}
+		}
+	}
+	return l, nil
+}
+
+// due returns the KEKs of which a key is to be destroyed by now, and the errors of records that
+// can't be read, as of the last check.
+func (s *Store) due() (ids []string, damaged error) {
+	s.anchors.checking.Lock()
+	defer s.anchors.checking.Unlock()
+	var errs []error
+	for _, c := range s.anchors.checked {
+		for id, at := range c.due {
+			if !s.now().Before(at) {
+				ids = append(ids, id)
+			}
+		}
+		errs = append(errs, c.damaged...)
+	}
+	slices.Sort(ids)
+	return ids, errors.Join(errs...)
+}
+
+// acceptJump is by how much each anchor's number of changes grows when records are accepted
+// as they are: other copilots may have seen more changes than this one knows of.
+const acceptJump = 1 << 20
+
+// AcceptRollback takes all records as they are now: their anchors are made anew, and the
+// generation is more than the one given. It returns what was accepted, as
+// [Store.CheckAnchors] does; log is called with that right before.
+func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found map[string]string) error) (map[string]string, error) {
+	found, err := s.CheckAnchors(ctx, least)
+	if err != nil || len(found) == 0 {
+		return found, err
+	}
+	return found, s.anchorAll(ctx, least+1, acceptJump, func(now map[string]string) error {
+		// What was put back since the check is named, too.
+		maps.Copy(found, now)
+		return log(found)
+	})
+}
+
+// voided is the digest of a request for approval from before its record may have been put
+// back: it is never used again, and nothing reports it.
+const voided = "voided"
+
+// anchorAll makes all anchors anew, each with so many changes more, and a generation that is
+// least or more. Requests for approval are voided: a used one may have been put back. log, if
+// it is not nil, is called before with the records that are not as their anchors have them.
+func (s *Store) anchorAll(ctx context.Context, least, jump int64, log func(found map[string]string) error) error {
+	digests := make([]map[string]string, anchorShards+1)
+	for i := range digests {
+		digests[i] = make(map[string]string)
+	}
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return err
+	}
+	now, err := s.look(ctx, func(name string) { digests[anchorShards][name] = voided }, nil, func(shard int, r row, digest string) {
+		digests[shard][r.String()] = digest
+	})
+	if err == nil && log != nil {
+		err = log(now.found)
+	}
+	if err != nil {
+		return err
+	}
+	s.anchors.mu.Lock()
+	changes := s.anchors.changes
+	s.anchors.mu.Unlock()
+	var sum int64
+	for i := range changes {
+		changes[i] = max(changes[i], now.anchors[i].Changes) + jump
+		sum += changes[i]
+	}
+	changes[0] += max(0, least-sum)
+	var names []string
+	for i := range changes {
+		names = append(names, anchorName(i))
+	}
+	err = s.db.keepAll(ctx, names, func(name string, old []byte) ([]byte, error) {
+		i, _ := shardOf(name)
+		a, _ := set.openAnchor(name, old) // a damaged one is replaced
+		if a.Changes != now.anchors[i].Changes {
+			return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
+		}
+		return set.sealAnchor(name, anchor{changes[i], digests[i]})
+	})
+	if err != nil {
+		return err
+	}
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	s.anchors.changes, s.anchors.whole, s.anchors.seen = changes, "", nil
+	return nil
+}
+
+// fillAnchors stores the anchors of a restored store, in place of those that it had when it
+// was empty.
+func (s *Store) fillAnchors(set *masterSet, list []anchor, to contents) error {
+	s.anchors.mu.Lock()
+	defer s.anchors.mu.Unlock()
+	for i := range list {
+		name := anchorName(i)
+		list[i].Changes = max(list[i].Changes, s.anchors.changes[i]+1)
+		b, err := set.sealAnchor(name, list[i])
+		if err != nil {
+			return err
+		}
+		if err := to.named(name, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// statePrefixes begin the names of what belongs to the records.
+var statePrefixes = []string{anchorPrefix, approvalPrefix}
