@@ -215,9 +215,7 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 			// With the rule, and the record that was made without it.
 			n.restart(func(string) { harness.Write(t, conf, rules) })
 			for _, image := range []string{forged, forgedToo, noDigest, ofOther} {
-				if answer := n.needs(image); !strings.Contains(answer.Refused, otherContent) {
-					t.Errorf("%s: %+v, want %s", image, answer, otherContent)
-				}
+				n.refused(image, otherContent)
 			}
 
 			// With the rule, and a new record, which has what manifests claim.
@@ -230,15 +228,23 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 			n.fetch(public)
 			n.fetch(forgedToo)
 			for image, want := range map[string]string{forged: otherContent, forgedToo: otherContent, public: `is encrypted for KEK "team-a" with its public key`, lie: "was unpacked without a record of the key that opened it"} {
-				if answer := n.needs(image); !strings.Contains(answer.Refused, want) {
-					t.Errorf("%s: %+v, want %s", image, answer, want)
-				}
+				n.refused(image, want)
 			}
 			for _, image := range []string{app, both, ofTar} {
-				if answer := n.needs(image); answer.Refused != "" {
-					t.Errorf("%s, after its layers were read again: %s", image, answer.Refused)
-				}
+				n.refused(image, "")
 			}
 		})
 	}
+}
+
+// refused waits until an image is refused for a reason, or not at all: layers are read in a
+// second, or the next time.
+func (n *recordedNode) refused(image, want string) {
+	n.t.Helper()
+	harness.Await(n.t, image+" to be read", func() error {
+		if got := n.needs(image).Refused; !strings.Contains(got, want) || want == "" && got != "" {
+			return fmt.Errorf("%s: refused because of %q, want %q", image, got, want)
+		}
+		return nil
+	})
 }

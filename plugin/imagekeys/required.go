@@ -93,9 +93,10 @@ func (r *Resolver) checkPart(ctx context.Context, rule mustencrypt.Rule, p part)
 		if err := r.proveClaims(ctx, p, known); err != nil {
 			return err
 		}
-		if known, _ = r.conf.Record.Layer(p.diffID); isFor(rule, known, p.layers) {
-			return nil
-		}
+	}
+	r.proveRecipients(ctx, p)
+	if known, _ = r.conf.Record.Layer(p.diffID); isFor(rule, known, p.layers) {
+		return nil
 	}
 	return fmt.Errorf("layer %s is encrypted for %s", p.layers[0].desc.Digest, openers(rule, known))
 }
@@ -138,15 +139,23 @@ func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Laye
 		if err != nil {
 			return fmt.Errorf("layer %s %s: %w", l.desc.Digest, unknownContent(known, l), err)
 		}
-		if proven, ok := r.conf.Record.Layer(p.diffID); ok {
-			for _, b := range proven.Blobs {
-				if b.Digest == l.desc.Digest && b.Plain != "" {
-					r.addRecipients(ctx, p.diffID, l, b)
-				}
+	}
+	return nil
+}
+
+// proveRecipients tries the recipients that an image names of its own layers whose content is
+// known: another than the one that has opened it may vouch for it.
+func (r *Resolver) proveRecipients(ctx context.Context, p part) {
+	ctx, cancel := context.WithTimeout(ctx, proofWait)
+	defer cancel()
+	known, _ := r.conf.Record.Layer(p.diffID)
+	for _, l := range p.layers {
+		for _, b := range known.Blobs {
+			if b.Digest == l.desc.Digest && b.Plain != "" {
+				r.addRecipients(ctx, p.diffID, l, b)
 			}
 		}
 	}
-	return nil
 }
 
 // unknownContent describes a layer of which nothing shows that it is what was encrypted.
