@@ -190,7 +190,7 @@ func FuzzUndo(f *testing.F) {
 		to := &edit{list: "layers", changes: map[int]change{}, fresh: true}
 		for i, l := range was.Layers {
 			if mediaType, ok := processor.EncryptedMediaType(l.MediaType); ok && l.Digest != "" {
-				to.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: "sha256:bb", Size: l.Size}, sealKey: []byte("key"), annotations: map[string]string{
+				to.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: "sha256:bb", Size: l.Size}, sealKey: []byte("a key that seals"), annotations: map[string]string{
 					processor.AnnotationPrefix + "pubopts": fmt.Sprint(i), processor.AnnotationPrefix + "keys.jwe": "x",
 				}}
 			} else if processor.IsEncrypted(l.MediaType) {
@@ -207,7 +207,7 @@ func FuzzUndo(f *testing.F) {
 		back := &edit{list: "layers", changes: map[int]change{}, mode: decrypting, done: true}
 		for i, l := range is.Layers {
 			if mediaType, ok := processor.PlainMediaType(l.MediaType); ok {
-				back.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: was.Layers[i].Digest, Size: l.Size}, sealKey: []byte("key")}
+				back.changes[i] = change{desc: ocispec.Descriptor{MediaType: mediaType, Digest: was.Layers[i].Digest, Size: l.Size}, sealKey: []byte("a key that seals")}
 			}
 		}
 		decrypted, _, err := back.apply(encrypted, mediaType)

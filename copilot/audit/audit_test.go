@@ -102,7 +102,7 @@ func TestVerify(t *testing.T) {
 		"too many put away":       {join(w[4:]), []Head{three}, "begins with line 5"},
 		"nothing since":           {join(w), []Head{all}, ""},
 		"another at that place":   {join(w), []Head{{all.Chain, 3, all.MAC}}, "is another line 3"},
-		"another key's":           {join([]string{string(sealed(t, Key("another"), 1))}), nil, "another master key"},
+		"another key's":           {join([]string{string(sealed(t, Key("another key, of as many bytes as"), 1))}), nil, "another master key"},
 		"cut lines are noted":     {join(w[:2], []string{w[2][:20]}, w[2:]), nil, ""},
 		"a line with more in it":  {join([]string{strings.Replace(w[0], `{`, `{"a":1,`, 1)}), nil, "it was changed"},
 		"a line with two MACs":    {join([]string{strings.TrimSuffix(w[0], "}\n") + `,"mac":"` + all.MAC + `"}`}), nil, "it was changed"},
@@ -166,7 +166,7 @@ func TestGoesOn(t *testing.T) {
 	if info, err := os.Stat(name); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info.Mode(), err)
 	}
-	if _, err := OpenFile(name, Key("another")); err == nil || !strings.Contains(err.Error(), "copilot audit verify") {
+	if _, err := OpenFile(name, Key("another key, of as many bytes as")); err == nil || !strings.Contains(err.Error(), "copilot audit verify") {
 		t.Errorf("goes on a log of another key: %v", err)
 	}
 }
