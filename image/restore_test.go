@@ -268,7 +268,7 @@ func TestHostileRestore(t *testing.T) {
 		"other members":          {"/layers/0/data": `"ZXZpbA=="`, "/layers/0/size": `1`, "/layers/0/platform": `{"os":"evil"}`, "/schemaVersion": `1`},
 		"sealed by a stranger": {
 			"/layers/0/annotations": `{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`,
-			"/layers/0/seal":        base64.StdEncoding.EncodeToString(sealOf([]byte("key"), []byte(`{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`))),
+			"/layers/0/seal":        base64.StdEncoding.EncodeToString(sealOf([]byte("a key that seals"), []byte(`{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`))),
 		},
 		"not sealed":     {"/layers/0/annotations": `{"a":"b","org.opencontainers.image.enc.keys.jwe":"x"}`, "/layers/0/seal": ""},
 		"another digest": {"/layers/0/digest": `"` + digest.FromString("evil").String() + `"`},
