@@ -1,6 +1,6 @@
 # pilot: encrypted container images for containerd.
 #
-#   make build          the programs, into bin/        (PKCS11=1: with HSM support in all)
+#   make build          the programs, into bin/        (PKCS11=1: with HSM support in all; FIPS=1: with the FIPS 140-3 module)
 #   make install        into PREFIX/bin                (PREFIX=/usr/local, DESTDIR=)
 #   make demo           encrypt, pull and run an image, lose and restore the broker, in private directories
 #   make demo-svg       draws what make demo prints, into docs/demo.svg
@@ -21,6 +21,7 @@
 #   make test-kubernetes  pulls and installs on a Kubernetes of its own, which takes a quarter of an hour to build
 #   make test-engines   with Docker Engine 29, BuildKit, CRI-O and syft, which take some minutes to build
 #   make test-windows   runs the client programs for Windows under Wine
+#   make test-fips      all tests, with programs that have the FIPS 140-3 module and GODEBUG=fips140=only
 #   make test-race      all of make test, with programs that look for data races
 #   make test-repeat    make test COUNT=10 times, the last half of them with BUSY=2 busy loops per core beside it
 #   make test-long      kills and floods for an hour or so (ROUNDS_LONG=)
@@ -52,12 +53,20 @@ else
 NODE_CGO := 0
 endif
 
+# FIPS=1 builds with the validated version of the Go Cryptographic Module, another value with
+# that version of it: docs/fips.md. It counts for packages, images and clients, too.
+FIPS_MODULE := v1.0.0
+FIPS ?=
+ifneq ($(FIPS),)
+export GOFIPS140 := $(if $(filter 1,$(FIPS)),$(FIPS_MODULE),$(FIPS))
+endif
+
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-fips test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -127,6 +136,12 @@ test-all: tools test-unit
 test-race: tools test-unit
 	$(TEST) -race -timeout 60m -skip '^TestProperty$$' $(UNRACED)
 	GORACE="halt_on_error=1 exitcode=66" PILOT_RACE=1 go test -count=1 -timeout 180m -parallel $(PARALLEL) ./integration/...
+
+# The mode is linked into our programs and tests, so that no others have it. Examples can't be
+# skipped one by one where they show what is refused.
+test-fips: tools
+	GOFIPS140=$(FIPS_MODULE) go test -buildvcs=false -count=1 -timeout 60m -skip '^Example' -ldflags=-X=runtime.godebugDefault=fips140=only $$(go list -buildvcs=false ./... | grep -v /integration)
+	GOFIPS140=$(FIPS_MODULE) PILOT_FIPS=1 go test -buildvcs=false -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
 BUSY  ?= 2

@@ -67,7 +67,7 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 		return nil, fmt.Errorf("keys: %w", err)
 	}
 	// gpg's keyring counts only if no key is given.
-	if taken != nil && len(args.Key) == 0 || !slices.ContainsFunc(layers, hasPGP) {
+	if taken != nil && len(args.Key) == 0 || !slices.ContainsFunc(layers, hasPGP) || processor.CheckScheme("pgp") != nil {
 		withPGP = nil
 	}
 	cc, err := parsehelpers.CreateDecryptCryptoConfig(args, withPGP)
@@ -91,8 +91,12 @@ func checkRecipients(list []string) error {
 		return exit.Usagef("no recipient: say who may decrypt the image, as in --recipient provider:pilot:team-a")
 	}
 	for _, r := range list {
-		if scheme, _, ok := strings.Cut(r, ":"); !ok || !slices.Contains(recipientSchemes, scheme) {
+		scheme, _, ok := strings.Cut(r, ":")
+		if !ok || !slices.Contains(recipientSchemes, scheme) {
 			return exit.Usagef("recipient %q: use provider:NAME:KEK, hpke:FILE, coco:KEK, jwe:FILE, pkcs7:FILE, pgp:NAME or pkcs11:FILE", r)
+		}
+		if err := processor.CheckScheme(scheme); err != nil {
+			return fmt.Errorf("recipient %s: %w", r, err)
 		}
 	}
 	return nil
@@ -137,7 +141,7 @@ func newRecipients(cmd *cli.Command, args parsehelpers.EncArgs, layers []ocispec
 	if err != nil {
 		return none, fmt.Errorf("keys: %w", err)
 	}
-	if !slices.ContainsFunc(layers, hasPGP) {
+	if !slices.ContainsFunc(layers, hasPGP) || processor.CheckScheme("pgp") != nil {
 		layers = nil
 	}
 	cc, err := parsehelpers.CreateCryptoConfig(args, layers)

@@ -50,7 +50,7 @@ func newApp() *cli.Command {
 	a := app.New()
 	a.Name = "ctr-pilot"
 	a.Usage = "containerd's ctr, with image encryption"
-	a.Version = version.Version
+	a.Version = version.Text()
 	a.Description = `All of ctr's commands, and those of "images" for encrypted images:
 
    ctr-pilot images encrypt --recipient provider:pilot:team-a app:1 app:encrypted

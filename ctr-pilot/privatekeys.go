@@ -103,6 +103,9 @@ func normalizedKey(arg string) ([]byte, error) {
 		return nil, err
 	}
 	defer clear(b)
+	if err := processor.CheckPrivateKey(b); err != nil {
+		return nil, fmt.Errorf("%s: %w", parts[0], err)
+	}
 	if !processor.NeedsNormalizing(b) {
 		return nil, nil
 	}

@@ -22,6 +22,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -45,6 +46,7 @@ var testKeys = func() (keys [2][]byte) {
 
 func newStore(t testing.TB) *store {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := t.TempDir()
 	blobs, err := local.NewStore(dir)
 	if err != nil {

@@ -27,6 +27,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -51,6 +52,7 @@ type recipients struct {
 // newRecipients makes keys of each kind, and KEKs of a broker.
 func newRecipients(t testing.TB) *recipients {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	newKEKs(t, "a", "b", "c")
 	r := &recipients{}
 	for i := range 2 {

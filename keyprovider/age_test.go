@@ -9,10 +9,12 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 func TestAgeRecipientsWrapWithoutABroker(t *testing.T) {
+	fipstest.Refused(t, fipstest.Age)
 	id, err := age.GenerateHybridIdentity()
 	if err != nil {
 		t.Fatal(err)
@@ -54,6 +56,7 @@ func TestAgeRecipientsWrapWithoutABroker(t *testing.T) {
 
 // TestAgeRecipientTypedWrongIsNoKEK asks no broker for what looks like one.
 func TestAgeRecipientTypedWrongIsNoKEK(t *testing.T) {
+	fipstest.Refused(t, fipstest.Age)
 	id, err := age.GenerateX25519Identity()
 	if err != nil {
 		t.Fatal(err)

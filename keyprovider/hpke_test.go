@@ -13,6 +13,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/openedby"
 	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/wireformat"
@@ -21,6 +22,7 @@ import (
 // public returns the public half of a KEK's current version.
 func (b *testBroker) public(t testing.TB, id string) *publickek.PublicKey {
 	t.Helper()
+	fipstest.Refused(t, fipstest.HPKE)
 	answer, err := b.keys.Public(t.Context(), id, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -157,6 +159,7 @@ func BenchmarkUnwrapOfPublicKey(b *testing.B) {
 // TestOnlyABrokersKEKIsReportedAsOpener has a recipient of age in an annotation, which is
 // what its writer says, and what anybody can wrap for.
 func TestOnlyABrokersKEKIsReportedAsOpener(t *testing.T) {
+	fipstest.Refused(t, fipstest.Age)
 	b := startBroker(t, map[string][]byte{"a": nil})
 	id, err := age.GenerateX25519Identity()
 	if err != nil {

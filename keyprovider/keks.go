@@ -106,6 +106,9 @@ func (p *Provider) unwrap(ctx context.Context, a wireformat.Annotation, allowed 
 // unwrapOriginal tries each KEK that is named, or else the default ones, on an
 // annotation that does not say which it takes.
 func (p *Provider) unwrapOriginal(ctx context.Context, a wireformat.Annotation, allowed []string) ([]byte, client.KEK, error) {
+	if err := refuseOriginal(); err != nil {
+		return nil, client.KEK{}, fmt.Errorf("%w: %w", ErrInput, err)
+	}
 	ids := allowed
 	if len(ids) == 0 {
 		ids = p.conf.DefaultKEKs

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -89,7 +91,7 @@ func (k *keeper) find(w http.ResponseWriter, id string, version int) (cipher.AEA
 		return nil, nil
 	}
 	block, _ := aes.NewCipher(key)
-	aead, _ := cipher.NewGCM(block)
+	aead, _ := cipher.NewGCMWithRandomNonce(block)
 	return aead, key
 }
 
@@ -122,9 +124,7 @@ func (k *keeper) wrap(w http.ResponseWriter, r *http.Request) {
 	if aead == nil {
 		return
 	}
-	nonce := make([]byte, aead.NonceSize())
-	rand.Read(nonce)
-	reply(w, map[string]any{"id": id, "version": version, "method": "copilot", "wrappedKey": aead.Seal(nonce, nonce, in.Plaintext, fmt.Appendf(nil, "%s@%d", id, version))})
+	reply(w, map[string]any{"id": id, "version": version, "method": "copilot", "wrappedKey": aead.Seal(nil, nil, in.Plaintext, fmt.Appendf(nil, "%s@%d", id, version))})
 }
 
 func (k *keeper) unwrap(w http.ResponseWriter, r *http.Request) {
@@ -143,11 +143,11 @@ func (k *keeper) unwrap(w http.ResponseWriter, r *http.Request) {
 	if aead == nil {
 		return
 	}
-	nonce, sealed, data := in.IV, in.WrappedKey, fmt.Sprintf(`{"kekId":%q,"kekVersion":%d,"method":"A256GCMKW"}`, id, in.Version)
+	sealed, data := slices.Concat(in.IV, in.WrappedKey), fmt.Sprintf(`{"kekId":%q,"kekVersion":%d,"method":"A256GCMKW"}`, id, in.Version)
 	if in.Method == "copilot" {
-		nonce, sealed, data = sealed[:12], sealed[12:], fmt.Sprintf("%s@%d", id, in.Version)
+		data = fmt.Sprintf("%s@%d", id, in.Version)
 	}
-	plaintext, err := aead.Open(nil, nonce, sealed, []byte(data))
+	plaintext, err := aead.Open(nil, nil, sealed, []byte(data))
 	if err != nil {
 		problem(w, http.StatusBadRequest, "about:blank", "this KEK did not wrap that key, or it was changed")
 		return
@@ -299,6 +299,7 @@ func TestNotExportedMixed(t *testing.T) {
 // TestOriginalNotExported checks that the original's format, which takes the
 // KEK itself, says so.
 func TestOriginalNotExported(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	k := startKeeper(t, "team-a", "team-b")
 	k.exports["team-b"] = true
 	conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"team-a", "team-b"}}

@@ -3,11 +3,18 @@ package keyprovider
 import (
 	"context"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/ctrlplane/pilot/internal/fips"
 )
 
 // probeKey is the gRPC metadata of requests that only check whether pilot works.
 const probeKey = "pilot-probe"
+
+// FIPSKey is the gRPC metadata in which pilot answers a probe with its FIPS 140-3 module and
+// mode, if it has one.
+const FIPSKey = "pilot-fips140"
 
 type probeContext struct{}
 
@@ -17,9 +24,13 @@ func Probe(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, probeKey, "1")
 }
 
-// withProbe marks a request that was made with [Probe].
+// withProbe marks a request that was made with [Probe], and sends FIPSKey.
 func withProbe(ctx context.Context) context.Context {
 	if len(metadata.ValueFromIncomingContext(ctx, probeKey)) > 0 {
+		if mode := fips.Describe(); mode != "" {
+			// It fails without a connection, as in a test.
+			_ = grpc.SetHeader(ctx, metadata.Pairs(FIPSKey, mode))
+		}
 		return context.WithValue(ctx, probeContext{}, true)
 	}
 	return ctx

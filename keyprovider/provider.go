@@ -157,8 +157,13 @@ func (p *Provider) WrapKey(ctx context.Context, params [][]byte, layerKey []byte
 	if len(ids) == 0 {
 		return nil, fmt.Errorf("%w: %w: use the recipient provider:%s:KEK", ErrInput, errNoKEK, p.conf.Name)
 	}
-	if len(ids) > 1 && p.conf.Format == FormatOriginal {
-		return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
+	if p.conf.Format == FormatOriginal {
+		if err := refuseOriginal(); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrInput, err)
+		}
+		if len(ids) > 1 {
+			return nil, fmt.Errorf("%w: the original's format holds one KEK, and %d are named", ErrInput, len(ids))
+		}
 	}
 
 	annotations := make([]wireformat.Annotation, len(ids))

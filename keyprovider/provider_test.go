@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -46,6 +47,7 @@ func TestSeveralKEKs(t *testing.T) {
 // TestOneKEK checks that a single one is no array, which the original could
 // not read.
 func TestOneKEK(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	b := startBroker(t, map[string][]byte{"a": nil})
 	for _, format := range []Format{FormatA256GCMKW, FormatOriginal} {
 		annotation := wrapFor(t, newProvider(t, b.url, Config{Format: format}), "a")
@@ -61,6 +63,7 @@ func TestOneKEK(t *testing.T) {
 
 // TestParameters checks that only KEKs are used that the caller names.
 func TestParameters(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	b := startBroker(t, map[string][]byte{"a": nil, "b": nil, "c": nil})
 	several := wrapFor(t, newProvider(t, b.url, Config{}), "a", "b")
 	original := wrapFor(t, newProvider(t, b.url, Config{Format: FormatOriginal}), "a")
@@ -105,6 +108,7 @@ func TestParameters(t *testing.T) {
 // TestRotatedSince unwraps, with a KEK in the cache, what was wrapped with a
 // version that came after it.
 func TestRotatedSince(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	b := startBroker(t, map[string][]byte{"a": nil})
 	for name, url := range map[string]string{"copilot": b.url, "original broker": b.tcp + "/api/v1/key"} {
 		conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"a"}, CacheSize: 10}
@@ -125,6 +129,7 @@ func TestRotatedSince(t *testing.T) {
 
 // TestOriginalAcrossRotations unwraps what does not say which version it takes.
 func TestOriginalAcrossRotations(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	b := startBroker(t, map[string][]byte{"a": nil, "b": bytes.Repeat([]byte("b"), 16)})
 	conf := Config{Format: FormatOriginal, DefaultKEKs: []string{"a", "b"}, CacheSize: 10}
 	annotations := map[string][]byte{}

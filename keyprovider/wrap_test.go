@@ -10,11 +10,13 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
 // TestOriginalVectors unwraps what a JVM wrapped, with the original's code.
 func TestOriginalVectors(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	f, err := os.Open("testdata/aes-gcm-annotations.jsonl")
 	if err != nil {
 		t.Fatal(err)
@@ -41,6 +43,7 @@ func TestOriginalVectors(t *testing.T) {
 }
 
 func TestWrapUnwrap(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	secret := []byte(`{"symkey":"…"}`)
 	for _, test := range []struct {
 		format Format
@@ -78,6 +81,7 @@ func TestWrapUnwrap(t *testing.T) {
 // TestOriginalFields checks that the original, which refuses unknown fields,
 // gets no others than its own.
 func TestOriginalFields(t *testing.T) {
+	fipstest.Refused(t, fipstest.Original)
 	a, err := wrap(client.KEK{ID: "team-a", Version: 2, Key: make([]byte, 32)}, FormatOriginal, []byte("x"))
 	if err != nil {
 		t.Fatal(err)

@@ -26,6 +26,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -38,6 +39,7 @@ type keys struct {
 
 func newKeys(t testing.TB) keys {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	public, private, err := utils.CreateRSATestKey(2048, nil, true)
 	if err != nil {
 		t.Fatal(err)

@@ -334,6 +334,8 @@ func (l *keyList) load(dir string) *dirKeys {
 		parameter, reason := "", ""
 		if err != nil {
 			reason = unreadable(f.path, err)
+		} else if err := CheckPrivateKey(b); err != nil {
+			reason = "not allowed: " + err.Error()
 		} else {
 			// Errors are for classifyKey to explain.
 			if key, _ := NormalizePrivateKey(b, nil); key != nil {

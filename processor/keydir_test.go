@@ -33,6 +33,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // put writes a file below dir and returns its path.
@@ -102,6 +104,7 @@ type strayFile struct {
 
 // strayFiles returns one of each kind. No name is repeated.
 func strayFiles(t testing.TB) []strayFile {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
@@ -300,6 +303,7 @@ func TestKeyDirStrayFiles(t *testing.T) {
 
 // TestKeyDirPath gives paths that are no directory of keys.
 func TestKeyDirPath(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	alice := newPair(t)
 	layer := layerFor(t, alice)
 	dir := t.TempDir()
@@ -358,6 +362,7 @@ func TestKeyDirPath(t *testing.T) {
 
 // TestKeyDirLimits has more in the directory than is read.
 func TestKeyDirLimits(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	alice := newPair(t)
 	layer := layerFor(t, alice)
 	found := func(dir string) (s KeyDirState) {
@@ -395,6 +400,7 @@ func TestKeyDirLimits(t *testing.T) {
 
 // TestKeyDirChanges adds, removes and replaces keys.
 func TestKeyDirChanges(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	alice, bob := newPair(t), newPair(t)
 	forAlice, forBob := layerFor(t, alice), layerFor(t, bob)
 	dir := t.TempDir()
@@ -450,6 +456,7 @@ func TestKeyDirChanges(t *testing.T) {
 // the middle of reading them: two keys that belong together, and one in a
 // subdirectory.
 func TestKeyDirKubernetes(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	dir := t.TempDir()
 	pairs := []pair{newPair(t), newPair(t)}
 	generation := func(i int) string {
@@ -545,6 +552,7 @@ func TestAbandonedKeepsKeys(t *testing.T) {
 
 // TestKeyDirCleared looks at the memory of keys that were used.
 func TestKeyDirCleared(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	dir := t.TempDir()
 	put(t, dir, "key.pem", newPair(t).private)
 	keys, err := NewKeyDir(dir, nil).read(t.Context())
@@ -572,6 +580,7 @@ func TestKeyDirCleared(t *testing.T) {
 
 // TestKeyDirHangs has a file system that does not answer.
 func TestKeyDirHangs(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
 	keys := NewKeyDir(t.TempDir(), nil)
 	keys.reading <- struct{}{} // as a reader that hangs does
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
@@ -640,6 +649,7 @@ func BenchmarkKeyDir(b *testing.B) {
 
 // FuzzClassifyKey has files with anything in them.
 func FuzzClassifyKey(f *testing.F) {
+	fipstest.Refused(f, fipstest.PrivateKey)
 	dir := f.TempDir()
 	for _, s := range strayFiles(f) {
 		s.put(f, dir)

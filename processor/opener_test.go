@@ -6,10 +6,13 @@ import (
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestClaimOfWhatAnybodyCanWrapIsPublic reads annotations, of which nothing is proven.
 func TestClaimOfWhatAnybodyCanWrapIsPublic(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	const scheme = "provider.pilot"
 	for annotation, want := range map[string]Opener{
 		`{"method":"A256GCMKW","kekId":"a","kekVersion":2,"iv":"","wrappedKey":""}`:                                 {Scheme: scheme, KEK: "a", Version: 2},

@@ -9,10 +9,13 @@ import (
 	"testing"
 
 	"github.com/containers/ocicrypt/utils"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // FuzzNormalizePrivateKey: what it returns, ocicrypt reads.
 func FuzzNormalizePrivateKey(f *testing.F) {
+	fipstest.Refused(f, fipstest.PrivateKey)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		f.Fatal(err)

@@ -19,11 +19,14 @@ import (
 	"github.com/containers/ocicrypt/keywrap/jwe"
 	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // newECPairs returns key pairs that are made faster than RSA's.
 func newECPairs(t *testing.T, n int) []pair {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	pairs := make([]pair, n)
 	for i := range pairs {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -57,6 +60,7 @@ func forAll(pairs []pair) Recipients {
 // encryptedKey returns a layer key that has encrypted a layer, and the layer.
 func encryptedKey(t *testing.T) (*LayerKey, []byte) {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	key := NewLayerKey("")
 	encrypter, err := NewEncrypter(strings.NewReader("layer"), key)
 	if err != nil {

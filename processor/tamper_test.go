@@ -11,6 +11,8 @@ import (
 
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestTamperedAnywhere changes each bit of a small layer, cuts it at each length,
@@ -59,6 +61,7 @@ func TestTamperedAnywhere(t *testing.T) {
 // TestTamperedOptions changes each byte of a layer's annotations. It is found, or
 // it says the same in other words.
 func TestTamperedOptions(t *testing.T) {
+	fipstest.Refused(t, fipstest.JWE)
 	public, private, err := utils.CreateRSATestKey(2048, nil, true)
 	if err != nil {
 		t.Fatal(err)

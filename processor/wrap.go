@@ -56,6 +56,9 @@ func (k Keys) wrapper(scheme string) (wrapper, error) {
 		p, err := k.provider(name)
 		return providerWrapper{name, p}, err
 	}
+	if err := CheckScheme(scheme); err != nil {
+		return nil, err
+	}
 	switch scheme {
 	case "jwe":
 		return keyWrapper{jwe.NewKeyWrapper()}, nil

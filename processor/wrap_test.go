@@ -16,6 +16,8 @@ import (
 	"github.com/containers/ocicrypt/config"
 	"github.com/containers/ocicrypt/utils"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // pair is a key pair in PEM.
@@ -23,6 +25,7 @@ type pair struct{ public, private []byte }
 
 func newPair(t testing.TB) pair {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	public, private, err := utils.CreateRSATestKey(2048, nil, true)
 	if err != nil {
 		t.Fatal(err)
@@ -99,6 +102,7 @@ func TestWrapForSeveral(t *testing.T) {
 }
 
 func TestWrapErrors(t *testing.T) {
+	fipstest.Refused(t, fipstest.JWE)
 	_, k := encrypt(t, []byte("layer"))
 	k.mac = make([]byte, 32)
 	for _, test := range []struct {

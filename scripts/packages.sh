@@ -20,12 +20,13 @@ tools=${PILOT_TOOLS:-$repo/.cache/tools}/bin
 
 # v1.2.3-rc.1 is a package's 1.2.3~rc.1, which sorts before 1.2.3; and
 # v1.2.3-5-gabcdef its 1.2.3+5.gabcdef, which sorts after 1.2.3 and before
-# 1.2.4: with dpkg and rpm alike.
+# 1.2.4: with dpkg and rpm alike. With GOFIPS140, it is 1.2.3+fips.
 base=${version#v} since=
 if [[ $base == *-dirty ]]; then base=${base%-dirty} since=.dirty; fi
 if [[ $base =~ ^(.*)-([0-9]+)-(g[0-9a-f]+)$ ]]; then
 	base=${BASH_REMATCH[1]} since=.${BASH_REMATCH[2]}.${BASH_REMATCH[3]}$since
 fi
+[ -z "${GOFIPS140:-}" ] || since+=.fips
 PACKAGE_VERSION=${base/-/\~}${since/./+}
 export PACKAGE_VERSION
 if ! [[ $PACKAGE_VERSION =~ ^[0-9][0-9A-Za-z.+~]*$ ]]; then

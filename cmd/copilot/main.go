@@ -33,7 +33,7 @@ func newApp() *cli.Command {
 	app := &cli.Command{
 		Name:    "copilot",
 		Usage:   "keep key encryption keys (KEKs) for pilot",
-		Version: version.Version,
+		Version: version.Text(),
 		Description: `copilot keeps KEKs, or reaches them in a key management system (KMS). It releases
 them to pilot, or wraps and unwraps with them, according to a policy, and audits
 each request.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v3"
@@ -36,14 +37,15 @@ Whether the KEK is disabled or revoked is asked of the configured store, or of
 --server. The exit status is 0 if it is allowed, and 3 if it is denied.
 
 With --workload it is for a workload that the identity vouches for, as a node does
-before it starts a container.
+before it starts a container, whose pod has the labels of --label and no others.
 
 With --token FILE the identity and its claims are those of a token, and IDENTITY
 is left out. The token's signature is not checked.
 
 Examples:
    copilot policy check spiffe://example.com/node/worker-7 team-a unwrap
-   copilot policy check --workload prod/web spiffe://example.com/node/worker-7 team-a unwrap
+   copilot policy check --workload prod/web --label tier=gold \
+      spiffe://example.com/node/worker-7 team-a unwrap
    copilot policy check --claim repository_id=123456 --claim ref=refs/heads/main \
       github:repo:acme/app:ref:refs/heads/main team-a wrap
    copilot policy check --token token.jwt team-a wrap`,
@@ -51,6 +53,7 @@ Examples:
 			&cli.StringSliceFlag{Name: "claim", Usage: "claim `NAME=VALUE` of the identity's token; several, if repeated"},
 			&cli.StringFlag{Name: "token", Usage: "`FILE` with a token (JWT), or - for standard input, instead of IDENTITY"},
 			&cli.StringFlag{Name: "workload", Usage: "`NAMESPACE/SERVICEACCOUNT` that the identity, a node, vouches for"},
+			&cli.StringSliceFlag{Name: "label", Usage: "label `KEY=VALUE` of the workload's pod; several, if repeated"},
 			&cli.GenericFlag{Name: "at", Usage: "`TIME` to check for, as in 2030-01-01, 2030-01-02T03:04:05Z or 90d", Value: &commandline.When{}, DefaultText: "now"},
 			jsonFlag(),
 		)...),
@@ -84,6 +87,10 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 			return exit.Usagef("policy check: --workload is for one KEK: use it with IDENTITY KEK unwrap")
 		}
 	}
+	labels, err := labelsOf(c)
+	if err != nil {
+		return err
+	}
 	switch {
 	case len(args) == 0 && who.Identity != "":
 		return printGrants(c, p, who, now)
@@ -93,7 +100,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 		return exit.Usagef("policy check takes an identity (or --token), a KEK and an action, and got %d arguments", c.NArg())
 	}
 	identity, kek, action := who.Identity, args[0], policy.Action(args[1])
-	if who.Workload = c.String("workload"); who.Workload != "" && action != policy.Unwrap {
+	if who.Workload, who.Labels = c.String("workload"), labels; who.Workload != "" && action != policy.Unwrap {
 		return exit.Usagef("policy check: --workload is for unwrap: other actions are the node's own")
 	}
 	if !slices.Contains(policy.Actions, action) {
@@ -124,7 +131,7 @@ func checkPolicy(ctx context.Context, c *cli.Command) error {
 		}
 	}
 	if c.Bool("json") {
-		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown, who.Claims, who.Workload}); err != nil {
+		if err := printJSON(policyVerdict{v.Allowed, v.Reason, identity, kek, action, now.UTC(), unknown, who.Claims, who.Workload, who.Labels}); err != nil {
 			return err
 		}
 	}
@@ -151,6 +158,30 @@ type policyVerdict struct {
 	Claims policy.Claims `json:"claims,omitempty"`
 	// Workload is that of --workload.
 	Workload string `json:"workload,omitempty"`
+	// Labels are those of --label.
+	Labels map[string]string `json:"labels,omitempty"`
+}
+
+// labelsOf returns the labels of the pod of --workload, or nil without that.
+func labelsOf(c *cli.Command) (map[string]string, error) {
+	if !c.IsSet("workload") {
+		if c.IsSet("label") {
+			return nil, exit.Usagef("policy check: --label is for a workload's pod: use it with --workload")
+		}
+		return nil, nil
+	}
+	labels := map[string]string{}
+	for _, s := range c.StringSlice("label") {
+		key, value, ok := strings.Cut(s, "=")
+		if !ok {
+			return nil, exit.Usagef("policy check: --label %q is not KEY=VALUE", s)
+		}
+		if _, twice := labels[key]; twice {
+			return nil, exit.Usagef("policy check: --label: duplicate key %q", key)
+		}
+		labels[key] = value
+	}
+	return labels, nil
 }
 
 // printUsable prints that a policy can be used, and warnings.

@@ -116,6 +116,9 @@ func printGrants(c *cli.Command, p *policy.Policy, who policy.Principal, now tim
 		line := fmt.Sprintf("rule %d %s %s with %s", g.Rule, verb, strings.Join(actions, ", "), strings.Join(g.KEKs, ", "))
 		if len(g.Workloads) > 0 {
 			line += ", for the workloads " + strings.Join(g.Workloads, ", ")
+			if g.Labels != "" {
+				line += " with the labels " + g.Labels
+			}
 		}
 		if len(g.Unmet) > 0 {
 			line = fmt.Sprintf("rule %d does not count: %s", g.Rule, strings.Join(g.Unmet, "; "))

@@ -90,7 +90,7 @@ func decode(args []string) error {
 	}
 	switch {
 	case *showVersion:
-		fmt.Println("pilot-decoder version", version.Version)
+		fmt.Println("pilot-decoder version", version.Text())
 		return nil
 	case payloadErr != nil:
 		return payloadErr

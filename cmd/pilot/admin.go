@@ -24,7 +24,7 @@ func newRegistry() *prometheus.Registry {
 		Name: "pilot_build_info", Help: "1, with pilot's version.", ConstLabels: prometheus.Labels{"version": version.Version},
 	})
 	info.Set(1)
-	r.MustRegister(info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	r.MustRegister(info, status.FIPS("pilot_fips140_info"), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return r
 }
 

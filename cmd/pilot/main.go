@@ -36,7 +36,7 @@ func newApp() *cli.Command {
 	return commandline.Complete(&cli.Command{
 		Name:    "pilot",
 		Usage:   "decrypt encrypted container images on nodes, and wrap and unwrap their keys",
-		Version: version.Version,
+		Version: version.Text(),
 		Description: `pilot wraps and unwraps the layer keys of encrypted images with keys from a key broker:
 for containerd as its differ, which decrypts layers, and for skopeo, buildah, podman
 and CRI-O as a key provider. Those find it through a file such as

@@ -17,6 +17,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/fips"
 	"github.com/ctrlplane/pilot/internal/grpctls"
 	"github.com/ctrlplane/pilot/internal/tracing"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
@@ -140,6 +141,9 @@ func serveAll(ctx context.Context, d *daemon) error {
 	logrus.WithFields(logrus.Fields{
 		"listen": conf.Listen, "diff": conf.DiffListen, "broker": conf.Broker.String(), "format": conf.AnnotationFormat,
 	}).Info("pilot serves")
+	if mode := fips.Describe(); mode != "" {
+		logrus.Info(mode)
+	}
 	if _, isUnix := conf.Listen.unix(); !isUnix && conf.TLSCert == "" {
 		logrus.WithField("listen", conf.Listen).Warn("every user of this machine can request layer keys: there is no TLS (insecure-loopback)")
 	}

@@ -40,6 +40,8 @@ type Entry struct {
 	Who     string    `json:"who"`
 	// Workload is the one that the caller vouches for, NAMESPACE/SERVICEACCOUNT.
 	Workload string `json:"workload,omitempty"`
+	// Labels are those of the workload's pod that rules are about.
+	Labels map[string]string `json:"labels,omitempty"`
 	// Claims are some of those of the caller's token, which say which CI job it is of.
 	Claims  map[string]string `json:"claims,omitempty"`
 	From    string            `json:"from"`

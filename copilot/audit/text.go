@@ -57,8 +57,15 @@ func (e *Entry) bound() {
 	} {
 		*s = printable(*s, most)
 	}
-	e.Claims = maps.Clone(e.Claims)
-	for name, text := range e.Claims {
-		e.Claims[name] = printable(text, maxClaim)
+	e.Claims = bounded(e.Claims)
+	e.Labels = bounded(e.Labels)
+}
+
+// bounded returns a copy of texts by name, each as a line has it.
+func bounded(texts map[string]string) map[string]string {
+	texts = maps.Clone(texts)
+	for name, text := range texts {
+		texts[name] = printable(text, maxClaim)
 	}
+	return texts
 }

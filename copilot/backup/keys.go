@@ -2,24 +2,21 @@ package backup
 
 import (
 	"bytes"
-	"crypto/fips140"
-	"errors"
 	"fmt"
 	"strings"
 
 	"filippo.io/age"
 	"filippo.io/age/agessh"
 
+	"github.com/ctrlplane/pilot/internal/fips"
 	"github.com/ctrlplane/pilot/internal/regular"
 )
 
-// notInFIPS returns an error where only what FIPS 140-3 approves is allowed: age uses
-// ChaCha20-Poly1305, and its library waits for a key that it can't make.
-func notInFIPS() error {
-	if fips140.Enforced() {
-		return errors.New("backups are in the format of age, whose ciphers FIPS 140-3 does not approve: run this command without GODEBUG=fips140=only, or back up the database by its own means")
-	}
-	return nil
+// refuse is the error of backups where age's ciphers are not allowed: its library waits
+// without end for a key that it can't make.
+func refuse() error {
+	return fips.Refuse("backups are in the format of age, which encrypts with ChaCha20-Poly1305",
+		"run this command without that setting, or back up the database by its own means")
 }
 
 // maxKeys bounds a file of recipients or identities, in bytes.
@@ -46,7 +43,7 @@ func ParseRecipient(text string) (age.Recipient, error) {
 // ParseRecipients is [ParseRecipient] for several. Post-quantum ones can't be together
 // with others, which would open the backup to a quantum computer.
 func ParseRecipients(texts []string) ([]age.Recipient, error) {
-	if err := notInFIPS(); err != nil {
+	if err := refuse(); err != nil {
 		return nil, err
 	}
 	var list []age.Recipient
@@ -99,6 +96,9 @@ func ReadRecipients(name string) ([]string, error) {
 // ReadIdentities reads a file of age identities, as age-keygen writes it, or an SSH private
 // key that has no passphrase.
 func ReadIdentities(name string) ([]age.Identity, error) {
+	if err := refuse(); err != nil {
+		return nil, err
+	}
 	b, err := regular.ReadText(name, maxKeys)
 	if err != nil {
 		return nil, err

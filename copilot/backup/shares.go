@@ -45,7 +45,7 @@ var letters = base32.NewEncoding("0123456789ABCDEFGHJKMNPQRSTVWXYZ").WithPadding
 // NewShares makes a new identity and splits it into shares, of which threshold are needed.
 // Backups are sealed to the recipient, which is no secret. The identity itself is nowhere.
 func NewShares(threshold, total int) ([]Share, *age.HybridRecipient, error) {
-	if err := notInFIPS(); err != nil {
+	if err := refuse(); err != nil {
 		return nil, nil, err
 	}
 	identity, err := age.GenerateHybridIdentity()
@@ -144,6 +144,9 @@ func ParseShare(text string) (Share, error) {
 // Combine returns the identity of shares of one set. More than are needed must fit, too.
 // Errors wrap [ErrOtherSet] or [ErrTooFew].
 func Combine(shares []Share) (age.Identity, error) {
+	if err := refuse(); err != nil {
+		return nil, err
+	}
 	if len(shares) == 0 {
 		return nil, ErrTooFew
 	}

@@ -257,21 +257,34 @@ func (c *Client) Unwrap(ctx context.Context, id string, w Wrapped) (plaintext []
 }
 
 // Use asks whether the KEK named id may be used, in a version or in its current one if
-// version is 0, for a workload that this node vouches for: NAMESPACE/SERVICEACCOUNT. It
-// returns nil if so. The error wraps ErrForbidden, or ErrNotFound, if not. Only copilot's
+// version is 0, for a workload that this node vouches for: NAMESPACE/SERVICEACCOUNT, and the
+// labels of its pod, or nil if they are not known. It returns nil if so, and the keys of the
+// labels that the answer depends on. The error wraps ErrForbidden, or ErrNotFound, if not. Only copilot's
 // own API can.
-func (c *Client) Use(ctx context.Context, id string, version int, workload string) error {
+func (c *Client) Use(ctx context.Context, id string, version int, workload string, labels map[string]string) (labelKeys []string, err error) {
+	labelKeys, err = c.use(ctx, id, version, workload, labels)
+	if labels != nil && errors.Is(err, ErrRejected) {
+		// A copilot from before there were labels has no rules with labels either. Others
+		// take labels that are not sent for ones that no rule allows.
+		return c.use(ctx, id, version, workload, nil)
+	}
+	return labelKeys, err
+}
+
+func (c *Client) use(ctx context.Context, id string, version int, workload string, labels map[string]string) (labelKeys []string, err error) {
 	body, err := json.Marshal(struct {
-		Workload string `json:"workload"`
-		Version  int    `json:"version,omitempty"`
-	}{workload, version})
+		Workload string            `json:"workload"`
+		Labels   map[string]string `json:"labels,omitzero"`
+		Version  int               `json:"version,omitempty"`
+	}{workload, labels, version})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	err = c.post(ctx, id, "use", body, func(answer []byte) error {
 		var a struct {
-			ID       string `json:"id"`
-			Workload string `json:"workload"`
+			ID        string   `json:"id"`
+			Workload  string   `json:"workload"`
+			LabelKeys []string `json:"labelKeys"`
 		}
 		if err := decode(answer, &a); err != nil {
 			return err
@@ -279,15 +292,16 @@ func (c *Client) Use(ctx context.Context, id string, version int, workload strin
 		if a.ID != id || a.Workload != workload {
 			return fmt.Errorf("%w: it answered for KEK %.60q and workload %.60q", ErrUnavailable, a.ID, a.Workload)
 		}
+		labelKeys = a.LabelKeys
 		return nil
 	})
 	if errors.Is(err, errNoSuchPath) {
 		err = fmt.Errorf("a broker that knows no workloads: upgrade copilot: %w", err)
 	}
 	if err != nil {
-		return fmt.Errorf("use KEK %q for workload %s: %w", id, workload, err)
+		return nil, fmt.Errorf("use KEK %q for workload %s: %w", id, workload, err)
 	}
-	return nil
+	return labelKeys, nil
 }
 
 // post sends a request about a KEK to copilot's own API. It clears body.

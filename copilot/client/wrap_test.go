@@ -73,7 +73,7 @@ func TestWrapAnswers(t *testing.T) {
 		case "key":
 			_, err = c.KEK(t.Context(), "a", 0)
 		case "use":
-			if err = c.Use(t.Context(), "a", 1, "prod/web"); test.name == "earlier broker" && !strings.Contains(err.Error(), "upgrade copilot") {
+			if _, err = c.Use(t.Context(), "a", 1, "prod/web", nil); test.name == "earlier broker" && !strings.Contains(err.Error(), "upgrade copilot") {
 				t.Error(err)
 			}
 		}
@@ -139,5 +139,24 @@ func TestWrapNotRead(t *testing.T) {
 		if _, err := c.Wrap(t.Context(), "a", make([]byte, 64<<10)); !errors.Is(err, ErrUnavailable) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// A copilot from before there were labels takes no request with them.
+func TestEarlierBrokerIsAskedWithoutLabels(t *testing.T) {
+	b := startAsked(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		body, err := io.ReadAll(r.Body)
+		if err != nil || strings.Contains(string(body), "labels") {
+			w.Header().Set("Content-Type", "application/problem+json")
+			w.WriteHeader(400)
+			fmt.Fprint(w, problemText(400, "the body is not the JSON that this path takes"))
+			return
+		}
+		fmt.Fprint(w, `{"id":"a","workload":"prod/web"}`)
+	})
+	keys, err := newClient(t, time.Minute, b.url).Use(t.Context(), "a", 1, "prod/web", map[string]string{"tier": "gold"})
+	if err != nil || len(keys) != 0 {
+		t.Errorf("%q, %v", keys, err)
 	}
 }

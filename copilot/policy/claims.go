@@ -20,6 +20,9 @@ type Principal struct {
 	// Workload is the one that a node vouches for in its request, NAMESPACE/SERVICEACCOUNT.
 	// It is "" for what the node does itself.
 	Workload string
+	// Labels are those of the workload's pod, which its author chooses. They are nil if the
+	// node does not report them.
+	Labels map[string]string
 }
 
 // Claims are what an issuer says in a token, as text by name: a string as it is, true

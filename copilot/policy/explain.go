@@ -11,7 +11,9 @@ import (
 // others has.
 func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time) string {
 	var both []Action
-	var other *rule   // of those that are for another workload
+	var other *rule // of those that are for another workload, the closest
+	var otherWhy string
+	otherRank := 0
 	var closest *rule // of those that want other claims
 	var unmet []string
 	known, likely := false, 0
@@ -34,9 +36,9 @@ func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time)
 			continue
 		}
 		known = true
-		if !r.isForWorkload(who.Workload) {
-			if r.holds(now) && matchAny(r.KEKs, kek) && slices.Contains(r.Actions, action) && (other == nil || other.Workloads == nil) {
-				other = r
+		if !r.isForWorkload(who) {
+			if why, rank := r.otherWorkload(who); rank > otherRank && r.holds(now) && matchAny(r.KEKs, kek) && slices.Contains(r.Actions, action) {
+				other, otherWhy, otherRank = r, why, rank
 			}
 			continue
 		}
@@ -48,7 +50,7 @@ func (p *Policy) whyNot(who Principal, kek string, action Action, now time.Time)
 	case closest != nil && (likely == 2 || !known):
 		return fmt.Sprintf("%s of %s wants other claims: %s", closest, p.name, strings.Join(unmet, "; "))
 	case other != nil:
-		return fmt.Sprintf("%s of %s %s", other, p.name, other.otherWorkload(who.Workload))
+		return fmt.Sprintf("%s of %s %s", other, p.name, otherWhy)
 	case len(both) > 0:
 		return fmt.Sprintf("no rule of %s allows %s: those for %s with %s allow %s", p.name, action, who.Identity, kek, joined(both))
 	case known:
@@ -65,6 +67,8 @@ type Grant struct {
 	Deny    bool     `json:"deny,omitempty"`
 	// Workloads are those that the rule is for, if it is not for the node itself.
 	Workloads []string `json:"workloads,omitempty"`
+	// Labels is the selector of the labels that their pods have to have.
+	Labels string `json:"labels,omitempty"`
 	// Unmet are the claims that the rule wants besides and the caller's token does not
 	// have. The rule does not count then.
 	Unmet []string `json:"unmet,omitempty"`
@@ -74,7 +78,11 @@ type Grant struct {
 func (p *Policy) Grants(who Principal, now time.Time) (list []Grant) {
 	for _, r := range p.rules {
 		if r.holds(now) && matchIdentity(r.Identities, who.Identity) {
-			list = append(list, Grant{r.number, r.KEKs, r.Actions, r.Deny, r.Workloads, r.unmet(who.Claims)})
+			g := Grant{Rule: r.number, KEKs: r.KEKs, Actions: r.Actions, Deny: r.Deny, Workloads: r.Workloads, Unmet: r.unmet(who.Claims)}
+			if r.Labels != nil {
+				g.Labels = *r.Labels
+			}
+			list = append(list, g)
 		}
 	}
 	return list

@@ -49,14 +49,17 @@ type rule struct {
 	KEKs   []string        `toml:"keks"`
 	// Workloads are those that nodes may vouch for. Without them, a rule that allows is for
 	// requests without a workload.
-	Workloads []string  `toml:"workloads"`
+	Workloads []string `toml:"workloads"`
+	// Labels is a selector of the labels of the workloads' pods.
+	Labels    *string   `toml:"labels"`
 	Actions   []Action  `toml:"actions"`
 	Deny      bool      `toml:"deny"`
 	NotBefore time.Time `toml:"not-before"`
 	NotAfter  time.Time `toml:"not-after"`
 
-	number int     // in the file, from 1
-	claims []claim // Claims, as they are compared
+	number   int      // in the file, from 1
+	claims   []claim  // Claims, as they are compared
+	selector selector // Labels, likewise
 }
 
 // limit is how many requests an identity may make.
@@ -110,6 +113,9 @@ func parse(name string, b []byte, issuers Issuers) (*Policy, error) {
 			return nil, fmt.Errorf("policy: %s: rule %d: %w", name, i+1, err)
 		}
 		p.Warnings = append(p.Warnings, warnings...)
+		if warning := p.rules[i].labelsWarning(); warning != "" {
+			p.Warnings = append(p.Warnings, warning)
+		}
 	}
 	for i := range p.limits {
 		if err := p.limits[i].check(issuers.names()); err != nil {
@@ -149,6 +155,9 @@ func (r *rule) check(issuers []string) error {
 		return err
 	}
 	if err := r.checkWorkloads(); err != nil {
+		return err
+	}
+	if err := r.checkLabels(); err != nil {
 		return err
 	}
 	if !r.NotBefore.IsZero() && !r.NotAfter.IsZero() && !r.NotAfter.After(r.NotBefore) {
@@ -210,7 +219,7 @@ func (p *Policy) Decide(who Principal, kek string, action Action, now time.Time)
 	var expired, early *rule
 	for i := range p.rules {
 		r := &p.rules[i]
-		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !r.isFor(who) || !r.isForWorkload(who.Workload) {
+		if !slices.Contains(r.Actions, action) || !matchAny(r.KEKs, kek) || !r.isFor(who) || !r.isForWorkload(who) {
 			continue
 		}
 		switch {

@@ -47,24 +47,28 @@ func (r *rule) checkWorkloads() error {
 	return nil
 }
 
-// isForWorkload reports whether a rule is for requests with a workload, or, if that is "",
-// with none. A rule without workloads is for the node itself; if it denies, for its
-// workloads too.
-func (r *rule) isForWorkload(workload string) bool {
+// isForWorkload reports whether a rule is for requests with the workload of a principal, or,
+// if it has none, without. A rule without workloads is for the node itself; if it denies, for
+// its workloads too.
+func (r *rule) isForWorkload(who Principal) bool {
 	if r.Workloads == nil {
-		return workload == "" || r.Deny
+		return who.Workload == "" || r.Deny
 	}
-	return workload != "" && matchAny(r.Workloads, workload)
+	return who.Workload != "" && matchAny(r.Workloads, who.Workload) && r.wantsLabels(who.Labels)
 }
 
 // otherWorkload says why a rule that is for a principal, a KEK and an action is not for the
-// principal's workload.
-func (r *rule) otherWorkload(workload string) string {
+// principal's workload. A higher rank says that the rule is closer to it.
+func (r *rule) otherWorkload(who Principal) (why string, rank int) {
 	switch {
-	case workload == "":
-		return "is for workloads, and the request names none"
 	case r.Workloads == nil:
-		return "is for the node itself, and no rule is for the workload " + workload
+		return "is for the node itself, and no rule is for the workload " + who.Workload, 1
+	case who.Workload == "":
+		return "is for workloads, and the request names none", 2
+	case !matchAny(r.Workloads, who.Workload):
+		return fmt.Sprintf("is for other workloads: %s is not %s", who.Workload, quoted(r.Workloads, " or ")), 2
+	case who.Labels == nil:
+		return "is for workloads with labels, and the node does not report the pod's", 3
 	}
-	return fmt.Sprintf("is for other workloads: %s is not %s", workload, quoted(r.Workloads, " or "))
+	return "is for other labels: " + strings.Join(r.selector.unmet(who.Labels), "; "), 3
 }

@@ -6,6 +6,7 @@ package postgres
 
 import (
 	"context"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"strings"
@@ -33,6 +34,10 @@ func Connect(ctx context.Context, url, application string, maxConns int32) (*pgx
 	conf, err := pgxpool.ParseConfig(url)
 	if err != nil {
 		return nil, err
+	}
+	if fips140.Enforced() && conf.ConnConfig.RequireAuth == "" {
+		// pgx panics where MD5 is not allowed.
+		conf.ConnConfig.RequireAuth = "!md5"
 	}
 	if maxConns > 0 {
 		conf.MaxConns = maxConns

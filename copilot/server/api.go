@@ -282,13 +282,14 @@ func (a *api) wrap(r *http.Request, e *auditing.Entry, k keyring.KEK) (any, erro
 func (a *api) unwrap(r *http.Request, e *auditing.Entry) (any, error) {
 	var in struct {
 		keyring.Wrapped
-		Workload string `json:"workload"`
+		workload
 	}
 	bad := decodeBody(r, &in)
+	who := a.rights(e)
 	if bad == nil && in.Workload != "" {
-		bad = vouch(e, in.Workload)
+		who, _, bad = a.vouch(e, in.workload)
 	}
-	k, err := a.allowed(r.Context(), e, policy.Unwrap)
+	k, err := a.find(r.Context(), e, who, policy.Unwrap)
 	if err = cmp.Or(err, bad); err != nil {
 		return nil, err
 	}
@@ -304,25 +305,38 @@ func (a *api) unwrap(r *http.Request, e *auditing.Entry) (any, error) {
 	return secret(keyjson.Object(keyjson.Key("plaintext", plaintext))), nil
 }
 
-// vouch notes the workload that the caller vouches for.
-func vouch(e *auditing.Entry, workload string) error {
-	if err := policy.CheckWorkload(workload); err != nil {
-		return fmt.Errorf("%w: %w", keystore.ErrInput, err)
+// workload is one that a caller vouches for, with the labels of its pod, if it has them.
+type workload struct {
+	Workload string            `json:"workload"`
+	Labels   map[string]string `json:"labels"`
+}
+
+// vouch notes the workload that the caller vouches for, and the labels that the decision
+// depends on, and returns what the caller may do for it. It also returns the keys of all
+// labels that the decision can depend on.
+func (a *api) vouch(e *auditing.Entry, w workload) (who authorization.Caller, labelKeys []string, err error) {
+	if err := policy.CheckWorkload(w.Workload); err != nil {
+		return a.rights(e), nil, fmt.Errorf("%w: %w", keystore.ErrInput, err)
 	}
-	e.Workload, e.Caller.Workload = workload, workload
-	return nil
+	e.Workload, e.Caller.Workload, e.Caller.Labels = w.Workload, w.Workload, w.Labels
+	who = a.rights(e)
+	labelKeys = who.LabelKeys(e.KEK, policy.Unwrap)
+	e.Labels = auditing.Labels(w.Labels, labelKeys)
+	return who, labelKeys, nil
 }
 
 // use answers whether a KEK may be used for a workload that the caller vouches for, as it
 // may be if unwrapping for it is allowed. The key is not touched.
 func (a *api) use(r *http.Request, e *auditing.Entry) (any, error) {
 	var in struct {
-		Workload string `json:"workload"`
-		Version  int    `json:"version"`
+		workload
+		Version int `json:"version"`
 	}
+	var who authorization.Caller
+	var labelKeys []string
 	bad := decodeBody(r, &in)
 	if bad == nil {
-		bad = vouch(e, in.Workload)
+		who, labelKeys, bad = a.vouch(e, in.workload)
 	}
 	if bad == nil && in.Version < 0 {
 		bad = fmt.Errorf("%w: version %d is not 1 or more", keystore.ErrInput, in.Version)
@@ -331,12 +345,13 @@ func (a *api) use(r *http.Request, e *auditing.Entry) (any, error) {
 		return nil, bad
 	}
 	e.Version = in.Version
-	k, err := a.allowed(r.Context(), e, policy.Unwrap)
+	k, err := a.find(r.Context(), e, who, policy.Unwrap)
 	if err == nil {
 		err = a.keks.Store.CheckUse(k.KEK, in.Version)
 	}
 	return struct {
-		ID       string `json:"id"`
-		Workload string `json:"workload"`
-	}{e.KEK, in.Workload}, err
+		ID        string   `json:"id"`
+		Workload  string   `json:"workload"`
+		LabelKeys []string `json:"labelKeys"`
+	}{e.KEK, in.Workload, labelKeys}, err
 }

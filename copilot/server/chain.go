@@ -69,7 +69,11 @@ func (a *api) authorized(next kekHandler, actions ...policy.Action) handler {
 // allowed returns the KEK that a request is about, if the caller may do one of actions
 // with it. Other callers learn nothing of it, not even whether it exists.
 func (a *api) allowed(ctx context.Context, e *auditing.Entry, actions ...policy.Action) (keyring.KEK, error) {
-	c := a.rights(e)
+	return a.find(ctx, e, a.rights(e), actions...)
+}
+
+// find is allowed for a caller whose rights are known.
+func (a *api) find(ctx context.Context, e *auditing.Entry, c authorization.Caller, actions ...policy.Action) (keyring.KEK, error) {
 	if err := c.May(e.KEK, actions...); err != nil {
 		return keyring.KEK{}, err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/server/auditing"
 	"github.com/ctrlplane/pilot/copilot/server/keyring"
+	"github.com/ctrlplane/pilot/internal/status"
 )
 
 // metrics are what Prometheus reads. No label is an identity, since there may be many.
@@ -56,7 +57,7 @@ func newMetrics() *metrics {
 			Name: "copilot_policy_loaded_timestamp_seconds", Help: "When the policy in force was read.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.seconds, m.auditFailures, m.shed, m.refused, m.policyUsable, m.policyLoaded, m.rolledBack,
+	m.registry.MustRegister(m.requests, m.seconds, m.auditFailures, m.shed, m.refused, m.policyUsable, m.policyLoaded, m.rolledBack, status.FIPS("copilot_fips140_info"),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewBuildInfoCollector())
 	m.keyring = keyring.NewMetrics(m.registry)
 	return m

@@ -148,6 +148,7 @@ burst = 8
 		{admin, "POST", "/api/v2/keks/team%2Fa/use", `{"workload":"prod/web"}`, 200},
 		{admin, "POST", "/api/v2/keks/team%2Fa/use", `{"workload":"prod/web","version":1}`, 200},
 		{admin, "POST", "/api/v2/keks/team%2Fa/use", `{"workload":"prod/web","version":2}`, 404},
+		{admin, "POST", "/api/v2/keks/team%2Fa/use", `{"workload":"prod/web","labels":{"tier":"gold"}}`, 200},
 		{admin, "POST", "/api/v2/keks/team%2Fa/use", `{"workload":"prod"}`, 400},
 		{admin, "POST", "/api/v2/keks/team%2Fa/rotate", "", 200},
 		{admin, "POST", "/api/v2/keks/nobody/rotate", "", 404},

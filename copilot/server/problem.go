@@ -15,6 +15,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server/caller"
 	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/copilot/server/ratelimit"
+	"github.com/ctrlplane/pilot/internal/fips"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -33,7 +34,7 @@ func statusOf(err error) (int, string) {
 		return http.StatusForbidden, audit.Denied
 	case errors.As(err, new(*authorization.Denial)), errors.As(err, new(*authorization.NotRenewed)):
 		return http.StatusForbidden, audit.Denied
-	case errors.Is(err, errNoNodeCA), errors.Is(err, errNoSigner), errors.Is(err, keyring.ErrNoPublic):
+	case errors.Is(err, errNoNodeCA), errors.Is(err, errNoSigner), errors.Is(err, keyring.ErrNoPublic), errors.Is(err, fips.ErrNotApproved):
 		return http.StatusConflict, audit.Failed
 	case errors.As(err, new(*ratelimit.Exceeded)):
 		return http.StatusTooManyRequests, audit.Denied

@@ -14,6 +14,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/certfile"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/publickek"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
@@ -39,6 +40,7 @@ func signing(t testing.TB, dir string) (server.Config, *x509.CertPool) {
 // TestBrokerUnwrapsForItsPublicKeys has the broker unwrap what was wrapped for the public
 // half of each version of a KEK, as long as that exists.
 func TestBrokerUnwrapsForItsPublicKeys(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "team-b": nil, "short": make([]byte, 16)})
 	conf, roots := signing(t, dir)
@@ -112,6 +114,7 @@ func TestBrokerUnwrapsForItsPublicKeys(t *testing.T) {
 // TestPublicKeysTakeTheirOwnRight gives one caller the right, another all except that, and
 // has a third administer.
 func TestPublicKeysTakeTheirOwnRight(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil, "team-b": nil, "team-c": nil})
 	conf, _ := signing(t, dir)
@@ -159,6 +162,7 @@ actions = ["admin"]
 }
 
 func TestBrokerWithoutASignerGivesOutNoPublicKeys(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	dir := t.TempDir()
 	create(t, dir, map[string][]byte{"team-a": nil})
 	url := serve(t, dir, server.Config{})

@@ -26,6 +26,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server/ratelimit"
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/exit"
+	"github.com/ctrlplane/pilot/internal/fips"
 	"github.com/ctrlplane/pilot/internal/status"
 	"github.com/ctrlplane/pilot/internal/unixsocket"
 	"github.com/ctrlplane/pilot/internal/watchdog"
@@ -116,6 +117,9 @@ func Serve(ctx context.Context, conf Config) error {
 		watchdog.Run(ctx, adminOf(conf.Dir).alive)
 		return nil
 	})
+	if mode := fips.Describe(); mode != "" {
+		logrus.Info(mode)
+	}
 	warn(conf)
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		logrus.WithError(err).Warn("can't notify systemd that copilot is ready")

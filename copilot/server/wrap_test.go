@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"strings"
@@ -82,13 +81,12 @@ func sealAnnotation(t *testing.T, key []byte, additional string, plaintext []byt
 	if err != nil {
 		t.Fatal(err)
 	}
-	aead, err := cipher.NewGCM(block)
+	aead, err := cipher.NewGCMWithRandomNonce(block)
 	if err != nil {
 		t.Fatal(err)
 	}
-	iv = make([]byte, 12)
-	rand.Read(iv)
-	return iv, aead.Seal(nil, iv, plaintext, []byte(additional))
+	sealed = aead.Seal(nil, nil, plaintext, []byte(additional))
+	return sealed[:12:12], sealed[12:]
 }
 
 // TestBrokerWrapsForGuestsOfConfidentialContainers wraps in the one form without additional

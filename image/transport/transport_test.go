@@ -32,6 +32,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/imagetest"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/verified"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -99,6 +100,7 @@ func TestParseTakesDrivesOnWindows(t *testing.T) {
 // newKey returns how to encrypt and decrypt with a key of its own.
 func newKey(t testing.TB) (processor.Recipients, processor.Keys) {
 	t.Helper()
+	fipstest.Refused(t, fipstest.JWE)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 var requestID = regexp.MustCompile(`copilot approvals approve ([a-z2-7]{12})`)
@@ -114,6 +115,7 @@ func TestDestroyNeedsASecondAdmin(t *testing.T) {
 // where the policy or the configuration says so.
 func TestExportOutsideThePolicyNeedsASecondAdmin(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	b := harness.NewTLSBroker(t, "team-a")
 	identity, recipient := backupKey(t, b.Dir)
 	_, other := backupKey(t, harness.TempDir(t))

@@ -19,6 +19,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/backup"
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // backupKey makes an age key pair, and returns the file of the identity and the recipient.
@@ -42,6 +43,7 @@ func described(t *testing.T, args ...string) string {
 // master key. An image's key is unwrapped after each, and nothing of a KEK's life is lost.
 func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	store, shares := dir+"/store", dir+"/shares"
 	copilot := func(args ...string) *exec.Cmd { return harness.Command(t, "copilot", args...) }
@@ -137,6 +139,7 @@ func TestBackupRestoredFromSharesElsewhere(t *testing.T) {
 // of SSH, and not by another.
 func TestBackupIsReadByAge(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	harness.Output(t, harness.Command(t, "copilot", "keys", "create", "--dir", dir+"/store", "team-a"))
 	identity, recipient := backupKey(t, dir)
@@ -177,6 +180,7 @@ func ageProgram(t *testing.T) string {
 // file and in PostgreSQL: the second of a pair is never ahead of the first.
 func TestBackupIsOfOneMoment(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	for name, args := range map[string][]string{"file": nil, "postgres": {"--database", harness.StartPostgres(t).URL()}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -243,6 +247,7 @@ func keksOf(t *testing.T, file, identity string) (list []*keystore.HeldKEK) {
 // TestBackupThatCanNotBeRestored shows each reason, and that the store stays empty.
 func TestBackupThatCanNotBeRestored(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	identity, recipient := backupKey(t, dir)
 	copilot := func(args ...string) *exec.Cmd { return harness.Command(t, "copilot", args...) }
@@ -317,6 +322,7 @@ func TestBackupThatCanNotBeRestored(t *testing.T) {
 // TestSharesThatDoNotOpen shows what is wrong with shares, each by its own error.
 func TestSharesThatDoNotOpen(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	copilot := func(args ...string) *exec.Cmd { return harness.Command(t, "copilot", args...) }
 	for _, set := range []string{"a", "b"} {
@@ -371,6 +377,7 @@ func TestSharesThatDoNotOpen(t *testing.T) {
 // what somebody else made with the same names, in a store that a copilot has open.
 func TestBackupVerifyComparesWithTheStore(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	identity, recipient := backupKey(t, dir)
 	copilot := func(args ...string) *exec.Cmd { return harness.Command(t, "copilot", args...) }
@@ -418,6 +425,7 @@ func TestBackupVerifyComparesWithTheStore(t *testing.T) {
 // TestRestoreOfManyKEKsIsKilled kills restores of many KEKs: the store has all of them then,
 // or none. They are backed up again while copilot runs.
 func TestRestoreOfManyKEKsIsKilled(t *testing.T) {
+	fipstest.Refused(t, fipstest.Backup)
 	harness.Long(t)
 	t.Parallel()
 	const n = 10_000

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestRecordPutBackInTheDatabaseIsRefused has somebody who can write to the database, and
@@ -16,6 +17,7 @@ import (
 // after a restart, until that is acknowledged.
 func TestRecordPutBackInTheDatabaseIsRefused(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	d := harness.StartPostgres(t)
 	rs := replicas(t, d, 2)
 	a, b := rs[0], rs[1]
@@ -147,6 +149,7 @@ func TestReplicaThatIsBehindDoesNotHideAChange(t *testing.T) {
 // command itself acknowledges, and the empty store from before is not.
 func TestStorePutBackIsRefused(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	store := dir + "/store"
 	copilot := func(args ...string) *exec.Cmd { return harness.Command(t, "copilot", append(args, "--dir", store)...) }

@@ -15,7 +15,7 @@ import (
 )
 
 // TestKubernetes lets the kubelet pull encrypted images for pods without any setting for
-// encryption.
+// encryption, and scales deployments on a node that asks about workloads.
 func TestKubernetes(t *testing.T) {
 	ownNetwork(t)
 	b := harness.NewTLSBroker(t, "team-a", "team-b")
@@ -28,7 +28,8 @@ func TestKubernetes(t *testing.T) {
 	denied := ci.Image(harness.LayerKinds[2], "provider:pilot:team-b")
 
 	began := time.Now()
-	k := newKubernetes(t, ci.Pause())
+	pause := ci.Pause()
+	k := newKubernetes(t, pause)
 	t.Logf("the node is ready after %v", time.Since(began))
 	k.node.AddProgram(filepath.Join(harness.Bin, "pilot"))
 	cert, key := b.Enroll(t, "node1")
@@ -60,6 +61,7 @@ func TestKubernetes(t *testing.T) {
 	if out := harness.Output(t, k.kubectl("logs", "denied")); !strings.Contains(out, ci.Secrets[denied]) {
 		t.Errorf("the pod says: %s", out)
 	}
+	testWorkloads(t, k, b, allowed, denied, pause) // no subtest, whose thread has another network
 }
 
 // TestKubernetesManifests installs packaging/kubernetes as its example does: copilot with

@@ -7,12 +7,14 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestImageCommandsWithKeyFile uses ctr-pilot's commands for encrypted images with a key of
 // the user's own.
 func TestImageCommandsWithKeyFile(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := harness.NewCI(t, dir+"/ci", conf)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // directNode is a containerd with a plain image of two layers of directLayer bytes.
@@ -223,6 +224,7 @@ func (n *directNode) stop(when func() bool, signal syscall.Signal) {
 // files: it shares none between namespaces, or the files are not to be seen.
 func TestContainerdGetsBlobsOverItsAPI(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	for _, version := range directVersions {
 		t.Run(version().Name, func(t *testing.T) {
 			if version().Name == harness.Containerd17().Name { // between the others

@@ -15,6 +15,7 @@ import (
 	"github.com/containers/ocicrypt/keywrap/keyprovider"
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/processor"
 	"github.com/ctrlplane/pilot/processor/ocicryptclient"
 	"github.com/ctrlplane/pilot/processor/ocicryptclient/grpcdial"
@@ -26,6 +27,7 @@ import (
 // for a key and for a KEK: images of each kind of layer, and indexes.
 func TestImgcrypt(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
 	_, conf := harness.StartPilot(t, dir, brokerURL)

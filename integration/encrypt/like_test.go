@@ -12,6 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // build makes an image of three layers: the version, which is what changes when it is built
@@ -270,6 +271,7 @@ func matching(requests []string, prefix string) (n int) {
 // rebuilt image.
 func TestLikeNeedsTheRightToUnwrap(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	b := harness.NewTLSBroker(t, "team-a")
 	v1, v2 := buildLayouts(t, dir, harness.NewSecret())

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestNoImageReplaced gives results the names of other images, and has a name
@@ -134,6 +135,7 @@ func TestErrorAdvisesHowToFetchMissingLayers(t *testing.T) {
 // name, and layers that some platform does not have.
 func TestErrorNamesWhereTheImageIs(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	_, public := harness.ECKeyPairs(t, dir+"/keys", 1)
 	conf := "[plugins.'io.containerd.cri.v1.images'.registry.mirrors.'example.com']\n  endpoint = ['https://mirror.example.com']\n"

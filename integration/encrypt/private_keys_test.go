@@ -5,12 +5,14 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestPrivateKeyForms decrypts with private keys in each form that OpenSSL
 // writes.
 func TestPrivateKeyForms(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	c := harness.NewCI(t, dir+"/ci", harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`))
 	file := func(name string) string { return dir + "/" + name }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ctrlplane/pilot/image/imagetest"
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -20,6 +21,7 @@ import (
 // containerd's content store, each recipient gets the original back, and skopeo gets its layers.
 func TestPropertySample(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
 	_, conf := harness.StartPilot(t, dir+"/ci", brokerURL)

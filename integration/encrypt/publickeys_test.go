@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -60,6 +61,7 @@ func withoutNetwork(t testing.TB, variables []string, name string, args ...strin
 // the KEK, and that may only unwrap.
 func TestRunnerWithoutNetworkEncryptsForAPublicKey(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.HPKE)
 	b := harness.NewTLSBroker(t, "team-a", "team-b", "team-d")
 	policy := b.Dir + "/policy.toml"
 	if err := os.WriteFile(policy, []byte(harness.Read(t, policy)+`

@@ -12,11 +12,13 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestEachRecipientDecrypts encrypts for each kind of recipient that needs no broker, and
 // decrypts with its key and with no other.
 func TestEachRecipientDecrypts(t *testing.T) {
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := harness.NewNode(t, dir+"/ci", harness.Containerd2(), conf, "")
@@ -68,6 +70,7 @@ func TestEachRecipientDecrypts(t *testing.T) {
 
 // TestInterruptedEncryptionLeavesNothing stops ctr-pilot in the middle of an encryption.
 func TestInterruptedEncryptionLeavesNothing(t *testing.T) {
+	fipstest.Refused(t, fipstest.JWE)
 	harness.Long(t)
 	t.Parallel()
 	dir := harness.TempDir(t)

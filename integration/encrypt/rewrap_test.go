@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // wrappedFor returns the digests of an image's layers, and the recipients of each.
@@ -51,6 +52,7 @@ func expectRecipients(n *harness.Node, name, want string, before []string) {
 // recipients, while the files of their layers are missing.
 func TestRewrap(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	copilot, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a", "team-b", "team-c")
 	_, ociConf := harness.StartPilot(t, dir+"/ci", brokerURL)

@@ -3,10 +3,12 @@ package harness
 import (
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"maps"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -35,7 +37,8 @@ type Issuer struct {
 	t       testing.TB
 	server  *httptest.Server
 	key     *rsa.PrivateKey
-	URL, CA string // CA is the file of its certificate
+	cert    *x509.Certificate // of the key
+	URL, CA string            // CA is the file of its certificate
 
 	mu       sync.Mutex
 	jobs     map[string]Claims // by the token that a job shows to get its own
@@ -51,7 +54,16 @@ func StartIssuer(t testing.TB) *Issuer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &Issuer{t: t, key: key, jobs: map[string]Claims{}, lifetime: 5 * time.Minute}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &Issuer{t: t, key: key, cert: cert, jobs: map[string]Claims{}, lifetime: 5 * time.Minute}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, r *http.Request) {
 		json.NewEncoder(w).Encode(map[string]any{"issuer": i.URL, "jwks_uri": i.URL + "/.well-known/jwks", "id_token_signing_alg_values_supported": []string{"RS256"}})
@@ -150,5 +162,6 @@ func (i *Issuer) KeysFile() string {
 }
 
 func (i *Issuer) keys() jose.JSONWebKeySet {
-	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: "1", Algorithm: "RS256", Use: "sig"}}}
+	// With a certificate, as Entra ID and Keycloak have it.
+	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: "1", Algorithm: "RS256", Use: "sig", Certificates: []*x509.Certificate{i.cert}}}}
 }

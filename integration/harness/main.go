@@ -22,11 +22,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot/kms/pkcs11"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 var (
@@ -43,6 +45,7 @@ var (
 type Program struct {
 	packages []string // ours, which are built
 	cgo      bool     // whether they use C libraries
+	fipsOnly bool     // whether our programs run with GODEBUG=fips140=only
 	tools    []string // files in the directory of the tools
 	path     []string // programs in $PATH
 }
@@ -66,6 +69,8 @@ var (
 	SWTPM        = Program{path: []string{"swtpm", "tpm2_getrandom"}}
 	LocalKMS     = Program{tools: []string{"bin/local-kms"}}
 	Vault        = Program{tools: []string{"bin/vault-dev"}}
+	// FIPSOnly has our programs run with GODEBUG=fips140=only, wherever they are started.
+	FIPSOnly = Program{fipsOnly: true}
 )
 
 // Main builds and looks for what the tests of a package need, runs them, and
@@ -135,6 +140,11 @@ func build(needs []Program) error {
 	if race {
 		shared += "-race"
 	}
+	ldflags := "-s -w"
+	if os.Getenv(fipstest.Variable) != "" || slices.ContainsFunc(needs, func(p Program) bool { return p.fipsOnly }) {
+		shared += "-fips" + os.Getenv("GOFIPS140")
+		ldflags += " -X=runtime.godebugDefault=fips140=only"
+	}
 	if err := os.MkdirAll(shared, 0o755); err != nil {
 		return err
 	}
@@ -155,7 +165,7 @@ func build(needs []Program) error {
 			continue
 		}
 		// As make build does, so that Go takes what that has compiled.
-		flags := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", shared + "/"}
+		flags := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", ldflags, "-o", shared + "/"}
 		if race {
 			cgo, flags = true, append(flags, "-race")
 		}

@@ -108,8 +108,14 @@ func (n *SharedNode) Allowing(t testing.TB, workloads ...string) *SharedNode {
 // Sandbox makes the sandbox of a pod, and returns its ID and the file that describes it.
 func (n *SharedNode) Sandbox(t testing.TB, namespace, name, uid string) (id, file string) {
 	t.Helper()
+	return n.LabelledSandbox(t, namespace, name, uid, nil)
+}
+
+// LabelledSandbox is Sandbox for a pod with labels.
+func (n *SharedNode) LabelledSandbox(t testing.TB, namespace, name, uid string, labels map[string]string) (id, file string) {
+	t.Helper()
 	b, err := json.Marshal(Object{
-		"metadata": Object{"name": name, "namespace": namespace, "uid": uid, "attempt": 1}, "log_directory": filepath.Join(n.Dir, "logs", uid),
+		"metadata": Object{"name": name, "namespace": namespace, "uid": uid, "attempt": 1}, "labels": labels, "log_directory": filepath.Join(n.Dir, "logs", uid),
 		"linux": Object{"security_context": Object{"namespace_options": Object{"network": 2, "pid": 1}}},
 	})
 	if err != nil {

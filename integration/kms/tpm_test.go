@@ -8,6 +8,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/kms/kmstest"
 	"github.com/ctrlplane/pilot/copilot/kms/tpm"
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 func openTPM(t *testing.T, settings string) kms.Wrapper {
@@ -22,6 +23,7 @@ func openTPM(t *testing.T, settings string) kms.Wrapper {
 
 func TestTPMOpensWhatItSealed(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.TPM)
 	p := harness.NewTPM(t)
 	device := "device = '" + p.Socket + "'\n"
 	plain, policy := openTPM(t, device), openTPM(t, device+"pcrs = 'sha256:11,7'")
@@ -99,6 +101,7 @@ func TestTPMOpensWhatItSealed(t *testing.T) {
 
 func TestTPMThatHangs(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.TPM)
 	p := harness.NewTPM(t)
 	w := openTPM(t, "device = '"+p.Socket+"'")
 	wrapped := wrap(t, w, "a", 1)

@@ -55,6 +55,23 @@ func TestWorkloadsInstallChangesOnlyPilotsSettings(t *testing.T) {
 			n.refresh(t)
 			m.CheckFiles(after)
 
+			// pilot's differ does not fit any more.
+			for _, setting := range []string{"plugin_config_path = '/etc/nri/other'", "disable = true"} {
+				harness.Write(t, m.Root+n.config(), original+"\n[proxy_plugins.pilot]\n  type = 'snapshot'\n  address = '/run/other.sock'\n[plugins.'io.containerd.nri.v1.nri']\n  "+setting+"\n")
+				out := harness.CombinedOutput(t, m.Run("pilot", "node", "refresh"))
+				n.asks(t, setting)
+				if !strings.Contains(out, "there is a proxy plugin pilot") || version != "2.0.7" && !strings.Contains(out, "it still asks pilot about each container") {
+					t.Errorf("%s: %s", setting, out)
+				}
+				if at := n.dump(t)["plugins/io.containerd.nri.v1.nri/plugin_config_path"]; strings.Contains(setting, "/other") && at != "/etc/nri/other" {
+					t.Errorf("NRI's other settings: plugin_config_path is %v", at)
+				}
+			}
+			harness.Write(t, m.Root+n.config(), original)
+			n.refresh(t)
+			n.onlyPilotDiffers(t, "fits again", untouched)
+			n.asks(t, "fits again")
+
 			if version >= "2.2" {
 				inOrder(t, install("--workloads=false", "--dry-run"), "required_plugins", nriPlugin)
 			}

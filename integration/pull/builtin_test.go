@@ -5,11 +5,13 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestBuiltin pulls with a containerd that has pilot's differ in it.
 func TestBuiltin(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
 	n := harness.BuiltinNode(t, dir, c.Ocicrypt)

@@ -8,11 +8,13 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestCRI pulls as the kubelet does, with the keys of the node.
 func TestCRI(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
 	private, public := harness.KeyPair(t, dir+"/keys")

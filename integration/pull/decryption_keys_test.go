@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // strayFiles puts a file of each kind that is no key into a directory, and says
@@ -74,6 +75,7 @@ func strayFiles(t testing.TB, dir string) map[string]struct {
 // beside them.
 func TestDecryptionKeys(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := harness.NewCI(t, dir+"/ci", conf)
@@ -228,6 +230,7 @@ func checkKeyLog(t testing.TB, log, keys, key string, changes int) {
 // keys.
 func TestServeWithAnyKeys(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	for name, s := range strayFiles(t, dir) {
 		for where, path := range map[string]string{"in": dir + "/" + name + ".d/" + name, "as": dir + "/at/" + name} {

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/rootfs"
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestDifferServesEachClient pulls and runs with each client, none of which knows of
@@ -152,6 +153,7 @@ func commitKeepsLease(t testing.TB, n *harness.Node, snapshot string) {
 // TestDifferErrorsSayWhy pulls what can't be decrypted.
 func TestDifferErrorsSayWhy(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
 	_, otherURL := harness.StartBroker(t, dir+"/other")

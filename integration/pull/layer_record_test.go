@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // containerd22 is the version between the two that differs in how it unpacks.
@@ -120,6 +121,7 @@ func twoLayers(c *harness.CI, name string, k harness.LayerKind, recipient string
 // TestContainersNeedTheKeysOfWhatIsUnpacked has images that say otherwise, or nothing.
 func TestContainersNeedTheKeysOfWhatIsUnpacked(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a", "team-b")
 	gzip, zstd := harness.LayerKinds[1], harness.LayerKinds[2]

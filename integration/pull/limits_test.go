@@ -15,12 +15,14 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestManyRecipients encrypts for more recipients than go-jose parses in one JWE by
 // default, and reads what skopeo wrote for as many.
 func TestManyRecipients(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := harness.NewCI(t, dir+"/ci", conf)
@@ -89,6 +91,7 @@ func TestManyRecipients(t *testing.T) {
 // take, before it reads the first layer: that has another size than the manifest says.
 func TestLargeManifestIsRefused(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	c := harness.NewNode(t, dir+"/ci", harness.Containerd2(), harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`), "")
 	_, public := harness.ECKeyPairs(t, dir+"/keys", 60)
@@ -214,6 +217,7 @@ func TestNestedIndexes(t *testing.T) {
 // TestRefusedManifest has a registry refuse what it does not know, as some do.
 func TestRefusedManifest(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	_, public := harness.ECKeyPairs(t, dir+"/keys", 1)
 	c := harness.NewCI(t, dir+"/ci", harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`))

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // plainReport is the JSON of encrypt or of layerinfo.
@@ -42,6 +43,7 @@ func parseReport(t testing.TB, text string) (e plainReport) {
 // TestWhatStaysPlainIsNamed encrypts images of which something can't be encrypted, or is not to be.
 func TestWhatStaysPlainIsNamed(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)
 	c := harness.NewCI(t, dir+"/ci", conf)

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestProviderNames has pilot be two key providers of an ocicrypt.conf: it wraps
@@ -44,6 +45,7 @@ func TestProviderNames(t *testing.T) {
 // there, or is none of key providers. That matters only to who needs one.
 func TestBrokenKeyProviders(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	for name, conf := range map[string]string{
 		"missing": dir + "/nonexistent.conf", "broken": harness.Write(t, dir+"/broken.conf", "{"), "other": harness.Write(t, dir+"/other.conf", "key-providers: []"), "directory": dir,

@@ -172,6 +172,34 @@ workload-token-keys = %q
 		})
 	}
 	t.Run("ServiceAccountIsThatOfTheSignedToken", func(t *testing.T) { testAccounts(t, n, i, issuer) })
+	t.Run("LabelsNarrowWhatANamespaceMayUse", func(t *testing.T) {
+		harness.Write(t, n.Broker.Dir+"/policy.toml", harness.Read(t, n.Broker.Dir+"/policy.toml")+`
+[[rule]]
+identities = ["spiffe://example.com/node/worker-1"]
+keks = ["team-a"]
+actions = ["unwrap"]
+workloads = ["labels/*"]
+labels = "tier=gold, app in (web, api)"
+`)
+		n.Broker.Process.Cmd.Process.Signal(syscall.SIGHUP)
+		type labels map[string]string
+		gold := n.labelled(t, "labels", "gold", labels{"tier": "gold", "app": "web", "pod-name": "web-0"})
+		harness.Await(t, "a container", func() error { cmd, _ := n.create(t, gold, i.encrypted); return cmd.Run() })
+		for uid, l := range map[string]labels{"silver": {"tier": "silver", "app": "web"}, "unlabelled": nil, "db": {"tier": "gold", "app": "db"}} {
+			n.denied(t, n.labelled(t, "labels", uid, l), i.encrypted, `namespace "labels" may not use KEK "team-a"`)
+		}
+		n.created(t, n.labelled(t, "labels", "gold2", labels{"tier": "gold", "app": "api", "pod-name": "api-0"}), i.encrypted)
+		n.denied(t, n.labelled(t, "b", "gold-b", labels{"tier": "gold", "app": "web"}), i.encrypted, denial)
+		log := harness.Read(t, n.Broker.Dir+"/store/audit.log")
+		for _, want := range []string{`"labels":{"app":"web","tier":"gold"}`, `is for other labels: tier is \"silver\", not \"gold\"`} {
+			if !strings.Contains(log, want) {
+				t.Errorf("the audit log has no %s", want)
+			}
+		}
+		if strings.Contains(log, "pod-name") {
+			t.Error("the audit log has labels that no rule is about")
+		}
+	})
 	t.Run("RevocationCountsForContainersThatAreCreatedAgain", func(t *testing.T) {
 		n.Allow(t)
 		harness.Await(t, "a denial", func() error {
@@ -314,8 +342,13 @@ type pod struct{ id, file, uid string }
 
 func (n *node) pod(t *testing.T, namespace, uid string) pod {
 	t.Helper()
+	return n.labelled(t, namespace, uid, nil)
+}
+
+func (n *node) labelled(t *testing.T, namespace, uid string, labels map[string]string) pod {
+	t.Helper()
 	p := pod{uid: uid}
-	p.id, p.file = n.Sandbox(t, namespace, "pod-"+uid, uid)
+	p.id, p.file = n.LabelledSandbox(t, namespace, "pod-"+uid, uid, labels)
 	return p
 }
 

@@ -20,6 +20,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // authority is a CA of the tests.
@@ -110,6 +112,7 @@ func verified(text []byte, roots *x509.CertPool) (PublicKey, error) {
 }
 
 func TestFileIsThatOfItsBroker(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	ca := newAuthority(t, nil, nil)
 	_, edKey, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -147,6 +150,7 @@ func TestFileIsThatOfItsBroker(t *testing.T) {
 }
 
 func TestFileThatWasChangedIsRefused(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	ca := newAuthority(t, nil, nil)
 	s := ca.signer(t, nil, nil)
 	_, text := signed(t, s, time.Hour)
@@ -190,6 +194,7 @@ func TestFileThatWasChangedIsRefused(t *testing.T) {
 }
 
 func TestFileOfAnotherSignerIsRefused(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	ca, other := newAuthority(t, nil, nil), newAuthority(t, nil, nil)
 	forClients := newAuthority(t, ca, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} })
 	roots := ca.pool()
@@ -250,6 +255,7 @@ func forged(t testing.TB, text, other []byte) []byte {
 }
 
 func TestFileExpires(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	ca := newAuthority(t, nil, nil)
 	s := ca.signer(t, nil, nil)
 	_, text := signed(t, s, time.Hour)
@@ -280,6 +286,7 @@ func TestFileExpires(t *testing.T) {
 }
 
 func TestFileWithAPrivateKeyIsNamed(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	name := filepath.Join(t.TempDir(), "a.pub")
 	if err := os.WriteFile(name, []byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -291,6 +298,7 @@ func TestFileWithAPrivateKeyIsNamed(t *testing.T) {
 
 // FuzzFile parses and verifies anything: only what the signer has signed is accepted.
 func FuzzFile(f *testing.F) {
+	fipstest.Refused(f, fipstest.HPKE)
 	ca := newAuthority(f, nil, nil)
 	want, text := signed(f, ca.signer(f, nil, nil), 23*time.Hour)
 	roots := ca.pool()

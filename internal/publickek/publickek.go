@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/ctrlplane/pilot/internal/fips"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -44,7 +45,11 @@ type PrivateKey struct {
 }
 
 // Derive returns the private key of a version of a KEK, which has 32 bytes.
+// The error wraps [fips.ErrNotApproved] where it could not unwrap.
 func Derive(kek []byte, id string, version int) (*PrivateKey, error) {
+	if err := fips.RefuseHPKE(); err != nil {
+		return nil, err
+	}
 	if len(kek) != wireformat.KEKSize {
 		return nil, fmt.Errorf("KEK %q has %d bytes, and only KEKs of %d bytes have a public half", id, len(kek), wireformat.KEKSize)
 	}
@@ -115,6 +120,9 @@ func (k PublicKey) Bytes() []byte { return k.key.Bytes() }
 
 // Wrap wraps a layer key for the KEK.
 func (k PublicKey) Wrap(layerKey []byte) (wireformat.Annotation, error) {
+	if err := fips.RefuseHPKE(); err != nil {
+		return wireformat.Annotation{}, err
+	}
 	enc, s, err := hpke.NewSender(k.key, hpke.HKDFSHA256(), hpke.AES256GCM(), bound(k.ID, k.Version))
 	if err != nil {
 		return wireformat.Annotation{}, err

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cloudflare/circl/hpke"
 
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
 
@@ -45,6 +46,7 @@ func wrap(t testing.TB, key PublicKey) wireformat.Annotation {
 }
 
 func TestUnwrapGivesWhatWasWrapped(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	private := derive(t, newKEK(), "team-a", 3)
 	public, err := newPublicKey(private.Public().Bytes(), "team-a", 3)
 	if err != nil {
@@ -69,6 +71,7 @@ func TestUnwrapGivesWhatWasWrapped(t *testing.T) {
 // TestNothingOfAnAnnotationCanBeSwapped checks that method, KEK, version, encapsulated key
 // and wrapped key belong together.
 func TestNothingOfAnAnnotationCanBeSwapped(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	kek := newKEK()
 	other := wrap(t, derive(t, kek, "team-a", 3).Public())
 	for name, change := range map[string]func(*wireformat.Annotation){
@@ -95,6 +98,7 @@ func TestNothingOfAnAnnotationCanBeSwapped(t *testing.T) {
 }
 
 func TestKEKsOfOtherSizesHaveNoPublicHalf(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	for _, size := range []int{0, 16, 24, 31, 33} {
 		if _, err := Derive(make([]byte, size), "team-a", 1); err == nil {
 			t.Errorf("a KEK of %d bytes has one", size)
@@ -105,6 +109,7 @@ func TestKEKsOfOtherSizesHaveNoPublicHalf(t *testing.T) {
 // TestDerivationIsThatOfTheDocumentation derives a private key as docs/formats.md says,
 // without the code above.
 func TestDerivationIsThatOfTheDocumentation(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	kek := newKEK()
 	ikm, err := hkdf.Key(sha256.New, kek, nil, `pilot public key {"kekId":"team-a","kekVersion":3,"method":"HPKE-MLKEM768-X25519-HKDF-SHA256-A256GCM"}`, 32)
 	if err != nil {
@@ -137,6 +142,7 @@ type vector struct {
 var makeVectors = flag.Bool("vectors", false, "write testdata/hpke.jsonl anew")
 
 func TestVectors(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	const name = "testdata/hpke.jsonl"
 	if *makeVectors {
 		var text []byte
@@ -193,6 +199,7 @@ func readVectors(t testing.TB, name string) (list []vector) {
 // TestCirclReadsWhatWasWrittenAndTheOtherWay uses Cloudflare's HPKE, which has nothing in
 // common with Go's.
 func TestCirclReadsWhatWasWrittenAndTheOtherWay(t *testing.T) {
+	fipstest.Refused(t, fipstest.Peer)
 	suite := hpke.NewSuite(hpke.KEM_XWING, hpke.KDF_HKDF_SHA256, hpke.AEAD_AES256GCM)
 	scheme := hpke.KEM_XWING.Scheme()
 	for i, v := range readVectors(t, "testdata/hpke.jsonl") {
@@ -248,6 +255,7 @@ func must[T any](v T, err error) T {
 
 // FuzzUnwrap unwraps what an attacker may have written.
 func FuzzUnwrap(f *testing.F) {
+	fipstest.Refused(f, fipstest.HPKE)
 	v := readVectors(f, "testdata/hpke.jsonl")[0] // the same in all processes
 	a, private := v.Annotation, derive(f, v.KEK, "team-a", 1)
 	f.Add(a.Enc, a.WrappedKey)

@@ -14,6 +14,7 @@ import (
 	"filippo.io/age/plugin"
 	"filippo.io/age/tag"
 
+	"github.com/ctrlplane/pilot/internal/fips"
 	"github.com/ctrlplane/pilot/internal/keyjson"
 	"github.com/ctrlplane/pilot/internal/wireformat"
 )
@@ -34,6 +35,12 @@ func Shown(recipient string) string {
 	return recipient[:maxShown] + "…"
 }
 
+// refuse is the error of age where its ciphers are not allowed: its library would fail
+// later, and wait without end for a post-quantum key that it can't make.
+func refuse() error {
+	return fips.Refuse("age encrypts with ChaCha20-Poly1305 and X25519", "wrap for a KEK (provider:pilot:KEK)")
+}
+
 // recipient is a recipient of age: a native one, or that of a plugin.
 type recipient struct {
 	native age.Recipient // nil for a plugin's
@@ -41,10 +48,13 @@ type recipient struct {
 }
 
 // parse returns the recipient that a text of the form age1… names. The error wraps
-// [ErrRecipient].
+// [ErrRecipient], or [fips.ErrNotApproved].
 func parse(text string) (recipient, error) {
 	var r recipient
-	var err error
+	err := refuse()
+	if err != nil {
+		return r, err
+	}
 	switch {
 	case !strings.HasPrefix(text, "age1"):
 		err = errors.New("it is not in lower case")

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"filippo.io/age"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 func TestMain(m *testing.M) {
@@ -23,6 +25,7 @@ const layerKey = `{"symkey":"AAECAw==","digest":"sha256:54","cipheroptions":{"no
 // newX25519 and newHybrid return a recipient and its identity.
 func newX25519(t testing.TB) (to, identity string) {
 	t.Helper()
+	fipstest.Refused(t, fipstest.Age)
 	id, err := age.GenerateX25519Identity()
 	if err != nil {
 		t.Fatal(err)
@@ -32,6 +35,7 @@ func newX25519(t testing.TB) (to, identity string) {
 
 func newHybrid(t testing.TB) (to, identity string) {
 	t.Helper()
+	fipstest.Refused(t, fipstest.Age)
 	id, err := age.GenerateHybridIdentity()
 	if err != nil {
 		t.Fatal(err)
@@ -86,6 +90,7 @@ func TestUnwrapGivesWhatWasWrapped(t *testing.T) {
 }
 
 func TestRecipientTypedWrongIsNamed(t *testing.T) {
+	fipstest.Refused(t, fipstest.Age)
 	good, _ := newX25519(t)
 	pq, _ := newHybrid(t)
 	for _, to := range []string{
@@ -99,6 +104,7 @@ func TestRecipientTypedWrongIsNamed(t *testing.T) {
 }
 
 func TestIdentityFileThatCannotBeUsedIsNamed(t *testing.T) {
+	fipstest.Refused(t, fipstest.Age)
 	to, identity := newX25519(t)
 	wrapped := wrap(t, to)
 	for name, test := range map[string]struct{ text, want string }{
@@ -128,6 +134,7 @@ type vector struct {
 var makeVectors = flag.Bool("vectors", false, "write our lines of testdata/age.jsonl anew")
 
 func TestVectors(t *testing.T) {
+	fipstest.Refused(t, fipstest.Age)
 	const name = "testdata/age.jsonl"
 	if *makeVectors {
 		var text []byte
@@ -165,6 +172,7 @@ func TestVectors(t *testing.T) {
 
 // FuzzUnwrap decrypts what an attacker may have written.
 func FuzzUnwrap(f *testing.F) {
+	fipstest.Refused(f, fipstest.Age)
 	to, identity := newX25519(f)
 	pq, pqIdentity := newHybrid(f)
 	ids := Read([]string{write(f, identity, pqIdentity)})
@@ -180,6 +188,7 @@ func FuzzUnwrap(f *testing.F) {
 
 // FuzzRecipient parses what somebody may have typed.
 func FuzzRecipient(f *testing.F) {
+	fipstest.Refused(f, fipstest.Age)
 	to, identity := newX25519(f)
 	for _, text := range []string{to, identity, "age1pq1", "age1tag1", "age1x1", "AGE1", "team-a"} {
 		f.Add(text)

@@ -33,6 +33,9 @@ type Identities struct {
 // can't be used do no harm to the others: errors of [Identities.Unwrap] name them.
 func Read(files []string) *Identities {
 	ids := &Identities{plugin: make(map[string][]string)}
+	if ids.bad = refuse(); ids.bad != nil {
+		return ids
+	}
 	var errs []error
 	for _, name := range files {
 		if err := ids.read(name); err != nil {

@@ -14,12 +14,15 @@ import (
 	"time"
 
 	"filippo.io/age/plugin"
+
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // plugins builds the plugin of testdata under the names demo, ask and hang, and puts it
 // into PATH.
 func plugins(t *testing.T) {
 	t.Helper()
+	fipstest.Refused(t, fipstest.Age)
 	dir := t.TempDir()
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/age-plugin-demo", "./testdata/plugin")
 	if out, err := build.CombinedOutput(); err != nil {

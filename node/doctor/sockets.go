@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/internal/layerkeys"
@@ -50,9 +51,10 @@ func (e *examination) keyProvider(ctx context.Context) Step {
 	if err != nil {
 		return failed(err.Error())
 	}
-	_, err = unwrapAt(conn)(keyprovider.Probe(ctx), in)
+	var header metadata.MD
+	_, err = unwrapAt(conn, grpc.Header(&header))(keyprovider.Probe(ctx), in)
 	if status.Code(err) == codes.InvalidArgument {
-		return passed(e.Listen + who)
+		return passed(strings.Join(append([]string{e.Listen + who}, header[keyprovider.FIPSKey]...), "; "))
 	}
 	return noPilot(e.Listen, "key provider", err)
 }
@@ -105,10 +107,10 @@ func wrapAt(conn *grpc.ClientConn) ask {
 	}
 }
 
-func unwrapAt(conn *grpc.ClientConn) ask {
+func unwrapAt(conn *grpc.ClientConn, opts ...grpc.CallOption) ask {
 	client := ocicryptpb.NewKeyProviderServiceClient(conn)
 	return func(ctx context.Context, in []byte) ([]byte, error) {
-		out, err := client.UnWrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: in})
+		out, err := client.UnWrapKey(ctx, &ocicryptpb.KeyProviderKeyWrapProtocolInput{KeyProviderKeyWrapProtocolInput: in}, opts...)
 		return out.GetKeyProviderKeyWrapProtocolOutput(), err
 	}
 }

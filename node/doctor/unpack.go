@@ -26,6 +26,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/ctrlplane/pilot/internal/payload"
+	"github.com/ctrlplane/pilot/processor"
 )
 
 const (
@@ -45,6 +46,9 @@ const (
 func (e *examination) unpackLayer(ctx context.Context) Step {
 	if e.withDiffer() && !e.builtIn && e.broken[StepDiffer] {
 		return needs(StepDiffer)
+	}
+	if err := processor.CheckScheme("jwe"); e.kek == "" && err != nil {
+		return skipped("needs a KEK: name one that this node uses with --kek; without one, the layer would be wrapped for a key of its own, and " + err.Error())
 	}
 	layer, err := newTestLayer(ctx, e.ProviderNames[0], e.Listen, e.kek)
 	if err != nil {

@@ -202,8 +202,9 @@ func isDropInText(text []byte) bool {
 	if string(text) == leftOut {
 		return true
 	}
-	rest, found := bytes.CutPrefix(text, []byte(writtenBy))
-	if !found {
+	rest, emptied := bytes.CutPrefix(text, []byte(leftOut))
+	rest, found := bytes.CutPrefix(rest, []byte(writtenBy))
+	if !found && !emptied {
 		return false
 	}
 	rest = bytes.TrimPrefix(rest, []byte(templateBase))
@@ -219,6 +220,10 @@ func isDropInText(text []byte) bool {
 				delete(plugins, short)
 			}
 		}
+	}
+	if emptied {
+		plugins, _ := conf["plugins"].(map[string]any)
+		return len(conf) == 1 && len(plugins) == 1 && plugins[containerd.NRI] != nil
 	}
 	return containerd.AddsOnlyPilot(conf)
 }

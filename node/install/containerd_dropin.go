@@ -18,7 +18,7 @@ import (
 // pilot, and the import of it if containerd's main file has none.
 func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 	c := p.containerd
-	d, expected, err := newDropIn(ctx, c, p.options)
+	d, expected, err := newDropIn(ctx, c, p.options, p.onlyNRI)
 	if err != nil {
 		return err
 	}
@@ -82,19 +82,24 @@ func (s *record) dropIns() []string {
 	return paths
 }
 
-// newDropIn finds a drop-in that adds pilot to containerd's configuration and changes
-// nothing else. It also returns the effective configuration with it.
-func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candidate, map[string]any, error) {
+// newDropIn finds a drop-in that adds pilot to containerd's configuration, or only its NRI
+// plugin, and changes nothing else. It also returns the effective configuration with it.
+func newDropIn(ctx context.Context, c *containerd.Instance, o Options, onlyNRI bool) (*candidate, map[string]any, error) {
 	if c.Rewritten && c.Files.Text == nil {
 		return nil, nil, &host.Conflict{Where: c.Config, What: "it does not exist yet: " + c.Name + " writes it when it starts", Fix: "start " + c.Name + " once, and run this again"}
 	}
+	header, works := writtenBy, effective
 	conf, mode, err := additions(c, o)
+	if onlyNRI {
+		header, works = leftOut, asking
+		conf, mode, err = map[string]any{"plugins": map[string]any{containerd.NRI: c.WorkloadsSection()}}, 0o644, nil
+	}
 	if err != nil {
 		return nil, nil, err
 	}
 	var failure error // of the first, which is the best
 	for _, d := range candidates(c) {
-		d.mode = mode
+		d.header, d.mode = header, mode
 		if err := d.render(conf); err != nil {
 			return nil, nil, err
 		}
@@ -102,7 +107,7 @@ func newDropIn(ctx context.Context, c *containerd.Instance, o Options) (*candida
 		if err == nil {
 			if changed := containerd.Differences(c.Plain, dump, c.SetByPilot()); len(changed) > 0 {
 				err = fmt.Errorf("with it containerd %d.%d would change other settings: %s", c.Major, c.Minor, containerd.Summary(changed))
-			} else if err = effective(c, dump, o.Host); err == nil {
+			} else if err = works(c, dump, o.Host); err == nil {
 				return &d, dump, nil
 			}
 		}
@@ -130,6 +135,7 @@ func (d *candidate) describe() string {
 type candidate struct {
 	containerd.DropIn
 	format containerd.Format
+	header string
 	mode   fs.FileMode
 }
 
@@ -213,11 +219,11 @@ func (d *candidate) render(conf map[string]any) error {
 	switch {
 	case d.Template:
 		d.Appended = b
-		d.Text = append([]byte(writtenBy+templateBase), b...)
+		d.Text = append([]byte(d.header+templateBase), b...)
 	case d.format.Version == 0:
-		d.Text = append([]byte(writtenBy+"\n"), b...)
+		d.Text = append([]byte(d.header+"\n"), b...)
 	default:
-		d.Text = append(fmt.Appendf(nil, "%sversion = %d\n\n", writtenBy, d.format.Version), b...)
+		d.Text = append(fmt.Appendf(nil, "%sversion = %d\n\n", d.header, d.format.Version), b...)
 	}
 	return nil
 }
@@ -278,6 +284,14 @@ func differConfig(c *containerd.Instance, h host.Host) (map[string]any, error) {
 	}, nil
 }
 
+// asking checks that a configuration makes containerd ask pilot about each container.
+func asking(c *containerd.Instance, dump map[string]any, _ host.Host) error {
+	if missing := c.NotAsking(dump); missing != "" {
+		return errors.New(missing)
+	}
+	return nil
+}
+
 // effective checks that a configuration makes containerd decrypt with pilot.
 func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
 	if !c.UsesDiffer() {
@@ -304,8 +318,8 @@ func effective(c *containerd.Instance, dump map[string]any, h host.Host) error {
 		}
 	}
 	if c.Workloads {
-		if missing := c.NotAsking(dump); missing != "" {
-			return errors.New(missing)
+		if err := asking(c, dump, h); err != nil {
+			return err
 		}
 	}
 	if !c.HasTransfer() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io/fs"
 	"slices"
+	"strings"
 
 	"github.com/sirupsen/logrus"
 )
@@ -62,7 +63,7 @@ func Intact(o Options) bool {
 	return err == nil && Connected(o) && !slices.ContainsFunc(s.Files, func(f installed) bool {
 		if isDropIn(f.Path) {
 			text, err := o.ReadFile(f.Path)
-			return err != nil || string(text) == leftOut
+			return err != nil || strings.HasPrefix(string(text), leftOut)
 		}
 		return !o.Has(f.Path)
 	})

@@ -69,6 +69,7 @@ type Plan struct {
 	containerd *containerd.Instance
 	expected   map[string]any    // containerd's configuration with the changes
 	deferred   bool              // containerd reads them only once its distribution starts it
+	onlyNRI    bool              // it asks pilot's NRI plugin, and does not use pilot's differ
 	inserted   map[string]string // by path, the text inserted into a file that is not pilot's
 	release    func()
 }

@@ -20,8 +20,9 @@ const refreshTimeout = 30 * time.Second
 // returns the files that it has changed, and does nothing if pilot is not installed.
 //
 // If pilot can't be added without losing other settings, Refresh empties its drop-in, so
-// that containerd starts without pilot, and the error says why. If containerd's program
-// takes too long, nothing changes.
+// that containerd starts without pilot, and the error says why. On a node that asks about
+// workloads, what makes containerd ask stays there, unless that doesn't fit either. If
+// containerd's program takes too long, nothing changes.
 func Refresh(ctx context.Context, o Options) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, refreshTimeout)
 	defer cancel()
@@ -67,13 +68,39 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	return changed, nil
 }
 
-// leaveOut empties pilot's drop-in after the error why, if containerd would lose settings
-// with it or not start. It does not remove the file: containerd's configuration may
-// import it by name.
+// leaveOut takes pilot's differ out of the drop-in after the error why, if containerd would
+// lose settings with it or not start. What makes containerd ask pilot's NRI plugin about
+// each container stays, if that fits. leaveOut does not remove the file: containerd's
+// configuration may import it by name.
 func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before record, why error) error {
 	dump, err := c.Dump(ctx, o.Host)
-	if ctx.Err() != nil || c.Deferred() || err == nil && len(containerd.Differences(c.Plain, dump, c.SetByPilot())) == 0 {
-		return fmt.Errorf("pilot's drop-in of containerd's configuration stays as it was: %w", why)
+	if ctx.Err() != nil || c.Deferred() {
+		return staysAsItWas(why)
+	}
+	harmless := err == nil && len(containerd.Differences(c.Plain, dump, c.SetByPilot())) == 0
+	missing := ""
+	if c.Workloads {
+		if harmless {
+			missing = c.NotAsking(dump)
+		}
+		if !harmless || missing != "" {
+			p := &Plan{options: o, inserted: make(map[string]string), containerd: c, onlyNRI: true}
+			if p.containerdFiles(ctx, before) == nil && p.apply(ctx, nil) == nil {
+				return fmt.Errorf("containerd starts without pilot's differ, and can't decrypt images until \"pilot node install\" works; it still asks pilot about each container: %w", why)
+			}
+			if ctx.Err() != nil {
+				return staysAsItWas(why)
+			}
+			if !harmless {
+				missing = c.NotAsking(c.Plain)
+			}
+		}
+	}
+	if missing != "" {
+		why = fmt.Errorf("%s: %w", missing, why)
+	}
+	if harmless {
+		return staysAsItWas(why)
 	}
 	p := &Plan{options: o, deferred: true}
 	for _, path := range c.Ours {
@@ -87,4 +114,9 @@ func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before rec
 	return fmt.Errorf("containerd starts without pilot, and can't decrypt images until \"pilot node install\" works: %w", why)
 }
 
+func staysAsItWas(why error) error {
+	return fmt.Errorf("pilot's drop-in of containerd's configuration stays as it was: %w", why)
+}
+
+// leftOut is the first line of a drop-in without pilot's differ.
 const leftOut = "# Emptied by \"pilot node refresh\": \"pilot node install\" says why, and fills it again.\n"

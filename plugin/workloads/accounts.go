@@ -14,6 +14,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
+
+	"github.com/ctrlplane/pilot/internal/jwks"
 )
 
 // Accounts says where to find the service accounts of pods: in the tokens that the kubelet
@@ -54,7 +56,7 @@ func (a Accounts) of(namespace, uid string) (name, unknown string, err error) {
 		return "", "", fmt.Errorf("workload-token-keys: %w", err)
 	}
 	var keys jose.JSONWebKeySet
-	if err := json.Unmarshal(b, &keys); err != nil || len(keys.Keys) == 0 {
+	if err := json.Unmarshal(jwks.WithoutCertificates(b), &keys); err != nil || len(keys.Keys) == 0 {
 		return "", "", fmt.Errorf("workload-token-keys: %s is not a JSON Web Key Set: get it by \"kubectl get --raw /openid/v1/jwks\"", a.KeysFile)
 	}
 	if !podUID.MatchString(uid) {

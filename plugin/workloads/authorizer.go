@@ -32,6 +32,9 @@ type Container struct {
 	Namespace string `json:"namespace"`
 	Pod       string `json:"pod"`
 	PodUID    string `json:"podUID"`
+	// Labels are the pod's, which its author has chosen. They are nil if they are not known:
+	// earlier plugins don't send them.
+	Labels map[string]string `json:"labels"`
 	// Name is the container's name in its pod, and ID that in containerd.
 	Name string `json:"name"`
 	ID   string `json:"id"`
@@ -99,8 +102,8 @@ type Authorizer struct {
 func New(images *imagekeys.Resolver, settings func() Settings, registry prometheus.Registerer) *Authorizer {
 	a := &Authorizer{images: images, settings: settings, metrics: newMetrics(registry)}
 	a.verdicts.now = time.Now
-	a.verdicts.ask = func(ctx context.Context, q question) error {
-		return a.settings().Broker.Use(ctx, q.kek.ID, q.kek.Version, q.workload)
+	a.verdicts.ask = func(ctx context.Context, u use) ([]string, error) {
+		return a.settings().Broker.Use(ctx, u.kek.ID, u.kek.Version, u.workload, u.labels)
 	}
 	return a
 }
@@ -184,18 +187,18 @@ func (a *Authorizer) allowed(ctx context.Context, c Container, image imagekeys.I
 	if err != nil {
 		return fmt.Errorf("service account of pod %s/%s: %w", c.Namespace, c.Pod, err)
 	}
-	workload := c.Namespace + "/" + account
+	who := use{workload: c.Namespace + "/" + account, labels: c.Labels}
 	done := map[string]bool{} // layers of an image mostly have the same KEKs
 	for _, layer := range layers {
 		key := fmt.Sprint(layer.KEKs, layer.Other, layer.Unproven)
 		if done[key] {
 			continue
 		}
-		if err := a.layerAllowed(ctx, settings, workload, layer); err != nil {
+		if err := a.layerAllowed(ctx, settings, who, layer); err != nil {
 			var denial *Denial
 			if errors.As(err, &denial) {
 				denial.Namespace, denial.Account, denial.Unknown = c.Namespace, account, unknown
-				denial.Image, denial.Layer = nameOf(image), layer
+				denial.Image, denial.Layer, denial.NoLabels = nameOf(image), layer, c.Labels == nil
 			}
 			return err
 		}
@@ -205,12 +208,12 @@ func (a *Authorizer) allowed(ctx context.Context, c Container, image imagekeys.I
 }
 
 // layerAllowed returns nil if a workload may use one of the KEKs of a layer.
-func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, workload string, layer imagekeys.Layer) error {
-	if layer.Other && matchesAny(s.NodeKeyWorkloads, workload) || layer.Unproven && matchesAny(s.SystemWorkloads, workload) {
+func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, who use, layer imagekeys.Layer) error {
+	if layer.Other && matchesAny(s.NodeKeyWorkloads, who.workload) || layer.Unproven && matchesAny(s.SystemWorkloads, who.workload) {
 		return nil
 	}
-	for _, kek := range layer.KEKs {
-		if a.verdicts.knownAllowed(question{kek, workload}, s.TTL) {
+	for _, who.kek = range layer.KEKs {
+		if a.verdicts.knownAllowed(who, s.TTL) {
 			return nil
 		}
 	}
@@ -219,13 +222,14 @@ func (a *Authorizer) layerAllowed(ctx context.Context, s Settings, workload stri
 	asked := 0
 	newest := slices.SortedStableFunc(slices.Values(layer.KEKs), func(a, b imagekeys.KEK) int { return b.Version - a.Version })
 	for _, kek := range newest {
+		who.kek = kek
 		if denied[kek.ID] {
 			continue
 		}
 		if asked++; asked > maxAsked {
 			break
 		}
-		err := a.verdicts.allowed(ctx, question{kek, workload}, s.TTL, s.Grace)
+		err := a.verdicts.allowed(ctx, who, s.TTL, s.Grace)
 		if err == nil {
 			return nil
 		}
@@ -259,10 +263,12 @@ type Denial struct {
 	Namespace, Account string
 	// Unknown says why the service account is not known; empty: it is.
 	Unknown string
-	Image   string
-	Layer   imagekeys.Layer
-	err     error // the broker's answer; nil: it was not asked
-	rule    bool  // err is of the setting must-be-encrypted
+	// NoLabels reports that the pod's labels are not known.
+	NoLabels bool
+	Image    string
+	Layer    imagekeys.Layer
+	err      error // the broker's answer; nil: it was not asked
+	rule     bool  // err is of the setting must-be-encrypted
 }
 
 func (d *Denial) Error() string {
@@ -288,6 +294,9 @@ func (d *Denial) Error() string {
 	}
 	if d.Account == "" && d.Unknown != "" {
 		fmt.Fprintf(&b, "; rules that name a service account do not match: %s", d.Unknown)
+	}
+	if d.NoLabels && len(keks) > 0 {
+		fmt.Fprintf(&b, "; rules with labels do not match: the pod has more than %d KiB of them, or containerd still runs the plugin of an earlier pilot, until it is restarted", maxLabels>>10)
 	}
 	if d.err != nil {
 		fmt.Fprintf(&b, ": %s", d.err)

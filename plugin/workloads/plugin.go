@@ -156,7 +156,23 @@ func containerOf(pod *api.PodSandbox, c *api.Container) Container {
 			volumes = append(volumes, v)
 		}
 	}
-	return Container{Namespace: pod.GetNamespace(), Pod: pod.GetName(), PodUID: pod.GetUid(), Name: c.GetName(), ID: c.GetId(), Image: image, Asked: asked, Volumes: volumes}
+	return Container{Namespace: pod.GetNamespace(), Pod: pod.GetName(), PodUID: pod.GetUid(), Labels: labelsOf(pod), Name: c.GetName(), ID: c.GetId(), Image: image, Asked: asked, Volumes: volumes}
+}
+
+// maxLabels bounds the labels of a pod, in bytes.
+const maxLabels = 32 << 10
+
+// labelsOf returns a pod's labels, or nil if there are too many.
+func labelsOf(pod *api.PodSandbox) map[string]string {
+	labels, size := map[string]string{}, 0
+	for key, value := range pod.GetLabels() {
+		labels[key] = value
+		size += len(key) + len(value)
+	}
+	if size > maxLabels {
+		return nil
+	}
+	return labels
 }
 
 // imageVolume returns where containerd has mounted the image of which a mount's source is a

@@ -20,7 +20,7 @@ const (
 )
 
 var (
-	q           = question{imagekeys.KEK{ID: "team-a", Version: 1}, "prod/web"}
+	web         = use{kek: imagekeys.KEK{ID: "team-a", Version: 1}, workload: "prod/web", labels: map[string]string{"tier": "gold", "pod": "web-0"}}
 	errRefused  = fmt.Errorf("403: %w", client.ErrForbidden)
 	errNoBroker = fmt.Errorf("connection refused: %w", client.ErrUnavailable)
 )
@@ -28,25 +28,31 @@ var (
 // broker gives the answer that is set, and its clock is set by hand.
 type broker struct {
 	verdicts
-	answer error
-	asked  atomic.Int32
-	clock  time.Time
+	answer  error
+	depends []string // on the labels of these keys
+	asked   atomic.Int32
+	clock   time.Time
 }
 
 func newBroker() *broker {
 	b := &broker{clock: time.Unix(1e9, 0)}
 	b.now = func() time.Time { return b.clock }
-	b.ask = func(context.Context, question) error {
+	b.ask = func(context.Context, use) ([]string, error) {
 		b.asked.Add(1)
-		return b.answer
+		return b.depends, b.answer
 	}
 	return b
 }
 
 func (b *broker) expect(t *testing.T, want error, asked int32) {
 	t.Helper()
+	b.expectFor(t, web, want, asked)
+}
+
+func (b *broker) expectFor(t *testing.T, u use, want error, asked int32) {
+	t.Helper()
 	b.asked.Store(0)
-	if err := b.allowed(t.Context(), q, ttl, grace); !errors.Is(err, want) || (err == nil) != (want == nil) {
+	if err := b.allowed(t.Context(), u, ttl, grace); !errors.Is(err, want) || (err == nil) != (want == nil) {
 		t.Errorf("%v, want %v", err, want)
 	}
 	if n := b.asked.Load(); n != asked {
@@ -99,15 +105,15 @@ func TestRefusalEndsTheGrace(t *testing.T) {
 func TestConcurrentContainersAskOnce(t *testing.T) {
 	b := newBroker()
 	all := make(chan struct{})
-	b.ask = func(context.Context, question) error {
+	b.ask = func(context.Context, use) ([]string, error) {
 		b.asked.Add(1)
 		<-all
-		return nil
+		return nil, nil
 	}
 	var wg sync.WaitGroup
 	for range 100 {
 		wg.Go(func() {
-			if err := b.allowed(t.Context(), q, ttl, grace); err != nil {
+			if err := b.allowed(t.Context(), web, ttl, grace); err != nil {
 				t.Error(err)
 			}
 		})
@@ -125,29 +131,102 @@ func TestConcurrentContainersAskOnce(t *testing.T) {
 func TestSlowAnswerCountsForTheNextContainer(t *testing.T) {
 	b := newBroker()
 	slow := make(chan struct{})
-	b.ask = func(context.Context, question) error { <-slow; return nil }
+	b.ask = func(context.Context, use) ([]string, error) { <-slow; return nil, nil }
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	if err := b.allowed(ctx, q, ttl, grace); !errors.Is(err, errNoAnswerYet) {
+	if err := b.allowed(ctx, web, ttl, grace); !errors.Is(err, errNoAnswerYet) {
 		t.Errorf("%v", err)
 	}
 	// Others do not wait as long as they could: this test would not end.
-	if err := b.allowed(t.Context(), q, ttl, grace); !errors.Is(err, errNoAnswerYet) {
+	if err := b.allowed(t.Context(), web, ttl, grace); !errors.Is(err, errNoAnswerYet) {
 		t.Errorf("%v", err)
 	}
 	close(slow)
-	if err := b.allowed(t.Context(), q, ttl, grace); err != nil && !errors.Is(err, errNoAnswerYet) {
+	if err := b.allowed(t.Context(), web, ttl, grace); err != nil && !errors.Is(err, errNoAnswerYet) {
 		t.Error(err)
 	}
+}
+
+// labelled returns the use of a pod with other labels.
+func labelled(labels map[string]string) use {
+	u := web
+	u.labels = labels
+	return u
+}
+
+func TestVerdictsAreSharedByPodsWhoseLabelsMakeNoDifference(t *testing.T) {
+	silver, other := map[string]string{"tier": "silver"}, map[string]string{"tier": "gold", "pod": "web-1"}
+	b := newBroker()
+	b.expect(t, nil, 1)
+	for _, labels := range []map[string]string{silver, other, {}, nil} {
+		b.expectFor(t, labelled(labels), nil, 0)
+	}
+	// The policy has a rule with labels now.
+	b.clock = b.clock.Add(ttl)
+	b.depends = []string{"app", "tier"}
+	b.expect(t, nil, 1)
+	b.expectFor(t, labelled(other), nil, 0)
+	b.answer = errRefused
+	for _, labels := range []map[string]string{silver, {}, nil, {"tier": "gold", "app": ""}, {"app": "gold"}} {
+		b.expectFor(t, labelled(labels), client.ErrForbidden, 1)
+	}
+	b.expect(t, nil, 0)
+	// Nor are permissions for other labels used in an outage.
+	b.answer = errNoBroker
+	b.clock = b.clock.Add(ttl)
+	b.expect(t, nil, 1)
+	b.expectFor(t, labelled(other), nil, 0)
+	b.expectFor(t, labelled(silver), client.ErrUnavailable, 1)
+	b.expectFor(t, labelled(nil), client.ErrUnavailable, 1)
+}
+
+// A pod that has waited for the answer to another asks again if that turns out to depend on
+// labels that they do not share.
+func TestAnswerThatDependsOnOtherLabelsIsNotShared(t *testing.T) {
+	b := newBroker()
+	b.expect(t, nil, 1) // which depends on none
+	b.clock = b.clock.Add(ttl)
+	begun, all := make(chan struct{}), make(chan struct{})
+	b.ask = func(_ context.Context, u use) ([]string, error) {
+		if b.asked.Add(1) == 2 {
+			close(begun)
+			<-all
+		}
+		if u.labels["tier"] != "gold" {
+			return nil, errRefused
+		}
+		return []string{"tier"}, nil
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := b.allowed(t.Context(), web, ttl, grace); err != nil {
+			t.Error(err)
+		}
+	})
+	<-begun
+	waiting := make(chan struct{}, 50)
+	for range cap(waiting) {
+		wg.Go(func() {
+			waiting <- struct{}{}
+			if err := b.allowed(t.Context(), labelled(map[string]string{"tier": "silver"}), ttl, grace); !errors.Is(err, client.ErrForbidden) {
+				t.Errorf("silver: %v", err)
+			}
+		})
+	}
+	for len(waiting) < cap(waiting) {
+		time.Sleep(time.Millisecond)
+	}
+	close(all)
+	wg.Wait()
 }
 
 func TestMemoryOfVerdictsIsBounded(t *testing.T) {
 	b := newBroker()
 	for i := range 3 * maxVerdicts {
-		if err := b.allowed(t.Context(), question{q.kek, fmt.Sprintf("ns-%d/", i)}, ttl, grace); err != nil {
+		if err := b.allowed(t.Context(), use{kek: web.kek, workload: fmt.Sprintf("ns-%d/", i), labels: web.labels}, ttl, grace); err != nil {
 			t.Fatal(err)
 		}
-		if n := len(b.known); n > maxVerdicts {
+		if n := max(len(b.known), len(b.labelKeys)); n > maxVerdicts {
 			t.Fatalf("%d verdicts", n)
 		}
 	}

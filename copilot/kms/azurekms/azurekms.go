@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"regexp"
 	"strings"
 	"sync/atomic"
@@ -22,6 +23,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azkeys"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/fips"
 )
 
 // Types returns the types of backends that this package has.
@@ -55,6 +57,14 @@ func open(decode kms.Settings) (kms.Backend, error) {
 	var s settings
 	if err := decode(&s); err != nil {
 		return nil, err
+	}
+	if os.Getenv("AZURE_CLIENT_CERTIFICATE_PATH") != "" || os.Getenv("IDENTITY_SERVER_THUMBPRINT") != "" {
+		// Azure's library names certificates by their SHA-1.
+		err := fips.Refuse("AZURE_CLIENT_CERTIFICATE_PATH, and the managed identities of Service Fabric, take SHA-1",
+			"use a workload identity, another managed identity, or AZURE_CLIENT_SECRET, and unset the variable")
+		if err != nil {
+			return nil, err
+		}
 	}
 	// It reads the environment. A token is fetched when it is needed.
 	credential, err := azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{ClientOptions: clientOptions(nil)})

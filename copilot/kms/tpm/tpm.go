@@ -8,7 +8,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/fips140"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -24,6 +23,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/fips"
 )
 
 // Types returns the types of backends that this package has.
@@ -65,8 +65,10 @@ func open(decode kms.Settings) (kms.Backend, error) {
 	if err := decode(&s); err != nil {
 		return nil, err
 	}
-	if fips140.Enforced() {
-		return nil, errors.New("a TPM encrypts its sessions with AES-CFB, which GODEBUG=fips140=only refuses")
+	err := fips.Refuse("the sessions of a TPM are encrypted with AES-CFB, by Go's library for TPMs",
+		"use another KMS, or a file for the master key")
+	if err != nil {
+		return nil, err
 	}
 	b := &backend{device: s.Device, turn: make(chan struct{}, 1)}
 	if !filepath.IsAbs(s.Device) {

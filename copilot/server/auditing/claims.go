@@ -15,8 +15,11 @@ var shownClaims = []string{
 	"repository", "project_path", "ref", "environment", "event_name", "pipeline_source", "workflow_ref", "job_workflow_ref", "actor", "user_login",
 }
 
-// maxClaims bounds the claims in a line, in bytes.
-const maxClaims = 2000
+// maxClaims and maxLabels bound the claims and the labels in a line, in bytes.
+const (
+	maxClaims = 2000
+	maxLabels = 1000
+)
 
 // Claims returns the claims of a caller's token that its lines have: those by which a
 // CI job is found, and others by their names, those of them that fit.
@@ -25,20 +28,39 @@ func Claims(c policy.Claims, others []string) map[string]string {
 		return nil
 	}
 	shown := make(map[string]string)
-	size := 0
+	room := maxClaims
 	for _, name := range slices.Concat(shownClaims, others) {
-		texts, ok := c[name]
-		if _, twice := shown[name]; !ok || twice {
-			continue
-		}
-		text := claimText(texts)
-		// As it is shown, if it has to be quoted or cut.
-		if n := len(name) + min(len(strconv.Quote(text)), 300); size+n <= maxClaims {
-			size += n
-			shown[name] = text
+		if texts, ok := c[name]; ok {
+			add(shown, name, claimText(texts), &room)
 		}
 	}
 	return shown
+}
+
+// Labels returns the labels of a workload's pod that have these keys, those of them that fit
+// into a line.
+func Labels(labels map[string]string, keys []string) map[string]string {
+	var shown map[string]string
+	room := maxLabels
+	for _, key := range keys {
+		if value, ok := labels[key]; ok {
+			if shown == nil {
+				shown = make(map[string]string)
+			}
+			add(shown, key, value, &room)
+		}
+	}
+	return shown
+}
+
+// add adds a text, unless there is one of that name, or no room for so many bytes.
+func add(shown map[string]string, name, text string, room *int) {
+	// As it is shown, if it has to be quoted or cut.
+	n := len(name) + min(len(strconv.Quote(text)), 300)
+	if _, twice := shown[name]; !twice && n <= *room {
+		*room -= n
+		shown[name] = text
+	}
 }
 
 // claimText returns a claim in one text: an array of several as in JSON. Claims that differ

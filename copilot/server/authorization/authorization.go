@@ -75,6 +75,15 @@ func (c Caller) NotRevoked(k keystore.KEK) error {
 	return nil
 }
 
+// LabelKeys returns the keys of the pods' labels on which it depends whether the caller may
+// do action with a KEK. It is not nil.
+func (c Caller) LabelKeys(kek string, action policy.Action) []string {
+	if c.owner {
+		return []string{}
+	}
+	return c.policy.LabelKeys(c.who, kek, action)
+}
+
 // Usable returns which KEKs the policy lets the caller do anything with.
 func (c Caller) Usable() func(kek string) bool {
 	if c.owner {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/coreos/go-oidc/v3/oidc"
 
+	"github.com/ctrlplane/pilot/internal/jwks"
 	"github.com/ctrlplane/pilot/internal/loopback"
 )
 
@@ -85,7 +86,7 @@ func (t *issuerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	case !json.Valid(body):
 		return nil, fmt.Errorf("%w: the response is not JSON", ErrIssuer)
 	}
-	a = &issuerResponse{time.Now(), resp.Header, body}
+	a = &issuerResponse{time.Now(), resp.Header, jwks.WithoutCertificates(body)}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.recent) > 10 { // an issuer has two URLs

@@ -310,6 +310,7 @@ func TestMistypedValuesAreRefused(t *testing.T) {
 		"copilot.tls.source=cert-manager":              "issuerRef.name: set",
 		"copilot.tls.source=pod-certificate":           "signerName: set",
 		"monitoring.podMonitors.enabled=true":          "podMonitors",
+		"pilot.workloads=true":                         "copilot.policy: pilot.workloads needs rules with workloads",
 	} {
 		t.Run(values, func(t *testing.T) {
 			args := append(asExample, "--set="+values)
