@@ -140,8 +140,8 @@ test-race: tools test-unit
 # The mode is linked into our programs and tests, so that no others have it. Examples can't be
 # skipped one by one where they show what is refused.
 test-fips: tools
-	GOFIPS140=$(FIPS_MODULE) go test -buildvcs=false -count=1 -timeout 60m -skip '^Example' -ldflags=-X=runtime.godebugDefault=fips140=only $$(go list -buildvcs=false ./... | grep -v /integration)
-	GOFIPS140=$(FIPS_MODULE) PILOT_FIPS=1 go test -buildvcs=false -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
+	GOFIPS140=$(FIPS_MODULE) $(TEST) -count=1 -timeout 60m -skip '^Example' -ldflags=-X=runtime.godebugDefault=fips140=only $$(go list ./... | grep -v /integration)
+	GOFIPS140=$(FIPS_MODULE) PILOT_FIPS=1 $(TEST) -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
 BUSY  ?= 2
