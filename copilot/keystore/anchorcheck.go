@@ -84,25 +84,61 @@ func (s *Store) CheckChanged(ctx context.Context, least int64) (map[string]strin
 	if err != nil {
 		return nil, err
 	}
-	var sum int64
-	for _, c := range s.anchors.checked {
-		sum += c.changes
+	var changes [anchorShards + 1]int64
+	for i, c := range s.anchors.checked {
+		changes[i] = c.changes
 	}
-	whole := ""
-	if least = max(least, known); sum < least {
-		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+	s.anchors.forget(found)
+	if whole := s.anchors.compareAll(changes, max(least, known)); whole != "" {
 		found["store"] = whole
 	}
-	s.anchors.mu.Lock()
-	defer s.anchors.mu.Unlock()
-	s.anchors.whole = whole
-	for name := range found {
-		delete(s.anchors.seen, name)
-	}
-	for i, c := range s.anchors.checked {
-		s.anchors.changes[i] = max(s.anchors.changes[i], c.changes)
-	}
 	return found, nil
+}
+
+// CheckGeneration is the part of [Store.CheckAnchors] that reads no records: each of them is
+// compared when it is used.
+func (s *Store) CheckGeneration(ctx context.Context, least int64) error {
+	s.anchors.checking.Lock()
+	defer s.anchors.checking.Unlock()
+	least = max(least, s.Generation())
+	if err := s.completeAnchors(ctx, least); err != nil {
+		return err
+	}
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return err
+	}
+	var changes [anchorShards + 1]int64
+	err = s.db.named(ctx, anchorPrefix, func(name string, b []byte) error {
+		if shard, ok := shardOf(name); ok {
+			a, _ := set.openAnchor(name, b) // a damaged one counts as none
+			changes[shard] = a.Changes
+		}
+		return nil
+	})
+	if err == nil {
+		s.anchors.compareAll(changes, least)
+	}
+	return err
+}
+
+// compareAll compares how often all anchors were changed with the least that it can be. It
+// returns why no record can be relied on, or "".
+func (a *anchors) compareAll(changes [anchorShards + 1]int64, least int64) (whole string) {
+	var sum int64
+	for _, n := range changes {
+		sum += n
+	}
+	if sum < least {
+		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.whole = whole
+	for i, n := range changes {
+		a.changes[i] = max(a.changes[i], n)
+	}
+	return whole
 }
 
 // completeAnchors anchors all records of a store that an earlier copilot made. It leaves one

@@ -78,6 +78,15 @@ func (a *anchors) see(name string, sum [sha256.Size]byte) {
 	a.seen[name] = sum
 }
 
+// forget forgets that records were compared.
+func (a *anchors) forget(found map[string]string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for name := range found {
+		delete(a.seen, name)
+	}
+}
+
 func (a *anchors) areComplete() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

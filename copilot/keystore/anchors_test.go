@@ -524,7 +524,9 @@ func TestAcknowledgedDeletionStaysOne(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	bucket(func(b *bolt.Bucket) error { return errors.Join(b.Delete([]byte("a")), b.Put([]byte("b"), []byte("{}"))) })
+	bucket(func(b *bolt.Bucket) error {
+		return errors.Join(b.Delete([]byte("a")), b.Put([]byte("b"), []byte("{}")))
+	})
 	if _, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
