@@ -35,9 +35,7 @@ type masterState struct {
 	Keys   []masterEntry `json:"keys"` // in order: the last one is current
 	// Resealed says that nothing is sealed under any but the last one.
 	Resealed bool `json:"resealed,omitempty"`
-	// MAC authenticates the JSON without it, as that of an anchor does. Earlier copilots
-	// write none, which is accepted only while there is one master key: nothing is dropped
-	// then, and no holder replaces what it has.
+	// MAC authenticates the JSON without it, as that of an anchor does.
 	MAC []byte `json:"mac,omitempty"`
 }
 
@@ -211,12 +209,8 @@ func newMasterSet(raw []byte, state masterState, has ...*masterKey) (*masterSet,
 		return s, err
 	}
 	text, err := state.text()
-	switch {
-	case err != nil || hmac.Equal(state.MAC, s.stateMAC(masterName, text)):
-	case state.MAC != nil:
+	if err == nil && !hmac.Equal(state.MAC, s.stateMAC(masterName, text)) {
 		err = errMasters
-	case state.rotating():
-		err = fmt.Errorf("%w; if a copilot of an earlier version has begun to rotate the master key, let that version end it first", errMasters)
 	}
 	return s, err
 }

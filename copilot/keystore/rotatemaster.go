@@ -94,20 +94,17 @@ func (s *Store) keepMasters(ctx context.Context, change func(set *masterSet, sta
 }
 
 // HoldMaster notes that this copilot, which serves a store that others share, has the
-// master key in a file: a rotation waits until it has the new one. It also authenticates
-// what an earlier copilot has written of the master keys.
+// master key in a file: a rotation waits until it has the new one.
 func (s *Store) HoldMaster(ctx context.Context) error {
+	if !s.shared || s.wrapping != nil || s.canReplace() != nil {
+		return nil
+	}
 	set := s.masters.Load()
 	name := s.holderName()
-	isNew := s.shared && s.wrapping == nil && s.canReplace() == nil &&
-		!slices.ContainsFunc(set.state.Keys, func(e masterEntry) bool { return e.holder(name) >= 0 })
-	if !isNew && (set.raw == nil || set.state.MAC != nil) {
+	if slices.ContainsFunc(set.state.Keys, func(e masterEntry) bool { return e.holder(name) >= 0 }) {
 		return nil
 	}
 	return s.keepMasters(ctx, func(_ *masterSet, state *masterState) error {
-		if !isNew {
-			return nil
-		}
 		// Its file has the first one that it knows.
 		for i := range state.Keys {
 			if e := &state.Keys[i]; set.known[e.Version] != nil {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -191,75 +190,5 @@ func TestForgedMasterStateIsRefused(t *testing.T) {
 	put(raw)
 	if done, err := s.ResealMaster(ctx, func(time.Duration) {}, none); err != nil || !done {
 		t.Errorf("%v, %v", done, err)
-	}
-}
-
-// TestMasterStateOfAnEarlierCopilotIsAuthenticated opens stores as copilots have left them
-// that did not authenticate what they say of their master keys.
-func TestMasterStateOfAnEarlierCopilotIsAuthenticated(t *testing.T) {
-	dir, ctx := t.TempDir(), t.Context()
-	s := openStore(t, dir)
-	want, none := make(map[string][]byte), func(int) error { return nil }
-	create := func(id string) {
-		if _, err := s.Create(ctx, id, nil, Change{}); err != nil {
-			t.Fatal(err)
-		}
-		want[id], _, _ = key(s, id, 1)
-	}
-	// earlier has the state as it is now be one of an earlier copilot's.
-	earlier := func() {
-		raw, _, err := s.readMasters(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		state, err := parseMasterState(raw)
-		if err != nil {
-			t.Fatal(err)
-		}
-		state.MAC = nil
-		err = s.db.keep(ctx, masterName, func(_, _ []byte) ([]byte, error) { return json.Marshal(state) })
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, shared := range []bool{true, false} {
-		s.shared = shared
-		create(fmt.Sprintf("shared-%v", shared))
-		if shared {
-			if err := s.HoldMaster(ctx); err != nil {
-				t.Fatal(err)
-			}
-		} else if _, err := s.RotateMaster(ctx, none); err != nil {
-			t.Fatal(err)
-		} else if _, err := s.ResealMaster(ctx, func(time.Duration) {}, none); err != nil {
-			t.Fatal(err)
-		}
-		earlier()
-		again := newStore(s.db, dir, "", nil)
-		again.shared = shared
-		if err := again.unlock(ctx); err != nil {
-			t.Fatalf("shared %v: %v", shared, err)
-		}
-		for id, k := range want {
-			if got, _, err := key(again, id, 1); err != nil || !bytes.Equal(got, k) {
-				t.Errorf("shared %v: %s: %v", shared, id, err)
-			}
-		}
-		if err := again.HoldMaster(ctx); err != nil {
-			t.Fatal(err)
-		}
-		if again.masters.Load().state.MAC == nil {
-			t.Errorf("shared %v: the state is not authenticated", shared)
-		}
-		if _, err := s.readSet(ctx); err != nil {
-			t.Errorf("shared %v: one that has run meanwhile: %v", shared, err)
-		}
-	}
-	if _, err := s.RotateMaster(ctx, none); err != nil {
-		t.Fatal(err)
-	}
-	earlier()
-	if err := newStore(s.db, dir, "", nil).unlock(ctx); !errors.Is(err, errMasters) || !strings.Contains(err.Error(), "let that version end it first") {
-		t.Errorf("during a rotation: %v", err)
 	}
 }
