@@ -39,8 +39,9 @@ PILOT_TOOLS ?= $(CURDIR)/.cache/tools
 export PILOT_TOOLS
 
 # The same for all that is built, so that each package is compiled once for programs, vet,
-# staticcheck and tests, wherever the repository is.
-export GOFLAGS := -trimpath -buildvcs=false
+# staticcheck and tests, wherever the repository is. Flags of your own are kept.
+GOFLAGS_ALL := -trimpath -buildvcs=false
+export GOFLAGS := $(GOFLAGS_ALL) $(filter-out $(GOFLAGS_ALL),$(shell go env GOFLAGS 2>/dev/null))
 
 VERSION := $(shell scripts/version.sh 2>/dev/null || echo dev)
 GOFLAGS_BUILD := -ldflags '-s -w -X github.com/ctrlplane/pilot/internal/version.Version=$(VERSION)'
