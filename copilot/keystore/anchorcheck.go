@@ -58,11 +58,12 @@ func (s *Store) CheckChanged(ctx context.Context, least int64) (map[string]strin
 	s.anchors.checking.Lock()
 	defer s.anchors.checking.Unlock()
 	known := s.Generation()
+	if err := s.completeAnchors(ctx, max(least, known)); err != nil {
+		return nil, err
+	}
 	var sums shardSums
-	anchored := false
 	err := s.db.sums(ctx, anchorPrefix, func(name string, stored [sha256.Size]byte) error {
 		if shard, ok := shardOf(name); ok {
-			anchored = true
 			sums.add(shard, "", stored)
 		}
 		return nil
@@ -72,15 +73,6 @@ func (s *Store) CheckChanged(ctx context.Context, least int64) (map[string]strin
 	})
 	if err != nil {
 		return nil, err
-	}
-	if !anchored && least == 0 && known == 0 {
-		// An earlier copilot made the store.
-		if err := s.anchorAll(ctx, 0, 1, nil); err != nil && !errors.Is(err, ErrState) { // or another one has anchored it meanwhile
-			return nil, err
-		}
-		for i := range sums {
-			sums[i] = nil
-		}
 	}
 	var changed []int
 	for i, c := range s.anchors.checked {
@@ -92,25 +84,90 @@ func (s *Store) CheckChanged(ctx context.Context, least int64) (map[string]strin
 	if err != nil {
 		return nil, err
 	}
-	var sum int64
-	for _, c := range s.anchors.checked {
-		sum += c.changes
+	var changes [anchorShards + 1]int64
+	for i, c := range s.anchors.checked {
+		changes[i] = c.changes
 	}
-	whole := ""
-	if least = max(least, known); sum < least {
-		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+	s.anchors.forget(found)
+	if whole := s.anchors.compareAll(changes, max(least, known)); whole != "" {
 		found["store"] = whole
 	}
-	s.anchors.mu.Lock()
-	defer s.anchors.mu.Unlock()
-	s.anchors.whole = whole
-	for name := range found {
-		delete(s.anchors.seen, name)
-	}
-	for i, c := range s.anchors.checked {
-		s.anchors.changes[i] = max(s.anchors.changes[i], c.changes)
-	}
 	return found, nil
+}
+
+// CheckGeneration is the part of [Store.CheckAnchors] that reads no records: each of them is
+// compared when it is used.
+func (s *Store) CheckGeneration(ctx context.Context, least int64) error {
+	s.anchors.checking.Lock()
+	defer s.anchors.checking.Unlock()
+	least = max(least, s.Generation())
+	if err := s.completeAnchors(ctx, least); err != nil {
+		return err
+	}
+	set, err := s.readSet(ctx)
+	if err != nil {
+		return err
+	}
+	var changes [anchorShards + 1]int64
+	err = s.db.named(ctx, anchorPrefix, func(name string, b []byte) error {
+		if shard, ok := shardOf(name); ok {
+			a, _ := set.openAnchor(name, b) // a damaged one counts as none
+			changes[shard] = a.Changes
+		}
+		return nil
+	})
+	if err == nil {
+		s.anchors.compareAll(changes, least)
+	}
+	return err
+}
+
+// compareAll compares how often all anchors were changed with the least that it can be. It
+// returns why no record can be relied on, or "".
+func (a *anchors) compareAll(changes [anchorShards + 1]int64, least int64) (whole string) {
+	var sum int64
+	for _, n := range changes {
+		sum += n
+	}
+	if sum < least {
+		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.whole = whole
+	for i, n := range changes {
+		a.changes[i] = max(a.changes[i], n)
+	}
+	return whole
+}
+
+// completeAnchors anchors all records of a store that an earlier copilot made. It leaves one
+// that has fewer changes than least, or a record that was put back, as it is.
+func (s *Store) completeAnchors(ctx context.Context, least int64) error {
+	if s.anchors.areComplete() {
+		return nil
+	}
+	if a, err := s.readAnchor(ctx, anchorShards); err != nil || a.Complete {
+		s.anchors.setComplete(err == nil)
+		return nil // a damaged one is reported by the check
+	}
+	err := s.anchorAll(ctx, 0, 1, func(now *look) error {
+		var sum int64
+		for _, c := range now.checked {
+			sum += c.changes
+			if err := errors.Join(c.damaged...); errors.As(err, new(*missingMaster)) {
+				return fmt.Errorf("%w: %w", ErrState, err)
+			}
+		}
+		if sum < least || len(now.found) > 0 || now.anchors[anchorShards].Complete {
+			return ErrState
+		}
+		return nil
+	})
+	if errors.Is(err, ErrState) { // also if another copilot has done it meanwhile
+		return nil
+	}
+	return err
 }
 
 // checkShards compares the records of some anchors, and notes what it has found.
@@ -147,8 +204,9 @@ type look struct {
 }
 
 // look compares records with their anchors at one moment: of those anchors that are wanted, or
-// of all if wanted is nil. It calls do with each record's digest, and named, if it is not nil,
-// with what is kept under the other names that belong to the records.
+// of all if wanted is nil. It calls do with each record's digest, which is the anchor's if the
+// record is damaged, and named, if it is not nil, with what is kept under the other names that
+// belong to the records.
 func (s *Store) look(ctx context.Context, named func(name string), wanted func(shard int) bool, do func(shard int, r row, digest string)) (*look, error) {
 	set, err := s.readSet(ctx)
 	if err != nil {
@@ -185,6 +243,9 @@ func (s *Store) look(ctx context.Context, named func(name string), wanted func(s
 			k, err := set.decode(id, b)
 			if err != nil { // damaged, which is reported where it is used, or of a newer master key
 				c.damaged = append(c.damaged, err)
+				if ok {
+					do(shard, r, want)
+				}
 				return nil
 			}
 			digest, err := k.digest()
@@ -192,7 +253,7 @@ func (s *Store) look(ctx context.Context, named func(name string), wanted func(s
 				return err
 			}
 			do(shard, r, digest)
-			if ok && want != digest {
+			if want != digest && (ok || l.anchors[shard].Complete) {
 				find(shard, r.String(), "it is not as copilot has written it last")
 			}
 			for _, v := range k.Versions {
@@ -252,9 +313,9 @@ func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found 
 	if err != nil || len(found) == 0 {
 		return found, err
 	}
-	return found, s.anchorAll(ctx, least+1, acceptJump, func(now map[string]string) error {
+	return found, s.anchorAll(ctx, least+1, acceptJump, func(now *look) error {
 		// What was put back since the check is named, too.
-		maps.Copy(found, now)
+		maps.Copy(found, now.found)
 		return log(found)
 	})
 }
@@ -264,9 +325,9 @@ func (s *Store) AcceptRollback(ctx context.Context, least int64, log func(found 
 const voided = "voided"
 
 // anchorAll makes all anchors anew, each with so many changes more, and a generation that is
-// least or more. Requests for approval are voided: a used one may have been put back. log, if
-// it is not nil, is called before with the records that are not as their anchors have them.
-func (s *Store) anchorAll(ctx context.Context, least, jump int64, log func(found map[string]string) error) error {
+// least or more. Requests for approval are voided: a used one may have been put back. before is
+// called with what the store has: nothing is done if it fails.
+func (s *Store) anchorAll(ctx context.Context, least, jump int64, before func(now *look) error) error {
 	digests := make([]map[string]string, anchorShards+1)
 	for i := range digests {
 		digests[i] = make(map[string]string)
@@ -278,8 +339,8 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64, log func(found
 	now, err := s.look(ctx, func(name string) { digests[anchorShards][name] = voided }, nil, func(shard int, r row, digest string) {
 		digests[shard][r.String()] = digest
 	})
-	if err == nil && log != nil {
-		err = log(now.found)
+	if err == nil {
+		err = before(now)
 	}
 	if err != nil {
 		return err
@@ -303,14 +364,14 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64, log func(found
 		if a.Changes != now.anchors[i].Changes {
 			return nil, fmt.Errorf("%w: a record was changed meanwhile: try again", ErrState)
 		}
-		return set.sealAnchor(name, anchor{changes[i], digests[i]})
+		return set.sealAnchor(name, anchor{changes[i], digests[i], true})
 	})
 	if err != nil {
 		return err
 	}
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
-	s.anchors.changes, s.anchors.whole, s.anchors.seen = changes, "", nil
+	s.anchors.changes, s.anchors.whole, s.anchors.seen, s.anchors.complete = changes, "", nil, true
 	return nil
 }
 

@@ -35,6 +35,10 @@ type anchor struct {
 	Changes int64 `json:"changes"`
 	// Digests are those of the records, by row.
 	Digests map[string]string `json:"digests"`
+	// Complete says that each record of this anchor has a digest: one without was put back
+	// after its deletion was acknowledged. Of the last anchor, it also says that what the
+	// store keeps of its master keys has a MAC.
+	Complete bool `json:"complete,omitempty"`
 }
 
 // storedAnchor is how an anchor is kept: JSON, and HMAC-SHA-256 by a key that is derived from
@@ -57,6 +61,8 @@ type anchors struct {
 	seen map[string][sha256.Size]byte
 	// whole says why no record can be relied on, or is "".
 	whole string
+	// complete says that all anchors are.
+	complete bool
 
 	checking sync.Mutex
 	checked  [anchorShards + 1]checked
@@ -70,6 +76,27 @@ func (a *anchors) see(name string, sum [sha256.Size]byte) {
 		a.seen = make(map[string][sha256.Size]byte)
 	}
 	a.seen[name] = sum
+}
+
+// forget forgets that records were compared.
+func (a *anchors) forget(found map[string]string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for name := range found {
+		delete(a.seen, name)
+	}
+}
+
+func (a *anchors) areComplete() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.complete
+}
+
+func (a *anchors) setComplete(complete bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.complete = complete
 }
 
 // row names a record, among KEKs or what is kept under a name.
@@ -217,8 +244,8 @@ func (s *Store) seenChanges(shard int) int64 {
 }
 
 // compare compares the digest of a row with its anchor, which has to have at least so many
-// changes: those that were seen before it was read. The record of a KEK that was written
-// before there were anchors has no digest.
+// changes: those that were seen before it was read. In an anchor that is not complete, the
+// record of a KEK may have no digest.
 func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
@@ -230,7 +257,7 @@ func (s *Store) compare(r row, a anchor, least int64, digest string) error {
 	}
 	seen := &s.anchors.changes[r.shard()]
 	*seen = max(*seen, a.Changes)
-	if want, ok := a.Digests[r.String()]; ok && want != digest || !ok && !r.kek && digest != "" {
+	if want, ok := a.Digests[r.String()]; ok && want != digest || !ok && digest != "" && (a.Complete || !r.kek) {
 		return fmt.Errorf("%s: %w", r, ErrRolledBack)
 	}
 	return nil
@@ -311,11 +338,7 @@ func (s *Store) compareNow(ctx context.Context, k KEK) error {
 
 func (s *Store) readAnchor(ctx context.Context, shard int) (a anchor, err error) {
 	name := anchorName(shard)
-	var found []byte
-	err = s.db.named(ctx, name, func(_ string, b []byte) error {
-		found = slices.Clone(b)
-		return nil
-	})
+	found, err := s.readNamed(ctx, name)
 	if err != nil {
 		return a, err
 	}

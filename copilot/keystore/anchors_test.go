@@ -3,6 +3,7 @@ package keystore
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -495,5 +496,152 @@ func TestExpiredApprovalsAreDropped(t *testing.T) {
 	}
 	if _, err := s.ChangeApproval(ctx, "old-1", func(*Approval, bool) error { return nil }); !errors.Is(err, ErrRolledBack) {
 		t.Errorf("used: %v", err)
+	}
+}
+
+// TestAcknowledgedDeletionStaysOne acknowledges that one record was deleted, and does so while
+// another one is damaged. Neither can be put back as it was before a revocation.
+func TestAcknowledgedDeletionStaysOne(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	if _, err := s.CheckAnchors(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	db := s.db.(*boltDB)
+	bucket := func(do func(*bolt.Bucket) error) {
+		t.Helper()
+		if err := db.db.Update(func(tx *bolt.Tx) error { return do(tx.Bucket(bucketKEKs)) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	earlier := make(map[string][]byte)
+	for _, id := range []string{"a", "b"} {
+		var err error
+		if earlier[id], err = db.get(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Revoke(ctx, id, "uid:7", Change{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bucket(func(b *bolt.Bucket) error {
+		return errors.Join(b.Delete([]byte("a")), b.Put([]byte("b"), []byte("{}")))
+	})
+	if _, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Absent(ctx, "a"); err != nil {
+		t.Errorf("acknowledged: %v", err)
+	}
+	bucket(func(b *bolt.Bucket) error {
+		return errors.Join(b.Put([]byte("a"), earlier["a"]), b.Put([]byte("b"), earlier["b"]))
+	})
+	again := newStore(s.db, s.dir, "", nil)
+	if err := again.unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*Store{s, again} {
+		found, err := s.CheckChanged(ctx, 0)
+		if names := slices.Sorted(maps.Keys(found)); err != nil || !slices.Equal(names, []string{"kek a", "kek b"}) {
+			t.Errorf("found %v, %v", names, err)
+		}
+		for id := range earlier {
+			if _, err := s.Get(ctx, id); !errors.Is(err, ErrRolledBack) {
+				t.Errorf("KEK %s is used as it was before its revocation: %v", id, err)
+			}
+		}
+	}
+}
+
+// TestStoreOfAnEarlierCopilotIsCompleted opens a store that an earlier copilot has left: what it
+// says of its master keys has no MAC, and only KEKs that were changed lately have an anchor.
+// Then nobody can take the MAC away.
+func TestStoreOfAnEarlierCopilotIsCompleted(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	s.shared = true
+	if err := s.HoldMaster(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Rotate(ctx, "a", 0, Change{}); err != nil {
+		t.Fatal(err)
+	}
+	raw, _, err := s.readMasters(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, err := parseMasterState(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	state.Format, state.MAC = 1, nil
+	unsigned, err := json.Marshal(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func() {
+		t.Helper()
+		if err := s.db.keep(ctx, masterName, func(_, _ []byte) ([]byte, error) { return unsigned, nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open := func() (*Store, error) {
+		s := newStore(s.db, s.dir, "", nil)
+		s.shared = true
+		return s, s.unlock(ctx)
+	}
+	put()
+	now, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if raw, _, err = s.readMasters(ctx); err != nil || bytes.Equal(raw, unsigned) {
+		t.Errorf("the state has no MAC: %v", err)
+	}
+	if found, err := now.CheckAnchors(ctx, s.Generation()); err != nil || len(found) > 0 {
+		t.Fatalf("%v, %v", found, err)
+	}
+	for _, id := range []string{"a", "b", "c"} {
+		if a, err := now.readAnchor(ctx, row{true, id}.shard()); err != nil || !a.Complete || a.Digests[rowKEK+id] == "" {
+			t.Errorf("KEK %s has no anchor: %v", id, err)
+		}
+		if _, err := now.Get(ctx, id); err != nil {
+			t.Error(err)
+		}
+	}
+	if generation := now.Generation(); generation != anchorShards+2 {
+		t.Errorf("%d changes", generation)
+	}
+	put()
+	if _, err := now.Rotate(ctx, "a", 0, Change{}); !errors.Is(err, errMasters) {
+		t.Errorf("without its MAC, in a copilot that runs: %v", err)
+	}
+	if _, err := open(); !errors.Is(err, errMasters) {
+		t.Errorf("without its MAC, at the start: %v", err)
+	}
+}
+
+// TestEarlierStoreThatWasPutBackIsNotCompleted has a store of an earlier copilot in which a
+// record was put back: what is found stays found.
+func TestEarlierStoreThatWasPutBackIsNotCompleted(t *testing.T) {
+	s := unanchored(t, 1)[0]
+	ctx := t.Context()
+	earlier, err := s.db.get(ctx, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Revoke(ctx, "a", "uid:7", Change{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Put([]byte("a"), earlier) }); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if found, err := s.CheckAnchors(ctx, 0); err != nil || found["kek a"] == "" {
+			t.Errorf("%v, %v", found, err)
+		}
+	}
+	if found, err := s.CheckAnchors(ctx, 100); err != nil || found["store"] == "" {
+		t.Errorf("%v, %v", found, err)
 	}
 }

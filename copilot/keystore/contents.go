@@ -107,7 +107,7 @@ func (s *Store) Export(ctx context.Context, do func(Held) error) error {
 func (s *Store) Import(ctx context.Context, generation int64, next func() (Held, error)) (keks int, err error) {
 	var list [anchorShards]anchor
 	for i := range list {
-		list[i] = anchor{1, make(map[string]string)}
+		list[i] = anchor{1, make(map[string]string), true}
 	}
 	list[0].Changes = max(1, generation+1)
 	fill := func(master []byte, to contents) error {

@@ -25,8 +25,9 @@ const (
 	// all that a store of an earlier copilot has. After a rotation no earlier copilot
 	// takes its key for the right one.
 	masterCheck = "check"
-	// masterFormat is the newest format of [masterState] that this copilot knows.
-	masterFormat = 1
+	// masterFormat is the newest format of [masterState] that this copilot knows. The first
+	// may have no MAC. Copilots that would drop the MAC do not know the second.
+	masterFormat = 2
 )
 
 // masterState is what the store keeps of its master keys.
@@ -35,7 +36,8 @@ type masterState struct {
 	Keys   []masterEntry `json:"keys"` // in order: the last one is current
 	// Resealed says that nothing is sealed under any but the last one.
 	Resealed bool `json:"resealed,omitempty"`
-	// MAC authenticates the JSON without it, as that of an anchor does.
+	// MAC authenticates the JSON without it, as that of an anchor does. It is absent if an
+	// earlier copilot wrote the state.
 	MAC []byte `json:"mac,omitempty"`
 }
 
@@ -47,6 +49,7 @@ func (s masterState) text() ([]byte, error) {
 
 // sealState returns what the store keeps of a state.
 func (s *masterSet) sealState(state masterState) ([]byte, error) {
+	state.Format = masterFormat
 	text, err := state.text()
 	if err != nil {
 		return nil, err
@@ -115,7 +118,7 @@ func parseMasterState(b []byte) (masterState, error) {
 	if s.Format > masterFormat {
 		return s, fmt.Errorf("%w: its master keys have format %d, and this copilot knows %d", ErrNewer, s.Format, masterFormat)
 	}
-	if len(s.Keys) < 1 || len(s.Keys) > 2 || s.Keys[0].Version < 1 || s.rotating() && s.Keys[1].Version != s.Keys[0].Version+1 {
+	if s.MAC == nil && s.Format > 1 || len(s.Keys) < 1 || len(s.Keys) > 2 || s.Keys[0].Version < 1 || s.rotating() && s.Keys[1].Version != s.Keys[0].Version+1 {
 		return s, errMasters
 	}
 	return s, nil
@@ -205,7 +208,7 @@ func newMasterSet(raw []byte, state masterState, has ...*masterKey) (*masterSet,
 	} else if s.audit, err = s.current.openFor([]byte(auditPlace), e.Audit); err != nil {
 		err = errors.New("the audit log's key is damaged or was tampered with in the store")
 	}
-	if err != nil || raw == nil {
+	if err != nil || s.unsigned() {
 		return s, err
 	}
 	text, err := state.text()
@@ -214,6 +217,9 @@ func newMasterSet(raw []byte, state masterState, has ...*masterKey) (*masterSet,
 	}
 	return s, err
 }
+
+// unsigned reports whether the state has no MAC. Callers decide whether that is right.
+func (s *masterSet) unsigned() bool { return s.state.MAC == nil }
 
 var errMasters = errors.New("what the store has of its master keys is damaged or was tampered with: restore the store from a backup")
 
@@ -254,7 +260,7 @@ func (s *masterSet) follow(raw []byte) (*masterSet, error) {
 
 // legacyState is the state of a store that has only a check.
 func legacyState(check []byte) masterState {
-	return masterState{Format: masterFormat, Keys: []masterEntry{{Version: 1, Check: check}}}
+	return masterState{Format: 1, Keys: []masterEntry{{Version: 1, Check: check}}}
 }
 
 // newMasterEntry returns the entry of a key.

@@ -33,7 +33,11 @@ func (s *Store) unlock(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.load(ctx, raw, check)
+	if err := s.load(ctx, raw, check); err != nil || raw == nil || !s.masters.Load().unsigned() {
+		return err
+	}
+	// An earlier copilot wrote it.
+	return s.keepMasters(ctx, func(*masterSet, *masterState) error { return nil })
 }
 
 // masterFileIn returns the file or the credential that has the master key, or "" if there
@@ -53,18 +57,21 @@ func masterFileIn(dir string) string {
 // readMasters returns what the store keeps of its master keys, and the check of the first.
 // Both are nil if it is new.
 func (s *Store) readMasters(ctx context.Context) (raw, check []byte, err error) {
-	for name, to := range map[string]*[]byte{masterName: &raw, masterCheck: &check} {
-		err := s.db.named(ctx, name, func(found string, b []byte) error {
-			if found == name {
-				*to = slices.Clone(b)
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, nil, err
-		}
+	if raw, err = s.readNamed(ctx, masterName); err == nil {
+		check, err = s.readNamed(ctx, masterCheck)
 	}
-	return raw, check, nil
+	return raw, check, err
+}
+
+// readNamed returns what is kept under a name, or nil.
+func (s *Store) readNamed(ctx context.Context, name string) (b []byte, err error) {
+	err = s.db.named(ctx, name, func(found string, value []byte) error {
+		if found == name {
+			b = slices.Clone(value)
+		}
+		return nil
+	})
+	return b, err
 }
 
 // load loads the master keys, and whatever they have handed on.
@@ -90,6 +97,16 @@ func (s *Store) load(ctx context.Context, raw, check []byte) error {
 	set, err := newMasterSet(raw, state, m)
 	if err != nil {
 		return err
+	}
+	if raw != nil && set.unsigned() {
+		// Whether that is of an earlier copilot or of somebody who removed the MAC.
+		b, err := s.readNamed(ctx, anchorName(anchorShards))
+		if err != nil {
+			return err
+		}
+		if a, err := set.openAnchor(anchorName(anchorShards), b); err != nil || a.Complete {
+			return errMasters
+		}
 	}
 	s.masters.Store(set)
 	return nil
@@ -190,6 +207,9 @@ func (s *Store) keepCheck(ctx context.Context, check []byte) error {
 func (s *Store) follow(raw []byte) (*masterSet, error) {
 	before := s.masters.Load()
 	set, err := before.follow(raw)
+	if err == nil && set != before && set.unsigned() && (!before.unsigned() || s.anchors.areComplete()) {
+		err = errMasters
+	}
 	// What was read before a rotation is old.
 	if err == nil && set != before && set.current.version >= before.current.version {
 		s.masters.CompareAndSwap(before, set)

@@ -54,13 +54,14 @@ type broker struct {
 	rolledBack map[string]string // as last reported
 }
 
-// newBroker opens the broker of a configuration.
+// newBroker opens the broker of a configuration, for one command: it compares the records that
+// are used.
 func newBroker(ctx context.Context, conf Config) (*broker, error) {
 	b, err := closedBroker(conf)
 	if err != nil {
 		return nil, err
 	}
-	if err := b.open(ctx, conf); err != nil {
+	if err := b.open(ctx, conf, func(ctx context.Context) error { return b.keks.Store.CheckGeneration(ctx, b.least) }); err != nil {
 		return nil, err
 	}
 	return b, nil
@@ -88,8 +89,9 @@ func closedBroker(conf Config) (b *broker, err error) {
 	return b, nil
 }
 
-// open opens the store, the audit log and the KMSs. It can be called again if it fails.
-func (b *broker) open(ctx context.Context, conf Config) (err error) {
+// open opens the store, the audit log and the KMSs, and calls check. It can be called again if
+// it fails.
+func (b *broker) open(ctx context.Context, conf Config, check func(context.Context) error) (err error) {
 	store, err := keystore.Open(ctx, conf.Dir, conf.Database, conf.Wrapping()...)
 	if err != nil {
 		return err
@@ -103,7 +105,7 @@ func (b *broker) open(ctx context.Context, conf Config) (err error) {
 		return errors.Join(err, store.Close(), log.Close())
 	}
 	b.keks, b.auditLog, b.least = keks, log, log.Counted()
-	if err := b.checkAnchors(ctx); err != nil {
+	if err := check(ctx); err != nil {
 		return errors.Join(err, keks.Close(), store.Close(), log.Close())
 	}
 	log.Count(store.Generation)

@@ -30,7 +30,7 @@ var errSealed = errors.New("the master key can't be unwrapped")
 // not an error, nor is a KMS that does not unwrap the master key now: the broker stays
 // closed, and waiting says why. A reason is logged again only after another one.
 func (b *broker) tryOpen(ctx context.Context, conf Config) error {
-	err := b.open(ctx, conf)
+	err := b.open(ctx, conf, b.checkAnchors)
 	if err == nil {
 		if created := describeCreated(conf, b.keks.Store); created != "" {
 			logrus.Warn(created)
