@@ -286,11 +286,27 @@ func TestLikeSealsAnewWhatOthersSealed(t *testing.T) {
 	if read || want.DiffID != layer.diffID {
 		t.Errorf("%+v; the plain layer was read: %v", want, read)
 	}
-	// Somebody with the layer's key seals something else.
 	key, err := processor.Unwrap(s.ctx, s.dc, was)
 	if err != nil {
 		t.Fatal(err)
 	}
+	// An earlier version did not wrap what it sealed.
+	to := kek("pilot", "a")
+	to.Keys = s.dc
+	old := was
+	old.Annotations = maps.Clone(was.Annotations)
+	wrapped, err := key.WithSealed(nil).Wrap(s.ctx, to, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	maps.Copy(old.Annotations, wrapped)
+	if _, err := s.sealed(old); err == nil {
+		t.Error("the seal of the earlier version is wrapped")
+	}
+	if got, read := encrypt(old); got != want || read {
+		t.Errorf("of an earlier version: %+v; the plain layer was read: %v", got, read)
+	}
+	// Somebody with the layer's key seals something else.
 	x := digest.FromString("x")
 	for name, change := range map[string]func(*Lazy){
 		"diff ID": func(l *Lazy) { l.DiffID = x },

@@ -1,7 +1,6 @@
 package image
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -50,12 +49,13 @@ func VerifyTOC(l Lazy, end []byte) error {
 	if err != nil {
 		return untrue(err)
 	}
-	got, most, err := t.digest()
-	if err == nil && got != l.TOC {
+	got, entries, err := t.digest()
+	switch {
+	case err != nil:
+	case got != l.TOC:
 		err = fmt.Errorf("its table of contents has the digest %s", got)
-	}
-	if err == nil && most > maxEntries {
-		err = t.countEntries()
+	case entries > maxEntries:
+		err = fmt.Errorf("its table of contents has more than %d entries", maxEntries)
 	}
 	if err != nil {
 		return untrue(err)
@@ -63,9 +63,9 @@ func VerifyTOC(l Lazy, end []byte) error {
 	return nil
 }
 
-// digest returns the digest of the table of contents, and how many entries it has at the
-// most. To read them all takes several times as long.
-func (t tail) digest() (_ digest.Digest, most int, err error) {
+// digest returns the digest of the table of contents, and how many entries a reader makes of
+// it at the most. To decode them all takes several times as long.
+func (t tail) digest() (_ digest.Digest, entries int, err error) {
 	r, z, err := t.json()
 	if err != nil {
 		return "", 0, err
@@ -73,16 +73,16 @@ func (t tail) digest() (_ digest.Digest, most int, err error) {
 	defer z.Close()
 	hash := digest.Canonical.Digester()
 	buf := make([]byte, 32<<10)
+	var count entryCounter
 	for size := 0; ; {
 		n, err := r.Read(buf)
 		if size += n; size > maxTOC {
 			return "", 0, fmt.Errorf("it has more than %d bytes", maxTOC)
 		}
 		hash.Hash().Write(buf[:n])
-		// An entry is an object or null, and one null may be in two parts.
-		most += bytes.Count(buf[:n], []byte("{")) + bytes.Count(buf[:n], []byte("null")) + 1
+		count.write(buf[:n])
 		if err == io.EOF {
-			return hash.Digest(), most, nil
+			return hash.Digest(), count.entries, nil
 		}
 		if err != nil {
 			return "", 0, err
@@ -90,20 +90,36 @@ func (t tail) digest() (_ digest.Digest, most int, err error) {
 	}
 }
 
-// countEntries returns an error if the table of contents has too many entries.
-func (t tail) countEntries() error {
-	toc, err := t.contents()
-	if err != nil {
-		return err
+// entryCounter counts the elements of arrays and objects that are members of the outermost
+// object, such as the entries of a table of contents. Elements of each kind count:
+// [encoding/json] makes an entry of a number, too, before it fails. What is no JSON, it does
+// not decode at all.
+type entryCounter struct {
+	entries int
+
+	depth             int
+	inString, escaped bool
+}
+
+func (c *entryCounter) write(p []byte) {
+	for _, b := range p {
+		switch {
+		case c.escaped:
+			c.escaped = false
+		case c.inString:
+			c.escaped, c.inString = b == '\\', b != '"'
+		case b == '"':
+			c.inString = true
+		case b == '{' || b == '[':
+			if c.depth++; c.depth == 2 {
+				c.entries++
+			}
+		case b == '}' || b == ']':
+			c.depth--
+		case b == ',' && c.depth == 2:
+			c.entries++
+		}
 	}
-	defer toc.Close()
-	for err == nil {
-		_, err = toc.next()
-	}
-	if err == io.EOF {
-		return nil
-	}
-	return err
 }
 
 func (l Lazy) tail(end []byte) (tail, error) {

@@ -22,6 +22,11 @@ func TestTableOfContentsIsBounded(t *testing.T) {
 		{"small", `{"entries":[{},{}]}`, ""},
 		{"entries", `{"entries":[{}` + strings.Repeat(",{}", maxEntries) + `]}`, "more than 1048576 entries"},
 		{"no entries", `{"entries":[null` + strings.Repeat(",null", maxEntries) + `]}`, "more than 1048576 entries"},
+		{"numbers", `{"entries":[0` + strings.Repeat(",0", maxEntries) + `]}`, "more than 1048576 entries"},
+		{"empty texts, in capitals", `{"Entries":[""` + strings.Repeat(",\"\"", maxEntries) + `]}`, "more than 1048576 entries"},
+		{"a second time", `{"entries":[],"entries":[[]` + strings.Repeat(",[]", maxEntries) + `]}`, "more than 1048576 entries"},
+		{"as many as there may be", `{"entries":[{}` + strings.Repeat(`,{"xattrs":{"a":"\\","b":"x,[{"}}`, maxEntries-1) + `]}`, ""},
+		{"commas in names", `{"entries":[{"name":"` + strings.Repeat("\\\",", maxEntries) + `"}]}`, ""},
 		{"braces in names", `{"entries":[{"name":"` + strings.Repeat("{", maxEntries) + `"}]}`, ""},
 		{"bytes", `{"entries":[{"name":"` + strings.Repeat("x", maxTOC) + `"}]}`, "more than 268435456 bytes"},
 	} {

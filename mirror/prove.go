@@ -31,17 +31,17 @@ var errProving = errors.New("another image of this machine has a layer with the 
 type proof struct{ err error } // nil: it is what its key has sealed
 
 // checkShared returns an error if the layer's snapshot must not be shared with the other
-// images that have another blob unpacked under its diff ID. Their makers have not agreed to
-// that: everybody who may wrap for a KEK of this machine can seal what they like. If all of
-// them say that the layer has the same table of contents, it shows the same files. If not,
-// it is read as a whole.
+// images that have another blob, or the same one with another seal, unpacked under its diff
+// ID. Their makers have not agreed to that: everybody who may wrap for a KEK of this machine
+// can seal what they like. If all of them say that the layer has the same table of contents,
+// it shows the same files. If not, it is read as a whole.
 func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyLayer, all []claims.Claim) error {
 	for _, c := range all {
 		if c.ChainID == layer.sealed.DiffID && c.DiffID != c.ChainID {
 			// It would be mounted in the place of all those layers, and can't be that.
 			return m.prove(ctx, repo, layer)
 		}
-		if c.DiffID == layer.sealed.DiffID && c.Layer.Digest != layer.desc.Digest && !m.vouches(ctx, layer, c) {
+		if c.DiffID == layer.sealed.DiffID && !layer.isOf(c.Layer) && !m.vouches(ctx, layer, c) {
 			return m.prove(ctx, repo, layer)
 		}
 	}
@@ -52,10 +52,11 @@ func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyL
 const maxVouched = 256
 
 // vouches reports whether the maker of an image says that the layer with the diff ID has the
-// table of contents that is sealed: in its seal, or, of a plain layer, in its annotation,
-// which is as good as the rest of that image.
+// table of contents that is sealed: in its seal, or, of a plain layer and of the same blob,
+// in its annotation, which is as good as the rest of that image.
 func (m *Mirror) vouches(ctx context.Context, layer *lazyLayer, c claims.Claim) bool {
-	if !processor.IsEncrypted(c.Layer.MediaType) {
+	// Of the same blob, there may be several seals.
+	if !processor.IsEncrypted(c.Layer.MediaType) || c.Layer.Digest == layer.desc.Digest {
 		return c.Layer.Annotations[tocAnnotation] == layer.sealed.TOC.String()
 	}
 	m.lazy.mu.Lock()

@@ -1,9 +1,11 @@
 package plugin
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -75,16 +77,29 @@ func (d *Differ) isForRules(ctx context.Context, desc ocispec.Descriptor, key *p
 		return func(...digest.Digest) error { return nil }, err
 	}
 	openers := []processor.Opener{key.OpenedBy}
-	met, by, err := firstMet(alternatives, openers)
+	addOthers := sync.OnceFunc(func() {
+		ctx, cancel := context.WithTimeout(ctx, d.conf.UnwrapTimeout)
+		defer cancel()
+		fingerprint := key.Fingerprint()
+		others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, func(other *processor.LayerKey) bool { return bytes.Equal(other.Fingerprint(), fingerprint) })
+		openers = append(openers, others...)
+	})
+	counts := func(o processor.Opener) bool { return o.KEK != "" && !o.Public }
+	met, by, err := firstMet(alternatives, openers, counts)
 	if err != nil {
-		// Those of the same key, and of the same digest that is wrapped with it.
-		others, _ := d.keys.Openers(ctx, d.conf.Keys, desc, key.Equal)
-		if met, by, err = firstMet(alternatives, append(openers, others...)); err != nil {
+		addOthers()
+		if met, by, err = firstMet(alternatives, openers, counts); err != nil {
 			return nil, err
 		}
 	}
 	return func(content ...digest.Digest) error {
-		if by.Vouching(content...).Vouches {
+		vouches := func(o processor.Opener) bool { return o.Vouching(content...).Vouches }
+		_, _, err := firstMet(alternatives, openers, vouches)
+		if err != nil {
+			addOthers() // with which another digest may be wrapped
+			_, _, err = firstMet(alternatives, openers, vouches)
+		}
+		if err == nil {
 			return nil
 		}
 		why := mustencrypt.OtherContent
@@ -96,11 +111,12 @@ func (d *Differ) isForRules(ctx context.Context, desc ocispec.Descriptor, key *p
 }
 
 // firstMet returns the first alternative each rule of which is content with one of the
-// openers, and an opener that one is content with. The error is that of the first of all.
-func firstMet(alternatives []mustencrypt.Alternative, openers []processor.Opener) (met mustencrypt.Alternative, by processor.Opener, err error) {
+// openers that count, and an opener that one is content with. The error is that of the first
+// of all.
+func firstMet(alternatives []mustencrypt.Alternative, openers []processor.Opener, counts func(processor.Opener) bool) (met mustencrypt.Alternative, by processor.Opener, err error) {
 	for _, a := range alternatives {
 		i := slices.IndexFunc(a.Rules, func(rule mustencrypt.Rule) bool {
-			j := slices.IndexFunc(openers, func(o processor.Opener) bool { return o.KEK != "" && !o.Public && rule.Allows(o.KEK) })
+			j := slices.IndexFunc(openers, func(o processor.Opener) bool { return counts(o) && rule.Allows(o.KEK) })
 			if j >= 0 {
 				by = openers[j]
 			}

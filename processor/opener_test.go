@@ -1,6 +1,7 @@
 package processor
 
 import (
+	"context"
 	"encoding/base64"
 	"slices"
 	"strings"
@@ -9,7 +10,40 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/internal/fips/fipstest"
+	"github.com/ctrlplane/pilot/internal/openedby"
 )
+
+// emptyKEK unwraps with KEK team-a what is empty, and with a key that is no KEK all else.
+type emptyKEK struct{}
+
+func (emptyKEK) WrapKey(_ context.Context, _ [][]byte, layerKey []byte) ([]byte, error) {
+	return append([]byte("key "), layerKey...), nil
+}
+
+func (emptyKEK) UnwrapKey(ctx context.Context, _ [][]byte, annotation []byte) ([]byte, error) {
+	if string(annotation) == "empty" {
+		openedby.Report(ctx, openedby.KEK{ID: "team-a", Version: 1})
+		return nil, nil
+	}
+	return slices.Clone(annotation[len("key "):]), nil
+}
+
+// TestOpenerIsThatOfTheRecipientThatGaveTheKey puts before a recipient another, which a KEK
+// unwraps and which holds no layer key.
+func TestOpenerIsThatOfTheRecipientThatGaveTheKey(t *testing.T) {
+	_, k := encrypt(t, []byte("plain"))
+	annotations := wrapped(t, k, Recipients{Keys: withProvider("test", emptyKEK{}), Parameters: map[string][][]byte{"test": {[]byte("a key")}}}, nil)
+	const scheme = "provider.test"
+	id := annotationKeysPrefix + scheme
+	annotations[id] = base64.StdEncoding.EncodeToString([]byte("empty")) + "," + annotations[id]
+	got, err := Unwrap(t.Context(), withProvider("test", emptyKEK{}), ocispec.Descriptor{Annotations: annotations})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (Opener{Scheme: scheme, Digest: k.Digest}); got.OpenedBy != want {
+		t.Errorf("opened by %+v, want %+v", got.OpenedBy, want)
+	}
+}
 
 // TestClaimOfWhatAnybodyCanWrapIsPublic reads annotations, of which nothing is proven.
 func TestClaimOfWhatAnybodyCanWrapIsPublic(t *testing.T) {

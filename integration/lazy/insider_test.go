@@ -151,6 +151,23 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 		t.Errorf("a mount of the layer with the victim's table of contents: %d %s", r.status, r.body)
 	}
 
+	// Or they seal other files of the victim's blob.
+	m.encrypt("same:1", layer{"file": []byte("of the same blob")})
+	same := m.manifest("same:1")
+	_, ids = m.configOf(same)
+	m.seal(layersOf(same)[0], ids[0].(string), annotations(layersOf(victim)[0])[tocAnnotation].(string))
+	m.push("same:forged", same)
+	harness.Output(t, m.Ctr("content", "fetch", "--plain-http", m.ref("same:forged")))
+	wholes := m.metrics()[`pilot_lazy_layers_read_whole_total{result="OK"}`]
+	m.pull("same:1")
+	at = m.mount("same:1")
+	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the same blob" {
+		t.Errorf("the image has %q %v", b, err)
+	}
+	if n := m.metrics()[`pilot_lazy_layers_read_whole_total{result="OK"}`]; n != wholes+1 {
+		t.Errorf("%g layers were read as a whole, not 1: another image says that the blob has other files", n-wholes)
+	}
+
 	// Or that it is called as all layers of an image together are.
 	m.encrypt("victim:chain", layer{"file": []byte("of the victim's layers")}, layer{"more": []byte("of them")})
 	_, ids = m.configOf(m.manifest("victim:chain"))

@@ -179,7 +179,7 @@ func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 			harness.ExpectFailure(t, n.Crictl("pull", public), append(rule, `it is opened by KEK "team-a", and wrapped with its public key`)...)
 			const otherContent, withoutDigest = `KEK "team-a", but what is wrapped with it is not the digest of this layer: somebody who can decrypt another layer`, `KEK "team-a", but no digest of the layer is wrapped`
 			harness.ExpectFailure(t, n.Crictl("pull", forged), append(rule, "it is opened by "+otherContent)...)
-			harness.ExpectFailure(t, n.Crictl("pull", forgedToo), append(rule, `it is opened by KEK "team-b"`)...)
+			harness.ExpectFailure(t, n.Crictl("pull", forgedToo), append(rule, "it is opened by "+otherContent)...)
 			harness.ExpectFailure(t, n.Crictl("pull", ofOther), append(rule, "it is opened by "+otherContent)...)
 			harness.ExpectFailure(t, n.Crictl("pull", noDigest), append(rule, "it is opened by "+withoutDigest)...)
 

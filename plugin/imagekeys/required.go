@@ -1,7 +1,9 @@
 package imagekeys
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -58,16 +60,25 @@ func (r *Resolver) CheckEncrypted(ctx context.Context, ns string, image Image, n
 			found = append(found, rules.ForSource(repository)...)
 		}
 	}
+	waiting, cancel := context.WithTimeout(ctx, proofWait)
+	defer cancel()
+	var unread error // of the first layer that is being read
 	for _, rule := range found {
 		for _, doc := range docs {
 			for _, p := range doc.parts {
-				if err := r.checkPart(ctx, rule, p); err != nil {
-					return fmt.Errorf("pilot's setting must-be-encrypted: %s, and this one is not: %w: push the encrypted image again, or find out who has replaced it: %w", rule, err, errdefs.ErrFailedPrecondition)
+				err := r.checkPart(waiting, rule, p)
+				if err == nil {
+					continue
 				}
+				err = fmt.Errorf("pilot's setting must-be-encrypted: %s, and this one is not: %w: push the encrypted image again, or find out who has replaced it: %w", rule, err, errdefs.ErrFailedPrecondition)
+				if !errors.Is(err, errProving) {
+					return err
+				}
+				unread = cmp.Or(unread, err) // the other layers are read meanwhile
 			}
 		}
 	}
-	return nil
+	return unread
 }
 
 // checkPart returns an error unless an image has a layer encrypted, as a rule says. That a
@@ -128,8 +139,6 @@ func isUnread(rule mustencrypt.Rule, b layerkeys.Blob) bool {
 // proveClaims reads the layers that an image has for a diff ID, of which it is not known
 // whether they are what was encrypted for the KEKs that open them, and records what they are.
 func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Layer) error {
-	ctx, cancel := context.WithTimeout(ctx, proofWait)
-	defer cancel()
 	for _, l := range p.layers {
 		err := r.proveBlob(ctx, p.diffID, known, l)
 		if errdefs.IsNotFound(err) {
@@ -146,8 +155,6 @@ func (r *Resolver) proveClaims(ctx context.Context, p part, known layerkeys.Laye
 // proveRecipients tries the recipients that an image names of its own layers whose content is
 // known: another than the one that has opened it may vouch for it.
 func (r *Resolver) proveRecipients(ctx context.Context, p part) {
-	ctx, cancel := context.WithTimeout(ctx, proofWait)
-	defer cancel()
 	known, _ := r.conf.Record.Layer(p.diffID)
 	for _, l := range p.layers {
 		for _, b := range known.Blobs {
