@@ -39,8 +39,9 @@ PILOT_TOOLS ?= $(CURDIR)/.cache/tools
 export PILOT_TOOLS
 
 # The same for all that is built, so that each package is compiled once for programs, vet,
-# staticcheck and tests, wherever the repository is.
-export GOFLAGS := -trimpath -buildvcs=false
+# staticcheck and tests, wherever the repository is. Flags of your own are kept.
+GOFLAGS_ALL := -trimpath -buildvcs=false
+export GOFLAGS := $(GOFLAGS_ALL) $(filter-out $(GOFLAGS_ALL),$(shell go env GOFLAGS 2>/dev/null))
 
 VERSION := $(shell scripts/version.sh 2>/dev/null || echo dev)
 GOFLAGS_BUILD := -ldflags '-s -w -X github.com/ctrlplane/pilot/internal/version.Version=$(VERSION)'
@@ -140,8 +141,8 @@ test-race: tools test-unit
 # The mode is linked into our programs and tests, so that no others have it. Examples can't be
 # skipped one by one where they show what is refused.
 test-fips: tools
-	GOFIPS140=$(FIPS_MODULE) go test -buildvcs=false -count=1 -timeout 60m -skip '^Example' -ldflags=-X=runtime.godebugDefault=fips140=only $$(go list -buildvcs=false ./... | grep -v /integration)
-	GOFIPS140=$(FIPS_MODULE) PILOT_FIPS=1 go test -buildvcs=false -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
+	GOFIPS140=$(FIPS_MODULE) $(TEST) -count=1 -timeout 60m -skip '^Example' -ldflags=-X=runtime.godebugDefault=fips140=only $$(go list ./... | grep -v /integration)
+	GOFIPS140=$(FIPS_MODULE) PILOT_FIPS=1 $(TEST) -count=1 -timeout 120m -p $(TOGETHER) -parallel $(PARALLEL) ./integration/...
 
 COUNT ?= 10
 BUSY  ?= 2

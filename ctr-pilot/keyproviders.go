@@ -79,8 +79,9 @@ func findKeyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error
 	}
 	all := maps.Clone(own)
 	for name, p := range named {
-		// The name attestation-agent is another project's.
-		if all[name] == nil || name == wireformat.CoCoProvider {
+		// The name attestation-agent is another project's. A recipient coco:KEK names one of
+		// copilot's KEKs, which that project's own key provider does not know.
+		if all[name] == nil || name == wireformat.CoCoProvider && !slices.ContainsFunc(cmd.StringSlice("recipient"), isCoCo) {
 			all[name] = p
 		}
 	}

@@ -82,6 +82,11 @@ func decryptConfig(cmd *cli.Command, layers []ocispec.Descriptor) (*config.Decry
 	return config.CombineCryptoConfigs([]config.CryptoConfig{cc, {DecryptConfig: taken}}).DecryptConfig, nil
 }
 
+// cocoPrefix begins recipients that are KEKs for guests of Confidential Containers.
+const cocoPrefix = "coco:"
+
+func isCoCo(recipient string) bool { return strings.HasPrefix(recipient, cocoPrefix) }
+
 // recipientSchemes are the first words of recipients.
 var recipientSchemes = []string{"provider", "hpke", "coco", "jwe", "pkcs7", "pgp", "pkcs11"}
 
@@ -133,8 +138,8 @@ func newRecipients(cmd *cli.Command, args parsehelpers.EncArgs, layers []ocispec
 		if key, ok := public[r]; ok {
 			args.Recipient[i] = "provider:" + provider + ":" + key.ID
 		}
-		if kek, ok := strings.CutPrefix(r, "coco:"); ok {
-			args.Recipient[i] = "provider:" + wireformat.CoCoProvider + ":" + kek
+		if isCoCo(r) {
+			args.Recipient[i] = "provider:" + wireformat.CoCoProvider + ":" + strings.TrimPrefix(r, cocoPrefix)
 		}
 	}
 	taken, err := takeKeys(&args)

@@ -35,7 +35,7 @@ func publicRecipients(cmd *cli.Command) (keys map[string]publickek.PublicKey, pr
 			if conf, err = brokerconfig.Read(cmd); err != nil {
 				return nil, "", err
 			}
-			provider = conf.ProviderName[0]
+			provider = ownName(conf.ProviderName)
 		}
 		roots, err := conf.PublicKeysRoots()
 		if err != nil {
@@ -46,6 +46,17 @@ func publicRecipients(cmd *cli.Command) (keys map[string]publickek.PublicKey, pr
 		}
 	}
 	return keys, provider, nil
+}
+
+// ownName returns the first name of pilot's key provider that is not that of Confidential
+// Containers, whose guests read no public keys.
+func ownName(names []string) string {
+	for _, name := range names {
+		if name != wireformat.CoCoProvider {
+			return name
+		}
+	}
+	return "pilot"
 }
 
 // withPublicKeys returns key providers, with that for the public keys of the command's

@@ -89,7 +89,10 @@ func cocoRecipient(param string) (kid, kek string, err error) {
 		kid, err = wireformat.CanonicalKID(param)
 		return kid, "", err
 	}
-	return "", param, wireformat.ValidateKEKID(param)
+	if wireformat.IsAgeRecipient(param) {
+		return "", "", errors.New("a recipient of age is no KEK, and no guest has its key")
+	}
+	return "", param, checkNamed(param)
 }
 
 // wrapCoCo wraps a layer key with one KEK, for guests.
@@ -197,12 +200,18 @@ func (p *Provider) openCoCo(ctx context.Context, found KBSKEK, packet wireformat
 		optsdata, kek, err := p.unwrapAtBroker(ctx, wireformat.Annotation{
 			Method: wireformat.MethodCoCo, KEKID: found.ID, KEKVersion: found.Version, IV: packet.IV, WrappedKey: packet.WrappedData,
 		})
+		if errors.Is(err, client.ErrRejected) {
+			err = fmt.Errorf("kid %s: %w: a copilot from before it knew %s rejects all such keys: is it upgraded?", packet.KID, err, wireformat.MethodCoCo)
+		}
 		return optsdata, kek.Version, err
 	}
 	if err != nil {
 		return nil, 0, fmt.Errorf("kid %s: %w", packet.KID, err)
 	}
 	defer clear(kek.Key)
+	if len(kek.Key) != wireformat.KEKSize {
+		return nil, 0, fmt.Errorf("%w: kid %s: KEK %q has %d bytes, and %s takes %d", ErrWrongKEK, packet.KID, found.ID, len(kek.Key), wireformat.MethodCoCo, wireformat.KEKSize)
+	}
 	aead, err := aesgcm.New(kek.Key)
 	if err != nil {
 		return nil, 0, fmt.Errorf("KEK %q: %w", found.ID, err)

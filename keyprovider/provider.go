@@ -279,10 +279,7 @@ func namedKEKs(params [][]byte) ([]string, error) {
 		if id == "" || id == "Enabled" {
 			continue
 		}
-		if wireformat.IsSecretKey(id) {
-			return nil, fmt.Errorf("%w: a private key of age is named as a recipient: replace it, since others may have seen it; recipients begin with age1, and identities are in files that age-identities names", ErrInput)
-		}
-		if err := wireformat.ValidateKEKID(id); err != nil {
+		if err := checkNamed(id); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrInput, err)
 		}
 		if !slices.Contains(ids, id) {
@@ -290,6 +287,15 @@ func namedKEKs(params [][]byte) ([]string, error) {
 		}
 	}
 	return ids, nil
+}
+
+// checkNamed returns an error of what can't be the id of a KEK, without quoting a private
+// key.
+func checkNamed(id string) error {
+	if wireformat.IsSecretKey(id) {
+		return errors.New("a private key of age is named as a recipient: replace it, since others may have seen it; recipients begin with age1, and identities are in files that age-identities names")
+	}
+	return wireformat.ValidateKEKID(id)
 }
 
 // sweepInterval is how often expired KEKs are dropped from memory.

@@ -121,7 +121,7 @@ func describe(by processor.Opener) string {
 	case by.KEK == "":
 		return "a key that is none of the broker's KEKs"
 	case by.Public:
-		return fmt.Sprintf("KEK %q, and wrapped with its public key, as anybody can", by.KEK)
+		return fmt.Sprintf("KEK %q, and wrapped %s", by.KEK, mustencrypt.NotByRight)
 	}
 	return fmt.Sprintf("KEK %q", by.KEK)
 }

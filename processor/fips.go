@@ -3,6 +3,7 @@ package processor
 import (
 	"bytes"
 	"os"
+	"strings"
 
 	"github.com/containers/ocicrypt/utils"
 
@@ -21,7 +22,7 @@ func CheckScheme(scheme string) error {
 	case "pgp":
 		return fips.Refuse("OpenPGP has SHA-1", instead)
 	case "pkcs11":
-		if os.Getenv("OCICRYPT_OAEP_HASHALG") == "sha1" {
+		if strings.EqualFold(os.Getenv("OCICRYPT_OAEP_HASHALG"), "sha1") {
 			return fips.Refuse("OCICRYPT_OAEP_HASHALG is sha1", "unset it, for SHA-256")
 		}
 	}

@@ -47,6 +47,12 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 			t.Errorf("%s: %s", k.Path, k.Reason)
 		}
 	}
+	for hash, refused := range map[string]bool{"sha1": true, "SHA1": true, "SHA256": false, "": false} {
+		t.Setenv("OCICRYPT_OAEP_HASHALG", hash) // of which ocicrypt ignores the case
+		if err := CheckScheme("pkcs11"); errors.Is(err, fips.ErrNotApproved) != refused {
+			t.Errorf("pkcs11 with %q: %v", hash, err)
+		}
+	}
 	for _, scheme := range []string{"jwe", "pkcs7", "pgp"} {
 		if err := CheckScheme(scheme); !errors.Is(err, fips.ErrNotApproved) {
 			t.Errorf("%s: %v", scheme, err)

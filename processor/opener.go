@@ -21,7 +21,7 @@ func newOpener(scheme string, kek openedby.KEK) Opener {
 	o := Opener{Scheme: scheme, KEK: kek.ID, Version: kek.Version}
 	switch kek.Method {
 	case wireformat.MethodA256GCMKW, wireformat.MethodCopilot, wireformat.MethodAESGCM:
-	default:
+	default: // HPKE, A256GCM, and those of later versions
 		o.Public = kek.ID != ""
 	}
 	return o
@@ -83,19 +83,33 @@ func ClaimedOpeners(desc ocispec.Descriptor) (openers []Opener) {
 				if len(openers) >= MaxWrappedKeys {
 					return openers
 				}
-				o := Opener{Scheme: scheme}
-				b, _ := base64.StdEncoding.DecodeString(one)
-				var a struct {
-					Method     string `json:"method"`
-					KEKID      string `json:"kekId"`
-					KEKVersion int    `json:"kekVersion"`
-				}
-				if strings.HasPrefix(scheme, providerScheme) && json.Unmarshal(b, &a) == nil && wireformat.ValidateKEKID(a.KEKID) == nil {
-					o = newOpener(scheme, openedby.KEK{ID: a.KEKID, Version: a.KEKVersion, Method: a.Method})
-				}
-				openers = append(openers, o)
+				openers = append(openers, newOpener(scheme, claimedKEK(scheme, one)))
 			}
 		}
 	}
 	return openers
+}
+
+// claimedKEK returns the KEK that a wrapped key names, in base64, if it is one of the broker's.
+func claimedKEK(scheme, wrapped string) (kek openedby.KEK) {
+	b, err := base64.StdEncoding.DecodeString(wrapped)
+	if err != nil || !strings.HasPrefix(scheme, providerScheme) {
+		return kek
+	}
+	if packet, err := wireformat.ParseCoCoPacket(b); err == nil {
+		// Which KEK is behind another URI than copilot's is not known here.
+		if id, version, ok := wireformat.ParsePluginKID(packet.KID); ok {
+			kek = openedby.KEK{ID: id, Version: version, Method: wireformat.MethodCoCo}
+		}
+		return kek
+	}
+	var a struct {
+		Method     string `json:"method"`
+		KEKID      string `json:"kekId"`
+		KEKVersion int    `json:"kekVersion"`
+	}
+	if json.Unmarshal(b, &a) == nil && wireformat.ValidateKEKID(a.KEKID) == nil {
+		kek = openedby.KEK{ID: a.KEKID, Version: a.KEKVersion, Method: a.Method}
+	}
+	return kek
 }

@@ -50,7 +50,7 @@ has it any more. Without the flag, it stays as it is. Images whose layers
 containerd does not have are pulled again after either.
 
 With --workloads containerd asks pilot about each container that the kubelet has it
-create, and pilot the broker, whether the container's namespace and service account
+create, and pilot the broker, whether the pod's namespace, service account and labels
 may use the KEKs of its image. Write rules with workloads into copilot's policy first.
 
 Example:

@@ -191,21 +191,22 @@ type Wrapped struct {
 // Wrap has the broker wrap plaintext, at most 64 KiB, with the current version
 // of the KEK named id. Only copilot's own API can.
 func (c *Client) Wrap(ctx context.Context, id string, plaintext []byte) (Wrapped, error) {
-	return c.wrap(ctx, id, keyjson.Object(keyjson.Key("plaintext", plaintext)))
+	return c.wrap(ctx, id, keyjson.Object(keyjson.Key("plaintext", plaintext)), "")
 }
 
 // WrapCoCo is [Client.Wrap] in the form that the guests of Confidential Containers read:
 // A256GCM, without additional data.
 func (c *Client) WrapCoCo(ctx context.Context, id string, plaintext []byte) (Wrapped, error) {
-	w, err := c.wrap(ctx, id, keyjson.Object(keyjson.Key("plaintext", plaintext), keyjson.Value("method", wireformat.MethodCoCo)))
-	if err == nil && (w.Method != wireformat.MethodCoCo || len(w.IV) != wireformat.IVSize) {
-		err = fmt.Errorf("wrap with KEK %q: %w: its wrapped key is not of method %s", id, ErrUnavailable, wireformat.MethodCoCo)
+	w, err := c.wrap(ctx, id, keyjson.Object(keyjson.Key("plaintext", plaintext), keyjson.Value("method", wireformat.MethodCoCo)), wireformat.MethodCoCo)
+	if errors.Is(err, ErrRejected) {
+		err = fmt.Errorf("%w: a copilot from before it knew %s rejects all such requests: is it upgraded?", err, wireformat.MethodCoCo)
 	}
 	return w, err
 }
 
-// wrap sends a request to wrap, which it clears.
-func (c *Client) wrap(ctx context.Context, id string, body []byte) (w Wrapped, err error) {
+// wrap sends a request to wrap, which it clears. The answer has to be of the method, if that
+// is not empty.
+func (c *Client) wrap(ctx context.Context, id string, body []byte, method string) (w Wrapped, err error) {
 	err = c.post(ctx, id, "wrap", body, func(answer []byte) error {
 		var a struct {
 			ID string `json:"id"`
@@ -219,6 +220,9 @@ func (c *Client) wrap(ctx context.Context, id string, body []byte) (w Wrapped, e
 		}
 		if w = a.Wrapped; w.Version < 1 || len(w.Key) == 0 {
 			return fmt.Errorf("%w: it answered without a wrapped key", ErrUnavailable)
+		}
+		if method != "" && (w.Method != method || len(w.IV) != wireformat.IVSize) {
+			return fmt.Errorf("%w: its wrapped key is not of method %s", ErrUnavailable, method)
 		}
 		if len(w.Key) > wireformat.MaxWrappedKey {
 			return fmt.Errorf("%w: its wrapped key has more than %d bytes", ErrUnavailable, wireformat.MaxWrappedKey)

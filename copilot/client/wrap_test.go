@@ -53,6 +53,8 @@ func TestWrapAnswers(t *testing.T) {
 		{"not allowed", "use", 403, problemText(403, "no"), ErrForbidden},
 		{"proxy", "use", 403, "no", ErrUnavailable},
 		{"earlier broker", "use", 404, strings.Replace(problemText(404, "no"), "about:blank", wireformat.ProblemNoSuchPath, 1), ErrUnavailable},
+		{"earlier broker", "coco", 400, problemText(400, "the body is not the JSON that this path takes"), ErrRejected},
+		{"another method", "coco", 200, `{"id":"a","version":2,"method":"A256GCMKW","iv":"AAAAAAAAAAAAAAAA","wrappedKey":"AAAA"}`, ErrUnavailable},
 		{"another KEK", "wrap", 200, `{"id":"b","version":2,"wrappedKey":"AAAA"}`, ErrUnavailable},
 	} {
 		b := startAsked(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -68,6 +70,10 @@ func TestWrapAnswers(t *testing.T) {
 		switch test.verb {
 		case "wrap":
 			_, err = c.Wrap(t.Context(), "a", []byte("PLAIN"))
+		case "coco":
+			if _, err = c.WrapCoCo(t.Context(), "a", []byte("PLAIN")); test.name == "earlier broker" && !strings.Contains(err.Error(), "is it upgraded?") {
+				t.Error(err)
+			}
 		case "unwrap":
 			_, err = c.Unwrap(t.Context(), "a", Wrapped{Version: 2, Method: "copilot", Key: []byte("x")})
 		case "key":

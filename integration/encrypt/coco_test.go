@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"os"
 	"os/exec"
 	"slices"
@@ -31,7 +32,10 @@ import (
 // kbs stands for a Key Broker Service that has attested a guest: a client of its plugin
 // protocol for external programs, by protos/plugin.proto of
 // github.com/confidential-containers/trustee.
-type kbs struct{ *grpc.ClientConn }
+type kbs struct {
+	*grpc.ClientConn
+	address string
+}
 
 // newKBS starts "pilot kbs-plugin" with a client's certificate, and returns its KBS.
 func newKBS(t testing.TB, b *harness.TLSBroker, cert, key string) kbs {
@@ -45,7 +49,7 @@ func newKBS(t testing.TB, b *harness.TLSBroker, cert, key string) kbs {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return kbs{conn}
+	return kbs{conn, address}
 }
 
 // rawMessages passes messages as they are on the wire.
@@ -256,7 +260,10 @@ deny = true
 	encrypt := func(name string, args ...string) *exec.Cmd {
 		return harness.Command(t, "ctr-pilot", slices.Concat([]string{"images", "encrypt"}, ci, args, []string{plain, "oci:" + dir + "/" + name + ":v1"})...)
 	}
-	harness.Output(t, encrypt("both", "--recipient", "provider:pilot:team-a", "--recipient", "coco:team-a"))
+	both := encrypt("both", "--recipient", "provider:pilot:team-a", "--recipient", "coco:team-a")
+	// CoCo's own key provider does not know copilot's KEKs.
+	both.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+harness.Write(t, dir+"/other.conf", `{"key-providers": {"attestation-agent": {"cmd": {"path": "/bin/false"}}}}`))
+	harness.Output(t, both)
 	harness.Output(t, encrypt("plugin", "--recipient", "coco:team-a"))
 	harness.Output(t, encrypt("mapped", append(mapping, "--recipient", "provider:attestation-agent:keyid="+mapped)...))
 	// skopeo passes the recipients of both key providers to each.
@@ -334,6 +341,11 @@ deny = true
 	}
 	if body, status := service.call(t, "Handle", "POST", "team-a", "1"); status[2] != 405 {
 		t.Errorf("POST: %d %s", status[2], body)
+	}
+	// What a browser, or a program that fetches URLs for others, can send is not HTTP/2.
+	if resp, err := http.Post("http://"+service.address+"/kbs.plugin.v1.KbsPlugin/Handle", "application/grpc", strings.NewReader("\x00\x00\x00\x00\x00")); err == nil {
+		t.Errorf("HTTP/1.1 was answered with %s", resp.Status)
+		resp.Body.Close()
 	}
 	// An identity that may unwrap, but not export, can give guests nothing.
 	if status, body := newKBS(t, b, dir+"/unwraps.pem", dir+"/unwraps-key.pem").get(t, "team-a", "1"); status != 403 || !bytes.Contains(body, []byte("let this identity export it")) {

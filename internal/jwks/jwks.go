@@ -18,15 +18,24 @@ func WithoutCertificates(set []byte) []byte {
 		return set
 	}
 	for name, value := range members {
-		var keys []map[string]json.RawMessage
+		var keys []json.RawMessage
 		// encoding/json, which go-oidc reads key sets with, takes names in any case.
 		if !strings.EqualFold(name, "keys") || json.Unmarshal(value, &keys) != nil {
 			continue
 		}
-		for _, key := range keys {
+		for i, text := range keys {
+			var key map[string]json.RawMessage
+			if json.Unmarshal(text, &key) != nil {
+				continue // it is no object, and has no certificates
+			}
 			for _, name := range certificates {
 				delete(key, name)
 			}
+			without, err := json.Marshal(key)
+			if err != nil {
+				return set
+			}
+			keys[i] = without
 		}
 		without, err := json.Marshal(keys)
 		if err != nil {

@@ -57,8 +57,8 @@ type Blob struct {
 	KEKs   []KEK         `json:"keks,omitempty"`
 	// Other reports that a key opens it that is not a KEK of the broker's.
 	Other bool `json:"other,omitempty"`
-	// Public are those of the KEKs that have opened what anybody could have wrapped, as it
-	// is wrapped with a public key.
+	// Public are those of the KEKs that have opened what others than those with the right to
+	// wrap could have wrapped: see [openedby.Opener].
 	Public []KEK `json:"public,omitempty"`
 	// Vouched are those of the KEKs with which somebody who may wrap with them has wrapped
 	// the digest of the layer's content together with the key. What the others open may be

@@ -217,6 +217,10 @@ func (r Rule) String() string {
 	return text
 }
 
+// NotByRight describes, after a KEK, a layer key that others than those who may wrap with
+// that KEK can have wrapped, too.
+const NotByRight = "with its public key, as anybody can, or for guests of Confidential Containers, which have the KEK themselves"
+
 // OtherContent describes, after a KEK, a layer that it opens, and of which the wrapped key
 // has not the digest.
 const OtherContent = "but what is wrapped with it is not the digest of this layer: somebody who can decrypt another layer has encrypted this one under its key, " +

@@ -17,7 +17,9 @@ type Opener struct {
 	// KEK is the KEK of the broker's that has unwrapped it, or "": another key has.
 	KEK     string
 	Version int // of the KEK, or 0 where the broker has no versions
-	// Public reports that anybody can wrap for the KEK.
+	// Public reports that the key was wrapped in a way that is open to others than those who
+	// may wrap with the KEK: with its public key, which anybody can have, or for guests of
+	// Confidential Containers, which have the KEK themselves.
 	Public bool
 	// Digest is that of the plain layer, as it was wrapped together with the key, or "". It
 	// says which content the key was wrapped for: everybody who could decrypt that can

@@ -66,7 +66,10 @@ func (v verdict) marshal() []byte {
 
 func (r *response) marshal() []byte {
 	defer clear(r.body)
-	b := protowire.AppendBytes(protowire.AppendTag(nil, 1, protowire.BytesType), r.body)
+	// gRPC hands back no smaller buffers, to be cleared; and a body that outgrows this one
+	// is an error's, and no KEK.
+	b := make([]byte, 0, minCleared)
+	b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), r.body)
 	return protowire.AppendVarint(protowire.AppendTag(b, 2, protowire.VarintType), uint64(r.status))
 }
 
@@ -93,7 +96,11 @@ func (codec) Marshal(v any) (mem.BufferSlice, error) {
 	return mem.BufferSlice{mem.NewBuffer(&b, clearing{})}, nil
 }
 
-// clearing is a pool that keeps nothing.
+// minCleared is the size in bytes of buffers that are above gRPC's threshold, of 1 KiB, for
+// giving them back to their pool ([mem.IsBelowBufferPoolingThreshold]).
+const minCleared = 2 << 10
+
+// clearing is a pool that clears what is given back, and keeps nothing.
 type clearing struct{}
 
 func (clearing) Get(n int) *[]byte {

@@ -1,6 +1,7 @@
 package kbsplugin
 
 import (
+	"bytes"
 	"reflect"
 	"testing"
 
@@ -33,6 +34,23 @@ func TestRequestsAreReadInAnyOrder(t *testing.T) {
 		if err := cut.unmarshal(b[:n]); err == nil && reflect.DeepEqual(cut, r) {
 			t.Errorf("%d bytes are read as the whole", n)
 		}
+	}
+}
+
+// TestKEKIsClearedOnceItIsSent: gRPC frees what a codec returns after it was sent.
+func TestKEKIsClearedOnceItIsSent(t *testing.T) {
+	kek := bytes.Repeat([]byte("k"), 32)
+	sent, err := codec{}.Marshal(&response{body: kek, status: 200})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := sent[0].ReadOnlyData()
+	if !bytes.Contains(b, bytes.Repeat([]byte("k"), 32)) {
+		t.Fatalf("response %x", b)
+	}
+	sent.Free()
+	if bytes.Contains(b, []byte("k")) || bytes.Contains(kek, []byte("k")) {
+		t.Errorf("the KEK stays in memory: %x, %x", b, kek)
 	}
 }
 

@@ -184,7 +184,7 @@ func openers(rule mustencrypt.Rule, known layerkeys.Layer) string {
 		switch {
 		case !rule.Allows(k.ID):
 		case slices.Contains(l.Public, k):
-			name += " with its public key, as anybody can"
+			name += " " + mustencrypt.NotByRight
 		default:
 			name += ", " + mustencrypt.OtherContent
 		}
