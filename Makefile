@@ -151,10 +151,11 @@ test-repeat: tools
 
 # The tests that need neither root nor other programs. Many of them wait for timers, so more
 # packages are tested at once than there are cores. Those of image handle much data, which the
-# race detector makes slow, and those of two programs start them for each command, without
-# callers at once: make test-race has them with it.
+# race detector makes slow; those of programs start them for each command, without callers at
+# once; others would have the largest libraries compiled for it. make test-race has them with it.
 PACKAGES ?= $(shell echo $$(($$(nproc) * 3)))
-UNRACED  := ./image ./cmd/copilot ./ctr-pilot
+UNRACED  := ./image ./cmd/copilot ./cmd/pilot ./ctr-pilot ./node/doctor ./plugin/builtin \
+	./copilot/kms/awskms ./copilot/kms/azurekms ./copilot/kms/gcpkms
 
 test-unit:
 	$(TEST) -race -timeout 30m -p $(PACKAGES) $$(go list ./... | grep -v -e /integration $(foreach p,$(UNRACED),-e '/pilot$(p:.%=%)$$'))

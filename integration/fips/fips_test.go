@@ -136,7 +136,7 @@ func TestRefusedInFIPSOnlyMode(t *testing.T) {
 	sha1.Env = append(os.Environ(), "OCICRYPT_OAEP_HASHALG=sha1")
 	const x25519, hybrid = "age1gde3ncmahlqd9gg50tanl99r960llztrhfapnmx853s4tjum03uqfssgdh", "age1pq1"
 	original := harness.Write(t, dir+"/original.toml", "annotation-format = \"original\"\n")
-	identity := harness.Write(t, dir+"/identity.txt", "AGE-SECRET-KEY-PQ-1XXC4XS9DXHZ6TREKQTT3XECY8VNNU7GJ83C3Y49D0GZ3ZUME4JWS6QC3EF\n")
+	identity := harness.Write(t, dir+"/identity.txt", "AGE-SECRET-KEY-1\n")
 	refused := map[fipstest.Refusal][]*exec.Cmd{
 		fipstest.JWE:        {encrypt("--recipient", "jwe:"+public)},
 		fipstest.PKCS7:      {encrypt("--recipient", "pkcs7:"+certificate)},

@@ -48,10 +48,13 @@ func Read(files []string) *Identities {
 	return ids
 }
 
-// CheckIdentities reads a file of identities. err says why it can't be used. exposed says that users
-// other than its owner may read private keys in it. Identities of plugins are none: they say
-// where the key is.
+// CheckIdentities reads a file of identities. err says why it can't be used. exposed says that
+// users other than its owner may read private keys in it. Identities of plugins are none: they
+// say where the key is.
 func CheckIdentities(name string) (exposed, err error) {
+	if err := refuse(); err != nil {
+		return nil, err
+	}
 	ids := &Identities{plugin: make(map[string][]string)}
 	if err := ids.read(name); err != nil {
 		return nil, err
