@@ -25,6 +25,7 @@ import (
 // with ctr-pilot for its ctr-enc and pilot-decoder for its ctd-decoder: the scripts
 // in testdata/imgcrypt, each with a containerd of its own.
 func TestImgcryptScript(t *testing.T) {
+	harness.Long(t)
 	dir := harness.TempDir(t)
 	// Keys in an HSM take a pilot-decoder that is built with cgo, as PKCS11=1 does.
 	harness.GoBuild(t, "", dir+"/pilot-decoder", "./cmd/pilot-decoder")

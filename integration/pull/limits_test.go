@@ -117,6 +117,7 @@ func TestLargeManifestIsRefused(t *testing.T) {
 // kilobytes that stand for millions of manifests, or that the registry does not give.
 func TestNestedIndexes(t *testing.T) {
 	t.Parallel()
+	harness.Long(t)
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
 	w := harness.RecordRegistry(t, c.Registry)
