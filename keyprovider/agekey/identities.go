@@ -32,8 +32,9 @@ type Identities struct {
 // Read reads files of identities as age-keygen and age's plugins write them. Files that
 // can't be used do no harm to the others: errors of [Identities.Unwrap] name them.
 func Read(files []string) *Identities {
-	ids := &Identities{plugin: make(map[string][]string)}
-	if ids.bad = refuse(); ids.bad != nil {
+	ids, err := newIdentities()
+	if err != nil {
+		ids.bad = err
 		return ids
 	}
 	var errs []error
@@ -48,14 +49,19 @@ func Read(files []string) *Identities {
 	return ids
 }
 
+// newIdentities returns none yet, and an error where they must not be read at all.
+func newIdentities() (*Identities, error) {
+	return &Identities{plugin: make(map[string][]string)}, refuse()
+}
+
 // CheckIdentities reads a file of identities. err says why it can't be used. exposed says that
 // users other than its owner may read private keys in it. Identities of plugins are none: they
 // say where the key is.
 func CheckIdentities(name string) (exposed, err error) {
-	if err := refuse(); err != nil {
+	ids, err := newIdentities()
+	if err != nil {
 		return nil, err
 	}
-	ids := &Identities{plugin: make(map[string][]string)}
 	if err := ids.read(name); err != nil {
 		return nil, err
 	}
