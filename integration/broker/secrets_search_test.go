@@ -2,8 +2,10 @@ package broker
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +17,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // secrets are the bytes that must not be found anywhere, by name.
@@ -39,7 +42,7 @@ func (s *secrets) add(name string, secret []byte) {
 			"HEX":                 strings.ToUpper(hex.EncodeToString(half)),
 			"hex with colons":     strings.ReplaceAll(fmt.Sprintf("% x", half), " ", ":"),
 			"hex with spaces":     fmt.Sprintf("% x", half),
-			"Go's quoted":         strings.Trim(fmt.Sprintf("%q", half), `"`),
+			"Go's quoted":         strings.Trim(fmt.Sprintf("%q", wholeRunes(half)), `"`),
 			"decimal":             decimal,
 			"decimal with commas": strings.ReplaceAll(decimal, " ", ","),
 		} {
@@ -58,6 +61,23 @@ func (s *secrets) add(name string, secret []byte) {
 	}
 }
 
+// wholeRunes returns b without the bytes at its ends that may be written as one
+// rune with what comes before or after them.
+func wholeRunes(b []byte) []byte {
+	for n := 0; n < utf8.UTFMax-1 && len(b) > 0 && !utf8.RuneStart(b[0]); n++ {
+		b = b[1:]
+	}
+	for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
+		if last := b[len(b)-n:]; utf8.RuneStart(last[0]) {
+			if !utf8.FullRune(last) {
+				b = b[:len(b)-n]
+			}
+			break
+		}
+	}
+	return b
+}
+
 // in returns which secrets are in b, in what form, also where it is cut into lines.
 func (s *secrets) in(b []byte) (found []string) {
 	texts := [][]byte{b}
@@ -74,6 +94,39 @@ func (s *secrets) in(b []byte) (found []string) {
 	}
 	slices.Sort(found)
 	return found
+}
+
+// TestSearchFindsSecrets writes secrets in each form, also such whose halves
+// meet in the middle of a rune.
+func TestSearchFindsSecrets(t *testing.T) {
+	for n := range 2000 {
+		secret := make([]byte, 32)
+		rand.Read(secret)
+		switch n % 4 { // what is in the middle
+		case 1:
+			copy(secret[15:], "é")
+		case 2:
+			copy(secret[14:], "€")
+		case 3:
+			copy(secret[13:], "\U0001F511")
+		}
+		var all secrets
+		all.add("planted", secret)
+		for form, text := range map[string]string{
+			"raw": string(secret), "hex": hex.EncodeToString(secret), "HEX": strings.ToUpper(hex.EncodeToString(secret)), "decimal": fmt.Sprint(secret),
+			"base64": base64.StdEncoding.EncodeToString(secret), "base64 of more": base64.StdEncoding.EncodeToString(append([]byte(`{"k":"`), secret...)),
+			"base64url": base64.URLEncoding.EncodeToString(append([]byte("x"), secret...)), "Go's quoted": fmt.Sprintf("%q", secret),
+			"Go's quoted between runes": fmt.Sprintf("%q", "\xc3"+string(secret)+"\xa9"),
+			"lines":                     string(pem.EncodeToMemory(&pem.Block{Type: "X", Bytes: append(make([]byte, 40), secret...)})),
+		} {
+			found := all.in([]byte("before " + text + " after"))
+			for _, half := range []string{"planted, half 1", "planted, half 2"} {
+				if !slices.ContainsFunc(found, func(f string) bool { return strings.HasPrefix(f, half) }) {
+					t.Errorf("%s of %x is not found in %s: %v", half, secret, form, found)
+				}
+			}
+		}
+	}
 }
 
 // below searches the files below dir, and their names.

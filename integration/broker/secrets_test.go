@@ -249,17 +249,7 @@ func TestKeysAreInNoLogFileOrProcess(t *testing.T) {
 	crash.Run()
 	t.Logf("another program dumps core: %v", crash.ProcessState.Sys().(syscall.WaitStatus).CoreDump())
 
-	// The search works.
-	for form, text := range map[string]string{
-		"raw": string(planted), "hex": hex.EncodeToString(planted), "HEX": strings.ToUpper(hex.EncodeToString(planted)), "decimal": fmt.Sprint(planted),
-		"base64": base64.StdEncoding.EncodeToString(planted), "base64 of more": base64.StdEncoding.EncodeToString(append([]byte(`{"k":"`), planted...)),
-		"base64url": base64.URLEncoding.EncodeToString(append([]byte("x"), planted...)), "Go's quoted": fmt.Sprintf("%q", planted),
-		"lines": string(pem.EncodeToMemory(&pem.Block{Type: "X", Bytes: append(make([]byte, 40), planted...)})),
-	} {
-		if found := all.in([]byte("before " + text + " after")); len(found) == 0 || !strings.HasPrefix(found[0], "planted") {
-			t.Errorf("the planted secret is not found in %s: %v", form, found)
-		}
-	}
+	// The search is tried on what is planted.
 	harness.Write(t, dir+"/deep/down/planted", "x"+base64.StdEncoding.EncodeToString(planted))
 	leaky := exec.Command("sleep", "1000")
 	leaky.Env = append(os.Environ(), "KEY="+hex.EncodeToString(planted))
