@@ -100,8 +100,13 @@ func showShares(ctx context.Context, shares []backup.Share, recipient string) er
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
 	for _, s := range shares {
-		fmt.Printf("%s%s\nCopy it, then press Enter for the next page. ", clearScreen, page(s))
-		if err := awaitEnter(ctx); err != nil {
+		// What was typed before the page is shown does not count: it would skip the page.
+		err := unix.IoctlSetInt(int(os.Stdin.Fd()), unix.TCFLSH, unix.TCIFLUSH)
+		if err == nil {
+			fmt.Printf("%s%s\nCopy it, then press Enter for the next page. ", clearScreen, page(s))
+			err = awaitEnter(ctx)
+		}
+		if err != nil {
 			fmt.Print(clearScreen)
 			return fmt.Errorf("backup shares: stopped at share %d of %d: the shares are void, make new ones", s.Index, s.Total)
 		}
@@ -110,12 +115,8 @@ func showShares(ctx context.Context, shares []backup.Share, recipient string) er
 	return nil
 }
 
-// awaitEnter returns once a line was typed. What was typed before does not count: it would
-// skip a page.
+// awaitEnter returns once a line was typed.
 func awaitEnter(ctx context.Context) error {
-	if err := unix.IoctlSetInt(int(os.Stdin.Fd()), unix.TCFLSH, unix.TCIFLUSH); err != nil {
-		return err
-	}
 	typed := make(chan error, 1)
 	go func() {
 		_, err := bufio.NewReader(os.Stdin).ReadString('\n')
