@@ -61,7 +61,7 @@ func checkKeyProviders(cmd *cli.Command) error {
 }
 
 func findKeyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error) {
-	given := brokerconfig.Given(cmd)
+	given, coco := brokerconfig.Given(cmd), slices.ContainsFunc(cmd.StringSlice("recipient"), isCoCo)
 	file := os.Getenv(keyproviderconfig.ENVVARNAME)
 	byDefault := file == ""
 	if byDefault {
@@ -70,7 +70,7 @@ func findKeyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error
 	named, err := ocicryptclient.FromFile(file, grpcdial.Call)
 	if byDefault && errors.Is(err, fs.ErrNotExist) {
 		err = nil
-	} else if !given {
+	} else if !given && !coco {
 		return named, err
 	}
 	own, ownErr := ownKeyProvider(cmd)
@@ -79,9 +79,14 @@ func findKeyProviders(cmd *cli.Command) (map[string]processor.KeyProvider, error
 	}
 	all := maps.Clone(own)
 	for name, p := range named {
-		// The name attestation-agent is another project's. A recipient coco:KEK names one of
-		// copilot's KEKs, which that project's own key provider does not know.
-		if all[name] == nil || name == wireformat.CoCoProvider && !slices.ContainsFunc(cmd.StringSlice("recipient"), isCoCo) {
+		// The file counts, except against flags. The name attestation-agent is another project's: a
+		// recipient coco:KEK names one of copilot's KEKs, which that project's own key provider does
+		// not know, and without such a recipient it is the file's.
+		ours := given
+		if name == wireformat.CoCoProvider {
+			ours = coco
+		}
+		if all[name] == nil || !ours {
 			all[name] = p
 		}
 	}

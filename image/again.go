@@ -8,6 +8,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/ctrlplane/pilot/internal/wireformat"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -24,6 +25,9 @@ func (e *encryption) again(ctx context.Context, desc ocispec.Descriptor, key *pr
 		}
 		is := map[string]bool{}
 		named := func(kek string) bool {
+			if id, _, ok := wireformat.ParsePluginKID(kek); ok {
+				kek = id // of what is wrapped for guests
+			}
 			return kek != "" && slices.ContainsFunc(keks, func(k []byte) bool { return string(k) == kek })
 		}
 		var texts []string

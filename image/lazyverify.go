@@ -72,22 +72,12 @@ func (t tail) digest() (_ digest.Digest, entries int, err error) {
 	}
 	defer z.Close()
 	hash := digest.Canonical.Digester()
-	buf := make([]byte, 32<<10)
 	var count entryCounter
-	for size := 0; ; {
-		n, err := r.Read(buf)
-		if size += n; size > maxTOC {
-			return "", 0, fmt.Errorf("it has more than %d bytes", maxTOC)
-		}
-		hash.Hash().Write(buf[:n])
-		count.write(buf[:n])
-		if err == io.EOF {
-			return hash.Digest(), count.entries, nil
-		}
-		if err != nil {
-			return "", 0, err
-		}
+	n, err := io.Copy(io.MultiWriter(hash.Hash(), &count), io.LimitReader(r, maxTOC+1))
+	if err == nil && n > maxTOC {
+		err = fmt.Errorf("it has more than %d bytes", maxTOC)
 	}
+	return hash.Digest(), count.entries, err
 }
 
 // entryCounter counts the elements of arrays and objects that are members of the outermost
@@ -101,7 +91,7 @@ type entryCounter struct {
 	inString, escaped bool
 }
 
-func (c *entryCounter) write(p []byte) {
+func (c *entryCounter) Write(p []byte) (int, error) {
 	for _, b := range p {
 		switch {
 		case c.escaped:
@@ -120,6 +110,7 @@ func (c *entryCounter) write(p []byte) {
 			c.entries++
 		}
 	}
+	return len(p), nil
 }
 
 func (l Lazy) tail(end []byte) (tail, error) {

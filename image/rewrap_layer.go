@@ -114,6 +114,9 @@ func (l *layerRewrap) plan(ctx context.Context, k *wrapped, all []*wrapped) (act
 	case k.err != nil && (anew || l.From != ""):
 		return keep, fmt.Errorf("%s is damaged, or of a later version (if it is damaged, remove it): %w", k, k.err)
 	case k.json == nil:
+		if kek, _, ok := wireformat.ParsePluginKID(k.KEK); ok && l.adds(Recipient{Scheme: k.Scheme, KEK: kek}) {
+			return drop, nil // the one that is added replaces it
+		}
 		return keep, nil
 	case l.From != "" && k.KEK == "":
 		return l.planUnnamed(ctx, k, all)
@@ -251,6 +254,11 @@ func (l *layerRewrap) accept(k *wrapped, key *processor.LayerKey) error {
 		return nil
 	}
 	defer key.Clear()
+	// Earlier versions wrap a key without what is sealed. A seal that one recipient alone has
+	// is not wrapped for the others: anybody may have wrapped it with a public key.
+	if l.key.Sealed == nil || key.Sealed == nil {
+		l.key.Sealed, key.Sealed = nil, nil
+	}
 	if !l.key.Equal(key) {
 		return fmt.Errorf("%s has a different layer key than the other recipients: one of them was tampered with", k)
 	}

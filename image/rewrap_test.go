@@ -382,3 +382,37 @@ func TestRewrapForeignKey(t *testing.T) {
 		t.Errorf("%s, %v", s.recipients(out.Target), err)
 	}
 }
+
+// TestRewrapOfWhatAnEarlierVersionWrapped has a recipient for whom an earlier version wrapped
+// the key of a lazy layer, without what is sealed.
+func TestRewrapOfWhatAnEarlierVersionWrapped(t *testing.T) {
+	newKEKs(t, "a", "b", "c")
+	s := newStore(t)
+	good := s.mustEncrypt(s.lazyImage(build(t, allKinds(t))), kek("pilot", "a"), Options{}).Target
+	key, err := processor.Unwrap(s.ctx, s.dc, s.layers(good)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Clear()
+	older, err := key.WithSealed(nil).Wrap(s.ctx, processor.Recipients{Keys: kekOnly, Parameters: kek("pilot", "b").Parameters}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const pilot = keysPrefix + "provider.pilot"
+	target := s.edited(good, func(m *ocispec.Manifest) { m.Layers[0].Annotations[pilot] += "," + older[pilot] })
+	out, err := Rewrap(s.ctx, s, target, Rewrapping{Keys: kekOnly, Add: kek("pilot", "c").Parameters}, Options{})
+	if err != nil || s.recipients(out.Target) != "pilot:a@1, pilot:b@1, pilot:c@1" {
+		t.Fatalf("%s, %v", s.recipients(out.Target), err)
+	}
+	// Nobody knows whose seal is right, so it is wrapped for nobody else.
+	l := s.layers(out.Target)[0]
+	last := values("provider.pilot", l.Annotations[pilot])[2].keys[0]
+	added, err := unwrapFrom(s.ctx, &last, kekOnly, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer added.Clear()
+	if last.KEK != "c" || added.Sealed != nil || !added.Equal(key.WithSealed(nil)) {
+		t.Errorf("%s: sealed %q", last.KEK, added.Sealed)
+	}
+}

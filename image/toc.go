@@ -21,9 +21,9 @@ import (
 )
 
 const (
-	// maxTail bounds the end of a layer that is sealed, from its table of contents on, in
-	// bytes: who serves the layer has it in memory.
-	maxTail = 32 << 20
+	// MaxTail bounds the end of a layer that is sealed, from its table of contents on, in
+	// bytes: who serves the layer has it in memory. It takes about 100 bytes for each file.
+	MaxTail = 32 << 20
 	// maxTOC bounds the JSON of a table of contents, in bytes: that of about 700,000 files.
 	maxTOC = 256 << 20
 	// maxTOCEntry bounds the JSON of one of its entries, in bytes: a tar archive has at most
@@ -66,8 +66,8 @@ func readTail(size int64, readAt func(p []byte, off int64) error) (tail, error) 
 	if err != nil {
 		return tail{}, err
 	}
-	if n := size - t.offset; n > maxTail {
-		return tail{}, fmt.Errorf("its table of contents and footer have %d bytes, more than %d", n, maxTail)
+	if n := size - t.offset; n > MaxTail {
+		return tail{}, fmt.Errorf("its table of contents and footer have %d bytes, more than %d", n, MaxTail)
 	}
 	t.bytes = make([]byte, size-t.offset)
 	return t, readAt(t.bytes, t.offset)

@@ -146,6 +146,11 @@ func (m *Mirror) lazyBlob(w *answer, r *http.Request, c caller, t target) (err e
 	if err != nil {
 		return err
 	}
+	if toc := r.URL.Query().Get("toc"); toc != "" && toc != layer.sealed.TOC.String() {
+		// The image that it was mounted for is gone, and another has the same blob.
+		return &notLazy{reasonClaim, fmt.Errorf("its snapshot has the table of contents %s, of an image that was removed, and its key has sealed %s: "+
+			"remove the containers and images that use the snapshot, and pull again", toc, layer.sealed.TOC)}
+	}
 	size := layer.sealed.Size
 	w.Header().Set("Accept-Ranges", "bytes")
 	if r.Method == http.MethodHead {

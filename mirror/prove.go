@@ -25,7 +25,7 @@ const (
 )
 
 // errProving is the error of a layer that is being read as a whole.
-var errProving = errors.New("another image of this machine has a layer with the same diff ID, so the layer is being read as a whole, to find out whether it has that: try again")
+var errProving = errors.New("another image of this machine, or an earlier one, has a layer with the same diff ID, so the layer is being read as a whole, to find out whether it has that: try again")
 
 // proof is what was found out about a layer by reading it as a whole.
 type proof struct{ err error } // nil: it is what its key has sealed
@@ -34,8 +34,12 @@ type proof struct{ err error } // nil: it is what its key has sealed
 // images that have another blob, or the same one with another seal, unpacked under its diff
 // ID. Their makers have not agreed to that: everybody who may wrap for a KEK of this machine
 // can seal what they like. If all of them say that the layer has the same table of contents,
-// it shows the same files. If not, it is read as a whole.
+// it shows the same files. If not, it is read as a whole, as is one of a blob that the record
+// vouches for with another seal.
 func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyLayer, all []claims.Claim) error {
+	if m.isVouchedOtherwise(layer) {
+		return m.prove(ctx, repo, layer)
+	}
 	for _, c := range all {
 		if c.ChainID == layer.sealed.DiffID && c.DiffID != c.ChainID {
 			// It would be mounted in the place of all those layers, and can't be that.
@@ -46,6 +50,21 @@ func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyL
 		}
 	}
 	return nil
+}
+
+// isVouchedOtherwise reports whether the record vouches for the layer's blob, but nobody for
+// what is sealed of it now: a rule of must-be-encrypted would be content with that.
+func (m *Mirror) isVouchedOtherwise(layer *lazyLayer) bool {
+	if m.conf.Record == nil {
+		return false
+	}
+	layer.mu.Lock()
+	vouches := layer.openedBy.Vouches
+	layer.mu.Unlock()
+	known, _ := m.conf.Record.Layer(layer.sealed.DiffID)
+	return !vouches && slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool {
+		return b.Digest == layer.desc.Digest && len(b.Vouched) > 0
+	})
 }
 
 // maxVouched bounds the claims of which it is remembered that they vouch for a layer.
@@ -89,7 +108,7 @@ func (m *Mirror) prove(ctx context.Context, repo *repository, layer *lazyLayer) 
 	if p := layer.proof.Load(); p != nil {
 		return p.err
 	}
-	proved := m.lazy.proofs.DoChan(layer.desc.Digest.String(), func() (any, error) {
+	proved := m.lazy.proofs.DoChan(fmt.Sprint(layer.desc.Digest, layer.sealed), func() (any, error) {
 		if p := layer.proof.Load(); p != nil {
 			return nil, p.err
 		}

@@ -13,20 +13,15 @@ import (
 	"github.com/ctrlplane/pilot/processor"
 )
 
-const (
-	// maxTail bounds the table of contents of a layer with what follows it, in bytes. It
-	// takes about 100 bytes for each file.
-	maxTail = 32 << 20
-	// maxTails bounds those that are in memory, in bytes.
-	maxTails = 32 << 20
-)
+// maxTails bounds the ends of layers that are in memory, in bytes.
+const maxTails = 32 << 20
 
 // pin fetches the first and the last bytes of a layer, the latter verified, with the table
 // of contents in them: no other part is served before.
 func (m *Mirror) pin(ctx context.Context, repo *repository, layer *lazyLayer) error {
 	sealed := layer.sealed
-	if size := sealed.Size - sealed.TailOffset; size > maxTail {
-		return &notLazy{reasonTailSize, fmt.Errorf("its table of contents has %d bytes, more than %d: it has too many files in one layer", size, maxTail)}
+	if size := sealed.Size - sealed.TailOffset; size > image.MaxTail {
+		return &notLazy{reasonTailSize, fmt.Errorf("its table of contents has %d bytes, more than %d: it has too many files in one layer", size, image.MaxTail)}
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {

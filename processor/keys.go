@@ -67,7 +67,7 @@ func (k Keys) provider(name string) (KeyProvider, error) {
 	if p := k.Providers[name]; p != nil {
 		return p, nil
 	}
-	missing := fmt.Errorf("key provider %.60q is not configured: name it in the file that $OCICRYPT_KEYPROVIDER_CONFIG points to", name)
+	missing := fmt.Errorf("key provider %.60q %w: name it in the file that $OCICRYPT_KEYPROVIDER_CONFIG points to", name, errNotConfigured)
 	if k.ProvidersErr != nil {
 		return nil, fmt.Errorf("%w: %w", missing, k.ProvidersErr)
 	}

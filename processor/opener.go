@@ -27,6 +27,9 @@ func newOpener(scheme string, kek openedby.KEK) Opener {
 	return o
 }
 
+// errNotConfigured is the error of a key provider that is not there.
+var errNotConfigured = errors.New("is not configured")
+
 // Openers unwraps the key of the layer that desc describes with each of its recipients, at
 // most [MaxWrappedKeys], and returns those that give a key which is accepted. Which others
 // an annotation names proves nothing: anybody can add some. If some key provider did not
@@ -42,7 +45,7 @@ func Openers(ctx context.Context, keys Keys, desc ocispec.Descriptor, accept fun
 				}
 				key, err := unwrapWith(ctx, keys, scheme, one, desc.Annotations[annotationPubOpts], &left)
 				if err != nil {
-					complete = complete && ctx.Err() == nil && errors.Is(err, ErrDenied)
+					complete = complete && ctx.Err() == nil && (errors.Is(err, ErrDenied) || errors.Is(err, errNotConfigured))
 					continue
 				}
 				if accept(key) {

@@ -45,6 +45,19 @@ func TestOpenerIsThatOfTheRecipientThatGaveTheKey(t *testing.T) {
 	}
 }
 
+// TestOpenersNeedNoKeyProviderThatIsNotThere has a layer for nodes and for the guests of
+// Confidential Containers, whose key provider a node has not.
+func TestOpenersNeedNoKeyProviderThatIsNotThere(t *testing.T) {
+	_, k := encrypt(t, []byte("plain"))
+	keys := withProvider("test", emptyKEK{})
+	annotations := wrapped(t, k, Recipients{Keys: keys, Parameters: map[string][][]byte{"test": {[]byte("a key")}}}, nil)
+	annotations[annotationKeysPrefix+"provider.other"] = annotations[annotationKeysPrefix+"provider.test"]
+	openers, complete := Openers(t.Context(), keys, ocispec.Descriptor{Annotations: annotations}, k.Equal)
+	if len(openers) != 1 || !complete {
+		t.Errorf("%+v, complete: %v", openers, complete)
+	}
+}
+
 // TestClaimOfWhatAnybodyCanWrapIsPublic reads annotations, of which nothing is proven.
 func TestClaimOfWhatAnybodyCanWrapIsPublic(t *testing.T) {
 	fipstest.Refused(t, fipstest.HPKE)

@@ -147,6 +147,9 @@ func auditInBackup(c *cli.Command) (key audit.Key, heads []keystore.AuditHead, e
 	}
 	defer f.Close()
 	r, err := backup.Open(f, identities...)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--backup: %s: %w", name, err)
+	}
 	for err == nil {
 		var h keystore.Held
 		h, err = r.Next()
@@ -158,6 +161,7 @@ func auditInBackup(c *cli.Command) (key audit.Key, heads []keystore.AuditHead, e
 		}
 	}
 	if !errors.Is(err, io.EOF) {
+		clear(r.AuditKey)
 		return nil, nil, fmt.Errorf("--backup: %s: %w", name, err)
 	}
 	return r.AuditKey, heads, nil

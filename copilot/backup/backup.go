@@ -155,7 +155,7 @@ func Open(r io.Reader, identities ...age.Identity) (*Reader, error) {
 	if none := new(age.NoIdentityMatchError); errors.As(err, &none) {
 		return nil, ErrIdentity
 	}
-	if errors.Is(err, io.ErrUnexpectedEOF) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil, fmt.Errorf("%w: %w", ErrCutShort, err)
 	}
 	if err != nil {

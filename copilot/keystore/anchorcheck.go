@@ -144,11 +144,11 @@ func (a *anchors) compareAll(changes [anchorShards + 1]int64, least int64) (whol
 // completeAnchors anchors all records of a store that an earlier copilot made. It leaves one
 // that has fewer changes than least, or a record that was put back, as it is.
 func (s *Store) completeAnchors(ctx context.Context, least int64) error {
-	if s.anchors.areComplete() {
+	if s.anchors.complete.Load() {
 		return nil
 	}
 	if a, err := s.readAnchor(ctx, anchorShards); err != nil || a.Complete {
-		s.anchors.setComplete(err == nil)
+		s.anchors.complete.Store(err == nil)
 		return nil // a damaged one is reported by the check
 	}
 	err := s.anchorAll(ctx, 0, 1, func(now *look) error {
@@ -371,7 +371,8 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64, before func(no
 	}
 	s.anchors.mu.Lock()
 	defer s.anchors.mu.Unlock()
-	s.anchors.changes, s.anchors.whole, s.anchors.seen, s.anchors.complete = changes, "", nil, true
+	s.anchors.changes, s.anchors.whole, s.anchors.seen = changes, "", nil
+	s.anchors.complete.Store(true)
 	return nil
 }
 

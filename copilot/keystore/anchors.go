@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 )
 
 // Anchors find records that were put back as they were earlier. A record alone is
@@ -62,7 +63,7 @@ type anchors struct {
 	// whole says why no record can be relied on, or is "".
 	whole string
 	// complete says that all anchors are.
-	complete bool
+	complete atomic.Bool
 
 	checking sync.Mutex
 	checked  [anchorShards + 1]checked
@@ -85,18 +86,6 @@ func (a *anchors) forget(found map[string]string) {
 	for name := range found {
 		delete(a.seen, name)
 	}
-}
-
-func (a *anchors) areComplete() bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.complete
-}
-
-func (a *anchors) setComplete(complete bool) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.complete = complete
 }
 
 // row names a record, among KEKs or what is kept under a name.
@@ -306,12 +295,7 @@ func (s *Store) Absent(ctx context.Context, id string) error {
 	if known {
 		return nil
 	}
-	r := row{true, id}
-	least := s.seenChanges(r.shard())
-	a, err := s.readAnchor(ctx, r.shard())
-	if err == nil {
-		err = s.compare(r, a, least, "")
-	}
+	err := s.compareRow(ctx, row{true, id}, "")
 	if err == nil {
 		s.anchors.see(name, none)
 		return nil
@@ -327,13 +311,17 @@ func (s *Store) compareNow(ctx context.Context, k KEK) error {
 	if err != nil {
 		return err
 	}
-	r := row{true, k.ID}
+	return s.compareRow(ctx, row{true, k.ID}, digest)
+}
+
+// compareRow compares the digest of a row with its anchor as it is now.
+func (s *Store) compareRow(ctx context.Context, r row, digest string) error {
 	least := s.seenChanges(r.shard())
 	a, err := s.readAnchor(ctx, r.shard())
-	if err != nil {
-		return err
+	if err == nil {
+		err = s.compare(r, a, least, digest)
 	}
-	return s.compare(r, a, least, digest)
+	return err
 }
 
 func (s *Store) readAnchor(ctx context.Context, shard int) (a anchor, err error) {

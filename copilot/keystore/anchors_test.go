@@ -119,38 +119,48 @@ func TestAnchoringIsNotHalfDone(t *testing.T) {
 	}
 }
 
-// TestSweepGoesOnAfterARecordThatWasPutBack has two KEKs whose time has come, and the record
-// of the first put back as it was earlier.
-func TestSweepGoesOnAfterARecordThatWasPutBack(t *testing.T) {
-	s := unanchored(t, 1)[0]
-	ctx := t.Context()
-	if _, err := s.CheckAnchors(ctx, 0); err != nil {
-		t.Fatal(err)
-	}
-	at := time.Now().Add(time.Hour)
-	for _, id := range []string{"a", "b"} {
-		if _, err := s.Destroy(ctx, id, 1, at, Change{}); err != nil {
+// TestSweepGoesOnAfterWhatIsBad has two KEKs whose time has come, and the record of the first
+// put back as it was earlier, or damaged, or its anchor, since the last check.
+func TestSweepGoesOnAfterWhatIsBad(t *testing.T) {
+	for name, spoil := range map[string]func(tx *bolt.Tx, earlier []byte) error{
+		"a record put back": func(tx *bolt.Tx, earlier []byte) error { return tx.Bucket(bucketKEKs).Put([]byte("a"), earlier) },
+		"a damaged record":  func(tx *bolt.Tx, _ []byte) error { return tx.Bucket(bucketKEKs).Put([]byte("a"), []byte("x")) },
+		"a damaged anchor": func(tx *bolt.Tx, _ []byte) error {
+			return tx.Bucket(bucketOnce).Put([]byte(anchorName(row{true, "a"}.shard())), []byte("x"))
+		},
+	} {
+		s := unanchored(t, 1)[0]
+		ctx := t.Context()
+		if _, err := s.CheckAnchors(ctx, 0); err != nil {
 			t.Fatal(err)
 		}
-	}
-	earlier, err := s.db.get(ctx, "a")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Revoke(ctx, "a", "uid:7", Change{}); err != nil {
-		t.Fatal(err)
-	}
-	err = s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketKEKs).Put([]byte("a"), earlier) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.now = func() time.Time { return at.Add(time.Second) }
-	if err := sweep(s, func(KEK) error { return nil }); err == nil {
-		t.Error("no error about the record that was put back")
-	}
-	b, err := s.Get(ctx, "b")
-	if err != nil || b.Versions[0].Sealed != nil {
-		t.Errorf("the other KEK was not swept: %v, %v", b.Versions, err)
+		at := time.Now().Add(time.Hour)
+		for _, id := range []string{"a", "b"} {
+			if _, err := s.Destroy(ctx, id, 1, at, Change{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		earlier, err := s.db.get(ctx, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Revoke(ctx, "a", "uid:7", Change{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.CheckChanged(ctx, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.db.(*boltDB).db.Update(func(tx *bolt.Tx) error { return spoil(tx, earlier) }); err != nil {
+			t.Fatal(err)
+		}
+		s.now = func() time.Time { return at.Add(time.Second) }
+		if err := s.Sweep(ctx, func(KEK) error { return nil }); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		b, err := s.Get(ctx, "b")
+		if err != nil || b.Versions[0].Sealed != nil {
+			t.Errorf("%s: the other KEK was not swept: %v, %v", name, b.Versions, err)
+		}
 	}
 }
 

@@ -295,7 +295,7 @@ func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
 			}
 			return nil
 		})
-		if errors.Is(err, ErrRolledBack) {
+		if errors.Is(err, ErrRolledBack) || errors.Is(err, errDamaged) {
 			damaged = errors.Join(damaged, err)
 			continue
 		}

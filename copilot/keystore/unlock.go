@@ -207,7 +207,7 @@ func (s *Store) keepCheck(ctx context.Context, check []byte) error {
 func (s *Store) follow(raw []byte) (*masterSet, error) {
 	before := s.masters.Load()
 	set, err := before.follow(raw)
-	if err == nil && set != before && set.unsigned() && (!before.unsigned() || s.anchors.areComplete()) {
+	if err == nil && set != before && set.unsigned() && (!before.unsigned() || s.anchors.complete.Load()) {
 		err = errMasters
 	}
 	// What was read before a rotation is old.

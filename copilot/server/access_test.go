@@ -366,7 +366,7 @@ func TestExpiredMeanwhile(t *testing.T) {
 	// A machine that is too slow to connect in time gets more time.
 	for hold := 2 * time.Second; ; hold *= 2 {
 		short := spiffe("/node/7")
-		short.NotAfter = time.Now().Add(hold)
+		short.NotAfter = time.Now().Add(hold).Truncate(time.Second) // as the certificate has it
 		files := ca.Issue(t, short)
 		node := newRemote(t, address, ca, &files)
 		status, answer := node.do(t, "GET", "/api/v2/keks/team-a/key", "")
@@ -383,8 +383,12 @@ func TestExpiredMeanwhile(t *testing.T) {
 		}
 		time.Sleep(time.Until(short.NotAfter) + time.Second)
 		transport.DialTLSContext = func(context.Context, string, string) (net.Conn, error) { return conn, nil }
-		if answer := node.want(t, 401, "GET", "/api/v2/keks/team-a/key", ""); !strings.Contains(answer, "expired") {
-			t.Error(answer)
+		status, answer = node.do(t, "GET", "/api/v2/keks/team-a/key", "")
+		if status == 0 && hold < 2*time.Minute {
+			continue // the broker looked at the certificate when it had expired
+		}
+		if status != 401 || !strings.Contains(answer, "expired") {
+			t.Errorf("%d %s", status, answer)
 		}
 		return
 	}

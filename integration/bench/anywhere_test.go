@@ -178,10 +178,21 @@ func (a *anywhere) skopeo(args ...string) *exec.Cmd {
 // leave no temporary file, at no time.
 func (a *anywhere) run(cmd *exec.Cmd) (peak float64) {
 	a.b.Helper()
+	return runWatched(a.b, cmd, func() {
+		if files, err := os.ReadDir(a.temporary()); err != nil || len(files) > 0 {
+			a.b.Fatalf("%s has temporary files: %v, %v", cmd, files, err)
+		}
+	})
+}
+
+// runWatched runs a program and returns the peak of its memory in megabytes of 10^6 bytes. It
+// calls watch again and again meanwhile.
+func runWatched(b *testing.B, cmd *exec.Cmd, watch func()) (peak float64) {
+	b.Helper()
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
-		a.b.Fatal(err)
+		b.Fatal(err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
@@ -191,16 +202,12 @@ func (a *anywhere) run(cmd *exec.Cmd) (peak float64) {
 		select {
 		case err := <-ended:
 			if err != nil {
-				a.b.Fatalf("%s: %v\n%s", cmd, err, out.Bytes())
+				b.Fatalf("%s: %v\n%s", cmd, err, out.Bytes())
 			}
 			return peak
 		case <-tick.C:
-			if now := peakMemory(cmd.Process.Pid); now > peak {
-				peak = now
-			}
-			if files, err := os.ReadDir(a.temporary()); err != nil || len(files) > 0 {
-				a.b.Fatalf("%s has temporary files: %v, %v", cmd, files, err)
-			}
+			peak = max(peak, peakMemory(cmd.Process.Pid))
+			watch()
 		}
 	}
 }

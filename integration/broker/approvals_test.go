@@ -185,7 +185,7 @@ func TestApprovalIsSharedTimeLimitedAndNotReplayed(t *testing.T) {
 		config := harness.Write(t, r.dir+"/copilot.toml", "dir = \""+r.dir+"\"\ndatabase = \""+d.URL()+"\"\npolicy = \""+
 			harness.Write(t, r.dir+"/policy.toml", "[[rule]]\nidentities = [\"uid:4242\"]\nkeks = [\"**\"]\nactions = [\"admin\"]\n"+
 				"[[rule]]\nidentities = [\"uid:4343\"]\nkeks = [\"*\", \"*/*\"]\nactions = [\"admin\"]\n")+"\"\nsocket-mode = \"0666\"\n")
-		approving(t, config, map[int]string{0: "20s", 1: "1s"}[i])
+		approving(t, config, map[int]string{0: "1h", 1: "1s"}[i])
 		for dir := r.dir; dir != "/tmp"; dir = dir[:strings.LastIndex(dir, "/")] {
 			os.Chmod(dir, 0o755)
 		}

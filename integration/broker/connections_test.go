@@ -2,13 +2,16 @@ package broker
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
 )
@@ -27,6 +30,10 @@ func TestConnectionsAreBounded(t *testing.T) {
 	dial := func() net.Conn {
 		t.Helper()
 		conn, err := net.Dial("unix", socket)
+		for errors.Is(err, syscall.EAGAIN) { // so many wait to be accepted
+			time.Sleep(time.Millisecond)
+			conn, err = net.Dial("unix", socket)
+		}
 		if err != nil {
 			t.Fatal(err)
 		}

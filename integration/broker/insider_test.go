@@ -150,10 +150,10 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 
 	// A truncated file is not a policy.
 	for _, text := range []string{"", header} {
+		before := strings.Count(harness.Read(t, p.Log), "has no rules")
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		before := strings.Count(harness.Read(t, p.Log), "has no rules")
 		harness.Await(t, "the empty file is refused", func() error {
 			if strings.Count(harness.Read(t, p.Log), "has no rules") == before {
 				return fmt.Errorf("not yet")

@@ -496,9 +496,12 @@ func TestPilotRenews(t *testing.T) {
 	if at := k.Metric(t, `pilot_cert_not_after_seconds{cert="broker-cert"}`); at <= float64(first.NotAfter.Unix()) {
 		t.Errorf("the metric is %v", at)
 	}
-	if mirror.Logged(t, "broker-cert renewed") == 0 {
-		t.Errorf("log:\n%s", harness.Read(t, mirror.Log))
-	}
+	harness.Await(t, "the mirror's renewal", func() error {
+		if mirror.Logged(t, "broker-cert renewed") == 0 {
+			return fmt.Errorf("log:\n%s", harness.Read(t, mirror.Log))
+		}
+		return nil
+	})
 	if at := harness.NewPilotClient(t, mirrorHome).Metric(t, `pilot_cert_not_after_seconds{cert="broker-cert"}`); at <= float64(first.NotAfter.Unix()) {
 		t.Errorf("the mirror's metric is %v", at)
 	}

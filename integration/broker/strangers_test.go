@@ -125,7 +125,7 @@ func TestWrongPathSaysNothingOfTheKEK(t *testing.T) {
 	harness.Output(t, harness.Command(t, "copilot", "keys", "create", "--dir", dir, "team-a"))
 	harness.Start(t, dir, "copilot", exec.Command("copilot", "serve", "--dir", dir, "--insecure-loopback", "--listen", address))
 	harness.Await(t, "copilot", harness.Reachable(dir+"/admin.sock"))
-	harness.StartPilot(t, dir+"/node", "http://"+address+"/keys", "--broker-timeout", "1s", "--diff-listen", "off")
+	harness.StartPilot(t, dir+"/node", "http://"+address+"/keys", "--diff-listen", "off")
 	_, err := harness.NewPilotClient(t, dir+"/node").Wrap(t.Context())
 	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "path in the broker's URL is wrong") {
 		t.Errorf("got %v", err)
@@ -141,13 +141,13 @@ func TestForeignAnnotationInOutageDisturbsNoOther(t *testing.T) {
 	process, url := harness.StartBroker(t, dir, "team-a")
 	harness.StartPilot(t, dir+"/node", url, "--broker-timeout", "1s", "--annotation-format", "original", "--default-keks", "team-a", "--diff-listen", "off")
 	node := harness.NewPilotClient(t, dir+"/node")
-	annotation, err := node.Wrap(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := node.Unwrap(t.Context(), annotation); err != nil {
-		t.Fatal(err)
-	}
+	var annotation []byte
+	harness.Await(t, "the broker", func() (err error) {
+		if annotation, err = node.Wrap(t.Context()); err != nil {
+			return err
+		}
+		return node.Unwrap(t.Context(), annotation)
+	})
 	process.Stop(t)
 	time.Sleep(3 * time.Second) // or it was asked which version is current a moment ago
 	foreign := []byte(`{"iv":"AAAAAAAAAAAAAAAAAAAAAA==","method":"AES-GCM","wrappedKey":"` + strings.Repeat("AAAA", 20) + `"}`)

@@ -206,7 +206,7 @@ func TestKeylessCIEncryptsByItsClaims(t *testing.T) {
 	if !strings.Contains(forked.Reason, `ref is "refs/pull/7/merge", not "refs/heads/main"`) || forked.Claims["event_name"] != "pull_request" || forked.Claims["actor"] != "mallory" {
 		t.Errorf("the fork's job in the audit log: %+v", forked)
 	}
-	if strings.Contains(log, "eyJ") {
+	if strings.Contains(log, "eyJhbGci") { // {"alg": fewer letters are in a MAC now and then
 		t.Error("a token is in the audit log")
 	}
 	harness.Output(t, k.broker.Command(t, "audit", "verify"))
@@ -392,7 +392,8 @@ func TestDaemonGetsAnotherTokenBeforeItExpires(t *testing.T) {
 	dir := harness.TempDir(t)
 	serve := exec.Command("pilot", "serve", "--listen", "unix://"+dir+"/s", "--diff-listen", "off", "--admin-listen", "off")
 	serve.Env = append([]string{"PATH=" + os.Getenv("PATH")}, k.gitHubJob(gitHubMain)...)
-	k.github.Lifetime(6 * time.Second)
+	const lifetime = 16 * time.Second
+	k.github.Lifetime(lifetime)
 	harness.Start(t, dir, "pilot", serve)
 	harness.Await(t, "pilot", harness.Reachable(dir+"/s"))
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {"pilot": {"grpc": "unix://`+dir+`/s"}}}`)
@@ -405,7 +406,7 @@ func TestDaemonGetsAnotherTokenBeforeItExpires(t *testing.T) {
 		}
 		return nil
 	})
-	if n, most := k.github.Fetched(), 2+int(time.Since(begin)/(3*time.Second)); n > most {
+	if n, most := k.github.Fetched(), 2+int(time.Since(begin)/(lifetime/2)); n > most {
 		t.Errorf("%d tokens in %s, want %d at most", n, time.Since(begin), most)
 	}
 }

@@ -185,6 +185,7 @@ func TestCopilotOutOfFiles(t *testing.T) {
 	config := b.ClientTLS(t, cert, key)
 	for name, address := range map[string]string{"tcp": b.Address, "unix": b.Dir + "/copilot.sock"} {
 		t.Run(name, func(t *testing.T) {
+			began := time.Now()
 			leave := openConnections(t, p, limit, name, address)
 			expectIdle(t, p)
 			// pilot goes on over the connection that it has.
@@ -197,7 +198,9 @@ func TestCopilotOutOfFiles(t *testing.T) {
 			conn, err := dialer.DialContext(ctx, "tcp", b.Address)
 			if err == nil {
 				conn.Close()
-				t.Error("another connection was taken")
+				if time.Since(began) < 9*time.Second { // copilot closes silent ones after ten
+					t.Error("another connection was taken")
+				}
 			}
 			leave()
 			harness.Await(t, "another connection", func() error {

@@ -376,16 +376,16 @@ func TestVaultTokenEnds(t *testing.T) {
 	})
 }
 
-// TestVaultRenewsToken: one that would end after six seconds.
+// TestVaultRenewsToken: one that would end after 20 seconds.
 func TestVaultRenewsToken(t *testing.T) {
 	t.Parallel()
 	v := harness.NewVault(t)
 	key := v.Put("team-a")
-	s := v.Write("auth/token/create", fmt.Sprintf(`{"policies": %s, "period": "6s"}`, v.Policy("vault-kv")))
+	s := v.Write("auth/token/create", fmt.Sprintf(`{"policies": %s, "period": "20s"}`, v.Policy("vault-kv")))
 	b := open(v, "vault-kv", fmt.Sprintf("token-file = %q", harness.Write(t, harness.TempDir(t)+"/token", s.Auth.ClientToken)))
 	for range 5 {
 		gives(t, b, "team-a", 0, key, 1)
-		time.Sleep(3 * time.Second)
+		time.Sleep(5 * time.Second)
 	}
 }
 

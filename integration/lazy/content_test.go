@@ -1,13 +1,16 @@
 package lazy
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -28,14 +31,18 @@ func descriptor(t testing.TB, l harness.Object) (desc ocispec.Descriptor) {
 	return desc
 }
 
-// TestSealUnderAnotherLayersKeyIsRefused has somebody who may decrypt a lazy image encrypt
-// and seal another under its key, and an image of a version that did not wrap what it sealed.
-func TestSealUnderAnotherLayersKeyIsRefused(t *testing.T) {
-	t.Parallel()
+// ruled is a machine whose images have to be encrypted for team-a.
+type ruled struct {
+	*machine
+	client *harness.PilotClient
+	keys   processor.Keys
+}
+
+func newRuled(t testing.TB) *ruled {
+	t.Helper()
 	rules := harness.Write(t, filepath.Join(harness.TempDir(t), "pilot.toml"), "[[must-be-encrypted]]\nimages = ['**']\nkeks = ['team-a']\n")
 	m := newMachine(t, "--config", rules)
 	client := harness.NewPilotClient(t, m.Dir)
-	keys := harness.Providers(t, m.OciConf)
 	harness.Await(t, "pilot to find containerd", func() error {
 		r, err := client.Admin.Get("http://pilot/image-keys?namespace=default&image=none")
 		if err == nil {
@@ -46,71 +53,159 @@ func TestSealUnderAnotherLayersKeyIsRefused(t *testing.T) {
 		}
 		return err
 	})
-	refused := func(name, want string) {
-		t.Helper()
-		if got := client.ImageKeys(t, "default", m.ref(name)).Refused; want == "" && got != "" || !strings.Contains(got, want) {
-			t.Errorf("%s is refused because of %q, want %q", name, got, want)
-		}
-	}
-	lazily := func(name, file string) {
-		t.Helper()
-		m.pull(name)
-		if reasons := m.fullPulls(); len(reasons) > 0 {
-			t.Fatalf("%s is not lazy: %v", name, reasons)
-		}
-		if b, err := os.ReadFile(m.mount(name) + "/file"); err != nil || string(b) != file {
-			t.Fatalf("%s: %q %v", name, b, err)
-		}
-	}
-	m.encrypt("app:1", layer{"file": []byte("of the team")})
-	lazily("app:1", "of the team")
-	refused("app:1", "")
+	return &ruled{m, client, harness.Providers(t, m.OciConf)}
+}
 
-	m.encrypt("evil:1", layer{"file": []byte("of the attacker")})
-	app, forged := m.manifest("app:1"), m.manifest("evil:1")
+// refused checks why the rule refuses an image, or that it does not if want is "".
+func (m *ruled) refused(name, want string) {
+	m.t.Helper()
+	if got := m.client.ImageKeys(m.t, "default", m.ref(name)).Refused; want == "" && got != "" || !strings.Contains(got, want) {
+		m.t.Errorf("%s is refused because of %q, want %q", name, got, want)
+	}
+}
+
+// lazily pulls an image lazily, whose file has that content.
+func (m *ruled) lazily(name, file string) {
+	m.t.Helper()
+	before := m.fullPulls()
+	m.pull(name)
+	if reasons := m.fullPulls(); !maps.Equal(reasons, before) {
+		m.t.Fatalf("%s is not lazy: %v", name, reasons)
+	}
+	at := m.mount(name)
+	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != file {
+		m.t.Fatalf("%s: %q %v", name, b, err)
+	}
+	m.unmount(at)
+}
+
+// forge returns the manifest of an image of the attacker's, whose layer is encrypted under
+// the key of app's, and sealed with it, and that layer's ciphertext.
+func (m *ruled) forge(app harness.Object, file []byte) (forged harness.Object, ciphertext []byte) {
+	m.t.Helper()
+	m.encrypt("evil:1", layer{"file": file})
+	forged = m.manifest("evil:1")
 	l := layersOf(forged)[0]
-	key, err := processor.Unwrap(t.Context(), keys, descriptor(t, l))
+	key, err := processor.Unwrap(m.t.Context(), m.keys, descriptor(m.t, l))
 	if err != nil {
-		t.Fatal(err)
+		m.t.Fatal(err)
 	}
 	stream, err := key.KeyStream(0)
 	if err != nil {
-		t.Fatal(err)
+		m.t.Fatal(err)
 	}
 	plain := m.blob(l["digest"].(string))
 	stream.XORKeyStream(plain, plain)
-	ciphertext, added, _ := harness.EncryptUnder(t, keys, annotations(layersOf(app)[0])[harness.KeyAnnotation].(string), plain)
+	ciphertext, added, _ := harness.EncryptUnder(m.t, m.keys, annotations(layersOf(app)[0])[harness.KeyAnnotation].(string), plain)
 	for name, value := range added {
 		annotations(l)[name] = value
 	}
 	l["digest"] = m.pushBlob("app", "", ciphertext)["digest"]
 	config, ids := m.configOf(forged)
-	forged["config"] = m.pushBlob("app", "application/vnd.oci.image.config.v1+json", mustJSON(t, config))
+	forged["config"] = m.pushBlob("app", "application/vnd.oci.image.config.v1+json", mustJSON(m.t, config))
 	m.seal(l, ids[0].(string), "")
+	return forged, ciphertext
+}
+
+// TestSealUnderAnotherLayersKeyIsRefused has somebody who may decrypt a lazy image encrypt
+// and seal another under its key, and an image of a version that did not wrap what it sealed.
+func TestSealUnderAnotherLayersKeyIsRefused(t *testing.T) {
+	t.Parallel()
+	m := newRuled(t)
+	m.encrypt("app:1", layer{"file": []byte("of the team")})
+	m.lazily("app:1", "of the team")
+	m.refused("app:1", "")
+
+	forged, _ := m.forge(m.manifest("app:1"), []byte("of the attacker"))
 	m.push("app:forged", forged)
-	lazily("app:forged", "of the attacker")
-	refused("app:forged", "is mounted lazily, and what is sealed of it is not wrapped with its key")
+	m.lazily("app:forged", "of the attacker")
+	m.refused("app:forged", "is mounted lazily, and what is sealed of it is not wrapped with its key")
 	harness.Output(t, m.Ctr("content", "fetch", "--plain-http", m.ref("app:forged")))
-	refused("app:forged", `is encrypted for KEK "team-a", but what is wrapped with it is not the digest of this layer`)
-	refused("app:1", "")
+	m.refused("app:forged", `is encrypted for KEK "team-a", but what is wrapped with it is not the digest of this layer`)
+	m.refused("app:1", "")
 
 	// An earlier version's.
 	m.encrypt("old:1", layer{"file": []byte("of an earlier version")})
 	old := m.manifest("old:1")
-	l = layersOf(old)[0]
-	if key, err = processor.Unwrap(t.Context(), keys, descriptor(t, l)); err != nil {
+	l := layersOf(old)[0]
+	key, err := processor.Unwrap(t.Context(), m.keys, descriptor(t, l))
+	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := key.WithSealed(nil).Wrap(t.Context(), processor.Recipients{Keys: keys, Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}, nil)
+	again, err := key.WithSealed(nil).Wrap(t.Context(), processor.Recipients{Keys: m.keys, Parameters: map[string][][]byte{"pilot": {[]byte("team-a")}}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	annotations(l)[harness.KeyAnnotation] = again[harness.KeyAnnotation]
 	m.push("old:1", old)
-	lazily("old:1", "of an earlier version")
-	refused("old:1", "encrypt the plain image again with ctr-pilot, since earlier versions did not wrap it")
+	m.lazily("old:1", "of an earlier version")
+	m.refused("old:1", "encrypt the plain image again with ctr-pilot, since earlier versions did not wrap it")
 	harness.Output(t, m.Ctr("content", "fetch", "--plain-http", m.ref("old:1")))
-	refused("old:1", "")
+	m.refused("old:1", "")
+}
+
+// TestOtherSealOfAVouchedLayerIsRefused has a registry that sends other bytes where ranges of
+// the team's layer are asked for, and an image of that layer whose seal says so: nobody has
+// wrapped that seal, though somebody has wrapped the digest of the layer.
+func TestOtherSealOfAVouchedLayerIsRefused(t *testing.T) {
+	t.Parallel()
+	m := newRuled(t)
+	m.encrypt("app:1", layer{"file": random(1, 1000)})
+	app := m.manifest("app:1")
+	genuine := layersOf(app)[0]
+	var file, ciphertext []byte
+	var forged harness.Object
+	for seed := uint32(2); len(ciphertext) != int(genuine["size"].(float64)); seed++ { // as that is in the seal
+		file = random(seed, 1000)
+		forged, ciphertext = m.forge(app, file)
+	}
+	l, digest := layersOf(forged)[0], genuine["digest"].(string)
+	l["digest"], forged["config"] = digest, app["config"]
+	annotations(l)[harness.PublicAnnotation] = annotations(genuine)[harness.PublicAnnotation]
+	_, ids := m.configOf(app)
+	m.seal(l, ids[0].(string), "")
+	m.push("app:forged", forged)
+	lies := func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		if strings.HasSuffix(r.URL.Path, digest) && r.Header.Get("Range") != "" {
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(ciphertext))
+			return
+		}
+		forward.ServeHTTP(w, r)
+	}
+
+	m.front.set(lies)
+	m.lazily("app:forged", string(file))
+	m.refused("app:forged", "is mounted lazily, and what is sealed of it is not wrapped with its key")
+	// The blob is the team's, and shows that the seal is not true.
+	harness.Output(t, m.Ctr("content", "fetch", "--plain-http", m.ref("app:forged")))
+	m.refused("app:forged", "the layer is not what its key has sealed")
+
+	// Something still uses the snapshot of the image when that is gone, and the team's comes.
+	at := m.mount("app:forged")
+	m.remove("app:forged")
+	m.front.set(nil)
+	m.pull("app:1")
+	if at, err := m.tryMount("app:1"); err == nil {
+		b, err := os.ReadFile(at + "/file")
+		t.Errorf("the team's image is mounted from the attacker's snapshot: %q %v", b, err)
+	}
+	if log := harness.Read(t, m.Pilot.Log); !strings.Contains(log, "of an image that was removed") {
+		t.Errorf("the log does not say so:\n%s", log)
+	}
+	m.unmount(at)
+	m.remove("app:1")
+
+	// What is known of the team's layer is not known of the seal.
+	m.lazily("app:1", string(random(1, 1000)))
+	m.refused("app:1", "")
+	m.remove("app:1")
+	m.front.set(lies)
+	m.pull("app:forged")
+	if at, err := m.tryMount("app:forged"); err == nil {
+		if b, err := os.ReadFile(at + "/file"); err == nil && bytes.Equal(b, file) {
+			t.Error("it is mounted with the attacker's files, and counts as the team's")
+		}
+	}
 }
 
 func mustJSON(t testing.TB, v any) []byte {

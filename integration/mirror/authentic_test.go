@@ -269,7 +269,7 @@ func TestRevokedKEKStopsTheMirror(t *testing.T) {
 func TestBrokerThatIsDownIsNoRefusal(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	n.start("--kek-cache-ttl", "1s", "--kek-cache-grace", "0s", "--broker-timeout", "1s")
+	n.start("--kek-cache-ttl", "1s", "--kek-cache-grace", "0s", "--broker-timeout", "5s")
 	layout, _ := n.plain(harness.LayerKinds[0], harness.NewSecret())
 	n.encrypt(layout, "app:enc")
 	n.get(manifestPath("app", "enc")).expect(t, "manifest", http.StatusOK)

@@ -58,7 +58,7 @@ func TestNodeInstall(t *testing.T) {
 					continue // these two pull all kinds, by the stream processor and by the differ
 				}
 				harness.Output(t, n.Crictl("pull", image))
-				if out := harness.ContainerOutput(t, m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", image, "c")); !strings.Contains(out, c.Secrets[image]) {
+				if out := harness.ContainerOutput(t, m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", image, harness.ContainerID())); !strings.Contains(out, c.Secrets[image]) {
 					t.Errorf("crictl, %s: %s", image, out)
 				}
 				harness.Output(t, n.Crictl("rmi", image))
@@ -71,7 +71,7 @@ func TestNodeInstall(t *testing.T) {
 				}
 				for _, pull := range pulls {
 					harness.Output(t, m.Run(pull[0], pull[1:]...))
-					if out := harness.ContainerOutput(t, m.Run("ctr", "run", "--rm", image, "c")); !strings.Contains(out, c.Secrets[image]) {
+					if out := harness.ContainerOutput(t, m.Run("ctr", "run", "--rm", image, harness.ContainerID())); !strings.Contains(out, c.Secrets[image]) {
 						t.Errorf("%s, %s: %s", pull, image, out)
 					}
 					harness.Output(t, m.Run("ctr", "images", "remove", "--sync", image))
@@ -244,7 +244,7 @@ func TestNodeErofs(t *testing.T) {
 			harness.Output(t, n.Crictl("rmi", name))
 			for _, pull := range [][]string{{"images", "pull", "--plain-http", name}, {"images", "pull", "--local", "--plain-http", name}} {
 				harness.Output(t, m.Run("ctr", append(pull, "--snapshotter", "erofs")...))
-				if out := harness.ContainerOutput(t, m.Run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, c.Secrets[name]) {
+				if out := harness.ContainerOutput(t, m.Run("ctr", "run", "--rm", "--snapshotter", "erofs", name, harness.ContainerID())); !strings.Contains(out, c.Secrets[name]) {
 					t.Errorf("%s, %s: %s", pull, name, out)
 				}
 				harness.Output(t, m.Run("ctr", "images", "remove", "--sync", name))
@@ -288,7 +288,7 @@ func TestNodeErofs(t *testing.T) {
 		harness.Output(t, n.Crictl("rmi", name))
 		for _, pull := range [][]string{{"images", "pull", "--plain-http", name}, {"images", "pull", "--local", "--plain-http", name}} {
 			harness.Output(t, m.Run("ctr", append(pull, "--snapshotter", "erofs")...))
-			if out := harness.ContainerOutput(t, m.Run("ctr", "run", "--rm", "--snapshotter", "erofs", name, "c")); !strings.Contains(out, secret) {
+			if out := harness.ContainerOutput(t, m.Run("ctr", "run", "--rm", "--snapshotter", "erofs", name, harness.ContainerID())); !strings.Contains(out, secret) {
 				t.Errorf("%s, %s: %s", pull, name, out)
 			}
 			harness.Output(t, m.Run("ctr", "images", "remove", "--sync", name))

@@ -60,6 +60,7 @@ func TestHostileRootIsContained(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			root := plainRoot(t, hostile)
+			daemon := "daemon-" + root // not that of another sandbox, which may still run
 			if s.mounts {
 				m := &harness.Machine{T: t, Root: root}
 				m.Mount("/proc", "proc", "", syscall.MS_BIND|syscall.MS_REC, "")
@@ -70,7 +71,7 @@ func TestHostileRootIsContained(t *testing.T) {
 			}
 			install := func(do string, more ...string) string {
 				t.Helper()
-				attack, err := json.Marshal(map[string]any{"Do": do, "Port": port(tcp), "Secret": secret, "Outside": outside, "Capabilities": s.may})
+				attack, err := json.Marshal(map[string]any{"Do": do, "Port": port(tcp), "Secret": secret, "Outside": outside, "Capabilities": s.may, "Daemon": daemon})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -103,7 +104,7 @@ func TestHostileRootIsContained(t *testing.T) {
 			if out := install("daemon"); !strings.HasSuffix(out, "started\n") {
 				t.Errorf("daemon: %s", out)
 			}
-			if left := running(t, "daemon-"+secret); left != "" {
+			if left := running(t, daemon); left != "" {
 				t.Errorf("it left a process: %s", left)
 			}
 			if out := install("flood"); !strings.Contains(out, "printed more than 4 MiB") {

@@ -414,8 +414,15 @@ var errNothing = errors.New("it has printed nothing")
 // run runs a container, and returns what it prints.
 func (n *node) run(t *testing.T, p pod, image string) (printed string) {
 	t.Helper()
-	cmd, name := n.create(t, p, image)
-	harness.Output(t, n.Crictl("start", strings.TrimSpace(harness.Output(t, cmd))))
+	var id, name string
+	harness.Await(t, "a container", func() error { // as in created
+		var cmd *exec.Cmd
+		cmd, name = n.create(t, p, image)
+		out, err := cmd.Output()
+		id = strings.TrimSpace(string(out))
+		return err
+	})
+	harness.Output(t, n.Crictl("start", id))
 	harness.Await(t, "the container's output", func() error {
 		b, err := os.ReadFile(filepath.Join(n.Dir, "logs", p.uid, name+".log"))
 		if printed = string(b); err == nil && printed == "" {

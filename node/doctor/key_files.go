@@ -33,7 +33,7 @@ func (e *examination) publicKeys(context.Context) Step {
 	step := Step{Result: OK}
 	var details []string
 	for _, f := range files {
-		again := onBroker("copilot keys public "+f.KEK) + " >" + f.Path
+		again := onBroker("copilot keys public "+f.KEK) + ", and write what it prints to " + f.Path + " here"
 		switch {
 		case f.Err != nil && f.KEK == "":
 			step.Result = Failed

@@ -15,9 +15,11 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/internal/layerkeys"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -213,7 +215,12 @@ func (r *Resolver) compare(ctx context.Context, diffID digest.Digest, known laye
 	}
 	defer plain.Close()
 	plain.HashPlain()
-	if err := sameContent(ctx, plain, diffID, sizeOf(known)); err != nil {
+	if isSealed(known, l) && image.IsLazy(l.desc) {
+		err = asSealed(ctx, plain, diffID, l.desc, key, blob)
+	} else {
+		err = sameContent(ctx, plain, diffID, sizeOf(known))
+	}
+	if err != nil {
 		return err
 	}
 	if err := plain.Verify(); err != nil {
@@ -223,6 +230,32 @@ func (r *Resolver) compare(ctx context.Context, diffID digest.Digest, known laye
 	own.Plain = plain.PlainDigest()
 	logrus.WithFields(logrus.Fields{"digest": l.desc.Digest, "diff-id": diffID, "took": time.Since(began)}).Info("encrypted layer has the content of another one")
 	return r.conf.Record.Add(diffID, own)
+}
+
+// asSealed reads a layer that is mounted lazily, and so has the files that its seal says. It
+// returns an error unless that is true of the layer, and has the diff ID.
+func asSealed(ctx context.Context, plain io.Reader, diffID digest.Digest, desc ocispec.Descriptor, key *processor.LayerKey, blob content.ReaderAt) error {
+	sealed, err := image.SealedLazy(key, desc)
+	if err != nil {
+		return err
+	}
+	if sealed.DiffID != diffID {
+		return fmt.Errorf("its key has sealed that its diff ID is %s", sealed.DiffID)
+	}
+	size := sealed.Size - sealed.TailOffset
+	if size > image.MaxTail {
+		return fmt.Errorf("its table of contents has %d bytes, more than %d", size, image.MaxTail)
+	}
+	end := make([]byte, size)
+	if _, err := io.ReadFull(io.NewSectionReader(blob, sealed.TailOffset, size), end); err != nil {
+		return err
+	}
+	stream, err := key.KeyStream(sealed.TailOffset)
+	if err != nil {
+		return err
+	}
+	stream.XORKeyStream(end, end)
+	return image.VerifyLazy(&contextReader{ctx, plain}, sealed, end)
 }
 
 func (r *Resolver) unwrap(ctx context.Context, l layer) (*processor.LayerKey, error) {

@@ -167,11 +167,16 @@ func (r *Resolver) proveRecipients(ctx context.Context, p part) {
 
 // unknownContent describes a layer of which nothing shows that it is what was encrypted.
 func unknownContent(known layerkeys.Layer, l layer) string {
-	if slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return b.Basis == layerkeys.Sealed && b.Digest == l.desc.Digest }) {
+	if isSealed(known, l) {
 		return "is mounted lazily, and what is sealed of it is not wrapped with its key, so everybody who can decrypt it could have sealed that: " +
 			"encrypt the plain image again with ctr-pilot, since earlier versions did not wrap it, or have pilot read the layer"
 	}
 	return "was unpacked without a record of the key that opened it, and of what is wrapped with that"
+}
+
+// isSealed reports whether a layer is mounted lazily, by what its key has sealed.
+func isSealed(known layerkeys.Layer, l layer) bool {
+	return slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool { return b.Basis == layerkeys.Sealed && b.Digest == l.desc.Digest })
 }
 
 // openers describes what opens a layer that no KEK of a rule does.

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/containerd/stargz-snapshotter/fs/source"
 	"github.com/hashicorp/go-retryablehttp"
 	"github.com/opencontainers/go-digest"
@@ -77,7 +78,8 @@ func (p pilot) sources(labels map[string]string) ([]source.Source, error) {
 	return []source.Source{s}, nil
 }
 
-// ask returns an error unless pilot says that a layer may be used now.
+// ask returns an error unless pilot says that a layer, with the table of contents that it is
+// mounted by, may be used now.
 func (p pilot) ask(ctx context.Context, labels map[string]string) error {
 	name, d, err := layerOf(labels)
 	if err != nil {
@@ -88,7 +90,7 @@ func (p pilot) ask(ctx context.Context, labels map[string]string) error {
 	registry := name.Hostname()
 	at := url.URL{
 		Scheme: "http", Host: pilotHost, Path: lazyPath + "/" + strings.TrimPrefix(name.Locator, registry+"/") + "/blobs/" + d.String(),
-		RawQuery: url.Values{"ns": {registry}}.Encode(),
+		RawQuery: url.Values{"ns": {registry}, "toc": {labels[estargz.TOCJSONDigestAnnotation]}}.Encode(),
 	}
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
 	if err != nil {

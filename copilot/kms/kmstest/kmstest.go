@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"net"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +12,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
 // Settings are those of a backend's table in TOML.
@@ -134,10 +134,5 @@ func wrapSoon(t *testing.T, what string, w kms.Wrapper, path string) error {
 // ClosedPort is an address at which nothing listens.
 func ClosedPort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+	return loopbacktest.FreeAddress(t)
 }

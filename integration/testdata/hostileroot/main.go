@@ -24,6 +24,7 @@ type attack struct {
 	Port    string // of a listener on the machine's loopback address
 	Secret  string // what the environment or a file of the machine has
 	Outside string // a directory of the machine's, with a file that has Secret
+	Daemon  string // the argument of a daemon, which begins with daemon-
 	// Capabilities are those that it may have.
 	Capabilities uint32
 }
@@ -48,7 +49,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "harm:", strings.Join(a.harm(), ", "))
 		os.Exit(1)
 	case "daemon":
-		cmd := exec.Command("/usr/bin/containerd", "daemon-"+a.Secret)
+		cmd := exec.Command("/usr/bin/containerd", a.Daemon)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 		if err := cmd.Start(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
