@@ -7,6 +7,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/ctrlplane/pilot/internal/exit/exittest"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 func TestMain(m *testing.M) {
@@ -15,5 +16,5 @@ func TestMain(m *testing.M) {
 
 // TestScript tests what needs no containerd; integration/ has the rest.
 func TestScript(t *testing.T) {
-	testscript.Run(t, testscript.Params{Dir: "testdata/script", Cmds: exittest.Commands()})
+	testscript.Run(t, testscript.Params{Dir: "testdata/script", Cmds: exittest.Commands(), Condition: fipstest.Condition})
 }

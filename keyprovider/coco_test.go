@@ -37,11 +37,11 @@ func guestUnwrap(t testing.TB, kek, annotation []byte) (kid string, optsdata []b
 	if err := errors.Join(ivErr, dataErr, err); err != nil || len(kek) != 32 {
 		t.Fatalf("KEK of %d bytes: %v", len(kek), err)
 	}
-	gcm, err := cipher.NewGCM(block)
+	gcm, err := cipher.NewGCMWithRandomNonce(block)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if optsdata, err = gcm.Open(nil, iv, data, nil); err != nil {
+	if optsdata, err = gcm.Open(nil, nil, append(iv, data...), nil); err != nil {
 		t.Fatalf("a guest does not unwrap %s: %v", annotation, err)
 	}
 	return packet["kid"], optsdata

@@ -186,6 +186,7 @@ func TestOnlyABrokersKEKIsReportedAsOpener(t *testing.T) {
 }
 
 func TestDerivedKeyIsKeptBesideItsKEKAlone(t *testing.T) {
+	fipstest.Refused(t, fipstest.HPKE)
 	b := startBroker(t, map[string][]byte{"a": nil})
 	for _, size := range []int{0, 1} {
 		p := newProvider(t, b.url, Config{CacheSize: size})

@@ -20,6 +20,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
+	"github.com/ctrlplane/pilot/internal/version"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -103,6 +105,7 @@ func encrypted(t testing.TB, size int, public []byte) (plain, layer []byte, desc
 }
 
 func TestDecrypt(t *testing.T) {
+	fipstest.Refused(t, fipstest.JWE)
 	public, private := rsaKey(t)
 	keys := filepath.Join(t.TempDir(), "keys")
 	if err := os.Mkdir(keys, 0o700); err != nil {
@@ -130,7 +133,8 @@ func TestDecrypt(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for arg, want := range map[string]string{"--version": "pilot-decoder version dev\n", "version": "pilot-decoder version dev\n", "--help": usage, "-h": usage} {
+	version := "pilot-decoder version " + version.Text() + "\n"
+	for arg, want := range map[string]string{"--version": version, "version": version, "--help": usage, "-h": usage} {
 		if out, said, ok := (run{args: []string{arg}}).do(t); !ok || string(out) != want || said != "" {
 			t.Errorf("%s: %q, said %q", arg, out, said)
 		}
@@ -148,6 +152,7 @@ func TestUsageStatus(t *testing.T) {
 }
 
 func TestFailures(t *testing.T) {
+	fipstest.Refused(t, fipstest.JWE)
 	public, private := rsaKey(t)
 	_, other := rsaKey(t)
 	with := func(private []byte) *config.DecryptConfig {

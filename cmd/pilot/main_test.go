@@ -8,6 +8,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/ctrlplane/pilot/internal/exit/exittest"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 func TestMain(m *testing.M) {
@@ -15,7 +16,7 @@ func TestMain(m *testing.M) {
 }
 
 func TestScript(t *testing.T) {
-	testscript.Run(t, testscript.Params{Dir: "testdata/script", Cmds: exittest.Commands()})
+	testscript.Run(t, testscript.Params{Dir: "testdata/script", Cmds: exittest.Commands(), Condition: fipstest.Condition})
 }
 
 // TestEachCommandShowsAnExample looks at the help of the program, and of each command that

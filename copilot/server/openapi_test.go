@@ -26,6 +26,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
@@ -109,6 +110,10 @@ burst = 8
 		PublicKeysCert: in(pki.SignerCertFile), PublicKeysKey: in(pki.SignerKeyFile),
 	}), "unix://")
 	admin := filepath.Join(dir, "admin.sock")
+	published := http.StatusOK
+	if fipstest.Is(fipstest.HPKE) {
+		published = http.StatusConflict
+	}
 	seen := make(map[string]bool)
 	wrapped := ""
 	for _, test := range []struct {
@@ -130,8 +135,8 @@ burst = 8
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?version=1", "", 200},
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?wraps=64", "", 200},
 		{admin, "GET", "/api/v2/keks/team%2Fa/key?version=2", "", 404},
-		{admin, "GET", "/api/v2/keks/team%2Fa/public", "", 200},
-		{admin, "GET", "/api/v2/keks/team%2Fa/public?seconds=60", "", 200},
+		{admin, "GET", "/api/v2/keks/team%2Fa/public", "", published},
+		{admin, "GET", "/api/v2/keks/team%2Fa/public?seconds=60", "", published},
 		{admin, "GET", "/api/v2/keks/team%2Fa/public?seconds=7200", "", 409},
 		{admin, "GET", "/api/v2/keks/short/public", "", 409},
 		{admin, "GET", "/api/v2/keks/nobody/public", "", 404},
@@ -228,7 +233,7 @@ burst = 8
 		if strings.Contains(string(answer), `"wrappedKey"`) && test.socket == admin {
 			wrapped = strings.Replace(string(answer), `"id":"team/a",`, "", 1)
 		}
-		if resp.StatusCode < 300 {
+		if resp.StatusCode < 300 || resp.StatusCode == published && strings.HasSuffix(route.Path, "/public") {
 			seen[route.Operation.OperationID] = true
 		}
 	}

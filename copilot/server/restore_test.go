@@ -11,6 +11,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/copilot/server/servertest"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // swapped is a file that somebody replaces after it was read once.
@@ -31,6 +32,7 @@ func (s *swapped) Seek(offset int64, whence int) (int64, error) {
 // TestRestoredIsWhatWasChecked replaces a backup by another one of the same recipient, after
 // it was read and before it is restored: nothing is.
 func TestRestoredIsWhatWasChecked(t *testing.T) {
+	fipstest.Refused(t, fipstest.Backup)
 	dir := t.TempDir()
 	identity, err := age.GenerateX25519Identity()
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot/kms"
@@ -17,7 +18,7 @@ import (
 // a KMS in integration/kms.
 func TestAWSErrors(t *testing.T) {
 	t.Setenv("AWS_ACCESS_KEY_ID", "id")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "key")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", strings.Repeat("k", 40))
 	t.Setenv("AWS_CONFIG_FILE", "/dev/null")
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 	open := func(endpoint string) kms.Wrapper {

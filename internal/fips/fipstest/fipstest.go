@@ -5,6 +5,7 @@ package fipstest
 import (
 	"cmp"
 	"crypto/fips140"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -42,11 +43,26 @@ const Variable = "PILOT_FIPS"
 // or in programs that it starts.
 func Only() bool { return fips140.Enforced() || os.Getenv(Variable) != "" }
 
+// Is reports whether something is refused in this run.
+func Is(what Refusal) bool {
+	newer := !strings.HasPrefix(cmp.Or(os.Getenv("GOFIPS140"), fips140.Version()), "v1.0")
+	return Only() && !(what == HPKE && newer)
+}
+
 // Refused skips a test of what is refused in that mode.
 func Refused(t testing.TB, what Refusal) {
 	t.Helper()
-	newer := !strings.HasPrefix(cmp.Or(os.Getenv("GOFIPS140"), fips140.Version()), "v1.0")
-	if Only() && !(what == HPKE && newer) {
+	if Is(what) {
 		t.Skipf("%s: refused in FIPS 140-3's only mode, as TestRefusedInFIPSOnlyMode shows", what)
 	}
+}
+
+// Condition is for lines of scripts that are about what is refused in that mode, or are not:
+// [refused:jwe], [!refused:hpke].
+func Condition(name string) (bool, error) {
+	what, ok := map[string]Refusal{"refused:jwe": JWE, "refused:hpke": HPKE, "refused:tpm": TPM, "refused:original": Original}[name]
+	if !ok {
+		return false, fmt.Errorf("unknown condition %q", name)
+	}
+	return Is(what), nil
 }
