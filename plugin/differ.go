@@ -18,7 +18,6 @@ import (
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/containerd/v2/plugins/diff/erofs"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -90,7 +89,7 @@ func New(store content.Store, mounts mount.Manager, conf Config) *Differ {
 		Comparer: walking.NewWalkingDiff(store),
 		store:    store,
 		appliers: []diff.Applier{
-			erofs.NewErofsDiffer(store),
+			newErofsApplier(store),
 			apply.NewFileSystemApplierWithMountManager(store, mounts),
 		},
 		conf:      conf,

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/console"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // terminal is a program on a terminal of its own.
@@ -109,6 +110,7 @@ var (
 // screen, also where somebody stops halfway, by any key that does.
 func TestSharesOnATerminal(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	dir := harness.TempDir(t)
 	shares := func() *terminal {
 		return onTerminal(t, harness.Command(t, "copilot", "backup", "shares", "--shares", "3", "--threshold", "2"))

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -137,6 +138,7 @@ func TestWrongPathSaysNothingOfTheKEK(t *testing.T) {
 // unwrapped as before.
 func TestForeignAnnotationInOutageDisturbsNoOther(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Original)
 	dir := harness.TempDir(t)
 	process, url := harness.StartBroker(t, dir, "team-a")
 	harness.StartPilot(t, dir+"/node", url, "--broker-timeout", "1s", "--annotation-format", "original", "--default-keks", "team-a", "--diff-listen", "off")

@@ -134,6 +134,7 @@ var directVersions = []func() harness.ContainerdVersion{harness.Containerd2, har
 // containerd, kills that and fills the disk.
 func TestContainerdTakesBlobsFromItsFiles(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	for _, version := range directVersions {
 		t.Run(version().Name, func(t *testing.T) {
 			if version().Name == harness.Containerd17().Name { // between the others

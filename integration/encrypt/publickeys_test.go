@@ -191,6 +191,7 @@ deny = true
 // with no broker, and age's own program unwrap what they wrote.
 func TestSkopeoEncryptsForRecipientsOfAge(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Age)
 	dir := harness.TempDir(t)
 	harness.GoBuild(t, "", dir+"/", "filippo.io/age/cmd/age", "filippo.io/age/cmd/age-keygen")
 	identity := func(name string, args ...string) (file, to string) {

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
@@ -127,6 +128,7 @@ func TestSkopeoBuildahPodmanEncryptAndDecrypt(t *testing.T) {
 // broker with the original's API.
 func TestPilotReplacesTheOriginal(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Original)
 	dir := harness.TempDir(t)
 	var ports [2]string
 	for i := range ports {

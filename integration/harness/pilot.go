@@ -118,7 +118,14 @@ type ImageKeys struct {
 // ImageKeys returns what a container of an image in a namespace of containerd's needs.
 func (k *PilotClient) ImageKeys(t testing.TB, namespace, image string) (answer ImageKeys) {
 	t.Helper()
-	status, b := k.imageKeys(t, namespace, image)
+	var status int
+	var b []byte
+	Await(t, "pilot's connection to containerd", func() error {
+		if status, b = k.imageKeys(t, namespace, image); status == http.StatusServiceUnavailable {
+			return fmt.Errorf("%s", b)
+		}
+		return nil
+	})
 	if status != http.StatusOK || json.Unmarshal(b, &answer) != nil {
 		t.Fatalf("%s: %d %s", image, status, b)
 	}

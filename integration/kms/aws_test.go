@@ -65,7 +65,7 @@ func newLocalKMS(t *testing.T) *localKMS {
 func awsEnvironment(t *testing.T) {
 	t.Helper()
 	t.Setenv("AWS_ACCESS_KEY_ID", "id")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "key")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", strings.Repeat("k", 40))
 	t.Setenv("AWS_CONFIG_FILE", "/dev/null")
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 }

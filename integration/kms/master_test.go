@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
@@ -141,6 +142,7 @@ func TestMasterKeyInKMS(t *testing.T) {
 		},
 		"TPM": func(t *testing.T) wrapper {
 			t.Parallel()
+			fipstest.Refused(t, fipstest.TPM)
 			p := harness.NewTPM(t)
 			return wrapper{p.Settings() + "pcrs = 'sha256:7'", "machine", func() func() {
 				p.Extend(t, 7, "other firmware")

@@ -3,7 +3,6 @@ package lazy
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"maps"
 	"net/http"
 	"os"
@@ -42,18 +41,7 @@ func newRuled(t testing.TB) *ruled {
 	t.Helper()
 	rules := harness.Write(t, filepath.Join(harness.TempDir(t), "pilot.toml"), "[[must-be-encrypted]]\nimages = ['**']\nkeks = ['team-a']\n")
 	m := newMachine(t, "--config", rules)
-	client := harness.NewPilotClient(t, m.Dir)
-	harness.Await(t, "pilot to find containerd", func() error {
-		r, err := client.Admin.Get("http://pilot/image-keys?namespace=default&image=none")
-		if err == nil {
-			r.Body.Close()
-			if r.StatusCode == http.StatusServiceUnavailable {
-				err = errors.New(r.Status)
-			}
-		}
-		return err
-	})
-	return &ruled{m, client, harness.Providers(t, m.OciConf)}
+	return &ruled{m, harness.NewPilotClient(t, m.Dir), harness.Providers(t, m.OciConf)}
 }
 
 // refused checks why the rule refuses an image, or that it does not if want is "".

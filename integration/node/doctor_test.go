@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
@@ -50,6 +51,7 @@ func expectSkipped(t testing.TB, r harness.DoctorReport, steps ...string) {
 // TestDoctor examines machines that work, and that don't.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd17(), harness.Containerd16()} {
 		t.Run(v.Name, func(t *testing.T) {
 			dir := harness.TempDir(t)
@@ -256,6 +258,7 @@ func TestDoctorExaminesStreamProcessors(t *testing.T) {
 // original's annotations, and one that requires certificates.
 func TestDoctorExaminesTCPKeyProvider(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Original)
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir, "team-a", "team-b")
 	listen := loopbacktest.FreeAddress(t)
@@ -372,6 +375,7 @@ func TestDoctorHangs(t *testing.T) {
 // programs.
 func TestDoctorSockets(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	_, brokerURL := harness.StartBroker(t, dir+"/broker", "team-a")
 	harness.StartPilot(t, dir, brokerURL)

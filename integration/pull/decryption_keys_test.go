@@ -259,6 +259,7 @@ func TestServeWithAnyKeys(t *testing.T) {
 // TestDecryptionKeysPKCS11 has the differ decrypt with a key in an HSM, which
 // takes a pilot that is built with cgo.
 func TestDecryptionKeysPKCS11(t *testing.T) {
+	fipstest.Refused(t, fipstest.SHA1OAEP)
 	dir := harness.TempDir(t)
 	harness.GoBuild(t, "", dir+"/pilot", "./cmd/pilot")
 	conf := harness.Write(t, dir+"/ocicrypt.conf", `{"key-providers": {}}`)

@@ -17,6 +17,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestDamagedLayerRecord has a record that was removed, truncated, or can't be read or
@@ -122,6 +123,7 @@ func stat(t *testing.T, name string) os.FileInfo {
 // TestPlainImagesOfARuleAreRefused swaps encrypted images for others.
 func TestPlainImagesOfARuleAreRefused(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.HPKE)
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a", "team-b")
 	gzip := harness.LayerKinds[1]
