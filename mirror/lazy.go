@@ -142,7 +142,7 @@ func (m *Mirror) lazyBlob(w *answer, r *http.Request, c caller, t target) (err e
 		}
 		m.lazy.metrics.ended(m.judgeLazy(err), began)
 	}()
-	layer, err := m.lazyLayer(r.Context(), repo, mounts)
+	layer, err := m.lazyLayer(r.Context(), repo, mounts, r.URL.Query().Get("snapshot"))
 	if err != nil {
 		return err
 	}
@@ -227,8 +227,9 @@ func (m *Mirror) sendMemory(w *answer, b []byte) error {
 // lazyLayer returns the layer that a request is about, with a key that may be used now. If
 // the snapshotter is about to mount it, or it is not known, each image of containerd's that
 // has it must have it unpacked under the diff ID that is sealed: a snapshot is known by the
-// diff IDs of a configuration, which anybody can write.
-func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool) (*lazyLayer, error) {
+// diff IDs of a configuration, which anybody can write. If snapshot is not "", one of them must
+// have it there: what an image that was removed has sealed under that name counts no more.
+func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool, snapshot string) (*lazyLayer, error) {
 	d := repo.digest()
 	layer := m.lazy.find(d)
 	if layer == nil || mounts {
@@ -247,11 +248,18 @@ func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool) (
 					"the image is damaged, or made to have this layer taken for another", c.Manifest, c.Namespace, c.DiffID, layer.sealed.DiffID)}
 			}
 		}
+		if snapshot != "" && !slices.ContainsFunc(found, func(c claims.Claim) bool { return c.ChainID.String() == snapshot }) {
+			return nil, &notLazy{reasonClaim, fmt.Errorf("its snapshot is called %s, by an image that was removed, and no other has it there: "+
+				"remove the containers and images that use the snapshot, and pull again", snapshot)}
+		}
 		if err := m.refresh(ctx, layer); err != nil {
 			return nil, err
 		}
 		if err := m.checkShared(ctx, repo, layer, all); err != nil {
 			return nil, err
+		}
+		if p := layer.proof.Load(); p != nil && p.err != nil {
+			return nil, p.err // what is false is not recorded again
 		}
 		if err := m.record(layer, layerkeys.Sealed, ""); err != nil {
 			return nil, err

@@ -34,8 +34,8 @@ type proof struct{ err error } // nil: it is what its key has sealed
 // images that have another blob, or the same one with another seal, unpacked under its diff
 // ID. Their makers have not agreed to that: everybody who may wrap for a KEK of this machine
 // can seal what they like. If all of them say that the layer has the same table of contents,
-// it shows the same files. If not, it is read as a whole, as is one of a blob that the record
-// vouches for with another seal.
+// it shows the same files. If not, it is read as a whole, as is one that other KEKs vouch for in
+// the record.
 func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyLayer, all []claims.Claim) error {
 	if m.isVouchedOtherwise(layer) {
 		return m.prove(ctx, repo, layer)
@@ -52,18 +52,19 @@ func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyL
 	return nil
 }
 
-// isVouchedOtherwise reports whether the record vouches for the layer's blob, but nobody for
-// what is sealed of it now: a rule of must-be-encrypted would be content with that.
+// isVouchedOtherwise reports whether a KEK vouches for the layer's diff ID in the record that
+// does not vouch for what is sealed of it now: a rule of must-be-encrypted would be content with
+// that, whichever blob and seal is mounted.
 func (m *Mirror) isVouchedOtherwise(layer *lazyLayer) bool {
 	if m.conf.Record == nil {
 		return false
 	}
 	layer.mu.Lock()
-	vouches := layer.openedBy.Vouches
+	by := layer.openedBy
 	layer.mu.Unlock()
 	known, _ := m.conf.Record.Layer(layer.sealed.DiffID)
-	return !vouches && slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool {
-		return b.Digest == layer.desc.Digest && len(b.Vouched) > 0
+	return slices.ContainsFunc(known.Blobs, func(b layerkeys.Blob) bool {
+		return slices.ContainsFunc(b.Vouched, func(k layerkeys.KEK) bool { return !by.Vouches || k.ID != by.KEK })
 	})
 }
 

@@ -32,7 +32,11 @@ func (m *Mirror) record(layer *lazyLayer, basis layerkeys.Basis, plain digest.Di
 // withdraw removes from the record what was sealed of a layer and is not true. The layer's
 // snapshot is of no use, and who has sealed it must not decide over those that are.
 func (m *Mirror) withdraw(layer *lazyLayer) {
-	if m.conf.Record != nil {
-		_ = m.conf.Record.Withdraw(layer.sealed.DiffID, layer.desc.Digest) // saved with the next change
+	if m.conf.Record == nil {
+		return
 	}
+	layer.mu.Lock()
+	fingerprint := layer.fingerprint
+	layer.mu.Unlock()
+	_ = m.conf.Record.Withdraw(layer.sealed.DiffID, layer.desc.Digest, fingerprint) // saved with the next change
 }

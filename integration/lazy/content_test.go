@@ -3,6 +3,7 @@ package lazy
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"maps"
 	"net/http"
 	"os"
@@ -192,6 +193,84 @@ func TestOtherSealOfAVouchedLayerIsRefused(t *testing.T) {
 	if at, err := m.tryMount("app:forged"); err == nil {
 		if b, err := os.ReadFile(at + "/file"); err == nil && bytes.Equal(b, file) {
 			t.Error("it is mounted with the attacker's files, and counts as the team's")
+		}
+	}
+}
+
+// TestTextOfAChainIDIsNoLayer has a blob with the text whose digest is the name of the snapshot
+// of all of a victim's layers.
+func TestTextOfAChainIDIsNoLayer(t *testing.T) {
+	t.Parallel()
+	m := newRuled(t)
+	m.encrypt("victim:1", layer{"file": []byte("of the victim")}, layer{"more": nil})
+	_, ids := m.configOf(m.manifest("victim:1"))
+	text := ids[0].(string) + " " + ids[1].(string)
+	chain := "sha256:" + harness.SHA256(text)
+
+	m.encrypt("evil:1", layer{"base": nil}, layer{"file": []byte("of the attacker")})
+	forged := m.manifest("evil:1")
+	_, own := m.configOf(forged)
+	base, top := layersOf(forged)[0], layersOf(forged)[1]
+	m.seal(top, chain, "")
+	forged["config"] = m.withDiffIDs("evil", m.manifest("evil:1"), own[0], chain)
+	m.push("evil:forged", forged)
+	m.pull("evil:forged")
+
+	blob := m.pushBlob("evil", "application/vnd.oci.image.layer.v1.tar", []byte(text))
+	fetched := maps.Clone(blob) // as what is no layer
+	fetched["mediaType"] = "application/octet-stream"
+	blob["annotations"] = harness.Object{tocAnnotation: annotations(top)[tocAnnotation]}
+	forged["layers"] = []any{base, blob, fetched}
+	m.push("evil:text", forged)
+	m.pull("evil:text")
+	harness.Await(t, "the text to be read", func() error { // it is read beside the request
+		for _, l := range m.client.ImageKeys(t, "default", m.ref("evil:text")).Layers {
+			if l.DiffID == chain {
+				return errors.New(l.Why)
+			}
+		}
+		return nil
+	})
+
+	m.pull("victim:1")
+	forged["config"] = m.withDiffIDs("evil", m.manifest("evil:1"), chain)
+	forged["layers"] = []any{blob}
+	m.push("evil:whole", forged)
+	m.pull("evil:whole")
+	if err := m.client.ImageKeysError(t, "default", m.ref("evil:whole")); !strings.Contains(err, "it is the chain ID of other layers") {
+		t.Errorf("the layers of another image need no key: %q", err)
+	}
+}
+
+// TestRuleIsNotMetByAnotherBlobsSnapshot has the team's image away, the attacker's layer mounted
+// under its diff ID, and a manifest whose own layer nobody ever reads.
+func TestRuleIsNotMetByAnotherBlobsSnapshot(t *testing.T) {
+	t.Parallel()
+	m := newRuled(t)
+	m.encrypt("app:1", layer{"file": []byte("of the team")})
+	app := m.manifest("app:1")
+	_, ids := m.configOf(app)
+	m.lazily("app:1", "of the team")
+	m.refused("app:1", "")
+	m.remove("app:1")
+
+	m.encrypt("evil:1", layer{"file": []byte("of the attacker")})
+	forged := m.manifest("evil:1")
+	l := layersOf(forged)[0]
+	m.seal(l, ids[0].(string), "")
+	forged["config"] = m.withDiffIDs("evil", m.manifest("evil:1"), ids...)
+	m.push("evil:forged", forged)
+	_ = m.pullCommand("evil:forged").Run() // if it is read as a whole, it has not the diff ID
+
+	never := m.pushBlob("app", l["mediaType"].(string), random(3, int(l["size"].(float64))))
+	never["annotations"] = l["annotations"]
+	app["layers"] = []any{never}
+	m.push("app:forged", app)
+	_ = m.pullCommand("app:forged").Run()
+	if at, err := m.tryMount("app:forged"); err == nil {
+		b, err := os.ReadFile(at + "/file")
+		if why := m.client.ImageKeys(t, "default", m.ref("app:forged")).Refused; why == "" {
+			t.Errorf("a container has %q %v, and the rule is content", b, err)
 		}
 	}
 }

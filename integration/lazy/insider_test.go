@@ -185,3 +185,55 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	}
 	refused("victim:chain")
 }
+
+// TestSnapshotOfARemovedImageIsNotAnothers has an attacker's blob mounted as the victim's layer,
+// by an image that is removed while another keeps the snapshot. An honest image has the blob
+// then.
+func TestSnapshotOfARemovedImageIsNotAnothers(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.encrypt("victim:1", layer{"file": []byte("of the victim")})
+	m.encrypt("evil:1", layer{"file": []byte("of the attacker")})
+	_, ids := m.configOf(m.manifest("victim:1"))
+	forged := m.manifest("evil:1")
+	m.seal(layersOf(forged)[0], ids[0].(string), "")
+	forged["config"] = m.withDiffIDs("evil", m.manifest("evil:1"), ids...)
+	m.push("evil:forged", forged)
+	m.pull("evil:forged")
+	// Its layer is never fetched.
+	holder := clone(t, forged)
+	holder["layers"] = []any{m.pushBlob("evil", "application/vnd.oci.image.layer.v1.tar", []byte("no layer"))}
+	m.push("evil:holder", holder)
+	m.pull("evil:holder")
+	m.remove("evil:forged")
+	m.pull("evil:1")
+	m.pull("victim:1")
+	if at, err := m.tryMount("victim:1"); err == nil {
+		b, err := os.ReadFile(at + "/file")
+		t.Errorf("the victim's image is mounted from the attacker's snapshot: %q %v", b, err)
+	}
+	if log := harness.Read(t, m.Pilot.Log); !strings.Contains(log, "no other has it there") {
+		t.Errorf("the log does not say so:\n%s", log)
+	}
+	at := m.mount("evil:1")
+	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the attacker" {
+		t.Errorf("the honest image: %q %v", b, err)
+	}
+}
+
+// TestImageCanNotMarkSnapshots has a plain image whose annotation is the label of snapshots that
+// are mounted lazily.
+func TestImageCanNotMarkSnapshots(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.encrypt("app:1", layer{"file": []byte("of the image")})
+	harness.Output(t, m.ctrPilot("images", "decrypt", "--plain-http", "docker://"+m.ref("app:1"), "docker://"+m.ref("app:plain")))
+	plain := m.manifest("app:plain")
+	layersOf(plain)[0]["annotations"] = map[string]any{"containerd.io/snapshot/remote": "x"}
+	m.push("app:marked", plain)
+	m.pull("app:marked")
+	at := m.mount("app:marked")
+	if b, err := os.ReadFile(at + "/file"); err != nil || string(b) != "of the image" {
+		t.Errorf("%q %v", b, err)
+	}
+}

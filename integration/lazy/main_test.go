@@ -72,9 +72,14 @@ func (m *machine) encryptWith(name string, args []string, layers ...layer) {
 	layout := filepath.Join(m.Dir, "layouts", strings.ReplaceAll(name, ":", "-"))
 	l.Write(layout, "v1", l.JSON(manifestType, harness.Object{"schemaVersion": 2, "mediaType": manifestType, "config": config, "layers": descs}))
 	args = append([]string{"images", "encrypt", "--plain-http", "--recipient", "provider:pilot:team-a"}, args...)
-	cmd := harness.Command(m.t, "ctr-pilot", append(args, "oci:"+layout+":v1", "docker://"+m.ref(name))...)
+	harness.Output(m.t, m.ctrPilot(append(args, "oci:"+layout+":v1", "docker://"+m.ref(name))...))
+}
+
+func (m *machine) ctrPilot(args ...string) *exec.Cmd {
+	m.t.Helper()
+	cmd := harness.Command(m.t, "ctr-pilot", args...)
 	cmd.Env = append(os.Environ(), "OCICRYPT_KEYPROVIDER_CONFIG="+m.OciConf, "HOME="+m.Dir)
-	harness.Output(m.t, cmd)
+	return cmd
 }
 
 const manifestType = "application/vnd.oci.image.manifest.v1+json"

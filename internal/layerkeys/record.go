@@ -259,11 +259,14 @@ func (b Blob) equal(o Blob) bool {
 		slices.Equal(b.Public, o.Public) && slices.Equal(b.Vouched, o.Vouched) && bytes.Equal(b.Fingerprint, o.Fingerprint)
 }
 
-// Withdraw removes what was sealed or claimed of a blob, once it is known to be false.
-func (r *Record) Withdraw(diffID, blob digest.Digest) error {
+// Withdraw removes what was sealed of a blob with the key of a fingerprint, once it is known to
+// be false. That says nothing about what others have sealed or claim of it.
+func (r *Record) Withdraw(diffID, blob digest.Digest, fingerprint []byte) error {
 	r.mu.Lock()
 	l := r.layers[diffID]
-	kept := slices.DeleteFunc(slices.Clone(l.Blobs), func(b Blob) bool { return b.Digest == blob && b.Basis != Decrypted })
+	kept := slices.DeleteFunc(slices.Clone(l.Blobs), func(b Blob) bool {
+		return b.Digest == blob && b.Basis == Sealed && bytes.Equal(b.Fingerprint, fingerprint)
+	})
 	change := r.changes
 	if len(kept) < len(l.Blobs) {
 		if l.Blobs = kept; len(kept) > 0 {
@@ -304,8 +307,8 @@ func (r *Record) IsPlain(blob, diffID digest.Digest) bool {
 	return slices.Contains(r.plain[diffID].Blobs, blob)
 }
 
-// IsDiffID reports whether a digest is known to be that of a layer's content, and so nothing
-// else, such as a chain ID.
+// IsDiffID reports whether a digest is known to be that of some content. It may be a chain ID
+// nevertheless, which is the digest of a text.
 func (r *Record) IsDiffID(d digest.Digest) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()

@@ -364,3 +364,17 @@ func TestVouchedIsWhatWasWrappedForTheContent(t *testing.T) {
 		}
 	}
 }
+
+// TestWithdrawnSealIsOneKeys: that one key's seal of a blob is false says nothing about others.
+func TestWithdrawnSealIsOneKeys(t *testing.T) {
+	r := open(t, filepath.Join(t.TempDir(), "layers"))
+	r.mustAdd(t, diffID, Opened(blob, Claimed, teamA, nil))
+	r.mustAdd(t, diffID, Opened(blob, Sealed, teamA, []byte("1")))
+	r.mustAdd(t, diffID, Opened(blob, Sealed, teamB, []byte("2")))
+	if err := r.Withdraw(diffID, blob, []byte("2")); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := text(r, diffID), "1 claimed [{team-a 1}] false; 1 sealed [{team-a 1}] false"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}

@@ -3,27 +3,18 @@ package imagekeys
 import (
 	"context"
 	"fmt"
-	"sync"
 
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
 
-// maxBases bounds the bases that are remembered.
-const maxBases = 4096
-
-// bases are first diff IDs of which it is known that no other layers are below them.
-type bases struct {
-	mu    sync.Mutex
-	known map[digest.Digest]bool
-}
-
 // checkBases returns an error if the first diff ID of an image may be something else.
 //
 // containerd names the snapshot of the first layer after its diff ID, and those above it
 // after their chain IDs. What a container needs is found by diff IDs, so a name of several
-// layers must not pass for one of them.
+// layers must not pass for one of them. That is looked up each time: snapshots come and go, and
+// that some content has the digest proves nothing, as a chain ID is the digest of a text.
 func (r *Resolver) checkBases(ctx context.Context, doc *document) error {
 	for _, p := range doc.parts {
 		// Snapshots have other names too.
@@ -40,15 +31,6 @@ func (r *Resolver) checkBases(ctx context.Context, doc *document) error {
 }
 
 func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
-	if r.conf.Record.IsDiffID(d) {
-		return nil
-	}
-	r.bases.mu.Lock()
-	known := r.bases.known[d]
-	r.bases.mu.Unlock()
-	if known {
-		return nil
-	}
 	list, err := r.conf.Client.IntrospectionService().Plugins(ctx, "type=="+string(plugins.SnapshotPlugin))
 	if err != nil {
 		return err
@@ -69,15 +51,9 @@ func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
 			found = true
 		}
 	}
-	if !found {
+	if !found && !r.conf.Record.IsDiffID(d) {
 		// Somebody else's may come before the container has its snapshot.
 		return fmt.Errorf("the image is not unpacked: pull it again: %w", errdefs.ErrFailedPrecondition)
 	}
-	r.bases.mu.Lock()
-	defer r.bases.mu.Unlock()
-	if r.bases.known == nil || len(r.bases.known) >= maxBases {
-		r.bases.known = map[digest.Digest]bool{}
-	}
-	r.bases.known[d] = true
 	return nil
 }

@@ -76,7 +76,6 @@ type Resolver struct {
 	proofs proofs
 	begins singleflight.Group
 	begun  atomic.Bool
-	bases  bases
 
 	snapshotterNames atomic.Pointer[[]string]
 }
@@ -95,8 +94,8 @@ func New(conf Config) *Resolver {
 // errdefs: ErrNotFound if there is no such image. A caller that gets an error must not start
 // the container.
 //
-// It takes microseconds for an image that it knows, and a call of containerd's where Digest
-// is not set. Where layers have to be read to find out what they are, it waits a second, and
+// It takes calls of containerd's API: one for each snapshotter, and one more where Digest is not
+// set. Where layers have to be read to find out what they are, it waits a second, and
 // what it returns says that another call may find less to be needed.
 func (r *Resolver) Needs(ctx context.Context, ns string, image Image) ([]Layer, error) {
 	ctx = namespaces.WithNamespace(ctx, ns)

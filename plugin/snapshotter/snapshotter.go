@@ -12,9 +12,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
@@ -88,7 +90,36 @@ func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
 	// It warns of each layer that it can't mount again now.
 	s, err := snapshot.NewSnapshotter(log.WithLogger(ctx, silent), snapshotsDir, r, snapshot.AsynchronousRemove, snapshot.AllowInvalidMountsOnRestart)
 	r.started.Store(true)
-	return s, err
+	if err != nil {
+		return nil, err
+	}
+	return unmarked{s}, nil
+}
+
+// unmarked keeps callers from marking a snapshot as one that is mounted, which an image's
+// annotations could have containerd do: nobody could use the layer then.
+type unmarked struct{ snapshots.Snapshotter }
+
+// Cleanup implements [snapshots.Cleaner], as stargz-snapshotter does.
+func (u unmarked) Cleanup(ctx context.Context) error {
+	return u.Snapshotter.(snapshots.Cleaner).Cleanup(ctx)
+}
+
+func (u unmarked) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return u.Snapshotter.Prepare(ctx, key, parent, append(slices.Clip(opts), unmark)...)
+}
+
+func (u unmarked) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	return u.Snapshotter.Commit(ctx, name, key, append(slices.Clip(opts), unmark)...)
+}
+
+// mark is stargz-snapshotter's label of snapshots that are mounted.
+const mark = "containerd.io/snapshot/remote"
+
+func unmark(info *snapshots.Info) error {
+	info.Labels = maps.Clone(info.Labels) // others may have the same map
+	delete(info.Labels, mark)
+	return nil
 }
 
 // settings are those of stargz-snapshotter's file system.

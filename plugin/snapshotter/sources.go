@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/stargz-snapshotter/estargz"
@@ -79,7 +80,7 @@ func (p pilot) sources(labels map[string]string) ([]source.Source, error) {
 }
 
 // ask returns an error unless pilot says that a layer, with the table of contents that it is
-// mounted by, may be used now.
+// mounted by, may be used now as the snapshot that it is.
 func (p pilot) ask(ctx context.Context, labels map[string]string) error {
 	name, d, err := layerOf(labels)
 	if err != nil {
@@ -90,7 +91,7 @@ func (p pilot) ask(ctx context.Context, labels map[string]string) error {
 	registry := name.Hostname()
 	at := url.URL{
 		Scheme: "http", Host: pilotHost, Path: lazyPath + "/" + strings.TrimPrefix(name.Locator, registry+"/") + "/blobs/" + d.String(),
-		RawQuery: url.Values{"ns": {registry}, "toc": {labels[estargz.TOCJSONDigestAnnotation]}}.Encode(),
+		RawQuery: url.Values{"ns": {registry}, "toc": {labels[estargz.TOCJSONDigestAnnotation]}, "snapshot": {labels[snapshots.LabelSnapshotRef]}}.Encode(),
 	}
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
 	if err != nil {
