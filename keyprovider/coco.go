@@ -141,14 +141,14 @@ func (p *Provider) wrapCoCo(ctx context.Context, params [][]byte, layerKey []byt
 
 // sealCoCo wraps a layer key with the current version of a KEK, locally, or at the broker if
 // the KEK is not exported.
-func (p *Provider) sealCoCo(ctx context.Context, id string, layerKey []byte) (_ wireformat.CoCoPacket, version int, err error) {
+func (p *Provider) sealCoCo(ctx context.Context, id string, layerKey []byte) (wireformat.CoCoPacket, int, error) {
+	if p.conf.Format == FormatCopilot {
+		return p.sealCoCoAtBroker(ctx, id, layerKey)
+	}
 	packet := wireformat.CoCoPacket{WrapType: wireformat.MethodCoCo}
 	kek, err := p.keks.latest(ctx, id)
 	if errors.Is(err, client.ErrNotExported) {
-		defer func(start time.Time) { p.metrics.asked(ctx, "wrap", start, err) }(time.Now())
-		w, err := p.broker.WrapCoCo(ctx, id, layerKey)
-		packet.IV, packet.WrappedData = w.IV, w.Key
-		return packet, w.Version, err
+		return p.sealCoCoAtBroker(ctx, id, layerKey)
 	}
 	if err != nil {
 		return packet, 0, err
@@ -164,6 +164,12 @@ func (p *Provider) sealCoCo(ctx context.Context, id string, layerKey []byte) (_ 
 	sealed := aead.Seal(nil, nil, layerKey, nil)
 	packet.IV, packet.WrappedData = sealed[:wireformat.IVSize], sealed[wireformat.IVSize:]
 	return packet, kek.Version, nil
+}
+
+func (p *Provider) sealCoCoAtBroker(ctx context.Context, id string, layerKey []byte) (_ wireformat.CoCoPacket, version int, err error) {
+	defer func(start time.Time) { p.metrics.asked(ctx, "wrap", start, err) }(time.Now())
+	w, err := p.broker.WrapCoCo(ctx, id, layerKey)
+	return wireformat.CoCoPacket{WrapType: wireformat.MethodCoCo, IV: w.IV, WrappedData: w.Key}, w.Version, err
 }
 
 // unwrapCoCo unwraps a layer key that was wrapped for guests. allowed are the KEKs that the

@@ -296,7 +296,7 @@ func testDebs(t *testing.T, root, built, upgrade string) {
 		t.Errorf("purge says %d times that KEKs stay: %s", n, out)
 	}
 	left(t, b.Root)
-	for _, name := range []string{"etc/pilot", "var/lib/pilot", "etc/copilot/copilot.toml", "etc/copilot/policy.toml", "etc/copilot/server-key.pem", "etc/copilot/admin-key.pem"} {
+	for _, name := range []string{"etc/pilot", "var/lib/pilot", "etc/copilot/copilot.toml", "etc/copilot/policy.toml", "etc/copilot/server-key.pem", "etc/copilot/admin-key.pem", "etc/copilot/public-keys-key.pem"} {
 		if exists(b.Path(name)) {
 			t.Errorf("/%s is left", name)
 		}
