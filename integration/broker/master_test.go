@@ -319,7 +319,7 @@ func TestReplicasRotateMasterKey(t *testing.T) {
 	if all[2].process.Logged(t, "a newer copilot has written to the store: upgrade this one") == 0 {
 		t.Error(harness.Read(t, all[2].process.Log))
 	}
-	d.Sql(t, `UPDATE copilot_once SET value = convert_to(replace(convert_from(value, 'UTF8'), '"format":1', '"format":2'), 'UTF8') WHERE name = 'master keys'`)
+	d.Sql(t, `UPDATE copilot_once SET value = convert_to(replace(convert_from(value, 'UTF8'), '"format":2', '"format":3'), 'UTF8') WHERE name = 'master keys'`)
 	all[2].process.Stop(t)
 	harness.ExpectFailure(t, all[2].command("keys", "list"), "a newer copilot has written to the store: upgrade this one")
 }

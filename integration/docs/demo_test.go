@@ -10,12 +10,14 @@ import (
 	"time"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
 
 // TestDemo runs "make demo", which fails if anything that it claims is not so, with these
 // tests' programs. It leaves nothing behind.
 func TestDemo(t *testing.T) {
 	t.Parallel()
+	fipstest.Refused(t, fipstest.Backup)
 	harness.Long(t)
 	dir := harness.TempDir(t)
 	harness.Write(t, dir+"/scripts/demo.sh", harness.Read(t, harness.Repo+"/scripts/demo.sh"))

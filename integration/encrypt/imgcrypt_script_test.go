@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
+	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 	"github.com/go-jose/go-jose/v4"
 	"github.com/rogpeppe/go-internal/testscript"
 )
@@ -26,6 +27,7 @@ import (
 // in testdata/imgcrypt, each with a containerd of its own.
 func TestImgcryptScript(t *testing.T) {
 	harness.Long(t)
+	fipstest.Refused(t, fipstest.JWE)
 	dir := harness.TempDir(t)
 	// Keys in an HSM take a pilot-decoder that is built with cgo, as PKCS11=1 does.
 	harness.GoBuild(t, "", dir+"/pilot-decoder", "./cmd/pilot-decoder")

@@ -106,7 +106,7 @@ func TestOutOfMemory(t *testing.T) {
 	dir := harness.TempDir(t)
 	c := harness.StartCI(t, dir, "team-a")
 	const limit, window, size = 96 << 20, 256 << 20, 200 << 20
-	wide := harness.LayerKind{Name: "zstd", Compress: func(w io.Writer) io.WriteCloser {
+	wide := harness.LayerKind{Name: "wide zstd", Compress: func(w io.Writer) io.WriteCloser {
 		z, err := zstd.NewWriter(w, zstd.WithWindowSize(window), zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
 		if err != nil {
 			t.Fatal(err)

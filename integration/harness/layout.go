@@ -52,7 +52,7 @@ func (l *Layout) JSON(mediaType string, v any) Object {
 
 // LayerKind is a kind of layer.
 type LayerKind struct {
-	Name     string
+	Name     string // another for each way to compress
 	Compress func(io.Writer) io.WriteCloser
 	OCI      string
 	Docker   string
