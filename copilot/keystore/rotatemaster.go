@@ -23,7 +23,7 @@ import (
 //  4. Once all have, the one before is dropped, and with it what it has handed on.
 
 // resealBatch is how many records are sealed again in one transaction.
-const resealBatch = 128
+const resealBatch = 32
 
 // MasterStatus says where the master keys of a store are.
 type MasterStatus struct {
