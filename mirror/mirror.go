@@ -26,6 +26,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/claims"
 	"github.com/ctrlplane/pilot/internal/layerkeys"
+	"github.com/ctrlplane/pilot/internal/mustencrypt"
 	"github.com/ctrlplane/pilot/processor"
 )
 
@@ -85,6 +86,8 @@ type Config struct {
 	// Record is where the mirror notes which keys have opened the layers of Images. May be
 	// nil.
 	Record *layerkeys.Record
+	// Rules returns those of the setting must-be-encrypted, which go by Record. May be nil: none.
+	Rules func() mustencrypt.Rules
 }
 
 const (

@@ -56,7 +56,7 @@ func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyL
 // does not vouch for what is sealed of it now: a rule of must-be-encrypted would be content with
 // that, whichever blob and seal is mounted.
 func (m *Mirror) isVouchedOtherwise(layer *lazyLayer) bool {
-	if m.conf.Record == nil {
+	if m.conf.Record == nil || m.conf.Rules == nil || len(m.conf.Rules()) == 0 {
 		return false
 	}
 	layer.mu.Lock()

@@ -74,6 +74,7 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		Credentials:        dockerconfig.Credentials,
 		Metrics:            metrics,
 		Record:             known.record,
+		Rules:              provider.rules,
 	}
 	if containerd != "" {
 		client, err := plugin.Dial(string(containerd))

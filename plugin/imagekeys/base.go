@@ -36,6 +36,7 @@ func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
 		return err
 	}
 	found := false
+	var away error
 	for _, p := range list.Plugins {
 		if p.InitErr != nil {
 			continue
@@ -43,6 +44,9 @@ func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
 		info, err := r.conf.Client.SnapshotService(p.ID).Stat(ctx, d.String())
 		switch {
 		case errdefs.IsNotFound(err):
+		case errdefs.IsUnavailable(err):
+			// No container gets its files from there either.
+			away = fmt.Errorf("snapshotter %s: %w", p.ID, err)
 		case err != nil:
 			return err
 		case info.Parent != "":
@@ -50,6 +54,9 @@ func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
 		default:
 			found = true
 		}
+	}
+	if !found && away != nil {
+		return away
 	}
 	if !found && !r.conf.Record.IsDiffID(d) {
 		// Somebody else's may come before the container has its snapshot.

@@ -40,7 +40,7 @@ const (
 	unwrapTimeout = 40 * time.Second
 	// refusedTTL is how long recipients are not tried again that gave no key, and failedTTL
 	// those whose key provider did not answer.
-	refusedTTL = 10 * time.Minute
+	refusedTTL = 10 * time.Second
 	failedTTL  = 5 * time.Second
 	// maxOutcomes bounds the outcomes that are remembered.
 	maxOutcomes = 4096

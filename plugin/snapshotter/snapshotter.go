@@ -17,12 +17,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	stargzfs "github.com/containerd/stargz-snapshotter/fs"
 	fsconfig "github.com/containerd/stargz-snapshotter/fs/config"
@@ -106,7 +108,43 @@ func (u unmarked) Cleanup(ctx context.Context) error {
 }
 
 func (u unmarked) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	if err := u.checkCopy(ctx, key, parent, opts); err != nil {
+		return nil, err
+	}
 	return u.Snapshotter.Prepare(ctx, key, parent, append(slices.Clip(opts), unmark)...)
+}
+
+func (u unmarked) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	if err := u.checkCopy(ctx, key, parent, opts); err != nil {
+		return nil, err
+	}
+	return u.Snapshotter.View(ctx, key, parent, opts...)
+}
+
+// checkCopy returns an error if a container with a user namespace would have a layer that is
+// mounted in place of the copy that containerd makes of its image. containerd looks for the copy
+// by a digest of the image's chain ID and of the users, and everybody can seal that a layer has
+// that as its diff ID. Image volumes are not copied.
+func (u unmarked) checkCopy(ctx context.Context, key, parent string, opts []snapshots.Opt) error {
+	var info snapshots.Info
+	for _, o := range opts {
+		if err := o(&info); err != nil {
+			return err
+		}
+	}
+	mapped := info.Labels[snapshots.LabelSnapshotUIDMapping] != "" || info.Labels[snapshots.LabelSnapshotGIDMapping] != ""
+	if parent == "" || !mapped || strings.Contains(key, "/image-volumes/") {
+		return nil
+	}
+	below, err := u.Stat(ctx, parent)
+	if err != nil {
+		return err
+	}
+	if _, mounted := below.Labels[mark]; mounted {
+		return fmt.Errorf("snapshot %s is mounted, and no copy of an image for a user namespace: an image was made to be taken for that: remove it: %w",
+			parent, errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 func (u unmarked) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
