@@ -343,7 +343,9 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	if reverting != nil {
 		return errors.Join(err, reverting, errors.New("run \"pilot node uninstall\" to revert the rest"))
 	}
+	dirs := s.Dirs[len(before.Dirs):]
+	p.options.removeDirs(dirs) // while the record says which they are, in case this is killed
 	err = errors.Join(err, p.options.writeRecord(before), p.options.forgive(owed))
-	p.options.removeDirs(s.Dirs[len(before.Dirs):])
+	p.options.removeDirs(dirs) // that of the record, too
 	return err
 }

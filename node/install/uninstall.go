@@ -62,6 +62,8 @@ func Uninstall(ctx context.Context, o Options) (unsure []string, err error) {
 		unsure = s.leftOver(o)
 	}
 	s.Files = left
+	// While the record says which they are, in case this is killed.
+	o.removeDirs(s.Dirs)
 	if err := o.writeRecord(s); err != nil {
 		errs = append(errs, err)
 	}
