@@ -44,10 +44,12 @@ func (e *StatusError) Error() string {
 	return e.Message
 }
 
-// Is reports whether target is [processor.ErrDenied] and the key provider refused.
+// Is reports whether target is [processor.ErrDenied] and the key provider refused, or
+// [context.DeadlineExceeded] and it ran out of time, which it may notice before its caller does.
 func (e *StatusError) Is(target error) bool {
-	const notFound, permissionDenied = 5, 7
-	return target == processor.ErrDenied && (e.Code == notFound || e.Code == permissionDenied)
+	const deadlineExceeded, notFound, permissionDenied = 4, 5, 7
+	return target == processor.ErrDenied && (e.Code == notFound || e.Code == permissionDenied) ||
+		target == context.DeadlineExceeded && e.Code == deadlineExceeded
 }
 
 // Server is a gRPC server as the members grpc and grpc-tls of an ocicrypt.conf name it.
