@@ -383,8 +383,8 @@ func TestRewrapForeignKey(t *testing.T) {
 	}
 }
 
-// TestRewrapOfWhatAnEarlierVersionWrapped has a recipient for whom an earlier version wrapped
-// the key of a lazy layer, without what is sealed.
+// TestRewrapOfWhatAnEarlierVersionWrapped rewraps a lazy layer that has a recipient from an
+// earlier version, which wrapped the key without the seal.
 func TestRewrapOfWhatAnEarlierVersionWrapped(t *testing.T) {
 	newKEKs(t, "a", "b", "c")
 	s := newStore(t)

@@ -61,6 +61,29 @@ func (m *machine) seal(l harness.Object, diffID, toc string) {
 	annotations(l)[lazyAnnotation] = string(text)
 }
 
+// sealAs pushes an image again, under another name, with its layers sealed as those of other diff
+// IDs, and returns its manifest.
+func (m *machine) sealAs(image, name string, diffIDs ...any) (manifest harness.Object) {
+	m.t.Helper()
+	original := m.manifest(image)
+	manifest = clone(m.t, original)
+	for i, l := range layersOf(manifest) {
+		m.seal(l, diffIDs[i].(string), "")
+	}
+	manifest["config"] = m.withDiffIDs("evil", original, diffIDs...)
+	m.push(name, manifest)
+	return manifest
+}
+
+// mustNotMount checks that an image is not mounted from the snapshots of an attacker's.
+func (m *machine) mustNotMount(name string) {
+	m.t.Helper()
+	if at, err := m.tryMount(name); err == nil {
+		b, err := os.ReadFile(at + "/file")
+		m.t.Errorf("%s is mounted from the attacker's snapshots: %q %v", name, b, err)
+	}
+}
+
 // TestFalseSealIsFoundBeforeASnapshotIsShared has somebody who may use a KEK of the node seal
 // that their layer is that of another image, encrypted or plain.
 func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
@@ -71,13 +94,7 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	forge := func(victim, evil, forged string) (ids []any, manifest harness.Object) {
 		t.Helper()
 		_, ids = m.configOf(m.manifest(victim))
-		original := m.manifest(evil)
-		manifest = clone(t, original)
-		for i, l := range layersOf(manifest) {
-			m.seal(l, ids[i].(string), "")
-		}
-		manifest["config"] = m.withDiffIDs("evil", original, ids...)
-		m.push(forged, manifest)
+		manifest = m.sealAs(evil, forged, ids...)
 
 		// Nothing says that it is false yet, and its own image has what its maker wants.
 		m.pull(forged)
@@ -94,10 +111,7 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	refused := func(victim string) {
 		t.Helper()
 		m.pull(victim)
-		if at, err := m.tryMount(victim); err == nil {
-			b, err := os.ReadFile(at + "/file")
-			t.Errorf("%s is mounted from the attacker's snapshots: %q %v", victim, b, err)
-		}
+		m.mustNotMount(victim)
 	}
 	// The snapshotter has all of the small layers once their file is read.
 	m.encrypt("victim:small", layer{"file": []byte("of the victim's small image")})
@@ -173,10 +187,7 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	_, ids = m.configOf(m.manifest("victim:chain"))
 	chain := identity.ChainID([]digest.Digest{digest.Digest(ids[0].(string)), digest.Digest(ids[1].(string))}).String()
 	m.encrypt("evil:one", layer{"file": []byte("of the attacker alone")})
-	one := m.manifest("evil:one")
-	m.seal(layersOf(one)[0], chain, "")
-	one["config"] = m.withDiffIDs("evil", m.manifest("evil:one"), chain)
-	m.push("evil:chain", one)
+	m.sealAs("evil:one", "evil:chain", chain)
 	m.pull("evil:chain")
 	if at, err := m.tryMount("evil:chain"); err != nil {
 		t.Errorf("the test shows nothing, as the attacker's image is not mounted: %v", err)
@@ -195,10 +206,7 @@ func TestSnapshotOfARemovedImageIsNotAnothers(t *testing.T) {
 	m.encrypt("victim:1", layer{"file": []byte("of the victim")})
 	m.encrypt("evil:1", layer{"file": []byte("of the attacker")})
 	_, ids := m.configOf(m.manifest("victim:1"))
-	forged := m.manifest("evil:1")
-	m.seal(layersOf(forged)[0], ids[0].(string), "")
-	forged["config"] = m.withDiffIDs("evil", m.manifest("evil:1"), ids...)
-	m.push("evil:forged", forged)
+	forged := m.sealAs("evil:1", "evil:forged", ids...)
 	m.pull("evil:forged")
 	// Its layer is never fetched.
 	holder := clone(t, forged)
@@ -208,10 +216,7 @@ func TestSnapshotOfARemovedImageIsNotAnothers(t *testing.T) {
 	m.remove("evil:forged")
 	m.pull("evil:1")
 	m.pull("victim:1")
-	if at, err := m.tryMount("victim:1"); err == nil {
-		b, err := os.ReadFile(at + "/file")
-		t.Errorf("the victim's image is mounted from the attacker's snapshot: %q %v", b, err)
-	}
+	m.mustNotMount("victim:1")
 	if log := harness.Read(t, m.Pilot.Log); !strings.Contains(log, "no other has it there") {
 		t.Errorf("the log does not say so:\n%s", log)
 	}

@@ -61,10 +61,7 @@ func TestLayerIsNotTakenForACopyOfAnImage(t *testing.T) {
 	const users = `[{"containerID":0,"hostID":100000,"size":65536}]`
 	name := "sha256:" + harness.SHA256(fmt.Sprintf(`{"Parent":%q,"IDMap":{"UidMap":%s,"GidMap":%s}}`, ids[0], users, users))
 	m.encrypt("evil:1", layer{"hello": program(t), "secret": []byte("of the attacker")})
-	forged := m.manifest("evil:1")
-	m.seal(layersOf(forged)[0], name, "")
-	forged["config"] = m.withDiffIDs("evil", m.manifest("evil:1"), name)
-	m.push("evil:forged", forged)
+	m.sealAs("evil:1", "evil:forged", name)
 	m.pull("evil:forged")
 	m.pull("app:1")
 	if out := harness.ExpectFailure(t, m.runMapped("app:1"), "no copy of an image"); strings.Contains(out, "of the attacker") {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
@@ -31,22 +30,19 @@ func (r *Resolver) checkBases(ctx context.Context, doc *document) error {
 }
 
 func (r *Resolver) checkBase(ctx context.Context, d digest.Digest) error {
-	list, err := r.conf.Client.IntrospectionService().Plugins(ctx, "type=="+string(plugins.SnapshotPlugin))
+	names, err := r.listSnapshotters(ctx)
 	if err != nil {
 		return err
 	}
 	found := false
 	var away error
-	for _, p := range list.Plugins {
-		if p.InitErr != nil {
-			continue
-		}
-		info, err := r.conf.Client.SnapshotService(p.ID).Stat(ctx, d.String())
+	for _, name := range names {
+		info, err := r.conf.Client.SnapshotService(name).Stat(ctx, d.String())
 		switch {
 		case errdefs.IsNotFound(err):
 		case errdefs.IsUnavailable(err):
 			// No container gets its files from there either.
-			away = fmt.Errorf("snapshotter %s: %w", p.ID, err)
+			away = fmt.Errorf("snapshotter %s: %w", name, err)
 		case err != nil:
 			return err
 		case info.Parent != "":

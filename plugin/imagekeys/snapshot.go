@@ -106,6 +106,15 @@ func (r *Resolver) snapshotters(ctx context.Context) ([]string, error) {
 	if names := r.snapshotterNames.Load(); names != nil {
 		return *names, nil
 	}
+	names, err := r.listSnapshotters(ctx)
+	if err == nil {
+		r.snapshotterNames.Store(&names)
+	}
+	return names, err
+}
+
+// listSnapshotters returns those that containerd has now, the most used first.
+func (r *Resolver) listSnapshotters(ctx context.Context) ([]string, error) {
 	found, err := r.conf.Client.IntrospectionService().Plugins(ctx, "type=="+string(plugins.SnapshotPlugin))
 	if err != nil {
 		return nil, err
@@ -117,7 +126,6 @@ func (r *Resolver) snapshotters(ctx context.Context) ([]string, error) {
 		}
 	}
 	slices.SortStableFunc(names, func(a, b string) int { return usual(a) - usual(b) })
-	r.snapshotterNames.Store(&names)
 	return names, nil
 }
 
