@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 )
 
 // OpenFile continues the log in the file named name, which it creates with mode 0600 if
@@ -45,6 +46,10 @@ func (stdout) head(Key, string) ([]byte, error)                     { return nil
 func (stdout) missing(context.Context, Key, []Head) ([]Head, error) { return nil, nil }
 func (stdout) Close() error                                         { return nil }
 
+// lockWait is how long to wait for another process to close the file. A program that is being
+// started has the files of the one that starts it for a moment.
+const lockWait = 2 * time.Second
+
 // file is a sink that is one file.
 type file struct {
 	name string
@@ -70,9 +75,11 @@ func (s *file) reopen() error {
 		return fmt.Errorf("audit log: %s was replaced by a device or a pipe: move it away, and check who can write to its directory", s.name)
 	}
 	// A pipe or a device can't be locked.
-	if isLocked(f) {
-		f.Close()
-		return fmt.Errorf("audit log: %s is in use by another copilot: give each its own", s.name)
+	for end := time.Now().Add(lockWait); isLocked(f); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			f.Close()
+			return fmt.Errorf("audit log: %s is in use by another copilot: give each its own", s.name)
+		}
 	}
 	if s.f != nil {
 		s.f.Close()
