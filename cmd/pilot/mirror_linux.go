@@ -21,6 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/internal/dockerconfig"
 	"github.com/ctrlplane/pilot/internal/exit"
 	"github.com/ctrlplane/pilot/mirror"
+	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/plugin"
 )
 
@@ -63,7 +64,7 @@ func serveMirrorOnly(ctx context.Context, c *cli.Command) error {
 // serveMirror adds to g the mirror on mirror-listen and lazy-listen, until ctx is done. The
 // snapshotter of the containerd that listens on a socket may request parts of layers, if one
 // is given. lazy are sockets from systemd for that.
-func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, known layers, metrics prometheus.Registerer, containerd socketPath, lazy []net.Listener) error {
+func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, provider *reloadable, known layers, metrics prometheus.Registerer, socket socketPath, lazy []net.Listener) error {
 	conf := mirror.Config{
 		Keys:               c.keys(provider),
 		DecryptionKeysPath: c.DecryptionKeys,
@@ -76,8 +77,8 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 		Record:             known.record,
 		Rules:              provider.rules,
 	}
-	if containerd != "" {
-		client, err := plugin.Dial(string(containerd))
+	if socket != "" {
+		client, err := plugin.Dial(string(socket))
 		if err != nil {
 			return fmt.Errorf("containerd: %w", err)
 		}
@@ -115,6 +116,12 @@ func (c *configuration) serveMirror(ctx context.Context, g *errgroup.Group, prov
 			return fmt.Errorf("lazy-listen: %w", err)
 		}
 		serveHTTPUntilDone(ctx, g, "mirror", m.LazyServer(), l)
+		if conf.Images != nil {
+			g.Go(func() error {
+				m.PreserveLazy(ctx, containerd.LazySnapshotter)
+				return nil
+			})
+		}
 	}
 	if c.MirrorListen == mirrorOff {
 		return nil

@@ -41,6 +41,11 @@ func Containerd22() ContainerdVersion {
 	return ContainerdVersion{"2.2.9", []string{filepath.Join(Tools, "containerd-2.2.9/containerd")}, 3, "io.containerd.cri.v1.images"}
 }
 
+// Containerd20 is the first 2.x.
+func Containerd20() ContainerdVersion {
+	return ContainerdVersion{"2.0.7", []string{filepath.Join(Tools, "containerd-2.0.7/containerd")}, 3, "io.containerd.cri.v1.images"}
+}
+
 // Containerd17 is Debian 13's, with the libraries of that.
 func Containerd17() ContainerdVersion {
 	root := filepath.Join(Tools, "trixie")
@@ -88,6 +93,7 @@ type DifferConfig struct {
 	Local       bool   // CRI pulls images itself, on containerd 2.x
 	Unpacks     int    // at once, on containerd 2.x; default: 3
 	NRI         string // more lines of NRI's section
+	More        string // more sections
 	Stock       bool   // without pilot
 }
 
@@ -102,10 +108,10 @@ func NewDifferNode(t testing.TB, dir string, d DifferConfig) *Node {
 		d.Unpacks = 3
 	}
 	differ := "pilot"
-	conf := d.NRI + fmt.Sprintf("[proxy_plugins.pilot]\n  type = 'diff'\n  address = '%s/diff.sock'\n", dir)
+	conf := d.NRI + d.More + fmt.Sprintf("[proxy_plugins.pilot]\n  type = 'diff'\n  address = '%s/diff.sock'\n", dir)
 	conf += "[plugins.'io.containerd.service.v1.diff-service']\n  default = ['pilot', 'walking']\n"
 	if d.Stock {
-		differ, conf = "walking", d.NRI
+		differ, conf = "walking", d.NRI+d.More
 	}
 	if d.Containerd.Number > 2 {
 		conf += fmt.Sprintf("[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_unpacks = %d\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/%s'\n  snapshotter = '%s'\n  differ = '%s'\n", d.Unpacks, Arch, d.Snapshotter, differ)

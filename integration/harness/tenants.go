@@ -26,6 +26,12 @@ type SharedNode struct {
 // pilot.toml.
 func NewSharedNode(t testing.TB, v ContainerdVersion, sandbox, settings string) *SharedNode {
 	t.Helper()
+	return NewSharedNodeWith(t, DifferConfig{Containerd: v, Sandbox: sandbox}, settings)
+}
+
+// NewSharedNodeWith does as NewSharedNode, with more of containerd's settings.
+func NewSharedNodeWith(t testing.TB, d DifferConfig, settings string) *SharedNode {
+	t.Helper()
 	n := &SharedNode{Node: &Node{T: t, Dir: TempDir(t)}, Broker: NewTLSBroker(t)}
 	kek := sha256.Sum256([]byte("team-a"))
 	Output(t, n.Broker.Command(t, "keys", "import", "--file", Write(t, n.Dir+"/kek", string(kek[:])), "team-a"))
@@ -43,13 +49,14 @@ containerd = "%[5]s/containerd.sock"
 kubelet-dir = "%[5]s/kubelet"
 %[6]s`, n.Broker.URL(), n.Broker.Dir, cert, key, n.Dir, settings))
 	n.StartPilot(t)
-	if v.Name == "2.2.9" {
+	if d.Containerd.Name == "2.2.9" {
 		// As where it is below /var/run.
 		if err := errors.Join(os.Mkdir(n.Dir+"/run", 0o755), os.Symlink("run", n.Dir+"/state")); err != nil {
 			t.Fatal(err)
 		}
 	}
-	n.Node = NewDifferNode(t, n.Dir, DifferConfig{Containerd: v, Sandbox: sandbox, NRI: NRIPlugin(t, n.Dir, n.Config, v)})
+	d.NRI = NRIPlugin(t, n.Dir, n.Config, d.Containerd)
+	n.Node = NewDifferNode(t, n.Dir, d)
 	return n
 }
 

@@ -26,20 +26,23 @@ import (
 
 // Claim is what a manifest says of a blob.
 type Claim struct {
-	Namespace string
-	Manifest  digest.Digest
+	Namespace string `json:"-"`
+	// Manifest is the manifest's, which may have been removed: see [Finder.Preserve].
+	Manifest digest.Digest `json:"manifest"`
 	// Layer is the layer's descriptor in the manifest. Of its annotations it has those that
 	// [Finder.Keep] selects.
-	Layer ocispec.Descriptor
+	Layer ocispec.Descriptor `json:"layer"`
 	// Blobs are what a snapshotter may mount as that layer: the layer's own blob, and those
 	// that annotations name which containerd passes to snapshotters as labels.
-	Blobs []digest.Digest
+	Blobs []digest.Digest `json:"blobs"`
 	// DiffID is what a configuration has at the layer's place, or "" if the numbers of
 	// layers and of diff IDs differ, so that containerd can't unpack the image.
-	DiffID digest.Digest
+	DiffID digest.Digest `json:"diffID"`
 	// ChainID is that of the layer with those below it, after which containerd calls its
 	// snapshot, or "" likewise. It is the DiffID of a first layer.
-	ChainID digest.Digest
+	ChainID digest.Digest `json:"chainID"`
+
+	kept bool // it is from a document of Preserve's
 }
 
 const (
@@ -47,8 +50,8 @@ const (
 	configLabel = "containerd.io/gc.ref.content.config"
 	// maxDocument bounds manifests and configurations, in bytes. Registries take 4 MiB.
 	maxDocument = 16 << 20
-	// maxKept bounds the documents whose claims are remembered, in bytes.
-	maxKept = 16 << 20
+	// maxRemembered bounds the documents whose claims are remembered, in bytes.
+	maxRemembered = 16 << 20
 )
 
 // blobAnnotations become labels from which a snapshotter takes the digest of a blob, unless
@@ -73,14 +76,14 @@ type Finder struct {
 	size  int                        // of those, in bytes
 }
 
-// document is a manifest with its configurations.
+// document is a manifest with its configurations, or what is preserved of some.
 type document struct {
 	claims []Claim // without namespace
 	size   int     // in bytes
 }
 
 // All returns the claims of all images of all namespaces, as they are at some time after it
-// was called. The caller must not change them.
+// was called, and those that [Finder.Preserve] keeps. The caller must not change them.
 func (f *Finder) All(ctx context.Context) ([]Claim, error) {
 	f.once.Do(func() { f.turn, f.known = make(chan struct{}, 1), map[digest.Digest]document{} })
 	asked := time.Now()
@@ -111,18 +114,18 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 	seen := map[digest.Digest]bool{}
 	for _, space := range spaces {
 		ctx := namespaces.WithNamespace(ctx, space)
-		var manifests []content.Info
+		var documents []content.Info
 		err := store.Walk(ctx, func(info content.Info) error {
-			manifests = append(manifests, info)
+			documents = append(documents, info)
 			return nil
-		}, fmt.Sprintf("labels.%q", configLabel))
+		}, fmt.Sprintf("labels.%q", configLabel), fmt.Sprintf("labels.%q", keptLabel))
 		if errdefs.IsNotFound(err) {
 			continue // the namespace is gone
 		}
 		if err != nil {
 			return nil, err
 		}
-		for _, info := range manifests {
+		for _, info := range documents {
 			claims, err := f.of(ctx, store, info)
 			if errdefs.IsNotFound(err) || f.SkipLarge && errors.Is(err, errTooLarge) {
 				continue // removed meanwhile
@@ -146,10 +149,13 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 	return all, nil
 }
 
-// of returns what a manifest claims.
+// of returns what a manifest claims, or what is preserved of some.
 func (f *Finder) of(ctx context.Context, store content.Store, info content.Info) ([]Claim, error) {
 	if doc, ok := f.known[info.Digest]; ok {
 		return doc.claims, nil
+	}
+	if info.Labels[keptLabel] != "" {
+		return f.readKept(ctx, store, info.Digest)
 	}
 	var manifest ocispec.Manifest
 	size, err := read(ctx, store, ocispec.Descriptor{Digest: info.Digest}, &manifest)
@@ -190,11 +196,18 @@ func (f *Finder) of(ctx context.Context, store content.Store, info content.Info)
 			claims = append(claims, f.pair(info.Digest, manifest.Layers, c.RootFS.DiffIDs)...)
 		}
 	}
-	if complete && f.size+size <= maxKept {
-		f.known[info.Digest] = document{claims, size}
-		f.size += size
+	if complete {
+		f.remember(info.Digest, document{claims, size})
 	}
 	return claims, nil
+}
+
+// remember keeps the claims of a document in memory, if there is room.
+func (f *Finder) remember(d digest.Digest, doc document) {
+	if f.size+doc.size <= maxRemembered {
+		f.known[d] = doc
+		f.size += doc.size
+	}
 }
 
 // pair returns the claims of a manifest with those layers and diff IDs.

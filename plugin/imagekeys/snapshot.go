@@ -3,6 +3,8 @@ package imagekeys
 import (
 	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -14,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
 // ImageOf returns the image that a snapshot in containerd's namespace ns was made of: one
@@ -70,6 +73,9 @@ func (r *Resolver) chainOf(ctx context.Context, snapshot string) (digest.Digest,
 				info, err = r.mounted(ctx, name, snapshot)
 			}
 			if err == nil {
+				info.Parent, err = r.uncopied(ctx, name, info)
+			}
+			if err == nil {
 				return digest.Digest(info.Parent), nil
 			}
 			if !errdefs.IsNotFound(err) {
@@ -81,6 +87,56 @@ func (r *Resolver) chainOf(ctx context.Context, snapshot string) (digest.Digest,
 		}
 		r.snapshotterNames.CompareAndSwap(known, nil) // containerd may have others since
 	}
+}
+
+// uncopied returns the snapshot that a container's is made of, or of whose copy: where a
+// snapshotter can't map users, containerd gives the files of an image to those of a pod with a
+// user namespace in a copy, and makes the container of that.
+func (r *Resolver) uncopied(ctx context.Context, snapshotter string, container snapshots.Info) (parent string, err error) {
+	users, groups := container.Labels[snapshots.LabelSnapshotUIDMapping], container.Labels[snapshots.LabelSnapshotGIDMapping]
+	if users == "" || groups == "" || container.Parent == "" {
+		return container.Parent, nil
+	}
+	info, err := r.conf.Client.SnapshotService(snapshotter).Stat(ctx, container.Parent)
+	if err != nil || info.Parent == "" {
+		return container.Parent, err
+	}
+	// Its name shows that it is a copy, and no image that has one layer more.
+	if name, ok := copyName(info.Parent, users, groups); ok && name == container.Parent {
+		return info.Parent, nil
+	}
+	return container.Parent, nil
+}
+
+// copyName returns the name that containerd gives to the copy of a snapshot for users and
+// groups, which are as in the labels of the container's snapshot: CONTAINER:HOST:SIZE, and
+// several with commas between them.
+func copyName(parent, users, groups string) (name string, ok bool) {
+	var ids struct {
+		Parent string `json:"Parent"`
+		IDMap  struct {
+			UidMap []specs.LinuxIDMapping `json:"UidMap"`
+			GidMap []specs.LinuxIDMapping `json:"GidMap"`
+		} `json:"IDMap"`
+	}
+	ids.Parent = parent
+	var usersErr, groupsErr error
+	ids.IDMap.UidMap, usersErr = idMap(users)
+	ids.IDMap.GidMap, groupsErr = idMap(groups)
+	b, err := json.Marshal(ids)
+	return digest.FromBytes(b).String(), errors.Join(usersErr, groupsErr, err) == nil
+}
+
+func idMap(label string) (list []specs.LinuxIDMapping, err error) {
+	for text := range strings.SplitSeq(label, ",") {
+		var m specs.LinuxIDMapping
+		if _, err := fmt.Sscanf(text, "%d:%d:%d", &m.ContainerID, &m.HostID, &m.Size); err != nil {
+			return nil, err
+		}
+		list = append(list, m)
+	}
+	slices.SortStableFunc(list, func(a, b specs.LinuxIDMapping) int { return cmp.Compare(a.ContainerID, b.ContainerID) })
+	return list, nil
 }
 
 // mounted returns the snapshot that is called after the path of an image volume. That has

@@ -1,0 +1,36 @@
+package mirror
+
+import (
+	"context"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/sirupsen/logrus"
+)
+
+// preserveInterval is how long a layer may be mounted before what its image says of it is kept.
+const preserveInterval = time.Minute
+
+// PreserveLazy keeps what containerd's images say of the layers that the snapshotter of that
+// name has mounted, until ctx is done, as long as their snapshots: when such an image is removed,
+// containers of others that share them go on, and can be created.
+func (m *Mirror) PreserveLazy(ctx context.Context, snapshotter string) {
+	tick := time.NewTicker(preserveInterval)
+	defer tick.Stop()
+	failed := ""
+	for {
+		now := ""
+		// containerd starts after pilot, and may not have the snapshotter yet.
+		if err := m.lazy.images.Preserve(ctx, snapshotter); err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) && !errdefs.IsInvalidArgument(err) {
+			if now = err.Error(); now != failed {
+				logrus.WithError(err).Warn("keys of lazily mounted layers not kept: containers that share them with an image that is removed may not start")
+			}
+		}
+		failed = now
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
