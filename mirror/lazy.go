@@ -2,7 +2,6 @@ package mirror
 
 import (
 	"context"
-	"crypto/cipher"
 	"errors"
 	"fmt"
 	"io"
@@ -142,6 +141,9 @@ func (m *Mirror) lazyBlob(w *answer, r *http.Request, c caller, t target) (err e
 		}
 		m.lazy.metrics.ended(m.judgeLazy(err), began)
 	}()
+	if !m.allows(t.registry) {
+		return &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", t.registry)}
+	}
 	layer, err := m.lazyLayer(r.Context(), repo, mounts, r.URL.Query().Get("snapshot"))
 	if err != nil {
 		return err
@@ -193,19 +195,15 @@ func (m *Mirror) sendRange(w *answer, r *http.Request, repo *repository, layer *
 		end = from
 	}
 	if offset < end {
-		body, err := repo.fetchRange(r.Context(), layer.desc, offset, end-offset)
+		body, err := m.readLazy(r.Context(), repo, layer, offset, end-offset)
 		if err != nil {
 			return err
 		}
 		defer body.Close()
-		stream, err := layer.keyStream(offset)
-		if err != nil {
-			return err
-		}
 		begin()
 		buffer := rangeBuffers.Get().(*[rangeBuffer]byte)
 		defer rangeBuffers.Put(buffer)
-		n, err := io.CopyBuffer(writerOnly{w}, cipher.StreamReader{S: stream, R: body}, buffer[:])
+		n, err := io.CopyBuffer(writerOnly{w}, body, buffer[:])
 		m.lazy.metrics.bytes.WithLabelValues("registry").Add(float64(n))
 		if err != nil {
 			return err
@@ -243,6 +241,9 @@ func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool, s
 			}
 		}
 		for _, c := range found {
+			if c.Unread {
+				return nil, &notLazy{reasonClaim, fmt.Errorf("manifest %s in namespace %s has it, and its configuration is too large to be read: remove that image", c.Manifest, c.Namespace)}
+			}
 			if c.DiffID != layer.sealed.DiffID {
 				return nil, &notLazy{reasonClaim, fmt.Errorf("manifest %s in namespace %s has it unpacked as %s, and its key has sealed that it is %s: "+
 					"the image is damaged, or made to have this layer taken for another", c.Manifest, c.Namespace, c.DiffID, layer.sealed.DiffID)}

@@ -29,8 +29,9 @@ type lazyLayer struct {
 	tail []byte    // under lazy.mu: those from sealed.TailOffset on, or nil: not in memory
 	used time.Time // under lazy.mu
 
-	proof   atomic.Pointer[proof] // nil: the layer was not read as a whole
-	vouched []ocispec.Descriptor  // under lazy.mu: other blobs whose seals say the same
+	proof   atomic.Pointer[proof]  // nil: the layer was not read as a whole
+	sought  atomic.Pointer[sought] // nil: its repository has given it
+	vouched []ocispec.Descriptor   // under lazy.mu: other blobs whose seals say the same
 
 	turn chan struct{} // held while the key is unwrapped again
 
@@ -103,6 +104,9 @@ func (l *lazyLayer) set(key *processor.LayerKey, fresh, usable time.Duration, no
 
 // clear overwrites the key. Ranges that are being sent end as they are.
 func (l *lazyLayer) clear() {
+	if twin := l.sought.Load().twin(l); twin != nil {
+		twin.clear()
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.clearLocked()

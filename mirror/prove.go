@@ -25,7 +25,7 @@ const (
 )
 
 // errProving is the error of a layer that is being read as a whole.
-var errProving = errors.New("another image of this machine, or an earlier one, has a layer with the same diff ID, so the layer is being read as a whole, to find out whether it has that: try again")
+var errProving = errors.New("another image of this machine, or an earlier one, has a layer with the same diff ID or may have it, so the layer is being read as a whole, to find out whether it has that: try again")
 
 // proof is what was found out about a layer by reading it as a whole.
 type proof struct{ err error } // nil: it is what its key has sealed
@@ -41,6 +41,14 @@ func (m *Mirror) checkShared(ctx context.Context, repo *repository, layer *lazyL
 		return m.prove(ctx, repo, layer)
 	}
 	for _, c := range all {
+		if c.Unread {
+			// It may have the diff ID, too.
+			if m.lazy.first(failureKey{layer: c.Manifest, reason: reasonClaim}) {
+				logrus.WithFields(logrus.Fields{"manifest": c.Manifest, "namespace": c.Namespace}).
+					Warn("an image's manifest or configuration is too large to be read: lazy layers are read as a whole as long as it is there: remove it")
+			}
+			return m.prove(ctx, repo, layer)
+		}
 		if c.ChainID == layer.sealed.DiffID && c.DiffID != c.ChainID {
 			// It would be mounted in the place of all those layers, and can't be that.
 			return m.prove(ctx, repo, layer)
@@ -141,7 +149,7 @@ func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLay
 	if err != nil {
 		return err
 	}
-	body, err := repo.Stream(ctx, ocispec.Descriptor{MediaType: octets, Digest: layer.desc.Digest, Size: layer.desc.Size})
+	body, err := m.wholeAt(ctx, repo, layer).Stream(ctx, ocispec.Descriptor{MediaType: octets, Digest: layer.desc.Digest, Size: layer.desc.Size})
 	if err != nil {
 		return err
 	}
@@ -160,7 +168,7 @@ func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLay
 			break
 		}
 		layer.proof.Store(&proof{})
-		log.Info("lazy layer read as a whole: another image has its diff ID")
+		log.Info("lazy layer read as a whole: another image has its diff ID, or may have it")
 	case errors.Is(err, processor.ErrTampered):
 		err = m.refute(layer, err)
 	}

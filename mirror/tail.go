@@ -105,7 +105,7 @@ func (m *Mirror) fetchTail(ctx context.Context, repo *repository, layer *lazyLay
 
 // fetchPart fetches a part of a layer into memory.
 func (m *Mirror) fetchPart(ctx context.Context, repo *repository, layer *lazyLayer, offset, length int64) ([]byte, error) {
-	body, err := repo.fetchRange(ctx, layer.desc, offset, length)
+	body, err := m.readLazy(ctx, repo, layer, offset, length)
 	if err != nil {
 		return nil, err
 	}
@@ -116,10 +116,5 @@ func (m *Mirror) fetchPart(ctx context.Context, repo *repository, layer *lazyLay
 	if err != nil {
 		return nil, err
 	}
-	stream, err := layer.keyStream(offset)
-	if err != nil {
-		return nil, err
-	}
-	stream.XORKeyStream(part, part)
 	return part, nil
 }

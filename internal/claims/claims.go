@@ -41,6 +41,9 @@ type Claim struct {
 	// ChainID is that of the layer with those below it, after which containerd calls its
 	// snapshot, or "" likewise. It is the DiffID of a first layer.
 	ChainID digest.Digest `json:"chainID"`
+	// Unread reports that the manifest or a configuration is too large to be read, so that any
+	// layer may be of that image. There is no DiffID then.
+	Unread bool `json:"-"`
 
 	kept bool // it is from a document of Preserve's
 }
@@ -63,9 +66,6 @@ type Finder struct {
 	Client *containerd.Client
 	// Keep says which annotations of layers claims have. May be nil: none.
 	Keep func(key string) bool
-	// SkipLarge leaves images out whose manifest or configuration is too large to be read,
-	// which are an error otherwise.
-	SkipLarge bool
 
 	once sync.Once
 	turn chan struct{} // held while the content is listed
@@ -127,8 +127,11 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 		}
 		for _, info := range documents {
 			claims, err := f.of(ctx, store, info)
-			if errdefs.IsNotFound(err) || f.SkipLarge && errors.Is(err, errTooLarge) {
+			if errdefs.IsNotFound(err) {
 				continue // removed meanwhile
+			}
+			if errors.Is(err, errTooLarge) {
+				claims, err = []Claim{{Manifest: info.Digest, Unread: true}}, nil
 			}
 			if err != nil {
 				return nil, fmt.Errorf("manifest %s in namespace %s: %w", info.Digest, space, err)
@@ -184,6 +187,14 @@ func (f *Finder) of(ctx context.Context, store content.Store, info content.Info)
 		n, err := read(ctx, store, config, &c)
 		if errdefs.IsNotFound(err) {
 			complete = false // containerd reads it before it unpacks
+			continue
+		}
+		if errors.Is(err, errTooLarge) {
+			unread := f.pair(info.Digest, manifest.Layers, nil)
+			for i := range unread {
+				unread[i].Unread = true
+			}
+			claims = append(claims, unread...)
 			continue
 		}
 		if err != nil {

@@ -59,8 +59,7 @@ func (r *Resolver) Begin(ctx context.Context) error {
 const beginTimeout = 5 * time.Minute
 
 func (r *Resolver) begin(ctx context.Context) error {
-	// What is too large to be read is its maker's alone: it must not hold up others.
-	finder := claims.Finder{Client: r.conf.Client, SkipLarge: true, Keep: func(key string) bool { return strings.HasPrefix(key, processor.AnnotationPrefix) }}
+	finder := claims.Finder{Client: r.conf.Client, Keep: func(key string) bool { return strings.HasPrefix(key, processor.AnnotationPrefix) }}
 	all, err := finder.All(ctx)
 	if err != nil {
 		return err
