@@ -34,8 +34,10 @@ import (
 // such as /run/containerd/containerd.sock. It connects when it is used, so
 // containerd may be started later, and restarted.
 func Dial(address string) (*containerd.Client, error) {
+	// Until it tries again, calls fail, and so do pulls and containers right after containerd has
+	// started.
 	again := backoff.DefaultConfig
-	again.MaxDelay = 3 * time.Second // as containerd's own clients do
+	again.BaseDelay, again.MaxDelay = 50*time.Millisecond, 200*time.Millisecond
 	conn, err := grpc.NewClient("unix://"+address,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: again, MinConnectTimeout: 5 * time.Second}),

@@ -381,14 +381,14 @@ func (n *node) create(t *testing.T, p pod, image string, mounts ...harness.Objec
 	return n.Crictl("create", "--no-pull", p.id, harness.Write(t, filepath.Join(n.Dir, "pods", name+".json"), string(b)), p.file), name
 }
 
-// created creates a container. On a busy machine something may not answer in time, or pilot,
-// which was started first, has not tried again to reach containerd; the kubelet would try again.
+// created creates a container. On a busy machine something may not answer in time, and the
+// kubelet would try again.
 func (n *node) created(t *testing.T, p pod, image string, mounts ...harness.Object) {
 	t.Helper()
 	harness.Await(t, "a container", func() error {
 		cmd, _ := n.create(t, p, image, mounts...)
 		out, err := cmd.CombinedOutput()
-		if err != nil && !strings.Contains(string(out), "answer") && !strings.Contains(string(out), "deadline") && !strings.Contains(string(out), "connection error") {
+		if err != nil && !strings.Contains(string(out), "answer") && !strings.Contains(string(out), "deadline") {
 			t.Fatalf("not created: %s", out)
 		}
 		return err
