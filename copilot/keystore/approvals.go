@@ -17,8 +17,11 @@ type Approval struct {
 	Operation string `json:"operation"`
 	KEK       string `json:"kek,omitempty"`
 	// Content says what will be done, all of it: nothing else can be done with it.
-	Content string    `json:"content"`
-	By      string    `json:"by"` // who has asked
+	Content string `json:"content"`
+	By      string `json:"by"` // who has asked
+	// Owner says whether that was somebody who can get at the store itself: they are one,
+	// whatever user they run as. Earlier versions did not say.
+	Owner   *bool     `json:"owner,omitempty"`
 	At      time.Time `json:"at"`
 	Expires time.Time `json:"expires"`
 	// Approved is who has approved it, or empty.

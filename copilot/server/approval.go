@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/ctrlplane/pilot/copilot/policy"
 	"github.com/ctrlplane/pilot/copilot/server/auditing"
 	"github.com/ctrlplane/pilot/copilot/server/authorization"
+	"github.com/ctrlplane/pilot/copilot/server/caller"
 )
 
 // Approvals are which operations need a second admin.
@@ -140,6 +142,8 @@ func (a *api) approved(ctx context.Context, e *auditing.Entry, operation, conten
 			return fmt.Errorf("%w: there is a request %s already", keystore.ErrState, id)
 		}
 		r.Operation, r.KEK, r.Content, r.By, r.At, r.Expires = operation, e.KEK, content, e.Who, now, now.Add(validFor)
+		owner := a.isOwner(e)
+		r.Owner = &owner
 		return a.audit.Write(audit.Entry{Request: e.Request, Action: "approval-request", KEK: e.KEK, Who: e.Who, From: e.From, Verdict: audit.Allowed,
 			Approval: id, Reason: operation + ": " + content})
 	})
@@ -224,6 +228,8 @@ func (a *api) approveRequest(ctx context.Context, e *auditing.Entry, id string) 
 			return fmt.Errorf("%w: request %s has expired, or was used: have it made again", keystore.ErrState, id)
 		case isSame(r.By, e.Who):
 			return fmt.Errorf("%w: %s has made request %s, and somebody else has to approve it", keystore.ErrState, e.Who, id)
+		case a.isOwner(e) && mayBeOwners(*r):
+			return fmt.Errorf("%w: request %s, by %s, counts as one of the store's owner, and so do you: somebody else has to approve it", keystore.ErrState, id, r.By)
 		case r.Approved != "":
 			return fmt.Errorf("%w: %s has approved request %s already", keystore.ErrState, r.Approved, id)
 		}
@@ -236,6 +242,23 @@ func (a *api) approveRequest(ctx context.Context, e *auditing.Entry, id string) 
 // isSame reports whether two identities are one. A service account is the same on all nodes.
 func isSame(a, b string) bool {
 	return cmp.Or(policy.Group(a), a) == cmp.Or(policy.Group(b), b)
+}
+
+// isOwner reports whether a caller is one of those that can get at the store itself: on the
+// admin socket or without a broker, whatever user they run as, and root and copilot's user on
+// other sockets. Nobody knows who is anonymous.
+func (a *api) isOwner(e *auditing.Entry) bool {
+	return a.owner || slices.Contains([]string{"uid:0", fmt.Sprintf("uid:%d", os.Getuid()), caller.Anonymous}, e.Who)
+}
+
+// mayBeOwners reports whether a request may be one of those. Those of earlier versions may
+// unless they have a certificate's identity, which the admin socket never had.
+func mayBeOwners(r keystore.Approval) bool {
+	if r.Owner != nil {
+		return *r.Owner
+	}
+	kind, _, _ := strings.Cut(r.By, ":")
+	return !slices.Contains([]string{"spiffe", "dns", "cn"}, kind)
 }
 
 const approvalsPath = "/api/v2/approvals"

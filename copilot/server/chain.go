@@ -122,6 +122,9 @@ func (a *api) limited(next handler) handler {
 func (a *api) authenticated(next handler) handler {
 	return func(r *http.Request, e *auditing.Entry) (any, error) {
 		var err error
+		if a.owner && r.Header.Get("Authorization") != "" {
+			return nil, fmt.Errorf("%w: the admin socket goes by its user: show no token", caller.ErrUnauthenticated)
+		}
 		e.Caller, err = a.callers.Identify(r)
 		e.Who = e.Caller.Identity
 		if err != nil {

@@ -95,6 +95,7 @@ burst = 8
 	}
 	if _, err := store.ChangeApproval(t.Context(), "abcdefghijkl", func(a *keystore.Approval, _ bool) error {
 		a.Operation, a.KEK, a.Content, a.By, a.At, a.Expires = "destroy", "team-b", "version 1", "uid:4242", time.Now(), time.Now().Add(time.Hour)
+		a.Owner = new(bool)
 		return nil
 	}); err != nil {
 		t.Fatal(err)

@@ -65,6 +65,11 @@ func TestDestroyNeedsASecondAdmin(t *testing.T) {
 		t.Fatal("destroyed without approval")
 	}
 	harness.ExpectFailure(t, b.Command(t, "approvals", "approve", id), "uid:0 has made request "+id, "somebody else has to approve it")
+	// Another user of the admin socket is nobody else.
+	if out := harness.CombinedOutput(t, harness.Command(t, "setpriv", "--reuid=4242", "--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override",
+		"curl", "-s", "--unix-socket", b.Dir+"/store/admin.sock", "-X", "POST", "http://copilot/api/v2/approvals/"+id+"/approve")); !strings.Contains(out, "somebody else has to approve it") {
+		t.Errorf("root as another user: %s", out)
+	}
 	harness.ExpectFailure(t, as(node, nodeKey, "approvals", "approve", id), "no such request")
 	if out := harness.Output(t, as(node, nodeKey, "approvals", "list")); strings.Contains(out, id) {
 		t.Errorf("a node sees %s", out)
