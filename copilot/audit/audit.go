@@ -297,7 +297,8 @@ func (l *Log) write(batch []*waiting) error {
 		if err != nil {
 			return err
 		}
-		if last.Seq > l.at.Seq {
+		// A file may end in another chain: the first line of this one was not written.
+		if last.Chain == l.at.Chain && last.Seq > l.at.Seq {
 			l.at = last
 		}
 		l.unsure = false

@@ -344,28 +344,72 @@ func TestFullDisk(t *testing.T) {
 	if err := l.Write(Entry{Action: "1"}); err != nil {
 		t.Fatal(err)
 	}
-	limit := func(size uint64) {
-		t.Helper()
-		if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: size, Max: ^uint64(0)}); err != nil {
-			t.Fatal(err)
-		}
-	}
 	info, err := os.Stat(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	limit(uint64(info.Size()) + 40) // in the middle of a line
+	limitFiles(t, uint64(info.Size())+40) // in the middle of a line
 	for range 2 {
 		if err := l.Write(Entry{Action: "2"}); err == nil || !strings.Contains(err.Error(), "can't be written") {
 			t.Errorf("written to a full disk: %v", err)
 		}
 	}
-	limit(^uint64(0))
+	limitFiles(t, ^uint64(0))
 	if err := l.Write(Entry{Action: "3"}); err != nil {
 		t.Fatal(err)
 	}
 	if r := verify(t, linesOf(t, name)); r.Lines != 2 || len(r.Problems)+len(r.Notes) != 0 {
 		t.Errorf("%+v", r)
+	}
+}
+
+// limitFiles limits the size of files that the process writes.
+func limitFiles(t *testing.T, size uint64) {
+	t.Helper()
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: size, Max: ^uint64(0)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestNewChainOnAFullDisk opens a log that lost lines. The first line of the chain that begins
+// then can't be written at once.
+func TestNewChainOnAFullDisk(t *testing.T) {
+	if os.Getenv("AUDIT_FULL_DISK") == "" {
+		testInOwnProcess(t, "AUDIT_FULL_DISK=1")
+		return
+	}
+	name := filepath.Join(t.TempDir(), "log")
+	l := openLog(t, name)
+	for _, action := range []string{"1", "2", "3"} {
+		if err := l.Write(Entry{Action: action}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	known := l.Head()
+	l.Close()
+	left := strings.Join(linesOf(t, name)[:2], "")
+	if err := os.WriteFile(name, []byte(left), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l, err := OpenFile(name, testKey(t), known)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	limitFiles(t, uint64(len(left)))
+	if err := l.Write(Entry{Action: "4"}); err == nil {
+		t.Error("written to a full disk")
+	}
+	limitFiles(t, ^uint64(0))
+	if err := l.Write(Entry{Action: "5"}); err != nil {
+		t.Fatal(err)
+	}
+	if h := l.Head(); h.Chain == known.Chain || l.Ended() != known {
+		t.Errorf("it goes on as %s after %s", h, l.Ended())
+	}
+	r, err := VerifyTo(strings.NewReader(strings.Join(linesOf(t, name), "")), testKey(t), Known{Written: []Head{l.Head()}})
+	if err != nil || len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "began after its line 3") {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
 
