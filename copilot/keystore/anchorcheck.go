@@ -20,9 +20,12 @@ type checked struct {
 	changes int64
 	// due is when the next key of a KEK is to be destroyed.
 	due map[string]time.Time
-	// damaged are the errors of records that can't be read.
-	damaged []error
+	// damaged are the errors of records that can't be read, by id.
+	damaged map[string]error
 }
+
+// unread returns the errors of records that can't be read.
+func (c *checked) unread() error { return errors.Join(slices.Collect(maps.Values(c.damaged))...) }
 
 // shardSums compute the sums of all anchors, with their records in the order of ids.
 type shardSums [anchorShards + 1]hash.Hash
@@ -125,13 +128,7 @@ func (s *Store) CheckGeneration(ctx context.Context, least int64) error {
 // compareAll compares how often all anchors were changed with the least that it can be. It
 // returns why no record can be relied on, or "".
 func (a *anchors) compareAll(changes [anchorShards + 1]int64, least int64) (whole string) {
-	var sum int64
-	for _, n := range changes {
-		sum += n
-	}
-	if sum < least {
-		whole = fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
-	}
+	whole = tooOld(changes, least)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.whole = whole
@@ -139,6 +136,44 @@ func (a *anchors) compareAll(changes [anchorShards + 1]int64, least int64) (whol
 		a.changes[i] = max(a.changes[i], n)
 	}
 	return whole
+}
+
+// tooOld says that all anchors were changed less often than least, or returns "".
+func tooOld(changes [anchorShards + 1]int64, least int64) string {
+	var sum int64
+	for _, n := range changes {
+		sum += n
+	}
+	if sum >= least {
+		return ""
+	}
+	return fmt.Sprintf("it was changed %d times, and copilot knows of %d", sum, least)
+}
+
+// ListChecked returns all KEKs at one moment, in the order of their ids, and the names of
+// records that can't be relied on, with why: those that [Store.CheckAnchors] finds, and those
+// that are damaged, which are missing.
+func (s *Store) ListChecked(ctx context.Context, least int64) (list []KEK, bad map[string]string, err error) {
+	least = max(least, s.Generation())
+	now, err := s.look(ctx, nil, nil, func(_ int, k KEK, _ string) {
+		if k.by != nil { // not damaged
+			list = append(list, k)
+		}
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	var changes [anchorShards + 1]int64
+	for i, c := range now.checked {
+		changes[i] = c.changes
+		for id, err := range c.damaged {
+			now.found[row{true, id}.String()] = err.Error()
+		}
+	}
+	if whole := tooOld(changes, least); whole != "" {
+		now.found["store"] = whole
+	}
+	return list, now.found, nil
 }
 
 // completeAnchors anchors all records of a store that an earlier copilot made. It leaves one
@@ -155,7 +190,7 @@ func (s *Store) completeAnchors(ctx context.Context, least int64) error {
 		var sum int64
 		for _, c := range now.checked {
 			sum += c.changes
-			if err := errors.Join(c.damaged...); errors.As(err, new(*missingMaster)) {
+			if err := c.unread(); errors.As(err, new(*missingMaster)) {
 				return fmt.Errorf("%w: %w", ErrState, err)
 			}
 		}
@@ -180,7 +215,7 @@ func (s *Store) checkShards(ctx context.Context, shards []int) (found map[string
 	default:
 		wanted = func(shard int) bool { return slices.Contains(shards, shard) }
 	}
-	now, err := s.look(ctx, nil, wanted, func(int, row, string) {})
+	now, err := s.look(ctx, nil, wanted, func(int, KEK, string) {})
 	if err != nil {
 		return nil, err
 	}
@@ -204,10 +239,10 @@ type look struct {
 }
 
 // look compares records with their anchors at one moment: of those anchors that are wanted, or
-// of all if wanted is nil. It calls do with each record's digest, which is the anchor's if the
-// record is damaged, and named, if it is not nil, with what is kept under the other names that
-// belong to the records.
-func (s *Store) look(ctx context.Context, named func(name string), wanted func(shard int) bool, do func(shard int, r row, digest string)) (*look, error) {
+// of all if wanted is nil. It calls do with each KEK and its record's digest; if the record is
+// damaged, with the id alone and the anchor's digest. It calls named, if it is not nil, with what
+// is kept under the other names that belong to the records.
+func (s *Store) look(ctx context.Context, named func(name string), wanted func(shard int) bool, do func(shard int, k KEK, digest string)) (*look, error) {
 	set, err := s.readSet(ctx)
 	if err != nil {
 		return nil, err
@@ -242,9 +277,12 @@ func (s *Store) look(ctx context.Context, named func(name string), wanted func(s
 			delete(digests, r.String())
 			k, err := set.decode(id, b)
 			if err != nil { // damaged, which is reported where it is used, or of a newer master key
-				c.damaged = append(c.damaged, err)
+				if c.damaged == nil {
+					c.damaged = make(map[string]error)
+				}
+				c.damaged[id] = err
 				if ok {
-					do(shard, r, want)
+					do(shard, KEK{ID: id}, want)
 				}
 				return nil
 			}
@@ -252,7 +290,7 @@ func (s *Store) look(ctx context.Context, named func(name string), wanted func(s
 			if err != nil {
 				return err
 			}
-			do(shard, r, digest)
+			do(shard, k, digest)
 			if want != digest && (ok || l.anchors[shard].Complete) {
 				find(shard, r.String(), "it is not as copilot has written it last")
 			}
@@ -295,7 +333,7 @@ func (s *Store) due() (ids []string, damaged error) {
 				ids = append(ids, id)
 			}
 		}
-		errs = append(errs, c.damaged...)
+		errs = append(errs, c.unread())
 	}
 	slices.Sort(ids)
 	return ids, errors.Join(errs...)
@@ -336,8 +374,8 @@ func (s *Store) anchorAll(ctx context.Context, least, jump int64, before func(no
 	if err != nil {
 		return err
 	}
-	now, err := s.look(ctx, func(name string) { digests[anchorShards][name] = voided }, nil, func(shard int, r row, digest string) {
-		digests[shard][r.String()] = digest
+	now, err := s.look(ctx, func(name string) { digests[anchorShards][name] = voided }, nil, func(shard int, k KEK, digest string) {
+		digests[shard][row{true, k.ID}.String()] = digest
 	})
 	if err == nil {
 		err = before(now)

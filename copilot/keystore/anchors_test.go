@@ -339,6 +339,17 @@ func TestCheckReadsOnlyWhatHasChanged(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	listed := func(when string, least int64, ids string, want ...string) {
+		t.Helper()
+		list, bad, err := s.ListChecked(ctx, least)
+		got := ""
+		for _, k := range list {
+			got += k.ID
+		}
+		if names := slices.Sorted(maps.Keys(bad)); err != nil || !slices.Equal(names, want) || got != ids {
+			t.Errorf("%s: listed %s, and bad are %v: %v", when, got, names, err)
+		}
+	}
 	check("first", 6) // anchored, and compared
 	check("again", 0)
 	earlier, err := s.db.get(ctx, "a")
@@ -354,6 +365,7 @@ func TestCheckReadsOnlyWhatHasChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	bucket(func(b *bolt.Bucket) error { return errors.Join(b.Put([]byte("a"), earlier), b.Delete([]byte("b"))) })
+	listed("put back and deleted", 0, "ac", "kek a", "kek b")
 	check("put back and deleted", 1, "kek a", "kek b")
 	check("still", 1, "kek a", "kek b")
 	if found, err := s.CheckAnchors(ctx, 0); err != nil || len(found) != 2 {
@@ -363,6 +375,7 @@ func TestCheckReadsOnlyWhatHasChanged(t *testing.T) {
 	check("one in order", 1, "kek b")
 	check("still", 0, "kek b")
 	bucket(func(b *bolt.Bucket) error { return b.Put([]byte("c"), []byte("{}")) })
+	listed("damaged", 1<<30, "a", "kek b", "kek c", "store")
 	check("damaged", 1, "kek b")
 	check("still", 1, "kek b")
 	if err := s.Sweep(ctx, func(KEK) error { return nil }); !errors.Is(err, errDamaged) {

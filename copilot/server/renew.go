@@ -4,8 +4,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -50,13 +52,17 @@ func (a *api) renew(r *http.Request, e *auditing.Entry) (any, error) {
 	if err := a.renewals.TakeAt(e.Who, 1/renewInterval.Seconds(), renewBurst); err != nil {
 		return nil, err
 	}
-	all, err := a.keks.List(r.Context(), keystore.All)
+	// A record that was put back, deleted or damaged may have had a revocation.
+	keks, bad, err := a.keks.Store.ListChecked(r.Context(), a.least)
 	if err != nil {
 		return nil, err
 	}
-	keks := make([]keystore.KEK, len(all))
-	for i, k := range all {
-		keks[i] = k.KEK
+	if len(bad) > 0 {
+		name := slices.Min(slices.Collect(maps.Keys(bad)))
+		return nil, &authorization.NotRenewed{Reason: fmt.Sprintf("whether a KEK was revoked for %s is not known: %s: %s", e.Who, name, bad[name])}
+	}
+	for id := range a.conf.KEKs { // which need no record
+		keks = append(keks, keystore.KEK{ID: id})
 	}
 	if err := authorization.CheckRenewal(a.policy.Policy(), e.Who, keks); err != nil {
 		return nil, err
