@@ -11,6 +11,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -173,7 +174,9 @@ Example:
 		publicCommand,
 		{
 			Name: "list", Usage: "list the KEKs",
-			Description: `Lists the KEKs that the caller may do anything with: on the broker's machine, all.
+			Description: `Lists the KEKs that the caller may do anything with: on the broker's machine, all. The
+state is "unusable", and the exit status 3, if a KEK's record is damaged, or was put back
+or deleted.
 
 Example:
    copilot keys list`,
@@ -192,9 +195,14 @@ Example:
 					return fmt.Errorf("keys list: %w", withStatus(err))
 				}
 				if c.Bool("json") {
-					return printJSON(list)
+					err = printJSON(list)
+				} else {
+					err = showList(list)
 				}
-				return showList(list)
+				if err != nil {
+					return err
+				}
+				return unusable(list)
 			},
 		},
 	},
@@ -244,6 +252,15 @@ func head(info keyring.Info) string {
 	return line
 }
 
+// unusable returns an error if some of the KEKs can't be used.
+func unusable(list []keyring.Info) error {
+	list = slices.DeleteFunc(slices.Clone(list), func(i keyring.Info) bool { return i.Problem == "" })
+	if len(list) == 0 {
+		return nil
+	}
+	return exit.DeniedError(fmt.Errorf("keys list: %d KEKs can't be used, such as %s (%s): see \"copilot store check\" on the broker's machine", len(list), list[0].ID, list[0].Problem))
+}
+
 func showList(list []keyring.Info) error {
 	table := newTable("ID", "VERSION", "STATE", "CREATED", "ROTATED")
 	for _, info := range list {
@@ -257,6 +274,9 @@ func showList(list []keyring.Info) error {
 		}
 		if info.Disabled {
 			state = keystore.Disabled
+		}
+		if info.Problem != "" {
+			state = "unusable"
 		}
 		name := info.ID
 		if info.Backend != "" {

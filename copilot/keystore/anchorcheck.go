@@ -1,6 +1,7 @@
 package keystore
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -152,7 +153,7 @@ func tooOld(changes [anchorShards + 1]int64, least int64) string {
 
 // ListChecked returns all KEKs at one moment, in the order of their ids, and the names of
 // records that can't be relied on, with why: those that [Store.CheckAnchors] finds, and those
-// that are damaged, which are missing.
+// that are damaged, which are missing. Without an anchor, or all of the store, no KEK can be.
 func (s *Store) ListChecked(ctx context.Context, least int64) (list []KEK, bad map[string]string, err error) {
 	least = max(least, s.Generation())
 	now, err := s.look(ctx, nil, nil, func(_ int, k KEK, _ string) {
@@ -170,11 +171,21 @@ func (s *Store) ListChecked(ctx context.Context, least int64) (list []KEK, bad m
 			now.found[row{true, id}.String()] = err.Error()
 		}
 	}
-	if whole := tooOld(changes, least); whole != "" {
+	whole := tooOld(changes, least)
+	if whole != "" {
 		now.found["store"] = whole
+	}
+	for _, k := range list {
+		r := row{true, k.ID}
+		if why := cmp.Or(whole, now.found[anchorName(r.shard())]); why != "" {
+			now.found[r.String()] = why
+		}
 	}
 	return list, now.found, nil
 }
+
+// KEKOf returns the KEK that the name of a record is of, and whether it is one's.
+func KEKOf(name string) (id string, ok bool) { return strings.CutPrefix(name, rowKEK) }
 
 // completeAnchors anchors all records of a store that an earlier copilot made. It leaves one
 // that has fewer changes than least, or a record that was put back, as it is.

@@ -375,7 +375,7 @@ func TestCheckReadsOnlyWhatHasChanged(t *testing.T) {
 	check("one in order", 1, "kek b")
 	check("still", 0, "kek b")
 	bucket(func(b *bolt.Bucket) error { return b.Put([]byte("c"), []byte("{}")) })
-	listed("damaged", 1<<30, "a", "kek b", "kek c", "store")
+	listed("damaged", 1<<30, "a", "kek a", "kek b", "kek c", "store")
 	check("damaged", 1, "kek b")
 	check("still", 1, "kek b")
 	if err := s.Sweep(ctx, func(KEK) error { return nil }); !errors.Is(err, errDamaged) {

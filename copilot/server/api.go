@@ -170,10 +170,18 @@ func (a *api) list(r *http.Request, e *auditing.Entry) (any, error) {
 	return a.listKEKs(r.Context(), e)
 }
 
-// listKEKs describes the KEKs that the caller may do anything with.
+// listKEKs describes the KEKs that the caller may do anything with. An admin learns which can't
+// be used, for which all of the store is read.
 func (a *api) listKEKs(ctx context.Context, e *auditing.Entry) ([]keyring.Info, error) {
 	c := a.rights(e)
-	all, err := a.keks.List(ctx, c.Usable())
+	var all []keyring.KEK
+	var problems map[string]string
+	var err error
+	if c.Admins() {
+		all, problems, err = a.keks.ListChecked(ctx, a.least, c.Usable())
+	} else {
+		all, err = a.keks.List(ctx, c.Usable())
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -186,6 +194,7 @@ func (a *api) listKEKs(ctx context.Context, e *auditing.Entry) ([]keyring.Info, 
 		if err != nil {
 			return nil, err
 		}
+		info.Problem = problems[k.ID]
 		list = append(list, info)
 	}
 	return list, nil

@@ -62,6 +62,7 @@ func TestRecordPutBackInTheDatabaseIsRefused(t *testing.T) {
 	refused("at once")
 	harness.ExpectFailure(t, a.keys(t, "rotate", "rotated"), "put back as it was earlier")
 	harness.ExpectFailure(t, copilot("store", "check"), "kek destroyed: ", "kek disabled: ", "kek revoked: ", "kek rotated: ", "4 records were put back or deleted")
+	harness.ExpectFailure(t, a.keys(t, "list"), "unusable", "4 KEKs can't be used, such as destroyed")
 	_, recipient := backupKey(t, a.dir)
 	harness.ExpectFailure(t, copilot("backup", "--recipient", recipient, "--out", a.dir+"/backup"), "4 records were put back", "nothing was written")
 	for _, r := range rs {

@@ -84,6 +84,9 @@ func (c Caller) LabelKeys(kek string, action policy.Action) []string {
 	return c.policy.LabelKeys(c.who, kek, action)
 }
 
+// Admins reports whether the caller may admin KEKs.
+func (c Caller) Admins() bool { return c.owner || c.policy.Admins(c.who, c.now) }
+
 // Usable returns which KEKs the policy lets the caller do anything with.
 func (c Caller) Usable() func(kek string) bool {
 	if c.owner {

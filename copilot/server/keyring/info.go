@@ -22,6 +22,9 @@ type Info struct {
 	Disabled bool          `json:"disabled,omitempty"`
 	Revoked  []string      `json:"revoked,omitempty"` // identities
 	Versions []VersionInfo `json:"versions"`
+	// Problem is why the KEK can't be used, whatever the rest says: its record is damaged, or
+	// was put back or deleted. Lists have it, for admins.
+	Problem string `json:"problem,omitempty"`
 }
 
 // VersionInfo describes one version of a KEK.

@@ -190,6 +190,41 @@ func (r *Keyring) List(ctx context.Context, wanted func(id string) bool) ([]KEK,
 	if err != nil {
 		logrus.WithError(err).Error("KEKs are missing from the list")
 	}
+	return r.locate(ctx, stored, wanted, func(_ string, err error) {
+		logrus.WithError(err).Error("KEK is missing from the list")
+	})
+}
+
+// ListChecked is [Keyring.List] with those that can't be used since their records are damaged,
+// or were put back or deleted, and with why, by id. The store was changed least times.
+func (r *Keyring) ListChecked(ctx context.Context, least int64, wanted func(id string) bool) (list []KEK, problems map[string]string, err error) {
+	stored, bad, err := r.Store.ListChecked(ctx, least)
+	if err != nil {
+		return nil, nil, err
+	}
+	stored = slices.DeleteFunc(stored, func(k keystore.KEK) bool { return !wanted(k.ID) })
+	problems = make(map[string]string)
+	for name, why := range bad {
+		if id, ok := keystore.KEKOf(name); ok && wanted(id) {
+			problems[id] = why
+		}
+	}
+	list, err = r.locate(ctx, stored, wanted, func(id string, err error) { problems[id] = cmp.Or(problems[id], err.Error()) })
+	if err != nil {
+		return nil, nil, err
+	}
+	for id := range problems {
+		if !slices.ContainsFunc(list, func(k KEK) bool { return k.ID == id }) {
+			list = append(list, KEK{KEK: keystore.KEK{ID: id}})
+		}
+	}
+	slices.SortFunc(list, func(a, b KEK) int { return cmp.Compare(a.ID, b.ID) })
+	return list, problems, nil
+}
+
+// locate returns those that are stored, and those in KMSs that are wanted, in the order of
+// their ids. It calls failed with one that is not found, which is missing.
+func (r *Keyring) locate(ctx context.Context, stored []keystore.KEK, wanted func(id string) bool, failed func(id string, err error)) ([]KEK, error) {
 	all := make(map[string]KEK)
 	for _, k := range stored {
 		all[k.ID] = KEK{KEK: k}
@@ -203,7 +238,7 @@ func (r *Keyring) List(ctx context.Context, wanted func(id string) bool) ([]KEK,
 			return nil, err
 		}
 		if err != nil {
-			logrus.WithError(err).Error("KEK is missing from the list")
+			failed(id, err)
 			continue
 		}
 		all[id] = k

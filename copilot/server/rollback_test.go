@@ -7,7 +7,10 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,6 +20,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/pki"
 	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/keyring"
 	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 )
 
@@ -93,6 +97,55 @@ func TestNoRenewalWhileARevocationMayBeLost(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestAdminsListNamesWhatCantBeUsed lists KEKs of which some records were put back, deleted or
+// damaged, as the store's owner, as an admin, and as somebody who may use them.
+func TestAdminsListNamesWhatCantBeUsed(t *testing.T) {
+	dir := t.TempDir()
+	create(t, dir, map[string][]byte{"good": nil, "put-back": nil, "deleted": nil, "damaged": nil})
+	var earlier []byte
+	records(t, dir, func(keks *bolt.Bucket) error {
+		earlier = bytes.Clone(keks.Get([]byte("put-back")))
+		return nil
+	})
+	keys := open(t, dir)
+	if _, err := keys.Disable(t.Context(), "put-back", 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := keys.Close(); err != nil {
+		t.Fatal(err)
+	}
+	records(t, dir, func(keks *bolt.Bucket) error {
+		return errors.Join(keks.Put([]byte("put-back"), earlier), keks.Delete([]byte("deleted")), keks.Put([]byte("damaged"), []byte("x")))
+	})
+	policy := filepath.Join(dir, "policy.toml")
+	rule := func(action string) string {
+		return fmt.Sprintf("[[rule]]\nidentities = [\"uid:%d\"]\nkeks = [\"**\"]\nactions = [%q]\n", os.Getuid(), action)
+	}
+	writeFile(t, policy, rule("export"))
+	public := serve(t, dir, server.Config{Policy: policy})
+	check := func(who, address string, want map[string]string) {
+		t.Helper()
+		var list []keyring.Info
+		if _, answer := request(t, address, "GET", "/api/v2/keks", ""); json.Unmarshal([]byte(answer), &list) != nil || len(list) != len(want) {
+			t.Errorf("%s: %s", who, answer)
+		}
+		for _, info := range list {
+			if problem, ok := want[info.ID]; !ok || (info.Problem == "") != (problem == "") || !strings.Contains(info.Problem, problem) {
+				t.Errorf("%s: %s: %q", who, info.ID, info.Problem)
+			}
+		}
+	}
+	all := map[string]string{"good": "", "put-back": "not as copilot has written it last", "deleted": "was deleted", "damaged": "is damaged"}
+	check("owner", filepath.Join(dir, "admin.sock"), all)
+	check("user", public, map[string]string{"good": "", "put-back": ""})
+	writeFile(t, policy, rule("admin"))
+	eventually(t, func() bool {
+		_, answer := request(t, public, "GET", "/api/v2/keks", "")
+		return strings.Contains(answer, "problem")
+	})
+	check("admin", public, all)
 }
 
 // records changes the records of a store that nothing has open.
