@@ -27,6 +27,10 @@ const maxIssuerAnswer = 1 << 20
 // unknown keys would make copilot fetch them for each request.
 const keysTTL = 5 * time.Second
 
+// keysMaxAge is how long an issuer's keys count without being fetched again: go-oidc fetches
+// them only for a token that none of them fits, and trusts one that was withdrawn till then.
+const keysMaxAge = 10 * time.Minute
+
 // ErrIssuer is the error of a token whose issuer's keys can't be fetched.
 var ErrIssuer = errors.New("can't fetch the keys of the token's issuer")
 
@@ -122,6 +126,43 @@ func (k reportingKeys) VerifySignature(ctx context.Context, token string) ([]byt
 	if slot, ok := ctx.Value(fetchKey{}).(*error); ok && (errors.Is(err, ErrIssuer) || err != nil && ctx.Err() != nil) {
 		*slot = err
 	}
+	return payload, err
+}
+
+// freshKeys are the keys at a URL, as they were there within keysMaxAge. While they can't be
+// fetched, the ones before count.
+type freshKeys struct {
+	ctx context.Context // with the client, for [oidc.NewRemoteKeySet]
+	url string
+
+	mu  sync.Mutex
+	set oidc.KeySet
+	due time.Time // to be fetched again
+}
+
+func newFreshKeys(ctx context.Context, url string) *freshKeys {
+	return &freshKeys{ctx: ctx, url: url, set: oidc.NewRemoteKeySet(ctx, url), due: time.Now().Add(keysMaxAge)}
+}
+
+func (k *freshKeys) VerifySignature(ctx context.Context, token string) ([]byte, error) {
+	now := time.Now()
+	k.mu.Lock()
+	set, due := k.set, now.After(k.due)
+	if due {
+		k.due = now.Add(keysTTL) // meanwhile, other tokens are verified as before
+	}
+	k.mu.Unlock()
+	if !due {
+		return set.VerifySignature(ctx, token)
+	}
+	fresh := oidc.NewRemoteKeySet(k.ctx, k.url)
+	payload, err := fresh.VerifySignature(ctx, token)
+	if errors.Is(err, ErrIssuer) || err != nil && ctx.Err() != nil {
+		return set.VerifySignature(ctx, token)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.set, k.due = fresh, now.Add(keysMaxAge)
 	return payload, err
 }
 

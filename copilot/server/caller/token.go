@@ -323,7 +323,7 @@ func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 	conf := &oidc.Config{ClientID: i.conf.Audience}
 	if i.conf.KeysURL != "" {
 		conf.SupportedSigningAlgs = signingAlgorithms
-		return oidc.NewVerifier(i.conf.URL, reportingKeys{oidc.NewRemoteKeySet(ctx, i.conf.KeysURL)}, conf), nil
+		return oidc.NewVerifier(i.conf.URL, reportingKeys{newFreshKeys(ctx, i.conf.KeysURL)}, conf), nil
 	}
 	provider, err := oidc.NewProvider(ctx, i.conf.URL)
 	if err != nil {
@@ -341,5 +341,5 @@ func (i *issuer) discover(ctx context.Context) (*oidc.IDTokenVerifier, error) {
 			conf.SupportedSigningAlgs = append(conf.SupportedSigningAlgs, alg)
 		}
 	}
-	return oidc.NewVerifier(i.conf.URL, reportingKeys{oidc.NewRemoteKeySet(ctx, metadata.KeysURL)}, conf), nil
+	return oidc.NewVerifier(i.conf.URL, reportingKeys{newFreshKeys(ctx, metadata.KeysURL)}, conf), nil
 }
