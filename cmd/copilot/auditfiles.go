@@ -47,6 +47,11 @@ func openAuditLog(ctx context.Context, c *cli.Command, conf server.Config) (*aud
 		}
 		files = append(older, to)
 	}
+	return openAuditFiles(files)
+}
+
+// openAuditFiles opens the files of a log, which are in their order. The caller closes it.
+func openAuditFiles(files []string) (*auditLog, error) {
 	l := &auditLog{}
 	var readers []io.Reader
 	for _, name := range files {

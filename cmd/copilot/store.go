@@ -20,7 +20,6 @@ import (
 	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/server"
 	"github.com/ctrlplane/pilot/internal/exit"
-	"github.com/ctrlplane/pilot/internal/regular"
 )
 
 var storeCommand = &cli.Command{
@@ -35,7 +34,7 @@ Example:
 		Name: "copy", Usage: "copy KEKs and audit log from a file to PostgreSQL, or back", ArgsUsage: "FROM TO",
 		Description: `FROM and TO are each a directory or a PostgreSQL URL. All KEKs are copied, with
 their versions, states, revocations and counts of wraps, and the audit log with
-its chains. Nothing is decrypted: the master key stays the same, and is read from
+its chains, also from files that logrotate has moved away. Nothing is decrypted: the master key stays the same, and is read from
 --dir, or from FROM if that is a directory. TO must be empty. Stop copilot first:
 later changes are not copied.
 
@@ -76,6 +75,11 @@ func storeCopy(ctx context.Context, c *cli.Command) error {
 			return exit.UsageError(err)
 		}
 		wrapping.Dir = master
+	}
+	if target := auditOf(c.String("audit-to"), to); !keystore.IsDatabase(target) {
+		if old, _ := audit.Rotated(target); len(old) > 0 {
+			return fmt.Errorf("store copy: %s is of another audit log: move it away, or copy to a new directory", old[0])
+		}
 	}
 	oldName, newName := logName(c.String("audit-from"), from), logName(c.String("audit-to"), to)
 	n, err := keystore.Copy(ctx, from, to, master, func(log string) string {
@@ -165,11 +169,19 @@ func auditOf(file, store string) string {
 	return filepath.Join(store, "audit.log")
 }
 
+// openAudit opens a log: in a database, or in a file and those that logrotate has moved away.
 func openAudit(ctx context.Context, name string) (io.ReadCloser, error) {
 	if keystore.IsDatabase(name) {
 		return audit.ReadPostgres(ctx, name)
 	}
-	return regular.Open(name)
+	files, err := audit.Rotated(name)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(name); len(files) == 0 || !errors.Is(err, fs.ErrNotExist) {
+		files = append(files, name)
+	}
+	return openAuditFiles(files)
 }
 
 func verified(ctx context.Context, name string, key audit.Key) (audit.Report, error) {
