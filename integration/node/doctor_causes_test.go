@@ -118,7 +118,7 @@ func TestDoctorCauses(t *testing.T) {
 		"refused": {"team-a", []string{"--broker", "https://" + loopbacktest.FreeAddress(t), "--broker-ca", ca, "--broker-cert", cert, "--broker-key", key},
 			"connection refused", restart},
 		"plain":     {"team-a", []string{"--broker", "http://" + b.Address}, "", "on the broker's machine: journalctl -u copilot.service -n 30"},
-		"forbidden": {"team-b", identified(cert, key, ca), "not allowed", "on the broker's machine: copilot policy check spiffe://example.com/node/worker-7 team-b export"},
+		"forbidden": {"team-b", identified(cert, key, ca), "not allowed", "on the broker's machine: copilot policy check spiffe://example.com/node/worker-7 team-b unwrap"},
 		"absent":    {"absent", identified(cert, key, ca), "no such KEK", "on the broker's machine: copilot keys create absent"},
 	} {
 		r, _ := examine(test.kek, test.settings...)

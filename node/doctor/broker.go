@@ -13,7 +13,10 @@ import (
 	"github.com/containers/ocicrypt/config"
 	protocol "github.com/containers/ocicrypt/keywrap/keyprovider"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/copilot/client"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/processor"
 )
@@ -41,30 +44,43 @@ func (e *examination) broker(ctx context.Context) Step {
 	}
 	wg.Wait()
 
-	var works, broken, fix []string
+	var works, untried, broken, fix []string
 	for i, step := range steps {
-		if step.Result == OK {
+		switch step.Result {
+		case OK:
 			works = append(works, fmt.Sprintf("%q", e.KEKs[i]))
 			if e.kek == "" {
 				e.kek = e.KEKs[i]
 			}
-			continue
+		case Skipped:
+			untried = append(untried, fmt.Sprintf("%q", e.KEKs[i]))
+		default:
+			broken = append(broken, step.Detail)
+			fix = append(fix, step.Fix...)
 		}
-		broken = append(broken, step.Detail)
-		fix = append(fix, step.Fix...)
 	}
 	if len(broken) > 0 {
 		return failed(strings.Join(broken, "; "), unique(fix)...)
 	}
-	detail := "wraps and unwraps with KEK " + strings.Join(works, ", ")
+	var details []string
+	if len(works) > 0 {
+		details = append(details, "wraps and unwraps with KEK "+strings.Join(works, ", "))
+	}
+	if len(untried) > 0 {
+		details = append(details, fmt.Sprintf("may unwrap but not wrap with KEK %s, so it was not tried: pull an image", strings.Join(untried, ", ")))
+	}
 	if away != nil { // one of several, or nothing would work
-		detail += fmt.Sprintf("; but %s", away)
+		details = append(details, fmt.Sprintf("but %s", away))
+	}
+	detail := strings.Join(details, "; ")
+	if len(works) == 0 {
+		return skipped(detail)
 	}
 	return passed(detail)
 }
 
 // tryKEK wraps and unwraps with the key provider, and with the broker directly, without
-// the key provider's cache.
+// the key provider's cache. It is skipped for a KEK that the node may only unwrap with.
 func (e *examination) tryKEK(ctx context.Context, kek string, daemon processor.KeyProvider) Step {
 	direct := make(chan error, 1)
 	go func() { direct <- roundTrip(ctx, kek, e.Provider) }()
@@ -73,8 +89,16 @@ func (e *examination) tryKEK(ctx context.Context, kek string, daemon processor.K
 	if err == nil && directly == nil {
 		return passed("")
 	}
+	cause := directly
+	if errors.Is(directly, client.ErrForbidden) && !e.Brokers.Original() {
+		// To a request without a wrapped key the broker says whether this node may unwrap.
+		_, cause = e.Brokers.Unwrap(ctx, kek, client.Wrapped{})
+		if errors.Is(cause, client.ErrRejected) && (err == nil || status.Code(err) == codes.PermissionDenied) {
+			return skipped("")
+		}
+	}
 	if err == nil {
-		return failed(fmt.Sprintf("pilot has KEK %q in its cache, but the broker does not release it now: %s", kek, directly), e.brokerFix(kek, directly)...)
+		return failed(fmt.Sprintf("pilot has KEK %q in its cache, but the broker does not release it now: %s", kek, directly), e.brokerFix(kek, cause)...)
 	}
 	detail := said(err)
 	if !strings.Contains(detail, kek) {
@@ -84,7 +108,7 @@ func (e *examination) tryKEK(ctx context.Context, kek string, daemon processor.K
 		return failed(fmt.Sprintf("%s (the broker releases it with the settings in %s: pilot was started with others)", detail, e.Configuration), restartPilot...)
 	}
 	// The daemon has the same settings, and its error has lost its type.
-	return failed(detail, e.brokerFix(kek, directly)...)
+	return failed(detail, e.brokerFix(kek, cause)...)
 }
 
 // roundTrip wraps a secret as a tool that encrypts does, and unwraps it as a

@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,6 +16,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/ctrlplane/pilot/copilot/client"
+	"github.com/ctrlplane/pilot/copilot/server"
+	"github.com/ctrlplane/pilot/copilot/server/servertest"
 	"github.com/ctrlplane/pilot/keyprovider"
 	"github.com/ctrlplane/pilot/plugin"
 )
@@ -112,6 +115,67 @@ func TestDoctorTellsPilotFromOtherServers(t *testing.T) {
 	for _, name := range []string{StepKeyProvider, StepDiffer} {
 		if s := steps[name]; s.Result != Failed || !strings.Contains(s.Detail, "is not pilot's") {
 			t.Errorf("%+v", s)
+		}
+	}
+}
+
+// TestDoctorAcceptsNodeThatMayOnlyUnwrap examines nodes whose policy gives them no KEK, and no
+// right to wrap.
+func TestDoctorAcceptsNodeThatMayOnlyUnwrap(t *testing.T) {
+	dir := t.TempDir()
+	policy := filepath.Join(dir, "policy.toml")
+	rules := fmt.Sprintf(`
+[[rule]]
+identities = [%q]
+keks = ["unwraps", "absent"]
+actions = ["unwrap"]
+
+[[rule]]
+identities = [%[1]q]
+keks = ["wraps"]
+actions = ["wrap"]
+
+[[rule]]
+identities = [%[1]q]
+keks = ["both"]
+actions = ["wrap", "unwrap"]
+`, fmt.Sprint("uid:", os.Getuid()))
+	if err := os.WriteFile(policy, []byte(rules), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	servertest.CreateKEKs(t, dir, "unwraps", "wraps", "both", "other")
+	url := servertest.Serve(t, server.Config{Dir: dir, Policy: policy})
+	broker, err := client.New(client.Config{URLs: []string{url}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	newProvider := func() *keyprovider.Provider { return keyprovider.New(broker, keyprovider.Config{}) }
+	keys := grpc.NewServer()
+	service := keyprovider.Service{Provider: newProvider()}
+	service.Register(keys)
+	listen := "unix://" + serve(t, keys)
+
+	for _, test := range []struct {
+		keks        []string
+		result      Result
+		detail, fix string
+	}{
+		{[]string{"unwraps"}, Skipped, `may unwrap but not wrap with KEK "unwraps"`, ""},
+		{[]string{"unwraps", "both"}, OK, `wraps and unwraps with KEK "both"; may unwrap but not wrap with KEK "unwraps"`, ""},
+		{[]string{"wraps"}, Failed, "not allowed", "copilot policy check uid:0 wraps unwrap"},
+		{[]string{"other"}, Failed, "not allowed", "copilot policy check uid:0 other unwrap"},
+		{[]string{"absent"}, Failed, "there is no such KEK", "copilot keys create absent"},
+	} {
+		d := &Doctor{
+			Configuration: os.DevNull, Listen: listen, Containerd: filepath.Join(dir, "nobody"), ProviderNames: []string{"pilot"},
+			Brokers: broker, Provider: newProvider(), BrokerURLs: []string{url}, KEKs: test.keks,
+		}
+		s := examine(t, d)[StepBroker]
+		if s.Result != test.result || !strings.Contains(s.Detail, test.detail) {
+			t.Errorf("%v: %s: %s", test.keks, s.Result, s.Detail)
+		}
+		if fix := strings.Join(s.Fix, "\n"); test.fix != "" && fix != onBroker(test.fix) || test.fix == "" && fix != "" {
+			t.Errorf("%v: the fix is %s", test.keks, fix)
 		}
 	}
 }

@@ -40,7 +40,11 @@ func (e *examination) brokerFix(kek string, err error) (fix []string) {
 	case errors.Is(err, client.ErrNotFound):
 		add(onBroker("copilot keys create " + kek))
 	case errors.Is(err, client.ErrForbidden):
-		add(onBroker(fmt.Sprintf("copilot policy check %s %s export", e.identity(), kek)))
+		action := "unwrap"
+		if e.Brokers.Original() {
+			action = "export"
+		}
+		add(onBroker(fmt.Sprintf("copilot policy check %s %s %s", e.identity(), kek, action)))
 	case len(fix) > 0:
 	case errors.Is(err, client.ErrUnavailable):
 		add(copilotLog, onBroker("copilot keys show "+kek))

@@ -48,7 +48,7 @@ func (e *examination) unpackLayer(ctx context.Context) Step {
 		return needs(StepDiffer)
 	}
 	if err := processor.CheckScheme("jwe"); e.kek == "" && err != nil {
-		return skipped("needs a KEK: name one that this node uses with --kek; without one, the layer would be wrapped for a key of its own, and " + err.Error())
+		return skipped("needs a KEK: name one with --kek that this node may wrap with; without one, the layer would be wrapped for a key of its own, and " + err.Error())
 	}
 	layer, err := newTestLayer(ctx, e.ProviderNames[0], e.Listen, e.kek)
 	if err != nil {
@@ -135,7 +135,7 @@ func (e *examination) withoutKEK() (step Step, none bool) {
 	case e.kek == "" && e.broken[StepBroker]:
 		return needs(StepBroker), true
 	case e.kek == "":
-		return skipped("needs a KEK: name one that this node uses with --kek"), true
+		return skipped("needs a KEK: name one with --kek that this node may wrap with"), true
 	}
 	return Step{}, false
 }
