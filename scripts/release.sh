@@ -26,7 +26,7 @@ make -s images DIST="$dir"
 for image in pilot copilot; do
 	tar -C "$dir/images/$image" --sort=name --mtime="@$(git log -1 --format=%ct)" --owner=0 --group=0 --numeric-owner -cf "$dir/$image-image-${tag#v}.oci.tar" .
 done
-git archive --prefix="pilot-deploy-${tag#v}/" HEAD packaging/kubernetes node-image docs | gzip -n >"$dir/pilot-deploy-${tag#v}.tar.gz"
+git archive --prefix="pilot-deploy-${tag#v}/" HEAD packaging/kubernetes packaging/node-image docs | gzip -n >"$dir/pilot-deploy-${tag#v}.tar.gz"
 rm -r "$dir/images" "$dir/programs" "$dir/ociimage"
 cd "$dir"
 printf '# pilot %s\n%s\n' "${tag#v}" "$notes" >release-notes.md

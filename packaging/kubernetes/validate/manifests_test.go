@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -49,5 +50,27 @@ func TestManifestsFitTheChart(t *testing.T) {
 	}
 	if now.Len() != len(want) {
 		t.Error("files came or went: run \"make manifests\"")
+	}
+}
+
+// TestReleaseArchivesWhatExists looks for what a release's archive is to have: "make release"
+// ends at a path that has moved.
+func TestReleaseArchivesWhatExists(t *testing.T) {
+	const repo = "../../../"
+	script, err := os.ReadFile(repo + "scripts/release.sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, args, _ := strings.Cut(string(script), "git archive ")
+	_, args, _ = strings.Cut(args, " HEAD ")
+	args, _, _ = strings.Cut(args, " |")
+	paths := strings.Fields(args)
+	if !slices.Contains(paths, "packaging/kubernetes") {
+		t.Fatalf("it archives %q", paths)
+	}
+	for _, path := range paths {
+		if _, err := os.Stat(repo + path); err != nil {
+			t.Error(err)
+		}
 	}
 }
