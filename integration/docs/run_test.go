@@ -118,6 +118,12 @@ http: {addr: ':443', tls: {certificate: /etc/docker/registry/server.pem, key: /e
 	}
 	for _, name := range []string{"pilot", "copilot"} {
 		harness.Output(t, harness.Command(t, "cp", harness.PackageFile(t, dir+"/debs", name, "deb"), m.Root+"/root/"))
+		// "make packages" makes those of the other architecture, too.
+		for _, arch := range []string{"amd64", "arm64"} {
+			if arch != harness.Arch {
+				harness.Write(t, m.Root+"/root/"+name+"_1.0.0-1_"+arch+".deb", "")
+			}
+		}
 	}
 }
 

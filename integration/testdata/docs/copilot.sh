@@ -1,2 +1,2 @@
 # copilot from the package, and an image whose layer keys its KEK wraps.
-apt-get -qq install ./copilot_*.deb ./pilot_*.deb >/dev/null
+apt-get -qq install ./{copilot,pilot}_*_$(dpkg --print-architecture).deb >/dev/null

@@ -1,6 +1,6 @@
 # A broker, a CI machine's certificate and the page's images, of which app:windows
 # has a foreign layer whose content is not here.
-apt-get -qq install ./copilot_*.deb ./pilot_*.deb >/dev/null
+apt-get -qq install ./{copilot,pilot}_*_$(dpkg --print-architecture).deb >/dev/null
 copilot init --host copilot.example.com --trust-domain example.com
 systemctl enable --now copilot
 copilot keys create team-a

@@ -1,5 +1,5 @@
 # A broker that is node and CI too, and OpenBao in Vault's place, with a key for the master key.
-apt-get -qq install ./copilot_*.deb ./pilot_*.deb >/dev/null
+apt-get -qq install ./{copilot,pilot}_*_$(dpkg --print-architecture).deb >/dev/null
 copilot init --host copilot.example.com --trust-domain example.com
 systemctl enable --now copilot
 pilot node install --now

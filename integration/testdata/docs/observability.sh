@@ -1,5 +1,5 @@
 # A node and its broker, a request with the page's trace, and a pull that failed.
-apt-get -qq install ./copilot_*.deb ./pilot_*.deb >/dev/null
+apt-get -qq install ./{copilot,pilot}_*_$(dpkg --print-architecture).deb >/dev/null
 copilot init --host copilot.example.com --trust-domain example.com
 systemctl enable --now copilot
 copilot keys create team-a

@@ -1,6 +1,6 @@
 # A broker and pilot from the packages, our container images in the registry, and an
 # image of podman's.
-apt-get -qq install ./copilot_*.deb ./pilot_*.deb >/dev/null
+apt-get -qq install ./{copilot,pilot}_*_$(dpkg --print-architecture).deb >/dev/null
 copilot init --host copilot.example.com --trust-domain example.com
 systemctl enable --now copilot
 copilot keys create team-a
