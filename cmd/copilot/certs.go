@@ -70,10 +70,11 @@ Example:
 			Description: `Creates a new CA, whose certificate is in ca.pem beside the old one, so that copilot
 accepts clients of both. Then, in this order:
 
-   1. copy ca.pem to every node, as its broker-ca
+   1. copy ca.pem to every node, as its broker-ca, and run "systemctl reload pilot"
+      there: a pilot that was not reloaded refuses copilot after the next step
    2. renew all certificates with "copilot certs renew"
    3. run "copilot certs rotate-ca --finish", which removes the old CA from ca.pem
-   4. copy ca.pem to every node again
+   4. copy ca.pem to every node again, and reload pilot
 
 Example:
    copilot certs rotate-ca`,
@@ -109,7 +110,7 @@ func certsRotateCA(_ context.Context, c *cli.Command) error {
 			fmt.Printf("%s has no old CA\n", filepath.Join(dir, pki.CertFile))
 			return nil
 		}
-		fmt.Printf("removed the old CA from %s: copy it to every node\n", filepath.Join(dir, pki.CertFile))
+		fmt.Printf("removed the old CA from %s: copy it to every node, and reload pilot there\n", filepath.Join(dir, pki.CertFile))
 		return nil
 	}
 	valid, err := until(c, "for")
@@ -121,10 +122,10 @@ func certsRotateCA(_ context.Context, c *cli.Command) error {
 	}
 	fmt.Printf(`%s has the new CA and the old one.
 
-   1. copy it to every node, as its broker-ca
+   1. copy it to every node, as its broker-ca, and run "systemctl reload pilot" there
    2. copilot certs renew FILE...            # the server's, the admin's, that of public keys, the nodes'
    3. copilot certs rotate-ca --finish       # when no certificate of the old CA is in use
-   4. copy %[1]s to every node again
+   4. copy %[1]s to every node again, and reload pilot
 `, filepath.Join(dir, pki.CertFile))
 	return nil
 }

@@ -22,8 +22,8 @@ var serverCACommand = &cli.Command{
 copilot.toml, copilot issues its server's certificates with them and renews those by
 itself. The CA can issue certificates for these hosts only, and none for clients.
 
-If there is a ca.pem, the CA is added to it: nodes need it as their broker-ca before
-copilot uses the CA. Without one, server-ca.pem is their broker-ca.
+If there is a ca.pem, the CA is added to it: nodes need it as their broker-ca, and pilot
+reloaded, before copilot uses the CA. Without one, server-ca.pem is their broker-ca.
 
 Example:
    copilot certs server-ca --host copilot.example.com`,
@@ -64,10 +64,11 @@ func certsServerCA(_ context.Context, c *cli.Command) error {
 	}
 	fmt.Printf(`%[1]s is ready.
 
-   1. copy %[2]s to every node, as its broker-ca
+   1. copy %[2]s to every node, as its broker-ca, and run "systemctl reload pilot" there
    2. in copilot.toml:
       tls-cert = %[1]q
       tls-key = %[3]q
+   3. systemctl restart copilot
 `, in(pki.ServerCACertFile), trust, in(pki.ServerCAKeyFile))
 	return nil
 }
