@@ -282,6 +282,7 @@ var earlierUnits = []string{
 	"9766bd2517f288746b914a45516c532b2cd0c1a449088fcec8895b7bcdcefacb",
 	"fb93e1ed828da71c886563ff0bbe3f9cf7306bf8f673670b8ea575c12858c24e",
 	"750c88bf5e1970835177936c6703cd211529cdd29e9469eb3f9452cf1d673700",
+	"164ca7ec165897a38063034925d863e89e0be2e5d9e9b81499602dfe42472034",
 }
 
 // leftOver returns the existing files that an installation may have written and that are

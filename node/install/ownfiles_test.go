@@ -2,6 +2,7 @@ package install
 
 import (
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/ctrlplane/pilot/node/host"
@@ -23,6 +24,14 @@ func TestPilotConfigIsKeptWithTheSameBrokers(t *testing.T) {
 		if (err == nil) != ok || !ok && !errors.As(err, new(*host.Conflict)) {
 			t.Errorf("%s: %v", had, err)
 		}
+	}
+}
+
+// TestPilotFindsRootsCredentials reads the unit: systemd sets no HOME where a unit has no User.
+func TestPilotFindsRootsCredentials(t *testing.T) {
+	unit, err := unitFiles.ReadFile("units/" + PilotService)
+	if err != nil || !strings.Contains(string(unit), "\nEnvironment=HOME=/root\n") || strings.Contains(string(unit), "\nUser=") {
+		t.Errorf("%v in\n%s", err, unit)
 	}
 }
 
