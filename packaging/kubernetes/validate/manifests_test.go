@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -72,5 +74,21 @@ func TestReleaseArchivesWhatExists(t *testing.T) {
 		if _, err := os.Stat(repo + path); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestCopilotHasRoomForBackups requires that a backup of 100,000 KEKs, which has 20 MB, fits
+// where copilot makes it.
+func TestCopilotHasRoomForBackups(t *testing.T) {
+	manifest, err := os.ReadFile("../copilot/deployment.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := regexp.MustCompile(`- name: state\n +emptyDir:\n +medium: Memory\n +sizeLimit: (\d+)Mi\n`).FindSubmatch(manifest)
+	if size == nil {
+		t.Fatal("there is no volume for its state")
+	}
+	if n, err := strconv.Atoi(string(size[1])); err != nil || n < 64 {
+		t.Errorf("it has %d MiB, %v", n, err)
 	}
 }
