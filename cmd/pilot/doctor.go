@@ -43,8 +43,9 @@ why.
 With a mirror, it checks that the mirror answers, and that containerd goes to
 it and to nothing else where its hosts.toml names the mirror.
 
-It warns of certificates that expire within 14 days, of public keys that expire
-within 30, and of identities of age that other users can read.
+It warns of certificates that expire within 14 days, or in the last quarter of
+their time if that is a week or less, of public keys that expire within 30 days,
+and of identities of age that other users can read.
 
 The exit status is 0 if no check failed, 1 if one did, and 2 if pilot's
 configuration or an argument can't be used.
