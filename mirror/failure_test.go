@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -135,3 +136,17 @@ type deadlines struct{ *httptest.ResponseRecorder }
 
 func (deadlines) SetWriteDeadline(time.Time) error { return nil }
 func (deadlines) SetReadDeadline(time.Time) error  { return nil }
+
+// TestPageHasAllLazyReasons looks for the reasons for a full pull in the page that explains
+// them.
+func TestPageHasAllLazyReasons(t *testing.T) {
+	page, err := os.ReadFile("../docs/lazy.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, reason := range lazyReasons {
+		if !strings.Contains(string(page), "\n| `"+reason+"` | ") {
+			t.Errorf("it lacks %q", reason)
+		}
+	}
+}
