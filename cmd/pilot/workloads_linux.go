@@ -109,5 +109,8 @@ func pluginSettings(passed string) (configuration, error) {
 		i := slices.IndexFunc(settings, func(s setting.Setting) bool { return s.Name == key })
 		return settings[i].Set(&conf, text)
 	})
+	if conf.LayerRecord == "" {
+		conf.LayerRecord = defaultLayerRecord(conf.DiffListen)
+	}
 	return conf, err
 }
