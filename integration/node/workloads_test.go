@@ -3,6 +3,8 @@ package node
 import (
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -141,6 +143,52 @@ func (n *installedNode) asks(t *testing.T, when string) {
 	}
 	if conf := harness.Read(t, n.m.Root+"/etc/pilot/pilot.toml"); !strings.Contains(conf, `workloads-listen = "unix:///run/pilot/workloads.sock"`) {
 		t.Errorf("%s: pilot.toml is\n%s", when, conf)
+	}
+}
+
+// TestContainersAreCreatedOnceSettingsAreCorrected breaks pilot.toml while containerd is
+// restarted: no container is created until it is corrected, and no other restart is needed.
+func TestContainersAreCreatedOnceSettingsAreCorrected(t *testing.T) {
+	t.Parallel()
+	c := harness.StartCI(t, harness.TempDir(t), "team-a")
+	plain := c.Pause()
+	for version, sandbox := range map[string]string{
+		"1.7":   "version = 2\n[plugins.'io.containerd.grpc.v1.cri']\n  restrict_oom_score_adj = true\n  sandbox_image = '%s'\n",
+		"2.4.2": "version = 3\n[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '%s'\n",
+	} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			m := harness.Machines()[version](t)
+			harness.Write(t, m.Root+"/etc/containerd/config.toml", fmt.Sprintf(sandbox, plain))
+			n := &lazyNode{m: m, Node: &harness.Node{T: t, Dir: filepath.Dir(m.Root), Socket: m.Root + "/run/containerd/containerd.sock"}}
+			m.BrokerAt(c.BrokerURL)
+			harness.Output(t, m.Pilot("node", "install", "--workloads", "--broker", "unix:///run/copilot/copilot.sock"))
+			n.startPilotAt(t, "workloads.sock")
+			n.startContainerd(t)
+			// While containerd runs, which ends before the test does.
+			defer func() { harness.Output(t, n.Crictl("rmp", "-f", "-a")) }()
+			const namespaces = `"linux":{"security_context":{"namespace_options":{"network":2,"pid":1}}}`
+			pod := harness.Write(t, n.Dir+"/pod.json", `{"metadata":{"name":"web","namespace":"prod","uid":"1","attempt":1},"log_directory":"/var/log/pods/web",`+namespaces+`}`)
+			id := strings.TrimSpace(harness.Output(t, n.Crictl("runp", pod)))
+			create := func() *exec.Cmd {
+				t.Helper()
+				name := harness.ContainerID()
+				return n.Crictl("create", "--no-pull", id, harness.Write(t, n.Dir+"/"+name+".json",
+					fmt.Sprintf(`{"metadata":{"name":%q},"image":{"image":%q},"log_path":"%[1]s.log",%[3]s}`, name, plain, namespaces)), pod)
+			}
+			harness.Await(t, "a container", func() error { return create().Run() })
+			// The plugin decides itself, by what pilot has recorded.
+			n.pilot.Stop(t)
+			harness.Await(t, "a container without pilot", func() error { return create().Run() })
+
+			conf := m.Root + "/etc/pilot/pilot.toml"
+			text := harness.Read(t, conf)
+			harness.Write(t, conf, text+"nonsense = 1\n")
+			n.restartContainerd(t)
+			harness.ExpectFailure(t, create(), "no container is created until pilot's plugin can read its settings", "nonsense: unknown setting")
+			harness.Write(t, conf, text)
+			harness.Await(t, "a container with the settings corrected", func() error { return create().Run() })
+		})
 	}
 }
 

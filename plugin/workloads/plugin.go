@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -34,14 +35,17 @@ const (
 // while pilot gives no answer.
 type Plugin struct {
 	// Open returns the path at which pilot serves [NewServer], and what is asked while
-	// pilot gives no answer. config is what containerd has for the plugin in a file.
+	// pilot gives no answer. config is what containerd has for the plugin in a file. After an
+	// error it is called again for the next container.
 	Open func(config string) (socket string, offline *Offline, err error)
 
-	stub    stub.Stub
+	stub   stub.Stub
+	config string                    // from containerd
+	silent atomic.Pointer[time.Time] // when pilot has not answered in time, unless it has since
+
+	mu      sync.Mutex // guards those below until they are set
 	pilot   *remote
 	offline *Offline
-	broken  error                     // of Open
-	silent  atomic.Pointer[time.Time] // when pilot has not answered in time, unless it has since
 }
 
 // Run serves containerd, which has started this process as a plugin, until it closes the
@@ -74,8 +78,8 @@ func hasValidators(version, nri string) bool {
 // about. Without usable settings no container is created: an error here would end the plugin,
 // and older versions of containerd do without it.
 func (p *Plugin) Configure(_ context.Context, config, _, version string) (stub.EventMask, error) {
-	socket, offline, err := p.Open(config)
-	p.pilot, p.offline, p.broken = newRemote(socket), offline, err
+	p.config = config
+	_ = p.open() // authorize returns the error
 	var events stub.EventMask
 	if hasValidators(version, p.stub.RuntimeNRIVersion()) {
 		events.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT)
@@ -83,6 +87,21 @@ func (p *Plugin) Configure(_ context.Context, config, _, version string) (stub.E
 		events.Set(api.Event_CREATE_CONTAINER)
 	}
 	return events, nil
+}
+
+// open calls Open unless that has succeeded before.
+func (p *Plugin) open() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pilot != nil {
+		return nil
+	}
+	socket, offline, err := p.Open(p.config)
+	if err != nil {
+		return err
+	}
+	p.pilot, p.offline = newRemote(socket), offline
+	return nil
 }
 
 // CreateContainer is called by versions of containerd without validators. They create the
@@ -108,8 +127,8 @@ func (p *Plugin) authorize(ctx context.Context, pod *api.PodSandbox, c *api.Cont
 			err = fmt.Errorf("pilot: panic: %v", r)
 		}
 	}()
-	if p.broken != nil {
-		return fmt.Errorf("pilot: no container is created until containerd is restarted with settings that can be used: %w", p.broken)
+	if err := p.open(); err != nil {
+		return fmt.Errorf("pilot: no container is created until pilot's plugin can read its settings: %w", err)
 	}
 	limit := p.stub.RequestTimeout()
 	if limit <= 0 {
