@@ -100,6 +100,7 @@ func (m *Mirror) reasonOf(err error) string {
 type failureKey struct {
 	layer  digest.Digest
 	mounts bool
+	starts bool // a container needs it, which is mounted
 	reason string
 }
 
@@ -124,10 +125,12 @@ func (m *Mirror) failLazy(w *answer, r *http.Request, c caller, t target, err er
 	_, isRequest := errors.AsType[*requestError](err)
 	if v.result != codes.Canceled && !isRequest && m.lazy != nil {
 		_, mounts := errors.AsType[*mountError](err)
-		key := failureKey{t.digest(), mounts, m.reasonOf(err)}
+		key := failureKey{t.digest(), mounts, mounts && r.URL.Query().Get("for") == "container", m.reasonOf(err)}
 		if m.lazy.first(key) {
 			log := logrus.WithError(shown(err)).WithFields(logrus.Fields{"digest": key.layer, "image": t.key(), "reason": key.reason, "trace": traceid.Of(r.Context())})
 			switch {
+			case key.starts:
+				log.Warn("lazily pulled layer can't be used: no container of it starts")
 			case mounts && (key.reason == reasonPlain || key.reason == reasonNotSealed):
 				log.Info("layer not lazy: it is pulled as a whole")
 			case mounts:
@@ -135,7 +138,8 @@ func (m *Mirror) failLazy(w *answer, r *http.Request, c caller, t target, err er
 			default:
 				log.Warn("read of a lazily pulled layer failed")
 			}
-			if mounts {
+			// Nothing is pulled for a container, but alerts go by layers that were changed.
+			if mounts && (!key.starts || key.reason == reasonTampered || key.reason == reasonClaim) {
 				m.lazy.metrics.fullPulls.WithLabelValues(key.reason).Inc()
 			}
 		}

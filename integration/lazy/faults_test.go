@@ -162,6 +162,12 @@ func TestRevokedWhileMounted(t *testing.T) {
 	}
 	// A new container does not start either.
 	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", m.ref("app:1"), harness.ContainerID()))
+	if log := harness.Read(t, m.Pilot.Log); !strings.Contains(log, "no container of it starts") || strings.Contains(log, "it is pulled as a whole") {
+		t.Errorf("the log does not say that a container could not start:\n%s", log)
+	}
+	if reasons := m.fullPulls(); len(reasons) > 0 {
+		t.Errorf("containers count as pulls: %v", reasons)
+	}
 	revoke("--undo")
 	r.again(t, "the node may use the KEK again")
 }

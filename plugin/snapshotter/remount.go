@@ -76,7 +76,7 @@ func memory() uint64 {
 // explain logs why a layer that pilot serves could not be mounted: pilot logs those that it
 // does not serve. The full pull does not wait for that.
 func (r *remounter) explain(ctx context.Context, mountpoint string, labels map[string]string, err error) {
-	if r.pilot.ask(ctx, labels) == nil {
+	if r.pilot.ask(ctx, labels, false) == nil {
 		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not lazy, which pilot serves: it is pulled as a whole")
 	}
 }
@@ -87,7 +87,7 @@ func (r *remounter) explain(ctx context.Context, mountpoint string, labels map[s
 // It asks pilot itself: the file system does not once it has all of a layer, and what other
 // images claim may have changed since.
 func (r *remounter) Check(ctx context.Context, mountpoint string, labels map[string]string) error {
-	if err := r.pilot.ask(ctx, labels); err != nil {
+	if err := r.pilot.ask(ctx, labels, true); err != nil {
 		logrus.WithError(err).WithField("mountpoint", mountpoint).Warn("layer not used")
 		return err
 	}

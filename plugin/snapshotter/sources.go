@@ -80,8 +80,9 @@ func (p pilot) sources(labels map[string]string) ([]source.Source, error) {
 }
 
 // ask returns an error unless pilot says that a layer, with the table of contents that it is
-// mounted by, may be used now as the snapshot that it is.
-func (p pilot) ask(ctx context.Context, labels map[string]string) error {
+// mounted by, may be used now as the snapshot that it is. If starts is true, a container needs
+// it, which does not start otherwise.
+func (p pilot) ask(ctx context.Context, labels map[string]string, starts bool) error {
 	name, d, err := layerOf(labels)
 	if err != nil {
 		return err
@@ -89,9 +90,13 @@ func (p pilot) ask(ctx context.Context, labels map[string]string) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	registry := name.Hostname()
+	query := url.Values{"ns": {registry}, "toc": {labels[estargz.TOCJSONDigestAnnotation]}, "snapshot": {labels[snapshots.LabelSnapshotRef]}}
+	if starts {
+		query.Set("for", "container") // in pilot's log
+	}
 	at := url.URL{
 		Scheme: "http", Host: pilotHost, Path: lazyPath + "/" + strings.TrimPrefix(name.Locator, registry+"/") + "/blobs/" + d.String(),
-		RawQuery: url.Values{"ns": {registry}, "toc": {labels[estargz.TOCJSONDigestAnnotation]}, "snapshot": {labels[snapshots.LabelSnapshotRef]}}.Encode(),
+		RawQuery: query.Encode(),
 	}
 	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
 	if err != nil {
