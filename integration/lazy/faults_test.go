@@ -160,8 +160,8 @@ func TestRevokedWhileMounted(t *testing.T) {
 	if reasons := m.fullPulls(); len(reasons) > 0 {
 		t.Errorf("reads count as pulls: %v", reasons)
 	}
-	// A new container does not start either.
-	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", m.ref("app:1"), harness.ContainerID()))
+	// A new container does not start either, and says what to do.
+	harness.ExpectFailure(t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", m.ref("app:1"), harness.ContainerID()), "pilot node doctor IMAGE")
 	if log := harness.Read(t, m.Pilot.Log); !strings.Contains(log, "no container of it starts") || strings.Contains(log, "it is pulled as a whole") {
 		t.Errorf("the log does not say that a container could not start:\n%s", log)
 	}

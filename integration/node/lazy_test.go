@@ -329,7 +329,8 @@ func TestLazyNode(t *testing.T) {
 			n.startSnapshotter(t) // which waits for nothing
 			within.Stop(t)
 			n.startContainerd(t)
-			harness.ExpectFailure(t, n.m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", "--snapshotter", "pilot-lazy", sealed, harness.ContainerID()), "unavailable")
+			harness.ExpectFailure(t, n.m.Run("ctr", "--namespace", "k8s.io", "run", "--rm", "--snapshotter", "pilot-lazy", sealed, harness.ContainerID()), "pilot node doctor IMAGE", "unavailable")
+			expectStep(t, n.doctor(t, false, sealed), "failed", "image", "is mounted, and no container of it starts: pilot does not answer")
 			n.startPilot(t)
 			if out := n.run(t, sealed); !strings.Contains(out, secret) {
 				t.Errorf("mounted again, the image prints %s", out)

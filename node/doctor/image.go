@@ -3,15 +3,20 @@ package doctor
 import (
 	"context"
 	"fmt"
+	"net/url"
 	"strings"
 
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/reference"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/stargz-snapshotter/estargz"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -52,7 +57,7 @@ func (e *examination) image(ctx context.Context) []Step {
 		case err != nil && !errdefs.IsNotFound(err):
 			return append(steps, failed(said(err), startSnapshotter...))
 		case mounted:
-			steps = append(steps, passed(fmt.Sprintf("layer %s is mounted, and was not pulled", layer.Digest)))
+			steps = append(steps, e.mounted(ctx, layer.Digest, chain))
 			continue
 		}
 		state := "was pulled in full"
@@ -63,6 +68,40 @@ func (e *examination) image(ctx context.Context) []Step {
 		steps = append(steps, Step{Result: Warning, Detail: fmt.Sprintf("layer %s %s: %s", layer.Digest, state, why), Fix: fix})
 	}
 	return steps
+}
+
+// mounted asks pilot whether a mounted layer may be used now, as the snapshotter does for each
+// container: by the labels of its snapshot, which may be those of another image.
+func (e *examination) mounted(ctx context.Context, layer digest.Digest, chain string) Step {
+	is := fmt.Sprintf("layer %s is mounted", layer)
+	no := is + ", and no container of it starts: "
+	if e.Lazy == "" {
+		return failed(no+"lazy-listen is off in "+e.Configuration, reinstall...)
+	}
+	conn, err := dial("unix://" + e.LazySnapshotter)
+	if err != nil {
+		return failed(err.Error(), startSnapshotter...)
+	}
+	defer conn.Close()
+	resp, err := snapshotsapi.NewSnapshotsClient(conn).Stat(ctx, &snapshotsapi.StatSnapshotRequest{Snapshotter: containerd.LazySnapshotter, Key: chain})
+	if err != nil {
+		return failed(no+said(err), startSnapshotter...)
+	}
+	labels := resp.GetInfo().GetLabels()
+	ref, err := reference.Parse(labels[snapshotters.TargetRefLabel])
+	if err != nil {
+		return failed(no + said(err))
+	}
+	why, err := refused(ctx, e.Lazy, ref.Hostname(), strings.TrimPrefix(ref.Locator, ref.Hostname()+"/"), digest.Digest(labels[snapshotters.TargetLayerDigestLabel]), url.Values{
+		"toc": {labels[estargz.TOCJSONDigestAnnotation]}, "snapshot": {labels[snapshots.LabelSnapshotRef]}, "for": {"container"},
+	})
+	switch {
+	case err != nil:
+		return failed(no+err.Error(), startPilot...)
+	case why != "":
+		return failed(fmt.Sprintf("%spilot says of %s: %s", no, ref.Locator, why))
+	}
+	return passed(is + ", and was not pulled")
 }
 
 // findImage returns the image with the name that was asked for, from the first namespace
@@ -100,7 +139,7 @@ func (e *examination) notLazy(ctx context.Context, name string, layer ocispec.De
 	if err != nil {
 		return said(err), nil
 	}
-	why, err = refused(ctx, e.Lazy, ref.Hostname(), strings.TrimPrefix(ref.Locator, ref.Hostname()+"/"), layer.Digest)
+	why, err = refused(ctx, e.Lazy, ref.Hostname(), strings.TrimPrefix(ref.Locator, ref.Hostname()+"/"), layer.Digest, nil)
 	switch {
 	case err != nil:
 		return err.Error(), startPilot

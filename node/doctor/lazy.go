@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -160,8 +161,9 @@ func (e *examination) lazyLoaded(ctx context.Context) (Step, bool) {
 }
 
 // refused asks the pilot that listens on a unix socket for the first bytes of a layer, as
-// its snapshotter does, and returns why it does not serve them, or "".
-func refused(ctx context.Context, socket, registry, repository string, layer digest.Digest) (string, error) {
+// its snapshotter does, and returns why it does not serve them, or "". query has more
+// parameters of the request.
+func refused(ctx context.Context, socket, registry, repository string, layer digest.Digest, query url.Values) (string, error) {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -169,7 +171,9 @@ func refused(ctx context.Context, socket, registry, repository string, layer dig
 			return d.DialContext(ctx, "unix", socket)
 		},
 	}}
-	at := url.URL{Scheme: "http", Host: "pilot", Path: "/lazy/v2/" + repository + "/blobs/" + layer.String(), RawQuery: url.Values{"ns": {registry}}.Encode()}
+	all := url.Values{"ns": {registry}}
+	maps.Copy(all, query)
+	at := url.URL{Scheme: "http", Host: "pilot", Path: "/lazy/v2/" + repository + "/blobs/" + layer.String(), RawQuery: all.Encode()}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
 	if err != nil {
 		return "", err

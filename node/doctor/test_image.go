@@ -179,7 +179,7 @@ func (e *examination) pullLazily(ctx context.Context) (why string, err error) {
 		return "", err
 	}
 	if _, mounted := info.Labels[remoteLabel]; !mounted {
-		why, err := refused(ctx, e.Lazy, l.Addr().String(), testRepository, i.layer.Digest)
+		why, err := refused(ctx, e.Lazy, l.Addr().String(), testRepository, i.layer.Digest, nil)
 		if err == nil && why == "" {
 			why = "pilot serves its parts, and the snapshotter did not mount it"
 		}

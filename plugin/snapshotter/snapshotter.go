@@ -111,14 +111,30 @@ func (u unmarked) Prepare(ctx context.Context, key, parent string, opts ...snaps
 	if err := u.checkCopy(ctx, key, parent, opts); err != nil {
 		return nil, err
 	}
-	return u.Snapshotter.Prepare(ctx, key, parent, append(slices.Clip(opts), unmark)...)
+	mounts, err := u.Snapshotter.Prepare(ctx, key, parent, append(slices.Clip(opts), unmark)...)
+	return mounts, explained(err)
 }
 
 func (u unmarked) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	if err := u.checkCopy(ctx, key, parent, opts); err != nil {
 		return nil, err
 	}
-	return u.Snapshotter.View(ctx, key, parent, opts...)
+	mounts, err := u.Snapshotter.View(ctx, key, parent, opts...)
+	return mounts, explained(err)
+}
+
+func (u unmarked) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	mounts, err := u.Snapshotter.Mounts(ctx, key)
+	return mounts, explained(err)
+}
+
+// explained returns the error of a mounted layer that can't be used with what to do. Its
+// reason has been logged: stargz-snapshotter does not return it.
+func explained(err error) error {
+	if !errdefs.IsUnavailable(err) {
+		return err
+	}
+	return fmt.Errorf("a lazily pulled layer of the image can't be used now: \"pilot node doctor IMAGE\" on the node says why: %w", err)
 }
 
 // checkCopy returns an error if a container with a user namespace would have a layer that is
