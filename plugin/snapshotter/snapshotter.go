@@ -10,8 +10,11 @@ package snapshotter
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
@@ -67,7 +70,7 @@ func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
 		return nil, err
 	}
 	// The caches of an earlier process, each of which has directories of its own.
-	if err := os.RemoveAll(filesDir); err != nil {
+	if err := discard(filesDir); err != nil {
 		return nil, err
 	}
 	opaque := layer.OverlayOpaqueTrusted
@@ -96,6 +99,31 @@ func New(ctx context.Context, conf Config) (snapshots.Snapshotter, error) {
 		return nil, err
 	}
 	return unmarked{s}, nil
+}
+
+// discard removes a directory, and what earlier calls have not removed to the end. It does not
+// wait for that: there may be a million files, and containerd waits for the snapshotter to start.
+func discard(dir string) error {
+	prefix := filepath.Base(dir) + ".old-"
+	if err := os.Rename(dir, filepath.Join(filepath.Dir(dir), prefix+rand.Text())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	entries, err := os.ReadDir(filepath.Dir(dir))
+	if err != nil {
+		return err
+	}
+	go func() {
+		for _, e := range entries {
+			if !strings.HasPrefix(e.Name(), prefix) {
+				continue
+			}
+			path := filepath.Join(filepath.Dir(dir), e.Name())
+			if err := os.RemoveAll(path); err != nil {
+				logrus.WithError(err).WithField("path", path).Warn("caches of an earlier snapshotter not removed")
+			}
+		}
+	}()
+	return nil
 }
 
 // unmarked keeps callers from marking a snapshot as one that is mounted, which an image's
