@@ -117,6 +117,27 @@ func TestLayersOfOneBaseStayLazy(t *testing.T) {
 	}
 }
 
+// TestImageThatIsLazyInPartInTwoNamespaces pulls an image whose first layer is plain into two
+// namespaces. Each unpacks that for itself, so they can't share what is mounted on it.
+func TestImageThatIsLazyInPartInTwoNamespaces(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	secret := harness.NewSecret()
+	m.encryptWith("app:1", []string{"--estargz", "--layer", "1", "--layer", "2"},
+		layer{"hello": program(t)}, layer{"secret": []byte(secret)}, layer{"big": random(7, mib)})
+	harness.Output(t, m.Crictl("pull", m.ref("app:1")))
+	if n := m.metrics()["pilot_lazy_layers"]; n != 2 {
+		t.Errorf("in the kubelet's namespace %g layers are lazy, not 2", n)
+	}
+	m.pull("app:1")
+	if got := m.run("app:1"); got != "hello, "+secret+"\n" {
+		t.Errorf("in the second namespace the container prints %q", got)
+	}
+	if n := strings.Count(harness.Read(t, m.Snapshotter.Log), "another namespace has it mounted"); n != 2 {
+		t.Errorf("the log has %d layers that are pulled as a whole for that, not 2", n)
+	}
+}
+
 // TestOtherLayersArePulledWhole pulls images that can't be lazy: they come in full, the log
 // and the metrics say why, and other layers of the same image are lazy.
 func TestOtherLayersArePulledWhole(t *testing.T) {

@@ -26,6 +26,7 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -136,15 +137,33 @@ func (u unmarked) Cleanup(ctx context.Context) error {
 }
 
 func (u unmarked) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	if err := u.checkCopy(ctx, key, parent, opts); err != nil {
+	labels, err := labelsOf(opts)
+	if err == nil {
+		err = u.checkCopy(ctx, key, parent, labels)
+	}
+	if err != nil {
 		return nil, err
 	}
-	mounts, err := u.Snapshotter.Prepare(ctx, key, parent, append(slices.Clip(opts), unmark)...)
+	opts = append(slices.Clip(opts), unmark)
+	taken, err := u.isTaken(ctx, labels[snapshots.LabelSnapshotRef], parent)
+	if err != nil {
+		return nil, err
+	}
+	if taken {
+		logrus.WithFields(logrus.Fields{"digest": labels[snapshotters.TargetLayerDigestLabel], "image": labels[snapshotters.TargetRefLabel]}).
+			Info("layer not lazy, as another namespace has it mounted on layers that it has unpacked: it is pulled as a whole")
+		opts = append(opts, unnamed)
+	}
+	mounts, err := u.Snapshotter.Prepare(ctx, key, parent, opts...)
 	return mounts, explained(err)
 }
 
 func (u unmarked) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	if err := u.checkCopy(ctx, key, parent, opts); err != nil {
+	labels, err := labelsOf(opts)
+	if err == nil {
+		err = u.checkCopy(ctx, key, parent, labels)
+	}
+	if err != nil {
 		return nil, err
 	}
 	mounts, err := u.Snapshotter.View(ctx, key, parent, opts...)
@@ -169,14 +188,8 @@ func explained(err error) error {
 // mounted in place of the copy that containerd makes of its image. containerd looks for the copy
 // by a digest of the image's chain ID and of the users, and everybody can seal that a layer has
 // that as its diff ID. Image volumes are not copied.
-func (u unmarked) checkCopy(ctx context.Context, key, parent string, opts []snapshots.Opt) error {
-	var info snapshots.Info
-	for _, o := range opts {
-		if err := o(&info); err != nil {
-			return err
-		}
-	}
-	mapped := info.Labels[snapshots.LabelSnapshotUIDMapping] != "" || info.Labels[snapshots.LabelSnapshotGIDMapping] != ""
+func (u unmarked) checkCopy(ctx context.Context, key, parent string, labels map[string]string) error {
+	mapped := labels[snapshots.LabelSnapshotUIDMapping] != "" || labels[snapshots.LabelSnapshotGIDMapping] != ""
 	if parent == "" || !mapped || strings.Contains(key, "/image-volumes/") {
 		return nil
 	}
@@ -188,6 +201,38 @@ func (u unmarked) checkCopy(ctx context.Context, key, parent string, opts []snap
 		return fmt.Errorf("snapshot %s is mounted, and no copy of an image for a user namespace: an image was made to be taken for that: remove it: %w",
 			parent, errdefs.ErrFailedPrecondition)
 	}
+	return nil
+}
+
+// labelsOf returns the labels that options give to a snapshot.
+func labelsOf(opts []snapshots.Opt) (map[string]string, error) {
+	var info snapshots.Info
+	for _, o := range opts {
+		if err := o(&info); err != nil {
+			return nil, err
+		}
+	}
+	return info.Labels, nil
+}
+
+// isTaken reports whether a layer can't be mounted as name, which is "" for what is no layer: one
+// on another snapshot has that name. Layers that are mounted have theirs in all namespaces, and
+// those that are unpacked in one alone. containerd would look for the layer on parent, in vain.
+func (u unmarked) isTaken(ctx context.Context, name, parent string) (bool, error) {
+	if name == "" {
+		return false, nil
+	}
+	has, err := u.Stat(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil && has.Parent != parent, err
+}
+
+// unnamed has a layer unpacked, and not mounted.
+func unnamed(info *snapshots.Info) error {
+	info.Labels = maps.Clone(info.Labels)
+	delete(info.Labels, snapshots.LabelSnapshotRef)
 	return nil
 }
 
