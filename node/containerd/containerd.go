@@ -23,12 +23,12 @@ import (
 // Instance is the machine's containerd with its version and its configuration.
 type Instance struct {
 	Target
-	Major, Minor int
-	Files        ConfigFiles
-	Ours         []string       // pilot's drop-ins, which may be gone
-	Plain        map[string]any // the effective configuration without them
-	Lazy         LazyMode       // what pilot's drop-in is to have pilot's snapshotter for
-	Workloads    bool           // and to make containerd ask pilot's NRI plugin
+	Major, Minor, Patch int // Patch may be -1: unknown
+	Files               ConfigFiles
+	Ours                []string       // pilot's drop-ins, which may be gone
+	Plain               map[string]any // the effective configuration without them
+	Lazy                LazyMode       // what pilot's drop-in is to have pilot's snapshotter for
+	Workloads           bool           // and to make containerd ask pilot's NRI plugin
 }
 
 // CheckAddress returns a [host.Conflict] if the user has named a socket, nothing
@@ -49,7 +49,7 @@ func Examine(ctx context.Context, h host.Host, t Target, ours []string) (*Instan
 	if err != nil {
 		return nil, fmt.Errorf("containerd's version: %w", err)
 	}
-	if c.Major, c.Minor, err = ParseVersion(string(out)); err != nil {
+	if c.Major, c.Minor, c.Patch, err = ParseVersion(string(out)); err != nil {
 		return nil, err
 	}
 	if err := c.CheckVersion(); err != nil {
@@ -112,17 +112,21 @@ func (c *Instance) checkImports(h host.Host) error {
 	return nil
 }
 
-var versionNumber = regexp.MustCompile(`\bv?(\d+)\.(\d+)\.`)
+var versionNumber = regexp.MustCompile(`\bv?(\d+)\.(\d+)\.(\d*)`)
 
-func ParseVersion(text string) (major, minor int, err error) {
+// ParseVersion returns the numbers of the first version in a text. patch is -1 if it has none.
+func ParseVersion(text string) (major, minor, patch int, err error) {
 	// containerd github.com/containerd/containerd/v2 v2.4.2 0123abcd
 	m := versionNumber.FindStringSubmatch(text)
 	if m == nil {
-		return 0, 0, fmt.Errorf("no version of containerd in %.100q", text)
+		return 0, 0, 0, fmt.Errorf("no version of containerd in %.100q", text)
 	}
 	major, _ = strconv.Atoi(m[1])
 	minor, _ = strconv.Atoi(m[2])
-	return major, minor, nil
+	if patch, err = strconv.Atoi(m[3]); err != nil {
+		patch = -1
+	}
+	return major, minor, patch, nil
 }
 
 // run runs containerd's program and returns its standard output.

@@ -96,7 +96,7 @@ func examine(h host.Host, version string, pid int, args []string) (*Engine, sett
 		return nil, s, err
 	}
 	d := &Engine{Version: version, PID: pid, ConfigFile: s.configFile, storageDriver: s.StorageDriver}
-	d.major, _, _ = containerd.ParseVersion(version)
+	d.major, _, _, _ = containerd.ParseVersion(version)
 	d.embedded = s.Features[embeddedFeature] && d.major >= 29
 	d.hasContainerd = h.LookPath("containerd") != ""
 	d.findContainerd(h, s)
@@ -205,7 +205,7 @@ const maxInfo = 4 << 20
 
 // update replaces what was worked out from files with what the running dockerd reports.
 func (d *Engine) update(info *info, s settings) {
-	if major, _, err := containerd.ParseVersion(info.ServerVersion); err == nil {
+	if major, _, _, err := containerd.ParseVersion(info.ServerVersion); err == nil {
 		d.Version, d.major = info.ServerVersion, major
 	}
 	store := GraphDriverStore

@@ -264,11 +264,11 @@ func (e *examination) containerd(ctx context.Context) Step {
 		return failed(fmt.Sprintf("%s: containerd does not answer: %s (is its socket elsewhere? set containerd in %s)", e.Containerd, said(err), e.Configuration),
 			"systemctl restart containerd.service", "journalctl -u containerd.service -n 30")
 	}
-	major, minor, err := containerd.ParseVersion(v.Version)
+	major, minor, patch, err := containerd.ParseVersion(v.Version)
 	if err != nil {
 		return failed(err.Error(), "containerd --version")
 	}
-	e.running = &containerd.Instance{Target: containerd.Target{Config: e.ContainerdConfig, Service: containerd.Service}, Major: major, Minor: minor}
+	e.running = &containerd.Instance{Target: containerd.Target{Config: e.ContainerdConfig, Service: containerd.Service}, Major: major, Minor: minor, Patch: patch}
 	if e.running.Config == "" {
 		e.running.Config = containerd.DefaultConfig
 	}

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
 	"github.com/ctrlplane/pilot/node/install"
 	"github.com/ctrlplane/pilot/plugin/snapshotter"
 )
@@ -96,6 +97,9 @@ func (e *examination) lazyEnding(ctx context.Context) Step {
 func (e *examination) lazy(ctx context.Context) Step {
 	if e.running.Lazy == containerd.LazyEnding {
 		return e.lazyEnding(ctx)
+	}
+	if conflict, ok := errors.AsType[*host.Conflict](e.running.CheckLazy()); ok {
+		return failed(conflict.What, conflict.Fix)
 	}
 	if step, none := e.withoutKEK(); none {
 		return step
