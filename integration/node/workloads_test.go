@@ -74,6 +74,22 @@ func TestWorkloadsInstallChangesOnlyPilotsSettings(t *testing.T) {
 			n.onlyPilotDiffers(t, "fits again", untouched)
 			n.asks(t, "fits again")
 
+			// containerd starts its plugins from elsewhere.
+			if version == "2.2.9" {
+				const dir = "/etc/nri/plugins"
+				harness.Write(t, m.Root+n.config(), original+"\n[plugins.'io.containerd.nri.v1.nri']\n  plugin_path = '"+dir+"'\n")
+				n.refresh(t)
+				if info, err := os.Stat(m.Root + dir + "/00-pilot"); err != nil || info.Mode().Perm() != 0o755 {
+					t.Errorf("the plugin is not in %s: %v", dir, err)
+				}
+				if _, err := os.Stat(m.Root + nriPlugin); err == nil {
+					t.Errorf("%s is left", nriPlugin)
+				}
+				harness.Write(t, m.Root+n.config(), original)
+				n.refresh(t)
+				n.asks(t, "there again")
+			}
+
 			if version >= "2.2" {
 				inOrder(t, install("--workloads=false", "--dry-run"), "required_plugins", nriPlugin)
 			}

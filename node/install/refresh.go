@@ -6,6 +6,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/pelletier/go-toml/v2"
+
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/host"
 )
@@ -52,7 +54,7 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	}
 	p := &Plan{options: o, inserted: make(map[string]string), containerd: c}
 	moved := s.Containerd != nil && s.Containerd.Program != c.Program
-	if err = p.containerdFiles(ctx, s); err == nil && (len(p.Changes) > 0 || moved) {
+	if err = p.forRefresh(ctx, s); err == nil && (len(p.Changes) > 0 || moved) {
 		err = p.apply(ctx, nil)
 	}
 	if err != nil {
@@ -66,6 +68,37 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 		return changed, &host.Conflict{Where: c.Service, What: fmt.Sprintf("its containerd reads %s now, and pilot was installed for %s", config, c.Config), Fix: "run \"pilot node install\""}
 	}
 	return changed, nil
+}
+
+// forRefresh plans pilot's part of containerd's configuration, and what that requires.
+func (p *Plan) forRefresh(ctx context.Context, before record) error {
+	if !p.onlyNRI {
+		if err := p.options.checkDiffer(p.containerd); err != nil {
+			return err
+		}
+	}
+	// containerd's plugin_path may have changed, and containerd creates no container if it
+	// requires a plugin that is not there.
+	if p.containerd.Workloads {
+		if err := p.nriPlugin(before); err != nil {
+			return err
+		}
+	}
+	return p.containerdFiles(ctx, before)
+}
+
+// checkDiffer returns a [host.Conflict] if this containerd would ask pilot's differ, and pilot
+// serves none, since it was set up for containerd 1.6: every pull would fail, also of plain
+// images.
+func (o Options) checkDiffer(c *containerd.Instance) error {
+	var conf struct {
+		DiffListen string `toml:"diff-listen"`
+	}
+	text, err := o.ReadFile(pilotConfig)
+	if !c.UsesDiffer() || err != nil || toml.Unmarshal(text, &conf) != nil || conf.DiffListen != "off" {
+		return nil
+	}
+	return &host.Conflict{Where: pilotConfig, What: fmt.Sprintf("pilot was set up for containerd 1.6, and serves no differ, which containerd %d.%d needs", c.Major, c.Minor), Fix: "run \"pilot node install --now\""}
 }
 
 // leaveOut takes pilot's differ out of the drop-in after the error why, if containerd would
@@ -85,7 +118,7 @@ func leaveOut(ctx context.Context, c *containerd.Instance, o Options, before rec
 		}
 		if !harmless || missing != "" {
 			p := &Plan{options: o, inserted: make(map[string]string), containerd: c, onlyNRI: true}
-			if p.containerdFiles(ctx, before) == nil && p.apply(ctx, nil) == nil {
+			if p.forRefresh(ctx, before) == nil && p.apply(ctx, nil) == nil {
 				return fmt.Errorf("containerd starts without pilot's differ, and can't decrypt images until \"pilot node install\" works; it still asks pilot about each container: %w", why)
 			}
 			if ctx.Err() != nil {
