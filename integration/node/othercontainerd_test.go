@@ -139,6 +139,10 @@ func TestNodeOnK3s(t *testing.T) {
 			})
 			m.Start(t, "k3s")
 			harness.Await(t, "k3s' containerd", harness.Reachable(m.Root+socket))
+			if out := harness.Output(t, m.Run("pilot", "node", "install")); !strings.Contains(out, "nothing to change") {
+				t.Errorf("a second time: %s", out)
+			}
+			harness.Output(t, m.Run("pilot", "node", "refresh"))
 			m.Start(t, "pilot", "serve")
 			harness.Await(t, "pilot", harness.Reachable(m.Root+"/run/pilot/keyprovider.sock"))
 			var report struct {

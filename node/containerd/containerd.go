@@ -63,6 +63,7 @@ func Examine(ctx context.Context, h host.Host, t Target, ours []string) (*Instan
 		return nil, err
 	}
 	c.Ours = ours
+	c.takeOutTemplate(h)
 	c.Plain, err = c.Trial(ctx, h, nil)
 	return c, err
 }

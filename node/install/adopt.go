@@ -141,7 +141,7 @@ func (a *adoption) dropIns(config string, dirs map[string]bool) {
 		dirs[filepath.Dir(path)] = true
 		if text, err := a.o.ReadFile(path); err == nil {
 			var conf map[string]any
-			if toml.Unmarshal(bytes.Replace(text, []byte(templateBase), nil, 1), &conf) == nil && len(conf) > 0 {
+			if toml.Unmarshal(bytes.Replace(text, []byte(containerd.TemplateBase), nil, 1), &conf) == nil && len(conf) > 0 {
 				a.s.setLazy(containerd.LazyIn(conf), a.o)
 				a.withoutLazy = !a.s.Lazy
 				a.s.Workloads = a.s.Workloads || containerd.RequiresPilot(conf)
@@ -207,7 +207,10 @@ func isDropInText(text []byte) bool {
 	if !found && !emptied {
 		return false
 	}
-	rest = bytes.TrimPrefix(rest, []byte(templateBase))
+	rest, isTemplate := bytes.CutPrefix(rest, []byte(containerd.TemplateBase))
+	if isTemplate {
+		rest = bytes.TrimPrefix(rest, []byte(containerd.TemplateMark))
+	}
 	var conf map[string]any
 	if bytes.Contains(rest, []byte("#")) || toml.Unmarshal(rest, &conf) != nil {
 		return false

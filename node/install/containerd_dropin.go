@@ -204,9 +204,6 @@ func additions(c *containerd.Instance, o Options) (conf map[string]any, mode fs.
 	return conf, mode, nil
 }
 
-// templateBase inserts what k3s writes without a template.
-const templateBase = "{{ template \"base\" . }}\n\n"
-
 // render writes the file's text.
 func (d *candidate) render(conf map[string]any) error {
 	if d.format.Short {
@@ -219,7 +216,7 @@ func (d *candidate) render(conf map[string]any) error {
 	switch {
 	case d.Template:
 		d.Appended = b
-		d.Text = append([]byte(d.header+templateBase), b...)
+		d.Text = append([]byte(d.header+containerd.TemplateBase+containerd.TemplateMark), b...)
 	case d.format.Version == 0:
 		d.Text = append([]byte(d.header+"\n"), b...)
 	default:
