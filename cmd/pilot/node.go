@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -240,13 +239,22 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 	}
 	// Its last commands wait for this installation to end.
 	plan.Close()
-	if err := runOrPrint(now, installCommands(is, install.Pending(o.Host), now)); err != nil {
+	pending := install.Pending(o.Host)
+	restarts, afterwards := installCommands(is, pending, now)
+	if !now {
+		restarts, afterwards = slices.Concat(restarts, afterwards), nil
+	}
+	if err := runOrPrint(now, restarts); err != nil {
 		return false, err
 	}
 	if now {
-		if err := install.Restarted(); err != nil {
+		// Before what may fail: the next installation must not restart anything for it.
+		if err := o.Restarted(pending); err != nil {
 			return false, err
 		}
+	}
+	if err := runOrPrint(now, afterwards); err != nil {
+		return false, err
 	}
 	if is.Lazy != containerd.LazyEnding {
 		return false, nil
@@ -261,36 +269,6 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 	}
 	fmt.Printf("pilot's snapshotter stays for the containers that have it: run \"pilot node install --now\" again once they have ended (%s)\n", use)
 	return false, nil
-}
-
-// installCommands returns the commands that make an installation take effect. pending are the
-// services that have to be restarted. With now, they are run, and may have been run before.
-func installCommands(is install.Installation, pending []string, now bool) []string {
-	commands := []string{"systemctl daemon-reload"}
-	if is.LazyLeft {
-		for _, unit := range []string{install.SnapshotterService, install.LazySocketUnit} {
-			// systemd forgets units that are gone and stopped.
-			if !now || exec.Command("systemctl", "is-active", "--quiet", unit).Run() == nil {
-				commands = append(commands, "systemctl stop "+unit)
-			}
-		}
-	}
-	if !slices.Contains(pending, install.PilotService) {
-		commands = append(commands, "systemctl start "+install.PilotService)
-	}
-	for _, service := range pending {
-		commands = append(commands, "systemctl restart "+service)
-	}
-	if is.Lazy != containerd.LazyOff {
-		// After pilot, and before containerd. It is not restarted: containers may run
-		// from it.
-		commands = slices.Insert(commands, 2, "systemctl start "+install.SnapshotterService)
-		commands = append(commands, thisProgram()+" node forget-images")
-	}
-	if is.LazyLeft {
-		commands = append(commands, removeSnapshots(is))
-	}
-	return commands
 }
 
 func nodeUninstall(ctx context.Context, c *cli.Command) error {
@@ -314,6 +292,10 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 		fmt.Println("nothing is installed")
 		return removeLayerRecord(o, c.Bool("now"), nil)
 	}
+	now := c.Bool("now")
+	if had.LazyPresent() && had.Program && !now && o.Root == "" {
+		return exit.Usagef("nothing was changed: pilot's program is removed too, and is needed afterwards to remove what its snapshotter has left: use --now")
+	}
 	// Files that were changed since are listed at the end.
 	unsure, stays := install.Uninstall(ctx, o)
 	var used *install.LazyInUse
@@ -331,19 +313,11 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if c.String("root") != "" || install.Connected(o) {
 		return stays
 	}
-	// containerd or CRI-O first: until then it uses pilot.
-	commands := []string{"systemctl daemon-reload", "systemctl try-restart " + had.Service}
-	if len(had.Units) > 0 {
-		commands = append(commands, "systemctl stop "+strings.Join(had.Units, " "))
+	isStopped := stopped
+	if !now {
+		isStopped = func(string) bool { return false }
 	}
-	if had.Lazy != containerd.LazyOff || had.LazyLeft {
-		remove := removeSnapshots(had)
-		if o.Force {
-			remove += " --force"
-		}
-		commands = append(commands, remove)
-	}
-	return errors.Join(removeLayerRecord(o, c.Bool("now"), commands), stays)
+	return errors.Join(removeLayerRecord(o, now, uninstallCommands(had, isStopped, o.Force)), stays)
 }
 
 // removeLayerRecord runs commands that stop pilot and all that asks it, and removes pilot's
@@ -352,10 +326,8 @@ func removeLayerRecord(o install.Options, now bool, commands []string) error {
 	if !now {
 		commands = append(commands, o.RemoveLayerRecordCommands()...)
 	}
-	if len(commands) > 0 {
-		if err := runOrPrint(now, commands); err != nil {
-			return err
-		}
+	if err := runOrPrint(now, commands); err != nil {
+		return err
 	}
 	if now {
 		return o.RemoveLayerRecord()
@@ -380,26 +352,6 @@ func nodeArguments(c *cli.Command) error {
 	}
 	if c.Bool("now") && c.String("root") != "" {
 		return exit.Usagef("--now and --root are mutually exclusive: --root is for a machine that does not run")
-	}
-	return nil
-}
-
-// runOrPrint runs commands, or prints them for the user to run.
-func runOrPrint(run bool, commands []string) error {
-	if !run {
-		fmt.Println("now run:")
-	}
-	for _, command := range commands {
-		if !run {
-			fmt.Println("  " + command)
-			continue
-		}
-		words := strings.Fields(command)
-		cmd := exec.Command(words[0], words[1:]...)
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("%s: %w", command, err)
-		}
 	}
 	return nil
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -144,21 +143,4 @@ func lazyUse(ctx context.Context, is install.Installation) (u use) {
 		return nil
 	})
 	return u
-}
-
-// removeSnapshots is the command that removes what pilot's snapshotter has left.
-func removeSnapshots(is install.Installation) string {
-	command := thisProgram() + " snapshotter --remove"
-	if is.Address != "" {
-		command += " --containerd " + is.Address
-	}
-	return command
-}
-
-// thisProgram returns the path of this program.
-func thisProgram() string {
-	if name, err := os.Executable(); err == nil {
-		return name
-	}
-	return "pilot"
 }

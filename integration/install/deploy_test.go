@@ -250,6 +250,21 @@ func TestDeploy(t *testing.T) {
 			}
 			harness.ExpectFailure(t, n.Crictl("pull", encrypted))
 			harness.Output(t, m.Run("ctr", "--namespace", "k8s.io", "images", "list"))
+
+			// Deleted while it pulls lazily: pilot's program goes too.
+			lazy = startPod(m, c, "lazy-again", "registry.example.com/pilot:v2", b.URL(), "--lazy")
+			lazy.ready()
+			pull()
+			c.Set(harness.Object{"uid": "1"}, harness.Object{"uid": "2", "deletionTimestamp": "2026-01-01T00:00:00Z"})
+			lazy.stop()
+			if log := lazy.log(); !strings.Contains(log, "removing pilot from this node") || strings.Contains(log, "no such file") {
+				t.Errorf("the pod of the deleted namespace, which pulled lazily, says: %s", log)
+			}
+			c.Set(harness.Object{"uid": "1"}, harness.Object{"uid": "2"})
+			m.CheckFiles(before)
+			if out := harness.Output(t, m.Run("ls", "-A", "/var/lib/pilot", "/var/lib/pilot/snapshotter")); strings.Contains(out, "layers") || strings.Contains(out, "snapshots") {
+				t.Errorf("left: %s", out)
+			}
 		})
 	}
 }

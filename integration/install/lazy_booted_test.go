@@ -142,6 +142,19 @@ func TestLazyNodeBoots(t *testing.T) {
 	if out := m.Output("pilot", "node", "doctor", "--kek", "team-a"); !strings.Contains(out, "without being pulled") {
 		t.Errorf("doctor, with lazy pulling again: %s", out)
 	}
+	// While what pilot's snapshotter has left can't be removed, only that is tried again.
+	const leftover = "/run/left/rootfs"
+	m.Output("mkdir", "-p", leftover, "/var/lib/pilot/snapshotter/x")
+	m.Output("mount", "-t", "overlay", "overlay", "-o", "lowerdir=/var/lib/pilot/snapshotter/x:/srv", leftover)
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--lazy=false", "--now"), "run/left")
+	containerd := m.PID("containerd")
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--now"), "run/left")
+	if now := m.PID("containerd"); now != containerd || now == "0" {
+		t.Errorf("containerd was restarted: %s, was %s", now, containerd)
+	}
+	m.Output("umount", leftover)
+	m.Output("pilot", "node", "install", "--now")
+	m.Output("pilot", "node", "install", "--lazy", "--now")
 	harness.Output(t, n.Crictl("pull", image))
 	run("--detach", "--snapshotter", "pilot-lazy", image, "ended", "/hello", "pause")
 	ctr("task", "rm", "-f", "ended")
@@ -164,4 +177,20 @@ func TestLazyNodeBoots(t *testing.T) {
 		t.Error("the snapshotter still runs")
 	}
 	harness.Output(t, n.Crictl("pull", image+"-plain"))
+
+	// pilot, or containerd, was stopped before pilot is uninstalled.
+	for _, units := range []string{"pilot.service pilot-diff.socket pilot-keyprovider.socket", "containerd.service"} {
+		m.Output("pilot", "node", "install", "--now")
+		m.Output("systemctl", append([]string{"stop"}, strings.Fields(units)...)...)
+		if units == "containerd.service" {
+			m.Output("rm", "/usr/lib/systemd/system/containerd.service")
+		}
+		m.Output("pilot", "node", "uninstall", "--now")
+		if now := m.PID("pilot"); now != "0" {
+			t.Errorf("%s stopped: pilot still runs", units)
+		}
+		if err := m.Run("test", "-e", "/var/lib/pilot/layers").Run(); err == nil {
+			t.Errorf("%s stopped: the record of layers is left", units)
+		}
+	}
 }

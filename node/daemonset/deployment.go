@@ -39,6 +39,7 @@ type Deployment struct {
 	DaemonSet *DaemonSet
 
 	installed time.Time // when it was last
+	failure   error     // of that
 }
 
 const (
@@ -135,8 +136,9 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 // install installs pilot on the machine.
-func (d *Deployment) install(ctx context.Context) error {
+func (d *Deployment) install(ctx context.Context) (err error) {
 	d.installed = time.Now()
+	defer func() { d.failure = err }()
 	o := install.Options{Host: machine}
 	// Configuration that the removal of a package has left is not an installation.
 	had, err := install.Installed(install.Options{Host: machine, KeepConfig: true})
@@ -170,12 +172,15 @@ func (d *Deployment) renew(ctx context.Context) error {
 	if err := d.refresh(ctx, o); err != nil {
 		return err
 	}
+	if d.failure != nil && time.Since(d.installed) < retryInstall {
+		return d.failure
+	}
 	had, err := install.Installed(o)
 	if err != nil {
 		return err
 	}
 	ends := (had.Lazy == containerd.LazyEnding || had.LazyLeft) && time.Since(d.installed) >= retryEnding
-	if ends || len(install.Pending(o.Host)) > 0 || !install.Intact(o) {
+	if ends || d.failure != nil || len(install.Pending(o.Host)) > 0 || !install.Intact(o) {
 		return d.install(ctx)
 	}
 	return nil

@@ -2,7 +2,6 @@ package install
 
 import (
 	"errors"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -53,5 +52,9 @@ func Pending(h host.Host) []string {
 	return services
 }
 
-// Restarted notes that all [Pending] services were restarted.
-func Restarted() error { return os.RemoveAll(pendingDir) }
+// Restarted notes that [Pending] services were restarted.
+func (o Options) Restarted(services []string) error {
+	err := o.forgive(services)
+	o.removeDirs([]string{pendingDir}) // unless others have to be since
+	return err
+}

@@ -248,9 +248,14 @@ type Installation struct {
 	// has left snapshots.
 	Lazy     containerd.LazyMode
 	LazyLeft bool
+	// Program is true if pilot's program is one of the files.
+	Program bool
 	// Present is true if there is something to uninstall.
 	Present bool
 }
+
+// LazyPresent reports whether pilot's snapshotter is there, or has left snapshots.
+func (i Installation) LazyPresent() bool { return i.Lazy != containerd.LazyOff || i.LazyLeft }
 
 // Installed returns what a machine's record says.
 func Installed(o Options) (Installation, error) {
@@ -266,6 +271,7 @@ func Installed(o Options) (Installation, error) {
 		if f.Path == crioDropIn {
 			i.Service = crio.Service
 		}
+		i.Program = i.Program || f.Link == "" && filepath.Base(f.Path) == "pilot"
 		i.Present = i.Present || !o.keeps(f)
 	}
 	return i, err
