@@ -395,10 +395,16 @@ func TestNodeUninstallKeepsChangedFiles(t *testing.T) {
 	before := harness.Read(t, conf)
 	harness.Output(t, m.Pilot("node", "install", "--broker", "https://copilot.example.com"))
 	harness.Write(t, conf, harness.Read(t, conf)+"# mine\n")
+	if err := os.Chmod(conf, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	harness.Write(t, m.Root+"/etc/pilot/pilot.toml", "broker = 'https://other.example.com'\n")
 	harness.ExpectFailure(t, m.Pilot("node", "uninstall"), "/etc/pilot/pilot.toml was changed since it was installed, and stays")
 	if got := harness.Read(t, conf); got != before+"# mine\n" {
 		t.Errorf("containerd's configuration: %s", got)
+	}
+	if info, err := os.Stat(conf); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("containerd's configuration has %v, %v", info.Mode(), err)
 	}
 	if _, err := os.Stat(m.Root + "/etc/containerd/conf.d/pilot.toml"); err == nil {
 		t.Error("the drop-in is left")

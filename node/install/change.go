@@ -20,6 +20,8 @@ type Change struct {
 	Mode fs.FileMode
 	// Remove is true if a file of an earlier installation is removed.
 	Remove bool
+
+	oldMode fs.FileMode // before it was made
 }
 
 // Diff returns the change as a unified diff.
@@ -85,7 +87,7 @@ func (c Change) revert(o Options) error {
 		return o.Symlink(c.Link, c.Path)
 	}
 	if c.Old != nil {
-		return o.WriteFile(c.Path, c.Old, c.Mode)
+		return o.WriteFile(c.Path, c.Old, c.oldMode)
 	}
 	return host.IgnoreNotExist(o.RemoveLink(c.Path))
 }

@@ -315,6 +315,7 @@ func (p *Plan) apply(ctx context.Context, restart []string) error {
 	}
 	var made []Change
 	for _, c := range p.Changes {
+		c.oldMode = p.options.modeOf(c.Path, c.Mode)
 		if err = c.make(p.options); err != nil {
 			err = fmt.Errorf("%s: %w", c.Path, err)
 			var fixed host.ImmutableError

@@ -171,21 +171,31 @@ func (s *record) undo(o Options, f installed) error {
 	if err != nil {
 		return err
 	}
+	mode := o.modeOf(f.Path, f.Mode)
 	switch {
 	case f.Before != nil && bytes.Equal(has, f.Before):
 		return nil
 	case f.is(has) && f.Before == nil:
 		return named(f.Path, o.Remove(f.Path))
 	case f.is(has):
-		return named(f.Path, o.WriteFile(f.Path, f.Before, f.Mode))
+		return named(f.Path, o.WriteFile(f.Path, f.Before, mode))
 	case f.Inserted != "" && bytes.Contains(has, []byte(f.Inserted)):
-		return named(f.Path, o.WriteFile(f.Path, bytes.Replace(has, []byte(f.Inserted), nil, 1), f.Mode))
+		return named(f.Path, o.WriteFile(f.Path, bytes.Replace(has, []byte(f.Inserted), nil, 1), mode))
 	case f.Inserted != "" && !bytes.Contains(has, imported(f.Inserted)):
 		return nil // it was removed
 	case f.Inserted != "":
 		return fmt.Errorf("%s was changed since pilot was installed, and stays: remove %s from its imports yourself", f.Path, imported(f.Inserted))
 	}
 	return fmt.Errorf("%s was changed since it was installed, and stays: remove it yourself if it is not needed", f.Path)
+}
+
+// modeOf returns the permissions that a file has now, or others if there is none. Its owner
+// may have changed them since it was installed.
+func (o Options) modeOf(path string, others fs.FileMode) fs.FileMode {
+	if info, err := o.Stat(path); err == nil {
+		return info.Mode().Perm()
+	}
+	return others
 }
 
 // named returns err with the path that it is about, or nil.

@@ -124,7 +124,7 @@ func (s *record) disconnect(ctx context.Context, o Options) error {
 		}
 	}
 	for _, f := range append(files, plugins...) {
-		was := Change{Path: f.Path, Mode: f.Mode}
+		was := Change{Path: f.Path, Mode: o.modeOf(f.Path, f.Mode)}
 		if was.Old, err = o.ReadFile(f.Path); err != nil {
 			continue // it is gone, or undo reports why it can't be read
 		}
