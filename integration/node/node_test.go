@@ -152,6 +152,12 @@ func TestNodeInstallsAgainOverChanges(t *testing.T) {
 		if got := harness.Read(t, m.Root+"/etc/pilot/pilot.toml"); !strings.Contains(got, `containerd = "/run/other.sock"`) {
 			t.Errorf("pilot.toml: %s", got)
 		}
+		// The default one again.
+		harness.Write(t, m.Root+conf, "version = 3\n")
+		harness.Output(t, m.Pilot("node", "install"))
+		if got := harness.Read(t, m.Root+"/etc/pilot/pilot.toml"); strings.Contains(got, "containerd = ") {
+			t.Errorf("pilot.toml: %s", got)
+		}
 	})
 	t.Run("newer containerd", func(t *testing.T) {
 		m := harness.Machines()["1.6"](t)

@@ -72,6 +72,9 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) e
 		return err
 	}
 	ends := map[string]string{} // settings to remove, with the reason
+	if had := containerd.SocketPath(wanted["containerd"]); c.UsesDiffer() && settings["containerd"] == "" && had != "" && !containerd.SameSocket(had, c.Socket()) && !host.SameFile(had, c.Socket()) {
+		ends["containerd"] = "containerd listens at " + c.Socket()
+	}
 	if c.Lazy == containerd.LazyOff && (before.Lazy || before.LazyEnding) && wanted["lazy-listen"] == "unix://"+LazySocket {
 		ends["lazy-listen"] = "lazy pulling is being switched off"
 	}

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/host"
 )
 
@@ -32,6 +33,44 @@ func TestPilotFindsRootsCredentials(t *testing.T) {
 	unit, err := unitFiles.ReadFile("units/" + PilotService)
 	if err != nil || !strings.Contains(string(unit), "\nEnvironment=HOME=/root\n") || strings.Contains(string(unit), "\nUser=") {
 		t.Errorf("%v in\n%s", err, unit)
+	}
+}
+
+// TestPilotConfigForgetsAContainerdThatIsGone has a node whose containerd listened elsewhere.
+func TestPilotConfigForgetsAContainerdThatIsGone(t *testing.T) {
+	const k3s = "/run/k3s/containerd/containerd.sock"
+	installed := record{Files: []installed{{Path: pilotConfig}}}
+	for name, test := range map[string]struct {
+		before    record
+		had, now  string
+		want, err string
+	}{
+		"gone":       {before: installed, had: k3s},
+		"another":    {before: installed, had: k3s, now: "/run/other.sock", want: "/run/other.sock"},
+		"as it is":   {before: installed, had: k3s, now: k3s, want: k3s},
+		"the same":   {before: installed, had: "/var/run/containerd/containerd.sock", want: "/var/run/containerd/containerd.sock"},
+		"an owner's": {had: k3s, err: "containerd is set, and containerd listens at " + containerd.DefaultAddress},
+	} {
+		o := Options{Host: host.Host{Root: t.TempDir()}}
+		text := newPilotConfig(map[string]string{"containerd": test.had}, true)
+		write(t, o, pilotConfig, string(text), 0o644)
+		if f := test.before.file(pilotConfig); f != nil {
+			f.SHA256 = hash(text)
+		}
+		p := &Plan{options: o}
+		c := &containerd.Instance{Target: containerd.Target{Address: test.now}, Major: 2}
+		err := p.pilotConfig(c, test.before, "")
+		if (err != nil) != (test.err != "") || err != nil && !strings.Contains(err.Error(), test.err) {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if len(p.Changes) > 0 {
+			text = p.Changes[0].New
+		}
+		want := newPilotConfig(map[string]string{"containerd": test.want}, true)
+		if err == nil && string(text) != string(want) {
+			t.Errorf("%s: %s", name, text)
+		}
 	}
 }
 
