@@ -287,12 +287,21 @@ func TestNodeWithReadOnlyTmp(t *testing.T) {
 	m.CheckFiles(before)
 }
 
-// requiresWhatIsThere checks that containerd requires pilot's NRI plugin only if that is
-// there: else it creates no container.
+// requiresWhatIsThere checks that containerd asks pilot only if something starts that: else it
+// pulls nothing. It requires pilot's NRI plugin only if that is there: else it creates no
+// container.
 func requiresWhatIsThere(t *testing.T, m *harness.Machine) {
 	t.Helper()
 	b, err := os.ReadFile(m.Root + "/etc/containerd/conf.d/pilot.toml")
-	if err != nil || !strings.Contains(string(b), "required_plugins") {
+	if err != nil {
+		return
+	}
+	for _, path := range []string{"multi-user.target.wants/pilot.service", "containerd.service.d/pilot.conf"} {
+		if _, err := os.Lstat(m.Root + "/etc/systemd/system/" + path); err != nil {
+			t.Error(err)
+		}
+	}
+	if !strings.Contains(string(b), "required_plugins") {
 		return
 	}
 	if _, err := os.Stat(m.Root + nriPlugin); err != nil {

@@ -52,6 +52,7 @@ func (p *Plan) forCRIO(before record) error {
 	if forCRIO > 0 {
 		p.Restart = append(p.Restart, crio.Service)
 	}
+	p.startFirst(forCRIO)
 	return nil
 }
 

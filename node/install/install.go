@@ -215,7 +215,22 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 	if forContainerd > 0 {
 		p.Restart = append(p.Restart, c.Service)
 	}
+	p.startFirst(forContainerd)
 	return p, nil
+}
+
+// startFirst moves new files that start pilot before the first asking changes, which make
+// containerd or CRI-O ask it, so that nothing asks in vain if this is killed in between.
+func (p *Plan) startFirst(asking int) {
+	var first, last []Change
+	for _, c := range p.Changes[asking:] {
+		if c.Old == nil && !c.Remove {
+			first = append(first, c)
+		} else {
+			last = append(last, c)
+		}
+	}
+	p.Changes = slices.Concat(first, p.Changes[:asking], last)
 }
 
 // look finds the machine's containerd, and examines it.
