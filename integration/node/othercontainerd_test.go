@@ -95,6 +95,7 @@ func TestNodeFollowsRunningContainerd(t *testing.T) {
 // k3s stands in for k3s's agent: it makes containerd's configuration, from a template if
 // there is one, and starts its containerd.
 const k3s = `#!/bin/sh
+if [ "$1" = --version ]; then echo "k3s version v1.30.1+k3s1 (0123abcd)"; exit; fi
 cd /var/lib/rancher/k3s/agent/etc/containerd
 for t in config-v3.toml.tmpl; do
 	if [ -e $t ]; then sed -e '/{{ template "base" . }}/{r base.toml
@@ -185,6 +186,41 @@ func TestNodeRefusals(t *testing.T) {
 			m.CheckFiles(before)
 		})
 	}
+	t.Run("k3s with an early template", func(t *testing.T) {
+		m := harness.Machines()["2.2.9"](t)
+		const dir, program = "/var/lib/rancher/k3s/agent/etc/containerd/", "/usr/local/bin/k3s"
+		harness.Write(t, m.Root+dir+"config.toml", strings.ReplaceAll(harness.Read(t, "../testdata/nodes/v3-k3s.toml"), "imports =", "#"))
+		version := func(v string) {
+			harness.Write(t, m.Root+program, "#!/bin/sh\necho k3s version "+v+"\n")
+			os.Chmod(m.Root+program, 0o755)
+		}
+		before := m.Files()
+		install := []string{"node", "install", "--containerd-config", dir + "config.toml"}
+		version("v1.27.4+k3s1")
+		harness.ExpectFailure(t, m.Pilot(install...), "k3s v1.27.4 can't extend its own template", "upgrade it")
+		m.CheckFiles(before)
+		if _, err := os.Stat(m.Root + dir + "config-v3.toml.tmpl"); err == nil {
+			t.Error("the template is there")
+		}
+		version("v1.27.5+k3s1")
+		harness.Output(t, m.Pilot(install...))
+		if _, err := os.Stat(m.Root + dir + "config-v3.toml.tmpl"); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("k3s with a template of its owner's", func(t *testing.T) {
+		m := harness.Machines()["2.2.9"](t)
+		const dir = "/var/lib/rancher/k3s/agent/etc/containerd/"
+		base := strings.ReplaceAll(harness.Read(t, "../testdata/nodes/v3-k3s.toml"), "imports =", "#")
+		const lines = "[proxy_plugins.pilot]\n  type = 'diff'\n  address = '/run/pilot/diff.sock'\n"
+		for _, added := range []string{"", lines} {
+			harness.Write(t, m.Root+dir+"config-v3.toml.tmpl", "{{ template \"base\" . }}\n"+added)
+			harness.Write(t, m.Root+dir+"config.toml", base+added)
+			before := m.Files()
+			harness.ExpectFailure(t, m.Pilot("node", "install", "--containerd-config", dir+"config.toml"), "config-v3.toml.tmpl", "set pilot up by hand")
+			m.CheckFiles(before)
+		}
+	})
 	t.Run("k3s stopped", func(t *testing.T) {
 		m := harness.Machines()["2.2.9"](t)
 		os.Remove(m.Root + "/usr/bin/containerd")

@@ -123,9 +123,15 @@ func (s search) ofProcess(p *host.Process) (*Target, error) {
 // lasting returns a path of the program that stays valid when k3s or RKE2 is upgraded:
 // they unpack each version into a directory of its own.
 func lasting(program string) string {
-	dir := filepath.Dir(filepath.Dir(program))
-	if current := filepath.Join(filepath.Dir(dir), "current", "bin", filepath.Base(program)); filepath.Base(filepath.Dir(dir)) == "data" && host.SameFile(current, program) {
-		return current
+	name, data := filepath.Base(program), filepath.Dir(filepath.Dir(filepath.Dir(program)))
+	if filepath.Base(data) != "data" {
+		return program
+	}
+	// k3s has the link data/current, and RKE2 has bin beside data.
+	for _, link := range []string{filepath.Join(data, "current", "bin", name), filepath.Join(filepath.Dir(data), "bin", name)} {
+		if host.SameFile(link, program) {
+			return link
+		}
 	}
 	return program
 }
@@ -177,7 +183,9 @@ func FromUnit(h host.Host, n Named) (*Target, error) {
 // FindAgain returns a containerd that was found before, as it is now: its unit may start
 // another program, or the program may have moved.
 func FindAgain(h host.Host, t Target) (*Target, error) {
-	t.Distribution = DistributionAt(h, t.Config, "")
+	// Its data directory, and so the path of its configuration, may be anywhere, but its
+	// service has the name of its process.
+	t.Distribution = DistributionAt(h, t.Config, strings.TrimSuffix(t.Service, ".service"))
 	program, config := StartedBy(h, t.Service)
 	if program != "" && config == t.Config {
 		t.Program = program

@@ -2,6 +2,7 @@ package containerd
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -58,6 +59,46 @@ func TestRunningContainerdIsChosen(t *testing.T) {
 		var conflict *host.Conflict
 		if got != test.want || errors.As(err, &conflict) != test.refuses {
 			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+// TestProgramLastsOverUpgrades has programs as k3s and RKE2 unpack them.
+func TestProgramLastsOverUpgrades(t *testing.T) {
+	for name, links := range map[string]map[string]string{
+		"data/current/bin/containerd": {"data/current": "v1"},
+		"bin/containerd":              {"bin": "data/v1/bin"},
+		"data/v1/bin/containerd":      nil,
+	} {
+		dir := t.TempDir()
+		program := filepath.Join(dir, "data/v1/bin/containerd")
+		if err := os.MkdirAll(filepath.Dir(program), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(program, nil, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for link, to := range links {
+			if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := lasting(program); got != filepath.Join(dir, name) {
+			t.Errorf("%s, want %s", got, name)
+		}
+	}
+}
+
+func TestDistributionIsFoundAgainByItsService(t *testing.T) {
+	h := host.Host{Root: t.TempDir()}
+	program := filepath.Join(h.Root, "containerd")
+	if err := os.WriteFile(program, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for service, want := range map[string]string{"k3s.service": k3s, "k3s-agent.service": k3s, "rke2-server.service": rke2, Service: ""} {
+		got, err := FindAgain(h, Target{Program: "/containerd", Config: "/mnt/disk/agent/etc/containerd/config.toml", Service: service})
+		if err != nil || got.Name != want || got.Template != (want != "") {
+			t.Errorf("%s: %+v, %v", service, got, err)
 		}
 	}
 }

@@ -30,30 +30,6 @@ type DropIn struct {
 	Appended []byte
 }
 
-const (
-	// TemplateBase inserts what k3s and RKE2 write without a template.
-	TemplateBase = "{{ template \"base\" . }}\n\n"
-	// TemplateMark begins what pilot's template adds after that.
-	TemplateMark = "# pilot's lines:\n"
-)
-
-// takeOutTemplate takes what pilot's template has added out of the main file, which k3s and
-// RKE2 have written by it when they started last.
-func (c *Instance) takeOutTemplate(h host.Host) {
-	if text, _, marked := bytes.Cut(c.Files.Text, []byte("\n"+TemplateMark)); marked {
-		c.Files.Text = text
-		return
-	}
-	// Earlier versions of pilot set no mark.
-	for _, path := range c.Ours {
-		text, err := h.ReadFile(path)
-		_, added, isTemplate := bytes.Cut(text, []byte(TemplateBase))
-		if err == nil && isTemplate && len(added) > 0 {
-			c.Files.Text = bytes.Replace(c.Files.Text, added, nil, 1)
-		}
-	}
-}
-
 // Trial returns containerd's effective configuration as it would be with a drop-in, or
 // without pilot's if d is nil. It changes no file that containerd reads: containerd dumps
 // a copy of its main file with the same imports.

@@ -18,6 +18,9 @@ import (
 // pilot, and the import of it if containerd's main file has none.
 func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 	c := p.containerd
+	if err := p.checkTemplate(before); err != nil {
+		return err
+	}
 	d, expected, err := newDropIn(ctx, c, p.options, p.onlyNRI)
 	if err != nil {
 		return err
@@ -55,6 +58,19 @@ func (p *Plan) containerdFiles(ctx context.Context, before record) error {
 	p.Changes = append(p.Changes, Change{Path: c.Config, Old: c.Files.Text, New: []byte(edited), Mode: mode})
 	p.inserted[c.Config] = inserted
 	return nil
+}
+
+// checkTemplate returns a [host.Conflict] if k3s or RKE2 has a template of its owner's.
+func (p *Plan) checkTemplate(before record) error {
+	c, d := p.containerd, candidates(p.containerd)[0]
+	if !d.Template {
+		return nil
+	}
+	text, err := p.options.ReadFile(d.Path)
+	if f := before.file(d.Path); err != nil || f != nil && f.is(text) {
+		return host.IgnoreNotExist(err)
+	}
+	return &host.Conflict{Where: d.Path, What: fmt.Sprintf("it is not as pilot wrote it, and this version of %s reads no other file", c.Name), Fix: fmt.Sprintf("upgrade %s to a version since February 2026, or set pilot up by hand, as docs/k3s.md shows", c.Name)}
 }
 
 // The names of pilot's drop-in. The second is read after other tools' files, whose lists

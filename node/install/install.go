@@ -170,6 +170,9 @@ func NewPlan(ctx context.Context, o Options) (_ *Plan, err error) {
 		return nil, err
 	}
 	p.containerd = c
+	if err := c.CheckTemplate(ctx, o.Host); err != nil {
+		return nil, err
+	}
 	if err := p.checkLazy(); err != nil {
 		return nil, err
 	}

@@ -37,3 +37,19 @@ func TestWhatATemplateHasAddedIsTakenOut(t *testing.T) {
 		}
 	}
 }
+
+func TestVersionsWithoutBaseTemplateAreRecognized(t *testing.T) {
+	for text, want := range map[string]string{
+		"k3s version v1.27.4+k3s1 (36645e73)\ngo version go1.20.6\n": "v1.27.4",
+		"k3s version v1.27.5+k3s1 (8d074ecb)\ngo version go1.20.7\n": "",
+		"k3s version v1.28.0-rc1+k3s1 (x)\n":                         "v1.28.0",
+		"rke2 version v1.23.17+rke2r1 (x)\ngo version go1.19\n":      "v1.23.17",
+		"rke2 version v1.24.17+rke2r1 (x)\n":                         "",
+		"k3s version v1.36.1+k3s1 (x)\n":                             "",
+		"k3s version dev (HEAD)\n":                                   "",
+	} {
+		if got := withoutBase(text); got != want {
+			t.Errorf("%q: %q", text, got)
+		}
+	}
+}
