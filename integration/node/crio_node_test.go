@@ -18,8 +18,9 @@ func TestCRIONodeConflicts(t *testing.T) {
 		"ocicrypt.conf":    {"etc/pilot/ocicrypt.conf", `{"key-providers": {}}`, "/etc/pilot/ocicrypt.conf: it has no key provider pilot"},
 		"pilot.toml":       {"etc/pilot/pilot.toml", "diff-listen = 'unix:///run/pilot/diff.sock'\n", `/etc/pilot/pilot.toml: diff-listen is "unix:///run/pilot/diff.sock", not "off": change it there`},
 
-		"same variable": {"etc/sysconfig/crio", "#OCICRYPT_KEYPROVIDER_CONFIG=/x\nOCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf\n", ""},
-		"own settings":  {"etc/pilot/pilot.toml", "broker = 'https://copilot.example.com'\ndiff-listen = 'off'\n", ""},
+		"same variable":             {"etc/sysconfig/crio", "#OCICRYPT_KEYPROVIDER_CONFIG=/x\nOCICRYPT_KEYPROVIDER_CONFIG=/etc/pilot/ocicrypt.conf\n", ""},
+		"a containerd that is gone": {"etc/containerd/config.toml", "version = 2\n", ""},
+		"own settings":              {"etc/pilot/pilot.toml", "broker = 'https://copilot.example.com'\ndiff-listen = 'off'\n", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := harness.NewCRIOMachine(t)

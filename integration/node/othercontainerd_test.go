@@ -228,6 +228,14 @@ func TestNodeRefusals(t *testing.T) {
 		harness.Write(t, m.Root+"/etc/systemd/system/k3s.service", "[Service]\nExecStart=/usr/local/bin/k3s server\n")
 		harness.ExpectFailure(t, m.Pilot("node", "install"), "k3s: its containerd does not run: start k3s")
 	})
+	t.Run("k3s stopped beside another", func(t *testing.T) {
+		m := harness.Machines()["2.2.9"](t)
+		harness.Write(t, m.Root+"/etc/systemd/system/k3s.service", "[Service]\nExecStart=/usr/local/bin/k3s server\n")
+		before := m.Files()
+		harness.ExpectFailure(t, m.Run("pilot", "node", "install"), "k3s: its containerd does not run: start k3s", "--containerd-config")
+		m.CheckFiles(before)
+		harness.Output(t, m.Run("pilot", "node", "install", "--containerd-config", "/etc/containerd/config.toml"))
+	})
 }
 
 // TestNodeRepairsDropInOfEarlierVersion repairs the drop-in of an earlier version, with which containerd

@@ -55,6 +55,10 @@ func Find(h host.Host, n Named) (*Target, error) {
 		if p != nil {
 			return s.ofProcess(p)
 		}
+		// One that is stopped beside it is not the kubelet's.
+		if d, service := stoppedDistribution(s.Host); service != "" && n == (Named{}) {
+			return nil, notStarted(d)
+		}
 	}
 	return FromUnit(h, n)
 }
@@ -79,7 +83,8 @@ func (s search) choose(found []*host.Process) (*host.Process, error) {
 	}
 	if len(named) > 1 {
 		// The kubelet uses the one that belongs to a Kubernetes distribution.
-		if bundled := slices.DeleteFunc(slices.Clone(named), func(p *host.Process) bool { return distributionOf(p).Name == "" }); len(bundled) == 1 {
+		isOther := func(p *host.Process) bool { d := distributionOf(p); return d.Name == "" || d.refusal != nil }
+		if bundled := slices.DeleteFunc(slices.Clone(named), isOther); len(bundled) == 1 {
 			return bundled[0], nil
 		}
 		return nil, &host.Conflict{Where: describe(named), What: "more than one containerd runs", Fix: "name the one to set up with --containerd-address"}
@@ -173,11 +178,15 @@ func FromUnit(h host.Host, n Named) (*Target, error) {
 	t.Program = s.LookPathIn(name, s.SearchPath())
 	if t.Program == "" {
 		if d, service := stoppedDistribution(s.Host); service != "" {
-			return nil, &host.Conflict{Where: d.Name, What: "its containerd does not run", Fix: "start " + d.Name + ", and run this again"}
+			return nil, notStarted(d)
 		}
 		return nil, fmt.Errorf("there is no %s in %s: install containerd, or name its program with --containerd-binary", name, strings.Join(s.SearchPath(), ", "))
 	}
 	return t, nil
+}
+
+func notStarted(d Distribution) error {
+	return &host.Conflict{Where: d.Name, What: "its containerd does not run", Fix: "start " + d.Name + ", and run this again, or name another containerd with --containerd-config"}
 }
 
 // FindAgain returns a containerd that was found before, as it is now: its unit may start

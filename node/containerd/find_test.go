@@ -38,6 +38,7 @@ func TestRunningContainerdIsChosen(t *testing.T) {
 	own := &host.Process{PID: 10, Program: "/usr/bin/containerd", Unit: "containerd.service"}
 	elsewhere := &host.Process{PID: 11, Program: "/usr/bin/containerd", Args: []string{"--config", "/opt/c.toml"}}
 	ofK3s := &host.Process{PID: 12, Program: "/data/bin/containerd", Args: []string{"-c", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"}, Unit: "k3s.service", Parent: "k3s-agent"}
+	ofDocker := &host.Process{PID: 13, Program: "/usr/bin/containerd", Args: []string{"--config", "/var/run/docker/containerd/containerd.toml"}, Unit: "docker.service", Parent: "dockerd"}
 	for name, test := range map[string]struct {
 		named   Named
 		found   []*host.Process
@@ -51,6 +52,8 @@ func TestRunningContainerdIsChosen(t *testing.T) {
 		"the default named":    {named: Named{Config: DefaultConfig}, found: []*host.Process{own, elsewhere}, want: own},
 		"another named":        {named: Named{Config: "/x.toml"}, found: []*host.Process{own}, refuses: true},
 		"k3s beside another":   {found: []*host.Process{own, ofK3s}, want: ofK3s},
+		"Docker's":             {found: []*host.Process{own, ofDocker}, refuses: true},
+		"k3s and Docker's":     {found: []*host.Process{own, ofDocker, ofK3s}, want: ofK3s},
 		"nobody listens":       {named: Named{Address: filepath.Join(t.TempDir(), "s")}, found: []*host.Process{own}},
 		"another program":      {named: Named{Binary: "/bin/true"}, found: []*host.Process{own}, refuses: true},
 		"a name is no program": {named: Named{Binary: "containerd"}, found: []*host.Process{own}, want: own},

@@ -34,7 +34,9 @@ const (
 // PullsImages reports whether a machine has CRI-O and no containerd, and the user has
 // named none.
 func PullsImages(h host.Host, n containerd.Named) bool {
-	if n != (containerd.Named{}) || h.Has(containerd.DefaultConfig) || h.Root == "" && h.Has(containerd.DefaultAddress) || h.LookPath("containerd") != "" {
+	// containerd's configuration may stay when it is removed.
+	program, _ := containerd.StartedBy(h, containerd.Service)
+	if n != (containerd.Named{}) || program != "" || h.Root == "" && h.Has(containerd.DefaultAddress) || h.LookPath("containerd") != "" {
 		return false
 	}
 	return h.Root == "" && h.Has(Socket) || h.HasUnit(Service)

@@ -6,7 +6,39 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
 )
+
+// TestCRIOPullsWhereContainerdIsGone has machines with crio.service, and what a containerd has
+// left.
+func TestCRIOPullsWhereContainerdIsGone(t *testing.T) {
+	const unit, program = "usr/lib/systemd/system/containerd.service", "opt/containerd/bin/containerd"
+	for name, test := range map[string]struct {
+		files []string
+		want  bool
+	}{
+		"none":                    {nil, true},
+		"its configuration":       {[]string{"etc/containerd/config.toml"}, true},
+		"its unit":                {[]string{"etc/containerd/config.toml", unit}, true},
+		"its unit and program":    {[]string{unit, program}, false},
+		"its program in the PATH": {[]string{"usr/bin/containerd"}, false},
+	} {
+		h := host.Host{Root: t.TempDir()}
+		for _, file := range append(test.files, "usr/lib/systemd/system/crio.service") {
+			if err := os.MkdirAll(filepath.Dir(filepath.Join(h.Root, file)), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(h.Root, file), []byte("[Service]\nExecStart=/"+program+"\n"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := PullsImages(h, containerd.Named{}); got != test.want {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+}
 
 // TestCRIOKeysDoNotBlock checks a decryption_keys_path with files that CRI-O would block
 // on or read into memory.
