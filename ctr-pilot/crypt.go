@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/ctrlplane/pilot/image"
 	"github.com/ctrlplane/pilot/image/transport"
 )
@@ -22,7 +24,7 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 	opts.Progress = progress.add
 	earlier := func(ctx context.Context) (earlierImage, error) {
 		var replaced *transport.Name
-		if j.replaced != "" && j.replaced != j.desc.Digest { // which takes --force
+		if j.replaced.Digest != "" && j.replaced.Digest != j.desc.Digest { // which takes --force
 			replaced = &to
 		}
 		return p.earlier(ctx, replaced, j.Take)
@@ -50,27 +52,35 @@ func (p *places) crypt(ctx context.Context, verb string, from, to transport.Name
 		return err
 	}
 	if verb == "encrypt" {
-		j.warnKept(ctx)
+		if what := j.stillReadable(ctx); what != "" {
+			fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: %s\n", what)
+		}
 	}
 	return report(p.cmd, verb, toName, result, done)
 }
 
-// warnKept says that the readable image is still where its name was given to the
-// encrypted one: only the name is gone. An image that only got recipients was not readable.
-func (j *job) warnKept(ctx context.Context) {
-	inRegistry := j.from == j.to && j.to.Transport == transport.Registry
-	inDirectory := j.from.Transport == transport.OCI && j.to.Transport == transport.OCI && sameFile(j.from.Path, j.to.Path)
-	if !inRegistry && !inDirectory {
-		return
+// stillReadable says that a readable image is still where its name was given to the encrypted
+// one: only the name is gone. It returns "" if there is none: an image that only got recipients
+// was not readable.
+func (j *job) stillReadable(ctx context.Context) string {
+	var kept []ocispec.Descriptor
+	if j.replaced.Digest != "" && (j.to.Transport == transport.Registry || j.to.Transport == transport.OCI) {
+		kept = append(kept, j.replaced)
 	}
-	if plain, err := image.Inspect(ctx, j, j.desc, image.Options{}); err == nil && len(image.NotEncrypted(plain)) == 0 {
-		return
+	if j.from.Transport == transport.OCI && j.to.Transport == transport.OCI && sameFile(j.from.Path, j.to.Path) {
+		kept = append(kept, j.desc)
 	}
-	if inRegistry {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, as %s, until the registry deletes it\n", j.desc.Digest)
-	} else {
-		fmt.Fprintf(os.Stderr, "ctr-pilot: stays readable: the previous image, whose blobs are still in %s: encrypt into another directory to publish it\n", j.to.Path)
+	for _, desc := range kept {
+		plain, err := image.Inspect(ctx, transport.NewPair(j.target, nil), desc, image.Options{})
+		switch {
+		case err == nil && len(image.NotEncrypted(plain)) == 0:
+		case j.to.Transport == transport.Registry:
+			return fmt.Sprintf("the previous image, as %s, until the registry deletes it", desc.Digest)
+		default:
+			return fmt.Sprintf("the previous image, whose blobs are still in %s: encrypt into another directory to publish it", j.to.Path)
+		}
 	}
+	return ""
 }
 
 func sameFile(a, b string) bool {

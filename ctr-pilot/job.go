@@ -24,7 +24,7 @@ type job struct {
 	target   transport.Target
 	desc     ocispec.Descriptor // what from stands for
 	before   *digest.Digest     // what to stands for, or nil if it is replaced in any case
-	replaced digest.Digest      // what to stands for, or empty
+	replaced ocispec.Descriptor // what to stands for, or none
 
 	converted *image.Converted // what desc became with --estargz, or nil
 }
@@ -100,7 +100,7 @@ func (j *job) check(ctx context.Context, force bool) error {
 	case err != nil && !errdefs.IsAlreadyExists(err) && !errdefs.IsNotFound(err):
 		return fmt.Errorf("%s: %w", j.to, err)
 	}
-	j.replaced = before.Digest
+	j.replaced = before
 	if !force {
 		j.before = &before.Digest
 	}
