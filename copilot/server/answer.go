@@ -7,8 +7,8 @@ import (
 	"github.com/ctrlplane/pilot/copilot/server/auditing"
 )
 
-// raw is an answer that is a key, in the original's API. It is cleared once it is
-// written.
+// raw is an answer that is a key, in the original's API, or the audit log's. It is cleared
+// once it is written.
 type raw []byte
 
 // secret is an answer that is JSON already, and holds a key. It is cleared once it is

@@ -48,7 +48,7 @@ func (a *api) handler() http.Handler {
 	if a.owner {
 		mux.Handle("GET /metrics", a.metrics.handler())
 		mux.HandleFunc("GET "+auditHeadsPath, a.auditHeads)
-		mux.HandleFunc("GET "+auditKeyPath, a.auditKey)
+		mux.Handle("GET "+auditKeyPath, a.chain(route{action: "audit-key", handle: a.auditKey}))
 		mux.Handle("GET "+masterPath, a.chain(route{action: "master-status", handle: a.masterStatus}))
 		mux.HandleFunc("GET "+masterPath+"/rotation", a.rotationStatus)
 		mux.Handle("POST "+masterPath+"/rotate", a.chain(route{action: "master-rotate", handle: a.rotateMaster}))

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/ctrlplane/pilot/copilot/audit"
+	"github.com/ctrlplane/pilot/copilot/keystore"
 	"github.com/ctrlplane/pilot/copilot/server"
 )
 
@@ -105,6 +106,22 @@ func TestRequestsThatNoPathTakesAreAudited(t *testing.T) {
 	defer keys.Close()
 	if list, err := keys.List(t.Context()); err != nil || len(list) != 3 {
 		t.Errorf("%d KEKs are left, want 3: %v", len(list), err)
+	}
+}
+
+// TestAuditKeyIsNotGivenOutUnnoticed gets the audit log's key on the admin socket.
+func TestAuditKeyIsNotGivenOutUnnoticed(t *testing.T) {
+	dir := t.TempDir()
+	serve(t, dir, server.Config{})
+	want, err := keystore.AuditKey(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status, key := request(t, filepath.Join(dir, "admin.sock"), "GET", "/audit/key", ""); status != 200 || key != string(want) {
+		t.Errorf("%d, %d bytes", status, len(key))
+	}
+	if e := lastAudited(t, dir); e.Action != "audit-key" || e.Verdict != audit.Allowed || e.Who != fmt.Sprintf("uid:%d", os.Getuid()) {
+		t.Errorf("audited %+v", e)
 	}
 }
 

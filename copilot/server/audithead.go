@@ -15,6 +15,7 @@ import (
 
 	"github.com/ctrlplane/pilot/copilot/audit"
 	"github.com/ctrlplane/pilot/copilot/keystore"
+	"github.com/ctrlplane/pilot/copilot/server/auditing"
 )
 
 // noteInterval is how often a new last line of the audit log is recorded in the store.
@@ -183,16 +184,9 @@ func AuditHeads(ctx context.Context, conf Config) ([]keystore.AuditHead, error) 
 // open a store that is a file while it is in use.
 const auditKeyPath = "/audit/key"
 
-// auditKey handles requests for the audit log's key, by those who can read the store.
-func (b *broker) auditKey(w http.ResponseWriter, _ *http.Request) {
-	if !b.opened.Load() {
-		http.Error(w, b.notOpen().Error(), http.StatusServiceUnavailable)
-		return
-	}
-	key := b.keks.Store.AuditKey()
-	defer clear(key)
-	w.Header().Set("Content-Type", "application/octet-stream")
-	w.Write(key)
+// auditKey returns the audit log's key, to those who can read the store.
+func (a *api) auditKey(*http.Request, *auditing.Entry) (any, error) {
+	return raw(a.keks.Store.AuditKey()), nil
 }
 
 // AuditKey returns the key that authenticates the audit log: from the master key's file, or
