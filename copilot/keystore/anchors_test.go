@@ -154,7 +154,7 @@ func TestSweepGoesOnAfterWhatIsBad(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.now = func() time.Time { return at.Add(time.Second) }
-		if err := s.Sweep(ctx, func(KEK) error { return nil }); err == nil {
+		if err := s.Sweep(ctx, func(KEK, []int) error { return nil }); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 		b, err := s.Get(ctx, "b")
@@ -378,7 +378,7 @@ func TestCheckReadsOnlyWhatHasChanged(t *testing.T) {
 	listed("damaged", 1<<30, "a", "kek a", "kek b", "kek c", "store")
 	check("damaged", 1, "kek b")
 	check("still", 1, "kek b")
-	if err := s.Sweep(ctx, func(KEK) error { return nil }); !errors.Is(err, errDamaged) {
+	if err := s.Sweep(ctx, func(KEK, []int) error { return nil }); !errors.Is(err, errDamaged) {
 		t.Errorf("not reported: %v", err)
 	}
 	if _, err := s.AcceptRollback(ctx, 0, func(map[string]string) error { return nil }); err != nil {

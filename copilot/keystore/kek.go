@@ -280,17 +280,20 @@ func (s *Store) forget(v *Version) bool {
 }
 
 // Sweep removes the keys of versions whose time has come, of those that the last check has
-// seen ([Store.CheckChanged]). log is called with each KEK that changes. A record that is
-// damaged or was put back is an error, but does not end the sweep.
-func (s *Store) Sweep(ctx context.Context, log func(KEK) error) error {
+// seen ([Store.CheckChanged]). log is called with each KEK that changes, and with those
+// versions. A record that is damaged or was put back is an error, but does not end the sweep.
+func (s *Store) Sweep(ctx context.Context, log func(k KEK, versions []int) error) error {
 	ids, damaged := s.due()
 	for _, id := range ids {
-		_, err := s.update(ctx, id, Change{Log: log}, func(k *KEK) error {
-			changed := false
+		var gone []int
+		_, err := s.update(ctx, id, Change{Log: func(k KEK) error { return log(k, gone) }}, func(k *KEK) error {
+			gone = nil // it is called again if the change has to be made again
 			for i := range k.Versions {
-				changed = s.forget(&k.Versions[i]) || changed
+				if s.forget(&k.Versions[i]) {
+					gone = append(gone, k.Versions[i].Version)
+				}
 			}
-			if !changed {
+			if gone == nil {
 				return errNothing // another broker did it
 			}
 			return nil

@@ -25,7 +25,7 @@ func openStore(t *testing.T, dir string) *Store {
 
 // key returns the key of a version of a KEK.
 // sweep is [Store.Sweep] after a check, as copilot does it.
-func sweep(s *Store, log func(KEK) error) error {
+func sweep(s *Store, log func(KEK, []int) error) error {
 	if _, err := s.CheckChanged(context.Background(), 0); err != nil {
 		return err
 	}
@@ -255,10 +255,10 @@ func TestLife(t *testing.T) {
 		t.Errorf("enable what was destroyed: %v", err)
 	}
 	var swept []string
-	if err := sweep(s, func(k KEK) error { swept = append(swept, k.ID); return nil }); err != nil || len(swept) != 1 {
+	if err := sweep(s, func(k KEK, versions []int) error { swept = append(swept, fmt.Sprint(k.ID, versions)); return nil }); err != nil || len(swept) != 1 || swept[0] != "a[1]" {
 		t.Errorf("swept %v, %v", swept, err)
 	}
-	if err := sweep(s, func(KEK) error { t.Error("swept again"); return nil }); err != nil {
+	if err := sweep(s, func(KEK, []int) error { t.Error("swept again"); return nil }); err != nil {
 		t.Error(err)
 	}
 	k, err := s.Get(ctx, "a")
@@ -419,7 +419,7 @@ func TestClockMoved(t *testing.T) {
 	sweep := func(what string, want int) {
 		t.Helper()
 		swept := 0
-		if err := sweep(s, func(KEK) error { swept++; return nil }); err != nil || swept != want {
+		if err := sweep(s, func(KEK, []int) error { swept++; return nil }); err != nil || swept != want {
 			t.Errorf("%s: %d swept, want %d, %v", what, swept, want, err)
 		}
 	}

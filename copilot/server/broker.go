@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -192,12 +193,34 @@ func (b *broker) tend(ctx context.Context, hangup <-chan os.Signal) {
 }
 
 func (b *broker) sweep(ctx context.Context) {
-	err := b.keks.Store.Sweep(ctx, func(k keystore.KEK) error {
-		return b.audit.Write(audit.Entry{Action: "destroyed", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed, Reason: "the waiting time is over"})
+	err := b.keks.Store.Sweep(ctx, func(k keystore.KEK, versions []int) error {
+		e := audit.Entry{Action: "destroyed", KEK: k.ID, Who: "copilot", From: "copilot", Verdict: audit.Allowed, Reason: "the waiting time is over"}
+		if len(versions) == 1 {
+			e.Version = versions[0]
+		} else {
+			e.Reason += " for the versions " + spans(versions)
+		}
+		return b.audit.Write(e)
 	})
 	if err != nil && ctx.Err() == nil {
 		logrus.WithError(err).Error("can't destroy keys whose waiting time is over")
 	}
+}
+
+// spans writes numbers that ascend, as in 1-3, 7.
+func spans(numbers []int) string {
+	text := ""
+	for i, n := range numbers {
+		isInside := i > 0 && n == numbers[i-1]+1
+		switch {
+		case isInside && i+1 < len(numbers) && numbers[i+1] == n+1:
+		case isInside:
+			text += fmt.Sprint("-", n)
+		default:
+			text += fmt.Sprint(", ", n)
+		}
+	}
+	return strings.TrimPrefix(text, ", ")
 }
 
 var errStopping = errors.New("copilot is stopping")
