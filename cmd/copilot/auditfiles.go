@@ -59,10 +59,32 @@ func openAuditFiles(files []string) (*auditLog, error) {
 		if err != nil {
 			return nil, errors.Join(err, l.Close())
 		}
-		readers = append(readers, r)
+		readers = append(readers, &wholeLines{Reader: r, last: '\n'})
 	}
 	l.Reader = io.MultiReader(readers...)
 	return l, nil
+}
+
+// wholeLines ends the last line of a file, which a crash may have cut short: what follows is
+// another file's.
+type wholeLines struct {
+	io.Reader
+	last byte
+}
+
+func (w *wholeLines) Read(b []byte) (int, error) {
+	n, err := w.Reader.Read(b)
+	if n > 0 {
+		w.last = b[n-1]
+	}
+	if err != io.EOF || w.last == '\n' {
+		return n, err
+	}
+	if n == len(b) {
+		return n, nil // there is no room before the next call
+	}
+	b[n], w.last = '\n', '\n'
+	return n + 1, io.EOF
 }
 
 // open opens a file of the log, or standard input for "-".
