@@ -219,6 +219,29 @@ func TestDocumentedValues(t *testing.T) {
 	}
 }
 
+// TestAnotherGroupOfNodes renders the release that the documentation has for another group of
+// nodes, which has nothing in common with the first.
+func TestAnotherGroupOfNodes(t *testing.T) {
+	first, err := template(t, asExample...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := template(t, "--set=images.registry=registry.example.com", "--set=pilot.name=pilot-gpu", "--set=pilot.nodeSelector.group=gpu",
+		"--set=copilot.enabled=false", "--set=admissionPolicy.enabled=false", "--set=broker.url=https://10.96.0.200:8443", asExample[len(asExample)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, group := objects(t, first), objects(t, text)
+	if _, ok := group["DaemonSet pilot-system/pilot-gpu"]; !ok {
+		t.Errorf("there is no DaemonSet of the group: %s", text)
+	}
+	for id := range group {
+		if _, ok := all[id]; ok || strings.HasPrefix(id, "ValidatingAdmissionPolicy") {
+			t.Errorf("%s is not the group's alone", id)
+		}
+	}
+}
+
 // everything are values that have all objects and fields rendered but those that others
 // exclude.
 var everything = []string{
