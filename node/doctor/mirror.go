@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -211,17 +212,41 @@ func (m Mirror) is(text string) bool {
 	return u.Hostname() == host || loopback.Is(u.Hostname()) && (loopback.Is(host) || isUnspecified(host))
 }
 
+// certsDirs is where CRI in containerd 2.1 and later looks for hosts.toml if its configuration
+// names neither a directory nor mirrors. Earlier ones look nowhere then.
+var certsDirs = []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}
+
+// leads reports whether a hosts.toml names the mirror.
+func (m Mirror) leads(hosts registryHosts) bool {
+	for host := range hosts.Hosts {
+		if m.is(host) {
+			return true
+		}
+	}
+	return m.is(hosts.Server)
+}
+
 // mirrorInContainerd checks that where containerd goes to the mirror it goes nowhere else.
 func (e *examination) mirrorInContainerd(context.Context) Step {
 	if e.dump == nil {
 		return Step{}
 	}
-	var dirs []string
+	var dirs, unread []string
+	mirrors := false
 	for _, plugin := range []string{containerd.CRIImages, containerd.CRIV1} {
 		if registry, ok := containerd.Plugin(e.dump, plugin)["registry"].(map[string]any); ok {
 			path, _ := registry["config_path"].(string)
 			dirs = append(dirs, filepath.SplitList(path)...)
+			named, _ := registry["mirrors"].(map[string]any)
+			mirrors = mirrors || len(named) > 0
 		}
+	}
+	switch {
+	case len(dirs) > 0:
+	case !mirrors && (e.running.Major > 2 || e.running.Major == 2 && e.running.Minor >= 1):
+		dirs = certsDirs
+	default:
+		unread = certsDirs
 	}
 	path, _ := containerd.Plugin(e.dump, containerd.TransferService)["config_path"].(string)
 	dirs = unique(append(dirs, filepath.SplitList(path)...))
@@ -231,19 +256,22 @@ func (e *examination) mirrorInContainerd(context.Context) Step {
 	}
 	var leading []string
 	for file, hosts := range files {
-		named := false
-		for host := range hosts.Hosts {
-			named = named || e.Mirror.is(host)
-		}
-		switch {
-		case named && !e.Mirror.is(hosts.Server):
+		switch leads := e.Mirror.leads(hosts); {
+		case leads && !e.Mirror.is(hosts.Server):
 			return failed(fmt.Sprintf("%s names the mirror as a host and not as server: containerd goes to the registry itself for what the mirror refuses, and pulls the encrypted image", file),
 				"set server in "+file+" to the mirror's address too: no restart is needed")
-		case named || e.Mirror.is(hosts.Server):
+		case leads:
 			leading = append(leading, file)
 		}
 	}
 	if len(leading) == 0 {
+		files, _ = hostsFiles(unread...)
+		for _, file := range slices.Sorted(maps.Keys(files)) {
+			if e.Mirror.leads(files[file]) {
+				return Step{Result: Warning, Detail: fmt.Sprintf("%s leads to it, and containerd's CRI does not read that: its configuration has no config_path, so it pulls encrypted images from the registry", file),
+					Fix: []string{fmt.Sprintf("set config_path to %s in %s, in the section registry of CRI's images", filepath.Dir(filepath.Dir(file)), e.running.Config), "systemctl restart " + e.running.Service}}
+			}
+		}
 		return Step{Detail: "no hosts.toml of containerd leads to it"}
 	}
 	slices.Sort(leading)
@@ -260,11 +288,7 @@ func (m Mirror) loop(context.Context) Step {
 		return failed(fmt.Sprintf("the mirror ignores a hosts.toml: %s", errline.Join(err)), "correct it, and systemctl restart pilot.service")
 	}
 	for file, hosts := range files {
-		loops := m.is(hosts.Server)
-		for host := range hosts.Hosts {
-			loops = loops || m.is(host)
-		}
-		if loops {
+		if m.leads(hosts) {
 			return failed(fmt.Sprintf("%s leads the mirror to itself: mirror-hosts-dir says how it reaches registries", file),
 				"name the registry in "+file+", or another directory in mirror-hosts-dir")
 		}
