@@ -151,6 +151,7 @@ func newDoctor(c *cli.Command) *doctor.Doctor {
 	if len(conf.PublicKeys) > 0 {
 		d.PublicKeys = conf.PublicKeyFiles
 	}
+	d.Mirror.HostsDir = conf.MirrorHostsDir
 	if conf.MirrorListen != mirrorOff {
 		d.Mirror = doctor.Mirror{Listen: string(conf.MirrorListen), Cert: conf.TLSCert, Key: conf.TLSKey, SecretFile: conf.MirrorSecretFile, HostsDir: conf.MirrorHostsDir}
 	}

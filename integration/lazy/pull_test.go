@@ -117,6 +117,27 @@ func TestLayersOfOneBaseStayLazy(t *testing.T) {
 	}
 }
 
+// TestLayersAreReadByHostsFiles pulls an image of a registry that can be reached by a hosts.toml
+// alone.
+func TestLayersAreReadByHostsFiles(t *testing.T) {
+	t.Parallel()
+	registry, storage := harness.StartRegistry(t, harness.TempDir(t))
+	f := newFront(t, registry)
+	hosts := harness.TempDir(t)
+	harness.Write(t, hosts+"/registry.test/hosts.toml", "server = 'http://"+f.address+"'\n")
+	m := &machine{harness.NewLazyNode(t, []string{f.address, "registry.test"}, "--mirror-hosts-dir", hosts), t, storage, f, 0}
+	secret := harness.NewSecret()
+	m.encrypt("app:1", layer{"hello": program(t), "secret": []byte(secret)})
+	const image = "registry.test/app:1"
+	harness.Output(t, m.Ctr("images", "pull", "--hosts-dir", hosts, "--snapshotter", "pilot-lazy", image))
+	if got := harness.ContainerOutput(t, m.Ctr("run", "--rm", "--snapshotter", "pilot-lazy", image, harness.ContainerID())); got != "hello, "+secret+"\n" {
+		t.Errorf("the container prints %q", got)
+	}
+	if reasons := m.fullPulls(); len(reasons) > 0 {
+		t.Errorf("layers were pulled as a whole: %v", reasons)
+	}
+}
+
 // TestImageThatIsLazyInPartInTwoNamespaces pulls an image whose first layer is plain into two
 // namespaces. Each unpacks that for itself, so they can't share what is mounted on it.
 func TestImageThatIsLazyInPartInTwoNamespaces(t *testing.T) {

@@ -399,6 +399,19 @@ func TestLazyNode(t *testing.T) {
 			}
 			harness.Write(t, dropIn, was)
 			expectStep(t, n.doctor(t, true), "ok", "lazy")
+
+			// containerd reaches a registry by a file that was not there when pilot was installed.
+			harness.Write(t, n.m.Root+"/etc/containerd/certs.d/registry.test/hosts.toml", "server = 'https://registry.test'\n")
+			expectStep(t, n.doctor(t, true), "warning", "lazy", "containerd reaches registries as /etc/containerd/certs.d/registry.test says, and pilot does not", "set mirror-hosts-dir")
+			for _, want := range []string{"/etc/pilot/pilot.toml", "nothing to change"} {
+				if out := harness.Output(t, n.m.Pilot("node", "install")); !strings.Contains(out, want) {
+					t.Errorf("no %q in %s", want, out)
+				}
+			}
+			if text := harness.Read(t, conf); !strings.Contains(text, `mirror-hosts-dir = "/etc/containerd/certs.d"`) {
+				t.Errorf("pilot.toml is\n%s", text)
+			}
+			expectStep(t, n.doctor(t, true), "ok", "lazy")
 			n.uninstall(t, sealed, gzip, plain)
 		})
 	}

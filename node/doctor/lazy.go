@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"path/filepath"
+	"slices"
 	"strings"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -136,7 +138,36 @@ func (e *examination) lazy(ctx context.Context) Step {
 	case why != "":
 		return failed("a sealed image was pulled in full: "+why, "journalctl -u "+install.SnapshotterService+" -u pilot.service -n 30")
 	}
-	return passed(fmt.Sprintf("an image encrypted for KEK %q was mounted by %s without being pulled, and read", e.kek, containerd.LazySnapshotter))
+	return e.reachesRegistries(passed(fmt.Sprintf("an image encrypted for KEK %q was mounted by %s without being pulled, and read", e.kek, containerd.LazySnapshotter)))
+}
+
+// reachesRegistries makes a passed step a warning if containerd's files say how to reach
+// registries, and pilot, which reads layers from those, does not read them. In a directory of
+// pilot's own they may be other files.
+func (e *examination) reachesRegistries(step Step) Step {
+	if e.dump == nil {
+		return step
+	}
+	dirs := e.running.HostsDirs(e.dump)
+	if own := e.Mirror.HostsDir; own != "" && !slices.Contains(dirs, own) {
+		return step
+	}
+	for _, dir := range dirs {
+		if dir == e.Mirror.HostsDir {
+			continue
+		}
+		files, _ := containerd.RegistryFiles(host.Host{}, dir) // without those that nobody can read
+		for _, registry := range containerd.RegistriesIn(host.Host{}, dir) {
+			if hosts := files[filepath.Join(registry, "hosts.toml")]; e.Mirror.is(hosts.Server) || slices.ContainsFunc(slices.Collect(maps.Keys(hosts.Hosts)), e.Mirror.is) {
+				continue
+			}
+			step.Result = Warning
+			step.Detail += fmt.Sprintf("; but containerd reaches registries as %s says, and pilot does not: it pulls images of those in full, after it has waited for each layer", registry)
+			step.Fix = append([]string{fmt.Sprintf("set mirror-hosts-dir in %s to %s, or to a copy of it without what leads to pilot's mirror", e.Configuration, dir)}, restartPilot...)
+			return step
+		}
+	}
+	return step
 }
 
 // isFUSE reports whether a file is the device by which file systems are mounted.

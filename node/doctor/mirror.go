@@ -3,7 +3,6 @@ package doctor
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -11,26 +10,24 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
-
 	"github.com/ctrlplane/pilot/internal/certfile"
 	"github.com/ctrlplane/pilot/internal/errline"
 	"github.com/ctrlplane/pilot/internal/loopback"
 	"github.com/ctrlplane/pilot/node/containerd"
+	"github.com/ctrlplane/pilot/node/host"
 )
 
-// Mirror has the settings of the node's mirror. All but Listen may be "".
+// Mirror has the settings of the node's mirror. All may be "".
 type Mirror struct {
-	Listen     string // HOST:PORT
+	Listen     string // HOST:PORT; "": there is no mirror
 	Cert, Key  string // of its TLS
 	SecretFile string
-	HostsDir   string
+	HostsDir   string // also for lazy pulling
 }
 
 // mirrorCheck returns the check of the mirror, if there is one.
@@ -167,44 +164,9 @@ func (m Mirror) answers(ctx context.Context) Step {
 	return Step{}
 }
 
-// registryHosts are the hosts in a hosts.toml.
-type registryHosts struct {
-	Server string         `toml:"server"`
-	Hosts  map[string]any `toml:"host"`
-}
-
-// hostsFiles returns what the directories in containerd's form of certs.d say, by file. A
-// file that containerd can't read either is an error.
-func hostsFiles(dirs ...string) (map[string]registryHosts, error) {
-	found := map[string]registryHosts{}
-	var errs []error
-	for _, dir := range dirs {
-		files, err := filepath.Glob(filepath.Join(dir, "*", "hosts.toml"))
-		if err != nil {
-			return nil, err
-		}
-		for _, file := range files {
-			var hosts registryHosts
-			b, err := os.ReadFile(file)
-			if err == nil {
-				err = toml.Unmarshal(b, &hosts)
-			}
-			if err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", file, err))
-				continue
-			}
-			found[file] = hosts
-		}
-	}
-	return found, errors.Join(errs...)
-}
-
 // is reports whether a URL in a hosts.toml leads to the mirror.
 func (m Mirror) is(text string) bool {
-	if !strings.Contains(text, "://") {
-		text = "https://" + text
-	}
-	u, err := url.Parse(text)
+	u, err := containerd.HostURL(text)
 	host, port, errListen := net.SplitHostPort(m.Listen)
 	if err != nil || errListen != nil || u.Port() != port {
 		return false
@@ -212,12 +174,12 @@ func (m Mirror) is(text string) bool {
 	return u.Hostname() == host || loopback.Is(u.Hostname()) && (loopback.Is(host) || isUnspecified(host))
 }
 
-// certsDirs is where CRI in containerd 2.1 and later looks for hosts.toml if its configuration
+// certsDirs is where newer versions of containerd look for hosts.toml if their configuration
 // names neither a directory nor mirrors. Earlier ones look nowhere then.
 var certsDirs = []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}
 
 // leads reports whether a hosts.toml names the mirror.
-func (m Mirror) leads(hosts registryHosts) bool {
+func (m Mirror) leads(hosts containerd.RegistryHosts) bool {
 	for host := range hosts.Hosts {
 		if m.is(host) {
 			return true
@@ -231,26 +193,8 @@ func (e *examination) mirrorInContainerd(context.Context) Step {
 	if e.dump == nil {
 		return Step{}
 	}
-	var dirs, unread []string
-	mirrors := false
-	for _, plugin := range []string{containerd.CRIImages, containerd.CRIV1} {
-		if registry, ok := containerd.Plugin(e.dump, plugin)["registry"].(map[string]any); ok {
-			path, _ := registry["config_path"].(string)
-			dirs = append(dirs, filepath.SplitList(path)...)
-			named, _ := registry["mirrors"].(map[string]any)
-			mirrors = mirrors || len(named) > 0
-		}
-	}
-	switch {
-	case len(dirs) > 0:
-	case !mirrors && (e.running.Major > 2 || e.running.Major == 2 && e.running.Minor >= 1):
-		dirs = certsDirs
-	default:
-		unread = certsDirs
-	}
-	path, _ := containerd.Plugin(e.dump, containerd.TransferService)["config_path"].(string)
-	dirs = unique(append(dirs, filepath.SplitList(path)...))
-	files, err := hostsFiles(dirs...)
+	dirs := e.running.HostsDirs(e.dump)
+	files, err := containerd.RegistryFiles(host.Host{}, dirs...)
 	if err != nil {
 		return failed(fmt.Sprintf("containerd ignores a hosts.toml: %s", errline.Join(err)), "correct it: no restart is needed")
 	}
@@ -265,9 +209,9 @@ func (e *examination) mirrorInContainerd(context.Context) Step {
 		}
 	}
 	if len(leading) == 0 {
-		files, _ = hostsFiles(unread...)
+		files, _ = containerd.RegistryFiles(host.Host{}, certsDirs...)
 		for _, file := range slices.Sorted(maps.Keys(files)) {
-			if e.Mirror.leads(files[file]) {
+			if !slices.Contains(dirs, filepath.Dir(filepath.Dir(file))) && e.Mirror.leads(files[file]) {
 				return Step{Result: Warning, Detail: fmt.Sprintf("%s leads to it, and containerd's CRI does not read that: its configuration has no config_path, so it pulls encrypted images from the registry", file),
 					Fix: []string{fmt.Sprintf("set config_path to %s in %s, in the section registry of CRI's images", filepath.Dir(filepath.Dir(file)), e.running.Config), "systemctl restart " + e.running.Service}}
 			}
@@ -283,7 +227,7 @@ func (m Mirror) loop(context.Context) Step {
 	if m.HostsDir == "" {
 		return Step{}
 	}
-	files, err := hostsFiles(m.HostsDir)
+	files, err := containerd.RegistryFiles(host.Host{}, m.HostsDir)
 	if err != nil {
 		return failed(fmt.Sprintf("the mirror ignores a hosts.toml: %s", errline.Join(err)), "correct it, and systemctl restart pilot.service")
 	}

@@ -46,6 +46,9 @@ func (p *Plan) ownMode(before record, path string, text []byte, mode fs.FileMode
 	return nil
 }
 
+// hostsDir is the setting of how pilot reaches registries.
+const hostsDir = "mirror-hosts-dir"
+
 // imgcryptKeys is the directory of keys in containerd's default configuration.
 const imgcryptKeys = "/etc/containerd/ocicrypt/keys"
 
@@ -70,6 +73,14 @@ func (p *Plan) pilotConfig(c *containerd.Instance, before record, keys string) e
 	wanted, err := p.options.withInstalled(settings)
 	if err != nil {
 		return err
+	}
+	switch listen := wanted["mirror-listen"]; {
+	case listen != "" && listen != "off":
+		// containerd may be led to the mirror, which must not go by the same files.
+	case c.Lazy == containerd.LazyOn && wanted[hostsDir] == "":
+		wanted[hostsDir] = c.HostsDir(p.options.Host)
+	case c.Lazy == containerd.LazyOff && (before.Lazy || before.LazyEnding) && settings[hostsDir] == "" && slices.Contains(c.HostsDirs(c.Plain), wanted[hostsDir]):
+		delete(wanted, hostsDir)
 	}
 	ends := map[string]string{} // settings to remove, with the reason
 	if had := containerd.SocketPath(wanted["containerd"]); c.UsesDiffer() && settings["containerd"] == "" && had != "" && !containerd.SameSocket(had, c.Socket()) && !host.SameFile(had, c.Socket()) {
