@@ -126,6 +126,38 @@ func TestReadsSurviveRestartsAndOutages(t *testing.T) {
 	}
 }
 
+// TestReadsNeedRoomOnTheDisk fills the disk of the snapshotter, which keeps what it reads: reads
+// of what it has not read before fail until there is room.
+func TestReadsNeedRoomOnTheDisk(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.Snapshotter.Stop(t)
+	disk := m.Dir + "/snapshotter"
+	// The snapshotter's mounts are unmounted at the end, with this one.
+	if err := syscall.Mount("tmpfs", disk, "tmpfs", 0, "size=64m"); err != nil {
+		t.Fatal(err)
+	}
+	m.StartSnapshotter()
+	harness.Await(t, "containerd connects to it again", func() error {
+		return m.Ctr("snapshots", "--snapshotter", "pilot-lazy", "ls").Run()
+	})
+	content := random(5, 3*step)
+	m.encrypt("app:1", layer{"big": content})
+	m.pull("app:1")
+	r := &reader{file: m.mount("app:1") + "/big", content: content}
+	if err := r.read(); err != nil {
+		t.Fatal(err)
+	}
+	harness.FillDisk(t, disk+"/filler")
+	if err := r.read(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a read, while the disk is full: %v", err)
+	}
+	if err := os.Remove(disk + "/filler"); err != nil {
+		t.Fatal(err)
+	}
+	r.again(t, "there is room again")
+}
+
 // TestRevokedWhileMounted takes the KEK from the node: reads fail once the time of the cache
 // is over, and go on when the node may use it again.
 func TestRevokedWhileMounted(t *testing.T) {
