@@ -14,10 +14,14 @@ import (
 	"github.com/ctrlplane/pilot/node/host"
 )
 
+// CertsDirs is where CRI in containerd 2.2 and later looks for hosts.toml if its configuration
+// names neither a directory nor mirrors. Earlier ones look nowhere then.
+var CertsDirs = []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}
+
 // HostsDirs returns the directories, such as /etc/containerd/certs.d, whose hosts.toml say how
 // containerd reaches registries with a configuration.
 func (c *Instance) HostsDirs(dump map[string]any) []string {
-	dirs := c.criHostsDirs(dump)
+	dirs := c.CRIHostsDirs(dump)
 	path, _ := Plugin(dump, TransferService)["config_path"].(string)
 	for _, dir := range filepath.SplitList(path) {
 		if !slices.Contains(dirs, dir) {
@@ -27,14 +31,14 @@ func (c *Instance) HostsDirs(dump map[string]any) []string {
 	return dirs
 }
 
-// criHostsDirs returns those for the kubelet's images.
-func (c *Instance) criHostsDirs(dump map[string]any) []string {
+// CRIHostsDirs returns those for the kubelet's images and crictl.
+func (c *Instance) CRIHostsDirs(dump map[string]any) []string {
 	_, section := c.criSection(dump)
 	registry, _ := section["registry"].(map[string]any)
 	path, _ := registry["config_path"].(string)
 	mirrors, _ := registry["mirrors"].(map[string]any)
 	if path == "" && section != nil && len(mirrors) == 0 && (c.Major > 2 || c.Major == 2 && c.Minor >= 2) {
-		path = "/etc/containerd/certs.d:/etc/docker/certs.d" // which a dump may leave out
+		return slices.Clone(CertsDirs) // which a dump may leave out
 	}
 	return filepath.SplitList(path)
 }
@@ -53,7 +57,7 @@ func (c *Instance) HostsDir(h host.Host) string {
 	if len(used) != 1 {
 		return ""
 	}
-	if _, cri := c.criSection(c.Plain); cri != nil && !slices.Contains(c.criHostsDirs(c.Plain), used[0]) {
+	if _, cri := c.criSection(c.Plain); cri != nil && !slices.Contains(c.CRIHostsDirs(c.Plain), used[0]) {
 		return ""
 	}
 	files, err := RegistryFiles(h, used[0])

@@ -9,8 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"path/filepath"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -175,10 +175,6 @@ func (m Mirror) is(text string) bool {
 	return u.Hostname() == host || loopback.Is(u.Hostname()) && (loopback.Is(host) || isUnspecified(host))
 }
 
-// certsDirs is where newer versions of containerd look for hosts.toml if their configuration
-// names neither a directory nor mirrors. Earlier ones look nowhere then.
-var certsDirs = []string{"/etc/containerd/certs.d", "/etc/docker/certs.d"}
-
 // leads reports whether a hosts.toml names the mirror.
 func (m Mirror) leads(hosts containerd.RegistryHosts) bool {
 	for host := range hosts.Hosts {
@@ -194,8 +190,7 @@ func (e *examination) mirrorInContainerd(context.Context) Step {
 	if e.dump == nil {
 		return Step{}
 	}
-	dirs := e.running.HostsDirs(e.dump)
-	files, err := containerd.RegistryFiles(host.Host{}, dirs...)
+	files, err := containerd.RegistryFiles(host.Host{}, e.running.HostsDirs(e.dump)...)
 	if err != nil {
 		return failed(fmt.Sprintf("containerd ignores a hosts.toml: %s", errline.Join(err)), "correct it: no restart is needed")
 	}
@@ -210,9 +205,11 @@ func (e *examination) mirrorInContainerd(context.Context) Step {
 		}
 	}
 	if len(leading) == 0 {
-		files, _ = containerd.RegistryFiles(host.Host{}, certsDirs...)
+		if len(e.running.CRIHostsDirs(e.dump)) == 0 {
+			files, _ = containerd.RegistryFiles(host.Host{}, containerd.CertsDirs...)
+		}
 		for _, file := range slices.Sorted(maps.Keys(files)) {
-			if !slices.Contains(dirs, filepath.Dir(filepath.Dir(file))) && e.Mirror.leads(files[file]) {
+			if e.Mirror.leads(files[file]) {
 				return Step{Result: Warning, Detail: fmt.Sprintf("%s leads to it, and containerd's CRI does not read that: its configuration has no config_path, so it pulls encrypted images from the registry", file),
 					Fix: []string{fmt.Sprintf("set config_path to %s in %s, in the section registry of CRI's images", filepath.Dir(filepath.Dir(file)), e.running.Config), "systemctl restart " + e.running.Service}}
 			}

@@ -21,8 +21,8 @@ func TestDoctorNamesHostsFileThatCRIDoesNotRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func(dirs []string) { certsDirs = dirs }(certsDirs)
-	certsDirs = []string{dir}
+	defer func(dirs []string) { containerd.CertsDirs = dirs }(containerd.CertsDirs)
+	containerd.CertsDirs = []string{dir}
 	for _, test := range []struct {
 		major, minor int
 		plugin       string
