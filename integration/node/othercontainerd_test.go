@@ -3,7 +3,6 @@ package node
 import (
 	"encoding/json"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -301,7 +300,26 @@ func TestNodeListEntriesThatAreHidden(t *testing.T) {
 	doctor("unpack_config has an entry for snapshotter lazy, which does not exist")
 	harness.Output(t, m.Run("pilot", "node", "refresh"))
 	doctor("ok       containerd-config")
-	if got := harness.Read(t, filepath.Join(m.Root, "/etc/containerd/conf.d/pilot.toml")); strings.Contains(got, "lazy") {
+	const dropIn = "/etc/containerd/conf.d/pilot.toml"
+	got := harness.Read(t, m.Root+dropIn)
+	if strings.Contains(got, "lazy") {
 		t.Errorf("the drop-in: %s", got)
 	}
+	renote(m, dropIn, strings.Replace(got, "'walking'", "'gone', 'walking'", 1))
+	p := containerd(t, m, "/run/containerd/containerd.sock")
+	out := harness.CombinedOutput(t, m.Run("pilot", "node", "doctor"))
+	if !strings.Contains(out, "the diff service has the differ gone, which does not exist") {
+		t.Errorf("doctor: %s", out)
+	}
+	harness.Output(t, m.Run("pilot", "node", "refresh"))
+	p.Stop(t)
+
+	// Disabled, so pilot does not start with the machine.
+	link := m.Root + "/etc/systemd/system/multi-user.target.wants/pilot.service"
+	if err := os.Remove(link); err != nil {
+		t.Fatal(err)
+	}
+	doctor("pilot.service: gone since pilot was installed")
+	harness.Output(t, m.Pilot("node", "install"))
+	doctor("ok       containerd-config")
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -27,7 +28,7 @@ func (e *examination) broker(ctx context.Context) Step {
 		return skipped("the key provider at " + e.Listen + " requires a client certificate")
 	}
 	if len(e.KEKs) == 0 {
-		return skipped("no KEK to try: name one that this node uses with --kek")
+		return e.brokerWithoutKEK(ctx)
 	}
 	conn, err := dial(e.Listen)
 	if err != nil {
@@ -77,6 +78,23 @@ func (e *examination) broker(ctx context.Context) Step {
 		return skipped(detail)
 	}
 	return passed(detail)
+}
+
+// brokerWithoutKEK checks what it can. A node that uses private keys only has no broker that is
+// set.
+func (e *examination) brokerWithoutKEK(ctx context.Context) Step {
+	const name = "no KEK to try: name one that this node uses with --kek"
+	if !slices.ContainsFunc(e.BrokerURLs, func(u string) bool { return strings.HasPrefix(u, "https:") }) {
+		return skipped(name)
+	}
+	switch err := e.Brokers.Check(ctx); {
+	case err == nil:
+		return skipped("the broker answers; " + name)
+	case len(e.BrokerURLs) > 1: // others may answer
+		return Step{Result: Warning, Detail: fmt.Sprintf("%s; %s", err, name), Fix: e.brokerFix("KEK", err)}
+	default:
+		return failed(err.Error(), e.brokerFix("KEK", err)...)
+	}
 }
 
 // tryKEK wraps and unwraps with the key provider, and with the broker directly, without

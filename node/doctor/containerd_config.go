@@ -107,7 +107,7 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 	e.builtIn = loaded.differ != nil && at == ""
 	var wrong []string
 	if unread == nil {
-		wrong = append(e.unnoted(), e.addedToTheRest()...)
+		wrong = append(e.uninstalled(), e.addedToTheRest()...)
 	}
 	if !e.withDiffer() {
 		if loaded.differ != nil {
@@ -151,12 +151,15 @@ func (e *examination) containerdConfig(ctx context.Context) Step {
 	return failed(notLoaded+"; "+onDisk, reinstall...)
 }
 
-// unnoted reports that the record of the installation was lost.
-func (e *examination) unnoted() []string {
-	if e.lost == "" {
-		return nil
+// uninstalled reports that the record of the installation, or a file for systemd, was lost.
+func (e *examination) uninstalled() (wrong []string) {
+	if e.lost != "" {
+		wrong = append(wrong, fmt.Sprintf("%s: %s, and without it \"pilot node refresh\" does nothing", install.RecordFile, e.lost))
 	}
-	return []string{fmt.Sprintf("%s: %s, and without it \"pilot node refresh\" does nothing", install.RecordFile, e.lost)}
+	if gone := install.MissingUnits(install.Options{}); len(gone) > 0 {
+		wrong = append(wrong, strings.Join(gone, ", ")+": gone since pilot was installed, so systemd does not start pilot with the machine, or run \"pilot node refresh\" before containerd")
+	}
+	return wrong
 }
 
 // addedToTheRest reports other settings of containerd that pilot's drop-in changes.
@@ -171,12 +174,26 @@ func (e *examination) addedToTheRest() []string {
 // lists reports entries of other tools that the lists in pilot's drop-in hide, and
 // entries of tools that are gone.
 func (e *examination) lists(loaded plugged) (wrong []string) {
-	if !e.running.HasTransfer() || e.builtIn {
+	if e.builtIn {
 		return nil
+	}
+	order := differs(e.dump)
+	for _, name := range order {
+		if !loaded.has(plugins.DiffPlugin, name) && !e.configured(name) {
+			wrong = append(wrong, fmt.Sprintf("the diff service has the differ %s, which does not exist: after a restart containerd could not pull images", name))
+		}
+	}
+	for _, name := range differs(e.running.Plain) {
+		if !slices.Contains(order, name) {
+			wrong = append(wrong, fmt.Sprintf("pilot's drop-in hides the differ %s", name))
+		}
+	}
+	if !e.running.HasTransfer() {
+		return wrong
 	}
 	is, err := e.running.UnpackConfigs(e.dump, platforms.DefaultSpec())
 	if err != nil {
-		return nil // differOnDisk reports it
+		return wrong // differOnDisk reports it
 	}
 	for _, u := range is {
 		if u.Optional {
@@ -201,6 +218,11 @@ func (e *examination) lists(loaded plugged) (wrong []string) {
 		}
 	}
 	return wrong
+}
+
+// differs returns the differs of the diff service in a dump.
+func differs(dump map[string]any) []string {
+	return containerd.Strings(containerd.Plugin(dump, containerd.DiffService)["default"])
 }
 
 // configured reports whether containerd's configuration has a proxy plugin of that
@@ -311,7 +333,7 @@ func (e *examination) differOnDisk() (wrong []string) {
 	case p.At != e.DiffSocket:
 		wrong = append(wrong, fmt.Sprintf("the proxy plugin pilot has the address %s, and diff-listen is %s", p.At, e.DiffSocket))
 	}
-	if order := containerd.Strings(containerd.Plugin(e.dump, containerd.DiffService)["default"]); len(order) == 0 || order[0] != "pilot" {
+	if order := differs(e.dump); len(order) == 0 || order[0] != "pilot" {
 		wrong = append(wrong, fmt.Sprintf("the diff service has the differs %q, and pilot is not the first", order))
 	}
 	if !e.running.HasTransfer() {

@@ -21,6 +21,7 @@ import (
 	"github.com/ctrlplane/pilot/keyprovider/brokerconfig"
 	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/crio"
+	"github.com/ctrlplane/pilot/node/install"
 	"github.com/ctrlplane/pilot/plugin"
 )
 
@@ -261,8 +262,12 @@ func (e *examination) containerd(ctx context.Context) Step {
 	}
 	v, err := e.client.Version(ctx)
 	if err != nil {
+		service := containerd.Service
+		if is, err := install.Installed(install.Options{}); err == nil {
+			service = is.Service // k3s.service, for example
+		}
 		return failed(fmt.Sprintf("%s: containerd does not answer: %s (is its socket elsewhere? set containerd in %s)", e.Containerd, said(err), e.Configuration),
-			"systemctl restart containerd.service", "journalctl -u containerd.service -n 30")
+			"systemctl restart "+service, "journalctl -u "+service+" -n 30")
 	}
 	major, minor, patch, err := containerd.ParseVersion(v.Version)
 	if err != nil {

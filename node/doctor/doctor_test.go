@@ -180,6 +180,32 @@ actions = ["wrap", "unwrap"]
 	}
 }
 
+// TestDoctorAsksBrokersWithoutAKEK examines nodes with a broker that is away, and names no KEK.
+func TestDoctorAsksBrokersWithoutAKEK(t *testing.T) {
+	for _, test := range []struct {
+		urls []string
+		want Result
+	}{
+		{[]string{"unix:///nowhere.sock"}, Skipped}, // nothing is set
+		{[]string{"https://127.0.0.1:1"}, Failed},
+		{[]string{"https://127.0.0.1:1", "https://127.0.0.1:2"}, Warning},
+	} {
+		broker, err := client.New(client.Config{URLs: test.urls})
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys := grpc.NewServer()
+		service := keyprovider.Service{Provider: keyprovider.New(broker, keyprovider.Config{})}
+		service.Register(keys)
+		d := &Doctor{Configuration: os.DevNull, Listen: "unix://" + serve(t, keys), Brokers: broker, BrokerURLs: test.urls, Containerd: "/nowhere.sock", ProviderNames: []string{"pilot"}}
+		for step := range d.Examine(t.Context()) {
+			if step.Name == StepBroker && (step.Result != test.want || test.want != Skipped && !strings.Contains(step.Detail, test.urls[0]+" does not answer")) {
+				t.Errorf("%q: %+v", test.urls, step)
+			}
+		}
+	}
+}
+
 // TestInterruptedWorkMayFinish interrupts a step, and lets another run out of time.
 func TestInterruptedWorkMayFinish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -100,7 +100,10 @@ func (e *examination) lazy(ctx context.Context) Step {
 	if e.running.Lazy == containerd.LazyEnding {
 		return e.lazyEnding(ctx)
 	}
-	if conflict, ok := errors.AsType[*host.Conflict](e.running.CheckLazy()); ok {
+	if conflict, ok := errors.AsType[*host.Conflict](e.running.CheckLazy()); ok && e.dump != nil {
+		if s := e.running.Snapshotter(); s != "overlayfs" && s != containerd.LazySnapshotter {
+			return failed(fmt.Sprintf("%s: the kubelet's images have the snapshotter %s, which pilot's drop-in replaces", e.running.Config, s), "pilot node install --lazy=false --now (or make the snapshotter overlayfs)")
+		}
 		return failed(conflict.What, conflict.Fix)
 	}
 	if step, none := e.withoutKEK(); none {

@@ -2,11 +2,14 @@ package install
 
 import (
 	"context"
+	"errors"
 	"io/fs"
 	"slices"
 	"strings"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/ctrlplane/pilot/node/host"
 )
 
 // Files that a DaemonSet adds to an installation.
@@ -55,6 +58,21 @@ const maxInstalled = 256 << 20
 // readInstalled returns the content of a file that may be one of an installation.
 func (o Options) readInstalled(name string) ([]byte, error) {
 	return o.ReadFileAtMost(name, maxInstalled)
+}
+
+// MissingUnits returns the files of an installation in systemd's directory that are gone: pilot
+// would not start with the machine, or "pilot node refresh" not run before containerd.
+func MissingUnits(o Options) (paths []string) {
+	s, err := o.readRecord()
+	if err != nil {
+		return nil // Recorded reports it
+	}
+	for _, f := range s.Files {
+		if _, err := o.Lstat(f.Path); strings.HasPrefix(f.Path, host.UnitDir+"/") && errors.Is(err, fs.ErrNotExist) {
+			paths = append(paths, f.Path)
+		}
+	}
+	return paths
 }
 
 // Intact reports whether all installed files exist, with a drop-in that is not empty.

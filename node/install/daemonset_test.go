@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -89,4 +90,32 @@ func program(version string) string {
 
 func putFile(o Options, path, content string) error {
 	return Put(context.Background(), o, path, []byte(content), 0o700)
+}
+
+func TestMissingUnitsAreNamed(t *testing.T) {
+	const link, dropIn, gone = host.UnitDir + "/multi-user.target.wants/pilot.service", host.UnitDir + "/containerd.service.d/pilot.conf", "/etc/pilot/ocicrypt.conf"
+	o := Options{Host: host.Host{Root: t.TempDir()}}
+	write(t, o, dropIn, "", 0o644)
+	if err := o.MkdirAll(filepath.Dir(link), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// Of the image that --root is, so there is no such file here.
+	if err := o.Symlink("/usr/lib/systemd/system/pilot.service", link); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.writeRecord(record{Files: []installed{{Path: dropIn}, {Path: link, Link: "/usr/lib/systemd/system/pilot.service"}, {Path: gone}}}); err != nil {
+		t.Fatal(err)
+	}
+	var removed []string
+	for _, path := range []string{"", dropIn, link} {
+		if path != "" {
+			removed = append(removed, path)
+			if err := o.RemoveLink(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := MissingUnits(o); !slices.Equal(got, removed) {
+			t.Errorf("missing: %q, want %q", got, removed)
+		}
+	}
 }
