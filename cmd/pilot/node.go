@@ -159,6 +159,9 @@ func nodeInstall(ctx context.Context, c *cli.Command) error {
 	if c.Bool("json") && !c.Bool("dry-run") {
 		return exit.Usagef("--json is for --dry-run")
 	}
+	if err := rootArguments(c); err != nil {
+		return err
+	}
 	// As sd_booted(3) does.
 	if _, err := os.Stat("/run/systemd/system"); c.Bool("now") && !c.Bool("dry-run") && err != nil {
 		return exit.Usagef("--now starts and restarts services with systemd, which does not run here: without it, \"pilot node install\" prints what to do by hand")
@@ -229,6 +232,12 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 	for _, line := range plan.DockerNote(ctx) {
 		fmt.Println(line)
 	}
+	if o.Root == "" && !o.HasSystemd() {
+		if len(plan.Changes) > 0 {
+			fmt.Printf("there is no systemd here: have \"%[1]s node refresh\" and \"%[1]s serve\" started before containerd, and restart containerd then. While pilot does not run, it can't pull any image\n", thisProgram())
+		}
+		return false, nil
+	}
 	now := c.Bool("now")
 	is, err := install.Installed(o)
 	if err != nil || o.Root != "" || len(plan.Changes) == 0 && !now && len(install.Pending(o.Host)) == 0 && !is.LazyLeft {
@@ -245,7 +254,7 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 		restarts, afterwards = slices.Concat(restarts, afterwards), nil
 	}
 	if err := runOrPrint(now, restarts); err != nil {
-		return false, err
+		return false, fmt.Errorf("%w: the configuration names pilot already, so from its next start on %s can't pull any image while pilot does not run: correct this and run it again, or run \"pilot node uninstall --now\"", err, is.Service)
 	}
 	if now {
 		// Before what may fail: the next installation must not restart anything for it.
@@ -272,7 +281,7 @@ func carryOut(ctx context.Context, c *cli.Command, o install.Options) (again boo
 }
 
 func nodeUninstall(ctx context.Context, c *cli.Command) error {
-	if err := nodeArguments(c); err != nil {
+	if err := rootArguments(c); err != nil {
 		return err
 	}
 	h, err := host.New(c.String("root"), c.Bool("trust-root"))
@@ -313,6 +322,10 @@ func nodeUninstall(ctx context.Context, c *cli.Command) error {
 	if c.String("root") != "" || install.Connected(o) {
 		return stays
 	}
+	if !h.HasSystemd() {
+		fmt.Println("there is no systemd here: restart containerd, and stop \"pilot serve\"")
+		return errors.Join(removeLayerRecord(o, false, nil), stays)
+	}
 	isStopped := stopped
 	if !now {
 		isStopped = func(string) bool { return false }
@@ -336,7 +349,7 @@ func removeLayerRecord(o install.Options, now bool, commands []string) error {
 }
 
 func nodeRefresh(ctx context.Context, c *cli.Command) error {
-	if err := nodeArguments(c); err != nil {
+	if err := rootArguments(c); err != nil {
 		return err
 	}
 	changed, err := install.Refresh(ctx, install.Options{})
@@ -352,6 +365,17 @@ func nodeArguments(c *cli.Command) error {
 	}
 	if c.Bool("now") && c.String("root") != "" {
 		return exit.Usagef("--now and --root are mutually exclusive: --root is for a machine that does not run")
+	}
+	return nil
+}
+
+// rootArguments is nodeArguments, and rejects other users on the machine that runs.
+func rootArguments(c *cli.Command) error {
+	if err := nodeArguments(c); err != nil {
+		return err
+	}
+	if c.String("root") == "" && os.Geteuid() != 0 {
+		return exit.Usagef("node %s needs root: run sudo pilot node %[1]s", c.Name)
 	}
 	return nil
 }

@@ -178,6 +178,12 @@ func TestLazyNodeBoots(t *testing.T) {
 	}
 	harness.Output(t, n.Crictl("pull", image+"-plain"))
 
+	// pilot does not start.
+	const broken = "/etc/systemd/system/pilot.service.d/broken.conf"
+	harness.Write(t, m.Root+broken, "[Service]\nExecStart=\nExecStart=/bin/false\n")
+	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--now"), "systemctl restart pilot.service", "from its next start on containerd.service can't pull any image", "pilot node uninstall --now")
+	m.Output("rm", broken)
+
 	// pilot, or containerd, was stopped before pilot is uninstalled.
 	for _, units := range []string{"pilot.service pilot-diff.socket pilot-keyprovider.socket", "containerd.service"} {
 		m.Output("pilot", "node", "install", "--now")

@@ -202,6 +202,23 @@ func TestNodeInstallsAgainOverChanges(t *testing.T) {
 		}
 		m.CheckFiles(before)
 	})
+	t.Run("not as root", func(t *testing.T) {
+		m := harness.Machines()["2.4.2"](t)
+		for _, command := range []string{"install", "uninstall", "refresh"} {
+			harness.ExpectFailure(t, m.Run("setpriv", "--reuid=65534", "--clear-groups", "pilot", "node", command), "node "+command+" needs root: run sudo pilot node "+command)
+		}
+	})
+	t.Run("without systemd", func(t *testing.T) {
+		m := harness.Machines()["2.4.2"](t)
+		for _, dir := range []string{"/usr/lib/systemd", "/lib/systemd"} {
+			os.RemoveAll(m.Root + dir)
+		}
+		for _, command := range []string{"install", "uninstall"} {
+			if out := harness.Output(t, m.Run("pilot", "node", command)); !strings.Contains(out, "there is no systemd here") || strings.Contains(out, "systemctl") {
+				t.Errorf("%s: %s", command, out)
+			}
+		}
+	})
 	t.Run("two at once", func(t *testing.T) {
 		m := harness.Machines()["2.4.2"](t)
 		before := m.Files()

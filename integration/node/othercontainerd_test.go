@@ -173,7 +173,7 @@ func TestNodeOnK3s(t *testing.T) {
 func TestNodeRefusals(t *testing.T) {
 	t.Parallel()
 	for id, want := range map[string]string{
-		"bottlerocket": "Bottlerocket generates it from settings",
+		"bottlerocket": "Bottlerocket generates containerd's configuration from settings",
 		"talos":        "configure it as docs/containerd.md shows",
 	} {
 		t.Run(id, func(t *testing.T) {

@@ -66,6 +66,14 @@ func DistributionAt(h host.Host, config, parent string) Distribution {
 	return Distribution{}
 }
 
+// CheckSystem returns a [host.Conflict] if no containerd of this operating system can be set up.
+func CheckSystem(h host.Host) error {
+	if r := systemRefusal(h, ""); r != nil {
+		return &host.Conflict{Where: "/etc/os-release", What: r.what, Fix: r.fix}
+	}
+	return nil
+}
+
 // systemRefusal returns why the containerd of this operating system can't be set up, or
 // nil.
 func systemRefusal(h host.Host, config string) *refusal {
@@ -82,7 +90,7 @@ func systemRefusal(h host.Host, config string) *refusal {
 	switch {
 	case id == "bottlerocket":
 		return &refusal{
-			"Bottlerocket generates it from settings, none of which adds a differ",
+			"Bottlerocket generates containerd's configuration from settings, none of which adds a differ",
 			"use nodes of another operating system for encrypted images",
 		}
 	case id == "talos":

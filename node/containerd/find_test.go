@@ -121,3 +121,19 @@ func TestDistributionIsRecognizedByPathAndParent(t *testing.T) {
 		}
 	}
 }
+
+func TestSystemsWithoutASettableContainerdAreRefused(t *testing.T) {
+	for id, refused := range map[string]string{"bottlerocket": "Bottlerocket generates", "talos": "Talos has neither", "debian": "", "flatcar": ""} {
+		h := host.Host{Root: t.TempDir()}
+		if err := os.MkdirAll(filepath.Join(h.Root, "etc"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(h.Root, "etc/os-release"), []byte("ID="+id+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		err := CheckSystem(h)
+		if (err != nil) != (refused != "") || err != nil && !strings.Contains(err.Error(), refused) {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+}

@@ -139,6 +139,9 @@ func sleep(ctx context.Context, d time.Duration) bool {
 func (d *Deployment) install(ctx context.Context) (err error) {
 	d.installed = time.Now()
 	defer func() { d.failure = err }()
+	if err := containerd.CheckSystem(machine); err != nil {
+		return err // before anything is written
+	}
 	o := install.Options{Host: machine}
 	// Configuration that the removal of a package has left is not an installation.
 	had, err := install.Installed(install.Options{Host: machine, KeepConfig: true})
@@ -212,10 +215,19 @@ func (d *Deployment) putPrograms(ctx context.Context, o install.Options) error {
 			return err
 		}
 		if err := install.Put(ctx, o, filepath.Join(d.BinDir, name), program, 0o755, install.PilotService); err != nil {
-			return err
+			return elsewhere(err)
 		}
 	}
 	return nil
+}
+
+// elsewhere adds to an error of a read-only file system, as /usr of Flatcar and others is, that the
+// programs can be in another directory.
+func elsewhere(err error) error {
+	if fixed := host.ImmutableError(""); errors.As(err, &fixed) || errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("%w, or choose another directory with --bin-dir=/opt/pilot/bin (pilot.binDir of the chart)", err)
+	}
+	return err
 }
 
 // refresh copies the pod's files to the machine if they have changed.

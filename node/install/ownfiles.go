@@ -142,7 +142,7 @@ func (o Options) checkPilotBinary() error {
 				return err
 			}
 			if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 || info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
-				return fmt.Errorf("%s would run as root, and users other than root can change %s: install it first (make install)", name, at)
+				return fmt.Errorf("%[1]s would run as root, and users other than root can change %[2]s: install it first (make install), or take that right from them (chown root %[2]s; chmod go-w %[2]s)", name, at)
 			}
 			if at == "/" {
 				break
