@@ -292,7 +292,7 @@ func (p *Plan) check(ctx context.Context) error {
 // is not the expected one, all of them are reverted. What can't be reverted, for example
 // on a full disk, stays recorded for [Uninstall].
 func (p *Plan) Install(ctx context.Context) error {
-	if len(p.Changes) == 0 && p.lost == "" {
+	if len(p.Changes) == 0 && p.lost == "" && !p.before.moved(p.containerd) {
 		return p.check(ctx)
 	}
 	return p.apply(ctx, p.Restart)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/ctrlplane/pilot/node/containerd"
 	"github.com/ctrlplane/pilot/node/host"
 )
 
@@ -51,6 +52,11 @@ type installed struct {
 	Link   string      `json:"link,omitempty"`
 	// Inserted is the text that was inserted into a file that is not pilot's.
 	Inserted string `json:"inserted,omitempty"`
+}
+
+// moved reports whether the containerd that was set up has another program now, if c is not nil.
+func (s *record) moved(c *containerd.Instance) bool {
+	return c != nil && s.Containerd != nil && s.Containerd.Program != c.Program
 }
 
 // RecordFile is the path of the record on the machine.

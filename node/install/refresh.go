@@ -53,8 +53,7 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 		return nil, err
 	}
 	p := &Plan{options: o, inserted: make(map[string]string), containerd: c}
-	moved := s.Containerd != nil && s.Containerd.Program != c.Program
-	if err = p.forRefresh(ctx, s); err == nil && (len(p.Changes) > 0 || moved) {
+	if err = p.forRefresh(ctx, s); err == nil && (len(p.Changes) > 0 || s.moved(c)) {
 		err = p.apply(ctx, nil)
 	}
 	if err != nil {
