@@ -128,13 +128,7 @@ func TestLazyInstallRefuses(t *testing.T) {
 	})
 	t.Run("containerd 1.7.15", func(t *testing.T) {
 		m := harness.Machines()["1.7"](t)
-		if err := os.Rename(m.Root+"/usr/bin/containerd", m.Root+"/usr/bin/containerd.bin"); err != nil {
-			t.Fatal(err)
-		}
-		program := harness.Write(t, m.Root+"/usr/bin/containerd", "#!/bin/sh\ncase $* in --version) echo containerd github.com/containerd/containerd v1.7.15 0; exit; esac\nexec /usr/bin/containerd.bin \"$@\"\n")
-		if err := os.Chmod(program, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		script(m, "case $* in --version) echo containerd github.com/containerd/containerd v1.7.15 0; exit; esac\nexec /usr/bin/containerd.real \"$@\"\n")
 		before := m.Files()
 		harness.ExpectFailure(t, m.Pilot("node", "install", "--lazy"), "with containerd 1.7.15", "upgrade containerd to 1.7.16 or later")
 		m.CheckFiles(before)
