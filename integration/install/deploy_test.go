@@ -262,8 +262,11 @@ func TestDeploy(t *testing.T) {
 			}
 			c.Set(harness.Object{"uid": "1"}, harness.Object{"uid": "2"})
 			m.CheckFiles(before)
-			if out := harness.Output(t, m.Run("ls", "-A", "/var/lib/pilot", "/var/lib/pilot/snapshotter")); strings.Contains(out, "layers") || strings.Contains(out, "snapshots") {
-				t.Errorf("left: %s", out)
+			if out := strings.TrimSpace(harness.Output(t, m.Run("ls", "-A", "/var/lib/pilot/snapshotter"))); out != "" {
+				t.Errorf("left in the snapshotter's directory: %s", out)
+			}
+			if err := m.Run("test", "-e", "/var/lib/pilot/layers").Run(); err == nil {
+				t.Error("the record of layers is left")
 			}
 		})
 	}
