@@ -3,10 +3,14 @@ package mirror
 import (
 	"context"
 	"crypto/cipher"
+	"errors"
+	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"time"
 
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -29,7 +33,7 @@ const (
 type place struct {
 	target
 	desc ocispec.Descriptor // of the blob
-	as   *lazyLayer         // with its key, or nil: not opened
+	as   *lazyLayer         // it with its key, or nil: not opened
 }
 
 // sought says where a layer is read that its own repository has not given.
@@ -56,8 +60,21 @@ func (m *Mirror) readLazy(ctx context.Context, repo *repository, layer *lazyLaye
 	if err == nil || ctx.Err() != nil || last != nil && last.found == nil && time.Since(last.at) < noPlaceTTL {
 		return body, err
 	}
+	if other := layer.sought.Load(); last == nil && other != nil && other.found != nil && time.Since(other.at) < placeTTL {
+		// The layer is mounted under another name, too.
+		p := *other.found
+		if body, otherErr := m.readAt(ctx, repo, layer, &p, offset, length); otherErr == nil {
+			return body, nil
+		}
+	}
 	now := &sought{of: own.key(), at: time.Now()}
-	for _, p := range m.placesOf(ctx, own, layer) {
+	found, _, _ := m.lazy.searches.Do(own.key()+"@"+own.object, func() (any, error) {
+		return m.placesOf(context.WithoutCancel(ctx), own.target, layer), nil
+	})
+	for _, p := range found.([]place) {
+		if p.desc.Digest == layer.desc.Digest {
+			p.as = layer
+		}
 		if p.key() == first.key() && p.desc.Digest == first.desc.Digest {
 			continue
 		}
@@ -66,7 +83,10 @@ func (m *Mirror) readLazy(ctx context.Context, repo *repository, layer *lazyLaye
 			continue
 		}
 		now.found = &p
-		if p.key() != own.key() || p.as != layer {
+		if !isGone(err) {
+			now.at = now.at.Add(noPlaceTTL - placeTTL) // it may be back at once
+		}
+		if (p.key() != own.key() || p.as != layer) && m.lazy.first(failureKey{layer: layer.desc.Digest, reason: "elsewhere " + own.key()}) {
 			logrus.WithError(shown(err)).WithFields(ofLayer(layer.desc)).WithFields(logrus.Fields{"image": own.key(), "from": p.key() + "@" + p.desc.Digest.String()}).
 				Warn("lazily pulled layer read where another image has it: its own repository does not give it")
 		}
@@ -80,7 +100,10 @@ func (m *Mirror) readLazy(ctx context.Context, repo *repository, layer *lazyLaye
 }
 
 // readAt returns a plain range of a layer of repo at a place, which it opens.
-func (m *Mirror) readAt(ctx context.Context, repo *repository, layer *lazyLayer, p *place, offset, length int64) (io.ReadCloser, error) {
+func (m *Mirror) readAt(ctx context.Context, repo *repository, layer *lazyLayer, p *place, offset, length int64) (_ io.ReadCloser, err error) {
+	if !m.allows(p.registry) {
+		return nil, &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", p.registry)}
+	}
 	if p.as == nil {
 		as := newLazyLayer(p.desc)
 		as.sealed = layer.sealed // what else its key has sealed is an error
@@ -88,10 +111,20 @@ func (m *Mirror) readAt(ctx context.Context, repo *repository, layer *lazyLayer,
 			return nil, err
 		}
 		p.as = as
+		defer func() {
+			if err != nil {
+				as.clear()
+			}
+		}()
 	} else if p.as != layer {
 		if err := m.refresh(ctx, p.as); err != nil {
 			return nil, err
 		}
+		defer func() {
+			if layer.sought.Load().twin(layer) != p.as {
+				p.as.clear() // it is read elsewhere by now, and nobody else would
+			}
+		}()
 	}
 	if p.key() != repo.key() {
 		other, err := m.open(ctx, caller{trusted: true}, p.target)
@@ -116,9 +149,9 @@ func (m *Mirror) readAt(ctx context.Context, repo *repository, layer *lazyLayer,
 }
 
 // placesOf returns where a layer may be: at its own place, where other images have the same blob,
-// and where they have other blobs as the same layer.
-func (m *Mirror) placesOf(ctx context.Context, own place, layer *lazyLayer) []place {
-	list := []place{own}
+// and where they have other blobs as the same layer. None is opened.
+func (m *Mirror) placesOf(ctx context.Context, own target, layer *lazyLayer) []place {
+	list := []place{{target: own, desc: layer.desc}}
 	within, cancel := context.WithTimeout(ctx, claimsTimeout)
 	defer cancel()
 	all, err := m.lazy.images.All(within)
@@ -128,22 +161,32 @@ func (m *Mirror) placesOf(ctx context.Context, own place, layer *lazyLayer) []pl
 	var same, twins []claims.Claim
 	for _, c := range all {
 		switch {
-		case slices.Contains(c.Blobs, own.desc.Digest):
+		case slices.Contains(c.Blobs, layer.desc.Digest):
 			same = append(same, c)
 		case c.DiffID == layer.sealed.DiffID && c.Layer.Size == layer.sealed.Size && processor.IsEncrypted(c.Layer.MediaType):
 			twins = append(twins, c)
 		}
 	}
+	type claim struct {
+		namespace       string
+		manifest, layer digest.Digest
+	}
+	seen, names := map[claim]bool{}, map[string]map[digest.Digest][]string{}
 	for i, c := range append(same, twins...) {
-		names, err := m.lazy.images.Names(within, c)
-		if err != nil {
-			return list
+		key := claim{c.Namespace, c.Manifest, c.Layer.Digest}
+		if seen[key] || len(list) == maxPlaces {
+			continue
 		}
-		for _, name := range names {
-			p := own
+		seen[key] = true
+		if names[c.Namespace] == nil {
+			if names[c.Namespace], err = m.lazy.images.Names(within, c.Namespace); err != nil {
+				return list
+			}
+		}
+		for _, name := range slices.Sorted(slices.Values(names[c.Namespace][c.Manifest])) {
+			p := place{target: own, desc: layer.desc}
 			if i >= len(same) {
-				p = place{target: own.target, desc: c.Layer}
-				p.object = c.Layer.Digest.String()
+				p.desc, p.object = c.Layer, c.Layer.Digest.String()
 			}
 			spec, err := reference.Parse(name)
 			if err != nil || digest.Digest(name).Validate() == nil {
@@ -160,14 +203,27 @@ func (m *Mirror) placesOf(ctx context.Context, own place, layer *lazyLayer) []pl
 	return list
 }
 
+// isGone reports whether a registry's answer says that it does not give something, and not that
+// it can't now.
+func isGone(err error) bool {
+	if _, ok := errors.AsType[*notLazy](err); ok {
+		return true
+	}
+	status, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err)
+	return ok && status.StatusCode < http.StatusInternalServerError && status.StatusCode != http.StatusTooManyRequests && status.StatusCode != http.StatusRequestTimeout
+}
+
 // wholeAt returns the repository from which all of a layer's own blob is read.
-func (m *Mirror) wholeAt(ctx context.Context, repo *repository, layer *lazyLayer) *repository {
+func (m *Mirror) wholeAt(ctx context.Context, repo *repository, layer *lazyLayer) (*repository, error) {
 	if last := layer.soughtFor(repo); last != nil && last.found != nil && last.found.as == layer {
 		if other, err := m.open(ctx, caller{trusted: true}, last.found.target); err == nil {
-			return other
+			return other, nil
 		}
 	}
-	return repo
+	if !m.allows(repo.registry) {
+		return nil, &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", repo.registry)}
+	}
+	return repo, nil
 }
 
 // soughtFor returns where the layer is read that a repository has not given lately, or nil.

@@ -37,14 +37,15 @@ const lazyPath = "/lazy"
 // and served from memory, to the table of contents in them, by which the snapshotter checks
 // each chunk.
 type lazy struct {
-	images  *claims.Finder
-	metrics *lazyMetrics
-	streams *streams
-	opening chan struct{} // has one for each layer that is being opened
-	opens   singleflight.Group
-	proving chan struct{} // has one for each layer that is being read as a whole
-	proofs  singleflight.Group
-	slow    atomic.Int64 // until when containerd counts as slow, in Unix nanoseconds
+	images   *claims.Finder
+	metrics  *lazyMetrics
+	streams  *streams
+	opening  chan struct{} // has one for each layer that is being opened
+	opens    singleflight.Group
+	proving  chan struct{} // has one for each layer that is being read as a whole
+	proofs   singleflight.Group
+	searches singleflight.Group // for other places of a layer
+	slow     atomic.Int64       // until when containerd counts as slow, in Unix nanoseconds
 
 	mu     sync.Mutex
 	layers map[digest.Digest]*lazyLayer
@@ -141,9 +142,6 @@ func (m *Mirror) lazyBlob(w *answer, r *http.Request, c caller, t target) (err e
 		}
 		m.lazy.metrics.ended(m.judgeLazy(err), began)
 	}()
-	if !m.allows(t.registry) {
-		return &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", t.registry)}
-	}
 	layer, err := m.lazyLayer(r.Context(), repo, mounts, r.URL.Query().Get("snapshot"))
 	if err != nil {
 		return err
@@ -235,7 +233,12 @@ func (m *Mirror) lazyLayer(ctx context.Context, repo *repository, mounts bool, s
 		if err != nil {
 			return nil, err
 		}
-		if layer == nil || !slices.ContainsFunc(found, func(c claims.Claim) bool { return layer.isOf(c.Layer) }) {
+		isKnown := layer != nil && slices.ContainsFunc(found, func(c claims.Claim) bool { return layer.isOf(c.Layer) })
+		if isKnown && len(candidates(found, d)) > 1 {
+			// Another image may have its key wrapped for a KEK that this machine may still use.
+			isKnown = m.refresh(ctx, layer) == nil
+		}
+		if !isKnown {
 			if layer, err = m.openLayer(ctx, repo, found); err != nil {
 				return nil, err
 			}

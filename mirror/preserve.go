@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 )
 
@@ -21,7 +22,10 @@ func (m *Mirror) PreserveLazy(ctx context.Context, snapshotter string) {
 	for {
 		now := ""
 		// containerd starts after pilot, and may not have the snapshotter yet.
-		if err := m.lazy.images.Preserve(ctx, snapshotter); err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) && !errdefs.IsInvalidArgument(err) {
+		within, cancel := context.WithTimeout(ctx, preserveInterval)
+		err := m.lazy.images.Preserve(within, snapshotter, m.lazy.has)
+		cancel()
+		if err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) && !errdefs.IsInvalidArgument(err) {
 			if now = err.Error(); now != failed {
 				logrus.WithError(err).Warn("keys of lazily mounted layers not kept: containers that share them with an image that is removed may not start")
 			}
@@ -33,4 +37,12 @@ func (m *Mirror) PreserveLazy(ctx context.Context, snapshotter string) {
 			return
 		}
 	}
+}
+
+// has reports whether a layer was opened by that descriptor.
+func (l *lazy) has(desc ocispec.Descriptor) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	layer := l.layers[desc.Digest]
+	return layer != nil && layer.isOf(desc)
 }

@@ -149,18 +149,33 @@ func (m *Mirror) readWhole(ctx context.Context, repo *repository, layer *lazyLay
 	if err != nil {
 		return err
 	}
-	body, err := m.wholeAt(ctx, repo, layer).Stream(ctx, ocispec.Descriptor{MediaType: octets, Digest: layer.desc.Digest, Size: layer.desc.Size})
+	if first, err := m.readLazy(ctx, repo, layer, 0, 1); err == nil {
+		first.Close() // where the layer is may have changed
+	}
+	from, err := m.wholeAt(ctx, repo, layer)
+	if err != nil {
+		return err
+	}
+	body, err := from.Stream(ctx, ocispec.Descriptor{MediaType: octets, Digest: layer.desc.Digest, Size: layer.desc.Size})
 	if err != nil {
 		return err
 	}
 	defer body.Close()
-	plain, err := layer.decrypter(body)
+	blob := layer.desc.Digest.Verifier()
+	plain, err := layer.decrypter(io.TeeReader(body, blob))
 	if err != nil {
 		return err
 	}
 	defer plain.Close()
 	plain.HashPlain()
 	err = image.VerifyLazy(plain, layer.sealed, end)
+	if errors.Is(err, processor.ErrTampered) {
+		// Other bytes than the blob's say nothing about who has sealed it.
+		if _, rest := io.Copy(io.Discard, plain); rest != nil && !blob.Verified() {
+			layer.setSought(nil)
+			err = fmt.Errorf("%s has sent other bytes than the layer's", from.key())
+		}
+	}
 	log := logrus.WithFields(ofLayer(layer.desc)).WithFields(logrus.Fields{"image": repo.key(), "bytes": layer.desc.Size, "took": time.Since(began), "diff-id": layer.sealed.DiffID})
 	switch {
 	case err == nil:

@@ -32,10 +32,11 @@ func TestMain(m *testing.M) {
 // machine is a node that pulls lazily, with a registry.
 type machine struct {
 	*harness.LazyNode
-	t       testing.TB
-	storage string
-	front   *front // the registry as all see it
-	mounts  int    // that were made
+	t        testing.TB
+	registry string // its address
+	storage  string
+	front    *front // the registry as all see it
+	mounts   int    // that were made
 }
 
 // newMachine starts all of it. args are more of pilot's.
@@ -43,7 +44,7 @@ func newMachine(t testing.TB, args ...string) *machine {
 	t.Helper()
 	registry, storage := harness.StartRegistry(t, harness.TempDir(t))
 	f := newFront(t, registry)
-	return &machine{harness.NewLazyNode(t, []string{f.address}, args...), t, storage, f, 0}
+	return &machine{harness.NewLazyNode(t, []string{f.address}, args...), t, registry, storage, f, 0}
 }
 
 // layer is the files of a layer.

@@ -125,7 +125,7 @@ func TestLayersAreReadByHostsFiles(t *testing.T) {
 	f := newFront(t, registry)
 	hosts := harness.TempDir(t)
 	harness.Write(t, hosts+"/registry.test/hosts.toml", "server = 'http://"+f.address+"'\n")
-	m := &machine{harness.NewLazyNode(t, []string{f.address, "registry.test"}, "--mirror-hosts-dir", hosts), t, storage, f, 0}
+	m := &machine{harness.NewLazyNode(t, []string{f.address, "registry.test"}, "--mirror-hosts-dir", hosts), t, registry, storage, f, 0}
 	secret := harness.NewSecret()
 	m.encrypt("app:1", layer{"hello": program(t), "secret": []byte(secret)})
 	const image = "registry.test/app:1"

@@ -127,13 +127,13 @@ func (f *Finder) list(ctx context.Context) (all []Claim, err error) {
 		}
 		for _, info := range documents {
 			claims, err := f.of(ctx, store, info)
-			if errdefs.IsNotFound(err) {
+			isTooLarge := errors.Is(err, errTooLarge)
+			switch {
+			case errdefs.IsNotFound(err), isTooLarge && info.Labels[keptLabel] != "":
 				continue // removed meanwhile
-			}
-			if errors.Is(err, errTooLarge) {
-				claims, err = []Claim{{Manifest: info.Digest, Unread: true}}, nil
-			}
-			if err != nil {
+			case isTooLarge:
+				claims = []Claim{{Manifest: info.Digest, Unread: true}}
+			case err != nil:
 				return nil, fmt.Errorf("manifest %s in namespace %s: %w", info.Digest, space, err)
 			}
 			seen[info.Digest] = true
