@@ -42,7 +42,7 @@ type configuration struct {
 	MirrorListen     mirrorAddress     `toml:"mirror-listen" reload:"no" usage:"where to serve encrypted images as plain ones: HOST:PORT, or off"`
 	MirrorSecretFile string            `toml:"mirror-secret-file" reload:"no" usage:"file with the secret of the mirror's callers that have no certificate, on a loopback address (mode 0600; made if it does not exist)"`
 	MirrorUpstream   string            `toml:"mirror-upstream" reload:"no" usage:"registry of all names that the mirror is asked for, such as registry.example.com (default: the name's first part)"`
-	MirrorAllowed    registryPatterns  `toml:"mirror-allowed-upstreams" reload:"no" usage:"registries that the mirror's callers may name, separated by commas, with * for any text, as in *.example.com (default: all but those on loopback)"`
+	MirrorAllowed    registryPatterns  `toml:"mirror-allowed-upstreams" reload:"no" usage:"registries that the mirror's callers may name, and from which layers are read lazily, separated by commas, with * for any text, as in *.example.com (default: all but those on loopback)"`
 	MirrorHostsDir   string            `toml:"mirror-hosts-dir" reload:"no" usage:"directory, in the form of containerd's certs.d, of how the mirror and lazy pulling reach registries"`
 	LazyListen       unixAddress       `toml:"lazy-listen" reload:"no" usage:"where to serve parts of layers to pilot's snapshotter: unix:///PATH (mode 0600), or off"`
 	LayerRecord      string            `toml:"layer-record" reload:"no" usage:"file in which the differ records which KEKs have opened which layers (default: /var/lib/pilot/layers, or one beside it for another diff-listen)"`
