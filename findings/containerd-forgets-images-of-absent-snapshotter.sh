@@ -10,6 +10,7 @@
 set -euo pipefail
 containerd=v2.4.2
 
+exec 3>&2
 dir=$(mktemp -d)
 declare -A pids
 stop() {
@@ -19,6 +20,8 @@ stop() {
 	pids[$1]=
 }
 cleanup() {
+	local failed=$?
+	[ "$failed" = 0 ] || tail -n 5 "$dir"/{seen,log,containerd.log} >&3 2>/dev/null || true
 	stop containerd
 	stop snapshotter
 	rm -rf --one-file-system "$dir"
@@ -38,11 +41,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/plugins/snapshots/native"
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"google.golang.org/grpc"
@@ -61,6 +66,11 @@ func main() {
 	switch os.Args[1] {
 	case "image": // makes one
 		img, err := random.Image(1000, 1)
+		check(err)
+		config, err := img.ConfigFile()
+		check(err)
+		config.OS, config.Architecture = "linux", runtime.GOARCH
+		img, err = mutate.ConfigFile(img, config)
 		check(err)
 		ref, err := name.NewTag("registry.example.com/app:1")
 		check(err)
@@ -109,7 +119,6 @@ END
 await() {
 	for _ in $(seq 300); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done
 	echo "not in time: $*" >&2
-	tail -5 containerd.log >&2
 	exit 2
 }
 start_snapshotter() {
@@ -144,7 +153,7 @@ count() { echo "$1: CRI $(./images images "$dir/c.sock"), containerd $(bin/ctr -
 	stop containerd
 	start_containerd
 	count "containerd restarted again"
-} >seen 2>log || { cat seen log; tail -5 containerd.log; exit 2; }
+} >seen 2>log
 
 echo "containerd $containerd"
 cat seen
