@@ -122,11 +122,15 @@ func TestLazyNodeBoots(t *testing.T) {
 	ctr("task", "rm", "-f", "lasting")
 	ctr("container", "rm", "lasting")
 	// Installations that are killed are completed by the next one.
+	// systemd starts a service five times in ten seconds, and no more.
+	often := func() { m.Output("systemctl", "reset-failed", "containerd.service", "pilot.service") }
 	killed := func(args ...string) {
 		t.Helper()
 		for _, after := range []string{"0.1", "0.3", "0.6", "1", "1.5", "2.5"} {
+			often()
 			m.Run("timeout", append([]string{"--signal=KILL", after, "pilot", "node", "install"}, args...)...).Run()
 		}
+		often()
 		m.Output("pilot", append([]string{"node", "install"}, args...)...)
 	}
 	killed("--now")
@@ -144,6 +148,7 @@ func TestLazyNodeBoots(t *testing.T) {
 	}
 	// While what pilot's snapshotter has left can't be removed, only that is tried again.
 	const leftover = "/run/left/rootfs"
+	often()
 	m.Output("mkdir", "-p", leftover, "/var/lib/pilot/snapshotter/x")
 	m.Output("mount", "-t", "overlay", "overlay", "-o", "lowerdir=/var/lib/pilot/snapshotter/x:/srv", leftover)
 	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--lazy=false", "--now"), "run/left")
@@ -153,6 +158,7 @@ func TestLazyNodeBoots(t *testing.T) {
 		t.Errorf("containerd was restarted: %s, was %s", now, containerd)
 	}
 	m.Output("umount", leftover)
+	often()
 	m.Output("pilot", "node", "install", "--now")
 	m.Output("pilot", "node", "install", "--lazy", "--now")
 	harness.Output(t, n.Crictl("pull", image))
@@ -179,6 +185,7 @@ func TestLazyNodeBoots(t *testing.T) {
 	harness.Output(t, n.Crictl("pull", image+"-plain"))
 
 	// pilot does not start.
+	often()
 	const broken = "/etc/systemd/system/pilot.service.d/broken.conf"
 	harness.Write(t, m.Root+broken, "[Service]\nExecStart=\nExecStart=/bin/false\n")
 	harness.ExpectFailure(t, m.Run("pilot", "node", "install", "--now"), "systemctl restart pilot.service", "from its next start on containerd.service can't pull any image", "pilot node uninstall --now")
@@ -186,6 +193,7 @@ func TestLazyNodeBoots(t *testing.T) {
 
 	// pilot, or containerd, was stopped before pilot is uninstalled.
 	for _, units := range []string{"pilot.service pilot-diff.socket pilot-keyprovider.socket", "containerd.service"} {
+		often()
 		m.Output("pilot", "node", "install", "--now")
 		m.Output("systemctl", append([]string{"stop"}, strings.Fields(units)...)...)
 		if units == "containerd.service" {
