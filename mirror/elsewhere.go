@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
@@ -101,8 +102,8 @@ func (m *Mirror) readLazy(ctx context.Context, repo *repository, layer *lazyLaye
 
 // readAt returns a plain range of a layer of repo at a place, which it opens.
 func (m *Mirror) readAt(ctx context.Context, repo *repository, layer *lazyLayer, p *place, offset, length int64) (_ io.ReadCloser, err error) {
-	if !m.allows(p.registry) {
-		return nil, &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", p.registry)}
+	if err := m.checkAllowed(p.registry); err != nil {
+		return nil, err
 	}
 	if p.as == nil {
 		as := newLazyLayer(p.desc)
@@ -193,7 +194,7 @@ func (m *Mirror) placesOf(ctx context.Context, own target, layer *lazyLayer) []p
 				continue // CRI's name of an image by its ID
 			}
 			p.registry = spec.Hostname()
-			p.repository = spec.Locator[min(len(p.registry)+1, len(spec.Locator)):]
+			p.repository = strings.TrimPrefix(spec.Locator, p.registry+"/")
 			isNew := !slices.ContainsFunc(list, func(l place) bool { return l.key() == p.key() && l.desc.Digest == p.desc.Digest })
 			if isNew && len(list) < maxPlaces && CheckRegistry(p.registry) == nil && aRepository.MatchString(p.repository) && m.allows(p.registry) {
 				list = append(list, p)
@@ -220,10 +221,15 @@ func (m *Mirror) wholeAt(ctx context.Context, repo *repository, layer *lazyLayer
 			return other, nil
 		}
 	}
-	if !m.allows(repo.registry) {
-		return nil, &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", repo.registry)}
+	return repo, m.checkAllowed(repo.registry)
+}
+
+// checkAllowed returns an error if layers are not read from a registry.
+func (m *Mirror) checkAllowed(registry string) error {
+	if m.allows(registry) {
+		return nil
 	}
-	return repo, nil
+	return &notLazy{reasonRegistry, fmt.Errorf("%s is not one of mirror-allowed-upstreams", registry)}
 }
 
 // soughtFor returns where the layer is read that a repository has not given lately, or nil.

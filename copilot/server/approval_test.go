@@ -28,16 +28,7 @@ func TestStoresOwnerIsOneAdmin(t *testing.T) {
 	if err := os.WriteFile(policy, []byte("[[rule]]\nidentities = [\"uid:*\"]\nkeks = [\"**\"]\nactions = [\"admin\"]\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	conf := Config{Dir: dir, Policy: policy, Approvals: Approvals{Require: []string{"destroy"}}}
-	if err := conf.check(); err != nil {
-		t.Fatal(err)
-	}
-	b, err := newBroker(t.Context(), conf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.close()
-	local := newLocalKeys(b, conf)
+	b, local := localBroker(t, Config{Dir: dir, Policy: policy, Approvals: Approvals{Require: []string{"destroy"}}})
 	if _, err := local.Create(t.Context(), "team-a", nil); err != nil {
 		t.Fatal(err)
 	}

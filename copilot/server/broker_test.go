@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,15 +12,7 @@ import (
 // TestAuditLogSaysWhichVersionsAreGone destroys a version of a KEK, and then the others.
 func TestAuditLogSaysWhichVersionsAreGone(t *testing.T) {
 	conf := Config{Dir: t.TempDir()}
-	if err := conf.check(); err != nil {
-		t.Fatal(err)
-	}
-	b, err := newBroker(t.Context(), conf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.close()
-	keys := newLocalKeys(b, conf)
+	b, keys := localBroker(t, conf)
 	if _, err := keys.Create(t.Context(), "team-a", nil); err != nil {
 		t.Fatal(err)
 	}
@@ -60,4 +53,18 @@ func TestSpans(t *testing.T) {
 			t.Errorf("%v: %q", numbers, got)
 		}
 	}
+}
+
+// localBroker returns a broker that nobody serves, until the test ends, with its KEKs.
+func localBroker(t testing.TB, conf Config) (*broker, *localKeys) {
+	t.Helper()
+	if err := conf.check(); err != nil {
+		t.Fatal(err)
+	}
+	b, err := newBroker(context.Background(), conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.close() })
+	return b, newLocalKeys(b, conf)
 }

@@ -27,17 +27,8 @@ func FuzzAPI(f *testing.F) {
 	if err := os.WriteFile(policy, fmt.Appendf(nil, "[[rule]]\nidentities = [\"uid:%d\"]\nkeks = [\"team-a\"]\nactions = [\"wrap\", \"unwrap\"]\n", os.Geteuid()), 0o600); err != nil {
 		f.Fatal(err)
 	}
-	conf := Config{Dir: dir, Policy: policy}
-	if err := conf.check(); err != nil {
-		f.Fatal(err)
-	}
-	b, err := newBroker(context.Background(), conf)
-	if err != nil {
-		f.Fatal(err)
-	}
-	defer b.close()
+	b, owner := localBroker(f, Config{Dir: dir, Policy: policy})
 	key := []byte("KEKKEKKEKKEKKEKKEKKEKKEKKEKKEKKE")
-	owner := newLocalKeys(b, conf)
 	for _, kek := range []string{"team-a", "other"} {
 		if _, err := owner.Create(f.Context(), kek, key); err != nil {
 			f.Fatal(err)

@@ -3,11 +3,7 @@ package server_test
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/json"
-	"encoding/pem"
 	"io"
 	"net"
 	"net/http"
@@ -63,30 +59,9 @@ burst = 8
 `), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ca, err := pki.Create(dir, "example.com", 240*time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
 	in := func(name string) string { return filepath.Join(dir, name) }
-	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
-		t.Fatal(err)
-	}
+	ca, pair, renew := requestRenewal(t, dir)
 	if err := ca.IssueSigner(dir, time.Hour, nil); err != nil {
-		t.Fatal(err)
-	}
-	pair, err := tls.LoadX509KeyPair(in("node.pem"), in("node-key.pem"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, pair.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	renew, err := json.Marshal(map[string]string{"csr": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))})
-	if err != nil {
 		t.Fatal(err)
 	}
 	store, err := keystore.Open(t.Context(), dir, "")

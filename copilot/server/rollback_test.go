@@ -58,28 +58,7 @@ func TestNoRenewalWhileARevocationMayBeLost(t *testing.T) {
 				}
 				records(t, dir, func(keks *bolt.Bucket) error { return test.spoil(keks, earlier) })
 			}
-			ca, err := pki.Create(dir, "example.com", 240*time.Hour)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
-				t.Fatal(err)
-			}
-			if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
-				t.Fatal(err)
-			}
-			pair, err := tls.LoadX509KeyPair(in("node.pem"), in("node-key.pem"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, pair.PrivateKey)
-			if err != nil {
-				t.Fatal(err)
-			}
-			body, err := json.Marshal(map[string]string{"csr": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))})
-			if err != nil {
-				t.Fatal(err)
-			}
+			_, pair, body := requestRenewal(t, dir)
 			address := loopbacktest.FreeAddress(t)
 			serve(t, dir, server.Config{
 				Listen: []string{address}, TLSCert: in("server.pem"), TLSKey: in("server-key.pem"), TLSClientCA: in("ca.pem"), NodeCA: in("ca.pem"), NodeCAKey: in("ca-key.pem"),
@@ -159,4 +138,34 @@ func records(t *testing.T, dir string, change func(keks *bolt.Bucket) error) {
 	if err := db.Update(func(tx *bolt.Tx) error { return change(tx.Bucket([]byte("keks"))) }); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// requestRenewal makes a CA in dir with a certificate for a broker, server.pem, and one for
+// spiffe://example.com/node/worker-7, node.pem, and returns the latter with a
+// request to renew it.
+func requestRenewal(t *testing.T, dir string) (ca *pki.CA, pair tls.Certificate, body []byte) {
+	t.Helper()
+	ca, err := pki.Create(dir, "example.com", 240*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if err := ca.IssueServer([]string{"127.0.0.1"}, time.Hour, in("server.pem"), in("server-key.pem"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := ca.IssueClient(pki.Client{Path: "node/worker-7", Hold: time.Hour}, in("node.pem"), in("node-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if pair, err = tls.LoadX509KeyPair(in("node.pem"), in("node-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err = json.Marshal(map[string]string{"csr": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ca, pair, body
 }

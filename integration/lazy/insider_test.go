@@ -197,22 +197,29 @@ func TestFalseSealIsFoundBeforeASnapshotIsShared(t *testing.T) {
 	refused("victim:chain")
 }
 
-// TestSnapshotOfARemovedImageIsNotAnothers has an attacker's blob mounted as the victim's layer,
-// by an image that is removed while another keeps the snapshot. An honest image has the blob
-// then.
-func TestSnapshotOfARemovedImageIsNotAnothers(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t)
+// occupy has the layer of evil:forged, an attacker's, mounted as that of victim:1, which is not
+// pulled. Another image, evil:holder, keeps the snapshot.
+func (m *machine) occupy() {
+	m.t.Helper()
 	m.encrypt("victim:1", layer{"file": []byte("of the victim")})
 	m.encrypt("evil:1", layer{"file": []byte("of the attacker")})
 	_, ids := m.configOf(m.manifest("victim:1"))
 	forged := m.sealAs("evil:1", "evil:forged", ids...)
 	m.pull("evil:forged")
 	// Its layer is never fetched.
-	holder := clone(t, forged)
+	holder := clone(m.t, forged)
 	holder["layers"] = []any{m.pushBlob("evil", "application/vnd.oci.image.layer.v1.tar", []byte("no layer"))}
 	m.push("evil:holder", holder)
 	m.pull("evil:holder")
+}
+
+// TestSnapshotOfARemovedImageIsNotAnothers has an attacker's blob mounted as the victim's layer,
+// by an image that is removed while another keeps the snapshot. An honest image has the blob
+// then.
+func TestSnapshotOfARemovedImageIsNotAnothers(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.occupy()
 	m.remove("evil:forged")
 	m.pull("evil:1")
 	m.pull("victim:1")

@@ -137,10 +137,7 @@ func (u unmarked) Cleanup(ctx context.Context) error {
 }
 
 func (u unmarked) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	labels, err := labelsOf(opts)
-	if err == nil {
-		err = u.checkCopy(ctx, key, parent, labels)
-	}
+	labels, err := u.checked(ctx, key, parent, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -159,11 +156,7 @@ func (u unmarked) Prepare(ctx context.Context, key, parent string, opts ...snaps
 }
 
 func (u unmarked) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	labels, err := labelsOf(opts)
-	if err == nil {
-		err = u.checkCopy(ctx, key, parent, labels)
-	}
-	if err != nil {
+	if _, err := u.checked(ctx, key, parent, opts); err != nil {
 		return nil, err
 	}
 	mounts, err := u.Snapshotter.View(ctx, key, parent, opts...)
@@ -204,15 +197,15 @@ func (u unmarked) checkCopy(ctx context.Context, key, parent string, labels map[
 	return nil
 }
 
-// labelsOf returns the labels that options give to a snapshot.
-func labelsOf(opts []snapshots.Opt) (map[string]string, error) {
+// checked returns the labels that options give to a new snapshot, which passes checkCopy.
+func (u unmarked) checked(ctx context.Context, key, parent string, opts []snapshots.Opt) (map[string]string, error) {
 	var info snapshots.Info
 	for _, o := range opts {
 		if err := o(&info); err != nil {
 			return nil, err
 		}
 	}
-	return info.Labels, nil
+	return info.Labels, u.checkCopy(ctx, key, parent, info.Labels)
 }
 
 // isTaken reports whether a layer can't be mounted as name, which is "" for what is no layer: one
