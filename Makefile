@@ -67,7 +67,7 @@ BENCHSTAT   := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4d
 CYCLONEDX   := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
-.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-packages test-node test-nodes test-kubernetes test-engines test-windows test-fips test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
+.PHONY: build help install demo demo-svg images packages chart manifests clients node-image release test test-all test-unit test-unit-raced test-unit-unraced test-integration test-packages test-node test-nodes test-kubernetes test-engines test-windows test-fips test-race test-repeat test-long test-property soak fuzz bench bench-go check tools clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -125,8 +125,15 @@ TOGETHER ?= $(shell echo $$(($$(nproc) + 1)))
 # make check vets all packages, so go test does not do so again.
 TEST := go test -vet=off
 
-test: tools test-unit
-	$(TEST) -count=1 -timeout 90m -short -p $(TOGETHER) -parallel $(PARALLEL) $$(go list ./integration/... | grep -v /bench$$)
+# All at once: while one waits, another one computes.
+test: tools
+	+$(MAKE) --no-print-directory -j3 test-unit-raced test-unit-unraced test-integration
+
+# The packages that take longest begin first, so that none is left to run alone.
+LONGEST := ./integration/node ./integration/pull ./integration/encrypt
+test-integration: tools
+	$(TEST) -count=1 -timeout 90m -short -p $(TOGETHER) -parallel $(PARALLEL) $(LONGEST) \
+		$$(go list ./integration/... | grep -v -e /bench$$ $(foreach p,$(LONGEST),-e '/pilot$(p:.%=%)$$'))
 	cd packaging/kubernetes/validate && $(TEST) ./...
 
 # With the tests that take longest.
@@ -157,8 +164,12 @@ PACKAGES ?= $(shell echo $$(($$(nproc) * 3)))
 UNRACED  := ./image ./cmd/copilot ./cmd/pilot ./ctr-pilot ./node/doctor ./plugin/builtin \
 	./copilot/kms/awskms ./copilot/kms/azurekms ./copilot/kms/gcpkms
 
-test-unit:
+test-unit: test-unit-raced test-unit-unraced
+
+test-unit-raced:
 	$(TEST) -race -timeout 30m -p $(PACKAGES) $$(go list ./... | grep -v -e /integration $(foreach p,$(UNRACED),-e '/pilot$(p:.%=%)$$'))
+
+test-unit-unraced:
 	$(TEST) -timeout 30m -p $(PACKAGES) $(UNRACED)
 
 # Each version of containerd with each configuration.

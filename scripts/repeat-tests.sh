@@ -16,8 +16,10 @@ mkdir -p "$logs"
 export GOFLAGS="${GOFLAGS:-} -count=1"
 
 loops=() make=
-# The tests are a process group of their own (setsid): an interrupt ends them, with
-# what they started.
+# The tests are a process group of their own (set -m): an interrupt ends them, with what
+# they started. They are in the loops' session, because Linux gives each session the same
+# part of the processors, however many programs it has.
+set -m
 clean() {
 	trap - EXIT
 	[ -z "$make" ] || { kill -TERM -- "-$make" && wait "$make"; } 2>/dev/null || true
@@ -40,7 +42,7 @@ for ((run = 1; run <= runs; run++)); do
 		beside=" beside ${#loops[@]} busy loops"
 	fi
 	began=$SECONDS verdict=passed
-	setsid make test >"$logs/$run.log" 2>&1 &
+	make test >"$logs/$run.log" 2>&1 &
 	make=$!
 	wait "$make" || { verdict=FAILED failed=$((failed + 1)); }
 	make=
