@@ -2,8 +2,11 @@ package install
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -24,7 +27,8 @@ const refreshTimeout = 30 * time.Second
 // If pilot can't be added without losing other settings, Refresh empties its drop-in, so
 // that containerd starts without pilot, and the error says why. On a node that asks about
 // workloads, what makes containerd ask stays there, unless that doesn't fit either. If
-// containerd's program takes too long, nothing changes.
+// containerd's program takes too long, nothing changes, nor if an installation was interrupted
+// before its units were there.
 func Refresh(ctx context.Context, o Options) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, refreshTimeout)
 	defer cancel()
@@ -44,6 +48,9 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 	}
 	if len(s.dropIns()) == 0 {
 		return nil, nil
+	}
+	if unit := s.interrupted(o); unit != "" {
+		return nil, &host.Conflict{Where: unit, What: "it is missing, and so is pilot's drop-in: an installation was interrupted", Fix: "run \"pilot node install\" or \"pilot node uninstall\""}
 	}
 	c, err := s.lookAgain(ctx, o)
 	if err != nil {
@@ -67,6 +74,26 @@ func Refresh(ctx context.Context, o Options) ([]string, error) {
 		return changed, &host.Conflict{Where: c.Service, What: fmt.Sprintf("its containerd reads %s now, and pilot was installed for %s", config, c.Config), Fix: "run \"pilot node install\""}
 	}
 	return changed, nil
+}
+
+// interrupted returns a file of a unit that is missing beside the drop-in, or "". The record is
+// written before all other files and changed after them, so an installation that was killed
+// may have neither: with a drop-in alone, containerd would ask a pilot that does not start.
+func (s *record) interrupted(o Options) (missing string) {
+	for _, f := range s.Files {
+		isUnit := strings.HasPrefix(f.Path, host.UnitDir+"/")
+		if !isUnit && !isDropIn(f.Path) {
+			continue
+		}
+		_, err := o.Lstat(f.Path)
+		switch {
+		case !isUnit && err == nil:
+			return ""
+		case isUnit && errors.Is(err, fs.ErrNotExist):
+			missing = f.Path
+		}
+	}
+	return missing
 }
 
 // forRefresh plans pilot's part of containerd's configuration, and what that requires.
