@@ -88,7 +88,15 @@ func TestLazyNodeBoots(t *testing.T) {
 		t.Errorf("the snapshotter was process %s, and is %s", snapshotter, now)
 	}
 
+	// A pod's container reads on until it has ended, and pilot ends after it.
+	m.Output("mkdir", "/srv/read")
+	run("--detach", "--snapshotter", "pilot-lazy", "--runc-systemd-cgroup", "--cgroup", "kubepods.slice:cri-containerd:pod",
+		"--mount", "type=bind,src=/srv/read,dst=/read,options=rbind:rw", image, "pod", "/hello", "pause", "/read/secret")
 	m.Reboot(t)
+	if got := m.Output("cat", "/srv/read/secret"); got != secret {
+		t.Errorf("at shutdown the container has read %s", got)
+	}
+	m.Output("rm", "-r", "/srv/read")
 	n.Socket = fmt.Sprintf("/proc/%d/root/run/containerd/containerd.sock", m.Init)
 	var last uint64
 	for _, unit := range []string{"pilot.service", "pilot-snapshotter.service", "containerd.service"} {
@@ -102,7 +110,7 @@ func TestLazyNodeBoots(t *testing.T) {
 		t.Errorf("after the reboot the image prints %s", out)
 	}
 
-	ctr("container", "rm", "running") // which the reboot has ended
+	ctr("container", "rm", "running", "pod") // which the reboot has ended
 	// Lazy pulling is switched off while a container has a lazily pulled image.
 	run("--detach", "--snapshotter", "pilot-lazy", image, "lasting", "/hello", "pause")
 	if out := m.Output("pilot", "node", "install", "--lazy=false", "--now"); !strings.Contains(out, "k8s.io/lasting") || !strings.Contains(out, image) {
