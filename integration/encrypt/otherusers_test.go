@@ -5,7 +5,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/ctrlplane/pilot/integration/harness"
@@ -40,6 +42,12 @@ func newDev(t testing.TB, dir string) *dev {
 		}
 	}
 	harness.Output(t, exec.Command("chown", "-R", "54322:54322", d.Root+"/run/user/54322"))
+	t.Cleanup(func() {
+		// podman leaves a process that holds its namespaces, and the machine's mounts with them.
+		if pid, err := strconv.Atoi(strings.TrimSpace(harness.Read(t, d.Root+"/run/user/54322/libpod/tmp/pause.pid"))); err != nil || syscall.Kill(pid, syscall.SIGKILL) != nil {
+			t.Errorf("podman's process %d: %v", pid, err)
+		}
+	})
 	return u
 }
 
