@@ -97,6 +97,12 @@ func newPKCS11Wrapper() wrapper {
 // pkcs11Wrapper is ocicrypt's for PKCS#11, which unwraps in a process of its own.
 type pkcs11Wrapper struct{ keyWrapper }
 
+// pkcs11Turn is held by whoever runs a module's process: there is one at a time, as
+// ocicrypt's own lock has it within a process. A login to SoftHSM 2.6 keeps other processes
+// from opening the token (SoftHSMv2 issue 757). Trying again is no way out: ocicrypt does not
+// tell a token that can't be opened from a wrong PIN, which tokens count.
+var pkcs11Turn = make(chan struct{}, 1)
+
 // maxPKCS11Reply is far more than a layer key and an error take, in bytes.
 const maxPKCS11Reply = 1 << 20
 
@@ -106,6 +112,12 @@ func (w pkcs11Wrapper) unwrap(ctx context.Context, params map[string][][]byte, w
 		return nil, err
 	}
 	defer clear(request)
+	select {
+	case pkcs11Turn <- struct{}{}:
+		defer func() { <-pkcs11Turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	r, replies, err := os.Pipe()
 	if err != nil {
 		return nil, err

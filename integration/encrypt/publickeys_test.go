@@ -63,16 +63,13 @@ func TestRunnerWithoutNetworkEncryptsForAPublicKey(t *testing.T) {
 	t.Parallel()
 	fipstest.Refused(t, fipstest.HPKE)
 	b := harness.NewTLSBroker(t, "team-a", "team-b", "team-d")
-	policy := b.Dir + "/policy.toml"
-	if err := os.WriteFile(policy, []byte(harness.Read(t, policy)+`
+	b.AddRules(t, `
 [[rule]]
 identities = ["spiffe://example.com/node/unwraps"]
 keks = ["**"]
 actions = ["export"]
 deny = true
-`), 0o644); err != nil {
-		t.Fatal(err)
-	}
+`)
 	dir := harness.TempDir(t)
 	public := func(kek string) string {
 		t.Helper()

@@ -48,8 +48,7 @@ func newDockerTest(t testing.TB, install string, programs ...string) *dockerTest
 		}
 	}
 	b := harness.NewTLSBroker(t, "team-a", "team-b")
-	harness.Write(t, b.Dir+"/policy.toml", harness.Read(t, b.Dir+"/policy.toml")+
-		"[[rule]]\nidentities = [\"spiffe://example.com/node/*\"]\nkeks = [\"team-b\"]\nactions = [\"unwrap\", \"export\"]\ndeny = true\n")
+	b.AddRules(t, "[[rule]]\nidentities = [\"spiffe://example.com/node/*\"]\nkeks = [\"team-b\"]\nactions = [\"unwrap\", \"export\"]\ndeny = true\n")
 	dir := harness.TempDir(t)
 	_, conf := harness.StartPilot(t, dir+"/ci", "unix://"+b.Dir+"/copilot.sock")
 	c := harness.NewCI(t, dir+"/ci", conf)

@@ -4,12 +4,15 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/ctrlplane/pilot/internal/certfile"
@@ -68,6 +71,28 @@ func (b *TLSBroker) Start(t testing.TB) {
 	b.Process = Start(t, b.Dir, "copilot", exec.Command("copilot", "serve", "--config", b.Dir+"/copilot.toml",
 		"--listen", b.Address, "--listen", "unix://"+b.Dir+"/copilot.sock"))
 	Await(t, "copilot", Reachable(b.Dir+"/copilot.sock"))
+}
+
+// SetPolicy replaces the policy, and returns when it counts.
+func (b *TLSBroker) SetPolicy(t testing.TB, text string) {
+	t.Helper()
+	reloads := b.Process.Logged(t, "policy reloaded")
+	if err := os.Rename(Write(t, b.Dir+"/policy.new", text), b.Dir+"/policy.toml"); err != nil {
+		t.Fatal(err)
+	}
+	b.Process.Cmd.Process.Signal(syscall.SIGHUP)
+	Await(t, "the policy", func() error {
+		if b.Process.Logged(t, "policy reloaded") == reloads {
+			return errors.New("copilot has not read it")
+		}
+		return nil
+	})
+}
+
+// AddRules adds rules to the policy, and returns when they count.
+func (b *TLSBroker) AddRules(t testing.TB, rules string) {
+	t.Helper()
+	b.SetPolicy(t, Read(t, b.Dir+"/policy.toml")+"\n"+rules)
 }
 
 // Command returns copilot's command verb, with the broker's configuration. The

@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 )
 
@@ -101,8 +100,7 @@ actions = ["unwrap"]
 workloads = ["%s"]
 `, strings.Join(workloads, `", "`))
 	}
-	Write(t, n.Broker.Dir+"/policy.toml", text)
-	n.Broker.Process.Cmd.Process.Signal(syscall.SIGHUP)
+	n.Broker.SetPolicy(t, text)
 }
 
 // Allowing does as Allow, and returns the node.

@@ -278,15 +278,7 @@ func TestDecryptionKeysPKCS11(t *testing.T) {
 	n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: harness.Containerd2()})
 	harness.ExpectFailure(t, n.Crictl("pull", image), "pkcs11: no private key was given")
 	harness.Write(t, home+"/keys/key.yaml", harness.Read(t, hsm))
-	// Each layer has a process of its own, and SoftHSM has refused one a session once. The
-	// kubelet would try again.
-	harness.Await(t, "the pull", func() error {
-		out, err := n.Crictl("pull", image).CombinedOutput()
-		if err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		return nil
-	})
+	harness.Output(t, n.Crictl("pull", image))
 	harness.Output(t, n.Crictl("rmi", image))
 
 	// A module that crashes does not take pilot along.
@@ -304,6 +296,11 @@ func TestDecryptionKeysPKCS11(t *testing.T) {
 		t.Error("pilot has ended")
 	default:
 	}
+
+	// Nor is one loaded by two processes at once, for two layers: SoftHSM 2.6 can't do that.
+	harness.Write(t, dir+"/module/alone", "")
+	harness.Output(t, n.Crictl("pull", image))
+	harness.Output(t, n.Crictl("rmi", image))
 
 	// Without ocicrypt's configuration of modules none is loaded.
 	p.Stop(t)

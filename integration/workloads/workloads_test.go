@@ -173,7 +173,7 @@ workload-token-keys = %q
 	}
 	t.Run("ServiceAccountIsThatOfTheSignedToken", func(t *testing.T) { testAccounts(t, n, i, issuer) })
 	t.Run("LabelsNarrowWhatANamespaceMayUse", func(t *testing.T) {
-		harness.Write(t, n.Broker.Dir+"/policy.toml", harness.Read(t, n.Broker.Dir+"/policy.toml")+`
+		n.Broker.AddRules(t, `
 [[rule]]
 identities = ["spiffe://example.com/node/worker-1"]
 keks = ["team-a"]
@@ -181,7 +181,6 @@ actions = ["unwrap"]
 workloads = ["labels/*"]
 labels = "tier=gold, app in (web, api)"
 `)
-		n.Broker.Process.Cmd.Process.Signal(syscall.SIGHUP)
 		type labels map[string]string
 		gold := n.labelled(t, "labels", "gold", labels{"tier": "gold", "app": "web", "pod-name": "web-0"})
 		harness.Await(t, "a container", func() error { cmd, _ := n.create(t, gold, i.encrypted); return cmd.Run() })
