@@ -45,7 +45,7 @@ func TestHostileBroker(t *testing.T) {
 		{"no version", func(_ int32, w http.ResponseWriter) { reply(w, strings.Replace(goodAnswer, `1`, `0`, 1)) }, 0, ErrUnavailable, "version 0"},
 		{"short key", func(_ int32, w http.ResponseWriter) { reply(w, `{"id":"a","version":1,"key":"U0VDUkVU"}`) }, 0, ErrUnavailable, "6 bytes"},
 		{"cut", func(_ int32, w http.ResponseWriter) { w.Header().Set("Content-Length", "900"); fmt.Fprint(w, "{") }, 0, ErrUnavailable, "was cut short"},
-		{"silent", nil, 0, ErrUnavailable, "no response within 4"},
+		{"silent", nil, 0, ErrUnavailable, "no response within "},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

@@ -82,14 +82,15 @@ func Serve(ctx context.Context, conf Config) error {
 		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA, "public-keys-cert": conf.PublicKeysCert}
 	}))
 
+	// Before anybody can know that it is there, since that ends a process that does not expect it.
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
 	s := &server{broker: b, turns: handshake.NewTurns(b.metrics.shed), connections: &ratelimit.Connections{Refused: b.metrics.refused}}
 	defer s.closeListeners()
 	if err := s.listen(conf, tlsConfig); err != nil {
 		return err
 	}
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range s.listeners {
 		s.serve(ctx, g, l)

@@ -135,9 +135,7 @@ func TestPgBouncer(t *testing.T) {
 					if status, body := harness.RequestOverSocket(t, r.socket, "POST", "/api/v2/keks/"+own+"/wrap", `{"plaintext":"c2VjcmV0"}`); status != 200 && status != 429 {
 						t.Errorf("wrap: %d %s", status, body)
 					}
-					if err := ready(r, 204); err != nil {
-						t.Error(err)
-					}
+					harness.Await(t, "it is ready", func() error { return ready(r, 204) })
 				}
 			})
 		}
@@ -172,7 +170,9 @@ func TestPgBouncer(t *testing.T) {
 	}
 	harness.ExpectFailure(t, harness.Command(t, "copilot", "keys", "list", "--dir", dir+"/other", "--database", poolers[0].url("postgres")+"&lock_timeout=1s"), "unsupported startup parameter", "remove it from the database's URL")
 
-	if out := <-locked; !strings.Contains(out, "the key store can't be reached") || !strings.Contains(harness.Read(t, brokers[1].process.Log), "lock timeout") {
+	// By PostgreSQL's limit for locks, or copilot's own for all.
+	out := <-locked
+	if log := harness.Read(t, brokers[1].process.Log); !strings.Contains(out, "the key store can't be reached") || !strings.Contains(log, "lock timeout") && !strings.Contains(log, "deadline exceeded") {
 		t.Errorf("a rotation of a locked KEK: %s", out)
 	}
 	d.Sql(t, `SELECT pg_terminate_backend(pid)`+lockers)

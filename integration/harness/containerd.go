@@ -172,6 +172,12 @@ func (n *Node) Crictl(args ...string) *exec.Cmd {
 	return Command(n.T, filepath.Join(Tools, "bin/crictl"), append([]string{"--runtime-endpoint", "unix://" + n.Socket, "--timeout", "4m"}, args...)...)
 }
 
+// AwaitCRI waits for containerd's CRI, which begins after its other services.
+func (n *Node) AwaitCRI() {
+	n.T.Helper()
+	Await(n.T, "CRI", func() error { return n.Crictl("version").Run() })
+}
+
 // containers counts those that were named by ContainerID.
 var containers atomic.Int32
 

@@ -56,6 +56,7 @@ kubelet-dir = "%[5]s/kubelet"
 	}
 	d.NRI = NRIPlugin(t, n.Dir, n.Config, d.Containerd)
 	n.Node = NewDifferNode(t, n.Dir, d)
+	n.AwaitCRI()
 	return n
 }
 
@@ -67,7 +68,9 @@ func NRIPlugin(t testing.TB, dir, config string, v ContainerdVersion) string {
 	if err := os.Chmod(Write(t, dir+"/nri/00-pilot", "#!"+Bin+"/pilot nri-plugin\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	lines := fmt.Sprintf("  disable = false\n  plugin_path = '%[1]s/nri'\n  plugin_config_path = '%[1]s/nri.conf'\n", dir)
+	// containerd drops a plugin that is late, and by default that is one that a busy machine
+	// holds up for 2 s.
+	lines := fmt.Sprintf("  disable = false\n  plugin_path = '%[1]s/nri'\n  plugin_config_path = '%[1]s/nri.conf'\n  plugin_registration_timeout = '60s'\n  plugin_request_timeout = '10s'\n", dir)
 	if v.Number > 2 {
 		lines += "[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = true\n  required_plugins = ['pilot']\n"
 	}

@@ -233,9 +233,9 @@ func TestLiesOfAnotherRegistryRefuteNoLayer(t *testing.T) {
 		b := answer.Body.Bytes()
 		b[len(b)-1] ^= 1
 		maps.Copy(w.Header(), answer.Header())
+		lied <- struct{}{}
 		w.WriteHeader(answer.Code)
 		_, _ = w.Write(b)
-		lied <- struct{}{}
 	})
 	if at, err := m.tryMount("app:1"); err == nil {
 		m.unmount(at)

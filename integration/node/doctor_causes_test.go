@@ -32,10 +32,10 @@ func TestDoctorCauses(t *testing.T) {
 		n++
 		home := fmt.Sprintf("%s/node-%d", b.Dir, n)
 		p := harness.Start(t, home, "pilot", exec.Command("pilot", append([]string{"serve", "--config", "/dev/null", "--listen", "unix://" + home + "/keyprovider.sock",
-			"--diff-listen", "off", "--admin-listen", "unix://" + home + "/admin.sock", "--broker-timeout", "3s"}, settings...)...))
+			"--diff-listen", "off", "--admin-listen", "unix://" + home + "/admin.sock", "--broker-timeout", "6s"}, settings...)...))
 		harness.Await(t, "pilot", harness.Reachable(home+"/keyprovider.sock"))
 		cmd := exec.Command("pilot", append([]string{"node", "doctor", "--json", "--config", "/dev/null", "--listen", "unix://" + home + "/keyprovider.sock",
-			"--diff-listen", "off", "--containerd", "/nowhere/containerd.sock", "--broker-timeout", "3s", "--kek", kek}, settings...)...)
+			"--diff-listen", "off", "--containerd", "/nowhere/containerd.sock", "--broker-timeout", "6s", "--kek", kek}, settings...)...)
 		out, _ := cmd.Output() // there is no containerd, so it fails
 		r := harness.DoctorReport{Output: string(out)}
 		if err := json.Unmarshal(out, &r); err != nil {

@@ -223,7 +223,7 @@ func (n *lazyNode) startSnapshotter(t testing.TB) {
 func (n *lazyNode) startContainerd(t testing.TB) {
 	t.Helper()
 	n.containerd = n.m.Start(t, "containerd")
-	harness.Await(t, "containerd", func() error { return n.Ctr("version").Run() })
+	n.AwaitCRI()
 }
 
 // run runs a container of an image, and returns what it prints.

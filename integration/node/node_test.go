@@ -446,6 +446,6 @@ func up(t testing.TB, m *harness.Machine) *harness.Node {
 	harness.Await(t, "pilot", harness.Reachable(m.Root+"/run/pilot/keyprovider.sock"))
 	m.Start(t, "containerd")
 	n := &harness.Node{T: t, Dir: filepath.Dir(m.Root), Socket: m.Root + "/run/containerd/containerd.sock"}
-	harness.Await(t, "containerd", func() error { return n.Ctr("version").Run() })
+	n.AwaitCRI()
 	return n
 }

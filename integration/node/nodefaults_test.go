@@ -220,12 +220,12 @@ func TestNodeContainerdHangs(t *testing.T) {
 		t.Errorf("refresh took %v", took)
 	}
 	m.CheckFiles(installed)
-	// As on a busy node: refresh runs out of time, and changes nothing.
+	// As on a busy node: refresh runs out of time, sooner or later, and changes nothing.
 	script(m, "case \"$*\" in *config*) sleep 15;; esac\nexec /usr/bin/containerd.real \"$@\"\n")
 	harness.Write(t, m.Root+containerdConfig, "version = 2\n")
 	installed = m.Files()
 	began = time.Now()
-	harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), "stays as it was")
+	harness.ExpectFailure(t, m.Run("pilot", "node", "refresh"), "containerd's configuration")
 	if took := time.Since(began); took > 85*time.Second {
 		t.Errorf("refresh took %v", took)
 	}

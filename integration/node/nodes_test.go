@@ -288,6 +288,9 @@ func (n *installedNode) works(t *testing.T, when string) {
 			node.Socket = m.Root + "/run/k3s/containerd/containerd.sock"
 		}
 		harness.Await(t, "containerd", func() error { return node.Ctr("version").Run() })
+		if !n.test.noCRI {
+			node.AwaitCRI()
+		}
 		for _, image := range []string{n.plain, n.encrypted} {
 			if n.test.noCRI {
 				harness.Output(t, node.CtrPilot("images", "pull", "--plain-http", image))

@@ -2,6 +2,7 @@ package pull
 
 import (
 	"compress/gzip"
+	"errors"
 	"io"
 	"os/exec"
 	"path/filepath"
@@ -171,7 +172,20 @@ func TestDifferErrorsSayWhy(t *testing.T) {
 	for _, v := range []harness.ContainerdVersion{harness.Containerd2(), harness.Containerd17()} {
 		t.Run(v.Name, func(t *testing.T) {
 			home := harness.TempDir(t)
-			process := harness.StartActivatedPilot(t, home, c.BrokerURL)
+			starts := 0
+			start := func(broker string) *harness.Process {
+				t.Helper()
+				starts++
+				p := harness.StartActivatedPilot(t, home, broker)
+				harness.Await(t, "pilot", func() error { // for which containerd waits a second
+					if p.Logged(t, "pilot serves") < starts {
+						return errors.New("it does not serve yet")
+					}
+					return nil
+				})
+				return p
+			}
+			process := start(c.BrokerURL)
 			n := harness.NewDifferNode(t, home, harness.DifferConfig{Containerd: v})
 			for _, image := range tampered {
 				harness.ExpectFailure(t, n.Crictl("pull", image), "pilot: layer sha256:", "HMAC does not match")
@@ -184,7 +198,7 @@ func TestDifferErrorsSayWhy(t *testing.T) {
 			n.ExpectNoSnapshots(t)
 
 			process.Stop(t)
-			process = harness.StartActivatedPilot(t, home, otherURL)
+			process = start(otherURL)
 			said := harness.ExpectFailure(t, n.Crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "no such KEK", "copilot keys create")
 			// One id leads from the client's error to pilot's log and to the audit log.
 			if trace := regexp.MustCompile(`\(trace ([0-9a-f]{32})\)`).FindStringSubmatch(said); trace == nil {
@@ -204,10 +218,10 @@ func TestDifferErrorsSayWhy(t *testing.T) {
 				}
 			}
 			process.Stop(t)
-			process = harness.StartActivatedPilot(t, home, "unix://"+home+"/nobody.sock")
+			process = start("unix://" + home + "/nobody.sock")
 			harness.ExpectFailure(t, n.Crictl("pull", good), "pilot: layer sha256:", `KEK "team-a"`, "copilot at unix://"+home+"/nobody.sock")
 			process.Stop(t)
-			harness.StartActivatedPilot(t, home, c.BrokerURL)
+			start(c.BrokerURL)
 			harness.Output(t, n.Crictl("pull", good))
 			harness.Output(t, n.Crictl("rmi", good))
 			n.ExpectNoSnapshots(t)

@@ -156,8 +156,7 @@ workload-token-keys = %q
 		t.Run("ImageVolumesNeedTheirKEKToo", func(t *testing.T) {
 			mount := harness.Object{"container_path": "/volume", "image": harness.Object{"image": i.encrypted}, "readonly": true}
 			n.created(t, a, i.plain, mount)
-			cmd, _ := n.create(t, b, i.plain, mount)
-			harness.ExpectFailure(t, cmd, denial)
+			harness.Await(t, "the denial", func() error { return n.refuses(t, b, i.plain, []string{denial}, mount) })
 		})
 		t.Run("AnImageVolumeIsWhatItsSnapshotHas", func(t *testing.T) {
 			dirs, err := filepath.Glob(n.Dir + "/state/*/image-volumes/" + a.id)
@@ -166,9 +165,11 @@ workload-token-keys = %q
 			}
 			// As after a pull by the same name between containerd's two looks at it.
 			at := filepath.Join(filepath.Dir(dirs[0]), b.id, i.plainDigest.Encoded())
-			harness.Output(t, n.Ctr("--namespace", "k8s.io", "snapshots", "prepare", at, i.chain.String()))
-			cmd, _ := n.create(t, b, i.plain, harness.Object{"container_path": "/volume", "image": harness.Object{"image": i.plain}, "readonly": true})
-			harness.ExpectFailure(t, cmd, denial)
+			harness.Await(t, "the denial", func() error {
+				n.Ctr("--namespace", "k8s.io", "snapshots", "rm", at).Run() // of the time before
+				harness.Output(t, n.Ctr("--namespace", "k8s.io", "snapshots", "prepare", at, i.chain.String()))
+				return n.refuses(t, b, i.plain, []string{denial}, harness.Object{"container_path": "/volume", "image": harness.Object{"image": i.plain}, "readonly": true})
+			})
 		})
 	}
 	t.Run("ServiceAccountIsThatOfTheSignedToken", func(t *testing.T) { testAccounts(t, n, i, issuer) })
@@ -398,20 +399,25 @@ func (n *node) created(t *testing.T, p pod, image string, mounts ...harness.Obje
 // be that something has not answered in time.
 func (n *node) denied(t *testing.T, p pod, image string, want ...string) {
 	t.Helper()
-	harness.Await(t, "the denial", func() error {
-		cmd, _ := n.create(t, p, image)
-		out, err := cmd.CombinedOutput()
-		if err == nil {
-			t.Fatalf("the container was created: %s", out)
+	harness.Await(t, "the denial", func() error { return n.refuses(t, p, image, want) })
+}
+
+// refuses returns an error if something else is said about a container than that, and ends
+// the test if it is created.
+func (n *node) refuses(t *testing.T, p pod, image string, want []string, mounts ...harness.Object) error {
+	t.Helper()
+	cmd, _ := n.create(t, p, image, mounts...)
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		t.Fatalf("the container was created: %s", out)
+	}
+	said := strings.ReplaceAll(string(out), `\"`, `"`)
+	for _, w := range want {
+		if !strings.Contains(said, w) {
+			return fmt.Errorf("want %q in\n%s", w, said)
 		}
-		said := strings.ReplaceAll(string(out), `\"`, `"`)
-		for _, w := range want {
-			if !strings.Contains(said, w) {
-				return fmt.Errorf("want %q in\n%s", w, said)
-			}
-		}
-		return nil
-	})
+	}
+	return nil
 }
 
 var errNothing = errors.New("it has printed nothing")

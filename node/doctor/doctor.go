@@ -192,7 +192,7 @@ func (e *examination) checks() []check {
 		{StepKeyProvider, []string{StepConfiguration}, 5 * time.Second, e.keyProvider},
 		{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
 		{StepContainerd, []string{StepConfiguration}, 5 * time.Second, e.containerd},
-		{StepContainerdConfig, []string{StepContainerd}, 10 * time.Second, e.containerdConfig},
+		{StepContainerdConfig, []string{StepContainerd}, 20 * time.Second, e.containerdConfig},
 		// pilot responds within 30 seconds.
 		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},
 		{StepSnapshotter, []string{StepContainerd}, 5 * time.Second, e.snapshotterStep},

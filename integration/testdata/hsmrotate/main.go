@@ -40,7 +40,7 @@ func run(settings, path, times string) error {
 	defer b.Close()
 	for range n {
 		var version int
-		if err := again(func() (err error) {
+		if err := again(ctx, func() (err error) {
 			version, err = b.(kms.Rotator).Rotate(ctx, path)
 			return err
 		}); err != nil {
@@ -49,7 +49,7 @@ func run(settings, path, times string) error {
 		fmt.Println("made", version)
 		for range 5 {
 			var wrapped []byte
-			if err := again(func() (err error) {
+			if err := again(ctx, func() (err error) {
 				version, wrapped, err = b.(kms.Wrapper).Wrap(ctx, path, kmstest.Secret)
 				return err
 			}); err != nil {
@@ -63,13 +63,13 @@ func run(settings, path, times string) error {
 
 // again calls f until it succeeds: SoftHSM now and then reads a file that another
 // process is writing.
-func again(f func() error) (err error) {
-	for range 200 {
-		if err = f(); !errors.Is(err, kms.ErrUnavailable) {
+func again(ctx context.Context, f func() error) error {
+	for {
+		err := f()
+		if !errors.Is(err, kms.ErrUnavailable) || ctx.Err() != nil {
 			return err
 		}
 		fmt.Fprintln(os.Stderr, "again:", err)
 		time.Sleep(10 * time.Millisecond)
 	}
-	return err
 }

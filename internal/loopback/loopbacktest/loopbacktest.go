@@ -16,19 +16,34 @@ const firstPort = 10000
 // FreeAddress returns a loopback address, IP:PORT, at which nothing listens, for
 // a server that can't choose a port and say which. The port is below those that
 // the kernel hands out, so neither a connection nor a listener on port 0 takes it
-// before the server does.
+// before the server does, and no other test gets it before this one ends.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
-		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(firstPort+rand.IntN(ephemeral(t)-firstPort))))
-		if err != nil {
-			continue // in use
+		if address := take(t, firstPort+rand.IntN(ephemeral(t)-firstPort)); address != "" {
+			return address
 		}
-		defer l.Close()
-		return l.Addr().String()
 	}
 	t.Fatal("no port is free")
 	return ""
+}
+
+// take returns a port's address, or nothing if the port is in use or another test's. A test
+// has a port by an abstract socket with its name, which all processes see.
+func take(t testing.TB, port int) (address string) {
+	t.Helper()
+	name, err := net.Listen("unix", fmt.Sprintf("@pilot-test-port-%d", port))
+	if err != nil {
+		return ""
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	if err != nil {
+		name.Close()
+		return ""
+	}
+	defer l.Close()
+	t.Cleanup(func() { name.Close() })
+	return l.Addr().String()
 }
 
 // ephemeral returns the first port that the kernel hands out.
