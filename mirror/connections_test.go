@@ -29,26 +29,28 @@ func TestOldestStrangerMakesRoom(t *testing.T) {
 		}
 		return client, c.(*connection)
 	}
-	isOpen := func(c net.Conn) bool {
+	closedWithin := func(c net.Conn, wait time.Duration) bool {
 		t.Helper()
-		if err := c.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(wait)); err != nil {
 			t.Fatal(err)
 		}
 		_, err := c.Read(make([]byte, 1))
-		return !errors.Is(err, io.EOF)
+		return errors.Is(err, io.EOF)
 	}
+	isOpen := func(c net.Conn) bool { return !closedWithin(c, 50*time.Millisecond) }
+	isClosed := func(c net.Conn) bool { return closedWithin(c, time.Minute) }
 	first, caller := connect()
 	caller.authenticated()
 	second, _ := connect()
 	third, _ := connect()
 	fourth, _ := connect()
-	if isOpen(second) || !isOpen(first) || !isOpen(third) || !isOpen(fourth) {
+	if !isClosed(second) || !isOpen(first) || !isOpen(third) || !isOpen(fourth) {
 		t.Error("not the oldest stranger has made room")
 	}
 	for range 100 {
 		connect()
 	}
-	if !isOpen(first) || isOpen(third) {
+	if !isOpen(first) || !isClosed(third) {
 		t.Error("strangers have closed a caller's connection, or keep their own")
 	}
 	if n := l.strangers.Len(); n != 2 || len(l.room) != 3 {

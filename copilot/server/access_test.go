@@ -213,9 +213,7 @@ func TestAccess(t *testing.T) {
 	node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
 	writeFile(t, policyFile, strings.ReplaceAll(accessPolicy, `"team-*", "later"`, `"later"`))
 	eventually(t, func() bool { status, _ := node.do(t, "GET", "/api/v2/keks/team-a/key", ""); return status == 403 })
-	if text := metricsOf(t, dir); !strings.Contains(text, "copilot_policy_usable 1") {
-		t.Error("the metrics do not say that the policy can be used")
-	}
+	eventually(t, func() bool { return strings.Contains(metricsOf(t, dir), "copilot_policy_usable 1") })
 
 	// The CA is replaced while the broker runs.
 	for _, foreign := range []*remote{as(other, spiffe("/admin")), newRemote(t, address, ca, nil)} {
@@ -417,10 +415,14 @@ func TestCertificateEnds(t *testing.T) {
 			connections++
 			return new(net.Dialer).DialContext(ctx, network, address)
 		}
-		for range 3 {
-			node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+		// net/http makes another connection if its own goroutine is late by 50 ms.
+		for tries := 0; tries < 5 && connections != test.connections; tries++ {
+			connections = 0
+			for range 3 {
+				node.want(t, 200, "GET", "/api/v2/keks/team-a/key", "")
+			}
+			transport.CloseIdleConnections()
 		}
-		transport.CloseIdleConnections()
 		if connections != test.connections {
 			t.Errorf("a certificate for %s, HTTP/2 %t: %d connections, want %d", test.hold, test.http2, connections, test.connections)
 		}

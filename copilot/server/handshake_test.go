@@ -18,7 +18,7 @@ func TestSilentConnections(t *testing.T) {
 	address := serveTLS(t, dir, ca, server.Config{
 		TLSClientCA: ca.File, Policy: writeFile(t, dir+"/policy.toml", accessPolicy),
 	})
-	for i := range 200 {
+	for i := range 40 {
 		conn, err := net.Dial("tcp", address)
 		if err != nil {
 			t.Fatal(err)

@@ -6,7 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"time"
 
@@ -94,7 +94,8 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 		return nil
 	}
 	stop, stopped := make(chan struct{}), make(chan struct{})
-	var denied atomic.Int32
+	var asking sync.Mutex
+	denied := 0
 	go func() {
 		defer close(stopped)
 		for {
@@ -102,9 +103,11 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 			case <-stop:
 				return
 			case <-time.After(20 * time.Millisecond):
+				asking.Lock()
 				if allowed() != nil {
-					denied.Add(1)
+					denied++
 				}
+				asking.Unlock()
 			}
 		}
 	}()
@@ -113,7 +116,9 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 	parts := []string{header, fmt.Sprintf(rule, "team-b"), header, fmt.Sprintf(rule, "team-c"), fmt.Sprintf(rule, "team-a")}
 	rounds := 0
 	for tries := 0; rounds < 10 && tries < 50; tries++ {
-		before, longest := denied.Load(), time.Duration(0)
+		asking.Lock()
+		before, longest := denied, time.Duration(0)
+		asking.Unlock()
 		f, err := os.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0)
 		if err != nil {
 			t.Fatal(err)
@@ -136,7 +141,9 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 		}
 		// A busy machine held the writer up for so long that a part looked whole.
 		harness.Await(t, "the whole policy", allowed)
-		denied.Store(before)
+		asking.Lock()
+		denied = before
+		asking.Unlock()
 	}
 	if rounds == 0 {
 		t.Fatal("the writer was held up each time")
@@ -163,8 +170,8 @@ func TestPolicyWrittenInPlace(t *testing.T) {
 	}
 	close(stop)
 	<-stopped
-	if n := denied.Load(); n > 0 {
-		t.Errorf("%d requests were denied", n)
+	if denied > 0 {
+		t.Errorf("%d requests were denied", denied)
 	}
 	harness.ExpectFailure(t, harness.Command(t, "copilot", "policy", "check", "--config", "/dev/null", "--policy", name), "has no rules", "deny = true")
 }

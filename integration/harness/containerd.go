@@ -136,6 +136,7 @@ func StartNode(t testing.TB, dir string, v ContainerdVersion, ocicrypt, conf str
 		fmt.Sprintf("[plugins.'io.containerd.nri.v1.nri']\n  socket_path = '%s/nri.sock'\n", dir) + conf
 	Write(t, filepath.Join(dir, "config.toml"), conf)
 	n.Start(t)
+	n.AwaitCRI()
 	return n
 }
 

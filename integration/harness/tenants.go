@@ -56,9 +56,12 @@ kubelet-dir = "%[5]s/kubelet"
 	}
 	d.NRI = NRIPlugin(t, n.Dir, n.Config, d.Containerd)
 	n.Node = NewDifferNode(t, n.Dir, d)
-	n.AwaitCRI()
 	return n
 }
+
+// NRIPatience are lines of NRI's section. containerd drops plugins that are late, and by
+// default that is one that a busy machine holds up for 2 s.
+const NRIPatience = "  plugin_registration_timeout = '60s'\n  plugin_request_timeout = '10s'\n"
 
 // NRIPlugin installs pilot's NRI plugin for a containerd in dir, and returns the lines of
 // NRI's section for it.
@@ -68,9 +71,7 @@ func NRIPlugin(t testing.TB, dir, config string, v ContainerdVersion) string {
 	if err := os.Chmod(Write(t, dir+"/nri/00-pilot", "#!"+Bin+"/pilot nri-plugin\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	// containerd drops a plugin that is late, and by default that is one that a busy machine
-	// holds up for 2 s.
-	lines := fmt.Sprintf("  disable = false\n  plugin_path = '%[1]s/nri'\n  plugin_config_path = '%[1]s/nri.conf'\n  plugin_registration_timeout = '60s'\n  plugin_request_timeout = '10s'\n", dir)
+	lines := fmt.Sprintf("  disable = false\n  plugin_path = '%[1]s/nri'\n  plugin_config_path = '%[1]s/nri.conf'\n", dir) + NRIPatience
 	if v.Number > 2 {
 		lines += "[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = true\n  required_plugins = ['pilot']\n"
 	}

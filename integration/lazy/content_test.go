@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"os"
@@ -45,12 +46,16 @@ func newRuled(t testing.TB) *ruled {
 	return &ruled{m, harness.NewPilotClient(t, m.Dir), harness.Providers(t, m.OciConf)}
 }
 
-// refused checks why the rule refuses an image, or that it does not if want is "".
+// refused checks why the rule refuses an image, or that it does not if want is "". What pilot
+// can't find out within a second it says later.
 func (m *ruled) refused(name, want string) {
 	m.t.Helper()
-	if got := m.client.ImageKeys(m.t, "default", m.ref(name)).Refused; want == "" && got != "" || !strings.Contains(got, want) {
-		m.t.Errorf("%s is refused because of %q, want %q", name, got, want)
-	}
+	harness.Await(m.t, name, func() error {
+		if got := m.client.ImageKeys(m.t, "default", m.ref(name)).Refused; want == "" && got != "" || !strings.Contains(got, want) {
+			return fmt.Errorf("it is refused because of %q, want %q", got, want)
+		}
+		return nil
+	})
 }
 
 // lazily pulls an image lazily, whose file has that content.

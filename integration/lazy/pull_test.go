@@ -78,15 +78,18 @@ func TestContainerRunsBeforeItsLayersArePulled(t *testing.T) {
 	m.pull("app:thief")
 	client := harness.NewPilotClient(t, m.Dir)
 	for name, why := range map[string]string{"app:1": "", "app:thief": "nothing shows that the image's own has the same content"} {
-		answer := client.ImageKeys(t, "default", m.ref(name))
-		if len(answer.Layers) != 3 {
-			t.Errorf("%s: %+v", name, answer)
-		}
-		for _, l := range answer.Layers {
-			if len(l.KEKs) != 1 || l.KEKs[0].ID != "team-a" || (why == "") != (l.Why == "") || !strings.Contains(l.Why, why) {
-				t.Errorf("%s: %+v", name, l)
+		harness.Await(t, name, func() error {
+			answer := client.ImageKeys(t, "default", m.ref(name))
+			if len(answer.Layers) != 3 {
+				return fmt.Errorf("%+v", answer)
 			}
-		}
+			for _, l := range answer.Layers {
+				if len(l.KEKs) != 1 || l.KEKs[0].ID != "team-a" || (why == "") != (l.Why == "") || !strings.Contains(l.Why, why) {
+					return fmt.Errorf("%+v", l)
+				}
+			}
+			return nil
+		})
 	}
 
 	// The kubelet pulls by CRI.

@@ -18,8 +18,8 @@ func TestLazyAndWorkloadsTogether(t *testing.T) {
 	sealed := lazyImage(c, "sealed:1", secret)
 	const plugins = "/srv/nri"
 	for version, config := range map[string]string{
-		"1.7":   "version = 2\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n  plugin_path = '" + plugins + "'\n",
-		"2.4.2": "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  plugin_path = '" + plugins + "'\n",
+		"1.7":   "version = 2\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n  plugin_path = '" + plugins + "'\n" + harness.NRIPatience,
+		"2.4.2": "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  plugin_path = '" + plugins + "'\n" + harness.NRIPatience,
 	} {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()

@@ -175,7 +175,7 @@ func TestContainersAreCreatedOnceSettingsAreCorrected(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			m := harness.Machines()[version](t)
-			harness.Write(t, m.Root+"/etc/containerd/config.toml", fmt.Sprintf(sandbox, plain))
+			harness.Write(t, m.Root+"/etc/containerd/config.toml", fmt.Sprintf(sandbox, plain)+"[plugins.'io.containerd.nri.v1.nri']\n"+harness.NRIPatience)
 			n := &lazyNode{m: m, Node: &harness.Node{T: t, Dir: filepath.Dir(m.Root), Socket: m.Root + "/run/containerd/containerd.sock"}}
 			m.BrokerAt(c.BrokerURL)
 			harness.Output(t, m.Pilot("node", "install", "--workloads", "--broker", "unix:///run/copilot/copilot.sock"))

@@ -189,9 +189,9 @@ func (e *examination) checks() []check {
 	}
 	return []check{
 		{StepConfiguration, nil, time.Second, e.configuration},
-		{StepKeyProvider, []string{StepConfiguration}, 5 * time.Second, e.keyProvider},
-		{StepDiffer, []string{StepConfiguration}, 5 * time.Second, e.differ},
-		{StepContainerd, []string{StepConfiguration}, 5 * time.Second, e.containerd},
+		{StepKeyProvider, []string{StepConfiguration}, 10 * time.Second, e.keyProvider},
+		{StepDiffer, []string{StepConfiguration}, 10 * time.Second, e.differ},
+		{StepContainerd, []string{StepConfiguration}, 10 * time.Second, e.containerd},
 		{StepContainerdConfig, []string{StepContainerd}, 20 * time.Second, e.containerdConfig},
 		// pilot responds within 30 seconds.
 		{StepBroker, []string{StepKeyProvider}, 32 * time.Second, e.broker},

@@ -54,14 +54,14 @@ func TestHandshakesWaitForTheirTurn(t *testing.T) {
 		return c, said
 	}
 	impatient, _ := client()
-	time.Sleep(100 * time.Millisecond) // it is the first to wait
+	time.Sleep(time.Second) // it is the first to wait
 	_, said := client()
 	select {
 	case <-accepted:
 		t.Fatal("it had a turn")
 	case f := <-failures:
 		t.Fatalf("it failed: %v", f.Err)
-	case <-time.After(200 * time.Millisecond):
+	case <-time.After(time.Second):
 	}
 	impatient.Close()
 	<-turns.slots
