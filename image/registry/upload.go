@@ -126,6 +126,7 @@ func (u *upload) flush() error {
 
 func (u *upload) sendChunk() error {
 	rest := u.chunk
+	var first error
 	for n := 1; len(rest) > 0; n++ {
 		resp, err := u.repo.push.do(u.ctx, request{
 			method: http.MethodPatch, url: u.location, body: rest, once: true, within: chunkWithin,
@@ -144,6 +145,12 @@ func (u *upload) sendChunk() error {
 		}
 		if u.sent == 0 && takesNoChunks(err) {
 			return u.streamFrom(rest)
+		}
+		// A registry whose disk is full may say that once, and then that the offset is wrong.
+		if first == nil {
+			first = err
+		} else if statusOf(err) != statusOf(first) {
+			err = fmt.Errorf("%w (before that: %w)", err, first)
 		}
 		if n == attempts {
 			return fmt.Errorf("send bytes %d to %d of a blob: %w", u.sent, u.sent+int64(len(rest))-1, err)

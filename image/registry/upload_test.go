@@ -2,6 +2,8 @@ package registry
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
@@ -77,5 +79,54 @@ func TestStreamedUploadsEnd(t *testing.T) {
 				t.Errorf("%d bytes were allocated", grown)
 			}
 		})
+	}
+}
+
+// TestFullRegistryIsNamed has a registry, as distribution 3 does, say once that it can't write,
+// and after that only that the upload goes on at a wrong place.
+func TestFullRegistryIsNamed(t *testing.T) {
+	var size, tries int64
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Location", "/v2/app/blobs/uploads/1")
+		switch r.Method {
+		case http.MethodPost:
+			w.WriteHeader(http.StatusAccepted)
+		case http.MethodPatch:
+			n, _ := io.Copy(io.Discard, r.Body)
+			switch tries++; tries {
+			case 1:
+				size = n
+				w.WriteHeader(http.StatusAccepted)
+			case 2:
+				http.Error(w, "no space left on device", http.StatusInternalServerError)
+			default:
+				w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
+			}
+		default:
+			has := size + 1000
+			if tries > 2 {
+				has = size - 1000
+			}
+			w.Header().Set("Range", fmt.Sprintf("0-%d", has-1))
+			w.WriteHeader(http.StatusNoContent)
+		}
+	}))
+	defer s.Close()
+	r, err := Open(t.Context(), strings.TrimPrefix(s.URL, "http://")+"/app:1", docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := r.Writer(t.Context(), content.WithRef("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	for range 64 {
+		if _, err = w.Write(make([]byte, 1<<20)); err != nil {
+			break
+		}
+	}
+	if err == nil || !strings.Contains(err.Error(), "of which it took") || !strings.Contains(err.Error(), "416") || !strings.Contains(err.Error(), "500") {
+		t.Errorf("got %v", err)
 	}
 }
