@@ -97,10 +97,10 @@ func newPKCS11Wrapper() wrapper {
 // pkcs11Wrapper is ocicrypt's for PKCS#11, which unwraps in a process of its own.
 type pkcs11Wrapper struct{ keyWrapper }
 
-// pkcs11Turn is held by whoever runs a module's process: there is one at a time, as
-// ocicrypt's own lock has it within a process. A login to SoftHSM 2.6 keeps other processes
-// from opening the token (SoftHSMv2 issue 757). Trying again is no way out: ocicrypt does not
-// tell a token that can't be opened from a wrong PIN, which tokens count.
+// pkcs11Turn lets one module process run at a time. ocicrypt has a lock for that, which does
+// not reach across processes. While one process logs in to SoftHSM 2.6, others can't open the
+// token (SoftHSMv2 issue 757). Retrying is not safe: ocicrypt reports a wrong PIN with the same
+// error, and tokens lock after a few wrong PINs.
 var pkcs11Turn = make(chan struct{}, 1)
 
 // maxPKCS11Reply is far more than a layer key and an error take, in bytes.

@@ -82,7 +82,7 @@ func Serve(ctx context.Context, conf Config) error {
 		return map[string]string{"tls-cert": conf.TLSCert, "tls-client-ca": conf.TLSClientCA, "node-ca": conf.NodeCA, "public-keys-cert": conf.PublicKeysCert}
 	}))
 
-	// Before anybody can know that it is there, since that ends a process that does not expect it.
+	// Before it listens: without a handler, SIGHUP would end it.
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)

@@ -52,15 +52,9 @@ func TestStreamedUploadsEnd(t *testing.T) {
 			if name == "takes nothing" {
 				defer close(done)
 			}
-			r, err := Open(t.Context(), strings.TrimPrefix(s.URL, "http://")+"/app:1", docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			w, err := r.Writer(t.Context(), content.WithRef("x"))
-			if err != nil {
-				t.Fatal(err)
-			}
+			w := writer(t, s)
 			defer w.Close()
+			var err error
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
 			for range 64 {
@@ -112,15 +106,9 @@ func TestFullRegistryIsNamed(t *testing.T) {
 		}
 	}))
 	defer s.Close()
-	r, err := Open(t.Context(), strings.TrimPrefix(s.URL, "http://")+"/app:1", docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := r.Writer(t.Context(), content.WithRef("x"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	w := writer(t, s)
 	defer w.Close()
+	var err error
 	for range 64 {
 		if _, err = w.Write(make([]byte, 1<<20)); err != nil {
 			break
@@ -129,4 +117,18 @@ func TestFullRegistryIsNamed(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "of which it took") || !strings.Contains(err.Error(), "416") || !strings.Contains(err.Error(), "500") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// writer returns a writer of a blob to a registry.
+func writer(t *testing.T, s *httptest.Server) content.Writer {
+	t.Helper()
+	r, err := Open(t.Context(), strings.TrimPrefix(s.URL, "http://")+"/app:1", docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := r.Writer(t.Context(), content.WithRef("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
 }

@@ -42,7 +42,7 @@ func (c *Instance) CheckLazy() error {
 		return &host.Conflict{Where: c.Program, What: fmt.Sprintf("containerd %d.%d can't pull encrypted images lazily", c.Major, c.Minor), Fix: "upgrade containerd to 1.7 or later, or leave out --lazy"}
 	case c.Major == 1 && c.Minor == 7 && c.Patch >= 0 && c.Patch < 16:
 		// Its CRI ignores the root that a proxy plugin exports.
-		return &host.Conflict{Where: c.Program, What: fmt.Sprintf("with containerd 1.7.%d the kubelet does not see the images in pilot's snapshotter, and never removes any to free disk space", c.Patch), Fix: "upgrade containerd to 1.7.16 or later, or switch lazy pulling off (--lazy=false)"}
+		return &host.Conflict{Where: c.Program, What: fmt.Sprintf("with containerd 1.7.%d the kubelet can't see images in pilot's snapshotter, so it never deletes them when the disk fills up", c.Patch), Fix: "upgrade containerd to 1.7.16 or later, or switch lazy pulling off (--lazy=false)"}
 	case c.Snapshotter() != "overlayfs" && c.Snapshotter() != LazySnapshotter:
 		return &host.Conflict{Where: c.Config, What: "the kubelet's images have the snapshotter " + c.Snapshotter(), Fix: "make it overlayfs, which pilot's then replaces, or leave out --lazy"}
 	}
