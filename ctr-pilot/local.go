@@ -13,7 +13,7 @@ import (
 // containerd, and never through containerd's transfer service. containerd 1.6
 // has no transfer service. That of 1.7 ignores --plain-http and --hosts-dir. That
 // of 2.x pushes the whole index but only the blobs of --platform, which
-// registries refuse.
+// registries refuse, and its export may end before the archive is written.
 func alwaysLocal(c *cli.Command) {
 	i := slices.IndexFunc(c.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), "local") })
 	local := c.Flags[i].(*cli.BoolFlag)

@@ -185,7 +185,7 @@ func TestErrorNamesWhereTheImageIs(t *testing.T) {
 		"base":    {[]string{"--all-but-base", "example.com/base:1"}, "1 2 3 4 5 0 1", []string{"platform linux/s390x has no layer of the base image"}},
 	} {
 		if name == "base" {
-			harness.Output(t, c.Ctr("images", "export", dir+"/b.tar", "example.com/base:1"))
+			harness.Output(t, c.Ctr("images", "export", "--local", dir+"/b.tar", "example.com/base:1"))
 			harness.Output(t, in("images", "import", "--no-unpack", dir+"/b.tar"))
 		}
 		cmd := in(append(append([]string{"images", "encrypt", "--recipient", "jwe:" + public[0]}, test.args...), "docker.io/library/app:latest", "example.com/app:"+name)...)
