@@ -80,7 +80,8 @@ func privateKeyBlock(b []byte) *pem.Block {
 func fromSEC1(block *pem.Block, password []byte) ([]byte, error) {
 	der := block.Bytes
 	//lint:ignore SA1019 OpenSSL still writes such files
-	if x509.IsEncryptedPEMBlock(block) {
+	encrypted := x509.IsEncryptedPEMBlock(block)
+	if encrypted {
 		if password == nil {
 			return nil, ErrKeyPassword
 		}
@@ -92,6 +93,9 @@ func fromSEC1(block *pem.Block, password []byte) ([]byte, error) {
 		defer clear(der)
 	}
 	key, err := x509.ParseECPrivateKey(der)
+	if err != nil && encrypted { // one wrong password in 256 leaves a valid padding
+		return nil, errKeyDamaged
+	}
 	if err != nil {
 		return nil, fmt.Errorf("EC private key: %w", err)
 	}

@@ -6,12 +6,50 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/containers/ocicrypt/utils"
 
 	"github.com/ctrlplane/pilot/internal/fips/fipstest"
 )
+
+// TestWrongPasswordOfSEC1 takes a wrong password that leaves a valid padding, as one in 256
+// does: the file's format has no other check.
+func TestWrongPasswordOfSEC1(t *testing.T) {
+	fipstest.Refused(t, fipstest.PrivateKey)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	//lint:ignore SA1019 OpenSSL still writes such files
+	block, err := x509.EncryptPEMBlock(rand.Reader, "EC PRIVATE KEY", der, []byte("secret"), x509.PEMCipherAES256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := pem.EncodeToMemory(block)
+	padded := 0
+	for i := range 20_000 {
+		wrong := fmt.Appendf(nil, "wrong %d", i)
+		//lint:ignore SA1019 OpenSSL still writes such files
+		if _, err := x509.DecryptPEMBlock(block, wrong); err == nil {
+			padded++
+		} else if i > 0 {
+			continue
+		}
+		if _, err := NormalizePrivateKey(file, wrong); !errors.Is(err, errKeyDamaged) {
+			t.Fatalf("the password %q: %v", wrong, err)
+		}
+	}
+	if padded == 0 {
+		t.Error("no wrong password left a valid padding")
+	}
+}
 
 // FuzzNormalizePrivateKey: what it returns, ocicrypt reads.
 func FuzzNormalizePrivateKey(f *testing.F) {

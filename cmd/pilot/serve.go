@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"runtime"
@@ -152,7 +153,12 @@ func serveAll(ctx context.Context, d *daemon) error {
 
 // serveUntilDone adds to g a server on l until ctx is done.
 func serveUntilDone(ctx context.Context, g *errgroup.Group, s *grpc.Server, l net.Listener) {
-	g.Go(func() error { return s.Serve(l) })
+	g.Go(func() error {
+		if err := s.Serve(l); !errors.Is(err, grpc.ErrServerStopped) { // it was done before it served
+			return err
+		}
+		return nil
+	})
 	g.Go(func() error {
 		<-ctx.Done()
 		defer time.AfterFunc(stopTimeout, s.Stop).Stop()

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	ocicryptpb "github.com/containers/ocicrypt/utils/keyprovider"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -171,4 +172,20 @@ func clientOf(t *testing.T, ca *certtest.Authority) tls.Certificate {
 		t.Fatal(err)
 	}
 	return cert
+}
+
+// TestDoneBeforeItServes has SIGTERM come between listening and serving.
+func TestDoneBeforeItServes(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, done := context.WithCancel(t.Context())
+	done()
+	s := grpc.NewServer()
+	s.Stop()
+	var g errgroup.Group
+	if serveUntilDone(ctx, &g, s, l); g.Wait() != nil {
+		t.Error(g.Wait())
+	}
 }

@@ -73,7 +73,7 @@ func TestDatabaseAwayAtStart(t *testing.T) {
 	d.Sql(t, `CREATE ROLE app LOGIN PASSWORD 'right'`)
 	d.Sql(t, `CREATE DATABASE app`)
 	harness.Write(t, d.Dir+"/data/pg_hba.conf", "local all app scram-sha-256\nlocal all all trust\n")
-	d.Sql(t, `SELECT pg_reload_conf()`)
+	d.Reload(t)
 	r = serve("app", "postgres://app:hunter2@/app?host="+d.Dir)
 	refuses(r, "password authentication failed")
 	d.Sql(t, `ALTER ROLE app PASSWORD 'hunter2'`)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -156,20 +157,29 @@ func TestReferrersOfTwoRunsAreBothKept(t *testing.T) {
 		harness.Write(t, layout+"/index.json", string(b))
 	}
 	tag := strings.Replace(plain["digest"].(string), ":", "-", 1)
-	var writers atomic.Int32
-	both := make(chan struct{})
+	var arrived, written atomic.Int32
+	bothArrived, bothWritten := make(chan struct{}), make(chan struct{})
+	wait := func(r *http.Request, n *atomic.Int32, both chan struct{}) {
+		if n.Add(1) == 2 {
+			close(both)
+		}
+		select {
+		case <-both:
+		case <-r.Context().Done():
+		}
+	}
 	front := harness.FrontRegistry(t, address, func(h http.Handler) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
-			if r.Method == http.MethodPut && strings.HasSuffix(r.URL.Path, "/manifests/"+tag) {
-				if writers.Add(1) == 2 {
-					close(both)
-				}
-				select {
-				case <-both:
-				case <-r.Context().Done():
-				}
+			if r.Method != http.MethodPut || !strings.HasSuffix(r.URL.Path, "/manifests/"+tag) {
+				h.ServeHTTP(w, r)
+				return
 			}
-			h.ServeHTTP(w, r)
+			wait(r, &arrived, bothArrived)
+			answer := httptest.NewRecorder()
+			h.ServeHTTP(answer, r)
+			wait(r, &written, bothWritten)
+			maps.Copy(w.Header(), answer.Header())
+			w.WriteHeader(answer.Code)
 		}
 	})
 	var runs sync.WaitGroup

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"os/user"
@@ -69,4 +70,18 @@ func (d *Database) URL() string { return "postgres://copilot@/postgres?host=" + 
 func (d *Database) Sql(t testing.TB, statements string) string {
 	t.Helper()
 	return Output(t, d.Command(t, "psql", "-h", d.Dir, "-U", "copilot", "-At", "-c", statements, "postgres"))
+}
+
+// Reload has PostgreSQL read its configuration, and waits until that counts for new
+// connections.
+func (d *Database) Reload(t testing.TB) {
+	t.Helper()
+	loaded := d.Sql(t, "SELECT pg_conf_load_time()")
+	d.Sql(t, "SELECT pg_reload_conf()")
+	Await(t, "PostgreSQL reads its configuration", func() error {
+		if d.Sql(t, "SELECT pg_conf_load_time()") == loaded {
+			return errors.New("not yet")
+		}
+		return nil
+	})
 }

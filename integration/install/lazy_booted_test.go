@@ -5,6 +5,7 @@ package install
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -45,13 +46,20 @@ func TestLazyNodeBoots(t *testing.T) {
 	})
 	before := m.Files()
 	// As the machine's own, which has fewer rights than this test.
+	command := func(args ...string) *exec.Cmd {
+		return m.Run("systemd-run", append([]string{"--quiet", "--wait", "--pipe", "--collect", "ctr", "--namespace", "k8s.io"}, args...)...)
+	}
 	ctr := func(args ...string) string {
 		t.Helper()
-		return m.Output("systemd-run", append([]string{"--quiet", "--wait", "--pipe", "--collect", "ctr", "--namespace", "k8s.io"}, args...)...)
+		return harness.Output(t, command(args...))
 	}
 	run := func(args ...string) string {
 		t.Helper()
 		return ctr(append([]string{"run", "--privileged", "--cpu-shares", "0", "--net-host"}, args...)...)
+	}
+	printed := func(args ...string) string {
+		t.Helper()
+		return harness.ContainerOutput(t, command(append([]string{"run", "--rm", "--privileged", "--cpu-shares", "0", "--net-host"}, args...)...))
 	}
 	n := &harness.Node{T: t, Dir: dir, Socket: fmt.Sprintf("/proc/%d/root/run/containerd/containerd.sock", m.Init)}
 	// A container that ran before goes on.
@@ -79,7 +87,7 @@ func TestLazyNodeBoots(t *testing.T) {
 	}
 	m.Output("systemctl", "is-active", "pilot-snapshotter")
 	m.Output("systemctl", "restart", "pilot")
-	if out := ctr("tasks", "exec", "--exec-id", "after", "running", "/hello"); !strings.Contains(out, secret) {
+	if out := harness.ContainerOutput(t, command("tasks", "exec", "--exec-id", "after", "running", "/hello")); !strings.Contains(out, secret) {
 		t.Errorf("after pilot was restarted, the container prints %s", out)
 	}
 	// Installing again does not restart what containers need.
@@ -106,7 +114,7 @@ func TestLazyNodeBoots(t *testing.T) {
 		}
 		last = at
 	}
-	if out := run("--rm", "--snapshotter", "pilot-lazy", image, "again"); !strings.Contains(out, secret) {
+	if out := printed("--snapshotter", "pilot-lazy", image, "again"); !strings.Contains(out, secret) {
 		t.Errorf("after the reboot the image prints %s", out)
 	}
 
@@ -119,11 +127,11 @@ func TestLazyNodeBoots(t *testing.T) {
 	if out := m.Output("pilot", "node", "doctor", "--kek", "team-a"); !strings.Contains(out, "lazy pulling is switched off") {
 		t.Errorf("doctor: %s", out)
 	}
-	if out := ctr("tasks", "exec", "--exec-id", "off", "lasting", "/hello"); !strings.Contains(out, secret) {
+	if out := harness.ContainerOutput(t, command("tasks", "exec", "--exec-id", "off", "lasting", "/hello")); !strings.Contains(out, secret) {
 		t.Errorf("after lazy pulling was switched off, the container prints %s", out)
 	}
 	harness.Output(t, n.Crictl("pull", image))
-	if out := run("--rm", image, "unpacked"); !strings.Contains(out, secret) {
+	if out := printed(image, "unpacked"); !strings.Contains(out, secret) {
 		t.Errorf("pulled in full, the image prints %s", out)
 	}
 	harness.Output(t, n.Crictl("rmi", image))

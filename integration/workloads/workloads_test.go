@@ -145,8 +145,9 @@ workload-token-keys = %q
 		harness.Write(t, n.Dir+"/nri.conf/00-pilot.conf", harness.Read(t, n.Config))
 		n.Pilot.Cmd.Process.Signal(syscall.SIGHUP)
 		harness.Await(t, "the rule", func() error {
-			if cmd, _ := n.create(t, a, i.swapped); cmd.Run() == nil {
-				return errors.New("the plain image runs")
+			cmd, _ := n.create(t, a, i.swapped)
+			if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "must-be-encrypted") {
+				return fmt.Errorf("the plain image: %v: %s", err, out)
 			}
 			return nil
 		})
@@ -381,14 +382,15 @@ func (n *node) create(t *testing.T, p pod, image string, mounts ...harness.Objec
 	return n.Crictl("create", "--no-pull", p.id, harness.Write(t, filepath.Join(n.Dir, "pods", name+".json"), string(b)), p.file), name
 }
 
-// created creates a container. On a busy machine something may not answer in time, and the
-// kubelet would try again.
+// created creates a container. On a busy machine something may not answer in time, or
+// containerd not have started yet, and the kubelet would try again.
 func (n *node) created(t *testing.T, p pod, image string, mounts ...harness.Object) {
 	t.Helper()
 	harness.Await(t, "a container", func() error {
 		cmd, _ := n.create(t, p, image, mounts...)
 		out, err := cmd.CombinedOutput()
-		if err != nil && !strings.Contains(string(out), "answer") && !strings.Contains(string(out), "deadline") {
+		late := func(said string) bool { return strings.Contains(string(out), said) }
+		if err != nil && !late("answer") && !late("deadline") && !late("not initialized") {
 			t.Fatalf("not created: %s", out)
 		}
 		return err

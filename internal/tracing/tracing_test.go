@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -24,6 +23,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/ctrlplane/pilot/internal/loopback/loopbacktest"
 	"github.com/ctrlplane/pilot/internal/tracing/tracetest"
 )
 
@@ -173,12 +173,7 @@ func TestBadCollector(t *testing.T) {
 	}))
 	t.Cleanup(slow.Close)
 	t.Cleanup(broken.Close)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Close()
-	for name, url := range map[string]string{"slow": slow.URL, "broken": broken.URL, "away": "http://user:SECRET@" + l.Addr().String()} {
+	for name, url := range map[string]string{"slow": slow.URL, "broken": broken.URL, "away": "http://user:SECRET@" + loopbacktest.FreeAddress(t)} {
 		t.Run(name, func(t *testing.T) {
 			log := &buffer{}
 			logrus.SetOutput(log)

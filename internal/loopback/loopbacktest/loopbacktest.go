@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"syscall"
 	"testing"
 )
 
@@ -36,14 +37,18 @@ func take(t testing.TB, port int) (address string) {
 	if err != nil {
 		return ""
 	}
+	// A program that another goroutine starts meanwhile would hold the port open for a moment.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 	if err != nil {
 		name.Close()
 		return ""
 	}
-	defer l.Close()
 	t.Cleanup(func() { name.Close() })
-	return l.Addr().String()
+	address = l.Addr().String()
+	l.Close()
+	return address
 }
 
 // ephemeral returns the first port that the kernel hands out.
