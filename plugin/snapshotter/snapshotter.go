@@ -278,5 +278,8 @@ func Serve(ctx context.Context, s snapshots.Snapshotter, l net.Listener) error {
 	}))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
 	defer context.AfterFunc(ctx, server.Stop)()
-	return server.Serve(l)
+	if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) { // ctx was done before it served
+		return err
+	}
+	return nil
 }
