@@ -1,6 +1,7 @@
 package keystore
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -56,22 +57,34 @@ func (s *Store) NoteAuditHead(ctx context.Context, h AuditHead) error {
 func (s *Store) AuditHeads(ctx context.Context) ([]AuditHead, error) {
 	var heads []AuditHead
 	err := s.current(ctx, func() error {
+		var names []string
+		var values [][]byte
+		err := s.db.named(ctx, auditHead, func(name string, sealed []byte) error {
+			names, values = append(names, name), append(values, bytes.Clone(sealed))
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 		heads = nil
-		return s.db.named(ctx, auditHead, func(name string, sealed []byte) error {
-			h, _, err := s.masters.Load().openHead(name, sealed)
+		for i, name := range names {
+			h, _, err := s.masters.Load().openHead(name, values[i])
 			if err != nil {
 				// It may be sealed under a master key that is new.
 				if raw, _, readErr := s.readMasters(ctx); readErr == nil {
 					if set, followErr := s.follow(raw); followErr == nil {
-						h, _, err = set.openHead(name, sealed)
+						h, _, err = set.openHead(name, values[i])
 					} else {
 						err = followErr
 					}
 				}
 			}
 			heads = append(heads, h)
-			return err
-		})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	return heads, err
 }

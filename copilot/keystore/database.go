@@ -7,6 +7,10 @@ import (
 
 // database keeps records by id. It is safe for concurrent use, by several
 // processes too where it can be opened by several.
+//
+// What list, named, sums and snapshot call must not use the database: they hold a
+// transaction or a connection, and a second one may wait for a change that waits for the
+// first.
 type database interface {
 	// get returns a record, or nil if there is none of that id.
 	get(ctx context.Context, id string) ([]byte, error)

@@ -179,14 +179,24 @@ func (s *Store) List(ctx context.Context, wanted func(id string) bool) ([]KEK, e
 // each calls do with the KEKs whose ids are wanted, in the order of their ids; of one that
 // is damaged, with its id and the error.
 func (s *Store) each(ctx context.Context, wanted func(id string) bool, do func(KEK, error)) error {
-	return s.db.list(ctx, wanted, func(id string, b []byte) error {
-		k, err := s.decode(id, b)
-		if s.catchesUp(ctx, err) {
-			k, err = s.decode(id, b)
+	catchUp, from := true, ""
+	for {
+		var missing error
+		err := s.db.list(ctx, func(id string) bool { return id >= from && wanted(id) }, func(id string, b []byte) error {
+			k, err := s.decode(id, b)
+			if catchUp && errors.As(err, new(*missingMaster)) {
+				// The master keys are read once the list is no longer being read.
+				missing, from = err, id
+				return err
+			}
+			do(k, err)
+			return nil
+		})
+		if missing == nil {
+			return err
 		}
-		do(k, err)
-		return nil
-	})
+		catchUp = s.catchesUp(ctx, missing)
+	}
 }
 
 // stored is how a KEK is written: as JSON, and what authenticates it.
